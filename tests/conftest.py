@@ -1,0 +1,51 @@
+"""Fixtures of all tests: tiny real models, chat rows, a quiet console. No network, one thread."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[name] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from rich.console import Console
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.models import build_llama
+
+    return build_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from support.models import build_gpt2
+
+    return build_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture
+def console() -> Console:
+    """A console that writes to memory: `console.file.getvalue()` is what a person would have read."""
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture
+def chat_rows(tmp_path: Path) -> Path:
+    """Forty chat rows, all different, in OpenAI's messages form."""
+    path = tmp_path / "chat.jsonl"
+    colours = ["red", "green", "blue", "black", "white"]
+    things = ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone"]
+    with path.open("w") as file:
+        for i, thing in enumerate(things):
+            for j, colour in enumerate(colours):
+                question = f"Which colour has the {thing} number {i * 7 + j * 13}?"
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": colour}]
+                file.write(json.dumps({"messages": turns}) + "\n")
+    return path
