@@ -44,7 +44,7 @@ class Example:
 
     input_ids: Sequence[int]
     spans: Sequence[int]
-    """Supervised half-open token ranges, flat: start, end, start, end. The token at `start` is predicted from `start - 1`."""
+    """Supervised half-open token ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`."""
     target_bytes: int
     """UTF-8 bytes of the supervised text, end-of-turn markers not counted: the denominator of bits per byte."""
 
@@ -161,6 +161,8 @@ class Loss:
     """Scalar: how many supervised tokens were the model's first choice."""
     row_sums: torch.Tensor | None = None
     """[rows] nats a row, only when asked for."""
+    row_correct: torch.Tensor | None = None
+    """[rows] first choices that were right a row, only when asked for."""
 
 
 @dataclass(frozen=True)

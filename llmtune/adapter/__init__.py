@@ -1,0 +1,7 @@
+"""Step 3: adapters put into a model, proven to be wired, saved as plain PEFT folders, merged in memory."""
+
+from llmtune.adapter.inject import describe, inject, trainable_parameters
+from llmtune.adapter.merge import merge
+from llmtune.adapter.save import load_adapter, save_adapter
+
+__all__ = ["describe", "inject", "load_adapter", "merge", "save_adapter", "trainable_parameters"]

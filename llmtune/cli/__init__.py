@@ -1,0 +1,5 @@
+"""Thin Typer face: parse, call one function, print."""
+
+from llmtune.cli.app import main
+
+__all__ = ["main"]

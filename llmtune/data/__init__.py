@@ -1,0 +1,6 @@
+"""Step 1: rows from any usual format, then encoded, masked, packed examples."""
+
+from llmtune.data.rows import iterate_rows, load_rows, prepare_rows, read_rows, save_rows
+from llmtune.data.sources import hash_sources
+
+__all__ = ["hash_sources", "iterate_rows", "load_rows", "prepare_rows", "read_rows", "save_rows"]

@@ -1,0 +1,1 @@
+"""After training: merge with a certificate, chat, generate."""

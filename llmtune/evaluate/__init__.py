@@ -1,0 +1,8 @@
+"""Step 5, first half: what the tuning did, measured on rows that training never saw."""
+
+from llmtune.evaluate.evaluation import evaluate
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.storage import load_evaluation, save_evaluation
+from llmtune.recipe import parse_gate
+
+__all__ = ["check_gates", "evaluate", "load_evaluation", "parse_gate", "save_evaluation"]

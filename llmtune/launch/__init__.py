@@ -1,0 +1,1 @@
+"""Where a recipe runs: processes of this machine. A recipe never says it."""

@@ -1,0 +1,27 @@
+"""Step 2: one model, found, planned for, ranked and loaded; its attention over packed rows and its loss."""
+
+from llmtune.model import quiet  # noqa: F401  # first: it mutes a library
+from llmtune.model.catalogue import locate
+from llmtune.model.device import compute_context, pick_device, resolve_dtype
+from llmtune.model.load import load_model
+from llmtune.model.loss import causal_loss, predicted_logits
+from llmtune.model.plan import check_memory, micro_batch_tokens, plan_memory
+from llmtune.model.processor import load_processor, save_tokenizer
+from llmtune.model.rank import Ranking, rank_candidates
+
+__all__ = [
+    "Ranking",
+    "causal_loss",
+    "check_memory",
+    "compute_context",
+    "load_model",
+    "load_processor",
+    "locate",
+    "micro_batch_tokens",
+    "pick_device",
+    "plan_memory",
+    "predicted_logits",
+    "rank_candidates",
+    "resolve_dtype",
+    "save_tokenizer",
+]

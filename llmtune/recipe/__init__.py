@@ -1,0 +1,42 @@
+"""The recipe: its schema, how it is read, checked and written, and each task's facts; without torch or transformers."""
+
+from llmtune.recipe.gates import Gate, parse_gate
+from llmtune.recipe.jsonschema import json_schema
+from llmtune.recipe.load import LoadedRecipe, load_recipe
+from llmtune.recipe.reference import recipe_reference
+from llmtune.recipe.schema import (
+    CompletionSection,
+    DataSection,
+    EvaluateSection,
+    GenerationSection,
+    Recipe,
+    Source,
+)
+from llmtune.recipe.shipped import Shipped, find_recipe, list_recipes
+from llmtune.recipe.tasks import TASK_FACTS, TaskFacts
+from llmtune.recipe.template import new_recipe
+from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
+
+__all__ = [
+    "TASK_FACTS",
+    "AdapterSection",
+    "CompletionSection",
+    "DataSection",
+    "EvaluateSection",
+    "Gate",
+    "GenerationSection",
+    "LoadedRecipe",
+    "ModelSection",
+    "Recipe",
+    "Shipped",
+    "Source",
+    "TaskFacts",
+    "TrainSection",
+    "find_recipe",
+    "json_schema",
+    "list_recipes",
+    "load_recipe",
+    "new_recipe",
+    "parse_gate",
+    "recipe_reference",
+]

@@ -52,7 +52,9 @@ def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -
     return fast
 
 
-def build_llama(folder: Path, chat_template: str | None = CHATML, seed: int = 0, layers: int = 2, **config: int) -> Path:
+def build_llama(
+    folder: Path, chat_template: str | None = CHATML, seed: int = 0, layers: int = 2, **config: int
+) -> Path:
     """A Llama of two layers, width 64, four heads (two for keys and values), saved with its tokenizer."""
     tokenizer = train_tokenizer(chat_template)
     torch.manual_seed(seed)

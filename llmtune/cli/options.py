@@ -1,0 +1,27 @@
+"""Options that several commands share, defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder [default: runs/<name>-<hash>].")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value; may be given several times."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from what is there; exit 2 if there is nothing.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: what the run folder holds is removed.")]
+Lock = Annotated[Path | None, typer.Option("--lock", help="Hold model and data to what this llmtune.lock says.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads [default: torch's own choice].")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything that is cheap, say what would run, and stop.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Forbid any network access.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

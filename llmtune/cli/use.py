@@ -1,0 +1,79 @@
+"""Commands that use a finished run or look at the machine: generate, chat, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
+from llmtune.cli.output import handled, print_json, stderr_console
+from llmtune.run.environment import prepare_environment
+
+Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
+
+
+@handled
+def generate(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option("--prompt", help="What to answer or to go on from.")],
+    system: Annotated[str | None, typer.Option("--system", help="A system message (chat).")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Overrules the recipe's generation section.")
+    ] = None,
+    base: Base = False,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt with the tuned model of a run."""
+    prepare_environment(network=False, threads=threads)
+    from llmtune.pipeline import open_session
+
+    with stderr_console().status("loading the model"):
+        session = open_session(run, stderr_console(), base=base, max_new_tokens=max_new_tokens, offline=offline)
+    text = "".join(session.answer(prompt, system=system))
+    if as_json:
+        print_json({"prompt": prompt, "text": text, "model": "base" if base else "tuned", "run": str(run)})
+    else:
+        typer.echo(text)
+
+
+@handled
+def chat(run: RunArgument, base: Base = False, threads: Threads = None, offline: Offline = False) -> None:
+    """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
+    prepare_environment(network=False, threads=threads)
+    from llmtune.pipeline import open_session
+
+    console = stderr_console()
+    with console.status("loading the model"):
+        session = open_session(run, console, base=base, offline=offline)
+    console.print("[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]")
+    while True:
+        try:
+            line = console.input("[bold green]you[/] ").strip()
+        except EOFError:
+            return
+        if line in {"/quit", "/exit"}:
+            return
+        if line == "/reset":
+            session.reset()
+            continue
+        if line:
+            for piece in session.answer(line, keep=True):
+                typer.echo(piece, nl=False)
+            typer.echo("")
+
+
+@handled
+def doctor(as_json: AsJson = False) -> None:
+    """Look at versions, devices, memory and disk, and say what to type where something is missing."""
+    prepare_environment(network=False)
+    from llmtune.cli.doctor import examine
+
+    found = examine(stderr_console())
+    if as_json:
+        print_json(found)
+
+
+COMMANDS = {"generate": generate, "chat": chat, "doctor": doctor}

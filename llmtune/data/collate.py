@@ -1,0 +1,99 @@
+"""Examples into the tensors of one micro-batch: packed end to end in one row, or padded side by side.
+
+Shape legend: B rows of a batch, T positions of a row, S predicted tokens of the batch, D documents packed in one row.
+
+A batch is a dict of CPU tensors:
+
+    input_ids       int64 [B, T]
+    position_ids    int64 [B, T]   packed: B = 1 and positions restart at each document; padded: 0 .. T-1
+    attention_mask  int64 [B, T]   padded only
+    cu_seq_lens_q, cu_seq_lens_k   int32 [D + 1], packed only: where documents start, and the end of the last
+    max_length_q, max_length_k     int, packed only: the longest document
+    predict_S       int64 [S]      flat index into B * T of the position that predicts
+    targets_S       int64 [S]      the token that it predicts
+    rows_S          int64 [S]      which example of this micro-batch the token belongs to
+    n_rows          int            how many examples there are
+
+The names of the packed entries are those that transformers' flash attention takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmtune.records import Example
+
+Batch = dict[str, Any]
+Int64 = npt.NDArray[np.int64]
+
+
+def collate_packed(examples: Sequence[Example], pad_id: int | None = None) -> Batch:
+    """Put examples end to end in one row; no padding, and no prediction across the border of two examples."""
+    assert examples, "a batch has at least one example"
+    documents = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    borders = torch.from_numpy(starts.astype(np.int32))
+    longest = int(lengths.max())
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(documents))[None],
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        **_predictions(examples, documents, starts[:-1]),
+    }
+
+
+def collate_padded(examples: Sequence[Example], pad_id: int | None) -> Batch:
+    """Put each example in a row of its own, padded on the right with `pad_id` (0 where the tokenizer has none)."""
+    assert examples, "a batch has at least one example"
+    documents = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
+    longest = max(len(document) for document in documents)
+    shape = (len(examples), longest)
+    input_ids = np.full(shape, pad_id or 0, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    for row, document in enumerate(documents):
+        input_ids[row, : len(document)] = document
+        attention_mask[row, : len(document)] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.arange(longest).expand(shape).contiguous(),
+        "attention_mask": torch.from_numpy(attention_mask),
+        **_predictions(examples, documents, np.arange(len(examples)) * longest),
+    }
+
+
+def choose_collate(packed: bool) -> Callable[[Sequence[Example], int | None], Batch]:
+    """Return `collate_packed` or `collate_padded`."""
+    return collate_packed if packed else collate_padded
+
+
+def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts: Int64) -> Batch:
+    """Return predict_S, targets_S, rows_S and n_rows for documents whose first token has the flat index in `starts`."""
+    predict: list[Int64] = []
+    targets: list[Int64] = []
+    rows: list[Int64] = []
+    for row, (example, document, start) in enumerate(zip(examples, documents, starts, strict=True)):
+        for first, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+            first = max(first, 1)  # nothing stands before token 0 of a document, so nothing predicts it
+            positions = np.arange(first - 1, end - 1, dtype=np.int64)
+            predict.append(positions + start)
+            targets.append(document[first:end])
+            rows.append(np.full(len(positions), row, dtype=np.int64))
+    return {
+        "predict_S": _join(predict),
+        "targets_S": _join(targets),
+        "rows_S": _join(rows),
+        "n_rows": len(examples),
+    }
+
+
+def _join(parts: Sequence[Int64]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *parts]))

@@ -1,0 +1,295 @@
+"""Encoded rows on disk: written a batch at a time as rows are encoded, read through a memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llmtune.data import iterate_rows
+from llmtune.data.overlong import TOO_LONG
+from llmtune.errors import DataError, Problem
+from llmtune.records import Example, Examples, Row, Rows, Task
+from llmtune.run.files import explained, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+BATCH_ROWS = 256
+BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
+SHOWN = 20
+RECORD = "examples.json"
+LEFT_OUT = "left_out.jsonl"
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),
+        "target_bytes": pa.int32(),
+        "row": pa.int32(),
+    }
+)
+
+
+@dataclass
+class _Tally:
+    """What is counted while rows are encoded."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    supervised: dict[str, int] = field(default_factory=dict)
+    longest: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    long_rows: list[Problem] = field(default_factory=list)
+    """The first rows that are too long."""
+    bad_rows: list[Problem] = field(default_factory=list)
+    """The first rows that cannot be used for another reason."""
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def begin(self, side: str) -> None:
+        self.counts[side] = self.tokens[side] = self.supervised[side] = self.longest[side] = 0
+
+    def add(self, side: str, examples: Sequence[tuple[int, Example]]) -> None:
+        for row, example in examples:
+            ids = np.asarray(example.input_ids, dtype=np.int32)
+            spans = np.asarray(example.spans, dtype=np.int32)
+            head = f"{side} {row} {len(ids)} {len(spans)} {example.target_bytes}\n"
+            self.digest.update(head.encode() + ids.tobytes() + spans.tobytes())
+            self.counts[side] += 1
+            self.tokens[side] += len(ids)
+            self.supervised[side] += example.supervised
+            self.longest[side] = max(self.longest[side], len(ids))
+
+
+def encode_rows(
+    rows: Rows, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, console: Console
+) -> Examples:
+    """Encode all rows into one Arrow file a side in `folder`; `examples.json` beside them is written last.
+
+    Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
+    and line, in `left_out.jsonl`. A row that `data.on_overlong` splits makes several examples with the same `row`.
+
+    Raises:
+        DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
+            `data.max_dropped` allows are bad; or a side is left without a row.
+        EnvironmentProblem: the chat template cannot be split into turns; the disk is full; the folder is read-only.
+    """
+    tally = _Tally()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
+        with _progress(console) as progress, (folder / LEFT_OUT).open("w", encoding="utf-8") as left_out:
+            bar = progress.add_task("encode", total=sum(rows.counts.values()))
+            for side in rows.files:
+                with _written(folder / f"{side}.arrow") as write:
+                    tally.begin(side)
+                    for first, batch in _batches(iterate_rows(rows, side)):
+                        results = task.encode([row for _, row in batch], processor, recipe)
+                        kept = _sort_out(tally, first, batch, results, left_out)
+                        tally.add(side, kept)
+                        write(kept)
+                        progress.advance(bar, len(batch))
+        _refuse(tally, rows, recipe, folder)
+        examples = _examples(tally, rows, folder)
+        _save(examples)
+    return examples
+
+
+def load_examples(folder: Path) -> Examples:
+    """Read what `encode_rows` left in `folder`, wherever the folder stands now.
+
+    Raises:
+        DataError: there are no examples, or they were damaged.
+    """
+    record = read_json(folder / RECORD)
+    if record is None:
+        raise DataError.of("no encoded examples here", str(folder), "Run `llmtune prepare` with --fresh.")
+    files = {side: folder / name for side, name in record.pop("files").items()}
+    missing = [
+        Problem("missing", str(path), "Run again with --fresh.") for path in files.values() if not path.is_file()
+    ]
+    DataError.collect(missing)
+    return Examples(folder=folder, files=files, **record)
+
+
+class ExampleReader:
+    """The examples of one side in random access; nothing but the tokens asked for is read into memory."""
+
+    def __init__(self, examples: Examples, side: str) -> None:
+        with pa.memory_map(str(examples.files[side])) as source:
+            reader = pa.ipc.open_file(source)
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+        self.lengths = self._column(lambda batch: _list_lengths(batch.column("input_ids")))
+        """int32 [n]: tokens of each example."""
+        self.supervised = self._column(lambda batch: _span_sizes(batch.column("spans")))
+        """int32 [n]: predicted tokens of each example."""
+        self.rows = self._column(lambda batch: batch.column("row").to_numpy())
+        """int32 [n]: the row of `Rows` that each example comes from."""
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self._starts, index) - 1
+        batch, offset = self._batches[number], index - self._starts[number]
+        return Example(
+            input_ids=batch.column("input_ids")[offset].values.to_numpy().tolist(),
+            spans=batch.column("spans")[offset].values.to_numpy().tolist(),
+            target_bytes=batch.column("target_bytes")[offset].as_py(),
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def _column(self, read: Any) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.empty(0, dtype=np.int32), *(read(batch) for batch in self._batches)]).astype(np.int32)
+
+
+def _list_lengths(column: Any) -> npt.NDArray[np.int32]:
+    return np.asarray(np.diff(column.offsets.to_numpy()), dtype=np.int32)
+
+
+def _span_sizes(column: Any) -> npt.NDArray[np.int32]:
+    """Sum end - start over the spans of each example."""
+    offsets, flat = column.offsets.to_numpy(), column.values.to_numpy()
+    signs = np.where(np.arange(len(flat)) % 2 == 0, -1, 1)  # every example has an even number of borders
+    sums = np.concatenate([[0], np.cumsum(flat * signs)])
+    return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]], dtype=np.int32)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _batches(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[int, list[tuple[str, Row]]]]:
+    """Yield the number of the first row, and rows up to a count and a size that keep memory flat."""
+    first, batch, characters = 0, [], 0
+    for item in rows:
+        batch.append(item)
+        characters += len(str(item[1]))
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield first, batch
+            first, batch, characters = first + len(batch), [], 0
+    if batch:
+        yield first, batch
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Callable[[Sequence[tuple[int, Example]]], None]]:
+    """Give a function that appends examples to an Arrow file, which has its name only once it is whole."""
+    partial = path.with_suffix(".partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+            yield lambda examples: file.write_batch(_record_batch(examples)) if examples else None
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
+    columns = {
+        "input_ids": [example.input_ids for _, example in examples],
+        "spans": [example.spans for _, example in examples],
+        "target_bytes": [example.target_bytes for _, example in examples],
+        "row": [row for row, _ in examples],
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _sort_out(
+    tally: _Tally, first: int, batch: Sequence[tuple[str, Row]], results: Sequence[list[Example] | str], left_out: Any
+) -> list[tuple[int, Example]]:
+    """Return the examples with the numbers of their rows; count and list the rows that were refused."""
+    kept = []
+    for number, ((origin, _), result) in enumerate(zip(batch, results, strict=True), start=first):
+        if not isinstance(result, str):
+            kept += [(number, example) for example in result]
+            continue
+        left_out.write(json.dumps({"where": origin, "reason": result}) + "\n")
+        too_long = result.startswith(TOO_LONG)
+        tally.dropped[TOO_LONG if too_long else result] += 1  # counted without the length, which differs
+        shown = tally.long_rows if too_long else tally.bad_rows
+        if len(shown) < SHOWN:
+            shown.append(Problem(result, origin))
+    return kept
+
+
+def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, folder: Path) -> None:
+    """Raise if what was left out is more than the recipe allows; its list goes where it outlives the error."""
+    too_long = tally.dropped[TOO_LONG]
+    listed = rows.folder / LEFT_OUT
+    try:
+        _refuse_long(tally, too_long, recipe, listed)
+        _refuse_bad(tally, too_long, rows, recipe, listed)
+        empty = [side for side, count in tally.counts.items() if not count and (rows.counts[side] or side == "train")]
+        fix = f"Give more rows, or raise data.max_length. All that were left out: {listed}."
+        DataError.collect(Problem(f"no row is left for {side}", fix=fix) for side in empty)
+    except DataError:
+        shutil.copyfile(folder / LEFT_OUT, listed)
+        raise
+
+
+def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, listed: Path) -> None:
+    if too_long and recipe.data.on_overlong == "error":
+        what = f"{too_long:,} of the rows have more tokens than data.max_length = {recipe.data.max_length}"
+        fix = f"Raise data.max_length, or set data.on_overlong to drop, truncate or split. All of them: {listed}."
+        raise DataError(Problem(what, fix=fix), *tally.long_rows)
+
+
+def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, listed: Path) -> None:
+    """Count what this half left out, and what the first half called bad, against `data.max_dropped`."""
+    counted = sum(tally.dropped.values()) - (too_long if recipe.data.on_overlong == "drop" else 0)
+    bad = counted + sum(count for reason, count in rows.dropped.items() if reason.startswith("bad"))
+    allowed = recipe.data.max_dropped
+    if counted and bad > allowed * rows.rows_in:
+        what = f"{bad:,} of {rows.rows_in:,} rows cannot be used: {bad / max(rows.rows_in, 1):.1%}"
+        what += f", and data.max_dropped allows {allowed:.1%}"
+        fix = f"Mend them, or raise data.max_dropped. All of them: {listed}."
+        shown = [*tally.bad_rows, *(tally.long_rows if recipe.data.on_overlong != "drop" else [])]
+        raise DataError(Problem(what, fix=fix), *shown[:SHOWN])
+
+
+def _examples(tally: _Tally, rows: Rows, folder: Path) -> Examples:
+    return Examples(
+        folder=folder,
+        files={side: folder / f"{side}.arrow" for side in rows.files},
+        counts=tally.counts,
+        tokens=tally.tokens,
+        supervised=tally.supervised,
+        longest=tally.longest,
+        dropped=dict(sorted((+tally.dropped).items())),
+        content_hash=tally.digest.hexdigest(),
+    )
+
+
+def _save(examples: Examples) -> None:
+    record = {
+        "files": {side: path.name for side, path in examples.files.items()},
+        "counts": examples.counts,
+        "tokens": examples.tokens,
+        "supervised": examples.supervised,
+        "longest": examples.longest,
+        "dropped": examples.dropped,
+        "content_hash": examples.content_hash,
+    }
+    write_json(examples.folder / RECORD, record)

@@ -1,0 +1,111 @@
+"""Data sets of the Hugging Face hub: the commit behind a name, and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmtune.data.read import RawRow
+from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.recipe import Source
+
+HUB = "hub:"
+
+
+def dataset_name(source: Source) -> str | None:
+    """Return the hub's name for the data set, or None if the source is something else."""
+    return source.path.removeprefix(HUB) if source.path.startswith(HUB) else None
+
+
+def resolve_commit(name: str, revision: str | None) -> str:
+    """Return the commit that `revision` (the newest, if None) stands for; offline, the one that is in the cache.
+
+    Raises:
+        DataError: There is no such data set or revision, or it may not be read.
+        EnvironmentProblem: The hub cannot be reached, and the cache does not know.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached_commit(name, revision)
+    with _explained(name):
+        commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
+    return commit or revision or "main"
+
+
+def _cached_commit(name: str, revision: str | None) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+    if revision and (folder / "snapshots" / revision).is_dir():
+        return revision
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file():
+        return reference.read_text().strip()
+    what = f"the data set is not in the cache, and the hub's offline switch is set (revision {revision or 'main'})"
+    raise EnvironmentProblem.of(what, HUB + name, "Run once without --offline (HF_HUB_OFFLINE), or give a local file.")
+
+
+def read_hub(name: str, source: Source) -> Iterator[RawRow]:
+    """Yield the rows of a data set's split.
+
+    With `limit`, rows are streamed and no more is fetched than needed; else the split goes to the hub's cache once.
+
+    Raises:
+        DataError: There is no such data set, configuration or split, or its files are damaged.
+        EnvironmentProblem: The hub cannot be reached.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import constants
+
+    streaming = source.limit is not None and not constants.HF_HUB_OFFLINE
+    with _explained(name):
+        split = source.split or _only_split(name, source)
+        rows = load_dataset(name, source.config, split=split, revision=source.revision, streaming=streaming)
+        for number, row in enumerate(rows, 1):
+            yield f"{HUB}{name}/{split}:row {number}", row
+
+
+def _only_split(name: str, source: Source) -> str:
+    """Return `train`, or the only split there is."""
+    from datasets import get_dataset_split_names
+
+    splits = get_dataset_split_names(name, source.config, revision=source.revision)
+    if "train" in splits:
+        return "train"
+    if len(splits) == 1:
+        return str(splits[0])
+    raise DataError.of(f"there is no split 'train' but {', '.join(splits)}", HUB + name, "Say which with `split:`.")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what the hub's libraries raise into an error that says whose fault it is."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
+        GatedRepoError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = HUB + name
+    try:
+        yield
+    except GatedRepoError as error:
+        fix = "Accept its terms on the hub, and log in: `hf auth login`."
+        raise DataError.of("the data set is gated, and you have no access to it", where, fix) from error
+    except RevisionNotFoundError as error:
+        raise DataError.of("there is no such revision", where, "Check `revision`.") from error
+    except (DatasetNotFoundError, RepositoryNotFoundError) as error:
+        fix = "Check the name; log in with `hf auth login` if it is private."
+        raise DataError.of("there is no such data set on the hub", where, fix) from error
+    except ValueError as error:
+        raise DataError.of(f"it cannot be loaded: {error}", where, "Check `config`, `split` and `revision`.") from error
+    except (DatasetsError, RuntimeError) as error:
+        raise DataError.of(f"it cannot be loaded: {error}", where, "Fetch it by hand, and give the files.") from error
+    except (HTTPError, OSError) as error:
+        fix = "Check the network and its proxy, or give local files."
+        raise EnvironmentProblem.of(f"the hub cannot be reached ({error})", where, fix) from error

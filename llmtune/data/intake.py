@@ -1,0 +1,159 @@
+"""Reads all inputs into the spool, and keeps account of every row that is bad."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llmtune.data.formats import canonicalise, hash_content, rename, to_json
+from llmtune.data.messages import RowError
+from llmtune.data.read import Unreadable
+from llmtune.data.sources import Input
+from llmtune.data.spool import Spool
+from llmtune.errors import DataError, Problem
+from llmtune.recipe import DataSection
+from llmtune.records import SIDES
+
+BAD_ROWS = "bad_rows.jsonl"
+SHOWN = 20
+
+
+@dataclass
+class Account:
+    """How many rows were read, how many were bad by reason, and the first of those."""
+
+    list_file: Path
+    rows_in: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    first: list[Problem] = field(default_factory=list)
+    _file: IO[str] | None = None
+
+    def add_bad(self, origin: str, error: RowError | Unreadable) -> None:
+        """Count a bad row and put it into the list."""
+        self.bad[f"bad: {error.reason}"] += 1
+        what = f"{error.reason}: {error.detail}" if error.detail else error.reason
+        if len(self.first) < SHOWN:
+            self.first.append(Problem(what, origin))
+        if self._file is None:
+            self._file = self.list_file.open("w", encoding="utf-8", errors="backslashreplace")
+        self._file.write(json.dumps({"origin": origin, "reason": error.reason, "detail": error.detail}) + "\n")
+
+    def close(self) -> None:
+        """End the list of bad rows."""
+        if self._file is not None:
+            self._file.close()
+
+    def problems(self) -> list[Problem]:
+        """Return the first bad rows and where to find the others."""
+        more = self.bad.total() - len(self.first)
+        tail = [Problem(f"and {more} more bad rows", str(self.list_file))] if more else []
+        return [*self.first, *tail]
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Progress]:
+    """Draw bars of bytes where a person looks on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+def read_inputs(
+    inputs: tuple[Input, ...], data: DataSection, task: str, spool: Spool, folder: Path, console: Console
+) -> Account:
+    """Read, check and canonicalise every row into `spool`.
+
+    Args:
+        inputs: What to read.
+        data: The recipe's section, for `split_by` and `max_dropped`.
+        task: Whose canonical form is wanted.
+        spool: Takes the good rows; open.
+        folder: Where the list of bad rows goes, if there are any.
+        console: Shows the progress.
+
+    Raises:
+        DataError: A file cannot be read to its end, or the share of bad rows is above `max_dropped`.
+    """
+    (folder / BAD_ROWS).unlink(missing_ok=True)
+    account = Account(folder / BAD_ROWS)
+    problems: list[Problem] = []
+    taken: Counter[int] = Counter()
+    with show_progress(console) as progress:
+        bar = progress.add_task("read rows", total=sum(one.size for one in inputs))
+        try:
+            for one in inputs:
+                try:
+                    _read_input(one, data, task, spool, account, taken, progress, bar)
+                except DataError as error:
+                    problems += error.problems
+        finally:
+            account.close()
+    if problems:
+        raise DataError(*problems, *account.problems())
+    _check_share(account, data.max_dropped)
+    return account
+
+
+def _read_input(
+    one: Input,
+    data: DataSection,
+    task: str,
+    spool: Spool,
+    account: Account,
+    taken: Counter[int],
+    progress: Progress,
+    bar: TaskID,
+) -> None:
+    limit = one.source.limit
+    side = -1 if one.side is None else SIDES.index(one.side)
+    columns = one.source.columns
+    for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
+        if limit is not None and taken[one.number] >= limit:
+            return
+        account.rows_in += 1
+        if isinstance(value, Unreadable):
+            account.add_bad(origin, value)
+            continue
+        try:
+            raw = rename(value, columns)
+            row = canonicalise(raw, one.form, task)
+            text = to_json(row)
+            content = hash_content(row)
+            group = _group(raw, data.split_by, required=side < 0) or int.from_bytes(content[8:], "big")
+        except RowError as error:
+            account.add_bad(origin, error)
+            continue
+        taken[one.number] += 1
+        spool.add(origin, text, content, xxhash.xxh3_64_intdigest(text.encode()), group, one.number, side)
+
+
+def _group(raw: Mapping[str, Any], split_by: str | None, required: bool) -> int | None:
+    """Hash the value that decides the side; None where that is the row's own content."""
+    if split_by is None:
+        return None
+    value = raw.get(split_by)
+    if value is None:
+        if required:
+            raise RowError("no value to split by", f"{split_by!r} (data.split_by) is missing or null")
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
+
+
+def _check_share(account: Account, allowed: float) -> None:
+    bad = account.bad.total()
+    if account.rows_in and bad / account.rows_in <= allowed and bad < account.rows_in:
+        return
+    share = bad / max(account.rows_in, 1)
+    what = f"{bad:,} of {account.rows_in:,} rows are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
+    fix = f"Mend them, or raise data.max_dropped. All of them: {account.list_file}"
+    raise DataError(Problem(what, fix=fix), *account.problems())

@@ -1,0 +1,168 @@
+"""The rows of a JSON file, one after the other, without holding the file in memory."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+CHUNK = 2**20
+ROW_COLUMNS = frozenset(
+    {"messages", "conversations", "conversation", "tools", "functions", "history", "prompt", "completion"}
+)
+"""Columns of a row that may hold a list of objects: an object with one of these is a row, not a holder of rows."""
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NEAR_THE_END = 16
+"""A syntax error this close to the end of what was read may be a value that goes on; longer than `-Infinity`."""
+
+
+class JsonSyntaxError(Exception):
+    """Text that is not JSON: `line` is where, the message is what."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class _Window:
+    """The part of a JSON text that is in memory, and the place up to which it was taken."""
+
+    def __init__(self, stream: io.BufferedReader, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scan = json.JSONDecoder().raw_decode
+        self._bytes = 0
+        self._line = 1
+        self._ended = False
+        self._text = ""
+        self._place = 0
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self._text, self._place)
+            self._place = match.end() if match else self._place
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._read():
+                return ""
+
+    def take(self, wanted: str) -> str:
+        """Step over one of the characters `wanted` and return it."""
+        found = self.peek()
+        if not found or found not in wanted:
+            shown = repr(found) if found else "the end of the file"
+            raise self.error(f"{' or '.join(wanted)} expected, not {shown}", self._place)
+        self._place += 1
+        return found
+
+    def value(self) -> Any:
+        """Parse the next value, reading on until it is whole."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._text, self._place)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _NEAR_THE_END
+                if not (cut and self._read()):
+                    raise self.error(error.msg, error.pos) from error
+            except (ValueError, RecursionError) as error:
+                raise self.error(str(error), self._place) from error
+            else:
+                if end < len(self._text) or not self._read():  # a number at the end may go on
+                    self._place = end
+                    return value
+            if len(self._text) - self._place > self._limit:
+                raise self.error(f"a value of more than {self._limit >> 20} MiB", self._place)
+
+    def _read(self) -> bool:
+        """Read on and let go of what was taken; the step doubles with what is held, so that long values stay linear."""
+        if self._ended:
+            return False
+        self._line += self._text.count("\n", 0, self._place)
+        self._text = self._text[self._place :]
+        self._place = 0
+        data = self._stream.read(max(CHUNK, len(self._text)))
+        self._ended = not data
+        try:
+            self._text += self._decode.decode(data, final=self._ended)
+        except UnicodeDecodeError as error:
+            pending = len(error.object) - len(data)
+            offset = self._bytes - pending + error.start
+            raise self.error(f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}", 0) from error
+        self._bytes += len(data)
+        return not self._ended
+
+    def error(self, message: str, place: int | None = None) -> JsonSyntaxError:
+        """Make an error that names the line of `place` in the window (or of where it stands)."""
+        return JsonSyntaxError(message, self._line + self._text.count("\n", 0, self._place if place is None else place))
+
+
+def read_json_items(stream: io.BufferedReader, limit: int) -> Iterator[Any]:
+    """Yield the rows of a JSON text: the items of a list, of the list in an object, or objects that follow one another.
+
+    Args:
+        stream: UTF-8; read forward only, so it may be compressed.
+        limit: Bytes that one row may take.
+
+    Raises:
+        JsonSyntaxError: At the first mistake; rows before it have been yielded.
+    """
+    window = _Window(stream, limit)
+    if not window.peek():
+        return
+    if window.peek() == "[":
+        yield from _items(window)
+        if window.peek():
+            raise window.error("text behind the end of the list")
+        return
+    yield from _object(window)
+    while window.peek():
+        yield window.value()
+
+
+def _items(window: _Window) -> Iterator[Any]:
+    window.take("[")
+    if window.peek() == "]":
+        window.take("]")
+        return
+    while True:
+        yield window.value()
+        if window.take(",]") == "]":
+            return
+
+
+def _object(window: _Window) -> Iterator[Any]:
+    """Yield the rows in the only list of objects that the first object holds, or else the object itself."""
+    fields: dict[str, Any] = {}
+    rows_in: str | None = None
+    window.take("{")
+    while window.peek() != "}":
+        if window.peek() != '"':
+            window.take('"')
+        key = window.value()
+        window.take(":")
+        if window.peek() == "[" and key not in ROW_COLUMNS and not ROW_COLUMNS & fields.keys():
+            items = _items(window)
+            first = list(islice(items, 1))
+            if not first or not isinstance(first[0], dict):
+                fields[key] = [*first, *items]
+            elif rows_in is not None:
+                raise window.error(f"two lists of rows, {rows_in!r} and {key!r}; keep one")
+            else:
+                rows_in = key
+                yield from first
+                yield from items
+        else:
+            fields[key] = window.value()
+        if window.peek() != "}":
+            window.take(",")
+    window.take("}")
+    if rows_in is None:
+        yield fields

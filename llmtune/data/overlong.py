@@ -1,0 +1,167 @@
+"""Rows longer than `data.max_length`: refused, left out, cut where no target is lost, or split.
+
+`truncate` keeps the last answer whole. Of a conversation the earliest exchanges go first (their answers with them), the
+system message stays, then the start of the last question goes; of a completion the start of its prompt goes. What
+still does not fit, and plain text, which has no prompt, is left out with the reason.
+
+`split` loses nothing that is learned: a conversation is cut before a user's turn, each part with the system message and
+as many exchanges as fit; a completion into windows that share one token, so that each token is predicted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+from llmtune.records import Example, Row
+
+TOO_LONG = "too long"
+"""How the reason begins for a row that is left out because of its length."""
+
+NOTHING = "nothing to learn"
+"""How the reason begins for a row without a supervised token."""
+
+Encoded = list[Example] | str
+Encode = Callable[[Row], Encoded]
+"""Encode one row whatever its length: its examples, or the reason why not."""
+
+_TRIES = 6
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Return the length in tokens of the longest example."""
+    return max(len(example.input_ids) for example in examples)
+
+
+def too_long(tokens: int, max_length: int, why: str = "") -> str:
+    """Return the reason for a row of so many tokens."""
+    return f"{TOO_LONG}: {tokens} tokens, data.max_length is {max_length}{why}"
+
+
+def fit_chat(
+    row: Row,
+    examples: list[Example],
+    encode: Encode,
+    *,
+    on_overlong: str,
+    max_length: int,
+    shorten: Callable[[str, int], str],
+) -> Encoded:
+    """Bring the examples of a conversation below `max_length` tokens, or say why not.
+
+    `shorten(text, tokens)` cuts at least so many tokens from the start of a text.
+    """
+    if longest(examples) <= max_length:
+        return examples
+    if on_overlong == "truncate":
+        return _truncate_chat(row, longest(examples), encode, max_length, shorten)
+    if on_overlong == "split":
+        return _split_chat(row, longest(examples), encode, max_length)
+    return too_long(longest(examples), max_length)
+
+
+def _exchanges(messages: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
+    """Split a conversation into its system messages and its exchanges: from a user's turn up to the next."""
+    start = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
+    exchanges: list[list[Row]] = []
+    for i, message in enumerate(messages[start:], start):
+        begins = message["role"] == "user" and (i == start or messages[i - 1]["role"] == "assistant")
+        if begins or not exchanges:
+            exchanges.append([])
+        exchanges[-1].append(message)
+    return list(messages[:start]), exchanges
+
+
+def _truncate_chat(
+    row: Row, tokens: int, encode: Encode, max_length: int, shorten: Callable[[str, int], str]
+) -> Encoded:
+    system, exchanges = _exchanges(row["messages"])
+    for first in range(1, len(exchanges)):
+        examples = encode({**row, "messages": [*system, *chain.from_iterable(exchanges[first:])]})
+        if isinstance(examples, str):
+            return too_long(tokens, max_length, f", and cut at a turn: {examples}")
+        if longest(examples) <= max_length:
+            return examples
+    question, *rest = exchanges[-1]
+    for _ in range(_TRIES):  # a cut text may take a token more than was counted
+        examples = encode({**row, "messages": [*system, question, *rest]})
+        if isinstance(examples, str):
+            return too_long(tokens, max_length, f", and with its question cut: {examples}")
+        if longest(examples) <= max_length:
+            return examples
+        if question["role"] != "user":
+            break
+        question = {**question, "content": shorten(question["content"], longest(examples) - max_length)}
+        if not question["content"]:
+            break
+    return too_long(tokens, max_length, ", and its last answer does not fit with any of its question")
+
+
+def _split_chat(row: Row, tokens: int, encode: Encode, max_length: int) -> Encoded:
+    """Fill parts with exchanges from the first to the last."""
+    system, exchanges = _exchanges(row["messages"])
+    parts: list[Example] = []
+    first = 0
+    while first < len(exchanges):
+        best: list[Example] = []
+        end = first
+        for stop in range(first + 1, len(exchanges) + 1):
+            examples = encode({**row, "messages": [*system, *chain.from_iterable(exchanges[first:stop])]})
+            if isinstance(examples, str):
+                if not examples.startswith(NOTHING):
+                    return too_long(tokens, max_length, f", and split at a turn: {examples}")
+            elif longest(examples) > max_length:
+                break
+            else:
+                best = examples
+            end = stop  # exchanges with nothing to learn in them are passed over
+        if end == first:
+            return too_long(tokens, max_length, ", and one exchange alone does not fit")
+        parts += best
+        first = end
+    return parts or too_long(tokens, max_length, ", and what is left of it has nothing to learn")
+
+
+def fit_completion(
+    example: Example,
+    prompt_tokens: int,
+    byte_at: Callable[[int], int],
+    *,
+    on_overlong: str,
+    max_length: int,
+    start: int,
+) -> Encoded:
+    """Bring a completion below `max_length` tokens, or say why not.
+
+    `start` is 1 where the tokenizer puts a token before every text, else 0; `byte_at(k)` is how many bytes of the text
+    the first k tokens hold.
+    """
+    tokens = len(example.input_ids)
+    if tokens <= max_length:
+        return [example]
+    if on_overlong == "truncate":
+        if not prompt_tokens:
+            return too_long(
+                tokens, max_length, ", and plain text has no prompt to cut: data.on_overlong: split keeps all"
+            )
+        excess = tokens - max_length
+        if prompt_tokens - start <= excess:
+            return too_long(tokens, max_length, ", and the completion does not fit with any of its prompt")
+        ids = [*example.input_ids[:start], *example.input_ids[start + excess :]]
+        return [Example(ids, [border - excess for border in example.spans], example.target_bytes)]
+    if on_overlong == "split":
+        if prompt_tokens >= max_length:
+            return too_long(tokens, max_length, ", and its prompt alone does not fit")
+        return _windows(example, byte_at, max_length)
+    return too_long(tokens, max_length)
+
+
+def _windows(example: Example, byte_at: Callable[[int], int], max_length: int) -> list[Example]:
+    """Cut into windows; each begins with the last token of the one before, as context."""
+    ids, first = example.input_ids, example.spans[0]
+    windows = []
+    for start in range(0, len(ids) - 1, max_length - 1):
+        end = min(start + max_length, len(ids))
+        learned = max(first, start + 1)
+        windows.append(Example(ids[start:end], [learned - start, end - start], byte_at(end) - byte_at(learned)))
+    return windows

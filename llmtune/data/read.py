@@ -1,0 +1,317 @@
+"""Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
+
+A raw row is a pair: its origin (`file:line`, or `file:row N` where lines mean nothing) and either the columns as a dict
+or an `Unreadable` that says why there are none. What makes the rest of a file unreadable is raised as a DataError.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.errors import DataError
+
+MAX_ROW_BYTES = 32 * 2**20
+"""A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
+
+TEXT_PIECE = 2**16
+"""Characters above which a text file is cut into several rows, at the next blank line."""
+
+PARQUET_ROWS = 512
+
+Advance = Callable[[int], object]
+"""Told how many bytes of the file were read, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A row that could not be read: the kind of mistake (counted by it) and what exactly is wrong."""
+
+    reason: str
+    detail: str
+
+
+ByteStream: TypeAlias = "io.BufferedReader[Any]"
+
+RawRow = tuple[str, dict[str, Any] | Unreadable]
+
+
+def read_file(path: Path, name: str, container: str, advance: Advance = lambda count: None) -> Iterator[RawRow]:
+    """Yield the raw rows of a file, whose origins begin with `name`.
+
+    Raises:
+        DataError: The file cannot be opened, or cannot be read on from some place.
+    """
+    with explained(name):
+        if container == "parquet":
+            yield from _read_parquet(path, name, advance)
+            return
+        with open_bytes(path, advance) as stream:
+            _refuse_other_encodings(stream, name)
+            yield from READERS[container](stream, name)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what the libraries raise on a damaged or unreadable file into a DataError that names it."""
+    try:
+        yield
+    except PermissionError as error:
+        what = "the file may not be read (permission denied)"
+        raise DataError.of(what, name, "Give yourself the right to read it.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        what = f"the compressed file is damaged or cut short ({error})"
+        raise DataError.of(what, name, "Fetch or compress it again.") from error
+    except pa.ArrowException as error:
+        raise DataError.of(f"not a readable Parquet file: {_first_line(error)}", name) from error
+    except JsonSyntaxError as error:
+        fix = "Mend the file; a JSON file cannot be read on behind a mistake, JSON lines can."
+        raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
+    except OSError as error:
+        raise DataError.of(f"the file cannot be read ({error.strerror or error})", name) from error
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how far it has been read."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+        self._advance = advance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer) or 0
+        self._advance(count)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Unpacked(io.RawIOBase):
+    """What zstandard frames hold; unlike the library's own reader it does not take a cut file for a whole one."""
+
+    def __init__(self, packed: ByteStream) -> None:
+        self._packed = packed
+        self._frame: Any = None
+        self._rest = b""
+        self._data = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._data:
+            block = self._rest or self._packed.read1(2**17)
+            self._rest = b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the last frame is not complete")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._data = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._data))
+        buffer[:count] = self._data[:count]
+        self._data = self._data[count:]
+        return count
+
+
+@contextmanager
+def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
+    """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way."""
+    with io.BufferedReader(cast(io.RawIOBase, _Counted(path, advance)), 2**18) as raw:
+        magic = raw.peek(4)[:4]
+        if magic[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield cast(ByteStream, unpacked)
+        elif magic == b"\x28\xb5\x2f\xfd":
+            with io.BufferedReader(cast(io.RawIOBase, _Unpacked(raw)), 2**18) as unpacked:
+                yield unpacked
+        else:
+            yield raw
+
+
+def _refuse_other_encodings(stream: ByteStream, name: str) -> None:
+    start = stream.peek(4)[:4]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError.of("the file is UTF-16", name, "Save it as UTF-8.")
+    if start == b"PAR1":
+        raise DataError.of("the file is Parquet, whatever its name says", name, "Set `format: parquet`.")
+
+
+def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
+    offset = number = 0
+    while line := stream.readline(MAX_ROW_BYTES):
+        number += 1
+        if len(line) == MAX_ROW_BYTES:
+            what = f"a line of more than {MAX_ROW_BYTES >> 20} MiB"
+            raise DataError.of(what, f"{name}:{number}", "One row a line is expected; is it JSON? Set `format: json`.")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.isspace():
+            yield f"{name}:{number}", _parse_line(line, offset)
+        offset += len(line)
+
+
+def _parse_line(line: bytes, offset: int) -> dict[str, Any] | Unreadable:
+    """Read one line that begins at byte `offset` of its file."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return not_utf8(line[error.start], offset + error.start)
+    except json.JSONDecodeError as error:
+        return Unreadable("not valid JSON", f"{error.msg} at column {error.colno}")
+    except RecursionError:
+        return Unreadable("not valid JSON", "nested too deeply")
+    except ValueError as error:  # integers of more than 4,300 digits
+        return Unreadable("not valid JSON", str(error))
+    if isinstance(value, dict):
+        return value
+    hint = "; if the file is one JSON list, set `format: json`" if isinstance(value, list) else ""
+    return Unreadable("not a JSON object", f"the line is {describe(value)}{hint}")
+
+
+def not_utf8(byte: int, offset: int) -> Unreadable:
+    """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
+    return Unreadable("not UTF-8", f"byte 0x{byte:02x} at offset {offset}")
+
+
+def describe(value: object) -> str:
+    """Name the kind of a JSON value, as a person would."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _read_json(stream: ByteStream, name: str) -> Iterator[RawRow]:
+    """Read a JSON file: a list of rows, an object that holds one, or objects one after the other."""
+    if _looks_like_lines(stream.peek(1)):
+        yield from _read_lines(stream, name)
+        return
+    for number, value in enumerate(read_json_items(stream, MAX_ROW_BYTES), 1):
+        if isinstance(value, dict):
+            yield f"{name}:row {number}", value
+        else:
+            yield f"{name}:row {number}", Unreadable("not a JSON object", f"the row is {describe(value)}")
+
+
+def _looks_like_lines(start: bytes) -> bool:
+    """Whether a file whose name says JSON holds JSON lines, as many do: then a mistake costs a line, not the rest."""
+    line, _, rest = start.partition(b"\n")
+    return not rest.isspace() and rest != b"" and isinstance(_parse_line(line, 0), dict)
+
+
+def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    header_line = text.readline(MAX_ROW_BYTES)
+    delimiter = max(",;\t", key=header_line.count)
+    csv.field_size_limit(MAX_ROW_BYTES)
+    lines = csv.reader(_chain(header_line, text), delimiter=delimiter, strict=True)
+    try:
+        header = _check_header(next(lines, []), name)
+        line = lines.line_num + 1
+        for cells in lines:
+            if cells:
+                yield f"{name}:{line}", _name_cells(cells, header)
+            line = lines.line_num + 1
+    except csv.Error as error:
+        fix = 'Quote cells that hold the delimiter, a line end or a quote, and double the quotes inside: "say ""hi""".'
+        raise DataError.of(f"not valid CSV: {error}", f"{name}:{lines.line_num}", fix) from error
+
+
+def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _check_header(header: list[str], name: str) -> list[str]:
+    header = [cell.strip() for cell in header]
+    twice = sorted({cell for cell in header if header.count(cell) > 1})
+    if twice:
+        raise DataError.of(f"two columns with the name {twice[0]!r}", f"{name}:1", "Rename one of them.")
+    return header
+
+
+def _name_cells(cells: list[str], header: list[str]) -> dict[str, Any] | Unreadable:
+    if len(cells) != len(header):
+        return Unreadable("wrong number of columns", f"{len(cells)} cells, the header has {len(header)}")
+    for cell in cells:
+        if (bad := _escaped_byte(cell)) is not None:
+            return Unreadable("not UTF-8", f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path, name: str, advance: Advance) -> Iterator[RawRow]:
+    size = path.stat().st_size
+    with pq.ParquetFile(path) as file:
+        total, number = file.metadata.num_rows, 0
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            advance(size * batch.num_rows // total)
+            try:
+                rows = batch.to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError.of(f"not UTF-8: {error}", f"{name}:row {number + 1}") from error
+            for row in rows:
+                number += 1
+                yield f"{name}:row {number}", row
+
+
+def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
+    """Read a document; a long one in pieces of TEXT_PIECE characters and more, cut at blank lines (or at any line end).
+
+    Pieces are cut from the start, so that a file that grows at its end keeps all pieces but the last.
+    """
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    piece: list[str] = []
+    size = offset = 0
+    number = first = 1
+    while line := lines.readline(TEXT_PIECE):
+        if (bad := _escaped_byte(line)) is not None:
+            place = offset + len(line[:bad].encode())
+            what = not_utf8(ord(line[bad]) - 0xDC00, place)
+            raise DataError.of(f"{what.reason}: {what.detail}", f"{name}:{number}", "Save the file as UTF-8.")
+        offset += len(line.encode())
+        piece.append(line)
+        size += len(line)
+        number += line.endswith("\n")
+        if (size >= TEXT_PIECE and line.isspace()) or size >= 2 * TEXT_PIECE:
+            yield f"{name}:{first}", {"text": "".join(piece)}
+            piece, size, first = [], 0, number
+    if piece and (first == 1 or not "".join(piece).isspace()):
+        yield f"{name}:{first}", {"text": "".join(piece)}
+
+
+def _escaped_byte(text: str) -> int | None:
+    """Where `text` holds a byte that was not UTF-8 when it was decoded with `surrogateescape`."""
+    if text.isascii():
+        return None
+    return next((place for place, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+READERS: dict[str, Callable[[ByteStream, str], Iterator[RawRow]]] = {
+    "jsonl": _read_lines,
+    "json": _read_json,
+    "csv": _read_csv,
+    "text": _read_text,
+}

@@ -1,0 +1,135 @@
+"""The data report: how many rows, why the others were left out, how long they are, and what of them is learned."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from llmtune.data.examples import ExampleReader
+from llmtune.records import Example, Examples, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BINS = 10
+BAR_CELLS = 40
+SHOWN_CHARACTERS = 2000
+
+Piece = tuple[str, bool]
+"""A text, and whether it is learned."""
+
+
+def describe_examples(
+    rows: Rows, examples: Examples, processor: PreTrainedTokenizerBase, console: Console
+) -> dict[str, Any]:
+    """Print the data report and return it as JSON can hold it.
+
+    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share`; `dropped` by
+    reason (`rows` and `examples` together); `histogram` (training examples: `edges` in tokens, `counts`); `example`,
+    the first training example as pieces `[text, learned]`.
+    """
+    train = ExampleReader(examples, "train")
+    edges, counts = _histogram(train.lengths)
+    dropped = dict(rows.dropped)
+    for reason, count in examples.dropped.items():
+        dropped[reason] = dropped.get(reason, 0) + count
+    pieces = _pieces(train[0], processor)
+    tokens = sum(examples.tokens.values())
+    share = sum(examples.supervised.values()) / tokens if tokens else 0.0
+    console.print(_sides(rows, examples))
+    console.print(_dropped(rows.rows_in, dropped))
+    console.print(_bars(edges, counts))
+    console.print(f"{share:.1%} of all tokens are learned.")
+    console.print(Panel(_coloured(pieces), title="one example: green is learned", title_align="left"))
+    return {
+        "rows_in": rows.rows_in,
+        "rows": dict(rows.counts),
+        "examples": dict(examples.counts),
+        "tokens": dict(examples.tokens),
+        "supervised": dict(examples.supervised),
+        "longest": dict(examples.longest),
+        "supervised_share": share,
+        "dropped": dropped,
+        "histogram": {"edges": edges, "counts": counts},
+        "example": [list(piece) for piece in pieces],
+    }
+
+
+def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
+    """Count lengths in bins of whole tokens: `edges` has one entry more than `counts`."""
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    width = max(1, -(-(high - low) // BINS))
+    edges = list(range(low, high + width, width))
+    counts, _ = np.histogram(lengths, bins=edges)
+    return edges, counts.tolist()
+
+
+def _pieces(example: Example, processor: PreTrainedTokenizerBase) -> list[Piece]:
+    """Cut an example into stretches that are learned and such that are not."""
+    learned = [False] * len(example.input_ids)
+    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+        learned[start:end] = [True] * (end - start)
+    pieces = []
+    for flag, pairs in groupby(zip(example.input_ids, learned, strict=True), key=lambda pair: pair[1]):
+        ids = [token for token, _ in pairs]
+        text = processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pieces.append((_cut(text), flag))
+    return pieces
+
+
+def _cut(text: str) -> str:
+    """Leave the middle of a long text out, and say how much that is."""
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    half = SHOWN_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _coloured(pieces: list[Piece]) -> Text:
+    text = Text()
+    for piece, learned in pieces:
+        text.append(piece, style="green" if learned else "dim")
+    return text
+
+
+def _sides(rows: Rows, examples: Examples) -> Table:
+    table = Table(title="data", title_justify="left")
+    table.add_column("side")
+    for heading in ("rows", "examples", "tokens", "learned", "share", "longest"):
+        table.add_column(heading, justify="right")
+    for side, count in examples.counts.items():
+        tokens, learned = examples.tokens[side], examples.supervised[side]
+        numbers = (rows.counts[side], count, tokens, learned)
+        share = f"{learned / tokens:.1%}" if tokens else "-"
+        table.add_row(side, *(f"{number:,}" for number in numbers), share, f"{examples.longest[side]:,}")
+    return table
+
+
+def _dropped(rows_in: int, dropped: dict[str, int]) -> Table | str:
+    if not any(dropped.values()):
+        return f"{rows_in:,} rows read, none left out."
+    table = Table(title=f"{rows_in:,} rows read; left out:", title_justify="left", show_header=False)
+    table.add_column("rows", justify="right")
+    table.add_column("reason", overflow="fold")
+    for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(f"{count:,}", Text(reason))
+    return table
+
+
+def _bars(edges: list[int], counts: list[int]) -> Table:
+    table = Table(title="length of training examples", title_justify="left", show_header=False, box=None)
+    table.add_column("tokens", justify="right")
+    table.add_column("bar")
+    table.add_column("examples", justify="right")
+    most = max(counts)
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        cells = -(-count * BAR_CELLS // most)  # a bin that is not empty shows
+        table.add_row(f"{low:,} - {high - 1:,}", "█" * cells, f"{count:,}")
+    return table

@@ -1,0 +1,268 @@
+"""The recipe's data sources, resolved to the files that are read and what each of them holds."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llmtune.data import hub
+from llmtune.data.formats import FORMATS, RowFormat, detect, unused_keys
+from llmtune.data.read import RawRow, Unreadable, read_file
+from llmtune.errors import DataError, Problem, nearest
+from llmtune.recipe import DataSection, Source
+from llmtune.recipe.shipped import recipes_folder
+from llmtune.records import SIDES
+
+ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+IN_FOLDERS = tuple(ending for ending in ENDINGS if ending != ".md")
+"""What is taken from a folder: its README is no data."""
+PACKED = (".gz", ".zst", ".zstd")
+CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
+LOOKED_AT = 20
+"""Good rows by which a file's format is told."""
+LOOKED_THROUGH = 1000
+"""Rows among which they must be found."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file (or hub data set) that is read, and for which side."""
+
+    source: Source
+    number: int
+    """The source's place among all of the recipe's."""
+    side: str | None
+    """None where the split decides."""
+    name: str
+    """How it is called in origins and messages."""
+    path: Path | None
+    """None for a hub data set."""
+    container: str
+    form: RowFormat
+
+    def raw_rows(self, advance: Callable[[int], object] = lambda count: None) -> Iterator[RawRow]:
+        """Read it from its start."""
+        return _raw_rows(self.source, self.path, self.name, self.container, advance)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, for the progress bar."""
+        return self.path.stat().st_size if self.path else 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is to be read, and what a person should know before."""
+
+    inputs: tuple[Input, ...]
+    unused: tuple[str, ...]
+    """Columns and message keys that are there and not used."""
+
+
+def resolve_inputs(data: DataSection, task: str) -> Inputs:
+    """Find the files of every source and look at their first rows.
+
+    Raises:
+        DataError: All that is wrong with any of them: missing, empty, unreadable, of an unknown or mixed format.
+    """
+    inputs: list[Input] = []
+    problems: list[Problem] = []
+    unused: dict[str, None] = {}
+    for number, (key, side, source) in enumerate(_sources(data)):
+        try:
+            found = _resolve_source(source, number, side, key, task, unused)
+        except DataError as error:
+            problems += error.problems
+        else:
+            inputs += found
+    DataError.collect(problems)
+    return Inputs(tuple(inputs), tuple(unused))
+
+
+def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
+    """Yield every source with its key and the side it is for."""
+    for side in SIDES:
+        sources = getattr(data, side)
+        if isinstance(sources, tuple):
+            for number, source in enumerate(sources):
+                key = f"data.{side}" if len(sources) == 1 else f"data.{side}[{number}]"
+                yield key, None if side == "train" else side, source
+
+
+def _resolve_source(
+    source: Source, number: int, side: str | None, key: str, task: str, unused: dict[str, None]
+) -> list[Input]:
+    name = hub.dataset_name(source)
+    files: list[tuple[str, Path | None, str]]
+    if name is not None:
+        files = [(source.path, None, "hub")]
+    else:
+        files = [(shown(path), path, _container(path, source, key)) for path in find_files(source, key)]
+    inputs: list[Input] = []
+    problems: list[Problem] = []
+    for shown_name, path, container in files:
+        try:
+            form, keys = _look(source, path, shown_name, container, task)
+        except DataError as error:
+            problems += error.problems
+            continue
+        unused.update(dict.fromkeys(keys))
+        inputs.append(Input(source, number, side, shown_name, path, container, form))
+    kinds = {one.form.name: one.name for one in reversed(inputs)}
+    if len(kinds) > 1:
+        told = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
+        problems.append(Problem(f"mixed formats: {told}", key, "Make a source of each."))
+    DataError.collect(problems)
+    return inputs
+
+
+def find_files(source: Source, key: str) -> list[Path]:
+    """Return the files that a source names, sorted.
+
+    Raises:
+        DataError: There is none.
+    """
+    if source.path.startswith("builtin:"):
+        return [_builtin_file(source.path.removeprefix("builtin:"), key)]
+    path = Path(source.path)
+    if path.is_dir():
+        return _files_in(path, key)
+    if os.path.lexists(path):
+        return [path]
+    if glob.has_magic(source.path):
+        found = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise DataError.of(f"no file matches {source.path}", key, "Check the pattern; `**` crosses folders.")
+        return found
+    raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
+
+
+def _builtin_file(name: str, key: str) -> Path:
+    folder = recipes_folder() / "data"
+    known = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
+    if name not in known:
+        fix = f"Those that come with llmtune: {', '.join(known) or 'none'}.{nearest(name, list(known))}"
+        raise DataError.of(f"no data called builtin:{name}", key, fix)
+    return known[name]
+
+
+def _files_in(folder: Path, key: str) -> list[Path]:
+    try:
+        names = sorted(path for path in folder.rglob("*") if path.is_file())
+    except PermissionError as error:
+        raise DataError.of("the folder may not be read (permission denied)", f"{key}: {folder}") from error
+    hidden = (".", "_")
+    names = [path for path in names if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
+        raise DataError.of("a data set written by save_to_disk, which is not read", f"{key}: {folder}", fix)
+    known = [path for path in names if _ending(path) in IN_FOLDERS]
+    if not known:
+        what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
+        raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, packed or not.")
+    return known
+
+
+def _missing_hint(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    names = sorted(entry.name for entry in parent.iterdir()) if os.access(parent, os.R_OK) else []
+    return f"Looked in {parent}.{nearest(path.name, names)}"
+
+
+def _ending(path: Path) -> str:
+    """Return the ending that tells the kind of file, with what it is packed in taken off."""
+    return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
+
+
+def _container(path: Path, source: Source, key: str) -> str:
+    """Tell how a file is read: as `format` says if that is a kind of file, else by its ending."""
+    ending = ENDINGS.get(_ending(path))
+    if source.format in CONTAINERS and not (source.format == "text" and ending not in (None, "text")):
+        return source.format
+    if ending is None:
+        fix = f"Set `format:` to one of {', '.join(CONTAINERS)}; known endings are {', '.join(ENDINGS)}."
+        raise DataError.of(f"the ending {_ending(path)!r} does not say what it is", f"{key}: {path}", fix)
+    return ending
+
+
+def _raw_rows(
+    source: Source, path: Path | None, name: str, container: str, advance: Callable[[int], object]
+) -> Iterator[RawRow]:
+    if path is None:
+        return hub.read_hub(name.removeprefix(hub.HUB), source)
+    return read_file(path, name, container, advance)
+
+
+def _look(source: Source, path: Path | None, name: str, container: str, task: str) -> tuple[RowFormat, list[str]]:
+    """Tell a file's row format by its first good rows, and list what of them is not used."""
+    rows: list[dict[str, Any]] = []
+    first_bad: str | None = None
+    for origin, value in islice(_raw_rows(source, path, name, container, lambda count: None), LOOKED_THROUGH):
+        if isinstance(value, Unreadable):
+            first_bad = first_bad or f"{origin}: {value.reason} ({value.detail})"
+        else:
+            rows.append(value)
+            if len(rows) == LOOKED_AT:
+                break
+    if not rows:
+        what = f"none of the first rows can be read; {first_bad}" if first_bad else "the file is empty: no rows"
+        raise DataError.of(what, name, None if first_bad else "Give a file with rows, or take it out of the recipe.")
+    forced = source.format if source.format in FORMATS else None
+    form, problem = detect(rows, task, source.columns, forced, name)
+    if form is None:
+        assert problem is not None
+        raise DataError(problem)
+    return form, [key for row in rows for key in unused_keys(row, form, source.columns)]
+
+
+def shown(path: Path) -> str:
+    """Return a file's name as a person knows it: relative where it lies below the working folder."""
+    working = Path.cwd()
+    return str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
+
+
+def hash_sources(data: DataSection) -> str:
+    """Hash all that `prepare_rows` reads: sha256 over the sources, the names and bytes of their files, and hub commits.
+
+    Raises:
+        DataError: A source names nothing that can be read.
+        EnvironmentProblem: The commit of a hub data set cannot be found out.
+    """
+    digest = hashlib.sha256()
+    problems: list[Problem] = []
+    for key, side, source in _sources(data):
+        told = source.model_dump(mode="json", exclude={"path"})
+        digest.update(json.dumps([side, told], sort_keys=True).encode())
+        name = hub.dataset_name(source)
+        try:
+            if name is not None:
+                digest.update(f"{name} {hub.resolve_commit(name, source.revision)}\n".encode())
+                continue
+            for path in find_files(source, key):
+                with path.open("rb") as file:
+                    digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        except DataError as error:
+            problems += error.problems
+        except OSError as error:
+            problems.append(Problem(f"it cannot be read ({error.strerror})", f"{key}: {source.path}"))
+    DataError.collect(problems)
+    return digest.hexdigest()

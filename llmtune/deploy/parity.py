@@ -1,0 +1,187 @@
+"""Whether two models say the same: logits, first choices and greedy answers on the same prompts, held against limits.
+
+Shapes: T positions of a prompt and its answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from llmtune.evaluate.generation import generate_batch, only_these_settings, stop_ids
+from llmtune.records import Row, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that adds two numbers.",
+    "List three things to pack for a walk in the rain.",
+    "Translate into German: The train leaves at nine o'clock.",
+    "12 apples cost 6 euros. How much do 30 apples cost?",
+    "Summarize: The committee met on Tuesday, talked for three hours and decided nothing.",
+    "Once upon a time there was a small town by the sea, and",
+)
+ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one model said to one prompt, with its logits [T, V] over prompt and answer, on the CPU in float32."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far one model is from another; kl in nats a position."""
+
+    prompts: int
+    positions: int
+    largest_logit_difference: float
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    """Share of positions where both have the same first choice."""
+    answer_agreement: float
+    """Share of prompts with the same greedy answer."""
+    same_ids: bool
+    """Whether the saved tokenizer and template make the same token ids."""
+    effect_kl: float | None
+    """How far tuning had moved the model from its base on the same positions; None where that cannot be told."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is admitted: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`."""
+
+    kl_floor: float
+    kl_cap: float
+    top1: float
+    logit_difference: float | None = None
+
+    def kl(self, effect: float | None) -> float:
+        """The limit of `kl_mean` for a tuning that moved the model by `effect`."""
+        return max(self.kl_floor, min(self.kl_cap, EFFECT_SHARE * (effect or 0.0)))
+
+
+EFFECT_SHARE = 0.05
+"""A merge may undo so much of what tuning did."""
+LIMITS = {
+    "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
+    "rounded": Limits(kl_floor=5e-3, kl_cap=2e-2, top1=0.95),
+    "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
+}
+"""exact: float32 throughout. rounded: 16 bits on one side. other base: a 4-bit adapter on the original weights."""
+
+
+def render_prompts(
+    task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row] = ()
+) -> list[list[int]]:
+    """Return the ids of `PROMPTS`, and of `rows` without their answers, as the task makes them."""
+    if task.name == "completion":
+        fixed: list[Row] = [{"prompt": text, "completion": ""} for text in PROMPTS]
+    else:
+        fixed = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
+    return [task.render(row, processor, recipe) for row in (*fixed, *(task.prompt(row)[0] for row in rows))]
+
+
+def trace_answers(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]
+) -> list[Trace]:
+    """Let `model` answer each prompt greedily; keep answers and logits."""
+    traces = []
+    for prompt in prompts:
+        answer = answer_greedily(model, processor, prompt)
+        traces.append(Trace(tuple(prompt), tuple(answer), logits_over(model, [*prompt, *answer])))
+    return traces
+
+
+def answer_greedily(model: PreTrainedModel, processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
+    """Return the first `ANSWER_TOKENS` ids of the greedy answer."""
+    stops = stop_ids(model, processor)
+    settings = GenerationConfig(
+        max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=stops or None, pad_token_id=processor.pad_token_id
+    )
+    with only_these_settings(model):
+        return generate_batch(model, [prompt], settings, str(model.device))[0]
+
+
+@torch.no_grad()
+def logits_over(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """Return the logits [T, V] of every position, on the CPU in float32."""
+    logits_BTV = cast(Any, model)(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False).logits
+    return cast(torch.Tensor, logits_BTV[0].float().cpu())
+
+
+def measure_effect(model: torch.nn.Module, traces: Sequence[Trace]) -> float | None:
+    """Return the mean KL from the tuned model to its own base; None if there is no adapter that can be switched off."""
+    if not isinstance(model, PeftModel) or any(config.bias != "none" for config in model.peft_config.values()):
+        return None  # trained biases stay when adapters are switched off
+    with model.disable_adapter():
+        kls = [divergence(t.logits, logits_over(cast(Any, model), [*t.prompt, *t.answer])) for t in traces]
+    return float(torch.cat(kls).mean())
+
+
+def divergence(wanted_TV: torch.Tensor, got_TV: torch.Tensor) -> torch.Tensor:
+    """Return KL(wanted || got) of each position, in nats [T]."""
+    wanted_TV, got_TV = wanted_TV.log_softmax(-1), got_TV.log_softmax(-1)
+    return (wanted_TV.exp() * (wanted_TV - got_TV)).sum(-1).clamp_min(0)
+
+
+def measure_parity(
+    traces: Sequence[Trace],
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    effect: float | None,
+) -> Parity:
+    """Hold `model`, and the `prompts` that its own tokenizer makes, against what the other model said."""
+    kls, differences, agreed, answers = [], [], [], []
+    for trace in traces:
+        logits_TV = logits_over(model, [*trace.prompt, *trace.answer])
+        kls.append(divergence(trace.logits, logits_TV))
+        differences.append(float((trace.logits - logits_TV).abs().max()))
+        agreed.append(trace.logits.argmax(-1) == logits_TV.argmax(-1))
+        answers.append(answer_greedily(model, processor, trace.prompt) == list(trace.answer))
+    kl = torch.cat(kls)
+    return Parity(
+        prompts=len(traces),
+        positions=len(kl),
+        largest_logit_difference=max(differences),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1_agreement=float(torch.cat(agreed).float().mean()),
+        answer_agreement=sum(answers) / len(answers),
+        same_ids=[list(trace.prompt) for trace in traces] == [list(prompt) for prompt in prompts],
+        effect_kl=effect,
+    )
+
+
+def find_breaches(parity: Parity, limits: Limits) -> list[str]:
+    """Say, in words, which limits are broken."""
+    breaches = []
+    if not parity.same_ids:
+        breaches.append("the saved tokenizer and chat template make other token ids")
+    kl = limits.kl(parity.effect_kl)
+    if not parity.kl_mean <= kl:  # NaN is a breach
+        breaches.append(f"mean KL is {parity.kl_mean:.2g} nats a position, and at most {kl:.2g} is admitted")
+    if not parity.top1_agreement >= limits.top1:
+        said = f"the first choice agrees at {parity.top1_agreement:.1%} of positions"
+        breaches.append(f"{said}, and at least {limits.top1:.0%} is wanted")
+    highest = limits.logit_difference
+    if highest is not None and not parity.largest_logit_difference <= highest:
+        said = f"the largest logit difference is {parity.largest_logit_difference:.2g}"
+        breaches.append(f"{said}, and at most {highest:.2g} is admitted")
+    return breaches

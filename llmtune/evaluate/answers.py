@@ -1,0 +1,184 @@
+"""What one model has to say to a plan: losses of the references, generated texts, likelihoods of the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llmtune.evaluate.batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.choices import most_likely
+from llmtune.evaluate.generation import generate_texts
+from llmtune.evaluate.metrics import (
+    CHOICE_METRIC,
+    TOKEN_METRICS,
+    Measure,
+    measure_right,
+    measure_texts,
+    measure_tokens,
+)
+from llmtune.evaluate.plan import Plan
+from llmtune.evaluate.statistics import Floats
+from llmtune.evaluate.tree import Tree, score_trees
+from llmtune.model import compute_context, resolve_dtype
+from llmtune.model.loss import unwrap
+from llmtune.records import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.data.examples import ExampleReader
+    from llmtune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over the supervised tokens of each of N rows."""
+
+    nats: Floats
+    correct: Floats
+    tokens: Floats
+    target_bytes: Floats
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model said; keys are indexes into the rows of the plan."""
+
+    sums: TokenSums | None
+    texts: dict[int, str]
+    scores: dict[int, list[float]]
+    """Log-likelihood of each choice, nats."""
+
+    def choice(self, row: int, choices: Sequence[str]) -> str:
+        """Return the likeliest choice of a row, or an empty text where none was scored."""
+        return most_likely(self.scores[row], choices) if row in self.scores else ""
+
+
+def answer(
+    model: torch.nn.Module,
+    name: str,
+    plan: Plan,
+    task: Task,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    console: Console,
+    device: str,
+) -> Answers:
+    """Put all questions of `plan` to one model; sets it to evaluation mode."""
+    model.eval()
+    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None) or 1 << 60
+    prompts, trees = within(plan, limit, recipe.generation.max_new_tokens)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    with torch.inference_mode(), compute_context(dtype, device), progress(console) as bars:
+        sums = None
+        if any(metric in TOKEN_METRICS for metric in plan.metrics):
+            sums = score_tokens(
+                model,
+                plan,
+                task,
+                processor.pad_token_id,
+                recipe,
+                device,
+                count(bars, f"{name}: loss", len(plan.reader)),
+            )
+        scores: list[list[float]] = []
+        if trees:
+            advance = count(bars, f"{name}: choices", len(trees))
+            budget = budget_for(device, TOKEN_BUDGET)
+            scores = score_trees(model, list(trees.values()), device=device, budget=budget, advance=advance)
+        texts: list[str] = []
+        if prompts:
+            advance = count(bars, f"{name}: answers", len(prompts))
+            texts = generate_texts(model, list(prompts.values()), processor, recipe, device=device, advance=advance)
+    return Answers(sums, dict(zip(prompts, texts, strict=True)), dict(zip(trees, scores, strict=True)))
+
+
+def within(plan: Plan, limit: int, new_tokens: int) -> tuple[dict[int, list[int]], dict[int, Tree]]:
+    """Return the prompts and trees that fit into a model's context of `limit` positions."""
+    prompts = {i: ids for i, ids in plan.prompt_ids.items() if len(ids) + new_tokens <= limit}
+    trees = {i: tree for i, tree in plan.trees.items() if len(tree.prefix) + max(map(len, tree.branches)) <= limit}
+    return prompts, trees
+
+
+def score_tokens(
+    model: torch.nn.Module,
+    plan: Plan,
+    task: Task,
+    pad_id: int | None,
+    recipe: Recipe,
+    device: str,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> TokenSums:
+    """Add up loss and first choices over the supervised tokens of each row; examples of a split row count together."""
+    reader = plan.reader
+    nats, correct = np.zeros(len(reader)), np.zeros(len(reader))
+
+    def work(batch: list[int]) -> None:
+        tensors = task.collate([reader[i] for i in batch], recipe.data.packing, pad_id)
+        loss = task.loss(model, {key: to_device(value, device) for key, value in tensors.items()}, True)
+        assert loss.row_sums is not None
+        assert loss.row_correct is not None
+        nats[batch] = loss.row_sums.double().cpu().numpy()
+        correct[batch] = loss.row_correct.double().cpu().numpy()
+        advance(len(batch))
+
+    run_in_batches([int(n) for n in reader.lengths], budget_for(device, TOKEN_BUDGET), work)
+    return by_row(plan, nats, correct)
+
+
+def by_row(plan: Plan, nats: Floats, correct: Floats) -> TokenSums:
+    """Sum over the examples of each row."""
+    reader = plan.reader
+    place = np.searchsorted(np.asarray(plan.rows), np.asarray(reader.rows))
+
+    def add_up(values: Any) -> Floats:
+        sums = np.bincount(place, weights=np.asarray(values, dtype=np.float64), minlength=len(plan.rows))
+        return sums.astype(np.float64)
+
+    return TokenSums(add_up(nats), add_up(correct), add_up(reader.supervised), add_up(target_bytes(reader)))
+
+
+def target_bytes(reader: ExampleReader) -> list[int]:
+    """Return the bytes of each example's supervised text."""
+    return [reader[i].target_bytes for i in range(len(reader))]
+
+
+def to_device(value: Any, device: str) -> Any:
+    """Move a tensor; leave numbers alone."""
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def measure(plan: Plan, answers: Answers) -> dict[str, Measure]:
+    """Turn answers into the plan's metrics; one without rows is left out."""
+    measures: dict[str, Measure] = {}
+    for metric in plan.metrics:
+        if metric in TOKEN_METRICS:
+            sums = cast(TokenSums, answers.sums)
+            measures[metric] = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
+        elif metric == CHOICE_METRIC:
+            right = [answers.choice(i, plan.choices) == plan.references[i] for i in answers.scores]
+            measures[metric] = measure_right(
+                right, metric, "share of rows whose reference answer is the likeliest choice"
+            )
+        else:
+            references = [plan.references[i] for i in answers.texts]
+            measures[metric] = measure_texts(metric, list(answers.texts.values()), references)
+    return {metric: found for metric, found in measures.items() if len(found.sums_NK)}
+
+
+def progress(console: Console) -> Progress:
+    """Return the bars of one model."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def count(bars: Progress, name: str, total: int) -> Callable[[int], None]:
+    """Add a bar and return what moves it."""
+    bar = bars.add_task(name, total=total)
+    return lambda rows: bars.advance(bar, rows)

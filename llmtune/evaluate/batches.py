@@ -1,0 +1,67 @@
+"""Work on rows of different length in batches of a token budget; out of memory shrinks the budget and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from llmtune.errors import EnvironmentProblem
+
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
+"""Positions in one batch, padding included, for losses and likelihoods."""
+GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
+"""Positions in one batch of generated answers, prompt and answer: only keys and values are kept of them."""
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+
+
+def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
+    """Call `work` with lists of indexes into `lengths`, the longest rows first, until all are done.
+
+    A batch that runs out of memory is cut in halves, and the budget stays at half from then on.
+    Raises EnvironmentProblem when a single row does not fit.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while left:
+        batch = left[: batch_size(lengths[left[0]], budget)]
+        try:
+            work(batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise EnvironmentProblem.of(
+                    f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
+                    fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
+                ) from None
+            budget = lengths[left[0]] * (len(batch) // 2)
+            release_memory()
+            continue
+        left = left[len(batch) :]
+
+
+def batch_size(longest: int, budget: int) -> int:
+    """Return how many rows padded to `longest` fit into `budget` positions; one at least."""
+    return max(1, budget // max(1, longest))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether torch ran out of memory, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in _CPU_MESSAGES)
+
+
+def release_memory() -> None:
+    """Hand cached GPU memory back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def budget_for(device: str, budgets: dict[str, int]) -> int:
+    """Return the budget of the device's kind; an unknown kind gets the CPU's."""
+    return budgets.get(device.split(":")[0], budgets["cpu"])
+
+
+def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
+    """Yield at most `limit` indexes out of `count`, spread evenly: rows of a file often stand in groups."""
+    taken = count if limit is None else min(limit, count)
+    return (i * count // taken for i in range(taken))

@@ -1,0 +1,116 @@
+"""Step 5: base and tuned model on the same held-out rows, one after the other, and what the difference is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from llmtune.evaluate.answers import Answers, answer, measure
+from llmtune.evaluate.batches import cut_evenly, release_memory
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.metrics import Measure, compare
+from llmtune.evaluate.plan import SIDE, Plan, make_plan
+from llmtune.evaluate.statistics import METHOD
+from llmtune.evaluate.storage import save_predictions
+from llmtune.evaluate.table import print_scores
+from llmtune.records import Evaluation, Examples, Rows, Task
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+MODELS = ("base", "tuned")
+
+
+def evaluate(
+    models: Mapping[str, Callable[[], AbstractContextManager[torch.nn.Module]]],
+    processor: PreTrainedTokenizerBase,
+    rows: Rows,
+    examples: Examples,
+    task: Task,
+    recipe: Recipe,
+    console: Console,
+    *,
+    device: str,
+    folder: Path | None = None,
+) -> Evaluation:
+    """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
+
+    With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without test rows
+    the evaluation is empty, and no model is entered.
+
+    Raises DataError for `evaluate.choices` that no reference answer is among, EnvironmentProblem where a single row
+    does not fit in memory.
+    """
+    if not examples.counts.get(SIDE):
+        console.print("evaluate: there are no test rows (data.test), so nothing is measured")
+        return with_gates(Evaluation({}, {}, {}, (), (), 0), recipe)
+    plan = make_plan(rows, examples, task, processor, recipe)
+    answers: dict[str, Answers] = {}
+    for name in MODELS:
+        with models[name]() as model:
+            answers[name] = answer(model, name, plan, task, processor, recipe, console, device)
+        release_memory()
+    if folder is not None:
+        save_predictions(folder, plan, answers["base"], answers["tuned"])
+    evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe)
+    print_scores(evaluation, console)
+    return evaluation
+
+
+def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe) -> Evaluation:
+    """Turn the answers of both models into scores, differences, gates and samples."""
+    base_measures, tuned_measures = measure(plan, base), measure(plan, tuned)
+    assert base_measures.keys() == tuned_measures.keys()
+    scores = [{metric: found.value for metric, found in side.items()} for side in (base_measures, tuned_measures)]
+    difference = {
+        metric: compare(base_measures[metric], found, recipe.seed) for metric, found in tuned_measures.items()
+    }
+    evaluation = Evaluation(
+        base=scores[0],
+        tuned=scores[1],
+        difference=difference,
+        gates=(),
+        samples=pick_samples(plan, base, tuned, recipe.evaluate.samples),
+        rows=len(plan.rows),
+        signatures=sign(tuned_measures, plan, tuned, recipe),
+    )
+    return with_gates(evaluation, recipe)
+
+
+def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
+    """Check the recipe's gates."""
+    return replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
+
+
+def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: Recipe) -> dict[str, str]:
+    """Say how each metric was computed, and what was left out."""
+    signatures = {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
+    if answers.texts:
+        settings = recipe.generation.model_dump(exclude_none=True)
+        signatures["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
+    if outside := len(plan.prompt_ids) - len(answers.texts):
+        signatures["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
+    return signatures
+
+
+def pick_samples(plan: Plan, base: Answers, tuned: Answers, wanted: int) -> tuple[dict[str, str], ...]:
+    """Return rows side by side, spread evenly over those that were answered; never chosen by how the answers look."""
+    shown = list(base.texts or base.scores)
+    samples = []
+    for at in cut_evenly(len(shown), wanted):
+        i = shown[at]
+        sample = {"origin": plan.origins[i], "prompt": plan.prompts[i], "reference": plan.references[i]}
+        if i in base.texts:
+            sample |= {"base": base.texts[i], "tuned": tuned.texts[i]}
+        if i in base.scores:
+            sample |= {"base_choice": base.choice(i, plan.choices), "tuned_choice": tuned.choice(i, plan.choices)}
+        samples.append(sample)
+    return tuple(samples)

@@ -1,0 +1,60 @@
+"""Gates: whether what the recipe wants of the scores holds."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+from llmtune.recipe.gates import Gate, parse_gate
+from llmtune.records import Evaluation, GateResult
+
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": math.isclose,
+}
+
+
+def check_gates(gates: Sequence[str], evaluation: Evaluation) -> tuple[GateResult, ...]:
+    """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
+
+    `X > base` compares the scores. `X.low > base` sets the low end of the paired 95 % interval of the difference in
+    place of the difference itself: with nothing but `base` on the right, it must be above zero.
+
+    Raises RecipeError for a text that is not a gate.
+    """
+    return tuple(check_gate(parse_gate(text), evaluation) for text in gates)
+
+
+def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
+    """Check one gate."""
+    base, tuned = evaluation.base, evaluation.tuned
+    if gate.metric not in tuned or (gate.against_base and gate.metric not in base):
+        return GateResult(gate.text, wanted_text(gate, None), "not measured", passed=False)
+    if gate.part is None:
+        got, wanted = tuned[gate.metric], wanted_score(gate, base.get(gate.metric, math.nan))
+    else:
+        change, score = evaluation.difference[gate.metric], base[gate.metric]
+        got = change.low if gate.part == "low" else change.high
+        wanted = wanted_score(gate, score) - score
+    passed = not (math.isnan(got) or math.isnan(wanted)) and COMPARE[gate.op](got, wanted)
+    return GateResult(gate.text, wanted_text(gate, wanted), number(got), passed)
+
+
+def wanted_score(gate: Gate, base: float) -> float:
+    """Return the right side of the gate as a score."""
+    return base * gate.factor + gate.offset if gate.number is None else gate.number
+
+
+def wanted_text(gate: Gate, wanted: float | None) -> str:
+    """Say what the gate wants, with the base model's part worked in."""
+    left = f"{gate.part} end of the difference" if gate.part else gate.metric
+    return f"{left} {gate.op} {number(wanted)}" if wanted is not None else gate.text
+
+
+def number(value: float) -> str:
+    """Write a score with four significant digits."""
+    return "not a number" if math.isnan(value) else f"{value:.4g}"

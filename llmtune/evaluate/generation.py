@@ -1,0 +1,106 @@
+"""Answers to many prompts, generated in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import GenerationConfig
+
+from llmtune.evaluate.batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.model.loss import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+
+def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe) -> GenerationConfig:
+    """Return the recipe's generation settings as transformers takes them, with every token that ends an answer.
+
+    What a model repository sets by itself (a temperature, a repetition penalty) does not count: the recipe says it all.
+    """
+    wanted = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
+    if wanted["do_sample"]:
+        wanted.setdefault("top_k", 0)  # transformers draws among 50 unless told otherwise
+    stops = stop_ids(model, processor)
+    pad = processor.pad_token_id if processor.pad_token_id is not None else (stops or [0])[0]
+    return GenerationConfig(**wanted, eos_token_id=stops or None, pad_token_id=pad, use_cache=True)
+
+
+def stop_ids(model: torch.nn.Module, processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's end of text and what the model names as its own."""
+    named = getattr(unwrap(model), "generation_config", None)
+    own = getattr(named, "eos_token_id", None)
+    ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({int(i) for i in ids if i is not None})
+
+
+def generate_texts(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    *,
+    device: str,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[str]:
+    """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
+
+    Texts come without special tokens and end before the first token that ends an answer. Random draws start from the
+    recipe's seed and leave torch's generators as they were.
+    """
+    settings = generation_settings(model, processor, recipe)
+    stops = set(stop_ids(model, processor))
+    new = recipe.generation.max_new_tokens
+    texts = [""] * len(prompts)
+
+    def work(batch: list[int]) -> None:
+        answers = generate_batch(model, [prompts[i] for i in batch], settings, device)
+        for i, ids in zip(batch, answers, strict=True):
+            texts[i] = decode_answer(ids, stops, processor)
+        advance(len(batch))
+
+    budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
+    with torch.random.fork_rng(), only_these_settings(model):
+        torch.manual_seed(recipe.seed)
+        run_in_batches([len(prompt) + new for prompt in prompts], budget, work)
+    return texts
+
+
+def generate_batch(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str
+) -> list[list[int]]:
+    """Generate from prompts side by side and return the new ids of each, padding included."""
+    width = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), width), int(settings.pad_token_id), dtype=torch.int64)
+    mask_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, width - len(prompt) :] = 1
+    generate = cast(Any, model).generate
+    out_BT = generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings)
+    return cast(list[list[int]], out_BT[:, width:].tolist())
+
+
+def decode_answer(ids: Sequence[int], stops: set[int], processor: PreTrainedTokenizerBase) -> str:
+    """Turn generated ids into text, up to the first id that ends an answer."""
+    end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
+    return cast(str, processor.decode(ids[:end], skip_special_tokens=True))
+
+
+@contextmanager
+def only_these_settings(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model's own generation settings aside, which `generate` would mix in where the recipe says nothing."""
+    holders = [holder for holder in (model, unwrap(model)) if hasattr(holder, "generation_config")]
+    kept = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, settings in zip(holders, kept, strict=True):
+            holder.generation_config = settings

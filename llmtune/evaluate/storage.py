@@ -1,0 +1,69 @@
+"""The evaluation on disk: scores in `evaluation.json`, every row's answers in `predictions.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmtune.evaluate.answers import Answers
+from llmtune.evaluate.plan import Plan
+from llmtune.records import Difference, Evaluation, GateResult
+from llmtune.run.files import explained, plain, read_json, write_json, write_text
+
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json`, in one step."""
+    with explained(folder):
+        write_json(folder / EVALUATION, asdict(evaluation))
+
+
+def load_evaluation(folder: Path) -> Evaluation | None:
+    """Read `evaluation.json`; None if there is none or it was damaged."""
+    saved = read_json(folder / EVALUATION)
+    if saved is None:
+        return None
+    return Evaluation(
+        base=numbers(saved["base"]),
+        tuned=numbers(saved["tuned"]),
+        difference={metric: Difference(**numbers(value)) for metric, value in saved["difference"].items()},
+        gates=tuple(GateResult(**gate) for gate in saved["gates"]),
+        samples=tuple(saved["samples"]),
+        rows=saved["rows"],
+        signatures=saved["signatures"],
+    )
+
+
+def numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Put NaN back where JSON has null."""
+    return {key: math.nan if value is None else value for key, value in values.items()}
+
+
+def save_predictions(folder: Path, plan: Plan, base: Answers, tuned: Answers) -> None:
+    """Write a line a test row: where it stands, prompt, reference, and what either model made of it."""
+    sides = {"base": base, "tuned": tuned}
+    lines = [json.dumps(plain(describe_row(i, plan, sides)), ensure_ascii=False) for i in range(len(plan.rows))]
+    with explained(folder):
+        write_text(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
+
+
+def describe_row(i: int, plan: Plan, sides: dict[str, Answers]) -> dict[str, Any]:
+    """Return one row's line; what was not asked of the models is absent."""
+    reference = plan.references[i]
+    line: dict[str, Any] = {"origin": plan.origins[i], "prompt": plan.prompts[i], "reference": reference}
+    for name, answers in sides.items():
+        if answers.sums is not None:
+            line[f"{name}_nats"] = float(answers.sums.nats[i])
+            line["tokens"] = int(answers.sums.tokens[i])
+        if i in answers.texts:
+            line[name] = answers.texts[i]
+            line[f"{name}_right"] = answers.texts[i].strip() == reference.strip()
+        if i in answers.scores:
+            choice = answers.choice(i, plan.choices)
+            line[f"{name}_choice"] = choice
+            line[f"{name}_choice_right"] = choice == reference
+    return line

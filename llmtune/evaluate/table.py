@@ -1,0 +1,41 @@
+"""The scores as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from llmtune.records import Evaluation
+from llmtune.report.numbers import chance, score, signed
+from llmtune.report.verdict import direction
+
+
+def print_scores(evaluation: Evaluation, console: Console) -> None:
+    """Print base, tuned and the difference with its interval, and whether the gates hold."""
+    if not evaluation.difference:
+        console.print("evaluate: none of the metrics could be measured")
+    else:
+        console.print(score_table(evaluation))
+    for gate in evaluation.gates:
+        word = "[green]passed[/]" if gate.passed else "[red]failed[/]"
+        console.print(f"gate {word}  {escape(gate.name)}  [dim](wanted {escape(gate.wanted)}, got {escape(gate.got)})[/]")
+
+
+def score_table(evaluation: Evaluation) -> Table:
+    """Return a row a metric, green where the interval of the change is wholly for the better, red for the worse."""
+    table = Table(title=f"{evaluation.rows} test rows", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("metric", "base", "tuned", "difference", "95 % interval", "p"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
+    for metric, change in evaluation.difference.items():
+        table.add_row(
+            metric,
+            score(evaluation.base[metric]),
+            score(evaluation.tuned[metric]),
+            signed(change.value),
+            f"{signed(change.low)} to {signed(change.high)}",
+            chance(change.p),
+            style={1: "green", -1: "red", 0: ""}[direction(metric, (change.low, change.high))],
+        )
+    return table

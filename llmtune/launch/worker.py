@@ -1,0 +1,110 @@
+"""One process of a training: `python -m llmtune.launch.worker MODULE:FUNCTION ARGUMENT...`, started by `launch.local`.
+
+The function gets the arguments as text. What it returns (rank 0) or raises is left as JSON in the folder that the
+parent named in the environment, so that the parent can go on, or fail in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import LlmtuneError
+from llmtune.run.environment import prepare_environment
+from llmtune.run.files import plain, write_json
+
+RESULTS = "LLMTUNE_WORKER_RESULTS"
+"""Environment variable: the folder in which workers leave what came of them."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the function named first in `arguments`; return the exit code."""
+    try:
+        value = _find(arguments[0])(*arguments[1:])
+    except LlmtuneError as error:
+        problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
+        _leave(f"rank-{_rank()}.json", {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code})
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException:
+        _leave(f"rank-{_rank()}.json", {"traceback": traceback.format_exc()})
+        raise
+    if _rank() == 0:
+        _leave("result.json", value)
+    _leave_group()
+    return 0
+
+
+def note(**findings: Any) -> None:
+    """Tell the parent, from rank 0, what was found out so far; it reads it even if the training fails afterwards."""
+    path = Path(os.environ[RESULTS]) / "notes.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**known, **findings})
+
+
+def train_run(run: str) -> dict[str, Any]:
+    """Adapt and train in one of several processes, from the run folder alone; return the facts of both steps."""
+    prepare_environment(network=False)
+    import torch
+    from rich.console import Console
+
+    from llmtune.adapter import describe
+    from llmtune.data.examples import load_examples
+    from llmtune.model import load_processor, locate
+    from llmtune.pipeline import Work, make_adapted, train_here
+    from llmtune.run.folder import read_run, recipe_of_run
+    from llmtune.train import train
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    console = Console(stderr=True, quiet=_rank() != 0, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    folder = read_run(Path(run))
+    recipe = recipe_of_run(folder).recipe
+    work = Work(recipe, folder, console, True, train_here)  # offline: the parent has fetched what there is to fetch
+    name = recipe.model.name or folder.findings["ranking"]["chosen"]
+    place = locate(name, recipe.model, console, True)
+    adapted = make_adapted(work, place, load_processor(place, recipe.model))
+    adapt = describe(adapted)
+    trained = train(
+        adapted,
+        load_examples(folder.path / "data" / "examples"),
+        work.task,
+        recipe,
+        folder.path,
+        console,
+        budget=folder.findings["micro_batch_tokens"],
+        on_budget=lambda tokens: note(micro_batch_tokens=tokens),
+    )
+    return {"adapt": adapt, "train": {**vars(trained), "adapter": trained.adapter.name}}
+
+
+def _find(entry: str) -> Callable[..., Any]:
+    module, _, name = entry.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave(name: str, value: Any) -> None:
+    write_json(Path(os.environ[RESULTS]) / name, plain(value))
+
+
+def _leave_group() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Which device computes, in which number format, and how much memory it has."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import psutil
+import torch
+
+from llmtune.errors import RecipeError
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def pick_device() -> str:
+    """Return the device that computes here: `cuda` (under a launcher the process's own card), `mps` or `cpu`."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Say whether `device` multiplies bfloat16 faster than float32: Ampere and later, AVX512-BF16, AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability()[0] >= 8
+    if device == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # no public name yet
+    return False
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """Turn `model.dtype` into a torch dtype; `auto` is bfloat16 where the device has it fast and float32 elsewhere.
+
+    Raises RecipeError for float16 on a CPU, where torch lacks kernels for it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if name == "float16" and device == "cpu":
+        raise RecipeError.of(
+            "float16 does not train on a CPU", "model.dtype", "Set model.dtype to auto, bfloat16 or float32."
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[object]:
+    """Return the context in which losses and logits are computed: autocast to `dtype`, or nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=dtype)
+
+
+def memory_limit(device: str) -> int | None:
+    """Return the bytes that `device` has in total, free or not; None where it cannot be known.
+
+    On a CPU: the least of RAM, the control group's limit and the address space that `ulimit -v` allows.
+    """
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    limits = [psutil.virtual_memory().total]
+    for file in _CGROUP_LIMITS:
+        try:
+            limits.append(int(file.read_text()))
+        except (OSError, ValueError):  # absent, or the word "max"
+            continue
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space)
+    return min(limits)

@@ -1,0 +1,164 @@
+"""Weights into memory: number format, quantisation, attention, added tokens; always the same for the same recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.attention import PACKED, choose_attention, install_packed
+from llmtune.model.device import resolve_dtype
+from llmtune.model.isolation import prove_isolation
+from llmtune.model.plan import plan_memory
+from llmtune.model.skeleton import build_skeleton, find_class, first_line, head_names
+from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+
+def load_model(
+    place: ModelPlace,
+    recipe: Recipe,
+    task: Task,
+    processor: PreTrainedTokenizerBase,
+    *,
+    device: str,
+    training: bool,
+    plan: MemoryPlan | None = None,
+    console: Console | None = None,
+) -> SelectedModel:
+    """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora.
+
+    With `training` and `method: full` weights are float32 (masters, computed with under autocast); otherwise they are
+    in the resolved format. The embedding grows to the tokens of `processor`.
+
+    Raises:
+        EnvironmentProblem: the weights cannot be loaded, or some are missing.
+        RecipeError: the model does not do this task, or cannot keep packed rows apart.
+    """
+    model_class, config = find_class(place, recipe, task)
+    attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation)
+    if reason and console is not None:
+        console.print(f"Attention: {attention}, with a mask over packed rows, because {reason}.")
+    compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
+    if recipe.adapter.method == "full" and training:
+        dtype = torch.float32
+    quantization = _quantization(recipe, model_class, config, dtype) if recipe.adapter.method == "qlora" else None
+    model = _load_weights(place, recipe, model_class, config, attention, dtype, quantization, device)
+    if quantization is not None:
+        _keep_quantized_format(model)
+    if attention == PACKED:
+        install_packed(model)
+    _grow_embedding(model, processor, recipe)
+    _settle_generation(model, processor)
+    model.config.use_cache = not training
+    model.eval()
+    if recipe.data.packing:
+        prove_isolation(model, compute_dtype, place.name)
+    plan = plan or plan_memory(place, recipe, task, recipe.data.max_length, device)
+    return SelectedModel(place, model, processor, plan, quantization is not None)
+
+
+def _quantization(
+    recipe: Recipe, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    skeleton = build_skeleton(model_class, config, recipe)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.adapter.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=head_names(skeleton),
+    )
+
+
+def _keep_quantized_format(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking weights for inference at the first forward pass in eval mode on AVX512-BF16.
+
+    It cannot be undone, its kernel has no gradient (training after a validation would go wrong in silence), and it
+    rounds otherwise than the one trained with.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _load_weights(
+    place: ModelPlace,
+    recipe: Recipe,
+    model_class: Any,
+    config: Any,
+    attention: str,
+    dtype: torch.dtype,
+    quantization: BitsAndBytesConfig | None,
+    device: str,
+) -> PreTrainedModel:
+    torch.manual_seed(recipe.seed)  # for a head that has no weights yet
+    options: dict[str, Any] = {"attn_implementation": attention} if hasattr(model_class, "_from_config") else {}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+        options["device_map"] = {"": device}
+    if hasattr(model_class, "from_config"):
+        options["trust_remote_code"] = recipe.model.trust_remote_code
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            str(place.path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=recipe.model.use_safetensors,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise EnvironmentProblem.of(
+            f"the weights cannot be loaded: {first_line(error)}",
+            str(place.path),
+            "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise EnvironmentProblem.of(
+            f"{len(missing)} weights are missing in the files, {missing[0]} for one: they would start at random",
+            str(place.path),
+            "The folder is not whole, or it holds another kind of model than config.json says.",
+        )
+    return cast(PreTrainedModel, model.to(device) if quantization is None else model)
+
+
+def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Make room for the tokens that the recipe adds; a new row starts as the mean of the others."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if recipe.model.add_tokens and len(processor) > rows:
+        torch.manual_seed(recipe.seed)
+        model.resize_token_embeddings(len(processor), mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if layer is not None:
+                    layer.weight[rows:] = layer.weight[:rows].float().mean(dim=0).to(layer.weight.dtype)
+    elif len(processor) > rows:
+        raise EnvironmentProblem.of(
+            f"the tokenizer has {len(processor):,} tokens and the model has room for {rows:,}",
+            str(recipe.model.name),
+            "They do not belong together: get the tokenizer that comes with the model.",
+        )
+
+
+def _settle_generation(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
+    """Let the model's generation settings name the tokenizer's tokens, and hold nothing that contradicts itself."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    settings.pad_token_id = processor.pad_token_id
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = sorted({end for end in (*ends, processor.eos_token_id) if end is not None})
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None

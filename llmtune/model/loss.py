@@ -1,0 +1,110 @@
+"""The loss of a causal model as a sum and a count, with logits at the predicted positions only.
+
+Shapes: B batch, T positions, C columns that are predicted from in any row, S supervised tokens, V vocabulary, R rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Mapping
+from functools import cache
+from typing import Any, cast
+
+import torch
+
+from llmtune.model.attention import PACKED
+from llmtune.records import Loss
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Logits that stand in float32 at a time: 16 MiB."""
+Batch = Mapping[str, Any]
+"""The tensors of one micro-batch; `llmtune.data.collate` has the legend."""
+_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Compute the summed cross-entropy of the supervised tokens of `batch` (see `llmtune.data.collate`).
+
+    `model` may be wrapped by PEFT or DDP. With `by_row` losses and right first choices are also
+    given a row of the batch.
+    """
+    targets_S = batch["targets_S"]
+    logits_SV = predicted_logits(model, batch)
+    losses_S, correct_S = _CrossEntropy.apply(logits_SV, targets_S)  # type: ignore[no-untyped-call]
+    if not by_row:
+        return Loss(losses_S.sum(), len(targets_S), correct_S.sum())
+    zeros_R, rows_S = losses_S.new_zeros(batch["n_rows"]), batch["rows_S"]
+    row_sums = zeros_R.index_add(0, rows_S, losses_S)
+    row_correct = zeros_R.index_add(0, rows_S, correct_S.to(losses_S.dtype))
+    return Loss(losses_S.sum(), len(targets_S), correct_S.sum(), row_sums, row_correct)
+
+
+def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits [S, V] from which the supervised tokens of `batch` are predicted, as the model gives them."""
+    inner = unwrap(model)
+    predict_S = batch["predict_S"]
+    ids_BT = batch["input_ids"]
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
+    accepted = _list_arguments(type(inner))  # type: ignore[arg-type]
+    inputs |= {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch and key in accepted}
+    if inner.config._attn_implementation == PACKED:
+        inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
+    row_S, column_S = predict_S // ids_BT.shape[1], predict_S % ids_BT.shape[1]
+    if "logits_to_keep" not in accepted:
+        return cast(torch.Tensor, model(**inputs).logits[row_S, column_S])
+    if len(ids_BT) == 1:
+        return cast(torch.Tensor, model(**inputs, logits_to_keep=column_S).logits[0])
+    columns_C, index_S = column_S.unique(return_inverse=True)
+    return cast(torch.Tensor, model(**inputs, logits_to_keep=columns_C).logits[row_S, index_S])
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """Return the transformers model inside DDP's and PEFT's wrappers."""
+    inner: Any = model
+    if hasattr(inner, "module"):  # DistributedDataParallel
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@cache
+def _list_arguments(model_class: Hashable) -> frozenset[str]:
+    return frozenset(inspect.signature(cast(Any, model_class).forward).parameters)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy a token in float32, a chunk of tokens at a time; the gradient is kept in the logits' own format.
+
+    Against `cross_entropy(logits.float(), targets)` it saves three float32 copies of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[S, V], [S] -> nats [S] float32, whether the target was the first choice [S] bool."""
+        losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
+        correct_S = torch.empty(len(targets_S), dtype=torch.bool, device=logits_SV.device)
+        gradient_SV = torch.empty_like(logits_SV) if ctx.needs_input_grad[0] else None
+        step = max(1, _CHUNK_ELEMENTS // logits_SV.shape[1])
+        for start in range(0, len(targets_S), step):
+            part = slice(start, start + step)
+            logs_cV = torch.log_softmax(logits_SV[part].float(), dim=1)
+            targets_c1 = targets_S[part, None]
+            losses_S[part] = -logs_cV.gather(1, targets_c1)[:, 0]
+            correct_S[part] = logs_cV.argmax(1) == targets_S[part]
+            if gradient_SV is not None:
+                gradient_cV = logs_cV.exp_()
+                gradient_cV.scatter_add_(1, targets_c1, torch.full_like(targets_c1, -1, dtype=torch.float32))
+                gradient_SV[part] = gradient_cV
+        ctx.mark_non_differentiable(correct_S)
+        ctx.save_for_backward(gradient_SV)
+        return losses_S, correct_S
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Scale the kept gradient [S, V] by the gradient of each token's loss [S]."""
+        (kept_SV,) = ctx.saved_tensors
+        gradient_SV = torch.empty_like(kept_SV)
+        step = max(1, _CHUNK_ELEMENTS // kept_SV.shape[1])
+        for start in range(0, len(kept_SV), step):
+            part = slice(start, start + step)
+            gradient_SV[part] = kept_SV[part].float() * outputs[0][part, None]
+        return gradient_SV, None

@@ -1,0 +1,199 @@
+"""How much memory training will take, part by part, found on the meta device before anything heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.skeleton import build_skeleton, find_class, head_names, linear_shapes
+from llmtune.records import MemoryPlan, ModelPlace, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection, Recipe
+
+_OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
+"""State bytes a trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
+_QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
+"""Bytes a 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
+_USABLE = 0.85
+"""Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
+_CPU_TOKENS = 2048
+"""Largest first micro-batch on a CPU: beyond that caches overflow and nothing becomes faster."""
+_CUDA_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a plan is made from."""
+
+    parameters: int
+    quantizable: int
+    adapter: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, device: str) -> MemoryPlan:
+    """Estimate the bytes of training with `tokens` in a micro-batch.
+
+    Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
+    """
+    model_class, config = find_class(place, recipe, task)
+    skeleton = build_skeleton(model_class, config, recipe)
+    shape = measure_shape(skeleton, config, recipe.adapter)
+    weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
+    full = recipe.adapter.method == "full"
+    trained = shape.parameters if full else shape.adapter
+    optimizer = int(trained * optimizer_bytes(recipe.train.optim))
+    parts = {
+        "weights": _count_weights(shape, recipe.adapter, weight_bytes),
+        "adapter": 0 if full else 4 * shape.adapter,
+        "gradients": 4 * trained,
+        "optimizer": optimizer,
+        "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing),
+        "logits": tokens * _logit_bytes(shape, weight_bytes),
+    }
+    fixed = sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
+    return MemoryPlan(parts, fixed + _logit_bytes(shape, weight_bytes), memory_limit(device), device)
+
+
+def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection) -> Shape:
+    """Count parameters and read sizes from a model on the meta device."""
+    text = config.get_text_config()
+    linears = linear_shapes(skeleton)
+    heads = set(head_names(skeleton))
+    inner = {name: shape for name, shape in linears.items() if name not in heads}
+    hidden = getattr(text, "hidden_size", 0)
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        quantizable=sum(inputs * outputs for inputs, outputs in inner.values()),
+        adapter=_count_adapter(inner, adapter),
+        layers=getattr(text, "num_hidden_layers", 1),
+        hidden=hidden,
+        intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
+        vocabulary=getattr(text, "vocab_size", 0),
+    )
+
+
+def optimizer_bytes(optim: str) -> float:
+    """Return the bytes of state a trained parameter costs, by the optimiser's name in transformers."""
+    kind = optim.removeprefix("paged_")
+    full = next((size for name, size in _OPTIMIZER_BYTES.items() if kind.startswith(name)), 8.0)
+    return full / 4 if "8bit" in kind else full
+
+
+def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = None) -> None:
+    """Print the plan; raise EnvironmentProblem if its lower bound exceeds the device, warn if its total does.
+
+    `model.check_memory: false` turns the refusal into a warning.
+    """
+    console = console or Console(stderr=True)
+    console.print(_draw(plan))
+    if plan.limit is None or plan.total <= plan.limit:
+        return
+    if plan.lower_bound <= plan.limit:
+        console.print(
+            f"[yellow]The plan exceeds the memory of {plan.device}[/yellow]: micro-batches will be smaller than "
+            f"{recipe.data.max_length} tokens where rows allow it."
+        )
+        return
+    what = (
+        f"{recipe.model.name or 'the model'} needs at least {_gib(plan.lower_bound)} to train with "
+        f"adapter.method {recipe.adapter.method}, and {plan.device} has {_gib(plan.limit)}"
+    )
+    if recipe.model.check_memory:
+        fix = f"{suggest_recipe(plan, recipe)} model.check_memory: false tries it all the same."
+        raise EnvironmentProblem.of(what, "model.name", fix)
+    console.print(f"[yellow]{what}[/yellow]; going on, because model.check_memory is false.")
+
+
+def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
+    """Name the nearest change of the recipe whose lower bound fits, by arithmetic on the plan's parts."""
+    assert plan.limit is not None
+    weights, method = plan.parts["weights"], recipe.adapter.method
+    per_weight = 4 if method == "full" or plan.device == "cpu" else 2
+    small = 0.05 * weights  # an adapter with its gradients and optimiser
+    if method == "full" and weights + small <= plan.limit:
+        return "Set adapter.method: lora, which fits."
+    if method != "qlora" and 0.3 * weights * 2 / per_weight + small <= plan.limit:
+        return "Set adapter.method: qlora, which fits."
+    if method == "full" and plan.parts["optimizer"] > plan.parts["weights"]:
+        rest = plan.lower_bound - plan.parts["optimizer"]
+        if rest + plan.parts["optimizer"] // 4 <= plan.limit:
+            return "Set train.optim: adamw_8bit, which fits."
+    return f"Choose a smaller model: about {_gib(plan.limit)} are there."
+
+
+def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
+    """Return the first token budget of a micro-batch: a function of hardware and recipe, never of what is free now.
+
+    `tokens` is what the plan was made for; `longest` the longest row, below which no budget makes sense.
+    """
+    cap = _CPU_TOKENS if plan.device == "cpu" else _CUDA_TOKENS
+    per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
+    if plan.limit is None:
+        return max(longest, min(cap, _CPU_TOKENS))
+    fixed = sum(plan.parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
+    room = int(_USABLE * plan.limit) - fixed
+    return max(longest, min(cap, room // per_token))
+
+
+def _count_weights(shape: Shape, adapter: AdapterSection, weight_bytes: int) -> int:
+    if adapter.method == "full":
+        return 4 * shape.parameters
+    if adapter.method == "lora":
+        return weight_bytes * shape.parameters
+    packed = int(shape.quantizable * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
+    return packed + weight_bytes * (shape.parameters - shape.quantizable)
+
+
+def _count_adapter(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> int:
+    """Count low-rank parameters; what the target names exactly is settled when the adapter is made."""
+    wanted = adapter.target_modules
+    if wanted == "all-linear":
+        targets = list(inner.values())
+    elif isinstance(wanted, str):
+        try:
+            targets = [shape for name, shape in inner.items() if re.fullmatch(wanted, name)]
+        except re.error:  # told with its place when the adapter is made
+            targets = []
+    else:
+        targets = [shape for name, shape in inner.items() if name.split(".")[-1] in wanted or name in wanted]
+    rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(("pissa", "olora")) else 1)
+    return sum(rank * (inputs + outputs) for inputs, outputs in targets)
+
+
+def _activation_bytes(shape: Shape, weight_bytes: int, checkpointing: bool) -> int:
+    """Estimate what the backward pass needs a token: about 16 hidden and 5 intermediate vectors a layer."""
+    layer = (16 * shape.hidden + 5 * shape.intermediate) * weight_bytes
+    return shape.layers * shape.hidden * weight_bytes + layer if checkpointing else shape.layers * layer
+
+
+def _logit_bytes(shape: Shape, weight_bytes: int) -> int:
+    """Logits, the gradient kept for them and the one handed on."""
+    return 3 * shape.vocabulary * weight_bytes
+
+
+def _draw(plan: MemoryPlan) -> Table:
+    table = Table(title=f"Memory plan ({plan.device})", title_justify="left", show_footer=True)
+    table.add_column("part", footer="total")
+    table.add_column("memory", justify="right", footer=_gib(plan.total))
+    for part, size in plan.parts.items():
+        table.add_row(part, _gib(size))
+    table.add_section()
+    table.add_row("lower bound", _gib(plan.lower_bound))
+    table.add_row("device has", _gib(plan.limit) if plan.limit is not None else "unknown")
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

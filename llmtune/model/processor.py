@@ -1,0 +1,91 @@
+"""The tokenizer of a model: loaded with the recipe's template and tokens, saved so that every transformers reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.records import ModelPlace
+
+if TYPE_CHECKING:
+    from llmtune.recipe import ModelSection
+
+_FAST = "PreTrainedTokenizerFast"
+_WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
+
+
+def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied.
+
+    The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
+    end token stays supervised.
+
+    Raises:
+        EnvironmentProblem: the folder holds no tokenizer that can be read.
+        RecipeError: the template file cannot be read, or a token to add is there already.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(place.path), trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentProblem.of(
+            f"the tokenizer cannot be loaded: {first}",
+            str(place.path),
+            "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json.",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise EnvironmentProblem.of(
+            "the tokenizer has no end token (eos_token): answers could not end",
+            str(place.path / "tokenizer_config.json"),
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(model.chat_template))
+    if model.add_tokens:
+        _add_tokens(tokenizer, list(model.add_tokens))
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer and its chat template so that transformers 4 and 5 read it alike.
+
+    Version 5 names classes that version 4 does not have, and keeps extra special tokens in another shape.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if config.get("tokenizer_class") in _WRITTEN_BY_5_ALONE and (folder / "tokenizer.json").is_file():
+        config["tokenizer_class"] = _FAST
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = extra
+    for key in ("is_local", "local_files_only"):  # how it was loaded here
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError.of(
+            f"the chat template {path} cannot be read: {error}", "model.chat_template", "Name a Jinja file in UTF-8."
+        ) from None
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    known = tokenizer.get_vocab()
+    RecipeError.collect(
+        Problem(f"the tokenizer has the token {token!r} already", "model.add_tokens", "Leave it out.")
+        for token in tokens
+        if token in known
+    )
+    tokenizer.add_tokens(tokens)

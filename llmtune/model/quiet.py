@@ -1,0 +1,19 @@
+"""What the libraries say that a user can neither mend nor use, kept off the console."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# It looks for an optional hub kernel when it is imported, and warns where there is none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Hide deprecations that PEFT runs into with this transformers; PEFT's to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

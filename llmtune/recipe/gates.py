@@ -1,0 +1,71 @@
+"""The grammar of a gate: `metric[.low|.high] OP wanted`, where wanted is a number, `base`, or `base` and a number.
+
+Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
+`exact_match.low > base`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from llmtune.errors import RecipeError
+
+Operator = Literal[">=", "<=", ">", "<", "=="]
+Part = Literal["low", "high"]
+
+NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
+GATE = re.compile(
+    r"\s*(?P<metric>[A-Za-z][A-Za-z0-9_]*)(?:\.(?P<part>low|high))?"
+    r"\s*(?P<op>>=|<=|==|>|<)"
+    rf"\s*(?:(?P<number>{NUMBER})|base(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
+    re.ASCII,
+)
+FORMS = (
+    "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, `exact_match.low > base`"
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on one metric: `metric[.part] op number`, or `metric[.part] op base * factor + offset`."""
+
+    text: str
+    metric: str
+    part: Part | None
+    """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
+    op: Operator
+    number: float | None
+    """What is wanted, or None where it is taken from the base model's score."""
+    factor: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def against_base(self) -> bool:
+        """Whether the gate compares with the base model."""
+        return self.number is None
+
+
+def parse_gate(text: str) -> Gate:
+    """Read one gate. Raises RecipeError, with the forms there are, if it is not one."""
+    found = GATE.fullmatch(text)
+    if not found:
+        raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
+    sign, operand = found["sign"], float(found["operand"] or 0)
+    part = cast("Part | None", found["part"])
+    if part and found["number"] is not None:
+        raise RecipeError.of(
+            f"{text!r} compares the {part} end of a difference from the base with a number",
+            None,
+            f"Write `{found['metric']}.{part} {found['op']} base`, or leave out `.{part}`.",
+        )
+    return Gate(
+        text=" ".join(text.split()),
+        metric=found["metric"],
+        part=part,
+        op=cast("Operator", found["op"]),
+        number=None if found["number"] is None else float(found["number"]),
+        factor=operand if sign == "*" else 1.0,
+        offset=-operand if sign == "-" else operand if sign == "+" else 0.0,
+    )

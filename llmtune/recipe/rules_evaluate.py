@@ -1,0 +1,87 @@
+"""Rules of the section `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.findings import Finding, idle, later
+from llmtune.recipe.gates import parse_gate
+from llmtune.recipe.places import Places
+from llmtune.recipe.rules_data import has_rows
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.tasks import GENERATED, TASK_FACTS
+
+MEASURING = ("metrics", "gates", "limit", "choices", "samples")
+CHOICE = "choice_accuracy"
+
+
+def evaluate_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
+    """Yield measurements that cannot be made, gates that cannot be held, and features still to come."""
+    evaluate = recipe.evaluate
+    for name in ("benchmarks", "fairness", "forgetting"):
+        if getattr(evaluate, name):
+            yield later(f"evaluate.{name}", f"'evaluate.{name}'", "Remove it.")
+    if not has_rows(recipe.data.test):
+        for name in MEASURING:
+            key = f"evaluate.{name}"
+            if places.stated(key) and getattr(evaluate, name) not in (None, ()):
+                fix = "Give data.test a share of the rows or sources, or remove it."
+                yield idle(key, "without test rows", fix, "data.test")
+        return
+    yield from metric_findings(recipe, places)
+    yield from gate_findings(recipe)
+
+
+def chosen_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """Return the metrics that are stated, else the task's own choice of them."""
+    return recipe.evaluate.metrics or TASK_FACTS[recipe.task].default_metrics
+
+
+def metric_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
+    """Yield metrics that the task does not know, and settings that no chosen metric reads."""
+    evaluate, known = recipe.evaluate, TASK_FACTS[recipe.task].metrics
+    key = "evaluate.metrics"
+    if places.stated(key) and not evaluate.metrics:
+        yield Finding(
+            key, f"'{key}' is empty", "Name a metric, or leave the key out for the task's own choice of them."
+        )
+    for i, metric in enumerate(evaluate.metrics):
+        if metric not in known:
+            fix = f"{nearest(metric, known)} Metrics of task: {recipe.task}: {', '.join(known)}.".strip()
+            yield Finding(f"{key}.{i}", f"unknown metric '{metric}'", fix, ("task",))
+    if len(set(evaluate.metrics)) < len(evaluate.metrics):
+        yield Finding(key, f"'{key}' names a metric twice", "Name each once.")
+    metrics = chosen_metrics(recipe)
+    if evaluate.choices is not None and CHOICE not in metrics and places.stated("evaluate.choices"):
+        yield idle("evaluate.choices", f"without the metric {CHOICE}", f"Add {CHOICE} to {key}.", key)
+    if evaluate.choices is None and CHOICE in evaluate.metrics:
+        yield Finding(
+            key, f"{CHOICE} needs choices, and evaluate.choices is null", "Set it to auto.", ("evaluate.choices",)
+        )
+    if isinstance(evaluate.choices, tuple) and len(set(evaluate.choices)) < len(evaluate.choices):
+        yield Finding("evaluate.choices", "'evaluate.choices' names an answer twice", "Name each once.")
+    if evaluate.limit is not None and not set(GENERATED) & set(metrics) and places.stated("evaluate.limit"):
+        fix = "Add one, such as exact_match, or remove it."
+        yield idle("evaluate.limit", "without a metric on generated answers", fix, key)
+
+
+def gate_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield gates that cannot be read, or that are about a metric that is not computed."""
+    metrics, known = chosen_metrics(recipe), TASK_FACTS[recipe.task].metrics
+    for i, text in enumerate(recipe.evaluate.gates):
+        key = f"evaluate.gates.{i}"
+        try:
+            gate = parse_gate(text)
+        except RecipeError as error:
+            (problem,) = error.problems
+            yield Finding(key, problem.what, problem.fix or "")
+            continue
+        if gate.metric in metrics:
+            continue
+        if gate.metric in known:
+            fix = f"Add {gate.metric} to evaluate.metrics."
+            yield Finding(key, f"the gate {text!r} is about a metric that is not computed", fix, ("evaluate.metrics",))
+        else:
+            fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
+            yield Finding(key, f"the gate {text!r} is about an unknown metric", fix, ("evaluate.metrics", "task"))

@@ -1,0 +1,102 @@
+"""Put the report together from what a run folder knows: manifest, recipe, metrics, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from llmtune import __version__
+from llmtune.recipe import Recipe
+from llmtune.records import Difference, Evaluation, GateResult, StepTiming
+
+
+def assemble(
+    recipe: Recipe,
+    manifest: Mapping[str, Any],
+    *,
+    recipe_yaml: str,
+    timings: Sequence[StepTiming],
+    curve: Sequence[Mapping[str, Any]],
+    evaluation: Evaluation | None,
+    gates: Sequence[GateResult],
+    hardware: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Build the dictionary that becomes report.json; parts that a stopped run has not reached are None.
+
+    Args:
+        recipe: the recipe, resolved.
+        manifest: run.json; each step's facts are taken from it.
+        recipe_yaml: the resolved recipe with its origins, as text.
+        timings: seconds and peak bytes of each step that is done.
+        curve: the lines of metrics.jsonl.
+        evaluation: scores of base and tuned model.
+        gates: what became of each gate.
+        hardware: where it ran.
+    """
+    steps = manifest["steps"]
+    prepare, encode = _facts(steps, "prepare"), _facts(steps, "encode")
+    select, trained = _facts(steps, "select"), _facts(steps, "train")
+    return {
+        "llmtune": __version__,
+        "name": recipe.name,
+        "task": recipe.task,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_yaml": recipe_yaml,
+        "fingerprint": manifest["fingerprint"],
+        "hardware": dict(hardware),
+        "steps": [asdict(timing) for timing in timings],
+        "data": _data(prepare, encode) if prepare else None,
+        "model": select,
+        "adapter": _adapter(_facts(steps, "adapt")),
+        "train": {**trained, "curve": list(curve)} if trained else None,
+        "evaluation": _scores(evaluation) if evaluation else None,
+        "gates": [asdict(gate) for gate in gates],
+        "deploy": _facts(steps, "deploy"),
+    }
+
+
+def _facts(steps: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    entry = steps.get(name)
+    return dict(entry["facts"]) if entry and entry["state"] == "done" else None
+
+
+def _data(prepare: Mapping[str, Any], encode: Mapping[str, Any] | None) -> dict[str, Any]:
+    about_rows = {key: prepare[key] for key in ("rows_in", "kept", "dropped")}
+    if encode is None:
+        return about_rows
+    return {
+        **about_rows,
+        "dropped": encode["dropped"],  # of rows and of examples together
+        "examples": encode["examples"],
+        "tokens": encode["tokens"],
+        "supervised_tokens": encode["supervised"],
+        "supervised_share": encode["supervised_share"],
+        "longest": encode["longest"],
+        "lengths": encode["histogram"],
+        "example": encode["example"],
+    }
+
+
+def _adapter(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if facts is None:
+        return None
+    renamed = {"total": "all", "adapter_bytes": "bytes"}
+    return {renamed.get(key, key): value for key, value in facts.items()}
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "base": evaluation.base,
+        "tuned": evaluation.tuned,
+        "difference": {metric: difference_json(value) for metric, value in evaluation.difference.items()},
+        "samples": list(evaluation.samples),
+        "signatures": evaluation.signatures,
+        "rows": evaluation.rows,
+    }
+
+
+def difference_json(difference: Difference) -> dict[str, Any]:
+    """`{value, interval: [low, high], p, n}`."""
+    interval = [difference.low, difference.high]
+    return {"value": difference.value, "interval": interval, "p": difference.p, "n": difference.n}

@@ -1,0 +1,123 @@
+"""The report in short as Markdown, for a CI summary or a comment on a merge request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llmtune.report.view import make_view
+
+LONGEST_SAMPLE = 300
+SHOWN_SAMPLES = 3
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """Return verdict, gates, scores, samples and key figures; free text stands in code spans, so that it stays text."""
+    view = make_view(report)
+    parts = [
+        f"# {plain(view['name'])}: {plain(view['verdict']['word'])}",
+        plain(view["verdict"]["reason"]),
+        " · ".join(f"{name} {code(value)}" for name, value in view["chips"]),
+        gates(view),
+        scores(view),
+        samples(view),
+        figures(view),
+        f"Made by llmtune {plain(view['version'])}; `report.html` beside this file has curves, data and recipe.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def gates(view: Mapping[str, Any]) -> str:
+    """A table of the gates."""
+    if not view["gates"]:
+        return ""
+    rows = [
+        [("✅ passed" if gate["passed"] else "❌ failed"), code(gate["name"]), code(gate["wanted"]), code(gate["got"])]
+        for gate in view["gates"]
+    ]
+    return "## Gates\n\n" + table(["", "gate", "wanted", "got"], rows)
+
+
+def scores(view: Mapping[str, Any]) -> str:
+    """A table of the scores with their intervals."""
+    if not view["scores"]:
+        return ""
+    words = {"better": "better", "worse": "worse", "unsure": "–"}
+    rows = [
+        [
+            code(row["metric"]),
+            row["base"],
+            row["tuned"],
+            row["change"],
+            row["interval"],
+            row["p"],
+            row["n"],
+            words[row["kind"]],
+        ]
+        for row in view["scores"]
+    ]
+    heads = ["metric", "base", "tuned", "difference", "95 % interval", "p", "rows", ""]
+    return "## Scores\n\n" + table(heads, rows)
+
+
+def samples(view: Mapping[str, Any]) -> str:
+    """The first few samples."""
+    shown = [sample for sample in view["samples"][:SHOWN_SAMPLES] if sample["answers"]]
+    if not shown:
+        return ""
+    rows = [
+        [
+            code(sample.get("prompt", "")),
+            code(sample["reference"]),
+            *(code(answer["text"]) for answer in sample["answers"]),
+        ]
+        for sample in shown
+    ]
+    return "## Samples\n\n" + table(["prompt", "reference", "base", "tuned"], rows)
+
+
+def figures(view: Mapping[str, Any]) -> str:
+    """Rows, losses, time and memory as a list."""
+    lines = []
+    if data := view["data"]:
+        sides = ", ".join(f"{side['rows']} {side['side']}" for side in data["sides"])
+        lines.append(
+            f"- data: {data['rows_in']} rows in, {data['dropped_sum']} dropped, {sides}; "
+            f"{data['share']} of tokens learned"
+        )
+    if training := view["training"]:
+        lines.append("- training: " + ", ".join(f"{name} {code(text)}" for name, text in training["facts"]))
+    if adapter := view["adapter"]:
+        lines.append("- adapter: " + ", ".join(f"{name} {code(text)}" for name, text in adapter["facts"]))
+    if view["steps"]:
+        times = ", ".join(
+            f"{plain(step['name'])} {'skipped' if step['skipped'] else step['time']}" for step in view["steps"]
+        )
+        lines.append(f"- time: {times}")
+    return "## Figures\n\n" + "\n".join(lines) if lines else ""
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table of cells that are safe already."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def code(value: Any) -> str:
+    """Free text as a code span that cannot end early, break a table row or run too long."""
+    text = re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ⏎ ", str(value)).strip()
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    if len(text) > LONGEST_SAMPLE:
+        text = text[:LONGEST_SAMPLE] + "…"
+    if not text:
+        return "(empty)"
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
+
+
+def plain(value: Any) -> str:
+    """Short text of our own or a name, with every sign that means something in Markdown escaped."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~!@&$])", r"\\\1", text)

@@ -1,0 +1,323 @@
+"""The report's dictionary made ready for the page: every number as text, every picture drawn, nothing required."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmtune.report.charts import bar_chart, interval_chart, line_chart
+from llmtune.report.numbers import DASH, chance, count, duration, missing, score, share, signed, size
+from llmtune.report.verdict import CHOICE, LOWER_IS_BETTER, direction
+
+Facts = Mapping[str, Any]
+METRIC_NOTES = {
+    "loss": "nats a token of the reference",
+    "perplexity": "exp of the loss",
+    "bits_per_byte": "loss in bits by bytes of text",
+    "accuracy": "next token predicted first",
+    "exact_match": "answer equals the reference",
+    "rouge1": "words in common",
+    "rouge2": "word pairs in common",
+    "rougeL": "longest common sequence",
+    "rougeLsum": "longest common sequence by line",
+    "chrf": "character n-grams in common, 0 to 100",
+    CHOICE: "reference is the likeliest answer; does not depend on wording",
+}
+HEADLINES = (CHOICE, "exact_match", "rougeL", "chrf", "accuracy", "loss")
+SIDES = ("train", "validation", "test")
+PART_NAMES = {"optimizer": "optimizer state"}
+
+
+def make_view(report: Facts) -> dict[str, Any]:
+    """Return what the template shows; sections that the run has not reached are None."""
+    return {
+        "name": report.get("name") or "run",
+        "version": report.get("llmtune", ""),
+        "chips": chips(report),
+        "verdict": report["verdict"],
+        "headline": headline(report.get("evaluation")),
+        "gates": report.get("gates") or [],
+        "gates_passed": all(gate["passed"] for gate in report.get("gates") or []),
+        "gate_note": gate_note(report.get("gates") or []),
+        "scores": scores(report.get("evaluation")),
+        "samples": samples(report.get("evaluation")),
+        "signatures": dict((report.get("evaluation") or {}).get("signatures") or {}),
+        "training": training(report.get("train")),
+        "data": data(report.get("data")),
+        "model": model(report.get("model")),
+        "adapter": adapter(report.get("adapter")),
+        "steps": steps(report.get("steps") or []),
+        "hardware": hardware(report.get("hardware") or {}),
+        "deploy": flat(report.get("deploy") or {}),
+        "recipe": report.get("recipe_yaml") or "",
+    }
+
+
+def chips(report: Facts) -> list[tuple[str, str]]:
+    """The few facts that say which run this is."""
+    facts = [
+        ("task", report.get("task")),
+        ("model", (report.get("model") or {}).get("name")),
+        ("method", (report.get("adapter") or {}).get("method")),
+        ("test rows", count((report.get("evaluation") or {}).get("rows"))),
+    ]
+    return [(name, str(value)) for name, value in facts if value and value != DASH]
+
+
+def gate_note(gates: Sequence[Facts]) -> str:
+    """How many gates hold."""
+    failed = sum(not gate["passed"] for gate in gates)
+    if not gates:
+        return ""
+    words = "gate" if len(gates) == 1 else "gates"
+    return f"{failed} of {len(gates)} {words} failed" if failed else f"{len(gates)} {words} passed"
+
+
+def headline(evaluation: Facts | None) -> dict[str, str] | None:
+    """The one score that says most, big."""
+    if not evaluation or not evaluation.get("difference"):
+        return None
+    found = evaluation["difference"]
+    metric = next((name for name in HEADLINES if name in found), next(iter(found)))
+    low, high = found[metric]["interval"]
+    kind = {1: "better", -1: "worse", 0: "unsure"}[direction(metric, (low, high))]
+    return {
+        "metric": metric.replace("_", " "),
+        "base": score(evaluation["base"].get(metric)),
+        "tuned": score(evaluation["tuned"].get(metric)),
+        "change": signed(found[metric]["value"]),
+        "interval": interval(low, high),
+        "kind": kind,
+    }
+
+
+def scores(evaluation: Facts | None) -> list[dict[str, Any]]:
+    """A row a metric."""
+    if not evaluation:
+        return []
+    rows = []
+    for metric, change in (evaluation.get("difference") or {}).items():
+        low, high = change["interval"]
+        ends = [abs(end) for end in (low, high, change["value"]) if not missing(end)]
+        words = f"{metric}: {signed(change['value'])}, 95 % interval {interval(low, high)}"
+        picture = ""
+        if not any(missing(end) for end in (low, high, change["value"])):
+            better = -1 if metric in LOWER_IS_BETTER else 1
+            picture = interval_chart(change["value"], low, high, reach=max(ends), better=better, label=words)
+        rows.append(
+            {
+                "metric": metric,
+                "note": METRIC_NOTES.get(metric, ""),
+                "lower": metric in LOWER_IS_BETTER,
+                "base": score(evaluation["base"].get(metric)),
+                "tuned": score(evaluation["tuned"].get(metric)),
+                "change": signed(change["value"]),
+                "interval": interval(low, high),
+                "p": chance(change.get("p")),
+                "n": count(change.get("n")),
+                "kind": {1: "better", -1: "worse", 0: "unsure"}[direction(metric, (low, high))],
+                "picture": picture,
+            }
+        )
+    return rows
+
+
+def interval(low: Any, high: Any) -> str:
+    """Both ends with their signs."""
+    return f"{signed(low)} to {signed(high)}"
+
+
+def samples(evaluation: Facts | None) -> list[dict[str, Any]]:
+    """Rows side by side, each answer marked right where it equals the reference."""
+    shown = []
+    for sample in (evaluation or {}).get("samples") or []:
+        reference = str(sample.get("reference", ""))
+        answers = [
+            {"who": who, "text": str(sample[who]), "right": str(sample[who]).strip() == reference.strip()}
+            for who in ("base", "tuned")
+            if who in sample
+        ]
+        chosen = [
+            {"who": who, "text": str(sample[f"{who}_choice"]), "right": sample[f"{who}_choice"] == reference}
+            for who in ("base", "tuned")
+            if sample.get(f"{who}_choice")
+        ]
+        origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]
+        shown.append({**sample, "origin": origin, "reference": reference, "answers": answers, "chosen": chosen})
+    return shown
+
+
+def training(train: Facts | None) -> dict[str, Any] | None:
+    """Losses, curves and speed."""
+    if not train:
+        return None
+    curve = [line for line in train.get("curve") or [] if not missing(line.get("step"))]
+    facts = [
+        ("first loss", score(train.get("first_loss"))),
+        ("last training loss", score(train.get("train_loss"))),
+        ("validation loss", score(train.get("validation_loss"))),
+        ("steps", count(train.get("steps"))),
+        ("epochs", score(train.get("epochs"))),
+        ("best step", count(train.get("best_step"))),
+        ("tokens", count(train.get("tokens"))),
+        ("speed", f"{count(train.get('tokens_per_second'))} tokens/s"),
+        ("time", duration(train.get("wall_seconds"))),
+        ("peak memory", size(train.get("peak_bytes"))),
+        ("stopped early", train.get("stopped_early")),
+        ("resumed from step", count(train.get("resumed_from"))),
+    ]
+    return {
+        "facts": [(name, text) for name, text in facts if text and not text.startswith(DASH)],
+        "loss": loss_chart(curve),
+        "validated": any(not missing(line.get("validation_loss")) for line in curve),
+        "rate": line_chart([("other", series(curve, "learning_rate"))], label="learning rate by step", height=150),
+        "norm": line_chart([("other", series(curve, "grad_norm"))], label="gradient norm by step", height=150),
+    }
+
+
+def loss_chart(curve: Sequence[Facts]) -> Any:
+    """Training and validation loss over the steps."""
+    lines = [("train", series(curve, "loss")), ("validation", series(curve, "validation_loss"))]
+    return line_chart(lines, label="training and validation loss by step", height=300)
+
+
+def series(curve: Sequence[Facts], key: str) -> list[tuple[float, float]]:
+    """The points of one column of the metrics."""
+    return [(float(line["step"]), float(line[key])) for line in curve if not missing(line.get(key))]
+
+
+def data(facts: Facts | None) -> dict[str, Any] | None:
+    """Rows in, kept and dropped; tokens and what of them is learned."""
+    if not facts:
+        return None
+    kept = facts.get("kept") or facts.get("rows") or {}
+    tokens = facts.get("tokens") or {}
+    supervised = facts.get("supervised_tokens") or facts.get("supervised") or {}
+    histogram = facts.get("histogram") or facts.get("lengths") or {}
+    dropped = facts.get("dropped") or {}
+    return {
+        "rows_in": count(facts.get("rows_in")),
+        "sides": [
+            {
+                "side": side,
+                "rows": count(kept.get(side)),
+                "tokens": count(tokens.get(side)),
+                "supervised": count(supervised.get(side)),
+                "share": share(supervised.get(side), tokens.get(side)),
+            }
+            for side in SIDES
+            if side in kept
+        ],
+        "dropped": [(reason, count(number)) for reason, number in sorted(dropped.items(), key=lambda item: -item[1])],
+        "dropped_sum": count(sum(dropped.values())),
+        "share": share(sum(supervised.values()), sum(tokens.values())) if tokens else DASH,
+        "lengths": lengths_chart(histogram),
+        "example": pieces(facts.get("example")),
+    }
+
+
+def lengths_chart(histogram: Any) -> Any:
+    """The histogram of row lengths, if there is one."""
+    edges, counts = (histogram.get("edges"), histogram.get("counts")) if isinstance(histogram, dict) else (None, None)
+    if not edges or not counts or len(edges) != len(counts) + 1:
+        return ""
+    return bar_chart(edges, counts, label="training examples by length in tokens")
+
+
+def pieces(example: Any) -> list[tuple[str, bool]]:
+    """Stretches of the shown example and whether they are learned."""
+    return [(str(text), bool(learned)) for text, learned in example or []]
+
+
+def model(facts: Facts | None) -> dict[str, Any] | None:
+    """Name, revision, memory plan and ranking."""
+    if not facts:
+        return None
+    plan = facts.get("plan") or {}
+    parts = plan.get("parts") or {}
+    total = sum(parts.values())
+    whole = max(total, plan.get("limit") or 0) or 1
+    named = [("name", facts.get("name")), ("revision", facts.get("revision")), ("number format", facts.get("dtype"))]
+    named += [("parameters", count(facts.get("parameters"))), ("sha256", facts.get("sha256"))]
+    return {
+        "facts": [(name, str(value)) for name, value in named if value and value != DASH],
+        "parts": [
+            {"name": PART_NAMES.get(name, name), "size": size(number), "percent": f"{100 * number / whole:.2f}"}
+            for name, number in parts.items()
+            if number
+        ],
+        "total": size(total),
+        "bound": size(plan.get("lower_bound")),
+        "limit": size(plan.get("limit")),
+        "device": plan.get("device") or "",
+        "ranking": ranking(facts.get("ranking")),
+    }
+
+
+def ranking(found: Any) -> list[dict[str, str]]:
+    """Candidates, the best first; those left out with the reason."""
+    rows = found.get("candidates") or [] if isinstance(found, dict) else found or []
+    return [
+        {
+            "name": str(row.get("name", "")),
+            "bits": score(row.get("bits_per_byte")),
+            "memory": size(row.get("lower_bound")),
+            "context": count(row.get("context")),
+            "reason": str(row.get("reason") or ""),
+        }
+        for row in rows
+        if isinstance(row, dict)
+    ]
+
+
+def adapter(facts: Facts | None) -> dict[str, Any] | None:
+    """Method, share that is trained, matched modules."""
+    if not facts:
+        return None
+    total = facts.get("all", facts.get("total"))
+    matched = facts.get("matched_modules")
+    number = len(matched) if isinstance(matched, list | tuple) else matched
+    rows = [
+        ("method", facts.get("method")),
+        ("rank", count(facts.get("r"))),
+        ("alpha", count(facts.get("lora_alpha"))),
+        ("trained", f"{count(facts.get('trainable'))} of {count(total)} parameters"),
+        ("share", share(facts.get("trainable"), total, 2)),
+        ("on disk", size(facts.get("bytes", facts.get("adapter_bytes")))),
+        ("modules", count(number)),
+    ]
+    targets = facts.get("targets") or {}
+    return {
+        "facts": [(name, str(text)) for name, text in rows if text and text != DASH],
+        "targets": [(str(ending), count(times)) for ending, times in targets.items()]
+        if isinstance(targets, dict)
+        else [],
+        "names": list(matched) if isinstance(matched, list | tuple) else [],
+    }
+
+
+def steps(found: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Time and memory of each step, with a bar of its share of the time."""
+    longest = max([step.get("seconds") or 0 for step in found], default=0) or 1
+    return [
+        {
+            "name": step.get("name", ""),
+            "time": duration(step.get("seconds")),
+            "percent": f"{100 * (step.get('seconds') or 0) / longest:.1f}",
+            "peak": size(step.get("peak_bytes")),
+            "skipped": bool(step.get("skipped")),
+        }
+        for step in found
+    ]
+
+
+def hardware(facts: Facts) -> list[tuple[str, str]]:
+    """Where it ran, packages last."""
+    plain = [(key, str(value)) for key, value in facts.items() if not isinstance(value, dict) and value]
+    packages = facts.get("packages") or {}
+    return [*plain, *((name, str(version)) for name, version in packages.items())]
+
+
+def flat(facts: Facts) -> list[tuple[str, str]]:
+    """Any facts as pairs of text; what is nested is left to report.json."""
+    return [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, dict | list)]

@@ -1,0 +1,72 @@
+"""The report's four files: HTML to read, Markdown for CI, JSON for programs, JUnit XML for test dashboards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from llmtune.report.junit import to_junit
+from llmtune.report.markdown import to_markdown
+from llmtune.report.redaction import redact_all
+from llmtune.report.verdict import verdict
+from llmtune.report.view import make_view
+
+FILES = ("report.html", "report.md", "report.json", "junit.xml")
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write report.html, report.md, report.json and junit.xml into `folder`, each in one step.
+
+    `report` has the shape of `llmtune.report.assemble`; parts may be None. Secrets are taken out of all of it first,
+    numbers that JSON cannot hold become null, and a verdict is added if there is none.
+    """
+    safe = redact_all(finite(report))
+    safe["verdict"] = safe.get("verdict") or verdict(safe)
+    texts = (to_html(safe), to_markdown(safe), to_json(safe), to_junit(safe))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(FILES, texts, strict=True):
+        replace_file(folder / name, text)
+
+
+def to_html(report: Mapping[str, Any]) -> str:
+    """Fill the page: one file that asks nothing of the network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llmtune.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(make_view(report))
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Write JSON that any parser takes."""
+    return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """Turn NaN and infinities into None and paths into text, all the way down."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put `text` in the place of `path` in one step; text that UTF-8 cannot hold is replaced."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""Files that are whole or not there: write to another name, then rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import EnvironmentProblem
+
+BLOCK_BYTES = 1 << 20
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, so that a reader sees the old or the new text and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON; numbers that JSON cannot hold (NaN, infinities) become null."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Turn paths into text, tuples into lists and numbers that JSON cannot hold into None, all the way down."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of our own; None if it is missing or was damaged from outside."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write into; put it in the place of `folder` at the end, or remove it on an error."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """sha256 over the sorted relative names and contents of all files below `folder`; empty text if it is missing."""
+    if not folder.is_dir():
+        return ""
+    lines = [f"{path.relative_to(folder)} {hash_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_value(value: Any) -> str:
+    """sha256 of a JSON-able value, in hex; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused permission under `path` into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            free = shutil.disk_usage(_existing(path)).free
+            what = f"the disk is full: {free / 1e6:.0f} MB free"
+            raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            what = f"cannot write: {error.strerror}"
+            fix = "choose another folder with --out, or change its permissions"
+            raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())

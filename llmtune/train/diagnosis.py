@@ -1,0 +1,59 @@
+"""Why training stopped by itself: where, at what learning rate, on which rows, what is left, what to try."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from llmtune.errors import Problem, TrainingError
+from llmtune.train.checkpoint import list_checkpoints
+from llmtune.train.gradients import StepLoss, guilty_rows
+from llmtune.train.processes import gather
+from llmtune.train.training import Training
+
+SHOWN_ROWS = 10
+
+
+def not_a_number(training: Training, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
+    """Explain a loss or gradient that is no number, with the training examples that make it so; asks all processes."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in training.parameters):
+        what = f"the trained weights are no numbers any more in step {step}: the update before it was too large"
+        return _explain(training, step, loss, learning_rate, what, [])
+    if math.isfinite(loss.mean):
+        what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
+        return _explain(training, step, loss, learning_rate, what, training.plan.rows(step).tolist())
+    guilty = gather(training.accelerator, guilty_rows(training, loss.suspects) if len(loss.suspects) else [])
+    return _explain(training, step, loss, learning_rate, f"the loss is {loss.mean} in step {step}", guilty)
+
+
+def diverged(training: Training, step: int, loss: StepLoss, learning_rate: float, what: str) -> TrainingError:
+    """Explain a loss that left the ground it started from."""
+    return _explain(training, step, loss, learning_rate, f"{what}, in step {step}", [])
+
+
+def where_to_go_on(folder: Path) -> str:
+    """Name the newest checkpoint of a run."""
+    found = list_checkpoints(folder / "checkpoints")
+    return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
+
+
+def _explain(
+    training: Training, step: int, loss: StepLoss, learning_rate: float, what: str, guilty: list[int]
+) -> TrainingError:
+    train = training.recipe.train
+    state = f"loss {loss.mean:.4f}, learning rate {learning_rate:.2e}, gradient norm {loss.grad_norm:.3g}"
+    ways = [f"lower train.learning_rate (now {train.learning_rate:g})"]
+    if not 0 < train.max_grad_norm <= 1:
+        ways.append("set train.max_grad_norm: 1.0")
+    if train.warmup_steps == 0:
+        ways.append("set train.warmup_steps: 0.03")
+    if training.dtype == torch.float16:
+        ways.append("set model.dtype: bfloat16 or float32")
+    problems = [Problem(what, f"step {step}: {state}", f"{where_to_go_on(training.folder)} Try: {'; '.join(ways)}.")]
+    if guilty:
+        rows = sorted({int(training.examples.rows[index]) for index in guilty})
+        shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
+        problems.append(Problem(f"rows of this step to look at: {shown}", "data (train side, counted from 0)"))
+    return TrainingError(*problems)

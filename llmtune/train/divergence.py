@@ -1,0 +1,59 @@
+"""When training has gone wrong: a loss that is no number, or one that has left the ground it started from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+WINDOW = 10
+"""Steps whose median is looked at: one bad batch, or four, do not count."""
+LEAST_RISE = 4.0
+"""Nats above the best so far that a loss must stay; e^4: each token is held 50 times less likely."""
+
+
+@dataclass
+class Divergence:
+    """Watches the loss of each step, in nats per supervised token.
+
+    Training counts as diverged when the median of the last ten steps
+    - is more than one nat worse than guessing every token at random, and than the first step; or
+    - is above twice the best so far and at least four nats above it. The best so far is the loss of the first step,
+      which the untouched model made, or the lowest median of ten steps.
+
+    A pretrained model that goes astray ends near the loss of guessing (about 10 nats), from a start near 2; rows that
+    differ in difficulty do not move a median of ten by four nats.
+    """
+
+    guessing: float
+    """Loss of guessing at random: the logarithm of the vocabulary's size; infinity where that means nothing."""
+    first: float | None = None
+    best: float | None = None
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def observe(self, loss: float) -> str | None:
+        """Take in the loss of the next step; return what is wrong, or None."""
+        if self.first is None or self.best is None:
+            self.first = self.best = loss
+        self.recent.append(loss)
+        if len(self.recent) < WINDOW:
+            return None
+        now = median(self.recent)
+        if now > max(self.guessing, self.first) + 1:
+            return (
+                f"the loss diverged: its median over the last {WINDOW} steps is {now:.2f}, worse than guessing every "
+                f"token at random ({self.guessing:.2f})"
+            )
+        if now > self.best + max(LEAST_RISE, self.best):
+            return f"the loss diverged: its median over the last {WINDOW} steps is {now:.2f}, after {self.best:.2f}"
+        self.best = min(self.best, now)
+        return None
+
+    def save(self) -> dict[str, float | list[float] | None]:
+        """Return what a checkpoint must keep."""
+        return {"first": self.first, "best": self.best, "recent": list(self.recent)}
+
+    def restore(self, first: float | None, best: float | None, recent: Sequence[float]) -> None:
+        """Go on from what `save` returned."""
+        self.first, self.best, self.recent = first, best, deque(recent, maxlen=WINDOW)

@@ -1,0 +1,374 @@
+"""The training loop, the same for every task: read `train` first, then `_take_step` and `_close_step`."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune.adapter import save_adapter
+from llmtune.errors import Problem, Stopped, TrainingError
+from llmtune.records import AdaptedModel, Examples, Task, TrainedRun
+from llmtune.train.checkpoint import (
+    Checkpoint,
+    Damage,
+    newest_checkpoint,
+    put_weights,
+    read_checkpoint,
+    rotate,
+    sweep,
+    write_folder,
+)
+from llmtune.train.diagnosis import diverged, not_a_number, where_to_go_on
+from llmtune.train.divergence import Divergence
+from llmtune.train.gradients import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
+from llmtune.train.memory import MEMORY_ERRORS, is_out_of_memory, peak_bytes, reset_peak
+from llmtune.train.processes import add_up, on_main
+from llmtune.train.progress import Display, Line, append_line, cut_back, show
+from llmtune.train.rehearsal import put_checkpoint, rehearse, save, shrink
+from llmtune.train.signals import StopRequest, catch_signals
+from llmtune.train.state import TrainState
+from llmtune.train.training import Training, deterministic, set_up
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+METRICS = "metrics.jsonl"
+FIRST_SCALE = 2.0**16
+"""Loss scale that float16 starts with; halved, and the step done again, whenever a gradient overflows."""
+
+SCALE_GROWS = 1000
+"""Steps after which a loss scale that was halved is tried doubled again."""
+
+
+@dataclass
+class Run:
+    """A training under way."""
+
+    training: Training
+    state: TrainState
+    divergence: Divergence
+    request: StopRequest
+    display: Display
+    console: Console
+    on_budget: Callable[[int], None]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.training.folder / "checkpoints"
+
+
+def _say_nothing(tokens: int) -> None:
+    pass
+
+
+def train(
+    adapted: AdaptedModel,
+    examples: Examples,
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    *,
+    accelerator: Accelerator | None = None,
+    budget: int,
+    on_budget: Callable[[int], None] = _say_nothing,
+    resume: bool = True,
+) -> TrainedRun:
+    """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
+
+    `budget` is the number of tokens in a micro-batch to begin with; `on_budget` is told what it becomes.
+    With `resume` the newest whole checkpoint is gone on from; the result is the same to the last bit.
+
+    Raises:
+        Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
+        TrainingError: the loss diverged or is no number, or not even one row fits into memory.
+        EnvironmentProblem: the disk is full or forbidden, a tracker or an optimiser is not to be had here.
+        RecipeError: the schedule or `batch_tokens` cannot be.
+    """
+    with deterministic():
+        training = set_up(adapted, examples, task, recipe, folder, console, accelerator)
+        if not training.accelerator.is_main_process:
+            console, on_budget = Console(quiet=True), _say_nothing
+        found = on_main(training.accelerator, lambda: _prepare_folder(training, resume, console))
+        half = training.dtype == torch.float16
+        state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
+        divergence = Divergence(_guessing(adapted, task))
+        resumed = _go_on(training, found, state, divergence, console)
+        with catch_signals(console) as request:
+            if state.step < training.plan.total_steps and not state.stopped_early:
+                rehearse(training, state, console, on_budget)
+            on_budget(state.budget)
+            reset_peak(training.device)
+            with show(console, state.step, training.plan.total_steps) as display:
+                run = Run(training, state, divergence, request, display, console, on_budget)
+                _run_steps(run)
+            adapter = _finish(run)
+            _stop_if_asked(run)
+        if recipe.train.report_to:
+            training.accelerator.end_training()
+        return _summary(run, adapter, resumed)
+
+
+def _run_steps(run: Run) -> None:
+    state, total = run.state, run.training.plan.total_steps
+    run.training.model.train()
+    _stop_if_asked(run)
+    while True:
+        if state.closed < state.step:
+            _close_step(run)
+            _stop_if_asked(run)
+        if state.step == total or state.stopped_early:
+            return
+        _take_step(run)
+        _stop_if_asked(run)
+
+
+def _take_step(run: Run) -> None:
+    """Do one optimiser step: gradients, checks, update."""
+    training, state = run.training, run.state
+    started = time.perf_counter()
+    step = state.step + 1
+    loss = _gradients(run, step)
+    state.learning_rate, state.grad_norm = training.optimizer.param_groups[0]["lr"], loss.grad_norm
+    if not loss.finite:
+        raise not_a_number(training, step, loss, state.learning_rate)
+    wrong = run.divergence.observe(loss.mean)
+    if wrong is not None:
+        raise diverged(training, step, loss, state.learning_rate, wrong)
+    _update(run, step)
+    seconds = time.perf_counter() - started
+    state.step = step
+    state.tokens += loss.tokens
+    state.supervised += loss.count
+    state.seconds += seconds
+    state.first_loss = loss.mean if state.first_loss is None else state.first_loss
+    state.log_sum += loss.sum
+    state.log_count += loss.count
+    state.log_tokens += loss.tokens
+    state.log_seconds += seconds
+    run.display.step(step, loss.mean, loss.tokens / seconds, peak_bytes(training.device))
+
+
+def _gradients(run: Run, step: int) -> StepLoss:
+    """Compute the step's gradients; again with a smaller budget if memory ran out, with less scale if float16 did."""
+    training, state = run.training, run.state
+    while True:
+        try:
+            loss = step_gradients(training, step, state.budget, state.loss_scale)
+        except MicroBatchTooLarge:
+            shrink(training, state, run.console, run.on_budget, f"step {step}")
+        else:
+            if loss.finite or state.loss_scale <= 1 or not math.isfinite(loss.mean):
+                return loss
+            state.loss_scale /= 2
+        training.optimizer.zero_grad(set_to_none=True)
+
+
+def _update(run: Run, step: int) -> None:
+    training = run.training
+    try:
+        training.optimizer.step()
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        # Half of the weights may have moved: the step cannot be done again.
+        raise TrainingError.of(
+            f"out of memory in the update of step {step}, for which the rehearsal had found room",
+            str(run.training.device),
+            f"Another program took memory. {where_to_go_on(run.training.folder)}",
+        ) from error
+    training.schedule.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    if 1 < run.state.loss_scale < FIRST_SCALE and step % SCALE_GROWS == 0:
+        run.state.loss_scale *= 2
+
+
+def _close_step(run: Run) -> None:
+    """Validate, log and save as the recipe wants at this step; decide whether to stop early."""
+    training, state, train = run.training, run.state, run.training.recipe.train
+    step = state.step
+    last = step == training.plan.total_steps
+    epoch_end = training.plan.ends_epoch(step)
+    validates = training.validation is not None and (
+        last or (epoch_end if train.eval_steps is None else step % train.eval_steps == 0)
+    )
+    improved = False
+    if validates:
+        loss = _validate(run)
+        if loss is None:
+            return  # stopped in between: done again when training goes on
+        improved = _judge(run, loss)
+    if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
+        _log(run, validates)
+    state.closed = step
+    due = (validates or epoch_end) if train.save_steps is None else step % train.save_steps == 0
+    if due or last or state.stopped_early or (improved and train.load_best_model_at_end):
+        _checkpoint(run)
+
+
+def _validate(run: Run) -> float | None:
+    training, state = run.training, run.state
+    while True:
+        try:
+            loss = validation_loss(training, state.budget, lambda: run.request.signal_number is not None)
+        except MicroBatchTooLarge:
+            shrink(training, state, run.console, run.on_budget, "validation")
+            continue
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingError.of(
+                f"the validation loss is {loss} after step {state.step}, though the training loss is a number",
+                "validation",
+                f"Lower train.learning_rate. {where_to_go_on(training.folder)}",
+            )
+        return loss
+
+
+def _judge(run: Run, loss: float) -> bool:
+    """Note the validation loss, say whether it is the best so far, and decide on stopping early."""
+    state, train = run.state, run.training.recipe.train
+    before = math.inf if state.best_loss is None else state.best_loss
+    state.validation_loss = loss
+    state.stale_validations = 0 if loss < before - train.early_stopping_threshold else state.stale_validations + 1
+    if loss < before:
+        state.best_loss, state.best_step = loss, state.step
+    patience = train.early_stopping_patience
+    if patience is not None and state.stale_validations >= patience and state.step < run.training.plan.total_steps:
+        state.stopped_early = (
+            f"{patience} validations without a better loss than {state.best_loss:.4f} (step {state.best_step})"
+        )
+        run.console.print(f"Stopped early after step {state.step}: {state.stopped_early}.")
+    return loss < before
+
+
+def _log(run: Run, validated: bool) -> None:
+    """Add a line to metrics.jsonl, to the trackers and to the display; figures are those since the line before."""
+    training, state = run.training, run.state
+    line: Line = {
+        "step": state.step,
+        "epoch": round(state.step / training.plan.steps_per_epoch, 6),
+        "loss": state.log_sum / max(1, state.log_count),
+        "learning_rate": state.learning_rate,
+        "grad_norm": state.grad_norm,
+        "tokens_per_second": state.log_tokens / max(1e-9, state.log_seconds),
+        "peak_bytes": peak_bytes(training.device),
+    }
+    if validated:
+        line["validation_loss"] = state.validation_loss
+    state.log_sum, state.log_count, state.log_tokens, state.log_seconds = 0.0, 0, 0, 0.0
+    on_main(training.accelerator, lambda: append_line(training.folder / METRICS, line))
+    if training.recipe.train.report_to:
+        values = {key: value for key, value in line.items() if key != "step"}
+        training.accelerator.log(values, step=state.step)
+    run.display.line(line)
+
+
+def _checkpoint(run: Run) -> Path:
+    training, state = run.training, run.state
+    state.divergence = run.divergence.save()
+    folder = run.checkpoints / f"step-{state.step}"
+    save(training, state, folder)
+    best = state.best_step if training.recipe.train.load_best_model_at_end else None
+    on_main(training.accelerator, lambda: rotate(run.checkpoints, training.recipe.train.save_total_limit, best))
+    return folder
+
+
+def _stop_if_asked(run: Run) -> None:
+    """Save and raise Stopped if any process got a signal."""
+    asked = run.request.signal_number
+    interrupts, terminations = add_up(run.training.accelerator, [float(asked == 2), float(asked == 15)])
+    if not interrupts and not terminations:
+        return
+    total = run.training.plan.total_steps
+    number, name = (2, "Ctrl-C") if interrupts else (15, "SIGTERM")
+    if run.state.step == 0:
+        what, where = f"stopped by {name} before step 1", None
+    else:
+        saved = run.checkpoints / f"step-{run.state.step}"
+        where = str(_checkpoint(run) if not saved.exists() else saved)
+        what = f"stopped by {name} after step {run.state.step} of {total}; a checkpoint is saved"
+    raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
+
+
+def _prepare_folder(training: Training, resume: bool, console: Console) -> Path | None:
+    """Clean up after an interrupted run; return the newest whole checkpoint to go on from."""
+    checkpoints = training.folder / "checkpoints"
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    sweep(checkpoints)
+    found = newest_checkpoint(checkpoints, training.fingerprint, console)
+    cut_back(training.folder / METRICS, found.state.step if found else 0)
+    return found.folder if found else None
+
+
+def _go_on(
+    training: Training, folder: Path | None, state: TrainState, divergence: Divergence, console: Console
+) -> int | None:
+    """Put the checkpoint `folder` into model, optimiser, `state` and `divergence`; return its step."""
+    if folder is None:
+        return None
+    found = read_checkpoint(folder)
+    assert isinstance(found, Checkpoint), "it was whole a moment ago"
+    put_checkpoint(training, found)
+    budget = min(state.budget, found.state.budget)
+    vars(state).update(vars(found.state))
+    state.budget = max(budget, training.longest)
+    divergence.restore(**found.state.divergence)
+    console.print(f"Going on from {folder.name} of {training.plan.total_steps} ({escape(str(folder))}).")
+    return state.step
+
+
+def _finish(run: Run) -> Path:
+    """Put the best weights back if the recipe wants them, and save the adapter (or the weights)."""
+    training, state = run.training, run.state
+    if training.recipe.train.load_best_model_at_end and state.best_step not in (None, state.step):
+        best = read_checkpoint(run.checkpoints / f"step-{state.best_step}")
+        if isinstance(best, Damage):
+            run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); the last step is taken.[/]")
+        else:
+            put_weights(training.adapted.model, best.weights)
+    folder = training.folder / ("weights" if training.adapted.method == "full" else "adapter")
+    on_main(
+        training.accelerator,
+        lambda: write_folder(folder, lambda place: save_adapter(training.adapted, place)),
+    )
+    return folder
+
+
+def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
+    training, state = run.training, run.state
+    return TrainedRun(
+        adapter=adapter,
+        steps=state.step,
+        epochs=state.step / training.plan.steps_per_epoch,
+        train_loss=fmean(run.divergence.recent),
+        first_loss=state.first_loss or 0.0,
+        validation_loss=state.best_loss if training.recipe.train.load_best_model_at_end else state.validation_loss,
+        best_step=state.best_step,
+        tokens=state.tokens,
+        supervised_tokens=state.supervised,
+        tokens_per_second=state.tokens / max(1e-9, state.seconds),
+        wall_seconds=state.seconds,
+        peak_bytes=peak_bytes(training.device),
+        micro_batch_tokens=state.budget,
+        stopped_early=state.stopped_early,
+        resumed_from=resumed,
+    )
+
+
+def _guessing(adapted: AdaptedModel, task: Task) -> float:
+    """Return the loss of guessing every token at random; infinity for a task that does not predict tokens."""
+    if task.peft_task_type not in {"CAUSAL_LM", "SEQ_2_SEQ_LM"}:
+        return math.inf
+    return math.log(adapted.selected.model.config.get_text_config().vocab_size)

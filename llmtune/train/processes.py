@@ -1,0 +1,61 @@
+"""What the processes of one training agree on; with a single process all of it is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from llmtune.errors import LlmtuneError
+
+
+def add_up(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """Return the sums of `values` over all processes, in double precision where the device has it."""
+    if accelerator.num_processes == 1:
+        return [float(value) for value in values]
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    total = torch.tensor(values, dtype=dtype, device=accelerator.device)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Say whether `flag` is set in any process; all of them get the same answer."""
+    return add_up(accelerator, [float(flag)])[0] > 0
+
+
+def from_main(accelerator: Accelerator, value: Any) -> Any:
+    """Return the main process's `value` in every process."""
+    if accelerator.num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
+
+
+def gather(accelerator: Accelerator, values: list[Any]) -> list[Any]:
+    """Return the lists of all processes joined, in order of rank."""
+    return values if accelerator.num_processes == 1 else list(gather_object(values))
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Do `work` in the main process alone, once all have come here, since it may change files that others still read.
+
+    Every process gets its result, or raises the LlmtuneError that it raised.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    accelerator.wait_for_everyone()
+    result, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except LlmtuneError as error:
+            failure = error
+    kind, problems, result = from_main(accelerator, (type(failure), failure.problems if failure else (), result))
+    if failure is not None:
+        raise failure
+    if problems:
+        raise kind(*problems)
+    return result

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: finish the step, save, stop; a second Ctrl-C quits at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from rich.console import Console
+
+
+@dataclass
+class StopRequest:
+    """Which signal asked for a stop; None as long as none did."""
+
+    signal_number: int | None = None
+
+
+@contextmanager
+def catch_signals(console: Console, speaks: bool = True) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a `StopRequest` inside the block; afterwards put the old handlers back.
+
+    A second SIGINT raises KeyboardInterrupt where the program stands. Outside the main thread, where Python allows no
+    handlers, nothing is caught.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if request.signal_number is None:
+            request.signal_number = number
+            if speaks:
+                again = " (Ctrl-C again quits at once)" if number == signal.SIGINT else ""
+                console.print(f"Stopping: this step is finished and saved first{again}.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

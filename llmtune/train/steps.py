@@ -1,0 +1,160 @@
+"""What an optimiser step holds: a pure function of seed, data and step number, whatever the number of processes."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.errors import RecipeError
+
+Indexes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """Which training examples each optimiser step holds; steps are counted from 1.
+
+    Either `batch_size` rows a step, the last step of an epoch maybe fewer; or, with `batch_tokens`, steps filled by
+    best fit over the whole epoch.
+    """
+
+    lengths: npt.NDArray[np.int32]
+    """Tokens of each training example."""
+    seed: int
+    batch_size: int
+    batch_tokens: int | None
+    num_train_epochs: float
+    max_steps: int | None
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError if an example has more tokens than a step may hold."""
+        assert len(self.lengths), "a plan needs at least one training example"
+        longest = int(self.lengths.max())
+        if self.batch_tokens is not None and longest > self.batch_tokens:
+            raise RecipeError.of(
+                f"{self.batch_tokens} tokens a step, but the longest training example has {longest}",
+                "train.batch_tokens",
+                f"Set train.batch_tokens to {longest} or more, or data.max_length to {self.batch_tokens} or less.",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many steps go once through the data; the same in every epoch."""
+        return len(self._epoch(0))
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps training has; `max_steps` goes on into as many epochs as it takes."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.num_train_epochs * self.steps_per_epoch - 1e-9))
+
+    def rows(self, step: int) -> Indexes:
+        """Return the indexes of the training examples of `step`."""
+        assert step >= 1, "steps are counted from 1"
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        return self._epoch(epoch)[place]
+
+    def ends_epoch(self, step: int) -> bool:
+        """Say whether `step` is the last one of its epoch."""
+        return step % self.steps_per_epoch == 0
+
+    def _epoch(self, epoch: int) -> list[Indexes]:
+        return _arrange(self, epoch)
+
+
+@lru_cache(maxsize=4)
+def _arrange(plan: StepPlan, epoch: int) -> list[Indexes]:
+    """Return the rows of each step of `epoch`, in order."""
+    generator = np.random.Generator(np.random.Philox(key=[plan.seed % 2**64, epoch]))
+    order = generator.permutation(len(plan.lengths))
+    if plan.batch_tokens is None:
+        return [order[start : start + plan.batch_size] for start in range(0, len(order), plan.batch_size)]
+    bins = best_fit(plan.lengths[order], plan.batch_tokens)
+    return [order[bins[i]] for i in generator.permutation(len(bins))]
+
+
+def best_fit(lengths: Sequence[int] | npt.NDArray[np.int32], capacity: int) -> list[Indexes]:
+    """Pack `lengths` into bins of `capacity` by best fit decreasing; return the indexes of each bin.
+
+    Equal lengths are taken in the order given, so the number of bins does not depend on that order. A length above
+    `capacity` gets a bin of its own. Johnson 1973: at most 11/9 of the fewest possible bins, plus one.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
+        place = bisect_left(open_bins, (size, -1))
+        if place < len(open_bins):
+            room, bin_number = open_bins.pop(place)
+            bins[bin_number].append(index)
+        else:
+            room, bin_number = capacity, len(bins)
+            bins.append([index])
+        if room > size:
+            insort(open_bins, (room - size, bin_number))
+    return [np.asarray(members, dtype=np.int64) for members in bins]
+
+
+def divide(rows: Indexes, lengths: npt.NDArray[np.int32], processes: int) -> list[Indexes]:
+    """Divide the rows of a step over processes so that each gets about the same number of tokens; some may get none."""
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for place in np.argsort(-lengths[rows].astype(np.int64), kind="stable").tolist():
+        lightest = loads.index(min(loads))
+        shares[lightest].append(int(rows[place]))
+        loads[lightest] += int(lengths[rows[place]])
+    return [np.asarray(share, dtype=np.int64) for share in shares]
+
+
+def micro_batches(rows: Indexes, lengths: npt.NDArray[np.int32], budget: int, packed: bool) -> list[Indexes]:
+    """Cut one process's share into micro-batches of at most `budget` tokens, the heaviest first.
+
+    A micro-batch costs the sum of its lengths when packed, else rows x longest. A longer row stands alone.
+    """
+    if packed:
+        groups = [rows[members] for members in best_fit(lengths[rows], budget)]
+        return sorted(groups, key=lambda group: -cost(group, lengths, packed))
+    ordered = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
+    groups = []
+    while len(ordered):
+        count = max(1, budget // max(1, int(lengths[ordered[0]])))
+        groups.append(ordered[:count])
+        ordered = ordered[count:]
+    return sorted(groups, key=lambda group: -cost(group, lengths, packed))
+
+
+def cost(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool) -> int:
+    """Return the tokens that a micro-batch of `rows` occupies, padding counted."""
+    sizes = lengths[rows].astype(np.int64)
+    return int(sizes.sum()) if packed else int(sizes.max()) * len(sizes)
+
+
+def heaviest(
+    lengths: npt.NDArray[np.int32], supervised: npt.NDArray[np.int32], budget: int, packed: bool, most_rows: int
+) -> list[Indexes]:
+    """Return micro-batches that no real one outweighs: one of the longest rows, and one of the most supervised rows.
+
+    The first needs the most attention and activations, the second the most logits. Neither has more than `most_rows`.
+    """
+    found = []
+    for weight in (lengths, supervised):
+        taken: list[int] = []
+        widest = total = 0
+        for index in np.argsort(-weight.astype(np.int64), kind="stable").tolist():
+            size = int(lengths[index])
+            fits = total + size <= budget if packed else max(widest, size) * (len(taken) + 1) <= budget
+            if fits or not taken:
+                taken.append(index)
+                widest, total = max(widest, size), total + size
+            if len(taken) == most_rows or total >= budget:
+                break
+        found.append(np.asarray(taken, dtype=np.int64))
+    return found[:1] if set(found[0].tolist()) == set(found[1].tolist()) else found

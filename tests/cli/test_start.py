@@ -1,0 +1,60 @@
+"""How fast the command starts, and what it does not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import llmtune, write_recipe
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
+
+
+def heavy_imports(*arguments: str) -> list[str]:
+    code = f"""
+import sys
+sys.argv = ["llmtune", *{list(arguments)!r}]
+from llmtune.cli import main
+try:
+    main()
+except SystemExit as end:
+    print("exit", end.code, file=sys.stderr)
+print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return eval(done.stdout.rsplit("HEAVY", 1)[1])
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("recipes", "list"), ("recipes", "schema")])
+def test_light_commands_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    assert heavy_imports(*arguments) == []
+
+
+def test_checking_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, "rows.jsonl")
+    assert heavy_imports("recipes", "check", str(recipe)) == []
+
+
+def best_seconds(cwd: Path, *arguments: object) -> float:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert llmtune(*arguments, cwd=cwd).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_help_is_there_at_once(tmp_path: Path) -> None:
+    assert best_seconds(tmp_path, "--help") < 0.3 * SLACK
+
+
+def test_a_recipe_is_checked_at_once(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, "rows.jsonl")
+    assert best_seconds(tmp_path, "recipes", "check", recipe) < 0.7 * SLACK
+
+
+SLACK = 2.0
+"""The best of five on a quiet machine is well below the promise; a busy one must not fail the suite."""

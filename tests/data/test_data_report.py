@@ -1,0 +1,85 @@
+"""The data report: what is printed, and what goes into the run's report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.templates import CHATML, conversation, recipe_for, tokenizer_with
+
+from llmtune.data import prepare_rows
+from llmtune.data.examples import ExampleReader, encode_rows
+from llmtune.data.report import describe_examples
+from llmtune.tasks import get_task
+
+
+def describe(rows, tmp_path, console, **data):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_for(**{"train": str(path), "validation": 0, "test": 0, "deduplicate": "exact", **data})
+    tokenizer = tokenizer_with(CHATML)
+    prepared = prepare_rows(recipe, tmp_path / "rows", console)
+    examples = encode_rows(prepared, get_task("chat"), tokenizer, recipe, tmp_path / "examples", console)
+    return describe_examples(prepared, examples, tokenizer, console), examples
+
+
+def rows(count, words=1):
+    return [conversation(f"question {i} " + "cat " * (i * words % 37), f"answer {i}") for i in range(count)]
+
+
+def test_the_report_can_be_written_as_json_and_counts_what_there_is(tmp_path, console):
+    facts, examples = describe(rows(40, words=3), tmp_path, console)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["rows_in"] == 40
+    assert facts["examples"] == {"train": 40}
+    assert facts["supervised_share"] == pytest.approx(examples.supervised["train"] / examples.tokens["train"])
+
+
+def test_the_histogram_counts_every_example_once_within_its_edges(tmp_path, console):
+    facts, examples = describe(rows(40, words=3), tmp_path, console)
+    edges, counts = facts["histogram"]["edges"], facts["histogram"]["counts"]
+    lengths = ExampleReader(examples, "train").lengths
+    assert sum(counts) == 40
+    assert len(edges) == len(counts) + 1
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        assert count == sum(low <= length < high for length in lengths)
+
+
+def test_the_example_is_shown_with_its_special_tokens_and_what_is_learned(tmp_path, console):
+    facts, _ = describe([conversation("[bold]one[/bold]", "two", "three", "four")], tmp_path, console)
+    assert facts["example"] == [
+        ["<|im_start|>user\n[bold]one[/bold]<|im_end|>\n<|im_start|>assistant\n", False],
+        ["two<|im_end|>", True],
+        ["\n<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n", False],
+        ["four<|im_end|>", True],
+    ]
+    assert "[bold]one[/bold]<|im_end|>" in console.file.getvalue()
+
+
+def test_learned_text_is_green(tmp_path, console):
+    from rich.console import Console
+
+    facts, _ = describe([conversation("one", "two")], tmp_path, console)
+    colours = Console(file=console.file, force_terminal=True, color_system="standard", width=100)
+    from llmtune.data.report import _coloured
+
+    colours.print(_coloured([tuple(piece) for piece in facts["example"]]))
+    assert "\x1b[32mtwo<|im_end|>\x1b[0m" in console.file.getvalue()
+
+
+def test_a_long_example_is_cut_in_the_middle(tmp_path, console):
+    facts, _ = describe([conversation("one " * 2000, "two")], tmp_path, console, max_length=20_000)
+    text = facts["example"][0][0]
+    assert len(text) < 2100
+    assert "characters ..." in text
+
+
+def test_rows_left_out_are_shown_with_their_reasons(tmp_path, console):
+    chats = [*rows(40), conversation("question 3", "answer 3" + "cat " * 300), rows(1)[0]]
+    facts, _ = describe(chats, tmp_path, console, max_length=300, on_overlong="drop")
+    assert facts["dropped"]["too long"] == 1
+    assert facts["dropped"]["exact duplicate"] == 1
+    shown = console.file.getvalue()
+    assert "too long" in shown
+    assert "exact duplicate" in shown
+    assert "42 rows read; left out:" in shown

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmtune.data.minhash import MINIMA, NEAR, find_near, hash_triples, take_minima
+from support.rows import chat, prepare, questions, write_jsonl
+
+WORDS = [a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")]
+
+
+def sentence(rng: random.Random, count: int) -> list[str]:
+    return rng.choices(WORDS, k=count)
+
+
+def near_of(texts: list[str], order: list[int] | None = None) -> dict[int, list[int]]:
+    order = order or list(range(len(texts)))
+    half = len(texts) // 2
+    batches = [(0, texts[:half]), (half, texts[half:])]
+    found = find_near(np.array(order, dtype=np.int64), lambda: iter(batches))
+    return {row: near.tolist() for row, near in found.items()}
+
+
+def overlap(one: str, other: str) -> float:
+    a, b = (set(hash_triples([text])[0].tolist()) for text in (one, other))
+    return len(a & b) / len(a | b)
+
+
+def test_the_estimated_overlap_is_the_true_one_within_its_error():
+    rng = random.Random(1)
+    errors = []
+    for changed in range(0, 40, 2):
+        words = sentence(rng, 80)
+        other = [*words[: 80 - changed], *sentence(rng, changed)]
+        texts = [" ".join(words), " ".join(other)]
+        triples, row = hash_triples(texts)
+        minima = take_minima(triples, np.flatnonzero(np.diff(row, prepend=-1)))
+        errors.append(float((minima[0] == minima[1]).mean()) - overlap(*texts))
+    assert abs(np.mean(errors)) < 0.03, "the estimate is biased"
+    assert np.std(errors) < 1.5 * 0.5 / MINIMA**0.5
+
+
+def test_pairs_well_above_the_threshold_are_found_and_those_well_below_are_not():
+    rng = random.Random(2)
+    originals = [sentence(rng, 100) for _ in range(150)]
+    near = [[*words[:97], *sentence(rng, 3)] for words in originals]
+    far = [[*words[:75], *sentence(rng, 25)] for words in originals]
+    texts = [" ".join(words) for words in (*originals, *near, *far)]
+    assert min(overlap(texts[i], texts[150 + i]) for i in range(150)) > 0.9
+    assert max(overlap(texts[i], texts[300 + i]) for i in range(150)) < NEAR - 0.1
+    assert near_of(texts) == {150 + i: [i] for i in range(150)}
+
+
+def test_words_are_compared_without_case_and_punctuation():
+    text = "It was the best of times, it was the worst of times; it was the age of wisdom."
+    other = "it was the BEST of times it was the worst of times “it was – the age of wisdom”!"
+    assert overlap(text, other) == 1.0
+
+
+def test_scripts_without_spaces_are_compared_by_character():
+    text = "機械学習は人間が自然に行っている学習能力と同様の機能を計算機で実現しようとする技術である"
+    assert len(hash_triples([text])[0]) == len(text)
+    assert 0.8 < overlap(text, text[:-1]) < 1
+    assert overlap("ab機cd", "ab 機 cd") == 1.0
+
+
+def test_texts_without_words_are_near_nothing():
+    assert near_of(["!!!", "???", "!!!", ""]) == {}
+
+
+def test_words_at_the_same_place_in_different_batches_hash_the_same():
+    alone = hash_triples(["the quick brown fox"])[0].tolist()
+    together, row = hash_triples(["some other text", "", "the quick brown fox"])
+    assert together[row == 2].tolist() == alone
+
+
+def test_a_template_that_all_rows_share_makes_them_alike_only_if_no_more_than_a_word_differs():
+    rng = random.Random(3)
+    template = " ".join(sentence(rng, 400))
+    texts = [f"{template} {' '.join(sentence(rng, 30))}" for _ in range(100)]
+    assert min(overlap(texts[0], text) for text in texts) > NEAR
+    assert near_of(texts) == {}
+    assert near_of([*texts, texts[7] + " x"]) == {100: [7]}
+    assert near_of([f"{template} {number}" for number in range(100)]).keys() == set(range(1, 100))
+
+
+def test_no_two_kept_rows_are_near_and_every_dropped_row_is_near_a_kept_one():
+    rng = random.Random(4)
+    words = sentence(rng, 60)
+    chain = []
+    for _ in range(30):  # each is near the one before, the ends are not near each other
+        words = words[1:] + sentence(rng, 1)
+        chain.append(" ".join(words))
+    dropped = near_of(chain + [" ".join(sentence(rng, 60)) for _ in range(400)])
+    kept = set(range(30)) - dropped.keys()
+    assert 1 < len(kept) < 30
+    assert all(set(near) <= kept and all(other < row for other in near) for row, near in dropped.items())
+    assert max(overlap(chain[i], chain[j]) for i in kept for j in kept if i < j) < NEAR + 0.1
+
+
+def test_a_crowd_of_near_rows_leaves_one_and_takes_linear_time():
+    rng = random.Random(5)
+    words = sentence(rng, 300)
+    crowd = [" ".join([*words, str(number)]) for number in range(3000)]
+    noise = [" ".join(sentence(rng, 30)) for _ in range(12_000)]
+    assert len(near_of([*crowd, *noise])) == 2999
+
+
+@given(st.permutations(range(12)))
+@settings(max_examples=25, deadline=None)
+def test_what_is_kept_does_not_depend_on_the_order_of_rows(order):
+    import tempfile
+    from pathlib import Path
+
+    rng = random.Random(6)
+    rows = []
+    for number in range(4):
+        words = sentence(rng, 40)
+        rows += [chat(" ".join([*words, more]), "yes") for more in ("", f"more{number}", f"much{number}")]
+    kept = []
+    for arrangement in (range(12), order):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_jsonl(folder / "a.jsonl", [rows[place] for place in arrangement][:5])
+            write_jsonl(folder / "b.jsonl", [rows[place] for place in arrangement][5:])
+            kept.append(questions(prepare(folder, ["a.jsonl", "b.jsonl"], deduplicate="near"))["train"])
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 4
+
+
+@pytest.mark.parametrize(("method", "kept"), [("none", 4), ("exact", 2), ("near", 1)])
+def test_each_way_of_deduplicating_drops_what_it_says(tmp_path, method, kept):
+    long = " ".join(WORDS[:60])
+    twice = chat(long + " caf\u00e9")
+    write_jsonl(tmp_path / "a.jsonl", [twice, twice, chat(long + " cafe\u0301 "), chat(long + " tea")])
+    rows = prepare(tmp_path, "a.jsonl", deduplicate=method)
+    assert rows.counts["train"] == kept
+    want = {"none": {}, "exact": {"exact duplicate": 2}, "near": {"exact duplicate": 2, "near duplicate": 1}}
+    assert rows.dropped == want[method]
+
+
+@pytest.mark.parametrize("method", ["none", "exact", "near"])
+def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
+    long = " ".join(WORDS[:60])
+    write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat("b"), chat("c"), chat(long), chat("d")])
+    write_jsonl(tmp_path / "validation.jsonl", [chat("b"), chat("a "), chat("v")])
+    write_jsonl(tmp_path / "test.jsonl", [chat("a"), chat(long + " more")])
+    rows = prepare(tmp_path, "train.jsonl", validation="validation.jsonl", test="test.jsonl", deduplicate=method)
+    near = method == "near"
+    assert questions(rows) == {
+        "train": ["c", "d"] if near else ["c", "d", long],
+        "validation": ["b", "v"],
+        "test": ["a", long + " more"],
+    }
+    want = {"equal to a test row": 2, "equal to a validation row": 1} | ({"near a test row": 1} if near else {})
+    assert rows.dropped == want
+
+
+def test_a_validation_row_near_a_test_row_is_dropped(tmp_path):
+    long = " ".join(WORDS[:60])
+    write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat(long + " x")])
+    write_jsonl(tmp_path / "validation.jsonl", [chat(long), chat("b")])
+    write_jsonl(tmp_path / "test.jsonl", [chat(long + " more")])
+    rows = prepare(tmp_path, "train.jsonl", validation="validation.jsonl", test="test.jsonl", deduplicate="near")
+    assert questions(rows) == {"train": ["a"], "validation": ["b"], "test": [long + " more"]}
+    assert rows.dropped == {"near a test row": 2}

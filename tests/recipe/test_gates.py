@@ -1,0 +1,67 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtune.errors import RecipeError
+from llmtune.recipe import Gate, parse_gate
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("exact_match >= 0.8", Gate("exact_match >= 0.8", "exact_match", None, ">=", 0.8)),
+        ("rougeL>base", Gate("rougeL>base", "rougeL", None, ">", None)),
+        (" wer <  base - 0.02 ", Gate("wer < base - 0.02", "wer", None, "<", None, 1.0, -0.02)),
+        ("loss <= base + 1e-3", Gate("loss <= base + 1e-3", "loss", None, "<=", None, 1.0, 1e-3)),
+        ("perplexity <= base * 1.05", Gate("perplexity <= base * 1.05", "perplexity", None, "<=", None, 1.05, 0.0)),
+        ("exact_match.low > base", Gate("exact_match.low > base", "exact_match", "low", ">", None)),
+        ("loss.high < base", Gate("loss.high < base", "loss", "high", "<", None)),
+        ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
+    ],
+)
+def test_every_form_of_a_gate_is_read(text, gate):
+    assert parse_gate(text) == gate
+    assert parse_gate(text).against_base == (gate.number is None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "loss",
+        "loss >",
+        "> 3",
+        "loss = 3",
+        "loss => 3",
+        "loss > base > 3",
+        "loss > base / 2",
+        "loss > base *",
+        "loss.mid > base",
+        "loss > 3 + base",
+        "loss > tuned",
+        "loss > 3; import os",
+        "loss > 1e9999",
+        "loss > ٣",
+        "3 < loss",
+        "loss > nan",
+    ],
+)
+def test_anything_else_is_refused_with_the_forms_there_are(text):
+    with pytest.raises(RecipeError, match="is not a gate") as caught:
+        parse_gate(text)
+    assert "`rougeL > base`" in caught.value.problems[0].fix
+
+
+def test_an_end_of_an_interval_is_compared_with_the_base_only():
+    with pytest.raises(RecipeError, match=r"Write `loss\.high < base`"):
+        parse_gate("loss.high < 0.3")
+
+
+@given(st.text(alphabet="abse.low<>=*+- 0123456789e_", max_size=30))
+def test_free_text_is_a_gate_or_refused(text):
+    try:
+        gate = parse_gate(text)
+    except RecipeError:
+        return
+    assert gate.metric in text
+    assert parse_gate(gate.text) == gate

@@ -1,0 +1,261 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import RecipeError
+from llmtune.recipe import Source, load_recipe
+
+
+def test_a_minimal_recipe_has_every_default_of_the_design(write):
+    recipe = load_recipe(write(name="support.yaml")).recipe
+    assert recipe.name == "support"
+    assert recipe.data.train == (Source(path=str(Path.cwd() / "rows.jsonl")),)
+    assert (recipe.data.validation, recipe.data.test, recipe.data.max_length) == (0.05, 0.1, 1024)
+    assert (recipe.adapter.method, recipe.adapter.r, recipe.adapter.lora_alpha) == ("lora", 16, 32)
+    assert (recipe.train.learning_rate, recipe.train.batch_size, recipe.seed) == (2e-4, 16, 42)
+    assert recipe.generation.max_new_tokens == 128
+    assert "loss" in recipe.evaluate.metrics
+
+
+def test_a_recipe_cannot_be_changed(write):
+    recipe = load_recipe(write()).recipe
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+
+
+def test_an_exponent_without_a_dot_is_a_number(write):
+    recipe = load_recipe(write("train: {learning_rate: 1e-4}\n")).recipe
+    assert recipe.train.learning_rate == 1e-4
+
+
+def test_values_of_the_nearer_file_win_and_mappings_are_merged(write):
+    write("seed: 1\nadapter: {r: 4, lora_alpha: 8}\nevaluate: {gates: ['loss < base']}\n", "base.yaml", whole=True)
+    write("extends: base.yaml\nadapter: {r: 5}\nseed: 2\n", "middle.yaml", whole=True)
+    recipe = load_recipe(write("extends: middle.yaml\nseed: 3\n")).recipe
+    assert (recipe.seed, recipe.adapter.r, recipe.adapter.lora_alpha) == (3, 5, 8)
+    assert recipe.evaluate.gates == ("loss < base",)
+
+
+def test_lists_and_sources_are_replaced_as_a_whole(write):
+    write(
+        "data: {train: {path: a.csv, columns: {prompt: q}}}\nevaluate: {metrics: [loss, chrf]}\n",
+        "base.yaml",
+        whole=True,
+    )
+    text = (
+        "extends: base.yaml\ntask: chat\ndata: {train: {path: b.csv}}\nmodel: {name: m}\nevaluate: {metrics: [chrf]}\n"
+    )
+    recipe = load_recipe(write(text, whole=True)).recipe
+    assert recipe.data.train == (Source(path=str(Path.cwd() / "b.csv")),)
+    assert recipe.evaluate.metrics == ("chrf",)
+
+
+def test_set_wins_over_every_file_and_is_read_as_yaml(write):
+    write("seed: 1\n", "base.yaml", whole=True)
+    sets = ["seed=5", "train.learning_rate=1e-5", "evaluate.gates=['loss < base']", "adapter={r: 2}", "seed=6"]
+    recipe = load_recipe(write("extends: base.yaml\nseed: 2\nadapter: {lora_alpha: 7}\n"), sets).recipe
+    assert recipe.seed == 6
+    assert recipe.train.learning_rate == 1e-5
+    assert recipe.evaluate.gates == ("loss < base",)
+    assert (recipe.adapter.r, recipe.adapter.lora_alpha) == (2, 7)
+
+
+def test_set_reaches_into_sources(write):
+    path = write("task: chat\ndata: {train: [a.jsonl, b.jsonl]}\nmodel: {name: m}\n", whole=True)
+    recipe = load_recipe(path, ["data.train.1.limit=9", "data.test=0.2"]).recipe
+    assert [source.limit for source in recipe.data.train] == [None, 9]
+    assert load_recipe(write(), ["data.train.limit=3"]).recipe.data.train[0].limit == 3
+    loaded = load_recipe(write(), ["data.train.0.limit=3", "data.train.0.format=csv"])
+    assert loaded.recipe.data.train == (Source(path=str(Path.cwd() / "rows.jsonl"), limit=3, format="csv"),)
+    assert loaded.origins["data.train.0.path"] == "recipe.yaml:2"
+
+
+def test_null_takes_back_what_an_extended_recipe_states(write):
+    write("model: {candidates: [a/b, c/d]}\nadapter: {r: 4}\ntrain: {seeds: [1]}\n", "base.yaml", whole=True)
+    text = "extends: base.yaml\ntask: chat\ndata: {train: a}\nmodel: {name: m, candidates: null}\ntrain: null\n"
+    loaded = load_recipe(write(text, whole=True), ["adapter.r=null"])
+    assert loaded.recipe.model.candidates is None
+    assert loaded.recipe.adapter.r == 16
+    assert loaded.recipe.train.seeds == ()
+
+
+def test_null_that_takes_nothing_back_is_a_wrong_type(refuse):
+    (problem,) = refuse("adapter: {r: null}\n")
+    assert problem.what == "'adapter.r' is null"
+
+
+def test_a_section_without_lines_is_a_section_of_defaults(write):
+    assert load_recipe(write("train:\nadapter:\n")).recipe.train.batch_size == 16
+
+
+def test_every_value_has_an_origin(write):
+    write("# first\nseed: 1\nadapter:\n  r: 4\n", "base.yaml", whole=True)
+    text = (
+        "extends: base.yaml\ntask: chat\ndata:\n  train:\n    - a.jsonl\n    - path: b.jsonl\n      limit: 3\n"
+        "model:\n  name: m\n  chat_template_kwargs: {thinking: false}\n"
+    )
+    origins = load_recipe(write(text, whole=True), ["train.batch_size=4"]).origins
+    assert origins["seed"] == "base.yaml:2"
+    assert origins["adapter.r"] == "base.yaml:4"
+    assert origins["task"] == "recipe.yaml:2"
+    assert origins["data.train.0.path"] == "recipe.yaml:5"
+    assert origins["data.train.1.limit"] == "recipe.yaml:7"
+    assert origins["model.chat_template_kwargs.thinking"] == "recipe.yaml:10"
+    assert origins["train.batch_size"] == "--set"
+    assert origins["train.optim"] == origins["name"] == origins["data.train.0.limit"] == "default"
+
+
+def test_the_written_recipe_shows_each_origin_and_loads_to_the_same(write):
+    text = "adapter: {method: full}\ntrain: {max_steps: 3}\n"
+    sets = ["data.validation=0", "model.chat_template_kwargs={a b: [1, '☃ \"x\"', null], c: yes}", "data.train.limit=3"]
+    loaded = load_recipe(write(text), sets)
+    written = loaded.to_yaml()
+    assert "seed: 42  # default" in written
+    assert "  method: full  # recipe.yaml:4" in written
+    assert "  validation: 0.0  # --set" in written
+    assert "  # r: 16  # default, without effect here" in written
+    again = load_recipe(write(written, "again/recipe.yaml", whole=True))
+    assert again.recipe == loaded.recipe
+    bare = load_recipe(write(loaded.to_yaml(with_origins=False), "bare/recipe.yaml", whole=True))
+    assert bare.recipe == loaded.recipe
+    assert "#" not in loaded.to_yaml(with_origins=False)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["task=completion", "data.test=0"],
+        ["adapter.method=qlora", "train.optim=sgd", "train.lr_scheduler_type=constant"],
+        ["train.batch_tokens=500", "data.validation=v.jsonl", "data.test=[t.jsonl, hub:x]"],
+        ["adapter.start_from=run", "adapter.r=4"],
+        ["evaluate.metrics=[loss]", "data.split_by=null"],
+        ["model.name=./here"],
+    ],
+)
+def test_any_resolved_recipe_can_be_loaded_again(write, sets):
+    loaded = load_recipe(write(), sets)
+    again = load_recipe(write(loaded.to_yaml(), "again/recipe.yaml", whole=True))
+    assert again.recipe == loaded.recipe
+
+
+def test_paths_are_relative_to_the_file_that_states_them_and_set_to_the_working_folder(write, tmp_path):
+    (tmp_path / "far" / "local").mkdir(parents=True)
+    base = "data: {validation: v.jsonl, test: ../t*.jsonl}\nmodel: {name: local, chat_template: t.jinja}\n"
+    write(base, "far/base.yaml", whole=True)
+    path = write("extends: far/base.yaml\ntask: chat\ndata: {train: rows}\n", whole=True)
+    recipe = load_recipe(path, ["adapter.start_from=runs/x"]).recipe
+    assert recipe.data.validation[0].path == str(tmp_path / "far/v.jsonl")
+    assert recipe.data.test[0].path == str(tmp_path / "t*.jsonl")
+    assert recipe.data.train[0].path == str(tmp_path / "rows")
+    assert recipe.model.name == str(tmp_path / "far/local")
+    assert recipe.model.chat_template == str(tmp_path / "far/t.jinja")
+    assert recipe.adapter.start_from == str(tmp_path / "runs/x")
+
+
+def test_names_on_the_hub_and_packaged_ones_are_no_paths(write):
+    text = "task: chat\ndata: {train: ['hub:a/b', 'builtin:q', ~/rows]}\nmodel: {candidates: [a/b, 'builtin:m', ./c]}\n"
+    recipe = load_recipe(write(text, whole=True)).recipe
+    assert [source.path for source in recipe.data.train] == ["hub:a/b", "builtin:q", str(Path("~/rows").expanduser())]
+    assert recipe.model.candidates == ("a/b", "builtin:m", str(Path.cwd() / "c"))
+
+
+def test_nothing_is_interpolated(write, monkeypatch):
+    monkeypatch.setenv("WHERE", "elsewhere")
+    recipe = load_recipe(write(), ["data.train=$WHERE/${WHERE}.jsonl"]).recipe
+    assert recipe.data.train[0].path == str(Path.cwd() / "$WHERE/${WHERE}.jsonl")
+
+
+def test_a_glob_in_a_folder_with_brackets_stays_a_glob_of_its_own_part(write):
+    path = write("task: chat\ndata: {train: '*.jsonl'}\nmodel: {name: m}\n", "a[1]/recipe.yaml", whole=True)
+    (path.parent / "x.jsonl").touch()
+    import glob
+
+    assert glob.glob(load_recipe(path).recipe.data.train[0].path) == [str(path.parent / "x.jsonl")]
+
+
+def test_the_fingerprint_ignores_name_gates_metrics_and_generation_only(write):
+    plain = load_recipe(write()).fingerprint
+    kept = [
+        "name=x",
+        "evaluate.gates=['loss < 3']",
+        "evaluate.metrics=[loss]",
+        "generation.max_new_tokens=5",
+        "deploy=merged",
+    ]
+    assert {load_recipe(write(), [text]).fingerprint for text in kept} == {plain}
+    changed = [
+        "seed=1",
+        "data.max_length=9",
+        "model.dtype=float32",
+        "adapter.r=2",
+        "train.optim=sgd",
+        "task=completion",
+    ]
+    others = [load_recipe(write(), [text]).fingerprint for text in changed]
+    assert len({plain, *others}) == len(others) + 1
+
+
+def test_the_fingerprint_is_the_same_in_another_folder(write):
+    assert load_recipe(write()).fingerprint == load_recipe(write(name="other/copy.yaml")).fingerprint
+
+
+def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write):
+    write("seed: 1\nextends: b.yaml\n", "a.yaml", whole=True)
+    write("extends: a.yaml\n", "b.yaml", whole=True)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("a.yaml")
+    (problem,) = caught.value.problems
+    assert "circle: a.yaml -> b.yaml -> a.yaml" in problem.what
+    assert problem.where == "b.yaml:1"
+    write("task: chat\nextends: nowhere.yaml\n", "c.yaml", whole=True)
+    with pytest.raises(RecipeError, match=r"c\.yaml:2: the recipe to extend is not there"):
+        load_recipe("c.yaml")
+    write("extends: [a.yaml]\n", "d.yaml", whole=True)
+    with pytest.raises(RecipeError, match="must be the path of one recipe file"):
+        load_recipe("d.yaml")
+
+
+def test_a_long_chain_of_extends_is_refused(write):
+    for i in range(12):
+        write(f"extends: r{i + 1}.yaml\n", f"r{i}.yaml", whole=True)
+    with pytest.raises(RecipeError, match="more than 8 files deep"):
+        load_recipe("r0.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed", "is not KEY=VALUE"),
+        ("=3", "is not KEY=VALUE"),
+        ("a..b=3", "is not KEY=VALUE"),
+        (".".join("a" * 99) + "=1", "is not KEY=VALUE"),
+        ("seed=[1", "not valid YAML"),
+        ("extends=x.yaml", "cannot be set from outside"),
+        ("seed.x=3", "has no keys"),
+        ("data.train.path.x=3", "which has no keys"),
+        ("deploy.0=merged", "is a list of 0"),
+        ("seed=x", "'seed' is 'x'"),
+    ],
+)
+def test_a_set_that_cannot_be_read_is_refused_by_name(write, text, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write("seed: 4\ndeploy: []\n"), [text])
+    assert words in str(caught.value)
+    assert all((problem.where or "").startswith("--set") for problem in caught.value.problems)
+
+
+def test_all_wrong_sets_are_named_at_once(write):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(), ["seed", "a..b=1"])
+    assert len(caught.value.problems) == 2
+
+
+def test_reading_recipes_imports_no_heavy_library(write):
+    code = (
+        "import sys; from llmtune.recipe import load_recipe; load_recipe(sys.argv[1]);"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(write())], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

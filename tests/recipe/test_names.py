@@ -1,0 +1,120 @@
+"""The closed lists of keys and values, held against the installed libraries."""
+
+import dataclasses
+import inspect
+import typing
+
+import pytest
+
+from llmtune.recipe import AdapterSection, GenerationSection, ModelSection, TrainSection
+from llmtune.recipe.rules_tuning import BETAS, EPSILON, LORA_KEYS, QUANTIZATION_KEYS, SCHEDULE_OPTIONS
+from llmtune.recipe.tasks import COLUMNS, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS
+from llmtune.recipe.tuning import Optimizer, Schedule, Tracker
+
+OWN_TRAIN_KEYS = {"batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "seeds"}
+OWN_ADAPTER_KEYS = {"method", "start_from"}
+
+
+def values(literal: object) -> set[str]:
+    return set(typing.get_args(literal))
+
+
+def test_train_keys_are_those_of_training_arguments_and_of_early_stopping():
+    from transformers import EarlyStoppingCallback, TrainingArguments
+
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert set(TrainSection.model_fields) - known == OWN_TRAIN_KEYS
+    callback = set(inspect.signature(EarlyStoppingCallback).parameters)
+    assert {"early_stopping_patience", "early_stopping_threshold"} <= callback
+
+
+def test_adapter_keys_are_those_of_lora_and_of_quantisation():
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    lora = {field.name for field in dataclasses.fields(LoraConfig)}
+    quantization = set(inspect.signature(BitsAndBytesConfig).parameters)
+    assert set(AdapterSection.model_fields) - lora - quantization == OWN_ADAPTER_KEYS
+    assert set(LORA_KEYS) <= lora
+    assert set(QUANTIZATION_KEYS) <= quantization
+    assert {*LORA_KEYS, *QUANTIZATION_KEYS, *OWN_ADAPTER_KEYS} == set(AdapterSection.model_fields)
+
+
+def test_generation_keys_are_those_of_the_generation_config():
+    from transformers import GenerationConfig
+
+    assert set(GenerationSection.model_fields) <= set(vars(GenerationConfig()))
+
+
+def test_loading_keys_are_those_of_from_pretrained():
+    from transformers import PreTrainedModel
+
+    text = inspect.getsource(PreTrainedModel.from_pretrained)
+    for key in ("revision", "dtype", "trust_remote_code", "use_safetensors", "attn_implementation"):
+        assert key in ModelSection.model_fields
+        assert key in text
+
+
+def test_optimisers_are_names_of_transformers():
+    from transformers.training_args import OptimizerNames
+
+    assert values(Optimizer) <= {str(name.value) for name in OptimizerNames}
+
+
+def test_trackers_are_names_of_accelerate():
+    from accelerate.utils import LoggerType
+
+    assert values(Tracker) == {str(name) for name in LoggerType} - {"all"}
+
+
+def test_schedules_and_their_options_are_those_of_transformers():
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    assert values(Schedule) == set(SCHEDULE_OPTIONS)
+    for name, options in SCHEDULE_OPTIONS.items():
+        parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
+        set_by_us = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+        not_numbers = {"warmup_type", "decay_type"}
+        assert set(options) == set(parameters) - set_by_us - not_numbers
+
+
+@pytest.mark.parametrize("optim", sorted(values(Optimizer)))
+def test_an_optimiser_reads_exactly_the_adam_settings_that_the_rules_say(optim):
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import Trainer
+
+    arguments = SimpleNamespace(
+        optim=optim, optim_args=None, learning_rate=0.1, adam_beta1=0.11, adam_beta2=0.22, adam_epsilon=0.33
+    )
+    _, options = Trainer.get_optimizer_cls_and_kwargs(arguments, torch.nn.Linear(1, 1))
+    read = repr({name: value for name, value in options.items() if name != "lr"})
+    assert ("0.11" in read) == optim.startswith(BETAS)
+    assert ("0.22" in read) == optim.startswith(BETAS)
+    assert ("0.33" in read) == optim.startswith(EPSILON)
+
+
+def test_row_formats_and_columns_are_those_that_step_1_reads():
+    from llmtune.data.formats import COLUMNS as READ
+    from llmtune.data.formats import FORMATS
+
+    assert set(COLUMNS) == set(READ)
+    assert set(ROW_FORMATS) == set(FORMATS)
+    for task in ("chat", "completion"):
+        assert set(TASK_FACTS[task].formats) == {name for name, form in FORMATS.items() if form.reads(task)}
+
+
+def test_metrics_are_those_that_step_5_computes():
+    from llmtune.evaluate.metrics import METRICS, TEXT_METRICS, TOKEN_METRICS
+
+    assert set(GENERATED) == set(TEXT_METRICS)
+    assert set(LANGUAGE) == set(TOKEN_METRICS)
+    for task in ("chat", "completion"):
+        assert set(TASK_FACTS[task].metrics) == set(METRICS)
+
+
+def test_the_default_metrics_of_a_task_are_among_its_metrics():
+    for facts in TASK_FACTS.values():
+        assert facts.default_metrics
+        assert set(facts.default_metrics) <= set(facts.metrics)

@@ -1,0 +1,163 @@
+import pytest
+
+from llmtune.recipe import load_recipe
+
+TWO = "data.train=[a.jsonl, b.jsonl]"
+
+
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        (["adapter.method=full", "adapter.r=8"], "adapter.r"),
+        (["adapter.method=full", "adapter.target_modules=all-linear"], "adapter.target_modules"),
+        (["adapter.method=full", "adapter.use_dora=false"], "adapter.use_dora"),
+        (["adapter.method=full", "adapter.start_from=run"], "adapter.start_from"),
+        (["adapter.bnb_4bit_quant_type=nf4"], "adapter.bnb_4bit_quant_type"),
+        (["adapter.bnb_4bit_use_double_quant=true"], "adapter.bnb_4bit_use_double_quant"),
+        (["adapter.start_from=run", "adapter.init_lora_weights=true"], "adapter.init_lora_weights"),
+        (["adapter.start_from=run", "adapter.exclude_modules=x"], "adapter.exclude_modules"),
+        (["adapter.start_from=run", "adapter.modules_to_save=[x]"], "adapter.modules_to_save"),
+        (["train.batch_tokens=100", "train.batch_size=16"], "train.batch_size"),
+        (["train.max_steps=10", "train.num_train_epochs=1"], "train.num_train_epochs"),
+        (["data.validation=0", "train.eval_steps=5"], "train.eval_steps"),
+        (["data.validation=0", "train.early_stopping_patience=5"], "train.early_stopping_patience"),
+        (["data.validation=0", "train.early_stopping_threshold=0"], "train.early_stopping_threshold"),
+        (["data.validation=0", "train.load_best_model_at_end=true"], "train.load_best_model_at_end"),
+        (["train.early_stopping_threshold=0.1"], "train.early_stopping_threshold"),
+        (["train.optim=sgd", "train.adam_beta1=0.9"], "train.adam_beta1"),
+        (["train.optim=lion_8bit", "train.adam_epsilon=1e-8"], "train.adam_epsilon"),
+        (["train.optim=adafactor", "train.adam_beta2=0.9"], "train.adam_beta2"),
+        (["train.lr_scheduler_type=constant", "train.warmup_steps=5"], "train.warmup_steps"),
+        (["train.lr_scheduler_kwargs={num_cycles: 2}"], "train.lr_scheduler_kwargs.num_cycles"),
+        (["generation.temperature=0.7"], "generation.temperature"),
+        (["generation.top_k=5", "generation.do_sample=false"], "generation.top_k"),
+        (["generation.top_p=0.5"], "generation.top_p"),
+        (["generation.min_p=0.5"], "generation.min_p"),
+        (["data.split_by=author", "data.validation=0", "data.test=t.jsonl"], "data.split_by"),
+        (["data.train.config=x"], "data.train.0.config"),
+        (["data.train.split=train"], "data.train.0.split"),
+        (["data.train.revision=main"], "data.train.0.revision"),
+        (["data.train.path=hub:x", "data.train.format=csv"], "data.train.0.format"),
+        (["data.train.weight=2.0"], "data.train.0.weight"),
+        ([TWO, "data.test={path: t, weight: 2}"], "data.test.0.weight"),
+        (["model.name=./here", "model.revision=main"], "model.revision"),
+        (["model.name=builtin:x", "model.revision=main"], "model.revision"),
+        (["task=completion", "model.chat_template=t.jinja"], "model.chat_template"),
+        (["task=completion", "model.chat_template_kwargs={a: 1}"], "model.chat_template_kwargs"),
+        (["task=completion", "data.train_on=assistant"], "data.train_on"),
+        (["completion={objective: causal}"], "completion"),
+        (["data.test=0", "evaluate.metrics=[loss]"], "evaluate.metrics"),
+        (["data.test=0", "evaluate.gates=['loss < 3']"], "evaluate.gates"),
+        (["data.test=0", "evaluate.samples=3"], "evaluate.samples"),
+        (["evaluate.metrics=[loss]", "evaluate.choices=auto"], "evaluate.choices"),
+        (["evaluate.metrics=[loss]", "evaluate.limit=3"], "evaluate.limit"),
+    ],
+)
+def test_a_key_without_effect_is_refused_even_with_its_default_as_value(refuse, sets, key):
+    (problem,) = refuse(sets=tuple(sets))
+    assert problem.what.startswith(f"'{key}' has no effect ")
+    assert problem.where == f"--set {key}"
+    assert problem.fix
+
+
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        (["adapter.method=qlora", "adapter.bnb_4bit_quant_type=fp4"], "adapter.bnb_4bit_quant_type"),
+        (["adapter.start_from=run", "adapter.r=8"], "adapter.r"),
+        (
+            ["adapter.start_from=run", "adapter.target_modules=[q]", "adapter.exclude_modules=[x]"],
+            "adapter.exclude_modules",
+        ),
+        (["adapter.start_from=run", "adapter.lora_dropout=0.1"], "adapter.lora_dropout"),
+        (["train.optim=lion_8bit", "train.adam_beta1=0.95"], "train.adam_beta1"),
+        (["train.lr_scheduler_type=cosine", "train.lr_scheduler_kwargs={num_cycles: 2}"], "train.lr_scheduler_kwargs"),
+        (["train.early_stopping_patience=2", "train.early_stopping_threshold=0.1"], "train.early_stopping_threshold"),
+        (["generation.do_sample=true", "generation.temperature=0.7"], "generation.temperature"),
+        (["data.split_by=author"], "data.split_by"),
+        (["data.train.path=hub:x", "data.train.config=c", "data.train.split=s"], "data.train.0.split"),
+        ([TWO, "data.train.0={path: a.jsonl, weight: 2}"], "data.train.0.weight"),
+        (["model.revision=v1"], "model.revision"),
+        (["task=completion", "completion.objective=causal"], "completion.objective"),
+        (["task=completion", "data.train.format=text"], "data.train.0.format"),
+        (["evaluate.choices=[yes, no]"], "evaluate.choices"),
+        (["evaluate.limit=3"], "evaluate.limit"),
+        (["deploy=merged"], "deploy"),
+    ],
+)
+def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
+    assert load_recipe(write(), sets).origins[key] == "--set"
+
+
+@pytest.mark.parametrize(
+    ("sets", "name"),
+    [
+        (["task=qa"], "the task 'qa'"),
+        (["task=token-classify"], "the task 'token-classify'"),
+        (["preference={beta: 0.1}"], "the section 'preference'"),
+        (["speech={}"], "the section 'speech'"),
+        (["deploy=[merged, gguf]"], "'deploy: gguf'"),
+        (["evaluate.benchmarks=[hellaswag]"], "'evaluate.benchmarks'"),
+        (["evaluate.fairness={a: 1}"], "'evaluate.fairness'"),
+        (["evaluate.forgetting={a: 1}"], "'evaluate.forgetting'"),
+        (["train.seeds=[1, 2]"], "'train.seeds'"),
+        (["train.torch_compile=true"], "'train.torch_compile'"),
+        (["train.use_liger_kernel=true"], "'train.use_liger_kernel'"),
+        (["task=completion", "completion.objective=masked"], "'completion.objective: masked'"),
+    ],
+)
+def test_what_comes_later_is_refused_by_name(refuse, sets, name):
+    (problem,) = refuse(sets=tuple(sets))
+    assert name in problem.what
+    assert problem.what.endswith("comes with a later release")
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "fix"),
+    [
+        (["model.candidates=[a, b]"], "both 'model.name' and 'model.candidates'", "Keep one of them"),
+        (["model.name=null"], "neither 'model.name' nor 'model.candidates'", "Name a model"),
+        (["model.name=null", "model.candidates=[a, a]"], "names a model twice", "once"),
+        (["model.name=a/b/c"], "'model.name' is 'a/b/c'", "There is no such folder"),
+        (["model.name=hub:a/b"], "'model.name' is 'hub:a/b'", "without `hub:`: a/b"),
+        (["model.name='builtin:'"], "without a name", "builtin:NAME"),
+        (["data.train='hub:'"], "without a name", "hub:NAME"),
+        (["data.train=s3://bucket/x"], "an address", "hub:NAME"),
+        (["data.validation=0.5", "data.test=0.5"], "together take 1 of the rows", "Leave some"),
+        (["data.train.columns={promt: q}"], "maps 'promt'", "Did you mean 'prompt'?"),
+        (["data.train.format=text"], "which task: chat cannot use", "messages, sharegpt"),
+        (["task=completion", "data.train.format=messages"], "which task: completion cannot use", "prompt-completion"),
+        (["adapter.method=qlora", "adapter.init_lora_weights=pissa"], "not quantised", "olora"),
+        (["adapter.target_modules='(*'"], "no regular expression", "write a list"),
+        (["adapter.rank_pattern={'(*': 3}"], "no regular expression", ""),
+        (["train.warmup_steps=1.5"], "'train.warmup_steps' is 1.5", "share"),
+        (["train.lr_scheduler_type=cosine_with_min_lr"], "needs either min_lr or min_lr_rate", "min_lr_rate"),
+        (["train.lr_scheduler_type=warmup_stable_decay"], "needs num_decay_steps", "num_decay_steps"),
+        (["train.report_to=[wandb, wandb]"], "twice", "once"),
+        (["evaluate.metrics=[los]"], "unknown metric 'los'", "Did you mean 'loss'?"),
+        (["evaluate.metrics=[]"], "is empty", "leave the key out"),
+        (["evaluate.metrics=[loss, loss]"], "names a metric twice", "once"),
+        (["evaluate.metrics=[choice_accuracy]", "evaluate.choices=null"], "needs choices", "auto"),
+        (["evaluate.choices=[a, a]"], "names an answer twice", "once"),
+        (["evaluate.gates=[loss]"], "'loss' is not a gate", "`rougeL > base`"),
+        (["evaluate.gates=['los < 1']"], "about an unknown metric", "Did you mean 'loss'?"),
+        (["evaluate.metrics=[chrf]", "evaluate.gates=['loss < 1']"], "not computed", "Add loss"),
+        (["adapter.method=full", "deploy=merged"], "'merged' has no effect", "weights/"),
+        (["deploy=[merged, merged]"], "twice", "once"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):
+    (problem,) = refuse(sets=tuple(sets))
+    assert what in problem.what
+    assert fix in problem.fix
+    assert problem.where.startswith("--set ") or problem.where == "recipe.yaml:3"
+
+
+def test_a_lora_key_under_full_fine_tuning_says_where_it_stands(refuse):
+    (problem,) = refuse("adapter:\n  method: full\n  r: 8\n")
+    assert problem.where == "recipe.yaml:6"
+    assert problem.what == "'adapter.r' has no effect with adapter.method: full"
+
+
+def test_an_early_stop_needs_validation_rows_but_its_defaults_are_no_mistake(write):
+    assert load_recipe(write(), ["data.validation=0"]).recipe.train.load_best_model_at_end

@@ -1,0 +1,58 @@
+"""A recipe, a loaded model and a batch from plain numbers, for tests of `llmtune.model` and `llmtune.adapter`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llmtune.data.collate import collate_packed, collate_padded
+from llmtune.model import load_model, load_processor, locate
+from llmtune.recipe import Recipe
+from llmtune.records import Example, SelectedModel
+from llmtune.tasks import get_task
+
+
+def recipe_with(folder: Path | str, **sections: dict[str, Any]) -> Recipe:
+    """A chat recipe in float32 for `model`; a section's keys are added to it."""
+    content: dict[str, Any] = {"task": "chat", "data": {"train": "/nowhere.jsonl"}}
+    content["model"] = {"name": str(folder), "dtype": "float32"}
+    for name, keys in sections.items():
+        content[name] = {**content.get(name, {}), **keys}
+    return Recipe.model_validate(content)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def open_model(recipe: Recipe, training: bool = True, console: Console | None = None) -> SelectedModel:
+    """Locate and load the recipe's model on the CPU."""
+    assert recipe.model.name is not None
+    console = console or quiet()
+    place = locate(recipe.model.name, recipe.model, console)
+    processor = load_processor(place, recipe.model)
+    task = get_task(recipe.task)
+    return load_model(place, recipe, task, processor, device="cpu", training=training, console=console)
+
+
+def documents(lengths: Sequence[int], vocabulary: int = 400, seed: int = 0) -> list[Example]:
+    """Random documents of which all but the first third is predicted."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+        found.append(Example(ids, [max(1, length // 3), length], target_bytes=length))
+    return found
+
+
+def packed(examples: Sequence[Example]) -> dict[str, Any]:
+    return collate_packed(examples, 0)
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Any]:
+    return collate_padded(examples, 0)

@@ -1,0 +1,32 @@
+"""Encode one row, and see what of it is learned."""
+
+from __future__ import annotations
+
+from tokenizers.processors import TemplateProcessing
+
+from llmtune.data.encode import encode_chat, encode_completion
+from support.templates import recipe_for
+
+
+def learned(example, tokenizer):
+    """The texts that an example supervises, one a span."""
+    borders = zip(example.spans[::2], example.spans[1::2], strict=True)
+    return [tokenizer.decode(example.input_ids[start:end]) for start, end in borders]
+
+
+def encode(row, tokenizer, **keys):
+    (result,) = encode_chat([row], tokenizer, recipe_for(**keys))
+    return result
+
+
+def with_start_token(tokenizer):
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def complete(prompt, completion, tokenizer, **keys):
+    row = {"prompt": prompt, "completion": completion}
+    (result,) = encode_completion([row], tokenizer, recipe_for("completion", **keys))
+    return result

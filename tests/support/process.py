@@ -1,0 +1,90 @@
+"""A training in a process of its own: `python -m support.process FOLDER RUN [--kill EVENT:TEXT] [--memory MEGABYTES]`.
+
+FOLDER holds `recipe.yaml` and `examples`. `--kill line:TEXT` ends the process by SIGKILL when TEXT is printed,
+`--kill os.rename:TEXT` (or another audit event) when that event happens to a path that ends with TEXT.
+`--memory` limits the address space to so much more than is in use before training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+
+class Watched(io.TextIOBase):
+    """Writes to stderr; ends the process when a text comes by."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def write(self, text: str) -> int:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        if self.text and self.text in text:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return len(text)
+
+
+def main() -> int:
+    from llmtune.errors import LlmtuneError
+    from llmtune.recipe import load_recipe
+    from support.training import adapt, read_examples, run_training
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--kill", default="line:")
+    parser.add_argument("--memory", type=int)
+    parser.add_argument("--budget", type=int, default=128)
+    asked = parser.parse_args()
+    event, _, text = asked.kill.partition(":")
+    recipe = load_recipe(str(asked.folder / "recipe.yaml")).recipe
+    adapted = adapt(recipe)
+    if asked.memory:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + asked.memory * 2**20,) * 2)
+    if event != "line":
+        sys.addaudithook(lambda name, args: _kill_at(name, args, event, text))
+    try:
+        run_training(
+            asked.run,
+            recipe,
+            read_examples(asked.folder / "examples"),
+            budget=asked.budget,
+            adapted=adapted,
+            console=Console(file=Watched(text if event == "line" else ""), width=200),
+            on_budget=lambda tokens: print(f"budget {tokens}"),
+        )
+    except LlmtuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _kill_at(name: str, args: tuple[object, ...], event: str, text: str) -> None:
+    if name == event and str(args[0]).endswith(text):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_in_process(folder: Path, run: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Run this module; the recipe and the examples are in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "support.process", str(folder), str(run), *map(str, options)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Recipes and data files for tests of the rows."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmtune.data import iterate_rows, prepare_rows
+from llmtune.recipe import Recipe, load_recipe
+from llmtune.records import SIDES, Rows
+from rich.console import Console
+
+
+def chat(question: str, answer: str = "yes", **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_recipe(folder: Path, train: object, task: str = "chat", **data: Any) -> Recipe:
+    """A recipe in `folder`; without shares for validation and test unless they are given."""
+    section = {"train": train, "validation": 0, "test": 0, "deduplicate": "exact", **data}
+    text = {"recipe_version": 1, "name": "t", "task": task, "data": section, "model": {"name": "x/y"}}
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(text))  # JSON is YAML
+    return load_recipe(path).recipe
+
+
+def prepare(folder: Path, train: object, task: str = "chat", out: str = "out", **data: Any) -> Rows:
+    recipe = make_recipe(folder, train, task, **data)
+    return prepare_rows(recipe, folder / out, Console(file=io.StringIO(), width=200))
+
+
+def rows_of(rows: Rows, side: str = "train") -> list[dict[str, Any]]:
+    return [row for _, row in iterate_rows(rows, side)]
+
+
+def questions(rows: Rows) -> dict[str, list[str]]:
+    """First message of every row, by side, sorted."""
+    return {side: sorted(row["messages"][0]["content"] for row in rows_of(rows, side)) for side in SIDES}

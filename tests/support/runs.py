@@ -1,0 +1,55 @@
+"""Recipes for tests, and ways to run them: in this process, or as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+TINY: dict[str, Any] = {
+    "recipe_version": 1,
+    "name": "tiny",
+    "task": "chat",
+    "seed": 7,
+    "data": {"validation": 0.1, "test": 0.2, "deduplicate": "exact", "max_length": 128},
+    "model": {"dtype": "float32"},
+    "adapter": {"r": 4, "lora_alpha": 8},
+    "train": {"learning_rate": 1.0e-2, "batch_size": 8, "num_train_epochs": 2, "logging_steps": 1},
+    "generation": {"max_new_tokens": 8},
+    "evaluate": {"metrics": ["loss", "accuracy", "exact_match"]},
+}
+
+
+def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **sections: Any) -> Path:
+    """Write the tiny recipe with changes; a section given as a mapping is merged, a value None removes a key."""
+    recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+    recipe["model"]["name"] = str(model)
+    recipe["data"]["train"] = str(rows)
+    for name, value in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **value} if isinstance(value, dict) else value
+    for section in recipe.values():
+        if isinstance(section, dict):
+            for key in [key for key, value in section.items() if value is None]:
+                del section[key]
+    with path.open("w") as file:
+        YAML(typ="safe").dump(recipe, file)
+    return path
+
+
+def llmtune(
+    *arguments: object, cwd: Path, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the llmtune command in a process of its own, with one thread."""
+    return subprocess.run(
+        [sys.executable, "-m", "llmtune", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,105 @@
+"""Small trainings on a tiny model: random rows written as prepared examples, no text and no template in between."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
+from llmtune.adapter import inject
+from llmtune.data.examples import SCHEMA
+from llmtune.model import load_model, load_processor, locate
+from llmtune.recipe import Recipe, load_recipe
+from llmtune.records import AdaptedModel, Examples, TrainedRun
+from llmtune.tasks import get_task
+from llmtune.train import train
+from support.runs import write_recipe
+
+
+def write_examples(folder: Path, seed: int = 0, longest: int = 40, **counts: int) -> Examples:
+    """Write random rows of 8 to `longest` tokens, `counts` of each side; the second half of a row is predicted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    tokens, supervised = {}, {}
+    for side, count in counts.items():
+        lengths = generator.integers(8, longest + 1, count).tolist()
+        rows = [(generator.integers(4, 60, n).tolist(), [n // 2, n], n, i) for i, n in enumerate(lengths)]
+        table = pa.Table.from_arrays(
+            [pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)],
+            schema=SCHEMA,
+        )
+        with pa.OSFile(str(folder / f"{side}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_table(table)
+        tokens[side], supervised[side] = sum(lengths), sum(n - n // 2 for n in lengths)
+    record = {"counts": counts, "tokens": tokens, "supervised": supervised, "longest": dict.fromkeys(counts, longest)}
+    (folder / "record.json").write_text(json.dumps({**record, "dropped": {}, "content_hash": f"random {seed}"}))
+    return read_examples(folder)
+
+
+def make_recipe(folder: Path, model: Path, **sections: Any) -> Recipe:
+    """Make the tiny recipe with changes, as `write_recipe` takes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "max_steps" in sections.get("train", {}):
+        sections["train"] = {"num_train_epochs": None, **sections["train"]}
+    if sections.get("adapter", {}).get("method") == "full":
+        sections["adapter"] = {"r": None, "lora_alpha": None, **sections["adapter"]}
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    return load_recipe(str(write_recipe(folder / "recipe.yaml", model, rows, **sections))).recipe
+
+
+def adapt(recipe: Recipe) -> AdaptedModel:
+    """Load the model of `recipe` on the CPU and put the adapter in."""
+    console = Console(file=io.StringIO())
+    assert recipe.model.name is not None
+    place = locate(recipe.model.name, recipe.model, console, True)
+    processor = load_processor(place, recipe.model)
+    selected = load_model(place, recipe, get_task(recipe.task), processor, device="cpu", training=True)
+    return inject(selected, recipe, console)
+
+
+def run_training(
+    folder: Path,
+    recipe: Recipe,
+    examples: Examples,
+    *,
+    budget: int = 128,
+    console: Console | None = None,
+    adapted: AdaptedModel | None = None,
+    on_budget: Callable[[int], None] = lambda tokens: None,
+    resume: bool = True,
+) -> TrainedRun:
+    """Train as the pipeline does; `folder` is the run folder."""
+    return train(
+        adapted or adapt(recipe),
+        examples,
+        get_task(recipe.task),
+        recipe,
+        folder,
+        console or Console(file=io.StringIO(), width=200),
+        budget=budget,
+        on_budget=on_budget,
+        resume=resume,
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_bytes(folder: Path) -> bytes:
+    """Return the bytes of the final adapter."""
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def read_examples(folder: Path) -> Examples:
+    """Read what `write_examples` wrote, in another process."""
+    record = json.loads((folder / "record.json").read_text())
+    return Examples(folder, {side: folder / f"{side}.arrow" for side in record["counts"]}, **record)

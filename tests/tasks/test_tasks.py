@@ -1,0 +1,75 @@
+"""The table of tasks, and what a task says of a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.templates import CHATML, conversation, recipe_for, tokenizer_with
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.errors import RecipeError
+from llmtune.tasks import TASKS, get_task
+
+
+def test_a_task_is_found_by_its_name():
+    assert get_task("chat") is TASKS["chat"]
+    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
+
+
+def test_an_unknown_task_is_refused_with_the_nearest():
+    with pytest.raises(RecipeError, match="Did you mean 'chat'"):
+        get_task("chatt")
+
+
+def test_a_chat_row_is_split_at_its_last_answer():
+    row = {**conversation("one", "two", "three", "four", "five"), "tools": [{"type": "function"}]}
+    prompt, answer = TASKS["chat"].prompt(row)
+    assert answer == "four"
+    assert prompt == {"messages": row["messages"][:3], "tools": row["tools"]}
+
+
+def test_a_chat_row_is_split_at_the_last_answer_that_is_learned():
+    row = conversation("one", "two", "three", "four")
+    row["messages"][3]["train"] = False
+    assert TASKS["chat"].prompt(row) == ({"messages": row["messages"][:1]}, "two")
+    row["messages"][1]["train"] = False
+    assert TASKS["chat"].prompt(row)[1] == "four"
+
+
+def test_a_chat_row_without_an_answer_is_all_prompt():
+    row = conversation("one")
+    assert TASKS["chat"].prompt(row) == (row, "")
+
+
+def test_a_completion_row_is_split_at_its_completion():
+    assert TASKS["completion"].prompt({"prompt": "a", "completion": "b"}) == ({"prompt": "a", "completion": ""}, "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("chat", conversation("one two", "three")), ("completion", {"prompt": "one two", "completion": " three"})],
+)
+def test_a_row_is_generated_from_the_ids_that_its_example_begins_with(name, row):
+    task, tokenizer, recipe = TASKS[name], tokenizer_with(CHATML), recipe_for(name)
+    ((example,),) = task.encode([row], tokenizer, recipe)
+    prompt, answer = task.prompt(row)
+    start, end = example.spans
+    assert task.render(prompt, tokenizer, recipe) == example.input_ids[:start]
+    assert tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_loss_is_that_of_the_model_on_what_is_learned(tiny_llama, packed):
+    task, recipe = TASKS["chat"], recipe_for()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa").eval()
+    ((example,),) = task.encode([conversation("one two", "three", "four", "five")], tokenizer, recipe)
+    ids = torch.tensor([example.input_ids])
+    labels = torch.full_like(ids, -100)
+    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+        labels[0, start:end] = ids[0, start:end]
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).loss
+        loss = task.loss(model, task.collate([example], packed, tokenizer.pad_token_id))
+    assert loss.count == example.supervised
+    assert loss.sum / loss.count == pytest.approx(expected.item(), rel=1e-5)

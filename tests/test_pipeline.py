@@ -1,0 +1,181 @@
+"""The whole pipeline on a tiny model: skips, equal bytes, plain PEFT, kill and go on, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import llmtune, write_recipe
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(120):
+            question = f"What comes after {i} and before {i + 2}?"
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": str(i + 1)}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, rows: Path) -> Path:
+    """A folder with the recipe and one finished run in it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_recipe(folder / "tiny.yaml", tiny_llama, rows)
+    done = llmtune("run", "tiny.yaml", "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> None:
+    names = {path.name for path in (finished / "run").iterdir()}
+    wanted = {"recipe.yaml", "llmtune.lock", "run.json", "data", "adapter", "checkpoints", "evaluation"}
+    assert wanted | {"metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml"} <= names
+    report = json.loads((finished / "run" / "report.json").read_text())
+    assert {"recipe", "task", "steps", "data", "model", "adapter", "train", "evaluation", "gates"} <= report.keys()
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    assert set(report["evaluation"]["difference"]) == {"loss", "accuracy", "exact_match"}
+    assert {"value", "interval", "p", "n"} == report["evaluation"]["difference"]["loss"].keys()
+    assert sum(report["data"]["kept"].values()) + sum(report["data"]["dropped"].values()) == report["data"]["rows_in"]
+
+
+def test_a_second_run_skips_every_step(finished: Path) -> None:
+    again = llmtune("run", "tiny.yaml", "--out", "run", "--json", cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert all(step["skipped"] for step in json.loads(again.stdout)["steps"])
+
+
+def test_a_new_gate_evaluates_nothing_again_and_fails_with_exit_code_6(finished: Path) -> None:
+    before = adapter_bytes(finished / "run")
+    gate = ["--set", 'evaluate.gates=["accuracy >= 1.01"]']
+    done = llmtune("run", "tiny.yaml", "--out", "run", *gate, cwd=finished)
+    assert done.returncode == 6
+    assert "accuracy >= 1.01" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert adapter_bytes(finished / "run") == before
+    assert 'failures="1"' in (finished / "run" / "junit.xml").read_text()
+
+
+def test_a_run_folder_can_be_evaluated_again_with_other_settings(finished: Path) -> None:
+    done = llmtune("evaluate", "run", "--set", "generation.max_new_tokens=4", "--json", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    steps = {step["name"]: step["skipped"] for step in json.loads(done.stdout)["steps"]}
+    assert steps["train"]
+    assert not steps["evaluate"]
+
+
+def test_the_same_recipe_twice_gives_equal_bytes(finished: Path) -> None:
+    done = llmtune("train", "tiny.yaml", "--out", "twin", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert adapter_bytes(finished / "twin") == adapter_bytes(finished / "run")
+
+
+def test_another_seed_gives_other_bytes(finished: Path) -> None:
+    done = llmtune("train", "tiny.yaml", "--out", "other-seed", "--set", "seed=8", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert adapter_bytes(finished / "other-seed") != adapter_bytes(finished / "run")
+
+
+def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) -> None:
+    code = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained("run/adapter", dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained("run/adapter")
+ids = tokenizer.apply_chat_template([{"role": "user", "content": "What comes after 5?"}], add_generation_prompt=True)["input_ids"]
+with torch.no_grad():
+    logits = model(torch.tensor([ids])).logits[0, -1]
+assert "llmtune" not in sys.modules
+print(json.dumps(logits.tolist()))
+"""
+    plain = subprocess.run([sys.executable, "-c", code], cwd=finished, capture_output=True, text=True, check=True)
+    from rich.console import Console
+
+    from llmtune.pipeline import Models, open_finished
+    from llmtune.model import load_processor
+
+    work, place = open_finished(finished / "run", Console(quiet=True), offline=True)
+    processor = load_processor(place, work.recipe.model)
+    import torch
+
+    with Models(work, place, processor).tuned() as model, torch.no_grad():
+        prompt, _ = work.task.prompt({"messages": [{"role": "user", "content": "What comes after 5?"}, {"role": "assistant", "content": "x"}]})
+        ids = work.task.render(prompt, processor, work.recipe)
+        ours = model(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(ours, torch.tensor(json.loads(plain.stdout)), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_and_unpacked_training_give_the_same_losses(finished: Path) -> None:
+    done = llmtune("train", "tiny.yaml", "--out", "padded", "--set", "data.packing=false", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    packed, padded = (losses(finished / name) for name in ("run", "padded"))
+    assert packed == pytest.approx(padded, abs=1e-4)
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_generate_answers_with_the_ids_of_training(finished: Path) -> None:
+    done = llmtune("generate", "run", "--prompt", "What comes after 5 and before 7?", "--json", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "tuned"
+
+
+def test_a_merged_model_is_certified(finished: Path) -> None:
+    done = llmtune("deploy", "merge", "run", "--json", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert (finished / "run" / "merged" / "config.json").exists()
+
+
+def test_a_run_with_sockets_blocked_goes_through(tmp_path: Path, tiny_llama: Path, rows: Path) -> None:
+    write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, train={"max_steps": 2, "num_train_epochs": None})
+    code = """
+import socket, sys
+def refuse(*arguments, **options):
+    raise OSError("sockets are blocked")
+socket.socket.connect = refuse
+socket.create_connection = refuse
+socket.getaddrinfo = refuse
+sys.argv = ["llmtune", "run", "tiny.yaml", "--offline", "--out", "run"]
+from llmtune.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_moments_ends_with_the_same_bytes(finished: Path) -> None:
+    command = [sys.executable, "-m", "llmtune", "run", "tiny.yaml", "--out", "killed", "--set", "train.save_steps=2"]
+    whole = llmtune("run", "tiny.yaml", "--out", "whole", "--set", "train.save_steps=2", cwd=finished)
+    assert whole.returncode == 0, whole.stderr
+    start = time.perf_counter()
+    llmtune("run", "tiny.yaml", "--out", "timed", "--set", "train.save_steps=2", cwd=finished)
+    seconds = time.perf_counter() - start
+    moments = random.Random(1)
+    for _ in range(10):
+        process = subprocess.Popen(command, cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = llmtune("run", "tiny.yaml", "--out", "killed", "--set", "train.save_steps=2", cwd=finished)
+    assert last.returncode == 0, last.stderr
+    assert adapter_bytes(finished / "killed") == adapter_bytes(finished / "whole")
+    assert losses(finished / "killed") == losses(finished / "whole")
+    assert os.path.exists(finished / "killed" / "report.html")

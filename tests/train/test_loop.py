@@ -1,0 +1,220 @@
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
+
+from llmtune.errors import EnvironmentProblem, RecipeError, TrainingError
+
+
+def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
+    folder, _, trained = finished
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes"} <= lines[0].keys()
+    assert [line["step"] for line in lines if "validation_loss" in line] == [5, 10, 15, 16]
+    assert lines[-1]["epoch"] == 2
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert trained.adapter == folder / "adapter"
+    assert (folder / "adapter" / "adapter_config.json").exists()
+    assert trained.first_loss == lines[0]["loss"]
+    assert trained.steps == 16
+    assert (trained.tokens, trained.supervised_tokens) == (2884, 1464)
+    assert trained.peak_bytes > 1e7
+
+
+def test_old_checkpoints_are_rotated_but_the_best_is_kept(finished):
+    folder, _, trained = finished
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"step-15", "step-16", f"step-{trained.best_step}"}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, examples, tmp_path, tiny_llama):
+    folder, recipe, _ = finished
+    run_training(tmp_path / "twin", recipe, examples)
+    assert trained_bytes(tmp_path / "twin") == trained_bytes(folder)
+    other = recipe.model_copy(update={"seed": 8})
+    run_training(tmp_path / "other", other, examples)
+    assert trained_bytes(tmp_path / "other") != trained_bytes(folder)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(packing, examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, data={"packing": packing}, train={"max_steps": 6})
+    one = run_training(tmp_path / "one", recipe, examples, budget=40)
+    all_eight = run_training(tmp_path / "eight", recipe, examples, budget=8 * 40)
+    assert (one.micro_batch_tokens, all_eight.micro_batch_tokens) == (40, 320)
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "eight"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    small, large = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "eight"))
+    for name, tensor in small.items():
+        torch.testing.assert_close(tensor, large[name], rtol=1e-3, atol=1e-5)
+
+
+def test_packed_and_padded_training_give_the_same_losses(examples, tmp_path, tiny_llama):
+    for packing in (True, False):
+        recipe = make_recipe(tmp_path, tiny_llama, data={"packing": packing}, train={"max_steps": 6})
+        run_training(tmp_path / f"packed-{packing}", recipe, examples)
+    packed, padded = (read_metrics(tmp_path / f"packed-{packing}") for packing in (True, False))
+    for a, b in zip(packed, padded, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_batch_tokens_fills_steps_over_the_data(examples, tmp_path, tiny_llama):
+    train = {"batch_size": None, "batch_tokens": 200, "num_train_epochs": 1}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    trained = run_training(tmp_path / "run", recipe, examples)
+    assert trained.tokens == examples.tokens["train"]
+    assert trained.steps <= math.ceil(examples.tokens["train"] / 200) + 1
+
+
+def test_the_first_step_is_logged_and_lines_in_between_are_means(finished, examples, tmp_path):
+    folder, recipe, _ = finished
+    sparse = recipe.model_copy(update={"train": recipe.train.model_copy(update={"logging_steps": 4, "eval_steps": 16})})
+    run_training(tmp_path / "sparse", sparse, examples)
+    lines = read_metrics(tmp_path / "sparse")
+    assert [line["step"] for line in lines] == [1, 4, 8, 12, 16]
+    single = [line["loss"] for line in read_metrics(folder)[1:4]]
+    assert min(single) < lines[1]["loss"] < max(single)
+
+
+def test_early_stopping_stops_and_the_best_weights_are_the_result(examples, tmp_path, tiny_llama):
+    train = {"learning_rate": 0.1, "num_train_epochs": 30, "early_stopping_patience": 2, "eval_steps": 2}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    trained = run_training(tmp_path / "run", recipe, examples)
+    validations = {
+        line["step"]: line["validation_loss"] for line in read_metrics(tmp_path / "run") if "validation_loss" in line
+    }
+    best = min(validations, key=validations.__getitem__)
+    assert trained.steps == best + 4 < 240
+    assert trained.best_step == best
+    assert trained.validation_loss == validations[best]
+    assert trained.stopped_early.startswith("2 validations without a better loss")
+    kept = load_file(tmp_path / "run" / "checkpoints" / f"step-{best}" / "trainable.safetensors")
+    saved = load_file(trained.adapter / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name in kept} == saved.keys()
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, saved[name.replace(".default", "")])
+
+
+def test_a_threshold_makes_small_gains_count_as_none(examples, tmp_path, tiny_llama):
+    train = {"num_train_epochs": 5, "early_stopping_patience": 1, "early_stopping_threshold": 1.0, "eval_steps": 3}
+    trained = run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama, train=train), examples)
+    assert trained.steps == 6
+
+
+def test_without_validation_rows_training_runs_and_saves_at_each_epoch(tmp_path, tiny_llama):
+    alone = write_examples(tmp_path / "examples", train=20)
+    recipe = make_recipe(tmp_path, tiny_llama, train={"num_train_epochs": 2})
+    trained = run_training(tmp_path / "run", recipe, alone)
+    assert trained.validation_loss is None
+    assert trained.best_step is None
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-3", "step-6"}
+
+
+def test_full_fine_tuning_leaves_a_plain_model_folder(examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, adapter={"method": "full"}, train={"max_steps": 2})
+    trained = run_training(tmp_path / "run", recipe, examples)
+    assert trained.adapter == tmp_path / "run" / "weights"
+    assert (trained.adapter / "model.safetensors").exists()
+
+
+def test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis(examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 4})
+    adapted = adapt(recipe)
+    head = next(parameter for parameter in adapted.model.parameters() if not parameter.requires_grad)
+    with torch.no_grad():
+        head[17] = math.nan  # the embedding of one token
+    with pytest.raises(TrainingError) as caught:
+        run_training(tmp_path / "run", recipe, examples, adapted=adapted)
+    text = str(caught.value)
+    assert "the loss is nan in step 1" in text
+    assert "learning rate" in text
+    assert "There is no checkpoint yet" in text
+    assert "rows of this step to look at" in text
+    assert caught.value.exit_code == 5
+
+
+def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path, tiny_llama):
+    from llmtune.data.examples import ExampleReader
+    from llmtune.train.steps import StepPlan
+
+    reader = ExampleReader(examples, "train")
+    first = StepPlan(reader.lengths, 7, 8, None, 1.0, None).rows(1)
+    bad = {int(row) for row in first if 17 in reader[int(row)].input_ids}
+    assert 0 < len(bad) < 8
+    recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 4})
+    adapted = adapt(recipe)
+    embedding = adapted.selected.model.get_input_embeddings().weight
+    separate = torch.nn.Parameter(embedding.detach().clone(), requires_grad=False)
+    separate[17] = math.nan
+    adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays whole
+    with pytest.raises(TrainingError, match=f"rows of this step to look at: {', '.join(map(str, sorted(bad)))}$|\n"):
+        run_training(tmp_path / "run", recipe, examples, adapted=adapted)
+
+
+def test_a_learning_rate_that_is_far_too_high_stops_the_run(examples, tmp_path, tiny_llama):
+    train = {"learning_rate": 10.0, "num_train_epochs": 20, "max_grad_norm": 0, "warmup_steps": 0, "optim": "sgd"}
+    train |= {"lr_scheduler_type": "constant"}
+    recipe = make_recipe(tmp_path, tiny_llama, adapter={"method": "full"}, train=train)
+    with pytest.raises(TrainingError, match=r"diverged|no numbers any more|the loss is|the gradient is") as caught:
+        run_training(tmp_path / "run", recipe, examples)
+    assert "lower train.learning_rate (now 10)" in str(caught.value)
+    assert "set train.max_grad_norm: 1.0" in str(caught.value)
+
+
+def test_gradients_are_clipped_to_max_grad_norm_and_their_length_before_is_logged(examples, tmp_path, tiny_llama):
+    norms = {}
+    for limit in (0, 1e-3):
+        train = {"max_steps": 2, "max_grad_norm": limit, "optim": "sgd", "learning_rate": 1.0, "warmup_steps": 0}
+        recipe = make_recipe(tmp_path, tiny_llama, train=train)
+        run_training(tmp_path / f"{limit}", recipe, examples)
+        start = read_metrics(tmp_path / f"{limit}")[0]["grad_norm"]
+        saved = load_file(tmp_path / f"{limit}" / "adapter" / "adapter_model.safetensors")
+        norms[limit] = start, math.sqrt(sum(float(t.norm()) ** 2 for name, t in saved.items() if "lora_B" in name))
+    assert norms[0][0] == norms[1e-3][0]  # the same first gradient
+    assert norms[1e-3][1] < 2.1e-3  # two steps of at most 1e-3: lora_B starts at zero
+    assert norms[0][1] > 0.05
+
+
+def test_trackers_get_the_metrics_through_accelerate(examples, tmp_path, tiny_llama):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 3, "report_to": "tensorboard"})
+    run_training(tmp_path / "run", recipe, examples)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiny"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert logged[0][1] == pytest.approx(read_metrics(tmp_path / "run")[0]["loss"])
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_with_the_command(examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, train={"report_to": ["wandb", "comet_ml"]})
+    with pytest.raises(EnvironmentProblem) as caught:
+        run_training(tmp_path / "run", recipe, examples)
+    assert [problem.fix for problem in caught.value.problems] == ["pip install wandb", "pip install comet-ml"]
+
+
+def test_a_terminal_gets_a_bar_and_everything_else_plain_lines(examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 3})
+    plain, terminal = io.StringIO(), io.StringIO()
+    run_training(tmp_path / "plain", recipe, examples, console=Console(file=plain, width=120))
+    run_training(tmp_path / "bar", recipe, examples, console=Console(file=terminal, width=120, force_terminal=True))
+    assert "step 3/3  loss" in plain.getvalue()
+    assert "\x1b[" not in plain.getvalue()
+    assert "tokens/s" in terminal.getvalue()
+    assert "step 3/3" not in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()
+
+
+def test_torch_is_left_as_it_was(examples, tmp_path, tiny_llama):
+    assert not torch.are_deterministic_algorithms_enabled()
+    run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama, train={"max_steps": 1}), examples)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step-1" / "state.json").read_text())["state"]["step"] == 1
