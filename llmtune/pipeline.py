@@ -180,11 +180,15 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
     model = work.recipe.model
     if model.name:
         return locate(model.name, model, work.console, work.offline)
-    inputs = hash_value([rows.content_hash, model.model_dump(mode="json"), work.recipe.data.max_length])
+    assert model.candidates, "a recipe names a model or candidates"
+    places = [locate(name, model, work.console, work.offline) for name in model.candidates]
+    contents = [place.content_hash for place in places]
+    inputs = hash_value([rows.content_hash, model.model_dump(mode="json"), contents, work.recipe.data.max_length])
     pinned = work.folder.findings.get("ranking")
     if pinned is None or pinned["inputs"] != inputs:
-        ranking = rank_candidates(work.recipe, work.task, rows, work.console, device=work.device, offline=work.offline)
-        pinned = {"inputs": inputs, "chosen": ranking.chosen.name, "table": [asdict(row) for row in ranking.rows]}
+        folder = work.folder.path / "model"
+        ranking = rank_candidates(work.recipe, work.task, rows, work.console, folder, work.device, work.offline)
+        pinned = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
         work.folder.note(ranking=pinned)
     return locate(pinned["chosen"], model, work.console, work.offline)
 
@@ -198,10 +202,9 @@ def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedToken
     inputs = hash_value([__version__, rows.content_hash, place.content_hash, about, settings, template, recipe.task])
     target = work.folder.path / "data" / "examples"
     if not work.skip("encode", inputs):
-        with work.folder.step("encode", inputs, ["data/examples"]) as facts:
-            with staged(target) as folder:
-                made = encode_rows(rows, work.task, processor, recipe, folder, work.console)
-                facts |= describe_examples(rows, made, processor, work.console)
+        with work.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
+            made = encode_rows(rows, work.task, processor, recipe, folder, work.console)
+            facts |= describe_examples(rows, made, processor, work.console)
     return load_examples(target)
 
 
@@ -211,7 +214,9 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
     longest = max(examples.longest.values())
     settings = [recipe.model.model_dump(mode="json"), _adapter_inputs(recipe), recipe.train.optim, longest]
     inputs = hash_value([__version__, place.content_hash, settings, work.device])
-    plan = plan_memory(place, recipe, work.task, longest, work.device)
+    budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
+    largest = min(budget, longest * (recipe.train.batch_size or budget))
+    plan = replace(plan_memory(place, recipe, work.task, largest, work.device), tokens=budget)
     if not work.skip("select", inputs):
         with work.folder.step("select", inputs) as facts:
             check_memory(plan, recipe, work.console)
@@ -250,8 +255,7 @@ def fit(work: Work, place: ModelPlace, examples: Examples, plan: MemoryPlan, ada
     if before != inputs:
         _forget_training(work.folder)
     if "micro_batch_tokens" not in work.folder.findings:
-        longest = max(examples.longest.values())
-        work.folder.note(micro_batch_tokens=micro_batch_tokens(plan, longest, longest))
+        work.folder.note(micro_batch_tokens=plan.tokens)
     work.skipped["adapt"] = False
     work.trainer(work, place, examples, inputs)
 

@@ -96,6 +96,8 @@ class MemoryPlan:
     limit: int | None
     """Bytes the device (or the control group) has in total; None where it cannot be known."""
     device: str
+    tokens: int = 0
+    """The token budget of the first micro-batch that the plan allows."""
 
     @property
     def total(self) -> int:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import Result
 from support.models import build_llama
 from support.runs import write_recipe
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
 
@@ -106,7 +105,7 @@ def test_bytes_that_are_not_utf_8_are_named(here: Path, chat_rows: Path, model: 
 def test_a_template_that_cannot_be_split_into_turns_is_refused(here: Path, chat_rows: Path) -> None:
     template = "{% for m in messages | reverse %}{{ m['content'] | upper }}{% endfor %}"
     model = build_llama(here / "odd", chat_template=template)
-    expect(run_with(chat_rows, model), 3, "template", "model.chat_template")
+    expect(run_with(chat_rows, model), 4, "template", "model.chat_template")
 
 
 def long_rows(here: Path, chat_rows: Path) -> Path:
@@ -133,7 +132,7 @@ def test_an_output_folder_that_is_a_file_is_refused(here: Path, chat_rows: Path,
 
 def test_a_place_that_cannot_be_written_is_refused(here: Path, chat_rows: Path, model: Path) -> None:
     write_recipe(here / "tiny.yaml", model, chat_rows)
-    expect(invoke("run", "tiny.yaml", "--out", "/proc/llmtune/run"), 4, "/proc/llmtune", "--out")
+    expect(invoke("run", "tiny.yaml", "--out", "/sys/llmtune/run"), 4, "/sys/llmtune", "--out")
 
 
 def test_a_missing_model_folder_is_named(here: Path, chat_rows: Path) -> None:

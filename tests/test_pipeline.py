@@ -12,7 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from support.runs import llmtune, write_recipe
+
+from llmtune.model import load_processor
+from llmtune.pipeline import Models, open_finished
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,8 @@ def test_a_new_gate_evaluates_nothing_again_and_fails_with_exit_code_6(finished:
 
 
 def test_a_run_folder_can_be_evaluated_again_with_other_settings(finished: Path) -> None:
-    done = llmtune("evaluate", "run", "--set", "generation.max_new_tokens=4", "--json", cwd=finished)
+    settings = ["--set", "generation.max_new_tokens=4", "--set", "evaluate.gates=[]"]
+    done = llmtune("evaluate", "run", *settings, "--json", cwd=finished)
     assert done.returncode == 0, done.stderr
     steps = {step["name"]: step["skipped"] for step in json.loads(done.stdout)["steps"]}
     assert steps["train"]
@@ -89,34 +95,31 @@ def test_another_seed_gives_other_bytes(finished: Path) -> None:
     assert adapter_bytes(finished / "other-seed") != adapter_bytes(finished / "run")
 
 
-def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) -> None:
-    code = """
+PLAIN_PEFT = """
 import json, sys, torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 model = AutoPeftModelForCausalLM.from_pretrained("run/adapter", dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained("run/adapter")
-ids = tokenizer.apply_chat_template([{"role": "user", "content": "What comes after 5?"}], add_generation_prompt=True)["input_ids"]
+messages = [{"role": "user", "content": "What comes after 5?"}]
+ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 with torch.no_grad():
     logits = model(torch.tensor([ids])).logits[0, -1]
 assert "llmtune" not in sys.modules
-print(json.dumps(logits.tolist()))
+print(json.dumps({"ids": ids, "logits": logits.tolist()}))
 """
-    plain = subprocess.run([sys.executable, "-c", code], cwd=finished, capture_output=True, text=True, check=True)
-    from rich.console import Console
 
-    from llmtune.pipeline import Models, open_finished
-    from llmtune.model import load_processor
 
+def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PLAIN_PEFT], cwd=finished, capture_output=True, text=True, check=True)
+    plain = json.loads(done.stdout)
     work, place = open_finished(finished / "run", Console(quiet=True), offline=True)
     processor = load_processor(place, work.recipe.model)
-    import torch
-
+    ids = work.task.render({"messages": [{"role": "user", "content": "What comes after 5?"}]}, processor, work.recipe)
+    assert ids == plain["ids"]
     with Models(work, place, processor).tuned() as model, torch.no_grad():
-        prompt, _ = work.task.prompt({"messages": [{"role": "user", "content": "What comes after 5?"}, {"role": "assistant", "content": "x"}]})
-        ids = work.task.render(prompt, processor, work.recipe)
-        ours = model(torch.tensor([ids])).logits[0, -1]
-    torch.testing.assert_close(ours, torch.tensor(json.loads(plain.stdout)), atol=1e-5, rtol=1e-5)
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(plain["logits"]), atol=1e-5, rtol=1e-5)
 
 
 def test_packed_and_unpacked_training_give_the_same_losses(finished: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from llmtune import __version__
 from llmtune.cli import deploy, launch, recipes, steps, use
 
-ISSUES = "https://github.com/llmtune/llmtune/issues"
+REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
 
 app = typer.Typer(
     help="Fine-tune a Hugging Face model from one recipe, and prove what the tuning did.",
@@ -30,16 +30,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-for _name, _command in steps.COMMANDS.items():
-    app.command(_name)(_command)
-for _name, _command in use.COMMANDS.items():
+for _name, _command in (steps.COMMANDS | use.COMMANDS).items():
     app.command(_name)(_command)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(recipes.app, name="recipes")
@@ -54,4 +52,4 @@ def main() -> None:
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
-    print(f"\nThis is a bug in llmtune {__version__}. Please report it with the lines above: {ISSUES}", file=sys.stderr)
+    print(f"\nThis is a bug in llmtune {__version__}. {REPORT}", file=sys.stderr)

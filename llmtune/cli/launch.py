@@ -41,7 +41,7 @@ def local(
     from llmtune.pipeline import Options, run_pipeline
 
     options = Options(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, dry_run=dry_run, until="run")
-    trainer = local_trainer(recipe, sets or [], processes, threads=threads, offline=offline)
+    trainer = local_trainer(processes, threads=threads)
     result = run_pipeline(loaded, options, stderr_console(), trainer=trainer)
     if as_json:
         print_json(result)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
@@ -30,7 +31,7 @@ def list_(as_json: AsJson = False) -> None:
         table.add_column(column)
     for recipe in found:
         table.add_row(recipe.name, recipe.task, recipe.about)
-    stderr_console().print(table) if not found else _stdout(table)
+    Console().print(table)
 
 
 @app.command()
@@ -47,8 +48,7 @@ def show(
         values = loaded.recipe.model_dump(mode="json")
         print_json({"recipe": values, "origins": loaded.origins} if origin else values)
         return
-    text = loaded.to_yaml() if origin else _without_comments(loaded.to_yaml())
-    typer.echo(text, nl=False)
+    typer.echo(loaded.to_yaml(with_origins=origin), nl=False)
 
 
 @app.command()
@@ -84,13 +84,3 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     typer.echo(json.dumps(json_schema(), indent=2))
-
-
-def _stdout(table: Table) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _without_comments(text: str) -> str:
-    return "".join(line.split("  # ", 1)[0].rstrip() + "\n" for line in text.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -76,4 +77,4 @@ def doctor(as_json: AsJson = False) -> None:
         print_json(found)
 
 
-COMMANDS = {"generate": generate, "chat": chat, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat, "doctor": doctor}

@@ -6,6 +6,9 @@ the resemblance and containment of documents" (1997); candidates come from 20 ba
 Ullman, "Mining of Massive Datasets", section 3.4. Pairs at 0.8 become candidates with 99.8 %, at 0.9 nearly always; the
 estimate's standard deviation at 0.8 is 0.037.
 
+Rows of one template (a long instruction, a short question) overlap by more than that and are not alike, so triples that
+a tenth of the rows share do not count, unless a row has no more than a word besides them.
+
 Legend: B bytes, W words (and word triples, as many), R rows of a batch, N rows, P minima, L bands.
 """
 

@@ -93,7 +93,7 @@ def resolve_inputs(data: DataSection, task: str) -> Inputs:
         else:
             inputs += found
     DataError.collect(problems)
-    return Inputs(tuple(inputs), tuple(unused))
+    return Inputs(tuple(inputs), tuple(key for key in unused if key != data.split_by))
 
 
 def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:

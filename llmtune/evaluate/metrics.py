@@ -125,12 +125,11 @@ def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
-    # The counts a row have no public name; a test holds the sum of them against `corpus_score`.
-    counts = scorer._extract_corpus_statistics(list(texts), [list(references)]) if texts else []
-    sums = np.asarray(counts, dtype=np.float64).reshape(len(texts), 3 * scorer.order)
-    if texts:
-        scorer.corpus_score(list(texts), [list(references)])  # fills in what the signature says
-    return Measure("chrf", sums, chrf_formula, signature=f"corpus chrF2, sacrebleu {scorer.get_signature()}")
+    if not texts:
+        return Measure("chrf", np.empty((0, 3 * scorer.order)), chrf_formula)
+    # The counts a row have no public name; a test holds their formula against `corpus_score`.
+    counts = np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
+    return Measure("chrf", counts, chrf_formula, signature=f"corpus chrF2, sacrebleu {scorer.get_signature()}")
 
 
 def columns(*parts: Floats) -> Floats:

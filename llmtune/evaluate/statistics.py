@@ -26,7 +26,15 @@ METHOD = (
 )
 
 
-def difference(base_NK: Floats, tuned_NK: Floats, formula: Formula, *, right_wrong: bool, seed: int) -> Difference:
+def difference(
+    base_NK: Floats,
+    tuned_NK: Floats,
+    formula: Formula,
+    *,
+    right_wrong: bool,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> Difference:
     """Compare two models on the same rows.
 
     `base_NK` and `tuned_NK` hold each row's sums. The interval is the bootstrap percentile interval with the tails
@@ -35,28 +43,31 @@ def difference(base_NK: Floats, tuned_NK: Floats, formula: Formula, *, right_wro
     after Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
     Data", 2012: without it the interval of ten rows that all got better would be a single point. Their p is McNemar's
     exact test; that of all others comes from the bootstrap.
-    With fewer than two rows the interval is NaN and p is 1.
+    With fewer than two rows, or a formula without a finite value, the interval is NaN and p is 1.
     """
     rows = len(base_NK)
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
+    unknown = Difference(value, float("nan"), float("nan"), 1.0, rows)
     if rows < 2:
-        return Difference(value, float("nan"), float("nan"), 1.0, rows)
+        return unknown
     paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
     if right_wrong:
         paired_N2K = np.concatenate([paired_N2K, [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]]])
     elif np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows)
-    values_R = resample(paired_N2K, formula, seed)
+    values_R = resample(paired_N2K, formula, seed, resamples)
+    if not np.isfinite(values_R).all():
+        return unknown
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
     low, high = np.quantile(values_R, [tail, 1 - tail])
-    if right_wrong:
-        p = mcnemar(
-            int(np.sum((base_NK[:, 0] > 0) & (tuned_NK[:, 0] == 0))),
-            int(np.sum((base_NK[:, 0] == 0) & (tuned_NK[:, 0] > 0))),
-        )
-    else:
-        p = two_sided_p(values_R)
+    p = mcnemar(*discordant(base_NK, tuned_NK)) if right_wrong else two_sided_p(values_R)
     return Difference(value, min(float(low), value), max(float(high), value), p, rows)
+
+
+def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
+    """Count the rows that only the base model got right, and those that only the tuned one did."""
+    base_N, tuned_N = base_NK[:, 0] > 0, tuned_NK[:, 0] > 0
+    return int(np.sum(base_N & ~tuned_N)), int(np.sum(tuned_N & ~base_N))
 
 
 def resample(paired_N2K: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> Floats:

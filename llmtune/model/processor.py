@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.skeleton import UNREADABLE, first_line, read_model_config
 from llmtune.records import ModelPlace
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenize
         EnvironmentProblem: the folder holds no tokenizer that can be read.
         RecipeError: the template file cannot be read, or a token to add is there already.
     """
+    read_model_config(place, model)  # a damaged configuration is told as such
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(place.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except UNREADABLE as error:
         raise EnvironmentProblem.of(
-            f"the tokenizer cannot be loaded: {first}",
+            f"the tokenizer cannot be loaded: {first_line(error)}",
             str(place.path),
             "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json.",
         ) from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -13,7 +14,10 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.records import ModelPlace, Task
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe import ModelSection, Recipe
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
+"""What transformers raises for files that are damaged or that it does not know."""
 
 
 def find_class(place: ModelPlace, recipe: Recipe, task: Task) -> tuple[type[PreTrainedModel], Any]:
@@ -21,7 +25,7 @@ def find_class(place: ModelPlace, recipe: Recipe, task: Task) -> tuple[type[PreT
 
     Raises RecipeError where the model cannot do the task: an encoder or a sequence-to-sequence model for chat.
     """
-    config = read_model_config(place, recipe)
+    config = read_model_config(place, recipe.model)
     auto_class = getattr(transformers, task.auto_class)
     named = list(getattr(config, "architectures", None) or [])
     own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
@@ -46,13 +50,13 @@ def _is_relative(named: list[str], fitting: str) -> bool:
     return decoder and any(name in (f"{family}Model", f"{family}ForConditionalGeneration") for name in named)
 
 
-def read_model_config(place: ModelPlace, recipe: Recipe) -> Any:
+def read_model_config(place: ModelPlace, model: ModelSection) -> Any:
     """Read the configuration as transformers' own class; raises EnvironmentProblem where it cannot."""
     try:
         return AutoConfig.from_pretrained(
-            str(place.path), trust_remote_code=recipe.model.trust_remote_code, local_files_only=True
+            str(place.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except UNREADABLE as error:
         raise EnvironmentProblem.of(
             f"transformers {transformers.__version__} cannot read this configuration: {first_line(error)}",
             str(place.path / "config.json"),

@@ -12,13 +12,12 @@ from llmtune.report.numbers import short
 Point = tuple[float, float]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 MOST_POINTS = 300
+TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
 def line_chart(series: Sequence[tuple[str, Sequence[Point]]], *, label: str, height: int = 240) -> Markup:
-    """Draw lines over steps; each series is (CSS class, points). Points that are not finite are left out."""
-    lines = [
-        (name, thin([p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])])) for name, points in series
-    ]
+    """Draw lines over steps; each series is (CSS class, points). Points that are NaN or beyond 1e30 are left out."""
+    lines = [(name, thin([point for point in points if abs(point[1]) < TOO_LARGE])) for name, points in series]
     points = [point for _, line in lines for point in line]
     if not points:
         return Markup("")
@@ -112,9 +111,11 @@ def text(x: float, y: float, label: str, anchor: str) -> Markup:
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Return lowest and highest, apart from each other."""
+    """Return lowest and highest, far enough apart to draw an axis between them."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    largest = max(abs(low), abs(high))
+    margin = max(0.5, largest / 1000)
+    return (low, high) if high - low > largest * 1e-6 else (low - margin, high + margin)
 
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:

@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of our own; None if it is missing or was damaged from outside."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

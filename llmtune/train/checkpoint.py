@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -155,6 +156,8 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
         return Damage(folder, f"{Path(error.filename).name} is missing")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         return Damage(folder, f"{STATE} is not what was written")
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError):
+        return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} holds something else than tensors")
     except OSError as error:
         return Damage(folder, f"it cannot be read: {error.strerror}")
 

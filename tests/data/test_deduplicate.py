@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmtune.data.minhash import MINIMA, NEAR, find_near, hash_triples, take_minima
 from support.rows import chat, prepare, questions, write_jsonl
 
-WORDS = [a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")]
+from llmtune.data.minhash import MINIMA, NEAR, find_near, hash_triples, take_minima
+
+WORDS = [
+    a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")
+]
 
 
 def sentence(rng: random.Random, count: int) -> list[str]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmtune.errors import DataError
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
+
+from llmtune.errors import DataError
 
 
 def split(folder: Path, rows, **data):
@@ -25,8 +26,10 @@ def test_shares_are_kept_to_and_sides_are_disjoint(tmp_path):
     assert not (sides[0] | sides[1]) & sides[2]
 
 
-@given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool), min_size=60, max_size=90),
-       st.integers(40, 60), st.randoms(use_true_random=False))  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.sets(TEXT, min_size=60, max_size=90), st.integers(40, 60), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
 def test_a_row_stays_on_its_side_when_the_data_grows_and_is_shuffled(texts, first, rng):
     texts = sorted(texts)
@@ -136,8 +139,9 @@ def test_the_same_recipe_gives_the_same_rows_in_the_same_order(tmp_path):
 
 
 def test_the_seed_does_not_move_the_split(tmp_path):
-    from llmtune.data import prepare_rows
     from rich.console import Console
+
+    from llmtune.data import prepare_rows
 
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
     recipe = make_recipe(tmp_path, "a.jsonl", test=0.2)

@@ -35,7 +35,15 @@ FAMILIES = {
     "qwen3": ({}, PACKED),
     "gemma3_text": ({"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, PACKED),
     "gemma2": ({"attn_logit_softcapping": 2.0, **WINDOWED}, PACKED),
-    "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **WINDOWED}, PACKED),
+    "gpt_oss": (
+        {
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            **WINDOWED,
+        },
+        PACKED,
+    ),
     "phi3": ({}, PACKED),
     "stablelm": ({}, "sdpa"),
 }
@@ -114,7 +122,9 @@ def test_no_mask_is_built_for_a_packed_row(tiny_llama):
     model = open_model(recipe_with(tiny_llama)).model
     seen = []
     layer = model.model.layers[0].self_attn
-    layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
     with torch.no_grad():
         predicted_logits(model, packed(documents([5, 6])))
         assert seen == [None]

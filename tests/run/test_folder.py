@@ -61,7 +61,8 @@ def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    code = f"from llmtune.run.folder import open_run\nwith open_run(__import__('pathlib').Path({str(tmp_path / 'run')!r}), 'aa'): pass"
+    run = f"pathlib.Path({str(tmp_path / 'run')!r})"
+    code = f"import pathlib\nfrom llmtune.run.folder import open_run\nwith open_run({run}, 'aa'): pass"
     with open_run(tmp_path / "run", "aa"):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another llmtune process" in other.stderr

@@ -2,34 +2,38 @@
 
 FOLDER holds `recipe.yaml` and `examples`. `--kill line:TEXT` ends the process by SIGKILL when TEXT is printed,
 `--kill os.rename:TEXT` (or another audit event) when that event happens to a path that ends with TEXT.
-`--memory` limits the address space to so much more than is in use before training.
+`--memory` limits the address space to so much more than is in use before training. `--fill TEXT FILE` fills the disk
+of FILE when TEXT is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 
 class Watched(io.TextIOBase):
-    """Writes to stderr; ends the process when a text comes by."""
+    """Writes to stderr; does something when a text comes by for the first time."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, react: Callable[[], object]) -> None:
+        self.text, self.react = text, react
 
     def write(self, text: str) -> int:
         sys.stderr.write(text)
         sys.stderr.flush()
         if self.text and self.text in text:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.text = ""
+            self.react()
         return len(text)
 
 
@@ -43,6 +47,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--kill", default="line:")
     parser.add_argument("--memory", type=int)
+    parser.add_argument("--fill", nargs=2)
     parser.add_argument("--budget", type=int, default=128)
     asked = parser.parse_args()
     event, _, text = asked.kill.partition(":")
@@ -60,13 +65,27 @@ def main() -> int:
             read_examples(asked.folder / "examples"),
             budget=asked.budget,
             adapted=adapted,
-            console=Console(file=Watched(text if event == "line" else ""), width=200),
+            console=Console(file=_watch(text if event == "line" else "", asked.fill), width=200),
             on_budget=lambda tokens: print(f"budget {tokens}"),
         )
     except LlmtuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _watch(kill: str, fill: list[str] | None) -> Watched:
+    if fill:
+        return Watched(fill[0], lambda: _fill_disk(Path(fill[1])))
+    return Watched(kill, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _fill_disk(ballast: Path) -> None:
+    """Write until the disk is full, all but 100 kB."""
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(ballast, ballast.stat().st_size - 100_000)
 
 
 def _kill_at(name: str, args: tuple[object, ...], event: str, text: str) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from llmtune.data import iterate_rows, prepare_rows
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import SIDES, Rows
-from rich.console import Console
 
 
 def chat(question: str, answer: str = "yes", **more: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
 
-from llmtune.errors import EnvironmentProblem, RecipeError, TrainingError
+from llmtune.errors import EnvironmentProblem, TrainingError
 
 
 def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
@@ -154,8 +154,9 @@ def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path
     separate = torch.nn.Parameter(embedding.detach().clone(), requires_grad=False)
     separate[17] = math.nan
     adapted.selected.model.get_input_embeddings().weight = separate  # the output head stays whole
-    with pytest.raises(TrainingError, match=f"rows of this step to look at: {', '.join(map(str, sorted(bad)))}$|\n"):
+    with pytest.raises(TrainingError) as caught:
         run_training(tmp_path / "run", recipe, examples, adapted=adapted)
+    assert caught.value.problems[1].what == f"rows of this step to look at: {', '.join(map(str, sorted(bad)))}"
 
 
 def test_a_learning_rate_that_is_far_too_high_stops_the_run(examples, tmp_path, tiny_llama):

@@ -1,0 +1,107 @@
+"""Writes the pages that follow from the code: recipe and command line reference, and the JSON Schema for editors.
+
+python docs/generate.py            write them
+python docs/generate.py --check    exit 1 if one of them is not what would be written
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from llmtune.cli.app import app
+from llmtune.recipe import json_schema, recipe_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """\
+# Command line reference
+
+Made by `make docs` from the commands; do not edit.
+
+Progress and messages go to stderr; `--json` prints one JSON document on stdout. `RECIPE` is a file or the name of a
+shipped recipe, `RUN` a run folder.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a bug in llmtune |
+| 2 | recipe or usage |
+| 3 | data: missing, unreadable or bad rows |
+| 4 | environment: device, dependency, model, memory, disk, permission, network |
+| 5 | training: diverged, out of memory after every remedy |
+| 6 | a gate, a parity check or a verification failed |
+| 130, 143 | interrupted or terminated, with the work saved |
+"""
+
+
+def main() -> int:
+    """Write, or check; returns the exit code."""
+    pages = {
+        ROOT / "docs/recipe.md": recipe_reference(),
+        ROOT / "docs/cli.md": command_reference(),
+        ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
+    }
+    if "--check" not in sys.argv[1:]:
+        for path, text in pages.items():
+            path.write_text(text, encoding="utf-8")
+        return 0
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is out of date; run: make docs", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def command_reference() -> str:
+    """Return the reference of all commands as Markdown."""
+    return "\n".join([HEAD, *describe("llmtune", typer.main.get_command(app))]).rstrip() + "\n"
+
+
+def describe(name: str, command: Any) -> Iterator[str]:
+    """Yield the lines of one command and those below it."""
+    below = getattr(command, "commands", None)
+    options = [option for option in command.params if option.name != "help"]
+    if not below:
+        words = [name, *(option.metavar for option in options if option.param_type_name == "argument"), "[OPTIONS]"]
+        yield f"## {name}\n"
+        yield f"{paragraph(command.help)}\n"
+        yield f"    {' '.join(words)}\n"
+        yield from table(options)
+        return
+    if name != "llmtune":
+        yield f"## {name}\n"
+        yield f"{paragraph(command.help)}\n"
+    yield from table(options)
+    for word, child in below.items():
+        yield from describe(f"{name} {word}", child)
+
+
+def table(options: list[Any]) -> Iterator[str]:
+    """Yield a table of options and arguments."""
+    if options:
+        yield "| option | meaning |"
+        yield "|---|---|"
+        for option in options:
+            yield f"| {spell(option)} | {paragraph(option.help)} |"
+        yield ""
+
+
+def spell(option: Any) -> str:
+    """Write an option as one types it."""
+    if option.param_type_name == "argument":
+        return f"`{option.metavar}`"
+    value = "" if option.is_flag else f" {option.metavar or option.name.upper()}"
+    return ", ".join(f"`{word}{value}`" for word in option.opts)
+
+
+def paragraph(text: str | None) -> str:
+    """Put a help text on one line, fit for a table."""
+    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
+
+from llmtune.data import hash_sources, iterate_rows, load_rows, prepare_rows, read_rows
+from llmtune.errors import DataError, EnvironmentProblem
+
+PAIRS = [{"prompt": f"what is {i}?", "completion": f"it is {i}\nand é"} for i in range(12)]
+
+
+def write(path: Path, kind: str) -> Path:
+    """PAIRS in one of the kinds of files that are read."""
+    path = path / f"pairs.{kind}"
+    lines = "".join(json.dumps(row) + "\n" for row in PAIRS).encode()
+    if kind == "jsonl":
+        path.write_bytes(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif kind == "jsonl.zst":
+        path.write_bytes(zstandard.ZstdCompressor().compress(lines))
+    elif kind == "json":
+        path.write_text(json.dumps({"license": "none", "rows": PAIRS}, indent=2))
+    elif kind in ("csv", "tsv"):
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, ["prompt", "completion"], delimiter="," if kind == "csv" else "\t")
+        writer.writeheader()
+        writer.writerows(PAIRS)
+        path.write_bytes(out.getvalue().encode())
+    else:
+        pq.write_table(pa.Table.from_pylist(PAIRS), path)
+    return path
+
+
+def fail(*args, **kwargs) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(*args, **kwargs)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("task", ["chat", "completion"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, task):
+    write(tmp_path, kind)
+    rows = rows_of(prepare(tmp_path, f"pairs.{kind}", task))
+    if task == "completion":
+        assert rows == PAIRS
+    else:
+        assert rows == [chat(row["prompt"], row["completion"]) for row in PAIRS]
+
+
+def test_folders_and_globs_are_read_in_the_order_of_names_and_readmes_are_no_data(tmp_path):
+    for name in ("b/two.jsonl", "a/one.jsonl", "a/deep/three.jsonl"):
+        write_jsonl(tmp_path / "data" / name, [chat(name)])
+    for name in ("README.md", ".hidden.jsonl", "_temporary/x.jsonl", "picture.png"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text("no row")
+    folder = prepare(tmp_path, "data")
+    assert [row["messages"][0]["content"] for row in rows_of(folder)] == [
+        "a/deep/three.jsonl",
+        "a/one.jsonl",
+        "b/two.jsonl",
+    ]
+    assert prepare(tmp_path, "data/[ab]/**/*.jsonl").counts["train"] == 3
+    assert prepare(tmp_path, "data/*/t*.jsonl").counts["train"] == 1
+
+
+def test_text_files_of_a_folder_are_a_document_each(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/one.txt").write_text("First.\n\nStill first.\n")
+    (tmp_path / "texts/two.txt.gz").write_bytes(gzip.compress(b"Second."))
+    assert [row["completion"] for row in rows_of(prepare(tmp_path, "texts", "completion"))] == [
+        "First.\n\nStill first.\n",
+        "Second.",
+    ]
+
+
+def test_origins_name_file_and_line(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "in" / "a.jsonl", [chat("one"), chat(""), chat("two")])
+    write(tmp_path, "parquet")
+    monkeypatch.chdir(tmp_path)
+    rows = prepare(tmp_path, ["in/a.jsonl", "pairs.parquet"], max_dropped=0.5)
+    origins = [origin for origin, _ in iterate_rows(rows, "train")]
+    assert origins[:3] == ["in/a.jsonl:1", "in/a.jsonl:3", "pairs.parquet:row 1"]
+
+
+def test_bad_rows_above_the_allowed_share_are_an_error_that_lists_them_all(tmp_path):
+    good = [json.dumps(chat(f"q{i}")) for i in range(60)]
+    bad = [json.dumps(chat("")), '{"messages": [', json.dumps({"messages": [{"role": "user", "content": "q"}]})] * 8
+    lines = [*good[:30], *bad, *good[30:]]
+    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    message = fail(tmp_path, "a.jsonl")
+    assert "25 of 85 rows are bad: 29.4%, and data.max_dropped allows 5.0%" in message
+    assert "a.jsonl:31: empty content: message 1 (user) says nothing" in message
+    assert "a.jsonl:32: not valid JSON: " in message
+    assert "a.jsonl:33: no assistant answer" in message
+    assert "and 5 more bad rows" in message
+    listed = [json.loads(line) for line in (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()]
+    assert len(listed) == 25
+    assert listed[-1]["origin"].endswith("a.jsonl:85")
+    assert listed[-1]["reason"] == "not UTF-8"
+    assert not (tmp_path / "out/rows.json").exists()
+
+
+def test_few_bad_rows_are_left_out_counted_and_shown(tmp_path, console):
+    write_jsonl(tmp_path / "a.jsonl", [*(chat(f"q{i}") for i in range(60)), chat(""), chat("x", "")])
+    rows = prepare_rows(make_recipe(tmp_path, "a.jsonl"), tmp_path / "out", console)
+    assert rows.rows_in == 62
+    assert rows.counts["train"] == 60
+    assert rows.dropped == {"bad: empty content": 2}
+    shown = console.file.getvalue()
+    assert "62 rows read; train 60" in shown
+    assert "2 left out: bad: empty content" in shown
+    assert "a.jsonl:62: empty content: message 2 (assistant) says nothing" in shown
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(60)])
+    prepare(tmp_path, "a.jsonl")
+    assert not (tmp_path / "out/bad_rows.jsonl").exists()
+
+
+def test_only_bad_rows_are_an_error_even_if_all_may_be_dropped(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat(""), chat("")])
+    assert "2 of 2 rows are bad" in fail(tmp_path, "a.jsonl", max_dropped=1.0)
+
+
+def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
+    write_jsonl(tmp_path / "tickets.jsonl", [chat("q")])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(b"x")
+    (tmp_path / "strange.xyz").write_text("x")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    write_jsonl(tmp_path / "unknown.jsonl", [{"q": 1, "a": 2}])
+    write_jsonl(tmp_path / "mixed/a.jsonl", [chat("q")])
+    write_jsonl(tmp_path / "mixed/b.jsonl", [PAIRS[0]])
+    names = ["tikets.jsonl", "no/where.jsonl", "*.nothing", "empty.jsonl", "empty", "pictures", "strange.xyz",
+             "torn.parquet", "unknown.jsonl", "mixed", "builtin:nosuch"]  # fmt: skip
+    message = fail(tmp_path, names)
+    for said in (
+        f"data.train[0]: there is no file {tmp_path}/tikets.jsonl",
+        "Did you mean 'tickets.jsonl'?",
+        f"Looked in {tmp_path}.",
+        "no file matches",
+        "empty.jsonl: the file is empty: no rows",
+        "the folder is empty",
+        "the folder holds no data file (1 others)",
+        "the ending '.xyz' does not say what it is",
+        "not a readable Parquet file",
+        "the format is not known by the columns 'q', 'a'",
+        "data.train[9]: mixed formats: ",
+        "no data called builtin:nosuch",
+    ):
+        assert said in message, said
+
+
+def test_a_data_set_written_by_save_to_disk_is_refused_by_name(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
+    assert "save_to_disk" in fail(tmp_path, "saved")
+
+
+def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
+    rows = [chat(""), *(chat(f"q{i} " * 50) for i in range(2000))]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) * 2 // 3])
+    message = fail(tmp_path, "a.jsonl.gz")
+    assert "a.jsonl.gz: the compressed file is damaged or cut short" in message
+    assert "a.jsonl.gz:1: empty content" in message
+
+
+def test_the_format_can_be_forced_where_columns_leave_a_choice(tmp_path):
+    rows = [{**chat("one"), "prompt": "two", "completion": "yes"}]
+    write_jsonl(tmp_path / "a.dat", rows)
+    assert "does not say what it is" in fail(tmp_path, "a.dat")
+    assert "fit messages and prompt-completion" in fail(tmp_path, {"path": "a.dat", "format": "jsonl"})
+    shutil.copy(tmp_path / "a.dat", tmp_path / "a.jsonl")
+    source = {"path": "a.jsonl", "format": "prompt-completion"}
+    assert questions(prepare(tmp_path, source))["train"] == ["two"]
+
+
+def test_columns_map_a_csv_file(tmp_path):
+    (tmp_path / "a.csv").write_text("Question;Answer;Nr\nhow?;so;1\n")
+    source = {"path": "a.csv", "columns": {"prompt": "Question", "completion": "Answer"}}
+    assert rows_of(prepare(tmp_path, source)) == [chat("how?", "so")]
+    source["columns"]["prompt"] = "Questions"
+    assert "no column 'Questions'; found 'Question', 'Answer', 'Nr'. Did you mean 'Question'?" in fail(tmp_path, source)
+
+
+def test_columns_that_are_not_used_are_named(tmp_path, console):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}", topic="x", customer=i) for i in range(9)])
+    recipe = make_recipe(tmp_path, "a.jsonl", test=0.2, split_by="customer")
+    prepare_rows(recipe, tmp_path / "out", console)
+    assert "not used: topic\n" in console.file.getvalue()
+
+
+def test_text_in_brackets_is_shown_as_it_is(tmp_path, console):
+    write_jsonl(tmp_path / "a.jsonl", [chat("q"), chat("r"), {"messages": [{"role": "[/bold]", "content": "x"}]}])
+    prepare_rows(make_recipe(tmp_path, "a.jsonl", max_dropped=0.5), tmp_path / "out", console)
+    assert "'[/bold]' is none of" in console.file.getvalue()
+
+
+def test_a_side_that_lost_all_its_rows_is_an_error_with_the_reason(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat("a"), chat("b")])
+    write_jsonl(tmp_path / "v.jsonl", [chat("t")])
+    write_jsonl(tmp_path / "t.jsonl", [chat("t")])
+    message = fail(tmp_path, "a.jsonl", validation="v.jsonl", test="t.jsonl")
+    assert "no row is left for validation: 1 equal to a test row" in message
+
+
+def test_rows_are_loaded_from_a_folder_that_was_moved(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
+    rows = prepare(tmp_path, "a.jsonl", test=0.2)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = load_rows(tmp_path / "moved")
+    assert (moved.counts, moved.content_hash, moved.dropped) == (rows.counts, rows.content_hash, rows.dropped)
+    assert moved.counts == {"train": len(rows_of(moved)), "validation": 0, "test": len(rows_of(moved, "test"))}
+    (tmp_path / "moved/test.rows.arrow").unlink()
+    with pytest.raises(DataError, match=r"test\.rows\.arrow is missing"):
+        load_rows(tmp_path / "moved")
+    with pytest.raises(DataError, match="no prepared rows"):
+        load_rows(tmp_path)
+
+
+def test_single_rows_are_read_by_number_across_batches(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(5000)])
+    rows = prepare(tmp_path, "a.jsonl")
+    got = read_rows(rows, "train", [4999, 0, 1024, 1023, 0])
+    assert [row["messages"][0]["content"] for row in got] == ["q4999", "q0", "q1024", "q1023", "q0"]
+    assert read_rows(rows, "test", []) == []
+    with pytest.raises(IndexError):
+        read_rows(rows, "train", [5000])
+
+
+def test_the_columns_of_a_side_are_id_origin_and_row(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat("q")])
+    rows = prepare(tmp_path, "a.jsonl")
+    with pa.memory_map(str(rows.files["train"])) as source:
+        table = pa.ipc.open_file(source).read_all()
+        assert table.column_names == ["id", "origin", "row"]
+        [row] = table.to_pylist()
+    assert len(bytes.fromhex(row["id"])) == 16
+    assert json.loads(row["row"]) == chat("q")
+
+
+def test_nothing_is_left_beside_the_files_of_the_record(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
+    prepare(tmp_path, "a.jsonl", test=0.2, validation=0.2)
+    prepare(tmp_path, "a.jsonl", test=0.2)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "rows.json",
+        "test.rows.arrow",
+        "train.rows.arrow",
+    ]
+
+
+def test_the_hash_of_the_sources_follows_their_bytes_names_and_settings(tmp_path):
+    write_jsonl(tmp_path / "d/a.jsonl", [chat("a")])
+    write_jsonl(tmp_path / "d/b.jsonl", [chat("b")])
+
+    def digest(train: object = "d") -> str:
+        return hash_sources(make_recipe(tmp_path, train).data)
+
+    first = digest()
+    assert digest() == first
+    assert digest({"path": "d", "limit": 1}) != first
+    (tmp_path / "d/b.jsonl").rename(tmp_path / "d/c.jsonl")
+    renamed = digest()
+    assert renamed != first
+    write_jsonl(tmp_path / "d/c.jsonl", [chat("c")])
+    assert digest() not in (first, renamed)
+    shutil.copytree(tmp_path / "d", tmp_path / "elsewhere")
+    assert digest("elsewhere") == digest()
+    with pytest.raises(DataError, match="there is no file"):
+        digest("gone.jsonl")
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)] * 2),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_any_text_comes_out_as_it_went_in(pairs):
+    wanted = [chat(question, answer) for question, answer in pairs if question.strip() and answer.strip()]
+    if wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            write_jsonl(Path(folder) / "a.jsonl", [chat(*pair) for pair in pairs])
+            rows = prepare(Path(folder), "a.jsonl", deduplicate="none", max_dropped=1.0)
+            assert rows_of(rows) == wanted
+
+
+@given(st.lists(st.binary(max_size=50) | st.just(json.dumps(chat("q")).encode()), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None)
+def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for(lines):
+    with tempfile.TemporaryDirectory() as folder:
+        data = b"\n".join(lines)
+        (Path(folder) / "a.jsonl").write_bytes(data)
+        try:
+            rows = prepare(Path(folder), "a.jsonl", deduplicate="none", max_dropped=1.0)
+        except DataError:
+            return
+    filled = sum(1 for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r\x0b\x0c"))
+    assert rows.rows_in == filled == rows.counts["train"] + sum(rows.dropped.values())
+
+
+def test_a_hub_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
+    """The library takes a folder for a name, so its own reading is tested without a network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_jsonl(tmp_path / "set/train.jsonl", PAIRS)
+    write_jsonl(tmp_path / "set/test.jsonl", PAIRS[:2])
+    name = f"hub:{tmp_path}/set"
+    rows = prepare(tmp_path, name)
+    assert rows_of(rows) == [chat(row["prompt"], row["completion"]) for row in PAIRS]
+    assert next(iterate_rows(rows, "train"))[0] == f"{name}/train:row 1"
+    assert prepare(tmp_path, {"path": name, "split": "test"}).counts["train"] == 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert prepare(tmp_path, {"path": name, "limit": 3}).counts["train"] == 3
+    assert "Check `config`, `split`" in fail(tmp_path, {"path": name, "split": "nosuch"})
+
+
+def test_a_hub_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
+    recipe = make_recipe(tmp_path, "hub:owner/name")
+    with pytest.raises(EnvironmentProblem, match="offline switch"):
+        hash_sources(recipe.data)
+    with pytest.raises(EnvironmentProblem, match="hub cannot be reached"):
+        prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
+
+
+def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():
+    script = "import sys, llmtune.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("options", "said"), [("size=256k", "the disk is full"), ("ro", "cannot write")])
+def test_a_full_or_read_only_disk_is_an_environment_problem(tmp_path, options, said):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"question {i} " * 20) for i in range(3000)])
+    make_recipe(tmp_path, "a.jsonl")
+    (tmp_path / "disk").mkdir()
+    script = (
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from llmtune.data import prepare_rows; from llmtune.recipe import load_recipe\n"
+        "from llmtune.errors import EnvironmentProblem\n"
+        "try: prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]) / 'out', Console(quiet=True))\n"
+        "except EnvironmentProblem as error: print(error)"
+    )
+    mount = f'mount -t tmpfs -o {options} none "$1" || exit 77; exec "$0" -c "$2" "$3" "$1"'
+    command = ["unshare", "-rm", "sh", "-c", mount, sys.executable, tmp_path / "disk", script, tmp_path / "recipe.yaml"]
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("may not mount here")
+    assert said in done.stdout, done.stderr

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.rows import make_recipe
+
+SCRIPT = """
+import resource, sys
+from pathlib import Path
+from rich.console import Console
+from llmtune.data import prepare_rows
+from llmtune.recipe import load_recipe
+rows = prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]), Console(quiet=True))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+accounted = sum(rows.counts.values()) + sum(rows.dropped.values())
+print(rows.rows_in, accounted, rows.dropped.get("near duplicate", 0), peak)
+"""
+
+
+@pytest.fixture(scope="module")
+def million(tmp_path_factory) -> Path:
+    """A million chat rows of some 500 bytes; one in twenty is the row before it with a word added."""
+    rng = random.Random(0)
+    words = [
+        a + b + c
+        for a in ("ka", "lo", "mi", "tu")
+        for b in ("ra", "to", "ne", "bi", "sh")
+        for c in ("", "s", "ly", "ing")
+    ]
+    path = tmp_path_factory.mktemp("million") / "rows.jsonl"
+    question = answer = ""
+    with path.open("w") as file:
+        for number in range(1_000_000):
+            if number % 20:
+                question = " ".join(rng.choices(words, k=rng.randint(20, 50)))
+                answer = " ".join(rng.choices(words, k=rng.randint(5, 40)))
+            turns = [
+                {"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": question if number % 20 else question + " please"},
+                {"role": "assistant", "content": answer},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "gigabytes", "minutes"), [("exact", 2, 5), ("near", 4, 15)])
+def test_a_million_rows_stay_below_the_promised_memory(tmp_path, million, method, gigabytes, minutes):
+    make_recipe(tmp_path, str(million), deduplicate=method, validation=0.05, test=0.1)
+    start = time.perf_counter()
+    command = [sys.executable, "-c", SCRIPT, tmp_path / "recipe.yaml", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    rows_in, accounted, dropped, peak = (int(number) for number in done.stdout.split())
+    print(f"{method}: {seconds:.0f} s, {peak / 1e9:.2f} GB")
+    assert rows_in == accounted == 1_000_000
+    assert peak < gigabytes * 1e9
+    assert seconds < minutes * 60
+    assert (dropped > 30_000) == (method == "near")

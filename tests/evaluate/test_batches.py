@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.batches import cut_evenly, run_in_batches
+
+
+def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
+    lengths = [5, 1, 9, 30, 2, 2, 7]
+    batches = []
+    run_in_batches(lengths, 20, batches.append)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert batches[0] == [3]  # longer than the budget, so alone
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 20 for batch in batches[1:])
+    assert len(batches) < len(lengths)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
+    done = []
+
+    def work(batch):
+        if len(batch) > 3:
+            raise error
+        done.append(batch)
+
+    run_in_batches([4] * 16, 64, work)
+    assert sorted(i for batch in done for i in batch) == list(range(16))
+    assert max(map(len, done)) == 2  # 16, 8, 4, 2
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error_with_its_length():
+    def work(batch):
+        raise torch.OutOfMemoryError("cuda")
+
+    with pytest.raises(EnvironmentProblem, match="77 tokens"):
+        run_in_batches([77, 3], 10, work)
+
+
+def test_other_errors_pass_through():
+    def work(batch):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_in_batches([1], 10, work)
+
+
+def test_a_limit_takes_rows_from_all_over():
+    assert list(cut_evenly(10, 3)) == [0, 3, 6]
+    assert list(cut_evenly(3, 10)) == [0, 1, 2]
+    assert list(cut_evenly(3, None)) == [0, 1, 2]
+    assert list(cut_evenly(0, 5)) == list(cut_evenly(5, 0)) == []

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from llmtune.errors import RecipeError
+from llmtune.evaluate import check_gates
+from llmtune.records import Difference, Evaluation
+
+EVALUATION = Evaluation(
+    base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
+    tuned={"exact_match": 0.8, "loss": 1.5, "chrf": math.nan},
+    difference={
+        "exact_match": Difference(0.3, 0.1, 0.4, 0.001, 100),
+        "loss": Difference(-0.5, -0.7, -0.3, 0.001, 100),
+        "chrf": Difference(math.nan, math.nan, math.nan, 1, 100),
+    },
+    gates=(),
+    samples=(),
+    rows=100,
+)
+
+
+@pytest.mark.parametrize(
+    ("gate", "passed"),
+    [
+        ("exact_match >= 0.8", True),
+        ("exact_match > 0.8", False),
+        ("exact_match == 0.8", True),
+        ("exact_match > base", True),
+        ("loss > base", False),
+        ("loss < base - 0.4", True),
+        ("loss < base - 0.6", False),
+        ("loss <= base * 0.75", True),
+        ("loss <= base * 0.7", False),
+        ("exact_match.low > base", True),
+        ("exact_match.low > base + 0.05", True),
+        ("exact_match.low > base + 0.15", False),
+        ("exact_match.low > base * 1.1", True),  # 10 % of 0.5 is 0.05, and the low end is 0.1
+        ("exact_match.low > base * 1.3", False),
+        ("exact_match.high < base + 0.5", True),
+        ("loss.high < base", True),
+        ("loss.high < base - 0.4", False),
+        ("loss.low > base", False),
+        ("chrf >= 0", False),  # not a number
+        ("chrf.low > base", False),
+        ("rougeL > base", False),  # not measured
+    ],
+)
+def test_a_gate_says_whether_its_condition_holds(gate, passed):
+    (found,) = check_gates([gate], EVALUATION)
+    assert found.passed is passed
+    assert found.name == gate
+
+
+def test_a_gate_says_what_was_wanted_and_what_was_got():
+    score, low, absent = check_gates(["loss < base - 0.6", "exact_match.low > base + 0.15", "rougeL > 1"], EVALUATION)
+    assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
+    assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
+    assert absent.got == "not measured"
+
+
+def test_what_is_not_a_gate_is_refused():
+    with pytest.raises(RecipeError):
+        check_gates(["exact_match is good"], EVALUATION)

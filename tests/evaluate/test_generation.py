@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.evaluate import generation
+from llmtune.evaluate.generation import decode_answer, generate_texts, stop_ids
+from llmtune.model.attention import PACKED, install_packed
+
+PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
+
+
+def load(folder, attention="sdpa"):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    if attention == PACKED:
+        install_packed(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # a fresh model repeats itself whatever the prompt
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def settings(bench, **changes):
+    return bench.recipe.model_copy(update={"generation": bench.recipe.generation.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PACKED])
+def test_a_batch_says_what_each_prompt_gets_alone(tiny_llama, bench, attention):
+    model, tokenizer = load(tiny_llama, attention)
+    check_batch(model, tokenizer, settings(bench, max_new_tokens=20))
+
+
+def test_a_batch_says_what_each_prompt_gets_alone_with_learned_positions(tiny_gpt2, bench):
+    check_batch(*load(tiny_gpt2), settings(bench, max_new_tokens=20))
+
+
+def check_batch(model, tokenizer, recipe):
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    together = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
+    alone = [generate_texts(model, [prompt], tokenizer, recipe, device="cpu")[0] for prompt in prompts]
+    assert together == alone
+    assert len(set(together)) == len(prompts)
+
+
+def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny_llama, bench, monkeypatch):
+    model, tokenizer = load(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    recipe, advanced = settings(bench, max_new_tokens=5), []
+    together = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
+    monkeypatch.setattr(generation, "GENERATION_BUDGET", {"cpu": 30})
+    assert generate_texts(model, prompts, tokenizer, recipe, device="cpu", advance=advanced.append) == together
+    assert sum(advanced) == len(prompts)
+    assert len(advanced) > 1
+
+
+def test_an_answer_ends_before_the_end_of_turn_and_has_no_special_tokens(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ids = tokenizer("blue<|im_start|> sky<|im_end|> and more<pad><pad>").input_ids
+    assert decode_answer(ids, {tokenizer.eos_token_id}, tokenizer) == "blue sky"
+
+
+def test_generation_stops_at_what_the_tokenizer_or_the_model_names_as_the_end(tiny_llama):
+    model, tokenizer = load(tiny_llama)
+    model.generation_config.eos_token_id = [5, 6]
+    assert stop_ids(model, tokenizer) == sorted([5, 6, tokenizer.eos_token_id])
+
+
+def test_generation_settings_of_the_model_repository_do_not_count(tiny_llama, bench):
+    model, tokenizer = load(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    recipe = settings(bench, max_new_tokens=12)
+    plain = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
+    model.generation_config.repetition_penalty = 5.0
+    own = model.generation_config
+    assert generate_texts(model, prompts, tokenizer, recipe, device="cpu") == plain
+    assert model.generation_config is own
+
+
+def test_random_answers_follow_the_recipe_s_seed_and_leave_torch_s_alone(tiny_llama, bench):
+    model, tokenizer = load(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    recipe = settings(bench, max_new_tokens=12, do_sample=True, temperature=1.5)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(4)
+    assert generate_texts(model, prompts, tokenizer, recipe, device="cpu") == first
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})
+    assert generate_texts(model, prompts, tokenizer, other, device="cpu") != first

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from llmtune.evaluate import statistics
+from llmtune.evaluate.metrics import ratio
+from llmtune.evaluate.statistics import difference, mcnemar, resample
+
+ROWS, TRIALS = 60, 500
+
+
+def ones(values):
+    return np.stack([np.asarray(values, dtype=float), np.ones(len(values))], axis=1)
+
+
+def right_or_wrong(generator):
+    base = generator.random(ROWS) < 0.4
+    tuned = np.where(generator.random(ROWS) < 0.5, base, generator.random(ROWS) < 0.7)
+    return ones(base), ones(tuned), 0.5 * (0.7 - 0.4)
+
+
+def losses_of_rows_of_unequal_length(generator):
+    tokens = generator.integers(5, 60, ROWS).astype(float)
+    hardness = generator.gamma(2, 1, ROWS)
+    base = tokens * (hardness + generator.gamma(1, 0.5, ROWS))
+    tuned = tokens * (0.8 * hardness + generator.gamma(1, 0.5, ROWS))
+    return np.stack([base, tokens], 1), np.stack([tuned, tokens], 1), -0.4
+
+
+def skewed_scores(generator):
+    return ones(generator.beta(0.5, 1, ROWS)), ones(generator.beta(1, 1, ROWS)), 1 / 2 - 1 / 3
+
+
+@pytest.mark.parametrize("draw", [right_or_wrong, losses_of_rows_of_unequal_length, skewed_scores])
+def test_nineteen_of_twenty_intervals_hold_the_true_difference(draw):
+    generator = np.random.default_rng(7)
+    hits = 0
+    for trial in range(TRIALS):
+        base, tuned, true = draw(generator)
+        found = difference(base, tuned, ratio, right_wrong=draw is right_or_wrong, seed=trial, resamples=1000)
+        hits += found.low <= true <= found.high
+    assert 0.92 <= hits / TRIALS <= 0.97
+
+
+def test_the_interval_of_equal_models_is_zero():
+    sums = ones([0.1, 0.7, 0.4])
+    found = difference(sums, sums, ratio, right_wrong=False, seed=0)
+    assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
+
+
+def test_a_handful_of_equal_right_or_wrong_answers_proves_no_equality():
+    sums = ones([1, 0, 1, 1, 0])
+    found = difference(sums, sums, ratio, right_wrong=True, seed=0)
+    assert found.value == 0
+    assert found.low < -0.1
+    assert found.high > 0.1
+    assert found.p == 1
+
+
+def test_rows_that_all_got_better_have_an_interval_and_not_a_point():
+    found = difference(ones(np.zeros(10)), ones(np.ones(10)), ratio, right_wrong=True, seed=0)
+    assert found.value == found.high == 1
+    assert 0.2 < found.low < 0.9
+    assert found.p == pytest.approx(2 / 2**10)
+
+
+def test_three_rows_that_all_got_better_leave_it_open():
+    found = difference(ones(np.zeros(3)), ones(np.ones(3)), ratio, right_wrong=True, seed=0)
+    assert found.low <= 0
+    assert found.p == 0.25
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
+    generator = np.random.default_rng(0)
+    base, tuned = ones(generator.random(50)), ones(generator.random(50) + 0.2)
+    first, again, other = (difference(base, tuned, ratio, right_wrong=False, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert other.low != first.low
+    assert other.low == pytest.approx(first.low, abs=0.02)
+
+
+def test_swapping_the_models_turns_the_sign_and_nothing_else():
+    generator = np.random.default_rng(0)
+    base, tuned = ones(generator.random(40)), ones(generator.random(40) ** 2)
+    there = difference(base, tuned, ratio, right_wrong=False, seed=3)
+    back = difference(tuned, base, ratio, right_wrong=False, seed=3)
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
+    assert back.p == there.p
+
+
+def test_pairing_makes_the_interval_narrow_where_rows_differ_more_than_models():
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(0, 10, 80)
+    found = difference(
+        ones(hardness), ones(hardness + generator.normal(0.5, 0.1, 80)), ratio, right_wrong=False, seed=0
+    )
+    assert found.high - found.low < 0.1
+    assert found.p < 0.001
+
+
+def test_one_row_has_no_interval():
+    found = difference(ones([0.1]), ones([0.9]), ratio, right_wrong=False, seed=0)
+    assert math.isnan(found.low)
+    assert found.p == 1
+
+
+def test_a_score_that_is_not_finite_has_no_interval():
+    tuned = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])  # without the last row: division by zero
+    found = difference(ones([1, 2, 3]), tuned, ratio, right_wrong=False, seed=0)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert found.p == 1
+
+
+def test_mcnemar_is_the_two_sided_sign_test_of_the_disagreements():
+    assert mcnemar(5, 15) == pytest.approx(2 * sum(math.comb(20, k) for k in range(6)) / 2**20)
+    assert mcnemar(15, 5) == pytest.approx(mcnemar(5, 15))
+    assert mcnemar(0, 0) == 1
+
+
+def test_resampling_in_small_chunks_has_the_same_spread(monkeypatch):
+    generator = np.random.default_rng(0)
+    paired = np.stack([ones(generator.random(100)), ones(generator.random(100))], axis=1)
+    whole = resample(paired, ratio, seed=0, resamples=4000)
+    monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
+    parts = resample(paired, ratio, seed=0, resamples=4000)
+    assert len(parts) == len(whole) == 4000
+    assert parts.std() == pytest.approx(whole.std(), rel=0.1)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtune.report.charts import bar_chart, interval_chart, line_chart, ticks
+from llmtune.report.numbers import count, duration, score, short, signed, size
+
+FINITE = st.floats(-1e12, 1e12, allow_nan=False)
+
+
+@given(FINITE, st.floats(1e-6, 1e9), st.integers(2, 8))
+def test_ticks_enclose_the_values_in_even_steps(low, width, wanted):
+    high = low + width
+    if high - low < 1e-9 * abs(low):
+        return
+    found = ticks(low, high, wanted)
+    slack = 1e-6 * max(abs(low), abs(high), 1)
+    assert found[0] <= low + slack
+    assert found[-1] >= high - slack
+    assert 2 <= len(found) <= wanted + 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=50))
+def test_a_line_chart_of_any_numbers_is_well_formed(points):
+    picture = line_chart([("train", points)], label='a "label" <b>')
+    if picture:
+        ElementTree.fromstring(picture)
+        assert "nan" not in picture
+        assert "inf" not in picture
+
+
+def test_a_chart_without_finite_points_is_left_out():
+    assert line_chart([("train", [(1, math.nan)])], label="x") == ""
+    assert bar_chart([0, 1], [0], label="x") == ""
+
+
+@pytest.mark.parametrize(("better", "kind"), [(1, "better"), (-1, "worse")])
+def test_an_interval_above_zero_is_right_of_it_only_where_more_is_better(better, kind):
+    root = ElementTree.fromstring(interval_chart(0.2, 0.1, 0.3, reach=0.3, better=better, label="x"))
+    dot, zero = root.find("circle"), root.findall("line")[1]
+    assert dot.get("class") == f"dot {kind}"
+    assert (float(dot.get("cx")) > float(zero.get("x1"))) is (better == 1)
+
+
+def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
+    root = ElementTree.fromstring(bar_chart([0, 10, 20, 30], [5, 10, 0], label="x"))
+    heights = [float(bar.get("height")) for bar in root.findall("rect")]
+    assert heights[0] == pytest.approx(heights[1] / 2, rel=0.01)
+    assert heights[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        (score(0.79731), "0.7973"),
+        (score(-1.0411), "−1.041"),
+        (score(79.314), "79.31"),
+        (score(434.71), "434.7"),
+        (score(0), "0.0000"),
+        (score(2e-6), "2e-06"),
+        (score(None), "–"),
+        (score(math.nan), "–"),
+        (signed(0.2), "+0.2000"),
+        (signed(-0.2), "−0.2000"),
+        (count(1234567), "1,234,567"),
+        (size(538e6), "538 MB"),
+        (size(1.527e9), "1.53 GB"),
+        (size(12), "12 B"),
+        (duration(4.2), "4.2 s"),
+        (duration(59.7), "1 min 0 s"),
+        (duration(7500), "2 h 5 min"),
+        (short(2e-4), "2e-4"),
+        (short(15000), "15k"),
+    ],
+)
+def test_numbers_read_well(made, wanted):
+    assert made == wanted

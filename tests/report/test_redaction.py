@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from llmtune.report import redact, redact_all
+
+SECRETS = [
+    "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+    "sk-proj-abcdefghijklmnop1234",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    "github_pat_11ABCDEFG0abcdefghijkl_mnop",
+    "glpat-abcdefghijklmnop-1234",
+    "AKIAIOSFODNN7EXAMPLE",
+    "AIza" + "a" * 35,
+    "xoxb-123456789012-abcdefGHIJ",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_known_tokens_are_removed_wherever_they_stand(secret):
+    for text in (secret, f"token={secret}", f'"{secret}",', f"see {secret}.", f"https://x.example/?t={secret}&a=1"):
+        assert secret not in redact(text)
+        assert "[removed]" in redact(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "gone", "kept"),
+    [
+        ("Authorization: Bearer abc.def-123", "abc.def-123", "Authorization: "),
+        ("authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz", "authorization: "),
+        ('{"Authorization": "token 12345"}', "12345", "Authorization"),
+        ("WANDB_API_KEY=0123456789abcdef", "0123456789abcdef", "WANDB_API_KEY="),
+        ("HF_TOKEN: 'quite secret'", "quite", "HF_TOKEN"),
+        ("api_key: mine", "mine", "api_key"),
+        ("https://ada:lovelace@example.org/x", "lovelace", "example.org/x"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE", "[removed]"),
+    ],
+)
+def test_what_is_given_as_a_secret_is_removed_and_the_rest_stays(text, gone, kept):
+    found = redact(text)
+    assert gone not in found
+    assert kept in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_hub_download and HF_HUB_OFFLINE=1",
+        "my password reset link has expired",
+        "max_new_tokens: 128, pad_token: <pad>",
+        "tokens_per_second: 1533",
+        "sk-learn, sha256 3f1c3f1c3f1c3f1c3f1c3f1c3f1c3f1c",
+        "http://localhost:8080/a@b",
+        "the bearer of this letter",
+        "task-classification-of-many-things",
+    ],
+)
+def test_ordinary_text_stays_as_it_is(text):
+    assert redact(text) == text
+
+
+def test_values_of_secret_keys_are_removed_at_any_depth():
+    found = redact_all({"a": [{"api_key": "x", "tokens": 5, "hf_token": "y", "secret": None, "pad_token": "<pad>"}]})
+    assert found == {
+        "a": [{"api_key": "[removed]", "tokens": 5, "hf_token": "[removed]", "secret": None, "pad_token": "<pad>"}]
+    }
+
+
+def test_secrets_in_keys_are_removed_too():
+    assert SECRETS[0] not in str(redact_all({SECRETS[0]: 1}))

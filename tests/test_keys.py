@@ -1,0 +1,267 @@
+"""Every key of the recipe does something: each is flipped, and what the pipeline makes must change."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from safetensors.torch import load_file
+from support.models import build_llama
+from support.runs import write_recipe
+
+from llmtune.errors import LlmtuneError, RecipeError
+from llmtune.pipeline import Options, run_pipeline
+from llmtune.recipe import Recipe, Source, load_recipe
+from llmtune.run.files import hash_folder
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "data": {"validation": 0.2, "test": 0.2},
+    "train": {"max_steps": 4, "num_train_epochs": None, "eval_steps": 2, "batch_size": 4, "logging_steps": 1},
+    "generation": {"max_new_tokens": 6},
+    "evaluate": {"metrics": ["loss", "exact_match", "choice_accuracy"], "samples": 2, "choices": ["red", "green"]},
+}
+SAMPLING = ("generation.do_sample=true",)
+QLORA = ("adapter.method=qlora",)
+MOST = "deliberately high"
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One key, another value, and what else the recipe must say for it to count."""
+
+    value: str
+    also: tuple[str, ...] = field(default=())
+
+
+FLIPS = {
+    "name": Flip("other"),
+    "task": Flip("completion", ("data.train=pairs.jsonl",)),
+    "seed": Flip("8"),
+    "data.train": Flip("pairs.jsonl"),
+    "data.train.format": Flip("text", ("data.train.path=pairs.jsonl", "task=completion")),
+    "data.train.columns": Flip("{prompt: completion, completion: prompt}", ("data.train.path=pairs.jsonl",)),
+    "data.train.weight": Flip("2.0", ("data.train=[{path: pairs.jsonl, weight: 1}, {path: rows.jsonl}]",)),
+    "data.train.limit": Flip("30", ("data.train.path=rows.jsonl",)),
+    "data.validation": Flip("0.4"),
+    "data.test": Flip("0.4"),
+    "data.split_by": Flip("group"),
+    "data.deduplicate": Flip("none", ("data.train=twice.jsonl",)),
+    "data.max_dropped": Flip("0.0", ("data.train=holes.jsonl",)),
+    "data.train_on": Flip("all"),
+    "data.max_length": Flip("20"),
+    "data.on_overlong": Flip("drop", ("data.max_length=44",)),
+    "data.packing": Flip("false"),
+    "model.name": Flip("other-model"),
+    "model.candidates": Flip("[model]", ("model.name=null", "model.candidates=[other-model]")),
+    "model.dtype": Flip("bfloat16"),
+    "model.chat_template": Flip("other.jinja"),
+    "model.chat_template_kwargs": Flip("{shout: true}", ("model.chat_template=other.jinja",)),
+    "model.add_tokens": Flip("['<colour>']"),
+    "model.trust_remote_code": Flip("true", ("model.name=remote-code",)),
+    "model.use_safetensors": Flip("false", ("model.name=pickled",)),
+    "model.attn_implementation": Flip("eager"),
+    "model.check_memory": Flip("false", (MOST,)),
+    "adapter.method": Flip("qlora"),
+    "adapter.r": Flip("2"),
+    "adapter.lora_alpha": Flip("4"),
+    "adapter.lora_dropout": Flip("0.5"),
+    "adapter.target_modules": Flip("[q_proj]"),
+    "adapter.exclude_modules": Flip("[q_proj]"),
+    "adapter.modules_to_save": Flip("[norm]"),
+    "adapter.layers_to_transform": Flip("[1]", ("adapter.target_modules=[q_proj]",)),
+    "adapter.bias": Flip("all"),
+    "adapter.use_dora": Flip("true"),
+    "adapter.use_rslora": Flip("true"),
+    "adapter.init_lora_weights": Flip("pissa"),
+    "adapter.rank_pattern": Flip("{q_proj: 2}"),
+    "adapter.alpha_pattern": Flip("{q_proj: 2}"),
+    "adapter.bnb_4bit_quant_type": Flip("fp4", QLORA),
+    "adapter.bnb_4bit_use_double_quant": Flip("false", QLORA),
+    "adapter.start_from": Flip("start"),
+    "train.learning_rate": Flip("1e-3"),
+    "train.num_train_epochs": Flip("0.5", ("train.max_steps=null", "train.num_train_epochs=1")),
+    "train.max_steps": Flip("3"),
+    "train.batch_size": Flip("2"),
+    "train.batch_tokens": Flip("300", ("train.batch_size=null",)),
+    "train.optim": Flip("sgd"),
+    "train.weight_decay": Flip("0.5"),
+    "train.adam_beta1": Flip("0.5"),
+    "train.adam_beta2": Flip("0.5"),
+    "train.adam_epsilon": Flip("0.1"),
+    "train.max_grad_norm": Flip("0.001"),
+    "train.lr_scheduler_type": Flip("cosine"),
+    "train.lr_scheduler_kwargs": Flip("{num_cycles: 2}", ("train.lr_scheduler_type=cosine",)),
+    "train.warmup_steps": Flip("3"),
+    "train.gradient_checkpointing": Flip("true"),
+    "train.logging_steps": Flip("2"),
+    "train.eval_steps": Flip("1"),
+    "train.save_steps": Flip("1"),
+    "train.save_total_limit": Flip("1", ("train.save_steps=1",)),
+    "train.load_best_model_at_end": Flip("false", ("train.learning_rate=3.0", "train.max_grad_norm=0")),
+    "train.early_stopping_patience": Flip("1", ("train.learning_rate=3.0", "train.eval_steps=1")),
+    "train.early_stopping_threshold": Flip("5.0", ("train.early_stopping_patience=1", "train.eval_steps=1")),
+    "train.report_to": Flip("[tensorboard]"),
+    "generation.max_new_tokens": Flip("2"),
+    "generation.do_sample": Flip("true"),
+    "generation.temperature": Flip("5.0", SAMPLING),
+    "generation.top_k": Flip("2", SAMPLING),
+    "generation.top_p": Flip("0.1", SAMPLING),
+    "generation.min_p": Flip("0.9", SAMPLING),
+    "generation.repetition_penalty": Flip("50.0"),
+    "generation.num_beams": Flip("3"),
+    "evaluate.metrics": Flip("[loss, exact_match, rougeL]"),
+    "evaluate.gates": Flip("['loss < base']"),
+    "evaluate.limit": Flip("3"),
+    "evaluate.choices": Flip("[red, green, blue]"),
+    "evaluate.samples": Flip("1"),
+    "deploy": Flip("[merged]"),
+}
+HUB_ONLY = {"model.revision", "data.train.config", "data.train.split", "data.train.revision"}
+"""They name a place on a hub; `tests/model/test_catalogue.py` and `tests/data/test_sources.py` hold them."""
+ONE_VALUE = {"recipe_version"}
+LATER = {
+    "train.torch_compile": "true",
+    "train.use_liger_kernel": "true",
+    "train.seeds": "[1, 2]",
+    "evaluate.benchmarks": "[hellaswag]",
+    "evaluate.fairness": "{gap: 0.1}",
+    "evaluate.forgetting": "true",
+    "completion.objective": "masked",
+    "preference": "{beta: 0.2}",
+    "qa": "{x: 1}",
+    "translate": "{x: 1}",
+    "summarize": "{x: 1}",
+    "classify": "{x: 1}",
+    "token_classify": "{x: 1}",
+    "speech": "{x: 1}",
+}
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, about in model.model_fields.items():
+        sections = [part for part in (about.annotation, *typing.get_args(about.annotation)) if isinstance(part, type)]
+        section = next((part for part in sections if issubclass(part, BaseModel) and part.model_fields), None)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from keys_of(section, f"{prefix}{name}.")
+
+
+def test_no_key_of_the_schema_is_left_out() -> None:
+    known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
+    sources = {f"data.train.{name}" for name in Source.model_fields if name != "path"}
+    assert known | sources | {"data.train"} == FLIPS.keys() | LATER.keys() | HUB_ONLY | ONE_VALUE
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_key_of_a_later_feature_is_refused_by_name(place: Path, key: str) -> None:
+    with pytest.raises(RecipeError, match=key.split(".")[0]):
+        load_recipe("tiny.yaml", [f"{key}={LATER[key]}"])
+
+
+@pytest.mark.parametrize("key", FLIPS)
+def test_a_flipped_key_changes_what_is_made(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip = FLIPS[key]
+    if MOST in flip.also:
+        monkeypatch.setattr("llmtune.model.plan.memory_limit", lambda device: 1000)
+    context = tuple(item for item in flip.also if item != MOST)
+    assert outcome(place, context, cached=MOST not in flip.also) != outcome(place, (*context, f"{key}={flip.value}"))
+
+
+OUTCOMES: dict[tuple[str, ...], str] = {}
+
+
+def outcome(place: Path, sets: tuple[str, ...], cached: bool = False) -> str:
+    """What a run with these settings makes, as text without times and sizes of this machine."""
+    if cached and sets in OUTCOMES:
+        return OUTCOMES[sets]
+    try:
+        loaded = load_recipe("tiny.yaml", list(sets))
+        report = run_pipeline(loaded, Options(out=place / f"run-{len(list(place.iterdir()))}"), Console(quiet=True))
+    except LlmtuneError as error:
+        return f"{type(error).__name__}: {error}"
+    run = sorted(place.glob("run-*"), key=lambda path: path.stat().st_mtime_ns)[-1]
+    made = json.dumps([report["name"], digest(run, report)], sort_keys=True)
+    if cached:
+        OUTCOMES[sets] = made
+    return made
+
+
+def digest(run: Path, report: dict[str, Any]) -> list[Any]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [{key: line[key] for key in line if key not in {"tokens_per_second", "peak_bytes"}} for line in lines]
+    rows = json.loads((run / "data" / "rows" / "rows.json").read_text())
+    examples = json.loads((run / "data" / "examples" / "examples.json").read_text())
+    return [
+        [rows["content_hash"], rows["counts"], examples["content_hash"]],
+        [report["model"]["plan"]["parts"], report["model"]["ranking"] and report["model"]["ranking"]["chosen"]],
+        [report["adapter"], hash_folder(run / "adapter"), curve],
+        sorted(path.name for path in (run / "checkpoints").iterdir()),
+        [hash_folder(run / "evaluation"), report["gates"], report["evaluation"]["samples"]],
+        (run / "merged").exists(),
+        sorted(path.name.split(".")[0] for path in run.rglob("events.out.*")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that a flip may name."""
+    place = tmp_path_factory.mktemp("keys")
+    colours, things = ["red", "green", "blue", "black"], [f"{a} {b}" for a in "cat dog fox".split() for b in "1234"]
+    rows = [
+        (f"Which colour has the {thing} on day {i * 7}?", colours[(i + j) % 4])
+        for i, thing in enumerate(things)
+        for j in range(4)
+    ]
+    questions = [(f"{question} Say it the {j}th time.", answer) for j, (question, answer) in enumerate(rows)]
+    chat = [chat_row(question, answer, i % 3) for i, (question, answer) in enumerate(questions)]
+    (place / "rows.jsonl").write_text("".join(chat))
+    (place / "twice.jsonl").write_text("".join(chat + chat[:20]))
+    (place / "holes.jsonl").write_text("".join([*chat, '{"messages": []}\n']))
+    pairs = [json.dumps({"prompt": f"{question} ", "completion": f"{answer}."}) for question, answer in questions]
+    (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
+    build_llama(place / "model")
+    build_llama(place / "other-model", seed=1)
+    (place / "other.jinja").write_text(OTHER_TEMPLATE)
+    make_odd_models(place)
+    return place
+
+
+def chat_row(question: str, answer: str, group: int) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns, "group": group}) + "\n"
+
+
+OTHER_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ (m['role'] | upper) if shout else m['role'] }}: {{ m['content'] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>{{ 'ASSISTANT' if shout else 'assistant' }}: {% endif %}"
+)
+REMOTE_CODE = "from transformers import LlamaForCausalLM\n\n\nclass Odd(LlamaForCausalLM):\n    pass\n"
+
+
+def make_odd_models(place: Path) -> None:
+    remote = build_llama(place / "remote-code")
+    config = json.loads((remote / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_odd.Odd"}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "modeling_odd.py").write_text(REMOTE_CODE)
+    pickled = build_llama(place / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+
+
+@pytest.fixture
+def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    if not (folder / "tiny.yaml").exists():
+        write_recipe(folder / "tiny.yaml", "./model", "rows.jsonl", **SECTIONS)
+        run_pipeline(load_recipe("tiny.yaml"), Options(out=folder / "start", until="train"), Console(quiet=True))
+    return folder

@@ -1,0 +1,186 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.process import train_in_process
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.train.checkpoint import Damage, list_checkpoints, read_checkpoint, write_folder
+
+KILLS = [
+    "line:Rehearsed",
+    "line:step 5/",
+    "os.rename:.tmp-step-8",
+    "shutil.rmtree:.removed-step-8",
+    "os.rename:.tmp-adapter",
+]
+
+
+def without_times(lines):
+    return [{key: line[key] for key in ("step", "epoch", "loss", "learning_rate", "grad_norm")} for line in lines]
+
+
+def damage(path: Path) -> None:
+    """Flip one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A finished run to break: its last checkpoints are there, its adapter is not."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    return tmp_path / "run"
+
+
+def test_killed_anywhere_and_continued_the_bytes_are_those_of_no_stop(tmp_path, tiny_llama, examples):
+    train = {"num_train_epochs": 3, "save_steps": 4, "save_total_limit": 1}
+    recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=train)
+    shutil.copytree(examples.folder, tmp_path / "examples")
+    for kill in KILLS:
+        done = train_in_process(tmp_path, tmp_path / "killed", "--kill", kill)
+        assert done.returncode == -9, (kill, done.stderr)
+    resumed = run_training(tmp_path / "killed", recipe, examples)
+    whole = run_training(tmp_path / "whole", recipe, examples)
+    assert resumed.resumed_from == whole.steps == 24
+    assert trained_bytes(tmp_path / "killed") == trained_bytes(tmp_path / "whole")
+    assert without_times(read_metrics(tmp_path / "killed")) == without_times(read_metrics(tmp_path / "whole"))
+    assert (resumed.train_loss, resumed.tokens) == (whole.train_loss, whole.tokens)
+    left = {path.name for path in (tmp_path / "killed").rglob(".*")}
+    assert not left, "nothing half-written is left"
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "state.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(name, how, copy, finished, examples, console):
+    file = copy / "checkpoints" / "step-16" / name
+    if how == "flipped":
+        damage(file)
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        file.unlink()
+    again = run_training(copy, finished[1], examples, console=console)
+    if (how, name) != ("flipped", "state.json"):  # one bit of it may be in a space
+        assert again.resumed_from == 15
+        said = " ".join(console.file.getvalue().split())
+        assert "is damaged" in said
+        assert name in said
+        assert "the one before it is used" in said
+    assert trained_bytes(copy) == trained_bytes(finished[0])
+
+
+def test_with_every_checkpoint_damaged_training_starts_again_and_ends_the_same(copy, finished, examples, console):
+    for folder in list_checkpoints(copy / "checkpoints"):
+        damage(folder / "trainable.safetensors")
+    assert run_training(copy, finished[1], examples, console=console).resumed_from is None
+    assert trained_bytes(copy) == trained_bytes(finished[0])
+
+
+def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_is_removed(copy, finished, examples):
+    shutil.rmtree(copy / "checkpoints" / "step-16")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 17, "lo')
+    run_training(copy, finished[1], examples)
+    assert without_times(read_metrics(copy)) == without_times(read_metrics(finished[0]))
+
+
+def test_checkpoints_of_other_settings_are_put_aside_aloud(copy, finished, examples, console):
+    recipe = finished[1]
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 0.02})})
+    assert run_training(copy, other, examples, console=console).resumed_from is None
+    assert "belong to other data or settings" in " ".join(console.file.getvalue().split())
+    assert len(list(copy.glob("checkpoints/other-*/step-16"))) == 1
+    assert read_metrics(copy)[0]["step"] == 1
+
+
+def test_resume_can_be_refused(copy, finished, examples):
+    assert run_training(copy, finished[1], examples, resume=False).resumed_from is None
+    assert trained_bytes(copy) == trained_bytes(finished[0])
+
+
+def test_an_optimizer_state_that_is_a_program_is_not_run(copy, tmp_path):
+    import pickle
+
+    class Program:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    file = copy / "checkpoints" / "step-16" / "optimizer.pt"
+    file.write_bytes(pickle.dumps(Program(), protocol=2))
+    content = json.loads((file.parent / "state.json").read_text())
+    content["files"]["optimizer.pt"] = __import__("hashlib").sha256(file.read_bytes()).hexdigest()
+    (file.parent / "state.json").write_text(json.dumps(content))
+    assert isinstance(read_checkpoint(file.parent), Damage)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").touch()
+
+    def fill(place: Path) -> None:
+        (place / "new").touch()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentProblem, match="adapter could not be written: No space left on device"):
+        write_folder(tmp_path / "adapter", fill)
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_path, tiny_llama, examples):
+    recipe = make_recipe(tmp_path, tiny_llama)
+    adapted = adapt(recipe)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file in the way")
+    with pytest.raises(EnvironmentProblem, match="could not be written") as caught:
+        run_training(tmp_path / "run", recipe, examples, adapted=adapted)
+    assert "--out" in caught.value.problems[0].fix
+
+
+def test_a_disk_that_fills_up_while_training_leaves_the_checkpoint_before(tmp_path, tiny_llama, examples):
+    if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("user namespaces are not permitted here")
+    make_recipe(tmp_path, tiny_llama, train={"save_steps": 2})
+    shutil.copytree(examples.folder, tmp_path / "examples")
+    (tmp_path / "disk").mkdir()
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", _fill_script(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode == 99:
+        pytest.skip("tmpfs cannot be mounted here")
+    assert "exit 4" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "could not be written: No space left on device" in done.stderr
+    assert "MB are free. Make room" in done.stderr
+    listing = done.stdout.partition("exit 4")[2].split()
+    assert "step-4" in listing
+    assert not [name for name in listing if name.startswith(".tmp")]
+    assert "whole" in listing
+
+
+def _fill_script(folder: Path) -> str:
+    """Mount a small disk, train until step 4 is saved and 5 done, fill the disk, see the run fail, look at what is left."""
+    disk = folder / "disk"
+    return f"""
+export PYTHONPATH={Path(__file__).parents[1]} OMP_NUM_THREADS=1
+mount -t tmpfs -o size=2m none {disk} || exit 99
+{sys.executable} -m support.process {folder} {disk}/run --fill "step 5/" {disk}/ballast
+echo exit $?
+ls -A {disk}/run/checkpoints
+{sys.executable} -c "
+from pathlib import Path
+from llmtune.train.checkpoint import read_checkpoint, Damage
+if not isinstance(read_checkpoint(Path('{disk}/run/checkpoints/step-4')), Damage): print('whole')
+"
+"""

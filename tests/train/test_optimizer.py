@@ -1,0 +1,109 @@
+import typing
+
+import pytest
+import torch
+from support.training import make_recipe, read_metrics, run_training, trained_bytes
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.recipe.tuning import Optimizer
+from llmtune.train.optimizer import build_optimizer, build_schedule
+
+NAMES = [name for name in typing.get_args(Optimizer) if not name.startswith("paged_")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_llama):
+    return make_recipe(tmp_path_factory.mktemp("optimizer"), tiny_llama)
+
+
+def change(recipe, **train):
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+
+
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.LayerNorm(96))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns_and_goes_on_from_its_saved_state_to_the_last_bit(name, recipe, tmp_path):
+    inputs = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    model = small_model()
+    optimizer = build_optimizer(model, change(recipe, optim=name, learning_rate=1e-2), CPU)
+    first = steps(model, optimizer, 1)
+    steps(model, optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    twin = small_model()
+    twin.load_state_dict(model.state_dict())
+    again = build_optimizer(twin, change(recipe, optim=name, learning_rate=1e-2), CPU)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    assert steps(model, optimizer, 3) == steps(twin, again, 3) < first
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(typing.get_args(Optimizer)) - set(NAMES)))
+def test_a_paged_optimizer_without_a_gpu_is_refused_with_one_that_works(name, recipe):
+    with pytest.raises(EnvironmentProblem) as caught:
+        build_optimizer(small_model(), change(recipe, optim=name), CPU)
+    assert caught.value.problems[0].fix.removeprefix("Set train.optim to ").removesuffix(".") in NAMES
+
+
+def test_biases_and_norms_do_not_decay(recipe):
+    groups = build_optimizer(small_model(), change(recipe, weight_decay=0.5), CPU).param_groups
+    assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [
+        (0.5, [2]),
+        (0.0, [1, 1, 1]),
+    ]
+
+
+def test_adam_gets_the_recipe_values(recipe):
+    train = change(recipe, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, learning_rate=0.5)
+    group = build_optimizer(small_model(), train, CPU).param_groups[0]
+    assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.9), 1e-6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "rates"), [(0.25, [0, 0.5, 1, 5 / 6]), (1, [0, 1, 6 / 7, 5 / 7]), (0, [1, 7 / 8, 6 / 8, 5 / 8])]
+)
+def test_warmup_below_one_is_a_share_of_all_steps(warmup_steps, rates, recipe):
+    optimizer = build_optimizer(small_model(), change(recipe, learning_rate=1.0), CPU)
+    schedule = build_schedule(optimizer, change(recipe, warmup_steps=warmup_steps), 8)
+    seen = []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cosine", {"min_lr": 0.1}), ("warmup_stable_decay", {}), ("cosine_with_min_lr", {}), ("linear", {"power": 2.0})],
+)
+def test_options_that_do_not_fit_the_schedule_are_an_error_of_the_recipe(name, options, recipe):
+    wrong = change(recipe, lr_scheduler_type=name, lr_scheduler_kwargs=options)
+    optimizer = build_optimizer(small_model(), recipe, CPU)
+    with pytest.raises(RecipeError, match=f"the schedule {name} was given {next(iter(options), 'nothing')}: "):
+        build_schedule(optimizer, wrong, 8)
+
+
+def test_an_8_bit_optimizer_trains_and_resumes_to_the_last_bit(tmp_path, tiny_llama, examples):
+    recipe = make_recipe(tmp_path, tiny_llama, train={"optim": "adamw_8bit", "max_steps": 8, "save_steps": 4})
+    run_training(tmp_path / "whole", recipe, examples)
+    run_training(tmp_path / "halved", recipe, examples)
+    for newest in (tmp_path / "halved" / "checkpoints" / "step-8", tmp_path / "halved" / "adapter"):
+        newest.rename(tmp_path / newest.name)
+    assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 4
+    assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halved")]
+    assert losses[0] == losses[1]
