@@ -50,7 +50,7 @@ def examine(console: Console) -> dict[str, Any]:
     torch = _import("torch")
     checks = [_check_python(), *libraries]
     if torch is not None:
-        checks += [_check_device(torch), _check_threads(torch)]
+        checks += [_check_device(torch), check_threads(torch.get_num_threads(), count_cores())]
     if device is not None:
         checks.append(_check_number_formats(device))
     checks += [_check_memory(device), _check_disk(), *_check_cache(), _check_network()]
@@ -118,15 +118,23 @@ def _check_number_formats(device: ModuleType) -> Check:
     return Check("dtype: auto", "good", "bfloat16 (fast here)" if fast else slow)
 
 
-def _check_threads(torch: ModuleType) -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
+def check_threads(threads: int, cores: int) -> Check:
+    """Hold torch's threads against the cores that this process may use."""
     found = f"{threads} threads on {cores} cores"
     if threads > cores:
-        return Check(
-            "threads", "note", f"{found}: they would wait for each other", f"llmtune run ... --threads {cores}"
-        )
+        fix = f"llmtune run RECIPE --threads {cores}"
+        return Check("threads", "note", f"{found}: they would wait for each other", fix)
     return Check("threads", "good", found)
+
+
+def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Count the cores that this process may use: by its affinity, and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        microseconds, period = quota.read_text().split()
+        return max(1, min(cores, round(int(microseconds) / int(period))))
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return cores
 
 
 def _check_memory(device: ModuleType | None) -> Check:
@@ -159,7 +167,7 @@ def _check_cache() -> list[Check]:
         return []
     folder = cache.find_cache()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(nearest, os.W_OK):
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
         checks = [Check("cache", "good", str(folder))]
     else:
         checks = [Check("cache", "missing", f"{folder} cannot be written", "export LLMTUNE_CACHE=FOLDER")]
@@ -191,7 +199,7 @@ def _facts(torch: ModuleType | None, device: ModuleType | None) -> dict[str, Any
         "memory_bytes": memory.total,
         "memory_limit_bytes": _memory_limit(device),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "cores": os.cpu_count(),
+        "cores": count_cores(),
     }
 
 

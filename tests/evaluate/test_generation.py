@@ -90,3 +90,11 @@ def test_random_answers_follow_the_recipe_s_seed_and_leave_torch_s_alone(tiny_ll
     assert generate_texts(model, prompts, tokenizer, recipe, device="cpu") == first
     other = recipe.model_copy(update={"seed": recipe.seed + 1})
     assert generate_texts(model, prompts, tokenizer, other, device="cpu") != first
+
+
+def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends_elsewhere(tiny_llama, bench):
+    model, tokenizer = load(tiny_llama)
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = None
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert set(stop_ids(model, tokenizer, bench.recipe)) == {end_of_turn, tokenizer.eos_token_id}

@@ -94,7 +94,7 @@ def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number
     assert not [worker for worker in workers if worker.is_running()]
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert len(read_metrics(tmp_path / "run")) == step
+    assert len(read_metrics(tmp_path / "run")) in (step - 1, step)  # a stop saves before it logs
     stop = Console(file=Watched(f"step {step + 3}/", lambda: os.kill(os.getpid(), number)), width=200)
     with pytest.raises(Stopped, match=f"after step {step + 3} of 1600"):  # one process goes on from what two have saved
         run_training(tmp_path / "run", recipe, examples, console=stop)

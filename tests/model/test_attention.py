@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
-from support.adapting import documents, open_model, packed, padded, recipe_with
-from support.models import build_llama, train_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.adapting import build_family, documents, open_model, packed, padded, recipe_with
+from support.models import build_llama
+from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.inject import enable_checkpointing
 from llmtune.errors import RecipeError
 from llmtune.model import causal_loss, predicted_logits
 from llmtune.model.attention import PACKED
 
-SHAPE = {
-    "vocab_size": 425,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 3,
-}
 WINDOWED = {"sliding_window": 4}
 FAMILIES = {
     "llama": ({}, PACKED),
@@ -50,23 +37,10 @@ FAMILIES = {
 LENGTHS = [3, 11, 7, 1, 18]
 
 
-def build(folder: Path, family: str, **config: object) -> Path:
-    """A tiny random model of any family, its weights large enough that attention matters."""
-    train_tokenizer().save_pretrained(folder)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **config}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logits_are_those_of_each_document_alone(tmp_path, family):
     config, attention = FAMILIES[family]
-    selected = open_model(recipe_with(build(tmp_path, family, **config)))
+    selected = open_model(recipe_with(build_family(tmp_path, family, **config)))
     model = selected.model
     assert model.config._attn_implementation == attention
     examples = documents(LENGTHS)
@@ -91,7 +65,7 @@ def test_gpt2_packs_with_learned_positions(tiny_gpt2):
 
 def test_a_window_hides_what_lies_before_it(tmp_path):
     """The families test would pass if no window was applied on either side; here it is seen to act."""
-    model = open_model(recipe_with(build(tmp_path, "mistral", sliding_window=4, num_hidden_layers=1))).model
+    model = open_model(recipe_with(build_family(tmp_path, "mistral", sliding_window=4, num_hidden_layers=1))).model
     first, second = documents([12, 12])
     changed = [*first.input_ids[:6], *second.input_ids[6:12]]
     examples = [second, type(first)(changed, [11, 12], 1)]
@@ -103,7 +77,7 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_gradients_are_those_of_padded_rows(tmp_path, checkpointing):
-    model = open_model(recipe_with(build(tmp_path, "mistral", sliding_window=4))).model
+    model = open_model(recipe_with(build_family(tmp_path, "mistral", sliding_window=4))).model
     model.requires_grad_(True)
     if checkpointing:
         enable_checkpointing(model)
@@ -178,7 +152,7 @@ def test_after_a_packed_row_a_plain_one_is_masked_again(tiny_llama):
 
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
 def test_a_model_that_cannot_keep_rows_apart_is_refused_with_packing(tmp_path, family):
-    folder = build(tmp_path, family, **({"n_head": 4} if family == "bloom" else {}))
+    folder = build_family(tmp_path, family, **({"n_head": 4} if family == "bloom" else {}))
     with pytest.raises(RecipeError) as caught:
         open_model(recipe_with(folder))
     assert caught.value.problems[0].where == "data.packing"
@@ -187,7 +161,7 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_with_packing(tmp_path, f
 
 
 def test_a_fallback_says_why(tmp_path, console):
-    open_model(recipe_with(build(tmp_path, "stablelm")), console=console)
+    open_model(recipe_with(build_family(tmp_path, "stablelm")), console=console)
     assert "Attention: sdpa" in console.file.getvalue()
     assert "StableLmForCausalLM does not use" in console.file.getvalue()
 

@@ -9,12 +9,39 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.data.collate import collate_packed, collate_padded
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import Recipe
 from llmtune.records import Example, SelectedModel
 from llmtune.tasks import get_task
+from support.models import train_tokenizer
+
+SHAPE = {
+    "vocab_size": 425,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 3,
+}
+
+
+def build_family(folder: Path, family: str, **config: object) -> Path:
+    """A tiny random decoder of any family, its weights large enough that attention matters."""
+    train_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder
 
 
 def recipe_with(folder: Path | str, **sections: dict[str, Any]) -> Recipe:

@@ -42,7 +42,7 @@ def write_examples(folder: Path, seed: int = 0, longest: int = 40, **counts: int
     return read_examples(folder)
 
 
-def make_recipe(folder: Path, model: Path, **sections: Any) -> Recipe:
+def make_recipe(folder: Path, model: Path, /, **sections: Any) -> Recipe:
     """Make the tiny recipe with changes, as `write_recipe` takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     if "max_steps" in sections.get("train", {}):

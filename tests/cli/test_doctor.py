@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmtune.cli.doctor import check_threads, count_cores
+
+SCRIPT = """
+import json, sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None
+from rich.console import Console
+from llmtune.cli.doctor import examine
+print(json.dumps(examine(Console(stderr=True, width=150))))
+"""
+
+
+def examine(*absent: str, **environment: str) -> tuple[dict, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *absent],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return json.loads(done.stdout), done.stderr
+
+
+def state(found: dict, name: str) -> str:
+    return next(check["state"] for check in found["checks"] if check["name"] == name)
+
+
+def test_a_whole_machine_is_ready_and_the_table_says_what_it_is() -> None:
+    found, table = examine()
+    assert found["ready"]
+    assert table.rstrip().endswith("ready")
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "device", "memory", "disk"):
+        assert state(found, name) in {"good", "note"}
+        assert name in table
+    assert found["packages"]["torch"] in table
+    assert found["memory_limit_bytes"] <= found["memory_bytes"]
+
+
+@pytest.mark.parametrize("absent", ["torch", "transformers", "bitsandbytes", "datasets"])
+def test_a_library_that_cannot_be_imported_is_named_with_its_cure(absent: str) -> None:
+    found, table = examine(absent)
+    assert not found["ready"]
+    assert state(found, absent) == "missing"
+    assert f"pip install --force-reinstall {absent}" in table
+    assert "Traceback" not in table
+
+
+def test_more_threads_than_a_quota_allows_are_noted_with_what_to_type(tmp_path) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text("100000 100000\n")
+    assert count_cores(quota) == 1
+    quota.write_text("max 100000\n")
+    assert count_cores(quota) == count_cores(tmp_path / "absent") >= 1
+    noted = check_threads(threads=8, cores=2)
+    assert noted.state == "note"
+    assert noted.fix == "llmtune run RECIPE --threads 2"
+    assert check_threads(threads=2, cores=2).state == "good"
+
+
+def test_a_cache_folder_that_cannot_be_made_is_noted(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    found, table = examine(LLMTUNE_CACHE=str(tmp_path / "file" / "cache"))
+    assert state(found, "cache") == "missing"
+    assert "LLMTUNE_CACHE" in table

@@ -1,0 +1,97 @@
+"""The tokenizer as the recipe wants it, saved so that transformers 4 and 5 read it alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from support.adapting import quiet, recipe_with
+from transformers import AutoTokenizer
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model import load_processor, locate, save_tokenizer
+
+
+def load(folder, **model):
+    recipe = recipe_with(folder, model=model)
+    return load_processor(locate(str(folder), recipe.model, quiet()), recipe.model)
+
+
+def test_padding_falls_back_on_the_end_token(tiny_gpt2, tmp_path):
+    folder = shutil.copytree(tiny_gpt2, tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(folder)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_template_file_replaces_the_models_own(tiny_llama, tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}!")
+    tokenizer = load(tiny_llama, chat_template=str(tmp_path / "own.jinja"))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "so"}], tokenize=False) == "so!"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_template_that_cannot_be_read_is_told(tiny_llama, tmp_path, content):
+    if content is not None:
+        (tmp_path / "own.jinja").write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load(tiny_llama, chat_template=str(tmp_path / "own.jinja"))
+    assert caught.value.problems[0].where == "model.chat_template"
+
+
+def test_tokens_are_added_and_those_that_are_there_already_are_told(tiny_llama):
+    before = len(load(tiny_llama))
+    tokenizer = load(tiny_llama, add_tokens=["<tool>", "</tool>"])
+    assert len(tokenizer) == before + 2
+    assert tokenizer.tokenize("a<tool>b")[1] == "<tool>"
+    with pytest.raises(RecipeError) as caught:
+        load(tiny_llama, add_tokens=["<tool>", "<|im_end|>", "<pad>"])
+    assert len(caught.value.problems) == 2
+
+
+def test_a_folder_without_a_tokenizer_is_told(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(EnvironmentProblem, match=r"tokenizer\.json"):
+        load(folder)
+
+
+def test_a_damaged_tokenizer_is_told(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    (folder / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(EnvironmentProblem, match="tokenizer"):
+        load(folder)
+
+
+def test_a_tokenizer_without_an_end_token_is_told(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(EnvironmentProblem, match="eos_token"):
+        load(folder)
+
+
+def test_what_is_saved_names_a_class_that_version_4_has_and_reads_back_the_same(tiny_llama, tmp_path):
+    tokenizer = load(tiny_llama, add_tokens=["<tool>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(config.get("extra_special_tokens"), list)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "one<tool>two<extra>three <|im_end|>"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.chat_template == tokenizer.chat_template
+    assert again.all_special_ids == tokenizer.all_special_ids
+    assert (again.pad_token, again.eos_token, again.bos_token) == ("<pad>", "<|im_end|>", "<|endoftext|>")
+
+
+def test_saving_twice_writes_the_same_bytes(tiny_llama, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_tokenizer(load(tiny_llama), tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
