@@ -6,6 +6,7 @@ python docs/generate.py --check    exit 1 if one of them is not what would be wr
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from llmtune.cli.app import app
 from llmtune.recipe import json_schema, recipe_reference
 
 ROOT = Path(__file__).resolve().parent.parent
+TREE_BEGINS, TREE_ENDS = "<!-- tree: made by `make docs` -->", "<!-- end of tree -->"
 HEAD = """\
 # Command line reference
 
@@ -44,6 +46,7 @@ def main() -> int:
     pages = {
         ROOT / "docs/recipe.md": recipe_reference(),
         ROOT / "docs/cli.md": command_reference(),
+        ROOT / "CONTRIBUTING.md": contributing(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     if "--check" not in sys.argv[1:]:
@@ -54,6 +57,32 @@ def main() -> int:
     for path in stale:
         print(f"{path.relative_to(ROOT)} is out of date; run: make docs", file=sys.stderr)
     return 1 if stale else 0
+
+
+def contributing() -> str:
+    """Return CONTRIBUTING.md with the tree between its two marks made anew."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(TREE_BEGINS)
+    _, _, after = rest.partition(TREE_ENDS)
+    return "\n".join([f"{before}{TREE_BEGINS}", "```", *tree(ROOT / "llmtune"), "```", f"{TREE_ENDS}{after}"])
+
+
+def tree(package: Path, depth: int = 0) -> Iterator[str]:
+    """Yield a line for a package and for each module below it: its name, and the first line of its docstring."""
+    indent = "  " * depth
+    yield f"{indent + package.name + '/':<22} {role(package / '__init__.py')}"
+    entries = sorted(package.iterdir(), key=lambda path: (path.is_dir(), path.name))
+    for entry in entries:
+        if entry.suffix == ".py" and entry.name != "__init__.py":
+            yield f"{indent + '  ' + entry.name:<22} {role(entry)}"
+        elif (entry / "__init__.py").exists():
+            yield from tree(entry, depth + 1)
+
+
+def role(module: Path) -> str:
+    """Return the first line of a module's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").removesuffix(".")
 
 
 def command_reference() -> str:

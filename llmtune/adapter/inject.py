@@ -37,7 +37,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     """
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
-    adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe)
+    adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(selected.model)
     adapted.model.eval()
@@ -108,10 +108,10 @@ def _open_all(selected: SelectedModel) -> AdaptedModel:
     return AdaptedModel(selected, model, "full", total, total, (), size)
 
 
-def _add_adapter(selected: SelectedModel, recipe: Recipe) -> AdaptedModel:
+def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> AdaptedModel:
     selected.model.requires_grad_(False)
     if recipe.adapter.start_from is not None:
-        model = continue_adapter(selected, recipe.adapter, Path(recipe.adapter.start_from))
+        model = continue_adapter(selected, recipe.adapter, Path(recipe.adapter.start_from), console)
     else:
         model = _new_adapter(selected, recipe)
     for parameter in trainable_parameters(model):
@@ -137,7 +137,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
         init_lora_weights=adapter.init_lora_weights,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
-        fan_in_fan_out=are_transposed(selected.model, targets),
+        fan_in_fan_out=are_transposed(selected.model),
         trainable_token_indices=_find_added_tokens(selected, recipe),
     )
     torch.manual_seed(recipe.seed)
@@ -168,7 +168,7 @@ def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: l
     if selected.quantized:
         what = f"{start} moves a part of the base weights into the adapter, which a base in 4 bits cannot undo exactly"
         return [Problem(what, where, "Use adapter.method: lora with it, or init_lora_weights: true with qlora.")]
-    if start == "olora" and are_transposed(selected.model, targets):
+    if start == "olora" and are_transposed(selected.model):
         what = "olora cannot start from this model's transposed projections (Conv1D)"
         return [Problem(what, where, "Use pissa or true.")]
     shapes = linear_shapes(selected.model)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft import get_peft_model as add_adapter
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.adapter.start import put_adapter
 from llmtune.errors import EnvironmentProblem, LlmtuneError
-from llmtune.model.quiet import hushed
 from llmtune.records import AdaptedModel, SelectedModel
 
 
@@ -28,7 +29,7 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
         return cast(PreTrainedModel, adapted.model)
     model = cast(PeftModel, adapted.model)
     if adapted.selected.quantized:
-        model = _onto_dequantized(model) if onto == "dequantized" else _onto_original(model, adapted.selected)
+        model = _without_quantization(model, adapted.selected, onto)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT found a NaN
@@ -45,35 +46,27 @@ def _not_finite(adapted: AdaptedModel) -> LlmtuneError:
     )
 
 
-def _onto_original(quantized: PeftModel, selected: SelectedModel) -> PeftModel:
-    """Load the base without quantisation and move the adapter over."""
-    dtype = selected.model.config.quantization_config.bnb_4bit_compute_dtype
-    base = (
-        type(selected.model)
-        .from_pretrained(str(selected.place.path), dtype=dtype, local_files_only=True, attn_implementation="sdpa")
-        .to(selected.model.device)
-    )
-    rows = selected.model.get_input_embeddings().weight.shape[0]
-    if base.get_input_embeddings().weight.shape[0] < rows:
+def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:
+    """Load the base in full, overwrite it with what 4 bits left if that is asked for, and move the adapter over."""
+    inner = selected.model
+    dtype = inner.config.quantization_config.bnb_4bit_compute_dtype
+    base = type(inner).from_pretrained(str(selected.place.path), dtype=dtype, local_files_only=True)
+    base.to(inner.device)
+    rows = inner.get_input_embeddings().weight.shape[0]
+    if base.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
         base.resize_token_embeddings(rows, mean_resizing=False)
-    return _move_adapter(quantized, base)
+    if onto == "dequantized":
+        _copy_dequantized(quantized.get_base_model(), base)
+    model = put_adapter(base, replace(quantized.peft_config["default"]), trainable=False)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(quantized, save_embedding_layers=False))
+    return model
 
 
-def _onto_dequantized(quantized: PeftModel) -> PeftModel:
-    state = get_peft_model_state_dict(quantized, save_embedding_layers=False)
-    config = quantized.peft_config["default"]
-    base = quantized.unload()
-    return _fill(base.dequantize(), config, state)
-
-
-def _move_adapter(source: PeftModel, base: PreTrainedModel) -> PeftModel:
-    return _fill(base, source.peft_config["default"], get_peft_model_state_dict(source, save_embedding_layers=False))
-
-
-def _fill(base: PreTrainedModel, config: LoraConfig, state: dict[str, torch.Tensor]) -> PeftModel:
-    transposed = [name for name, module in base.named_modules() if isinstance(module, Conv1D)]
-    config = replace(config, fan_in_fan_out=bool(transposed))  # 4 bits turn GPT-2's Conv1D into a Linear
-    with hushed():
-        model = add_adapter(base, config)
-    set_peft_model_state_dict(model, state)
-    return cast(PeftModel, model)
+@torch.no_grad()
+def _copy_dequantized(quantized: torch.nn.Module, base: torch.nn.Module) -> None:
+    names = {name.replace(".base_layer", ""): module for name, module in quantized.named_modules()}
+    for name, module in names.items():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            target: Any = base.get_submodule(name)
+            target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.quiet import hushed
 from llmtune.records import SelectedModel
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
-        with torch.no_grad(), model.disable_adapter():
+        with hushed(), torch.no_grad(), model.disable_adapter():
             off_TV = _logits(model, ids_BT)
         on_TV = _logits(model, ids_BT)
         if not moved or torch.equal(on_TV.detach(), off_TV):

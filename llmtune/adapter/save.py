@@ -112,14 +112,13 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
     model = cast(PreTrainedModel, adapted.model)
     dtype = stored_dtype(adapted.selected)
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    kept_dtype, kept_cache = model.config.dtype, model.config.use_cache
-    model.config.dtype, model.config.use_cache = dtype, True
-    try:
-        model.save_pretrained(folder, state_dict=state)
-        for path in folder.glob("*.safetensors"):
-            share_file(path, folder / "config.json")
-    finally:
-        model.config.dtype, model.config.use_cache = kept_dtype, kept_cache
+    model.save_pretrained(folder, state_dict=state)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    for weights in folder.glob("*.safetensors"):
+        share_file(weights, path)
 
 
 def stored_dtype(selected: SelectedModel) -> torch.dtype:

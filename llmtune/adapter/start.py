@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from llmtune.adapter.targets import resolve_targets
+from llmtune.adapter.targets import are_transposed, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.quiet import hushed
 from llmtune.records import SelectedModel
@@ -39,7 +41,7 @@ def find_adapter(folder: Path) -> Path:
     )
 
 
-def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path) -> PeftModel:
+def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path, console: Console) -> PeftModel:
     """Put the adapter in `folder` into the model, ready to go on training. What the recipe states must agree with it.
 
     Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
@@ -50,6 +52,11 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, adapter, place))
     RecipeError.collect(problems)
+    made_for = config.base_model_name_or_path
+    if made_for not in (selected.place.name, str(selected.place.path)):
+        console.print(
+            f"[yellow]The adapter in {place} was trained on {made_for}, and goes on on {selected.place.name}.[/yellow]"
+        )
     config.lora_dropout = adapter.lora_dropout
     return attach(selected, config, place, trainable=True)
 
@@ -59,10 +66,8 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
 
     Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
     """
-    config.inference_mode = not trainable
     try:
-        with hushed():
-            model = get_peft_model(selected.model, config)
+        model = put_adapter(selected.model, config, trainable=trainable)
         weights = load_peft_weights(str(place), device="cpu")
         result = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -72,7 +77,8 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
             str(place),
             "It is damaged, or it was made for another model.",
         ) from error
-    missing = [key for key in result.missing_keys if ".lora_" in key or "trainable_tokens" in key]
+    own = {name for name, _ in model.named_parameters() if ".lora_" in name or "trainable_tokens" in name}
+    missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
     wrong = missing or list(result.unexpected_keys)
     if wrong:
         raise EnvironmentProblem.of(
@@ -80,7 +86,16 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
             str(place),
             "It is damaged, or it was made for another model.",
         )
-    return cast(PeftModel, model)
+    return model
+
+
+def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) -> PeftModel:
+    """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
+    config.inference_mode = not trainable
+    config.fan_in_fan_out = are_transposed(model)  # in 4 bits GPT-2's projections are turned round
+    config.base_model_name_or_path = model.name_or_path  # of here, not of where it was trained
+    with hushed():
+        return cast(PeftModel, get_peft_model(model, config))
 
 
 def read_config(place: Path) -> LoraConfig:

@@ -15,6 +15,7 @@ from llmtune.model.skeleton import head_names, linear_shapes
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
+_ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 """The first number between dots: the layer, where experts inside it have numbers too."""
 
@@ -27,7 +28,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
 
     Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
     """
-    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
     linears = list(linear_shapes(model))
     heads = set(head_names(model))
     wanted = adapter.target_modules
@@ -76,9 +77,9 @@ def group_by_ending(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def are_transposed(model: torch.nn.Module, targets: Sequence[str]) -> bool:
-    """Say whether the targets keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
-    return any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
+def are_transposed(model: torch.nn.Module) -> bool:
+    """Say whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _match(

@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
-from llmtune.launch.worker import RESULTS
+from llmtune.launch.worker import PARENT, RESULTS
 from llmtune.run.files import read_json
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def launch_local(
         WorkerBug: a worker ended with a traceback.
     """
     _check_devices(processes)
-    share = max(1, (threads or os.cpu_count() or 1) // processes)
+    share = max(1, (threads or _count_cores()) // processes)
     with tempfile.TemporaryDirectory(prefix="llmtune-") as place, _surroundings(share, Path(place)), _no_orphans():
         console.print(f"Training in {processes} processes of {share} thread{'s' if share > 1 else ''} each.")
         try:
@@ -95,6 +95,10 @@ def launch_local(
             if notes:
                 on_notes(notes)
         return read_json(Path(place) / "result.json")
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _check_devices(processes: int) -> None:
@@ -126,7 +130,8 @@ def _configure(processes: int, place: str) -> LaunchConfig:
 def _surroundings(threads: int, place: Path) -> Iterator[None]:
     """Set what workers inherit, and keep torch's launcher quiet; afterwards all of it is as before, signals too."""
     environment = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), RESULTS: str(place)}
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    os.environ |= {RESULTS: str(place), PARENT: str(os.getpid())}
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     logger = logging.getLogger("torch.distributed.elastic")

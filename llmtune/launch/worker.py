@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,10 +24,13 @@ from llmtune.run.files import plain, write_json
 
 RESULTS = "LLMTUNE_WORKER_RESULTS"
 """Environment variable: the folder in which workers leave what came of them."""
+PARENT = "LLMTUNE_WORKER_PARENT"
+"""Environment variable: the process that workers must not outlive."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the function named first in `arguments`; return the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         value = _find(arguments[0])(*arguments[1:])
     except LlmtuneError as error:
@@ -90,6 +95,13 @@ def _find(entry: str) -> Callable[..., Any]:
     module, _, name = entry.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), name)
     return found
+
+
+def _end_with_parent() -> None:
+    """Die when the parent does, by whatever: what goes on alone would write into the folder of the next run."""
+    while os.getppid() == int(os.environ[PARENT]):
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _rank() -> int:

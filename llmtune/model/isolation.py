@@ -36,7 +36,7 @@ def prove_isolation(model: PreTrainedModel, dtype: torch.dtype, name: str) -> No
             for documents in ([first, last], [other, last])
         )
     limit = _TOLERANCE[dtype] * alone.std()
-    if (packed - beside).abs().max() > limit or (packed - alone).abs().max() > limit:
+    if (packed - beside).square().mean().sqrt() > limit or (packed - alone).square().mean().sqrt() > limit:
         raise RecipeError.of(
             f"in {name} rows that are packed together see one another: its architecture keeps no border between them",
             "data.packing",

@@ -107,8 +107,8 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
         )
         return
     what = (
-        f"{recipe.model.name or 'the model'} needs at least {_gib(plan.lower_bound)} to train with "
-        f"adapter.method {recipe.adapter.method}, and {plan.device} has {_gib(plan.limit)}"
+        f"{recipe.model.name or 'the model'} needs at least {format_bytes(plan.lower_bound)} to train with "
+        f"adapter.method {recipe.adapter.method}, and {plan.device} has {format_bytes(plan.limit)}"
     )
     if recipe.model.check_memory:
         fix = f"{suggest_recipe(plan, recipe)} model.check_memory: false tries it all the same."
@@ -130,7 +130,7 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
         rest = plan.lower_bound - plan.parts["optimizer"]
         if rest + plan.parts["optimizer"] // 4 <= plan.limit:
             return "Set train.optim: adamw_8bit, which fits."
-    return f"Choose a smaller model: about {_gib(plan.limit)} are there."
+    return f"Choose a smaller model: about {format_bytes(plan.limit)} are there."
 
 
 def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
@@ -186,14 +186,15 @@ def _logit_bytes(shape: Shape, weight_bytes: int) -> int:
 def _draw(plan: MemoryPlan) -> Table:
     table = Table(title=f"Memory plan ({plan.device})", title_justify="left", show_footer=True)
     table.add_column("part", footer="total")
-    table.add_column("memory", justify="right", footer=_gib(plan.total))
+    table.add_column("memory", justify="right", footer=format_bytes(plan.total))
     for part, size in plan.parts.items():
-        table.add_row(part, _gib(size))
+        table.add_row(part, format_bytes(size))
     table.add_section()
-    table.add_row("lower bound", _gib(plan.lower_bound))
-    table.add_row("device has", _gib(plan.limit) if plan.limit is not None else "unknown")
+    table.add_row("lower bound", format_bytes(plan.lower_bound))
+    table.add_row("device has", format_bytes(plan.limit) if plan.limit is not None else "unknown")
     return table
 
 
-def _gib(size: int) -> str:
+def format_bytes(size: int) -> str:
+    """Write a size for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

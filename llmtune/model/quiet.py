@@ -13,7 +13,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Hide deprecations that PEFT runs into with this transformers; PEFT's to mend."""
+    """Hide a deprecation that PEFT runs into with this transformers, and its word on trained biases.
+
+    With trained biases PEFT's switch does not give the base back; the base is always evaluated as a model of its own.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
         yield

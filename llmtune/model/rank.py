@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data import read_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.model.catalogue import locate
-from llmtune.model.device import compute_context, memory_limit, resolve_dtype
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.load import load_model
-from llmtune.model.plan import micro_batch_tokens, plan_memory
+from llmtune.model.plan import format_bytes, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.skeleton import find_class
 from llmtune.records import Example, MemoryPlan, ModelPlace, Row, Rows, Task
@@ -125,7 +125,7 @@ def draw_ranking(ranking: Ranking) -> Table:
             "→" if candidate.name == ranking.chosen.name else "",
             candidate.name,
             "" if candidate.bits_per_byte is None else f"{candidate.bits_per_byte:.4f}",
-            "" if candidate.lower_bound is None else f"{candidate.lower_bound / 2**30:.2f} GiB",
+            "" if candidate.lower_bound is None else format_bytes(candidate.lower_bound),
             "" if candidate.context is None else f"{candidate.context:,}",
             candidate.reason or "",
         )
@@ -158,13 +158,13 @@ def _admit(place: ModelPlace, recipe: Recipe, task: Task, sample: dict[int, Row]
         _, config = find_class(place, recipe, task)
         processor = load_processor(place, recipe.model)
         plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
-        limit = memory_limit(device)
+        limit = plan.limit
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         if recipe.model.check_memory and limit is not None and plan.lower_bound > limit:
-            reason = f"it needs {plan.lower_bound / 2**30:.1f} GiB, and {device} has {limit / 2**30:.1f} GiB"
+            reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(limit)}"
             return Candidate(place.name, None, reason, plan.lower_bound, context)
         encoded = task.encode(list(sample.values()), processor, recipe)
-    except (RecipeError, DataError) as error:
+    except (RecipeError, DataError, EnvironmentProblem) as error:
         return Candidate(place.name, None, error.problems[0].what)
     examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
     longest = max((len(example.input_ids) for row in examples.values() for example in row), default=0)

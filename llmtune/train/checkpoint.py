@@ -135,9 +135,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep(checkpoints: Path) -> None:
-    """Remove what an interrupted write or removal left behind."""
-    for left in checkpoints.glob(".*"):
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write or removal left behind in `folder`."""
+    for left in folder.glob(".*"):
         if left.name.startswith(_UNFINISHED):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -307,6 +307,7 @@ def _prepare_folder(training: Training, resume: bool, console: Console) -> Path 
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     sweep(checkpoints)
+    sweep(training.folder)
     found = newest_checkpoint(checkpoints, training.fingerprint, console)
     cut_back(training.folder / METRICS, found.state.step if found else 0)
     return found.folder if found else None

@@ -151,7 +151,7 @@ def _does_not_fit(training: Training) -> LlmtuneError:
     reader, device = training.examples, training.device
     limit = memory_limit(str(device))
     has = f": {limit / 1e9:.2f} GB" if limit else " is full"
-    ways = ["lower data.max_length"]
+    ways = ["Lower data.max_length"]
     if not training.recipe.train.gradient_checkpointing:
         ways.append("set train.gradient_checkpointing: true")
     if training.recipe.adapter.method != "qlora":
@@ -159,7 +159,7 @@ def _does_not_fit(training: Training) -> LlmtuneError:
     return TrainingError.of(
         f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{has}",
         f"training example {int(reader.lengths.argmax())}, micro-batch of one row",
-        f"{'; or '.join(ways)}; or take a smaller model.".capitalize(),
+        f"{'; or '.join(ways)}; or take a smaller model.",
     )
 
 

@@ -101,6 +101,24 @@ def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
 
 
+def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
+    write_examples(tmp_path / "examples", train=60)
+    make_recipe(tmp_path, tiny_llama, train={"num_train_epochs": 2000})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path / "run")], stderr=subprocess.DEVNULL
+    )
+    _wait_for(tmp_path / "run" / "metrics.jsonl")
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_one_process_can_be_launched_too(console):
+    assert launch_local([], 1, console, entry="support.workers:succeed", threads=3) == {"world": 1, "threads": "3"}
+
+
 PARENT = """
 import sys
 from rich.console import Console

@@ -13,13 +13,9 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import causal_loss
 from llmtune.model.skeleton import head_names
 
-SMALL = {
-    "vocab_size": 425,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
+SMALL = {"vocab_size": 425, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL["intermediate_size"] = 32
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 
 
 @pytest.mark.parametrize(

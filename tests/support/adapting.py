@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmtune.adapter import inject, trainable_parameters
 from llmtune.data.collate import collate_packed, collate_padded
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import Recipe
-from llmtune.records import Example, SelectedModel
+from llmtune.records import AdaptedModel, Example, SelectedModel
 from llmtune.tasks import get_task
 from support.models import train_tokenizer
 
@@ -83,3 +84,20 @@ def packed(examples: Sequence[Example]) -> dict[str, Any]:
 
 def padded(examples: Sequence[Example]) -> dict[str, Any]:
     return collate_padded(examples, 0)
+
+
+def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
+    """An adapter away from its start in every parameter."""
+    model = adapter.pop("model", {})
+    recipe = recipe_with(folder, adapter={"r": 8, **adapter}, model=model)
+    adapted = inject(open_model(recipe), recipe, quiet())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable_parameters(adapted.model):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits[0]

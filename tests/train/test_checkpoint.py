@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_while_training_leaves_the_checkpoint_before(tmp_pa
 
 
 def _fill_script(folder: Path) -> str:
-    """Mount a small disk, train until step 4 is saved and 5 done, fill the disk, see the run fail, look at what is left."""
+    """Mount a small disk, fill it once step 4 is saved, see the run fail, look at what is left."""
     disk = folder / "disk"
     return f"""
 export PYTHONPATH={Path(__file__).parents[1]} OMP_NUM_THREADS=1

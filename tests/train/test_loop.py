@@ -1,6 +1,8 @@
+import dataclasses
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,14 @@ from safetensors.torch import load_file
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
 
 from llmtune.errors import EnvironmentProblem, TrainingError
+from llmtune.tasks import get_task
+from llmtune.train import loop, train
+from llmtune.train.divergence import Divergence
+from llmtune.train.gradients import step_gradients
+from llmtune.train.progress import Display
+from llmtune.train.signals import StopRequest
+from llmtune.train.state import TrainState
+from llmtune.train.training import set_up
 
 
 def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
@@ -219,3 +229,82 @@ def test_torch_is_left_as_it_was(examples, tmp_path, tiny_llama):
     run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama, train={"max_steps": 1}), examples)
     assert not torch.are_deterministic_algorithms_enabled()
     assert json.loads((tmp_path / "run" / "checkpoints" / "step-1" / "state.json").read_text())["state"]["step"] == 1
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(examples, tmp_path, tiny_llama, console):
+    task = get_task("chat")
+
+    def loss(model, batch, by_row=False):
+        found = task.loss(model, batch, by_row)
+        return found if model.training else dataclasses.replace(found, sum=found.sum * math.nan)
+
+    recipe = make_recipe(tmp_path, tiny_llama, train={"eval_steps": 3, "save_steps": 2})
+    with pytest.raises(TrainingError, match="the validation loss is nan after step 3") as caught:
+        train(
+            adapt(recipe),
+            examples,
+            dataclasses.replace(task, loss=loss),
+            recipe,
+            tmp_path / "run",
+            console,
+            budget=128,
+        )
+    assert str(tmp_path / "run" / "checkpoints" / "step-2") in caught.value.problems[0].fix
+
+
+@pytest.fixture
+def started(examples, tmp_path, tiny_llama, console):
+    """A run that is set up and has done no step."""
+    recipe = make_recipe(tmp_path, tiny_llama)
+    training = set_up(adapt(recipe), examples, get_task("chat"), recipe, tmp_path / "run", console, None)
+    display = Display(console, None, None, training.plan.total_steps)
+    state = TrainState(budget=128)
+    return loop.Run(training, state, Divergence(math.inf), StopRequest(), display, console, lambda tokens: None)
+
+
+def gradients(run):
+    return [parameter.grad.clone() for parameter in run.training.parameters]
+
+
+def test_a_loss_scale_changes_no_gradient(started):
+    plain = step_gradients(started.training, 1, 128, 1.0)
+    expected = gradients(started)
+    started.training.optimizer.zero_grad(set_to_none=True)
+    scaled = step_gradients(started.training, 1, 128, 2.0**16)
+    assert scaled.mean == plain.mean
+    assert scaled.grad_norm == pytest.approx(plain.grad_norm, rel=1e-6)
+    for got, wanted in zip(gradients(started), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(started):
+    step_gradients(started.training, 1, 128, 1.0)
+    expected = gradients(started)
+    started.training.optimizer.zero_grad(set_to_none=True)
+    started.state.loss_scale = 2.0**140  # times a gradient of 0.1 that is more than float32 holds
+    loop._gradients(started, 1)
+    assert 1 < started.state.loss_scale < 2.0**140
+    for got, wanted in zip(gradients(started), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_out_of_memory_in_an_update_is_not_tried_again(started):
+    def too_large(optimizer, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    started.training.optimizer.optimizer.register_step_pre_hook(too_large)
+    with pytest.raises(TrainingError, match="out of memory in the update of step 1"):
+        loop._take_step(started)
+    assert started.state.step == 0
+
+
+@pytest.mark.parametrize("change", [{"model": {"dtype": "bfloat16"}}, {"adapter": {"method": "qlora"}}])
+def test_bfloat16_and_qlora_learn_and_resume_to_the_last_bit(change, examples, tmp_path, tiny_llama):
+    recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 8, "save_steps": 4}, **change)
+    run_training(tmp_path / "whole", recipe, examples)
+    lines = read_metrics(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "halved")
+    shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-8")
+    assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 4
+    assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")

@@ -1,0 +1,83 @@
+"""Going on from an adapter: the same model as where it stopped, and no silent disagreement with the recipe."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
+
+from llmtune.adapter import inject, save_adapter, trainable_parameters
+from llmtune.errors import EnvironmentProblem, RecipeError
+
+
+@pytest.fixture
+def run(tiny_llama, tmp_path) -> tuple[Path, torch.Tensor]:
+    adapted = train_a_little(tiny_llama, target_modules=["q_proj", "v_proj"])
+    save_adapter(adapted, tmp_path / "run" / "adapter")
+    return tmp_path / "run", logits(adapted.model)
+
+
+def go_on(model: Path, console=None, **adapter):
+    recipe = recipe_with(model, adapter=adapter)
+    return inject(open_model(recipe), recipe, console or quiet())
+
+
+@pytest.mark.parametrize("inner", ["", "adapter"])
+def test_training_goes_on_where_the_adapter_stopped(tiny_llama, run, inner):
+    folder, wanted = run
+    adapted = go_on(tiny_llama, start_from=str(folder / inner))
+    torch.testing.assert_close(logits(adapted.model), wanted)
+    assert len(trainable_parameters(adapted.model)) == 8
+    assert adapted.method == "lora"
+
+
+def test_stating_the_same_shape_is_allowed(tiny_llama, run):
+    go_on(tiny_llama, start_from=str(run[0]), r=8, target_modules=["v_proj", "q_proj"], lora_dropout=0.1)
+
+
+def test_every_disagreement_is_told_at_once(tiny_llama, run):
+    with pytest.raises(RecipeError) as caught:
+        go_on(tiny_llama, start_from=str(run[0]), r=4, lora_alpha=1, use_dora=True, init_lora_weights="pissa")
+    assert [problem.where for problem in caught.value.problems] == [
+        "adapter.r",
+        "adapter.lora_alpha",
+        "adapter.use_dora",
+        "adapter.init_lora_weights",
+    ]
+    assert "Set it to 8 or leave it out" in caught.value.problems[0].fix
+
+
+def test_other_targets_are_a_disagreement(tiny_llama, run):
+    with pytest.raises(RecipeError, match=r"matches 14 modules, and the adapter in .* has 4"):
+        go_on(tiny_llama, start_from=str(run[0]), target_modules="all-linear")
+
+
+def test_a_converted_pissa_adapter_goes_on_as_plain_lora(tiny_llama, tmp_path):
+    first = train_a_little(tiny_llama, init_lora_weights="pissa")
+    save_adapter(first, tmp_path / "a")
+    second = go_on(tiny_llama, start_from=str(tmp_path / "a"))
+    torch.testing.assert_close(logits(second.model), logits(first.model), atol=2e-5, rtol=0)
+    save_adapter(second, tmp_path / "b")
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_another_base_is_pointed_out(tiny_llama, run, tmp_path, console):
+    other = shutil.copytree(tiny_llama, tmp_path / "other-base")
+    go_on(Path(other), console, start_from=str(run[0]))
+    assert "was trained on" in console.file.getvalue()
+
+
+def test_a_run_without_an_adapter_is_told(tiny_llama, tmp_path):
+    with pytest.raises(EnvironmentProblem, match="no adapter here"):
+        go_on(tiny_llama, start_from=str(tmp_path))
+
+
+def test_a_run_that_trained_all_weights_is_told_with_the_way(tiny_llama, tmp_path):
+    save_adapter(train_a_little(tiny_llama, method="full"), tmp_path / "weights")
+    with pytest.raises(EnvironmentProblem, match=r"Set model\.name to"):
+        go_on(tiny_llama, start_from=str(tmp_path))
