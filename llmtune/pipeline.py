@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.adapter import describe, inject, load_adapter
-from llmtune.data import hash_sources, load_rows, prepare_rows
+from llmtune.data import hash_sources, load_rows, prepare_rows, read_rows
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
 from llmtune.deploy.chat import ChatSession
@@ -60,6 +60,10 @@ from llmtune.train import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+CERTIFIED_ROWS = 8
+"""Test rows that a merged model is asked beside the fixed prompts."""
 
 
 @dataclass(frozen=True)
@@ -365,10 +369,12 @@ def deploy(work: Work, place: ModelPlace) -> None:
     if work.skip("deploy", inputs):
         return
     with work.folder.step("deploy", inputs, ["merged"]) as facts:
-        facts |= _merge(work, place, work.folder.path / "merged", onto="original", dtype="auto")
+        facts |= _merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
 
 
-def merge_run(run: Path, *, out: Path | None, onto: str, dtype: str, offline: bool, console: Console) -> dict[str, Any]:
+def merge_run(
+    run: Path, *, out: Path | None, onto: str | None, dtype: str, offline: bool, console: Console
+) -> dict[str, Any]:
     """Merge the adapter of a finished run; returns the certificate.
 
     Raises:
@@ -378,10 +384,15 @@ def merge_run(run: Path, *, out: Path | None, onto: str, dtype: str, offline: bo
     return _merge(work, place, out or run / "merged", onto=onto, dtype=dtype)
 
 
-def _merge(work: Work, place: ModelPlace, out: Path, *, onto: str, dtype: str) -> dict[str, Any]:
+def _merge(work: Work, place: ModelPlace, out: Path, *, onto: str | None, dtype: str) -> dict[str, Any]:
+    """Merge; without `onto`, into the weights that the adapter was trained on, where the two agree best."""
+    if onto is None:
+        onto = "dequantized" if work.recipe.adapter.method == "qlora" else "original"
     processor = load_processor(place, work.recipe.model)
     adapted = Models(work, place, processor).adapted
-    return merge_model(adapted, work.recipe, work.task, out, work.console, onto=onto, dtype=dtype)
+    rows = load_rows(work.folder.path / "data" / "rows")
+    asked = read_rows(rows, "test", range(min(CERTIFIED_ROWS, rows.counts["test"])))
+    return merge_model(adapted, work.recipe, work.task, out, work.console, onto=onto, dtype=dtype, rows=asked)
 
 
 def open_finished(run: Path, console: Console, offline: bool) -> tuple[Work, ModelPlace]:

@@ -6,7 +6,7 @@ stands only in `SelectedModel` and `AdaptedModel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,16 +168,6 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What one model said to one row."""
-
-    text: str
-    reference: str
-    choice: str | None = None
-    """The most likely of the few possible answers, if choices were scored."""
-
-
-@dataclass(frozen=True)
 class Task:
     """What differs from task to task, as plain functions; put together in `llmtune.tasks`.
 
@@ -197,17 +187,6 @@ class Task:
     prompt: Callable[[Row], tuple[Row, str]]
     render: Callable[..., list[int]]
     """render(prompt row, processor, recipe) -> token ids to generate from; the same ids in train, evaluate and chat."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric's value on each held-out row, for one model."""
-
-    metric: str
-    value: float
-    by_row: tuple[float, ...]
-    weights: tuple[float, ...] | None = None
-    """Denominators (tokens, bytes) where the value is a weighted mean; None for a plain mean."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +233,3 @@ class StepTiming:
     seconds: float
     peak_bytes: int
     skipped: bool
-
-
-JSON = Mapping[str, Any]

@@ -1,5 +1,6 @@
 """Step 3: adapters put into a model, proven to be wired, saved as plain PEFT folders, merged in memory."""
 
+import llmtune.model  # noqa: F401  # first: it mutes a library that PEFT imports
 from llmtune.adapter.inject import describe, inject, trainable_parameters
 from llmtune.adapter.merge import merge
 from llmtune.adapter.save import load_adapter, save_adapter

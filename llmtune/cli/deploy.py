@@ -25,8 +25,11 @@ def merge(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write [default: RUN/merged].")] = None,
     onto: Annotated[
-        str, typer.Option("--onto", help="original or dequantized: which weights a QLoRA adapter is merged into.")
-    ] = "original",
+        str | None,
+        typer.Option(
+            "--onto", help="original or dequantized weights [default: those that the adapter was trained on]."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 [auto: as trained].")] = "auto",
     threads: Threads = None,
     offline: Offline = False,

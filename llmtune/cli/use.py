@@ -11,6 +11,7 @@ from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.run.environment import prepare_environment
 
+System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
 
@@ -18,7 +19,7 @@ Base = Annotated[bool, typer.Option("--base", help="Use the base model without t
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option("--prompt", help="What to answer or to go on from.")],
-    system: Annotated[str | None, typer.Option("--system", help="A system message (chat).")] = None,
+    system: System = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Overrules the recipe's generation section.")
     ] = None,
@@ -41,7 +42,9 @@ def generate(
 
 
 @handled
-def chat(run: RunArgument, base: Base = False, threads: Threads = None, offline: Offline = False) -> None:
+def chat(
+    run: RunArgument, system: System = None, base: Base = False, threads: Threads = None, offline: Offline = False
+) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
     prepare_environment(network=False, threads=threads)
     from llmtune.pipeline import open_session
@@ -61,7 +64,7 @@ def chat(run: RunArgument, base: Base = False, threads: Threads = None, offline:
             session.reset()
             continue
         if line:
-            for piece in session.answer(line, keep=True):
+            for piece in session.answer(line, system=system, keep=True):
                 typer.echo(piece, nl=False)
             typer.echo("")
 
@@ -69,7 +72,7 @@ def chat(run: RunArgument, base: Base = False, threads: Threads = None, offline:
 @handled
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, devices, memory and disk, and say what to type where something is missing."""
-    prepare_environment(network=False)
+    prepare_environment(network=True)
     from llmtune.cli.doctor import examine
 
     found = examine(stderr_console())

@@ -80,7 +80,7 @@ EFFECT_SHARE = 0.05
 """A merge may undo so much of what tuning did."""
 LIMITS = {
     "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
-    "rounded": Limits(kl_floor=5e-3, kl_cap=2e-2, top1=0.95),
+    "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9),
     "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
 }
 """exact: float32 throughout. rounded: 16 bits on one side. other base: a 4-bit adapter on the original weights."""

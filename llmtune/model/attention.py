@@ -144,14 +144,16 @@ AttentionInterface.register(PACKED, attend_packed)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
 
-def choose_attention(model_class: type[PreTrainedModel], config: Any, wanted: str) -> tuple[str, str | None]:
-    """Return the attention to install and, where it is not the packed one, why (None: it was asked for).
+def choose_attention(model_class: Any, config: Any, wanted: str) -> tuple[str | None, str | None]:
+    """Return the attention to install (None: the model's own choice), and why where it is not the packed one.
 
     Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
     those that support flash attention through it do.
     """
     if wanted != "auto":
         return wanted, None
+    if not issubclass(model_class, PreTrainedModel):  # an Auto class: the model brings its own code
+        return None, "the model comes with its own code"
     plain = "sdpa" if model_class._supports_sdpa else "eager"
     if not (model_class._supports_flash_attn and model_class._supports_attention_backend):
         return plain, f"{model_class.__name__} does not use transformers' attention interface throughout"

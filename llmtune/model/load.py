@@ -44,7 +44,7 @@ def load_model(
     model_class, config = find_class(place, recipe, task)
     attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation)
     if reason and console is not None:
-        console.print(f"Attention: {attention}, with a mask over packed rows, because {reason}.")
+        console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
     compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
     if recipe.adapter.method == "full" and training:
         dtype = torch.float32
@@ -93,16 +93,19 @@ def _load_weights(
     recipe: Recipe,
     model_class: Any,
     config: Any,
-    attention: str,
+    attention: str | None,
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
     device: str,
 ) -> PreTrainedModel:
     torch.manual_seed(recipe.seed)  # for a head that has no weights yet
-    options: dict[str, Any] = {"attn_implementation": attention} if hasattr(model_class, "_from_config") else {}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if device.startswith("cuda"):
+        options["device_map"] = {"": torch.cuda.current_device()}
+    elif quantization is not None:
+        options["device_map"] = {"": device}
     if quantization is not None:
         options["quantization_config"] = quantization
-        options["device_map"] = {"": device}
     if hasattr(model_class, "from_config"):
         options["trust_remote_code"] = recipe.model.trust_remote_code
     transformers.utils.logging.disable_progress_bar()
@@ -131,7 +134,7 @@ def _load_weights(
             str(place.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
-    return cast(PreTrainedModel, model.to(device) if quantization is None else model)
+    return cast(PreTrainedModel, model if "device_map" in options else model.to(device))
 
 
 def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:

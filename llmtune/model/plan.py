@@ -101,9 +101,10 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     if plan.limit is None or plan.total <= plan.limit:
         return
     if plan.lower_bound <= plan.limit:
+        saving = "" if recipe.train.gradient_checkpointing else " train.gradient_checkpointing: true saves most."
         console.print(
-            f"[yellow]The plan exceeds the memory of {plan.device}[/yellow]: micro-batches will be smaller than "
-            f"{recipe.data.max_length} tokens where rows allow it."
+            f"[yellow]The plan exceeds the memory of {plan.device}:[/yellow] "
+            f"micro-batches will be made smaller where rows allow it.{saving}"
         )
         return
     what = (
@@ -117,20 +118,20 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
 
 
 def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
-    """Name the nearest change of the recipe whose lower bound fits, by arithmetic on the plan's parts."""
+    """Name the nearest change of the recipe whose lower bound should fit, by arithmetic on the plan's parts."""
     assert plan.limit is not None
-    weights, method = plan.parts["weights"], recipe.adapter.method
-    per_weight = 4 if method == "full" or plan.device == "cpu" else 2
-    small = 0.05 * weights  # an adapter with its gradients and optimiser
-    if method == "full" and weights + small <= plan.limit:
-        return "Set adapter.method: lora, which fits."
-    if method != "qlora" and 0.3 * weights * 2 / per_weight + small <= plan.limit:
-        return "Set adapter.method: qlora, which fits."
-    if method == "full" and plan.parts["optimizer"] > plan.parts["weights"]:
-        rest = plan.lower_bound - plan.parts["optimizer"]
-        if rest + plan.parts["optimizer"] // 4 <= plan.limit:
-            return "Set train.optim: adamw_8bit, which fits."
-    return f"Choose a smaller model: about {format_bytes(plan.limit)} are there."
+    weights, optimizer, full = plan.parts["weights"], plan.parts["optimizer"], recipe.adapter.method == "full"
+    compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
+    parameters = weights // (4 if full else compute_bytes)
+    adapter = parameters // 5 if full else plan.lower_bound - weights  # with its gradients and optimiser
+    if full and "8bit" not in recipe.train.optim and plan.lower_bound - 0.75 * optimizer <= plan.limit:
+        return "Set train.optim: adamw_8bit, which should fit."
+    if full and compute_bytes * parameters + adapter <= plan.limit:
+        return "Set adapter.method: lora, which should fit."
+    # In 4 bits, with a tenth of the weights, the embedding, left whole.
+    if recipe.adapter.method != "qlora" and (0.55 + 0.1 * compute_bytes) * parameters + adapter <= plan.limit:
+        return "Set adapter.method: qlora, which should fit."
+    return f"Choose a smaller model: {plan.device} has {format_bytes(plan.limit)}."
 
 
 def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:

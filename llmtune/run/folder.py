@@ -19,7 +19,7 @@ from llmtune.run.files import explained, hash_file, hash_folder, read_json, writ
 from llmtune.run.meter import Meter
 
 MANIFEST = "run.json"
-OWN = ("data", "model", "adapter", "weights", "checkpoints", "evaluation", "merged")
+OWN = ("data", "model", "adapter", "weights", "checkpoints", "trackers", "evaluation", "merged")
 OWN_FILES = ("metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml", "recipe.yaml", "llmtune.lock")
 LATER_FIX = "of a run only evaluate, generation and deploy can be set; else run the recipe itself"
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -157,3 +161,34 @@ def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
     settings = open_model(recipe_with(folder), training=False).model.generation_config
     assert settings.eos_token_id == [0, 2]
     assert settings.pad_token_id == 3
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "own"))
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = recipe_with(folder, model={"trust_remote_code": True})
+    selected = open_model(recipe, console=console)
+    assert type(selected.model).__name__ == "OwnForCausalLM"
+    assert "its own code" in console.file.getvalue()
+    batch = packed(documents([9, 14]))
+    with torch.no_grad():
+        ours = causal_loss(selected.model, batch).sum
+        theirs = causal_loss(open_model(recipe_with(tiny_llama)).model, batch).sum
+    torch.testing.assert_close(ours, theirs)

@@ -11,7 +11,7 @@ from support.adapting import build_family, documents, open_model, packed, quiet,
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.errors import EnvironmentProblem
 from llmtune.model import causal_loss, check_memory, locate, micro_batch_tokens, plan_memory
-from llmtune.model.plan import optimizer_bytes
+from llmtune.model.plan import optimizer_bytes, suggest_recipe
 from llmtune.records import MemoryPlan
 from llmtune.tasks import get_task
 
@@ -97,13 +97,38 @@ def test_a_model_that_cannot_fit_is_refused_with_what_fits(folder):
     recipe = recipe_with(folder, adapter={"method": "full"})
     plan = plan_for(recipe)
     weights = plan.parts["weights"]
-    for limit, wanted in ((2 * weights, "adapter.method: lora"), (weights // 2, "adapter.method: qlora")):
+    for limit, wanted in (
+        (3 * weights, "train.optim: adamw_8bit"),
+        (2 * weights, "adapter.method: lora"),
+        (weights // 2, "adapter.method: qlora"),
+    ):
         with pytest.raises(EnvironmentProblem) as caught:
             check_memory(dataclasses.replace(plan, limit=limit), recipe, quiet())
         assert wanted in str(caught.value)
         assert "model.check_memory: false" in str(caught.value)
     with pytest.raises(EnvironmentProblem, match="Choose a smaller model"):
         check_memory(dataclasses.replace(plan, limit=weights // 50), recipe, quiet())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_a_refusal_names_does_fit(folder, dtype, method):
+    """The suggestion is followed, and the new plan's lower bound is below the limit."""
+    changes = {"adamw_8bit": {"train": {"optim": "adamw_8bit"}, "adapter": {"method": "full"}}}
+    changes |= {name: {"adapter": {"method": name, "r": 2}} for name in ("lora", "qlora")}
+    recipe = recipe_with(folder, model={"dtype": dtype}, adapter={"method": method, "r": 2})
+    plan = plan_for(recipe)
+    followed = set()
+    for share in range(5, 100, 5):
+        limit = share * plan.lower_bound // 100
+        said = suggest_recipe(dataclasses.replace(plan, limit=limit), recipe)
+        named = next((name for name in changes if f": {name}, which should fit" in said), None)
+        if named is None:
+            assert "Choose a smaller model" in said
+        else:
+            followed.add(named)
+            assert plan_for(recipe_with(folder, model={"dtype": dtype}, **changes[named])).lower_bound <= limit, share
+    assert followed == ({"adamw_8bit", "lora", "qlora"} if method == "full" else {"qlora"})
 
 
 def test_a_total_above_the_limit_is_a_warning_only(folder, console):

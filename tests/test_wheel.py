@@ -1,0 +1,48 @@
+"""The wheel: built, installed outside the checkout, and still able to find the shipped recipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = place.glob("llmtune_cli-*.whl")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, str(place / "site"), str(wheel)], check=True, capture_output=True)
+    return place
+
+
+def run_installed(place: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(place / "site"), "COLUMNS": "200"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=place, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def test_the_installed_wheel_lists_and_checks_the_shipped_recipes(installed: Path) -> None:
+    where = run_installed(installed, "-c", "import llmtune; print(llmtune.__file__)")
+    assert Path(where.strip()).is_relative_to(installed)
+    listed = run_installed(installed, "-m", "llmtune", "recipes", "list")
+    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert recipe.stem in listed
+        assert "good" in run_installed(installed, "-m", "llmtune", "recipes", "check", recipe.stem)
+
+
+def test_the_wheel_holds_what_it_needs_at_run_time(installed: Path) -> None:
+    names = {str(path.relative_to(installed / "site")) for path in (installed / "site").rglob("*")}
+    assert {
+        "llmtune/py.typed",
+        "llmtune/report/report.html.jinja",
+        "llmtune/recipes/data/debian-sections.jsonl",
+    } <= names
