@@ -5,6 +5,7 @@ Shapes: B trees of a batch, T positions, C branches (continuations) of a tree, S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from llmtune.evaluate.batches import is_out_of_memory, run_in_batches
 from llmtune.model.loss import predicted_logits, unwrap
 
 PREFIX, PADDING = 0, -1
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Nats a token by which a tree's log-likelihoods may differ from those of separate rows before trees are given up."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
+"""How far, relative to their size, a tree's log-likelihoods may lie from those of separate rows (root mean square)."""
+FLOOR_NATS = 0.1
+"""Added to that on either side: likelihoods near 1 have no size to be relative to. A wrong mask costs whole nats."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
         if is_out_of_memory(error):
             raise
         return False
-    allowed = TOLERANCE.get(computing_dtype(model, device), 0.1)
-    sizes = [len(branch) for branch in tree.branches]
-    return all(abs(a - b) <= allowed * n for a, b, n in zip(joint, separate, sizes, strict=True))
+    share = TOLERANCE.get(computing_dtype(model, device), 0.02)
+    apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
+    return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
 
 
 def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:

@@ -192,3 +192,12 @@ def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path
         ours = causal_loss(selected.model, batch).sum
         theirs = causal_loss(open_model(recipe_with(tiny_llama)).model, batch).sum
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_head_gets_whole_rows_so_that_its_weights_are_not_copied(tiny_llama: Path) -> None:
+    model = open_model(recipe_with(tiny_llama)).model
+    seen: list[bool] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.inference_mode():
+        model(torch.arange(4, 36).reshape(8, 4), logits_to_keep=1)
+    assert seen == [True]
