@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,94 +18,28 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.adapter import describe, inject, load_adapter
-from llmtune.data import hash_sources, load_rows, prepare_rows, read_rows
+from llmtune.adapter import describe, inject
+from llmtune.data import hash_sources, load_rows, prepare_rows
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
-from llmtune.deploy.chat import ChatSession
-from llmtune.deploy.merge import merge_model
 from llmtune.errors import GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_evaluation, save_evaluation
-from llmtune.model import (
-    check_memory,
-    load_model,
-    load_processor,
-    locate,
-    micro_batch_tokens,
-    pick_device,
-    plan_memory,
-)
+from llmtune.finished import Models, merge
+from llmtune.model import check_memory, load_model, load_processor, locate, micro_batch_tokens, pick_device, plan_memory
 from llmtune.model.rank import rank_candidates
 from llmtune.recipe import LoadedRecipe, Recipe
-from llmtune.records import (
-    AdaptedModel,
-    Evaluation,
-    Examples,
-    MemoryPlan,
-    ModelPlace,
-    Rows,
-    SelectedModel,
-    Task,
-    TrainedRun,
-)
+from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows, TrainedRun
 from llmtune.report import write_report
 from llmtune.report.assemble import assemble
 from llmtune.run.files import hash_folder, hash_value, read_json, staged, write_text
-from llmtune.run.folder import RunFolder, default_path, open_run, read_run, recipe_of_run
-from llmtune.run.lock import Pins, check_pins, hardware, package_versions, read_pins, write_lock
+from llmtune.run.folder import RunFolder, default_path, open_run
+from llmtune.run.lock import Pins, check_pins, hardware, own_pins, package_versions, read_pins, write_lock
 from llmtune.tasks import get_task
 from llmtune.train import train
+from llmtune.work import Options, Work, adapter_folder, locate_pinned, trained_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-CERTIFIED_ROWS = 8
-"""Test rows that a merged model is asked beside the fixed prompts."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: never part of a recipe."""
-
-    out: Path | None = None
-    resume: bool = False
-    fresh: bool = False
-    lock: Path | None = None
-    offline: bool = False
-    dry_run: bool = False
-    until: str = "run"
-    """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
-
-
-@dataclass
-class Work:
-    """One invocation at work: the recipe, its folder, where to talk, and which steps were skipped."""
-
-    recipe: Recipe
-    folder: RunFolder
-    console: Console
-    offline: bool
-    trainer: Trainer
-    skipped: dict[str, bool] = field(default_factory=dict)
-
-    @cached_property
-    def task(self) -> Task:
-        """The task's functions."""
-        return get_task(self.recipe.task)
-
-    @cached_property
-    def device(self) -> str:
-        """cuda, mps or cpu."""
-        return pick_device()
-
-    def skip(self, step: str, inputs: str) -> bool:
-        """Whether `step` need not run; says so."""
-        skipped = self.folder.is_valid(step, inputs)
-        self.skipped[step] = skipped
-        note = "[dim]unchanged, skipped[/]" if skipped else ""
-        self.console.print(f"[bold]{step}[/] {note}")
-        return skipped
+    from transformers import PreTrainedTokenizerBase
 
 
 Trainer = Callable[[Work, ModelPlace, Examples, str], None]
@@ -129,8 +61,9 @@ def run_pipeline(
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
-        work = Work(recipe, folder, console, options.offline, trainer or train_here)
-        _run_steps(work, loaded, options)
+        pins = read_pins(options.lock) if options.lock else own_pins(path)
+        work = Work(recipe, folder, console, options.offline, pins, held=options.lock is not None)
+        _run_steps(work, loaded, options, trainer or train_here)
         report = make_report(folder, recipe, work.skipped)
         write_report(report, path)
         if options.until in {"run", "evaluate"}:
@@ -139,7 +72,7 @@ def run_pipeline(
         return report
 
 
-def _run_steps(work: Work, loaded: LoadedRecipe, options: Options) -> None:
+def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:
     rows = prepare(work)
     if options.until == "prepare" and not work.recipe.model.name:
         return
@@ -156,7 +89,7 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options) -> None:
     if options.until == "adapt":
         adapt(work, place, processor, inputs)
         return
-    fit(work, place, examples, plan, inputs)
+    fit(work, place, examples, plan, inputs, trainer)
     if options.until == "train":
         return
     score(work, place, processor, rows, examples)
@@ -183,8 +116,10 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
     """Step 2, first half: find the named model, or rank the candidates on the user's own rows and take the best."""
     model = work.recipe.model
     if model.name:
-        return locate(model.name, model, work.console, work.offline)
+        return locate_pinned(work, model.name)
     assert model.candidates, "a recipe names a model or candidates"
+    if work.held and work.pins is not None and work.pins.model in model.candidates:
+        return locate_pinned(work, work.pins.model)
     places = [locate(name, model, work.console, work.offline) for name in model.candidates]
     contents = [place.content_hash for place in places]
     inputs = hash_value([rows.content_hash, model.model_dump(mode="json"), contents, work.recipe.data.max_length])
@@ -194,7 +129,7 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
         ranking = rank_candidates(work.recipe, work.task, rows, work.console, folder, work.device, work.offline)
         pinned = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
         work.folder.note(ranking=pinned)
-    return locate(pinned["chosen"], model, work.console, work.offline)
+    return locate_pinned(work, pinned["chosen"])
 
 
 def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> Examples:
@@ -247,21 +182,24 @@ def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBa
     return inject(selected, work.recipe, work.console)
 
 
-def fit(work: Work, place: ModelPlace, examples: Examples, plan: MemoryPlan, adapt_inputs: str) -> None:
+def fit(
+    work: Work, place: ModelPlace, examples: Examples, plan: MemoryPlan, adapt_inputs: str, trainer: Trainer
+) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
     inputs = hash_value(
         [__version__, adapt_inputs, work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
     )
     before = work.folder.manifest["steps"].get("train", {}).get("inputs")
-    if work.skip("train", inputs):
-        work.skipped["adapt"] = True
+    if work.folder.is_valid("train", inputs):
+        work.begin("adapt", skipped=True)
+        work.begin("train", skipped=True)
         return
     if before != inputs:
         _forget_training(work.folder)
     if "micro_batch_tokens" not in work.folder.findings:
         work.folder.note(micro_batch_tokens=plan.tokens)
-    work.skipped["adapt"] = False
-    work.trainer(work, place, examples, inputs)
+    work.begin("adapt")
+    trainer(work, place, examples, inputs)
 
 
 def _forget_training(folder: RunFolder) -> None:
@@ -277,7 +215,8 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, inputs: str) -
     with work.folder.step("adapt", inputs) as facts:
         adapted = make_adapted(work, place, processor)
         facts |= describe(adapted)
-    with work.folder.step("train", inputs, [_trained_name(work.recipe)]) as facts:
+    work.begin("train")
+    with work.folder.step("train", inputs, [trained_name(work.recipe)]) as facts:
         trained = train(
             adapted,
             examples,
@@ -295,24 +234,15 @@ def _as_facts(trained: TrainedRun) -> dict[str, Any]:
     return {**asdict(trained), "adapter": trained.adapter.name}
 
 
-def _trained_name(recipe: Recipe) -> str:
-    return "weights" if recipe.adapter.method == "full" else "adapter"
-
-
 def _adapter_inputs(recipe: Recipe) -> list[Any]:
     start = recipe.adapter.start_from
     return [recipe.adapter.model_dump(mode="json"), hash_folder(adapter_folder(Path(start))) if start else None]
 
 
-def adapter_folder(path: Path) -> Path:
-    """The PEFT folder in a run folder, or the folder itself."""
-    return path / "adapter" if (path / "run.json").exists() else path
-
-
 def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
     recipe = work.recipe
-    trained = hash_folder(work.folder.path / _trained_name(recipe))
+    trained = hash_folder(work.folder.path / trained_name(recipe))
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
     inputs = hash_value([__version__, trained, place.content_hash, examples.content_hash, settings, recipe.seed])
     target = work.folder.path / "evaluation"
@@ -326,103 +256,13 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             save_evaluation(evaluation, folder)
 
 
-@dataclass
-class Models:
-    """Base and tuned model of a run, each loaded from disk as its user would load it; adapters share their base."""
-
-    work: Work
-    place: ModelPlace
-    processor: PreTrainedTokenizerBase
-
-    @contextmanager
-    def base(self) -> Iterator[PreTrainedModel]:
-        """The model that training started from, on the same quantised weights if it was quantised."""
-        yield self._selected.model
-
-    @contextmanager
-    def tuned(self) -> Iterator[PreTrainedModel]:
-        """The model with the adapter (or the tuned weights) read back from the run folder."""
-        yield self.adapted.model
-
-    @property
-    def adapted(self) -> AdaptedModel:
-        """The tuned model, read back."""
-        trained = self.work.folder.path / _trained_name(self.work.recipe)
-        if self.work.recipe.adapter.method == "full":
-            self.__dict__.pop("_selected", None)  # one set of full weights in memory at a time
-            selected = self._load(replace(self.place, path=trained))
-            return load_adapter(selected, trained)
-        return load_adapter(self._selected, trained)
-
-    @cached_property
-    def _selected(self) -> SelectedModel:
-        return self._load(self.place)
-
-    def _load(self, place: ModelPlace) -> SelectedModel:
-        work = self.work
-        return load_model(place, work.recipe, work.task, self.processor, device=work.device, training=False)
-
-
 def deploy(work: Work, place: ModelPlace) -> None:
     """What `run` makes at the end: the merged model, certified."""
-    inputs = hash_value([__version__, hash_folder(work.folder.path / _trained_name(work.recipe)), place.content_hash])
+    inputs = hash_value([__version__, hash_folder(work.folder.path / trained_name(work.recipe)), place.content_hash])
     if work.skip("deploy", inputs):
         return
     with work.folder.step("deploy", inputs, ["merged"]) as facts:
-        facts |= _merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
-
-
-def merge_run(
-    run: Path, *, out: Path | None, onto: str | None, dtype: str, offline: bool, console: Console
-) -> dict[str, Any]:
-    """Merge the adapter of a finished run; returns the certificate.
-
-    Raises:
-        GateFailed: the merged model differs from what was trained by more than the limits.
-    """
-    work, place = open_finished(run, console, offline)
-    return _merge(work, place, out or run / "merged", onto=onto, dtype=dtype)
-
-
-def _merge(work: Work, place: ModelPlace, out: Path, *, onto: str | None, dtype: str) -> dict[str, Any]:
-    """Merge; without `onto`, into the weights that the adapter was trained on, where the two agree best."""
-    if onto is None:
-        onto = "dequantized" if work.recipe.adapter.method == "qlora" else "original"
-    processor = load_processor(place, work.recipe.model)
-    adapted = Models(work, place, processor).adapted
-    rows = load_rows(work.folder.path / "data" / "rows")
-    asked = read_rows(rows, "test", range(min(CERTIFIED_ROWS, rows.counts["test"])))
-    return merge_model(adapted, work.recipe, work.task, out, work.console, onto=onto, dtype=dtype, rows=asked)
-
-
-def open_finished(run: Path, console: Console, offline: bool) -> tuple[Work, ModelPlace]:
-    """Open a run that was trained, to use its model.
-
-    Raises:
-        RecipeError: not a run folder, or not trained yet.
-        EnvironmentProblem: its base model is gone or was changed.
-    """
-    folder = read_run(run)
-    folder.require_trained()
-    recipe = recipe_of_run(folder).recipe
-    work = Work(recipe, folder, console, offline, train_here)
-    name = recipe.model.name or folder.findings["ranking"]["chosen"]
-    return work, locate(name, recipe.model, console, offline)
-
-
-def open_session(
-    run: Path, console: Console, *, base: bool = False, max_new_tokens: int | None = None, offline: bool = False
-) -> ChatSession:
-    """Load the model of a finished run to talk to it."""
-    work, place = open_finished(run, console, offline)
-    recipe = work.recipe
-    if max_new_tokens is not None:
-        longer = recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
-        recipe = recipe.model_copy(update={"generation": longer})
-    processor = load_processor(place, recipe.model)
-    models = Models(work, place, processor)
-    with models.base() if base else models.tuned() as model:
-        return ChatSession(model, processor, recipe, work.task)
+        facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
 
 
 def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:

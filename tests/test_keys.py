@@ -18,9 +18,10 @@ from support.models import build_llama
 from support.runs import write_recipe
 
 from llmtune.errors import LlmtuneError, RecipeError
-from llmtune.pipeline import Options, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, Source, load_recipe
 from llmtune.run.files import hash_folder
+from llmtune.work import Options
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"validation": 0.2, "test": 0.2},
@@ -215,7 +216,7 @@ def digest(run: Path, report: dict[str, Any]) -> list[Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that a flip may name."""
     place = tmp_path_factory.mktemp("keys")
-    colours, things = ["red", "green", "blue", "black"], [f"{a} {b}" for a in "cat dog fox".split() for b in "1234"]
+    colours, things = ["red", "green", "blue", "black"], [f"{a} {b}" for a in ["cat", "dog", "fox"] for b in "1234"]
     rows = [
         (f"Which colour has the {thing} on day {i * 7}?", colours[(i + j) % 4])
         for i, thing in enumerate(things)

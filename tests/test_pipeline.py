@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from support.runs import llmtune, write_recipe
 
+from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
-from llmtune.pipeline import Models, open_finished
 
 
 @pytest.fixture(scope="module")

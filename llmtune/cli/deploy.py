@@ -37,7 +37,7 @@ def merge(
 ) -> None:
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.pipeline import merge_run
+    from llmtune.finished import merge_run
 
     certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
     if as_json:

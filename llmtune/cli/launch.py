@@ -38,7 +38,8 @@ def local(
     loaded, out = read_recipe(recipe, out, sets or [])
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
     from llmtune.launch.local import local_trainer
-    from llmtune.pipeline import Options, run_pipeline
+    from llmtune.pipeline import run_pipeline
+    from llmtune.work import Options
 
     options = Options(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, dry_run=dry_run, until="run")
     trainer = local_trainer(processes, threads=threads)

@@ -38,7 +38,8 @@ def _command(name: str) -> Callable[..., None]:
             raise RecipeError.of("--resume and --fresh exclude each other", fix="leave one of them away")
         loaded, out = read_recipe(recipe, out, sets or [], run_allowed=name == "evaluate")
         prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-        from llmtune.pipeline import Options, run_pipeline
+        from llmtune.pipeline import run_pipeline
+        from llmtune.work import Options
 
         options = Options(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, dry_run=dry_run, until=name)
         result = run_pipeline(loaded, options, stderr_console())

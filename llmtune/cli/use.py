@@ -30,7 +30,7 @@ def generate(
 ) -> None:
     """Answer one prompt with the tuned model of a run."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.pipeline import open_session
+    from llmtune.finished import open_session
 
     with stderr_console().status("loading the model"):
         session = open_session(run, stderr_console(), base=base, max_new_tokens=max_new_tokens, offline=offline)
@@ -47,7 +47,7 @@ def chat(
 ) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.pipeline import open_session
+    from llmtune.finished import open_session
 
     console = stderr_console()
     with console.status("loading the model"):

@@ -26,8 +26,9 @@ from llmtune.launch.worker import PARENT, RESULTS
 from llmtune.run.files import read_json
 
 if TYPE_CHECKING:
-    from llmtune.pipeline import Trainer, Work
+    from llmtune.pipeline import Trainer
     from llmtune.records import Examples, ModelPlace
+    from llmtune.work import Work
 
 TRAIN_RUN = "llmtune.launch.worker:train_run"
 SAVE_SECONDS = 300
@@ -43,6 +44,7 @@ def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
 
     def trainer(work: Work, place: ModelPlace, examples: Examples, inputs: str) -> None:
         name = "weights" if work.recipe.adapter.method == "full" else "adapter"
+        work.begin("train")
         with work.folder.step("train", inputs, [name]) as facts:
             found = launch_local(
                 [str(work.folder.path)],

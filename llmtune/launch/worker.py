@@ -63,19 +63,22 @@ def train_run(run: str) -> dict[str, Any]:
 
     from llmtune.adapter import describe
     from llmtune.data.examples import load_examples
-    from llmtune.model import load_processor, locate
-    from llmtune.pipeline import Work, make_adapted, train_here
+    from llmtune.model import load_processor
+    from llmtune.pipeline import make_adapted
     from llmtune.run.folder import read_run, recipe_of_run
+    from llmtune.run.lock import own_pins
     from llmtune.train import train
+    from llmtune.work import Work, locate_pinned
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     console = Console(stderr=True, quiet=_rank() != 0, soft_wrap=not sys.stderr.isatty(), highlight=False)
     folder = read_run(Path(run))
     recipe = recipe_of_run(folder).recipe
-    work = Work(recipe, folder, console, True, train_here)  # offline: the parent has fetched what there is to fetch
-    name = recipe.model.name or folder.findings["ranking"]["chosen"]
-    place = locate(name, recipe.model, console, True)
+    pins = own_pins(folder.path)
+    assert pins is not None, "the parent has written the lock"
+    work = Work(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
+    place = locate_pinned(work, pins.model)
     adapted = make_adapted(work, place, load_processor(place, recipe.model))
     adapt = describe(adapted)
     trained = train(

@@ -69,6 +69,11 @@ def read_pins(path: Path) -> Pins:
     return Pins(model["name"], model["revision"], model["sha256"], lock["data"]["sha256"])
 
 
+def own_pins(folder: Path) -> Pins | None:
+    """Return what the lock of a run folder holds; None before it has one."""
+    return read_pins(folder / LOCK) if (folder / LOCK).exists() else None
+
+
 def check_pins(wanted: Pins, found: Pins, where: Path) -> None:
     """Compare what a lock holds with what was found.
 

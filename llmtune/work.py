@@ -1,0 +1,84 @@
+"""One invocation at work: what was asked for, in which folder, and the model's place; shared by all who open a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+
+from llmtune.model import locate, pick_device
+from llmtune.recipe import Recipe
+from llmtune.records import ModelPlace, Task
+from llmtune.run.folder import RunFolder
+from llmtune.run.lock import Pins
+from llmtune.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: never part of a recipe."""
+
+    out: Path | None = None
+    resume: bool = False
+    fresh: bool = False
+    lock: Path | None = None
+    offline: bool = False
+    dry_run: bool = False
+    until: str = "run"
+    """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
+
+
+@dataclass
+class Work:
+    """One invocation at work: the recipe, its folder, where to talk, and which steps were skipped."""
+
+    recipe: Recipe
+    folder: RunFolder
+    console: Console
+    offline: bool
+    pins: Pins | None = None
+    """What a lock holds still: the one named with --lock, else the run's own of an earlier start."""
+    held: bool = False
+    """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
+    skipped: dict[str, bool] = field(default_factory=dict)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task's functions."""
+        return get_task(self.recipe.task)
+
+    @cached_property
+    def device(self) -> str:
+        """cuda, mps or cpu."""
+        return pick_device()
+
+    def skip(self, step: str, inputs: str) -> bool:
+        """Whether `step` need not run; says so."""
+        skipped = self.folder.is_valid(step, inputs)
+        self.begin(step, skipped)
+        return skipped
+
+    def begin(self, step: str, skipped: bool = False) -> None:
+        """Say which step comes now, and whether it is skipped."""
+        self.skipped[step] = skipped
+        self.console.print(f"[bold cyan]{step}[/]{' [dim]unchanged, skipped[/]' if skipped else ''}")
+
+
+def locate_pinned(work: Work, name: str) -> ModelPlace:
+    """Find a model, at the commit that a lock holds if there is one."""
+    model = work.recipe.model
+    if work.pins is not None and work.pins.model == name and work.pins.revision:
+        model = model.model_copy(update={"revision": work.pins.revision})
+    return locate(name, model, work.console, work.offline)
+
+
+def trained_name(recipe: Recipe) -> str:
+    """The subfolder of a run that holds what was trained."""
+    return "weights" if recipe.adapter.method == "full" else "adapter"
+
+
+def adapter_folder(path: Path) -> Path:
+    """The PEFT folder in a run folder, or the folder itself."""
+    return path / "adapter" if (path / "run.json").exists() else path

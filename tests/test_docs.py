@@ -1,0 +1,93 @@
+"""What README and docs say is so: commands parse, recipes check, links lead somewhere, and the tutorial runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support.runs import llmtune
+from typer.main import get_command
+
+from llmtune.cli.app import app
+from llmtune.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER": "folder", "TEXT": "text", "N": "2"}
+
+
+def commands() -> list[str]:
+    """Every `llmtune ...` that a page tells the reader to type."""
+    found = set()
+    for page in PAGES:
+        if page.name == "cli.md":
+            continue  # made from the commands themselves
+        text = page.read_text(encoding="utf-8")
+        inline = re.findall(r"`(llmtune [^`\n]+)`", text)
+        blocks = re.findall(r"^ {4}(llmtune .+)$", text, flags=re.MULTILINE)
+        found.update(re.sub(r"\s+#.*$", "", line).strip() for line in inline + blocks)
+    return sorted(line for line in found if "|" not in line and "..." not in line)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_in_the_docs_is_one(line: str) -> None:
+    words = [STAND_INS.get(word, word) for word in shlex.split(re.sub(r"[\[\]]", "", line))[1:]]
+    command, context = get_command(app), None
+    while hasattr(command, "commands") and words:
+        assert words[0] in command.commands or words[0].startswith("-"), f"{line}: no command {words[0]}"
+        if words[0].startswith("-"):
+            return
+        command = command.commands[words.pop(0)]
+    if words:
+        context = command.make_context(line, list(words), resilient_parsing=False)
+        assert context is not None
+
+
+def recipes() -> list[tuple[str, str]]:
+    blocks = []
+    for page in PAGES:
+        for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            if block.startswith("recipe_version"):
+                blocks.append((f"{page.name}:{len(blocks)}", block))
+    return blocks
+
+
+@pytest.mark.parametrize(("name", "block"), recipes())
+def test_a_recipe_in_the_docs_is_good(tmp_path: Path, name: str, block: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(block)
+    assert load_recipe(str(tmp_path / "recipe.yaml")).recipe.task == "chat"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
+    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(recipe_version.*?)```", text, flags=re.DOTALL)
+    recipe = block.replace("builtin:smollm2-135m-instruct", str(tiny_llama))
+    (tmp_path / "tickets.yaml").write_text(recipe)
+    rows = [(f"Where is order {i}?", "shipping") for i in range(60)] + [
+        (f"I paid {i} twice", "billing") for i in range(60)
+    ]
+    with (tmp_path / "tickets.jsonl").open("w") as file:
+        for question, answer in rows:
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    typed = [line for line in commands() if line in text and "tickets.yaml" in line and "recipes new" not in line]
+    assert {"llmtune run tickets.yaml", "llmtune prepare tickets.yaml"} <= set(typed)
+    for line in [*sorted(typed, key=len), "llmtune run tickets.yaml"]:
+        done = llmtune(*shlex.split(line)[1:], "--set", "data.deduplicate=none", cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "report.html").exists()
