@@ -334,7 +334,7 @@ def _complete(row: Row, joint: list[int], encoding: Any, processor: PreTrainedTo
     byte_at = _byte_counter(text + completion, ids, encoding, processor)
     learned = len(completion.encode()) if text else byte_at(len(ids)) - byte_at(first)
     if learned <= 0:
-        return f"{NOTHING}: the text is a single token"
+        return f"{NOTHING}: the text is a single token or character"
     example = Example([*ids, processor.eos_token_id], [first, len(ids) + 1], learned)
     data = recipe.data
     return fit_completion(
