@@ -16,9 +16,10 @@ from llmtune.data import load_rows, read_rows
 from llmtune.deploy.chat import ChatSession
 from llmtune.deploy.merge import merge_model
 from llmtune.model import load_model, load_processor
+from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, ModelPlace, SelectedModel
 from llmtune.run.folder import read_run, recipe_of_run
-from llmtune.run.lock import own_pins
+from llmtune.run.lock import LOCK, read_pins
 from llmtune.work import Work, locate_pinned, trained_name
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def merge(work: Work, place: ModelPlace, out: Path, *, onto: str | None, dtype: 
     return merge_model(adapted, work.recipe, work.task, out, work.console, onto=onto, dtype=dtype, rows=asked)
 
 
-def open_finished(run: Path, console: Console, offline: bool) -> tuple[Work, ModelPlace]:
-    """Open a run that was trained, to use its model.
+def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> tuple[Work, ModelPlace]:
+    """Open a run that was trained, to use its model; `recipe` stands in for the run's own.
 
     Raises:
         RecipeError: not a run folder, or not trained yet.
@@ -97,9 +98,9 @@ def open_finished(run: Path, console: Console, offline: bool) -> tuple[Work, Mod
     """
     folder = read_run(run)
     folder.require_trained()
-    work = Work(recipe_of_run(folder).recipe, folder, console, offline, pins=own_pins(run))
-    assert work.pins is not None, "a trained run has a lock"
-    return work, locate_pinned(work, work.pins.model)
+    pins = read_pins(run / LOCK)
+    work = Work(recipe or recipe_of_run(folder).recipe, folder, console, offline, pins, held=True)
+    return work, locate_pinned(work, pins.model)
 
 
 def open_session(
@@ -114,4 +115,4 @@ def open_session(
     processor = load_processor(place, recipe.model)
     models = Models(work, place, processor)
     with models.base() if base else models.tuned() as model:
-        return ChatSession(model, processor, recipe, work.task)
+        return ChatSession(model, processor, recipe, work.task, console)

@@ -6,8 +6,8 @@ is kept as facts in the manifest, so that the report can be written from the run
 
 from __future__ import annotations
 
+import gc
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,32 +18,40 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.adapter import describe, inject
+from llmtune.adapter import describe, find_adapter, inject
 from llmtune.data import hash_sources, load_rows, prepare_rows
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
-from llmtune.errors import GateFailed, Problem
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_evaluation, save_evaluation
-from llmtune.finished import Models, merge
-from llmtune.model import check_memory, load_model, load_processor, locate, micro_batch_tokens, pick_device, plan_memory
+from llmtune.finished import Models, merge, open_finished
+from llmtune.model import (
+    check_context,
+    check_memory,
+    load_model,
+    load_processor,
+    locate,
+    micro_batch_tokens,
+    pick_device,
+    plan_memory,
+)
 from llmtune.model.rank import rank_candidates
 from llmtune.recipe import LoadedRecipe, Recipe
-from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows, TrainedRun
-from llmtune.report import write_report
-from llmtune.report.assemble import assemble
-from llmtune.run.files import hash_folder, hash_value, read_json, staged, write_text
-from llmtune.run.folder import RunFolder, default_path, open_run
-from llmtune.run.lock import Pins, check_pins, hardware, own_pins, package_versions, read_pins, write_lock
-from llmtune.tasks import get_task
+from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows
+from llmtune.report import assemble, write_report
+from llmtune.run.environment import is_remote_model, refuse_network
+from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
+from llmtune.run.folder import RunFolder, default_path, look_at_run, open_run
+from llmtune.run.lock import Pins, check_pin, hardware, own_pins, package_versions, read_pins, write_lock
 from llmtune.train import train
-from llmtune.work import Options, Work, adapter_folder, locate_pinned, trained_name
+from llmtune.work import Options, Work, locate_pinned, trained_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Trainer = Callable[[Work, ModelPlace, Examples, str], None]
-"""Runs adapt and train and leaves both steps done in the manifest; the last argument is the hash of their inputs."""
+Trainer = Callable[[Work, ModelPlace, Examples, str, str], None]
+"""Runs adapt and train and leaves both steps done in the manifest; it gets the hashes of their inputs last."""
 
 
 def run_pipeline(
@@ -56,20 +64,19 @@ def run_pipeline(
     """
     recipe = loaded.recipe
     path = options.out or default_path(recipe.name, loaded.fingerprint)
+    refuse_network(recipe, offline=options.offline)
+    held = read_pins(options.lock) if options.lock else None
+    start = recipe.adapter.start_from
+    if start is not None:
+        find_adapter(Path(start))
     if options.dry_run:
-        return _dry_run(loaded, path, console, options.offline)
+        return rehearse(Work(recipe, look_at_run(path), console, options.offline, held, held=held is not None))
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
-        pins = read_pins(options.lock) if options.lock else own_pins(path)
-        work = Work(recipe, folder, console, options.offline, pins, held=options.lock is not None)
+        work = Work(recipe, folder, console, options.offline, held or own_pins(path), held=held is not None)
         _run_steps(work, loaded, options, trainer or train_here)
-        report = make_report(folder, recipe, work.skipped)
-        write_report(report, path)
-        if options.until in {"run", "evaluate"}:
-            console.print(f"report: {escape(str(path / 'report.html'))}")
-            _raise_failed_gates(folder)
-        return report
+        return conclude(work, gated=options.until in {"run", "evaluate"})
 
 
 def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:
@@ -77,7 +84,6 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     if options.until == "prepare" and not work.recipe.model.name:
         return
     place = choose(work, rows)
-    _lock(work, loaded, place, options.lock)
     processor = load_processor(place, work.recipe.model)
     examples = encode(work, rows, place, processor)
     if options.until == "prepare":
@@ -85,11 +91,10 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     plan = select(work, place, examples)
     if options.until == "select":
         return
-    inputs = hash_value([place.content_hash, examples.content_hash, work.recipe.seed, _adapter_inputs(work.recipe)])
     if options.until == "adapt":
-        adapt(work, place, processor, inputs)
+        adapt(work, place, processor, _adapt_inputs(work, place, examples))
         return
-    fit(work, place, examples, plan, inputs, trainer)
+    fit(work, loaded, place, examples, plan, trainer)
     if options.until == "train":
         return
     score(work, place, processor, rows, examples)
@@ -97,12 +102,37 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
         deploy(work, place)
 
 
+def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool) -> dict[str, Any]:
+    """Score a finished run again, with the settings of `loaded`; nothing of it is read, encoded or trained anew."""
+    with open_run(run, loaded.fingerprint) as folder:
+        work, place = open_finished(run, console, offline, loaded.recipe)
+        work.folder = folder
+        write_text(run / "recipe.yaml", loaded.to_yaml())
+        for step in ("prepare", "encode", "select", "adapt", "train"):
+            work.begin(step, skipped=True)
+        processor = load_processor(place, work.recipe.model)
+        rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
+        score(work, place, processor, rows, examples)
+        return conclude(work, gated=True)
+
+
+def conclude(work: Work, *, gated: bool) -> dict[str, Any]:
+    """Write the report and return it; a gate that failed is raised after that."""
+    path = work.folder.path
+    report = make_report(work.folder, work.recipe, work.skipped)
+    write_report(report, path)
+    if gated:
+        work.console.print(f"report: {escape(str(path / 'report.html'))}")
+        failed = [gate for gate in report["gates"] if not gate["passed"]]
+        GateFailed.collect(
+            Problem(f"gate failed: wanted {gate['wanted']}, got {gate['got']}", gate["name"]) for gate in failed
+        )
+    return report
+
+
 def prepare(work: Work) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
-    data = work.recipe.data
-    about_examples = {"max_length", "on_overlong", "packing", "train_on"}
-    settings = data.model_dump(mode="json", exclude=about_examples)
-    inputs = hash_value([__version__, work.recipe.task, work.recipe.seed, settings, hash_sources(data)])
+    inputs = _prepare_inputs(work)
     target = work.folder.path / "data" / "rows"
     if not work.skip("prepare", inputs):
         with work.folder.step("prepare", inputs, ["data/rows"]) as facts:
@@ -110,6 +140,15 @@ def prepare(work: Work) -> Rows:
                 made = prepare_rows(work.recipe, folder, work.console)
             facts |= {"rows_in": made.rows_in, "kept": made.counts, "dropped": made.dropped}
     return load_rows(target)
+
+
+def _prepare_inputs(work: Work) -> str:
+    data = work.recipe.data
+    if work.held and work.pins is not None:
+        check_pin("the data's content", work.pins.data_hash, hash_sources(data))
+    about_examples = {"max_length", "on_overlong", "packing", "train_on"}
+    settings = data.model_dump(mode="json", exclude=about_examples)
+    return hash_value([__version__, work.recipe.task, settings, hash_sources(data)])
 
 
 def choose(work: Work, rows: Rows) -> ModelPlace:
@@ -120,42 +159,53 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
     assert model.candidates, "a recipe names a model or candidates"
     if work.held and work.pins is not None and work.pins.model in model.candidates:
         return locate_pinned(work, work.pins.model)
-    places = [locate(name, model, work.console, work.offline) for name in model.candidates]
-    contents = [place.content_hash for place in places]
-    inputs = hash_value([rows.content_hash, model.model_dump(mode="json"), contents, work.recipe.data.max_length])
-    pinned = work.folder.findings.get("ranking")
-    if pinned is None or pinned["inputs"] != inputs:
+    contents = [locate(name, model, work.console, work.offline).content_hash for name in model.candidates]
+    template = hash_file(Path(model.chat_template)) if model.chat_template else None
+    settings = [model.model_dump(mode="json"), contents, template, work.recipe.data.max_length, work.device]
+    inputs = hash_value([rows.content_hash, settings])
+    known = work.folder.findings.get("ranking")
+    if known is None or known["inputs"] != inputs:
         folder = work.folder.path / "model"
         ranking = rank_candidates(work.recipe, work.task, rows, work.console, folder, work.device, work.offline)
-        pinned = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
-        work.folder.note(ranking=pinned)
-    return locate_pinned(work, pinned["chosen"])
+        known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
+        work.folder.note(ranking=known)
+    return locate_pinned(work, known["chosen"])
 
 
 def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> Examples:
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
-    recipe = work.recipe
-    about = recipe.model.model_dump(mode="json", include={"chat_template", "chat_template_kwargs", "add_tokens"})
-    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
-    template = hash_value(processor.chat_template)
-    inputs = hash_value([__version__, rows.content_hash, place.content_hash, about, settings, template, recipe.task])
+    inputs = _encode_inputs(work, rows, place, processor)
     target = work.folder.path / "data" / "examples"
     if not work.skip("encode", inputs):
         with work.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
-            made = encode_rows(rows, work.task, processor, recipe, folder, work.console)
+            made = encode_rows(rows, work.task, processor, work.recipe, folder, work.console)
             facts |= describe_examples(rows, made, processor, work.console)
     return load_examples(target)
 
 
-def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
-    """Step 2, second half: the memory plan, before anything heavy."""
+def _encode_inputs(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> str:
     recipe = work.recipe
-    longest = max(examples.longest.values())
-    settings = [recipe.model.model_dump(mode="json"), _adapter_inputs(recipe), recipe.train.optim, longest]
-    inputs = hash_value([__version__, place.content_hash, settings, work.device])
+    about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
+    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
+    versions = package_versions(("transformers", "tokenizers"))
+    contents = [rows.content_hash, place.content_hash, hash_value(processor.chat_template)]
+    return hash_value([__version__, versions, contents, about, settings, recipe.task])
+
+
+def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
+    """Step 2, second half: does it fit? The context of the model, then the memory of the device.
+
+    Raises:
+        DataError: a row is longer than the model's context.
+        EnvironmentProblem: the model cannot be trained in this memory.
+    """
+    recipe, longest = work.recipe, max(examples.longest.values())
+    check_context(place, recipe, work.task, longest)
     budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
-    largest = min(budget, longest * (recipe.train.batch_size or budget))
-    plan = replace(plan_memory(place, recipe, work.task, largest, work.device), tokens=budget)
+    step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
+    plan = replace(plan_memory(place, recipe, work.task, min(budget, step_tokens), work.device), tokens=budget)
+    settings = [recipe.model.model_dump(mode="json"), _adapter_settings(recipe), recipe.train.optim, asdict(plan)]
+    inputs = hash_value([__version__, place.content_hash, settings])
     if not work.skip("select", inputs):
         with work.folder.step("select", inputs) as facts:
             check_memory(plan, recipe, work.console)
@@ -165,14 +215,11 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
     return plan
 
 
-def adapt(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, inputs: str) -> AdaptedModel | None:
+def adapt(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, inputs: str) -> None:
     """Step 3 alone: put the adapter in, prove it and say what it is; training makes it again from the same seed."""
-    if work.skip("adapt", inputs):
-        return None
-    with work.folder.step("adapt", inputs) as facts:
-        adapted = make_adapted(work, place, processor)
-        facts |= describe(adapted)
-    return adapted
+    if not work.skip("adapt", inputs):
+        with work.folder.step("adapt", inputs) as facts:
+            facts |= describe(make_adapted(work, place, processor))
 
 
 def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase) -> AdaptedModel:
@@ -182,37 +229,46 @@ def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBa
     return inject(selected, work.recipe, work.console)
 
 
+def _adapt_inputs(work: Work, place: ModelPlace, examples: Examples) -> str:
+    return hash_value([place.content_hash, examples.content_hash, work.recipe.seed, _adapter_settings(work.recipe)])
+
+
+def _adapter_settings(recipe: Recipe) -> list[Any]:
+    start = recipe.adapter.start_from
+    content = hash_folder(find_adapter(Path(start))) if start else None
+    return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
+
+
+def _train_inputs(work: Work, adapt_inputs: str) -> str:
+    settings = [work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
+    return hash_value([__version__, adapt_inputs, settings])
+
+
 def fit(
-    work: Work, place: ModelPlace, examples: Examples, plan: MemoryPlan, adapt_inputs: str, trainer: Trainer
+    work: Work, loaded: LoadedRecipe, place: ModelPlace, examples: Examples, plan: MemoryPlan, trainer: Trainer
 ) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
-    inputs = hash_value(
-        [__version__, adapt_inputs, work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
-    )
-    before = work.folder.manifest["steps"].get("train", {}).get("inputs")
+    adapt_inputs = _adapt_inputs(work, place, examples)
+    inputs = _train_inputs(work, adapt_inputs)
+    steps = work.folder.manifest["steps"]
     if work.folder.is_valid("train", inputs):
         work.begin("adapt", skipped=True)
         work.begin("train", skipped=True)
         return
-    if before != inputs:
-        _forget_training(work.folder)
-    if "micro_batch_tokens" not in work.folder.findings:
-        work.folder.note(micro_batch_tokens=plan.tokens)
+    for step in ("evaluate", "deploy"):
+        steps.pop(step, None)  # of another training
+    if steps.get("train", {}).get("inputs") != inputs:
+        work.folder.findings["micro_batch_tokens"] = plan.tokens
+    work.folder.write()
+    _lock(work, loaded, place)
     work.begin("adapt")
-    trainer(work, place, examples, inputs)
+    trainer(work, place, examples, adapt_inputs, inputs)
 
 
-def _forget_training(folder: RunFolder) -> None:
-    for name in ("checkpoints", "adapter", "weights"):
-        shutil.rmtree(folder.path / name, ignore_errors=True)
-    (folder.path / "metrics.jsonl").unlink(missing_ok=True)
-    folder.findings.pop("micro_batch_tokens", None)
-
-
-def train_here(work: Work, place: ModelPlace, examples: Examples, inputs: str) -> None:
+def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
     """Adapt and train in this process."""
     processor = load_processor(place, work.recipe.model)
-    with work.folder.step("adapt", inputs) as facts:
+    with work.folder.step("adapt", adapt_inputs) as facts:
         adapted = make_adapted(work, place, processor)
         facts |= describe(adapted)
     work.begin("train")
@@ -226,17 +282,11 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, inputs: str) -
             work.console,
             budget=work.folder.findings["micro_batch_tokens"],
             on_budget=lambda tokens: work.folder.note(micro_batch_tokens=tokens),
+            inputs=inputs,
         )
-        facts |= _as_facts(trained)
-
-
-def _as_facts(trained: TrainedRun) -> dict[str, Any]:
-    return {**asdict(trained), "adapter": trained.adapter.name}
-
-
-def _adapter_inputs(recipe: Recipe) -> list[Any]:
-    start = recipe.adapter.start_from
-    return [recipe.adapter.model_dump(mode="json"), hash_folder(adapter_folder(Path(start))) if start else None]
+        facts |= trained.as_facts()
+    del adapted
+    gc.collect()  # the model is in reference cycles; evaluation loads its own
 
 
 def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
@@ -244,7 +294,9 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
     recipe = work.recipe
     trained = hash_folder(work.folder.path / trained_name(recipe))
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
-    inputs = hash_value([__version__, trained, place.content_hash, examples.content_hash, settings, recipe.seed])
+    contents = [trained, place.content_hash, examples.content_hash]
+    versions = package_versions(("torch", "transformers", "peft"))
+    inputs = hash_value([__version__, versions, contents, settings, recipe.seed])
     target = work.folder.path / "evaluation"
     if not work.skip("evaluate", inputs):
         with work.folder.step("evaluate", inputs, ["evaluation"]), staged(target) as folder:
@@ -258,11 +310,12 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
 
 def deploy(work: Work, place: ModelPlace) -> None:
     """What `run` makes at the end: the merged model, certified."""
-    inputs = hash_value([__version__, hash_folder(work.folder.path / trained_name(work.recipe)), place.content_hash])
-    if work.skip("deploy", inputs):
-        return
-    with work.folder.step("deploy", inputs, ["merged"]) as facts:
-        facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
+    trained = hash_folder(work.folder.path / trained_name(work.recipe))
+    settings = work.recipe.generation.model_dump(mode="json")
+    inputs = hash_value([__version__, trained, place.content_hash, settings])
+    if not work.skip("deploy", inputs):
+        with work.folder.step("deploy", inputs, ["merged"]) as facts:
+            facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
 
 
 def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:
@@ -292,42 +345,42 @@ def _evaluation(folder: RunFolder) -> Evaluation | None:
     return load_evaluation(folder.path / "evaluation") if done else None
 
 
-def _raise_failed_gates(folder: RunFolder) -> None:
-    report = read_json(folder.path / "report.json")
-    failed = [
-        Problem(f"gate failed: wanted {gate['wanted']}, got {gate['got']}", gate["name"])
-        for gate in report["gates"]
-        if not gate["passed"]
-    ]
-    GateFailed.collect(failed)
-
-
-def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace, held: Path | None) -> None:
-    found = Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data))
-    if held is not None:
-        check_pins(read_pins(held), found, held)
-    processor = load_processor(place, work.recipe.model)
+def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace) -> None:
+    template = load_processor(place, work.recipe.model).chat_template
     write_lock(
         work.folder.path,
-        found,
+        Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data)),
         fingerprint=loaded.fingerprint,
-        template_hash=hash_value(processor.chat_template),
+        template_hash=hash_value(template),
         seed=work.recipe.seed,
         threads=torch.get_num_threads(),
     )
 
 
-def _dry_run(loaded: LoadedRecipe, path: Path, console: Console, offline: bool) -> dict[str, Any]:
-    recipe = loaded.recipe
-    sources = hash_sources(recipe.data)
-    names = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ())
-    task, device = get_task(recipe.task), pick_device()
+def rehearse(work: Work) -> dict[str, Any]:
+    """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
+    recipe, console, folder = work.recipe, work.console, work.folder
+    valid = {"prepare": folder.is_valid("prepare", _prepare_inputs(work))}
     plans = {}
-    for name in names:
-        place = locate(name, recipe.model, console, offline)
-        load_processor(place, recipe.model)
-        plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
+    for name in [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ()):
+        try:
+            place = locate_pinned(replace(work, offline=True), name)
+        except EnvironmentProblem:
+            if work.offline or not is_remote_model(name):
+                raise
+            console.print(f"{escape(name)} would be downloaded first")
+            continue
+        processor = load_processor(place, recipe.model)
+        plan = plan_memory(place, recipe, work.task, recipe.data.max_length, work.device)
         check_memory(plan, recipe, console)
         plans[name] = {**asdict(plan), "total": plan.total}
-    console.print(f"good; it would run in {escape(str(path))}")
-    return {"folder": str(path), "fingerprint": loaded.fingerprint, "data": sources, "models": plans}
+        if valid["prepare"] and recipe.model.name:
+            rows = load_rows(folder.path / "data" / "rows")
+            valid["encode"] = folder.is_valid("encode", _encode_inputs(work, rows, place, processor))
+        if valid.get("encode"):
+            adapt_inputs = _adapt_inputs(work, place, load_examples(folder.path / "data" / "examples"))
+            valid["train"] = folder.is_valid("train", _train_inputs(work, adapt_inputs))
+    for step in ("prepare", "encode", "train"):
+        console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
+    console.print(f"good; the run folder is {escape(str(folder.path))}")
+    return {"folder": str(folder.path), "would_run": [step for step, done in valid.items() if not done], "plans": plans}

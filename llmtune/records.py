@@ -7,7 +7,7 @@ stands only in `SelectedModel` and `AdaptedModel`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,10 @@ class TrainedRun:
     micro_batch_tokens: int
     stopped_early: str | None = None
     resumed_from: int | None = None
+
+    def as_facts(self) -> dict[str, Any]:
+        """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
+        return {**asdict(self), "adapter": self.adapter.name}
 
 
 @dataclass(frozen=True)

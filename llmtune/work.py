@@ -12,7 +12,7 @@ from llmtune.model import locate, pick_device
 from llmtune.recipe import Recipe
 from llmtune.records import ModelPlace, Task
 from llmtune.run.folder import RunFolder
-from llmtune.run.lock import Pins
+from llmtune.run.lock import Pins, check_pin
 from llmtune.tasks import get_task
 
 
@@ -67,18 +67,22 @@ class Work:
 
 
 def locate_pinned(work: Work, name: str) -> ModelPlace:
-    """Find a model, at the commit that a lock holds if there is one."""
-    model = work.recipe.model
-    if work.pins is not None and work.pins.model == name and work.pins.revision:
-        model = model.model_copy(update={"revision": work.pins.revision})
-    return locate(name, model, work.console, work.offline)
+    """Find a model, at the commit that a lock holds if there is one.
+
+    Raises:
+        EnvironmentProblem: not found; or, with --lock, its content is not what the lock holds.
+    """
+    model, pins = work.recipe.model, work.pins
+    if pins is None or pins.model != name:
+        return locate(name, model, work.console, work.offline)
+    if pins.revision:
+        model = model.model_copy(update={"revision": pins.revision})
+    place = locate(name, model, work.console, work.offline)
+    if work.held:
+        check_pin("the model's content", pins.model_hash, place.content_hash)
+    return place
 
 
 def trained_name(recipe: Recipe) -> str:
     """The subfolder of a run that holds what was trained."""
     return "weights" if recipe.adapter.method == "full" else "adapter"
-
-
-def adapter_folder(path: Path) -> Path:
-    """The PEFT folder in a run folder, or the folder itself."""
-    return path / "adapter" if (path / "run.json").exists() else path

@@ -4,5 +4,6 @@ import llmtune.model  # noqa: F401  # first: it mutes a library that PEFT import
 from llmtune.adapter.inject import describe, inject, trainable_parameters
 from llmtune.adapter.merge import merge
 from llmtune.adapter.save import load_adapter, save_adapter
+from llmtune.adapter.start import find_adapter
 
-__all__ = ["describe", "inject", "load_adapter", "merge", "save_adapter", "trainable_parameters"]
+__all__ = ["describe", "find_adapter", "inject", "load_adapter", "merge", "save_adapter", "trainable_parameters"]

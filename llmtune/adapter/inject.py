@@ -14,6 +14,7 @@ from llmtune.adapter.proof import prove_wiring
 from llmtune.adapter.start import continue_adapter
 from llmtune.adapter.targets import are_transposed, group_by_ending, resolve_targets, shorten
 from llmtune.errors import Problem, RecipeError
+from llmtune.model.memory import enough_memory
 from llmtune.model.quiet import hushed
 from llmtune.model.skeleton import linear_shapes
 from llmtune.records import AdaptedModel, SelectedModel
@@ -32,12 +33,13 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
 
     Raises:
         RecipeError: targets that match nothing, options that do not go together, a start that does not fit.
-        EnvironmentProblem: the adapter to start from is missing or damaged.
+        EnvironmentProblem: the adapter to start from is missing or damaged, or memory runs out.
         RuntimeError: the adapter is there and does nothing; a bug of ours or of a library.
     """
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
-    adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
+    with enough_memory(f"putting the adapter into {selected.place.name}", str(selected.model.device)):
+        adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(selected.model)
     adapted.model.eval()

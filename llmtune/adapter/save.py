@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from llmtune.adapter.inject import wrap
-from llmtune.adapter.start import attach, find_adapter, read_config
+from llmtune.adapter.start import WEIGHTS, attach, find_adapter, read_config
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.cache import share_file
+from llmtune.model.device import is_out_of_memory
 from llmtune.model.folder import read_config as read_model_config
+from llmtune.model.memory import enough_memory
+from llmtune.model.plan import format_bytes
 from llmtune.model.processor import save_tokenizer
+from llmtune.model.skeleton import first_line
 from llmtune.records import AdaptedModel, SelectedModel
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(adapted: AdaptedModel, folder: Path) -> None:
@@ -41,15 +46,33 @@ def save_adapter(adapted: AdaptedModel, folder: Path) -> None:
 def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
     """Put what `save_adapter` wrote onto `selected.model` (in place), in eval mode and without gradients.
 
-    Raises EnvironmentProblem where the folder holds no adapter, or one for another model.
+    Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
     """
-    if (folder / "config.json").is_file():
-        return _load_model(selected, folder)
-    place = find_adapter(folder)
-    selected.model.requires_grad_(False)
-    model = attach(selected, read_config(place), place, trainable=False)
+    with enough_memory(f"loading what was trained onto {selected.place.name}", str(selected.model.device)):
+        if (folder / "config.json").is_file():
+            return _load_model(selected, folder)
+        place = find_adapter(folder)
+        selected.model.requires_grad_(False)
+        model = attach(selected, read_config(place), place, trainable=False)
     model.eval()
     return wrap(selected, model, "qlora" if selected.quantized else "lora")
+
+
+@contextmanager
+def writing_weights(folder: Path) -> Iterator[None]:
+    """Turn what safetensors says of a disk that takes no more into an error of ours: it is no OSError.
+
+    Raises EnvironmentProblem.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        free = shutil.disk_usage(folder).free
+        raise EnvironmentProblem.of(
+            f"the weights cannot be written ({first_line(error)}); {format_bytes(free)} are free there",
+            str(folder),
+            "Free space or choose another folder with --out.",
+        ) from error
 
 
 def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
@@ -63,7 +86,8 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
         tensors = _subtract_start(tensors, start)
         described |= _double_rank(config)
     described |= {"inference_mode": True, **_name_base(adapted.selected)}
-    save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
+    with writing_weights(folder):
+        save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)
     (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
     share_file(folder / WEIGHTS, folder / "adapter_config.json")
@@ -112,7 +136,8 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
     model = cast(PreTrainedModel, adapted.model)
     dtype = stored_dtype(adapted.selected)
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+    with writing_weights(folder):
+        model.save_pretrained(folder, state_dict=state)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
@@ -130,6 +155,16 @@ def stored_dtype(selected: SelectedModel) -> torch.dtype:
 
 def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
     model = selected.model
+    if selected.place.path.resolve() != folder.resolve():  # else the weights are those already
+        _read_weights(model, folder)
+    model.requires_grad_(False)
+    model.eval()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return AdaptedModel(selected, model, "full", total, total, (), size)
+
+
+def _read_weights(model: PreTrainedModel, folder: Path) -> None:
     left = set(model.state_dict())
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), "pt") as file:
@@ -137,6 +172,8 @@ def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
         try:
             result = model.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise EnvironmentProblem.of(f"holds weights of another model: {error}", str(path)) from error
         if result.unexpected_keys:
             raise EnvironmentProblem.of(f"holds unknown weights, {result.unexpected_keys[0]} for one", str(path))
@@ -144,8 +181,3 @@ def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
     left -= set(model.all_tied_weights_keys or {})
     if left:
         raise EnvironmentProblem.of(f"the weights {min(left)} are missing", str(folder), "The folder is not whole.")
-    model.requires_grad_(False)
-    model.eval()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return AdaptedModel(selected, model, "full", total, total, (), size)

@@ -13,22 +13,29 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter.targets import are_transposed, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.device import is_out_of_memory
+from llmtune.model.folder import check_safetensors
 from llmtune.model.quiet import hushed
 from llmtune.records import SelectedModel
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
 _SHAPE_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
 
 
 def find_adapter(folder: Path) -> Path:
-    """Return the PEFT folder that `folder` is, or holds as `adapter/` if it is a run.
+    """Return the PEFT folder that `folder` is, or holds as `adapter/` if it is a run; headers are read, no weights.
 
-    Raises EnvironmentProblem if there is none.
+    Raises:
+        EnvironmentProblem: there is none, or its weights are missing, damaged or cut.
+        RecipeError: its weights are pickled.
     """
     for place in (folder, folder / "adapter"):
         if (place / "adapter_config.json").is_file():
+            _check_weights(place)
             return place
     if (folder / "weights" / "config.json").is_file():
         what = "this run trained all weights (method: full): it has no adapter"
@@ -39,6 +46,24 @@ def find_adapter(folder: Path) -> Path:
         str(folder),
         "Name a run folder that finished training, or a folder with adapter_config.json and adapter_model.safetensors.",
     )
+
+
+def _check_weights(place: Path) -> None:
+    path = place / WEIGHTS
+    if path.is_file():
+        EnvironmentProblem.collect(check_safetensors(path))
+    elif (place / _PICKLED).is_file():
+        raise RecipeError.of(
+            f"its weights are pickled ({_PICKLED}), and a pickle can run any code when it is loaded",
+            str(place),
+            f"Where you trust it, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}.",
+        )
+    else:
+        raise EnvironmentProblem.of(
+            f"the adapter's weights are missing: there is no {WEIGHTS}",
+            str(place),
+            "The folder is not whole: get it again, or train again.",
+        )
 
 
 def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path, console: Console) -> PeftModel:
@@ -71,6 +96,8 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
         weights = load_peft_weights(str(place), device="cpu")
         result = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise EnvironmentProblem.of(
             f"the adapter cannot be loaded onto {selected.place.name}: {first}",

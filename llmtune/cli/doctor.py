@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmtune import __version__
-from llmtune.run.environment import OFFLINE
+from llmtune.run.environment import offline_switches
 from llmtune.run.lock import hardware, package_versions
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
@@ -39,11 +40,14 @@ class Check:
     fix: str | None = None
 
 
-def examine(console: Console) -> dict[str, Any]:
+def examine(console: Console, switched_off: Sequence[str] | None = None) -> dict[str, Any]:
     """Look at this machine, print a table, and return the same as a dictionary.
 
-    `ready` says whether nothing is missing. Never raises for a library that is absent or broken.
+    `switched_off` names the user's own offline switches, where the process has set them all since. `ready` says whether
+    nothing is missing. Never raises for a library that is absent or broken.
     """
+    if switched_off is None:
+        switched_off = offline_switches()
     with console.status("importing the libraries"):
         device = _import("llmtune.model.device")  # first: it mutes what one library says while it is imported
         libraries = [_check_library(name) for name in PACKAGES]
@@ -53,7 +57,7 @@ def examine(console: Console) -> dict[str, Any]:
         checks += [_check_device(torch), check_threads(torch.get_num_threads(), count_cores())]
     if device is not None:
         checks.append(_check_number_formats(device))
-    checks += [_check_memory(device), _check_disk(), *_check_cache(), _check_network()]
+    checks += [_check_memory(device), _check_disk(), *_check_cache(), _check_network(switched_off)]
     _show(checks, console)
     ready = all(check.state != "missing" for check in checks)
     console.print("ready" if ready else "[bold red]something is missing[/]: type what stands behind the arrows")
@@ -180,9 +184,9 @@ def _check_cache() -> list[Check]:
     return checks
 
 
-def _check_network() -> Check:
+def _check_network(offline: Sequence[str]) -> Check:
     """Say what the settings are; nothing is sent to find out."""
-    if offline := [name for name in OFFLINE if os.environ.get(name, "0") not in {"", "0"}]:
+    if offline:
         return Check("network", "good", f"switched off by {offline[0]}; used only for what a recipe names on a hub")
     proxy = next((name for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY") if os.environ.get(name)), None)
     found = "used only for what a recipe names on a hub; --offline forbids it"

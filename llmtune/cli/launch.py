@@ -8,7 +8,8 @@ import typer
 
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
-from llmtune.cli.steps import read_recipe
+from llmtune.cli.steps import refuse_both
+from llmtune.recipe import load_recipe
 from llmtune.run.environment import names_remote, prepare_environment
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
@@ -35,13 +36,14 @@ def local(
     as_json: AsJson = False,
 ) -> None:
     """Run on this machine: prepare, select and evaluate once, train in N processes."""
-    loaded, out = read_recipe(recipe, out, sets or [])
+    refuse_both(resume, fresh)
+    loaded = load_recipe(recipe, sets or [])
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
     from llmtune.launch.local import local_trainer
     from llmtune.pipeline import run_pipeline
     from llmtune.work import Options
 
-    options = Options(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, dry_run=dry_run, until="run")
+    options = Options(out, resume, fresh, lock, offline, dry_run, until="run")
     trainer = local_trainer(processes, threads=threads)
     result = run_pipeline(loaded, options, stderr_console(), trainer=trainer)
     if as_json:

@@ -14,6 +14,7 @@ from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.recipe import json_schema, list_recipes, load_recipe, new_recipe
+from llmtune.run.files import explained
 
 app = typer.Typer(help="Recipes: list, show, new, check, schema.", no_args_is_help=True)
 
@@ -64,7 +65,8 @@ def new(
         return
     if out.exists():
         raise RecipeError.of("the file exists", str(out), "choose another name with --out")
-    out.write_text(text, encoding="utf-8")
+    with explained(out):
+        out.write_text(text, encoding="utf-8")
     stderr_console().print(f"wrote {out}; next: llmtune recipes check {out}")
 
 

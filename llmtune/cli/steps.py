@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe import LoadedRecipe, load_recipe
+from llmtune.recipe import load_recipe
 from llmtune.run.environment import names_remote, prepare_environment
 
 SUMMARIES = {
@@ -34,15 +35,19 @@ def _command(name: str) -> Callable[..., None]:
         offline: Offline = False,
         as_json: AsJson = False,
     ) -> None:
-        if resume and fresh:
-            raise RecipeError.of("--resume and --fresh exclude each other", fix="leave one of them away")
-        loaded, out = read_recipe(recipe, out, sets or [], run_allowed=name == "evaluate")
-        prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-        from llmtune.pipeline import run_pipeline
-        from llmtune.work import Options
+        refuse_both(resume, fresh)
+        if name == "evaluate" and Path(recipe).is_dir():
+            if out or resume or fresh or lock or dry_run:
+                raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
+            result = _evaluate_run(Path(recipe), sets or [], threads, offline)
+        else:
+            loaded = load_recipe(recipe, sets or [])
+            prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+            from llmtune.pipeline import run_pipeline
+            from llmtune.work import Options
 
-        options = Options(out=out, resume=resume, fresh=fresh, lock=lock, offline=offline, dry_run=dry_run, until=name)
-        result = run_pipeline(loaded, options, stderr_console())
+            options = Options(out, resume, fresh, lock, offline, dry_run, until=name)
+            result = run_pipeline(loaded, options, stderr_console())
         if as_json:
             print_json(result)
 
@@ -50,16 +55,20 @@ def _command(name: str) -> Callable[..., None]:
     return handled(command)
 
 
-def read_recipe(
-    name: str, out: Path | None, sets: list[str], *, run_allowed: bool = False
-) -> tuple[LoadedRecipe, Path | None]:
-    """Load a recipe; or, where a run folder is allowed, the recipe of that run and the folder itself as `out`."""
-    folder = Path(name)
-    if not (run_allowed and folder.is_dir()):
-        return load_recipe(name, sets), out
+def refuse_both(resume: bool, fresh: bool) -> None:
+    """Raise RecipeError for --resume beside --fresh."""
+    if resume and fresh:
+        raise RecipeError.of("--resume and --fresh exclude each other", fix="leave one of them away")
+
+
+def _evaluate_run(run: Path, sets: list[str], threads: int | None, offline: bool) -> dict[str, Any]:
     from llmtune.run.folder import read_run, recipe_of_run
 
-    return recipe_of_run(read_run(folder), sets), folder
+    loaded = recipe_of_run(read_run(run), sets)
+    prepare_environment(network=False, threads=threads)
+    from llmtune.pipeline import evaluate_run
+
+    return evaluate_run(loaded, run, stderr_console(), offline=offline)
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES}

@@ -9,7 +9,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
-from llmtune.run.environment import prepare_environment
+from llmtune.run.environment import offline_switches, prepare_environment
 
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
@@ -72,10 +72,11 @@ def chat(
 @handled
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, devices, memory and disk, and say what to type where something is missing."""
-    prepare_environment(network=True)
+    switched_off = offline_switches()
+    prepare_environment(network=False)
     from llmtune.cli.doctor import examine
 
-    found = examine(stderr_console())
+    found = examine(stderr_console(), switched_off)
     if as_json:
         print_json(found)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmtune.data import iterate_rows
+from llmtune.data.listing import Add, listed
 from llmtune.data.overlong import TOO_LONG
 from llmtune.errors import DataError, Problem
 from llmtune.records import Example, Examples, Row, Rows, Task
@@ -36,6 +35,7 @@ BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets ta
 SHOWN = 20
 RECORD = "examples.json"
 LEFT_OUT = "left_out.jsonl"
+AGAIN = "Run the recipe again: what is missing is made again."
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -82,7 +82,8 @@ def encode_rows(
     """Encode all rows into one Arrow file a side in `folder`; `examples.json` beside them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
-    and line, in `left_out.jsonl`. A row that `data.on_overlong` splits makes several examples with the same `row`.
+    and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
+    same `row`.
 
     Raises:
         DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
@@ -93,7 +94,7 @@ def encode_rows(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        with _progress(console) as progress, (folder / LEFT_OUT).open("w", encoding="utf-8") as left_out:
+        with _progress(console) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=sum(rows.counts.values()))
             for side in rows.files:
                 with _written(folder / f"{side}.arrow") as write:
@@ -104,7 +105,7 @@ def encode_rows(
                         tally.add(side, kept)
                         write(kept)
                         progress.advance(bar, len(batch))
-        _refuse(tally, rows, recipe, folder)
+        _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
         examples = _examples(tally, rows, folder)
         _save(examples)
     return examples
@@ -118,11 +119,9 @@ def load_examples(folder: Path) -> Examples:
     """
     record = read_json(folder / RECORD)
     if record is None:
-        raise DataError.of("no encoded examples here", str(folder), "Run `llmtune prepare` with --fresh.")
+        raise DataError.of("no encoded examples here", str(folder), AGAIN)
     files = {side: folder / name for side, name in record.pop("files").items()}
-    missing = [
-        Problem("missing", str(path), "Run again with --fresh.") for path in files.values() if not path.is_file()
-    ]
+    missing = [Problem("missing", str(path), AGAIN) for path in files.values() if not path.is_file()]
     DataError.collect(missing)
     return Examples(folder=folder, files=files, **record)
 
@@ -217,7 +216,7 @@ def _record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
 
 
 def _sort_out(
-    tally: _Tally, first: int, batch: Sequence[tuple[str, Row]], results: Sequence[list[Example] | str], left_out: Any
+    tally: _Tally, first: int, batch: Sequence[tuple[str, Row]], results: Sequence[list[Example] | str], left_out: Add
 ) -> list[tuple[int, Example]]:
     """Return the examples with the numbers of their rows; count and list the rows that were refused."""
     kept = []
@@ -225,7 +224,7 @@ def _sort_out(
         if not isinstance(result, str):
             kept += [(number, example) for example in result]
             continue
-        left_out.write(json.dumps({"where": origin, "reason": result}) + "\n")
+        left_out({"where": origin, "reason": result})
         too_long = result.startswith(TOO_LONG)
         tally.dropped[TOO_LONG if too_long else result] += 1  # counted without the length, which differs
         shown = tally.long_rows if too_long else tally.bad_rows
@@ -234,29 +233,24 @@ def _sort_out(
     return kept
 
 
-def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, folder: Path) -> None:
-    """Raise if what was left out is more than the recipe allows; its list goes where it outlives the error."""
+def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
+    """Raise if what was left out is more than the recipe allows."""
     too_long = tally.dropped[TOO_LONG]
-    listed = rows.folder / LEFT_OUT
-    try:
-        _refuse_long(tally, too_long, recipe, listed)
-        _refuse_bad(tally, too_long, rows, recipe, listed)
-        empty = [side for side, count in tally.counts.items() if not count and (rows.counts[side] or side == "train")]
-        fix = f"Give more rows, or raise data.max_length. All that were left out: {listed}."
-        DataError.collect(Problem(f"no row is left for {side}", fix=fix) for side in empty)
-    except DataError:
-        shutil.copyfile(folder / LEFT_OUT, listed)
-        raise
+    _refuse_long(tally, too_long, recipe, list_file)
+    _refuse_bad(tally, too_long, rows, recipe, list_file)
+    empty = [side for side, count in tally.counts.items() if not count and (rows.counts[side] or side == "train")]
+    fix = f"Give more rows, or raise data.max_length. All that were left out: {list_file}."
+    DataError.collect(Problem(f"no row is left for {side}", fix=fix) for side in empty)
 
 
-def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, listed: Path) -> None:
+def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) -> None:
     if too_long and recipe.data.on_overlong == "error":
         what = f"{too_long:,} of the rows have more tokens than data.max_length = {recipe.data.max_length}"
-        fix = f"Raise data.max_length, or set data.on_overlong to drop, truncate or split. All of them: {listed}."
+        fix = f"Raise data.max_length, or set data.on_overlong to drop, truncate or split. All of them: {list_file}."
         raise DataError(Problem(what, fix=fix), *tally.long_rows)
 
 
-def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, listed: Path) -> None:
+def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_file: Path) -> None:
     """Count what this half left out, and what the first half called bad, against `data.max_dropped`."""
     counted = sum(tally.dropped.values()) - (too_long if recipe.data.on_overlong == "drop" else 0)
     bad = counted + sum(count for reason, count in rows.dropped.items() if reason.startswith("bad"))
@@ -264,7 +258,7 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, listed
     if counted and bad > allowed * rows.rows_in:
         what = f"{bad:,} of {rows.rows_in:,} rows cannot be used: {bad / max(rows.rows_in, 1):.1%}"
         what += f", and data.max_dropped allows {allowed:.1%}"
-        fix = f"Mend them, or raise data.max_dropped. All of them: {listed}."
+        fix = f"Mend them, or raise data.max_dropped. All of them: {list_file}."
         shown = [*tally.bad_rows, *(tally.long_rows if recipe.data.on_overlong != "drop" else [])]
         raise DataError(Problem(what, fix=fix), *shown[:SHOWN])
 

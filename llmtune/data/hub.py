@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llmtune.data.read import RawRow
 from llmtune.errors import DataError, EnvironmentProblem
@@ -18,8 +20,11 @@ def dataset_name(source: Source) -> str | None:
     return source.path.removeprefix(HUB) if source.path.startswith(HUB) else None
 
 
+@cache
 def resolve_commit(name: str, revision: str | None) -> str:
     """Return the commit that `revision` (the newest, if None) stands for; offline, the one that is in the cache.
+
+    It is asked for once in a process, so that what is read is what was hashed.
 
     Raises:
         DataError: There is no such data set or revision, or it may not be read.
@@ -60,24 +65,36 @@ def read_hub(name: str, source: Source) -> Iterator[RawRow]:
     from datasets import load_dataset
     from huggingface_hub import constants
 
+    commit = resolve_commit(name, source.revision)
     streaming = source.limit is not None and not constants.HF_HUB_OFFLINE
     with _explained(name):
-        split = source.split or _only_split(name, source)
-        rows = load_dataset(name, source.config, split=split, revision=source.revision, streaming=streaming)
+        split = source.split or _only_split(name, source, commit)
+        rows = load_dataset(name, source.config, split=split, revision=commit, streaming=streaming)
+        if constants.HF_HUB_OFFLINE:
+            _check_cached(rows, name, commit)
         for number, row in enumerate(rows, 1):
             yield f"{HUB}{name}/{split}:row {number}", row
 
 
-def _only_split(name: str, source: Source) -> str:
+def _only_split(name: str, source: Source, commit: str) -> str:
     """Return `train`, or the only split there is."""
     from datasets import get_dataset_split_names
 
-    splits = get_dataset_split_names(name, source.config, revision=source.revision)
+    splits = get_dataset_split_names(name, source.config, revision=commit)
     if "train" in splits:
         return "train"
     if len(splits) == 1:
         return str(splits[0])
     raise DataError.of(f"there is no split 'train' but {', '.join(splits)}", HUB + name, "Say which with `split:`.")
+
+
+def _check_cached(rows: Any, name: str, commit: str) -> None:
+    """Refuse rows of another commit: offline, the library takes the ones that it made last, whatever is asked for."""
+    found = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if found - {commit}:
+        what = f"the cache holds the rows of another commit: {min(found)[:12]}, not {commit[:12]}"
+        fix = "Run once without --offline (HF_HUB_OFFLINE), or give a local file."
+        raise EnvironmentProblem.of(what, HUB + name, fix)
 
 
 @contextmanager

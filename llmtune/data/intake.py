@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmtune.data.formats import canonicalise, hash_content, rename, to_json
+from llmtune.data.listing import Add, listed
 from llmtune.data.messages import RowError
 from llmtune.data.read import Unreadable
 from llmtune.data.sources import Input
@@ -23,7 +24,6 @@ from llmtune.errors import DataError, Problem
 from llmtune.recipe import DataSection
 from llmtune.records import SIDES
 
-BAD_ROWS = "bad_rows.jsonl"
 SHOWN = 20
 
 
@@ -32,10 +32,11 @@ class Account:
     """How many rows were read, how many were bad by reason, and the first of those."""
 
     list_file: Path
+    add_line: Add
+    """Adds a line to `list_file`."""
     rows_in: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     first: list[Problem] = field(default_factory=list)
-    _file: IO[str] | None = None
 
     def add_bad(self, origin: str, error: RowError | Unreadable) -> None:
         """Count a bad row and put it into the list."""
@@ -43,14 +44,7 @@ class Account:
         what = f"{error.reason}: {error.detail}" if error.detail else error.reason
         if len(self.first) < SHOWN:
             self.first.append(Problem(what, origin))
-        if self._file is None:
-            self._file = self.list_file.open("w", encoding="utf-8", errors="backslashreplace")
-        self._file.write(json.dumps({"origin": origin, "reason": error.reason, "detail": error.detail}) + "\n")
-
-    def close(self) -> None:
-        """End the list of bad rows."""
-        if self._file is not None:
-            self._file.close()
+        self.add_line({"origin": origin, "reason": error.reason, "detail": error.detail})
 
     def problems(self) -> list[Problem]:
         """Return the first bad rows and where to find the others."""
@@ -68,7 +62,7 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 
 def read_inputs(
-    inputs: tuple[Input, ...], data: DataSection, task: str, spool: Spool, folder: Path, console: Console
+    inputs: tuple[Input, ...], data: DataSection, task: str, spool: Spool, list_file: Path, console: Console
 ) -> Account:
     """Read, check and canonicalise every row into `spool`.
 
@@ -77,26 +71,22 @@ def read_inputs(
         data: The recipe's section, for `split_by` and `max_dropped`.
         task: Whose canonical form is wanted.
         spool: Takes the good rows; open.
-        folder: Where the list of bad rows goes, if there are any.
+        list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
 
     Raises:
         DataError: A file cannot be read to its end, or the share of bad rows is above `max_dropped`.
     """
-    (folder / BAD_ROWS).unlink(missing_ok=True)
-    account = Account(folder / BAD_ROWS)
     problems: list[Problem] = []
     taken: Counter[int] = Counter()
-    with show_progress(console) as progress:
+    with show_progress(console) as progress, listed(list_file) as add_line:
+        account = Account(list_file, add_line)
         bar = progress.add_task("read rows", total=sum(one.size for one in inputs))
-        try:
-            for one in inputs:
-                try:
-                    _read_input(one, data, task, spool, account, taken, progress, bar)
-                except DataError as error:
-                    problems += error.problems
-        finally:
-            account.close()
+        for one in inputs:
+            try:
+                _read_input(one, data, task, spool, account, taken, progress, bar)
+            except DataError as error:
+                problems += error.problems
     if problems:
         raise DataError(*problems, *account.problems())
     _check_share(account, data.max_dropped)

@@ -31,6 +31,7 @@ from llmtune.records import SIDES, Row, Rows
 from llmtune.run.files import explained, read_json, write_json
 
 RECORD = "rows.json"
+BAD_ROWS = "bad_rows.jsonl"
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string()})
 
 
@@ -42,7 +43,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
 
     Args:
         recipe: Its `data` and `task` are used; paths are absolute.
-        folder: Gets `SIDE.rows.arrow`, `rows.json` and, if rows are bad, `bad_rows.jsonl` with all of them.
+        folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
         console: Shows progress, bad rows and what was left out.
 
     Raises:
@@ -57,7 +58,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
         with Spool(folder / ".spool.arrow") as spool:
-            account = read_inputs(found.inputs, data, task, spool, folder, console)
+            account = read_inputs(found.inputs, data, task, spool, folder.parent / BAD_ROWS, console)
             spool.close()
             index = spool.index()
             side_N, reason_N, notes = _decide(index, data, spool, console)
@@ -216,7 +217,7 @@ def load_rows(folder: Path) -> Rows:
     missing = [name for name in (record or {}).get("files", {}).values() if not (folder / name).is_file()]
     if not isinstance(record, Mapping) or missing:
         what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
-        raise DataError.of(what, str(folder), "Run `llmtune prepare` with --fresh.")
+        raise DataError.of(what, str(folder), "Run the recipe again: what is missing is made again.")
     return Rows(
         folder=folder,
         files={side: folder / name for side, name in record["files"].items()},

@@ -15,7 +15,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
@@ -34,6 +33,7 @@ Tools = list[dict[str, Any]] | None
 TODAY = datetime(2024, 7, 26)
 """What templates that write today's date are told, so that a run can be repeated: the date of Llama 3.1's template."""
 
+_TODAYS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _ANSWER = "The answer of the probe is 4217."
 _PROBE: Messages = ({"role": "user", "content": "What is the probe?"}, {"role": "assistant", "content": _ANSWER})
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
@@ -91,8 +91,8 @@ class ChatTemplate:
         return cast(str, text)
 
     def text(self, tools: Tools = None) -> str:
-        """Return the template itself, with today's date fixed; tokenizers may have another one for tools."""
-        return _fix_date(self.processor.get_chat_template(None, tools))
+        """Return the template itself; tokenizers may have another one for tools."""
+        return self.processor.get_chat_template(None, tools)
 
     @property
     def end_ids(self) -> list[int]:
@@ -108,6 +108,9 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
         EnvironmentProblem: there is no template, or it cannot be split into turns.
     """
     template = _unread(processor, recipe)
+    if "strftime_now(" in template.text():
+        what = "the template writes the day's date, so its prompts differ from day to day"
+        raise EnvironmentProblem.of(what, template.name, f"{_CURE} has a date in its place.")
     try:
         prompt = template.render(_PROBE[:1], answer_next=True)
         bare = template.render(_PROBE[:1])
@@ -211,6 +214,14 @@ def cut_turn(template: ChatTemplate, messages: Messages, tools: Tools, index: in
     return Turn(index, prompt, body + end, len(learned.encode()))
 
 
+def fix_date(template: str) -> str:
+    """Write the date of `TODAY` where a template asks for today's.
+
+    So it is part of the template, wherever that is saved, and the same on every day and in every program.
+    """
+    return _TODAYS.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+
+
 def specials(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the tokens that are no ordinary text, longest first."""
     known = {*processor.all_special_tokens, *processor.get_added_vocab()}
@@ -224,12 +235,6 @@ def _unread(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
         fix = f"{_CURE} suits the model, name a model that has one (often called Instruct), or use task: completion."
         raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
     return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
-
-
-@cache
-def _fix_date(template: str) -> str:
-    """Write the date of `TODAY` where a template asks for today's."""
-    return re.sub(r"strftime_now\((['\"])(.*?)\1\)", lambda call: repr(TODAY.strftime(call[2])), template)
 
 
 def _difference(template: ChatTemplate, prompt: str, whole: str) -> str:

@@ -188,15 +188,3 @@ def context_length(model: torch.nn.Module) -> int | None:
     config = cast(Any, model).config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def generate_text(
-    model: PreTrainedModel,
-    processor: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    task: Task,
-    prompt: str,
-    system: str | None = None,
-) -> str:
-    """Answer one prompt. Raises what `ChatSession.answer` raises."""
-    return "".join(ChatSession(model, processor, recipe, task).answer(prompt, system=system))

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.adapter import merge
+from llmtune.adapter.save import writing_weights
 from llmtune.deploy.parity import (
     LIMITS,
     Parity,
@@ -19,13 +20,15 @@ from llmtune.deploy.parity import (
     measure_effect,
     measure_parity,
     render_prompts,
+    serve_prompts,
     trace_answers,
 )
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
-from llmtune.model import load_processor, save_tokenizer
+from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
+from llmtune.model.memory import enough_memory
 from llmtune.records import AdaptedModel, Row, Task
-from llmtune.run.files import read_json, staged, write_json
+from llmtune.run.files import explained, read_json, staged, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +78,7 @@ def merge_model(
     Raises:
         RecipeError: unknown `onto` or `dtype`, or `out` holds something else.
         GateFailed: the merged model differs from what was trained by more than the limits.
-        EnvironmentProblem: what was saved cannot be loaded again.
+        EnvironmentProblem: what was saved cannot be loaded again; no room on disk or in memory, or no permission.
     """
     wanted = _check_arguments(adapted, out, onto, dtype)
     processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
@@ -87,13 +90,15 @@ def merge_model(
         effect = measure_effect(tuned, traces)
     device = str(tuned.device)
     failed = out.with_name(f"{out.name}.failed.json")
-    with staged(out) as folder:
+    memory = enough_memory(f"merging {adapted.selected.place.name}", device)
+    with explained(out), memory, staged(out) as folder:
         with console.status("merging and saving"):
             _save_merged(_merge(adapted, onto, wanted), processor, recipe, folder, wanted)
         with console.status("asking the merged model, read back from disk"):
             merged = _load_back(folder, recipe, device, wanted)
             saved = load_processor(replace(adapted.selected.place, path=folder), _as_saved(recipe))
-            parity = measure_parity(traces, merged, processor, render_prompts(task, saved, recipe, rows), effect)
+            made = [render_prompts(task, saved, recipe, rows), serve_prompts(task, folder, recipe, rows)]
+            parity = measure_parity(traces, merged, processor, made, effect)
         certificate = _certify(adapted, onto, wanted, kind, parity, folder)
         written = asdict(certificate)
         if not certificate.passed:
@@ -117,6 +122,9 @@ def _check_arguments(adapted: AdaptedModel, out: Path, onto: str, dtype: str) ->
         problems.append(Problem("the folder holds something else", str(out), "Choose another folder with --out."))
     elif out.exists() and not out.is_dir():
         problems.append(Problem("a file of this name is there", str(out), "Choose another folder with --out."))
+    inside = next(path for path in out.absolute().parents if path.exists())
+    if not inside.is_dir():
+        problems.append(Problem("a file stands where a folder is needed", str(inside), "Choose another --out."))
     RecipeError.collect(problems)
     return _trained_dtype(adapted) if dtype == "auto" else DTYPES[dtype]
 
@@ -152,7 +160,8 @@ def _save_merged(
     settings.max_new_tokens = None  # a server takes it for the most that anyone may ask for
     merged.generation_config = settings
     merged.config.dtype = wanted
-    merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    with writing_weights(folder):
+        merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     save_tokenizer(processor, folder)
 
 
@@ -168,6 +177,8 @@ def _load_back(folder: Path, recipe: Recipe, device: str, wanted: torch.dtype) -
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise EnvironmentProblem.of(f"the merged model cannot be loaded again: {error}", str(folder)) from error
     lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if lost:

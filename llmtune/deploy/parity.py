@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
-from llmtune.evaluate.generation import generate_batch, only_these_settings, stop_ids
+from llmtune.data.template import clean
+from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.records import Row, Task
 
 if TYPE_CHECKING:
@@ -90,11 +92,34 @@ def render_prompts(
     task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row] = ()
 ) -> list[list[int]]:
     """Return the ids of `PROMPTS`, and of `rows` without their answers, as the task makes them."""
+    return [task.render(row, processor, recipe) for row in _questions(task, rows)]
+
+
+def serve_prompts(task: Task, folder: Path, recipe: Recipe, rows: Sequence[Row] = ()) -> list[list[int]]:
+    """Return the same ids as a server makes them that knows the saved folder alone, by `apply_chat_template`."""
+    trust = recipe.model.trust_remote_code
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+    if task.name == "completion":
+        return render_prompts(task, tokenizer, recipe, rows)
+    texts = [
+        tokenizer.apply_chat_template(
+            clean(row["messages"]),
+            tools=row.get("tools"),
+            add_generation_prompt=True,
+            tokenize=False,
+            **recipe.model.chat_template_kwargs,
+        )
+        for row in _questions(task, rows)
+    ]
+    return [cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _questions(task: Task, rows: Sequence[Row]) -> list[Row]:
     if task.name == "completion":
         fixed: list[Row] = [{"prompt": text, "completion": ""} for text in PROMPTS]
     else:
         fixed = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
-    return [task.render(row, processor, recipe) for row in (*fixed, *(task.prompt(row)[0] for row in rows))]
+    return [*fixed, *(task.prompt(row)[0] for row in rows)]
 
 
 def trace_answers(
@@ -110,7 +135,7 @@ def trace_answers(
 
 def answer_greedily(model: PreTrainedModel, processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> list[int]:
     """Return the first `ANSWER_TOKENS` ids of the greedy answer."""
-    stops = stop_ids(model, processor)
+    stops = answer_ends(model, processor)
     settings = GenerationConfig(
         max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=stops or None, pad_token_id=processor.pad_token_id
     )
@@ -144,10 +169,10 @@ def measure_parity(
     traces: Sequence[Trace],
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    made: Sequence[Sequence[list[int]]],
     effect: float | None,
 ) -> Parity:
-    """Hold `model`, and the `prompts` that its own tokenizer makes, against what the other model said."""
+    """Hold `model`, and the prompts `made` with its own tokenizer in one way and another, against the other model."""
     kls, differences, agreed, answers = [], [], [], []
     for trace in traces:
         logits_TV = logits_over(model, [*trace.prompt, *trace.answer])
@@ -164,7 +189,7 @@ def measure_parity(
         kl_max=float(kl.max()),
         top1_agreement=float(torch.cat(agreed).float().mean()),
         answer_agreement=sum(answers) / len(answers),
-        same_ids=[list(trace.prompt) for trace in traces] == [list(prompt) for prompt in prompts],
+        same_ids=all(prompts == [list(trace.prompt) for trace in traces] for prompts in made),
         effect_kl=effect,
     )
 

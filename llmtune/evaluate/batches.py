@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from llmtune.errors import EnvironmentProblem
+from llmtune.model import is_out_of_memory
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
 GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
 """Positions in one batch of generated answers, prompt and answer: only keys and values are kept of them."""
-_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 
 
 def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
@@ -26,7 +27,9 @@ def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int
         batch = left[: batch_size(lengths[left[0]], budget)]
         try:
             work(batch)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            left = left[len(batch) :]
+            continue
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
@@ -35,9 +38,7 @@ def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int
                     fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
                 ) from None
             budget = lengths[left[0]] * (len(batch) // 2)
-            release_memory()
-            continue
-        left = left[len(batch) :]
+        release_memory()  # here the error does not hold the batch's tensors any more
 
 
 def batch_size(longest: int, budget: int) -> int:
@@ -45,13 +46,9 @@ def batch_size(longest: int, budget: int) -> int:
     return max(1, budget // max(1, longest))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether torch ran out of memory, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in _CPU_MESSAGES)
-
-
 def release_memory() -> None:
-    """Hand cached GPU memory back."""
+    """Let go of what nobody holds (a model's modules refer to one another), and hand cached GPU memory back."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.errors import DataError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MOST_CHOICES = 20
 LONGEST_CHOICE = 80
 """Characters of an answer that still counts as one of a few."""
+SLICE_CHARACTERS = 1_000_000
+"""What is encoded at once: the tokenizer's offsets take 50 times the text."""
 ROWS_A_CHOICE = 2
 """Answers that appear less often than this on average are not a list of choices."""
 SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-turn included, not divided by length"
@@ -62,11 +64,28 @@ def grow_trees(
     The scored tokens are those of the last supervised span: with `train_on: last`, exactly the answer.
     """
     last = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
-    rows = [with_answer(prompt, choice) for prompt in prompts for choice in choices]
-    encoded = task.encode(rows, processor, last)
-    assert len(encoded) == len(rows)
     width = len(choices)
-    return [grow_one(encoded[start : start + width]) for start in range(0, len(rows), width)]
+    trees: list[Tree | None] = []
+    for part in _slices(prompts, width):
+        rows = [with_answer(prompt, choice) for prompt in part for choice in choices]
+        encoded = task.encode(rows, processor, last)
+        assert len(encoded) == len(rows)
+        trees += [grow_one(encoded[start : start + width]) for start in range(0, len(rows), width)]
+    return trees
+
+
+def _slices(prompts: Sequence[Row], width: int) -> Iterator[list[Row]]:
+    """Cut prompts into parts that, each written `width` times, keep memory flat."""
+    part: list[Row] = []
+    characters = 0
+    for prompt in prompts:
+        part.append(prompt)
+        characters += width * len(str(prompt))
+        if characters > SLICE_CHARACTERS:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
 
 
 def grow_one(encoded: Sequence[list[Example] | str]) -> Tree | None:

@@ -57,6 +57,7 @@ def evaluate(
     for name in MODELS:
         with models[name]() as model:
             answers[name] = answer(model, name, plan, task, processor, recipe, console, device)
+        del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
     if folder is not None:
         save_predictions(folder, plan, answers["base"], answers["tuned"])

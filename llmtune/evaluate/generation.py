@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import GenerationConfig
 
-from llmtune.data.template import stop_ids as end_of_turn_ids
+from llmtune.data.template import stop_ids
 from llmtune.evaluate.batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.loss import unwrap
 
@@ -27,12 +27,12 @@ def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBa
     wanted = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
     if wanted["do_sample"]:
         wanted.setdefault("top_k", 0)  # transformers draws among 50 unless told otherwise
-    stops = stop_ids(model, processor, recipe)
+    stops = answer_ends(model, processor, recipe)
     pad = processor.pad_token_id if processor.pad_token_id is not None else (stops or [0])[0]
     return GenerationConfig(**wanted, eos_token_id=stops or None, pad_token_id=pad, use_cache=True)
 
 
-def stop_ids(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> list[int]:
+def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> list[int]:
     """Return the ids that end an answer.
 
     They are the tokenizer's end of text, what the model names as its own, and, where a chat recipe is given, what the
@@ -40,7 +40,7 @@ def stop_ids(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe:
     """
     named = getattr(unwrap(model), "generation_config", None)
     own = getattr(named, "eos_token_id", None)
-    turn = end_of_turn_ids(processor, recipe) if recipe is not None and recipe.task == "chat" else []
+    turn = stop_ids(processor, recipe) if recipe is not None and recipe.task == "chat" else []
     ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own]), *turn]
     return sorted({int(i) for i in ids if i is not None})
 
@@ -60,7 +60,7 @@ def generate_texts(
     recipe's seed and leave torch's generators as they were.
     """
     settings = generation_settings(model, processor, recipe)
-    stops = set(stop_ids(model, processor, recipe))
+    stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
     texts = [""] * len(prompts)
 

@@ -46,6 +46,7 @@ def numbers(values: dict[str, Any]) -> dict[str, Any]:
 def save_predictions(folder: Path, plan: Plan, base: Answers, tuned: Answers) -> None:
     """Write a line a test row: where it stands, prompt, reference, and what either model made of it."""
     sides = {"base": base, "tuned": tuned}
+    # Nothing is redacted: these are the user's own rows, whole, beside the copy in `data/`; a report is passed on.
     lines = [json.dumps(plain(describe_row(i, plan, sides)), ensure_ascii=False) for i in range(len(plan.rows))]
     with explained(folder):
         write_text(folder / PREDICTIONS, "".join(line + "\n" for line in lines))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from llmtune.evaluate.batches import is_out_of_memory, run_in_batches
+from llmtune.evaluate.batches import run_in_batches
+from llmtune.model import is_out_of_memory
 from llmtune.model.loss import predicted_logits, unwrap
 
 PREFIX, PADDING = 0, -1

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.launch.worker import PARENT, RESULTS
 from llmtune.run.files import read_json
+from llmtune.work import trained_name
 
 if TYPE_CHECKING:
     from llmtune.pipeline import Trainer
@@ -42,10 +44,9 @@ class WorkerBug(RuntimeError):
 def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
     """Return what the pipeline trains with: adapt and train in `processes` workers, all else stays in the parent."""
 
-    def trainer(work: Work, place: ModelPlace, examples: Examples, inputs: str) -> None:
-        name = "weights" if work.recipe.adapter.method == "full" else "adapter"
+    def trainer(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
         work.begin("train")
-        with work.folder.step("train", inputs, [name]) as facts:
+        with work.folder.step("train", train_inputs, [trained_name(work.recipe)]) as facts:
             found = launch_local(
                 [str(work.folder.path)],
                 processes,
@@ -53,9 +54,10 @@ def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
                 threads=threads,
                 on_notes=lambda notes: work.folder.note(**notes),
             )
+            # Inside: once training counts as done, nothing would note adapt any more.
+            with work.folder.step("adapt", adapt_inputs) as adapted:
+                adapted |= found["adapt"]
             facts |= found["train"]
-        with work.folder.step("adapt", inputs) as facts:
-            facts |= found["adapt"]
 
     return trainer
 
@@ -114,6 +116,8 @@ def _check_devices(processes: int) -> None:
 
 
 def _configure(processes: int, place: str) -> LaunchConfig:
+    late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
+    known = {field.name for field in fields(LaunchConfig)}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -124,7 +128,7 @@ def _configure(processes: int, place: str) -> LaunchConfig:
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=place),
-        shutdown_timeout=SAVE_SECONDS,
+        **{name: value for name, value in late.items() if name in known},
     )
 
 

@@ -90,8 +90,9 @@ def train_run(run: str) -> dict[str, Any]:
         console,
         budget=folder.findings["micro_batch_tokens"],
         on_budget=lambda tokens: note(micro_batch_tokens=tokens),
+        inputs=folder.manifest["steps"]["train"]["inputs"],
     )
-    return {"adapt": adapt, "train": {**vars(trained), "adapter": trained.adapter.name}}
+    return {"adapt": adapt, "train": trained.as_facts()}
 
 
 def _find(entry: str) -> Callable[..., Any]:

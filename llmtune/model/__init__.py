@@ -2,18 +2,20 @@
 
 from llmtune.model import quiet  # noqa: F401  # first: it mutes a library
 from llmtune.model.catalogue import locate
-from llmtune.model.device import compute_context, pick_device, resolve_dtype
+from llmtune.model.device import compute_context, is_out_of_memory, pick_device, resolve_dtype
 from llmtune.model.load import load_model
 from llmtune.model.loss import causal_loss, predicted_logits
-from llmtune.model.plan import check_memory, micro_batch_tokens, plan_memory
+from llmtune.model.plan import check_context, check_memory, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.rank import Ranking, rank_candidates
 
 __all__ = [
     "Ranking",
     "causal_loss",
+    "check_context",
     "check_memory",
     "compute_context",
+    "is_out_of_memory",
     "load_model",
     "load_processor",
     "locate",

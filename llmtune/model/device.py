@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +12,18 @@ import torch
 
 from llmtune.errors import RecipeError
 
+_ALLOCATOR_WORDS = (
+    "can't allocate memory",  # torch's CPU allocator
+    "cannot allocate memory",  # the system's word for ENOMEM
+    "not enough memory",
+    "out of memory",  # CUDA errors that are not torch.OutOfMemoryError, e.g. from cuBLAS
+    "bad allocation",
+    "bad_alloc",
+    "could not create a memory object",  # oneDNN
+    "could not create a primitive",
+    "failed to allocate",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED
+)
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -49,6 +62,19 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.split(":")[0], dtype=dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether `error` means that memory ran out on the device or the host.
+
+    What to catch before asking: MemoryError, RuntimeError (torch.OutOfMemoryError is one) and OSError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in text for words in _ALLOCATOR_WORDS)
 
 
 def memory_limit(device: str) -> int | None:

@@ -46,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def hash_folder(folder: Path) -> str:
+def hash_model(folder: Path) -> str:
     """Return the sha256 over names and sha256 of all files that decide what the model computes.
 
     A file of the hub's cache that is named by its own sha256 is not read again.
@@ -133,7 +133,7 @@ def _check_weights(folder: Path, use_safetensors: bool) -> None:
         return
     found = sorted(folder.glob("*.safetensors"))
     if found:
-        EnvironmentProblem.collect(problem for path in found for problem in _check_safetensors(path))
+        EnvironmentProblem.collect(problem for path in found for problem in check_safetensors(path))
         return
     pickled = sorted({path.name for pattern in _PICKLED for path in folder.glob(pattern)})
     if not pickled:
@@ -163,13 +163,13 @@ def _check_shards(folder: Path, index: Path) -> Iterator[Problem]:
     for name in sorted(set(map(str, weight_map.values()))):
         path = folder / name
         if path.is_file():
-            yield from _check_safetensors(path)
+            yield from check_safetensors(path)
         else:
             fix = "The model is not complete: get this file from where the model comes from."
             yield Problem(f"is missing, and {index.name} names it", str(path), fix)
 
 
-def _check_safetensors(path: Path) -> Iterator[Problem]:
+def check_safetensors(path: Path) -> Iterator[Problem]:
     """Compare the header of a safetensors file with its size (https://github.com/huggingface/safetensors#format)."""
     fix = "The file is damaged or its download was cut: get it again from where the model comes from."
     size = path.stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -34,8 +34,11 @@ def download_model(
 ) -> tuple[Path, str]:
     """Return the local snapshot of hub model `name` at `model.revision`, and its commit; downloads what is missing.
 
+    With HF_HUB_OFFLINE set it is as with `offline`: what the hub's local cache holds is taken.
+
     Raises EnvironmentProblem: not found, gated, no network; RecipeError: no such revision, pickled weights alone.
     """
+    offline = offline or is_offline_mode()
     try:
         if not offline:
             _refuse_pickles(name, model)
@@ -91,7 +94,8 @@ def _explain(error: Exception, name: str, revision: str, offline: bool, suggesti
         fix = f"{suggestion} A private model needs `hf auth login`."
         return EnvironmentProblem.of(f"there is no folder and no public hub model '{name}'", where, fix)
     if offline or isinstance(error, OfflineModeIsEnabled):
-        fix = f"{suggestion} Without --offline it is downloaded once; a local folder or builtin:NAME needs no network."
+        switch = "--offline and HF_HUB_OFFLINE"
+        fix = f"{suggestion} Without {switch} it is downloaded once; a local folder or builtin:NAME needs no network."
         return EnvironmentProblem.of(f"'{name}' is no local folder and not in the hub's local cache", where, fix)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no"

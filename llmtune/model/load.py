@@ -11,8 +11,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.attention import PACKED, choose_attention, install_packed
-from llmtune.model.device import resolve_dtype
+from llmtune.model.device import is_out_of_memory, resolve_dtype
 from llmtune.model.isolation import prove_isolation
+from llmtune.model.memory import enough_memory
 from llmtune.model.plan import plan_memory
 from llmtune.model.skeleton import build_skeleton, find_class, first_line, head_names
 from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
@@ -38,9 +39,23 @@ def load_model(
     in the resolved format. The embedding grows to the tokens of `processor`.
 
     Raises:
-        EnvironmentProblem: the weights cannot be loaded, or some are missing.
+        EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
         RecipeError: the model does not do this task, or cannot keep packed rows apart.
     """
+    with enough_memory(f"loading {place.name}", device):
+        return _load(place, recipe, task, processor, device, training, plan, console)
+
+
+def _load(
+    place: ModelPlace,
+    recipe: Recipe,
+    task: Task,
+    processor: PreTrainedTokenizerBase,
+    device: str,
+    training: bool,
+    plan: MemoryPlan | None,
+    console: Console | None,
+) -> SelectedModel:
     model_class, config = find_class(place, recipe, task)
     attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation)
     if reason and console is not None:
@@ -121,7 +136,7 @@ def _load_weights(
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise EnvironmentProblem.of(
             f"the weights cannot be loaded: {first_line(error)}",

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.device import memory_limit, resolve_dtype
 from llmtune.model.skeleton import build_skeleton, find_class, head_names, linear_shapes
 from llmtune.records import MemoryPlan, ModelPlace, Task
@@ -64,6 +64,16 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
     }
     fixed = sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
     return MemoryPlan(parts, fixed + _logit_bytes(shape, weight_bytes), memory_limit(device), device)
+
+
+def check_context(place: ModelPlace, recipe: Recipe, task: Task, longest: int) -> None:
+    """Raise DataError if a row of `longest` tokens is longer than the model's context."""
+    _, config = find_class(place, recipe, task)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        what = f"a row has {longest:,} tokens, and the context of {place.name} is {context:,}"
+        fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
+        raise DataError.of(what, "data.max_length", fix)
 
 
 def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection) -> Shape:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from llmtune.data.template import fix_date
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.skeleton import UNREADABLE, first_line, read_model_config
 from llmtune.records import ModelPlace
@@ -20,7 +21,7 @@ _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBacke
 
 
 def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied.
+    """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied, and the template's date fixed.
 
     The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
     end token stays supervised.
@@ -49,6 +50,7 @@ def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenize
         tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(model.chat_template))
+    tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
     if model.add_tokens:
         _add_tokens(tokenizer, list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -80,6 +82,13 @@ def _read_template(path: Path) -> str:
         raise RecipeError.of(
             f"the chat template {path} cannot be read: {error}", "model.chat_template", "Name a Jinja file in UTF-8."
         ) from None
+
+
+def _with_fixed_date(template: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """Fix the date in the template, or in each of several that go by name."""
+    if isinstance(template, dict):
+        return {name: fix_date(text) for name, text in template.items()}
+    return template if template is None else fix_date(template)
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from llmtune.recipe.gates import Gate, parse_gate
 from llmtune.recipe.jsonschema import json_schema
-from llmtune.recipe.load import LoadedRecipe, load_recipe
+from llmtune.recipe.load import LoadedRecipe, keep_origins, load_recipe
 from llmtune.recipe.reference import recipe_reference
 from llmtune.recipe.schema import (
     CompletionSection,
@@ -34,6 +34,7 @@ __all__ = [
     "TrainSection",
     "find_recipe",
     "json_schema",
+    "keep_origins",
     "list_recipes",
     "load_recipe",
     "new_recipe",

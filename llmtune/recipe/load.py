@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmtune.recipe.check import check
 from llmtune.recipe.layers import apply_sets, read_layers
-from llmtune.recipe.origins import list_origins
+from llmtune.recipe.origins import list_origins, restore_origins
 from llmtune.recipe.paths import make_absolute
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules import find_all
@@ -74,6 +74,16 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
         fingerprint=fingerprint(written),
         without_effect=frozenset(finding.key for finding in find_all(recipe, Places(root, everything=True))),
     )
+
+
+def keep_origins(loaded: LoadedRecipe, text: str) -> LoadedRecipe:
+    """Give values the origins that stand as comments in `text`, the resolved recipe that `loaded` was loaded from.
+
+    What `--set` changed keeps `--set`; a value without a comment keeps its place in the file.
+
+    Raises RecipeError if `text` is not YAML.
+    """
+    return replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
 
 
 def fill_metrics(recipe: Recipe) -> Recipe:

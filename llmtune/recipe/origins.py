@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from llmtune.recipe.places import Places
+from llmtune.recipe.layers import SET
+from llmtune.recipe.places import DEFAULT, Places
+from llmtune.recipe.reader import parse_yaml
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section
 
@@ -32,3 +35,20 @@ def list_origins(recipe: Recipe, places: Places) -> dict[str, str]:
                 at, found = places.find([*key.split("."), name])
                 origins[f"{key}.{name}"] = at.origin if found else origins[key]
     return origins
+
+
+def restore_origins(origins: Mapping[str, str], recipe: Recipe, text: str) -> dict[str, str]:
+    """Return origins with those that stand as comments in `text`, a resolved recipe, but for what was set anew."""
+    lines = text.splitlines()
+    places = list_origins(recipe, Places(parse_yaml(text, "", Path())))
+    notes = {key: note for key, place in places.items() if place != DEFAULT and (note := _note(lines, place))}
+    for key, value in walk(recipe):
+        if isinstance(value, dict) and value and f"{key}.{[*value][-1]}" in notes:
+            notes[key] = notes[f"{key}.{[*value][-1]}"]  # a mapping says it behind its items
+    return {key: origin if origin == SET else notes.get(key, origin) for key, origin in origins.items()}
+
+
+def _note(lines: Sequence[str], place: str) -> str:
+    """Return the comment that ends the line at `:line`; empty if there is none."""
+    line = lines[int(place.removeprefix(":")) - 1]
+    return line.rpartition("  # ")[2] if "  # " in line else ""

@@ -123,11 +123,10 @@ def lora_findings(recipe: Recipe) -> Iterator[Finding]:
     """Yield combinations that PEFT does not do."""
     adapter = recipe.adapter
     start = adapter.init_lora_weights
-    if adapter.method == "qlora" and isinstance(start, str) and start.startswith("pissa"):
+    if adapter.method == "qlora" and isinstance(start, str) and start.startswith(("pissa", "olora")):
         what = f"'adapter.init_lora_weights' is '{start}', which needs weights that are not quantised"
-        yield Finding(
-            "adapter.init_lora_weights", what, "Use method lora, or olora to start from.", ("adapter.method",)
-        )
+        fix = "Use adapter.method: lora with it, or leave it out."
+        yield Finding("adapter.init_lora_weights", what, fix, ("adapter.method",))
     for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
         value = getattr(adapter, name)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():

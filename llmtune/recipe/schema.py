@@ -33,7 +33,8 @@ class Source(Section):
     revision: str | None = Field(
         default=None,
         min_length=1,
-        description="Branch, tag or commit of a hub data set. Default none: the newest; the lock pins it.",
+        description="Branch, tag or commit of a hub data set. Default none: the newest. The lock "
+        "file notices when it has changed; a commit keeps it still.",
     )
     format: Format | None = Field(
         default=None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.report.charts import bar_chart, interval_chart, line_chart
 from llmtune.report.numbers import DASH, chance, count, duration, missing, score, share, signed, size
-from llmtune.report.verdict import CHOICE, LOWER_IS_BETTER, direction
+from llmtune.report.verdict import CHOICE, FEWEST_ROWS, HARMED, HELPED, LOWER_IS_BETTER, MIXED, direction
 
 Facts = Mapping[str, Any]
 METRIC_NOTES = {
@@ -23,7 +23,13 @@ METRIC_NOTES = {
     "chrf": "character n-grams in common, 0 to 100",
     CHOICE: "reference is the likeliest answer; does not depend on wording",
 }
-HEADLINES = (CHOICE, "exact_match", "rougeL", "chrf", "accuracy", "loss")
+HEADLINES = (
+    *(CHOICE, "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "accuracy"),
+    *("loss", "bits_per_byte", "perplexity"),
+)
+"""Metrics by how much they say to a person."""
+TOLD = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
+"""Directions of a difference that bear a verdict out."""
 SIDES = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
 
@@ -35,7 +41,7 @@ def make_view(report: Facts) -> dict[str, Any]:
         "version": report.get("llmtune", ""),
         "chips": chips(report),
         "verdict": report["verdict"],
-        "headline": headline(report.get("evaluation")),
+        "headline": headline(report.get("evaluation"), report["verdict"]["word"]),
         "gates": report.get("gates") or [],
         "gates_passed": all(gate["passed"] for gate in report.get("gates") or []),
         "gate_note": gate_note(report.get("gates") or []),
@@ -73,12 +79,14 @@ def gate_note(gates: Sequence[Facts]) -> str:
     return f"{failed} of {len(gates)} {words} failed" if failed else f"{len(gates)} {words} passed"
 
 
-def headline(evaluation: Facts | None) -> dict[str, str] | None:
-    """The one score that says most, big."""
+def headline(evaluation: Facts | None, word: str) -> dict[str, str] | None:
+    """The one score that says most, big: one of those that bear the verdict `word` out, if there are any."""
     if not evaluation or not evaluation.get("difference"):
         return None
     found = evaluation["difference"]
-    metric = next((name for name in HEADLINES if name in found), next(iter(found)))
+    ranked = sorted(found, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+    telling = [name for name in ranked if _bears_out(name, found[name], word)]
+    metric = (telling or ranked)[0]
     low, high = found[metric]["interval"]
     kind = {1: "better", -1: "worse", 0: "unsure"}[direction(metric, (low, high))]
     return {
@@ -89,6 +97,10 @@ def headline(evaluation: Facts | None) -> dict[str, str] | None:
         "interval": interval(low, high),
         "kind": kind,
     }
+
+
+def _bears_out(metric: str, change: Facts, word: str) -> bool:
+    return change["n"] >= FEWEST_ROWS and direction(metric, change["interval"]) in TOLD.get(word, ())
 
 
 def scores(evaluation: Facts | None) -> list[dict[str, Any]]:

@@ -6,8 +6,10 @@ import logging
 import os
 from pathlib import Path
 
+from llmtune.errors import EnvironmentProblem
 from llmtune.recipe import Recipe, Source
 
+LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -34,16 +36,32 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
 
 
+def offline_switches() -> list[str]:
+    """Names of the libraries' offline switches that are on."""
+    return [name for name in OFFLINE if os.environ.get(name, "0") not in {"", "0"}]
+
+
+def refuse_network(recipe: Recipe, *, offline: bool) -> None:
+    """Raise EnvironmentProblem where --offline meets a tracker that sends numbers elsewhere; caches need no network."""
+    trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
+    if offline and trackers:
+        what = f"{', '.join(trackers)} would send numbers over the network, which --offline forbids"
+        raise EnvironmentProblem.of(
+            what, "train.report_to", "leave it out (--set train.report_to=[]) or --offline away"
+        )
+
+
 def names_remote(recipe: Recipe) -> bool:
     """Whether the recipe names a model or data on a hub, or a tracker that sends numbers elsewhere."""
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
     sides = (recipe.data.train, recipe.data.validation, recipe.data.test)
     sources = [source for side in sides if isinstance(side, tuple) for source in side]
-    remote_trackers = set(recipe.train.report_to) - {"tensorboard"}
-    return any(map(_is_remote_model, models)) or any(map(_is_remote_source, sources)) or bool(remote_trackers)
+    remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
+    return any(map(is_remote_model, models)) or any(map(_is_remote_source, sources)) or bool(remote_trackers)
 
 
-def _is_remote_model(name: str) -> bool:
+def is_remote_model(name: str) -> bool:
+    """Whether a model's name is that of a hub."""
     return not name.startswith("builtin:") and not Path(name).exists()
 
 

@@ -17,6 +17,7 @@ from llmtune.errors import EnvironmentProblem
 
 BLOCK_BYTES = 1 << 20
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,7 +101,7 @@ def hash_value(value: Any) -> str:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk or a refused permission under `path` into an error that says what to do."""
+    """Turn a full disk, or a place where one cannot write, into an error that says what to do."""
     try:
         yield
     except OSError as error:
@@ -108,9 +109,9 @@ def explained(path: Path) -> Iterator[None]:
             free = shutil.disk_usage(_existing(path)).free
             what = f"the disk is full: {free / 1e6:.0f} MB free"
             raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        if error.errno in NO_PLACE:
             what = f"cannot write: {error.strerror}"
-            fix = "choose another folder with --out, or change its permissions"
+            fix = "choose another place with --out, or change its permissions"
             raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
         raise
 

@@ -9,18 +9,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.recipe import LoadedRecipe, load_recipe
+from llmtune.recipe import LoadedRecipe, keep_origins, load_recipe
 from llmtune.records import StepTiming
 from llmtune.run.files import explained, hash_file, hash_folder, read_json, write_json
 from llmtune.run.meter import Meter
 
 MANIFEST = "run.json"
 OWN = ("data", "model", "adapter", "weights", "checkpoints", "trackers", "evaluation", "merged")
-OWN_FILES = ("metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml", "recipe.yaml", "llmtune.lock")
+OWN_FILES = (
+    "metrics.jsonl",
+    "merged.failed.json",
+    "report.html",
+    "report.md",
+    "report.json",
+    "junit.xml",
+    "recipe.yaml",
+    "llmtune.lock",
+)
 LATER_FIX = "of a run only evaluate, generation and deploy can be set; else run the recipe itself"
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
 
@@ -116,24 +125,35 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
         RecipeError: the folder belongs to another recipe, holds something else, or `resume` finds nothing.
         EnvironmentProblem: it cannot be written, or another process works in it.
     """
-    known = read_json(path / MANIFEST)
-    _refuse_foreign(path, known, fingerprint, resume)
     with explained(path):
+        if path.exists() and not path.is_dir():
+            raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
+        if not (path / MANIFEST).exists():
+            _refuse_foreign(path, None, fingerprint, resume)
         path.mkdir(parents=True, exist_ok=True)
-        hold = (path / ".lock").open("a")
-    with hold:
-        try:
-            fcntl.flock(hold, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            what = "another llmtune process works in this folder"
-            raise EnvironmentProblem.of(what, str(path), "wait for it, or choose another folder with --out") from None
-        if fresh:
-            _clear(path)
-            known = None
-        folder = RunFolder(path, known or {"fingerprint": fingerprint, "steps": {}, "findings": {}})
-        folder.manifest["llmtune"] = __version__
-        folder.write()
-        yield folder
+        with (path / ".lock").open("a") as hold:
+            _hold(hold, path)
+            known = read_json(path / MANIFEST)
+            _refuse_foreign(path, known, fingerprint, resume)
+            _clear(path, everything=fresh)
+            new = {"fingerprint": fingerprint, "steps": {}, "findings": {}}
+            folder = RunFolder(path, new if fresh or known is None else known)
+            folder.manifest["llmtune"] = __version__
+            folder.write()
+            yield folder
+
+
+def _hold(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        what = "another llmtune process works in this folder"
+        raise EnvironmentProblem.of(what, str(path), "wait for it, or choose another folder with --out") from None
+
+
+def look_at_run(path: Path) -> RunFolder:
+    """Look at what a folder holds without opening it; nothing, if it is no run."""
+    return RunFolder(path, read_json(path / MANIFEST) or {"fingerprint": "", "steps": {}, "findings": {}})
 
 
 def read_run(path: Path) -> RunFolder:
@@ -150,25 +170,30 @@ def read_run(path: Path) -> RunFolder:
 
 
 def _refuse_foreign(path: Path, known: dict[str, Any] | None, fingerprint: str, resume: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
     if known is not None and known["fingerprint"] != fingerprint:
         what = f"this folder holds the run of another recipe ({known['fingerprint'][:8]}, not {fingerprint[:8]})"
         raise RecipeError.of(what, str(path), "choose another folder with --out, or leave --out away")
     if known is None and path.is_dir():
-        strange = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock")
-        if strange and not set(strange) <= {*OWN, *OWN_FILES}:
+        names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+        strange = sorted(names - {*OWN, *OWN_FILES})
+        if strange:
             what = f"this folder is not empty and not a run: it holds {', '.join(strange[:3])}"
             raise RecipeError.of(what, str(path), "choose an empty or new folder with --out")
     if resume and not (known and known["steps"]):
         raise RecipeError.of("nothing to resume", str(path), "leave --resume away to start")
 
 
-def _clear(path: Path) -> None:
-    for name in OWN:
-        shutil.rmtree(path / name, ignore_errors=True)
-    for name in (*OWN_FILES, MANIFEST):
-        (path / name).unlink(missing_ok=True)
+def _clear(path: Path, *, everything: bool) -> None:
+    """Sweep what a process that was killed left half-written; with `everything`, the whole run."""
+    for place in (path, path / "data"):
+        for pattern in (".*.tmp", ".*.new", ".*.old"):
+            for left in place.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if everything:
+        for name in OWN:
+            shutil.rmtree(path / name, ignore_errors=True)
+        for name in (*OWN_FILES, MANIFEST):
+            (path / name).unlink(missing_ok=True)
 
 
 def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:
@@ -179,7 +204,8 @@ def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:
     """
     strange = [Problem(f"--set {item}: this would be another run", fix=LATER_FIX) for item in sets if not _later(item)]
     RecipeError.collect(strange)
-    loaded = load_recipe(str(folder.path / "recipe.yaml"), sets)
+    path = folder.path / "recipe.yaml"
+    loaded = keep_origins(load_recipe(str(path), sets), path.read_text(encoding="utf-8"))
     return replace(loaded, fingerprint=folder.manifest["fingerprint"])
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.run.files import read_json, write_json
 
 LOCK = "llmtune.lock"
@@ -74,21 +74,11 @@ def own_pins(folder: Path) -> Pins | None:
     return read_pins(folder / LOCK) if (folder / LOCK).exists() else None
 
 
-def check_pins(wanted: Pins, found: Pins, where: Path) -> None:
-    """Compare what a lock holds with what was found.
-
-    Raises:
-        EnvironmentProblem: model or data differ from the lock.
-    """
-    problems = [
-        Problem(f"{what} differs from the lock: {was[:12]} there, {now[:12]} here", str(where), fix)
-        for what, was, now, fix in (
-            ("the model's content", wanted.model_hash, found.model_hash, "restore the model, or leave --lock away"),
-            ("the data's content", wanted.data_hash, found.data_hash, "restore the data, or leave --lock away"),
-        )
-        if was != now
-    ]
-    EnvironmentProblem.collect(problems)
+def check_pin(what: str, wanted: str, found: str) -> None:
+    """Raise EnvironmentProblem if what was found is not what a lock holds."""
+    if wanted != found:
+        fix = "put back what it was, or leave --lock away"
+        raise EnvironmentProblem.of(f"{what} differs from the lock: {wanted[:12]} there, {found[:12]} here", LOCK, fix)
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.run.files import hash_file
+from llmtune.train.progress import METRICS
 from llmtune.train.state import TrainState
 
 WEIGHTS = "trainable.safetensors"
@@ -169,15 +170,18 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, fingerprint: str, console: Console) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole; each one that is passed over is named aloud.
+    """Return the newest checkpoint that is whole.
 
-    Checkpoints of other data or settings are put aside into `checkpoints/other-...`.
+    A damaged one that is passed over is moved to `damaged-step-N`, those of other data or settings to `other-...`;
+    both are said aloud. What then bears the name of a checkpoint is what training goes on from, or older.
     """
     for folder in list_checkpoints(checkpoints):
         found = read_checkpoint(folder)
         if isinstance(found, Damage):
+            aside = _move(folder, checkpoints / f"damaged-{folder.name}")
             console.print(
-                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({found.reason}); the one before it is used.[/]"
+                f"[yellow]Checkpoint {escape(str(folder))} is damaged ({found.reason}); it is moved to {aside.name}, "
+                "and the one before it is used.[/]"
             )
             continue
         if found.fingerprint != fingerprint:
@@ -196,14 +200,22 @@ def rotate(checkpoints: Path, limit: int, best_step: int | None) -> None:
 
 def _put_aside(checkpoints: Path, fingerprint: str, console: Console) -> None:
     aside = checkpoints / f"other-{fingerprint[:8]}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for folder in list_checkpoints(checkpoints):
-        folder.rename(aside / folder.name)
+    with _disk_problems(aside):
+        aside.mkdir(exist_ok=True)
+    metrics = checkpoints.parent / METRICS
+    for path in ([metrics] if metrics.exists() else []) + list_checkpoints(checkpoints):
+        _move(path, aside / path.name)
     console.print(
         f"[yellow]The checkpoints in {escape(str(checkpoints))} belong to other data or settings: they are moved to "
         f"{aside.name}, and training starts at step 1.[/]"
     )
+
+
+def _move(path: Path, place: Path) -> Path:
+    """Rename a file or folder to `place`, which is replaced."""
+    with _disk_problems(path):
+        shutil.rmtree(place, ignore_errors=True)
+        return path.rename(place)
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from llmtune.errors import Problem, TrainingError
 from llmtune.train.checkpoint import list_checkpoints
 from llmtune.train.gradients import StepLoss, guilty_rows
-from llmtune.train.processes import gather
+from llmtune.train.processes import any_process, gather
 from llmtune.train.training import Training
 
 SHOWN_ROWS = 10
@@ -18,19 +18,33 @@ SHOWN_ROWS = 10
 
 def not_a_number(training: Training, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
     """Explain a loss or gradient that is no number, with the training examples that make it so; asks all processes."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in training.parameters):
+    figures = _figures(loss.mean, loss.grad_norm, learning_rate)
+    if not weights_are_numbers(training):
         what = f"the trained weights are no numbers any more in step {step}: the update before it was too large"
-        return _explain(training, step, loss, learning_rate, what, [])
+        return _explain(training, step, figures, what, [])
     if math.isfinite(loss.mean):
         what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
-        return _explain(training, step, loss, learning_rate, what, training.plan.rows(step).tolist())
+        return _explain(training, step, figures, what, training.plan.rows(step).tolist())
     guilty = gather(training.accelerator, guilty_rows(training, loss.suspects) if len(loss.suspects) else [])
-    return _explain(training, step, loss, learning_rate, f"the loss is {loss.mean} in step {step}", guilty)
+    return _explain(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
+
+
+def weights_are_numbers(training: Training) -> bool:
+    """Say whether all trained weights are finite, in every process."""
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in training.parameters)
+    return not any_process(training.accelerator, not finite)
+
+
+def ruined(training: Training, step: int, loss: float, grad_norm: float, learning_rate: float) -> TrainingError:
+    """Explain weights that the update of `step` has made no numbers; `loss` and `grad_norm` are those before it."""
+    what = f"the trained weights are no numbers after the update of step {step}: it was too large"
+    return _explain(training, step, _figures(loss, grad_norm, learning_rate), what, [])
 
 
 def diverged(training: Training, step: int, loss: StepLoss, learning_rate: float, what: str) -> TrainingError:
     """Explain a loss that left the ground it started from."""
-    return _explain(training, step, loss, learning_rate, f"{what}, in step {step}", [])
+    figures = _figures(loss.mean, loss.grad_norm, learning_rate)
+    return _explain(training, step, figures, f"{what}, in step {step}", [])
 
 
 def where_to_go_on(folder: Path) -> str:
@@ -39,11 +53,12 @@ def where_to_go_on(folder: Path) -> str:
     return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
 
 
-def _explain(
-    training: Training, step: int, loss: StepLoss, learning_rate: float, what: str, guilty: list[int]
-) -> TrainingError:
+def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:
+    return f"loss {loss:.4f}, learning rate {learning_rate:.2e}, gradient norm {grad_norm:.3g}"
+
+
+def _explain(training: Training, step: int, figures: str, what: str, guilty: list[int]) -> TrainingError:
     train = training.recipe.train
-    state = f"loss {loss.mean:.4f}, learning rate {learning_rate:.2e}, gradient norm {loss.grad_norm:.3g}"
     ways = [f"lower train.learning_rate (now {train.learning_rate:g})"]
     if not 0 < train.max_grad_norm <= 1:
         ways.append("set train.max_grad_norm: 1.0")
@@ -51,7 +66,7 @@ def _explain(
         ways.append("set train.warmup_steps: 0.03")
     if training.dtype == torch.float16:
         ways.append("set model.dtype: bfloat16 or float32")
-    problems = [Problem(what, f"step {step}: {state}", f"{where_to_go_on(training.folder)} Try: {'; '.join(ways)}.")]
+    problems = [Problem(what, f"step {step}: {figures}", f"{where_to_go_on(training.folder)} Try: {'; '.join(ways)}.")]
     if guilty:
         rows = sorted({int(training.examples.rows[index]) for index in guilty})
         shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")

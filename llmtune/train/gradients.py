@@ -13,8 +13,9 @@ import torch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import TrainingError
+from llmtune.model import is_out_of_memory
 from llmtune.records import Loss
-from llmtune.train.memory import MEMORY_ERRORS, is_out_of_memory, release
+from llmtune.train.memory import MEMORY_ERRORS, release
 from llmtune.train.processes import add_up, any_process
 from llmtune.train.steps import Indexes, divide, micro_batches
 from llmtune.train.training import Training

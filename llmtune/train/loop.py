@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from llmtune.adapter import save_adapter
 from llmtune.errors import Problem, Stopped, TrainingError
+from llmtune.model import is_out_of_memory
 from llmtune.records import AdaptedModel, Examples, Task, TrainedRun
 from llmtune.train.checkpoint import (
     Checkpoint,
@@ -29,12 +30,12 @@ from llmtune.train.checkpoint import (
     sweep,
     write_folder,
 )
-from llmtune.train.diagnosis import diverged, not_a_number, where_to_go_on
+from llmtune.train.diagnosis import diverged, not_a_number, ruined, weights_are_numbers, where_to_go_on
 from llmtune.train.divergence import Divergence
 from llmtune.train.gradients import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
-from llmtune.train.memory import MEMORY_ERRORS, is_out_of_memory, peak_bytes, reset_peak
+from llmtune.train.memory import MEMORY_ERRORS, peak_bytes, reset_peak
 from llmtune.train.processes import add_up, on_main
-from llmtune.train.progress import Display, Line, append_line, cut_back, show
+from llmtune.train.progress import METRICS, Display, Line, append_line, cut_back, show
 from llmtune.train.rehearsal import put_checkpoint, rehearse, save, shrink
 from llmtune.train.signals import StopRequest, catch_signals
 from llmtune.train.state import TrainState
@@ -43,7 +44,6 @@ from llmtune.train.training import Training, deterministic, set_up
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
-METRICS = "metrics.jsonl"
 FIRST_SCALE = 2.0**16
 """Loss scale that float16 starts with; halved, and the step done again, whenever a gradient overflows."""
 
@@ -85,11 +85,14 @@ def train(
     budget: int,
     on_budget: Callable[[int], None] = _say_nothing,
     resume: bool = True,
+    inputs: str | None = None,
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
     `budget` is the number of tokens in a micro-batch to begin with; `on_budget` is told what it becomes.
-    With `resume` the newest whole checkpoint is gone on from; the result is the same to the last bit.
+    With `resume` the newest whole checkpoint is gone on from; the result is the same to the last bit. `inputs` is the
+    hash of everything that training depends on (None: of what is known here); what other inputs have left is put aside,
+    and a trained adapter stays until the new one takes its place at the end.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
@@ -98,14 +101,13 @@ def train(
         RecipeError: the schedule or `batch_tokens` cannot be.
     """
     with deterministic():
-        training = set_up(adapted, examples, task, recipe, folder, console, accelerator)
+        training = set_up(adapted, examples, task, recipe, folder, console, accelerator, inputs)
         if not training.accelerator.is_main_process:
             console, on_budget = Console(quiet=True), _say_nothing
-        found = on_main(training.accelerator, lambda: _prepare_folder(training, resume, console))
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
         divergence = Divergence(_guessing(adapted, task))
-        resumed = _go_on(training, found, state, divergence, console)
+        resumed = _go_on(training, _prepare_folder(training, resume, console), state, divergence, console)
         with catch_signals(console) as request:
             if state.step < training.plan.total_steps and not state.stopped_early:
                 rehearse(training, state, console, on_budget)
@@ -276,6 +278,8 @@ def _log(run: Run, validated: bool) -> None:
 
 def _checkpoint(run: Run) -> Path:
     training, state = run.training, run.state
+    if not weights_are_numbers(training):
+        raise ruined(training, state.step, run.divergence.recent[-1], state.grad_norm, state.learning_rate)
     state.divergence = run.divergence.save()
     folder = run.checkpoints / f"step-{state.step}"
     save(training, state, folder)
@@ -301,32 +305,42 @@ def _stop_if_asked(run: Run) -> None:
     raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
 
 
-def _prepare_folder(training: Training, resume: bool, console: Console) -> Path | None:
-    """Clean up after an interrupted run; return the newest whole checkpoint to go on from."""
+def _prepare_folder(training: Training, resume: bool, console: Console) -> Checkpoint | None:
+    """Clean up after an interrupted run; return the newest whole checkpoint, in every process."""
     checkpoints = training.folder / "checkpoints"
-    if not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    sweep(checkpoints)
-    sweep(training.folder)
-    found = newest_checkpoint(checkpoints, training.fingerprint, console)
-    cut_back(training.folder / METRICS, found.state.step if found else 0)
-    return found.folder if found else None
+    own: list[Checkpoint] = []
+
+    def prepare() -> Path | None:
+        if not resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        sweep(checkpoints)
+        sweep(training.folder)
+        found = newest_checkpoint(checkpoints, training.fingerprint, console)
+        # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
+        cut_back(training.folder / METRICS, found.state.closed if found else 0)
+        own.extend([found] if found else [])
+        return found.folder if found else None
+
+    folder = on_main(training.accelerator, prepare)
+    if folder is None or own:
+        return own[0] if own else None
+    read = read_checkpoint(folder)
+    assert isinstance(read, Checkpoint), "it was whole a moment ago"
+    return read
 
 
 def _go_on(
-    training: Training, folder: Path | None, state: TrainState, divergence: Divergence, console: Console
+    training: Training, found: Checkpoint | None, state: TrainState, divergence: Divergence, console: Console
 ) -> int | None:
-    """Put the checkpoint `folder` into model, optimiser, `state` and `divergence`; return its step."""
-    if folder is None:
+    """Put a checkpoint into model, optimiser, `state` and `divergence`; return its step."""
+    if found is None:
         return None
-    found = read_checkpoint(folder)
-    assert isinstance(found, Checkpoint), "it was whole a moment ago"
     put_checkpoint(training, found)
     budget = min(state.budget, found.state.budget)
     vars(state).update(vars(found.state))
     state.budget = max(budget, training.longest)
     divergence.restore(**found.state.divergence)
-    console.print(f"Going on from {folder.name} of {training.plan.total_steps} ({escape(str(folder))}).")
+    console.print(f"Going on from {found.folder.name} of {training.plan.total_steps} ({escape(str(found.folder))}).")
     return state.step
 
 

@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, how it is cleaned up, and how much was used at most."""
+"""Running out of memory: what to catch, how to clean up, and how much was used at most."""
 
 from __future__ import annotations
 
@@ -8,28 +8,8 @@ import sys
 
 import torch
 
-_ALLOCATOR_WORDS = (
-    "can't allocate memory",  # torch's CPU allocator
-    "cannot allocate memory",  # the system's word for ENOMEM
-    "not enough memory",
-    "out of memory",  # CUDA errors that are not torch.OutOfMemoryError, e.g. from cuBLAS
-    "bad allocation",
-    "std::bad_alloc",
-    "could not create a memory object",  # oneDNN
-    "could not create a primitive",
-    "failed to allocate",
-    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED
-)
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
-"""What an allocation can fail with; ask `is_out_of_memory` which of them it was."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether `error` means that memory ran out on the device or the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in text for words in _ALLOCATOR_WORDS)
+"""What an allocation can fail with; ask `llmtune.model.is_out_of_memory` which of them it was."""
 
 
 def release(device: torch.device) -> None:

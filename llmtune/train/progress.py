@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmtune.run.files import explained, plain, write_text
 
+METRICS = "metrics.jsonl"
+"""In the run folder: a line a log step."""
+
 Line = dict[str, Any]
 
 

@@ -119,6 +119,7 @@ def set_up(
     folder: Path,
     console: Console,
     accelerator: Accelerator | None,
+    inputs: str | None = None,
 ) -> Training:
     """Put together what training works with.
 
@@ -158,11 +159,12 @@ def set_up(
         dtype=resolve_dtype(recipe.model.dtype, device.type),
         pad_id=processor.pad_token_id if processor.pad_token_id is not None else 0,
         folder=folder,
-        fingerprint=_fingerprint(adapted, examples, recipe),
+        fingerprint=inputs or _fingerprint(adapted, examples, recipe),
     )
 
 
 def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> str:
+    """Hash what training depends on, as far as it is known here: not what lies in `adapter.start_from`."""
     return hash_value(
         [
             examples.content_hash,
@@ -170,7 +172,7 @@ def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> s
             recipe.seed,
             recipe.data.packing,
             recipe.model.dtype,
-            recipe.adapter.model_dump(mode="json", exclude={"start_from"}),
+            recipe.adapter.model_dump(mode="json"),
             recipe.train.model_dump(mode="json"),
         ]
     )

@@ -116,7 +116,7 @@ def test_rows_that_are_too_long_are_all_named_with_file_line_and_length(tmp_path
     assert "data.on_overlong" in head.fix
     assert [problem.where for problem in problems] == [f"{path}:4", f"{path}:8"]
     assert "data.max_length is 100" in problems[0].what
-    listed = [json.loads(line) for line in (tmp_path / "rows" / "left_out.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
     assert [entry["where"] for entry in listed] == [f"{path}:4", f"{path}:8"]
 
 
@@ -125,7 +125,7 @@ def test_at_most_twenty_rows_are_shown_and_all_are_listed(tmp_path, console):
     with pytest.raises(DataError) as caught:
         encode_file(path, tmp_path, console, max_length=100)
     assert len(caught.value.problems) == 21
-    assert len((tmp_path / "rows" / "left_out.jsonl").read_text().splitlines()) == 30
+    assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 30
 
 
 def test_rows_dropped_for_their_length_are_counted_however_many(tmp_path, console):

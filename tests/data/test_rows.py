@@ -20,7 +20,7 @@ from rich.console import Console
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
 
 from llmtune.data import hash_sources, iterate_rows, load_rows, prepare_rows, read_rows
-from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.errors import DataError
 
 PAIRS = [{"prompt": f"what is {i}?", "completion": f"it is {i}\nand é"} for i in range(12)]
 
@@ -112,7 +112,7 @@ def test_bad_rows_above_the_allowed_share_are_an_error_that_lists_them_all(tmp_p
     assert "a.jsonl:32: not valid JSON: " in message
     assert "a.jsonl:33: no assistant answer" in message
     assert "and 5 more bad rows" in message
-    listed = [json.loads(line) for line in (tmp_path / "out/bad_rows.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
     assert len(listed) == 25
     assert listed[-1]["origin"].endswith("a.jsonl:85")
     assert listed[-1]["reason"] == "not UTF-8"
@@ -131,7 +131,7 @@ def test_few_bad_rows_are_left_out_counted_and_shown(tmp_path, console):
     assert "a.jsonl:62: empty content: message 2 (assistant) says nothing" in shown
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(60)])
     prepare(tmp_path, "a.jsonl")
-    assert not (tmp_path / "out/bad_rows.jsonl").exists()
+    assert not (tmp_path / "bad_rows.jsonl").exists()
 
 
 def test_only_bad_rows_are_an_error_even_if_all_may_be_dropped(tmp_path):
@@ -321,31 +321,6 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_f
             return
     filled = sum(1 for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r\x0b\x0c"))
     assert rows.rows_in == filled == rows.counts["train"] + sum(rows.dropped.values())
-
-
-def test_a_hub_data_set_is_read_by_the_datasets_library(tmp_path, monkeypatch):
-    """The library takes a folder for a name, so its own reading is tested without a network."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    write_jsonl(tmp_path / "set/train.jsonl", PAIRS)
-    write_jsonl(tmp_path / "set/test.jsonl", PAIRS[:2])
-    name = f"hub:{tmp_path}/set"
-    rows = prepare(tmp_path, name)
-    assert rows_of(rows) == [chat(row["prompt"], row["completion"]) for row in PAIRS]
-    assert next(iterate_rows(rows, "train"))[0] == f"{name}/train:row 1"
-    assert prepare(tmp_path, {"path": name, "split": "test"}).counts["train"] == 2
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert prepare(tmp_path, {"path": name, "limit": 3}).counts["train"] == 3
-    assert "Check `config`, `split`" in fail(tmp_path, {"path": name, "split": "nosuch"})
-
-
-def test_a_hub_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
-    recipe = make_recipe(tmp_path, "hub:owner/name")
-    with pytest.raises(EnvironmentProblem, match="offline switch"):
-        hash_sources(recipe.data)
-    with pytest.raises(EnvironmentProblem, match="hub cannot be reached"):
-        prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
 
 
 def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():

@@ -23,7 +23,7 @@ from support.templates import (
 )
 
 from llmtune.data.encode import encode_chat
-from llmtune.data.template import clean, cut_turn, read_template, render_prompt, specials, stop_ids, tokenize
+from llmtune.data.template import clean, cut_turn, fix_date, read_template, render_prompt, specials, stop_ids, tokenize
 from llmtune.errors import DataError, EnvironmentProblem
 
 CHAT = conversation("one two", "three", "four five", "six")
@@ -83,6 +83,7 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
         (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),
         ("{{ raise_exception('never') }}", "never"),
         ("{% for %}", "refuses"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "the day's date"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_by_name_with_a_cure(template, says):
@@ -108,9 +109,17 @@ def test_a_prompt_that_the_template_refuses_is_an_error_of_the_data():
         render_prompt([], tokenizer_with(CHATML), recipe_for())
 
 
-def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
-    tokenizer = tokenizer_with(DATED)
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_the_date_that_a_template_asks_for_becomes_a_part_of_it(call):
+    tokenizer = tokenizer_with(fix_date(DATED.replace("strftime_now('%d %b %Y')", call)))
     assert "26 Jul 2024" in tokenizer.decode(render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()))
+    assert "26 Jul 2024" in tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False)
+
+
+def test_whether_dates_can_be_asked_for_may_be_asked():
+    text = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}{{ 'never' }}{% endif %}"
+    tokenizer = tokenizer_with(fix_date(text + CHATML))
+    assert tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False).startswith("2024<|im_start|>")
 
 
 def test_what_the_template_is_told_comes_from_the_recipe():

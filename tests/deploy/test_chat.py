@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from llmtune.deploy.chat import ChatSession, generate_text
+from llmtune.deploy.chat import ChatSession
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.tasks import get_task
@@ -98,9 +98,9 @@ def test_completion_goes_on_from_a_text_and_holds_no_conversation(tune, tiny_gpt
     rows.write_text('{"text": "The quick brown fox."}\n')
     adapted, recipe = tune(tiny_gpt2, task="completion", data={"train": str(rows)})
     task = get_task("completion")
-    text = generate_text(adapted.model, adapted.selected.processor, recipe, task, "The quick brown")
+    session = ChatSession(adapted.model, adapted.selected.processor, recipe, task)
+    text = "".join(session.answer("The quick brown"))
     ids = task.render({"prompt": "The quick brown", "completion": ""}, adapted.selected.processor, recipe)
     assert [text] == generate_texts(adapted.model, [ids], adapted.selected.processor, recipe, device="cpu")
-    session = ChatSession(adapted.model, adapted.selected.processor, recipe, task)
     with pytest.raises(RecipeError, match="no conversation"):
         list(session.answer("Hello", keep=True))

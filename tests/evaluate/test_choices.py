@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmtune.data import iterate_rows
 from llmtune.errors import DataError
+from llmtune.evaluate import choices as choices_module
 from llmtune.evaluate.choices import check_choices, find_choices, grow_trees, most_likely, with_answer
 
 
@@ -59,6 +62,23 @@ def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench
 def test_a_row_that_is_too_long_with_one_of_the_choices_has_no_tree(bench):
     prompts = [bench.task.prompt(row)[0] for _, row in iterate_rows(bench.rows, "test")][:1]
     assert grow_trees(prompts, ["red", "x " * 2000], bench.task, bench.processor, bench.recipe) == [None]
+
+
+def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
+    prompts = [bench.task.prompt(row)[0] for _, row in iterate_rows(bench.rows, "test")]
+    whole = grow_trees(prompts, ["red", "blue"], bench.task, bench.processor, bench.recipe)
+    sizes = []
+
+    def encode(rows, processor, recipe):
+        sizes.append(len(rows))
+        return bench.task.encode(rows, processor, recipe)
+
+    monkeypatch.setattr(choices_module, "SLICE_CHARACTERS", 3 * 2 * len(str(prompts[0])) - 10)
+    task = replace(bench.task, encode=encode)
+    assert grow_trees(prompts, ["red", "blue"], task, bench.processor, bench.recipe) == whole
+    assert sum(sizes) == 2 * len(prompts)
+    assert max(sizes) <= 2 * 4
+    assert len(sizes) > 1
 
 
 def test_an_answer_is_put_where_the_task_finds_it(bench):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.evaluate import generation
-from llmtune.evaluate.generation import decode_answer, generate_texts, stop_ids
+from llmtune.evaluate.generation import answer_ends, decode_answer, generate_texts
 from llmtune.model.attention import PACKED, install_packed
 
 PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
@@ -64,7 +64,7 @@ def test_an_answer_ends_before_the_end_of_turn_and_has_no_special_tokens(tiny_ll
 def test_generation_stops_at_what_the_tokenizer_or_the_model_names_as_the_end(tiny_llama):
     model, tokenizer = load(tiny_llama)
     model.generation_config.eos_token_id = [5, 6]
-    assert stop_ids(model, tokenizer) == sorted([5, 6, tokenizer.eos_token_id])
+    assert answer_ends(model, tokenizer) == sorted([5, 6, tokenizer.eos_token_id])
 
 
 def test_generation_settings_of_the_model_repository_do_not_count(tiny_llama, bench):
@@ -97,4 +97,4 @@ def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends
     tokenizer.eos_token = "<|endoftext|>"
     model.generation_config.eos_token_id = None
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert set(stop_ids(model, tokenizer, bench.recipe)) == {end_of_turn, tokenizer.eos_token_id}
+    assert set(answer_ends(model, tokenizer, bench.recipe)) == {end_of_turn, tokenizer.eos_token_id}

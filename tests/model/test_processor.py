@@ -7,8 +7,12 @@ import shutil
 
 import pytest
 from support.adapting import quiet, recipe_with
+from support.models import build_llama
+from support.templates import LLAMA3, OWN_TOKENS, conversation
 from transformers import AutoTokenizer
 
+from llmtune.data.encode import encode_chat
+from llmtune.data.template import render_prompt
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import load_processor, locate, save_tokenizer
 
@@ -95,3 +99,31 @@ def test_saving_twice_writes_the_same_bytes(tiny_llama, tmp_path):
         save_tokenizer(load(tiny_llama), tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+DATED_LLAMA3 = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}"
+    "{% endif %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '<|eot_id|>' }}"
+) + LLAMA3.replace("{{ bos_token }}", "")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_saved_template_gives_the_ids_of_training_on_any_day(tmp_path, named):
+    folder = build_llama(tmp_path / "m", chat_template=DATED_LLAMA3)
+    if named:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = {"default": DATED_LLAMA3, "tool_use": DATED_LLAMA3}
+        tokenizer.save_pretrained(folder)
+    row = conversation("which day?", "that day")
+    recipe = recipe_with(folder, model={"add_tokens": OWN_TOKENS})
+    tokenizer = load(folder, add_tokens=OWN_TOKENS)
+    ((example,),) = encode_chat([row], tokenizer, recipe)
+    save_tokenizer(tokenizer, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert "strftime_now(" not in json.dumps(saved.chat_template)
+    assert "Today Date: 26 Jul 2024" in saved.apply_chat_template(row["messages"], tokenize=False)
+    assert saved.apply_chat_template(row["messages"])["input_ids"] == example.input_ids
+    asked = saved.apply_chat_template(row["messages"][:1], add_generation_prompt=True)["input_ids"]
+    assert asked == render_prompt(row["messages"][:1], tokenizer, recipe)

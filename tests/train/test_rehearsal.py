@@ -10,9 +10,9 @@ from support.process import train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
 
 from llmtune.errors import TrainingError
+from llmtune.model import is_out_of_memory
 from llmtune.tasks import get_task
 from llmtune.train.loop import train
-from llmtune.train.memory import is_out_of_memory
 from llmtune.train.rehearsal import rehearse
 from llmtune.train.state import TrainState
 from llmtune.train.training import set_up
@@ -152,6 +152,8 @@ def test_a_batch_that_can_never_fit_under_a_limited_address_space_ends_with_code
         ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Permission denied (13)"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
         (OSError(28, "No space left on device"), False),
         (ValueError("out of memory"), False),

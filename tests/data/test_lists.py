@@ -1,0 +1,94 @@
+"""The lists of rows that were not used: they stand where messages say, whatever became of the step's own folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.runs import write_recipe
+
+from llmtune.data.listing import listed
+from llmtune.errors import DataError
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.work import Options
+
+BAD = '{"messages": [{"role": "user", "con'
+LONG = json.dumps(
+    {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "yes"}]},
+)
+
+
+def prepare(folder: Path, model: Path, rows: Path, console: Console, **data: object) -> None:
+    recipe = write_recipe(folder / "tiny.yaml", model, rows, data=data)
+    run_pipeline(load_recipe(recipe), Options(out=folder / "run", until="prepare"), console)
+
+
+def spoil(rows: Path, *lines: str) -> None:
+    kept = rows.read_text().splitlines()
+    rows.write_text("\n".join([*kept[: len(kept) - len(lines)], *lines]) + "\n")
+
+
+def entries(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_list_that_an_error_about_bad_rows_names_is_there(tmp_path, tiny_llama, chat_rows, console):
+    spoil(chat_rows, *[BAD] * 25)
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, tiny_llama, chat_rows, console)
+    named = re.search(r"All of them: (\S+)", caught.value.problems[0].fix)
+    assert named
+    assert Path(named[1]) == tmp_path / "run/data/bad_rows.jsonl"
+    assert len(entries(Path(named[1]))) == 25
+    assert caught.value.problems[-1].where == named[1]
+    assert not list((tmp_path / "run/data").glob(".*"))
+
+
+def test_the_list_of_a_good_run_is_where_it_says_and_goes_with_the_last_bad_row(
+    tmp_path, tiny_llama, chat_rows, console
+):
+    good = chat_rows.read_text()
+    spoil(chat_rows, *[BAD] * 25)
+    prepare(tmp_path, tiny_llama, chat_rows, console, max_dropped=0.9)
+    path = tmp_path / "run/data/bad_rows.jsonl"
+    assert f"{path}: and 5 more bad rows" in console.file.getvalue().replace("\n", "")
+    assert len(entries(path)) == 25
+    chat_rows.write_text(good)
+    prepare(tmp_path, tiny_llama, chat_rows, console, max_dropped=0.9)
+    assert not path.exists()
+
+
+def test_rows_are_not_read_again_after_an_error_in_encoding_them(tmp_path, tiny_llama, chat_rows, console):
+    spoil(chat_rows, LONG)
+    for _ in range(2):
+        with pytest.raises(DataError, match="on_overlong") as caught:
+            prepare(tmp_path, tiny_llama, chat_rows, console)
+    assert console.file.getvalue().count("unchanged, skipped") == 1
+    path = tmp_path / "run/data/left_out.jsonl"
+    assert str(path) in str(caught.value)
+    assert [entry["where"] for entry in entries(path)] == [f"{os.path.relpath(chat_rows)}:40"] or [
+        entry["where"] for entry in entries(path)
+    ] == [f"{chat_rows}:40"]
+
+
+def test_rows_left_out_in_a_good_run_are_listed_in_the_same_place(tmp_path, tiny_llama, chat_rows, console):
+    spoil(chat_rows, LONG)
+    prepare(tmp_path, tiny_llama, chat_rows, console, on_overlong="drop")
+    assert len(entries(tmp_path / "run/data/left_out.jsonl")) == 1
+    assert not list((tmp_path / "run/data").glob("*/left_out.jsonl"))
+
+
+def test_a_list_that_was_not_ended_leaves_the_old_one(tmp_path):
+    path = tmp_path / "list.jsonl"
+    with listed(path) as add:
+        add({"where": "old"})
+    with pytest.raises(KeyboardInterrupt), listed(path) as add:
+        add({"where": "new"})
+        raise KeyboardInterrupt
+    assert entries(path) == [{"where": "old"}]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["list.jsonl"]

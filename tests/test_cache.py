@@ -1,0 +1,160 @@
+"""What is skipped and what is not: no stale result, no finished adapter lost, nothing done again needlessly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.models import build_llama
+from support.runs import write_recipe
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+
+FAST = {"max_steps": 2, "num_train_epochs": None}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat_rows: Path, tiny_llama: Path) -> Path:
+    """A folder with rows, a model and a recipe of two steps that belong to the test alone."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    shutil.copy(chat_rows, tmp_path / "rows.jsonl")
+    write_recipe(tmp_path / "tiny.yaml", "./model", "rows.jsonl", train=FAST)
+    return tmp_path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> dict[str, bool]:
+    """Run a command that must succeed; return which steps were skipped."""
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}
+
+
+def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    before = (place / "run/adapter/adapter_model.safetensors").read_bytes()
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    skipped = done("run", "tiny.yaml", "--out", "run")
+    assert not any(skipped[step] for step in ("prepare", "encode", "train", "evaluate"))
+    assert (place / "run/adapter/adapter_model.safetensors").read_bytes() != before
+
+
+def test_scores_of_another_training_are_not_shown(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    done("train", "tiny.yaml", "--out", "run")
+    assert json.loads((place / "run/report.json").read_text())["evaluation"] is None
+
+
+def test_a_template_that_changes_in_place_is_used_anew(place: Path) -> None:
+    done("prepare", "tiny.yaml", "--out", "run")
+    template = place / "model/chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    skipped = done("prepare", "tiny.yaml", "--out", "run")
+    assert skipped == {"prepare": True, "encode": False}
+
+
+def test_the_old_adapter_stays_until_the_new_one_is_complete(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    before = (place / "run/adapter/adapter_model.safetensors").read_bytes()
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    weights = place / "model/model.safetensors"
+    weights.rename(place / "elsewhere")
+    assert invoke("run", "tiny.yaml", "--out", "run").exit_code == 4
+    assert (place / "run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_run_is_evaluated_again_without_its_source_files(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    (place / "rows.jsonl").unlink()
+    skipped = done("evaluate", "run", "--set", "generation.max_new_tokens=2")
+    assert skipped["train"]
+    assert not skipped["evaluate"]
+    assert "# tiny.yaml:" in (place / "run/recipe.yaml").read_text()
+
+
+def test_a_run_takes_no_settings_that_would_make_it_another(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    result = invoke("evaluate", "run", "--set", "train.learning_rate=1")
+    assert result.exit_code == 2
+    assert "another run" in result.stderr
+    assert invoke("evaluate", "run", "--out", "other").exit_code == 2
+
+
+def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    shutil.rmtree(place / "model")
+    build_llama(place / "model", seed=9)
+    result = invoke("generate", "run", "--prompt", "hello")
+    assert result.exit_code == 4
+    assert "differs from the lock" in " ".join(result.stderr.split())
+
+
+def test_adapting_after_a_run_is_skipped(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    assert done("adapt", "tiny.yaml", "--out", "run")["adapt"]
+
+
+def test_resume_goes_on_with_what_is_there(place: Path) -> None:
+    done("prepare", "tiny.yaml", "--out", "run")
+    assert done("run", "tiny.yaml", "--out", "run", "--resume")["prepare"]
+
+
+def test_a_lock_holds_model_and_data(place: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    done("run", "tiny.yaml", "--out", "twin", "--lock", "run/llmtune.lock")
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    result = invoke("run", "tiny.yaml", "--out", "third", "--lock", "run/llmtune.lock")
+    assert result.exit_code == 4
+    assert "data's content differs" in " ".join(result.stderr.split())
+    (place / "rows.jsonl").write_text(text)
+    shutil.rmtree(place / "model")
+    build_llama(place / "model", seed=9)
+    result = invoke("run", "tiny.yaml", "--out", "fourth", "--lock", "run/llmtune.lock")
+    assert result.exit_code == 4
+    assert "model's content differs" in " ".join(result.stderr.split())
+    assert invoke("run", "tiny.yaml", "--lock", "missing.lock").exit_code == 2
+
+
+def test_a_dry_run_says_what_would_run_and_changes_nothing(place: Path) -> None:
+    result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert not (place / "run").exists()
+    done("train", "tiny.yaml", "--out", "run")
+    before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
+    result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--json")
+    assert json.loads(result.stdout)["would_run"] == []
+    assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == before
+
+
+def test_what_a_killed_process_left_is_swept(place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run/.run.json.123.tmp").write_text("{")
+    (place / "run/.evaluation.new").mkdir()
+    done("prepare", "tiny.yaml", "--out", "run")
+    assert not list((place / "run").glob(".*.tmp")) + list((place / "run").glob(".*.new"))
+
+
+def test_a_row_longer_than_the_context_is_refused_before_training(place: Path) -> None:
+    config = json.loads((place / "model/config.json").read_text())
+    (place / "model/config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    result = invoke("run", "tiny.yaml", "--out", "run")
+    assert result.exit_code == 3
+    assert "data.max_length: 16" in " ".join(result.stderr.split())
+
+
+def test_a_remote_tracker_is_refused_offline(place: Path) -> None:
+    result = invoke("run", "tiny.yaml", "--out", "run", "--offline", "--set", "train.report_to=[wandb]")
+    assert result.exit_code == 4
+    assert "train.report_to" in result.stderr
