@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -155,7 +154,7 @@ def refuse(*arguments, **options):
 socket.socket.connect = refuse
 socket.create_connection = refuse
 socket.getaddrinfo = refuse
-sys.argv = ["llmtune", "run", "tiny.yaml", "--offline", "--out", "run"]
+sys.argv = ["llmtune", "run", "tiny.yaml", "--out", "run"]
 from llmtune.cli import main
 main()
 """
@@ -163,22 +162,62 @@ main()
     assert done.returncode == 0, done.stderr
 
 
+KILLED = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+def watch(event, arguments):
+    global left
+    if event == "os.rename":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+from llmtune.cli import main
+try:
+    main()
+finally:
+    print("renames left:", left)
+"""
+
+
+def run_until(renames: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run llmtune and kill it, without warning, just before so many files or folders were put in their place."""
+    command = [sys.executable, "-c", KILLED, str(renames), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_ten_moments_ends_with_the_same_bytes(finished: Path) -> None:
-    command = [sys.executable, "-m", "llmtune", "run", "tiny.yaml", "--out", "killed", "--set", "train.save_steps=2"]
-    whole = llmtune("run", "tiny.yaml", "--out", "whole", "--set", "train.save_steps=2", cwd=finished)
+    run = ["run", "tiny.yaml", "--set", "train.save_steps=5", "--out"]
+    whole = run_until(10_000, finished, *run, "whole")
     assert whole.returncode == 0, whole.stderr
-    start = time.perf_counter()
-    llmtune("run", "tiny.yaml", "--out", "timed", "--set", "train.save_steps=2", cwd=finished)
-    seconds = time.perf_counter() - start
-    moments = random.Random(1)
+    total = 10_000 - int(whole.stdout.rsplit(":", 1)[1])
+    moments = sorted(random.Random(1).sample(range(1, total), 10))
+    for moment in moments:
+        out = f"killed-{moment}"
+        assert run_until(moment, finished, *run, out).returncode == -signal.SIGKILL
+        again = llmtune(*run, out, cwd=finished)
+        assert again.returncode == 0, (moment, again.stderr)
+        assert adapter_bytes(finished / out) == adapter_bytes(finished / "whole"), moment
+        assert losses(finished / out) == losses(finished / "whole"), moment
+        answers = [(finished / name / "evaluation/predictions.jsonl").read_bytes() for name in (out, "whole")]
+        assert answers[0] == answers[1], moment
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(finished: Path) -> None:
+    run = ["run", "tiny.yaml", "--set", "train.save_steps=5", "--out", "stubborn"]
+    seconds = random.Random(2)
     for _ in range(10):
-        process = subprocess.Popen(command, cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmtune", *run], cwd=finished, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(seconds.uniform(3.0, 9.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    last = llmtune("run", "tiny.yaml", "--out", "killed", "--set", "train.save_steps=2", cwd=finished)
+    last = llmtune(*run, cwd=finished)
     assert last.returncode == 0, last.stderr
-    assert adapter_bytes(finished / "killed") == adapter_bytes(finished / "whole")
-    assert losses(finished / "killed") == losses(finished / "whole")
-    assert os.path.exists(finished / "killed" / "report.html")
+    once = llmtune(*run[:-1], "once", cwd=finished)
+    assert once.returncode == 0, once.stderr
+    assert adapter_bytes(finished / "stubborn") == adapter_bytes(finished / "once")
+    assert losses(finished / "stubborn") == losses(finished / "once")

@@ -11,6 +11,7 @@ from typing import Any
 from llmtune.data.read import RawRow
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.recipe import Source
+from llmtune.run.files import explained, write_text
 
 HUB = "hub:"
 
@@ -36,14 +37,24 @@ def resolve_commit(name: str, revision: str | None) -> str:
         return _cached_commit(name, revision)
     with _explained(name):
         commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
-    return commit or revision or "main"
+    assert commit, "the hub names the commit"
+    if commit != revision:  # rows are asked for by commit, so nothing else would note what the name stood for
+        note = _cache_folder(name) / "refs" / (revision or "main")
+        with explained(note):
+            write_text(note, commit)
+    return commit
 
 
-def _cached_commit(name: str, revision: str | None) -> str:
+def _cache_folder(name: str) -> Path:
+    """Return the data set's folder in the hub's cache: `refs/` has commits by branch, `snapshots/` files by commit."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+
+
+def _cached_commit(name: str, revision: str | None) -> str:
+    folder = _cache_folder(name)
     if revision and (folder / "snapshots" / revision).is_dir():
         return revision
     reference = folder / "refs" / (revision or "main")

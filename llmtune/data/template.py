@@ -92,7 +92,7 @@ class ChatTemplate:
 
     def text(self, tools: Tools = None) -> str:
         """Return the template itself; tokenizers may have another one for tools."""
-        return self.processor.get_chat_template(None, tools)
+        return cast(str, self.processor.get_chat_template(None, tools))
 
     @property
     def end_ids(self) -> list[int]:

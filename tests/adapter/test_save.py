@@ -176,6 +176,16 @@ def test_full_weights_are_a_plain_model_folder_in_the_format_they_came_in(tmp_pa
     assert again.method == "full"
 
 
+def test_weights_that_the_model_was_loaded_from_are_not_read_again(tmp_path):
+    adapted = train_a_little(build_llama(tmp_path / "m"), method="full")
+    save_adapter(adapted, tmp_path / "weights")
+    selected = open_model(recipe_with(tmp_path / "weights", adapter={"method": "full"}), training=False)
+    (tmp_path / "weights" / "model.safetensors").unlink()
+    again = load_adapter(selected, tmp_path / "weights")
+    torch.testing.assert_close(logits(again.model), logits(adapted.model), atol=1e-6, rtol=0)
+    assert not any(parameter.requires_grad for parameter in again.model.parameters())
+
+
 def test_a_lost_weight_file_of_a_full_model_is_told(tmp_path):
     folder = build_llama(tmp_path / "m")
     save_adapter(train_a_little(folder, method="full"), tmp_path / "weights")

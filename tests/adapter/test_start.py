@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
 
-from llmtune.adapter import inject, save_adapter, trainable_parameters
+from llmtune.adapter import find_adapter, inject, save_adapter, trainable_parameters
 from llmtune.errors import EnvironmentProblem, RecipeError
 
 
@@ -81,3 +82,26 @@ def test_a_run_that_trained_all_weights_is_told_with_the_way(tiny_llama, tmp_pat
     save_adapter(train_a_little(tiny_llama, method="full"), tmp_path / "weights")
     with pytest.raises(EnvironmentProblem, match=r"Set model\.name to"):
         go_on(tiny_llama, start_from=str(tmp_path))
+
+
+def test_pickled_weights_are_refused_with_the_way(run):
+    place = run[0] / "adapter"
+    weights = load_file(place / "adapter_model.safetensors")
+    torch.save(weights, place / "adapter_model.bin")
+    assert find_adapter(run[0]) == place  # the safetensors are taken
+    (place / "adapter_model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"pickled .*\n.*save_pretrained"):
+        find_adapter(run[0])
+
+
+def test_missing_weights_are_told_without_asking_a_hub(tiny_llama, run):
+    (run[0] / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(EnvironmentProblem, match=r"no adapter_model\.safetensors"):
+        go_on(tiny_llama, start_from=str(run[0] / "adapter"))
+
+
+def test_cut_weights_are_seen_by_their_header(run):
+    path = run[0] / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(EnvironmentProblem, match="is cut"):
+        find_adapter(run[0])

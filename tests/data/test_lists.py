@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -71,9 +70,8 @@ def test_rows_are_not_read_again_after_an_error_in_encoding_them(tmp_path, tiny_
     assert console.file.getvalue().count("unchanged, skipped") == 1
     path = tmp_path / "run/data/left_out.jsonl"
     assert str(path) in str(caught.value)
-    assert [entry["where"] for entry in entries(path)] == [f"{os.path.relpath(chat_rows)}:40"] or [
-        entry["where"] for entry in entries(path)
-    ] == [f"{chat_rows}:40"]
+    (entry,) = entries(path)
+    assert entry["where"].endswith("chat.jsonl:40")
 
 
 def test_rows_left_out_in_a_good_run_are_listed_in_the_same_place(tmp_path, tiny_llama, chat_rows, console):
@@ -87,8 +85,7 @@ def test_a_list_that_was_not_ended_leaves_the_old_one(tmp_path):
     path = tmp_path / "list.jsonl"
     with listed(path) as add:
         add({"where": "old"})
-    with pytest.raises(KeyboardInterrupt), listed(path) as add:
-        add({"where": "new"})
-        raise KeyboardInterrupt
+    with pytest.raises(TypeError), listed(path) as add:
+        add({"where": object()})
     assert entries(path) == [{"where": "old"}]
     assert [entry.name for entry in tmp_path.iterdir()] == ["list.jsonl"]

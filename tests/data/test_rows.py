@@ -16,7 +16,6 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
 
 from llmtune.data import hash_sources, iterate_rows, load_rows, prepare_rows, read_rows

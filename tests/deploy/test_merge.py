@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmtune.deploy.merge as merging
 from llmtune.deploy.merge import merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
-from llmtune.errors import GateFailed, RecipeError
+from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.tasks import get_task
 
 TEXT = "Which colour has the cat number 7?"
@@ -61,13 +64,14 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(tune, tmp_pa
     assert certificate["measured"]["kl_mean"] > certificate["limits"]["kl_mean"]
 
 
-def test_a_template_that_is_saved_differently_fails(tune, tmp_path, console, monkeypatch):
-    def save(processor, folder):
-        other = AutoTokenizer.from_pretrained(processor.name_or_path)
-        other.chat_template = other.chat_template.replace("assistant", "helper")
-        other.save_pretrained(folder)
+def save_with_another_template(processor, folder):
+    other = AutoTokenizer.from_pretrained(processor.name_or_path)
+    other.chat_template = other.chat_template.replace("assistant", "helper")
+    other.save_pretrained(folder)
 
-    monkeypatch.setattr(merging, "save_tokenizer", save)
+
+def test_a_template_that_is_saved_differently_fails(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(merging, "save_tokenizer", save_with_another_template)
     with pytest.raises(GateFailed, match="other token ids"):
         merge(tune(), tmp_path / "merged", console)
 
@@ -152,3 +156,44 @@ def test_completion_merges_as_well(tune, tiny_gpt2, tmp_path, console):
     certificate = merge(tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "merged", console)
     assert certificate["passed"]
     assert certificate["measured"]["effect_kl"] > 0.001
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """What writes beyond `size` bytes fails, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_for_the_weights_is_explained_and_nothing_is_left(tune, tmp_path, console):
+    with files_of_at_most(50_000), pytest.raises(EnvironmentProblem, match=r"cannot be written .* are free") as raised:
+        merge(tune(), tmp_path / "out" / "merged", console)
+    assert "--out" in str(raised.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a place where not even root may write")
+def test_a_place_where_one_may_not_write_is_explained(tune, console):
+    with pytest.raises(EnvironmentProblem, match="cannot write"):
+        merge(tune(), Path("/sys/merged"), console)
+
+
+def test_a_file_where_a_folder_is_needed_is_told_before_the_work(tune, tmp_path, console):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
+        merge(tune(), tmp_path / "notes" / "merged", console)
+
+
+def test_a_template_that_a_server_would_render_otherwise_fails(tune, tmp_path, console, monkeypatch):
+    tuned = tune()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            merging, "load_processor", lambda place, model: tuned[0].selected.processor
+        )  # ours is right, the saved one is not
+        patch.setattr(merging, "save_tokenizer", save_with_another_template)
+        with pytest.raises(GateFailed, match="other token ids"):
+            merge(tuned, tmp_path / "merged", console)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()],
 )
 def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
     done = []
@@ -54,3 +57,18 @@ def test_a_limit_takes_rows_from_all_over():
     assert list(cut_evenly(3, 10)) == [0, 1, 2]
     assert list(cut_evenly(3, None)) == [0, 1, 2]
     assert list(cut_evenly(0, 5)) == list(cut_evenly(5, 0)) == []
+
+
+def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
+    failed = []
+
+    def work(batch):
+        if failed and len(batch) > 1:
+            assert failed[-1]() is None
+        if len(batch) > 1:
+            tensor = torch.zeros(8)
+            failed.append(weakref.ref(tensor))
+            raise torch.OutOfMemoryError("cuda")
+
+    run_in_batches([4] * 8, 64, work)
+    assert len(failed) == 3  # 8, 4, 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -162,3 +163,17 @@ def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
 
 def test_there_is_no_evaluation_where_none_was_saved(tmp_path):
     assert load_evaluation(tmp_path) is None
+
+
+def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
+    loaded, load = [], bench.load
+
+    def watched():
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load()
+        loaded.append(weakref.ref(model))
+        return model
+
+    bench.load = watched
+    bench.evaluate(metrics=("loss",), samples=0)
+    assert len(loaded) == 2

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import psutil
 import pytest
 from rich.console import Console
 from support.process import Watched
+from support.runs import llmtune, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.errors import DataError, EnvironmentProblem, Stopped
@@ -41,6 +43,28 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
         if "validation_loss" in alone:
             assert together["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
+
+
+def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(tmp_path, tiny_llama, chat_rows):
+    write_recipe(tmp_path / "tiny.yaml", tiny_llama, chat_rows)
+    two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    one = llmtune("train", "tiny.yaml", "--out", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) >= 6
+    for alone, together in pairs[:10]:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")}
+    assert reports["two"]["adapter"] == reports["one"]["adapter"]
+    assert reports["two"]["train"].keys() == reports["one"]["train"].keys()
+    steps = {name: json.loads((tmp_path / name / "run.json").read_text())["steps"] for name in ("one", "two")}
+    for step in ("adapt", "train"):
+        assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
+    adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
+    assert adapted["started"] + adapted["seconds"] <= trained["started"] + trained["seconds"]  # a kill loses none
+    again = llmtune("train", "tiny.yaml", "--out", "two", cwd=tmp_path)
+    assert "train unchanged, skipped" in again.stderr
 
 
 def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_as_before(console):

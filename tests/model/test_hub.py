@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -90,10 +91,12 @@ def hub(tiny_llama) -> Iterator[type[Hub]]:
     thread.join()
 
 
-def ask(hub_url: str, home: Path, name: str, offline: bool = False, **model: object) -> str:
+def ask(hub_url: str, home: Path, name: str, offline: bool = False, switch: str = "", **model: object) -> str:
     """Run in a process of its own: the hub library reads its address when it is imported."""
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    if switch:
+        environment["HF_HUB_OFFLINE"] = switch
     words = [sys.executable, "-c", CODE, name, json.dumps({"name": name, **model}), str(int(offline))]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
 
@@ -143,3 +146,16 @@ def test_a_shard_that_the_hub_lacks_is_named(hub, tmp_path):
     said = ask(hub.url, tmp_path, "owner/model")
     assert said.startswith("EnvironmentProblem")
     assert "model-00002-of-00002.safetensors" in said
+
+
+def test_the_hub_librarys_own_switch_takes_the_local_cache_and_asks_nobody(hub, tiny_llama, tmp_path):
+    cache = tmp_path / "hub" / "models--owner--model"
+    shutil.copytree(tiny_llama, cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    assert ask(hub.url, tmp_path, "owner/model", switch="1").split()[:2] == ["OK", COMMIT]
+    said = ask(hub.url, tmp_path, "owner/other", switch="1")
+    assert said.startswith("EnvironmentProblem")
+    assert "not in the hub's local cache" in said
+    assert "HF_HUB_OFFLINE" in said
+    assert hub.asked == []

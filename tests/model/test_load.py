@@ -172,16 +172,20 @@ class OwnConfig(LlamaConfig):
 
 
 class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
+    pass
 """
 
 
-def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console):
+OWN_CONFIG = {"auto_map": {"AutoConfig": "modeling_own.OwnConfig"}, "model_type": "own"}
+
+
+@pytest.mark.parametrize("own", [OWN_CONFIG, {}], ids=["own configuration", "configuration of transformers"])
+def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console, own):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "own"))
     (folder / "modeling_own.py").write_text(OWN_CODE)
     config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": names}
+    names = {**own.get("auto_map", {}), "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {**own, "architectures": ["OwnForCausalLM"], "auto_map": names}
     (folder / "config.json").write_text(json.dumps(config))
     recipe = recipe_with(folder, model={"trust_remote_code": True})
     selected = open_model(recipe, console=console)

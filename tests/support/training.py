@@ -74,6 +74,7 @@ def run_training(
     adapted: AdaptedModel | None = None,
     on_budget: Callable[[int], None] = lambda tokens: None,
     resume: bool = True,
+    inputs: str | None = None,
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
     return train(
@@ -86,6 +87,7 @@ def run_training(
         budget=budget,
         on_budget=on_budget,
         resume=resume,
+        inputs=inputs,
     )
 
 

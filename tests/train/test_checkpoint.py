@@ -1,15 +1,21 @@
+import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.process import train_in_process
+from rich.console import Console
+from support.process import Watched, train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
 
-from llmtune.errors import EnvironmentProblem
-from llmtune.train.checkpoint import Damage, list_checkpoints, read_checkpoint, write_folder
+from llmtune.errors import EnvironmentProblem, Stopped
+from llmtune.tasks import get_task
+from llmtune.train import train
+from llmtune.train.checkpoint import Checkpoint, Damage, list_checkpoints, read_checkpoint, write_folder
 
 KILLS = [
     "line:Rehearsed",
@@ -73,6 +79,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(name, how, 
         assert "is damaged" in said
         assert name in said
         assert "the one before it is used" in said
+        assert (copy / "checkpoints" / "damaged-step-16").is_dir()
+    assert isinstance(read_checkpoint(copy / "checkpoints" / "step-16"), Checkpoint)
     assert trained_bytes(copy) == trained_bytes(finished[0])
 
 
@@ -98,6 +106,62 @@ def test_checkpoints_of_other_settings_are_put_aside_aloud(copy, finished, examp
     assert "belong to other data or settings" in " ".join(console.file.getvalue().split())
     assert len(list(copy.glob("checkpoints/other-*/step-16"))) == 1
     assert read_metrics(copy)[0]["step"] == 1
+
+
+def test_a_damaged_checkpoint_does_not_count_as_newest(copy, finished, examples):
+    """With a limit of one, it would have each later one removed as soon as it is written."""
+    damage(copy / "checkpoints" / "step-16" / "trainable.safetensors")
+    shutil.rmtree(copy / "checkpoints" / "step-15")
+    recipe = finished[1]
+    one = recipe.model_copy(update={"train": recipe.train.model_copy(update={"save_total_limit": 1})})
+    fingerprint = json.loads((copy / "checkpoints" / "step-16" / "state.json").read_text())["fingerprint"]
+    stop = Console(file=Watched("  loss ", lambda: os.kill(os.getpid(), signal.SIGTERM)), width=200)
+    with pytest.raises(Stopped) as caught:
+        run_training(copy, one, examples, console=stop, inputs=fingerprint)
+    saved = Path(caught.value.problems[0].where)
+    assert isinstance(read_checkpoint(saved), Checkpoint)
+    assert list_checkpoints(copy / "checkpoints")[0] == saved
+
+
+def test_given_inputs_decide_what_is_gone_on_from(finished, examples, tmp_path, console):
+    """They hold what training itself cannot see, such as the contents of an adapter that it starts from."""
+    _, recipe, _ = finished
+    run = tmp_path / "run"
+    run_training(run, recipe, examples, inputs="a" * 64)
+    assert run_training(run, recipe, examples, inputs="a" * 64).resumed_from == 16
+    old, lines = trained_bytes(run), (run / "metrics.jsonl").read_bytes()
+    stop = Console(file=Watched("step 2/", lambda: os.kill(os.getpid(), signal.SIGTERM)), width=200)
+    other = recipe.model_copy(update={"seed": 8})
+    with pytest.raises(Stopped):
+        run_training(run, other, examples, inputs="b" * 64, console=stop)
+    assert trained_bytes(run) == old, "what was trained stays until there is something new"
+    assert (run / "checkpoints" / "other-aaaaaaaa" / "step-16").is_dir()
+    assert (run / "checkpoints" / "other-aaaaaaaa" / "metrics.jsonl").read_bytes() == lines
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    assert run_training(run, other, examples, inputs="b" * 64).resumed_from == 2
+    assert trained_bytes(run) != old
+
+
+def test_a_line_that_is_written_after_a_stop_is_not_there_twice_after_a_kill(finished, examples, tmp_path, tiny_llama):
+    """The stop saves step 7 before its line; what goes on writes the line and is killed before it saves again."""
+    train_settings = {"save_steps": 3, "eval_steps": 5}
+    recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=train_settings)
+    shutil.copytree(examples.folder, tmp_path / "examples")
+    task, run = get_task("chat"), tmp_path / "run"
+
+    def loss(model, batch, by_row=False):
+        if model.training and (run / "metrics.jsonl").exists() and len(read_metrics(run)) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return task.loss(model, batch, by_row)
+
+    with pytest.raises(Stopped, match="after step 7 of 16"):
+        stopping = dataclasses.replace(task, loss=loss)
+        train(adapt(recipe), examples, stopping, recipe, run, Console(quiet=True), budget=128)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert train_in_process(tmp_path, run, "--kill", "line:step 7/").returncode == -9
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
+    run_training(run, recipe, examples)
+    assert without_times(read_metrics(run)) == without_times(read_metrics(finished[0]))
 
 
 def test_resume_can_be_refused(copy, finished, examples):

@@ -298,6 +298,24 @@ def test_out_of_memory_in_an_update_is_not_tried_again(started):
     assert started.state.step == 0
 
 
+def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(started):
+    """No step comes after it whose loss would show it, and there are no rows to validate on."""
+    started.training = dataclasses.replace(started.training, validation=None)
+    total = started.training.plan.total_steps
+
+    def ruin(optimizer, args, kwargs):
+        if started.state.step == total - 1:
+            with torch.no_grad():
+                started.training.parameters[-1][0, 0] = math.inf
+
+    started.training.optimizer.optimizer.register_step_post_hook(ruin)
+    with pytest.raises(TrainingError, match=f"no numbers after the update of step {total}") as caught:
+        loop._run_steps(started)
+    assert caught.value.exit_code == 5
+    assert "The last good checkpoint is" in caught.value.problems[0].fix
+    assert not (started.checkpoints / f"step-{total}").exists()
+
+
 @pytest.mark.parametrize("change", [{"model": {"dtype": "bfloat16"}}, {"adapter": {"method": "qlora"}}])
 def test_bfloat16_and_qlora_learn_and_resume_to_the_last_bit(change, examples, tmp_path, tiny_llama):
     recipe = make_recipe(tmp_path, tiny_llama, train={"max_steps": 8, "save_steps": 4}, **change)
