@@ -81,6 +81,7 @@ def test_a_run_is_evaluated_again_without_its_source_files(place: Path) -> None:
     assert skipped["train"]
     assert not skipped["evaluate"]
     assert "# tiny.yaml:" in (place / "run/recipe.yaml").read_text()
+    assert not done("evaluate", "run", "--set", "evaluate.metrics=[loss]")["evaluate"]
 
 
 def test_a_run_takes_no_settings_that_would_make_it_another(place: Path) -> None:

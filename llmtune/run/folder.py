@@ -205,7 +205,12 @@ def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:
     strange = [Problem(f"--set {item}: this would be another run", fix=LATER_FIX) for item in sets if not _later(item)]
     RecipeError.collect(strange)
     path = folder.path / "recipe.yaml"
-    loaded = keep_origins(load_recipe(str(path), sets), path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    loaded = keep_origins(load_recipe(path), text)
+    if sets:
+        # What was a default then is not stated now: it must not be in the way of what is set.
+        defaults = [key for key, origin in loaded.origins.items() if origin == "default" and _later(key)]
+        loaded = keep_origins(load_recipe(path, [*(f"{key}=null" for key in defaults), *sets]), text)
     return replace(loaded, fingerprint=folder.manifest["fingerprint"])
 
 

@@ -154,8 +154,8 @@ def test_a_line_that_is_written_after_a_stop_is_not_there_twice_after_a_kill(fin
             os.kill(os.getpid(), signal.SIGTERM)
         return task.loss(model, batch, by_row)
 
+    stopping = dataclasses.replace(task, loss=loss)
     with pytest.raises(Stopped, match="after step 7 of 16"):
-        stopping = dataclasses.replace(task, loss=loss)
         train(adapt(recipe), examples, stopping, recipe, run, Console(quiet=True), budget=128)
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert train_in_process(tmp_path, run, "--kill", "line:step 7/").returncode == -9

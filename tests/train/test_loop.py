@@ -301,6 +301,7 @@ def test_out_of_memory_in_an_update_is_not_tried_again(started):
 def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(started):
     """No step comes after it whose loss would show it, and there are no rows to validate on."""
     started.training = dataclasses.replace(started.training, validation=None)
+    started.training.folder.mkdir()
     total = started.training.plan.total_steps
 
     def ruin(optimizer, args, kwargs):
