@@ -41,6 +41,8 @@ class Models:
     def base(self) -> Iterator[PreTrainedModel]:
         """The model that training started from, on the same quantised weights if it was quantised."""
         yield self._selected.model
+        if self.work.recipe.adapter.method == "full":
+            del self.__dict__["_selected"]  # one set of full weights in memory at a time
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -52,7 +54,6 @@ class Models:
         """The tuned model, read back."""
         trained = self.work.folder.path / trained_name(self.work.recipe)
         if self.work.recipe.adapter.method == "full":
-            self.__dict__.pop("_selected", None)  # one set of full weights in memory at a time
             selected = self._load(replace(self.place, path=trained))
             return load_adapter(selected, trained)
         return load_adapter(self._selected, trained)

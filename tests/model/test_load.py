@@ -172,7 +172,7 @@ class OwnConfig(LlamaConfig):
 
 
 class OwnForCausalLM(LlamaForCausalLM):
-    pass
+    config_class = {config}
 """
 
 
@@ -182,7 +182,7 @@ OWN_CONFIG = {"auto_map": {"AutoConfig": "modeling_own.OwnConfig"}, "model_type"
 @pytest.mark.parametrize("own", [OWN_CONFIG, {}], ids=["own configuration", "configuration of transformers"])
 def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console, own):
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "own"))
-    (folder / "modeling_own.py").write_text(OWN_CODE)
+    (folder / "modeling_own.py").write_text(OWN_CODE.format(config="OwnConfig" if own else "LlamaConfig"))
     config = json.loads((folder / "config.json").read_text())
     names = {**own.get("auto_map", {}), "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config |= {**own, "architectures": ["OwnForCausalLM"], "auto_map": names}
