@@ -18,6 +18,8 @@ from support.runs import llmtune, write_recipe
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 
+SECRET = "hf_" + "s3cret" * 6
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,8 +37,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, rows: P
     """A folder with the recipe and one finished run in it."""
     folder = tmp_path_factory.mktemp("finished")
     write_recipe(folder / "tiny.yaml", tiny_llama, rows)
-    done = llmtune("run", "tiny.yaml", "--out", "run", cwd=folder)
+    done = llmtune("run", "tiny.yaml", "--out", "run", cwd=folder, HF_TOKEN=SECRET, WANDB_API_KEY=SECRET)
     assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stderr + done.stdout
     return folder
 
 
@@ -133,10 +136,22 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_generate_answers_with_the_ids_of_training(finished: Path) -> None:
-    done = llmtune("generate", "run", "--prompt", "What comes after 5 and before 7?", "--json", cwd=finished)
+def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: Path) -> None:
+    files = [path for path in (finished / "run").rglob("*") if path.is_file()]
+    assert files
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_generate_and_chat_answer_as_in_the_evaluation(finished: Path) -> None:
+    lines = (finished / "run/evaluation/predictions.jsonl").read_text().splitlines()
+    row = next(line for line in map(json.loads, lines) if line["tuned"].strip())
+    prompt = row["prompt"].removeprefix("user: ")
+    done = llmtune("generate", "run", "--prompt", prompt, "--json", cwd=finished)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"] == "tuned"
+    assert json.loads(done.stdout)["text"].strip() == row["tuned"].strip()
+    talk = llmtune("chat", "run", cwd=finished, stdin=f"{prompt}\n/reset\n{prompt}\n/quit\n")
+    assert talk.returncode == 0, talk.stderr
+    assert talk.stdout.split() == row["tuned"].split() * 2
 
 
 def test_a_merged_model_is_certified(finished: Path) -> None:

@@ -41,13 +41,14 @@ def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **sections:
 
 
 def llmtune(
-    *arguments: object, cwd: Path, timeout: float = 300, **environment: str
+    *arguments: object, cwd: Path, timeout: float = 300, stdin: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the llmtune command in a process of its own, with one thread."""
     return subprocess.run(
         [sys.executable, "-m", "llmtune", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=timeout,
