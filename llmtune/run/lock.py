@@ -77,7 +77,7 @@ def own_pins(folder: Path) -> Pins | None:
 def check_pin(what: str, wanted: str, found: str) -> None:
     """Raise EnvironmentProblem if what was found is not what a lock holds."""
     if wanted != found:
-        fix = "put back what it was, or leave --lock away"
+        fix = "put back what it was; a run without that lock starts from what is here"
         raise EnvironmentProblem.of(f"{what} differs from the lock: {wanted[:12]} there, {found[:12]} here", LOCK, fix)
 
 
