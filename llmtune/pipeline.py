@@ -24,6 +24,7 @@ from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_evaluation, save_evaluation
+from llmtune.evaluate.table import print_scores
 from llmtune.finished import Models, merge, open_finished
 from llmtune.model import (
     check_context,
@@ -70,7 +71,8 @@ def run_pipeline(
     if start is not None:
         find_adapter(Path(start))
     if options.dry_run:
-        return rehearse(Work(recipe, look_at_run(path), console, options.offline, held, held=held is not None))
+        seen = look_at_run(path, loaded.fingerprint, resume=options.resume)
+        return rehearse(Work(recipe, seen, console, options.offline, held, held=held is not None))
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
@@ -108,6 +110,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         work, place = open_finished(run, console, offline, loaded.recipe)
         work.folder = folder
         write_text(run / "recipe.yaml", loaded.to_yaml())
+        console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             work.begin(step, skipped=True)
         processor = load_processor(place, work.recipe.model)
@@ -291,21 +294,30 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: 
 
 def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
+    inputs = _evaluate_inputs(work, place, examples)
+    target = work.folder.path / "evaluation"
+    if work.skip("evaluate", inputs):
+        evaluation = load_evaluation(target)
+        if evaluation is not None:
+            print_scores(replace(evaluation, gates=check_gates(work.recipe.evaluate.gates, evaluation)), work.console)
+        return
+    with work.folder.step("evaluate", inputs, ["evaluation"]), staged(target) as folder:
+        models = Models(work, place, processor)
+        contexts = {"base": models.base, "tuned": models.tuned}
+        task, recipe, console = work.task, work.recipe, work.console
+        evaluation = evaluate(
+            contexts, processor, rows, examples, task, recipe, console, device=work.device, folder=folder
+        )
+        save_evaluation(evaluation, folder)
+
+
+def _evaluate_inputs(work: Work, place: ModelPlace, examples: Examples) -> str:
     recipe = work.recipe
     trained = hash_folder(work.folder.path / trained_name(recipe))
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
     contents = [trained, place.content_hash, examples.content_hash]
     versions = package_versions(("torch", "transformers", "peft"))
-    inputs = hash_value([__version__, versions, contents, settings, recipe.seed])
-    target = work.folder.path / "evaluation"
-    if not work.skip("evaluate", inputs):
-        with work.folder.step("evaluate", inputs, ["evaluation"]), staged(target) as folder:
-            models = Models(work, place, processor)
-            contexts = {"base": models.base, "tuned": models.tuned}
-            evaluation = evaluate(
-                contexts, processor, rows, examples, work.task, recipe, work.console, device=work.device, folder=folder
-            )
-            save_evaluation(evaluation, folder)
+    return hash_value([__version__, versions, contents, settings, recipe.seed])
 
 
 def deploy(work: Work, place: ModelPlace) -> None:
@@ -378,9 +390,11 @@ def rehearse(work: Work) -> dict[str, Any]:
             rows = load_rows(folder.path / "data" / "rows")
             valid["encode"] = folder.is_valid("encode", _encode_inputs(work, rows, place, processor))
         if valid.get("encode"):
-            adapt_inputs = _adapt_inputs(work, place, load_examples(folder.path / "data" / "examples"))
-            valid["train"] = folder.is_valid("train", _train_inputs(work, adapt_inputs))
-    for step in ("prepare", "encode", "train"):
+            examples = load_examples(folder.path / "data" / "examples")
+            valid["train"] = folder.is_valid("train", _train_inputs(work, _adapt_inputs(work, place, examples)))
+            valid["evaluate"] = folder.is_valid("evaluate", _evaluate_inputs(work, place, examples))
+    for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
     console.print(f"good; the run folder is {escape(str(folder.path))}")
-    return {"folder": str(folder.path), "would_run": [step for step, done in valid.items() if not done], "plans": plans}
+    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
+    return {"folder": str(folder.path), "would_run": would_run, "plans": plans}

@@ -82,6 +82,8 @@ def test_a_run_is_evaluated_again_without_its_source_files(place: Path) -> None:
     assert not skipped["evaluate"]
     assert "# tiny.yaml:" in (place / "run/recipe.yaml").read_text()
     assert not done("evaluate", "run", "--set", "evaluate.metrics=[loss]")["evaluate"]
+    assert not done("evaluate", "run", "--set", "evaluate.metrics=[loss, exact_match]")["evaluate"]
+    assert "limit: null  # default" in (place / "run/recipe.yaml").read_text()
 
 
 def test_a_run_takes_no_settings_that_would_make_it_another(place: Path) -> None:
@@ -132,11 +134,14 @@ def test_a_dry_run_says_what_would_run_and_changes_nothing(place: Path) -> None:
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run")
     assert result.exit_code == 0, result.stderr
     assert not (place / "run").exists()
-    done("train", "tiny.yaml", "--out", "run")
+    done("run", "tiny.yaml", "--out", "run")
     before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--json")
     assert json.loads(result.stdout)["would_run"] == []
     assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == before
+    result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "generation.max_new_tokens=3", "--json")
+    assert json.loads(result.stdout)["would_run"] == ["evaluate"]
+    assert invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "seed=5").exit_code == 2
 
 
 def test_what_a_killed_process_left_is_swept(place: Path) -> None:

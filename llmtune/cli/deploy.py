@@ -23,14 +23,14 @@ def _deploy() -> None:
 @handled
 def merge(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write [default: RUN/merged].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
     onto: Annotated[
         str | None,
         typer.Option(
-            "--onto", help="original or dequantized weights [default: those that the adapter was trained on]."
+            "--onto", help="original or dequantized weights (default: those that the adapter was trained on)."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 [auto: as trained].")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 (auto: as trained).")] = "auto",
     threads: Threads = None,
     offline: Offline = False,
     as_json: AsJson = False,

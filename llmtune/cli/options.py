@@ -11,7 +11,7 @@ RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Out = Annotated[Path | None, typer.Option("--out", help="The run folder [default: runs/<name>-<hash>].")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe value; may be given several times."),
@@ -19,7 +19,7 @@ Sets = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what is there; exit 2 if there is nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: what the run folder holds is removed.")]
 Lock = Annotated[Path | None, typer.Option("--lock", help="Hold model and data to what this llmtune.lock says.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads [default: torch's own choice].")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's own choice).")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything that is cheap, say what would run, and stop.")
 ]

@@ -56,7 +56,7 @@ def show(
 @handled
 def new(
     task: Annotated[str, typer.Option("--task", help="chat or completion.")] = "chat",
-    out: Annotated[Path | None, typer.Option("--out", help="Write to this file [default: print].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
     text = new_recipe(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.run.environment import offline_switches, prepare_environment
 
+COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]"
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
@@ -52,18 +54,23 @@ def chat(
     console = stderr_console()
     with console.status("loading the model"):
         session = open_session(run, console, base=base, offline=offline)
-    console.print("[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]")
+    prompt = "[bold green]you[/] " if sys.stdin.isatty() else ""
+    if prompt:
+        console.print(COMMANDS_OF_CHAT)
     while True:
         try:
-            line = console.input("[bold green]you[/] ").strip()
+            line = console.input(prompt).strip()
         except EOFError:
+            console.print()
             return
         if line in {"/quit", "/exit"}:
             return
         if line == "/reset":
             session.reset()
-            continue
-        if line:
+            console.print("[dim]The conversation is forgotten.[/]")
+        elif line.startswith("/"):
+            console.print(COMMANDS_OF_CHAT)
+        elif line:
             for piece in session.answer(line, system=system, keep=True):
                 typer.echo(piece, nl=False)
             typer.echo("")

@@ -16,7 +16,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """Return verdict, gates, scores, samples and key figures; free text stands in code spans, so that it stays text."""
     view = make_view(report)
     parts = [
-        f"# {plain(view['name'])}: {plain(view['verdict']['word'])}",
+        f"# {plain(view['name'])}: {plain(view['verdict']['word'])}{failed_gates(view)}",
         plain(view["verdict"]["reason"]),
         " · ".join(f"{name} {code(value)}" for name, value in view["chips"]),
         gates(view),
@@ -26,6 +26,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"Made by llmtune {plain(view['version'])}; `report.html` beside this file has curves, data and recipe.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def failed_gates(view: Mapping[str, Any]) -> str:
+    """What stands behind the verdict in the title, where gates failed."""
+    failed = sum(not gate["passed"] for gate in view["gates"])
+    return f", {failed} gate{'s' if failed > 1 else ''} failed" if failed else ""
 
 
 def gates(view: Mapping[str, Any]) -> str:

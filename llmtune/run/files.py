@@ -110,8 +110,8 @@ def explained(path: Path) -> Iterator[None]:
             what = f"the disk is full: {free / 1e6:.0f} MB free"
             raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
         if error.errno in NO_PLACE:
-            what = f"cannot write: {error.strerror}"
-            fix = "choose another place with --out, or change its permissions"
+            what = f"cannot be read or written: {error.strerror}"
+            fix = "change its permissions, or choose another place (--out)"
             raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
         raise
 

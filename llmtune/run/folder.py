@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
+
+from ruamel.yaml import YAML
 
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
@@ -151,9 +154,11 @@ def _hold(file: IO[str], path: Path) -> None:
         raise EnvironmentProblem.of(what, str(path), "wait for it, or choose another folder with --out") from None
 
 
-def look_at_run(path: Path) -> RunFolder:
-    """Look at what a folder holds without opening it; nothing, if it is no run."""
-    return RunFolder(path, read_json(path / MANIFEST) or {"fingerprint": "", "steps": {}, "findings": {}})
+def look_at_run(path: Path, fingerprint: str, *, resume: bool = False) -> RunFolder:
+    """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
+    known = read_json(path / MANIFEST)
+    _refuse_foreign(path, known, fingerprint, resume)
+    return RunFolder(path, known or {"fingerprint": fingerprint, "steps": {}, "findings": {}})
 
 
 def read_run(path: Path) -> RunFolder:
@@ -208,10 +213,27 @@ def recipe_of_run(folder: RunFolder, sets: Sequence[str] = ()) -> LoadedRecipe:
     text = path.read_text(encoding="utf-8")
     loaded = keep_origins(load_recipe(path), text)
     if sets:
-        # What was a default then is not stated now: it must not be in the way of what is set.
-        defaults = [key for key, origin in loaded.origins.items() if origin == "default" and _later(key)]
-        loaded = keep_origins(load_recipe(path, [*(f"{key}=null" for key in defaults), *sets]), text)
+        with _without_defaults(text, loaded.origins) as bare:
+            loaded = replace(keep_origins(load_recipe(bare, sets), text), file=path)
     return replace(loaded, fingerprint=folder.manifest["fingerprint"])
+
+
+@contextmanager
+def _without_defaults(text: str, origins: Mapping[str, str]) -> Iterator[Path]:
+    """Give a file without what was a default then: it is not stated now, and must not be in the way of what is set."""
+    yaml = YAML(typ="safe")
+    content = yaml.load(text)
+    for key in [key for key, origin in origins.items() if origin == "default" and _later(key)]:
+        section, _, name = key.partition(".")
+        if not name:
+            content.pop(section, None)
+        elif isinstance(content.get(section), dict):
+            content[section].pop(name.split(".")[0], None)
+    with TemporaryDirectory() as place:
+        bare = Path(place) / "recipe.yaml"
+        with bare.open("w", encoding="utf-8") as file:
+            yaml.dump(content, file)
+        yield bare
 
 
 def _later(item: str) -> bool:

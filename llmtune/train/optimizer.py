@@ -56,7 +56,15 @@ def build_schedule(
     Raises RecipeError if `lr_scheduler_kwargs` do not fit the schedule.
     """
     train = recipe.train
-    warmup = math.ceil(total_steps * train.warmup_steps) if train.warmup_steps < 1 else int(train.warmup_steps)
+    share = train.warmup_steps < 1
+    warmup = math.ceil(total_steps * train.warmup_steps) if share else int(train.warmup_steps)
+    if share:
+        warmup = min(warmup, total_steps - 1)  # the first step of a warm-up has a learning rate of 0
+    elif warmup >= total_steps:
+        what = f"{warmup} steps of warm-up, and training has {total_steps}: none would have the full learning rate"
+        raise RecipeError.of(
+            what, "train.warmup_steps", "Set it below the number of steps, or to a share such as 0.03."
+        )
     options = {
         name: int(value) if float(value).is_integer() else value for name, value in train.lr_scheduler_kwargs.items()
     }

@@ -107,3 +107,15 @@ def test_an_8_bit_optimizer_trains_and_resumes_to_the_last_bit(tmp_path, tiny_ll
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "halved")]
     assert losses[0] == losses[1]
+
+
+def test_a_warmup_share_never_takes_the_only_step(recipe):
+    optimizer = build_optimizer(small_model(), change(recipe, warmup_steps=0.03), CPU)
+    build_schedule(optimizer, change(recipe, warmup_steps=0.03), 1)
+    assert optimizer.param_groups[0]["lr"] == recipe.train.learning_rate
+
+
+def test_a_warmup_as_long_as_training_is_an_error(recipe):
+    optimizer = build_optimizer(small_model(), recipe, CPU)
+    with pytest.raises(RecipeError, match="train.warmup_steps"):
+        build_schedule(optimizer, change(recipe, warmup_steps=5), 5)
