@@ -17,7 +17,12 @@ SOURCE_PLACES = (("data", "train"), ("data", "validation"), ("data", "test"))
 def merge(below: Stated, above: Stated, place: tuple[str, ...] = ()) -> Stated:
     """Lay one value over another: mappings are merged key by key, all else is replaced; a source is one value."""
     if not isinstance(below.value, dict) or not isinstance(above.value, dict) or place in SOURCE_PLACES:
-        return Stated(above.value, above.origin, above.folder, overrides=above.value is None)
+        return Stated(
+            above.value,
+            above.origin,
+            above.folder,
+            overrides=above.value is None and (below.value is not None or below.overrides),
+        )
     merged = dict(below.value)
     for key, item in above.value.items():
         merged[key] = merge(merged[key], item, (*place, key)) if key in merged else item

@@ -72,7 +72,11 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
         origins=list_origins(recipe, places),
         file=Path(os.path.abspath(file)),
         fingerprint=fingerprint(written),
-        without_effect=frozenset(finding.key for finding in find_all(recipe, Places(root, everything=True))),
+        without_effect=frozenset(
+            finding.key
+            for finding in find_all(recipe, Places(root, everything=True))
+            if not places.stated(finding.key)  # a default, or taken back by null
+        ),
     )
 
 

@@ -84,7 +84,7 @@ class Writer:
                 first, *others = self.section(item, f"{path}.{i}", f"{indent}    ")
                 yield f"{indent}  - {first.lstrip()}"
                 yield from others
-        elif path in self.idle and self.origins.get(path, DEFAULT) == DEFAULT:
+        elif path in self.idle:
             if self.with_notes:
                 yield f"{indent}# {name}: {scalar(value)}  # {DEFAULT}, without effect here"
         elif isinstance(value, dict) and value:

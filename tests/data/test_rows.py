@@ -327,7 +327,7 @@ def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("options", "said"), [("size=256k", "the disk is full"), ("ro", "cannot write")])
+@pytest.mark.parametrize(("options", "said"), [("size=256k", "the disk is full"), ("ro", "cannot be read or written")])
 def test_a_full_or_read_only_disk_is_an_environment_problem(tmp_path, options, said):
     write_jsonl(tmp_path / "a.jsonl", [chat(f"question {i} " * 20) for i in range(3000)])
     make_recipe(tmp_path, "a.jsonl")

@@ -178,7 +178,7 @@ def test_a_disk_without_room_for_the_weights_is_explained_and_nothing_is_left(tu
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a place where not even root may write")
 def test_a_place_where_one_may_not_write_is_explained(tune, console):
-    with pytest.raises(EnvironmentProblem, match="cannot write"):
+    with pytest.raises(EnvironmentProblem, match="cannot be read or written"):
         merge(tune(), Path("/sys/merged"), console)
 
 
