@@ -72,6 +72,7 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(recipe_version.*?)```", text, flags=re.DOTALL)

@@ -117,5 +117,5 @@ def test_a_warmup_share_never_takes_the_only_step(recipe):
 
 def test_a_warmup_as_long_as_training_is_an_error(recipe):
     optimizer = build_optimizer(small_model(), recipe, CPU)
-    with pytest.raises(RecipeError, match="train.warmup_steps"):
+    with pytest.raises(RecipeError, match=r"train\.warmup_steps"):
         build_schedule(optimizer, change(recipe, warmup_steps=5), 5)
