@@ -101,7 +101,9 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     folder.require_trained()
     pins = read_pins(run / LOCK)
     work = Work(recipe or recipe_of_run(folder).recipe, folder, console, offline, pins, held=True)
-    return work, locate_pinned(work, pins.model)
+    place = locate_pinned(work, pins.model)
+    work.settle(place, load_rows(run / "data" / "rows"))
+    return work, place
 
 
 def open_session(

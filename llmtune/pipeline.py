@@ -36,8 +36,9 @@ from llmtune.model import (
     pick_device,
     plan_memory,
 )
+from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
-from llmtune.recipe import LoadedRecipe, Recipe
+from llmtune.recipe import TASK_FACTS, LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows
 from llmtune.report import assemble, write_report
 from llmtune.run.environment import is_remote_model, refuse_network
@@ -86,6 +87,7 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     if options.until == "prepare" and not work.recipe.model.name:
         return
     place = choose(work, rows)
+    work.settle(place, rows)
     processor = load_processor(place, work.recipe.model)
     examples = encode(work, rows, place, processor)
     if options.until == "prepare":
@@ -148,10 +150,10 @@ def prepare(work: Work) -> Rows:
 def _prepare_inputs(work: Work) -> str:
     data = work.recipe.data
     if work.held and work.pins is not None:
-        check_pin("the data's content", work.pins.data_hash, hash_sources(data))
+        check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
     about_examples = {"max_length", "on_overlong", "packing", "train_on"}
     settings = data.model_dump(mode="json", exclude=about_examples)
-    return hash_value([__version__, work.recipe.task, settings, hash_sources(data)])
+    return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
 
 
 def choose(work: Work, rows: Rows) -> ModelPlace:
@@ -169,7 +171,7 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
     known = work.folder.findings.get("ranking")
     if known is None or known["inputs"] != inputs:
         folder = work.folder.path / "model"
-        ranking = rank_candidates(work.recipe, work.task, rows, work.console, folder, work.device, work.offline)
+        ranking = rank_candidates(work.recipe, work.choose_form, rows, work.console, folder, work.device, work.offline)
         known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
         work.folder.note(ranking=known)
     return locate_pinned(work, known["chosen"])
@@ -182,7 +184,7 @@ def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedToken
     if not work.skip("encode", inputs):
         with work.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
             made = encode_rows(rows, work.task, processor, work.recipe, folder, work.console)
-            facts |= describe_examples(rows, made, processor, work.console)
+            facts |= describe_examples(rows, made, processor, work.console, work.task, work.recipe)
     return load_examples(target)
 
 
@@ -190,6 +192,9 @@ def _encode_inputs(work: Work, rows: Rows, place: ModelPlace, processor: PreTrai
     recipe = work.recipe
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
+    section = TASK_FACTS[recipe.task].section
+    own = getattr(recipe, section) if section else None
+    settings |= {"section": own.model_dump(mode="json") if own else None}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, place.content_hash, hash_value(processor.chat_template)]
     return hash_value([__version__, versions, contents, about, settings, recipe.task])
@@ -203,7 +208,7 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
         EnvironmentProblem: the model cannot be trained in this memory.
     """
     recipe, longest = work.recipe, max(examples.longest.values())
-    check_context(place, recipe, work.task, longest)
+    check_context(place, recipe, work.task, max(examples.reach.values()))
     budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
     plan = replace(plan_memory(place, recipe, work.task, min(budget, step_tokens), work.device), tokens=budget)
@@ -306,7 +311,16 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
         contexts = {"base": models.base, "tuned": models.tuned}
         task, recipe, console = work.task, work.recipe, work.console
         evaluation = evaluate(
-            contexts, processor, rows, examples, task, recipe, console, device=work.device, folder=folder
+            contexts,
+            processor,
+            rows,
+            examples,
+            task,
+            recipe,
+            console,
+            device=work.device,
+            folder=folder,
+            headless=head_is_new(place, recipe, task),
         )
         save_evaluation(evaluation, folder)
 
@@ -361,7 +375,7 @@ def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace) -> None:
     template = load_processor(place, work.recipe.model).chat_template
     write_lock(
         work.folder.path,
-        Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data)),
+        Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data, work.recipe.task)),
         fingerprint=loaded.fingerprint,
         template_hash=hash_value(template),
         seed=work.recipe.seed,
@@ -382,12 +396,14 @@ def rehearse(work: Work) -> dict[str, Any]:
                 raise
             console.print(f"{escape(name)} would be downloaded first")
             continue
+        work.form = work.choose_form(place)
         processor = load_processor(place, recipe.model)
         plan = plan_memory(place, recipe, work.task, recipe.data.max_length, work.device)
         check_memory(plan, recipe, console)
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
+            work.settle(place, rows)
             valid["encode"] = folder.is_valid("encode", _encode_inputs(work, rows, place, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")

@@ -6,7 +6,7 @@ stands only in `SelectedModel` and `AdaptedModel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmtune.recipe import Recipe
+
 Row = dict[str, Any]
-"""A row in canonical form. Chat: `messages` (and `tools`); completion: `prompt` (may be empty) and `completion`."""
+"""A row in canonical form; its keys are those of the task.
+
+chat: `messages` (and `tools`). completion: `prompt` (may be empty), `completion`. translate: `source`, `target`,
+`source_language`, `target_language` (may be None). summarize: `document`, `summary`. qa: `question`, `context`,
+`answers` (a list of `{text, start}`, empty where there is none). classify: `text`, `pair` (may be None), `label` (text,
+number or a list of texts). token-classify: `tokens`, `tags`. speech: `audio` (a file), `content` (its hash), `text`.
+preference: `messages` (the prompt), `chosen`, `rejected`; or `messages`, `answer`, `good`.
+"""
 
 SIDES = ("train", "validation", "test")
 
@@ -40,25 +49,55 @@ class Rows:
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded row: what the model sees and which positions are predicted."""
+    """One encoded row: what the model reads and what it has to predict."""
 
     input_ids: Sequence[int]
+    """Tokens that the model (of two parts: its encoder) reads; empty for speech."""
     spans: Sequence[int]
-    """Supervised half-open token ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`."""
+    """Supervised half-open ranges, flat: start, end, start, end. Token `start` is predicted from `start - 1`."""
     target_bytes: int
-    """UTF-8 bytes of the supervised text, end-of-turn markers not counted: the denominator of bits per byte."""
+    """UTF-8 bytes of the supervised text, end markers not counted: the denominator of bits per byte."""
+    target_ids: Sequence[int] = ()
+    """What is predicted and no part of `input_ids`: a decoder's tokens, a class, tags, the ends of an answer."""
+    target_spans: Sequence[int] = ()
+    """Supervised ranges of `target_ids`, as in `spans`."""
+    third_ids: Sequence[int] = ()
+    """A third sequence beside those two: kinds of tokens, or the answer that does not belong to a prompt (KTO)."""
+    values: Sequence[float] = ()
+    """Numbers to predict, one a class or one alone; or the weight of the example."""
+    audio: Sequence[int] = ()
+    """Samples at the model's rate, 16 bits."""
+    counted: int | None = None
+    """How many predictions it stands for, where that is not the number of tokens in `spans`."""
+    cost: int | None = None
+    """Tokens that it takes up in a micro-batch, where those are not `input_ids` alone."""
 
     @property
     def supervised(self) -> int:
-        """How many tokens are predicted."""
-        return sum(self.spans[1::2]) - sum(self.spans[::2])
+        """How many predictions are learned from."""
+        return span_sizes(self.spans) if self.counted is None else self.counted
+
+    @property
+    def tokens(self) -> int:
+        """What it costs in a micro-batch, in tokens."""
+        return len(self.input_ids) if self.cost is None else self.cost
+
+    @property
+    def reach(self) -> int:
+        """The longest sequence in it, in tokens: what the model's context must hold."""
+        return max(len(self.input_ids), len(self.target_ids), len(self.third_ids))
+
+
+def span_sizes(spans: Sequence[int]) -> int:
+    """Add up the lengths of flat half-open ranges."""
+    return int(sum(spans[1::2]) - sum(spans[::2]))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows on disk, one Arrow file a side, in the order of `Rows`.
+    """Encoded rows on disk, one Arrow file a side, in the order of `Rows`; the columns are those of `Example`.
 
-    Columns: `input_ids`, `spans` (list<int32>), `target_bytes` (int32), `row` (int32, index into the side's rows).
+    `row` beside them is an index into the side's rows.
     """
 
     folder: Path
@@ -67,8 +106,11 @@ class Examples:
     tokens: dict[str, int]
     supervised: dict[str, int]
     longest: dict[str, int]
+    """By side, the highest cost of an example in tokens."""
     dropped: dict[str, int]
     content_hash: str
+    reach: dict[str, int] = field(default_factory=dict)
+    """By side, the longest sequence that the model reads or writes, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +156,10 @@ class SelectedModel:
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
     quantized: bool
+    task: Task
+    """The form of the task that it was loaded for."""
+    new_weights: tuple[str, ...] = ()
+    """Parameters that the model's files do not hold: those of a new head, at random from the recipe's seed."""
 
 
 @dataclass(frozen=True)
@@ -161,36 +207,103 @@ class Loss:
     """A loss as a sum and a count, so that it can be divided once over all micro-batches and processes."""
 
     sum: torch.Tensor
-    """Scalar, float32, nats."""
+    """Scalar, float32, nats (of a regression: squares)."""
     count: int
+    """Predictions that it is the sum of: tokens, rows, windows or pairs."""
     correct: torch.Tensor | None = None
-    """Scalar: how many supervised tokens were the model's first choice."""
+    """Scalar: how many of them were right at first choice."""
     row_sums: torch.Tensor | None = None
-    """[rows] nats a row, only when asked for."""
+    """[rows] the sum a row, only when asked for."""
     row_correct: torch.Tensor | None = None
     """[rows] first choices that were right a row, only when asked for."""
+
+
+Batch = dict[str, Any]
+"""The tensors of one micro-batch by name; numbers and settings may stand beside them."""
+Collate = Callable[[Sequence[Example], int], Batch]
+"""Makes a batch of examples; the number (0 in evaluation) is the draw of what is random in it, such as masks."""
+Advance = Callable[[int], None]
+
+
+def identity(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
+    """Nothing of the recipe has to be settled by the rows."""
+    return recipe
+
+
+def always(about: Any) -> bool:
+    """Whatever the recipe, or the model, says."""
+    return True
+
+
+def never(recipe: Recipe) -> bool:
+    """Whatever the recipe says, no."""
+    return False
 
 
 @dataclass(frozen=True)
 class Task:
     """What differs from task to task, as plain functions; put together in `llmtune.tasks`.
 
-    encode(rows, processor, recipe) -> one `Example` list or one reason (str) a row
-    collate(examples, packed, pad_id) -> the tensors of one micro-batch
-    loss(model, batch, by_row) -> `Loss`
-    prompt(row) -> the row without its answer, and the answer as text
+    A task that models of several kinds can do has one of these for each kind, its forms.
     """
 
     name: str
     auto_class: str
     """Name of the transformers class that loads the model."""
-    peft_task_type: str
+    peft_task_type: str | None
+    """PEFT's name for it, which says how its plain classes load the adapter; None: `AutoPeftModel`."""
     encode: Callable[..., list[list[Example] | str]]
-    collate: Callable[..., dict[str, Any]]
+    """encode(rows, processor, recipe) -> the examples of each row, or the reason why it has none."""
+    collator: Callable[..., Collate]
+    """collator(processor, recipe) -> what makes micro-batches."""
     loss: Callable[..., Loss]
+    """loss(model, batch, by_row) -> `Loss`, of a model that PEFT or DDP may have wrapped."""
     prompt: Callable[[Row], tuple[Row, str]]
-    render: Callable[..., list[int]]
-    """render(prompt row, processor, recipe) -> token ids to generate from; the same ids in train, evaluate and chat."""
+    """prompt(row) -> the row without its answer, and the answer as text."""
+    render: Callable[..., list[int]] | None = None
+    """render(prompt row, processor, recipe) -> token ids to generate from; the same ids in train, evaluate and chat.
+    None where an answer is no continuation of the prompt: then `predict` gives it."""
+    predict: Callable[..., list[Any]] | None = None
+    """predict(model, prompt rows, processor, recipe, device=, advance=) -> a JSON value a row."""
+    measure: Callable[..., Any] | None = None
+    """measure(metric, predictions, references, recipe, base=) -> `Measure` or None; without it answers are texts."""
+    reference: Callable[[Row], Any] | None = None
+    """reference(row) -> what predictions are held against; without it the answer's text."""
+    write: Callable[[Any], str] = str
+    """write(prediction) -> as a person reads it."""
+    baseline: Callable[..., tuple[str, list[Any]]] | None = None
+    """baseline(train references, prompt rows, recipe) -> the name and predictions of what stands for a base model
+    whose head is new."""
+    details: Callable[..., dict[str, Any]] | None = None
+    """details(predictions, references, recipe) -> what the report shows beside the scores."""
+    count_classes: Callable[[Rows, Recipe], dict[str, dict[str, int]]] | None = None
+    """count_classes(rows, recipe) -> by label, its rows (or entities) on each side."""
+    ask: Callable[[Mapping[str, str | None]], Row] | None = None
+    """ask(what a person gave) -> the prompt row; without it the prompt is the answer's beginning or a message."""
+    settle: Callable[[Recipe, Rows, Any], Recipe] = identity
+    """settle(recipe, rows, model configuration) -> the recipe with what the rows decide: names and weights of classes."""
+    shape_config: Callable[[Any, Recipe], None] | None = None
+    """shape_config(model configuration, recipe): set in place what the head's size depends on."""
+    pieces: Callable[..., list[tuple[str, bool]]] | None = None
+    """pieces(example, processor, recipe) -> stretches of text, and whether they are learned, for a person to see."""
+    survey: Callable[..., list[float]] | None = None
+    """survey(model, batch) -> sums that the loss needs of a whole step before it can be taken of a part of it."""
+    check: Callable[..., None] | None = None
+    """check(model, processor, recipe): refuse what would go wrong later; called once the model is loaded."""
+    admits: Callable[[Recipe], bool] = always
+    """Whether this form is what the recipe asks for."""
+    fits: Callable[[Any], bool] = always
+    """fits(model configuration): what the model must be beyond having the class."""
+    packs: bool = False
+    """Whether rows may stand end to end in one micro-batch."""
+    scores_rows: bool = True
+    """Whether the loss of a row can be taken by itself, in evaluation too."""
+    compares: Callable[[Recipe], bool] = never
+    """Whether training is held against the model as it was, which has to be kept beside what is trained."""
+    by_token: bool = True
+    """Whether the loss is that of guessing tokens of the vocabulary."""
+    headed: bool = False
+    """Whether a head that the model does not bring is made new and trained whole."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +340,10 @@ class Evaluation:
     rows: int
     signatures: dict[str, str] = field(default_factory=dict)
     """How a metric was computed, e.g. sacrebleu's signature."""
+    baseline: str | None = None
+    """Where the base model has no trained head: what stands in its place, by name."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a task shows beside the scores, of base and tuned: a table of classes, a confusion matrix."""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from llmtune.model import locate, pick_device
+from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import Recipe
-from llmtune.records import ModelPlace, Task
+from llmtune.records import ModelPlace, Rows, Task
 from llmtune.run.folder import RunFolder
 from llmtune.run.lock import Pins, check_pin
-from llmtune.tasks import get_task
+from llmtune.tasks import choose_form, get_task
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,25 @@ class Work:
     held: bool = False
     """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
     skipped: dict[str, bool] = field(default_factory=dict)
+    form: Task | None = None
 
-    @cached_property
+    @property
     def task(self) -> Task:
-        """The task's functions."""
-        return get_task(self.recipe.task)
+        """The task's functions, in the form that the model can do once that is known."""
+        return self.form or get_task(self.recipe.task)
+
+    def choose_form(self, place: ModelPlace) -> Task:
+        """Return the form of the task that a model can do; raises RecipeError where there is none."""
+        return choose_form(self.recipe, read_model_config(place, self.recipe.model), place.name)
+
+    def settle(self, place: ModelPlace, rows: Rows) -> None:
+        """Take the form of the task that this model does, and what of the recipe the rows decide, such as class names.
+
+        Raises RecipeError or DataError where model, rows and recipe do not go together.
+        """
+        config = read_model_config(place, self.recipe.model)
+        self.form = choose_form(self.recipe, config, place.name)
+        self.recipe = self.form.settle(self.recipe, rows, config)
 
     @cached_property
     def device(self) -> str:

@@ -11,12 +11,13 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.proof import prove_wiring
+from llmtune.adapter.reference import keep_reference
 from llmtune.adapter.start import continue_adapter
 from llmtune.adapter.targets import are_transposed, group_by_ending, resolve_targets, shorten
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.memory import enough_memory
 from llmtune.model.quiet import hushed
-from llmtune.model.skeleton import linear_shapes
+from llmtune.model.skeleton import head_names, in_heads, linear_shapes
 from llmtune.records import AdaptedModel, SelectedModel
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     torch.manual_seed(recipe.seed)
     with enough_memory(f"putting the adapter into {selected.place.name}", str(selected.model.device)):
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
+    if selected.task.compares(recipe) and (recipe.adapter.method == "full" or recipe.adapter.start_from is not None):
+        keep_reference(adapted.model)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(selected.model)
     adapted.model.eval()
@@ -124,15 +127,16 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> A
 
 def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
     adapter = recipe.adapter
-    targets = resolve_targets(selected.model, adapter)
+    whole = _find_whole(selected, adapter)
+    targets = [name for name in resolve_targets(selected.model, adapter) if not in_heads(name, whole)]
     RecipeError.collect(_find_conflicts(selected, adapter, targets))
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=selected.task.peft_task_type,
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
         target_modules=shorten(targets, selected.model),
-        modules_to_save=list(adapter.modules_to_save) if adapter.modules_to_save else None,
+        modules_to_save=_find_whole(selected, adapter) or None,
         bias=adapter.bias,
         use_dora=adapter.use_dora,
         use_rslora=adapter.use_rslora,
@@ -151,6 +155,19 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
     if str(adapter.init_lora_weights).startswith(_MUTATING):
         keep_start(model)
     return cast(PeftModel, model)
+
+
+def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
+    """Name the modules that are trained whole: those of the recipe, and of a task with a head of its own that head.
+
+    A layer of the body that starts at random (the pooling layer of an encoder that came without one) is one of them.
+    """
+    wanted = list(adapter.modules_to_save or ())
+    if selected.task.headed:
+        heads = head_names(selected.model)
+        fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
+        wanted += [name for name in (*heads, *sorted(fresh)) if name not in wanted]
+    return wanted
 
 
 def keep_start(model: PeftModel) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 _PROBE_TOKENS = 12
+_PROBE_SAMPLES = 8000
+"""Half a second at the rate of speech models."""
 
 
 class NotWiredError(RuntimeError):
@@ -32,19 +35,19 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
         RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
     """
     device = selected.model.device
-    ids_BT = _probe_ids(selected, recipe).to(device)
+    inputs = {name: part.to(device) for name, part in _probe(selected, recipe).items()}
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
         with hushed(), torch.no_grad(), model.disable_adapter():
-            off_TV = _logits(model, ids_BT)
-        on_TV = _logits(model, ids_BT)
-        if not moved or torch.equal(on_TV.detach(), off_TV):
+            off = _scores(model, inputs)
+        on = _scores(model, inputs)
+        if not moved or torch.equal(on.detach(), off):
             raise NotWiredError("moving the adapter's weights does not change the model's output")
-        weights_TV = torch.randn(on_TV.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        torch.autograd.backward((on_TV.float() * weights_TV).sum())
+        weights = torch.randn(on.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        torch.autograd.backward((on.float() * weights).sum())
         dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter)]
     for parameter in model.parameters():
         parameter.grad = None
@@ -73,13 +76,36 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
                 parameters[name].copy_(start)
 
 
-def _logits(model: PeftModel, ids_BT: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, model(input_ids=ids_BT, use_cache=False).logits[0])
+def _scores(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return all that the head says, as one row of numbers."""
+    found = model(**inputs, **_without_cache(model))
+    parts = [found.logits] if "logits" in found else [found.start_logits, found.end_logits]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _without_cache(model: PeftModel) -> dict[str, bool]:
+    forward = inspect.signature(type(model.get_base_model()).forward).parameters
+    return {"use_cache": False} if "use_cache" in forward else {}
+
+
+def _probe(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """A little of what the model reads: tokens, or noise in place of a recording, and tokens for a decoder."""
+    config, name = selected.model.config, selected.model.main_input_name
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = _probe_ids(selected, recipe)
+    if name == "input_features":
+        frames = 2 * config.max_source_positions
+        heard = {name: torch.randn((1, config.num_mel_bins, frames), generator=generator)}
+    elif name == "input_values":
+        heard = {name: torch.randn((1, _PROBE_SAMPLES), generator=generator)}
+    else:
+        heard = {"input_ids": ids_BT}
+    return heard | ({"decoder_input_ids": ids_BT} if config.is_encoder_decoder else {})
 
 
 def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
     """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
-    size = len(selected.processor)
+    size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])

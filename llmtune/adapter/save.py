@@ -25,7 +25,7 @@ from llmtune.model.folder import read_config as read_model_config
 from llmtune.model.memory import enough_memory
 from llmtune.model.plan import format_bytes
 from llmtune.model.processor import save_tokenizer
-from llmtune.model.skeleton import first_line
+from llmtune.model.skeleton import OTHER_CLASSES, first_line
 from llmtune.records import AdaptedModel, SelectedModel
 
 
@@ -49,7 +49,7 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
     Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
     """
     with enough_memory(f"loading what was trained onto {selected.place.name}", str(selected.model.device)):
-        if (folder / "config.json").is_file():
+        if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
             return _load_model(selected, folder)
         place = find_adapter(folder)
         selected.model.requires_grad_(False)
@@ -90,7 +90,18 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
         save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)
     (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
+    if adapted.selected.task.headed:
+        _save_classes(adapted.selected, folder)
     share_file(folder / WEIGHTS, folder / "adapter_config.json")
+
+
+def _save_classes(selected: SelectedModel, folder: Path) -> None:
+    """Write the model's configuration, which says what its head's outputs are called."""
+    content = selected.model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", OTHER_CLASSES):
+        content.pop(key, None)
+    text = json.dumps(content, indent=2, sort_keys=True, default=_as_json)
+    (folder / "config.json").write_text(text + "\n", "utf-8")
 
 
 def _as_json(value: Any) -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+SAVED = (".lora_", "trainable_tokens", ".modules_to_save.")
+"""Parts of the names of weights that an adapter consists of."""
 _SHAPE_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
 
 
@@ -104,7 +106,7 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
             str(place),
             "It is damaged, or it was made for another model.",
         ) from error
-    own = {name for name, _ in model.named_parameters() if ".lora_" in name or "trainable_tokens" in name}
+    own = {name for name, _ in model.named_parameters() if any(part in name for part in SAVED)}
     missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
     wrong = missing or list(result.unexpected_keys)
     if wrong:

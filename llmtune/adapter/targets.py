@@ -10,7 +10,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.model.skeleton import head_names, linear_shapes
+from llmtune.model.skeleton import head_names, in_heads, linear_shapes
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
@@ -34,7 +34,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     wanted = adapter.target_modules
     problems: list[Problem] = []
     if wanted == "all-linear":
-        targets = [name for name in linears if name not in heads]
+        targets = [name for name in linears if not in_heads(name, heads)]
     else:
         targets, problems = _match("adapter.target_modules", wanted, names, linears)
     excluded: list[str] = []
@@ -51,7 +51,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         problems += more
     problems += _check_patterns(adapter, targets)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        problems += [_tied_head(name) for name in targets if name in heads]
+        problems += [_tied_head(name) for name in targets if in_heads(name, heads)]
     RecipeError.collect(problems)
     kept = [name for name in targets if name not in set(excluded)]
     if not kept:

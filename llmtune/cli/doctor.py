@@ -1,4 +1,4 @@
-"""What `llmtune doctor` finds: versions, devices, memory, disk, the packaged model, the network; and what to type."""
+"""What `llmtune doctor` finds: versions, devices, memory, disk, the packaged models, the network; and what to type."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _check_cache() -> list[Check]:
         checks = [Check("cache", "missing", f"{folder} cannot be written", "export LLMTUNE_CACHE=FOLDER")]
     for name, entry in packaged.PACKAGED.items():
         version = package_versions([entry.distribution])[entry.distribution]
-        found = f"{entry.distribution} {version}" if version else "not installed; the recipe quickstart needs it"
+        found = f"{entry.distribution} {version}" if version else "not installed; recipes that name it need it"
         checks.append(
             Check(f"builtin:{name}", "good" if version else "note", found, None if version else entry.install)
         )

@@ -55,7 +55,9 @@ def show(
 @app.command()
 @handled
 def new(
-    task: Annotated[str, typer.Option("--task", help="chat or completion.")] = "chat",
+    task: Annotated[
+        str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
+    ] = "chat",
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""

@@ -19,16 +19,20 @@ The names of the packed entries are those that transformers' flash attention tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from llmtune.records import Example
+from llmtune.records import Batch, Collate, Example
 
-Batch = dict[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
 Int64 = npt.NDArray[np.int64]
 
 
@@ -70,9 +74,14 @@ def collate_padded(examples: Sequence[Example], pad_id: int | None) -> Batch:
     }
 
 
-def choose_collate(packed: bool) -> Callable[[Sequence[Example], int | None], Batch]:
-    """Return `collate_packed` or `collate_padded`."""
-    return collate_packed if packed else collate_padded
+def causal_collator(processor: PreTrainedTokenizerBase, recipe: Recipe) -> Collate:
+    """Make micro-batches for a decoder: packed or padded, as the recipe says."""
+    make = collate_packed if recipe.data.packing else collate_padded
+
+    def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+        return make(examples, processor.pad_token_id)
+
+    return collate
 
 
 def _predictions(examples: Sequence[Example], documents: Sequence[Int64], starts: Int64) -> Batch:

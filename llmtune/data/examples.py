@@ -36,12 +36,22 @@ SHOWN = 20
 RECORD = "examples.json"
 LEFT_OUT = "left_out.jsonl"
 AGAIN = "Run the recipe again: what is missing is made again."
+LISTS = {
+    "input_ids": np.int32,
+    "spans": np.int32,
+    "target_ids": np.int32,
+    "target_spans": np.int32,
+    "third_ids": np.int32,
+    "values": np.float32,
+    "audio": np.int16,
+}
+"""Columns of lists, by the names of `Example`."""
+FIRST = ("input_ids", "spans")
+NUMBERS = ("target_bytes", "supervised", "tokens", "reach")
 SCHEMA = pa.schema(
     {
-        "input_ids": pa.list_(pa.int32()),
-        "spans": pa.list_(pa.int32()),
-        "target_bytes": pa.int32(),
-        "row": pa.int32(),
+        **{name: pa.list_(pa.from_numpy_dtype(kind)) for name, kind in LISTS.items()},
+        **{name: pa.int32() for name in (*NUMBERS, "row")},
     }
 )
 
@@ -54,6 +64,7 @@ class _Tally:
     tokens: dict[str, int] = field(default_factory=dict)
     supervised: dict[str, int] = field(default_factory=dict)
     longest: dict[str, int] = field(default_factory=dict)
+    reach: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     long_rows: list[Problem] = field(default_factory=list)
     """The first rows that are too long."""
@@ -62,18 +73,21 @@ class _Tally:
     digest: Any = field(default_factory=hashlib.sha256)
 
     def begin(self, side: str) -> None:
-        self.counts[side] = self.tokens[side] = self.supervised[side] = self.longest[side] = 0
+        for counted in (self.counts, self.tokens, self.supervised, self.longest, self.reach):
+            counted[side] = 0
 
     def add(self, side: str, examples: Sequence[tuple[int, Example]]) -> None:
         for row, example in examples:
-            ids = np.asarray(example.input_ids, dtype=np.int32)
-            spans = np.asarray(example.spans, dtype=np.int32)
-            head = f"{side} {row} {len(ids)} {len(spans)} {example.target_bytes}\n"
-            self.digest.update(head.encode() + ids.tobytes() + spans.tobytes())
+            lists = [np.asarray(getattr(example, name), dtype=kind) for name, kind in LISTS.items()]
+            sizes = " ".join(str(len(part)) for part in lists)
+            self.digest.update(f"{side} {row} {sizes} {example.target_bytes} {example.supervised}\n".encode())
+            for part in lists:
+                self.digest.update(part.tobytes())
             self.counts[side] += 1
-            self.tokens[side] += len(ids)
+            self.tokens[side] += example.tokens
             self.supervised[side] += example.supervised
-            self.longest[side] = max(self.longest[side], len(ids))
+            self.longest[side] = max(self.longest[side], example.tokens)
+            self.reach[side] = max(self.reach[side], example.reach)
 
 
 def encode_rows(
@@ -134,10 +148,10 @@ class ExampleReader:
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
-        self.lengths = self._column(lambda batch: _list_lengths(batch.column("input_ids")))
-        """int32 [n]: tokens of each example."""
-        self.supervised = self._column(lambda batch: _span_sizes(batch.column("spans")))
-        """int32 [n]: predicted tokens of each example."""
+        self.lengths = self._column(lambda batch: batch.column("tokens").to_numpy())
+        """int32 [n]: what each example costs, in tokens."""
+        self.supervised = self._column(lambda batch: batch.column("supervised").to_numpy())
+        """int32 [n]: predictions that each example is learned from."""
         self.rows = self._column(lambda batch: batch.column("row").to_numpy())
         """int32 [n]: the row of `Rows` that each example comes from."""
 
@@ -150,10 +164,17 @@ class ExampleReader:
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
+        lists = {name: batch.column(name)[offset].values.to_numpy() for name in LISTS}
+        numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
         return Example(
-            input_ids=batch.column("input_ids")[offset].values.to_numpy().tolist(),
-            spans=batch.column("spans")[offset].values.to_numpy().tolist(),
-            target_bytes=batch.column("target_bytes")[offset].as_py(),
+            **{
+                name: part if name == "audio" else part.tolist()
+                for name, part in lists.items()
+                if name in FIRST or len(part)
+            },
+            target_bytes=numbers["target_bytes"],
+            counted=numbers["supervised"],
+            cost=numbers["tokens"],
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -161,18 +182,6 @@ class ExampleReader:
 
     def _column(self, read: Any) -> npt.NDArray[np.int32]:
         return np.concatenate([np.empty(0, dtype=np.int32), *(read(batch) for batch in self._batches)]).astype(np.int32)
-
-
-def _list_lengths(column: Any) -> npt.NDArray[np.int32]:
-    return np.asarray(np.diff(column.offsets.to_numpy()), dtype=np.int32)
-
-
-def _span_sizes(column: Any) -> npt.NDArray[np.int32]:
-    """Sum end - start over the spans of each example."""
-    offsets, flat = column.offsets.to_numpy(), column.values.to_numpy()
-    signs = np.where(np.arange(len(flat)) % 2 == 0, -1, 1)  # every example has an even number of borders
-    sums = np.concatenate([[0], np.cumsum(flat * signs)])
-    return np.asarray(sums[offsets[1:]] - sums[offsets[:-1]], dtype=np.int32)
 
 
 def _progress(console: Console) -> Progress:
@@ -199,19 +208,18 @@ def _written(path: Path) -> Iterator[Callable[[Sequence[tuple[int, Example]]], N
     partial = path.with_suffix(".partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-            yield lambda examples: file.write_batch(_record_batch(examples)) if examples else None
+            yield lambda examples: file.write_batch(record_batch(examples)) if examples else None
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
-    columns = {
-        "input_ids": [example.input_ids for _, example in examples],
-        "spans": [example.spans for _, example in examples],
-        "target_bytes": [example.target_bytes for _, example in examples],
-        "row": [row for row, _ in examples],
+def record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
+    """Return examples, each with the number of its row, as they stand in the file."""
+    columns: dict[str, list[Any]] = {
+        name: [getattr(example, name) for _, example in examples] for name in (*LISTS, *NUMBERS)
     }
+    columns["row"] = [row for row, _ in examples]
     return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
@@ -273,6 +281,7 @@ def _examples(tally: _Tally, rows: Rows, folder: Path) -> Examples:
         longest=tally.longest,
         dropped=dict(sorted((+tally.dropped).items())),
         content_hash=tally.digest.hexdigest(),
+        reach=tally.reach,
     )
 
 
@@ -283,6 +292,7 @@ def _save(examples: Examples) -> None:
         "tokens": examples.tokens,
         "supervised": examples.supervised,
         "longest": examples.longest,
+        "reach": examples.reach,
         "dropped": examples.dropped,
         "content_hash": examples.content_hash,
     }

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from llmtune.data.messages import MESSAGE_KEYS, RowError, canonical_messages, text_of
+from llmtune.data.audio import find_recording, speech_from_columns, speech_from_folder
+from llmtune.data.conversations import (
+    chat_from_alpaca,
+    chat_from_messages,
+    chat_from_pair,
+    chat_from_sharegpt,
+    completion_from_alpaca,
+    completion_from_pair,
+    completion_from_text,
+)
+from llmtune.data.labelled import classified, question_answer, question_squad, tagged_spans, tagged_tokens
+from llmtune.data.messages import MESSAGE_KEYS, RowError
+from llmtune.data.pairs import (
+    preference_from_conversation,
+    preference_from_pair,
+    summary_from_pair,
+    thumb_from_conversation,
+    thumb_from_pair,
+    translation_from_map,
+    translation_from_pair,
+)
 from llmtune.errors import Problem, nearest
 from llmtune.records import Row
+
+Reader = Callable[[Mapping[str, Any]], Row]
 
 
 @dataclass(frozen=True)
@@ -22,120 +41,149 @@ class RowFormat:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    chat: Callable[[Mapping[str, Any]], Row] | None
-    completion: Callable[[Mapping[str, Any]], Row] | None
+    readers: Mapping[str, Reader]
+    """By task, what makes a canonical row."""
     looks: str
     """An example for error messages."""
+    files: tuple[str, ...] = ()
+    """Columns that name files, relative to the one that the row stands in."""
 
-    def reads(self, task: str) -> Callable[[Mapping[str, Any]], Row] | None:
-        """Return what makes a canonical row for `task`: only completion wants bare text, all others messages."""
-        return self.completion if task == "completion" else self.chat
-
-
-def _chat_from_messages(row: Mapping[str, Any]) -> Row:
-    tools = row.get("tools")
-    return canonical_messages(row["messages"], tools if tools is not None else row.get("functions"), row.get("system"))
-
-
-def _chat_from_sharegpt(row: Mapping[str, Any]) -> Row:
-    return canonical_messages(row["conversations"], row.get("tools"), row.get("system"))
-
-
-def _alpaca_prompt(row: Mapping[str, Any]) -> str:
-    extra = row.get("input")
-    parts = [_filled(row, "instruction")]
-    if extra is not None and text_of(extra, "'input'").strip():
-        parts.append(extra)
-    return "\n\n".join(parts)
-
-
-def _chat_from_alpaca(row: Mapping[str, Any]) -> Row:
-    history = row.get("history") or []
-    if not (isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)):
-        raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
-    turns = [*(turn for pair in history for turn in pair), _alpaca_prompt(row), _filled(row, "output")]
-    return _conversation(turns, row)
-
-
-def _completion_from_alpaca(row: Mapping[str, Any]) -> Row:
-    system = row.get("system")
-    head = f"{text_of(system, repr('system'))}\n\n" if system else ""
-    return {"prompt": f"{head}{_alpaca_prompt(row)}\n\n", "completion": _filled(row, "output")}
-
-
-def _chat_from_pair(row: Mapping[str, Any]) -> Row:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        asked = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return canonical_messages([*asked, *completion], row.get("tools"), row.get("system"))
-    return _conversation([_filled(row, "prompt"), _filled(row, "completion")], row)
-
-
-def _conversation(turns: Sequence[object], row: Mapping[str, Any]) -> Row:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
-    return canonical_messages(messages, row.get("tools"), row.get("system"))
-
-
-def _completion_from_pair(row: Mapping[str, Any]) -> Row:
-    return {"prompt": text_of(row["prompt"], "'prompt'"), "completion": _filled(row, "completion")}
-
-
-def _completion_from_text(row: Mapping[str, Any]) -> Row:
-    return {"prompt": "", "completion": _filled(row, "text")}
-
-
-def _filled(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    text = "" if value is None else text_of(value, f"'{column}'")
-    if not text.strip():
-        answer = column in ("completion", "output")
-        raise RowError("no answer" if answer else "empty content", f"'{column}' is empty")
-    return text
+    def reads(self, task: str) -> Reader | None:
+        """Return what makes a canonical row for `task`, or None."""
+        return self.readers.get(task)
 
 
 FORMATS = {
     form.name: form
     for form in (
         RowFormat(
-            name="messages",
-            required=("messages",),
-            optional=("tools", "functions", "system"),
-            chat=_chat_from_messages,
-            completion=None,
-            looks='{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+            "messages",
+            ("messages",),
+            ("tools", "functions", "system"),
+            {"chat": chat_from_messages},
+            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         ),
         RowFormat(
-            name="sharegpt",
-            required=("conversations",),
-            optional=("tools", "system"),
-            chat=_chat_from_sharegpt,
-            completion=None,
-            looks='{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
+            "sharegpt",
+            ("conversations",),
+            ("tools", "system"),
+            {"chat": chat_from_sharegpt},
+            '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
         ),
         RowFormat(
-            name="alpaca",
-            required=("instruction", "output"),
-            optional=("input", "system", "history", "tools"),
-            chat=_chat_from_alpaca,
-            completion=_completion_from_alpaca,
-            looks='{"instruction": "...", "input": "...", "output": "..."}',
+            "alpaca",
+            ("instruction", "output"),
+            ("input", "system", "history", "tools"),
+            {"chat": chat_from_alpaca, "completion": completion_from_alpaca},
+            '{"instruction": "...", "input": "...", "output": "..."}',
         ),
         RowFormat(
-            name="prompt-completion",
-            required=("prompt", "completion"),
-            optional=("system", "tools"),
-            chat=_chat_from_pair,
-            completion=_completion_from_pair,
-            looks='{"prompt": "...", "completion": "..."}',
+            "prompt-completion",
+            ("prompt", "completion"),
+            ("system", "tools"),
+            {"chat": chat_from_pair, "completion": completion_from_pair},
+            '{"prompt": "...", "completion": "..."}',
+        ),
+        RowFormat("text", ("text",), (), {"completion": completion_from_text}, '{"text": "..."}, or a text file'),
+        RowFormat(
+            "source-target",
+            ("source", "target"),
+            ("source_language", "target_language"),
+            {"translate": translation_from_pair},
+            '{"source": "...", "target": "..."}',
         ),
         RowFormat(
-            name="text",
-            required=("text",),
-            optional=(),
-            chat=None,
-            completion=_completion_from_text,
-            looks='{"text": "..."}, or a text file',
+            "translation",
+            ("translation",),
+            (),
+            {"translate": translation_from_map},
+            '{"translation": {"en": "...", "de": "..."}}',
+        ),
+        RowFormat(
+            "document-summary",
+            ("document", "summary"),
+            (),
+            {"summarize": summary_from_pair},
+            '{"document": "...", "summary": "..."}',
+        ),
+        RowFormat(
+            "squad",
+            ("question", "context", "answers"),
+            (),
+            {"qa": question_squad},
+            '{"question": "...", "context": "...", "answers": {"text": ["..."], "answer_start": [17]}}',
+        ),
+        RowFormat(
+            "question-answer",
+            ("question", "context", "answer"),
+            (),
+            {"qa": question_answer},
+            '{"question": "...", "context": "...", "answer": "..."}',
+        ),
+        RowFormat(
+            "text-label",
+            ("text", "label"),
+            ("pair",),
+            {"classify": classified},
+            '{"text": "...", "label": "..."}',
+        ),
+        RowFormat(
+            "tokens-tags",
+            ("tokens", "tags"),
+            (),
+            {"token-classify": tagged_tokens},
+            '{"tokens": ["Ada", "Lovelace", "wrote"], "tags": ["B-PERSON", "I-PERSON", "O"]}',
+        ),
+        RowFormat(
+            "text-spans",
+            ("text", "spans"),
+            (),
+            {"token-classify": tagged_spans},
+            '{"text": "Ada wrote", "spans": [{"start": 0, "end": 3, "label": "PERSON"}]}',
+        ),
+        RowFormat(
+            "audio-text",
+            ("audio", "text"),
+            (),
+            {"speech": speech_from_columns},
+            '{"audio": "recordings/1.wav", "text": "..."}',
+            files=("audio",),
+        ),
+        RowFormat(
+            "audio-folder",
+            ("file_name", "text"),
+            (),
+            {"speech": speech_from_folder},
+            "file_name,text in a metadata.csv beside the recordings",
+            files=("file_name",),
+        ),
+        RowFormat(
+            "conversation-pair",
+            ("conversations", "chosen", "rejected"),
+            ("tools", "system"),
+            {"preference": preference_from_conversation},
+            '{"conversations": [...], "chosen": {"from": "gpt", "value": "..."}, "rejected": {...}}',
+        ),
+        RowFormat(
+            "chosen-rejected",
+            ("chosen", "rejected"),
+            ("prompt", "tools", "system"),
+            {"preference": preference_from_pair},
+            '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+        ),
+        RowFormat(
+            "answer-thumb",
+            ("prompt", "completion", "label"),
+            ("tools", "system"),
+            {"preference": thumb_from_pair},
+            '{"prompt": "...", "completion": "...", "label": true}',
+        ),
+        RowFormat(
+            "conversation-thumb",
+            ("messages", "label"),
+            ("tools", "system"),
+            {"preference": thumb_from_conversation},
+            '{"messages": [{"role": "user", ...}, {"role": "assistant", ...}], "label": true}',
         ),
     )
 }
@@ -173,6 +221,8 @@ def detect(
     if forced:
         return _forced(FORMATS[forced], matching, task, found, where)
     usable = [form for form in matching if form.reads(task)]
+    if len(usable) > 1:  # what asks for more says more: conversations beside chosen and rejected
+        usable = [form for form in usable if not any(set(form.required) < set(other.required) for other in usable)]
     if len(usable) == 1:
         return usable[0], None
     if usable:
@@ -180,11 +230,11 @@ def detect(
         fix = f"Say which with `format: {usable[0].name}` or `format: {usable[1].name}`."
         return None, Problem(f"the columns {_listed(found)} fit {names}", where, fix)
     if matching:
-        other = "chat" if task == "completion" else "completion"
+        others = " or ".join(f"`task: {name}`" for name in matching[0].readers)
         return None, Problem(
             f"{matching[0].name} rows, which task: {task} cannot use",
             where,
-            f"Set `task: {other}`, or give other rows.",
+            f"Set {others}, or give other rows.",
         )
     return None, _no_match(rows, columns, task, found, where)
 
@@ -250,13 +300,14 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown or "(none)"
 
 
-def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str) -> Row:
+def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str, folder: Path | None = None) -> Row:
     """Return the canonical row.
 
     Args:
         row: Columns by their canonical names (see `rename`).
         form: How the file is written.
         task: Whose canonical form is wanted.
+        folder: What the names of files in the row are relative to.
 
     Raises:
         RowError: The row cannot be trained on.
@@ -268,7 +319,13 @@ def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str) -> Row:
             raise RowError("missing column", f"{form.name} rows need {name!r}{hint}")
     reader = form.reads(task)
     assert reader is not None, "detect() returns formats that the task reads"
-    return reader(row)
+    return reader(_placed(row, form, folder) if form.files and folder is not None else row)
+
+
+def _placed(row: Mapping[str, Any], form: RowFormat, folder: Path) -> Mapping[str, Any]:
+    """Give files that the row names their whole path."""
+    named = {column: find_recording(row[column]) for column in form.files}
+    return {**row, **{column: str((folder / name).absolute()) for column, name in named.items() if name}}
 
 
 def unused_keys(row: Mapping[str, Any], form: RowFormat, columns: Mapping[str, str]) -> list[str]:
@@ -279,49 +336,3 @@ def unused_keys(row: Mapping[str, Any], form: RowFormat, columns: Mapping[str, s
         if isinstance(turn, dict):
             unused += [f"{key} (in a message)" for key in turn if key not in MESSAGE_KEYS and turn[key] is not None]
     return unused
-
-
-def to_json(row: Row) -> str:
-    """Write a canonical row as it stands in the Arrow file.
-
-    Raises:
-        RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.
-    """
-    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(text[error.start]):04x}"
-            raise RowError("not a character", f"{half} is half of a surrogate pair") from None
-    return text
-
-
-def hash_content(row: Row) -> bytes:
-    """Hash what a row says: 16 bytes, equal for rows that differ in Unicode composition or outer white space alone."""
-    text = json.dumps(_stripped(row), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return xxhash.xxh3_128_digest(text.encode())
-
-
-def _stripped(row: Row) -> Row:
-    if "messages" in row:
-        return {**row, "messages": [{**turn, "content": turn["content"].strip()} for turn in row["messages"]]}
-    return {"prompt": row["prompt"].strip(), "completion": row["completion"].strip()}
-
-
-def spoken_text(row: Row) -> str:
-    """Return what is compared in the search for near duplicates: all that is said, but for the system message.
-
-    A long system message that all rows share would make them all look alike.
-    """
-    if "messages" not in row:
-        return f"{row['prompt']} {row['completion']}"
-    parts = []
-    for message in row["messages"]:
-        if message["role"] != "system":
-            parts.append(message["content"])
-            if "tool_calls" in message:
-                parts.append(json.dumps(message["tool_calls"], ensure_ascii=False))
-    return " ".join(parts)

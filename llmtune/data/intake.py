@@ -14,7 +14,8 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llmtune.data.formats import canonicalise, hash_content, rename, to_json
+from llmtune.data.content import hash_content, to_json
+from llmtune.data.formats import canonicalise, rename
 from llmtune.data.listing import Add, listed
 from llmtune.data.messages import RowError
 from llmtune.data.read import Unreadable
@@ -115,7 +116,7 @@ def _read_input(
             continue
         try:
             raw = rename(value, columns)
-            row = canonicalise(raw, one.form, task)
+            row = canonicalise(raw, one.form, task, one.path.parent if one.path else None)
             text = to_json(row)
             content = hash_content(row)
             group = _group(raw, data.split_by, required=side < 0) or int.from_bytes(content[8:], "big")

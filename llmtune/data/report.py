@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.data.examples import ExampleReader
-from llmtune.records import Example, Examples, Rows
+from llmtune.records import Example, Examples, Rows, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
 
 BINS = 10
 BAR_CELLS = 40
@@ -27,7 +30,7 @@ Piece = tuple[str, bool]
 
 
 def describe_examples(
-    rows: Rows, examples: Examples, processor: PreTrainedTokenizerBase, console: Console
+    rows: Rows, examples: Examples, processor: PreTrainedTokenizerBase, console: Console, task: Task, recipe: Recipe
 ) -> dict[str, Any]:
     """Print the data report and return it as JSON can hold it.
 
@@ -40,13 +43,17 @@ def describe_examples(
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = _pieces(train[0], processor)
+    pieces = (task.pieces or causal_pieces)(train[0], processor, recipe)
+    classes = {} if task.count_classes is None else task.count_classes(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
     console.print(_sides(rows, examples))
     console.print(_dropped(rows.rows_in, dropped))
     console.print(_bars(edges, counts))
-    console.print(f"{share:.1%} of all tokens are learned.")
+    if classes:
+        console.print(_classes(classes))
+    if task.by_token:
+        console.print(f"{share:.1%} of all tokens are learned.")
     console.print(Panel(_coloured(pieces), title="one example: green is learned", title_align="left"))
     return {
         "rows_in": rows.rows_in,
@@ -59,6 +66,7 @@ def describe_examples(
         "dropped": dropped,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
+        "classes": classes,
     }
 
 
@@ -71,17 +79,84 @@ def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
     return edges, counts.tolist()
 
 
-def _pieces(example: Example, processor: PreTrainedTokenizerBase) -> list[Piece]:
+def causal_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
     """Cut an example into stretches that are learned and such that are not."""
-    learned = [False] * len(example.input_ids)
-    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+    return _stretches(example.input_ids, example.spans, processor)
+
+
+def _stretches(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Piece]:
+    learned = [False] * len(ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
         learned[start:end] = [True] * (end - start)
     pieces = []
-    for flag, pairs in groupby(zip(example.input_ids, learned, strict=True), key=lambda pair: pair[1]):
-        ids = [token for token, _ in pairs]
-        text = processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((_cut(text), flag))
+    for flag, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+        pieces.append((_decode([token for token, _ in pairs], processor), flag))
     return pieces
+
+
+def _decode(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
+    return _cut(processor.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def pair_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    """Show what is read (or how long a recording is), and what of the written text is learned."""
+    read = _decode(example.input_ids, processor) if len(example.input_ids) else f"[{len(example.audio):,} samples]"
+    spans = example.target_spans or [0, len(example.target_ids)]
+    return [(f"{read}\n", False), *_stretches(example.target_ids, spans, processor)]
+
+
+def class_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    """Show a text with its class, classes or number."""
+    section = recipe.classify
+    labels = (section.labels if section else None) or ()
+    if example.target_ids:
+        said = labels[example.target_ids[0]]
+    elif section is not None and section.kind == "multi":
+        said = ", ".join(name for name, value in zip(labels, example.values, strict=True) if value) or "(none)"
+    else:
+        said = f"{example.values[0]:g}"
+    return [(f"{_decode(example.input_ids, processor)}\n", False), (str(said), True)]
+
+
+def tag_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
+    labels = (recipe.token_classify.labels if recipe.token_classify else None) or ()
+    names = ["O", *(f"{place}-{label}" for label in labels for place in "BI")]
+    pieces: list[Piece] = []
+    for token, tag in zip(example.input_ids, example.target_ids, strict=True):
+        pieces.append((f"{_decode([token], processor)} ", False))
+        if tag > 0:
+            pieces.append((f"[{names[tag]}] ", True))
+    return pieces
+
+
+def ends_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    """Show a window with its answer; where it has none, the token that stands for that."""
+    first, last = example.target_ids
+    return _stretches(example.input_ids, [first, last + 1], processor)
+
+
+def preference_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+    """Show a prompt with both answers."""
+    return [
+        *_stretches(example.input_ids, example.spans, processor),
+        ("\n--- against ---\n", False),
+        *_stretches(example.target_ids, example.target_spans, processor),
+    ]
+
+
+def _classes(classes: dict[str, dict[str, int]]) -> Table:
+    """Show how the classes are spread, the most frequent first."""
+    table = Table(title="classes", title_justify="left")
+    table.add_column("class")
+    sides = list(next(iter(classes.values())))
+    for heading in (*sides, "share of train"):
+        table.add_column(heading, justify="right")
+    total = sum(counts["train"] for counts in classes.values()) or 1
+    for name, counts in sorted(classes.items(), key=lambda item: -item[1]["train"]):
+        share = f"{counts['train'] / total:.1%}" if counts["train"] else "[yellow]none[/]"
+        table.add_row(Text(name), *(f"{counts[side]:,}" for side in sides), share)
+    return table
 
 
 def _cut(text: str) -> str:

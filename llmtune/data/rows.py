@@ -19,8 +19,8 @@ import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.data.content import spoken_text
 from llmtune.data.deduplicate import KEPT, drop_equal, drop_near
-from llmtune.data.formats import spoken_text
 from llmtune.data.intake import Account, read_inputs, show_progress
 from llmtune.data.sources import resolve_inputs
 from llmtune.data.split import TRAIN, assign_sides, count_copies, drop_shared_groups

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data import hub
-from llmtune.data.formats import FORMATS, RowFormat, detect, unused_keys
+from llmtune.data.audio import AUDIO_COLUMNS, find_recording, hash_recording
+from llmtune.data.formats import FORMATS, RowFormat, detect, rename, unused_keys
 from llmtune.data.read import RawRow, Unreadable, read_file
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection, Source
@@ -35,6 +36,8 @@ IN_FOLDERS = tuple(ending for ending in ENDINGS if ending != ".md")
 """What is taken from a folder: its README is no data."""
 PACKED = (".gz", ".zst", ".zstd")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
+METADATA = "metadata"
+"""Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
 LOOKED_AT = 20
 """Good rows by which a file's format is told."""
 LOOKED_THROUGH = 1000
@@ -140,7 +143,8 @@ def find_files(source: Source, key: str) -> list[Path]:
         DataError: There is none.
     """
     if source.path.startswith("builtin:"):
-        return [_builtin_file(source.path.removeprefix("builtin:"), key)]
+        place = _builtin_place(source.path.removeprefix("builtin:"), key)
+        return _files_in(place, key) if place.is_dir() else [place]
     path = Path(source.path)
     if path.is_dir():
         return _files_in(path, key)
@@ -154,9 +158,10 @@ def find_files(source: Source, key: str) -> list[Path]:
     raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
 
 
-def _builtin_file(name: str, key: str) -> Path:
+def _builtin_place(name: str, key: str) -> Path:
     folder = recipes_folder() / "data"
-    known = {path.name.split(".")[0]: path for path in sorted(folder.glob("*.jsonl*"))}
+    files = [*folder.glob("*.jsonl*"), *(path.parent for path in folder.glob("*/metadata.csv"))]
+    known = {path.name.split(".")[0]: path for path in sorted(files)}
     if name not in known:
         fix = f"Those that come with llmtune: {', '.join(known) or 'none'}.{nearest(name, list(known))}"
         raise DataError.of(f"no data called builtin:{name}", key, fix)
@@ -174,6 +179,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
         fix = "Write it as Parquet (`dataset.to_parquet(...)`) and give that file."
         raise DataError.of("a data set written by save_to_disk, which is not read", f"{key}: {folder}", fix)
     known = [path for path in names if _ending(path) in IN_FOLDERS]
+    known = [path for path in known if path.name.split(".")[0] == METADATA] or known
     if not known:
         what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
         raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, packed or not.")
@@ -240,8 +246,10 @@ def shown(path: Path) -> str:
     return str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
 
 
-def hash_sources(data: DataSection) -> str:
+def hash_sources(data: DataSection, task: str) -> str:
     """Hash all that `prepare_rows` reads: sha256 over the sources, the names and bytes of their files, and hub commits.
+
+    With `task: speech` the recordings that the rows name belong to it.
 
     Raises:
         DataError: A source names nothing that can be read.
@@ -260,9 +268,21 @@ def hash_sources(data: DataSection) -> str:
             for path in find_files(source, key):
                 with path.open("rb") as file:
                     digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                if task == "speech":
+                    for line in _hash_recordings(source, path, key):
+                        digest.update(line.encode())
         except DataError as error:
             problems += error.problems
         except OSError as error:
             problems.append(Problem(f"it cannot be read ({error.strerror})", f"{key}: {source.path}"))
     DataError.collect(problems)
     return digest.hexdigest()
+
+
+def _hash_recordings(source: Source, path: Path, key: str) -> Iterator[str]:
+    """Yield a line a recording that the rows of a file name; what is missing or unreadable is told when it is read."""
+    for _, value in read_file(path, shown(path), _container(path, source, key)):
+        row = {} if isinstance(value, Unreadable) else rename(value, source.columns)
+        name = next((found for column in AUDIO_COLUMNS if (found := find_recording(row.get(column)))), None)
+        if name is not None and (recording := path.parent / name).is_file():
+            yield f"{name} {hash_recording(recording)}\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -27,7 +27,8 @@ from llmtune.evaluate.statistics import Floats
 from llmtune.evaluate.tree import Tree, score_trees
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.loss import unwrap
-from llmtune.records import Task
+from llmtune.model.plan import context_of
+from llmtune.records import Advance, Collate, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +53,11 @@ class Answers:
 
     sums: TokenSums | None
     texts: dict[int, str]
+    """What it said, as a person reads it."""
     scores: dict[int, list[float]]
     """Log-likelihood of each choice, nats."""
+    predictions: dict[int, Any] = field(default_factory=dict)
+    """What it said, as the task has it; of tasks whose answers are texts those are in `texts`."""
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
         """Return the likeliest choice of a row, or an empty text where none was scored."""
@@ -72,18 +76,17 @@ def answer(
 ) -> Answers:
     """Put all questions of `plan` to one model; sets it to evaluation mode."""
     model.eval()
-    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None) or 1 << 60
+    limit = context_of(unwrap(model).config) or 1 << 60
     prompts, trees = within(plan, limit, recipe.generation.max_new_tokens)
     dtype = resolve_dtype(recipe.model.dtype, device)
     with torch.inference_mode(), compute_context(dtype, device), progress(console) as bars:
         sums = None
-        if any(metric in TOKEN_METRICS for metric in plan.metrics):
+        if task.scores_rows and any(metric in TOKEN_METRICS for metric in plan.metrics):
             sums = score_tokens(
                 model,
                 plan,
                 task,
-                processor.pad_token_id,
-                recipe,
+                task.collator(processor, recipe),
                 device,
                 count(bars, f"{name}: loss", len(plan.reader)),
             )
@@ -92,6 +95,13 @@ def answer(
             advance = count(bars, f"{name}: choices", len(trees))
             budget = budget_for(device, TOKEN_BUDGET)
             scores = score_trees(model, list(trees.values()), device=device, budget=budget, advance=advance)
+        if task.predict is not None:
+            advance = count(bars, f"{name}: answers", len(plan.asked))
+            asked = [plan.questions[i] for i in plan.asked]
+            said = task.predict(model, asked, processor, recipe, device=device, advance=advance) if asked else []
+            predictions = dict(zip(plan.asked, said, strict=True))
+            texts = {i: task.write(value) for i, value in predictions.items()}
+            return Answers(sums, texts, {}, predictions)
         texts: list[str] = []
         if prompts:
             advance = count(bars, f"{name}: answers", len(prompts))
@@ -110,17 +120,16 @@ def score_tokens(
     model: torch.nn.Module,
     plan: Plan,
     task: Task,
-    pad_id: int | None,
-    recipe: Recipe,
+    collate: Collate,
     device: str,
-    advance: Callable[[int], None] = lambda rows: None,
+    advance: Advance = lambda rows: None,
 ) -> TokenSums:
     """Add up loss and first choices over the supervised tokens of each row; examples of a split row count together."""
     reader = plan.reader
     nats, correct = np.zeros(len(reader)), np.zeros(len(reader))
 
     def work(batch: list[int]) -> None:
-        tensors = task.collate([reader[i] for i in batch], recipe.data.packing, pad_id)
+        tensors = collate([reader[i] for i in batch], 0)
         loss = task.loss(model, {key: to_device(value, device) for key, value in tensors.items()}, True)
         assert loss.row_sums is not None
         assert loss.row_correct is not None
@@ -154,13 +163,20 @@ def to_device(value: Any, device: str) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def measure(plan: Plan, answers: Answers) -> dict[str, Measure]:
-    """Turn answers into the plan's metrics; one without rows is left out."""
+def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answers) -> dict[str, Measure]:
+    """Turn answers into the plan's metrics; one without rows, or that means nothing here, is left out."""
     measures: dict[str, Measure] = {}
     for metric in plan.metrics:
-        if metric in TOKEN_METRICS:
-            sums = cast(TokenSums, answers.sums)
-            measures[metric] = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
+        own = _measure_own(metric, plan, answers, task, recipe, base)
+        if own is not None:
+            measures[metric] = own
+        elif metric in TOKEN_METRICS:
+            sums = answers.sums
+            if sums is not None and (metric != "bits_per_byte" or sums.target_bytes.any()):
+                found = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
+                measures[metric] = found if task.by_token else replace(found, signature=task_signature(metric, task))
+        elif task.measure is not None and task.predict is not None:
+            continue
         elif metric == CHOICE_METRIC:
             right = [answers.choice(i, plan.choices) == plan.references[i] for i in answers.scores]
             measures[metric] = measure_right(
@@ -170,6 +186,29 @@ def measure(plan: Plan, answers: Answers) -> dict[str, Measure]:
             references = [plan.references[i] for i in answers.texts]
             measures[metric] = measure_texts(metric, list(answers.texts.values()), references)
     return {metric: found for metric, found in measures.items() if len(found.sums_NK)}
+
+
+def _measure_own(
+    metric: str, plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answers
+) -> Measure | None:
+    """Return a metric as the task itself measures it; None where it leaves that to what is common."""
+    said: dict[int, Any] = answers.predictions or answers.texts
+    if task.measure is None or not said:
+        return None
+    against = base.predictions or base.texts
+    found = task.measure(
+        metric,
+        list(said.values()),
+        [plan.targets[i] for i in said],
+        recipe,
+        base=[against[i] for i in said] if all(i in against for i in said) else None,
+    )
+    return cast("Measure | None", found)
+
+
+def task_signature(metric: str, task: Task) -> str:
+    """Say what the loss of a task that does not guess tokens is a mean over."""
+    return f"mean of the {task.name} loss over rows" if metric == "loss" else f"{metric} of what is predicted"
 
 
 def progress(console: Console) -> Progress:

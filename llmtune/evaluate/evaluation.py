@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from llmtune.data import iterate_rows
 from llmtune.evaluate.answers import Answers, answer, measure
 from llmtune.evaluate.batches import cut_evenly, release_memory
 from llmtune.evaluate.gates import check_gates
@@ -18,6 +19,7 @@ from llmtune.evaluate.plan import SIDE, Plan, make_plan
 from llmtune.evaluate.statistics import METHOD
 from llmtune.evaluate.storage import save_predictions
 from llmtune.evaluate.table import print_scores
+from llmtune.recipe.tasks import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows, Task
 
 if TYPE_CHECKING:
@@ -40,10 +42,12 @@ def evaluate(
     *,
     device: str,
     folder: Path | None = None,
+    headless: bool = False,
 ) -> Evaluation:
     """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
 
-    With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without test rows
+    With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
+    entered. With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without test rows
     the evaluation is empty, and no model is entered.
 
     Raises DataError for `evaluate.choices` that no reference answer is among, EnvironmentProblem where a single row
@@ -54,25 +58,42 @@ def evaluate(
         return with_gates(Evaluation({}, {}, {}, (), (), 0), recipe)
     plan = make_plan(rows, examples, task, processor, recipe)
     answers: dict[str, Answers] = {}
+    stands_in = None
     for name in MODELS:
+        if name == "base" and headless and task.baseline is not None:
+            stands_in, answers[name] = baseline(plan, rows, task, recipe)
+            console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
+            continue
         with models[name]() as model:
             answers[name] = answer(model, name, plan, task, processor, recipe, console, device)
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
     if folder is not None:
         save_predictions(folder, plan, answers["base"], answers["tuned"])
-    evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe)
+    evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task)
+    evaluation = replace(evaluation, baseline=stands_in)
     print_scores(evaluation, console)
     return evaluation
 
 
-def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe) -> Evaluation:
+def baseline(plan: Plan, rows: Rows, task: Task, recipe: Recipe) -> tuple[str, Answers]:
+    """Return the name of what stands for a base model without a head, and what it says."""
+    assert task.baseline is not None
+    known = [row for _, row in iterate_rows(rows, "train")]
+    learned = [task.prompt(row)[1] if task.reference is None else task.reference(row) for row in known]
+    name, said = task.baseline(learned, [plan.questions[i] for i in plan.asked], recipe)
+    predictions = dict(zip(plan.asked, said, strict=True))
+    return name, Answers(None, {i: task.write(value) for i, value in predictions.items()}, {}, predictions)
+
+
+def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task) -> Evaluation:
     """Turn the answers of both models into scores, differences, gates and samples."""
-    base_measures, tuned_measures = measure(plan, base), measure(plan, tuned)
-    assert base_measures.keys() == tuned_measures.keys()
+    base_measures, tuned_measures = (measure(plan, said, task, recipe, base) for said in (base, tuned))
     scores = [{metric: found.value for metric, found in side.items()} for side in (base_measures, tuned_measures)]
     difference = {
-        metric: compare(base_measures[metric], found, recipe.seed) for metric, found in tuned_measures.items()
+        metric: compare(base_measures[metric], found, recipe.seed)
+        for metric, found in tuned_measures.items()
+        if metric in base_measures
     }
     evaluation = Evaluation(
         base=scores[0],
@@ -82,8 +103,20 @@ def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe) -
         samples=pick_samples(plan, base, tuned, recipe.evaluate.samples),
         rows=len(plan.rows),
         signatures=sign(tuned_measures, plan, tuned, recipe),
+        details=describe(plan, base, tuned, task, recipe),
     )
     return with_gates(evaluation, recipe)
+
+
+def describe(plan: Plan, base: Answers, tuned: Answers, task: Task, recipe: Recipe) -> dict[str, Any]:
+    """Return what the task shows beside the scores, of both models."""
+    if task.details is None:
+        return {}
+    return {
+        name: task.details(list(said.predictions.values()), [plan.targets[i] for i in said.predictions], recipe)
+        for name, said in (("base", base), ("tuned", tuned))
+        if said.predictions
+    }
 
 
 def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
@@ -94,10 +127,10 @@ def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
 def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: Recipe) -> dict[str, str]:
     """Say how each metric was computed, and what was left out."""
     signatures = {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
-    if answers.texts:
+    if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)
         signatures["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
-    if outside := len(plan.prompt_ids) - len(answers.texts):
+    if outside := max(0, len(plan.prompt_ids) - len(answers.texts)):
         signatures["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
     return signatures
 

@@ -99,14 +99,17 @@ def decode_answer(ids: Sequence[int], stops: set[int], processor: PreTrainedToke
 
 
 @contextmanager
-def only_these_settings(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model's own generation settings aside, which `generate` would mix in where the recipe says nothing."""
+def only_these_settings(model: torch.nn.Module) -> Iterator[GenerationConfig | None]:
+    """Put the model's own generation settings aside, which `generate` would mix in where the recipe says nothing.
+
+    Gives those settings.
+    """
     holders = [holder for holder in (model, unwrap(model)) if hasattr(holder, "generation_config")]
     kept = [holder.generation_config for holder in holders]
     for holder in holders:
         holder.generation_config = GenerationConfig()
     try:
-        yield
+        yield kept[-1] if kept else None
     finally:
         for holder, settings in zip(holders, kept, strict=True):
             holder.generation_config = settings

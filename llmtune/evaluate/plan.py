@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmtune.data import iterate_rows
 from llmtune.data.examples import ExampleReader
 from llmtune.evaluate.batches import cut_evenly
 from llmtune.evaluate.choices import SIGNATURE, check_choices, find_choices, grow_trees
-from llmtune.evaluate.metrics import CHOICE_METRIC, TEXT_METRICS
+from llmtune.evaluate.metrics import CHOICE_METRIC
 from llmtune.evaluate.tree import Tree
-from llmtune.recipe.tasks import TASK_FACTS
+from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
 from llmtune.records import Examples, Row, Rows, Task
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ class Plan:
     references: tuple[str, ...]
     prompt_ids: dict[int, list[int]]
     """Index into the rows above -> what to generate from."""
+    questions: tuple[Row, ...] = ()
+    """[N] the rows without their answers."""
+    targets: tuple[Any, ...] = ()
+    """[N] what predictions are held against: the reference, as the task has it."""
+    asked: tuple[int, ...] = ()
+    """Indexes into the rows above of those that are answered."""
     choices: tuple[str, ...] = ()
     trees: dict[int, Tree] = field(default_factory=dict)
     """Index into the rows above -> the prompt with every choice."""
@@ -51,12 +57,19 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
     """
     reader = ExampleReader(examples, SIDE)
     numbers = sorted({int(row) for row in reader.rows})
-    origins, questions, references = read_questions(rows, set(numbers), task)
+    origins, questions, references, targets = read_questions(rows, set(numbers), task)
     metrics = wanted_metrics(recipe)
     notes: dict[str, str] = {}
-    answerable = [i for i, (row, answer) in enumerate(zip(questions, references, strict=True)) if show(row) and answer]
-    texts_wanted = any(metric in TEXT_METRICS for metric in metrics)
+    continues = task.predict is None
+    answerable = [
+        i
+        for i, (row, answer) in enumerate(zip(questions, references, strict=True))
+        if not continues or (show(row) and answer)
+    ]
+    texts_wanted = not continues or any(metric in PREDICTED for metric in metrics)
     limit = recipe.evaluate.limit if texts_wanted else recipe.evaluate.samples
+    if not TASK_FACTS[recipe.task].generates:
+        limit = None
     asked = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if texts_wanted and len(asked) < len(numbers):
         notes["generated"] = f"answers are generated for {len(asked)} of {len(numbers)} rows" + (
@@ -74,7 +87,10 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
         origins=tuple(origins),
         prompts=tuple(show(row) for row in questions),
         references=tuple(references),
-        prompt_ids={i: [int(token) for token in task.render(questions[i], processor, recipe)] for i in asked},
+        prompt_ids={i: render(task, questions[i], processor, recipe) for i in asked} if continues else {},
+        questions=tuple(questions),
+        targets=tuple(targets),
+        asked=tuple(asked),
         choices=choices or (),
         trees=trees,
         metrics=metrics,
@@ -87,16 +103,23 @@ def wanted_metrics(recipe: Recipe) -> tuple[str, ...]:
     return tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
 
 
-def read_questions(rows: Rows, wanted: set[int], task: Task) -> tuple[list[str], list[Row], list[str]]:
-    """Return origin, row without its answer, and answer of the wanted test rows."""
-    origins, questions, references = [], [], []
+def render(task: Task, question: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    """Return the token ids to go on from."""
+    assert task.render is not None, "what does not predict goes on from a prompt"
+    return [int(token) for token in task.render(question, processor, recipe)]
+
+
+def read_questions(rows: Rows, wanted: set[int], task: Task) -> tuple[list[str], list[Row], list[str], list[Any]]:
+    """Return origin, row without its answer, answer as text and answer as the task has it, of the wanted test rows."""
+    origins, questions, references, targets = [], [], [], []
     for number, (origin, row) in enumerate(iterate_rows(rows, SIDE)):
         if number in wanted:
             question, answer = task.prompt(row)
             origins.append(origin)
             questions.append(question)
             references.append(answer)
-    return origins, questions, references
+            targets.append(answer if task.reference is None else task.reference(row))
+    return origins, questions, references, targets
 
 
 def choose(rows: Rows, task: Task, recipe: Recipe, references: Sequence[str]) -> tuple[str, ...] | None:
@@ -149,8 +172,15 @@ def describe_choices(
 
 def show(row: Row) -> str:
     """Write a prompt for a person: the text alone where there is one message, else each with its role."""
+    if "context" in row:
+        return f"{row['question']}\n{row['context']}"
+    if "audio" in row:
+        return str(row["audio"]).rsplit("/", 1)[-1]
+    if "tokens" in row:
+        return " ".join(row["tokens"])
     if "messages" not in row:
-        return str(row.get("prompt", ""))
+        named = [row.get(name) for name in ("prompt", "source", "document", "text", "pair")]
+        return "\n".join(str(part) for part in named if part)
     turns = [(str(message["role"]), plain_text(message.get("content"))) for message in row["messages"]]
     if len(turns) == 1:
         return turns[0][1]

@@ -1,12 +1,13 @@
 """Paired statistics on the rows that both models answered: an interval and a p-value for tuned minus base.
 
-Every metric here is a formula over sums that add up row by row (nats and tokens, right answers and answers, n-gram
-counts), so one resampling serves means, ratios and corpus scores alike. Shapes: R resamples, N rows, K sums.
+Nearly every metric is a formula over sums that add up row by row (nats and tokens, right answers and answers, n-gram
+counts), so one resampling serves means, ratios and corpus scores alike. What no sums are enough for (ranks) is a
+function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]
@@ -17,12 +18,18 @@ from llmtune.records import Difference
 Floats = NDArray[np.float64]
 Formula = Callable[[Floats], Floats]
 """Maps summed statistics [..., K] to the metric's value [...]."""
+Weighted = Callable[[Floats], Floats]
+"""Maps how often each row is drawn [R, N] to the metric's values [R]."""
 
 RESAMPLES = 5000
-CHUNK_CELLS = 2_000_000
+CHUNK_CELLS = 200_000
+"""Counts held at a time: few enough for a processor's cache, many enough for its matrix product."""
+UNDEFINED_SHARE = 0.01
+"""Of the resamples, those that may be without a value (no row of a rare class was drawn) and are left out."""
 METHOD = (
     f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; right-or-wrong metrics with one "
-    "pseudo-row of either disagreement, and p by McNemar's exact test"
+    "pseudo-row of either disagreement, and p by McNemar's exact test; resamples without a value are left out if "
+    "they are no more than 1 in 100"
 )
 
 
@@ -43,25 +50,49 @@ def difference(
     after Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired
     Data", 2012: without it the interval of ten rows that all got better would be a single point. Their p is McNemar's
     exact test; that of all others comes from the bootstrap.
-    With fewer than two rows, or a formula without a finite value, the interval is NaN and p is 1.
+    With fewer than two rows, or more than one in a hundred resamples without a finite value, the interval is NaN and
+    p is 1.
     """
     rows = len(base_NK)
     value = float(formula(tuned_NK.sum(0)) - formula(base_NK.sum(0)))
-    unknown = Difference(value, float("nan"), float("nan"), 1.0, rows)
     if rows < 2:
-        return unknown
+        return unknown(value, rows)
     paired_N2K = np.stack([base_NK, tuned_NK], axis=1)
     if right_wrong:
         paired_N2K = np.concatenate([paired_N2K, [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]]])
     elif np.array_equal(base_NK, tuned_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows)
     values_R = resample(paired_N2K, formula, seed, resamples)
-    if not np.isfinite(values_R).all():
-        return unknown
+    return interval(value, values_R, rows, mcnemar(*discordant(base_NK, tuned_NK)) if right_wrong else None)
+
+
+def difference_weighted(
+    base: Weighted, tuned: Weighted, rows: int, *, seed: int, resamples: int = RESAMPLES
+) -> Difference:
+    """Compare two models on the same N rows as `difference` does, by a metric that no sums are enough for."""
+    once_1N = np.ones((1, rows))
+    value = float(tuned(once_1N)[0] - base(once_1N)[0]) if rows else float("nan")
+    if rows < 2:
+        return unknown(value, rows)
+    drawn = draw_counts(rows, seed, resamples)
+    return interval(value, np.concatenate([tuned(counts_RN) - base(counts_RN) for counts_RN in drawn]), rows)
+
+
+def interval(value: float, values_R: Floats, rows: int, p: float | None = None) -> Difference:
+    """Make an interval of resampled differences, with widened tails; `p` comes from them too where it is not given."""
+    defined = values_R[np.isfinite(values_R)]
+    if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
+        return unknown(value, rows)
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
-    low, high = np.quantile(values_R, [tail, 1 - tail])
-    p = mcnemar(*discordant(base_NK, tuned_NK)) if right_wrong else two_sided_p(values_R)
-    return Difference(value, min(float(low), value), max(float(high), value), p, rows)
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Difference(
+        value, min(float(low), value), max(float(high), value), two_sided_p(defined) if p is None else p, rows
+    )
+
+
+def unknown(value: float, rows: int) -> Difference:
+    """Return a difference that no interval can be given for."""
+    return Difference(value, float("nan"), float("nan"), 1.0, rows)
 
 
 def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
@@ -74,15 +105,20 @@ def resample(paired_N2K: Floats, formula: Formula, seed: int, resamples: int = R
     """Draw rows with replacement and return tuned minus base for each of R draws; memory stays flat in N."""
     rows, _, sums = paired_N2K.shape
     flat = paired_N2K.reshape(rows, 2 * sums)
-    generator = np.random.default_rng(seed)
-    chunk = max(1, min(resamples, CHUNK_CELLS // rows))
     values = []
-    for start in range(0, resamples, chunk):
-        drawn = min(chunk, resamples - start)
-        counts_RN = generator.multinomial(rows, np.full(rows, 1 / rows), size=drawn).astype(np.float64)
-        totals = (counts_RN @ flat).reshape(drawn, 2, sums)
+    for counts_RN in draw_counts(rows, seed, resamples):
+        totals = (counts_RN @ flat).reshape(len(counts_RN), 2, sums)
         values.append(formula(totals[:, 1]) - formula(totals[:, 0]))
     return np.concatenate(values)
+
+
+def draw_counts(rows: int, seed: int, resamples: int) -> Iterator[Floats]:
+    """Yield how often each row is drawn [R, N], some resamples at a time, so that memory stays flat in N."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, min(resamples, CHUNK_CELLS // rows))
+    for start in range(0, resamples, chunk):
+        drawn = min(chunk, resamples - start)
+        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=drawn).astype(np.float64)
 
 
 def two_sided_p(values_R: Floats) -> float:

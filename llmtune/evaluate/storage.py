@@ -35,6 +35,8 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         samples=tuple(saved["samples"]),
         rows=saved["rows"],
         signatures=saved["signatures"],
+        baseline=saved.get("baseline"),
+        details=saved.get("details", {}),
     )
 
 
@@ -63,6 +65,8 @@ def describe_row(i: int, plan: Plan, sides: dict[str, Answers]) -> dict[str, Any
         if i in answers.texts:
             line[name] = answers.texts[i]
             line[f"{name}_right"] = answers.texts[i].strip() == reference.strip()
+        if i in answers.predictions and answers.predictions[i] != answers.texts.get(i):
+            line[f"{name}_prediction"] = answers.predictions[i]
         if i in answers.scores:
             choice = answers.choice(i, plan.choices)
             line[f"{name}_choice"] = choice

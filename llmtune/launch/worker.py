@@ -62,6 +62,7 @@ def train_run(run: str) -> dict[str, Any]:
     from rich.console import Console
 
     from llmtune.adapter import describe
+    from llmtune.data import load_rows
     from llmtune.data.examples import load_examples
     from llmtune.model import load_processor
     from llmtune.pipeline import make_adapted
@@ -79,13 +80,14 @@ def train_run(run: str) -> dict[str, Any]:
     assert pins is not None, "the parent has written the lock"
     work = Work(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
     place = locate_pinned(work, pins.model)
+    work.settle(place, load_rows(folder.path / "data" / "rows"))
     adapted = make_adapted(work, place, load_processor(place, recipe.model))
     adapt = describe(adapted)
     trained = train(
         adapted,
         load_examples(folder.path / "data" / "examples"),
         work.task,
-        recipe,
+        work.recipe,
         folder.path,
         console,
         budget=folder.findings["micro_batch_tokens"],

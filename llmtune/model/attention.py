@@ -144,14 +144,18 @@ AttentionInterface.register(PACKED, attend_packed)
 AttentionMaskInterface.register(PACKED, packed_mask)
 
 
-def choose_attention(model_class: Any, config: Any, wanted: str) -> tuple[str | None, str | None]:
+def choose_attention(model_class: Any, config: Any, wanted: str, packs: bool = True) -> tuple[str | None, str | None]:
     """Return the attention to install (None: the model's own choice), and why where it is not the packed one.
+
+    Where rows are padded (`packs` is false), it is the model's own choice.
 
     Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
     those that support flash attention through it do.
     """
     if wanted != "auto":
         return wanted, None
+    if not packs:
+        return None, None
     if not issubclass(model_class, PreTrainedModel):  # an Auto class: the model brings its own code
         return None, "the model comes with its own code"
     plain = "sdpa" if model_class._supports_sdpa else "eager"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from llmtune.model.device import is_out_of_memory, resolve_dtype
 from llmtune.model.isolation import prove_isolation
 from llmtune.model.memory import enough_memory
 from llmtune.model.plan import plan_memory
-from llmtune.model.skeleton import build_skeleton, find_class, first_line, head_names
+from llmtune.model.skeleton import OTHER_CLASSES, build_skeleton, find_class, first_line, head_names, in_heads
 from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
 
 if TYPE_CHECKING:
@@ -57,14 +58,15 @@ def _load(
     console: Console | None,
 ) -> SelectedModel:
     model_class, config = find_class(place, recipe, task)
-    attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation)
+    packs = task.packs and recipe.data.packing
+    attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation, task.packs)
     if reason and console is not None:
         console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
     compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
     if recipe.adapter.method == "full" and training:
         dtype = torch.float32
     quantization = _quantization(recipe, model_class, config, dtype) if recipe.adapter.method == "qlora" else None
-    model = _load_weights(place, recipe, model_class, config, attention, dtype, quantization, device)
+    model, new = _load_weights(place, recipe, task, model_class, config, attention, dtype, quantization, device)
     if quantization is not None:
         _keep_quantized_format(model)
     if attention == PACKED:
@@ -74,10 +76,12 @@ def _load(
     _settle_generation(model, processor)
     model.config.use_cache = not training
     model.eval()
-    if recipe.data.packing:
+    if packs:
         prove_isolation(model, compute_dtype, place.name)
     plan = plan or plan_memory(place, recipe, task, recipe.data.max_length, device)
-    return SelectedModel(place, model, processor, plan, quantization is not None)
+    if task.check is not None:
+        task.check(model, processor, recipe)
+    return SelectedModel(place, model, processor, plan, quantization is not None, task, new)
 
 
 def _quantization(
@@ -107,13 +111,15 @@ def _keep_quantized_format(model: PreTrainedModel) -> None:
 def _load_weights(
     place: ModelPlace,
     recipe: Recipe,
+    task: Task,
     model_class: Any,
     config: Any,
     attention: str | None,
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
     device: str,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and the names of its parameters that the files do not hold."""
     torch.manual_seed(recipe.seed)  # for a head that has no weights yet
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if device.startswith("cuda"):
@@ -133,6 +139,7 @@ def _load_weights(
             use_safetensors=recipe.model.use_safetensors,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=task.headed,  # a head for other classes
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -143,14 +150,43 @@ def _load_weights(
             str(place.path),
             "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
         ) from error
-    missing = sorted(info["missing_keys"])
+    other_size = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
+    absent = set(info["missing_keys"]) | other_size
+    heads = head_names(model)
+    new = {name for name in absent if task.headed and is_new_part(name, heads)}
+    if getattr(config, OTHER_CLASSES, False) and not new & {
+        n for n, _ in model.named_parameters() if in_heads(n, heads)
+    }:
+        new |= draw_anew(model, heads)
+    missing = sorted(absent - new)
     if missing:
         raise EnvironmentProblem.of(
             f"{len(missing)} weights are missing in the files, {missing[0]} for one: they would start at random",
             str(place.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
-    return cast(PreTrainedModel, model if "device_map" in options else model.to(device))
+    placed = model if "device_map" in options else model.to(device)
+    return cast(PreTrainedModel, placed), tuple(sorted(new))
+
+
+def draw_anew(model: PreTrainedModel, heads: Sequence[str]) -> set[str]:
+    """Give a head that was trained for other classes new weights at random, in place; return their names."""
+    spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
+    names = {name for name, _ in model.named_parameters() if in_heads(name, heads)}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in sorted(names):
+            parameter = parameters[name]
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)
+            else:
+                parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
+    return names
+
+
+def is_new_part(name: str, heads: Sequence[str]) -> bool:
+    """Whether a parameter that the files do not hold may start at random: a head, or the pooling layer before it."""
+    return in_heads(name, heads) or "pooler" in name.split(".")
 
 
 def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -184,7 +220,7 @@ def _hand_whole_rows_to_head(model: PreTrainedModel) -> None:
 
 def _settle_generation(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
     """Let the model's generation settings name the tokenizer's tokens, and hold nothing that contradicts itself."""
-    settings = model.generation_config
+    settings = getattr(model, "generation_config", None)
     if settings is None:
         return
     settings.pad_token_id = processor.pad_token_id

@@ -28,8 +28,12 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     `model` may be wrapped by PEFT or DDP. With `by_row` losses and right first choices are also
     given a row of the batch.
     """
+    return token_losses(predicted_logits(model, batch), batch, by_row)
+
+
+def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum the cross-entropy of `targets_S` under their logits [S, V]; `rows_S` and `n_rows` say whose they are."""
     targets_S = batch["targets_S"]
-    logits_SV = predicted_logits(model, batch)
     losses_S, correct_S = _CrossEntropy.apply(logits_SV, targets_S)  # type: ignore[no-untyped-call]
     if not by_row:
         return Loss(losses_S.sum(), len(targets_S), correct_S.sum())
@@ -45,7 +49,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     predict_S = batch["predict_S"]
     ids_BT = batch["input_ids"]
     inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
-    accepted = _list_arguments(type(inner))  # type: ignore[arg-type]
+    accepted = accepted_arguments(type(inner))
     inputs |= {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch and key in accepted}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
@@ -67,7 +71,8 @@ def unwrap(model: torch.nn.Module) -> Any:
 
 
 @cache
-def _list_arguments(model_class: Hashable) -> frozenset[str]:
+def accepted_arguments(model_class: Hashable) -> frozenset[str]:
+    """Return the names of what a model's forward takes."""
     return frozenset(inspect.signature(cast(Any, model_class).forward).parameters)
 
 

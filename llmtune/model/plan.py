@@ -12,7 +12,7 @@ from rich.table import Table
 
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.device import memory_limit, resolve_dtype
-from llmtune.model.skeleton import build_skeleton, find_class, head_names, linear_shapes
+from llmtune.model.skeleton import build_skeleton, find_class, head_names, in_heads, linear_shapes
 from llmtune.records import MemoryPlan, ModelPlace, Task
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
     """
     model_class, config = find_class(place, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    shape = measure_shape(skeleton, config, recipe.adapter)
+    shape = measure_shape(skeleton, config, recipe.adapter, task)
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     full = recipe.adapter.method == "full"
     trained = shape.parameters if full else shape.adapter
@@ -69,28 +69,45 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
 def check_context(place: ModelPlace, recipe: Recipe, task: Task, longest: int) -> None:
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
     _, config = find_class(place, recipe, task)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(config)
     if context is not None and longest > context:
         what = f"a row has {longest:,} tokens, and the context of {place.name} is {context:,}"
         fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
         raise DataError.of(what, "data.max_length", fix)
 
 
-def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection) -> Shape:
+def context_of(config: Any) -> int | None:
+    """Return how many tokens a model's positions reach; None where they have no end, or none that it says.
+
+    RoBERTa and its relatives count positions from behind the padding token's number.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    if positions and getattr(text, "model_type", "") in FROM_PADDING:
+        positions -= (text.pad_token_id or 0) + 1
+    return positions
+
+
+FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+"""Model types whose first position stands behind the padding token's number."""
+
+
+def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: Task) -> Shape:
     """Count parameters and read sizes from a model on the meta device."""
     text = config.get_text_config()
     linears = linear_shapes(skeleton)
     heads = set(head_names(skeleton))
-    inner = {name: shape for name, shape in linears.items() if name not in heads}
+    inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
     hidden = getattr(text, "hidden_size", 0)
+    own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return Shape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         quantizable=sum(inputs * outputs for inputs, outputs in inner.values()),
-        adapter=_count_adapter(inner, adapter),
-        layers=getattr(text, "num_hidden_layers", 1),
+        adapter=_count_adapter(inner, adapter) + (sum(own) if task.headed else 0),
+        layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
         hidden=hidden,
         intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
-        vocabulary=getattr(text, "vocab_size", 0),
+        vocabulary=getattr(text, "vocab_size", 0) if task.by_token else 0,
     )
 
 

@@ -16,6 +16,7 @@ from llmtune.records import ModelPlace
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
 
+PREPROCESSOR = "preprocessor_config.json"
 _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
@@ -41,13 +42,13 @@ def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenize
             str(place.path),
             "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json.",
         ) from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:  # encoders end in [SEP]
         raise EnvironmentProblem.of(
             "the tokenizer has no end token (eos_token): answers could not end",
             str(place.path / "tokenizer_config.json"),
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(model.chat_template))
     tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
@@ -73,6 +74,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for key in ("is_local", "local_files_only"):  # how it was loaded here
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
+    source = Path(str(tokenizer.name_or_path)) / PREPROCESSOR
+    if source.is_file() and source.parent.resolve() != folder.resolve():  # what turns sound into what the model reads
+        (folder / PREPROCESSOR).write_bytes(source.read_bytes())
 
 
 def _read_template(path: Path) -> str:

@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem,
 from llmtune.model.catalogue import locate
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.load import load_model
-from llmtune.model.plan import format_bytes, micro_batch_tokens, plan_memory
+from llmtune.model.plan import context_of, format_bytes, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.skeleton import find_class
 from llmtune.records import Example, MemoryPlan, ModelPlace, Row, Rows, Task
@@ -30,6 +30,8 @@ from llmtune.records import Example, MemoryPlan, ModelPlace, Row, Rows, Task
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
+ChooseTask = Callable[[ModelPlace], Task]
+"""Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
 """Enough to tell models apart by more than a few per cent, few enough to take seconds."""
 
@@ -72,6 +74,7 @@ class _Entrant:
     """A candidate that can do the task and fits, with the sample in its own tokens."""
 
     place: ModelPlace
+    task: Task
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
     context: int | None
@@ -79,7 +82,7 @@ class _Entrant:
 
 
 def rank_candidates(
-    recipe: Recipe, task: Task, rows: Rows, console: Console, folder: Path, device: str, offline: bool = False
+    recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, folder: Path, device: str, offline: bool = False
 ) -> Ranking:
     """Measure `model.candidates` on a seeded sample of the validation rows (of train if there are none), best first.
 
@@ -94,14 +97,14 @@ def rank_candidates(
     entrants: list[_Entrant] = []
     out: list[Candidate] = []
     for place in places:
-        found = _admit(place, recipe, task, sample, device)
+        found = _admit(place, recipe, choose, sample, device)
         (entrants if isinstance(found, _Entrant) else out).append(found)  # type: ignore[arg-type]
     shared = set.intersection(*(set(entrant.examples) for entrant in entrants)) if entrants else set()
     if not shared:
         raise _nothing_left(out, entrants)
     measured = []
     for entrant in entrants:
-        bits = _measure(entrant, sorted(shared), recipe, task, device, console)
+        bits = _measure(entrant, sorted(shared), recipe, device, console)
         candidate = Candidate(entrant.place.name, bits, None, entrant.plan.lower_bound, entrant.context)
         measured.append((candidate, entrant.place))
     measured.sort(key=lambda pair: (math.isnan(pair[0].bits_per_byte or 0), pair[0].bits_per_byte))
@@ -152,14 +155,17 @@ def _draw_sample(rows: Rows, seed: int) -> tuple[str, dict[int, Row]]:
     return side, dict(zip(indexes, read_rows(rows, side, indexes), strict=True))
 
 
-def _admit(place: ModelPlace, recipe: Recipe, task: Task, sample: dict[int, Row], device: str) -> _Entrant | Candidate:
+def _admit(
+    place: ModelPlace, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
+) -> _Entrant | Candidate:
     """Return the candidate ready to be measured, or left out with the reason."""
     try:
+        task = choose(place)
         _, config = find_class(place, recipe, task)
         processor = load_processor(place, recipe.model)
         plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
         limit = plan.limit
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(config)
         if recipe.model.check_memory and limit is not None and plan.lower_bound > limit:
             reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(limit)}"
             return Candidate(place.name, None, reason, plan.lower_bound, context)
@@ -167,14 +173,14 @@ def _admit(place: ModelPlace, recipe: Recipe, task: Task, sample: dict[int, Row]
     except (RecipeError, DataError, EnvironmentProblem) as error:
         return Candidate(place.name, None, error.problems[0].what)
     examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
-    longest = max((len(example.input_ids) for row in examples.values() for example in row), default=0)
+    longest = max((example.reach for row in examples.values() for example in row), default=0)
     if context is not None and longest > context:
         reason = f"its context of {context:,} tokens is shorter than a row of {longest:,}"
         return Candidate(place.name, None, reason, plan.lower_bound, context)
     if not examples:
         reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
         return Candidate(place.name, None, reason, plan.lower_bound, context)
-    return _Entrant(place, processor, plan, context, examples)
+    return _Entrant(place, task, processor, plan, context, examples)
 
 
 def _nothing_left(out: Sequence[Candidate], entrants: Sequence[_Entrant]) -> LlmtuneError:
@@ -184,12 +190,12 @@ def _nothing_left(out: Sequence[Candidate], entrants: Sequence[_Entrant]) -> Llm
     return EnvironmentProblem(Problem("no candidate is left", "model.candidates", "Name other models."), *problems)
 
 
-def _measure(
-    entrant: _Entrant, shared: Sequence[int], recipe: Recipe, task: Task, device: str, console: Console
-) -> float:
+def _measure(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
     """Return bits per byte of the supervised text: the cost of its end markers counts, their bytes do not."""
+    task = entrant.task
+    collate = task.collator(entrant.processor, recipe)
     examples = [example for index in shared for example in entrant.examples[index]]
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(example.tokens for example in examples)
     budget = micro_batch_tokens(entrant.plan, recipe.data.max_length, longest)
     selected = load_model(
         entrant.place,
@@ -205,7 +211,7 @@ def _measure(
     dtype = resolve_dtype(recipe.model.dtype, device)
     with torch.inference_mode(), compute_context(dtype, device):
         for group in _group(examples, budget):
-            batch = task.collate(group, recipe.data.packing, entrant.processor.pad_token_id)
+            batch = collate(group, 0)
             batch = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
             nats += float(task.loss(selected.model, batch, False).sum)
     del selected
@@ -219,7 +225,7 @@ def _group(examples: Sequence[Example], budget: int) -> Iterator[list[Example]]:
     """Put neighbours together as long as they stay within `budget` tokens."""
     group: list[Example] = []
     for example in examples:
-        if group and sum(len(other.input_ids) for other in group) + len(example.input_ids) > budget:
+        if group and sum(other.tokens for other in group) + example.tokens > budget:
             yield group
             group = []
         group.append(example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,31 +17,76 @@ from llmtune.records import ModelPlace, Task
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection, Recipe
 
+OTHER_CLASSES = "llmtune_other_classes"
+"""Set on a configuration whose trained head is for other classes than the recipe's."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 """What transformers raises for files that are damaged or that it does not know."""
 
 
 def find_class(place: ModelPlace, recipe: Recipe, task: Task) -> tuple[type[PreTrainedModel], Any]:
-    """Return the class that loads this model for `task`, and the model's configuration.
+    """Return the class that loads this model for `task`, and the model's configuration, its head's size set.
 
-    Raises RecipeError where the model cannot do the task: an encoder or a sequence-to-sequence model for chat.
+    Raises RecipeError where the model cannot do the task, such as an encoder for chat.
     """
     config = read_model_config(place, recipe.model)
     auto_class = getattr(transformers, task.auto_class)
-    named = list(getattr(config, "architectures", None) or [])
     own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
     if own and recipe.model.trust_remote_code:
         return auto_class, config
-    known = auto_class._model_mapping
-    fitting = known.get(type(config), None)
-    if fitting is None or (named and fitting.__name__ not in named and not _is_relative(named, fitting.__name__)):
-        described = named[0] if named else f"model type {config.model_type}"
+    if not fits(config, task):
+        described = describe_config(config)
         raise RecipeError.of(
             f"{place.name} is a {described}: it cannot be used for the task {task.name}, which needs {task.auto_class}",
             "model.name",
-            "Name a decoder model (its config.json names a class that ends in ForCausalLM or LMHeadModel).",
+            NEEDS[task.auto_class],
         )
-    return fitting, config
+    if task.shape_config is not None:
+        task.shape_config(config, recipe)
+    return auto_class._model_mapping[type(config)], config
+
+
+NEEDS = {
+    "AutoModelForCausalLM": "Name a decoder model (its config.json names a class that ends in ForCausalLM or "
+    "LMHeadModel).",
+    "AutoModelForMaskedLM": "Name an encoder with its masked-token head (its config.json names a class that ends in "
+    "ForMaskedLM).",
+    "AutoModelForSeq2SeqLM": "Name an encoder-decoder model, such as T5, BART, Marian or NLLB.",
+    "AutoModelForQuestionAnswering": "Name an encoder, such as BERT or RoBERTa.",
+    "AutoModelForSequenceClassification": "Name a model that transformers can classify texts with.",
+    "AutoModelForTokenClassification": "Name a model that transformers can mark tokens with, such as BERT.",
+    "AutoModelForSpeechSeq2Seq": "Name a Whisper model.",
+    "AutoModelForCTC": "Name a wav2vec2 model or one of its relatives.",
+}
+"""By Auto class, what to do where a model is none of it."""
+
+
+def describe_config(config: Any) -> str:
+    """Say what a model is, by its configuration."""
+    named = list(getattr(config, "architectures", None) or [])
+    return str(named[0]) if named else f"model type {config.model_type}"
+
+
+def fits(config: Any, task: Task) -> bool:
+    """Whether a model with this configuration can do the task in this form.
+
+    Where the task brings a head of its own, any model of a kind that takes one does; else the model must have the head.
+    """
+    known = getattr(transformers, task.auto_class)._model_mapping
+    fitting = known.get(type(config), None)
+    if fitting is None or not task.fits(config):
+        return False
+    named = list(getattr(config, "architectures", None) or [])
+    return task.headed or not named or fitting.__name__ in named or _is_relative(named, fitting.__name__)
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a model reads a text in both directions and writes none: BERT and its relatives."""
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
+        return False
+    named = list(getattr(config, "architectures", None) or [])
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+        return False
+    return type(config) in transformers.AutoModelForMaskedLM._model_mapping
 
 
 def _is_relative(named: list[str], fitting: str) -> bool:
@@ -65,10 +111,24 @@ def read_model_config(place: ModelPlace, model: ModelSection) -> Any:
 
 
 def head_names(model: torch.nn.Module) -> list[str]:
-    """Return the names of the modules that turn hidden states into scores: never quantised, never given a LoRA."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    names = [name for name, module in model.named_modules() if output is not None and module is output]
-    return names or ["lm_head"]
+    """Return the names of the modules that turn hidden states into scores: never quantised, never given a LoRA.
+
+    They are what a model has beside its body; a model without a body of its own (T5) has its output layer.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return ["lm_head"]
+    body = model.base_model
+    if body is not model:
+        heads = [name for name, child in model.named_children() if child is not body and [*child.parameters()]]
+        if heads:
+            return heads
+    output = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if output is not None and module is output] or ["lm_head"]
+
+
+def in_heads(name: str, heads: Iterable[str]) -> bool:
+    """Whether a module (or parameter) is one of the heads or a part of one."""
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def build_skeleton(model_class: Any, config: Any, recipe: Recipe) -> PreTrainedModel:

@@ -5,7 +5,6 @@ from llmtune.recipe.jsonschema import json_schema
 from llmtune.recipe.load import LoadedRecipe, keep_origins, load_recipe
 from llmtune.recipe.reference import recipe_reference
 from llmtune.recipe.schema import (
-    CompletionSection,
     DataSection,
     EvaluateSection,
     GenerationSection,
@@ -13,6 +12,16 @@ from llmtune.recipe.schema import (
     Source,
 )
 from llmtune.recipe.shipped import Shipped, find_recipe, list_recipes
+from llmtune.recipe.task_sections import (
+    ClassifySection,
+    CompletionSection,
+    PreferenceSection,
+    QaSection,
+    SpeechSection,
+    SummarizeSection,
+    TokenClassifySection,
+    TranslateSection,
+)
 from llmtune.recipe.tasks import TASK_FACTS, TaskFacts
 from llmtune.recipe.template import new_recipe
 from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
@@ -20,6 +29,7 @@ from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
 __all__ = [
     "TASK_FACTS",
     "AdapterSection",
+    "ClassifySection",
     "CompletionSection",
     "DataSection",
     "EvaluateSection",
@@ -27,11 +37,17 @@ __all__ = [
     "GenerationSection",
     "LoadedRecipe",
     "ModelSection",
+    "PreferenceSection",
+    "QaSection",
     "Recipe",
     "Shipped",
     "Source",
+    "SpeechSection",
+    "SummarizeSection",
     "TaskFacts",
+    "TokenClassifySection",
     "TrainSection",
+    "TranslateSection",
     "find_recipe",
     "json_schema",
     "keep_origins",

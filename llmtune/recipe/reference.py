@@ -107,11 +107,8 @@ def task_lines() -> Iterator[str]:
     yield "| task | what it learns | row formats | metrics (default in bold) |"
     yield "|---|---|---|---|"
     for facts in TASK_FACTS.values():
-        if facts.available:
-            metrics = ", ".join(f"**{name}**" if name in facts.default_metrics else name for name in facts.metrics)
-            yield f"| `{facts.name}` | {facts.summary} | {', '.join(facts.formats)} | {metrics} |"
-    names = ", ".join(f"`{facts.name}`" for facts in TASK_FACTS.values() if not facts.available)
-    yield f"\nWith later releases come: {names}."
+        metrics = ", ".join(f"**{name}**" if name in facts.default_metrics else name for name in facts.metrics)
+        yield f"| `{facts.name}` | {facts.summary} | {', '.join(facts.formats)} | {metrics} |"
 
 
 def schedule_lines() -> Iterator[str]:

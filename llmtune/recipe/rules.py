@@ -8,9 +8,9 @@ from llmtune.recipe.findings import Finding, idle, later
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import data_findings
 from llmtune.recipe.rules_evaluate import evaluate_findings
+from llmtune.recipe.rules_tasks import task_findings
 from llmtune.recipe.rules_tuning import adapter_findings, model_findings, train_findings
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.tasks import AVAILABLE, TASK_FACTS
 
 
 def find_all(recipe: Recipe, places: Places) -> Iterator[Finding]:
@@ -23,22 +23,6 @@ def find_all(recipe: Recipe, places: Places) -> Iterator[Finding]:
     yield from generation_findings(recipe, places)
     yield from evaluate_findings(recipe, places)
     yield from deploy_findings(recipe)
-
-
-def task_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
-    """Yield a task that is still to come, and sections of other tasks."""
-    if recipe.task not in AVAILABLE:
-        yield later("task", f"the task '{recipe.task}'", f"Tasks of this release: {', '.join(AVAILABLE)}.")
-    for name, facts in TASK_FACTS.items():
-        section = facts.section
-        if section is None or not places.stated(section) or getattr(recipe, section) is None:
-            continue
-        if name not in AVAILABLE:
-            yield later(section, f"the section '{section}' of the task '{name}'", "Remove it.")
-        elif name != recipe.task:
-            yield idle(section, f"with task: {recipe.task}", f"Remove it; it belongs to task: {name}.", "task")
-    if recipe.completion and recipe.completion.objective == "masked":
-        yield later("completion.objective", "'completion.objective: masked'", "Use causal.")
 
 
 def generation_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:

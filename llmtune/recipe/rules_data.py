@@ -27,8 +27,6 @@ def data_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     if shares(data) >= 1:
         what = f"data.validation and data.test together take {shares(data):g} of the rows"
         yield Finding("data.test", what, "Leave some for training.", ("data.validation",))
-    if recipe.task == "completion" and places.stated("data.train_on"):
-        yield idle("data.train_on", "with task: completion", "Remove it: the completion is what is learned.", "task")
 
 
 def shares(data: DataSection) -> float:

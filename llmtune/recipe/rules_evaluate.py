@@ -10,7 +10,7 @@ from llmtune.recipe.gates import parse_gate
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import has_rows
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.tasks import GENERATED, TASK_FACTS
+from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
 
 MEASURING = ("metrics", "gates", "limit", "choices", "samples")
 CHOICE = "choice_accuracy"
@@ -61,7 +61,8 @@ def metric_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
         )
     if isinstance(evaluate.choices, tuple) and len(set(evaluate.choices)) < len(evaluate.choices):
         yield Finding("evaluate.choices", "'evaluate.choices' names an answer twice", "Name each once.")
-    if evaluate.limit is not None and not set(GENERATED) & set(metrics) and places.stated("evaluate.limit"):
+    limited = TASK_FACTS[recipe.task].generates and PREDICTED & set(metrics)
+    if evaluate.limit is not None and not limited and places.stated("evaluate.limit"):
         fix = "Add one, such as exact_match, or remove it."
         yield idle("evaluate.limit", "without a metric on generated answers", fix, key)
 

@@ -67,10 +67,6 @@ def model_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     on_hub = [name for key, name in names.items() if not is_local(name, places.folder(key))]
     if places.stated("model.revision") and names and not on_hub:
         yield idle("model.revision", "but for a model on the hub", "Remove it.", *both)
-    if recipe.task == "completion":
-        for name in ("chat_template", "chat_template_kwargs"):
-            if getattr(model, name) is not None and places.stated(f"model.{name}"):
-                yield idle(f"model.{name}", "with task: completion", "Remove it, or use task: chat.", "task")
 
 
 def name_findings(key: str, name: str, places: Places) -> Iterator[Finding]:

@@ -7,12 +7,46 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.recipe.section import Many, Section, by_kind, one_or_more
+from llmtune.recipe.task_sections import (
+    ClassifySection,
+    CompletionSection,
+    PreferenceSection,
+    QaSection,
+    SpeechSection,
+    SummarizeSection,
+    TokenClassifySection,
+    TranslateSection,
+)
 from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
 
 TaskName = Literal[
     "chat", "completion", "translate", "summarize", "qa", "classify", "token-classify", "speech", "preference"
 ]
-Format = Literal["jsonl", "json", "csv", "parquet", "text", "messages", "sharegpt", "alpaca", "prompt-completion"]
+Format = Literal[
+    "jsonl",
+    "json",
+    "csv",
+    "parquet",
+    "text",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt-completion",
+    "source-target",
+    "translation",
+    "document-summary",
+    "squad",
+    "question-answer",
+    "text-label",
+    "tokens-tags",
+    "text-spans",
+    "audio-text",
+    "audio-folder",
+    "chosen-rejected",
+    "conversation-pair",
+    "answer-thumb",
+    "conversation-thumb",
+]
 
 
 class Source(Section):
@@ -38,8 +72,8 @@ class Source(Section):
     )
     format: Format | None = Field(
         default=None,
-        description="How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are "
-        "(`messages`, `sharegpt`, `alpaca`, `prompt-completion`). Default none: found out by looking.",
+        description="How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are (such as "
+        "`messages` or `text-label`; each task knows its own). Default none: found out by looking.",
     )
     columns: dict[str, str] = Field(
         default={},
@@ -217,19 +251,8 @@ class EvaluateSection(Section):
     )
 
 
-class CompletionSection(Section):
-    """What only the task `completion` has."""
-
-    objective: Literal["causal", "masked"] = Field(
-        default="causal",
-        description="Predict the next token, or masked ones. Default `causal`; `masked` comes with a later release.",
-    )
-
-
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
-LaterSection = dict[str, Any]
-"""A section whose task comes with a later release."""
 
 
 class Recipe(Section):
@@ -271,12 +294,18 @@ class Recipe(Section):
     completion: CompletionSection | None = Field(
         default=None, description="What only `task: completion` has. Default none."
     )
-    preference: LaterSection | None = Field(default=None, description="`task: preference`. Comes with a later release.")
-    qa: LaterSection | None = Field(default=None, description="`task: qa`. Comes with a later release.")
-    translate: LaterSection | None = Field(default=None, description="`task: translate`. Comes with a later release.")
-    summarize: LaterSection | None = Field(default=None, description="`task: summarize`. Comes with a later release.")
-    classify: LaterSection | None = Field(default=None, description="`task: classify`. Comes with a later release.")
-    token_classify: LaterSection | None = Field(
-        default=None, description="`task: token-classify`. Comes with a later release."
+    preference: PreferenceSection | None = Field(
+        default=None, description="What only `task: preference` has. Default none."
     )
-    speech: LaterSection | None = Field(default=None, description="`task: speech`. Comes with a later release.")
+    qa: QaSection | None = Field(default=None, description="What only `task: qa` has. Default none.")
+    translate: TranslateSection | None = Field(
+        default=None, description="What only `task: translate` has. Default none."
+    )
+    summarize: SummarizeSection | None = Field(
+        default=None, description="What only `task: summarize` has. Default none."
+    )
+    classify: ClassifySection | None = Field(default=None, description="What only `task: classify` has. Default none.")
+    token_classify: TokenClassifySection | None = Field(
+        default=None, description="What only `task: token-classify` has. Default none."
+    )
+    speech: SpeechSection | None = Field(default=None, description="What only `task: speech` has. Default none.")

@@ -1,28 +1,63 @@
-"""The facts of each task that need no library: its metrics, its section, the rows it reads, whether it is here yet."""
+"""The facts of each task that need no library: its metrics, its section, the rows it reads, and what has no effect."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 GENERATED = ("exact_match", *ROUGE, "chrf")
-"""Metrics that need generated answers."""
+"""Metrics that chat and completion take on generated answers."""
+MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
+PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, "length_ratio", "f1", "wer", "cer"})
+"""Metrics of answers whose number `evaluate.limit` bounds."""
 
-ROW_FORMATS = ("messages", "sharegpt", "alpaca", "prompt-completion", "text")
+TASK_FORMATS: Mapping[str, tuple[str, ...]] = {
+    "chat": ("messages", "sharegpt", "alpaca", "prompt-completion"),
+    "completion": ("prompt-completion", "alpaca", "text"),
+    "translate": ("source-target", "translation"),
+    "summarize": ("document-summary",),
+    "qa": ("squad", "question-answer"),
+    "classify": ("text-label",),
+    "token-classify": ("tokens-tags", "text-spans"),
+    "speech": ("audio-text", "audio-folder"),
+    "preference": ("chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"),
+}
+ROW_FORMATS = tuple(dict.fromkeys(name for names in TASK_FORMATS.values() for name in names))
 COLUMNS = (
+    "answer",
+    "answers",
+    "audio",
+    "chosen",
     "completion",
+    "context",
     "conversations",
+    "document",
+    "file_name",
     "functions",
     "history",
     "input",
     "instruction",
+    "label",
     "messages",
     "output",
+    "pair",
     "prompt",
+    "question",
+    "rejected",
+    "source",
+    "source_language",
+    "spans",
+    "summary",
     "system",
+    "tags",
+    "target",
+    "target_language",
     "text",
+    "tokens",
     "tools",
+    "translation",
 )
 """Names of columns that rows are made of: what the keys of a source's `columns` may be."""
 
@@ -35,16 +70,31 @@ class TaskFacts:
     summary: str
     metrics: tuple[str, ...]
     default_metrics: tuple[str, ...]
-    formats: tuple[str, ...]
-    """Row formats by name, as in a source's `format`."""
     section: str | None = None
     """Name of the section that only this task has."""
-    available: bool = False
+    packs: bool = False
+    """Whether some of its models train on packed rows."""
+    templated: bool = False
+    """Whether the chat template is used, by some of its models."""
+    generates: bool = False
+    """Whether answers are generated."""
+    ranks: bool = False
+    """Whether candidates can be ranked by how well they know the answers."""
+    overlong: tuple[str, ...] = ("error", "drop")
+    """What may become of a row that is too long."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Row formats by name, as in a source's `format`."""
+        return TASK_FORMATS[self.name]
 
 
 def _facts(*facts: TaskFacts) -> dict[str, TaskFacts]:
     return {fact.name: fact for fact in facts}
 
+
+_TEXT = {"packs": True, "templated": True, "generates": True, "ranks": True}
+_ANY_LENGTH = ("error", "drop", "truncate", "split")
 
 TASK_FACTS = _facts(
     TaskFacts(
@@ -52,65 +102,83 @@ TASK_FACTS = _facts(
         "answer in a conversation",
         (*LANGUAGE, *GENERATED, "choice_accuracy"),
         ("loss", "perplexity", "bits_per_byte", "accuracy", "exact_match", "rougeL", "chrf", "choice_accuracy"),
-        ("messages", "sharegpt", "alpaca", "prompt-completion"),
-        available=True,
+        overlong=_ANY_LENGTH,
+        **_TEXT,
     ),
     TaskFacts(
         "completion",
-        "go on with a text",
+        "go on with a text, or fill in what is masked",
         (*LANGUAGE, *GENERATED, "choice_accuracy"),
         ("loss", "perplexity", "bits_per_byte", "accuracy"),
-        ("prompt-completion", "alpaca", "text"),
         section="completion",
-        available=True,
+        packs=True,
+        generates=True,
+        ranks=True,
+        overlong=_ANY_LENGTH,
     ),
     TaskFacts(
         "translate",
         "put a text into another language",
-        ("loss", "bleu", "chrf", "ter", "exact_match"),
+        ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION),
         ("loss", "bleu", "chrf"),
-        (),
         section="translate",
+        overlong=("error", "drop", "truncate"),
+        **_TEXT,
     ),
     TaskFacts(
         "summarize",
         "say a text in fewer words",
-        ("loss", *ROUGE, "chrf"),
-        ("loss", "rouge1", "rouge2", "rougeLsum"),
-        (),
+        ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio"),
+        ("loss", *ROUGE, "length_ratio"),
         section="summarize",
+        overlong=("error", "drop", "truncate"),
+        **_TEXT,
     ),
     TaskFacts(
-        "qa", "find the answer in a text", ("loss", "exact_match", "f1"), ("exact_match", "f1"), (), section="qa"
+        "qa",
+        "find the answer in a text",
+        ("loss", "exact_match", "f1"),
+        ("exact_match", "f1"),
+        section="qa",
+        overlong=("error", "drop", "truncate"),
+        packs=True,
+        templated=True,
+        generates=True,
     ),
     TaskFacts(
         "classify",
-        "put a text into a class",
-        ("loss", "accuracy", "f1_macro", "f1_micro", "matthews"),
-        ("loss", "accuracy", "f1_macro"),
-        (),
+        "put a text into a class, into several, or on a scale",
+        (
+            *("loss", "accuracy", "f1_macro", "f1_micro", "f1_weighted", "matthews", "auroc"),
+            *("mse", "mae", "pearson", "spearman"),
+        ),
+        ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
         section="classify",
+        overlong=("error", "drop", "truncate"),
     ),
     TaskFacts(
         "token-classify",
         "mark words in a text",
         ("loss", "f1", "precision", "recall", "accuracy"),
         ("loss", "f1", "precision", "recall"),
-        (),
         section="token_classify",
+        overlong=("error", "drop"),
     ),
     TaskFacts(
-        "speech", "write down what is said", ("loss", "wer", "cer"), ("loss", "wer", "cer"), (), section="speech"
+        "speech",
+        "write down what is said",
+        ("loss", "wer", "cer"),
+        ("loss", "wer", "cer"),
+        section="speech",
+        generates=True,
     ),
     TaskFacts(
         "preference",
         "prefer one answer to another",
-        ("loss", "accuracy", "margin"),
-        ("loss", "accuracy", "margin"),
-        (),
+        ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
+        ("loss", "accuracy", "margin", "kl"),
         section="preference",
+        templated=True,
     ),
 )
 """Every task by name, in the order of the documentation."""
-
-AVAILABLE = tuple(name for name, facts in TASK_FACTS.items() if facts.available)

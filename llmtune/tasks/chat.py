@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmtune.data.collate import choose_collate
+from llmtune.data.collate import causal_collator
 from llmtune.data.encode import encode_chat
 from llmtune.data.template import render_prompt
 from llmtune.model import causal_loss
-from llmtune.records import Example, Loss, Row, Task
+from llmtune.records import Row, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-
-def loss(model: PreTrainedModel, batch: dict[str, Any], by_row: bool = False) -> Loss:
-    """Return the summed cross entropy of the supervised tokens, and their count."""
-    return causal_loss(model, batch, by_row)
-
-
-def collate(examples: Sequence[Example], packed: bool, pad_id: int | None) -> dict[str, Any]:
-    """Return the tensors of one micro-batch; `llmtune.data.collate` has the legend."""
-    return choose_collate(packed)(examples, pad_id)
 
 
 def prompt(row: Row) -> tuple[Row, str]:
@@ -50,8 +39,10 @@ CHAT = Task(
     auto_class="AutoModelForCausalLM",
     peft_task_type="CAUSAL_LM",
     encode=encode_chat,
-    collate=collate,
-    loss=loss,
+    collator=causal_collator,
+    loss=causal_loss,
     prompt=prompt,
     render=render,
+    packs=True,
 )
+FORMS = (CHAT,)

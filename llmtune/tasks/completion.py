@@ -1,14 +1,20 @@
-"""Task completion: go on from a prompt, or from nothing, without a chat template."""
+"""Task completion: go on from a prompt, or from nothing, without a chat template; or fill in what is masked."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtune.data.collate import causal_collator
+from llmtune.data.collate_targets import masked_collator
 from llmtune.data.encode import encode_completion, prompt_ids
+from llmtune.data.encode_labelled import encode_masked
+from llmtune.evaluate.predict import fill_masks
+from llmtune.model import causal_loss
 from llmtune.records import Row, Task
-from llmtune.tasks.chat import collate, loss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
@@ -24,13 +30,39 @@ def render(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list
     return prompt_ids(row["prompt"], processor)
 
 
+def is_masked(recipe: Recipe) -> bool:
+    """Whether masked tokens are predicted."""
+    return recipe.completion is not None and recipe.completion.objective == "masked"
+
+
+def ask(given: Mapping[str, str | None]) -> Row:
+    """Return the row of a text with masks in it."""
+    return {"prompt": given["prompt"] or "", "completion": ""}
+
+
 COMPLETION = Task(
     name="completion",
     auto_class="AutoModelForCausalLM",
     peft_task_type="CAUSAL_LM",
     encode=encode_completion,
-    collate=collate,
-    loss=loss,
+    collator=causal_collator,
+    loss=causal_loss,
     prompt=prompt,
     render=render,
+    admits=lambda recipe: not is_masked(recipe),
+    packs=True,
 )
+MASKED = Task(
+    name="completion",
+    auto_class="AutoModelForMaskedLM",
+    peft_task_type=None,
+    encode=encode_masked,
+    collator=masked_collator,
+    loss=causal_loss,
+    prompt=lambda row: (row, ""),
+    predict=fill_masks,
+    measure=lambda metric, said, wanted, recipe, base=None: None,
+    ask=ask,
+    admits=is_masked,
+)
+FORMS = (COMPLETION, MASKED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,11 +61,12 @@ def step_gradients(training: Training, step: int, budget: int, loss_scale: float
     scale = loss_scale * accelerator.num_processes / expected
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
+    totals = _survey(training, training.examples, groups[:real], step)
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
         weight = scale if index < real else 0.0
-        return try_memory(training, lambda: losses.append(_backward(training, groups[index], weight)))
+        return try_memory(training, lambda: losses.append(_backward(training, groups[index], weight, step, totals)))
 
     fits = True
     with accelerator.no_sync(training.model):
@@ -109,6 +110,7 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
     cut = [micro_batches(share, reader.lengths, budget, training.packed) for share in shares]
     own = cut[accelerator.process_index]
     sums: list[tuple[float, int]] = []
+    totals = _survey(training, reader, own, 0)
     training.model.eval()
     try:
         for turn in range(max(len(groups) for groups in cut)):
@@ -116,7 +118,7 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
             group = own[turn] if real else _shortest(reader)
             fits = True
             if real or training.sharded:
-                fits = try_memory(training, partial(_forward, training, group, real, sums))
+                fits = try_memory(training, partial(_forward, training, group, real, sums, totals))
             stopped, failed = add_up(accelerator, [float(stop()), float(not fits)])
             if failed:
                 raise MicroBatchTooLarge
@@ -145,16 +147,27 @@ def try_memory(training: Training, work: Callable[[], object]) -> bool:
 def seed_micro_batch(training: Training, step: int, index: int) -> None:
     """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
     words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
-    torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+    seed = np.random.SeedSequence(words)
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+    np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # noqa: NPY002 - SpecAugment draws from it
 
 
-def make_batch(training: Training, reader: ExampleReader, rows: Indexes) -> dict[str, Any]:
-    """Collate examples and put their tensors on the device."""
-    batch = training.task.collate([reader[int(row)] for row in rows], training.packed, training.pad_id)
+def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: int = 0) -> dict[str, Any]:
+    """Collate examples and put their tensors on the device; `draw` is the step, by which masks are drawn."""
+    batch = training.collate([reader[int(row)] for row in rows], draw)
     return {
         key: value.to(training.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
+
+
+def with_totals(training: Training, reader: ExampleReader, rows: Indexes) -> dict[str, Any]:
+    """Make a batch that is looked at by itself, as if it were a whole step; no other process is asked."""
+    batch = make_batch(training, reader, rows)
+    if training.task.survey is not None:
+        with torch.no_grad(), training.compute():
+            batch["totals"] = training.task.survey(training.adapted.model, batch)
+    return batch
 
 
 def guilty_rows(training: Training, suspects: Indexes) -> list[int]:
@@ -163,7 +176,7 @@ def guilty_rows(training: Training, suspects: Indexes) -> list[int]:
     training.model.eval()
     with torch.no_grad(), training.compute():
         for row in suspects:
-            batch = make_batch(training, training.examples, np.asarray([row]))
+            batch = with_totals(training, training.examples, np.asarray([row]))
             if not math.isfinite(float(training.task.loss(training.adapted.model, batch, False).sum)):
                 guilty.append(int(row))
     training.model.train()
@@ -184,18 +197,48 @@ def _own_groups(training: Training, rows: Indexes, budget: int) -> tuple[list[In
     return own + [idle] * (wanted - len(own)), len(own)
 
 
-def _backward(training: Training, rows: Indexes, weight: float) -> Loss:
-    batch = make_batch(training, training.examples, rows)
+def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes], draw: int) -> list[float] | None:
+    """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
+
+    Raises MicroBatchTooLarge if memory ran out.
+    """
+    survey = training.task.survey
+    if survey is None:
+        return None
+    found: list[list[float]] = []
+
+    def look(group: Indexes) -> None:
+        batch = make_batch(training, reader, group, draw)
+        with torch.no_grad(), training.compute():
+            found.append(survey(training.adapted.model, batch))
+
+    mode = training.model.training
+    training.model.eval()
+    try:
+        fits = all([try_memory(training, partial(look, group)) for group in groups])
+    finally:
+        training.model.train(mode)
+    if any_process(training.accelerator, not fits):
+        raise MicroBatchTooLarge
+    width = int(max(add_up(training.accelerator, [float(len(found[0]) if found else 0)])))
+    sums = [sum(values) for values in zip(*found, strict=True)] if found else [0.0] * width
+    return add_up(training.accelerator, sums)
+
+
+def _backward(training: Training, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+    batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
     training.accelerator.backward(loss.sum * weight)
     return Loss(loss.sum.detach(), loss.count)
 
 
-def _forward(training: Training, rows: Indexes, real: bool, sums: list[tuple[float, int]]) -> None:
+def _forward(
+    training: Training, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
+) -> None:
     """Add the loss's sum and count to `sums`, if it is a `real` one."""
     assert training.validation is not None
-    batch = make_batch(training, training.validation, rows)
+    batch = make_batch(training, training.validation, rows) | ({} if totals is None else {"totals": totals})
     with torch.no_grad(), training.compute():
         loss = training.task.loss(training.model, batch, False)
     if real:

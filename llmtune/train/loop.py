@@ -384,6 +384,6 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
 
 def _guessing(adapted: AdaptedModel, task: Task) -> float:
     """Return the loss of guessing every token at random; infinity for a task that does not predict tokens."""
-    if task.peft_task_type not in {"CAUSAL_LM", "SEQ_2_SEQ_LM"}:
+    if not task.by_token:
         return math.inf
     return math.log(adapted.selected.model.config.get_text_config().vocab_size)

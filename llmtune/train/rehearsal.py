@@ -22,7 +22,7 @@ from llmtune.train.checkpoint import (
     trainable_weights,
     write_checkpoint,
 )
-from llmtune.train.gradients import make_batch, seed_micro_batch, try_memory
+from llmtune.train.gradients import seed_micro_batch, try_memory, with_totals
 from llmtune.train.memory import peak_bytes
 from llmtune.train.processes import any_process, on_main
 from llmtune.train.state import TrainState
@@ -89,7 +89,7 @@ def _fits(training: Training, budget: int) -> bool:
     def validate() -> None:
         assert held_out is not None
         for rows in heaviest(held_out.lengths, held_out.supervised, budget, training.packed, len(held_out)):
-            batch = make_batch(training, held_out, rows)
+            batch = with_totals(training, held_out, rows)
             with torch.no_grad(), training.compute():
                 training.task.loss(training.model, batch, False)
 
@@ -104,7 +104,7 @@ def _fits(training: Training, budget: int) -> bool:
 
 
 def _train_on(training: Training, rows: Indexes) -> None:
-    batch = make_batch(training, training.examples, rows)
+    batch = with_totals(training, training.examples, rows)
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
     training.accelerator.backward(loss.sum / max(1, loss.count))

@@ -18,7 +18,7 @@ from rich.console import Console
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.model import compute_context, resolve_dtype
-from llmtune.records import AdaptedModel, Examples, Task
+from llmtune.records import AdaptedModel, Collate, Examples, Task
 from llmtune.run.files import hash_value
 from llmtune.train.optimizer import build_optimizer, build_schedule
 from llmtune.train.steps import StepPlan
@@ -45,7 +45,7 @@ class Training:
     examples: ExampleReader
     validation: ExampleReader | None
     dtype: torch.dtype
-    pad_id: int
+    collate: Collate
     folder: Path
     fingerprint: str
     """What a checkpoint must agree with to be gone on from."""
@@ -58,7 +58,7 @@ class Training:
     @property
     def packed(self) -> bool:
         """Whether the rows of a micro-batch stand end to end."""
-        return self.recipe.data.packing
+        return self.task.packs and self.recipe.data.packing
 
     @property
     def longest(self) -> int:
@@ -157,7 +157,7 @@ def set_up(
         examples=reader,
         validation=held_out,
         dtype=resolve_dtype(recipe.model.dtype, device.type),
-        pad_id=processor.pad_token_id if processor.pad_token_id is not None else 0,
+        collate=task.collator(processor, recipe),
         folder=folder,
         fingerprint=inputs or _fingerprint(adapted, examples, recipe),
     )

@@ -60,18 +60,20 @@ def main() -> None:
     print(dict(Counter(package.section for package in rows)))
 
 
-def arguments(about: str | None) -> argparse.Namespace:
-    """Read the command line: `lists` and `out`."""
+def arguments(
+    about: str | None, option: str = "lists", said: str = "folder for apt's package lists"
+) -> argparse.Namespace:
+    """Read the command line: `out`, and where the material is, in an option of its own (`lists`)."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lists", type=Path, required=True, help="folder for apt's package lists")
+    parser.add_argument(f"--{option}", type=Path, required=True, help=said)
     parser.add_argument("out", type=Path)
     return parser.parse_args()
 
 
 def fetch_lists(folder: Path) -> None:
-    """Let apt download the package lists with their English descriptions into `folder`."""
+    """Let apt download the package lists with their English and German descriptions into `folder`."""
     (folder / "partial").mkdir(parents=True, exist_ok=True)
-    command = ["apt-get", "-o", f"Dir::State::lists={folder}", "-o", "Acquire::Languages=en", "update"]
+    command = ["apt-get", "-o", f"Dir::State::lists={folder}", "-o", "Acquire::Languages=en,de", "update"]
     subprocess.run(command, check=True, capture_output=True)
 
 

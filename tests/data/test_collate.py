@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.templates import CHATML, recipe_for, tokenizer_with
 
-from llmtune.data.collate import choose_collate, collate_packed, collate_padded
+from llmtune.data.collate import causal_collator, collate_packed, collate_padded
 from llmtune.records import Example
 
 
@@ -109,5 +110,7 @@ def test_padding_does_without_a_padding_token():
 
 
 def test_packing_is_chosen_by_a_flag():
-    assert choose_collate(True) is collate_packed
-    assert choose_collate(False) is collate_padded
+    examples = [Example([5, 6, 7], [1, 3], 2), Example([8, 9], [1, 2], 1)]
+    for packing, shape in ((True, (1, 5)), (False, (2, 3))):
+        recipe = recipe_for(packing=packing)
+        assert causal_collator(tokenizer_with(CHATML), recipe)(examples, 0)["input_ids"].shape == shape

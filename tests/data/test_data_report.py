@@ -20,7 +20,7 @@ def describe(rows, tmp_path, console, **data):
     tokenizer = tokenizer_with(CHATML)
     prepared = prepare_rows(recipe, tmp_path / "rows", console)
     examples = encode_rows(prepared, get_task("chat"), tokenizer, recipe, tmp_path / "examples", console)
-    return describe_examples(prepared, examples, tokenizer, console), examples
+    return describe_examples(prepared, examples, tokenizer, console, get_task("chat"), recipe), examples
 
 
 def rows(count, words=1):

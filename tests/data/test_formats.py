@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import chat
 
-from llmtune.data.formats import FORMATS, canonicalise, detect, hash_content, rename, spoken_text, to_json, unused_keys
+from llmtune.data.content import hash_content, spoken_text, to_json
+from llmtune.data.formats import FORMATS, canonicalise, detect, rename, unused_keys
 from llmtune.data.messages import RowError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

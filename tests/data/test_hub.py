@@ -28,7 +28,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.recipe import load_recipe
 data = load_recipe(sys.argv[1]).recipe
 try:
-    print(hash_sources(data.data))
+    print(hash_sources(data.data, "chat"))
     rows = prepare_rows(data, Path(sys.argv[2]), Console(stderr=True))
     for origin, row in iterate_rows(rows, "train"):
         print(origin, row["messages"][1]["content"])
@@ -156,6 +156,6 @@ def test_a_split_that_is_not_there_is_told(hub, tmp_path):
 def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
     recipe = make_recipe(tmp_path, "hub:owner/absent")
     with pytest.raises(EnvironmentProblem, match="offline switch"):
-        hash_sources(recipe.data)
+        hash_sources(recipe.data, recipe.task)
     with pytest.raises(EnvironmentProblem, match="offline switch"):
         prepare_rows(recipe, tmp_path / "out", Console(quiet=True))

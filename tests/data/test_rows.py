@@ -275,7 +275,7 @@ def test_the_hash_of_the_sources_follows_their_bytes_names_and_settings(tmp_path
     write_jsonl(tmp_path / "d/b.jsonl", [chat("b")])
 
     def digest(train: object = "d") -> str:
-        return hash_sources(make_recipe(tmp_path, train).data)
+        return hash_sources(make_recipe(tmp_path, train).data, "chat")
 
     first = digest()
     assert digest() == first

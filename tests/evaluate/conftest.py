@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llmtune.data import prepare_rows
+from llmtune.data.collate import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.evaluate import evaluate
 from llmtune.model import load_model, load_processor, locate
@@ -63,7 +64,7 @@ class Bench:
 
     def teach(self, model, steps: int = 80):
         """Learn the test rows by heart: a gain that evaluation has to see."""
-        batch = self.task.collate(list(self.reader), False, self.processor.pad_token_id)
+        batch = collate_padded(list(self.reader), self.processor.pad_token_id)
         torch.manual_seed(0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(steps):

@@ -4,37 +4,17 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics.chrf import CHRF
 
-from llmtune.evaluate.metrics import compare, measure_right, measure_texts, measure_tokens
-
-REFERENCES = ["the cat sat on the mat", "Ein Satz\nmit zwei Zeilen.", "vier", "猫が座っている", "only here"]
-TEXTS = ["the cat is on a mat", "Zwei Zeilen\nmit einem Satz.", " vier\n", "猫が走っている", ""]
-
-
-@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
-def test_rouge_is_the_mean_f1_of_rouge_score(metric):
-    scorer = RougeScorer([metric], use_stemmer=False)
-    wanted = np.mean([scorer.score(want, text)[metric].fmeasure for text, want in zip(TEXTS, REFERENCES, strict=True)])
-    assert 0 < wanted < 1
-    assert measure_texts(metric, TEXTS, REFERENCES).value == pytest.approx(wanted, abs=1e-12)
-
-
-def test_chrf_is_the_corpus_score_of_sacrebleu():
-    found = measure_texts("chrf", TEXTS, REFERENCES)
-    assert found.value == pytest.approx(CHRF().corpus_score(TEXTS, [REFERENCES]).score, abs=1e-9)
-    assert "nc:6" in found.signature
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=12), st.text(min_size=1, max_size=12)), min_size=1, max_size=5))
-def test_chrf_is_the_corpus_score_of_sacrebleu_for_any_texts(pairs):
-    texts, references = [text for text, _ in pairs], [reference for _, reference in pairs]
-    wanted = CHRF().corpus_score(texts, [references]).score
-    assert measure_texts("chrf", texts, references).value == pytest.approx(wanted, abs=1e-9)
+from llmtune.evaluate.measure import Measure
+from llmtune.evaluate.metrics import (
+    METRICS,
+    TEXT_MEASURES,
+    TEXT_METRICS,
+    compare,
+    measure_right,
+    measure_texts,
+    measure_tokens,
+)
 
 
 def test_exact_match_strips_outer_white_space_and_nothing_else():
@@ -63,3 +43,40 @@ def test_a_difference_is_tuned_minus_base():
 def test_a_metric_without_rows_is_not_a_number():
     assert math.isnan(measure_texts("chrf", [], []).value)
     assert math.isnan(measure_right([], "exact_match").value)
+
+
+def test_the_text_metrics_are_among_those_that_have_a_measure():
+    assert set(TEXT_METRICS) <= set(TEXT_MEASURES)
+    assert {"bleu", "ter", "length_ratio"} <= set(TEXT_MEASURES) - set(METRICS)
+    for metric in TEXT_MEASURES:
+        assert measure_texts(metric, ["a b", "c"], ["a b", "d"]).metric == metric
+
+
+def largest(numbers):
+    """The largest number among the drawn rows: no sum is enough for it."""
+    rows = np.asarray(numbers, dtype=float)
+    return Measure("largest", rows[:, None], None, weighted=lambda counts_RN: np.where(counts_RN > 0, rows, 0).max(1))
+
+
+def test_a_measure_by_rows_has_the_value_of_every_row_drawn_once():
+    assert largest([1, 5, 2]).value == 5
+    assert largest([1, 5, 2]).drawn(np.array([[2.0, 0, 1], [0, 3, 0]])).tolist() == [2, 5]
+    assert math.isnan(largest([]).value)
+
+
+def test_measures_by_rows_are_compared_over_the_same_draws():
+    found = compare(largest(np.arange(50)), largest(np.arange(50) + 3), seed=0)
+    assert (found.value, found.low, found.high, found.n) == (3, 3, 3, 50)
+    assert found.p < 0.001
+
+
+def test_measures_by_rows_of_equal_answers_do_not_differ():
+    found = compare(largest([1, 5, 2]), largest([1, 5, 2]), seed=0)
+    assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
+
+
+def test_measures_by_rows_have_no_interval_with_one_row_and_no_value_with_none():
+    one, none = compare(largest([1]), largest([2]), seed=0), compare(largest([]), largest([]), seed=0)
+    assert (one.value, one.p, one.n) == (1, 1, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(none.value)

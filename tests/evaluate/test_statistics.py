@@ -7,7 +7,7 @@ import pytest
 
 from llmtune.evaluate import statistics
 from llmtune.evaluate.metrics import ratio
-from llmtune.evaluate.statistics import difference, mcnemar, resample
+from llmtune.evaluate.statistics import difference, difference_weighted, draw_counts, mcnemar, resample
 
 ROWS, TRIALS = 60, 500
 
@@ -129,3 +129,31 @@ def test_resampling_in_small_chunks_has_the_same_spread(monkeypatch):
     parts = resample(paired, ratio, seed=0, resamples=4000)
     assert len(parts) == len(whole) == 4000
     assert parts.std() == pytest.approx(whole.std(), rel=0.1)
+
+
+def test_a_metric_by_sums_and_the_same_metric_by_draws_have_the_same_interval():
+    base, tuned, _ = losses_of_rows_of_unequal_length(np.random.default_rng(3))
+    sums = difference(base, tuned, ratio, right_wrong=False, seed=5)
+    draws = difference_weighted(
+        lambda counts_RN: ratio(counts_RN @ base), lambda counts_RN: ratio(counts_RN @ tuned), ROWS, seed=5
+    )
+    assert (draws.value, draws.low, draws.high, draws.p) == pytest.approx((sums.value, sums.low, sums.high, sums.p))
+
+
+def test_each_draw_has_as_many_rows_as_there_are_and_memory_is_flat(monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
+    parts = list(draw_counts(300, seed=0, resamples=10))
+    assert [part.shape for part in parts] == [(3, 300), (3, 300), (3, 300), (1, 300)]
+    assert all((part.sum(1) == 300).all() for part in parts)
+
+
+def test_a_few_draws_without_a_value_are_left_out():
+    rows = 60
+    needs = np.zeros((rows, 2))
+    needs[:6, 1] = 1  # undefined where none of six rows is drawn: 54/60 to the power of 60, two in a thousand
+    better = needs + np.array([0.5, 0.0]) * (np.arange(rows) % 2)[:, None]
+    found = difference(needs, better, ratio, right_wrong=False, seed=0)
+    assert math.isfinite(found.low)
+    assert found.low < found.value < found.high
+    needs[3:6, 1] = better[3:6, 1] = 0  # of three rows: one in twenty
+    assert math.isnan(difference(needs, better, ratio, right_wrong=False, seed=0).low)

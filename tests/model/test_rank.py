@@ -73,7 +73,7 @@ def recipe_for(rows_file: Path, *candidates: Path | str, **sections: dict[str, o
 def rank(recipe: Recipe, folder: Path, console=None, rows: Rows | None = None):
     rows = rows or prepare_rows(recipe, folder / "data", quiet())
     task = get_task("chat")
-    return rank_candidates(recipe, task, rows, console or quiet(), folder / "model", "cpu", offline=True)
+    return rank_candidates(recipe, lambda place: task, rows, console or quiet(), folder / "model", "cpu", offline=True)
 
 
 def test_the_model_that_knows_the_rows_best_is_taken(taught, disturbed, rows_file, tmp_path, console):

@@ -92,10 +92,6 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
 @pytest.mark.parametrize(
     ("sets", "name"),
     [
-        (["task=qa"], "the task 'qa'"),
-        (["task=token-classify"], "the task 'token-classify'"),
-        (["preference={beta: 0.1}"], "the section 'preference'"),
-        (["speech={}"], "the section 'speech'"),
         (["deploy=[merged, gguf]"], "'deploy: gguf'"),
         (["evaluate.benchmarks=[hellaswag]"], "'evaluate.benchmarks'"),
         (["evaluate.fairness={a: 1}"], "'evaluate.fairness'"),
@@ -103,7 +99,6 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["train.seeds=[1, 2]"], "'train.seeds'"),
         (["train.torch_compile=true"], "'train.torch_compile'"),
         (["train.use_liger_kernel=true"], "'train.use_liger_kernel'"),
-        (["task=completion", "completion.objective=masked"], "'completion.objective: masked'"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(refuse, sets, name):

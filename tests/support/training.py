@@ -13,10 +13,10 @@ import pyarrow as pa
 from rich.console import Console
 
 from llmtune.adapter import inject
-from llmtune.data.examples import SCHEMA
+from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.records import AdaptedModel, Examples, TrainedRun
+from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
 from llmtune.tasks import get_task
 from llmtune.train import train
 from support.runs import write_recipe
@@ -29,11 +29,8 @@ def write_examples(folder: Path, seed: int = 0, longest: int = 40, **counts: int
     tokens, supervised = {}, {}
     for side, count in counts.items():
         lengths = generator.integers(8, longest + 1, count).tolist()
-        rows = [(generator.integers(4, 60, n).tolist(), [n // 2, n], n, i) for i, n in enumerate(lengths)]
-        table = pa.Table.from_arrays(
-            [pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)],
-            schema=SCHEMA,
-        )
+        rows = [(i, Example(generator.integers(4, 60, n).tolist(), [n // 2, n], n)) for i, n in enumerate(lengths)]
+        table = pa.Table.from_batches([record_batch(rows)])
         with pa.OSFile(str(folder / f"{side}.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_table(table)
         tokens[side], supervised[side] = sum(lengths), sum(n - n // 2 for n in lengths)

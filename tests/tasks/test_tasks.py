@@ -70,6 +70,6 @@ def test_the_loss_is_that_of_the_model_on_what_is_learned(tiny_llama, packed):
         labels[0, start:end] = ids[0, start:end]
     with torch.no_grad():
         expected = model(input_ids=ids, labels=labels).loss
-        loss = task.loss(model, task.collate([example], packed, tokenizer.pad_token_id))
+        loss = task.loss(model, task.collator(tokenizer, recipe_for(packing=packed))([example], 0))
     assert loss.count == example.supervised
     assert loss.sum / loss.count == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,46 @@
+"""The model as it was before training, beside the one that is trained: what preferences are learned against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+KEPT = "weights_before_training"
+"""On a model whose reference is not just its adapter switched off: what its trainable weights were, by name."""
+
+
+def keep_reference(model: torch.nn.Module) -> None:
+    """Keep a copy of the trainable weights on the model: as much memory as they take."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    setattr(model, KEPT, kept)
+
+
+def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which `model`, which DDP may have wrapped, is what it was before training.
+
+    With a fresh adapter that is the adapter switched off; with one that training went on from, or with all weights
+    trained, the weights that were kept. A model that is neither is its own reference.
+    """
+    inner: Any = getattr(model, "module", model)
+    kept = getattr(inner, KEPT, None)
+    if kept is not None:
+        return _put_back(inner, kept)
+    return inner.disable_adapter() if isinstance(inner, PeftModel) else nullcontext()
+
+
+@contextmanager
+def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Let parameters be other tensors for a while; nothing is copied, and nothing that autograd holds changes."""
+    parameters = dict(model.named_parameters())
+    now = {name: parameters[name].data for name in kept}
+    try:
+        for name, weights in kept.items():
+            parameters[name].data = weights
+        yield
+    finally:
+        for name, weights in now.items():
+            parameters[name].data = weights

@@ -1,0 +1,133 @@
+"""Recordings: where they lie, whether they can be heard, and their samples at a model's rate.
+
+Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit numbers:
+what nearly all recordings are made in, and half the space of anything else. Shape: N samples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from llmtune.data.conversations import filled
+from llmtune.data.messages import RowError
+from llmtune.data.read import describe
+from llmtune.records import Row
+
+Samples = npt.NDArray[np.int16]
+FULL_SCALE = 32768
+RATES = (1_000, 768_000)
+"""Samples a second that a recording may have: below is no speech, above no sound card."""
+CUT = re.compile(r"^data : (?!0xFFFFFFFF|4294967295|2147483647)\S+ \(should be", re.MULTILINE)
+"""What libsndfile notes of a wav file that ends before its header says, but for headers that were written unfinished."""
+AUDIO_COLUMNS = ("audio", "file_name")
+
+
+def speech_from_columns(row: Mapping[str, Any]) -> Row:
+    """Read `audio` (a file, or `{path}`) and `text`."""
+    return _speech(row, "audio")
+
+
+def speech_from_folder(row: Mapping[str, Any]) -> Row:
+    """Read `file_name` and `text`, as the metadata of a folder of recordings has them."""
+    return _speech(row, "file_name")
+
+
+def find_recording(value: Any) -> str | None:
+    """Return the file that a cell names: a text, or a mapping with a `path`."""
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    return value if isinstance(value, str) and value else None
+
+
+def _speech(row: Mapping[str, Any], column: str) -> Row:
+    name = find_recording(row[column])
+    if name is None:
+        raise RowError("wrong type", f"'{column}' is {describe(row[column])}; it must be the name of a file")
+    path = Path(name)
+    check_recording(path)
+    return {"audio": str(path), "content": hash_recording(path), "text": filled(row, "text")}
+
+
+def hash_recording(path: Path) -> str:
+    """Return the hash of a file's bytes, in hex."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_recording(path: Path) -> None:
+    """Look at a recording's header; raises RowError where it is missing, empty, damaged or has an impossible rate."""
+    import soundfile
+
+    if not path.is_file():
+        raise RowError("audio missing", f"there is no file {path}")
+    if path.stat().st_size == 0:
+        raise RowError("audio empty", f"{path} has no bytes")
+    try:
+        info = soundfile.info(str(path), verbose=True)
+    except soundfile.LibsndfileError as error:
+        raise RowError("audio unreadable", f"{path}: {error.error_string}") from None
+    low, high = RATES
+    if not low <= info.samplerate <= high:
+        raise RowError("audio with a wrong rate", f"{path}: {info.samplerate:,} samples a second")
+    if info.frames <= 0:
+        raise RowError("audio empty", f"{path} has no samples")
+    if CUT.search(info.extra_info):
+        raise RowError("audio cut", f"{path} ends before its header says")
+
+
+def read_recording(path: Path, rate: int) -> Samples:
+    """Return the samples [N] of a recording, one channel at `rate` samples a second.
+
+    Raises RowError where it cannot be decoded.
+    """
+    import soundfile
+    import soxr
+
+    check_recording(path)
+    try:
+        sound_NC, found = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise RowError("audio unreadable", f"{path}: {error.error_string}") from None
+    sound_N = sound_NC.mean(axis=1)
+    if not len(sound_N) or not np.isfinite(sound_N).all():
+        raise RowError("audio unreadable", f"{path}: no samples, or samples that are no numbers")
+    if found != rate:
+        sound_N = soxr.resample(sound_N, found, rate)
+    if not len(sound_N):
+        raise RowError("audio empty", f"{path} is shorter than one sample at {rate:,} a second")
+    return np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+
+
+def to_float(samples: Any) -> npt.NDArray[np.float32]:
+    """Return samples between -1 and 1, as feature extractors take them."""
+    return np.asarray(samples, dtype=np.float32) / FULL_SCALE
+
+
+def cut_windows(samples: Samples, rate: int, seconds: float) -> Iterator[Samples]:
+    """Cut a recording into stretches of at most `seconds`, at the quietest place in the last fifth of each."""
+    size = int(seconds * rate)
+    while len(samples) > size:
+        end = _quietest(samples[size - size // 5 : size], rate) + size - size // 5
+        yield samples[:end]
+        samples = samples[end:]
+    if len(samples):
+        yield samples
+
+
+def _quietest(samples: Samples, rate: int) -> int:
+    """Return the middle of the quietest twentieth of a second."""
+    width = max(1, rate // 20)
+    if len(samples) <= width:
+        return max(1, len(samples))
+    energy = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
+    return int(np.argmin(energy[width:] - energy[:-width])) + width // 2

@@ -1,0 +1,150 @@
+"""Word and character error rate of transcripts after a named normaliser, as jiwer counts them.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.evaluate.measure import Measure
+from llmtune.evaluate.statistics import Floats
+
+if TYPE_CHECKING:
+    from jiwer import AlignmentChunk
+
+NORMALISERS = ("none", "basic", "whisper")
+ENGLISH = ("en", "english")
+Normaliser = Callable[[str], str]
+
+
+def measure_wer(
+    texts: Sequence[str],
+    references: Sequence[str],
+    normaliser: str = "basic",
+    language: str = "",
+    spellings: Mapping[str, str] | None = None,
+) -> Measure:
+    """Build the word error rate: substituted, deleted and inserted words of all rows by all reference words.
+
+    0 is without an error and it may pass 1; NaN where no row has reference words. See `make_normaliser` for the rest.
+    """
+    import jiwer
+
+    def count(wanted: list[str], given: list[str]) -> Floats:
+        found = jiwer.process_words(wanted, given)
+        return errors_and_lengths(found.alignments, found.references)
+
+    return measure_errors("wer", "words", count, texts, references, normaliser, language, spellings)
+
+
+def measure_cer(
+    texts: Sequence[str],
+    references: Sequence[str],
+    normaliser: str = "basic",
+    language: str = "",
+    spellings: Mapping[str, str] | None = None,
+) -> Measure:
+    """Build the character error rate, spaces between words included; all else as in `measure_wer`."""
+    import jiwer
+
+    def count(wanted: list[str], given: list[str]) -> Floats:
+        found = jiwer.process_characters(wanted, given)
+        return errors_and_lengths(found.alignments, found.references)
+
+    return measure_errors("cer", "characters", count, texts, references, normaliser, language, spellings)
+
+
+def measure_errors(
+    metric: str,
+    unit: str,
+    count: Callable[[list[str], list[str]], Floats],
+    texts: Sequence[str],
+    references: Sequence[str],
+    name: str,
+    language: str,
+    spellings: Mapping[str, str] | None,
+) -> Measure:
+    """Normalise both sides and build a metric out of the errors and the length of each row."""
+    assert len(texts) == len(references)
+    clean = make_normaliser(name, language, spellings)
+    given, wanted = [clean(text) for text in texts], [clean(text) for text in references]
+    sums_N2 = count(wanted, given) if given else np.empty((0, 2))
+    signature = (
+        f"errors by reference {unit}, normaliser {describe(name, language, spellings)}, jiwer {version('jiwer')}; "
+        "what is written where the reference is empty counts as errors"
+    )
+    return Measure(metric, sums_N2, error_rate, signature=signature)
+
+
+def error_rate(sums: Floats) -> Floats:
+    """[..., (errors, reference length)] -> [...]; NaN without a reference."""
+    errors, length = sums[..., 0], sums[..., 1]
+    return np.asarray(np.where(length > 0, errors / np.maximum(length, 1), np.nan), dtype=np.float64)
+
+
+def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:
+    """Return [N, (errors, reference length)] of what jiwer aligned."""
+    rows = [
+        (sum(chunk_errors(chunk) for chunk in chunks), len(wanted))
+        for chunks, wanted in zip(alignments, references, strict=True)
+    ]
+    return np.asarray(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def chunk_errors(chunk: AlignmentChunk) -> int:
+    """Count the words that are substituted, deleted or inserted in one stretch of an alignment."""
+    if chunk.type == "equal":
+        return 0
+    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+
+
+def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> Normaliser:
+    """Return the normaliser of a name of `NORMALISERS`.
+
+    "none" leaves a text as it is; jiwer parts it at spaces. "basic" is Unicode's lower case without punctuation, where
+    dashes and white space of any kind become one space. "whisper" is the one of OpenAI's Whisper: for English it also
+    writes out contractions, turns number words into digits and, with `spellings` (British to American, in Whisper's
+    tokenizer as `english_spelling_normalizer`), unifies spellings.
+    """
+    if name == "none":
+        return str
+    if name == "basic":
+        return lower_without_punctuation
+    assert name == "whisper"
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    english = language.lower() in ENGLISH
+    whisper = EnglishTextNormalizer(dict(spellings or {})) if english else BasicTextNormalizer()
+    return lambda text: str(whisper(text)).strip()
+
+
+def normalise(text: str, name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> str:
+    """Normalise one text; see `make_normaliser`."""
+    return make_normaliser(name, language, spellings)(text)
+
+
+def lower_without_punctuation(text: str) -> str:
+    """Lower the case, make dashes spaces, take out other punctuation, join white space; composed letters (NFC)."""
+    lowered = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+    return " ".join("".join(map(without_punctuation, lowered)).split())
+
+
+def without_punctuation(letter: str) -> str:
+    """Keep what is no punctuation; a dash parts words."""
+    category = unicodedata.category(letter)
+    return " " if category == "Pd" else "" if category.startswith("P") else letter
+
+
+def describe(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
+    """Name a normaliser as it stands in a report."""
+    if name != "whisper":
+        return name
+    if language.lower() not in ENGLISH:
+        return "whisper (basic)"
+    return "whisper (English)" if spellings else "whisper (English, spellings not unified)"

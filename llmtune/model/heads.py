@@ -1,0 +1,61 @@
+"""Heads of classifiers: how many outputs they have, what those are called, and whether a model brings a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from llmtune.model.skeleton import OTHER_CLASSES, build_skeleton, find_class, head_names, in_heads
+from llmtune.records import ModelPlace, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+_UNNAMED = "LABEL_"
+
+
+def name_outputs(config: Any, names: Sequence[str], problem_type: str | None) -> None:
+    """Set number and names of a head's outputs in a configuration, in place.
+
+    Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
+    weights say nothing of these classes.
+    """
+    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    if names:
+        unnamed = all(name.startswith(_UNNAMED) for name in own)
+        setattr(config, OTHER_CLASSES, own != list(names) and not (unnamed and len(names) == 1))
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+    if problem_type is not None:
+        config.problem_type = problem_type
+
+
+def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Tell a decoder what rows are padded with, in place: its head reads the last token that is no padding."""
+    model.config.get_text_config().pad_token_id = processor.pad_token_id
+    model.config.pad_token_id = processor.pad_token_id
+
+
+def head_is_new(place: ModelPlace, recipe: Recipe, task: Task) -> bool:
+    """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
+
+    Of pickled weights it cannot be told without loading them: they count as having none.
+    """
+    if not task.headed:
+        return False
+    model_class, config = find_class(place, recipe, task)
+    if getattr(config, OTHER_CLASSES, False):
+        return True
+    skeleton = build_skeleton(model_class, config, recipe)
+    heads = head_names(skeleton)
+    wanted = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if in_heads(name, heads)}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in place.path.glob("*.safetensors"):
+        with safe_open(str(path), "pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in wanted}  # noqa: SIM118
+    return found != wanted

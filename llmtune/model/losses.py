@@ -1,0 +1,138 @@
+"""Losses of models that predict something else than the next token of what they read, each a sum and a count.
+
+Shapes: B rows of a batch, R examples (the same), T positions, S predicted tokens, V vocabulary, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.nn import functional
+
+from llmtune.model.loss import accepted_arguments, token_losses, unwrap
+from llmtune.records import Batch, Loss
+
+READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
+"""What models read, by its name in a batch."""
+
+
+def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return what of a batch this model reads; features of sound in the number format of its weights."""
+    inner = unwrap(model)
+    accepted = accepted_arguments(type(inner))
+    found = {key: batch[key] for key in READ if key in batch and key in accepted}
+    return {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in found.items()}
+
+
+def decoder_inputs(model: torch.nn.Module, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return what the decoder reads to predict `labels_BT` (-100 is padding): moved right, as this model starts."""
+    inner = unwrap(model)
+    shift = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return cast(torch.Tensor, shift(labels=labels_BT))
+    moved_BT = labels_BT.new_full(labels_BT.shape, inner.config.pad_token_id)
+    moved_BT[:, 1:] = labels_BT[:, :-1].clamp_min(0)
+    moved_BT[:, 1:].masked_fill_(labels_BT[:, :-1] < 0, inner.config.pad_token_id)
+    moved_BT[:, 0] = inner.config.decoder_start_token_id
+    return moved_BT
+
+
+def seq2seq_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum the cross entropy of the supervised target tokens of an encoder-decoder, written or spoken to.
+
+    `batch["labels"]` [B, T] holds the targets; `predict_S` and `targets_S` which of them are learned.
+    """
+    inputs = read_inputs(model, batch)
+    inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
+    if "use_cache" in accepted_arguments(type(unwrap(model))):
+        inputs["use_cache"] = False
+    logits_BTV = model(**inputs).logits
+    return token_losses(logits_BTV.flatten(0, 1)[batch["predict_S"]], batch, by_row)
+
+
+def classes_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum a classifier's loss over rows: cross entropy of one class, mean binary one of many, square of a number.
+
+    With `weights_R` each row counts so much in the sum, and once in the count.
+    """
+    logits_RK = model(**read_inputs(model, batch)).logits.float()
+    if "classes_R" in batch:
+        losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
+        correct_R = logits_RK.argmax(-1) == batch["classes_R"]
+    elif logits_RK.shape[1] == batch["values_RK"].shape[1] and batch["many"]:
+        targets_RK = batch["values_RK"]
+        losses_R = functional.binary_cross_entropy_with_logits(logits_RK, targets_RK, reduction="none").mean(-1)
+        correct_R = ((logits_RK > 0) == (targets_RK > 0.5)).all(-1)
+    else:
+        losses_R = (logits_RK[:, 0] - batch["values_RK"][:, 0]).square()
+        correct_R = torch.zeros_like(losses_R, dtype=torch.bool)
+    if "weights_R" in batch:
+        losses_R = losses_R * batch["weights_R"]
+    return rows_loss(losses_R, correct_R, by_row)
+
+
+def rows_loss(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:
+    """Return the loss of rows that each stand for one prediction."""
+    right_R = correct_R.to(losses_R.dtype)
+    if not by_row:
+        return Loss(losses_R.sum(), len(losses_R), right_R.sum())
+    return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R, right_R)
+
+
+def tags_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum the cross entropy of the tags at the first token of each word."""
+    logits_BTK = model(**read_inputs(model, batch)).logits
+    return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
+
+
+def ends_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
+    found = model(**read_inputs(model, batch))
+    seen_BT = batch["attention_mask"].bool()
+    lowest = torch.finfo(torch.float32).min
+    starts_BT, ends_BT = (part.float().masked_fill(~seen_BT, lowest) for part in (found.start_logits, found.end_logits))
+    first_R, last_R = batch["first_R"], batch["last_R"]
+    losses_R = (
+        functional.cross_entropy(starts_BT, first_R, reduction="none")
+        + functional.cross_entropy(ends_BT, last_R, reduction="none")
+    ) / 2
+    correct_R = (starts_BT.argmax(-1) == first_R) & (ends_BT.argmax(-1) == last_R)
+    return rows_loss(losses_R, correct_R, by_row)
+
+
+def ctc_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum the negative log-likelihood of the transcripts over all alignments; the count is their tokens.
+
+    Graves et al., "Connectionist Temporal Classification", 2006. Where padding would change what a model hears (its
+    first layer is normed over time), rows are heard one by one.
+    """
+    inner = unwrap(model)
+    labels_BT, blank = batch["labels"], inner.config.pad_token_id
+    sums = []
+    for values, rows in sound_pieces(model, batch):
+        logits_BTV = model(**values).logits
+        log_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
+        lengths_B = inner._get_feat_extract_output_lengths(batch["samples_R"][rows]).to(torch.long)
+        targets = labels_BT[rows]
+        sizes_B = (targets >= 0).sum(-1)
+        with torch.backends.cudnn.flags(enabled=False):  # its kernel is not deterministic
+            sums.append(
+                functional.ctc_loss(log_TBV, targets.clamp_min(0), lengths_B, sizes_B, blank=blank, reduction="none")
+            )
+    losses_R = torch.cat(sums)
+    count = int((labels_BT >= 0).sum())
+    zero = torch.zeros((), device=losses_R.device)
+    if not by_row:
+        return Loss(losses_R.sum(), count, zero)
+    return Loss(losses_R.sum(), count, zero, losses_R, torch.zeros_like(losses_R))
+
+
+def sound_pieces(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, Any], slice]]:
+    """Return what is heard at once: the whole batch, or row by row without padding where the model cannot mask it."""
+    inputs, inner = read_inputs(model, batch), unwrap(model)
+    if getattr(inner.config, "feat_extract_norm", "layer") != "group":
+        return [(inputs, slice(0, batch["n_rows"]))]
+    sizes = batch["samples_R"].tolist()
+    values_BN = inputs["input_values"]
+    return [({"input_values": values_BN[i : i + 1, :size]}, slice(i, i + 1)) for i, size in enumerate(sizes)]

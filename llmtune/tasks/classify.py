@@ -1,0 +1,220 @@
+"""Task classify: put a text into a class, into several, or on a scale."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.data import iterate_rows
+from llmtune.data.collate_targets import classes_collator
+from llmtune.data.encode_labelled import encode_classes
+from llmtune.data.report import class_pieces
+from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.evaluate.classes import CLASS_METRICS, class_table, confusion, majority_scores, measure_classes
+from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.predict import name_of, predict_classes
+from llmtune.model.heads import check_padding, name_outputs
+from llmtune.model.losses import classes_loss
+from llmtune.recipe import TASK_FACTS, ClassifySection
+from llmtune.records import SIDES, Row, Rows, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
+MANY_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
+FEWEST = 2
+"""Classes that there must be."""
+
+
+def prompt(row: Row) -> tuple[Row, str]:
+    """Return the row without its label, and the label as text."""
+    return {**row, "label": None}, write({"label": row["label"]})
+
+
+def reference(row: Row) -> Any:
+    """Return the label: a name, a list of names, or a number."""
+    return row["label"]
+
+
+def write(said: Any) -> str:
+    """Say a label, or several, or a number, as a person reads it."""
+    label = said["label"]
+    if isinstance(label, list):
+        return ", ".join(label) or "(none)"
+    return f"{label:.4g}" if isinstance(label, float) else str(label)
+
+
+def ask(given: Mapping[str, str | None]) -> Row:
+    """Return the row of a text (and its pair)."""
+    return {"text": given["prompt"] or "", "pair": given.get("pair"), "label": None}
+
+
+def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
+    """Find out what kind of labels there are, their names and weights.
+
+    Raises:
+        DataError: labels of several kinds, or fewer than two classes.
+        RecipeError: a metric that this kind of label does not have, or weights for classes that there are none of.
+    """
+    section = recipe.classify or ClassifySection()
+    labels = {side: [row["label"] for _, row in iterate_rows(rows, side)] for side in SIDES}
+    every = [label for side in SIDES for label in labels[side]]
+    kind = find_kind(every) if section.kind == "auto" else section.kind
+    update: dict[str, Any] = {"kind": kind}
+    if kind != "regression":
+        counts = Counter(name for label in labels["train"] for name in names(label))
+        found = section.labels or in_order({name for label in every for name in names(label)}, config)
+        if len(found) < FEWEST:
+            fix = "Give rows of two classes at least."
+            raise DataError.of(f"all rows have the label {', '.join(found) or '(none)'}", "classify.labels", fix)
+        update["labels"] = tuple(found)
+        if section.class_weights is not None:
+            update["class_weights"] = weigh(section.class_weights, found, counts)
+    settled = section.model_copy(update=update)
+    evaluate = recipe.evaluate.model_copy(update={"metrics": choose_metrics(recipe.evaluate.metrics, kind)})
+    return recipe.model_copy(update={"classify": settled, "evaluate": evaluate})
+
+
+def find_kind(labels: Sequence[Any]) -> str:
+    """Tell by the labels what they are; raises DataError where they are of several kinds."""
+    kinds = {"multi" if isinstance(v, list) else "regression" if isinstance(v, float) else "single" for v in labels}
+    if len(kinds) > 1:
+        what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
+        raise DataError.of(what, "classify.kind", "Say which with classify.kind, or mend the rows.")
+    return kinds.pop() if kinds else "single"
+
+
+def names(label: Any) -> list[str]:
+    """Return the names of classes in a label."""
+    return list(label) if isinstance(label, list) else [str(label)]
+
+
+def in_order(found: set[str], config: Any) -> list[str]:
+    """Return names in the order of the model's own classes where it has the same, else sorted."""
+    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    return own if set(own) == found else sorted(found)
+
+
+def weigh(wanted: Any, labels: Sequence[str], counts: Counter[str]) -> dict[str, float]:
+    """Return a weight a class; `balanced` is n / (classes x rows of the class), as scikit-learn has it."""
+    if wanted != "balanced":
+        unknown = [name for name in wanted if name not in labels]
+        what = "classify.class_weights weighs {}, which no row has"
+        RecipeError.collect(Problem(what.format(repr(name)), "classify.class_weights") for name in unknown)
+        return dict(wanted)
+    total = sum(counts[name] for name in labels)
+    return {name: total / (len(labels) * counts[name]) for name in labels if counts[name]}
+
+
+def choose_metrics(wanted: Sequence[str], kind: str) -> tuple[str, ...]:
+    """Return the metrics; the task's own choice gives way to that for this kind of label.
+
+    Raises RecipeError for a metric that the kind does not have.
+    """
+    if tuple(wanted) == TASK_FACTS["classify"].default_metrics:
+        return {"regression": REGRESSION_METRICS, "multi": MANY_METRICS}.get(kind, tuple(wanted))
+    known = ("loss", *CLASS_METRICS[kind])  # type: ignore[index]
+    fix = f"Metrics of these labels: {', '.join(known)}."
+    what = f"the labels are of the kind '{kind}', which has no {{}}"
+    RecipeError.collect(Problem(what.format(name), "evaluate.metrics", fix) for name in wanted if name not in known)
+    return tuple(wanted)
+
+
+def count_classes(rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Count the rows of each class on each side; of numbers there is nothing to count."""
+    if recipe.classify is None or recipe.classify.kind == "regression":
+        return {}
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(SIDES, 0) for name in recipe.classify.labels or ()}
+    for side in SIDES:
+        for _, row in iterate_rows(rows, side):
+            for name in names(row["label"]):
+                if name in counts:
+                    counts[name][side] += 1
+    return counts
+
+
+def shape_config(config: Any, recipe: Recipe) -> None:
+    """Tell the model how many classes there are, and their names."""
+    section = recipe.classify or ClassifySection()
+    number = section.kind == "regression"
+    kinds = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+    name_outputs(config, ("value",) if number else section.labels or (), kinds.get(section.kind))
+
+
+def measure(
+    metric: str, said: Sequence[Any], wanted: Sequence[Any], recipe: Recipe, base: Sequence[Any] | None = None
+) -> Measure | None:
+    """Measure predicted classes, or numbers."""
+    section = recipe.classify
+    assert section is not None
+    if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
+        return None
+    right = [float(label) if section.kind == "regression" else label for label in wanted]
+    right = [str(label) if section.kind == "single" else label for label in right]
+    return measure_classes(metric, section.kind, scores_of(said), right, section.labels or ())
+
+
+def scores_of(said: Sequence[Any]) -> Any:
+    """Return predicted scores as [N, K]."""
+    return np.array([one["scores"] for one in said], dtype=np.float64)
+
+
+def baseline(learned: Sequence[Any], questions: Sequence[Row], recipe: Recipe) -> tuple[str, list[Any]]:
+    """Say the most frequent class of the training rows every time, or their mean."""
+    section = recipe.classify
+    assert section is not None
+    assert section.kind != "auto"
+    labels = section.labels or ()
+    known = [
+        float(v) if section.kind == "regression" else names(v) if section.kind == "multi" else str(v) for v in learned
+    ]
+    scores = majority_scores(known, section.kind, labels, len(questions))
+    name = {
+        "single": "the most frequent class",
+        "multi": "the classes that most rows have",
+        "regression": "the mean of the training rows",
+    }[section.kind]
+    return name, [{"label": name_of(row, section.kind, labels), "scores": row.tolist()} for row in scores]
+
+
+def details(said: Sequence[Any], wanted: Sequence[Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the table of classes, and for one label a row the confusion matrix."""
+    section = recipe.classify
+    assert section is not None
+    if section.kind in ("regression", "auto"):
+        return {}
+    labels, scores = section.labels or (), scores_of(said)
+    found: dict[str, Any] = {"classes": class_table(section.kind, scores, wanted, labels)}
+    if section.kind == "single":
+        found["confusion"] = {"labels": list(labels), "counts": confusion(scores, [str(v) for v in wanted], labels)}
+    return found
+
+
+CLASSIFY = Task(
+    name="classify",
+    auto_class="AutoModelForSequenceClassification",
+    peft_task_type="SEQ_CLS",
+    encode=encode_classes,
+    collator=classes_collator,
+    loss=classes_loss,
+    prompt=prompt,
+    predict=predict_classes,
+    measure=measure,
+    reference=reference,
+    write=write,
+    baseline=baseline,
+    details=details,
+    count_classes=count_classes,
+    ask=ask,
+    settle=settle,
+    shape_config=shape_config,
+    pieces=class_pieces,
+    check=check_padding,
+    by_token=False,
+    headed=True,
+)
+FORMS = (CLASSIFY,)

@@ -1,0 +1,111 @@
+"""Task translate: put a text into another language, with an encoder-decoder or, by prompt, with a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llmtune.data.collate import causal_collator
+from llmtune.data.collate_targets import seq2seq_collator
+from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
+from llmtune.data.report import pair_pieces
+from llmtune.errors import RecipeError
+from llmtune.evaluate.metrics import TEXT_MEASURES, Measure, measure_texts
+from llmtune.evaluate.predict import write_texts
+from llmtune.model import causal_loss
+from llmtune.model.losses import seq2seq_loss
+from llmtune.model.seq2seq import check_decoder_start
+from llmtune.records import Row, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe, TranslateSection
+
+PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
+
+
+def languages(row: Row, recipe: Recipe) -> tuple[str | None, str | None]:
+    """Return the languages of a row: its own, else the recipe's."""
+    section: TranslateSection | None = recipe.translate
+    source = row.get("source_language") or (section.source_language if section else None)
+    target = row.get("target_language") or (section.target_language if section else None)
+    return source, target
+
+
+def fill(template: str, **fields: str | None) -> str:
+    """Put fields into a prompt; braces that are no field stay."""
+    for name, value in fields.items():
+        template = template.replace(f"{{{name}}}", value or "")
+    return template
+
+
+def for_encoder(row: Row, recipe: Recipe) -> Pair:
+    """Return the source as an encoder reads it, with its languages."""
+    source_language, target_language = languages(row, recipe)
+    template = recipe.translate.prompt if recipe.translate and recipe.translate.prompt else "{source}"
+    words = {"source_language": source_language, "target_language": target_language}
+    return Pair(fill(template, **words, source=row["source"]), row["target"], source_language, target_language)
+
+
+def for_decoder(row: Row, recipe: Recipe) -> Pair:
+    """Return the source as a prompt.
+
+    Raises RecipeError where the prompt wants to name a language that nobody says.
+    """
+    source_language, target_language = languages(row, recipe)
+    template = recipe.translate.prompt if recipe.translate and recipe.translate.prompt else PROMPT
+    words = {"source_language": source_language, "target_language": target_language}
+    for name, value in words.items():
+        if f"{{{name}}}" in template and value is None:
+            fix = "Set it to a word, such as German; or give the rows a column of that name."
+            raise RecipeError.of(
+                "the prompt names the language, and neither recipe nor row says it", f"translate.{name}", fix
+            )
+    return Pair(fill(template, **words, source=row["source"]), row["target"], source_language, target_language)
+
+
+def prompt(row: Row) -> tuple[Row, str]:
+    """Return the row without its target, and the target."""
+    return {**row, "target": ""}, row["target"]
+
+
+def ask(given: Mapping[str, str | None]) -> Row:
+    """Return the row of a text to translate."""
+    return {"source": given["prompt"] or "", "target": "", "source_language": None, "target_language": None}
+
+
+def measure(
+    metric: str, said: Sequence[str], wanted: Sequence[str], recipe: Recipe, base: Sequence[Any] | None = None
+) -> Measure | None:
+    """Measure generated texts; token metrics are measured elsewhere."""
+    return measure_texts(metric, said, wanted) if metric in TEXT_MEASURES else None
+
+
+SEQ2SEQ = Task(
+    name="translate",
+    auto_class="AutoModelForSeq2SeqLM",
+    peft_task_type="SEQ_2_SEQ_LM",
+    encode=partial(encode_seq2seq, to_pair=for_encoder),
+    collator=seq2seq_collator,
+    loss=seq2seq_loss,
+    prompt=prompt,
+    predict=partial(write_texts, to_pair=for_encoder),
+    measure=measure,
+    ask=ask,
+    pieces=pair_pieces,
+    check=check_decoder_start,
+)
+DECODER = Task(
+    name="translate",
+    auto_class="AutoModelForCausalLM",
+    peft_task_type="CAUSAL_LM",
+    encode=partial(encode_by_prompt, to_pair=for_decoder),
+    collator=causal_collator,
+    loss=causal_loss,
+    prompt=prompt,
+    render=partial(render_by_prompt, to_pair=for_decoder),
+    measure=measure,
+    ask=ask,
+    packs=True,
+)
+FORMS = (SEQ2SEQ, DECODER)
