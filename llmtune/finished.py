@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
-from llmtune.adapter import load_adapter
+from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import load_rows, read_rows
 from llmtune.deploy.chat import ChatSession
 from llmtune.deploy.merge import merge_model
-from llmtune.model import load_model, load_processor
-from llmtune.recipe import Recipe
-from llmtune.records import AdaptedModel, ModelPlace, SelectedModel
+from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.generation import generate_texts
+from llmtune.model import compute_context, load_model, load_processor, resolve_dtype
+from llmtune.model.heads import head_is_new
+from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.recipe.rules_tasks import DEPLOYED
+from llmtune.records import AdaptedModel, ModelPlace, SelectedModel, Task
 from llmtune.run.folder import read_run, recipe_of_run
 from llmtune.run.lock import LOCK, read_pins
 from llmtune.work import Work, locate_pinned, trained_name
@@ -25,6 +30,8 @@ from llmtune.work import Work, locate_pinned, trained_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TALKING = ("chat", "completion", "preference")
+"""Tasks whose models answer in a conversation, or go on from a text."""
 CERTIFIED_ROWS = 8
 """Test rows that a merged model is asked beside the fixed prompts."""
 
@@ -43,6 +50,16 @@ class Models:
         yield self._selected.model
         if self.work.recipe.adapter.method == "full":
             del self.__dict__["_selected"]  # one set of full weights in memory at a time
+
+    @contextmanager
+    def before(self) -> Iterator[torch.nn.Module]:
+        """The base; where the task compares with what training started from, with the adapter of `start_from` on it."""
+        start = self.work.recipe.adapter.start_from
+        if start is None or not self.work.task.compares(self.work.recipe):
+            with self.base() as model:
+                yield model
+        else:
+            yield load_adapter(self._load(self.place), find_adapter(Path(start))).model
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -76,6 +93,9 @@ def merge_run(
         GateFailed: the merged model differs from what was trained by more than the limits.
     """
     work, place = open_finished(run, console, offline)
+    if work.task.name not in DEPLOYED or work.task.predict is not None:
+        fix = "Until then: the adapter is a plain PEFT folder, which PEFT merges with merge_and_unload()."
+        raise RecipeError.of(f"merging a model of task {work.task.name} comes with a later release", str(run), fix)
     return merge(work, place, out or run / "merged", onto=onto, dtype=dtype)
 
 
@@ -106,11 +126,80 @@ def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | N
     return work, place
 
 
+def answer_once(
+    run: Path,
+    given: Mapping[str, str | None],
+    console: Console,
+    *,
+    base: bool = False,
+    max_new_tokens: int | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Let the model of a finished run answer what a person gives, whatever its task.
+
+    Returns:
+        `text`, as a person reads it, and `prediction`, as the task has it.
+
+    Raises:
+        RecipeError: something is not given, or given and not used by this task; the base has no head to answer with.
+        DataError: what is given cannot be used: an empty text, a recording that cannot be read.
+    """
+    work, place = open_finished(run, console, offline)
+    check_given(work.task, given)
+    if max_new_tokens is not None and not TASK_FACTS[work.recipe.task].generates:
+        raise RecipeError.of("this run's model writes no text", "--max-new-tokens", "Leave it out.")
+    if base and head_is_new(place, work.recipe, work.task):
+        fix = "Leave --base out: the head was made and trained by this run."
+        raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
+    session = load_session(work, place, console, base=base, max_new_tokens=max_new_tokens)
+    task, recipe = session.task, session.recipe
+    if task.ask is None or (task.name == "preference" and task.render is not None):
+        text = "".join(session.answer(str(given["prompt"]), system=given.get("system")))
+        return {"text": text, "prediction": text}
+    row, device = task.ask(given), str(session.model.device)
+    said: Any
+    if task.predict is None:
+        assert task.render is not None
+        ids = task.render(row, session.processor, recipe)
+        (said,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
+    else:
+        dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
+        with torch.inference_mode(), compute_context(dtype, device):
+            (said,) = task.predict(session.model, [row], session.processor, recipe, device=device)
+    return {"text": task.tell(said, row) if task.tell else task.write(said), "prediction": said}
+
+
+def check_given(task: Task, given: Mapping[str, str | None]) -> None:
+    """Raise RecipeError for what a task asks for and was not given, or was given and does not use."""
+    wanted = ", ".join(f"--{name}" for name in task.asks)
+    problems = [
+        Problem(f"task {task.name} needs it", f"--{name}", f"Give {wanted}.")
+        for name, needed in task.asks.items()
+        if needed and not (given.get(name) or "").strip()
+    ]
+    problems += [
+        Problem(f"task {task.name} has no use for it", f"--{name}", f"Leave it out; give {wanted}.")
+        for name, value in given.items()
+        if value is not None and name not in task.asks
+    ]
+    RecipeError.collect(problems)
+
+
 def open_session(
     run: Path, console: Console, *, base: bool = False, max_new_tokens: int | None = None, offline: bool = False
 ) -> ChatSession:
     """Load the model of a finished run to talk to it."""
     work, place = open_finished(run, console, offline)
+    if work.task.name not in TALKING:
+        fix = "Use: llmtune generate RUN, which asks one thing at a time."
+        raise RecipeError.of(f"a model of task {work.task.name} holds no conversation", str(run), fix)
+    return load_session(work, place, console, base=base, max_new_tokens=max_new_tokens)
+
+
+def load_session(
+    work: Work, place: ModelPlace, console: Console, *, base: bool, max_new_tokens: int | None
+) -> ChatSession:
+    """Load the base or the tuned model of an opened run."""
     recipe = work.recipe
     if max_new_tokens is not None:
         longer = recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})

@@ -308,7 +308,7 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
         return
     with work.folder.step("evaluate", inputs, ["evaluation"]), staged(target) as folder:
         models = Models(work, place, processor)
-        contexts = {"base": models.base, "tuned": models.tuned}
+        contexts = {"base": models.before, "tuned": models.tuned}
         task, recipe, console = work.task, work.recipe, work.console
         evaluation = evaluate(
             contexts,
@@ -328,7 +328,10 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
 def _evaluate_inputs(work: Work, place: ModelPlace, examples: Examples) -> str:
     recipe = work.recipe
     trained = hash_folder(work.folder.path / trained_name(recipe))
+    section = TASK_FACTS[recipe.task].section
+    own = getattr(recipe, section) if section else None
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
+    settings.append(own.model_dump(mode="json") if own else {})
     contents = [trained, place.content_hash, examples.content_hash]
     versions = package_versions(("torch", "transformers", "peft"))
     return hash_value([__version__, versions, contents, settings, recipe.seed])

@@ -21,10 +21,11 @@ Row = dict[str, Any]
 """A row in canonical form; its keys are those of the task.
 
 chat: `messages` (and `tools`). completion: `prompt` (may be empty), `completion`. translate: `source`, `target`,
-`source_language`, `target_language` (may be None). summarize: `document`, `summary`. qa: `question`, `context`,
-`answers` (a list of `{text, start}`, empty where there is none). classify: `text`, `pair` (may be None), `label` (text,
-number or a list of texts). token-classify: `tokens`, `tags`. speech: `audio` (a file), `content` (its hash), `text`.
-preference: `messages` (the prompt), `chosen`, `rejected`; or `messages`, `answer`, `good`.
+`source_language`, `target_language` (may be None; `languages` are what a data set calls them). summarize: `document`,
+`summary`. qa: `question`, `context`, `answers` (a list of `{text, start}`, empty where there is none). classify:
+`text`, `pair` (may be None), `label` (text, number or a list of texts). token-classify: `tokens`, `tags`. speech:
+`audio` (a file), `content` (its hash), `text`. preference: `messages` (the prompt), `chosen`, `rejected`; or
+`messages`, `answer`, `good`.
 """
 
 SIDES = ("train", "validation", "test")
@@ -132,9 +133,9 @@ class MemoryPlan:
     """Bytes that training will need, part by part, and what the device has."""
 
     parts: dict[str, int]
-    """weights, adapter, gradients, optimizer, activations, logits."""
+    """weights, adapter, gradients, optimizer, activations, logits; reference, where weights from before are kept."""
     lower_bound: int
-    """weights + adapter + gradients + optimizer + logits of one token row: cannot be less."""
+    """All parts but activations and logits, and logits of one token row: cannot be less."""
     limit: int | None
     """Bytes the device (or the control group) has in total; None where it cannot be known."""
     device: str
@@ -280,8 +281,12 @@ class Task:
     """count_classes(rows, recipe) -> by label, its rows (or entities) on each side."""
     ask: Callable[[Mapping[str, str | None]], Row] | None = None
     """ask(what a person gave) -> the prompt row; without it the prompt is the answer's beginning or a message."""
+    asks: Mapping[str, bool] = field(default_factory=lambda: {"prompt": True, "system": False})
+    """What a person gives to `generate` (prompt, system, context, pair, audio, answer), and whether it is needed."""
+    tell: Callable[[Any, Row], str] | None = None
+    """tell(prediction, prompt row) -> more than `write` says, for one answer on the terminal."""
     settle: Callable[[Recipe, Rows, Any], Recipe] = identity
-    """settle(recipe, rows, model configuration) -> the recipe with what the rows decide: names and weights of classes."""
+    """settle(recipe, rows, model configuration) -> the recipe with what the rows decide, such as names of classes."""
     shape_config: Callable[[Any, Recipe], None] | None = None
     """shape_config(model configuration, recipe): set in place what the head's size depends on."""
     pieces: Callable[..., list[tuple[str, bool]]] | None = None

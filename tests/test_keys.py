@@ -6,6 +6,7 @@ import json
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from pydantic import BaseModel
 from rich.console import Console
 from safetensors.torch import load_file
+from support import families
+from support.audio import write_tone
 from support.models import build_llama
 from support.runs import write_recipe
 
@@ -40,6 +43,7 @@ class Flip:
 
     value: str
     also: tuple[str, ...] = field(default=())
+    recipe: str = "tiny.yaml"
 
 
 FLIPS = {
@@ -124,6 +128,32 @@ FLIPS = {
     "evaluate.choices": Flip("[red, green, blue]"),
     "evaluate.samples": Flip("1"),
     "deploy": Flip("[merged]"),
+    "completion.objective": Flip("causal", recipe="masked.yaml"),
+    "completion.mask_probability": Flip("0.5", recipe="masked.yaml"),
+    "translate.source_language": Flip("French", recipe="translate.yaml"),
+    "translate.target_language": Flip("French", recipe="translate.yaml"),
+    "translate.prompt": Flip("'Say in German: {source}'", recipe="translate.yaml"),
+    "summarize.prompt": Flip("'In short: {document}'", recipe="summarize.yaml"),
+    "qa.style": Flip("generative", recipe="qa.yaml"),
+    "qa.stride": Flip("8", recipe="qa.yaml"),
+    "qa.max_answer_length": Flip("1", recipe="qa.yaml"),
+    "qa.null_score_diff_threshold": Flip("-100.0", recipe="qa.yaml"),
+    "qa.prompt": Flip("'{question} {context}'", recipe="answers.yaml"),
+    "qa.no_answer": Flip("nothing", recipe="answers.yaml"),
+    "classify.kind": Flip("multi", recipe="classify.yaml"),
+    "classify.labels": Flip("[green, red, blue, black]", recipe="classify.yaml"),
+    "classify.class_weights": Flip("{red: 5.0}", recipe="classify.yaml"),
+    "token_classify.labels": Flip("[THING, COLOUR]", recipe="tags.yaml"),
+    "speech.language": Flip("fr", ("speech.language=en",), "speech.yaml"),
+    "speech.task": Flip("translate", ("speech.language=en",), "speech.yaml"),
+    "speech.normalizer": Flip("none", ("speech.language=en", "train.max_steps=1"), "speech.yaml"),
+    "speech.window_seconds": Flip("0.1", ("speech.language=en",), "speech.yaml"),
+    "preference.loss": Flip("ipo", recipe="preference.yaml"),
+    "preference.beta": Flip("0.5", recipe="preference.yaml"),
+    "preference.label_smoothing": Flip("0.3", recipe="preference.yaml"),
+    "preference.desirable_weight": Flip("3.0", recipe="thumbs.yaml"),
+    "preference.undesirable_weight": Flip("3.0", recipe="thumbs.yaml"),
+    "preference.center_rewards_coefficient": Flip("0.5", ("preference.loss=reward",), "preference.yaml"),
 }
 HUB_ONLY = {"model.revision", "data.train.config", "data.train.split", "data.train.revision"}
 """They name a place on a hub; `tests/model/test_catalogue.py` and `tests/data/test_sources.py` hold them."""
@@ -135,14 +165,6 @@ LATER = {
     "evaluate.benchmarks": "[hellaswag]",
     "evaluate.fairness": "{gap: 0.1}",
     "evaluate.forgetting": "true",
-    "completion.objective": "masked",
-    "preference": "{beta: 0.2}",
-    "qa": "{x: 1}",
-    "translate": "{x: 1}",
-    "summarize": "{x: 1}",
-    "classify": "{x: 1}",
-    "token_classify": "{x: 1}",
-    "speech": "{x: 1}",
 }
 
 
@@ -174,25 +196,27 @@ def test_a_flipped_key_changes_what_is_made(place: Path, key: str, monkeypatch: 
     if MOST in flip.also:
         monkeypatch.setattr("llmtune.model.plan.memory_limit", lambda device: 1000)
     context = tuple(item for item in flip.also if item != MOST)
-    assert outcome(place, context, cached=MOST not in flip.also) != outcome(place, (*context, f"{key}={flip.value}"))
+    plain = outcome(place, context, flip.recipe, cached=MOST not in flip.also)
+    assert flip.recipe == "tiny.yaml" or not plain.startswith("RecipeError"), plain
+    assert plain != outcome(place, (*context, f"{key}={flip.value}"), flip.recipe)
 
 
 OUTCOMES: dict[tuple[str, ...], str] = {}
 
 
-def outcome(place: Path, sets: tuple[str, ...], cached: bool = False) -> str:
+def outcome(place: Path, sets: tuple[str, ...], recipe: str = "tiny.yaml", cached: bool = False) -> str:
     """What a run with these settings makes, as text without times and sizes of this machine."""
-    if cached and sets in OUTCOMES:
-        return OUTCOMES[sets]
+    if cached and (recipe, *sets) in OUTCOMES:
+        return OUTCOMES[recipe, *sets]
     try:
-        loaded = load_recipe("tiny.yaml", list(sets))
+        loaded = load_recipe(recipe, list(sets))
         report = run_pipeline(loaded, Options(out=place / f"run-{len(list(place.iterdir()))}"), Console(quiet=True))
     except LlmtuneError as error:
         return f"{type(error).__name__}: {error}"
     run = sorted(place.glob("run-*"), key=lambda path: path.stat().st_mtime_ns)[-1]
     made = json.dumps([report["name"], digest(run, report)], sort_keys=True)
     if cached:
-        OUTCOMES[sets] = made
+        OUTCOMES[recipe, *sets] = made
     return made
 
 
@@ -206,10 +230,15 @@ def digest(run: Path, report: dict[str, Any]) -> list[Any]:
         [report["model"]["plan"]["parts"], report["model"]["ranking"] and report["model"]["ranking"]["chosen"]],
         [report["adapter"], hash_folder(run / "adapter"), curve],
         sorted(path.name for path in (run / "checkpoints").iterdir()),
-        [hash_folder(run / "evaluation"), report["gates"], report["evaluation"]["samples"]],
+        [_evaluated(run), report["gates"], report["evaluation"]["samples"]],
         (run / "merged").exists(),
         sorted(path.name.split(".")[0] for path in run.rglob("events.out.*")),
     ]
+
+
+def _evaluated(run: Path) -> str:
+    """What the evaluation says, but for the places of files."""
+    return (run / "evaluation" / "evaluation.json").read_text().replace(str(run.parent), "")
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +262,75 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_llama(place / "other-model", seed=1)
     (place / "other.jinja").write_text(OTHER_TEMPLATE)
     make_odd_models(place)
+    make_tasks(place, questions)
     return place
+
+
+def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
+    """A small recipe with rows and a model for each task that has keys of its own."""
+    families.build_bert(place / "encoder")
+    families.build_whisper(place / "hearing", multilingual=True)
+    told = [(question, f"{question} It is {answer} there.", answer) for question, answer in questions]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "text": [{"text": text} for _, text, _ in told],
+        "translation": [{"source": question, "target": answer} for question, _, answer in told],
+        "summary": [{"document": text, "summary": answer} for _, text, answer in told],
+        "facts": [
+            {"question": "Which colour?", "context": f"{text} " * 3, "answer": answer if i % 4 else None}
+            for i, (_, text, answer) in enumerate(told)
+        ],
+        "labels": [{"text": text, "label": answer} for _, text, answer in told],
+        "tags": [
+            {"tokens": ["it", answer, question], "tags": ["O", "B-COLOUR", "B-THING"]} for question, _, answer in told
+        ],
+        "pairs-of-answers": [
+            {"prompt": question, "chosen": f"{answer} it is", "rejected": "no idea"} for question, _, answer in told
+        ],
+        "thumbs": [
+            {"prompt": question, "completion": answer, "label": i % 2 == 0}
+            for i, (question, _, answer) in enumerate(told)
+        ],
+        "sounds": [{"audio": f"tone-{i}.wav", "text": answer} for i, (_, _, answer) in enumerate(told[:16])],
+    }
+    for name, found in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    for i in range(16):
+        write_tone(place / f"tone-{i}.wav", seconds=0.4, seed=i)
+    quiet = {"generation": None, "evaluate": {"metrics": ["loss"], "samples": 2, "choices": None}}
+    scored = {name: {**quiet["evaluate"], "metrics": metrics} for name, metrics in METRICS.items()}  # type: ignore[dict-item]
+    write = partial(_write_task, place)
+    write("masked", "completion", "encoder", "text", completion={"objective": "masked"}, **quiet)
+    write("translate", "translate", "model", "translation", translate=LANGUAGES, evaluate=scored["translate"])
+    write("summarize", "summarize", "model", "summary", evaluate=scored["summarize"])
+    pointing = {"qa": {"stride": 20, "style": "extractive"}, "generation": None, "evaluate": scored["qa"]}
+    write("qa", "qa", "encoder", "facts", data={"max_length": 80}, **pointing)
+    write("answers", "qa", "model", "facts", data={"max_length": 256}, evaluate=scored["qa"])
+    write("classify", "classify", "encoder", "labels", generation=None, evaluate=scored["classify"])
+    write("tags", "token-classify", "encoder", "tags", generation=None, evaluate=scored["tags"])
+    write("speech", "speech", "hearing", "sounds", data={"max_length": 60}, evaluate=scored["speech"])
+    write("preference", "preference", "model", "pairs-of-answers", generation=None, evaluate=scored["preference"])
+    thumbs = {"preference": {"loss": "kto"}, "generation": None, "evaluate": scored["preference"]}
+    write("thumbs", "preference", "model", "thumbs", **thumbs)
+
+
+LANGUAGES = {"source_language": "English", "target_language": "German"}
+METRICS = {
+    "translate": ["loss", "chrf"],
+    "summarize": ["loss", "rougeL"],
+    "qa": ["exact_match", "f1"],
+    "classify": ["loss", "accuracy"],
+    "tags": ["loss", "f1"],
+    "speech": ["loss", "wer"],
+    "preference": ["accuracy", "margin"],
+}
+
+
+def _write_task(place: Path, name: str, task: str, model: str, rows: str, **sections: Any) -> None:
+    """Write a recipe of a task beside its rows; sections that the task does not read are left out."""
+    data = {"validation": 0.2, "test": 0.2, **sections.pop("data", {})}
+    train = {"max_steps": 2, "num_train_epochs": None, "batch_size": 4, "logging_steps": 1}
+    settings = {"task": task, "data": data, "train": train, "generation": {"max_new_tokens": 6}, **sections}
+    write_recipe(place / f"{name}.yaml", f"./{model}", f"{rows}.jsonl", **settings)
 
 
 def chat_row(question: str, answer: str, group: int) -> str:

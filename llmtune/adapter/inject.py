@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.proof import prove_wiring
-from llmtune.adapter.reference import keep_reference
+from llmtune.adapter.reference import keep_reference, switches_off
 from llmtune.adapter.start import continue_adapter
 from llmtune.adapter.targets import are_transposed, group_by_ending, resolve_targets, shorten
 from llmtune.errors import Problem, RecipeError
@@ -41,7 +41,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     torch.manual_seed(recipe.seed)
     with enough_memory(f"putting the adapter into {selected.place.name}", str(selected.model.device)):
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
-    if selected.task.compares(recipe) and (recipe.adapter.method == "full" or recipe.adapter.start_from is not None):
+    if selected.task.compares(recipe) and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(selected.model)
@@ -129,14 +129,14 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
     adapter = recipe.adapter
     whole = _find_whole(selected, adapter)
     targets = [name for name in resolve_targets(selected.model, adapter) if not in_heads(name, whole)]
-    RecipeError.collect(_find_conflicts(selected, adapter, targets))
+    RecipeError.collect([*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)])
     config = LoraConfig(
         task_type=selected.task.peft_task_type,
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
         target_modules=shorten(targets, selected.model),
-        modules_to_save=_find_whole(selected, adapter) or None,
+        modules_to_save=whole or None,
         bias=adapter.bias,
         use_dora=adapter.use_dora,
         use_rslora=adapter.use_rslora,
@@ -168,6 +168,20 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
         fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
         wanted += [name for name in (*heads, *sorted(fresh)) if name not in wanted]
     return wanted
+
+
+def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:
+    """Find targets that name nothing but modules which are trained whole, and so would get no adapter."""
+    if not selected.task.headed or isinstance(adapter.target_modules, str):
+        return []
+    names = [name for name, _ in selected.model.named_modules()]
+    problems = []
+    for entry in adapter.target_modules:
+        hit = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if hit and all(in_heads(name, whole) for name in hit):
+            what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
+            problems.append(Problem(what, "adapter.target_modules", "Leave it out."))
+    return problems
 
 
 def keep_start(model: PeftModel) -> None:

@@ -13,6 +13,16 @@ KEPT = "weights_before_training"
 """On a model whose reference is not just its adapter switched off: what its trainable weights were, by name."""
 
 
+def switches_off(model: torch.nn.Module) -> bool:
+    """Whether `model` is what it was before training once its adapter, made anew, is switched off.
+
+    It is not where biases are trained, nor where the adapter took a part of the base weights (PiSSA, OLoRA).
+    """
+    if not isinstance(model, PeftModel) or hasattr(model, "start_weights"):
+        return False
+    return all(getattr(config, "bias", "none") == "none" for config in model.peft_config.values())
+
+
 def keep_reference(model: torch.nn.Module) -> None:
     """Keep a copy of the trainable weights on the model: as much memory as they take."""
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -152,6 +152,7 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
+    config.pop(OTHER_CLASSES, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     for weights in folder.glob("*.safetensors"):
         share_file(weights, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -75,7 +76,7 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
     """
     place = find_adapter(folder)
     config = read_config(place)
-    problems = list(_compare(config, adapter, place))
+    problems = [*_compare(config, adapter, place), *_compare_classes(selected, place)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, adapter, place))
     RecipeError.collect(problems)
@@ -153,6 +154,28 @@ def _compare(config: LoraConfig, adapter: AdapterSection, place: Path) -> Iterat
     if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
         what = "has no effect, because training goes on from an adapter that is there already"
         yield Problem(what, "adapter.init_lora_weights", "Leave it out.")
+
+
+def _compare_classes(selected: SelectedModel, place: Path) -> Iterator[Problem]:
+    """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
+    path = place / "config.json"
+    if not selected.task.headed or not path.is_file():
+        return
+    there = [str(name) for _, name in sorted(_read_names(path).items())]
+    wanted = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]
+    if there and there != wanted:
+        what = f"its head was trained for {', '.join(there)}, in this order, and the rows have {', '.join(wanted)}"
+        fix = "State the labels of the adapter in its order; a head cannot be given other outputs."
+        yield Problem(f"{what} ({place})", "adapter.start_from", fix)
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    """Read the names of outputs by number; raises EnvironmentProblem for a damaged file."""
+    try:
+        named = json.loads(path.read_text("utf-8")).get("id2label") or {}
+        return {int(number): str(name) for number, name in named.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
 
 
 def _compare_targets(

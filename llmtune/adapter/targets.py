@@ -50,7 +50,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
         problems += more
     problems += _check_patterns(adapter, targets)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
         problems += [_tied_head(name) for name in targets if in_heads(name, heads)]
     RecipeError.collect(problems)
     kept = [name for name in targets if name not in set(excluded)]
@@ -137,6 +137,12 @@ def _ends_with_pattern(pattern: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:
         return False
+
+
+def _writes(model: torch.nn.Module) -> bool:
+    """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
+    output = getattr(model, "get_output_embeddings", None)
+    return output is None or output() is not None
 
 
 def _tied_head(name: str) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,13 @@ Base = Annotated[bool, typer.Option("--base", help="Use the base model without t
 @handled
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="What to answer or to go on from.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="A message, a question, or the text to go on from or to work on.")
+    ] = None,
+    context: Annotated[str | None, typer.Option("--context", help="The text that holds the answer (qa).")] = None,
+    pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
+    audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
+    answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     system: System = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Overrules the recipe's generation section.")
@@ -30,17 +37,19 @@ def generate(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt with the tuned model of a run."""
+    """Answer once with the tuned model of a run: each task is given what it asks for."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.finished import open_session
+    from llmtune.finished import answer_once
 
-    with stderr_console().status("loading the model"):
-        session = open_session(run, stderr_console(), base=base, max_new_tokens=max_new_tokens, offline=offline)
-    text = "".join(session.answer(prompt, system=system))
+    given = {"prompt": prompt, "context": context, "pair": pair, "answer": answer, "system": system}
+    given["audio"] = None if audio is None else str(audio)
+    with stderr_console().status("answering"):
+        said = answer_once(run, given, stderr_console(), base=base, max_new_tokens=max_new_tokens, offline=offline)
     if as_json:
-        print_json({"prompt": prompt, "text": text, "model": "base" if base else "tuned", "run": str(run)})
+        stated = {name: value for name, value in given.items() if value is not None}
+        print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
-        typer.echo(text)
+        typer.echo(said["text"])
 
 
 @handled

@@ -1,7 +1,7 @@
 """Recordings: where they lie, whether they can be heard, and their samples at a model's rate.
 
-Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit numbers:
-what nearly all recordings are made in, and half the space of anything else. Shape: N samples.
+Decoded by libsndfile (wav, flac, mp3, ogg), mixed to one channel, resampled by soxr. Samples are kept as 16-bit
+numbers: what nearly all recordings are made in, and half the space of anything else. Shape: N samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ FULL_SCALE = 32768
 RATES = (1_000, 768_000)
 """Samples a second that a recording may have: below is no speech, above no sound card."""
 CUT = re.compile(r"^data : (?!0xFFFFFFFF|4294967295|2147483647)\S+ \(should be", re.MULTILINE)
-"""What libsndfile notes of a wav file that ends before its header says, but for headers that were written unfinished."""
+"""What libsndfile notes of a wav file that ends before its header says, but for headers that were left unfinished."""
+OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+MP3_SLACK = 2 * 1152
+"""Samples that an MP3 file may lack at its end: two frames, as encoders count differently."""
+MP3_TAGS_BYTES = 4096
+"""What may stand behind the sound of an MP3 file and need not be read."""
 AUDIO_COLUMNS = ("audio", "file_name")
 
 
@@ -75,14 +80,41 @@ def check_recording(path: Path) -> None:
     try:
         info = soundfile.info(str(path), verbose=True)
     except soundfile.LibsndfileError as error:
-        raise RowError("audio unreadable", f"{path}: {error.error_string}") from None
+        raise RowError("audio unreadable", f"{path}: {_explain(error)}") from None
     low, high = RATES
     if not low <= info.samplerate <= high:
         raise RowError("audio with a wrong rate", f"{path}: {info.samplerate:,} samples a second")
-    if info.frames <= 0:
-        raise RowError("audio empty", f"{path} has no samples")
     if CUT.search(info.extra_info):
         raise RowError("audio cut", f"{path} ends before its header says")
+    if info.format == "OGG" and not _ends_with_a_page(path):
+        raise RowError("audio cut", f"{path} ends within a page")
+    if info.frames <= 0:
+        raise RowError("audio empty", f"{path} has no samples")
+
+
+def _explain(error: Any) -> str:
+    """Return what libsndfile says; of a file that is there and no MP3 it says that it is not there."""
+    said = str(error.error_string)
+    return "Format not recognised." if "does not exist" in said else said
+
+
+def _ends_with_a_page(path: Path) -> bool:
+    """Whether the last page of an Ogg file is whole: 27 bytes, a byte a segment with its size, and the segments.
+
+    RFC 3533, section 6.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2 * OGG_PAGE_BYTES))
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    return len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+
+
+def _counts_its_frames(path: Path) -> bool:
+    """Whether an MP3 file says how long it is; of others libsndfile guesses that, badly, and reads no further."""
+    with path.open("rb") as file:
+        head = file.read(2**18)
+    return b"Xing" in head or b"Info" in head
 
 
 def read_recording(path: Path, rate: int) -> Samples:
@@ -95,9 +127,18 @@ def read_recording(path: Path, rate: int) -> Samples:
 
     check_recording(path)
     try:
-        sound_NC, found = soundfile.read(str(path), dtype="float32", always_2d=True)
+        with path.open("rb") as stream, soundfile.SoundFile(stream) as file:
+            found, announced, kind = file.samplerate, file.frames, file.format
+            sound_NC = file.read(dtype="float32", always_2d=True)
+            unread = path.stat().st_size - stream.tell()
     except soundfile.LibsndfileError as error:
-        raise RowError("audio unreadable", f"{path}: {error.error_string}") from None
+        raise RowError("audio unreadable", f"{path}: {_explain(error)}") from None
+    if kind == "MP3" and not _counts_its_frames(path):
+        if unread > MP3_TAGS_BYTES:
+            what = f"{path} does not say how long it is, and is heard for {len(sound_NC) / found:.1f} s alone"
+            raise RowError("audio unreadable", f"{what}; write it again, as FLAC or with a Xing header")
+    elif announced - len(sound_NC) > max(MP3_SLACK, announced // 100):
+        raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, and {announced:,} by its header")
     sound_N = sound_NC.mean(axis=1)
     if not len(sound_N) or not np.isfinite(sound_N).all():
         raise RowError("audio unreadable", f"{path}: no samples, or samples that are no numbers")
@@ -105,12 +146,13 @@ def read_recording(path: Path, rate: int) -> Samples:
         sound_N = soxr.resample(sound_N, found, rate)
     if not len(sound_N):
         raise RowError("audio empty", f"{path} is shorter than one sample at {rate:,} a second")
-    return np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    rounded: Samples = np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
+    return rounded
 
 
 def to_float(samples: Any) -> npt.NDArray[np.float32]:
     """Return samples between -1 and 1, as feature extractors take them."""
-    return np.asarray(samples, dtype=np.float32) / FULL_SCALE
+    return np.asarray(samples, dtype=np.float32) / np.float32(FULL_SCALE)
 
 
 def cut_windows(samples: Samples, rate: int, seconds: float) -> Iterator[Samples]:

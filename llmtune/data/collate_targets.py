@@ -50,7 +50,8 @@ def read_text(examples: Sequence[Example], pad_id: int | None) -> Batch:
         "n_rows": len(examples),
     }
     if any(len(example.third_ids) for example in examples):
-        batch["token_type_ids"] = pad([example.third_ids for example in examples], 0)
+        kinds = [list(example.third_ids) or [0] * len(example.input_ids) for example in examples]
+        batch["token_type_ids"] = pad(kinds, 0)
     return batch
 
 

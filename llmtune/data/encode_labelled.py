@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.collate_targets import IGNORED
@@ -25,49 +26,48 @@ UNKNOWN = "label unknown"
 
 def encode_classes(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return one example a row: the text (and its pair) with the number of its class, its classes, or its value."""
-    tokenized = _tokenize_texts(rows, processor)
-    kinds = tokenized.get("token_type_ids")
+    limit = recipe.data.max_length
     encoded: list[Encoded] = []
-    for i, row in enumerate(rows):
-        target = _class_target(row["label"], recipe)
+    for row, read in zip(rows, read_texts(rows, processor), strict=True):
+        target = class_target(row["label"], recipe)
+        size = len(read.input_ids)
         if isinstance(target, str):
             encoded.append(target)
-            continue
-        ids, third = tokenized["input_ids"][i], kinds[i] if kinds else []
-        if len(ids) > recipe.data.max_length:
-            if recipe.data.on_overlong != "truncate":
-                encoded.append(too_long(len(ids), recipe.data.max_length))
-                continue
-            cut = _tokenize_texts([row], processor, recipe.data.max_length)
-            ids, third = cut["input_ids"][0], cut["token_type_ids"][0] if kinds else []
-        if not ids:
+        elif size > limit and recipe.data.on_overlong != "truncate":
+            encoded.append(too_long(size, limit))
+        elif not size:
             encoded.append("the text has no tokens")
-            continue
-        classes, values = target
-        third = third if any(third) else []
-        encoded.append([Example(ids, [], 0, target_ids=classes, values=values, third_ids=third, counted=1)])
+        else:
+            kept = read if size <= limit else read_texts([row], processor, limit)[0]
+            encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1)])
     return encoded
 
 
-def _tokenize_texts(
-    rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int | None = None
-) -> dict[str, Any]:
-    """Tokenize texts with their pairs; all have one or none has."""
-    texts = [row["text"] for row in rows]
-    pairs = [row["pair"] or "" for row in rows] if any(row["pair"] for row in rows) else None
+def read_texts(rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int | None = None) -> list[Example]:
+    """Return what a model reads of each row's text (and its pair), cut to `max_length` tokens; by the row alone."""
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    return dict(processor(texts, pairs, return_attention_mask=False, **cut))
+    found: dict[int, Example] = {}
+    for paired in (False, True):
+        places = [i for i, row in enumerate(rows) if bool(row.get("pair")) == paired]
+        if places:
+            texts = [[rows[i]["text"] for i in places], *([[rows[i]["pair"] for i in places]] if paired else [])]
+            tokenized = processor(*texts, return_attention_mask=False, **cut)
+            kinds = tokenized.get("token_type_ids") or [()] * len(places)
+            for i, ids, third in zip(places, tokenized["input_ids"], kinds, strict=True):
+                found[i] = Example(ids, [], 0, third_ids=third if any(third) else ())
+    return [found[i] for i in range(len(rows))]
 
 
-def _class_target(label: Any, recipe: Recipe) -> tuple[list[int], list[float]] | str:
+def class_target(label: Any, recipe: Recipe) -> tuple[list[int], list[float]] | str:
     """Return the number of a class with its weight, or the values to predict; or why there is none."""
     section = recipe.classify
     assert section is not None, "the rows have settled the section"
     if section.kind == "regression":
         try:
-            return [], [float(label)]
+            value = float(label)
         except (TypeError, ValueError):
-            return f"no number: the label is {label!r}"
+            value = math.nan
+        return ([], [value]) if math.isfinite(value) else f"no number: the label is {label!r}"
     labels = section.labels or ()
     named = label if isinstance(label, list) else [str(label)]
     wrong = next((name for name in named if name not in labels), None)
@@ -163,9 +163,13 @@ class Window:
     ids: list[int]
     kinds: list[int]
     places: list[tuple[int, int] | None]
-    """By token, its characters in the context; None for the question and special tokens."""
+    """By token, its characters in the context without spaces around them; None for the question and special tokens."""
     null: int
-    """The token that stands for `no answer`: the first of the sequence class."""
+    """The token that stands for `no answer`: the one of the whole sequence, which comes first."""
+    opens: bool
+    """Whether the context begins in it."""
+    closes: bool
+    """Whether the context ends in it."""
 
 
 def cut_context(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
@@ -186,15 +190,25 @@ def cut_context(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) ->
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    windows = []
+    windows: list[Window] = []
+    count = len(tokenized["input_ids"])
     for i, ids in enumerate(tokenized["input_ids"]):
         sides = tokenized.sequence_ids(i)
         offsets = tokenized["offset_mapping"][i]
-        places = [tuple(place) if side == 1 else None for place, side in zip(offsets, sides, strict=True)]
+        places = [_trim(context, *place) if side == 1 else None for place, side in zip(offsets, sides, strict=True)]
         kinds = tokenized["token_type_ids"][i] if "token_type_ids" in tokenized else []
         null = ids.index(processor.cls_token_id) if processor.cls_token_id in ids else 0
-        windows.append(Window(ids, kinds, places, null))  # type: ignore[arg-type]
+        windows.append(Window(ids, kinds, places, null, opens=i == 0, closes=i == count - 1))
     return windows
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """Leave spaces at either side of a range out: byte-level tokens and those of sentencepiece begin with one."""
+    while start < end and text[start].isspace():
+        start += 1
+    while start < end and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 def _stride(recipe: Recipe) -> int:
@@ -213,10 +227,14 @@ def encode_windows(rows: Sequence[Row], processor: PreTrainedTokenizerBase, reci
         if len(windows) > 1 and recipe.data.on_overlong == "drop":
             encoded.append(too_long(sum(len(window.ids) for window in windows), recipe.data.max_length))
             continue
-        answer = row["answers"][0] if row["answers"] else None
-        ends = [_answer_tokens(window, answer) for window in windows]
-        if answer is not None and not any(ends):
-            encoded.append("the answer lies whole in no window: raise qa.stride or data.max_length")
+        if not row["answers"]:
+            encoded.append([_window_example(window, None) for window in windows])
+            continue
+        answer = row["answers"][0]
+        place = _trim(row["context"], answer["start"], answer["start"] + len(answer["text"]))
+        ends = [_answer_tokens(window, *place) for window in windows]
+        if not any(ends):
+            encoded.append(_no_window(windows, *place))
             continue
         encoded.append([_window_example(window, found) for window, found in zip(windows, ends, strict=True)])
     return encoded
@@ -228,22 +246,27 @@ def _window_example(window: Window, ends: tuple[int, int] | None) -> Example:
     return Example(window.ids, [], 0, target_ids=list(target), third_ids=third, counted=1)
 
 
-def _answer_tokens(window: Window, answer: dict[str, Any] | None) -> tuple[int, int] | None:
-    """Return the first and last token of an answer that lies whole in a window."""
-    if answer is None:
-        return None
-    start, end = answer["start"], answer["start"] + len(answer["text"])
-    inside = [
-        token
-        for token, place in enumerate(window.places)
-        if place is not None and place[1] > place[0] and place[0] < end and place[1] > start
-    ]
+def _answer_tokens(window: Window, start: int, end: int) -> tuple[int, int] | None:
+    """Return the first and last token of an answer, by its characters, that lies whole in a window.
+
+    A letter of it that the tokenizer drops is missed at the edge of a window alone: there it may be in the next one.
+    """
+    seen = [(token, place) for token, place in enumerate(window.places) if place is not None and place[1] > place[0]]
+    inside = [token for token, (left, right) in seen if left < end and right > start]
     if not inside:
         return None
-    first, last = window.places[inside[0]], window.places[inside[-1]]
-    assert first is not None
-    assert last is not None
-    return (inside[0], inside[-1]) if first[0] <= start and last[1] >= end else None
+    (first, (reach_left, _)), (last, (_, reach_right)) = seen[0], seen[-1]
+    begins = window.opens or inside[0] != first or reach_left <= start
+    ends = window.closes or inside[-1] != last or reach_right >= end
+    return (inside[0], inside[-1]) if begins and ends else None
+
+
+def _no_window(windows: Sequence[Window], start: int, end: int) -> str:
+    """Say why an answer, by its characters, lies whole in no window."""
+    places = [place for window in windows for place in window.places if place is not None and place[1] > place[0]]
+    if any(left < end and right > start for left, right in places):
+        return "the answer lies whole in no window: raise qa.stride or data.max_length"
+    return "the tokenizer makes nothing of the answer"
 
 
 # Text whose words will be hidden

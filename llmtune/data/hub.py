@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from llmtune.data.read import RawRow
 from llmtune.errors import DataError, EnvironmentProblem
@@ -83,8 +87,62 @@ def read_hub(name: str, source: Source) -> Iterator[RawRow]:
         rows = load_dataset(name, source.config, split=split, revision=commit, streaming=streaming)
         if constants.HF_HUB_OFFLINE:
             _check_cached(rows, name, commit)
+        rows, plain = as_files_hold_it(rows)
         for number, row in enumerate(rows, 1):
-            yield f"{HUB}{name}/{split}:row {number}", row
+            yield f"{HUB}{name}/{split}:row {number}", plain(row)
+
+
+def as_files_hold_it(rows: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Return rows whose recordings and pictures are not decoded, and what makes plain values of a row's.
+
+    Numbers of classes become their names; a recording becomes the name of a file with its bytes.
+    """
+    from datasets import Audio, ClassLabel
+
+    features = rows.features or {}  # None where rows are streamed from files that do not say
+    makers: dict[str, Callable[[Any], Any]] = {}
+    for column, feature in features.items():
+        inner = getattr(feature, "feature", feature)  # of a list
+        if isinstance(inner, ClassLabel):
+            makers[column] = partial(name_classes, inner)
+        if getattr(feature, "decode", False):  # a field of sounds, pictures, films
+            rows = rows.cast_column(column, replace(feature, decode=False))
+        if isinstance(feature, Audio):
+            makers[column] = store_recording
+
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
+
+    return rows, plain
+
+
+def name_classes(feature: Any, value: Any) -> Any:
+    """Return the name of a class, or of each in a list; None and -1, which stand for none, as None."""
+    if isinstance(value, list):
+        return [name_classes(feature, one) for one in value]
+    return None if value is None or value < 0 else feature.int2str(value)
+
+
+def store_recording(value: Any) -> str | None:
+    """Write a recording's bytes beside the cache of data sets, named for them, and return the file.
+
+    A recording that lies in a file is left there.
+    """
+    from datasets import config
+
+    if value is None or value["bytes"] is None:
+        return None if value is None else value["path"]
+    content: bytes = value["bytes"]
+    ending = Path(value["path"] or "").suffix.lower()
+    folder = Path(config.HF_DATASETS_CACHE).parent / "llmtune-recordings"
+    path = folder / f"{xxhash.xxh3_128_hexdigest(content)}{ending}"
+    if not path.is_file():
+        with explained(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    return str(path)
 
 
 def _only_split(name: str, source: Source, commit: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmtune.records import Row
 
 OUTSIDE = "O"
 TAG = re.compile(r"O|[BI]-\S.*")
-WORD = re.compile(r"\w+|[^\w\s]")
+JOINERS = "_\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
 
 def classified(row: Mapping[str, Any]) -> Row:
@@ -76,11 +77,11 @@ def _checked_tags(tags: Sequence[Any]) -> list[str]:
 
 
 def tagged_spans(row: Mapping[str, Any]) -> Row:
-    """Read `text` and `spans`, each `{start, end, label}` in characters; words are letters in a row, or one sign."""
+    """Read `text` and `spans`, each `{start, end, label}` in characters; words are those of `find_words`."""
     text, spans = filled(row, "text"), _parsed_list(row["spans"])
     if not isinstance(spans, list):
         raise RowError("wrong type", "'spans' must be a list of {start, end, label}")
-    words = [(found.start(), found.end()) for found in WORD.finditer(text)]
+    words = find_words(text)
     tags = [OUTSIDE] * len(words)
     for span in spans:
         start, end, label = _span(span, text)
@@ -95,13 +96,29 @@ def tagged_spans(row: Mapping[str, Any]) -> Row:
     return {"tokens": [text[left:right] for left, right in words], "tags": tags}
 
 
+def find_words(text: str) -> list[tuple[int, int]]:
+    """Return where the words of a text stand: letters and digits with their accents in a row, or one other sign."""
+    places: list[tuple[int, int]] = []
+    for at, sign in enumerate(text):
+        if sign.isspace():
+            continue
+        joined = bool(places) and places[-1][1] == at and _in_word(sign) and _in_word(text[at - 1])
+        places.append((places.pop()[0], at + 1) if joined else (at, at + 1))
+    return places
+
+
+def _in_word(sign: str) -> bool:
+    """Whether a character goes on with a word; vowel signs and accents of their own (category M) are letters here."""
+    return sign in JOINERS or unicodedata.category(sign)[0] in "LNM"
+
+
 def _span(span: Any, text: str) -> tuple[int, int, str]:
     if not isinstance(span, dict) or not {"start", "end", "label"} <= span.keys():
         raise RowError("wrong type", "a span must be {start, end, label}")
     start, end = span["start"], span["end"]
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)):
         raise RowError("span outside the text", f"characters {start} to {end} of {len(text)}")
-    return start, end, text_of(span["label"], "'label'")
+    return start, end, filled(span, "label")
 
 
 def question_squad(row: Mapping[str, Any]) -> Row:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from llmtune.data.conversations import filled
-from llmtune.data.messages import RowError, canonical_messages, text_of
+from llmtune.data.messages import ROLES, RowError, canonical_messages, text_of
 from llmtune.data.read import describe
 from llmtune.records import Row
 
-THUMBS = {"true": True, "false": False, "1": True, "0": False, "up": True, "down": False}
+THUMBS = {
+    **dict.fromkeys(("true", "1", "1.0", "up", "yes", "good", "\N{THUMBS UP SIGN}"), True),
+    **dict.fromkeys(("false", "0", "0.0", "down", "no", "bad", "\N{THUMBS DOWN SIGN}"), False),
+}
 """How a thumb may be written where a file has no truth values."""
 
 
@@ -25,7 +29,10 @@ def translation_from_pair(row: Mapping[str, Any]) -> Row:
 
 
 def translation_from_map(row: Mapping[str, Any]) -> Row:
-    """Read `translation`, texts by language code in the order from source to target, as the hub's sets have it."""
+    """Read `translation`, texts by language code in the order from source to target, as the hub's sets have it.
+
+    What the set calls its languages is not always what a model calls them: a recipe may say it otherwise.
+    """
     texts = row["translation"]
     if not isinstance(texts, dict) or len(texts) != 2:
         raise RowError("wrong type", "'translation' must be two texts by language, the source first")
@@ -34,8 +41,9 @@ def translation_from_map(row: Mapping[str, Any]) -> Row:
     return {
         "source": filled(pair, "source"),
         "target": filled(pair, "target"),
-        "source_language": source,
-        "target_language": target,
+        "source_language": None,
+        "target_language": None,
+        "languages": [source, target],
     }
 
 
@@ -56,81 +64,120 @@ def preference_from_pair(row: Mapping[str, Any]) -> Row:
 
     Without a `prompt` the messages that both answers share are the prompt.
     """
-    chosen, rejected = row["chosen"], row["rejected"]
-    prompt = row.get("prompt")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return _from_conversations(prompt, chosen, rejected, row)
-    if prompt is None:
-        raise RowError("missing column", "'prompt' is missing, and 'chosen' is no list of messages that holds it")
-    head = prompt if isinstance(prompt, list) else [{"role": "user", "content": filled(row, "prompt")}]
-    return _pair(_prompt(head, row), _said(chosen, "chosen"), _said(rejected, "rejected"))
+    return _pair(_turns(row.get("prompt")), row)
 
 
 def preference_from_conversation(row: Mapping[str, Any]) -> Row:
-    """Read `conversations` (or `messages`) as the prompt, with `chosen` and `rejected` as the message that follows."""
-    turns = row.get("conversations") if row.get("conversations") is not None else row.get("messages")
+    """Read `conversations` as the prompt, with `chosen` and `rejected` as the message that follows."""
+    turns = _turns(row["conversations"])
     if not isinstance(turns, list):
-        raise RowError("wrong type", f"the conversation is {describe(turns)}; it must be a list of messages")
-    return _pair(_prompt(turns, row), _said(row["chosen"], "chosen"), _said(row["rejected"], "rejected"))
+        raise RowError("wrong type", f"'conversations' is {describe(turns)}; it must be a list of messages")
+    return _pair(turns, row)
 
 
 def thumb_from_pair(row: Mapping[str, Any]) -> Row:
     """Read `prompt`, `completion` and `label`: whether the answer is good."""
-    prompt = row["prompt"]
-    head = prompt if isinstance(prompt, list) else [{"role": "user", "content": filled(row, "prompt")}]
-    completion = row["completion"]
-    if isinstance(completion, list):
-        completion = completion[-1] if completion else ""
-    return {**_prompt(head, row), "answer": _said(completion, "completion"), "good": _thumb(row["label"])}
+    prompt, answer = _split(_turns(row["prompt"]), row, "completion")
+    return {**prompt, "answer": answer, "good": _thumb(row["label"])}
 
 
 def thumb_from_conversation(row: Mapping[str, Any]) -> Row:
     """Read `messages` that end in the answer, and `label`."""
-    whole = canonical_messages(row["messages"], row.get("tools"), row.get("system"))
-    last = whole["messages"][-1]
-    if last["role"] != "assistant" or len(whole["messages"]) < 2:
-        raise RowError("no answer", "the last message is not the assistant's, so there is nothing to judge")
-    prompt = {**whole, "messages": whole["messages"][:-1]}
-    return {**prompt, "answer": _said(last, "messages"), "good": _thumb(row["label"])}
+    if not isinstance(_turns(row["messages"]), list):
+        raise RowError("wrong type", f"'messages' is {describe(row['messages'])}; it must be a list of messages")
+    prompt, answer = _split(None, row, "messages")
+    return {**prompt, "answer": answer, "good": _thumb(row["label"])}
 
 
-def _from_conversations(prompt: Any, chosen: list[Any], rejected: list[Any], row: Mapping[str, Any]) -> Row:
-    if not chosen or not rejected:
-        raise RowError("no answer", "'chosen' or 'rejected' is an empty list")
-    head = [*chosen[:-1]]
-    if head and head != rejected[:-1]:
+def _turns(value: Any) -> Any:
+    """Read messages that stand in a cell as JSON, as in CSV; any other text is left as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if turns and all(isinstance(turn, dict) and _role(turn) for turn in turns) else value
+
+
+def _role(turn: Any) -> str:
+    """Return the role of a message as templates know it; empty where it has none."""
+    said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(said.strip().lower(), said) if isinstance(said, str) else ""
+
+
+def _content(turn: Any) -> Any:
+    return turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+
+
+def _pair(prompt: Any, row: Mapping[str, Any]) -> Row:
+    """Return a row of two answers to `prompt`: a text, messages, or None where both columns hold it."""
+    (asked, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
+    if asked != other:
         raise RowError("two prompts", "'chosen' and 'rejected' differ before their last message")
-    if isinstance(prompt, list) and (not head or head != prompt):
-        head = [*prompt, *head]
-    elif not head:
-        head = [{"role": "user", "content": filled(row, "prompt")}]
-    return _pair(_prompt(head, row), _said(chosen[-1], "chosen"), _said(rejected[-1], "rejected"))
-
-
-def _prompt(turns: list[Any], row: Mapping[str, Any]) -> Row:
-    """Check the conversation before the answer."""
-    asked = canonical_messages([*turns, {"role": "assistant", "content": "?"}], row.get("tools"), row.get("system"))
-    messages = asked["messages"][:-1]
-    if not messages or messages[-1]["role"] == "assistant":
-        raise RowError("no question", "the prompt ends with the assistant's own message")
-    return {**asked, "messages": messages}
-
-
-def _said(answer: Any, column: str) -> str:
-    """Return the text of an answer that is a text or a message."""
-    if isinstance(answer, dict):
-        answer = answer.get("content", answer.get("value"))
-    return filled({column: answer}, column)
-
-
-def _pair(prompt: Row, chosen: str, rejected: str) -> Row:
     if chosen.strip() == rejected.strip():
         raise RowError("chosen equals rejected", "both answers are the same: there is nothing to prefer")
-    return {**prompt, "chosen": chosen, "rejected": rejected}
+    return {**asked, "chosen": chosen, "rejected": rejected}
+
+
+def _split(prompt: Any, row: Mapping[str, Any], column: str) -> tuple[Row, str]:
+    """Return the conversation up to the answer in `column`, as a canonical row, and the answer."""
+    turns = _join(prompt, _turns(row[column]), row, column)
+    said = _content(turns[-1])
+    if isinstance(turns[-1], dict) and not turns[-1].get("tool_calls") and (said is None or not str(said).strip()):
+        raise RowError("no answer", f"'{column}' is empty")
+    try:
+        whole = canonical_messages(turns, row.get("tools"), row.get("system"))
+    except RowError as error:
+        raise RowError(error.reason, f"'{column}': {error.detail}") from None
+    *asked, answer = whole["messages"]
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        before = f"the {asked[-1]['role']}'s message" if asked else "nothing"
+        raise RowError("no question", f"before the answer in '{column}' stands {before}, and no question")
+    if "tool_calls" in answer:
+        raise RowError("a tool call as answer", f"'{column}' calls a tool; only texts can be preferred so far")
+    unmarked = [{key: value for key, value in message.items() if key != "train"} for message in asked]
+    return {**whole, "messages": unmarked}, answer["content"]
+
+
+def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list[Any]:
+    """Return the whole conversation: the prompt, unless the messages in `column` begin with it, and those messages."""
+    if not isinstance(answer, list):
+        if prompt is None:
+            raise RowError(
+                "missing column", f"'prompt' is missing, and '{column}' is no list of messages that holds it"
+            )
+        if isinstance(answer, dict):
+            turn = answer if _role(answer) else {"role": "assistant", **answer}
+        else:
+            turn = {"role": "assistant", "content": filled(row, column)}
+        return [*_asked(prompt), turn]
+    if not answer:
+        raise RowError("no answer", f"'{column}' is an empty list")
+    nothing = prompt is None or (isinstance(prompt, str) and not prompt.strip())
+    if nothing or _holds(answer, prompt):
+        return answer
+    if _role(answer[0]) in ("system", "user"):
+        raise RowError("two prompts", f"'{column}' begins with another prompt than 'prompt'")
+    return [*_asked(prompt), *answer]
+
+
+def _asked(prompt: Any) -> list[Any]:
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": filled({"prompt": prompt}, "prompt")}]
+
+
+def _holds(turns: list[Any], prompt: Any) -> bool:
+    """Whether a conversation begins with a prompt of messages, or asks a prompt of one text somewhere."""
+    if isinstance(prompt, list):
+        first, wanted = turns[: len(prompt)], prompt
+        return [(_role(turn), _content(turn)) for turn in first] == [(_role(turn), _content(turn)) for turn in wanted]
+    asked = [_content(turn) for turn in turns if _role(turn) == "user"]
+    return isinstance(prompt, str) and prompt.strip() in [text.strip() for text in asked if isinstance(text, str)]
 
 
 def _thumb(value: Any) -> bool:
     found = THUMBS.get(str(value).strip().lower())
     if found is None:
-        raise RowError("no thumb", f"'label' is {value!r}; it must be true or false (1, 0, up, down)")
+        raise RowError("no thumb", f"'label' is {value!r}; it must be true or false, 1 or 0, up or down, good or bad")
     return found

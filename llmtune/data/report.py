@@ -34,7 +34,8 @@ def describe_examples(
 ) -> dict[str, Any]:
     """Print the data report and return it as JSON can hold it.
 
-    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share`; `dropped` by
+    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share` (None
+    where no tokens are guessed); `dropped` by
     reason (`rows` and `examples` together); `histogram` (training examples: `edges` in tokens, `counts`); `example`,
     the first training example as pieces `[text, learned]`.
     """
@@ -62,7 +63,7 @@ def describe_examples(
         "tokens": dict(examples.tokens),
         "supervised": dict(examples.supervised),
         "longest": dict(examples.longest),
-        "supervised_share": share,
+        "supervised_share": share if task.by_token else None,
         "dropped": dropped,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],

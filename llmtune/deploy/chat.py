@@ -89,6 +89,7 @@ class ChatSession:
         room = context_length(self.model)
         new = self.recipe.generation.max_new_tokens
         ids: list[int] = []
+        assert self.task.render is not None, "whoever answers goes on from a prompt"
         for row in rows:
             ids = self.task.render(row, self.processor, self.recipe)
             if room is None or len(ids) + new <= room:

@@ -92,6 +92,7 @@ def render_prompts(
     task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row] = ()
 ) -> list[list[int]]:
     """Return the ids of `PROMPTS`, and of `rows` without their answers, as the task makes them."""
+    assert task.render is not None, "only models that go on from a prompt are merged"
     return [task.render(row, processor, recipe) for row in _questions(task, rows)]
 
 

@@ -100,8 +100,7 @@ def answer(
             asked = [plan.questions[i] for i in plan.asked]
             said = task.predict(model, asked, processor, recipe, device=device, advance=advance) if asked else []
             predictions = dict(zip(plan.asked, said, strict=True))
-            texts = {i: task.write(value) for i, value in predictions.items()}
-            return Answers(sums, texts, {}, predictions)
+            return Answers(sums, {i: task.write(value) for i, value in predictions.items()}, {}, predictions)
         texts: list[str] = []
         if prompts:
             advance = count(bars, f"{name}: answers", len(prompts))

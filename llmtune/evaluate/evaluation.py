@@ -47,8 +47,8 @@ def evaluate(
     """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
 
     With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
-    entered. With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without test rows
-    the evaluation is empty, and no model is entered.
+    entered. With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without
+    test rows the evaluation is empty, and no model is entered.
 
     Raises DataError for `evaluate.choices` that no reference answer is among, EnvironmentProblem where a single row
     does not fit in memory.
@@ -126,7 +126,8 @@ def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
 
 def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: Recipe) -> dict[str, str]:
     """Say how each metric was computed, and what was left out."""
-    signatures = {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
+    signatures = {metric: "not measured: these rows do not have what it is made of" for metric in plan.metrics}
+    signatures |= {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)
         signatures["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())

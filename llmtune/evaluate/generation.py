@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from llmtune.data.template import stop_ids
 from llmtune.evaluate.batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.loss import unwrap
+from llmtune.recipe import TASK_FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +36,12 @@ def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBa
 def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> list[int]:
     """Return the ids that end an answer.
 
-    They are the tokenizer's end of text, what the model names as its own, and, where a chat recipe is given, what the
-    chat template ends a turn with.
+    They are the tokenizer's end of text, what the model names as its own, and, where a recipe is given whose task uses
+    the chat template, what that ends a turn with.
     """
     named = getattr(unwrap(model), "generation_config", None)
     own = getattr(named, "eos_token_id", None)
-    turn = stop_ids(processor, recipe) if recipe is not None and recipe.task == "chat" else []
+    turn = stop_ids(processor, recipe) if recipe is not None and TASK_FACTS[recipe.task].templated else []
     ids = [processor.eos_token_id, *(own if isinstance(own, list) else [own]), *turn]
     return sorted({int(i) for i in ids if i is not None})
 

@@ -12,6 +12,7 @@ from llmtune.evaluate.batches import cut_evenly
 from llmtune.evaluate.choices import SIGNATURE, check_choices, find_choices, grow_trees
 from llmtune.evaluate.metrics import CHOICE_METRIC
 from llmtune.evaluate.tree import Tree
+from llmtune.recipe.rules_tasks import unmeasured
 from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
 from llmtune.records import Examples, Row, Rows, Task
 
@@ -59,7 +60,10 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
     numbers = sorted({int(row) for row in reader.rows})
     origins, questions, references, targets = read_questions(rows, set(numbers), task)
     metrics = wanted_metrics(recipe)
-    notes: dict[str, str] = {}
+    own = TASK_FACTS[recipe.task].default_metrics
+    notes = {name: f"not measured: {why}" for name, why in unmeasured(recipe).items() if name in own}
+    if task.compares(recipe) and recipe.adapter.start_from is not None:
+        notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
     continues = task.predict is None
     answerable = [
         i

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 
 from llmtune.data.collate_targets import pad, read_text
-from llmtune.data.encode_labelled import Window, cut_context, place_words, tag_names
-from llmtune.data.encode_pairs import ToPair, first_token, source_ids
+from llmtune.data.encode_labelled import Window, cut_context, need_places, place_words, read_texts, tag_names
+from llmtune.data.encode_pairs import ToPair, first_token, source_ids, starts_with_language
 from llmtune.evaluate.batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.model.loss import unwrap
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-CANDIDATES = 20
-"""Ends of answers that are looked at on either side, as in the SQuAD scripts."""
 
 
 def in_batches(
@@ -67,15 +64,7 @@ def predict_classes(
     """Return `{label, scores}`: probabilities by class (`label` is a list where there are many), or one number."""
     section = recipe.classify
     assert section is not None
-    texts = [row["text"] for row in rows]
-    pairs = [row["pair"] or "" for row in rows] if any(row["pair"] for row in rows) else None
-    limit = recipe.data.max_length
-    found = processor(texts, pairs, truncation=True, max_length=limit, return_attention_mask=False)
-    kinds = found.get("token_type_ids") or [()] * len(rows)
-    examples = [
-        Example(ids, [], 0, third_ids=third if any(third) else ())
-        for ids, third in zip(found["input_ids"], kinds, strict=True)
-    ]
+    examples = read_texts(rows, processor, recipe.data.max_length)
     said: list[dict[str, Any]] = [{} for _ in rows]
 
     def take(i: int, output: Any, row: int) -> None:
@@ -112,22 +101,33 @@ def fill_masks(
     device: str,
     advance: Advance = lambda rows: None,
 ) -> list[str]:
-    """Return each text with its mask tokens replaced by the likeliest ones, all at once; others come back as they are."""
+    """Return each text with its mask tokens replaced by the likeliest ones, all at once; others come back as they are.
+
+    Of a text longer than `data.max_length` tokens, what lies beyond them comes back as it is, its masks too.
+    """
     texts = [row["prompt"] + row["completion"] for row in rows]
-    found = processor(texts, truncation=True, max_length=recipe.data.max_length)["input_ids"]
+    masked = [i for i, text in enumerate(texts) if str(processor.mask_token) in text]
+    cut = [_cut_text(texts[i], processor, recipe.data.max_length) for i in masked]
     said = list(texts)
 
-    def take(i: int, output: Any, row: int) -> None:
-        best = output.logits[row].argmax(-1).tolist()
-        ids = [best[at] if token == processor.mask_token_id else token for at, token in enumerate(found[i])]
-        if ids != found[i]:
-            said[i] = str(processor.decode(ids, skip_special_tokens=True))
+    def take(at: int, output: Any, row: int) -> None:
+        (ids, rest), best = cut[at], output.logits[row].argmax(-1).tolist()
+        filled = [best[place] if token == processor.mask_token_id else token for place, token in enumerate(ids)]
+        said[masked[at]] = str(processor.decode(filled, skip_special_tokens=True)) + rest
 
-    masked = [i for i, ids in enumerate(found) if processor.mask_token_id in ids]
-    examples = [Example(found[i], [], 0) for i in masked]
-    in_batches(model, examples, processor.pad_token_id, device, lambda at, out, row: take(masked[at], out, row))
+    in_batches(model, [Example(ids, [], 0) for ids, _ in cut], processor.pad_token_id, device, take)
     advance(len(rows))
     return said
+
+
+def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple[list[int], str]:
+    """Return the ids of the first `room` tokens of a text, and the text behind them."""
+    ids: list[int] = processor(text)["input_ids"]
+    if len(ids) <= room:
+        return ids, ""
+    need_places(processor)
+    found = processor(text, truncation=True, max_length=room, return_offsets_mapping=True)
+    return found["input_ids"], text[max(right for _, right in found["offset_mapping"]) :]
 
 
 # Tags
@@ -142,18 +142,36 @@ def predict_tags(
     device: str,
     advance: Advance = lambda rows: None,
 ) -> list[list[str]]:
-    """Return the tag of each word, by its first token; a word that the tokenizer makes nothing of is outside."""
+    """Return the tag of each word, by its first token; a word that the tokenizer makes nothing of is outside.
+
+    A text longer than the model's positions is read in parts.
+    """
     names = tag_names((recipe.token_classify.labels if recipe.token_classify else None) or ())
-    placed = place_words(rows, processor)
-    said: list[list[str]] = [[] for _ in rows]
+    limit = context_of(unwrap(model).config)
+    parts = [(i, words) for i, row in enumerate(rows) for words in _cut_words(row["tokens"], processor, limit)]
+    placed = place_words([{"tokens": words} for _, words in parts], processor)
+    tags: list[list[str]] = [[] for _ in parts]
 
-    def take(i: int, output: Any, row: int) -> None:
+    def take(at: int, output: Any, row: int) -> None:
         best = output.logits[row].argmax(-1).tolist()
-        said[i] = [names[best[place]] if place is not None else names[0] for place in placed[i][1]]
+        seen = [place if place is not None and place < len(best) else None for place in placed[at][1]]
+        tags[at] = [names[0] if place is None else names[best[place]] for place in seen]
 
-    examples = [Example(ids, [], 0) for ids, _ in placed]
-    in_batches(model, examples, processor.pad_token_id, device, take, advance)
+    examples = [Example(ids[:limit], [], 0) for ids, _ in placed]
+    in_batches(model, examples, processor.pad_token_id, device, take)
+    said: list[list[str]] = [[] for _ in rows]
+    for (i, _), found in zip(parts, tags, strict=True):
+        said[i] += found
+    advance(len(rows))
     return said
+
+
+def _cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int | None) -> list[list[str]]:
+    """Halve a text until each part is within `limit` tokens, or one word."""
+    if limit is None or len(words) < 2 or len(processor(" ".join(words))["input_ids"]) <= limit:
+        return [words]
+    half = len(words) // 2
+    return [*_cut_words(words[:half], processor, limit), *_cut_words(words[half:], processor, limit)]
 
 
 # Answers in a context
@@ -174,7 +192,7 @@ def predict_ends(
     `qa.null_score_diff_threshold`. Scores are sums of two logits. A question without room for windows gets no answer.
     """
     longest = recipe.qa.max_answer_length if recipe.qa else 30
-    threshold = recipe.qa.null_score_diff_threshold if recipe.qa else 0.0
+    threshold = (recipe.qa.null_score_diff_threshold if recipe.qa else None) or 0.0
     windows: list[tuple[int, Window]] = []
     for i, row in enumerate(rows):
         cut = cut_context(row, processor, recipe)
@@ -205,32 +223,23 @@ def predict_ends(
 def find_span(
     starts_T: torch.Tensor, ends_T: torch.Tensor, window: Window, longest: int
 ) -> tuple[float, int, int] | None:
-    """Return the best answer of one window as its score and its first and last character in the context.
+    """Return the best answer of one window as its score and its first character in the context and the one behind it.
 
-    Among the likeliest first and last tokens in the context, the pair of the highest sum that is in order and no longer
-    than `longest` tokens.
+    Of all pairs of tokens in the context that are in order and no more than `longest` tokens apart, the one whose
+    logits have the highest sum; the SQuAD scripts look at the 20 likeliest of either end alone.
     """
-    inside = torch.tensor([place is not None and place[1] > place[0] for place in window.places])
-    if not inside.any():
+    inside_T = torch.tensor([place is not None and place[1] > place[0] for place in window.places])
+    if not inside_T.any():
         return None
-    lowest = torch.finfo(torch.float32).min
-    firsts_T, lasts_T = (part.cpu().masked_fill(~inside, lowest) for part in (starts_T, ends_T))
-    few = min(CANDIDATES, int(inside.sum()))
-    found: tuple[float, int, int] | None = None
-    for first in firsts_T.topk(few).indices.tolist():
-        for last in lasts_T.topk(few).indices.tolist():
-            score = float(firsts_T[first] + lasts_T[last])
-            if first <= last < first + longest and (found is None or score > found[0]):
-                left, right = window.places[first], window.places[last]
-                assert left is not None
-                assert right is not None
-                found = (score, left[0], right[1])
-    if found is None:  # the likeliest ends are out of order: the best single token
-        only = int((firsts_T + lasts_T).argmax())
-        place = window.places[only]
-        assert place is not None
-        found = (float(firsts_T[only] + lasts_T[only]), place[0], place[1])
-    return found
+    firsts_T, lasts_T = (part.cpu().masked_fill(~inside_T, -torch.inf) for part in (starts_T, ends_T))
+    reach = min(longest, len(firsts_T))
+    padded = torch.cat([lasts_T, lasts_T.new_full((reach - 1,), -torch.inf)])
+    scores_TL = firsts_T[:, None] + padded.unfold(0, reach, 1)  # [first, tokens from it to the last]
+    first, further = divmod(int(scores_TL.argmax()), reach)
+    left, right = window.places[first], window.places[first + further]
+    assert left is not None
+    assert right is not None
+    return float(scores_TL[first, further]), left[0], right[1]
 
 
 # Texts that an encoder-decoder writes
@@ -248,7 +257,7 @@ def write_texts(
 ) -> list[str]:
     """Return what the decoder writes for each source, begun in the row's target language where the model wants that.
 
-    A source longer than the model's positions is cut at its end.
+    A source is cut as for training; one that is longer than the model's positions even so, at its end.
     """
     limit = context_of(unwrap(model).config)
     pairs = [to_pair(row, recipe) for row in rows]
@@ -290,15 +299,17 @@ def decoder_settings(
     """Return the recipe's generation settings with what the model cannot write without: how its decoder starts.
 
     `own` are the model's settings; of them the start token, a first token that is forced, and tokens that are never
-    written are kept.
+    written are kept. `first` is the language that an answer begins with.
     """
     config = unwrap(model).config
     settings = generation_settings(model, processor, recipe)
-    kept = ("decoder_start_token_id", "forced_bos_token_id", "suppress_tokens", "begin_suppress_tokens")
-    for name in kept:
+    never = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # Marian must not write its own start
+    for name in ("decoder_start_token_id", "forced_bos_token_id", *never):
         value = getattr(own, name, None)
         setattr(settings, name, value if value is not None else getattr(config, name, None))
-    if first is not None:
+    if first is not None and starts_with_language(processor):
+        settings.decoder_start_token_id, settings.forced_bos_token_id = first, None
+    elif first is not None:
         settings.forced_bos_token_id = first
     ends = getattr(own, "eos_token_id", None) or config.eos_token_id
     named = ends if isinstance(ends, list) else [ends]

@@ -5,28 +5,37 @@ Shapes: R rows of a batch, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
-from llmtune.adapter.reference import reference_of
+from llmtune.data.collate import collate_padded
 from llmtune.data.collate_targets import preference_collator
-from llmtune.data.encode_pairs import encode_preference
+from llmtune.data.encode_preference import encode_answers, encode_preference
+from llmtune.errors import DataError, Problem
 from llmtune.evaluate.batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.evaluate.measure import Measure, columns, measure_means, ratio
 from llmtune.evaluate.statistics import Floats
 from llmtune.model.loss import unwrap
 from llmtune.model.preference import kl_to_reference, row_scores, sequence_logps
-from llmtune.records import Advance, Row
+from llmtune.recipe.rules_tasks import unmeasured
+from llmtune.records import Advance, Batch, Example, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import PreferenceSection, Recipe
+
+AGAINST = "a reward is beta times what training added to an answer's log-probability"
+REWARDS = {
+    "orpo": "a reward is beta times an answer's mean log-probability a token",
+    "reward": "a reward is the model's score",
+}
+"""What rewards are with losses that have no reference."""
+KL_SIGNATURE = "nats a token of the first answer from the model without any adapter, exact over the vocabulary"
 
 
 def predict_preferences(
@@ -40,41 +49,67 @@ def predict_preferences(
 ) -> list[dict[str, float]]:
     """Return a row's log-probabilities of its answers (`chosen`, `rejected` or `answer`), or their scores.
 
-    Of likelihoods, `*_tokens` says over how many tokens, and `kl` how far the model is from its reference on the first
-    answer, in nats a token, where an adapter can be switched off.
+    Of likelihoods, `*_tokens` says over how many tokens, and `kl` how far the model is from itself without its adapter,
+    on the first answer, in nats a token; left out where the adapter does not hold all that training changed.
+
+    Raises DataError for a row that cannot be encoded.
     """
     settings = recipe.preference
     assert settings is not None
-    encoded = encode_preference(rows, processor, recipe)
-    kept = [(i, examples[0]) for i, examples in enumerate(encoded) if not isinstance(examples, str)]
-    collate = preference_collator(processor, recipe)
-    names = ("answer",) if settings.loss == "kto" else ("chosen", "rejected")
-    said: list[dict[str, float]] = [dict.fromkeys(names, math.nan) for _ in rows]
-    comparable = hasattr(model, "disable_adapter") and settings.loss != "reward"
+    scoring = settings.loss == "reward"
+    single = settings.loss == "kto" or (scoring and all("answer" in row for row in rows))
+    names = ("answer",) if single else ("chosen", "rejected")
+    examples = _encode(rows, single, processor, recipe)
+    collate_pairs = preference_collator(processor, recipe)
+    said: list[dict[str, float]] = [{} for _ in rows]
+
+    def collate(batch: list[int], first_only: bool) -> Batch:
+        chosen = [examples[i] for i in batch]
+        tensors = collate_padded(chosen, processor.pad_token_id) if first_only else collate_pairs(chosen, 0)
+        return {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in tensors.items()}
 
     def work(batch: list[int]) -> None:
-        tensors = collate([kept[i][1] for i in batch], 0)
-        moved = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in tensors.items()}
-        if settings.loss == "reward":
-            found = {"": row_scores(model, moved)}
-        else:
-            logps_R, counts_R = sequence_logps(model, moved)
-            found = {"": logps_R, "_tokens": counts_R}
+        tensors = collate(batch, single)
+        found = {"": row_scores(model, tensors)} if scoring else _likelihoods(model, tensors)
         parts = {
             f"{name}{what}": values[k * len(batch) : (k + 1) * len(batch)].tolist()
             for what, values in found.items()
             for k, name in enumerate(names)
         }
-        if comparable:
-            kl_R = kl_to_reference(model, moved, partial(reference_of, model))[: len(batch)]
-            parts["kl"] = (kl_R / found["_tokens"][: len(batch)].clamp(min=1)).tolist()
+        if "kl" not in unmeasured(recipe):
+            parts["kl"] = _kl(model, tensors if single else collate(batch, True))
         for row, i in enumerate(batch):
-            said[kept[i][0]] = {name: float(values[row]) for name, values in parts.items()}
+            said[i] = {name: float(values[row]) for name, values in parts.items()}
         advance(len(batch))
 
     unwrap(model).eval()
-    run_in_batches([example.tokens for _, example in kept], budget_for(device, TOKEN_BUDGET), work)
+    run_in_batches([example.tokens for example in examples], budget_for(device, TOKEN_BUDGET), work)
     return said
+
+
+def _encode(rows: Sequence[Row], single: bool, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Example]:
+    if single:
+        encoded = encode_answers(rows, [row["answer"] for row in rows], processor, recipe)
+    else:
+        encoded = encode_preference(rows, processor, recipe)
+    DataError.collect(
+        Problem(found, f"row {i} of those asked") for i, found in enumerate(encoded, 1) if isinstance(found, str)
+    )
+    return [found[0] for found in encoded if not isinstance(found, str)]
+
+
+def _likelihoods(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    logps_R, counts_R = sequence_logps(model, batch)
+    return {"": logps_R, "_tokens": counts_R}
+
+
+def _kl(model: torch.nn.Module, batch: Batch) -> list[float]:
+    """Return the divergence [R] from the model without its adapter, in nats a token; 0 for one that has none."""
+    if not isinstance(model, PeftModel):
+        return [0.0] * int(batch["n_rows"])
+    counts_R = torch.bincount(batch["rows_S"], minlength=batch["n_rows"]).clamp(min=1)
+    found: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
+    return found
 
 
 def rewards(
@@ -103,39 +138,43 @@ def measure_preferences(
 ) -> Measure | None:
     """Build accuracy, margin, likelihood_accuracy, kl or loss; None for what this loss has no such thing of.
 
-    Rewards of DPO, IPO and KTO are against the untuned model: its own are all 0, a tie, which counts half.
+    Rewards of DPO, IPO and KTO are against what training started from: its own are all 0, a tie, which counts half.
     """
     if metric == "kl":
-        if not any("kl" in one for one in [*said, *(base or ())]):
-            return None
-        return measure_means("kl", [one.get("kl", 0.0) for one in said], "nats a token of the first answer, exact")
+        known = all("kl" in one for one in said)
+        return measure_means("kl", [one["kl"] for one in said], KL_SIGNATURE) if known else None
+    reward = REWARDS.get(settings.loss, AGAINST)
     if settings.loss == "kto":
         found = rewards(said, "answer", settings, base)
-        return None if found is None else _measure_thumbs(metric, found, np.array(thumbs, dtype=bool))
+        return None if found is None else _measure_thumbs(metric, found, np.array(thumbs, dtype=bool), reward)
     better, worse = (rewards(said, name, settings, base) for name in ("chosen", "rejected"))
     if better is None or worse is None:
         return None
     apart = better - worse
     if metric == "accuracy":
-        return measure_means(
-            "accuracy", _wins(apart), "share of pairs whose chosen answer has the higher reward; a tie is half"
-        )
+        return _measure_wins(metric, apart, f"share of pairs whose chosen answer has the higher reward, {reward}")
     if metric == "margin":
-        return measure_means("margin", apart.tolist(), "mean reward of chosen less rejected")
+        return measure_means("margin", apart.tolist(), f"mean reward of chosen less rejected, {reward}")
     if metric == "likelihood_accuracy" and settings.loss != "reward":
         logps = [np.array([one[name] for one in said]) for name in ("chosen", "rejected")]
-        return measure_means(metric, _wins(logps[0] - logps[1]), "share of pairs whose chosen answer is likelier")
+        return _measure_wins(metric, logps[0] - logps[1], "share of pairs whose chosen answer is likelier")
     if metric == "loss" and settings.loss in ("dpo", "reward"):
         smooth = settings.label_smoothing if settings.loss == "dpo" else 0.0
         losses = (1 - smooth) * np.logaddexp(0, -apart) + smooth * np.logaddexp(0, apart)
-        return measure_means("loss", losses.tolist(), "mean over pairs of -log sigmoid(reward difference)")
+        center = settings.center_rewards_coefficient if settings.loss == "reward" else None
+        losses = losses + (center or 0.0) * (better + worse) ** 2
+        return measure_means("loss", losses.tolist(), f"mean over pairs of the {settings.loss} loss, {reward}")
     if metric == "loss" and settings.loss == "ipo" and base is not None:
-        return measure_means("loss", _ipo(said, base, settings.beta).tolist(), "mean over pairs of the IPO loss")
+        signature = f"mean over pairs of the ipo loss, {reward}"
+        return measure_means("loss", _ipo(said, base, settings.beta).tolist(), signature)
     return None
 
 
-def _wins(apart: Floats) -> list[float]:
-    return [0.5 if value == 0 else float(value > 0) for value in apart.tolist()]
+def _measure_wins(metric: str, apart: Floats, signature: str) -> Measure:
+    """Measure the share [N] that is above 0; a tie is half, so that the reference itself, all ties, has one half."""
+    wins = np.where(apart == 0, 0.5, np.where(apart > 0, 1.0, 0.0))
+    sums = columns(wins, np.ones(len(wins)))
+    return Measure(metric, sums, ratio, right_wrong=True, signature=f"{signature}; a tie is half")
 
 
 def _ipo(said: Sequence[dict[str, float]], base: Sequence[dict[str, float]], beta: float) -> Floats:
@@ -147,16 +186,15 @@ def _ipo(said: Sequence[dict[str, float]], base: Sequence[dict[str, float]], bet
     return np.asarray((sides[0] - sides[1] - 1 / (2 * beta)) ** 2)
 
 
-def _measure_thumbs(metric: str, found: Floats, good: Any) -> Measure | None:
-    """Measure single answers: whether good ones gained and bad ones lost, and how far they are apart."""
+def _measure_thumbs(metric: str, found: Floats, good: Any, reward: str) -> Measure | None:
+    """Measure single answers: whether good ones gained and bad ones lost, and how far they are apart, if there are both."""
     if metric == "accuracy":
-        signed = np.where(good, found, -found)
-        return measure_means(
-            metric, _wins(signed), "share of answers whose reward has the sign of its thumb; 0 is half"
-        )
-    if metric == "margin":
+        signature = f"share of answers whose reward has the sign of their thumb, {reward}"
+        return _measure_wins(metric, np.where(good, found, -found), signature)
+    if metric == "margin" and good.any() and not good.all():
         sums = columns(np.where(good, found, 0), good.astype(float), np.where(good, 0, found), (~good).astype(float))
-        return Measure(metric, sums, _apart, signature="mean reward of thumbs up less that of thumbs down")
+        signature = f"mean reward of thumbs up less that of thumbs down, {reward}"
+        return Measure(metric, sums, _apart, signature=signature)
     return None
 
 

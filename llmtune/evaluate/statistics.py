@@ -96,9 +96,9 @@ def unknown(value: float, rows: int) -> Difference:
 
 
 def discordant(base_NK: Floats, tuned_NK: Floats) -> tuple[int, int]:
-    """Count the rows that only the base model got right, and those that only the tuned one did."""
-    base_N, tuned_N = base_NK[:, 0] > 0, tuned_NK[:, 0] > 0
-    return int(np.sum(base_N & ~tuned_N)), int(np.sum(tuned_N & ~base_N))
+    """Count the rows that only the base model got right, and those that only the tuned one did; half right is less."""
+    base_N, tuned_N = base_NK[:, 0], tuned_NK[:, 0]
+    return int(np.sum(base_N > tuned_N)), int(np.sum(tuned_N > base_N))
 
 
 def resample(paired_N2K: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> Floats:

@@ -10,7 +10,7 @@ import torch
 
 from llmtune.data.audio import Samples, cut_windows, read_recording, to_float
 from llmtune.data.collate_targets import ctc_collator, feature_extractor
-from llmtune.data.encode_pairs import set_speech
+from llmtune.data.encode_speech import count_frames, set_speech, window_seconds
 from llmtune.data.messages import RowError
 from llmtune.errors import DataError
 from llmtune.evaluate.batches import run_in_batches
@@ -29,12 +29,12 @@ WINDOWS = {"cpu": 8, "cuda": 64}
 """Windows that are heard at once."""
 
 
-def hear_windows(rows: Sequence[Row], rate: int, recipe: Recipe) -> list[tuple[int, Samples]]:
+def hear_windows(rows: Sequence[Row], extract: Any, recipe: Recipe) -> list[tuple[int, Samples]]:
     """Return the windows of all recordings, each with the number of its row.
 
     Raises DataError for a recording that cannot be read.
     """
-    seconds = recipe.speech.window_seconds if recipe.speech else 30.0
+    rate, seconds = extract.sampling_rate, window_seconds(extract, recipe)
     found = []
     for i, row in enumerate(rows):
         try:
@@ -66,7 +66,7 @@ def transcribe_whisper(
     """Return what Whisper writes down; language and task are given to it, not guessed."""
     extract = feature_extractor(processor)
     set_speech(processor, recipe)
-    windows = hear_windows(rows, extract.sampling_rate, recipe)
+    windows = hear_windows(rows, extract, recipe)
     prefix = list(processor.prefix_tokens)
     texts = [""] * len(windows)
     left = _windows_left(windows, len(rows))
@@ -102,10 +102,12 @@ def transcribe_ctc(
 ) -> list[str]:
     """Return the likeliest letter of each frame, repeats and blanks taken out."""
     extract, collate = feature_extractor(processor), ctc_collator(processor, recipe)
-    windows = hear_windows(rows, extract.sampling_rate, recipe)
+    config = unwrap(model).config
+    heard = hear_windows(rows, extract, recipe)
+    windows = [(i, window) for i, window in heard if count_frames(len(window), config)]  # else too short for a letter
     texts = [""] * len(windows)
     left = _windows_left(windows, len(rows))
-    inner = unwrap(model)
+    advance(left.count(0))
 
     def work(batch: list[int]) -> None:
         examples = [Example([], [], 0, audio=windows[i][1]) for i in batch]  # type: ignore[arg-type]
@@ -113,13 +115,24 @@ def transcribe_ctc(
         moved = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in tensors.items()}
         for inputs, at in sound_pieces(model, moved):
             best_BT = model(**inputs).logits.argmax(-1)
-            frames = inner._get_feat_extract_output_lengths(moved["samples_R"][at]).tolist()
-            for row, (i, size) in enumerate(zip(batch[at], frames, strict=True)):
-                texts[i] = processor.decode(best_BT[row, :size].tolist())
+            for row, i in enumerate(batch[at]):
+                letters = best_BT[row, : count_frames(len(windows[i][1]), config)].tolist()
+                texts[i] = without_marks(processor.decode(letters), processor)
         advance(_count_done(left, windows, batch))
 
     _run(len(windows), device, work)
     return join_windows(len(rows), windows, texts)
+
+
+def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:
+    """Take special tokens such as `</s>` out of a text that was decoded with them.
+
+    The tokenizer would do so before it looks for repeats, and take the blanks between two equal letters along.
+    """
+    for mark in processor.all_special_tokens:
+        if mark != getattr(processor, "word_delimiter_token", None):
+            text = text.replace(mark, "")
+    return text
 
 
 def _run(count: int, device: str, work: Any) -> None:

@@ -5,9 +5,12 @@ Shapes: N rows.
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +21,9 @@ from llmtune.evaluate.statistics import Floats
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
 
+    from llmtune.recipe import ModelSection
+
+SPELLINGS = "normalizer.json"
 NORMALISERS = ("none", "basic", "whisper")
 ENGLISH = ("en", "english")
 Normaliser = Callable[[str], str]
@@ -122,6 +128,24 @@ def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] 
     english = language.lower() in ENGLISH
     whisper = EnglishTextNormalizer(dict(spellings or {})) if english else BasicTextNormalizer()
     return lambda text: str(whisper(text)).strip()
+
+
+def find_spellings(model: ModelSection) -> dict[str, str] | None:
+    """Return the spellings that a Whisper model brings in `normalizer.json`; None where it has none, or lies elsewhere.
+
+    Looked for in a folder and in the hub's cache, where the model is by the time that its answers are measured.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = str(model.name)
+    found: object = Path(name) / SPELLINGS
+    if not Path(name).is_dir():
+        named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return None
+    said = json.loads(Path(found).read_text("utf-8"))
+    return {str(british): str(american) for british, american in said.items()}
 
 
 def normalise(text: str, name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> str:

@@ -65,7 +65,7 @@ def _load(
     compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
     if recipe.adapter.method == "full" and training:
         dtype = torch.float32
-    quantization = _quantization(recipe, model_class, config, dtype) if recipe.adapter.method == "qlora" else None
+    quantization = _quantization(recipe, task, model_class, config, dtype) if recipe.adapter.method == "qlora" else None
     model, new = _load_weights(place, recipe, task, model_class, config, attention, dtype, quantization, device)
     if quantization is not None:
         _keep_quantized_format(model)
@@ -85,15 +85,19 @@ def _load(
 
 
 def _quantization(
-    recipe: Recipe, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
+    recipe: Recipe, task: Task, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
 ) -> BitsAndBytesConfig:
+    """Say which parts stay as they are: heads, and a pooling layer, which is made new where the files have none."""
     skeleton = build_skeleton(model_class, config, recipe)
+    heads = head_names(skeleton)
+    names = [name for name, _ in skeleton.named_modules()]
+    new = [name for name in names if task.headed and is_new_part(name, heads) and not in_heads(name, heads)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=recipe.adapter.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=head_names(skeleton),
+        llm_int8_skip_modules=[*heads, *new],
     )
 
 

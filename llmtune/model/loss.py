@@ -49,7 +49,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     predict_S = batch["predict_S"]
     ids_BT = batch["input_ids"]
     inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
-    accepted = accepted_arguments(type(inner))
+    accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     inputs |= {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch and key in accepted}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}

@@ -15,12 +15,14 @@ from llmtune.records import Batch, Loss
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
 """What models read, by its name in a batch."""
+MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+"""Models of sound that padding does not change, but for a first layer that is normed over time."""
 
 
 def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what of a batch this model reads; features of sound in the number format of its weights."""
     inner = unwrap(model)
-    accepted = accepted_arguments(type(inner))
+    accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     found = {key: batch[key] for key in READ if key in batch and key in accepted}
     return {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in found.items()}
 
@@ -45,7 +47,7 @@ def seq2seq_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> 
     """
     inputs = read_inputs(model, batch)
     inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
-    if "use_cache" in accepted_arguments(type(unwrap(model))):
+    if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
         inputs["use_cache"] = False
     logits_BTV = model(**inputs).logits
     return token_losses(logits_BTV.flatten(0, 1)[batch["predict_S"]], batch, by_row)
@@ -109,17 +111,18 @@ def ctc_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss
     """
     inner = unwrap(model)
     labels_BT, blank = batch["labels"], inner.config.pad_token_id
+    frames_R = inner._get_feat_extract_output_lengths(batch["samples_R"]).to(torch.long)
     sums = []
     for values, rows in sound_pieces(model, batch):
         logits_BTV = model(**values).logits
         log_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
-        lengths_B = inner._get_feat_extract_output_lengths(batch["samples_R"][rows]).to(torch.long)
-        targets = labels_BT[rows]
-        sizes_B = (targets >= 0).sum(-1)
+        targets_BT = labels_BT[rows]
+        sizes_B = (targets_BT >= 0).sum(-1)
         with torch.backends.cudnn.flags(enabled=False):  # its kernel is not deterministic
-            sums.append(
-                functional.ctc_loss(log_TBV, targets.clamp_min(0), lengths_B, sizes_B, blank=blank, reduction="none")
+            losses_B = functional.ctc_loss(
+                log_TBV, targets_BT.clamp_min(0), frames_R[rows], sizes_B, blank=blank, reduction="none"
             )
+        sums.append(losses_B)
     losses_R = torch.cat(sums)
     count = int((labels_BT >= 0).sum())
     zero = torch.zeros((), device=losses_R.device)
@@ -129,9 +132,13 @@ def ctc_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss
 
 
 def sound_pieces(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, Any], slice]]:
-    """Return what is heard at once: the whole batch, or row by row without padding where the model cannot mask it."""
-    inputs, inner = read_inputs(model, batch), unwrap(model)
-    if getattr(inner.config, "feat_extract_norm", "layer") != "group":
+    """Return what is heard at once: the whole batch, or row by row without padding where the model cannot mask it.
+
+    A first layer that is normed over time hears padding, and so do convolutions behind the mask (Data2Vec, Conformer).
+    """
+    inputs, config = read_inputs(model, batch), unwrap(model).config
+    masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
+    if masked and config.feat_extract_norm != "group":
         return [(inputs, slice(0, batch["n_rows"]))]
     sizes = batch["samples_R"].tolist()
     values_BN = inputs["input_values"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,14 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
         "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing),
         "logits": tokens * _logit_bytes(shape, weight_bytes),
     }
-    fixed = sum(parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
-    return MemoryPlan(parts, fixed + _logit_bytes(shape, weight_bytes), memory_limit(device), device)
+    if task.compares(recipe) and (full or recipe.adapter.start_from is not None):
+        parts["reference"] = 4 * trained
+    return MemoryPlan(parts, _fixed(parts) + _logit_bytes(shape, weight_bytes), memory_limit(device), device)
+
+
+def _fixed(parts: Mapping[str, int]) -> int:
+    """Add up what does not grow with a micro-batch."""
+    return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
 
 
 def check_context(place: ModelPlace, recipe: Recipe, task: Task, longest: int) -> None:
@@ -99,6 +106,7 @@ def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSectio
     heads = set(head_names(skeleton))
     inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
     hidden = getattr(text, "hidden_size", 0)
+    guesses = task.by_token or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
     own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return Shape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
@@ -107,7 +115,7 @@ def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSectio
         layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
         hidden=hidden,
         intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
-        vocabulary=getattr(text, "vocab_size", 0) if task.by_token else 0,
+        vocabulary=getattr(text, "vocab_size", 0) if guesses else 0,
     )
 
 
@@ -170,8 +178,7 @@ def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
     per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
     if plan.limit is None:
         return max(longest, min(cap, _CPU_TOKENS))
-    fixed = sum(plan.parts[part] for part in ("weights", "adapter", "gradients", "optimizer"))
-    room = int(_USABLE * plan.limit) - fixed
+    room = int(_USABLE * plan.limit) - _fixed(plan.parts)
     return max(longest, min(cap, room // per_token))
 
 

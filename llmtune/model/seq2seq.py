@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtune.data.encode_pairs import starts_with_language
 from llmtune.errors import EnvironmentProblem, Problem
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBa
         token = getattr(config, name, None)
         if token is None and name == "pad_token_id":
             config.pad_token_id = processor.pad_token_id
+        elif token is None and name == "decoder_start_token_id" and starts_with_language(processor):
+            continue
         elif token is None:
             fix = "Set it in config.json: the padding token for T5, the end token for BART."
             problems.append(

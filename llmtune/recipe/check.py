@@ -76,8 +76,11 @@ def settle(stated: Stated, section: type[Section]) -> Any:
     for key, item in stated.value.items():
         field = section.model_fields.get(key)
         inner = field and field.annotation
+        optional = find_section(inner)
         if is_section(inner):
             found[key] = {} if item.value is None else settle(item, inner)
+        elif optional is not None and isinstance(item.value, dict):
+            found[key] = settle(item, optional)
         elif not (field and item.value is None and item.overrides and not admits_null(section, key)):
             found[key] = item.plain()
     return found

@@ -15,6 +15,7 @@ from llmtune.recipe.origins import list_origins, restore_origins
 from llmtune.recipe.paths import make_absolute
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules import find_all
+from llmtune.recipe.rules_tasks import default_metrics
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.shipped import find_recipe
 from llmtune.recipe.tasks import TASK_FACTS
@@ -94,5 +95,5 @@ def fill_metrics(recipe: Recipe) -> Recipe:
     """Put the task's own choice of metrics where none are stated."""
     if recipe.evaluate.metrics:
         return recipe
-    metrics = TASK_FACTS[recipe.task].default_metrics
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": metrics})})
+    evaluate = recipe.evaluate.model_copy(update={"metrics": default_metrics(recipe)})
+    return recipe.model_copy(update={"evaluate": evaluate})

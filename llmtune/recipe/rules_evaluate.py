@@ -9,6 +9,7 @@ from llmtune.recipe.findings import Finding, idle, later
 from llmtune.recipe.gates import parse_gate
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import has_rows
+from llmtune.recipe.rules_tasks import default_metrics, unmeasured
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
 
@@ -35,7 +36,7 @@ def evaluate_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
 
 def chosen_metrics(recipe: Recipe) -> tuple[str, ...]:
     """Return the metrics that are stated, else the task's own choice of them."""
-    return recipe.evaluate.metrics or TASK_FACTS[recipe.task].default_metrics
+    return recipe.evaluate.metrics or default_metrics(recipe)
 
 
 def metric_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
@@ -81,7 +82,8 @@ def gate_findings(recipe: Recipe) -> Iterator[Finding]:
         if gate.metric in metrics:
             continue
         if gate.metric in known:
-            fix = f"Add {gate.metric} to evaluate.metrics."
+            lacking = unmeasured(recipe).get(gate.metric)
+            fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
             yield Finding(key, f"the gate {text!r} is about a metric that is not computed", fix, ("evaluate.metrics",))
         else:
             fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llmtune.recipe.findings import Finding, idle, later
 from llmtune.recipe.places import Places
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.recipe.tasks import TASK_FACTS
 
 GENERATION_KEYS = (
@@ -26,6 +27,8 @@ PROMPT_FIELDS = {
     "summarize": ("document",),
     "qa": ("question", "context"),
 }
+MASKED_METRICS = ("loss", "perplexity", "accuracy")
+"""Metrics of masked tokens; bits per byte are of a whole text, and nothing is generated."""
 LOSS_KEYS = {
     "beta": ("dpo", "ipo", "kto", "orpo"),
     "label_smoothing": ("dpo",),
@@ -34,6 +37,14 @@ LOSS_KEYS = {
     "center_rewards_coefficient": ("reward",),
 }
 """Keys of `preference`, and the losses that read them."""
+LOSS_METRICS = {
+    "dpo": ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
+    "ipo": ("loss", "accuracy", "margin", "likelihood_accuracy", "kl"),
+    "kto": ("accuracy", "margin", "kl"),
+    "orpo": ("accuracy", "margin", "likelihood_accuracy", "kl"),
+    "reward": ("loss", "accuracy", "margin"),
+}
+"""Metrics of task preference that each loss has: those of KTO and ORPO depend on the rows that stand in one step."""
 
 
 def task_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
@@ -62,9 +73,9 @@ def data_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
     if recipe.task != "chat" and places.stated("data.train_on"):
         fix = "Remove it: what the row names as its answer is what is learned."
         yield idle("data.train_on", f"with task: {recipe.task}", fix, "task")
-    if (not facts.packs or is_masked(recipe)) and places.stated("data.packing"):
+    if (not facts.packs or is_masked(recipe) or points(recipe)) and places.stated("data.packing"):
         yield idle("data.packing", f"with task: {recipe.task}", "Remove it: these rows are padded.", "task")
-    allowed = ("error", "drop", "truncate", "split") if recipe.task == "completion" else facts.overlong
+    allowed = ("error", "drop") if points(recipe) else facts.overlong
     if data.on_overlong not in allowed:
         what = f"'data.on_overlong' is '{data.on_overlong}', which task: {recipe.task} cannot do"
         yield Finding("data.on_overlong", what, f"Allowed: {', '.join(allowed)}.", ("task",))
@@ -73,7 +84,7 @@ def data_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
 def model_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
     """Yield keys of `model` that the task does not read."""
     model, facts = recipe.model, TASK_FACTS[recipe.task]
-    if not facts.templated:
+    if not facts.templated or points(recipe):
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(model, name) is not None and places.stated(f"model.{name}"):
                 yield idle(f"model.{name}", f"with task: {recipe.task}", "Remove it, or use task: chat.", "task")
@@ -85,7 +96,7 @@ def model_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
 def generation_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
     """Yield generation settings where nothing is generated."""
     writes = recipe.task == "preference" and not scores_answers(recipe)  # with `llmtune generate`
-    if writes or (TASK_FACTS[recipe.task].generates and not is_masked(recipe)):
+    if writes or (TASK_FACTS[recipe.task].generates and not is_masked(recipe) and not points(recipe)):
         return
     for name in GENERATION_KEYS:
         if places.stated(f"generation.{name}"):
@@ -111,17 +122,58 @@ def within_section(recipe: Recipe, places: Places) -> Iterator[Finding]:
     if recipe.completion and not is_masked(recipe) and places.stated("completion.mask_probability"):
         fix = "Remove it, or set completion.objective: masked."
         yield idle("completion.mask_probability", "without completion.objective: masked", fix, "completion.objective")
+    if is_masked(recipe):
+        yield from masked_findings(recipe)
     if recipe.qa:
         yield from qa_findings(recipe, places)
     if recipe.classify:
         yield from classify_findings(recipe, places)
-    if recipe.preference:
-        loss = recipe.preference.loss
-        for name, readers in LOSS_KEYS.items():
-            key = f"preference.{name}"
-            if loss not in readers and places.stated(key) and getattr(recipe.preference, name) is not None:
-                fix = f"Remove it; it belongs to: {', '.join(readers)}."
-                yield idle(key, f"with preference.loss: {loss}", fix, "preference.loss")
+    if recipe.task == "preference":
+        yield from preference_findings(recipe, places)
+
+
+def preference_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
+    """Yield settings that this loss does not read, and metrics and gates on what it does not have."""
+    loss = loss_of(recipe)
+    for name, readers in LOSS_KEYS.items():
+        key = f"preference.{name}"
+        if loss not in readers and places.stated(key) and getattr(recipe.preference, name) is not None:
+            fix = f"Remove it; it belongs to: {', '.join(readers)}."
+            yield idle(key, f"with preference.loss: {loss}", fix, "preference.loss")
+    missing = unmeasured(recipe)
+    left = ", ".join(metric for metric in TASK_FACTS["preference"].metrics if metric not in missing)
+    for i, metric in enumerate(recipe.evaluate.metrics):
+        if metric in missing:
+            what = f"'{metric}' cannot be measured: {missing[metric]}"
+            yield Finding(f"evaluate.metrics.{i}", what, f"Remove it. What can be: {left}.", ("preference.loss",))
+
+
+def loss_of(recipe: Recipe) -> str:
+    """Return the loss of task preference, by its default where the recipe has no such section."""
+    return (recipe.preference or PreferenceSection()).loss
+
+
+def unmeasured(recipe: Recipe) -> dict[str, str]:
+    """Return the metrics of task preference that its loss or its adapter does not have, each with the reason."""
+    if recipe.task != "preference":
+        return {}
+    loss, adapter = loss_of(recipe), recipe.adapter
+    known = TASK_FACTS["preference"].metrics
+    missing = {name: f"preference.loss: {loss} has no such thing" for name in known if name not in LOSS_METRICS[loss]}
+    if "kl" not in missing and adapter.method == "full":
+        missing["kl"] = "with adapter.method: full there is no adapter that could be switched off"
+    elif "kl" not in missing and adapter.bias != "none":
+        missing["kl"] = f"with adapter.bias: {adapter.bias} a model differs from its base with its adapter off, too"
+    return missing
+
+
+def masked_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield metrics that masked tokens do not have."""
+    for i, metric in enumerate(recipe.evaluate.metrics):
+        if metric in TASK_FACTS[recipe.task].metrics and metric not in MASKED_METRICS:
+            what = f"'{metric}' cannot be measured with completion.objective: masked"
+            fix = f"Remove it. What can be: {', '.join(MASKED_METRICS)}."
+            yield Finding(f"evaluate.metrics.{i}", what, fix, ("completion.objective",))
 
 
 def qa_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
@@ -133,10 +185,10 @@ def qa_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     }
     for style, names in readers.items():
         for name in names:
-            if recipe.qa.style not in ("auto", style) and places.stated(f"qa.{name}") and getattr(recipe.qa, name):
+            if recipe.qa.style not in ("auto", style) and places.stated(f"qa.{name}"):
                 fix = f"Remove it, or set qa.style: {style}."
                 yield idle(f"qa.{name}", f"with qa.style: {recipe.qa.style}", fix, "qa.style")
-    if recipe.qa.stride >= recipe.data.max_length // 2:
+    if recipe.qa.style != "generative" and recipe.qa.stride >= recipe.data.max_length // 2:
         what = f"'qa.stride' is {recipe.qa.stride}, and a window has {recipe.data.max_length} tokens (data.max_length)"
         yield Finding(
             "qa.stride", what, "Windows must move on: less than half of data.max_length.", ("data.max_length",)
@@ -164,6 +216,20 @@ def classify_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
 def scores_answers(recipe: Recipe) -> bool:
     """Whether a model is trained that scores answers and writes none."""
     return recipe.task == "preference" and recipe.preference is not None and recipe.preference.loss == "reward"
+
+
+def points(recipe: Recipe) -> bool:
+    """Whether answers are pointed at for certain; with `auto` the model decides."""
+    return recipe.task == "qa" and recipe.qa is not None and recipe.qa.style == "extractive"
+
+
+def default_metrics(recipe: Recipe) -> tuple[str, ...]:
+    """Return the task's own choice of metrics, as far as the recipe's objective has them."""
+    metrics = TASK_FACTS[recipe.task].default_metrics
+    if is_masked(recipe):
+        return tuple(metric for metric in metrics if metric in MASKED_METRICS)
+    missing = unmeasured(recipe)
+    return tuple(metric for metric in metrics if metric not in missing)
 
 
 def is_masked(recipe: Recipe) -> bool:

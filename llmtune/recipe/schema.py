@@ -255,6 +255,11 @@ Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
 
 
+def own_section(task: str) -> Any:
+    """Describe the section that only one task has."""
+    return Field(default=None, description=f"What only `task: {task}` has. Default none: its keys' own defaults.")
+
+
 class Recipe(Section):
     """A whole recipe: what is tuned, on what, how, and what is measured. Where it runs is no part of it."""
 
@@ -291,21 +296,11 @@ class Recipe(Section):
         description="What `run` makes at the end: `merged` (`gguf` comes with a later release). Default none: the "
         "adapter is the result.",
     )
-    completion: CompletionSection | None = Field(
-        default=None, description="What only `task: completion` has. Default none."
-    )
-    preference: PreferenceSection | None = Field(
-        default=None, description="What only `task: preference` has. Default none."
-    )
-    qa: QaSection | None = Field(default=None, description="What only `task: qa` has. Default none.")
-    translate: TranslateSection | None = Field(
-        default=None, description="What only `task: translate` has. Default none."
-    )
-    summarize: SummarizeSection | None = Field(
-        default=None, description="What only `task: summarize` has. Default none."
-    )
-    classify: ClassifySection | None = Field(default=None, description="What only `task: classify` has. Default none.")
-    token_classify: TokenClassifySection | None = Field(
-        default=None, description="What only `task: token-classify` has. Default none."
-    )
-    speech: SpeechSection | None = Field(default=None, description="What only `task: speech` has. Default none.")
+    completion: CompletionSection | None = own_section("completion")
+    preference: PreferenceSection | None = own_section("preference")
+    qa: QaSection | None = own_section("qa")
+    translate: TranslateSection | None = own_section("translate")
+    summarize: SummarizeSection | None = own_section("summarize")
+    classify: ClassifySection | None = own_section("classify")
+    token_classify: TokenClassifySection | None = own_section("token-classify")
+    speech: SpeechSection | None = own_section("speech")

@@ -82,10 +82,10 @@ class QaSection(Section):
     max_answer_length: int = Field(
         default=30, ge=1, description="Extractive: longest answer in tokens. Default 30, as in the SQuAD scripts."
     )
-    null_score_diff_threshold: float = Field(
-        default=0.0,
+    null_score_diff_threshold: float | None = Field(
+        default=None,
         description="Extractive: `no answer` is said where its score is above that of the best answer by more than "
-        "this. Default 0: whichever is higher.",
+        "this. Default none: 0, whichever is higher; but never, where every training row has an answer.",
     )
     prompt: str | None = Field(
         default=None,

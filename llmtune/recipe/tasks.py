@@ -93,7 +93,6 @@ def _facts(*facts: TaskFacts) -> dict[str, TaskFacts]:
     return {fact.name: fact for fact in facts}
 
 
-_TEXT = {"packs": True, "templated": True, "generates": True, "ranks": True}
 _ANY_LENGTH = ("error", "drop", "truncate", "split")
 
 TASK_FACTS = _facts(
@@ -102,8 +101,11 @@ TASK_FACTS = _facts(
         "answer in a conversation",
         (*LANGUAGE, *GENERATED, "choice_accuracy"),
         ("loss", "perplexity", "bits_per_byte", "accuracy", "exact_match", "rougeL", "chrf", "choice_accuracy"),
+        packs=True,
+        templated=True,
+        generates=True,
+        ranks=True,
         overlong=_ANY_LENGTH,
-        **_TEXT,
     ),
     TaskFacts(
         "completion",
@@ -122,8 +124,10 @@ TASK_FACTS = _facts(
         ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION),
         ("loss", "bleu", "chrf"),
         section="translate",
-        overlong=("error", "drop", "truncate"),
-        **_TEXT,
+        packs=True,
+        templated=True,
+        generates=True,
+        ranks=True,
     ),
     TaskFacts(
         "summarize",
@@ -131,8 +135,11 @@ TASK_FACTS = _facts(
         ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio"),
         ("loss", *ROUGE, "length_ratio"),
         section="summarize",
+        packs=True,
+        templated=True,
+        generates=True,
+        ranks=True,
         overlong=("error", "drop", "truncate"),
-        **_TEXT,
     ),
     TaskFacts(
         "qa",

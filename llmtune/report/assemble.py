@@ -75,6 +75,7 @@ def _data(prepare: Mapping[str, Any], encode: Mapping[str, Any] | None) -> dict[
         "longest": encode["longest"],
         "lengths": encode["histogram"],
         "example": encode["example"],
+        "classes": encode.get("classes") or {},
     }
 
 
@@ -89,10 +90,12 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "base": evaluation.base,
         "tuned": evaluation.tuned,
+        "baseline": evaluation.baseline,
         "difference": {metric: difference_json(value) for metric, value in evaluation.difference.items()},
         "samples": list(evaluation.samples),
         "signatures": evaluation.signatures,
         "rows": evaluation.rows,
+        "details": evaluation.details,
     }
 
 

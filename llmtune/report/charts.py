@@ -12,6 +12,9 @@ from llmtune.report.numbers import short
 Point = tuple[float, float]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 MOST_POINTS = 300
+LETTER, SLANT = 7.6, (0.77, 0.64)
+"""Width of a letter of a label, and how far a slanted one (40 degrees) reaches across and up, by its length."""
+LONGEST_LABEL = 22
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
@@ -92,10 +95,79 @@ def bar_chart(edges: Sequence[float], counts: Sequence[float], *, label: str, he
     return svg(parts, WIDTH, height, label)
 
 
-def svg(parts: Sequence[Markup], width: float, height: float, label: str) -> Markup:
-    """Wrap shapes into a picture with a name for those who do not see it."""
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, label, Markup("").join(parts)
+def matrix_chart(labels: Sequence[str], counts: Sequence[Sequence[int]], *, label: str) -> Markup:
+    """Draw a confusion matrix: right classes down, predicted ones across; a cell's tint is its share of its row."""
+    size = len(labels)
+    names = [name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…" for name in labels]
+    longest = LETTER * max(map(len, names))
+    wide, tall = (104, 52) if size <= 4 else (68, 46) if size <= 10 else (46, 40)
+    slanted = longest > wide - 6
+    left, top = longest + 34, 28 + (SLANT[1] * longest + 14 if slanted else 22)
+    width = left + size * wide + (max(0.0, SLANT[0] * longest - wide / 2) if slanted else 4)
+    parts = [
+        text(left + size * wide / 2, 15, "predicted", "middle"),
+        Markup('<text transform="translate(14 {:.1f}) rotate(-90)" text-anchor="middle">right class</text>').format(
+            top + size * tall / 2
+        ),
+    ]
+    for k, name in enumerate(names):
+        x = left + (k + 0.5) * wide
+        slant = Markup('<text class="name" transform="translate({:.1f} {:.1f}) rotate(-40)">{}{}</text>')
+        across = Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}{}</text>')
+        parts.append((slant if slanted else across).format(x, top - 9, name, whole(labels[k])))
+        down = Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="end">{}{}</text>')
+        parts.append(down.format(left - 10, top + (k + 0.5) * tall + 5, name, whole(labels[k])))
+    for i, row in enumerate(counts):
+        for k, number in enumerate(row):
+            told = f"{labels[i]} taken for {labels[k]}" if i != k else f"{labels[i]} found"
+            kind, part = ("hit" if i == k else "miss"), number / (sum(row) or 1)
+            parts.append(cell(left + k * wide, top + i * tall, (wide, tall), kind, number, part, told))
+    return svg(parts, math.ceil(width), math.ceil(top + size * tall + 4), label, fixed=True)
+
+
+def whole(label: str) -> Markup:
+    """The whole of a label, for those that are cut."""
+    return Markup("<title>{}</title>").format(label)
+
+
+def cell(x: float, y: float, size: tuple[int, int], kind: str, number: int, part: float, told: str) -> Markup:
+    """Draw one field: its count, and below its share of the row in percent."""
+    wide, tall = size
+    parts = [
+        Markup('<rect class="field" x="{:.1f}" y="{:.1f}" width="{}" height="{}" rx="4"/>').format(
+            x + 1, y + 1, wide - 2, tall - 2
+        ),
+        Markup(
+            '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{}" height="{}" rx="4" fill-opacity="{:.3f}">'
+            "<title>{}: {:,} rows, {:.1%}</title></rect>"
+        ).format(kind, x + 1, y + 1, wide - 2, tall - 2, tint(part), told, number, part),
+    ]
+    if number:
+        middle, shown = x + wide / 2, f"{number:,}" if number < 10_000 else f"{number / 1000:,.0f}k"
+        parts.append(
+            Markup('<text class="count" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
+                middle, y + tall / 2, shown
+            )
+        )
+        percent = f"{100 * part:.0f} %" if part >= 0.005 else "< 1 %"
+        parts.append(
+            Markup('<text class="part" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
+                middle, y + tall / 2 + 15, percent
+            )
+        )
+    return Markup("").join(parts)
+
+
+def tint(part: float) -> float:
+    """Return how strong a field is coloured: never so much that its number could not be read, and never unseen."""
+    return 0.08 + 0.42 * part if part else 0.0
+
+
+def svg(parts: Sequence[Markup], width: float, height: float, label: str, *, fixed: bool = False) -> Markup:
+    """Wrap shapes into a picture with a name for those who do not see it; a fixed one keeps its size on any page."""
+    size = Markup(' width="{}" height="{}"').format(width, height) if fixed else ""
+    return Markup('<svg viewBox="0 0 {} {}"{} role="img" aria-label="{}">{}</svg>').format(
+        width, height, size, label, Markup("").join(parts)
     )
 
 

@@ -37,6 +37,8 @@ def describe(report: Mapping[str, Any]) -> dict[str, str]:
     """Return verdict and scores as named values."""
     evaluation = report.get("evaluation") or {}
     named = {"verdict": f"{report['verdict']['word']}: {report['verdict']['reason']}"}
+    if evaluation.get("baseline"):
+        named["baseline"] = str(evaluation["baseline"])
     for side in ("base", "tuned"):
         named |= {f"{side}.{metric}": score(value) for metric, value in (evaluation.get(side) or {}).items()}
     return named

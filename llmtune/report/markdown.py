@@ -9,6 +9,7 @@ from typing import Any
 from llmtune.report.view import make_view
 
 LONGEST_SAMPLE = 300
+SHOWN_CLASSES, SHOWN_PAIRS = 30, 5
 SHOWN_SAMPLES = 3
 
 
@@ -21,6 +22,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         " · ".join(f"{name} {code(value)}" for name, value in view["chips"]),
         gates(view),
         scores(view),
+        classes(view),
         samples(view),
         figures(view),
         f"Made by llmtune {plain(view['version'])}; `report.html` beside this file has curves, data and recipe.",
@@ -63,8 +65,40 @@ def scores(view: Mapping[str, Any]) -> str:
         ]
         for row in view["scores"]
     ]
-    heads = ["metric", "base", "tuned", "difference", "95 % interval", "p", "rows", ""]
-    return "## Scores\n\n" + table(heads, rows)
+    heads = ["metric", view["base_name"], "tuned", "difference", "95 % interval", "p", "rows", ""]
+    return "## Scores\n\n" + table(heads, rows) + baseline(view)
+
+
+def baseline(view: Mapping[str, Any]) -> str:
+    """What stands in the place of a base model, where it is none."""
+    if not view["baseline"]:
+        return ""
+    why = "and no model: before tuning, the base model has no trained head for this task"
+    return f"\n\nThe baseline is {code(view['baseline'])}, {why}."
+
+
+def classes(view: Mapping[str, Any]) -> str:
+    """A table of the classes, and those that are taken for one another most often."""
+    found = view["classes"]
+    if not found:
+        return ""
+    heads = [found["unit"], "precision", "recall", f"F1 of {view['base_name']}", "F1"]
+    rows = [
+        [code(row["label"]), row["support"], row["precision"], row["recall"], row["base_f1"], row["f1"]]
+        for row in found["rows"][:SHOWN_CLASSES]
+    ]
+    parts = [f"## {found['title']}", table(["", *heads], rows)]
+    if left_out := len(found["rows"]) - len(rows):
+        parts.append(f"{left_out} more in `report.html`.")
+    pairs = (view["confusion"] or {}).get("pairs") or []
+    if pairs:
+        parts.append("Taken for one another most often:")
+        lines = [
+            f"- {code(pair['reference'])} for {code(pair['predicted'])}: {pair['rows']} rows, {pair['share']} of all"
+            for pair in pairs[:SHOWN_PAIRS]
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def samples(view: Mapping[str, Any]) -> str:
@@ -80,7 +114,8 @@ def samples(view: Mapping[str, Any]) -> str:
         ]
         for sample in shown
     ]
-    return "## Samples\n\n" + table(["prompt", "reference", "base", "tuned"], rows)
+    heads = [shown[0]["prompt_name"], shown[0]["reference_name"], *(answer["who"] for answer in shown[0]["answers"])]
+    return "## Samples\n\n" + table(heads, rows)
 
 
 def figures(view: Mapping[str, Any]) -> str:
@@ -88,10 +123,10 @@ def figures(view: Mapping[str, Any]) -> str:
     lines = []
     if data := view["data"]:
         sides = ", ".join(f"{side['rows']} {side['side']}" for side in data["sides"])
-        lines.append(
-            f"- data: {data['rows_in']} rows in, {data['dropped_sum']} dropped, {sides}; "
-            f"{data['share']} of tokens learned"
-        )
+        learned = f"; {data['share']} of tokens learned" if data["share"] else ""
+        lines.append(f"- data: {data['rows_in']} rows in, {data['dropped_sum']} dropped, {sides}{learned}")
+        if data["classes"]:
+            lines.append(f"- classes: {data['classes']['spread']}" + unseen(data["classes"]["unseen"]))
     if training := view["training"]:
         lines.append("- training: " + ", ".join(f"{name} {code(text)}" for name, text in training["facts"]))
     if adapter := view["adapter"]:
@@ -102,6 +137,11 @@ def figures(view: Mapping[str, Any]) -> str:
         )
         lines.append(f"- time: {times}")
     return "## Figures\n\n" + "\n".join(lines) if lines else ""
+
+
+def unseen(labels: list[str]) -> str:
+    """The classes that training has no rows of, by name."""
+    return ": " + ", ".join(code(label) for label in labels[:SHOWN_CLASSES]) if labels else ""
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

@@ -6,50 +6,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmtune.report.charts import bar_chart, interval_chart, line_chart
+from llmtune.report.classes import SIDES, class_counts, class_scores, confusion
+from llmtune.report.meanings import HEADLINES, LOWER_IS_BETTER, NEAREST_TO_ONE, better_side, direction, note
 from llmtune.report.numbers import DASH, chance, count, duration, missing, score, share, signed, size
-from llmtune.report.verdict import CHOICE, FEWEST_ROWS, HARMED, HELPED, LOWER_IS_BETTER, MIXED, direction
+from llmtune.report.samples import base_name, samples
+from llmtune.report.verdict import FEWEST_ROWS, HARMED, HELPED, MIXED
 
 Facts = Mapping[str, Any]
-METRIC_NOTES = {
-    "loss": "nats a token of the reference",
-    "perplexity": "exp of the loss",
-    "bits_per_byte": "loss in bits by bytes of text",
-    "accuracy": "next token predicted first",
-    "exact_match": "answer equals the reference",
-    "rouge1": "words in common",
-    "rouge2": "word pairs in common",
-    "rougeL": "longest common sequence",
-    "rougeLsum": "longest common sequence by line",
-    "chrf": "character n-grams in common, 0 to 100",
-    CHOICE: "reference is the likeliest answer; does not depend on wording",
-}
-HEADLINES = (
-    *(CHOICE, "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "accuracy"),
-    *("loss", "bits_per_byte", "perplexity"),
-)
-"""Metrics by how much they say to a person."""
 TOLD = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
 """Directions of a difference that bear a verdict out."""
-SIDES = ("train", "validation", "test")
+KINDS = {1: "better", -1: "worse", 0: "unsure"}
+WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
+"""Metrics that reward wording."""
+WRITING_TASKS = frozenset({"chat", "completion", "translate", "summarize", "qa"})
 PART_NAMES = {"optimizer": "optimizer state"}
 
 
 def make_view(report: Facts) -> dict[str, Any]:
     """Return what the template shows; sections that the run has not reached are None."""
+    evaluation, task = report.get("evaluation"), report.get("task")
     return {
         "name": report.get("name") or "run",
         "version": report.get("llmtune", ""),
         "chips": chips(report),
         "verdict": report["verdict"],
-        "headline": headline(report.get("evaluation"), report["verdict"]["word"]),
+        "headline": headline(evaluation, report["verdict"]["word"]),
         "gates": report.get("gates") or [],
         "gates_passed": all(gate["passed"] for gate in report.get("gates") or []),
         "gate_note": gate_note(report.get("gates") or []),
-        "scores": scores(report.get("evaluation")),
-        "samples": samples(report.get("evaluation")),
-        "signatures": dict((report.get("evaluation") or {}).get("signatures") or {}),
+        "scores": scores(evaluation, task),
+        "base_name": base_name(evaluation or {}),
+        "baseline": (evaluation or {}).get("baseline") or "",
+        "worded": task in WRITING_TASKS and bool(WORDED & ((evaluation or {}).get("tuned") or {}).keys()),
+        "classes": class_scores(evaluation, task),
+        "confusion": confusion(evaluation),
+        "samples": samples(evaluation, task),
+        "judged": task == "preference",
+        "signatures": dict((evaluation or {}).get("signatures") or {}),
         "training": training(report.get("train")),
-        "data": data(report.get("data")),
+        "data": data(report.get("data"), task),
         "model": model(report.get("model")),
         "adapter": adapter(report.get("adapter")),
         "steps": steps(report.get("steps") or []),
@@ -88,14 +83,14 @@ def headline(evaluation: Facts | None, word: str) -> dict[str, str] | None:
     telling = [name for name in ranked if _bears_out(name, found[name], word)]
     metric = (telling or ranked)[0]
     low, high = found[metric]["interval"]
-    kind = {1: "better", -1: "worse", 0: "unsure"}[direction(metric, (low, high))]
     return {
         "metric": metric.replace("_", " "),
+        "baseline": evaluation.get("baseline") or "",
         "base": score(evaluation["base"].get(metric)),
         "tuned": score(evaluation["tuned"].get(metric)),
         "change": signed(found[metric]["value"]),
         "interval": interval(low, high),
-        "kind": kind,
+        "kind": KINDS[direction(metric, (low, high))],
     }
 
 
@@ -103,60 +98,46 @@ def _bears_out(metric: str, change: Facts, word: str) -> bool:
     return change["n"] >= FEWEST_ROWS and direction(metric, change["interval"]) in TOLD.get(word, ())
 
 
-def scores(evaluation: Facts | None) -> list[dict[str, Any]]:
-    """A row a metric."""
-    if not evaluation:
-        return []
+def scores(evaluation: Facts | None, task: str | None = None) -> list[dict[str, Any]]:
+    """A row a metric; one that only the tuned model has stands there without a difference."""
+    changes = (evaluation or {}).get("difference") or {}
+    base, tuned = ((evaluation or {}).get(side) or {} for side in ("base", "tuned"))
+    unknown = {"value": None, "interval": (None, None)}
     rows = []
-    for metric, change in (evaluation.get("difference") or {}).items():
+    for metric in dict.fromkeys([*tuned, *changes]):
+        change = changes.get(metric, unknown)
         low, high = change["interval"]
-        ends = [abs(end) for end in (low, high, change["value"]) if not missing(end)]
-        words = f"{metric}: {signed(change['value'])}, 95 % interval {interval(low, high)}"
-        picture = ""
-        if not any(missing(end) for end in (low, high, change["value"])):
-            better = -1 if metric in LOWER_IS_BETTER else 1
-            picture = interval_chart(change["value"], low, high, reach=max(ends), better=better, label=words)
         rows.append(
             {
                 "metric": metric,
-                "note": METRIC_NOTES.get(metric, ""),
+                "note": note(metric, task),
                 "lower": metric in LOWER_IS_BETTER,
-                "base": score(evaluation["base"].get(metric)),
-                "tuned": score(evaluation["tuned"].get(metric)),
+                "base": score(base.get(metric)),
+                "tuned": score(tuned.get(metric)),
                 "change": signed(change["value"]),
-                "interval": interval(low, high),
+                "interval": DASH if missing(low) and missing(high) else interval(low, high),
                 "p": chance(change.get("p")),
                 "n": count(change.get("n")),
-                "kind": {1: "better", -1: "worse", 0: "unsure"}[direction(metric, (low, high))],
-                "picture": picture,
+                "kind": KINDS[direction(metric, (low, high))],
+                "compared": metric in changes,
+                "picture": difference_picture(metric, change["value"], low, high),
             }
         )
     return rows
 
 
+def difference_picture(metric: str, value: Any, low: Any, high: Any) -> Any:
+    """A difference and its interval about zero, the better side on the right, if there is one."""
+    if any(missing(end) for end in (low, high, value)) or metric in NEAREST_TO_ONE:
+        return ""
+    words = f"{metric}: {signed(value)}, 95 % interval {interval(low, high)}"
+    reach = max(abs(end) for end in (low, high, value))
+    return interval_chart(value, low, high, reach=reach, better=better_side(metric), label=words)
+
+
 def interval(low: Any, high: Any) -> str:
     """Both ends with their signs."""
     return f"{signed(low)} to {signed(high)}"
-
-
-def samples(evaluation: Facts | None) -> list[dict[str, Any]]:
-    """Rows side by side, each answer marked right where it equals the reference."""
-    shown = []
-    for sample in (evaluation or {}).get("samples") or []:
-        reference = str(sample.get("reference", ""))
-        answers = [
-            {"who": who, "text": str(sample[who]), "right": str(sample[who]).strip() == reference.strip()}
-            for who in ("base", "tuned")
-            if who in sample
-        ]
-        chosen = [
-            {"who": who, "text": str(sample[f"{who}_choice"]), "right": sample[f"{who}_choice"] == reference}
-            for who in ("base", "tuned")
-            if sample.get(f"{who}_choice")
-        ]
-        origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]
-        shown.append({**sample, "origin": origin, "reference": reference, "answers": answers, "chosen": chosen})
-    return shown
 
 
 def training(train: Facts | None) -> dict[str, Any] | None:
@@ -198,7 +179,7 @@ def series(curve: Sequence[Facts], key: str) -> list[tuple[float, float]]:
     return [(float(line["step"]), float(line[key])) for line in curve if not missing(line.get(key))]
 
 
-def data(facts: Facts | None) -> dict[str, Any] | None:
+def data(facts: Facts | None, task: str | None = None) -> dict[str, Any] | None:
     """Rows in, kept and dropped; tokens and what of them is learned."""
     if not facts:
         return None
@@ -207,6 +188,7 @@ def data(facts: Facts | None) -> dict[str, Any] | None:
     supervised = facts.get("supervised_tokens") or facts.get("supervised") or {}
     histogram = facts.get("histogram") or facts.get("lengths") or {}
     dropped = facts.get("dropped") or {}
+    by_token = facts.get("supervised_share", 1) is not None
     return {
         "rows_in": count(facts.get("rows_in")),
         "sides": [
@@ -222,7 +204,8 @@ def data(facts: Facts | None) -> dict[str, Any] | None:
         ],
         "dropped": [(reason, count(number)) for reason, number in sorted(dropped.items(), key=lambda item: -item[1])],
         "dropped_sum": count(sum(dropped.values())),
-        "share": share(sum(supervised.values()), sum(tokens.values())) if tokens else DASH,
+        "share": share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else "",
+        "classes": class_counts(facts, task),
         "lengths": lengths_chart(histogram),
         "example": pieces(facts.get("example")),
     }

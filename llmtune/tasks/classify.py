@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmtune.data import iterate_rows
 from llmtune.data.collate_targets import classes_collator
-from llmtune.data.encode_labelled import encode_classes
+from llmtune.data.encode_labelled import class_target, encode_classes
 from llmtune.data.report import class_pieces
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classes import CLASS_METRICS, class_table, confusion, majority_scores, measure_classes
@@ -28,6 +29,8 @@ REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
 MANY_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
 FEWEST = 2
 """Classes that there must be."""
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+WHOLE = re.compile(r"[+-]?\d+")
 
 
 def prompt(row: Row) -> tuple[Row, str]:
@@ -58,16 +61,18 @@ def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
 
     Raises:
         DataError: labels of several kinds, or fewer than two classes.
-        RecipeError: a metric that this kind of label does not have, or weights for classes that there are none of.
+        RecipeError: a metric that this kind of label does not have, weights for classes that there are none of, or a
+            key of the section that has no effect on this kind.
     """
     section = recipe.classify or ClassifySection()
     labels = {side: [row["label"] for _, row in iterate_rows(rows, side)] for side in SIDES}
     every = [label for side in SIDES for label in labels[side]]
     kind = find_kind(every) if section.kind == "auto" else section.kind
+    RecipeError.collect(idle_keys(section, kind))
     update: dict[str, Any] = {"kind": kind}
     if kind != "regression":
         counts = Counter(name for label in labels["train"] for name in names(label))
-        found = section.labels or in_order({name for label in every for name in names(label)}, config)
+        found = in_order(section.labels or {name for label in every for name in names(label)}, config)
         if len(found) < FEWEST:
             fix = "Give rows of two classes at least."
             raise DataError.of(f"all rows have the label {', '.join(found) or '(none)'}", "classify.labels", fix)
@@ -79,9 +84,25 @@ def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
     return recipe.model_copy(update={"classify": settled, "evaluate": evaluate})
 
 
+def idle_keys(section: ClassifySection, kind: str) -> Iterator[Problem]:
+    """Find keys of the section that do nothing with this kind of label."""
+    without = {"regression": ("labels", "class_weights"), "multi": ("class_weights",)}.get(kind, ())
+    for name in without:
+        if getattr(section, name) is not None:
+            what = f"has no effect: the labels are of the kind '{kind}'"
+            yield Problem(what, f"classify.{name}", "Remove it, or say with classify.kind what the labels are.")
+
+
 def find_kind(labels: Sequence[Any]) -> str:
-    """Tell by the labels what they are; raises DataError where they are of several kinds."""
+    """Tell by the labels what they are; raises DataError where they are of several kinds.
+
+    Numbers are on a scale as soon as one has a decimal point: files leave it out of whole ones, and CSV has text alone.
+    """
     kinds = {"multi" if isinstance(v, list) else "regression" if isinstance(v, float) else "single" for v in labels}
+    texts = {v for v in labels if isinstance(v, str)}
+    if kinds <= {"single", "regression"} and all(map(NUMBER.fullmatch, texts)):
+        fractions = "regression" in kinds or any("." in text for text in texts)
+        kinds = {"regression" if fractions else "single"} if kinds else kinds
     if len(kinds) > 1:
         what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
         raise DataError.of(what, "classify.kind", "Say which with classify.kind, or mend the rows.")
@@ -93,10 +114,22 @@ def names(label: Any) -> list[str]:
     return list(label) if isinstance(label, list) else [str(label)]
 
 
-def in_order(found: set[str], config: Any) -> list[str]:
-    """Return names in the order of the model's own classes where it has the same, else sorted."""
+def as_target(label: Any, kind: str) -> Any:
+    """Return a label as its kind has it: a number, the names of several classes, or one name."""
+    return float(label) if kind == "regression" else names(label) if kind == "multi" else names(label)[0]
+
+
+def in_order(found: Sequence[str] | set[str], config: Any) -> list[str]:
+    """Return names in the order of the model's own classes where it has the same, so that its head can be kept.
+
+    Else they stay in the order that a recipe states, and those found in rows are sorted: whole numbers by their size.
+    """
     own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
-    return own if set(own) == found else sorted(found)
+    if len(own) == len(found) and set(own) == set(found):
+        return own
+    if not isinstance(found, set):
+        return list(found)
+    return sorted(found, key=lambda name: (int(name), name)) if all(map(WHOLE.fullmatch, found)) else sorted(found)
 
 
 def weigh(wanted: Any, labels: Sequence[str], counts: Counter[str]) -> dict[str, float]:
@@ -115,8 +148,9 @@ def choose_metrics(wanted: Sequence[str], kind: str) -> tuple[str, ...]:
 
     Raises RecipeError for a metric that the kind does not have.
     """
-    if tuple(wanted) == TASK_FACTS["classify"].default_metrics:
-        return {"regression": REGRESSION_METRICS, "multi": MANY_METRICS}.get(kind, tuple(wanted))
+    own = TASK_FACTS["classify"].default_metrics
+    if tuple(wanted) in ((), own):
+        return {"regression": REGRESSION_METRICS, "multi": MANY_METRICS}.get(kind, own)
     known = ("loss", *CLASS_METRICS[kind])  # type: ignore[index]
     fix = f"Metrics of these labels: {', '.join(known)}."
     what = f"the labels are of the kind '{kind}', which has no {{}}"
@@ -153,8 +187,7 @@ def measure(
     assert section is not None
     if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
         return None
-    right = [float(label) if section.kind == "regression" else label for label in wanted]
-    right = [str(label) if section.kind == "single" else label for label in right]
+    right = [as_target(label, section.kind) for label in wanted]
     return measure_classes(metric, section.kind, scores_of(said), right, section.labels or ())
 
 
@@ -169,10 +202,10 @@ def baseline(learned: Sequence[Any], questions: Sequence[Row], recipe: Recipe) -
     assert section is not None
     assert section.kind != "auto"
     labels = section.labels or ()
-    known = [
-        float(v) if section.kind == "regression" else names(v) if section.kind == "multi" else str(v) for v in learned
-    ]
-    scores = majority_scores(known, section.kind, labels, len(questions))
+    targets = [label for label in learned if not isinstance(class_target(label, recipe), str)]  # others were left out
+    scores = majority_scores(
+        [as_target(label, section.kind) for label in targets], section.kind, labels, len(questions)
+    )
     name = {
         "single": "the most frequent class",
         "multi": "the classes that most rows have",
@@ -185,12 +218,13 @@ def details(said: Sequence[Any], wanted: Sequence[Any], recipe: Recipe) -> dict[
     """Return the table of classes, and for one label a row the confusion matrix."""
     section = recipe.classify
     assert section is not None
-    if section.kind in ("regression", "auto"):
+    if section.kind == "regression" or section.kind == "auto":
         return {}
     labels, scores = section.labels or (), scores_of(said)
+    wanted = [as_target(label, section.kind) for label in wanted]
     found: dict[str, Any] = {"classes": class_table(section.kind, scores, wanted, labels)}
     if section.kind == "single":
-        found["confusion"] = {"labels": list(labels), "counts": confusion(scores, [str(v) for v in wanted], labels)}
+        found["confusion"] = {"labels": list(labels), "counts": confusion(scores, wanted, labels)}
     return found
 
 
@@ -210,6 +244,7 @@ CLASSIFY = Task(
     details=details,
     count_classes=count_classes,
     ask=ask,
+    asks={"prompt": True, "pair": False},
     settle=settle,
     shape_config=shape_config,
     pieces=class_pieces,

@@ -49,6 +49,7 @@ COMPLETION = Task(
     loss=causal_loss,
     prompt=prompt,
     render=render,
+    asks={"prompt": True},
     admits=lambda recipe: not is_masked(recipe),
     packs=True,
 )
@@ -63,6 +64,7 @@ MASKED = Task(
     predict=fill_masks,
     measure=lambda metric, said, wanted, recipe, base=None: None,
     ask=ask,
+    asks={"prompt": True},
     admits=is_masked,
 )
 FORMS = (COMPLETION, MASKED)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.adapter.reference import reference_of
+from llmtune.data import iterate_rows
 from llmtune.data.collate_targets import preference_collator
-from llmtune.data.encode_pairs import encode_preference, render_preference
+from llmtune.data.encode_preference import answer_columns, describe_rows, encode_preference, render_preference
 from llmtune.data.report import preference_pieces
+from llmtune.errors import DataError, LlmtuneError
 from llmtune.evaluate.metrics import Measure
 from llmtune.evaluate.preferences import measure_preferences, predict_preferences
 from llmtune.model.heads import check_padding, name_outputs
@@ -62,8 +64,28 @@ def ask(given: Mapping[str, str | None]) -> Row:
 
 
 def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
-    """Put the section's defaults in where the recipe has none."""
-    return recipe.model_copy(update={"preference": section(recipe)})
+    """Put the section's defaults in where the recipe has none.
+
+    Raises DataError where no training row is of the kind that the loss learns from; single ones are told by `encode`.
+    """
+    own = section(recipe)
+    columns = answer_columns(own.loss)
+    first: str | None = None
+    for origin, row in iterate_rows(rows, "train"):
+        if all(name in row for name in columns):
+            break
+        first = first or origin
+    else:
+        if first is not None:
+            raise other_rows(own.loss, first)
+    return recipe.model_copy(update={"preference": own})
+
+
+def other_rows(loss: str, origin: str) -> LlmtuneError:
+    """Say that rows and loss do not go together."""
+    there, others = ("dpo", "dpo, ipo, orpo or reward") if loss == "kto" else ("kto", "kto")
+    what = f"preference.loss: {loss} learns from {describe_rows(loss)}, and the rows are {describe_rows(there)}"
+    return DataError.of(what, origin, f"Set preference.loss to {others}, or give other rows.")
 
 
 def measure(
@@ -103,6 +125,7 @@ PREFERENCE = Task(
     reference=reference,
     write=write,
     ask=ask,
+    asks={"prompt": True, "system": False},
     settle=settle,
     pieces=preference_pieces,
     survey=survey,
@@ -116,6 +139,7 @@ REWARD = replace(
     auto_class="AutoModelForSequenceClassification",
     peft_task_type="SEQ_CLS",
     render=None,
+    asks={"prompt": True, "answer": True},
     survey=None,
     baseline=baseline,
     shape_config=one_score,

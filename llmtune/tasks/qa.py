@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 METRICS = ("exact_match", "f1")
+ASKS = {"prompt": True, "context": True}
 READ = "question: {question} context: {context}"
 PROMPT = (
     "{context}\n\nAnswer with words from the text above, or say {no_answer} if it holds no answer.\n"
@@ -86,6 +87,13 @@ def write(said: Any) -> str:
     return str(said["text"])
 
 
+def tell(said: Any, row: Row) -> str:
+    """Say an answer with its place in the context."""
+    if not said["text"]:
+        return write(said)
+    return f"{said['text']}\n(characters {said['start']} to {said['end']} of the context)"
+
+
 def measure(
     metric: str, said: Sequence[Any], wanted: Sequence[list[str]], recipe: Recipe, base: Sequence[Any] | None = None
 ) -> Measure | None:
@@ -105,9 +113,11 @@ def baseline(learned: Sequence[list[str]], questions: Sequence[Row], recipe: Rec
 
 
 def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
-    """Where every training row has an answer, `no answer` was never learned: then it is never said."""
+    """Say when `no answer` is said, unless the recipe does: never, where every training row has an answer."""
+    if section(recipe).null_score_diff_threshold is not None:
+        return recipe
     always = all(row["answers"] for _, row in iterate_rows(rows, "train"))
-    threshold = math.inf if always else section(recipe).null_score_diff_threshold
+    threshold = math.inf if always else 0.0
     return recipe.model_copy(update={"qa": section(recipe).model_copy(update={"null_score_diff_threshold": threshold})})
 
 
@@ -133,8 +143,10 @@ EXTRACTIVE = Task(
     measure=measure,
     reference=reference,
     write=write,
+    tell=tell,
     baseline=baseline,
     ask=ask,
+    asks=ASKS,
     settle=settle,
     pieces=ends_pieces,
     admits=extracts,
@@ -151,6 +163,7 @@ SEQ2SEQ = replace(
     measure=measure,
     reference=reference,
     ask=ask,
+    asks=ASKS,
     admits=generates,
 )
 DECODER = replace(
@@ -162,6 +175,7 @@ DECODER = replace(
     measure=measure,
     reference=reference,
     ask=ask,
+    asks=ASKS,
     admits=generates,
 )
 FORMS = (EXTRACTIVE, SEQ2SEQ, DECODER)

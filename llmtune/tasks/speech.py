@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.collate_targets import ctc_collator, whisper_collator
-from llmtune.data.encode_pairs import encode_ctc, encode_whisper
+from llmtune.data.encode_speech import encode_ctc, encode_whisper, set_speech
 from llmtune.data.report import pair_pieces
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.metrics import Measure
 from llmtune.evaluate.transcribe import transcribe_ctc, transcribe_whisper
-from llmtune.evaluate.transcripts import measure_cer, measure_wer
+from llmtune.evaluate.transcripts import find_spellings, measure_cer, measure_wer
 from llmtune.model.losses import ctc_loss, seq2seq_loss
 from llmtune.model.seq2seq import check_decoder_start
 from llmtune.recipe import SpeechSection
 from llmtune.records import Row, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from llmtune.recipe import Recipe
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
@@ -41,12 +44,52 @@ def measure(
         return None
     section = recipe.speech or SpeechSection()
     language = section.language if section.task == "transcribe" and section.language else "en"
-    return MEASURES[metric](said, wanted, section.normalizer, language)
+    spellings = find_spellings(recipe.model) if section.normalizer == "whisper" else None
+    return MEASURES[metric](said, wanted, section.normalizer, language, spellings)
 
 
 def baseline(learned: Sequence[str], questions: Sequence[Row], recipe: Recipe) -> tuple[str, list[Any]]:
     """Write nothing down."""
     return "an empty transcript", [""] * len(questions)
+
+
+def is_whisper(config: Any) -> bool:
+    """Whether a model's decoder begins with tokens of language and task."""
+    return bool(config.model_type == "whisper")
+
+
+def hears_waves(config: Any) -> bool:
+    """Whether a model of letters makes its frames out of samples by convolutions; others want spectrograms."""
+    return hasattr(config, "conv_kernel")
+
+
+def check_whisper(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Set language and task, which are saved with the tokenizer; hold the tokens against those of the model.
+
+    Raises EnvironmentProblem where model and tokenizer do not belong together.
+    """
+    check_decoder_start(model, processor, recipe)
+    set_speech(processor, recipe)
+    start = processor.prefix_tokens[0]
+    if start != model.config.decoder_start_token_id:
+        what = f"the decoder starts with token {model.config.decoder_start_token_id}, and the tokenizer's is {start}"
+        raise EnvironmentProblem.of(what, str(processor.name_or_path), "The tokenizer is another model's.")
+
+
+def check_letters(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Hold the letters of a model against its tokenizer's.
+
+    Layers are no longer dropped whole, set in place: one without a gradient would stop training in several processes.
+    Raises EnvironmentProblem where model and tokenizer do not belong together.
+    """
+    config, where = model.config, str(processor.name_or_path)
+    config.layerdrop = 0.0
+    if processor.vocab_size > config.vocab_size:
+        what = f"the tokenizer has {processor.vocab_size} letters, and the model tells {config.vocab_size} apart"
+        raise EnvironmentProblem.of(what, where, "Set vocab_size in config.json to the tokenizer's, for a new head.")
+    if config.pad_token_id != processor.pad_token_id:
+        what = f"the blank is token {config.pad_token_id} in config.json, and {processor.pad_token_id} in the tokenizer"
+        raise EnvironmentProblem.of(what, where, "Set pad_token_id in config.json to what the model was trained with.")
 
 
 WHISPER = Task(
@@ -60,8 +103,10 @@ WHISPER = Task(
     predict=transcribe_whisper,
     measure=measure,
     ask=ask,
+    asks={"audio": True},
     pieces=pair_pieces,
-    check=check_decoder_start,
+    check=check_whisper,
+    fits=is_whisper,
 )
 CTC = Task(
     name="speech",
@@ -75,7 +120,10 @@ CTC = Task(
     measure=measure,
     baseline=baseline,
     ask=ask,
+    asks={"audio": True},
     pieces=pair_pieces,
+    check=check_letters,
+    fits=hears_waves,
     by_token=False,
     headed=True,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data import iterate_rows
 from llmtune.data.collate_targets import tags_collator
 from llmtune.data.encode_labelled import encode_tags, tag_names
-from llmtune.data.labelled import OUTSIDE, WORD
+from llmtune.data.labelled import OUTSIDE, find_words
 from llmtune.data.report import tag_pieces
 from llmtune.errors import DataError
 from llmtune.evaluate.entities import ENTITY_METRICS, entities_of, entity_table, measure_entities
@@ -51,9 +50,15 @@ def write(said: Any) -> str:
     return " ".join(said)
 
 
+def tell(said: Any, row: Row) -> str:
+    """Name the entities of a text."""
+    return mark(row["tokens"], said)
+
+
 def ask(given: Mapping[str, str | None]) -> Row:
-    """Return the row of a text: its words are letters in a row, or one sign."""
-    return {"tokens": re.findall(WORD, given["prompt"] or ""), "tags": []}
+    """Return the row of a text, cut into words."""
+    text = given["prompt"] or ""
+    return {"tokens": [text[start:end] for start, end in find_words(text)], "tags": []}
 
 
 def settle(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
@@ -131,6 +136,8 @@ TOKEN_CLASSIFY = Task(
     details=details,
     count_classes=count_classes,
     ask=ask,
+    asks={"prompt": True},
+    tell=tell,
     settle=settle,
     shape_config=shape_config,
     pieces=tag_pieces,

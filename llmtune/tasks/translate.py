@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,28 @@ PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 
 
 def languages(row: Row, recipe: Recipe) -> tuple[str | None, str | None]:
-    """Return the languages of a row: its own, else the recipe's."""
+    """Return the languages of a row: its own, else the recipe's, else what the data set calls them.
+
+    Raises RecipeError where the recipe says them the other way round than the data set.
+    """
     section: TranslateSection | None = recipe.translate
-    source = row.get("source_language") or (section.source_language if section else None)
-    target = row.get("target_language") or (section.target_language if section else None)
-    return source, target
+    said = (section.source_language, section.target_language) if section else (None, None)
+    named = row.get("languages") or (None, None)
+    turned = zip(said, named[::-1], strict=True)
+    if all(wanted and name and wanted.lower().startswith(name.lower()) for wanted, name in turned):
+        raise RecipeError.of(
+            f"the rows go from {named[0]} into {named[1]}, and the recipe says from {said[0]} into {said[1]}",
+            "translate.source_language",
+            "The first text of a row is its source: turn the languages round, or the texts in the file.",
+        )
+    source, target = (row.get(f"{side}_language") for side in ("source", "target"))
+    return source or said[0] or named[0], target or said[1] or named[1]
 
 
 def fill(template: str, **fields: str | None) -> str:
-    """Put fields into a prompt; braces that are no field stay."""
-    for name, value in fields.items():
-        template = template.replace(f"{{{name}}}", value or "")
-    return template
+    """Put fields into a prompt; braces that are no field stay, and so do those within a field."""
+    named = "|".join(map(re.escape, fields))
+    return re.sub(f"{{({named})}}", lambda found: fields[found[1]] or "", template)
 
 
 def for_encoder(row: Row, recipe: Recipe) -> Pair:
@@ -92,6 +103,7 @@ SEQ2SEQ = Task(
     predict=partial(write_texts, to_pair=for_encoder),
     measure=measure,
     ask=ask,
+    asks={"prompt": True},
     pieces=pair_pieces,
     check=check_decoder_start,
 )
@@ -106,6 +118,7 @@ DECODER = Task(
     render=partial(render_by_prompt, to_pair=for_decoder),
     measure=measure,
     ask=ask,
+    asks={"prompt": True},
     packs=True,
 )
 FORMS = (SEQ2SEQ, DECODER)

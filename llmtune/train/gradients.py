@@ -149,7 +149,7 @@ def seed_micro_batch(training: Training, step: int, index: int) -> None:
     words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
     seed = np.random.SeedSequence(words)
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-    np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # noqa: NPY002 - SpecAugment draws from it
+    np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # SpecAugment draws from it
 
 
 def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: int = 0) -> dict[str, Any]:
@@ -215,13 +215,14 @@ def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes]
     mode = training.model.training
     training.model.eval()
     try:
-        fits = all([try_memory(training, partial(look, group)) for group in groups])
+        fits = all(try_memory(training, partial(look, group)) for group in groups)
     finally:
         training.model.train(mode)
     if any_process(training.accelerator, not fits):
         raise MicroBatchTooLarge
-    width = int(max(add_up(training.accelerator, [float(len(found[0]) if found else 0)])))
-    sums = [sum(values) for values in zip(*found, strict=True)] if found else [0.0] * width
+    width, having = add_up(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
+    nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
+    sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
     return add_up(training.accelerator, sums)
 
 

@@ -111,3 +111,44 @@ def report() -> dict[str, Any]:
         ],
         "deploy": None,
     }
+
+
+@pytest.fixture
+def headed(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a classifier whose base model has no trained head."""
+    labels = ["billing", "delivery", "praise"]
+    counts = [[40, 3, 0], [11, 30, 2], [1, 0, 13]]
+    table = [
+        {"label": label, "precision": 0.8, "recall": 0.9, "f1": 0.85, "support": sum(row)}
+        for label, row in zip(labels, counts, strict=True)
+    ]
+    guess = [{**row, "f1": 0.6 if row["label"] == "billing" else 0.0} for row in table]
+    report["task"] = "classify"
+    report["data"] |= {
+        "classes": {
+            "billing": {"train": 900, "validation": 50, "test": 43},
+            "delivery": {"train": 300, "validation": 20, "test": 43},
+            "praise": {"train": 0, "validation": 2, "test": 14},
+        },
+        "supervised_share": None,
+    }
+    report["evaluation"] |= {
+        "base": {"accuracy": 0.43},
+        "tuned": {"loss": 0.52, "accuracy": 0.83},
+        "difference": {"accuracy": change(0.4, 0.3, 0.5, n=100)},
+        "baseline": "the most frequent class",
+        "details": {
+            "base": {"classes": guess},
+            "tuned": {"classes": table, "confusion": {"labels": labels, "counts": counts}},
+        },
+        "samples": [
+            {
+                "origin": "rows.jsonl:4",
+                "prompt": "Charged twice",
+                "reference": "billing",
+                "base": "delivery",
+                "tuned": "billing",
+            }
+        ],
+    }
+    return report

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.report.charts import bar_chart, interval_chart, line_chart, ticks
+from llmtune.report.charts import bar_chart, interval_chart, line_chart, matrix_chart, ticks
 from llmtune.report.numbers import count, duration, score, short, signed, size
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
@@ -52,6 +53,28 @@ def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
     heights = [float(bar.get("height")) for bar in root.findall("rect")]
     assert heights[0] == pytest.approx(heights[1] / 2, rel=0.01)
     assert heights[2] == 0
+
+
+def test_a_field_of_the_matrix_is_tinted_by_its_share_of_the_row():
+    root = ElementTree.fromstring(matrix_chart(["a", "b"], [[3, 1], [0, 8]], label="x"))
+    fields = [field for field in root.findall("rect") if field.get("class") != "field"]
+    assert [field.get("class") for field in fields] == ["hit", "miss", "miss", "hit"]
+    tints = [float(field.get("fill-opacity")) for field in fields]
+    assert tints[3] > tints[0] > tints[1] > tints[2] == 0
+    written = [text.text for text in root.findall("text")]
+    assert written[-6:] == ["3", "75 %", "1", "25 %", "8", "100 %"]
+
+
+@given(st.lists(st.text(max_size=60), min_size=1, max_size=20, unique=True), st.integers(0, 10**7))
+def test_a_matrix_of_any_labels_is_well_formed_and_holds_its_labels(labels, number):
+    labels = [label for label in labels if label.isprintable()] or ["x"]
+    picture = matrix_chart(labels, [[number] * len(labels)] * len(labels), label="confusion")
+    root = ElementTree.fromstring(picture)
+    width = float(root.get("width"))
+    for text in root.findall("text"):
+        x = float(text.get("x") or re.search(r"translate\(([\d.]+)", text.get("transform"))[1])
+        assert 0 < x < width
+    assert {title.text or "" for title in root.iterfind("text/title")} == set(labels)
 
 
 @pytest.mark.parametrize(

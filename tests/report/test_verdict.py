@@ -10,9 +10,9 @@ BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan,
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
-def judge(n=100, **intervals):
+def judge(n=100, baseline=None, **intervals):
     changes = {metric: {"value": 0.0, "interval": list(ends), "p": 0.5, "n": n} for metric, ends in intervals.items()}
-    return verdict({"evaluation": {"difference": changes}})
+    return verdict({"evaluation": {"difference": changes, "baseline": baseline}})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,14 @@ def judge(n=100, **intervals):
         ({"exact_match": BETTER, "loss": MORE}, "mixed"),
         ({"exact_match": BETTER, "choice_accuracy": WORSE}, "mixed"),
         ({"exact_match": OPEN, "loss": OPEN}, "can't tell"),
+        ({"wer": LESS, "cer": LESS}, "helped"),
+        ({"bleu": BETTER, "ter": MORE}, "mixed"),
+        ({"mae": MORE, "pearson": OPEN}, "harmed"),
+        ({"length_ratio": BETTER}, "can't tell"),
+        ({"length_ratio": WORSE, "rouge1": BETTER}, "helped"),
+        ({"kl": MORE}, "can't tell"),
+        ({"kl": MORE, "accuracy": BETTER, "margin": BETTER}, "helped"),
+        ({"kl": MORE, "accuracy": WORSE}, "harmed"),
         ({"exact_match": UNKNOWN}, "can't tell"),
         ({"exact_match": (None, None)}, "can't tell"),
     ],
@@ -47,6 +55,46 @@ def test_too_few_rows_tell_nothing():
 
 def test_one_finding_in_three_units_is_named_once():
     assert judge(loss=LESS, bits_per_byte=LESS, perplexity=LESS)["reason"].startswith("Better in loss, and")
+
+
+def test_a_cost_is_told_and_decides_nothing():
+    found = judge(kl=MORE, accuracy=BETTER)
+    assert found["reason"].endswith("The price: the tuned model is farther from the base model (kl).")
+    assert "kl" not in judge(kl=OPEN, accuracy=BETTER)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "start"),
+    [
+        ({"accuracy": BETTER}, "Better in accuracy than the most frequent class, and"),
+        ({"accuracy": WORSE}, "Worse in accuracy than the most frequent class, and"),
+        (
+            {"f1_macro": BETTER, "accuracy": WORSE},
+            "Better in f1 macro than the most frequent class, worse in accuracy.",
+        ),
+        ({"accuracy": OPEN}, "No score is better or worse than the most frequent class beyond chance"),
+    ],
+)
+def test_the_sentence_names_what_stands_for_the_base_model(intervals, start):
+    assert judge(baseline="the most frequent class", **intervals)["reason"].startswith(start)
+
+
+def test_wrong_words_and_wrong_characters_are_one_finding():
+    assert judge(wer=LESS, cer=LESS)["reason"].startswith("Better in wer, and")
+    assert judge(wer=OPEN, cer=LESS)["reason"].startswith("Better in cer, and")
+
+
+@pytest.mark.parametrize(("micro", "named"), [(0.25, "accuracy"), (0.31, "accuracy and f1 micro")])
+def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro, named):
+    changes = {"accuracy": 0.25, "f1_micro": micro}
+    found = {metric: {"value": value, "interval": BETTER, "p": 0.0, "n": 50} for metric, value in changes.items()}
+    assert verdict({"evaluation": {"difference": found}})["reason"].startswith(f"Better in {named}, and")
+
+
+def test_scores_of_the_tuned_model_alone_tell_nothing():
+    found = verdict({"evaluation": {"base": {}, "tuned": {"loss": 1.0}, "difference": {}}})
+    assert found["word"] == "can't tell"
+    assert "nothing to hold them against" in found["reason"]
 
 
 @pytest.mark.parametrize("report", [{}, {"evaluation": None}, {"evaluation": {"difference": {}}}])

@@ -29,6 +29,10 @@ def view_of(n=100, **intervals):
         ({"loss": LESS, "exact_match": BETTER, "choice_accuracy": OPEN}, "choice accuracy", "unsure"),
         ({"loss": OPEN, "exact_match": OPEN}, "exact match", "unsure"),
         ({"perplexity": LESS, "accuracy": OPEN}, "perplexity", "better"),
+        ({"loss": LESS, "cer": LESS, "wer": LESS}, "wer", "better"),
+        ({"accuracy": BETTER, "f1": BETTER}, "f1", "better"),
+        ({"kl": MORE, "loss": LESS}, "loss", "better"),
+        ({"length_ratio": BETTER, "rouge1": OPEN}, "rouge1", "unsure"),
     ],
 )
 def test_the_headline_bears_the_verdict_out(intervals, metric, kind):

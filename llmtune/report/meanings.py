@@ -1,0 +1,87 @@
+"""What each metric means, which way it is better, and how much it says to a person."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+CHOICE = "choice_accuracy"
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl"},
+)
+NEAREST_TO_ONE = frozenset({"length_ratio"})
+"""Neither more nor less is better."""
+COSTS = frozenset({"kl"})
+"""What a gain is paid with: worse in these alone is no harm."""
+
+METRIC_NOTES = {
+    "loss": "nats a token of the reference",
+    "perplexity": "exp of the loss",
+    "bits_per_byte": "loss in bits by bytes of text",
+    "accuracy": "token predicted first",
+    "exact_match": "answer equals the reference",
+    "rouge1": "words in common",
+    "rouge2": "word pairs in common",
+    "rougeL": "longest common sequence",
+    "rougeLsum": "longest common sequence by line",
+    "chrf": "character n-grams in common, 0 to 100",
+    "bleu": "word n-grams in common, 0 to 100",
+    "ter": "edits by 100 reference words",
+    "length_ratio": "length by that of the reference; best near 1",
+    "f1": "words in common with the nearest reference",
+    "f1_macro": "mean F1 of the classes, each counts the same",
+    "f1_micro": "F1 of all classes together",
+    "f1_weighted": "mean F1 of the classes, by their rows",
+    "matthews": "agreement beyond chance, −1 to 1",
+    "auroc": "right class ranked above the others; 0.5 is chance",
+    "mse": "mean of squared errors",
+    "mae": "mean error, in units of the label",
+    "pearson": "correlation of the numbers, −1 to 1",
+    "spearman": "correlation of the ranks, −1 to 1",
+    "precision": "share of what was found that is right",
+    "recall": "share of what is there that was found",
+    "wer": "wrong words by reference words",
+    "cer": "wrong characters by reference characters",
+    "margin": "how far better answers are above worse ones",
+    "likelihood_accuracy": "better answer is the likelier one",
+    "kl": "how far from the base model, nats a token; a cost",
+    CHOICE: "reference is the likeliest answer; does not depend on wording",
+}
+TASK_NOTES = {
+    ("qa", "loss"): "nats of the right answer, by its ends or a token",
+    ("classify", "loss"): "loss a row, as in training",
+    ("classify", "accuracy"): "label is right; of many, all of them",
+    ("token-classify", "loss"): "nats a tag",
+    ("token-classify", "accuracy"): "tag is right; most words lie outside",
+    ("token-classify", "f1"): "entities found whole: precision and recall in one",
+    ("token-classify", "precision"): "share of entities found that are right",
+    ("token-classify", "recall"): "share of the right entities that were found",
+    ("speech", "loss"): "nats of the right transcript, by its tokens",
+    ("preference", "loss"): "loss a pair, as in training",
+    ("preference", "accuracy"): "better answer has the higher reward",
+}
+"""Where a name means something else in one task."""
+HEADLINES = (
+    *(CHOICE, "bleu", "wer", "cer", "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "ter"),
+    *("f1", "accuracy", "f1_macro", "f1_weighted", "f1_micro", "matthews", "auroc", "precision", "recall"),
+    *("mae", "mse", "spearman", "pearson", "likelihood_accuracy", "margin"),
+    *("loss", "bits_per_byte", "perplexity", "length_ratio", "kl"),
+)
+"""Metrics by how much they say to a person."""
+
+
+def note(metric: str, task: str | None) -> str:
+    """Say in a few words what a metric of a task is; nothing for one that is not known."""
+    return TASK_NOTES.get((task or "", metric)) or METRIC_NOTES.get(metric, "")
+
+
+def direction(metric: str, interval: Any) -> int:
+    """Return 1 where the interval lies wholly on the better side of zero, -1 on the worse, 0 otherwise."""
+    low, high = (math.nan if end is None else float(end) for end in interval)
+    sign = 1 if low > 0 else -1 if high < 0 else 0
+    return sign * better_side(metric)
+
+
+def better_side(metric: str) -> int:
+    """Return 1 where more is better, -1 where less is, 0 where neither is."""
+    return 0 if metric in NEAREST_TO_ONE else -1 if metric in LOWER_IS_BETTER else 1

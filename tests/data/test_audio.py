@@ -1,0 +1,232 @@
+"""Recordings: every format heard alike, every broken one named with its place, whatever way they are listed."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+from support.audio import (
+    FORMATS,
+    make_tone,
+    write_cut,
+    write_empty,
+    write_no_audio,
+    write_no_samples,
+    write_tone,
+)
+from support.rows import make_recipe, prepare, rows_of, write_jsonl
+
+from llmtune.data import hash_sources
+from llmtune.data.audio import check_recording, cut_windows, read_recording, to_float
+from llmtune.data.messages import RowError
+from llmtune.errors import DataError
+
+RATE = 16_000
+
+
+def write_rate(path, rate):
+    """Change the rate in the header of a wav file."""
+    content = bytearray(write_tone(path).read_bytes())
+    content[24:28] = struct.pack("<I", rate)
+    path.write_bytes(content)
+    return path
+
+
+BROKEN = {
+    "no.wav": (lambda path: path, "audio missing"),
+    "bytes.flac": (write_empty, "audio empty"),
+    "samples.wav": (write_no_samples, "audio empty"),
+    "samples.ogg": (write_no_samples, "audio empty"),
+    "cut.wav": (write_cut, "audio cut"),
+    "cut.ogg": (lambda path: write_cut(path, 0.9, 2), "audio cut"),
+    "text.wav": (write_no_audio, "audio unreadable"),
+    "text.mp3": (write_no_audio, "audio unreadable"),
+    "slow.wav": (lambda path: write_rate(path, 7), "audio with a wrong rate"),
+    "fast.wav": (lambda path: write_rate(path, 2_000_000), "audio with a wrong rate"),
+    "folder.wav": (lambda path: path.mkdir(), "audio missing"),
+}
+"""What the header tells."""
+DAMAGED = {
+    "cut.flac": (write_cut, "audio unreadable"),
+    "cut.mp3": (lambda path: write_cut(path, seconds=2), "audio cut"),
+    "nan.wav": (lambda path: soundfile.write(path, np.full(99, np.nan, np.float32), RATE, "FLOAT"), "no numbers"),
+    "one.wav": (lambda path: soundfile.write(path, np.zeros(2), 96_000), "audio empty"),
+}
+"""What only decoding tells."""
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_recording_of_any_format_rate_and_channels_is_heard_alike(kind, rate, channels, tmp_path):
+    path = write_tone(tmp_path / f"tone.{kind}", seconds=0.5, rate=rate, channels=channels)
+    samples = read_recording(path, RATE)
+    assert samples.dtype == np.int16
+    assert len(samples) == RATE // 2
+    mixed = make_tone(0.5) * (1 if channels == 1 else 0.75)  # the second channel is half as loud
+    inner = slice(800, -800)  # at its ends a resampled or packed tone differs
+    heard, wanted = to_float(samples)[inner], mixed[inner]
+    assert np.corrcoef(heard, wanted)[0, 1] > 0.99
+    assert np.abs(heard).max() == pytest.approx(np.abs(wanted).max(), rel=0.1)
+
+
+def test_samples_at_the_models_rate_are_those_of_the_file(tmp_path):
+    given = np.array([0, 1, -1, 32767, -32768, 123], np.int16)
+    soundfile.write(tmp_path / "a.wav", given, RATE)
+    assert read_recording(tmp_path / "a.wav", RATE).tolist() == given.tolist()
+
+
+def test_a_wav_file_whose_header_was_never_finished_is_no_cut_one(tmp_path):
+    content = bytearray(write_tone(tmp_path / "a.wav").read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4  # as recorders that write into a pipe leave it
+    (tmp_path / "a.wav").write_bytes(content)
+    assert len(read_recording(tmp_path / "a.wav", RATE)) == RATE // 2
+
+
+def test_an_mp3_file_of_which_libsndfile_would_hear_the_beginning_alone_is_refused(tmp_path):
+    content = write_tone(tmp_path / "a.mp3", 4).read_bytes()
+    at = max(content.find(b"Xing"), content.find(b"Info"))
+    assert at > 0
+    (tmp_path / "a.mp3").write_bytes(content[:at] + b"None" + content[at + 4 :])
+    assert len(soundfile.read(tmp_path / "a.mp3")[0]) < 3 * RATE
+    with pytest.raises(RowError, match=r"does not say how long it is, and is heard for \d\.\d s alone"):
+        read_recording(tmp_path / "a.mp3", RATE)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_recording_that_cannot_be_heard_is_named_with_file_and_line(name, tmp_path):
+    make, reason = BROKEN[name]
+    make(tmp_path / name)
+    write_tone(tmp_path / "good.wav")
+    rows = [{"audio": "good.wav", "text": "a tone"}, {"audio": name, "text": "another"}]
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", rows)), "speech")
+    assert error.value.exit_code == 3
+    (told,) = [problem for problem in error.value.problems if problem.where]
+    assert told.what.startswith(reason)
+    assert name in told.what
+    assert told.where.endswith("rows.jsonl:2")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_only_decoding_tells_is_told_then(name, tmp_path):
+    make, reason = DAMAGED[name]
+    make(tmp_path / name)
+    check_recording(tmp_path / name)
+    with pytest.raises(RowError, match=reason) as error:
+        read_recording(tmp_path / name, RATE)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"audio": 3, "text": "a"}, "must be the name of a file"),
+        ({"audio": {"bytes": ""}, "text": "a"}, "must be the name of a file"),
+        ({"audio": "good.wav", "text": " "}, "text"),
+        ({"audio": "good.wav", "text": None}, "text"),
+    ],
+)
+def test_a_row_without_recording_or_text_is_named(row, reason, tmp_path):
+    write_tone(tmp_path / "good.wav")
+    rows = [{"audio": "good.wav", "text": "a tone"}, row]
+    with pytest.raises(DataError, match=reason) as error:
+        prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", rows)), "speech")
+    assert any(str(problem.where).endswith("rows.jsonl:2") for problem in error.value.problems)
+
+
+def texts_of(rows):
+    """By text, the file's place below the folder of the test."""
+    return {row["text"]: row["audio"] for row in rows_of(rows)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_folder_of_recordings_is_read_by_its_metadata(kind, tmp_path):
+    folder = tmp_path / "clips"
+    write_tone(folder / "a.wav")
+    write_tone(folder / "deep" / "er" / "b, c.flac", pitch_hz=300)
+    write_jsonl(folder / "others.jsonl", [{"file_name": "a.wav", "text": "no row of this data"}])
+    if kind == "csv":
+        (folder / "metadata.csv").write_text('file_name,text\na.wav,one\n"deep/er/b, c.flac",two\n')
+    else:
+        rows = [{"file_name": "a.wav", "text": "one"}, {"file_name": "deep/er/b, c.flac", "text": "two"}]
+        write_jsonl(folder / "metadata.jsonl", rows)
+    found = texts_of(prepare(tmp_path, str(folder), "speech"))
+    assert found == {"one": str(folder / "a.wav"), "two": str(folder / "deep" / "er" / "b, c.flac")}
+
+
+def test_sub_folders_with_metadata_of_their_own_are_read_too(tmp_path):
+    for number, name in enumerate(("x", "y")):
+        write_tone(tmp_path / "clips" / name / "a.wav", pitch_hz=300 + number)
+        (tmp_path / "clips" / name / "metadata.csv").write_text(f"file_name,text\na.wav,{name}\n")
+    found = texts_of(prepare(tmp_path, str(tmp_path / "clips"), "speech"))
+    assert found == {name: str(tmp_path / "clips" / name / "a.wav") for name in ("x", "y")}
+
+
+def test_a_cell_may_be_a_mapping_with_a_path_and_columns_may_have_other_names(tmp_path):
+    write_tone(tmp_path / "a.wav")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"clip": {"path": "a.wav"}, "sentence": "one"}])
+    source = {"path": str(path), "columns": {"audio": "clip", "text": "sentence"}}
+    assert texts_of(prepare(tmp_path, source, "speech")) == {"one": str(tmp_path / "a.wav")}
+
+
+def test_the_recordings_that_come_with_llmtune_can_all_be_heard(tmp_path):
+    rows = prepare(tmp_path, "builtin:asterisk-prompts", "speech", deduplicate="none")
+    assert rows.counts["train"] == rows.rows_in > 100
+    assert not rows.dropped
+
+
+def test_copies_of_a_recording_are_one_row_and_texts_of_two_recordings_are_two(tmp_path):
+    for name, pitch in (("a.wav", 440.0), ("copy.wav", 440.0), ("b.wav", 330.0)):
+        write_tone(tmp_path / name, pitch_hz=pitch)
+    rows = [{"audio": name, "text": "the same words in each of them"} for name in ("a.wav", "copy.wav", "b.wav")]
+    found = prepare(tmp_path, str(write_jsonl(tmp_path / "rows.jsonl", rows)), "speech", deduplicate="near")
+    assert found.counts["train"] == 2
+    assert found.dropped == {"exact duplicate": 1}
+
+
+@pytest.mark.parametrize("listed", ["rows.jsonl", "clips"])
+def test_a_recording_that_changes_in_place_changes_the_hash_of_the_data(listed, tmp_path):
+    write_tone(tmp_path / "clips" / "a.wav")
+    write_tone(tmp_path / "clips" / "unused.wav")
+    write_jsonl(tmp_path / "rows.jsonl", [{"audio": {"path": "clips/a.wav"}, "text": "one"}])
+    (tmp_path / "clips" / "metadata.csv").write_text("file_name,text\na.wav,one\n")
+    recipe = make_recipe(tmp_path, str(tmp_path / listed), "speech")
+    before = hash_sources(recipe.data, "speech")
+    write_tone(tmp_path / "clips" / "unused.wav", pitch_hz=100)
+    assert hash_sources(recipe.data, "speech") == before
+    write_tone(tmp_path / "clips" / "a.wav", seed=1)
+    assert hash_sources(recipe.data, "speech") != before
+
+
+def test_a_long_recording_is_cut_where_it_is_quiet_and_nothing_is_lost():
+    tone = (make_tone(10) * 20_000).astype(np.int16)
+    pauses = [int(second * RATE) for second in (3.7, 7.4)]
+    for start in pauses:
+        tone[start : start + 1600] = 0
+    windows = list(cut_windows(tone, RATE, 4.0))
+    assert np.concatenate(windows).tolist() == tone.tolist()
+    assert all(0 < len(window) <= 4 * RATE for window in windows)
+    ends = np.cumsum([len(window) for window in windows])[:2]
+    assert all(start <= end <= start + 1600 for start, end in zip(pauses, ends, strict=True))
+    assert [len(window) for window in cut_windows(tone[: 4 * RATE], RATE, 4.0)] == [4 * RATE]
+
+
+def test_windows_of_any_length_end(tmp_path):
+    tone = (make_tone(0.2) * 20_000).astype(np.int16)
+    for seconds in (0.001, 0.003, 0.05):
+        windows = list(cut_windows(tone, RATE, seconds))
+        assert sum(map(len, windows)) == len(tone)
+        assert min(map(len, windows)) > 0
+
+
+def test_rows_of_recordings_keep_their_text_as_it_is_written(tmp_path):
+    write_tone(tmp_path / "a.wav")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"audio": "a.wav", "text": "Çà et là: 20 %"}) + "\n")
+    (row,) = rows_of(prepare(tmp_path, str(path), "speech"))
+    assert row["text"] == "Çà et là: 20 %"
+    assert len(row["content"]) == 32

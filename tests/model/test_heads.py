@@ -1,0 +1,241 @@
+"""New heads and trained ones: named, told apart, made from the seed, never in 4 bits, never given a LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import families
+from support.adapting import quiet
+from support.models import build_gpt2, build_llama
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from llmtune.adapter import inject
+from llmtune.errors import RecipeError
+from llmtune.model import load_model, load_processor, locate
+from llmtune.model.heads import head_is_new, name_outputs
+from llmtune.model.skeleton import OTHER_CLASSES, head_names, in_heads
+from llmtune.recipe import Recipe
+from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.tasks import get_task
+
+BUILDERS: dict[str, Callable[..., Path]] = {
+    "bert": families.build_bert,
+    "roberta": families.build_roberta,
+    "distilbert": families.build_distilbert,
+    "deberta": families.build_deberta,
+    "modernbert": families.build_modernbert,
+    "llama": build_llama,
+    "gpt2": build_gpt2,
+}
+HEADS = {
+    "bert": ["classifier"],
+    "roberta": ["classifier"],
+    "distilbert": ["pre_classifier", "classifier"],
+    "deberta": ["pooler", "classifier"],
+    "modernbert": ["head", "classifier"],
+    "llama": ["score"],
+    "gpt2": ["score"],
+}
+CLASSIFY = get_task("classify")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def build(family: str) -> Path:
+        if family not in made:
+            made[family] = BUILDERS[family](tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return build
+
+
+def recipe_of(folder: Path, labels: tuple[str, ...] = ("a", "b", "c"), seed: int = 42, **adapter: Any) -> Recipe:
+    kind = {"kind": "single", "labels": labels} if labels else {"kind": "regression"}
+    content = {"task": "classify", "seed": seed, "data": {"train": "x.jsonl"}, "classify": kind}
+    content["model"] = {"name": str(folder), "dtype": "float32"}
+    content["adapter"] = adapter
+    return Recipe.model_validate(content)
+
+
+def load(recipe: Recipe) -> SelectedModel:
+    place = locate(str(recipe.model.name), recipe.model, quiet())
+    processor = load_processor(place, recipe.model)
+    return load_model(place, recipe, CLASSIFY, processor, device="cpu", training=True)
+
+
+def adapt(recipe: Recipe) -> AdaptedModel:
+    return inject(load(recipe), recipe, quiet())
+
+
+def is_new(recipe: Recipe) -> bool:
+    return head_is_new(locate(str(recipe.model.name), recipe.model, quiet()), recipe, CLASSIFY)
+
+
+def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1) -> Path:
+    """Save a model with a head for `names`, as another tool would have left it."""
+    torch.manual_seed(seed)
+    named = {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+    model = AutoModelForSequenceClassification.from_pretrained(source, **named)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_outputs_get_their_names_number_and_kind():
+    config = BertConfig()
+    name_outputs(config, ("x", "y", "z"), "single_label_classification")
+    assert config.num_labels == 3
+    assert config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert config.label2id == {"x": 0, "y": 1, "z": 2}
+    assert config.problem_type == "single_label_classification"
+    assert getattr(config, OTHER_CLASSES)
+
+
+def test_the_same_names_in_the_same_order_are_the_same_classes_and_others_are_not():
+    for names, other in ((("x", "y"), False), (("y", "x"), True), (("x", "z"), True), (("x", "y", "z"), True)):
+        config = BertConfig(id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
+        name_outputs(config, names, None)
+        assert getattr(config, OTHER_CLASSES) is other
+
+
+def test_classes_without_names_say_nothing_but_a_number_needs_none():
+    config = BertConfig(num_labels=1)
+    name_outputs(config, ("value",), "regression")
+    assert not getattr(config, OTHER_CLASSES)
+    config = BertConfig(num_labels=2)
+    name_outputs(config, ("x", "y"), None)
+    assert getattr(config, OTHER_CLASSES)
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_head_is_found_is_new_trained_whole_and_given_no_lora(built, family):
+    recipe = recipe_of(built(family), r=4)
+    assert is_new(recipe)
+    adapted = adapt(recipe)
+    heads = head_names(adapted.selected.model)
+    assert heads == HEADS[family]
+    assert adapted.matched_modules
+    assert not [name for name in adapted.matched_modules if in_heads(name.removeprefix("base_model.model."), heads)]
+    trained = [name for name, p in adapted.model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    copies = {name.partition(".modules_to_save.")[0].rpartition("base_model.model.")[2] for name in trained}
+    assert set(heads) <= copies
+    assert all(".modules_to_save." in name for name in trained)
+
+
+def test_a_pooling_layer_that_the_files_lack_is_trained_whole(built):
+    adapted = adapt(recipe_of(built("bert"), r=4))
+    assert "bert.pooler.dense.weight" in adapted.selected.new_weights
+    trained = [name for name, p in adapted.model.named_parameters() if p.requires_grad]
+    assert [name for name in trained if "pooler.dense.modules_to_save" in name]
+    assert not [name for name in trained if "pooler" in name and "lora" in name]
+
+
+def test_a_pooling_layer_that_the_files_have_gets_a_lora_like_the_rest(built, tmp_path):
+    families.build_bert(tmp_path)
+    save_classifier(tmp_path, built("bert"), ["a", "b", "c"])
+    adapted = adapt(recipe_of(tmp_path, r=4))
+    assert adapted.selected.new_weights == ()
+    assert [name for name in adapted.matched_modules if name.endswith("pooler.dense")]
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_what_is_new_is_never_in_4_bits_and_learns(built, family):
+    adapted = adapt(recipe_of(built(family), method="qlora", r=4))
+    model = adapted.selected.model
+    quantized = [n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    assert quantized
+    new = {name.rpartition(".")[0] for name in adapted.selected.new_weights}
+    assert not [n for n in quantized if in_heads(n.removesuffix(".base_layer"), [*head_names(model), *new])]
+    found = [p for n, p in adapted.model.named_parameters() if ".modules_to_save." in n]
+    assert {p.dtype for p in found} == {torch.float32}
+    assert all(p.requires_grad for p in found)
+
+
+def test_a_target_that_is_a_head_is_refused_by_name(built):
+    with pytest.raises(RecipeError, match="'classifier' is a head: it is trained whole"):
+        adapt(recipe_of(built("bert"), r=4, target_modules=["query", "classifier"]))
+    with pytest.raises(RecipeError, match="'out_proj' is a head"):
+        adapt(recipe_of(built("roberta"), r=4, target_modules=["out_proj"]))
+
+
+def test_an_ending_that_a_head_has_too_adapts_the_body_alone(built):
+    adapted = adapt(recipe_of(built("roberta"), r=4, target_modules=["dense"]))
+    assert len(adapted.matched_modules) == 6
+    assert not [name for name in adapted.matched_modules if "classifier" in name]
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta", "llama"])
+def test_the_start_of_a_new_head_is_a_function_of_the_seed(built, family):
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(seed)  # what was drawn before does not matter
+        selected = load(recipe_of(built(family), seed=seed))
+        state = selected.model.state_dict()
+        return {name: state[name] for name in selected.new_weights}
+
+    one, again, other = start(1), start(1), start(2)
+    assert one.keys() == again.keys() == other.keys() != set()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    drawn = [name for name in one if one[name].dim() > 1]
+    assert drawn
+    assert not any(torch.equal(one[name], other[name]) for name in drawn)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_trained_head_for_these_classes_is_the_base_and_for_others_starts_anew(built, tmp_path, family):
+    BUILDERS[family](tmp_path)
+    save_classifier(tmp_path, built(family), ["a", "b", "c"])
+    head = f"{HEADS[family][0]}.weight"
+    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()[head]
+    same = recipe_of(tmp_path)
+    assert not is_new(same)
+    kept = load(same)
+    assert kept.new_weights == ()
+    assert torch.equal(kept.model.state_dict()[head], stored)
+    for labels in (("a", "b", "x"), ("a", "b"), ("a", "b", "c", "d"), ()):
+        other = recipe_of(tmp_path, labels)
+        assert is_new(other)
+        drawn = load(other)
+        assert head in drawn.new_weights
+        weights = drawn.model.state_dict()[head]
+        assert len(weights) == max(1, len(labels))
+        assert not any(torch.equal(row, old) for row in weights for old in stored)
+        assert weights.std() < 0.1
+        assert torch.equal(load(other).model.state_dict()[head], weights)
+
+
+def test_a_head_drawn_anew_has_norms_of_one_and_biases_of_zero(built, tmp_path):
+    families.build_modernbert(tmp_path)
+    save_classifier(tmp_path, built("modernbert"), ["x", "y", "z"])
+    state = load(recipe_of(tmp_path)).model.state_dict()
+    assert torch.equal(state["head.norm.weight"], torch.ones(64))
+    assert torch.equal(state["classifier.bias"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_decoder_is_told_what_its_rows_are_padded_with(built, family):
+    selected = load(recipe_of(built(family)))
+    assert selected.model.config.pad_token_id == selected.processor.pad_token_id is not None
+
+
+def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from llmtune.errors import EnvironmentProblem
+
+    families.build_bert(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["bert.encoder.layer.0.output.dense.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EnvironmentProblem, match=r"bert\.encoder\.layer\.0\.output\.dense\.weight"):
+        load(recipe_of(tmp_path))
+
+
+def test_a_task_without_a_head_of_its_own_has_no_new_head(built):
+    place = locate(str(built("llama")), recipe_of(built("llama")).model, quiet())
+    assert not head_is_new(place, recipe_of(built("llama")), dataclasses.replace(CLASSIFY, headed=False))

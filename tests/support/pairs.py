@@ -1,0 +1,82 @@
+"""Rows of translations and summaries, and whole runs on them in this process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llmtune.data.examples import load_examples
+from llmtune.finished import Models, open_finished
+from llmtune.model import load_processor
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.tasks import get_task
+from llmtune.train.gradients import step_gradients
+from llmtune.train.training import Training, set_up
+from llmtune.work import Options
+from support.rows import write_jsonl
+from support.runs import write_recipe
+from support.training import adapt
+
+COLOURS = {"red": "rouge", "green": "vert", "blue": "bleu", "black": "noir", "white": "blanc"}
+THINGS = {"sky": "ciel", "fox": "renard", "cat": "chat", "dog": "chien", "house": "maison", "river": "fleuve"}
+PAIRS = [
+    {"source": f"The {thing} is {colour}.", "target": f"{there} {tint}"}
+    for thing, there in THINGS.items()
+    for colour, tint in COLOURS.items()
+]
+DOCUMENTS = [
+    {"document": f"{pair['source']} Nobody else is here. We have seen it twice.", "summary": pair["target"]}
+    for pair in PAIRS
+]
+LANGUAGES = {
+    "nllb": {"source_language": "eng_Latn", "target_language": "fra_Latn"},
+    "mbart": {"source_language": "en_XX", "target_language": "fr_XX"},
+}
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def recipe_of(folder: Path, model: Path, rows: Iterable[object], task: str, /, **sections: Any) -> Path:
+    """Write rows and a recipe for them into `folder`, with the metrics of the task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = write_jsonl(folder / "rows.jsonl", rows)
+    if sections.get("adapter", {}).get("method") == "full":
+        sections["adapter"] = {"r": None, "lora_alpha": None, **sections["adapter"]}
+    sections = {"evaluate": {"metrics": None}, **sections}
+    return write_recipe(folder / "recipe.yaml", model, file, task=task, **sections)
+
+
+def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
+    """Run all steps of `recipe_of` in `folder / run`; returns the report."""
+    recipe = recipe_of(folder, *about, **sections)
+    return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+
+
+def tuned_logits(run: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the tuned model of a run says to `batch`, read back as llmtune reads it."""
+    work, place = open_finished(run, quiet(), True)
+    with Models(work, place, load_processor(place, work.recipe.model)).tuned() as model, torch.no_grad():
+        return model(**batch, use_cache=False).logits
+
+
+def start_training(recipe: Path, folder: Path) -> Training:
+    """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
+    loaded = load_recipe(str(recipe))
+    run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
+    examples = load_examples(folder / "data" / "examples")
+    return set_up(adapt(loaded.recipe), examples, get_task(loaded.recipe.task), loaded.recipe, folder, quiet(), None)
+
+
+def gradient(training: Training, budget: int) -> tuple[float, torch.Tensor]:
+    """The loss of the first step and its gradient, with micro-batches of so many tokens."""
+    training.optimizer.zero_grad(set_to_none=True)
+    found = step_gradients(training, 1, budget, 1.0)
+    return found.mean, torch.cat([parameter.grad.flatten() for parameter in training.parameters])

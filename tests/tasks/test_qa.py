@@ -1,0 +1,501 @@
+"""Questions on a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from support import families
+from support.pairs import gradient, quiet, recipe_of, run_recipe, start_training
+from support.rows import write_jsonl
+from support.runs import llmtune
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, RobertaConfig
+
+from llmtune.data import load_rows, read_rows
+from llmtune.data.collate_targets import ends_collator
+from llmtune.data.encode_labelled import encode_windows
+from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.predict import predict_ends
+from llmtune.finished import Models, open_finished
+from llmtune.model import load_processor
+from llmtune.model.losses import ends_loss
+from llmtune.model.plan import context_of
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import Recipe, load_recipe
+from llmtune.tasks import FORMS, TASKS, choose_form, qa
+from llmtune.work import Options
+
+COLOURS = ("red", "green", "blue")
+THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
+ENCODERS = ("bert", "roberta", "deberta", "modernbert")
+METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
+ASKED = [("Which colour is the fox?", "The fox is blue. The sky has red legs."), ("Why?", "The dog is a cat.")]
+
+
+def answered(thing, colour, other):
+    context = f"The {thing} is {colour}. The sky has {other} legs."
+    question = f"Which colour is the {thing}?"
+    return {
+        "question": question,
+        "context": context,
+        "answers": {"text": [colour], "answer_start": [context.index(colour)]},
+    }
+
+
+def unanswered(thing, colour):
+    question = f"Which colour is the {thing}?"
+    return {"question": question, "context": f"The sky has {colour} legs and a {thing}.", "answers": {"text": []}}
+
+
+ANSWERED = [answered(thing, colour, other) for thing in THINGS for colour in COLOURS for other in COLOURS]
+ROWS = [*ANSWERED, *(unanswered(thing, colour) for thing in THINGS for colour in COLOURS)]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """`built("bert")` is the folder of a tiny model."""
+    folders = {}
+
+    def build(family):
+        if family not in folders:
+            folder = tmp_path_factory.mktemp("models") / family
+            folders[family] = getattr(families, f"build_{family}")(folder)
+        return folders[family]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, built):
+    """`finished("bert")` is the run folder of a family with its method, and its report."""
+    runs = {}
+
+    def run(family):
+        if family not in runs:
+            folder = tmp_path_factory.mktemp("runs") / family
+            sections = {"data": {"max_length": 64}, "qa": {"stride": 8}, "adapter": {"method": METHODS[family]}}
+            sections["evaluate"] = {"metrics": ["loss", "exact_match", "f1"]}
+            sections["train"] = {"num_train_epochs": 5, "learning_rate": 5e-3 if family == "deberta" else 1e-2}
+            runs[family] = folder / "run", run_recipe(folder, built(family), ROWS, "qa", **sections)
+        return runs[family]
+
+    return run
+
+
+def predictions(run):
+    return [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+
+
+def squad_words(text):
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return [word for word in re.split(r"\s+", kept) if word and word not in ("a", "an", "the")]
+
+
+def squad_scores(said, wanted):
+    """EM and F1 of one answer, counted again; an empty list of words is `no answer`."""
+    if not said or not wanted:
+        return float(said == wanted), float(said == wanted)
+    shared = sum((Counter(said) & Counter(wanted)).values())
+    return float(said == wanted), 2 * shared / (len(said) + len(wanted))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_an_encoder_learns_to_point_and_is_held_against_no_answer(finished, family):
+    run, report = finished(family)
+    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+    scores = report["evaluation"]
+    assert scores["baseline"] == "no answer to every question"
+    assert set(scores["base"]) == {"exact_match", "f1"}  # what stands in for a model has no loss
+    assert set(scores["tuned"]) == {"loss", "exact_match", "f1"}
+    assert set(scores["difference"]) == {"exact_match", "f1"}
+    said = predictions(run)
+    nothing = sum(line["reference"] == "(no answer)" for line in said)
+    assert 0 < nothing < len(said)
+    assert scores["base"]["exact_match"] == pytest.approx(nothing / len(said))
+    assert scores["tuned"]["f1"] > scores["base"]["f1"]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_the_scores_are_those_counted_again_from_the_predictions(finished, family):
+    run, report = finished(family)
+    counted = []
+    for line in predictions(run):
+        row = ROWS[int(line["origin"].rpartition(":")[2]) - 1]
+        answer, place = line["tuned"], line["tuned_prediction"]
+        assert place["text"] == ("" if answer == "(no answer)" else answer)
+        if place["text"]:
+            assert row["context"][place["start"] : place["end"]] == answer
+            assert answer == answer.strip()
+        wanted = row["answers"]["text"]
+        counted.append(squad_scores(squad_words(place["text"]), squad_words(wanted[0] if wanted else "")))
+    exact, f1 = (sum(column) / len(counted) for column in zip(*counted, strict=True))
+    assert report["evaluation"]["tuned"]["exact_match"] == pytest.approx(exact)
+    assert report["evaluation"]["tuned"]["f1"] == pytest.approx(f1)
+
+
+RELOAD = """
+import json, sys, torch
+from peft import AutoPeftModelForQuestionAnswering
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, BitsAndBytesConfig
+found = {}
+for method, folder in json.loads(sys.argv[1]).items():
+    options = {"config": AutoConfig.from_pretrained(folder), "dtype": torch.float32}
+    if method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["qa_outputs"],
+        )
+    loader = AutoModelForQuestionAnswering if method == "full" else AutoPeftModelForQuestionAnswering
+    model = loader.from_pretrained(folder, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found[method] = []
+    for question, context in json.loads(sys.argv[2]):
+        with torch.no_grad():
+            said = model(**tokenizer(question, context, return_tensors="pt"))
+        found[method].append([said.start_logits[0].tolist(), said.end_logits[0].tolist()])
+assert not any(name.startswith("llmtune") for name in sys.modules)
+print(json.dumps(found))
+"""
+
+
+def test_what_was_trained_loads_with_plain_classes_and_says_the_same(finished):
+    folders = {METHODS[family]: finished(family)[0] for family in ("bert", "roberta", "deberta")}
+    paths = {method: str(run / ("weights" if method == "full" else "adapter")) for method, run in folders.items()}
+    command = [sys.executable, "-c", RELOAD, json.dumps(paths), json.dumps(ASKED)]
+    made = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    plain = json.loads(made.stdout)
+    for method, run in folders.items():
+        work, place = open_finished(run, quiet(), True)
+        processor = load_processor(place, work.recipe.model)
+        with Models(work, place, processor).tuned() as model, torch.no_grad():
+            for (question, context), logits in zip(ASKED, plain[method], strict=True):
+                said = model(**processor(question, context, return_tensors="pt"))
+                expected = torch.stack([said.start_logits[0], said.end_logits[0]])
+                torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_run_is_skipped_and_evaluate_gives_the_same_scores(finished):
+    run, report = finished("bert")
+    out = quiet()
+    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), Options(out=run), out)
+    assert out.file.getvalue().count("unchanged, skipped") == 6
+    assert again["evaluation"] == report["evaluation"]
+    made = llmtune("evaluate", run, "--set", "evaluate.metrics=[exact_match]", "--json", cwd=run.parent)
+    assert made.returncode == 0, made.stderr
+    tuned = json.loads(made.stdout)["evaluation"]["tuned"]
+    assert tuned == {"exact_match": report["evaluation"]["tuned"]["exact_match"]}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_micro_batches_of_one_give_the_gradient_of_one_batch(built, tmp_path, family):
+    sections = {"data": {"max_length": 32}, "qa": {"stride": 4}}
+    training = start_training(recipe_of(tmp_path, built(family), ROWS, "qa", **sections), tmp_path / "run")
+    loss_one, one = gradient(training, 1)
+    loss_all, together = gradient(training, 8 * 32)
+    assert loss_one == pytest.approx(loss_all, rel=1e-5)
+    torch.testing.assert_close(one, together, rtol=1e-3, atol=1e-6)
+    assert together.norm() > 0
+
+
+def windows(tokenizer, max_length=64, stride=8, rows=ROWS):
+    about = Recipe.model_validate(
+        {
+            "task": "qa",
+            "data": {"train": "rows.jsonl", "max_length": max_length},
+            "model": {"name": "tiny"},
+            "qa": {"stride": stride},
+        }
+    )
+    canonical = [
+        {
+            **row,
+            "answers": [{"text": text, "start": row["context"].index(text)} for text in row["answers"]["text"]],
+        }
+        for row in rows
+    ]
+    return about, canonical, encode_windows(canonical, tokenizer, about)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_padding_changes_no_loss_and_the_loss_is_that_of_transformers(built, family):
+    tokenizer = AutoTokenizer.from_pretrained(built(family))
+    torch.manual_seed(1)
+    model = AutoModelForQuestionAnswering.from_pretrained(built(family)).eval()
+    about, _, encoded = windows(tokenizer, rows=[ROWS[0], unanswered("cat", "red green blue one two three four")])
+    examples = [example for row in encoded for example in row]
+    assert len({len(example.input_ids) for example in examples}) == len(examples) == 2
+    collate = ends_collator(tokenizer, about)
+    with torch.no_grad():
+        together = ends_loss(model, collate(examples, 0), by_row=True)
+        for example, found in zip(examples, together.row_sums, strict=True):
+            alone = collate([example], 0)
+            own = ends_loss(model, alone)
+            assert float(own.sum) == pytest.approx(float(found), rel=1e-4)
+            read = {key: alone[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in alone}
+            if family in ("modernbert", "roberta"):
+                read.pop("token_type_ids", None)
+            expected = model(**read, start_positions=alone["first_R"], end_positions=alone["last_R"]).loss
+            assert float(own.sum) == pytest.approx(float(expected), rel=1e-5)
+    assert (together.count, float(together.sum)) == (2, pytest.approx(float(together.row_sums.sum())))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_predictions_read_the_very_windows_of_training(finished, built, family):
+    """An answer's logits in `predict` are those at its windows: with the loss at zero they would be the targets."""
+    run, _ = finished(family)
+    work, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, work.recipe.model)
+    rows, reader = load_rows(run / "data" / "rows"), ExampleReader(load_examples(run / "data" / "examples"), "test")
+    asked = [qa.prompt(row)[0] for _, row in read_rows(rows, "test", range(rows.counts["test"]))]
+    seen = []
+    with Models(work, place, processor).tuned() as model, torch.no_grad():
+        hook = model.get_submodule("base_model" if METHODS[family] == "full" else "base_model.model")
+        hook.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
+        predict_ends(model, asked, processor, work.recipe, device="cpu")
+    read = {
+        tuple(ids[mask > 0].tolist())
+        for inputs in seen
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    }
+    assert read == {tuple(example.input_ids) for example in reader}
+
+
+class Scores(torch.nn.Module):
+    """Gives each token a score by its id: what a model says, made up to the letter."""
+
+    def __init__(self, config, starts, ends):
+        super().__init__()
+        self.config, self.starts, self.ends = config, starts, ends
+        self.dtype = torch.float32
+
+    def forward(self, input_ids, attention_mask=None):
+        logits = [
+            torch.tensor([[table.get(token, 0.0) for token in row] for row in input_ids.tolist()])
+            for table in (self.starts, self.ends)
+        ]
+        return type("Output", (), {"start_logits": logits[0], "end_logits": logits[1]})()
+
+
+def ask(threshold, first, last, null, built, context="The fox is blue.", **section):
+    tokenizer = AutoTokenizer.from_pretrained(built("bert"))
+    ids = tokenizer.convert_tokens_to_ids(["fox", "blue", tokenizer.cls_token])
+    model = Scores(
+        AutoConfig.from_pretrained(built("bert")), {ids[0]: first, ids[2]: null}, {ids[1]: last, ids[2]: null}
+    )
+    about = Recipe.model_validate(
+        {
+            "task": "qa",
+            "data": {"train": "rows.jsonl", "max_length": 24},
+            "model": {"name": "tiny"},
+            "qa": {"stride": 4, "null_score_diff_threshold": threshold, **section},
+        }
+    )
+    row = {"question": "Which?", "context": context, "answers": None}
+    (said,) = predict_ends(model, [row], tokenizer, about, device="cpu")
+    return said
+
+
+def test_no_answer_is_said_where_its_score_is_higher_by_more_than_the_threshold(built):
+    said = ask(0.0, 2.0, 3.0, 2.0, built)
+    assert said == {"text": "fox is blue", "start": 4, "end": 15, "score": 5.0, "null_score": 4.0}
+    assert ask(0.0, 2.0, 3.0, 2.5, built)["text"] == "fox is blue"  # as high is not higher
+    none = ask(0.0, 2.0, 3.0, 3.0, built)
+    assert none == {"text": "", "start": None, "end": None, "score": 5.0, "null_score": 6.0}
+    assert ask(1.0, 2.0, 3.0, 3.0, built)["text"] == "fox is blue"
+    assert ask(-2.0, 2.0, 3.0, 2.0, built)["text"] == ""
+    assert ask(None, 2.0, 3.0, 3.0, built)["text"] == ""
+    assert ask(0.0, 2.0, 3.0, 0.0, built, max_answer_length=2)["text"] in ("fox", "blue", "is blue", "fox is")
+
+
+def test_the_best_of_all_windows_is_taken_and_the_lowest_score_of_no_answer(built):
+    far = "the sky is red and green " * 6 + "The fox is blue. " + "one two three four " * 6
+    said = ask(0.0, 2.0, 3.0, 1.0, built, context=far)
+    assert said["text"] == "fox is blue"
+    assert far[said["start"] : said["end"]] == "fox is blue"
+    assert said["null_score"] == 2.0
+
+
+def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, tmp_path, finished):
+    folder = tmp_path / "run"
+    rows = write_jsonl(tmp_path / "test.jsonl", ROWS[:6] + [unanswered("cat", "red")])
+    sections = {"data": {"max_length": 64, "test": str(rows)}, "qa": {"stride": 8}, "train": {"num_train_epochs": 1}}
+    run_recipe(tmp_path, built("bert"), ANSWERED[10:34], "qa", **sections)
+    assert all(line["tuned"] != "(no answer)" for line in predictions(folder))
+    work, _ = open_finished(folder, quiet(), True)
+    assert work.recipe.qa.null_score_diff_threshold == float("inf")
+    work, _ = open_finished(finished("bert")[0], quiet(), True)
+    assert work.recipe.qa.null_score_diff_threshold == 0.0
+
+
+def test_a_threshold_in_the_recipe_stays(built, tmp_path):
+    sections = {"data": {"max_length": 64}, "qa": {"stride": 8, "null_score_diff_threshold": -1e9}}
+    report = run_recipe(tmp_path, built("bert"), ANSWERED[:24], "qa", **sections, train={"num_train_epochs": 1})
+    assert all(line["tuned"] == "(no answer)" for line in predictions(tmp_path / "run"))
+    assert report["evaluation"]["tuned"]["exact_match"] == 0
+
+
+# RoBERTa's positions begin behind the padding token's number
+
+
+def test_the_context_of_roberta_is_512_and_not_514(built):
+    assert context_of(RobertaConfig(max_position_embeddings=514)) == 512
+    tokenizer = AutoTokenizer.from_pretrained(built("roberta"))
+    model = AutoModelForQuestionAnswering.from_pretrained(built("roberta"))
+    assert context_of(model.config) == families.LONGEST
+    about, _, encoded = windows(tokenizer, families.LONGEST, rows=[unanswered("cat", "red " * 600)])
+    batch = ends_collator(tokenizer, about)(encoded[0][:1], 0)
+    assert batch["input_ids"].shape == (1, families.LONGEST)
+    with torch.no_grad():
+        assert torch.isfinite(ends_loss(model, batch).sum)
+
+
+def test_windows_longer_than_the_context_are_refused_with_the_number_to_set(built, tmp_path):
+    sections = {"data": {"max_length": families.LONGEST + 2}, "qa": {"stride": 8}}
+    rows = [*ROWS, unanswered("cat", "red " * 600)]
+    with pytest.raises(DataError, match=f"the context of .* is {families.LONGEST}") as caught:
+        run_recipe(tmp_path, built("roberta"), rows, "qa", **sections)
+    assert f"data.max_length: {families.LONGEST}" in caught.value.problems[0].fix
+
+
+# Answers that are written
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_decoder_and_an_encoder_decoder_write_the_answer(built, tiny_llama, tmp_path, family):
+    model = tiny_llama if family == "llama" else built(family)
+    sections = {"data": {"max_length": 192}, "train": {"num_train_epochs": 2, "learning_rate": 5e-3}}
+    sections["evaluate"] = {"metrics": ["loss", "exact_match", "f1"]}
+    report = run_recipe(tmp_path, model, ROWS, "qa", **sections)
+    curve = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    scores = report["evaluation"]
+    assert scores["baseline"] is None
+    assert set(scores["base"]) == set(scores["tuned"]) == set(scores["difference"]) == {"loss", "exact_match", "f1"}
+    counted = []
+    for line in predictions(tmp_path / "run"):
+        wanted = ROWS[int(line["origin"].rpartition(":")[2]) - 1]["answers"]["text"]
+        said = squad_words(line["tuned"])
+        said = [] if said == ["unanswerable"] else said
+        counted.append(squad_scores(said, squad_words(wanted[0] if wanted else "")))
+    exact, f1 = (sum(column) / len(counted) for column in zip(*counted, strict=True))
+    assert scores["tuned"]["exact_match"] == pytest.approx(exact)
+    assert scores["tuned"]["f1"] == pytest.approx(f1)
+
+
+ROW = {"question": "Which?", "context": "The fox is blue.", "answers": [{"text": "blue", "start": 11}]}
+
+
+def generative(**section):
+    return Recipe.model_validate(
+        {"task": "qa", "data": {"train": "r.jsonl"}, "model": {"name": "tiny"}, "qa": section or None}
+    )
+
+
+def test_an_encoder_decoder_reads_question_and_context_and_writes_words_for_no_answer(built):
+    tokenizer = AutoTokenizer.from_pretrained(built("t5"))
+    form = FORMS["qa"][1]
+    about = generative(no_answer="none at all")
+    ((one,), (two,)) = form.encode([ROW, {**ROW, "answers": []}], tokenizer, about)
+    assert tokenizer.decode(one.input_ids, skip_special_tokens=True) == "question: Which? context: The fox is blue."
+    assert tokenizer.decode(one.target_ids, skip_special_tokens=True) == "blue"
+    assert one.target_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(two.target_ids, skip_special_tokens=True) == "none at all"
+    ((own,),) = form.encode([ROW], tokenizer, generative(prompt="{context} {question}"))
+    assert tokenizer.decode(own.input_ids, skip_special_tokens=True) == "The fox is blue. Which?"
+
+
+def test_a_decoder_is_asked_with_the_ids_of_its_training(tiny_llama):
+    tokenizer, form, about = AutoTokenizer.from_pretrained(tiny_llama), FORMS["qa"][2], generative()
+    for row, answer in ((ROW, "blue"), ({**ROW, "answers": []}, "unanswerable")):
+        ((example,),) = form.encode([row], tokenizer, about)
+        start, end = example.spans
+        assert form.render(form.prompt(row)[0], tokenizer, about) == example.input_ids[:start]
+        assert tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
+        asked = tokenizer.decode(example.input_ids[:start])
+        assert "The fox is blue." in asked
+        assert "Question: Which?" in asked
+        assert "say unanswerable if" in asked
+
+
+def test_braces_in_a_context_are_left_alone(built):
+    tokenizer, form = AutoTokenizer.from_pretrained(built("t5")), FORMS["qa"][1]
+    row = {**ROW, "context": "{question} {x} {no_answer} is blue.", "answers": []}
+    ((example,),) = form.encode([row], tokenizer, generative())
+    read = tokenizer.decode(example.input_ids, skip_special_tokens=True)
+    assert read.endswith("context: {question} {x} {no_answer} is blue.")
+
+
+def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
+    about = generative(no_answer="Unknown.")
+    wanted = [[], [], ["blue"], ["unknown"]]
+    found = qa.measure("exact_match", ["unknown", "Unknown. ", "Unknown.", "blue"], wanted, about)
+    assert found.value == 0.5
+    assert qa.measure("loss", [], [], about) is None
+
+
+# Who does what
+
+
+def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(built, tiny_llama):
+    def form(folder, **section):
+        return choose_form(generative(**section), AutoConfig.from_pretrained(folder), "this model").auto_class
+
+    assert form(built("bert")) == form(built("modernbert"), style="extractive") == "AutoModelForQuestionAnswering"
+    assert form(built("t5")) == "AutoModelForSeq2SeqLM"
+    assert form(tiny_llama) == form(tiny_llama, style="generative") == "AutoModelForCausalLM"
+    with pytest.raises(RecipeError, match="cannot be used for the task qa, which needs AutoModelForQuestion") as caught:
+        form(tiny_llama, style="extractive")
+    assert caught.value.exit_code == 2
+    with pytest.raises(RecipeError, match="needs AutoModelForSeq2SeqLM or AutoModelForCausalLM"):
+        form(built("bert"), style="generative")
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"qa": {"style": "generative", "stride": 8}}, "'qa.stride' has no effect with qa.style: generative"),
+        ({"qa": {"style": "extractive", "no_answer": "x"}}, "'qa.no_answer' has no effect"),
+        ({"qa": {"style": "generative", "null_score_diff_threshold": 0}}, "'qa.null_score_diff_threshold' has no"),
+        ({"qa": {"stride": 64}}, "'qa.stride' is 64, and a window has 128 tokens"),
+        ({"qa": {"style": "extractive", "stride": 8}, "data": {"packing": True}}, "'data.packing' has no effect"),
+        ({"qa": {"style": "extractive", "stride": 8}, "data": {"on_overlong": "truncate"}}, "is 'truncate'"),
+        ({"qa": {"style": "extractive", "stride": 8}, "generation": {"num_beams": 2}}, "'generation.num_beams' has no"),
+    ],
+)
+def test_keys_of_the_other_style_are_refused(tmp_path, sections, said):
+    data = {"train": "rows.jsonl", "max_length": 128, **sections.pop("data", {})}
+    text = {"recipe_version": 1, "name": "t", "task": "qa", "data": data, "model": {"name": "x/y"}, **sections}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(text))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    assert said in str(caught.value)
+
+
+def test_rows_that_cannot_be_used_are_named_with_their_line(built, tmp_path):
+    long = {"question": "why " * 90, "context": "Because.", "answers": {"text": ["Because"], "answer_start": [0]}}
+    sections = {"data": {"max_length": 64, "test": 0, "validation": 0}, "qa": {"stride": 8}}
+    with pytest.raises(DataError) as caught:
+        run_recipe(tmp_path, built("bert"), [*ROWS[:5], long], "qa", **sections)
+    assert caught.value.exit_code == 3
+    assert "rows.jsonl:6" in str(caught.value)
+    assert "the question takes" in str(caught.value)
+
+
+def test_a_task_says_its_rows_for_people():
+    task = TASKS["qa"]
+    prompt, answer = task.prompt(ROW)
+    assert (prompt["answers"], answer) == (None, "blue")
+    assert task.prompt({**ROW, "answers": []})[1] == "(no answer)"
+    assert task.reference(ROW) == ["blue"]
+    assert task.write({"text": "", "start": None}) == "(no answer)"
+    assert task.ask({"prompt": "Which?", "context": "c"}) == {"question": "Which?", "context": "c", "answers": None}
