@@ -36,7 +36,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "token-classify": families.build_roberta,
     "token-classify-offline": families.build_bert,
     "speech": partial(families.build_whisper, multilingual=True),
-    "speech-offline": families.build_whisper,
+    "speech-offline": partial(families.build_whisper, multilingual=False),
     "preference": build_llama,
     "preference-offline": build_llama,
 }
@@ -59,6 +59,8 @@ def shorten(recipe: str, model: Path) -> list[str]:
         values["generation.max_new_tokens"] = 4
     if recipe.startswith("speech"):
         values |= {"speech.window_seconds": 2, "data.max_length": 60}
+    if recipe == "completion-masked":
+        values["data.max_length"] = 200
     if recipe.startswith("qa"):
         values |= {"data.max_length": 256, "qa.stride": 64}
     elif written.task not in ("chat", "completion", "speech"):

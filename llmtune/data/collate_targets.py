@@ -194,8 +194,7 @@ def whisper_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
         labels_BT = pad([example.target_ids for example in examples], IGNORED)
-        sounds = [to_float(example.audio) for example in examples]
-        features = extract(sounds, sampling_rate=extract.sampling_rate, return_tensors="pt")["input_features"]
+        features = hear(extract, [example.audio for example in examples])["input_features"]
         batch: Batch = {"input_features": features, "labels": labels_BT, "n_rows": len(examples)}
         return batch | predict_targets(examples, labels_BT.shape[1])
 
@@ -207,10 +206,8 @@ def ctc_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
     extract = feature_extractor(processor)
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
-        sounds = [to_float(example.audio) for example in examples]
-        heard = extract(
-            sounds, sampling_rate=extract.sampling_rate, padding=True, return_attention_mask=True, return_tensors="pt"
-        )
+        sounds = [example.audio for example in examples]
+        heard = hear(extract, sounds, padding=True, return_attention_mask=True)
         return {
             "input_values": heard["input_values"],
             "attention_mask": heard["attention_mask"],
@@ -220,6 +217,13 @@ def ctc_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
         }
 
     return collate
+
+
+def hear(extract: Any, sounds: Sequence[Any], **options: Any) -> dict[str, torch.Tensor]:
+    """Make samples into what a model reads, in float32 whatever number format the model is computed in."""
+    floats = [to_float(sound) for sound in sounds]
+    with torch.autocast("cpu", enabled=False):
+        return dict(extract(floats, sampling_rate=extract.sampling_rate, return_tensors="pt", **options))
 
 
 def feature_extractor(processor: PreTrainedTokenizerBase) -> Any:

@@ -126,7 +126,7 @@ def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
 
 def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: Recipe) -> dict[str, str]:
     """Say how each metric was computed, and what was left out."""
-    signatures = {metric: "not measured: these rows do not have what it is made of" for metric in plan.metrics}
+    signatures = dict.fromkeys(plan.metrics, "not measured: these rows do not have what it is made of")
     signatures |= {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)

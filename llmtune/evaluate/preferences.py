@@ -187,7 +187,7 @@ def _ipo(said: Sequence[dict[str, float]], base: Sequence[dict[str, float]], bet
 
 
 def _measure_thumbs(metric: str, found: Floats, good: Any, reward: str) -> Measure | None:
-    """Measure single answers: whether good ones gained and bad ones lost, and how far they are apart, if there are both."""
+    """Measure single answers: whether good ones gained and bad ones lost, and how far both kinds are apart."""
     if metric == "accuracy":
         signature = f"share of answers whose reward has the sign of their thumb, {reward}"
         return _measure_wins(metric, np.where(good, found, -found), signature)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.audio import Samples, cut_windows, read_recording, to_float
-from llmtune.data.collate_targets import ctc_collator, feature_extractor
+from llmtune.data.audio import Samples, cut_windows, read_recording
+from llmtune.data.collate_targets import ctc_collator, feature_extractor, hear
 from llmtune.data.encode_speech import count_frames, set_speech, window_seconds
 from llmtune.data.messages import RowError
 from llmtune.errors import DataError
@@ -77,8 +77,7 @@ def transcribe_whisper(
         settings.max_new_tokens = min(recipe.generation.max_new_tokens, room)
 
         def work(batch: list[int]) -> None:
-            sounds = [to_float(windows[i][1]) for i in batch]
-            heard = extract(sounds, sampling_rate=extract.sampling_rate, return_tensors="pt")
+            heard = hear(extract, [windows[i][1] for i in batch])
             begun_BT = torch.tensor([prefix] * len(batch))
             inputs = {"input_features": heard["input_features"].to(device), "decoder_input_ids": begun_BT.to(device)}
             written_BT = generate(model, inputs, settings)

@@ -135,7 +135,7 @@ def within_section(recipe: Recipe, places: Places) -> Iterator[Finding]:
 def preference_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     """Yield settings that this loss does not read, and metrics and gates on what it does not have."""
     loss = loss_of(recipe)
-    for name, readers in LOSS_KEYS.items():
+    for name, readers in LOSS_KEYS.items() if recipe.preference else ():
         key = f"preference.{name}"
         if loss not in readers and places.stated(key) and getattr(recipe.preference, name) is not None:
             fix = f"Remove it; it belongs to: {', '.join(readers)}."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.collate_targets import ctc_collator, whisper_collator
 from llmtune.data.encode_speech import encode_ctc, encode_whisper, set_speech
 from llmtune.data.report import pair_pieces
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.metrics import Measure
 from llmtune.evaluate.transcribe import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.transcripts import find_spellings, measure_cer, measure_wer
@@ -84,6 +84,8 @@ def check_letters(model: PreTrainedModel, processor: PreTrainedTokenizerBase, re
     """
     config, where = model.config, str(processor.name_or_path)
     config.layerdrop = 0.0
+    if recipe.model.add_tokens:
+        raise RecipeError.of("this model writes letters alone", "model.add_tokens", "Remove it.")
     if processor.vocab_size > config.vocab_size:
         what = f"the tokenizer has {processor.vocab_size} letters, and the model tells {config.vocab_size} apart"
         raise EnvironmentProblem.of(what, where, "Set vocab_size in config.json to the tokenizer's, for a new head.")

@@ -55,7 +55,7 @@ def test_the_baseline_is_named_and_its_column_is_not_that_of_a_model(headed, tmp
 def test_a_base_model_is_called_base(report, tmp_path):
     texts = write(report, tmp_path)
     assert '<th class="num">base</th>' in texts["report.html"]
-    assert "baseline" not in texts["report.html"]
+    assert "The baseline is" not in texts["report.html"]
     assert "baseline" not in texts["report.md"] + texts["junit.xml"]
 
 
@@ -157,7 +157,7 @@ def test_baseline_details_and_classes_stand_in_the_json():
         {"recipe_version": 1, "task": "classify", "data": {"train": "x"}, "model": {"name": "m"}}
     )
     facts = {"rows_in": 1, "kept": {}, "dropped": {}}
-    encode = dict.fromkeys(("examples", "tokens", "supervised", "longest", "histogram", "example"), {})
+    encode = {key: {} for key in ("examples", "tokens", "supervised", "longest", "histogram", "example")}
     encode |= {"dropped": {}, "supervised_share": None, "classes": {"a": {"train": 1}}}
     steps = {name: {"state": "done", "facts": found} for name, found in (("prepare", facts), ("encode", encode))}
     found = assemble(

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from llmtune.adapter import inject
 from llmtune.data.examples import load_examples
 from llmtune.finished import Models, open_finished
-from llmtune.model import load_processor
+from llmtune.model import load_model, load_processor, locate
+from llmtune.model.skeleton import read_model_config
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.tasks import get_task
+from llmtune.tasks import choose_form
 from llmtune.train.gradients import step_gradients
 from llmtune.train.training import Training, set_up
 from llmtune.work import Options
 from support.rows import write_jsonl
 from support.runs import write_recipe
-from support.training import adapt
 
 COLOURS = {"red": "rouge", "green": "vert", "blue": "bleu", "black": "noir", "white": "blanc"}
 THINGS = {"sky": "ciel", "fox": "renard", "cat": "chat", "dog": "chien", "house": "maison", "river": "fleuve"}
@@ -67,12 +68,18 @@ def tuned_logits(run: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch, use_cache=False).logits
 
 
-def start_training(recipe: Path, folder: Path) -> Training:
+def start_training(path: Path, folder: Path) -> Training:
     """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
-    loaded = load_recipe(str(recipe))
+    loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
+    recipe = loaded.recipe
+    assert recipe.model.name is not None
+    place = locate(recipe.model.name, recipe.model, quiet(), True)
+    task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
+    selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
+    adapted = inject(selected, recipe, quiet())
     examples = load_examples(folder / "data" / "examples")
-    return set_up(adapt(loaded.recipe), examples, get_task(loaded.recipe.task), loaded.recipe, folder, quiet(), None)
+    return set_up(adapted, examples, task, recipe, folder, quiet(), None)
 
 
 def gradient(training: Training, budget: int) -> tuple[float, torch.Tensor]:
