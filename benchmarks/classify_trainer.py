@@ -79,8 +79,10 @@ def read_arguments() -> argparse.Namespace:
 
 
 def read_side(run: Path, side: str) -> list[dict[str, Any]]:
-    """Return the rows of a side that were encoded, in their order."""
-    rows = read_table(run / "data" / "rows" / f"{side}.arrow").column("row").to_pylist()
+    """Return the rows of a side that were encoded, in their order; none where the side is empty."""
+    if not (run / "data" / "rows" / f"{side}.rows.arrow").is_file():
+        return []
+    rows = read_table(run / "data" / "rows" / f"{side}.rows.arrow").column("row").to_pylist()
     kept = read_table(run / "data" / "examples" / f"{side}.arrow").column("row").to_pylist()
     return [json.loads(rows[i]) for i in kept]
 

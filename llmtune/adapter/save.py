@@ -86,6 +86,9 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
         tensors = _subtract_start(tensors, start)
         described |= _double_rank(config)
     described |= {"inference_mode": True, **_name_base(adapted.selected)}
+    if config.task_type is None:  # `AutoPeftModel` then asks for the class
+        kind = type(adapted.selected.model)
+        described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     with writing_weights(folder):
         save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)

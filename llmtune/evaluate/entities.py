@@ -22,7 +22,7 @@ Tags = Sequence[Sequence[str]]
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of one row, read as leniently as conlleval does: an I- without its B- starts one too."""
-    from seqeval.metrics.sequence_labeling import get_entities  # type: ignore[import-untyped]
+    from seqeval.metrics.sequence_labeling import get_entities
 
     return [(kind, int(first), int(last)) for kind, first, last in get_entities(list(tags))]
 

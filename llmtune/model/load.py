@@ -16,6 +16,7 @@ from llmtune.model.device import is_out_of_memory, resolve_dtype
 from llmtune.model.isolation import prove_isolation
 from llmtune.model.memory import enough_memory
 from llmtune.model.plan import plan_memory
+from llmtune.model.quiet import unreported
 from llmtune.model.skeleton import OTHER_CLASSES, build_skeleton, find_class, first_line, head_names, in_heads
 from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
 
@@ -136,16 +137,17 @@ def _load_weights(
         options["trust_remote_code"] = recipe.model.trust_remote_code
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = model_class.from_pretrained(
-            str(place.path),
-            config=config,
-            dtype=dtype,
-            use_safetensors=recipe.model.use_safetensors,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=task.headed,  # a head for other classes
-            **options,
-        )
+        with unreported():
+            model, info = model_class.from_pretrained(
+                str(place.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=recipe.model.use_safetensors,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=task.headed,  # a head for other classes
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if is_out_of_memory(error):
             raise

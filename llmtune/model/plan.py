@@ -105,12 +105,13 @@ def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSectio
     linears = linear_shapes(skeleton)
     heads = set(head_names(skeleton))
     inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
     hidden = getattr(text, "hidden_size", 0)
     guesses = task.by_token or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
     own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return Shape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        quantizable=sum(inputs * outputs for inputs, outputs in inner.values()),
+        quantizable=sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")}),
         adapter=_count_adapter(inner, adapter) + (sum(own) if task.headed else 0),
         layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
         hidden=hidden,

@@ -12,6 +12,18 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager
+def unreported() -> Iterator[None]:
+    """Hide transformers' table of weights that were missing or left over: we check them, and say what matters."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def hushed() -> Iterator[None]:
     """Hide a deprecation that PEFT runs into with this transformers, and its word on trained biases.
 

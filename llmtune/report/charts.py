@@ -14,7 +14,7 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 MOST_POINTS = 300
 LETTER, SLANT = 7.6, (0.77, 0.64)
 """Width of a letter of a label, and how far a slanted one (40 degrees) reaches across and up, by its length."""
-LONGEST_LABEL = 22
+LONGEST_LABEL = 19
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
@@ -98,9 +98,9 @@ def bar_chart(edges: Sequence[float], counts: Sequence[float], *, label: str, he
 def matrix_chart(labels: Sequence[str], counts: Sequence[Sequence[int]], *, label: str) -> Markup:
     """Draw a confusion matrix: right classes down, predicted ones across; a cell's tint is its share of its row."""
     size = len(labels)
-    names = [name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…" for name in labels]
+    names = [shortened(name) for name in labels]
     longest = LETTER * max(map(len, names))
-    wide, tall = (104, 52) if size <= 4 else (68, 46) if size <= 10 else (46, 40)
+    wide, tall = (104, 52) if size <= 4 else (68, 46) if size <= 10 else (42, 40)
     slanted = longest > wide - 6
     left, top = longest + 34, 28 + (SLANT[1] * longest + 14 if slanted else 22)
     width = left + size * wide + (max(0.0, SLANT[0] * longest - wide / 2) if slanted else 4)
@@ -125,6 +125,18 @@ def matrix_chart(labels: Sequence[str], counts: Sequence[Sequence[int]], *, labe
     return svg(parts, math.ceil(width), math.ceil(top + size * tall + 4), label, fixed=True)
 
 
+def shortened(label: str) -> str:
+    """Leave out the middle of a long label: names of a kind differ at their ends."""
+    half = LONGEST_LABEL // 2
+    return label if len(label) <= LONGEST_LABEL else f"{label[:half].rstrip()}…{label[-half:].lstrip()}"
+
+
+def few_digits(number: int, wide: int) -> str:
+    """Write a count so that it fits into a field `wide` units wide."""
+    most = 10_000 if wide > 60 else 1000
+    return f"{number:,}" if number < most else f"{number / 1000:,.{0 if number >= 9950 else 1}f}k"
+
+
 def whole(label: str) -> Markup:
     """The whole of a label, for those that are cut."""
     return Markup("<title>{}</title>").format(label)
@@ -143,7 +155,7 @@ def cell(x: float, y: float, size: tuple[int, int], kind: str, number: int, part
         ).format(kind, x + 1, y + 1, wide - 2, tall - 2, tint(part), told, number, part),
     ]
     if number:
-        middle, shown = x + wide / 2, f"{number:,}" if number < 10_000 else f"{number / 1000:,.0f}k"
+        middle, shown = x + wide / 2, few_digits(number, wide)
         parts.append(
             Markup('<text class="count" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
                 middle, y + tall / 2, shown

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.report.charts import bar_chart, interval_chart, line_chart, matrix_chart, ticks
+from llmtune.report.charts import bar_chart, few_digits, interval_chart, line_chart, matrix_chart, ticks
 from llmtune.report.numbers import count, duration, score, short, signed, size
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
@@ -63,6 +63,30 @@ def test_a_field_of_the_matrix_is_tinted_by_its_share_of_the_row():
     assert tints[3] > tints[0] > tints[1] > tints[2] == 0
     written = [text.text for text in root.findall("text")]
     assert written[-6:] == ["3", "75 %", "1", "25 %", "8", "100 %"]
+
+
+def test_a_long_label_keeps_the_end_that_tells_it_from_the_others():
+    root = ElementTree.fromstring(
+        matrix_chart(["department number 1", "the department number 12"], [[1, 0]] * 2, label="x")
+    )
+    names = [name.text for name in root.findall("text") if name.get("class") == "name"]
+    assert names[0] == "department number 1"
+    assert names[2] == "the depar…number 12"
+
+
+@pytest.mark.parametrize(
+    ("number", "wide", "written"),
+    [
+        (999, 42, "999"),
+        (1250, 42, "1.2k"),
+        (9949, 42, "9.9k"),
+        (9999, 42, "10k"),
+        (9999, 68, "9,999"),
+        (12_500, 68, "12k"),
+    ],
+)
+def test_a_count_fits_its_field(number, wide, written):
+    assert few_digits(number, wide) == written
 
 
 @given(st.lists(st.text(max_size=60), min_size=1, max_size=20, unique=True), st.integers(0, 10**7))

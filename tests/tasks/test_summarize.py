@@ -8,6 +8,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 from rouge_score.rouge_scorer import RougeScorer
 from support import families
 from support.pairs import DOCUMENTS, gradient, quiet, recipe_of, run_recipe, start_training, tuned_logits
+from support.templates import recipe_for
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmtune.errors import DataError, RecipeError
@@ -19,6 +20,7 @@ from llmtune.work import Options
 
 METRICS = {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "length_ratio"}
 SHORT = {"max_length": 16, "on_overlong": "truncate"}
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones((1, 4), dtype=torch.int64)}
 
 
@@ -115,7 +117,7 @@ def test_a_prompt_without_the_document_is_refused(t5, tmp_path):
 
 @torch.no_grad()
 def test_padding_does_not_change_the_loss_and_one_row_is_the_models_own(t5):
-    recipe = load_recipe_for(t5)
+    recipe = recipe_for("summarize")
     processor, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
     rows = [*DOCUMENTS[:3], {"document": "A fox.", "summary": "a longer summary of one two three four five words"}]
     examples = [encoded[0] for encoded in summarize.SEQ2SEQ.encode(rows, processor, recipe)]
@@ -126,12 +128,6 @@ def test_padding_does_not_change_the_loss_and_one_row_is_the_models_own(t5):
         read = processor(row["document"], text_target=row["summary"], return_tensors="pt")
         own.append(float(model(**read).loss) * read["labels"].shape[1])
     assert together.row_sums.tolist() == pytest.approx(own, rel=1e-5)
-
-
-def load_recipe_for(model):
-    from support.templates import recipe_for
-
-    return recipe_for("summarize", max_length=128).model_copy(update={"name": str(model)})
 
 
 def test_micro_batches_of_one_row_give_the_gradient_of_one_large_batch_in_full_tuning(t5, tmp_path):
