@@ -254,6 +254,8 @@ def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
 def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) -> None:
     if too_long and recipe.data.on_overlong == "error":
         what = f"{too_long:,} of the rows have more tokens than data.max_length = {recipe.data.max_length}"
+        if recipe.task == "speech":
+            what += ", or last longer than speech.window_seconds"
         fix = f"Raise data.max_length, or set data.on_overlong to drop, truncate or split. All of them: {list_file}."
         raise DataError(Problem(what, fix=fix), *tally.long_rows)
 

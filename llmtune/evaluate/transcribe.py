@@ -78,9 +78,11 @@ def transcribe_whisper(
 
         def work(batch: list[int]) -> None:
             heard = hear(extract, [windows[i][1] for i in batch])
+            features = heard["input_features"]
             begun_BT = torch.tensor([prefix] * len(batch))
-            inputs = {"input_features": heard["input_features"].to(device), "decoder_input_ids": begun_BT.to(device)}
-            written_BT = generate(model, inputs, settings)
+            all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence behind a sound is heard
+            inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
+            written_BT = generate(model, {key: part.to(device) for key, part in inputs.items()}, settings)
             said = processor.batch_decode(written_BT[:, len(prefix) :].tolist(), skip_special_tokens=True)
             for i, text in zip(batch, said, strict=True):
                 texts[i] = text

@@ -13,14 +13,20 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 @contextmanager
 def unreported() -> Iterator[None]:
-    """Hide transformers' table of weights that were missing or left over: we check them, and say what matters."""
+    """Hide transformers' table of weights that were missing or left over: we check them, and say what matters.
+
+    By a filter: at a level of its own this logger has transformers tell which layers no plan of parallelism names.
+    """
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_no_report)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 @contextmanager

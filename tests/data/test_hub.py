@@ -10,12 +10,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import soundfile
+from datasets import Audio, ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
+from support.audio import write_tone
 from support.rows import make_recipe
 
 from llmtune.data import hash_sources, prepare_rows
+from llmtune.data.hub import as_files_hold_it
 from llmtune.errors import EnvironmentProblem
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -28,10 +33,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.recipe import load_recipe
 data = load_recipe(sys.argv[1]).recipe
 try:
-    print(hash_sources(data.data, "chat"))
+    print(hash_sources(data.data, data.task))
     rows = prepare_rows(data, Path(sys.argv[2]), Console(stderr=True))
     for origin, row in iterate_rows(rows, "train"):
-        print(origin, row["messages"][1]["content"])
+        print(origin, row["messages"][1]["content"] if "messages" in row else json.dumps(row))
 except LlmtuneError as error:
     print(type(error).__name__, error)
 """
@@ -108,8 +113,8 @@ def hub() -> Iterator[type[Hub]]:
         server.shutdown()
 
 
-def read(hub, folder, train: object, offline: bool = False) -> list[str]:
-    make_recipe(folder, train, deduplicate="none")
+def read(hub, folder, train: object, offline: bool = False, task: str = "chat") -> list[str]:
+    make_recipe(folder, train, task, deduplicate="none")
     off = "1" if offline else "0"
     switches = {"HF_HUB_OFFLINE": off, "HF_DATASETS_OFFLINE": off, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
@@ -159,3 +164,82 @@ def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(t
         hash_sources(recipe.data, recipe.task)
     with pytest.raises(EnvironmentProblem, match="offline switch"):
         prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
+
+
+# Columns that are more than texts and numbers
+
+TAGS = ClassLabel(names=["O", "B-PERSON", "I-PERSON"])
+
+
+def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
+    """A data set of recordings; they are declared afterwards, since `datasets` encodes none without torchcodec."""
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
+    rows = Dataset.from_dict({"audio": cells, "text": texts}, features=features)
+    return rows.cast_column("audio", Audio(sampling_rate=16_000))
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> bytes:
+    """A Parquet file with the bytes of two recordings, as the hub makes them of uploaded folders."""
+    folder = tmp_path_factory.mktemp("sounds")
+    paths = [write_tone(folder / "one.flac", rate=22_050, channels=2), write_tone(folder / "two.mp3")]
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    sounds_of(cells, ["one", "two"]).to_parquet(folder / "train.parquet")
+    return (folder / "train.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path, limit):
+    hub.files = lambda self, commit: {"train.parquet": sounds}
+    source = {"path": "hub:owner/name", "limit": limit}
+    _, *rows = read(hub, tmp_path, source, task="speech")
+    found = []
+    for row in rows:
+        origin, _, text = row.partition(" {")
+        assert origin.startswith("hub:owner/name/train:row")
+        found.append(json.loads("{" + text))
+    paths = [Path(row["audio"]) for row in found]
+    assert [(row["text"], path.suffix) for row, path in zip(found, paths, strict=True)] == [
+        ("one", ".flac"),
+        ("two", ".mp3"),
+    ]
+    assert all(path.stem == row["content"] for row, path in zip(found, paths, strict=True))
+    assert [soundfile.info(str(path)).samplerate for path in paths] == [22_050, 16_000]
+    assert {path.parent for path in paths} == {tmp_path / "cache" / "llmtune-recordings"}
+    assert len(list(paths[0].parent.iterdir())) == 2
+    if limit is None:
+        assert read(hub, tmp_path, source, offline=True, task="speech")[1:] == rows
+
+
+def plain_rows(rows):
+    rows, plain = as_files_hold_it(rows)
+    return [plain(row) for row in rows]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_numbers_of_classes_become_their_names_in_lists_too(streamed):
+    columns = {"label": [1, 0, -1, None], "tags": [[0, 1, 2], [], [0], None], "n": [5, 6, 7, 8]}
+    features = {"label": ClassLabel(names=["bad", "good"]), "tags": List(TAGS), "n": Value("int64")}
+    made = Dataset.from_dict(columns, features=Features(features))
+    rows = plain_rows(made.to_iterable_dataset() if streamed else made)
+    assert [row["label"] for row in rows] == ["good", "bad", None, None]
+    assert [row["tags"] for row in rows] == [["O", "B-PERSON", "I-PERSON"], [], ["O"], None]
+    assert [row["n"] for row in rows] == [5, 6, 7, 8]
+
+
+def test_a_recording_that_lies_in_a_file_stays_there_and_one_that_is_missing_is_none(tmp_path):
+    path = str(write_tone(tmp_path / "a.wav"))
+    rows = plain_rows(sounds_of([{"bytes": None, "path": path}, None], ["a", "b"]))
+    assert [row["audio"] for row in rows] == [path, None]
+
+
+def test_classes_of_a_data_set_by_number_are_learned_by_name(hub, tmp_path):
+    rows = Dataset.from_dict(
+        {"text": ["fine", "poor"], "label": [1, 0]},
+        features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
+    )
+    rows.to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.files = lambda self, commit: {"train.parquet": content}
+    _, *found = read(hub, tmp_path, "hub:owner/name", task="classify")
+    assert [json.loads("{" + row.partition(" {")[2])["label"] for row in found] == ["good", "bad"]

@@ -123,7 +123,7 @@ def test_the_scores_are_those_of_seqeval_on_the_predictions(finished, family):
 
 def test_the_data_report_counts_entities_by_kind_and_side(finished):
     _, report = finished("bert")
-    sides = report["data"]["rows"]
+    sides = report["data"]["kept"]
     assert sum(sides.values()) == len(ROWS)
     assert report["data"]["classes"] == {"COLOUR": sides, "THING": sides}
 

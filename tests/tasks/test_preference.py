@@ -1,0 +1,449 @@
+"""Preference learning by every loss: whole runs, their numbers computed again by plain classes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from support import plain_scores
+from support.pairs import gradient, quiet, recipe_of, run_recipe, start_training
+from support.rows import chat, write_jsonl
+from support.runs import llmtune, write_recipe
+from support.training import read_metrics, run_training, trained_bytes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.data import iterate_rows, load_rows
+from llmtune.data.examples import load_examples
+from llmtune.errors import DataError, RecipeError
+from llmtune.finished import Models, answer_once, open_finished
+from llmtune.model import load_processor
+from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.recipe.rules_tasks import LOSS_METRICS
+from llmtune.train.gradients import validation_loss
+from llmtune.work import Options
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
+]
+
+THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
+COLOURS = ("red", "green", "blue", "black", "white")
+ASKED = [(f"Which colour has the {thing} now?", thing, colour) for thing in THINGS for colour in COLOURS]
+PAIRS = [
+    {"prompt": f"{i}. {question}", "chosen": f"The {thing} is {colour}.", "rejected": f"one two {colour}"}
+    for i, (question, thing, colour) in enumerate(ASKED)
+]
+THUMBS = [
+    {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 != 0}
+    for i, row in enumerate(PAIRS)
+]
+LOSSES = tuple(LOSS_METRICS)
+QUIET_HEAD = {"generation": {"max_new_tokens": None}}
+"""A model that scores answers writes none."""
+RUNS = {
+    **{loss: {} for loss in LOSSES},
+    "dpo-qlora": {"adapter": {"method": "qlora"}},
+    "dpo-full": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
+    "dpo-gpt2": {},
+    "reward-full-gpt2": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
+}
+
+
+def rows_for(loss):
+    return THUMBS if loss == "kto" else PAIRS
+
+
+def sections_of(loss, **sections):
+    return {"preference": {"loss": loss}, **(QUIET_HEAD if loss == "reward" else {}), **sections}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_llama, tiny_gpt2):
+    """Whole runs by name, each made when it is first asked for: its folder and its report."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(name):
+        if name not in made:
+            loss = name.split("-")[0]
+            model = tiny_gpt2 if name.endswith("gpt2") else tiny_llama
+            report = run_recipe(folder / name, model, rows_for(loss), "preference", **sections_of(loss, **RUNS[name]))
+            made[name] = folder / name / "run", report
+        return made[name]
+
+    return make
+
+
+def test_rows(run):
+    return [row for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
+
+
+test_rows.__test__ = False
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_preferences_are_learned_and_measured_beside_the_base(name, runs):
+    _, report = runs(name)
+    loss, scores = name.split("-")[0], report["evaluation"]
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    wanted = {*LOSS_METRICS[loss]} - {"likelihood_accuracy"} - ({"kl"} if "full" in name else set())
+    for part in ("base", "tuned", "difference"):
+        assert set(scores[part]) == wanted
+    assert scores["tuned"]["accuracy"] > 0.9
+    assert scores["tuned"]["margin"] > scores["base"]["margin"]
+    assert all(not math.isnan(value) for value in scores["tuned"].values())
+    if loss != "orpo":  # whose rewards have no reference
+        assert (scores["base"]["accuracy"], scores["base"]["margin"]) == (0.5, 0.0)
+    if "kl" in wanted:
+        assert scores["base"]["kl"] == 0 < scores["tuned"]["kl"]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("dpo")])
+def test_dpo_starts_at_the_logarithm_of_two_where_the_model_is_its_reference(name, runs):
+    run, report = runs(name)
+    dropout = 0.01 if name == "dpo-gpt2" else 1e-6  # GPT-2 has some of its own, which its reference has not
+    assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=dropout)
+    assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    last = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line][-1]
+    assert last < math.log(2)
+
+
+def test_the_base_of_a_reward_model_without_a_head_is_the_same_score_for_every_answer(runs):
+    _, report = runs("reward")
+    assert report["evaluation"]["baseline"] == "the same score for every answer"
+    assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2))
+
+
+# The numbers, computed again
+
+
+def plain_logps(model, tokenizer, row, answer):
+    """Log-probabilities [A, V] that a model gives at each token of an answer, and those of its tokens [A]."""
+    turns = [*row["messages"], {"role": "assistant", "content": answer}]
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True)["input_ids"]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
+    else:
+        prompt = tokenizer(f"{turns[0]['content']}\n")["input_ids"]
+        text = f"{turns[0]['content']}\n{answer}{tokenizer.eos_token}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    with torch.no_grad():
+        logps_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    logps_AV, answer_A = logps_TV[len(prompt) - 1 : -1], torch.tensor(ids[len(prompt) :])
+    return logps_AV, logps_AV.gather(1, answer_A[:, None])[:, 0]
+
+
+def plain_models(run, report):
+    """The base and the tuned model of a run by the classes of transformers and PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(report["recipe"]["model"]["name"]).eval()
+    if (run / "weights").exists():
+        return base, AutoModelForCausalLM.from_pretrained(run / "weights").eval()
+    return base, AutoPeftModelForCausalLM.from_pretrained(run / "adapter").eval()
+
+
+def opened(run, name="recipe.yaml", **metrics):
+    return load_recipe(str(run / name), [f"{key}={value}" for key, value in metrics.items()])
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo-full", "dpo-gpt2", "ipo", "orpo"])
+def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
+    run, report = runs(name)
+    base, tuned = plain_models(run, report)
+    tokenizer = AutoTokenizer.from_pretrained(report["recipe"]["model"]["name"])
+    rows, loss = test_rows(run), name.split("-")[0]
+    found = {"margin": [], "accuracy": [], "likelihood_accuracy": [], "loss": [], "kl": []}
+    for row in rows:
+        said = [
+            [plain_logps(model, tokenizer, row, row[side]) for side in ("chosen", "rejected")]
+            for model in (base, tuned)
+        ]
+        (b_chosen, b_rejected), (t_chosen, t_rejected) = [[logps_A for _, logps_A in side] for side in said]
+        if loss == "orpo":
+            margin = 0.1 * (t_chosen.mean() - t_rejected.mean())
+        else:
+            margin = 0.1 * ((t_chosen - b_chosen).sum() - (t_rejected - b_rejected).sum())
+        found["margin"].append(float(margin))
+        found["accuracy"].append(float(margin > 0))
+        found["likelihood_accuracy"].append(float(t_chosen.sum() > t_rejected.sum()))
+        tuned_AV, base_AV = said[1][0][0], said[0][0][0]
+        found["kl"].append(float((tuned_AV.exp() * (tuned_AV - base_AV)).sum(1).mean()))
+        if loss == "ipo":
+            found["loss"].append(float(((t_chosen - b_chosen).mean() - (t_rejected - b_rejected).mean() - 5) ** 2))
+        else:
+            found["loss"].append(float(torch.nn.functional.softplus(-margin)))
+    tuned_scores = report["evaluation"]["tuned"]
+    assert len(rows) == report["evaluation"]["rows"]
+    for metric, score in tuned_scores.items():
+        assert score == pytest.approx(np.mean(found[metric]), abs=2e-5), metric
+
+
+def test_metrics_of_thumbs_are_those_of_plain_models(runs):
+    run, report = runs("kto")
+    base, tuned = plain_models(run, report)
+    tokenizer = AutoTokenizer.from_pretrained(report["recipe"]["model"]["name"])
+    rewards = {True: [], False: []}
+    for row in test_rows(run):
+        (_, before), (_, after) = (plain_logps(model, tokenizer, row, row["answer"]) for model in (base, tuned))
+        rewards[row["good"]].append(0.1 * float((after - before).sum()))
+    right = [reward > 0 for reward in rewards[True]] + [reward < 0 for reward in rewards[False]]
+    scores = report["evaluation"]["tuned"]
+    assert scores["accuracy"] == pytest.approx(np.mean(right))
+    assert scores["margin"] == pytest.approx(np.mean(rewards[True]) - np.mean(rewards[False]), abs=2e-5)
+
+
+REWARD_MODELS = {"reward": "adapter", "reward-full-gpt2": "weights"}
+
+
+def conversations(runs):
+    return [[*row["messages"], {"role": "assistant", "content": row["chosen"]}] for row in test_rows(runs("reward")[0])]
+
+
+def score(run, rows):
+    """What the model of a run says to rows, read back as llmtune reads it."""
+    work, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, work.recipe.model)
+    with Models(work, place, processor).tuned() as model, torch.inference_mode():
+        return work.task.predict(model, rows, processor, work.recipe, device="cpu")
+
+
+@pytest.mark.parametrize(("name", "part"), REWARD_MODELS.items())
+def test_a_reward_model_is_read_back_by_plain_classes_and_scores_a_padded_batch_the_same(name, part, runs):
+    run, _ = runs(name)
+    scores = plain_scores.score(str(run / part), conversations(runs))
+    said = [one["chosen"] for one in score(run, test_rows(runs("reward")[0]))]
+    assert said == pytest.approx(scores, abs=1e-5)
+    assert len({round(one, 4) for one in said}) > 1
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_read_back_where_there_is_no_llmtune(runs):
+    folders = [str(runs(name)[0] / part) for name, part in REWARD_MODELS.items()]
+    done = subprocess.run(
+        [sys.executable, plain_scores.__file__],
+        input=json.dumps({"folders": folders, "conversations": conversations(runs)}),
+        env={**os.environ, "PYTHONPATH": ""},
+        cwd=folders[0],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, scores in zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert scores == pytest.approx(plain_scores.score(folder, conversations(runs)), abs=1e-6)
+
+
+def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
+    run, _ = runs("reward")
+    row = test_rows(run)[0]
+    given = {"prompt": row["messages"][0]["content"], "answer": row["chosen"]}
+    said = answer_once(run, given, quiet(), offline=True)["prediction"]
+    (pair,) = score(run, [row])
+    assert said == {"answer": pytest.approx(pair["chosen"], abs=1e-6)}
+
+
+# Runs that go on
+
+
+def test_a_second_run_skips_every_step_and_an_evaluation_keeps_the_rest(runs):
+    run, report = runs("dpo")
+    again = run_pipeline(opened(run.parent), Options(out=run), quiet())
+    assert all(step["skipped"] for step in again["steps"])
+    assert again["evaluation"]["tuned"] == report["evaluation"]["tuned"]
+    changed = opened(run, **{"evaluate.metrics": "[likelihood_accuracy, kl]"})
+    scores = evaluate_run(changed, run, quiet(), offline=True)["evaluation"]
+    assert set(scores["tuned"]) == {"likelihood_accuracy", "kl"}
+    assert scores["tuned"]["kl"] == pytest.approx(report["evaluation"]["tuned"]["kl"])
+
+
+@pytest.fixture(scope="module")
+def chatted(tmp_path_factory, tiny_llama):
+    """A chat run to go on from: it has learned the good answers."""
+    folder = tmp_path_factory.mktemp("chatted")
+    rows = [chat(row["prompt"], row["chosen"]) for row in PAIRS]
+    run_recipe(folder, tiny_llama, rows, "chat", evaluate={"metrics": ["loss"]})
+    return folder / "run"
+
+
+def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama, tmp_path):
+    adapter = {"r": None, "lora_alpha": None, "start_from": str(chatted)}
+    metrics = {"metrics": ["loss", "likelihood_accuracy", "kl", "margin"]}
+    train = {"learning_rate": 5.0e-3}
+    report = run_recipe(
+        tmp_path, tiny_llama, PAIRS, "preference", **sections_of("dpo", adapter=adapter, evaluate=metrics, train=train)
+    )
+    scores = report["evaluation"]
+    assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert report["train"]["train_loss"] < math.log(2)
+    assert scores["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert scores["base"]["kl"] > 0  # the chat run has moved away from the model without an adapter
+    assert scores["signatures"]["base"].startswith("the base model with the adapter of adapter.start_from")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    start = PeftModel.from_pretrained(model, chatted / "adapter").eval()
+    start.load_adapter(tmp_path / "run" / "adapter", "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    margins = []
+    for row in test_rows(tmp_path / "run"):
+        sums = {}
+        for name in ("default", "tuned"):
+            start.set_adapter(name)
+            said = [plain_logps(start, tokenizer, row, row[side])[1].sum() for side in ("chosen", "rejected")]
+            sums[name] = float(said[0] - said[1])
+        margins.append(0.1 * (sums["tuned"] - sums["default"]))
+    assert scores["tuned"]["margin"] == pytest.approx(np.mean(margins), abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["start_from", "full", "pissa"])
+def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_the_same_bytes(
+    kind, chatted, tiny_llama, tmp_path
+):
+    adapter = {"start_from": {"r": None, "lora_alpha": None, "start_from": str(chatted)}, "full": {"method": "full"}}
+    train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
+    sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
+    loaded = load_recipe(str(recipe_of(tmp_path, tiny_llama, PAIRS, "preference", **sections)))
+    run_pipeline(loaded, Options(out=tmp_path / "run", until="prepare"), quiet())
+    examples = load_examples(tmp_path / "run" / "data" / "examples")
+    run_training(tmp_path / "whole", loaded.recipe, examples, budget=2048)
+    lines = read_metrics(tmp_path / "whole")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[-1]["loss"] < math.log(2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halved")
+    shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-6")
+    assert run_training(tmp_path / "halved", loaded.recipe, examples, budget=2048).resumed_from == 4
+    assert [line["loss"] for line in read_metrics(tmp_path / "halved")] == [line["loss"] for line in lines]
+    if kind == "full":
+        names = [tmp_path / name / "weights" / "model.safetensors" for name in ("whole", "halved")]
+        assert names[0].read_bytes() == names[1].read_bytes()
+    else:
+        assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
+
+
+# Micro-batches and processes
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_of_one_row_give_the_gradient_and_the_validation_loss_of_one_batch(loss, tiny_llama, tmp_path):
+    sections = sections_of(loss, adapter={"lora_dropout": 0.0})
+    recipe = recipe_of(tmp_path, tiny_llama, rows_for(loss), "preference", **sections)
+    training = start_training(recipe, tmp_path / "run")
+    with torch.no_grad():
+        for i, parameter in enumerate(training.parameters):  # away from the start, where the estimate of KTO is zero
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    one, single = gradient(training, 1)
+    large, whole = gradient(training, 100_000)
+    assert one == pytest.approx(large, rel=1e-6)
+    assert float((single - whole).norm() / whole.norm()) < 1e-5
+    assert float(whole.norm()) > 1e-3
+    assert validation_loss(training, 1) == pytest.approx(validation_loss(training, 100_000), rel=1e-6)
+    assert training.model.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "dpo"])
+def test_two_processes_learn_preferences_as_one_does(loss, tiny_llama, tmp_path):
+    """With 17 rows the last step of an epoch has one: a process without any takes part in the survey of KTO."""
+    sections = sections_of(loss, adapter={"lora_dropout": 0.0}, evaluate={"metrics": None})
+    data = {"validation": 0, "test": 0}
+    recipe_of(tmp_path, tiny_llama, rows_for(loss)[:17], "preference", data=data, **sections)
+    two = llmtune("launch", "local", "recipe.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    one = llmtune("train", "recipe.yaml", "--out", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) == 6
+    for alone, together in pairs:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+
+
+# What is refused, and what is left out
+
+
+def refuse(kind, folder, model, rows, **sections):
+    with pytest.raises(kind) as caught:
+        run_recipe(folder, model, rows, "preference", **sections)
+    return caught.value
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("kto", PAIRS), ("dpo", THUMBS), ("reward", THUMBS)])
+def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, tiny_llama, tmp_path):
+    error = refuse(DataError, tmp_path, tiny_llama, rows, **sections_of(loss))
+    assert error.exit_code == 3
+    (problem,) = error.problems
+    assert problem.what.startswith(f"preference.loss: {loss} learns from ")
+    assert str(tmp_path / "rows.jsonl") in problem.where
+    assert problem.fix.startswith("Set preference.loss to ")
+
+
+def test_a_few_rows_of_the_other_kind_are_named_with_file_and_line(tiny_llama, tmp_path):
+    write_jsonl(tmp_path / "thumbs.jsonl", THUMBS[:2])
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    files = [{"path": str(tmp_path / name)} for name in ("pairs.jsonl", "thumbs.jsonl")]
+    error = refuse(DataError, tmp_path, tiny_llama, [], **sections_of("dpo", data={"train": files, "max_dropped": 0}))
+    assert [problem.where.rsplit("/", 1)[-1] for problem in error.problems[1:]] == ["thumbs.jsonl:1", "thumbs.jsonl:2"]
+    assert all("dpo learns from pairs" in problem.what for problem in error.problems[1:])
+
+
+def test_a_pair_that_is_too_long_is_named_or_left_out(tiny_llama, tmp_path):
+    rows = [*PAIRS, {"prompt": "long", "chosen": "fox " * 200, "rejected": "no"}]
+    error = refuse(DataError, tmp_path / "error", tiny_llama, rows, **sections_of("dpo"))
+    assert any(str(problem.where).endswith("rows.jsonl:41") for problem in error.problems)
+    assert error.exit_code == 3
+    recipe = recipe_of(tmp_path, tiny_llama, rows, "preference", **sections_of("dpo", data={"on_overlong": "drop"}))
+    report = run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", until="prepare"), quiet())
+    assert report["data"]["dropped"] == {"too long": 1}
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric", "more"),
+    [
+        *[("kto", metric, {}) for metric in ("loss", "likelihood_accuracy")],
+        ("orpo", "loss", {}),
+        *[("reward", metric, {}) for metric in ("kl", "likelihood_accuracy")],
+        ("dpo", "kl", {"adapter": {"method": "full", "r": None, "lora_alpha": None}}),
+        ("ipo", "kl", {"adapter": {"bias": "all"}}),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_a_mistake_of_the_recipe(loss, metric, more, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [])
+    sections = sections_of(loss, **more)
+    stated = {"metrics": ["accuracy", metric]}
+    path = write_recipe(tmp_path / "a.yaml", "model", rows, task="preference", evaluate=stated, **sections)
+    with pytest.raises(RecipeError, match=f"'{metric}' cannot be measured: ") as caught:
+        load_recipe(str(path))
+    assert caught.value.exit_code == 2
+    gated = {"metrics": None, "gates": [f"{metric} > 0"]}
+    path = write_recipe(tmp_path / "b.yaml", "model", rows, task="preference", evaluate=gated, **sections)
+    with pytest.raises(RecipeError, match="about a metric that is not computed"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_metric_that_a_loss_has_may_be_asked_for_and_is_measured(loss, runs):
+    run, _ = runs(loss)
+    changed = opened(run, **{"evaluate.metrics": f"[{', '.join(LOSS_METRICS[loss])}]"})
+    scores = evaluate_run(changed, run, quiet(), offline=True)["evaluation"]
+    assert set(scores["tuned"]) == set(LOSS_METRICS[loss])
+    assert not [name for name in scores["tuned"] if scores["signatures"][name].startswith("not measured")]
+
+
+def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(runs):
+    signatures = runs("dpo-full")[1]["evaluation"]["signatures"]
+    assert signatures["kl"].startswith("not measured: with adapter.method: full")
+
+
+def test_thumbs_of_one_kind_alone_have_no_margin_and_the_report_says_so(tiny_llama, tmp_path):
+    up = write_jsonl(tmp_path / "up.jsonl", [row for row in THUMBS if row["label"]][:3])
+    train = {"max_steps": 2, "num_train_epochs": None}
+    sections = sections_of("kto", data={"test": str(up)}, train=train)
+    scores = run_recipe(tmp_path / "kto", tiny_llama, THUMBS[:20], "preference", **sections)["evaluation"]
+    assert set(scores["tuned"]) == {"accuracy", "kl"}
+    assert scores["signatures"]["margin"].startswith("not measured: ")
