@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -135,6 +136,7 @@ def build(
     held_out = encoded.get("validation")
     collator = DataCollatorWithPadding(tokenizer)
     trainer = Trainer(model, arguments, collator, encoded["train"], held_out, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # it writes to stdout, where the result stands
     return trainer, encoded
 
 

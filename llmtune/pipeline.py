@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import __version__
+from llmtune import __version__, hashes
 from llmtune.adapter import describe, find_adapter, inject
 from llmtune.data import hash_sources, load_rows, prepare_rows
 from llmtune.data.examples import encode_rows, load_examples
@@ -38,13 +38,13 @@ from llmtune.model import (
 )
 from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
-from llmtune.recipe import TASK_FACTS, LoadedRecipe, Recipe
+from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows
 from llmtune.report import assemble, write_report
 from llmtune.run.environment import is_remote_model, refuse_network
 from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.run.folder import RunFolder, default_path, look_at_run, open_run
-from llmtune.run.lock import Pins, check_pin, hardware, own_pins, package_versions, read_pins, write_lock
+from llmtune.run.lock import Pins, hardware, own_pins, package_versions, read_pins, write_lock
 from llmtune.train import train
 from llmtune.work import Options, Work, locate_pinned, trained_name
 
@@ -96,7 +96,7 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     if options.until == "select":
         return
     if options.until == "adapt":
-        adapt(work, place, processor, _adapt_inputs(work, place, examples))
+        adapt(work, place, processor, hashes.adapt(work, place, examples))
         return
     fit(work, loaded, place, examples, plan, trainer)
     if options.until == "train":
@@ -137,7 +137,7 @@ def conclude(work: Work, *, gated: bool) -> dict[str, Any]:
 
 def prepare(work: Work) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
-    inputs = _prepare_inputs(work)
+    inputs = hashes.prepare(work)
     target = work.folder.path / "data" / "rows"
     if not work.skip("prepare", inputs):
         with work.folder.step("prepare", inputs, ["data/rows"]) as facts:
@@ -145,15 +145,6 @@ def prepare(work: Work) -> Rows:
                 made = prepare_rows(work.recipe, folder, work.console)
             facts |= {"rows_in": made.rows_in, "kept": made.counts, "dropped": made.dropped}
     return load_rows(target)
-
-
-def _prepare_inputs(work: Work) -> str:
-    data = work.recipe.data
-    if work.held and work.pins is not None:
-        check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
-    about_examples = {"max_length", "on_overlong", "packing", "train_on"}
-    settings = data.model_dump(mode="json", exclude=about_examples)
-    return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
 
 
 def choose(work: Work, rows: Rows) -> ModelPlace:
@@ -179,25 +170,13 @@ def choose(work: Work, rows: Rows) -> ModelPlace:
 
 def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> Examples:
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
-    inputs = _encode_inputs(work, rows, place, processor)
+    inputs = hashes.encode(work, rows, place, processor)
     target = work.folder.path / "data" / "examples"
     if not work.skip("encode", inputs):
         with work.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
             made = encode_rows(rows, work.task, processor, work.recipe, folder, work.console)
             facts |= describe_examples(rows, made, processor, work.console, work.task, work.recipe)
     return load_examples(target)
-
-
-def _encode_inputs(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> str:
-    recipe = work.recipe
-    about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
-    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
-    section = TASK_FACTS[recipe.task].section
-    own = getattr(recipe, section) if section else None
-    settings |= {"section": own.model_dump(mode="json") if own else None}
-    versions = package_versions(("transformers", "tokenizers"))
-    contents = [rows.content_hash, place.content_hash, hash_value(processor.chat_template)]
-    return hash_value([__version__, versions, contents, about, settings, recipe.task])
 
 
 def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
@@ -212,7 +191,7 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
     budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
     plan = replace(plan_memory(place, recipe, work.task, min(budget, step_tokens), work.device), tokens=budget)
-    settings = [recipe.model.model_dump(mode="json"), _adapter_settings(recipe), recipe.train.optim, asdict(plan)]
+    settings = [recipe.model.model_dump(mode="json"), hashes.adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, place.content_hash, settings])
     if not work.skip("select", inputs):
         with work.folder.step("select", inputs) as facts:
@@ -237,27 +216,12 @@ def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBa
     return inject(selected, work.recipe, work.console)
 
 
-def _adapt_inputs(work: Work, place: ModelPlace, examples: Examples) -> str:
-    return hash_value([place.content_hash, examples.content_hash, work.recipe.seed, _adapter_settings(work.recipe)])
-
-
-def _adapter_settings(recipe: Recipe) -> list[Any]:
-    start = recipe.adapter.start_from
-    content = hash_folder(find_adapter(Path(start))) if start else None
-    return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
-
-
-def _train_inputs(work: Work, adapt_inputs: str) -> str:
-    settings = [work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
-    return hash_value([__version__, adapt_inputs, settings])
-
-
 def fit(
     work: Work, loaded: LoadedRecipe, place: ModelPlace, examples: Examples, plan: MemoryPlan, trainer: Trainer
 ) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
-    adapt_inputs = _adapt_inputs(work, place, examples)
-    inputs = _train_inputs(work, adapt_inputs)
+    adapt_inputs = hashes.adapt(work, place, examples)
+    inputs = hashes.train(work, adapt_inputs)
     steps = work.folder.manifest["steps"]
     if work.folder.is_valid("train", inputs):
         work.begin("adapt", skipped=True)
@@ -299,7 +263,7 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: 
 
 def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    inputs = _evaluate_inputs(work, place, examples)
+    inputs = hashes.evaluate(work, place, examples)
     target = work.folder.path / "evaluation"
     if work.skip("evaluate", inputs):
         evaluation = load_evaluation(target)
@@ -323,18 +287,6 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             headless=head_is_new(place, recipe, task),
         )
         save_evaluation(evaluation, folder)
-
-
-def _evaluate_inputs(work: Work, place: ModelPlace, examples: Examples) -> str:
-    recipe = work.recipe
-    trained = hash_folder(work.folder.path / trained_name(recipe))
-    section = TASK_FACTS[recipe.task].section
-    own = getattr(recipe, section) if section else None
-    settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
-    settings.append(own.model_dump(mode="json") if own else {})
-    contents = [trained, place.content_hash, examples.content_hash]
-    versions = package_versions(("torch", "transformers", "peft"))
-    return hash_value([__version__, versions, contents, settings, recipe.seed])
 
 
 def deploy(work: Work, place: ModelPlace) -> None:
@@ -389,7 +341,7 @@ def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace) -> None:
 def rehearse(work: Work) -> dict[str, Any]:
     """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
     recipe, console, folder = work.recipe, work.console, work.folder
-    valid = {"prepare": folder.is_valid("prepare", _prepare_inputs(work))}
+    valid = {"prepare": folder.is_valid("prepare", hashes.prepare(work))}
     plans = {}
     for name in [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ()):
         try:
@@ -407,11 +359,11 @@ def rehearse(work: Work) -> dict[str, Any]:
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
             work.settle(place, rows)
-            valid["encode"] = folder.is_valid("encode", _encode_inputs(work, rows, place, processor))
+            valid["encode"] = folder.is_valid("encode", hashes.encode(work, rows, place, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
-            valid["train"] = folder.is_valid("train", _train_inputs(work, _adapt_inputs(work, place, examples)))
-            valid["evaluate"] = folder.is_valid("evaluate", _evaluate_inputs(work, place, examples))
+            valid["train"] = folder.is_valid("train", hashes.train(work, hashes.adapt(work, place, examples)))
+            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(work, place, examples))
     for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
     console.print(f"good; the run folder is {escape(str(folder.path))}")

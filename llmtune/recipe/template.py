@@ -98,7 +98,7 @@ STARTS = {
         model="Qwen/Qwen3-0.6B",
         metrics="[loss, accuracy, margin, kl]",
         gates='["accuracy.low > base"]',
-        section="preference:\n  loss: dpo  # SET: dpo, ipo, orpo (pairs), kto (thumbs) or reward (a model that scores)\n",
+        section="preference:\n  loss: dpo  # SET: dpo, ipo, orpo (pairs), kto (thumbs) or reward (scores)\n",
         max_new_tokens=None,
         learning_rate="5e-5",
     ),

@@ -182,4 +182,4 @@ def test_a_divergence_that_cannot_be_had_is_left_out(tuned):
 
 def test_a_row_that_cannot_be_read_is_an_error_and_no_missing_number(tuned):
     with pytest.raises(DataError, match="row 2 of those asked: too long: "):
-        predict(tuned, [ROWS[0], {**ROWS[1], "rejected": "fox " * 60}], data={"max_length": 100})
+        predict(tuned, [ROWS[0], {**ROWS[1], "rejected": "fox " * 100}], data={"max_length": 50})

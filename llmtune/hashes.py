@@ -1,0 +1,75 @@
+"""What each step depends on, as a hash: a step whose hash is the one it was done with is skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune import __version__
+from llmtune.adapter import find_adapter
+from llmtune.data import hash_sources
+from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.records import Examples, ModelPlace, Rows
+from llmtune.run.files import hash_folder, hash_value
+from llmtune.run.lock import check_pin, package_versions
+from llmtune.work import Work, trained_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare(work: Work) -> str:
+    """Rows depend on the data section, the files behind it, and the task.
+
+    Raises EnvironmentProblem where a lock that was named with --lock holds other data.
+    """
+    data = work.recipe.data
+    if work.held and work.pins is not None:
+        check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
+    about_examples = {"max_length", "on_overlong", "packing", "train_on"}
+    settings = data.model_dump(mode="json", exclude=about_examples)
+    return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
+
+
+def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> str:
+    """Examples depend on the rows, the tokenizer, the template and the task's own section."""
+    recipe = work.recipe
+    about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
+    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
+    section = TASK_FACTS[recipe.task].section
+    own = getattr(recipe, section) if section else None
+    settings |= {"section": own.model_dump(mode="json") if own else None}
+    versions = package_versions(("transformers", "tokenizers"))
+    contents = [rows.content_hash, place.content_hash, hash_value(processor.chat_template)]
+    return hash_value([__version__, versions, contents, about, settings, recipe.task])
+
+
+def adapt(work: Work, place: ModelPlace, examples: Examples) -> str:
+    """The adapted model depends on the model, the examples (their labels), the seed and the adapter section."""
+    return hash_value([place.content_hash, examples.content_hash, work.recipe.seed, adapter_settings(work.recipe)])
+
+
+def adapter_settings(recipe: Recipe) -> list[Any]:
+    """The adapter section, with the content of an adapter that is gone on from."""
+    start = recipe.adapter.start_from
+    content = hash_folder(find_adapter(Path(start))) if start else None
+    return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
+
+
+def train(work: Work, adapted: str) -> str:
+    """Training depends on the adapted model and the train section."""
+    settings = [work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
+    return hash_value([__version__, adapted, settings])
+
+
+def evaluate(work: Work, place: ModelPlace, examples: Examples) -> str:
+    """Scores depend on what was trained, the rows, and how answers are generated and measured."""
+    recipe = work.recipe
+    trained = hash_folder(work.folder.path / trained_name(recipe))
+    section = TASK_FACTS[recipe.task].section
+    own = getattr(recipe, section) if section else None
+    settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
+    settings.append(own.model_dump(mode="json") if own else {})
+    contents = [trained, place.content_hash, examples.content_hash]
+    versions = package_versions(("torch", "transformers", "peft"))
+    return hash_value([__version__, versions, contents, settings, recipe.seed])
