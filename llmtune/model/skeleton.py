@@ -52,7 +52,7 @@ NEEDS = {
     "ForMaskedLM).",
     "AutoModelForSeq2SeqLM": "Name an encoder-decoder model, such as T5, BART, Marian or NLLB.",
     "AutoModelForQuestionAnswering": "Name an encoder, such as BERT or RoBERTa.",
-    "AutoModelForSequenceClassification": "Name a model that transformers can classify texts with.",
+    "AutoModelForSequenceClassification": "Name an encoder, such as BERT or ModernBERT, or a decoder.",
     "AutoModelForTokenClassification": "Name a model that transformers can mark tokens with, such as BERT.",
     "AutoModelForSpeechSeq2Seq": "Name a Whisper model.",
     "AutoModelForCTC": "Name a wav2vec2 model or one of its relatives.",

@@ -228,6 +228,11 @@ def details(said: Sequence[Any], wanted: Sequence[Any], recipe: Recipe) -> dict[
     return found
 
 
+def is_one_part(config: Any) -> bool:
+    """Whether a model is an encoder or a decoder alone: the head of one of both wants an end token in each text."""
+    return not getattr(config, "is_encoder_decoder", False)
+
+
 CLASSIFY = Task(
     name="classify",
     auto_class="AutoModelForSequenceClassification",
@@ -249,6 +254,7 @@ CLASSIFY = Task(
     shape_config=shape_config,
     pieces=class_pieces,
     check=check_padding,
+    fits=is_one_part,
     by_token=False,
     headed=True,
 )

@@ -14,48 +14,23 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from scipy import stats
 from sklearn import metrics as sklearn_metrics
-from support import families
-from support.models import build_gpt2, build_llama
-from support.rows import write_jsonl
-from support.runs import llmtune, write_recipe
+from support.classifying import BUILDERS, COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
+from support.runs import llmtune
 from support.training import adapt, read_metrics
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
-from llmtune.data import load_rows
-from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.labelled import classified
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import RecipeError
 from llmtune.evaluate.predict import predict_classes
 from llmtune.pipeline import evaluate_run, run_pipeline
-from llmtune.recipe import Recipe, load_recipe
-from llmtune.records import Examples
+from llmtune.recipe import load_recipe
 from llmtune.run.folder import read_run, recipe_of_run
 from llmtune.tasks import classify, get_task
 from llmtune.train.gradients import step_gradients
 from llmtune.train.training import set_up
 from llmtune.work import Options
 
-COLOURS = ("red", "green", "blue")
-THINGS = ("cat", "dog", "bird", "fish", "fox")
-BUILDERS: dict[str, Callable[..., Path]] = {
-    "bert": families.build_bert,
-    "roberta": families.build_roberta,
-    "distilbert": families.build_distilbert,
-    "deberta": families.build_deberta,
-    "modernbert": families.build_modernbert,
-    "llama": build_llama,
-    "gpt2": build_gpt2,
-}
-STILL = {
-    **{
-        name: {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        for name in ("bert", "roberta", "deberta")
-    },
-    "distilbert": {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
-}
-"""Without dropout, so that losses can be compared."""
 RUNS = (
     *((family, "lora") for family in BUILDERS),
     *((family, method) for family in ("bert", "llama") for method in ("qlora", "full")),
@@ -98,48 +73,6 @@ for folder in folders:
 assert not any(name.startswith("llmtune") for name in sys.modules)
 json.dump(found, open(sys.argv[2], "w"))
 """.replace("SKIPPED", repr(list(UNQUANTIZED)))
-
-
-def colour_rows(count: int = 60) -> list[dict[str, Any]]:
-    """Texts that name a colour, which is their label."""
-    return [
-        {"text": f"the {COLOURS[i % 3]} {THINGS[i % 5]} number {i * 7}", "label": COLOURS[i % 3]} for i in range(count)
-    ]
-
-
-def recipe_for(path: Path, model: Path, rows: Path | list[dict[str, Any]], **sections: Any) -> Path:
-    """Write a recipe for a quick training; rows given as a list are written beside it."""
-    if isinstance(rows, list):
-        rows = write_jsonl(path.with_suffix(".rows.jsonl"), rows)
-    method = sections.get("adapter", {}).get("method", "lora")
-    full = {"r": None, "lora_alpha": None} if method == "full" else {}
-    adapter = {**full, **sections.pop("adapter", {})}
-    rate = 1e-3 if method == "full" else 3e-3
-    train = {"learning_rate": rate, "num_train_epochs": 6, **sections.pop("train", {})}
-    evaluate = {"metrics": None, **sections.pop("evaluate", {})}
-    own = {"adapter": adapter, "train": train, "evaluate": evaluate, "generation": {"max_new_tokens": None}}
-    return write_recipe(path, model, rows, task="classify", **own, **sections)
-
-
-def run(path: Path, out: Path | None = None, console: Console | None = None) -> tuple[dict[str, Any], Path]:
-    """Run a recipe to its end; returns the report and the run folder."""
-    out = out or path.with_suffix(".run")
-    console = console or Console(file=io.StringIO(), width=200)
-    return run_pipeline(load_recipe(str(path)), Options(out=out, offline=True), console), out
-
-
-def prepared(path: Path) -> tuple[Recipe, Examples]:
-    """Prepare the rows of a recipe; returns it settled, and the examples."""
-    loaded, out = load_recipe(str(path)), path.with_suffix(".prepared")
-    quiet = Console(file=io.StringIO(), width=200)
-    run_pipeline(loaded, Options(out=out, offline=True, until="prepare"), quiet)
-    config = AutoConfig.from_pretrained(str(loaded.recipe.model.name))
-    recipe = classify.settle(loaded.recipe, load_rows(out / "data" / "rows"), config)
-    return recipe, load_examples(out / "data" / "examples")
-
-
-def predictions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluation" / "predictions.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -344,206 +277,6 @@ def test_micro_batches_of_one_row_give_the_gradient_of_one_large_batch(models, t
     assert norm == pytest.approx(large_norm, rel=1e-4)
     for a, b in zip(small, large, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-
-
-# Kinds of labels
-
-
-def test_many_labels_a_row(models, tmp_path):
-    rows = colour_rows()
-    for i, row in enumerate(rows):
-        row["label"] = [row["label"], *(["even"] if i % 2 == 0 else [])] if i % 7 else []
-    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
-    names = ["blue", "even", "green", "red"]
-    config = json.loads((folder / "adapter" / "config.json").read_text())
-    assert (config["problem_type"], list(config["label2id"])) == ("multi_label_classification", names)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    lines = predictions(folder)
-    wanted = {classified(row)["text"]: classified(row)["label"] for row in rows}
-    true = np.array([[name in wanted[line["prompt"]] for name in names] for line in lines])
-    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
-    tuned = report["evaluation"]["tuned"]
-    assert tuned["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, scores > 0.5))
-    assert tuned["f1_micro"] == pytest.approx(sklearn_metrics.f1_score(true, scores > 0.5, average="micro"))
-    assert [line["tuned_prediction"]["label"] for line in lines] == [
-        [name for name, share in zip(names, row, strict=True) if share > 0.5] for row in scores
-    ]
-    assert report["evaluation"]["baseline"] == "the classes that most rows have"
-    assert "matthews" not in tuned
-
-
-def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
-    rows = [{**row, "label": float(COLOURS.index(row["label"]))} for row in colour_rows()]
-    rows[3]["label"] = 0  # files leave the decimal point out
-    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
-    evaluation, lines = report["evaluation"], predictions(folder)
-    true = [float(line["reference"]) for line in lines]
-    said = [line["tuned_prediction"]["label"] for line in lines]
-    wanted = {
-        "mse": sklearn_metrics.mean_squared_error(true, said),
-        "mae": sklearn_metrics.mean_absolute_error(true, said),
-        "pearson": stats.pearsonr(true, said).statistic,
-        "spearman": stats.spearmanr(true, said).statistic,
-    }
-    assert {k: v for k, v in evaluation["tuned"].items() if k != "loss"} == pytest.approx(wanted)
-    assert evaluation["tuned"]["loss"] == pytest.approx(wanted["mse"], rel=1e-4)
-    assert evaluation["baseline"] == "the mean of the training rows"
-    assert evaluation["base"]["mse"] > evaluation["tuned"]["mse"]
-    assert json.loads((folder / "adapter" / "config.json").read_text())["problem_type"] == "regression"
-    model = AutoModelForSequenceClassification.from_pretrained(
-        models("modernbert"), config=AutoConfig.from_pretrained(folder / "adapter")
-    )
-    assert model.config.num_labels == 1
-
-
-def test_pairs_of_a_csv_file_with_numbered_classes(models, tmp_path):
-    rows = colour_rows()
-    lines = [f"a {row['label']} one,{row['text']},{int(row['label'] == 'red')}" for row in rows]
-    path = tmp_path / "rows.csv"
-    path.write_text("first,second,same\n" + "\n".join(lines) + "\n")
-    source = {"path": str(path), "columns": {"text": "first", "pair": "second", "label": "same"}}
-    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), path, data={"train": source})
-    report, folder = run(recipe)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    assert json.loads((folder / "adapter" / "config.json").read_text())["label2id"] == {"0": 0, "1": 1}
-    reader = ExampleReader(load_examples(folder / "data" / "examples"), "train")
-    assert all(set(reader[i].third_ids) == {0, 1} for i in range(len(reader)))
-
-
-@pytest.mark.parametrize(
-    ("labels", "kind"),
-    [
-        (["a", "b"], "single"),
-        (["1", "2"], "single"),
-        ([1.0, 2.5], "regression"),
-        (["1", 2.5], "regression"),
-        (["1.5", "2"], "regression"),
-        (["-1e-3", ".5"], "regression"),
-        (["1.5", "two"], "single"),
-        ([["a"], []], "multi"),
-        ([], "single"),
-    ],
-)
-def test_the_kind_of_labels_is_told_by_all_of_them(labels, kind):
-    assert classify.find_kind(labels) == kind
-
-
-@pytest.mark.parametrize("labels", [["a", 2.5], ["a", ["b"]], [2.5, ["b"]], ["1", ["b"]]])
-def test_labels_of_several_kinds_are_told(labels):
-    with pytest.raises(DataError, match="several kinds"):
-        classify.find_kind(labels)
-
-
-def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted_or_as_stated():
-    named = type("Config", (), {"id2label": {0: "b", 1: "c", 2: "a"}})()
-    assert classify.in_order({"a", "b", "c"}, named) == ["b", "c", "a"]
-    assert classify.in_order(("a", "b", "c"), named) == ["b", "c", "a"]
-    assert classify.in_order({"a", "b"}, named) == ["a", "b"]
-    assert classify.in_order(("b", "a"), named) == ["b", "a"]
-    assert classify.in_order({"10", "9", "-1"}, None) == ["-1", "9", "10"]
-    assert classify.in_order({"10", "9", "x"}, None) == ["10", "9", "x"]
-
-
-# What does not go together
-
-
-BAD_ROWS = {
-    "no text": ({"text": "", "label": "red"}, {}, "empty"),
-    "no label": ({"text": "a cat", "label": None}, {}, "no label"),
-    "unknown label": ({"text": "a cat", "label": "pink"}, {"labels": list(COLOURS)}, "label unknown: 'pink'"),
-    "two labels": (
-        {"text": "a cat", "label": ["red", "blue"]},
-        {"kind": "single", "labels": list(COLOURS)},
-        "2 labels where",
-    ),
-    "no number": ({"text": "a cat", "label": "much"}, {"kind": "regression"}, "no number"),
-    "unknown among many": ({"text": "a cat", "label": ["red", "pink"]}, {"kind": "multi"}, "label unknown: 'pink'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_named_with_file_and_line(models, tmp_path, name):
-    bad, section, reason = BAD_ROWS[name]
-    rows = colour_rows(12)
-    if section.get("kind") == "regression":
-        rows = [{**row, "label": 1.5} for row in rows]
-    if section.get("kind") == "multi":
-        rows, section = [{**row, "label": [row["label"]]} for row in rows], {**section, "labels": list(COLOURS)}
-    path = recipe_for(
-        tmp_path / "r.yaml", models("bert"), [*rows[:6], bad, *rows[6:]], classify=section, data={"max_dropped": 0}
-    )
-    with pytest.raises(DataError) as caught:
-        run(path)
-    assert caught.value.exit_code == 3
-    assert any(str(p.where).endswith("r.rows.jsonl:7") and reason in p.what for p in caught.value.problems)
-
-
-def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(models, tmp_path):
-    rows = [*colour_rows(), {"text": "a pink cat", "label": "pink"}, {"text": "a grey dog", "label": ["red", "blue"]}]
-    section = {"kind": "single", "labels": list(COLOURS)}
-    data = {"max_dropped": 0.1, "train": str(write_jsonl(tmp_path / "train.jsonl", rows)), "test": None}
-    data["test"] = [str(write_jsonl(tmp_path / "test.jsonl", [{**row, "text": "one " + row["text"]} for row in rows]))]
-    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), tmp_path / "train.jsonl", classify=section, data=data)
-    report, folder = run(recipe)
-    assert sum(n for reason, n in report["data"]["dropped"].items() if "label" in reason) == 4
-    assert len(predictions(folder)) == 60
-    left_out = [json.loads(line)["where"] for line in (folder / "data" / "left_out.jsonl").read_text().splitlines()]
-    assert sorted(Path(origin).name for origin in left_out) == [
-        f"{side}.jsonl:{n}" for side in ("test", "train") for n in (61, 62)
-    ]
-
-
-def test_rows_of_one_class_are_refused(models, tmp_path):
-    rows = [{**row, "label": "red"} for row in colour_rows(20)]
-    with pytest.raises(DataError, match="all rows have the label red"):
-        run(recipe_for(tmp_path / "r.yaml", models("bert"), rows))
-
-
-@pytest.mark.parametrize(
-    ("section", "label", "evaluate", "said"),
-    [
-        ({}, 1.5, {"metrics": ["accuracy"]}, "the labels are of the kind 'regression', which has no accuracy"),
-        ({}, None, {"metrics": ["loss", "mse"]}, "the labels are of the kind 'single', which has no mse"),
-        ({"labels": ["a", "b"]}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
-        ({"class_weights": "balanced"}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
-        ({"class_weights": "balanced"}, ["red"], {}, "has no effect: the labels are of the kind 'multi'"),
-        ({"class_weights": {"pink": 2.0}}, None, {}, "weighs 'pink', which no row has"),
-    ],
-)
-def test_what_this_kind_of_label_does_not_have_is_refused(models, tmp_path, section, label, evaluate, said):
-    rows = [row if label is None else {**row, "label": label} for row in colour_rows(20)]
-    path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify=section, evaluate=evaluate)
-    with pytest.raises(RecipeError) as caught:
-        run(path)
-    assert said in str(caught.value)
-    assert caught.value.exit_code == 2
-
-
-# Weights of classes
-
-
-def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
-    from sklearn.utils.class_weight import compute_class_weight
-
-    rows = [row for i, row in enumerate(colour_rows(90)) if row["label"] != "blue" or i % 4 == 0]
-    path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
-    recipe, examples = prepared(path)
-    reader = ExampleReader(examples, "train")
-    labels = [recipe.classify.labels[reader[i].target_ids[0]] for i in range(len(reader))]
-    wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
-    assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
-    stored = [reader[i].values[0] for i in range(len(reader))]
-    assert stored == pytest.approx([recipe.classify.class_weights[label] for label in labels])
-    assert sum(stored) == pytest.approx(len(stored), rel=1e-5)
-
-
-def test_a_weight_of_a_class_changes_what_is_trained(models, finished, tmp_path):
-    weights = {"red": 5.0, "blue": 0.5}
-    path = recipe_for(tmp_path / "r.yaml", models("bert"), colour_rows(), classify={"class_weights": weights})
-    recipe, _ = prepared(path)
-    assert recipe.classify.class_weights == weights
-    report, _ = run(path)
-    assert report["train"]["first_loss"] != finished("bert", "lora")[0]["train"]["first_loss"]
 
 
 # A base with a head of its own
