@@ -16,13 +16,14 @@ from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import load_rows, read_rows
 from llmtune.deploy.chat import ChatSession
 from llmtune.deploy.merge import merge_model
-from llmtune.errors import Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_model, load_processor, resolve_dtype
 from llmtune.model.heads import head_is_new
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.recipe.rules_tasks import DEPLOYED
 from llmtune.records import AdaptedModel, ModelPlace, SelectedModel, Task
+from llmtune.run.files import hash_folder
 from llmtune.run.folder import read_run, recipe_of_run
 from llmtune.run.lock import LOCK, read_pins
 from llmtune.work import Work, locate_pinned, trained_name
@@ -59,7 +60,12 @@ class Models:
             with self.base() as model:
                 yield model
         else:
-            yield load_adapter(self._load(self.place), find_adapter(Path(start))).model
+            place = find_adapter(Path(start))
+            known = self.work.folder.findings.get("start_from")
+            if known is not None and known != hash_folder(place):
+                what = "the adapter that training started from is another one now: there is nothing to compare with"
+                raise EnvironmentProblem.of(what, str(place), "Put it back, or run the recipe again.")
+            yield load_adapter(self._load(self.place), place).model
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -72,6 +78,9 @@ class Models:
         trained = self.work.folder.path / trained_name(self.work.recipe)
         if self.work.recipe.adapter.method == "full":
             selected = self._load(replace(self.place, path=trained))
+            if selected.new_weights:
+                what = "the head in these weights is for other classes than the rows have now"
+                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again: it trains anew.")
             return load_adapter(selected, trained)
         return load_adapter(self._selected, trained)
 

@@ -36,9 +36,7 @@ def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedToken
     recipe = work.recipe
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
-    section = TASK_FACTS[recipe.task].section
-    own = getattr(recipe, section) if section else None
-    settings |= {"section": own.model_dump(mode="json") if own else None}
+    settings |= {"section": own_section(recipe)}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, place.content_hash, hash_value(processor.chat_template)]
     return hash_value([__version__, versions, contents, about, settings, recipe.task])
@@ -46,7 +44,15 @@ def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedToken
 
 def adapt(work: Work, place: ModelPlace, examples: Examples) -> str:
     """The adapted model depends on the model, the examples (their labels), the seed and the adapter section."""
-    return hash_value([place.content_hash, examples.content_hash, work.recipe.seed, adapter_settings(work.recipe)])
+    contents = [place.content_hash, examples.content_hash, own_section(work.recipe)]
+    return hash_value([*contents, work.recipe.seed, adapter_settings(work.recipe)])
+
+
+def own_section(recipe: Recipe) -> dict[str, Any] | None:
+    """The section that only this task has, as the rows have settled it: names of classes do not stand in token ids."""
+    name = TASK_FACTS[recipe.task].section
+    section = getattr(recipe, name) if name else None
+    return section.model_dump(mode="json") if section else None
 
 
 def adapter_settings(recipe: Recipe) -> list[Any]:
@@ -62,14 +68,12 @@ def train(work: Work, adapted: str) -> str:
     return hash_value([__version__, adapted, settings])
 
 
-def evaluate(work: Work, place: ModelPlace, examples: Examples) -> str:
+def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> str:
     """Scores depend on what was trained, the rows, and how answers are generated and measured."""
     recipe = work.recipe
     trained = hash_folder(work.folder.path / trained_name(recipe))
-    section = TASK_FACTS[recipe.task].section
-    own = getattr(recipe, section) if section else None
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
-    settings.append(own.model_dump(mode="json") if own else {})
-    contents = [trained, place.content_hash, examples.content_hash]
+    settings.append(own_section(recipe) or {})
+    contents = [trained, place.content_hash, rows.content_hash, examples.content_hash]
     versions = package_versions(("torch", "transformers", "peft"))
     return hash_value([__version__, versions, contents, settings, recipe.seed])

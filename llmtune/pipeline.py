@@ -231,6 +231,7 @@ def fit(
         steps.pop(step, None)  # of another training
     if steps.get("train", {}).get("inputs") != inputs:
         work.folder.findings["micro_batch_tokens"] = plan.tokens
+    work.folder.findings["start_from"] = hashes.adapter_settings(work.recipe)[-1]
     work.folder.write()
     _lock(work, loaded, place)
     work.begin("adapt")
@@ -263,7 +264,7 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: 
 
 def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    inputs = hashes.evaluate(work, place, examples)
+    inputs = hashes.evaluate(work, place, rows, examples)
     target = work.folder.path / "evaluation"
     if work.skip("evaluate", inputs):
         evaluation = load_evaluation(target)
@@ -363,7 +364,7 @@ def rehearse(work: Work) -> dict[str, Any]:
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
             valid["train"] = folder.is_valid("train", hashes.train(work, hashes.adapt(work, place, examples)))
-            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(work, place, examples))
+            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(work, place, rows, examples))
     for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
     console.print(f"good; the run folder is {escape(str(folder.path))}")

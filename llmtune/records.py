@@ -305,6 +305,8 @@ class Task:
     """Whether the loss of a row can be taken by itself, in evaluation too."""
     compares: Callable[[Recipe], bool] = never
     """Whether training is held against the model as it was, which has to be kept beside what is trained."""
+    unit: str = "rows"
+    """What the loss is a mean over, where that is not tokens."""
     by_token: bool = True
     """Whether the loss is that of guessing tokens of the vocabulary."""
     headed: bool = False

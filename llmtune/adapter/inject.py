@@ -106,11 +106,12 @@ def _is_saved(name: str) -> bool:
 
 
 def _open_all(selected: SelectedModel) -> AdaptedModel:
+    """Train all that the model's class does not hold still itself, such as tables of sine positions."""
     model = selected.model
-    model.requires_grad_(True)
     total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return AdaptedModel(selected, model, "full", total, total, (), size)
+    return AdaptedModel(selected, model, "full", trained, total, (), size)
 
 
 def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> AdaptedModel:

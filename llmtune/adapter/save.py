@@ -25,7 +25,7 @@ from llmtune.model.folder import read_config as read_model_config
 from llmtune.model.memory import enough_memory
 from llmtune.model.plan import format_bytes
 from llmtune.model.processor import save_tokenizer
-from llmtune.model.skeleton import OTHER_CLASSES, first_line
+from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER, first_line
 from llmtune.records import AdaptedModel, SelectedModel
 
 
@@ -101,7 +101,7 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
 def _save_classes(selected: SelectedModel, folder: Path) -> None:
     """Write the model's configuration, which says what its head's outputs are called."""
     content = selected.model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", OTHER_CLASSES):
+    for key in ("quantization_config", "_name_or_path", OTHER_CLASSES, OTHER_ORDER):
         content.pop(key, None)
     text = json.dumps(content, indent=2, sort_keys=True, default=_as_json)
     (folder / "config.json").write_text(text + "\n", "utf-8")
@@ -155,7 +155,8 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
-    config.pop(OTHER_CLASSES, None)
+    for key in (OTHER_CLASSES, OTHER_ORDER):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     for weights in folder.glob("*.safetensors"):
         share_file(weights, path)

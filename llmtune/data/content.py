@@ -59,7 +59,7 @@ def spoken_text(row: Row) -> str:
     if "audio" in row:
         return _tied(row["text"], row["content"])
     if "messages" in row:
-        answers = [row[key] for key in ("chosen", "answer") if key in row]
+        answers = [row[key] for key in ("chosen", "rejected", "answer") if key in row]
         return " ".join([*_said(row["messages"]), *answers])
     if "tokens" in row:
         return " ".join(row["tokens"])

@@ -75,7 +75,7 @@ def encode_chat(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe:
             return examples
         if recipe.data.train_on == "last":
             row = _only_last(row)
-        data, shorten = recipe.data, _shortener(processor)
+        data, shorten = recipe.data, shortener(processor)
         return fit_chat(
             row, examples, encode_one, on_overlong=data.on_overlong, max_length=data.max_length, shorten=shorten
         )
@@ -299,7 +299,7 @@ def _range_of(index: int, text: str, messages: list[Message], tools: Tools, temp
     return len(before), len(after)
 
 
-def _shortener(processor: PreTrainedTokenizerBase) -> Callable[[str, int], str]:
+def shortener(processor: PreTrainedTokenizerBase) -> Callable[[str, int], str]:
     """Return a function that cuts at least so many tokens from the start of a text."""
 
     def shorten(text: str, tokens: int) -> str:

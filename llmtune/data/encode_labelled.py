@@ -103,6 +103,8 @@ def encode_tags(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe:
             encoded.append(f"{UNKNOWN}: {wrong!r} is none of {', '.join(list(numbers)[:20])}")
         elif None in places:
             encoded.append(f"the tokenizer makes nothing of the word {row['tokens'][places.index(None)]!r}")
+        elif len(set(places)) < len(places):
+            encoded.append("the tokenizer puts two words into one token, which can have one tag only")
         elif len(ids) > recipe.data.max_length:
             encoded.append(too_long(len(ids), recipe.data.max_length))
         else:

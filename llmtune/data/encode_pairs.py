@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.encode import encode_chat, encode_completion, prompt_ids
+from llmtune.data.encode import encode_chat, encode_completion, prompt_ids, shortener
 from llmtune.data.overlong import Encoded, too_long
 from llmtune.data.template import render_prompt
 from llmtune.errors import Problem, RecipeError, nearest
@@ -176,8 +176,33 @@ def encode_by_prompt(
 
 
 def render_by_prompt(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair) -> list[int]:
-    """Return the token ids to generate the target from."""
+    """Return the token ids to generate the target from.
+
+    With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a whole answer.
+    """
     written = by_prompt(row, recipe, processor, to_pair)
+    ids = _render(written, processor, recipe)
+    room = max(recipe.data.max_length - recipe.generation.max_new_tokens, recipe.data.max_length // 2)
+    tries = _TRIES if recipe.data.on_overlong == "truncate" else 0
+    while len(ids) > room and tries:  # a cut text may take a token more than was counted
+        written = _shortened(written, len(ids) - room, processor)
+        ids, tries = _render(written, processor, recipe), tries - 1
+    return ids
+
+
+_TRIES = 6
+
+
+def _render(written: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     if "messages" in written:
         return render_prompt(written["messages"], processor, recipe)
     return prompt_ids(written["prompt"], processor)
+
+
+def _shortened(written: Row, tokens: int, processor: PreTrainedTokenizerBase) -> Row:
+    """Cut so many tokens from the start of a prompt."""
+    shorten = shortener(processor)
+    if "messages" in written:
+        (asked,) = written["messages"]
+        return {"messages": [{**asked, "content": shorten(asked["content"], tokens) or asked["content"][-1:]}]}
+    return {**written, "prompt": shorten(written["prompt"], tokens)}

@@ -22,6 +22,7 @@ from llmtune.data import iterate_rows
 from llmtune.data.listing import Add, listed
 from llmtune.data.overlong import TOO_LONG
 from llmtune.errors import DataError, Problem
+from llmtune.recipe import TASK_FACTS
 from llmtune.records import Example, Examples, Row, Rows, Task
 from llmtune.run.files import explained, read_json, write_json
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 BATCH_ROWS = 256
+BATCH_RECORDINGS = 32
+"""Half a minute at 16 kHz is a megabyte."""
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
 SHOWN = 20
 RECORD = "examples.json"
@@ -190,14 +193,21 @@ def _progress(console: Console) -> Progress:
 
 
 def _batches(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[int, list[tuple[str, Row]]]]:
-    """Yield the number of the first row, and rows up to a count and a size that keep memory flat."""
+    """Yield the number of the first row, and rows up to a count and a size that keep memory flat.
+
+    The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
+    """
     first, batch, characters = 0, [], 0
-    for item in rows:
+    ahead = next(rows, None)
+    while ahead is not None:
+        item, ahead = ahead, next(rows, None)
         batch.append(item)
         characters += len(str(item[1]))
-        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-            yield first, batch
-            first, batch, characters = first + len(batch), [], 0
+        most = BATCH_RECORDINGS if "audio" in item[1] else BATCH_ROWS
+        if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
+            kept = batch[:-1] if len(batch) > 1 else batch
+            yield first, kept
+            first, batch, characters = first + len(kept), batch[len(kept) :], 0
     if batch:
         yield first, batch
 
@@ -256,7 +266,8 @@ def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) 
         what = f"{too_long:,} of the rows have more tokens than data.max_length = {recipe.data.max_length}"
         if recipe.task == "speech":
             what += ", or last longer than speech.window_seconds"
-        fix = f"Raise data.max_length, or set data.on_overlong to drop, truncate or split. All of them: {list_file}."
+        ways = [way for way in TASK_FACTS[recipe.task].overlong if way != "error"]
+        fix = f"Raise data.max_length, or set data.on_overlong to {' or '.join(ways)}. All of them: {list_file}."
         raise DataError(Problem(what, fix=fix), *tally.long_rows)
 
 

@@ -32,9 +32,10 @@ def classified(row: Mapping[str, Any]) -> Row:
 def _label(value: Any) -> str | float | list[str]:
     value = _parsed_list(value)
     if isinstance(value, list):
-        if not all(isinstance(item, str | int) for item in value):
+        found = [_label(item) for item in value if not isinstance(item, list)]
+        if len(found) < len(value) or not all(isinstance(item, str) for item in found):
             raise RowError("wrong type", "'label' holds something else than names of classes")
-        return sorted({str(item) for item in value})
+        return sorted({str(item) for item in found})
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):

@@ -173,7 +173,9 @@ def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answ
             sums = answers.sums
             if sums is not None and (metric != "bits_per_byte" or sums.target_bytes.any()):
                 found = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
-                measures[metric] = found if task.by_token else replace(found, signature=task_signature(metric, task))
+                measures[metric] = (
+                    found if task.by_token else replace(found, signature=task_signature(metric, task, recipe))
+                )
         elif task.measure is not None and task.predict is not None:
             continue
         elif metric == CHOICE_METRIC:
@@ -205,9 +207,12 @@ def _measure_own(
     return cast("Measure | None", found)
 
 
-def task_signature(metric: str, task: Task) -> str:
+def task_signature(metric: str, task: Task, recipe: Recipe) -> str:
     """Say what the loss of a task that does not guess tokens is a mean over."""
-    return f"mean of the {task.name} loss over rows" if metric == "loss" else f"{metric} of what is predicted"
+    if metric != "loss":
+        return f"{metric} of what is predicted"
+    weighted = recipe.classify is not None and recipe.classify.class_weights is not None
+    return f"mean of the {task.name} loss over {task.unit}{', weighed by class_weights' if weighted else ''}"
 
 
 def progress(console: Console) -> Progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from llmtune.model.skeleton import OTHER_CLASSES, build_skeleton, find_class, head_names, in_heads
+from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER, build_skeleton, find_class, head_names, in_heads
 from llmtune.records import ModelPlace, Task
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ def name_outputs(config: Any, names: Sequence[str], problem_type: str | None) ->
     """Set number and names of a head's outputs in a configuration, in place.
 
     Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
-    weights say nothing of these classes.
+    weights say nothing of these classes. One for the same classes in another order is put in order when it is loaded.
     """
     own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     if names:
         unnamed = all(name.startswith(_UNNAMED) for name in own)
-        setattr(config, OTHER_CLASSES, own != list(names) and not (unnamed and len(names) == 1))
+        same = len(own) == len(names) and set(own) == set(names)
+        setattr(config, OTHER_CLASSES, not same and not (unnamed and len(names) == 1))
+        setattr(config, OTHER_ORDER, [own.index(name) for name in names] if same and own != list(names) else None)
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
@@ -44,7 +46,7 @@ def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, re
 def head_is_new(place: ModelPlace, recipe: Recipe, task: Task) -> bool:
     """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
 
-    Of pickled weights it cannot be told without loading them: they count as having none.
+    Of pickled weights it cannot be told without loading them: there the configuration's word is taken.
     """
     if not task.headed:
         return False
@@ -55,6 +57,8 @@ def head_is_new(place: ModelPlace, recipe: Recipe, task: Task) -> bool:
     heads = head_names(skeleton)
     wanted = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if in_heads(name, heads)}
     found: dict[str, tuple[int, ...]] = {}
+    if not any(place.path.glob("*.safetensors")):
+        return model_class.__name__ not in (getattr(config, "architectures", None) or ())
     for path in place.path.glob("*.safetensors"):
         with safe_open(str(path), "pt") as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in wanted}  # noqa: SIM118

@@ -17,7 +17,15 @@ from llmtune.model.isolation import prove_isolation
 from llmtune.model.memory import enough_memory
 from llmtune.model.plan import plan_memory
 from llmtune.model.quiet import unreported
-from llmtune.model.skeleton import OTHER_CLASSES, build_skeleton, find_class, first_line, head_names, in_heads
+from llmtune.model.skeleton import (
+    OTHER_CLASSES,
+    OTHER_ORDER,
+    build_skeleton,
+    find_class,
+    first_line,
+    head_names,
+    in_heads,
+)
 from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
 
 if TYPE_CHECKING:
@@ -75,6 +83,7 @@ def _load(
     _grow_embedding(model, processor, recipe)
     _hand_whole_rows_to_head(model)
     _settle_generation(model, processor)
+    _keep_every_layer(model)
     model.config.use_cache = not training
     model.eval()
     if packs:
@@ -164,6 +173,8 @@ def _load_weights(
         n for n, _ in model.named_parameters() if in_heads(n, heads)
     }:
         new |= draw_anew(model, heads)
+    if order := getattr(config, OTHER_ORDER, None):
+        put_in_order(model, heads, order)
     missing = sorted(absent - new)
     if missing:
         raise EnvironmentProblem.of(
@@ -173,6 +184,15 @@ def _load_weights(
         )
     placed = model if "device_map" in options else model.to(device)
     return cast(PreTrainedModel, placed), tuple(sorted(new))
+
+
+def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[int]) -> None:
+    """Move the outputs of a trained head to the recipe's order of the same classes, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if in_heads(name, heads) and parameter.shape[0] == len(order):
+                parameter.copy_(parameter[list(order)].clone())
+    setattr(model.config, OTHER_ORDER, None)
 
 
 def draw_anew(model: PreTrainedModel, heads: Sequence[str]) -> set[str]:
@@ -188,6 +208,16 @@ def draw_anew(model: PreTrainedModel, heads: Sequence[str]) -> set[str]:
             else:
                 parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
     return names
+
+
+def _keep_every_layer(model: PreTrainedModel) -> None:
+    """Switch layerdrop off, in place: a layer that is left out at random has no gradient, and DDP stops on that."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layerdrop", None), float):
+            module.layerdrop = 0.0
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(model.config, name, None):
+            setattr(model.config, name, 0.0)
 
 
 def is_new_part(name: str, heads: Sequence[str]) -> bool:

@@ -95,7 +95,10 @@ def context_of(config: Any) -> int | None:
     return positions
 
 
-FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text")
+FROM_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod"),
+    *("mpnet", "longformer", "ibert", "luke", "esm"),
+)
 """Model types whose first position stands behind the padding token's number."""
 
 

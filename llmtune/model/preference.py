@@ -46,11 +46,6 @@ from llmtune.records import Loss
 Reference = Callable[[], AbstractContextManager[object]]
 """Under what it returns, the model behaves as the reference: PEFT's `disable_adapter`, for instance."""
 
-PAIRED_LOSSES = ("dpo", "ipo", "orpo", "reward")
-UNPAIRED_LOSSES = ("kto",)
-SURVEYED_LOSSES = ("kto", "orpo")
-"""Losses that need `batch["totals"]`."""
-
 _CHUNK_ELEMENTS = 1 << 22
 _SURE = -1e-30
 """Log-probability that odds are taken of at most: at 0 they are infinite, and so would be their gradient."""
@@ -61,7 +56,7 @@ class PreferenceSettings(Protocol):
 
     @property
     def loss(self) -> str:
-        """One of `PAIRED_LOSSES` and `UNPAIRED_LOSSES`."""
+        """dpo, ipo, orpo or reward, which learn from pairs, or kto."""
 
     @property
     def beta(self) -> float:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 OTHER_CLASSES = "llmtune_other_classes"
 """Set on a configuration whose trained head is for other classes than the recipe's."""
+OTHER_ORDER = "llmtune_other_order"
+"""Set on a configuration whose trained head has the recipe's classes in another order: where each is in the files."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
 """What transformers raises for files that are damaged or that it does not know."""
 
@@ -32,6 +34,8 @@ def find_class(place: ModelPlace, recipe: Recipe, task: Task) -> tuple[type[PreT
     auto_class = getattr(transformers, task.auto_class)
     own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
     if own and recipe.model.trust_remote_code:
+        if task.shape_config is not None:
+            task.shape_config(config, recipe)
         return auto_class, config
     if not fits(config, task):
         described = describe_config(config)

@@ -120,15 +120,15 @@ def as_target(label: Any, kind: str) -> Any:
 
 
 def in_order(found: Sequence[str] | set[str], config: Any) -> list[str]:
-    """Return names in the order of the model's own classes where it has the same, so that its head can be kept.
+    """Return names in the order that a recipe states; those found in rows in that of the model's own, if it has them.
 
-    Else they stay in the order that a recipe states, and those found in rows are sorted: whole numbers by their size.
+    Else they are sorted: whole numbers by their size.
     """
-    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
-    if len(own) == len(found) and set(own) == set(found):
-        return own
     if not isinstance(found, set):
         return list(found)
+    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
+    if len(own) == len(found) and set(own) == found:
+        return own
     return sorted(found, key=lambda name: (int(name), name)) if all(map(WHOLE.fullmatch, found)) else sorted(found)
 
 

@@ -126,6 +126,7 @@ CTC = Task(
     pieces=pair_pieces,
     check=check_letters,
     fits=hears_waves,
+    unit="letters",
     by_token=False,
     headed=True,
 )

@@ -17,6 +17,7 @@ from llmtune.evaluate.metrics import Measure
 from llmtune.evaluate.predict import predict_tags
 from llmtune.model.heads import name_outputs
 from llmtune.model.losses import tags_loss
+from llmtune.model.skeleton import is_encoder
 from llmtune.recipe import TokenClassifySection
 from llmtune.records import SIDES, Row, Rows, Task
 
@@ -141,6 +142,8 @@ TOKEN_CLASSIFY = Task(
     settle=settle,
     shape_config=shape_config,
     pieces=tag_pieces,
+    fits=is_encoder,
+    unit="words",
     by_token=False,
     headed=True,
 )

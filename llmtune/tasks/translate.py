@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.data.collate import causal_collator
 from llmtune.data.collate_targets import seq2seq_collator
-from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
+from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, knows_languages, render_by_prompt
 from llmtune.data.report import pair_pieces
-from llmtune.errors import RecipeError
+from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.metrics import TEXT_MEASURES, Measure, measure_texts
 from llmtune.evaluate.predict import write_texts
 from llmtune.model import causal_loss
@@ -20,6 +20,8 @@ from llmtune.model.seq2seq import check_decoder_start
 from llmtune.records import Row, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmtune.recipe import Recipe, TranslateSection
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
@@ -75,6 +77,23 @@ def for_decoder(row: Row, recipe: Recipe) -> Pair:
     return Pair(fill(template, **words, source=row["source"]), row["target"], source_language, target_language)
 
 
+def check(model: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Refuse a decoder without a start token, and languages that neither the tokenizer nor the prompt reads."""
+    check_decoder_start(model, processor, recipe)
+    about = recipe.translate
+    if about is None or knows_languages(processor):
+        return
+    RecipeError.collect(
+        Problem(
+            f"'translate.{name}' has no effect: this model's tokenizer has no language codes",
+            f"translate.{name}",
+            f"Remove it, or put {{{name}}} into translate.prompt, e.g. with T5.",
+        )
+        for name in ("source_language", "target_language")
+        if getattr(about, name) is not None and f"{{{name}}}" not in (about.prompt or "")
+    )
+
+
 def prompt(row: Row) -> tuple[Row, str]:
     """Return the row without its target, and the target."""
     return {**row, "target": ""}, row["target"]
@@ -105,7 +124,7 @@ SEQ2SEQ = Task(
     ask=ask,
     asks={"prompt": True},
     pieces=pair_pieces,
-    check=check_decoder_start,
+    check=check,
 )
 DECODER = Task(
     name="translate",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llmtune.data.examples import ExampleReader
-from llmtune.errors import TrainingError
+from llmtune.errors import RecipeError, TrainingError
 from llmtune.model import is_out_of_memory
 from llmtune.records import Loss
 from llmtune.train.memory import MEMORY_ERRORS, release
@@ -205,6 +205,12 @@ def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes]
     survey = training.task.survey
     if survey is None:
         return None
+    if training.sharded:
+        raise RecipeError.of(
+            f"task {training.task.name} looks at a whole step before its loss, which a sharded model cannot do yet",
+            "preference.loss",
+            "Train it in processes that each hold the whole model.",
+        )
     found: list[list[float]] = []
 
     def look(group: Indexes) -> None:

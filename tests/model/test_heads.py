@@ -12,13 +12,14 @@ import torch
 from support import families
 from support.adapting import quiet
 from support.models import build_gpt2, build_llama
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from llmtune.adapter import inject
 from llmtune.errors import RecipeError
 from llmtune.model import load_model, load_processor, locate
 from llmtune.model.heads import head_is_new, name_outputs
-from llmtune.model.skeleton import OTHER_CLASSES, head_names, in_heads
+from llmtune.model.load import put_in_order
+from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks import get_task
@@ -97,11 +98,38 @@ def test_outputs_get_their_names_number_and_kind():
     assert getattr(config, OTHER_CLASSES)
 
 
-def test_the_same_names_in_the_same_order_are_the_same_classes_and_others_are_not():
-    for names, other in ((("x", "y"), False), (("y", "x"), True), (("x", "z"), True), (("x", "y", "z"), True)):
+def test_the_same_names_are_the_same_classes_in_any_order_and_others_are_not():
+    for names, other, order in (
+        (("x", "y"), False, None),
+        (("y", "x"), False, [1, 0]),
+        (("x", "z"), True, None),
+        (("x", "y", "z"), True, None),
+    ):
         config = BertConfig(id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
         name_outputs(config, names, None)
         assert getattr(config, OTHER_CLASSES) is other
+        assert getattr(config, OTHER_ORDER) == order
+
+
+def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_path):
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        id2label={0: "x", 1: "y", 2: "z"},
+        label2id={"x": 0, "y": 1, "z": 2},
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        before = dict(zip("xyz", model(input_ids=ids).logits[0].tolist(), strict=True))
+        name_outputs(config, ("z", "x", "y"), None)
+        put_in_order(model, ["classifier"], getattr(config, OTHER_ORDER))
+        after = dict(zip("zxy", model(input_ids=ids).logits[0].tolist(), strict=True))
+    assert after == pytest.approx(before)
 
 
 def test_classes_without_names_say_nothing_but_a_number_needs_none():

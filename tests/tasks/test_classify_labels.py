@@ -121,10 +121,10 @@ def test_labels_of_several_kinds_are_told(labels):
         classify.find_kind(labels)
 
 
-def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted_or_as_stated():
+def test_classes_are_as_stated_or_in_the_models_order_where_it_has_the_same_and_else_sorted():
     named = type("Config", (), {"id2label": {0: "b", 1: "c", 2: "a"}})()
     assert classify.in_order({"a", "b", "c"}, named) == ["b", "c", "a"]
-    assert classify.in_order(("a", "b", "c"), named) == ["b", "c", "a"]
+    assert classify.in_order(("a", "b", "c"), named) == ["a", "b", "c"]
     assert classify.in_order({"a", "b"}, named) == ["a", "b"]
     assert classify.in_order(("b", "a"), named) == ["b", "a"]
     assert classify.in_order({"10", "9", "-1"}, None) == ["-1", "9", "10"]
