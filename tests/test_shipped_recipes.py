@@ -14,6 +14,7 @@ from rich.console import Console
 from support import families
 from support.models import build_llama
 
+from llmtune.errors import EnvironmentProblem
 from llmtune.pipeline import Options, run_pipeline
 from llmtune.recipe import find_recipe, list_recipes, load_recipe
 
@@ -90,6 +91,16 @@ def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_pat
 
 BESIDE: dict[str, set[str]] = {}
 """Metrics that a recipe names and that its shortened rows do not give."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in BUILDERS if name.endswith("-offline")])
+def test_rows_of_an_offline_recipe_fit_its_packaged_model(recipe: str, tmp_path: Path) -> None:
+    try:
+        report = run_pipeline(load_recipe(recipe), Options(out=tmp_path, until="prepare"), Console(quiet=True))
+    except EnvironmentProblem as problem:
+        pytest.skip(str(problem))  # the package is not installed
+    assert report["data"]["examples"]["test"] > 40
 
 
 def test_no_recipe_is_left_out() -> None:
