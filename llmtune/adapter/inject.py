@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from llmtune.adapter.fused import fuse_products
 from llmtune.adapter.proof import prove_wiring
 from llmtune.adapter.reference import keep_reference, switches_off
 from llmtune.adapter.start import continue_adapter
@@ -43,7 +44,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if selected.task.compares(recipe) and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
-    if recipe.train.gradient_checkpointing:
+    if recipe.train.gradient_checkpointing is True:  # `auto` is settled by the step that plans memory
         enable_checkpointing(selected.model)
     adapted.model.eval()
     show_adapter(adapted, console)
@@ -123,6 +124,7 @@ def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> A
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
     prove_wiring(model, selected, recipe)
+    fuse_products(model)
     return wrap(selected, model, recipe.adapter.method)
 
 

@@ -73,7 +73,7 @@ def test_every_method_loads_with_plain_peft_and_gives_the_same_logits(tiny_llama
     untouched = logits(open_model(recipe_with(folder)).model)
     assert (wanted - untouched).abs().max() > 0.05
     save_adapter(adapted, tmp_path)
-    tolerance = 2e-5 if "pissa" in method or method == "olora" else 1e-6
+    tolerance = 2e-5 if "pissa" in method or method == "olora" else 1e-5
     torch.testing.assert_close(plain_peft(tmp_path), wanted, atol=tolerance, rtol=0)
     ours = load_adapter(open_model(recipe_with(folder), training=False), tmp_path)
     torch.testing.assert_close(logits(ours.model), wanted, atol=tolerance, rtol=0)

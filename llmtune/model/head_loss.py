@@ -1,0 +1,198 @@
+"""The output head and the cross-entropy in one, a chunk of tokens at a time: logits never stand in memory whole.
+
+It is taken inside the model's own `forward`, so that PEFT, DDP and FSDP wrap it with the rest. Where the head is frozen
+the gradient of what it reads is made in the forward pass, while a chunk's logits are at hand; where it is trained, its
+logits are computed again in the backward pass.
+
+Shapes: B batch, T positions, S supervised tokens, c tokens of one chunk, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
+_PIECE_ELEMENTS = 1 << 19
+"""Logits that stand in float32 at a time on a CPU: they stay in its cache."""
+_MARK = "_llmtune_head_loss"
+
+
+@dataclass(frozen=True)
+class LogitShape:
+    """What a model does to its logits: multiplied by `scale`, then pressed into -cap .. cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def install_head_loss(model: PreTrainedModel) -> bool:
+    """Let `model.forward` also take `targets_S` and `predict_S`, and return losses in place of logits; in place.
+
+    Returns whether it could be done: the model is a backbone and a linear head, and its class is transformers' own.
+    What the forward pass then gives is {losses_S: float32 nats, correct_S: bool, or empty without `choices`}.
+    """
+    head, backbone = model.get_output_embeddings(), model.base_model
+    if backbone is model or type(head) is not torch.nn.Linear or not type(model).__module__.startswith("transformers."):
+        return False
+    own = type(model).forward
+
+    @wraps(own)
+    def forward(self: Any, *args: Any, targets_S: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if targets_S is None:
+            return own(self, *args, **kwargs)
+        predict_S, choices = kwargs.pop("predict_S"), kwargs.pop("choices", False)
+        hidden_BTD = self.base_model(*args, **kwargs)[0]
+        hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
+        return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, logit_shape(self.config), choices)
+
+    model.forward = MethodType(forward, model)
+    setattr(model, _MARK, True)
+    return True
+
+
+def remove_head_loss(model: PreTrainedModel) -> None:
+    """Give `model` its own forward back, in place."""
+    if getattr(model, _MARK, False):
+        del model.forward
+        setattr(model, _MARK, False)
+
+
+def takes_head_loss(model: Any) -> bool:
+    """Say whether the model inside all wrappers takes its loss at the head, as things stand.
+
+    A head with an adapter of its own, or one that somebody listens to, is called as any other module.
+    """
+    if not getattr(model, _MARK, False):
+        return False
+    head = model.get_output_embeddings()
+    return type(head) is torch.nn.Linear and not head._forward_hooks and not hasattr(head.weight, "ds_id")
+
+
+def logit_shape(config: Any) -> LogitShape:
+    """Read from a model's configuration what it does to its logits (Cohere and Granite scale, Gemma 2 caps)."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitShape(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def head_loss(
+    hidden_SD: torch.Tensor, head: torch.nn.Linear, targets_S: torch.Tensor, shape: LogitShape, choices: bool
+) -> dict[str, torch.Tensor]:
+    """Return the cross-entropy of each target, float32 nats, with gradient, and whether it was the first choice."""
+    kind = hidden_SD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    bias = None if head.bias is None else head.bias.to(dtype)
+    found = _HeadLoss.apply(hidden_SD.to(dtype), head.weight.to(dtype), bias, targets_S, shape, choices)  # type: ignore[no-untyped-call]
+    losses_S, correct_S = cast(tuple[torch.Tensor, torch.Tensor], found)
+    return {"losses_S": losses_S, "correct_S": correct_S}
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Hidden states and targets into losses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_S: torch.Tensor,
+        shape: LogitShape,
+        choices: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return nats [S] float32, and first choices [S] bool (empty if they are not asked for)."""
+        count = len(targets_S)
+        losses_S = torch.empty(count, dtype=torch.float32, device=hidden_SD.device)
+        correct_S = torch.empty(count if choices else 0, dtype=torch.bool, device=hidden_SD.device)
+        trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+        eager = hidden_SD.requires_grad and not trained
+        gradient_SD = torch.empty_like(hidden_SD) if eager else None
+        with torch.autocast(hidden_SD.device.type, enabled=False):
+            for part in _chunks(count, weight_VD.shape[0]):
+                logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
+                if choices:
+                    correct_S[part] = logits_cV.argmax(1) == targets_S[part]
+                slopes_c = _losses(logits_cV, targets_S[part], shape, losses_S[part], keep=eager)
+                if gradient_SD is not None:
+                    into_cD = logits_cV @ weight_VD  # by now they are the gradient, but for the target's own part
+                    own_cD = weight_VD[targets_S[part]].float() * slopes_c[:, None]
+                    gradient_SD[part] = (into_cD.float() - own_cD).to(hidden_SD.dtype)
+        if trained:
+            ctx.save_for_backward(hidden_SD, weight_VD, bias_V, targets_S)
+        else:
+            ctx.save_for_backward(gradient_SD)
+        ctx.trained, ctx.shape = trained, shape
+        ctx.mark_non_differentiable(correct_S)
+        return losses_S, correct_S
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradient of each token's loss [S] -> of hidden states, weights and bias."""
+        raised_S = outputs[0]
+        if not ctx.trained:
+            (gradient_SD,) = ctx.saved_tensors
+            return gradient_SD * raised_S[:, None].to(gradient_SD.dtype), None, None, None, None, None
+        hidden_SD, weight_VD, bias_V, targets_S = ctx.saved_tensors
+        dh_SD = torch.empty_like(hidden_SD)
+        dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+        db_V = None if bias_V is None else torch.zeros(len(bias_V), dtype=torch.float32, device=weight_VD.device)
+        for part in _chunks(len(targets_S), weight_VD.shape[0]):
+            logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
+            losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
+            slopes_c = _losses(logits_cV, targets_S[part], ctx.shape, losses_c, keep=True)
+            targets_c1 = targets_S[part, None]
+            logits_cV.scatter_add_(1, targets_c1, -slopes_c[:, None].to(logits_cV.dtype))
+            logits_cV.mul_(raised_S[part, None])
+            dh_SD[part] = logits_cV @ weight_VD
+            dw_VD += logits_cV.T @ hidden_SD[part]
+            if db_V is not None:
+                db_V += logits_cV.sum(0, dtype=torch.float32)
+        db = None if db_V is None else db_V.to(weight_VD.dtype)
+        return dh_SD, dw_VD.to(weight_VD.dtype), db, None, None, None
+
+
+def _losses(
+    logits_cV: torch.Tensor, targets_c: torch.Tensor, shape: LogitShape, losses_c: torch.Tensor, *, keep: bool
+) -> torch.Tensor:
+    """Write each token's loss to `losses_c`; with `keep` make `logits_cV` the gradient of log-sum-exp, in place.
+
+    Returns the slope [c] of each target's own logit, which that gradient lacks still.
+    """
+    slopes_c = torch.full_like(losses_c, shape.scale)
+    step = len(logits_cV) if logits_cV.is_cuda else max(1, _PIECE_ELEMENTS // logits_cV.shape[1])
+    for start in range(0, len(logits_cV), step):
+        rows = slice(start, start + step)
+        values_pV, targets_p1 = logits_cV[rows].to(torch.float32, copy=True), targets_c[rows, None]
+        if shape.scale != 1:
+            values_pV.mul_(shape.scale)
+        bent_pV = None
+        if shape.cap is not None:
+            values_pV.div_(shape.cap).tanh_()
+            bent_pV = (1 - values_pV.square()).mul_(shape.scale)
+            slopes_c[rows] = bent_pV.gather(1, targets_p1)[:, 0]
+            values_pV.mul_(shape.cap)
+        values_pV -= values_pV.amax(1, keepdim=True)  # a loss near zero keeps its digits
+        own_p = values_pV.gather(1, targets_p1)[:, 0]
+        sums_p1 = values_pV.exp_().sum(1, keepdim=True)
+        losses_c[rows] = sums_p1[:, 0].log() - own_p
+        if keep:
+            values_pV.mul_((shape.scale if bent_pV is None else 1.0) / sums_p1)
+            logits_cV[rows] = values_pV if bent_pV is None else values_pV.mul_(bent_pV)
+    return slopes_c
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // vocabulary)
+    for start in range(0, tokens, step):
+        yield slice(start, start + step)
