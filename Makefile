@@ -9,9 +9,14 @@ MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 JOBS ?= 2
 QUICKSTART ?= runs/quickstart
+BENCH ?= build/bench
+PAIRS ?= 5
+LLAMAFACTORY ?=
+MEASURE = mkdir -p $(BENCH) && $(BIN)/python benchmarks/$(1).py --pairs $(PAIRS)
+PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu check format docs build clean
+.PHONY: help setup models demo test test-slow test-gpu check format docs build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +74,18 @@ format: $(READY)  ## Bring the code into form
 
 docs: $(READY)  ## Write the generated pages anew
 	$(BIN)/python docs/generate.py
+
+# Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions.
+bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS and LLAMAFACTORY may be set
+	$(call MEASURE,training) --threads 1 $(PEERS) --json $(BENCH)/training.json >/dev/null
+	$(call MEASURE,training) --threads $$(nproc) $(PEERS) --json $(BENCH)/training-cores.json >/dev/null
+	$(call MEASURE,training) --pairs 1 --steps 30 --tokens 1024 $(PEERS) --losses benchmarks/losses.svg --json $(BENCH)/losses.json >/dev/null
+	$(call MEASURE,curve) --json $(BENCH)/curve.json >/dev/null
+	$(call MEASURE,memory) --json $(BENCH)/memory.json >/dev/null
+	$(call MEASURE,startup) --json $(BENCH)/startup.json >/dev/null
+	$(call MEASURE,preparation) >$(BENCH)/preparation.json
+	$(call MEASURE,generation) >$(BENCH)/generation.json
+	$(BIN)/python benchmarks/results.py $(BENCH) --out benchmarks/RESULTS.md
 
 build: $(READY)  ## The wheel
 	$(BIN)/python -m build --wheel

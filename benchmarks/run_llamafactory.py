@@ -1,0 +1,67 @@
+"""One training by LLaMA-Factory, packed: `PYTHON run_llamafactory.py ASKED.json ANSWER.json`, in its own environment.
+
+`neat_packing` is its packing in which documents do not see one another, and sdpa the fastest attention that it offers
+on a CPU. It fills packs up to `cutoff_len` with padding, which is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
+from clock import Clock, answer, read_asked
+from watch import describe_training, watch
+
+
+def main() -> None:
+    asked, path = read_asked()
+    do_without_torchaudio()
+    from llamafactory.train.tuner import run_exp
+
+    clock = Clock(sums=False)
+    loaded = watch(clock)
+    with tempfile.TemporaryDirectory() as folder:
+        tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+        described = {"file_name": asked.rows, "formatting": "sharegpt", "columns": {"messages": "messages"}}
+        listing = {"rows": {**described, "tags": tags}}
+        (Path(folder) / "dataset_info.json").write_text(json.dumps(listing))
+        settings = {
+            **describe_training(asked, str(Path(folder) / "out"), packed=True),
+            "stage": "sft",
+            "do_train": True,
+            "model_name_or_path": asked.model,
+            "template": "smollm2",
+            "dataset": "rows",
+            "dataset_dir": folder,
+            "cutoff_len": asked.pack,
+            "packing": True,
+            "neat_packing": True,
+            "flash_attn": "sdpa",
+            "disable_gradient_checkpointing": True,
+            "finetuning_type": "lora",
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "lora_target": "all",
+        }
+        run_exp(settings, callbacks=[loaded])
+    answer(path, clock.found())
+
+
+def do_without_torchaudio() -> None:
+    """Put an empty module in its place where it cannot be loaded: built for CUDA beside a torch for the CPU.
+
+    LLaMA-Factory imports it always and uses it for recordings alone.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
+
+
+if __name__ == "__main__":
+    main()

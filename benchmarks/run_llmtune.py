@@ -1,0 +1,104 @@
+"""One training by llmtune: `python run_llmtune.py ASKED.json ANSWER.json`, started by the harness.
+
+The pipeline is the one of `llmtune train`; only its trainer is given from here, which counts micro-batches and starts
+the clock after the rehearsal. Then, if asked, the limit of the machine is measured in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from clock import Asked, Clock, answer, read_asked
+from rich.console import Console
+
+from llmtune.model import load_processor
+from llmtune.pipeline import make_adapted, run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.records import Examples, Loss, ModelPlace
+from llmtune.train import train
+from llmtune.work import Options, Work
+
+
+def main() -> None:
+    asked, path = read_asked()
+    clock = Clock(sums=True)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(json.dumps(describe_recipe(asked)))  # JSON is YAML
+        model: dict[str, Any] = {}
+
+        def trainer(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
+            model["trained"] = train_counted(asked, clock, work, place, examples)
+
+        options = Options(out=Path(folder) / "run", until="train", offline=True)
+        run_pipeline(load_recipe(recipe), options, Console(quiet=True), trainer)
+    found = clock.found()
+    if asked.measure_limit:
+        from limit import measure_limit
+
+        found["limit"] = measure_limit(model["trained"], found["steps"][1:], asked)
+    answer(path, found)
+
+
+def describe_recipe(asked: Asked) -> dict[str, Any]:
+    """Return the recipe: the settings of `watch.describe_training` under llmtune's names, where those differ."""
+    return {
+        "recipe_version": 1,
+        "name": "benchmark",
+        "task": "chat",
+        "seed": asked.seed,
+        "data": {
+            "train": asked.rows,
+            "validation": 0,
+            "test": 0,
+            "deduplicate": "none",
+            "max_length": asked.pack,
+        },
+        "model": {"name": asked.model, "dtype": asked.dtype},
+        "adapter": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"},
+        "train": {
+            "learning_rate": asked.learning_rate,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "optim": "adamw_torch",
+            "batch_tokens": asked.tokens,
+            "max_steps": asked.steps + 1,
+            "logging_steps": 1,
+            "save_steps": asked.steps + 1,
+        },
+    }
+
+
+def train_counted(asked: Asked, clock: Clock, work: Work, place: ModelPlace, examples: Examples) -> torch.nn.Module:
+    """Do what `pipeline.train_here` does, with micro-batches of one pack as the other tools have them."""
+    plain = work.task.loss
+
+    def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:
+        loss = plain(model, batch, by_row)
+        clock.count(batch["input_ids"].numel(), loss.count, loss.sum.detach())
+        return loss
+
+    adapted = make_adapted(work, place, load_processor(place, work.recipe.model))
+    clock.loaded(adapted.model)
+    train(
+        adapted,
+        examples,
+        replace(work.task, loss=counted),
+        work.recipe,
+        work.folder.path,
+        work.console,
+        budget=asked.pack,
+        on_budget=lambda _: clock.restart(),
+    )
+    return adapted.model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The same training by llmtune and by its peers, side by side: speed, memory, losses, and the limit of the machine.
+
+    python benchmarks/training.py --pairs 5 --threads 1 [--llamafactory PYTHON] [--json FILE] [--losses losses.svg]
+
+The same model (a packaged one of 135M parameters), rows, LoRA (r 16, alpha 32 on all linear layers), number format,
+optimiser, learning rate, and about the same number of real tokens a step; no evaluation, no checkpoints, activations
+kept. Each tool has a process of its own; they take turns, A B C A B C, so that a drift of the machine falls on all.
+What is timed are the steps after the first, by processor time and by the clock. LLaMA-Factory pins other versions of
+its libraries: name the python of an environment that has it, or it is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clock import Asked, write_asked
+from machine import describe_machine
+from workload import chat_rows
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {
+    "llmtune": "run_llmtune.py",
+    "trl-packed": "run_trl.py",
+    "trl-padded": "run_trl.py",
+    "trainer": "run_trainer.py",
+    "llamafactory": "run_llamafactory.py",
+}
+MOST_ROWS = 1_000_000
+SURPLUS = 10
+"""Rows for so many times the tokens that are trained on: no tool gets to the end of an epoch."""
+
+
+def main() -> int:
+    options = read_options(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        asked = ask(options, Path(folder))
+        found = take_turns(asked, options.tools, options.pairs, options.llamafactory, Path(folder))
+    if options.losses:
+        from losses import draw_losses
+
+        first = {tool: [step["loss"] for step in runs[0]["steps"]] for tool, runs in found["runs"].items()}
+        options.losses.write_text(draw_losses(first))
+    tell(found, options.json)
+    return 0
+
+
+def read_options(about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the options that the benchmarks of training share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="how often each tool has its turn")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one to warm up")
+    parser.add_argument("--tokens", type=int, default=4096, help="real tokens a step")
+    parser.add_argument("--pack", type=int, default=1024, help="tokens of a pack; the longest row is no longer")
+    parser.add_argument("--padded-rows", type=int, default=8, help="rows of a padded micro-batch")
+    parser.add_argument("--model", default="builtin:smollm2-135m-instruct", help="a folder, or the name of a model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tools", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--llamafactory", help="python of an environment with LLaMA-Factory")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--losses", type=Path, help="draw the losses of the first turn here, as SVG")
+    return parser
+
+
+def ask(options: argparse.Namespace, folder: Path) -> Asked:
+    """Write the rows into `folder` and return what every tool is asked to do; `tool` is yet to be named."""
+    place = find_model(options.model)
+    wanted = SURPLUS * options.tokens * (options.steps + 1)
+    file, lengths = write_fitting(folder / "rows.jsonl", place, options.pack, wanted, options.seed)
+    return Asked(
+        tool="",
+        model=str(place),
+        rows=str(file),
+        steps=options.steps,
+        tokens=options.tokens,
+        pack=options.pack,
+        padded_rows=options.padded_rows,
+        mean_tokens=sum(lengths) / len(lengths),
+        attended_tokens=sum(length**2 for length in lengths) / sum(lengths),
+        learning_rate=options.learning_rate,
+        threads=options.threads,
+        dtype=options.dtype,
+        seed=options.seed,
+        measure_limit=True,
+    )
+
+
+def write_fitting(path: Path, model: Path, longest: int, wanted: int, seed: int) -> tuple[Path, list[int]]:
+    """Write rows of at most `longest` tokens each, for `wanted` tokens in all; returns the file and the lengths."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths: list[int] = []
+    with path.open("w", encoding="utf-8") as file:
+        for row in chat_rows(MOST_ROWS, seed):
+            text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length <= longest:
+                lengths.append(length)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if sum(lengths) >= wanted:
+                break
+    return path, lengths
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a model; a packaged one is unpacked."""
+    from rich.console import Console
+
+    from llmtune.model import locate
+    from llmtune.recipe import ModelSection
+
+    return locate(name, ModelSection(name=name), Console(stderr=True), offline=True).path
+
+
+def take_turns(
+    asked: Asked, tools: Iterable[str], pairs: int, llamafactory: str | None, folder: Path
+) -> dict[str, Any]:
+    """Run every tool `pairs` times, in turns; returns what was asked, and each tool's runs in their order."""
+    chosen = [tool for tool in tools if tool != "llamafactory" or llamafactory]
+    runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in chosen}
+    for turn in range(pairs):
+        for tool in chosen:
+            python = llamafactory if tool == "llamafactory" and llamafactory else sys.executable
+            found = run_tool(replace(asked, tool=tool), python, folder)
+            runs[tool].append(found)
+            rates = (
+                f"{found['tokens_per_cpu_second']:.0f} tokens a cpu-second, {found['tokens_per_second']:.0f} a second"
+            )
+            print(f"turn {turn + 1} of {pairs}, {tool}: {rates}", file=sys.stderr, flush=True)
+    kept = {key: value for key, value in vars(asked).items() if key not in {"tool", "model", "rows", "measure_limit"}}
+    return {"asked": kept, "runs": runs, "machine": describe_machine()}
+
+
+def run_tool(asked: Asked, python: str, folder: Path) -> dict[str, Any]:
+    """Run one tool in a process of its own and return what it measured; what it printed is shown if it fails."""
+    question, found = write_asked(asked, folder / "asked.json"), folder / "found.json"
+    done = subprocess.run(
+        [python, str(HERE / SCRIPTS[asked.tool]), str(question), str(found)],
+        cwd=folder,
+        env=environment(asked.threads),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{asked.tool} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    result: dict[str, Any] = json.loads(found.read_text())
+    found.unlink()
+    return result
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of every measured process: so many threads, and nothing from the network."""
+    offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
+    counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+    return {**os.environ, **offline, **counts, "TOKENIZERS_PARALLELISM": "false", "DISABLE_VERSION_CHECK": "1"}
+
+
+def tell(found: dict[str, Any], path: Path | None) -> None:
+    """Print the figures as JSON, and write them to `path` if there is one."""
+    text = json.dumps(found, indent=1)
+    print(text)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

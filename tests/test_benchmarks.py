@@ -1,0 +1,143 @@
+"""The benchmarks measure what they say: the same rows for all, real tokens, ratios within a turn."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+OWN = {file.stem for file in BENCHMARKS.glob("*.py")}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a file of the benchmarks, as python does that runs one of them; forget it afterwards."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in OWN & set(sys.modules):
+        del sys.modules[name]
+
+
+def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def test_the_same_seed_gives_the_same_rows_and_more_rows_begin_alike(load: Any, tmp_path: Path) -> None:
+    workload: ModuleType = load("workload")
+    rows = list(workload.chat_rows(50, seed=3))
+    assert rows == list(workload.chat_rows(80, seed=3))[:50]
+    assert rows != list(workload.chat_rows(50, seed=4))
+    written = workload.write_rows(tmp_path / "rows.jsonl", 50, 3).read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows
+
+
+def test_rows_are_one_question_and_one_answer_as_long_as_alpacas(load: Any) -> None:
+    rows = [row["messages"] for row in load("workload").chat_rows(3000, seed=0)]
+    assert all([message["role"] for message in row] == ["user", "assistant"] for row in rows)
+    answers = sorted(len(row[1]["content"].split()) for row in rows)
+    assert 40 <= answers[len(answers) // 2] <= 52
+    assert 0.005 < sum(words > 380 for words in answers) / len(answers) < 0.03  # 500 tokens
+    assert len({row[1]["content"] for row in rows}) > 0.99 * len(rows)
+
+
+def test_padding_is_no_real_token_in_any_form_of_mask(load: Any) -> None:
+    real_tokens = load("watch").real_tokens
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    assert real_tokens({"input_ids": ids}) == 10
+    lengths = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert real_tokens({"input_ids": ids, "attention_mask": lengths}) == 8
+    seen = torch.tril(torch.ones(2, 1, 5, 5, dtype=torch.bool)) & lengths.bool()[:, None, None, :]
+    assert real_tokens({"input_ids": ids, "attention_mask": seen}) == 8
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)
+    assert real_tokens({"input_ids": ids, "attention_mask": added}) == 8
+
+
+def test_a_step_ends_with_the_optimiser_and_the_first_one_is_not_timed(load: Any) -> None:
+    clock = load("clock").Clock(sums=True)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight])
+    clock.loaded(torch.nn.ParameterList([weight]))
+    for rehearsed, tokens in ((True, 7), (False, 100), (False, 20), (False, 30)):
+        clock.count(tokens, 4, torch.tensor(8.0))
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        if rehearsed:
+            clock.restart()
+    clock.stop()
+    optimizer.step()
+    found = clock.found()
+    assert [step["tokens"] for step in found["steps"]] == [100, 20, 30]
+    assert {step["loss"] for step in found["steps"]} == {2.0}
+    seconds = sum(step["wall_seconds"] for step in found["steps"][1:])
+    assert found["tokens_per_second"] == pytest.approx(50 / seconds)
+    assert found["trainable"] == 3
+    assert found["peak_training_bytes"] >= found["above_loaded_bytes"] + found["loaded_bytes"]
+
+
+def test_a_ratio_is_taken_within_each_turn(load: Any) -> None:
+    against = load("results").against
+    runs = {"llmtune": [{"rate": 30.0}, {"rate": 8.0}], "other": [{"rate": 10.0}, {"rate": 2.0}]}
+    assert against(runs, "other", "rate") == "3.50x (3.00–4.00)"
+    assert against(runs, "llmtune", "rate") == ""
+
+
+def test_the_page_says_what_unknown_benchmarks_measured(load: Any) -> None:
+    runs = {"ours": [{"rows": 3}, {"rows": 5}], "theirs": [{"rows": 1}, {"rows": 1}]}
+    page = load("results").write_page({"reading": {"runs": runs, "note": {"of": "files"}}, "other": {"speed": 2.5}})
+    assert "## Reading" in page
+    assert "| ours | 4 (3–5) |" in page
+    assert "- note, of: files" in page
+    assert "- speed: 2.5" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["workload.py", "training.py", "memory.py", "curve.py", "startup.py", "results.py"])
+def test_every_script_tells_its_options(script: str, tmp_path: Path) -> None:
+    done = run(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.slow
+def test_tools_train_side_by_side_and_a_page_comes_of_it(tiny_llama: Path, tmp_path: Path) -> None:
+    tools = ["llmtune", "trl-packed", "trl-padded", "trainer"]
+    measured, picture = tmp_path / "found" / "training.json", tmp_path / "losses.svg"
+    done = run(
+        *("training.py", "--model", tiny_llama, "--dtype", "float32", "--pairs", 1, "--steps", 2, "--tokens", 1024),
+        *("--pack", 512, "--padded-rows", 2, "--tools", *tools, "--json", measured, "--losses", picture),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(measured.read_text())
+    assert list(found["runs"]) == tools
+    first = {tool: runs[0] for tool, runs in found["runs"].items()}
+    assert len({run["trainable"] for run in first.values()}) == 1
+    for tool, one in first.items():
+        assert len(one["steps"]) == 3
+        assert one["tokens_per_cpu_second"] > 0
+        assert all(100 < step["tokens"] <= 2048 for step in one["steps"]), tool
+        assert all(5 < step["loss"] < 8 for step in one["steps"]), tool
+    limit = first["llmtune"]["limit"]
+    assert first["llmtune"]["tokens_per_cpu_second"] < limit["tokens_per_second"]
+    assert set(limit["microseconds_a_token"]) == {"frozen layers", "adapters", "head", "attention"}
+    assert picture.read_text().count("<polyline") == len(tools)
+    page = run("results.py", measured.parent, cwd=tmp_path).stdout
+    assert "| TRL, packed |" in page
+    assert str(tmp_path) not in page
