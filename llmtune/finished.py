@@ -44,6 +44,8 @@ class Models:
     work: Work
     place: ModelPlace
     processor: PreTrainedTokenizerBase
+    packs: bool | None = None
+    """Whether the model that was loaded last reads rows that stand end to end; None before there is one."""
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
@@ -90,7 +92,9 @@ class Models:
 
     def _load(self, place: ModelPlace) -> SelectedModel:
         work = self.work
-        return load_model(place, work.recipe, work.task, self.processor, device=work.device, training=False)
+        selected = load_model(place, work.recipe, work.task, self.processor, device=work.device, training=False)
+        self.packs = selected.packs
+        return selected
 
 
 def merge_run(

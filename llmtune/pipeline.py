@@ -28,6 +28,7 @@ from llmtune.evaluate.table import print_scores
 from llmtune.finished import Models, merge, open_finished
 from llmtune.model import (
     check_context,
+    check_kernels,
     check_memory,
     load_model,
     load_processor,
@@ -35,6 +36,7 @@ from llmtune.model import (
     micro_batch_tokens,
     pick_device,
     plan_memory,
+    settle_checkpointing,
 )
 from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
@@ -67,6 +69,7 @@ def run_pipeline(
     recipe = loaded.recipe
     path = options.out or default_path(recipe.name, loaded.fingerprint)
     refuse_network(recipe, offline=options.offline)
+    check_kernels(recipe, pick_device())
     held = read_pins(options.lock) if options.lock else None
     start = recipe.adapter.start_from
     if start is not None:
@@ -88,7 +91,7 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
         return
     place = choose(work, rows)
     work.settle(place, rows)
-    processor = load_processor(place, work.recipe.model)
+    processor = work.read_processor(place)
     examples = encode(work, rows, place, processor)
     if options.until == "prepare":
         return
@@ -186,8 +189,9 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
         DataError: a row is longer than the model's context.
         EnvironmentProblem: the model cannot be trained in this memory.
     """
-    recipe, longest = work.recipe, max(examples.longest.values())
-    check_context(place, recipe, work.task, max(examples.reach.values()))
+    longest = max(examples.longest.values())
+    check_context(place, work.recipe, work.task, max(examples.reach.values()))
+    recipe = settle_recipe(work, place, longest)
     budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
     plan = replace(plan_memory(place, recipe, work.task, min(budget, step_tokens), work.device), tokens=budget)
@@ -199,7 +203,39 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
             ranking = work.folder.findings.get("ranking", {}).get("ranking")
             facts |= {"name": place.name, "revision": place.revision, "sha256": place.content_hash, "ranking": ranking}
             facts |= {"plan": {**asdict(plan), "total": plan.total}}
+            facts |= {"gradient_checkpointing": recipe.train.gradient_checkpointing}
     return plan
+
+
+def settle_recipe(work: Work, place: ModelPlace, longest: int) -> Recipe:
+    """Return the recipe with `gradient_checkpointing: auto` decided, and keep the decision for as long as it is asked.
+
+    It stays what it was when the run goes on where there is more memory, or less: one run, one way.
+    """
+    recipe = work.recipe
+    if recipe.train.gradient_checkpointing != "auto":
+        return recipe
+    inputs = hash_value([place.content_hash, longest, hashes.adapter_settings(recipe), recipe.train.optim])
+    known = work.folder.findings.get("gradient_checkpointing")
+    if known is None or known["inputs"] != inputs:
+        on = settle_checkpointing(place, recipe, work.task, longest, work.device)
+        work.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
+    if known["on"]:
+        work.console.print(
+            "train.gradient_checkpointing: auto computes activations again in the backward pass: the longest row "
+            f"({longest:,} tokens) does not fit into the memory of {work.device} otherwise.",
+            highlight=False,
+        )
+    return settled_recipe(work)
+
+
+def settled_recipe(work: Work) -> Recipe:
+    """Return the recipe with what `select` has decided."""
+    known = work.folder.findings.get("gradient_checkpointing")
+    if work.recipe.train.gradient_checkpointing != "auto" or known is None:
+        return work.recipe
+    decided = work.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
+    return work.recipe.model_copy(update={"train": decided})
 
 
 def adapt(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, inputs: str) -> None:
@@ -210,7 +246,8 @@ def adapt(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, inp
 
 
 def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase) -> AdaptedModel:
-    """Load the model and put the adapter in, seeded."""
+    """Load the model and put the adapter in, seeded; from here on `work.recipe` says what `select` has decided."""
+    work.recipe = settled_recipe(work)
     with work.console.status("loading the model"):
         selected = load_model(place, work.recipe, work.task, processor, device=work.device, training=True)
     return inject(selected, work.recipe, work.console)
@@ -240,7 +277,7 @@ def fit(
 
 def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
     """Adapt and train in this process."""
-    processor = load_processor(place, work.recipe.model)
+    processor = work.read_processor(place)
     with work.folder.step("adapt", adapt_inputs) as facts:
         adapted = make_adapted(work, place, processor)
         facts |= describe(adapted)
@@ -286,6 +323,7 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             device=work.device,
             folder=folder,
             headless=head_is_new(place, recipe, task),
+            packs=lambda: models.packs,
         )
         save_evaluation(evaluation, folder)
 
@@ -328,7 +366,7 @@ def _evaluation(folder: RunFolder) -> Evaluation | None:
 
 
 def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace) -> None:
-    template = load_processor(place, work.recipe.model).chat_template
+    template = work.read_processor(place).chat_template
     write_lock(
         work.folder.path,
         Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data, work.recipe.task)),
@@ -354,8 +392,9 @@ def rehearse(work: Work) -> dict[str, Any]:
             continue
         work.form = work.choose_form(place)
         processor = load_processor(place, recipe.model)
-        plan = plan_memory(place, recipe, work.task, recipe.data.max_length, work.device)
-        check_memory(plan, recipe, console)
+        settled = settle_recipe(work, place, recipe.data.max_length)
+        plan = plan_memory(place, settled, work.task, recipe.data.max_length, work.device)
+        check_memory(plan, settled, console)
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")

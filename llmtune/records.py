@@ -161,6 +161,8 @@ class SelectedModel:
     """The form of the task that it was loaded for."""
     new_weights: tuple[str, ...] = ()
     """Parameters that the model's files do not hold: those of a new head, at random from the recipe's seed."""
+    packs: bool = False
+    """Whether rows stand end to end in a micro-batch: the task and the recipe say so, and it is proven of the model."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,11 @@ class TrainedRun:
     micro_batch_tokens: int
     stopped_early: str | None = None
     resumed_from: int | None = None
+    padding_share: float | None = None
+    """Of the positions that were computed, those that hold no token; 0 where rows were packed."""
+    rehearsal_seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
 
     def as_facts(self) -> dict[str, Any]:
         """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
@@ -256,7 +263,8 @@ class Task:
     encode: Callable[..., list[list[Example] | str]]
     """encode(rows, processor, recipe) -> the examples of each row, or the reason why it has none."""
     collator: Callable[..., Collate]
-    """collator(processor, recipe) -> what makes micro-batches."""
+    """collator(processor, recipe, packs) -> what makes micro-batches; `packs` as `SelectedModel` says. Without it rows
+    are padded, but for a decoder's, which are packed if the recipe says so."""
     loss: Callable[..., Loss]
     """loss(model, batch, by_row) -> `Loss`, of a model that PEFT or DDP may have wrapped."""
     prompt: Callable[[Row], tuple[Row, str]]
@@ -300,7 +308,7 @@ class Task:
     fits: Callable[[Any], bool] = always
     """fits(model configuration): what the model must be beyond having the class."""
     packs: bool = False
-    """Whether rows may stand end to end in one micro-batch."""
+    """Whether rows may stand end to end in one micro-batch, where the model keeps them apart."""
     scores_rows: bool = True
     """Whether the loss of a row can be taken by itself, in evaluation too."""
     compares: Callable[[Recipe], bool] = never

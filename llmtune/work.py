@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from llmtune.model import locate, pick_device
+from llmtune.model import load_processor, locate, pick_device
 from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import Recipe
 from llmtune.records import ModelPlace, Rows, Task
 from llmtune.run.folder import RunFolder
 from llmtune.run.lock import Pins, check_pin
 from llmtune.tasks import choose_form, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Work:
     """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
     skipped: dict[str, bool] = field(default_factory=dict)
     form: Task | None = None
+    processors: dict[Path, PreTrainedTokenizerBase] = field(default_factory=dict)
+    """Those that have been read, by the folder of their model."""
 
     @property
     def task(self) -> Task:
@@ -68,6 +74,12 @@ class Work:
     def device(self) -> str:
         """cuda, mps or cpu."""
         return pick_device()
+
+    def read_processor(self, place: ModelPlace) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer as the recipe wants it, read once for all steps; it is not to be changed."""
+        if place.path not in self.processors:
+            self.processors[place.path] = load_processor(place, self.recipe.model)
+        return self.processors[place.path]
 
     def skip(self, step: str, inputs: str) -> bool:
         """Whether `step` need not run; says so."""

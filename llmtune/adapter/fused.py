@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import Linear
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 
 def fuse_products(model: torch.nn.Module) -> int:
@@ -77,9 +76,15 @@ class _LinearWithLowRank(torch.autograd.Function):
     ) -> torch.Tensor:
         """[..., I] -> [..., O]."""
         with torch.autocast(x.device.type, enabled=False):
-            y = linear(x, weight_OI, bias_O)
-            low_NR = x.reshape(-1, x.shape[-1]) @ a_RI.T
-            y.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.T, alpha=scale)
+            x_NI = x.reshape(-1, x.shape[-1])
+            y = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+            y_NO = y.view(-1, y.shape[-1])
+            if bias_O is None:
+                torch.mm(x_NI, weight_OI.T, out=y_NO)
+            else:
+                torch.addmm(bias_O, x_NI, weight_OI.T, out=y_NO)
+            low_NR = x_NI @ a_RI.T
+            y_NO.addmm_(low_NR, b_OR.T, alpha=scale)
         ctx.save_for_backward(x, weight_OI, a_RI, b_OR, low_NR)
         ctx.scale = scale
         return y
@@ -107,7 +112,8 @@ class _LowRank(torch.autograd.Function):
         """[..., O], [..., I] -> [..., O]."""
         with torch.autocast(x.device.type, enabled=False):
             low_NR = x.reshape(-1, x.shape[-1]) @ a_RI.T
-            out = torch.addmm(y.reshape(-1, y.shape[-1]), low_NR, b_OR.T, alpha=scale).view(y.shape)
+            out = y.clone(memory_format=torch.contiguous_format)  # not a view: a layer may go on in place
+            out.view(-1, y.shape[-1]).addmm_(low_NR, b_OR.T, alpha=scale)
         ctx.save_for_backward(x, a_RI, b_OR, low_NR)
         ctx.scale = scale
         return out

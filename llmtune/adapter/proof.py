@@ -59,10 +59,13 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
 
 @contextmanager
 def _moved(model: PeftModel) -> Iterator[list[str]]:
-    """Let the second matrix of every adapter stand away from its start; afterwards put it back to the bit."""
+    """Let the matrix of every adapter that starts at zero stand away from it; afterwards put it back to the bit.
+
+    That is B, and A at an embedding.
+    """
     generator = torch.Generator().manual_seed(0)
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_B." in name}
-    kept |= {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_embedding_B." in name}
+    zero = (".lora_B.", ".lora_embedding_A.")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in zero)}
     parameters = dict(model.named_parameters())
     try:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from llmtune.adapter.fused import fuse_products
 from llmtune.adapter.targets import are_transposed, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import is_out_of_memory
@@ -116,6 +117,7 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
             str(place),
             "It is damaged, or it was made for another model.",
         )
+    fuse_products(model)
     return model
 
 

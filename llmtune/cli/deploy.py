@@ -9,7 +9,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
-from llmtune.run.environment import prepare_environment
+from llmtune.run.environment import at_once, prepare_environment
 
 app = typer.Typer(help="Make something to ship out of a run.", no_args_is_help=True)
 
@@ -37,7 +37,8 @@ def merge(
 ) -> None:
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.finished import merge_run
+    with at_once():
+        from llmtune.finished import merge_run
 
     certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
     if as_json:

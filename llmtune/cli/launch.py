@@ -9,8 +9,7 @@ import typer
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.cli.steps import refuse_both
-from llmtune.recipe import load_recipe
-from llmtune.run.environment import names_remote, prepare_environment
+from llmtune.run.environment import at_once, names_remote, prepare_environment
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 
@@ -36,12 +35,15 @@ def local(
     as_json: AsJson = False,
 ) -> None:
     """Run on this machine: prepare, select and evaluate once, train in N processes."""
+    from llmtune.recipe import load_recipe
+
     refuse_both(resume, fresh)
     loaded = load_recipe(recipe, sets or [])
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-    from llmtune.launch.local import local_trainer
-    from llmtune.pipeline import run_pipeline
-    from llmtune.work import Options
+    with at_once():
+        from llmtune.launch.local import local_trainer
+        from llmtune.pipeline import run_pipeline
+        from llmtune.work import Options
 
     options = Options(out, resume, fresh, lock, offline, dry_run, until="run")
     trainer = local_trainer(processes, threads=threads)

@@ -8,14 +8,15 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from llmtune.errors import LlmtuneError
 from llmtune.run.files import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 P = ParamSpec("P")
 SHOWN_PROBLEMS = 20
@@ -27,6 +28,8 @@ class Terminated(KeyboardInterrupt):
 
 def stderr_console() -> Console:
     """Where people read: colours and bars in a terminal, plain lines elsewhere."""
+    from rich.console import Console
+
     return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
 
 
@@ -61,6 +64,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _print_error(error: LlmtuneError, as_json: bool) -> None:
+    from rich.markup import escape
+
     console = stderr_console()
     for problem in error.problems[:SHOWN_PROBLEMS]:
         place = f"[bold]{escape(problem.where)}[/]: " if problem.where else ""

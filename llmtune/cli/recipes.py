@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe import json_schema, list_recipes, load_recipe, new_recipe
 from llmtune.run.files import explained
 
 app = typer.Typer(help="Recipes: list, show, new, check, schema.", no_args_is_help=True)
@@ -23,6 +20,11 @@ app = typer.Typer(help="Recipes: list, show, new, check, schema.", no_args_is_he
 @handled
 def list_(as_json: AsJson = False) -> None:
     """List the shipped recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmtune.recipe import list_recipes
+
     found = list_recipes()
     if as_json:
         print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in found])
@@ -44,6 +46,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print a recipe with every value resolved."""
+    from llmtune.recipe import load_recipe
+
     loaded = load_recipe(recipe, sets or [])
     if as_json:
         values = loaded.recipe.model_dump(mode="json")
@@ -61,6 +65,8 @@ def new(
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
+    from llmtune.recipe import new_recipe
+
     text = new_recipe(task)
     if out is None:
         typer.echo(text, nl=False)
@@ -76,6 +82,8 @@ def new(
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line."""
+    from llmtune.recipe import load_recipe
+
     loaded = load_recipe(recipe, sets or [])
     if as_json:
         print_json({"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []})
@@ -87,4 +95,6 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
 @handled
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
+    from llmtune.recipe import json_schema
+
     typer.echo(json.dumps(json_schema(), indent=2))

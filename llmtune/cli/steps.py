@@ -9,8 +9,7 @@ from typing import Any
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.recipe import load_recipe
-from llmtune.run.environment import names_remote, prepare_environment
+from llmtune.run.environment import at_once, names_remote, prepare_environment
 
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -35,6 +34,8 @@ def _command(name: str) -> Callable[..., None]:
         offline: Offline = False,
         as_json: AsJson = False,
     ) -> None:
+        from llmtune.recipe import load_recipe
+
         refuse_both(resume, fresh)
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -43,8 +44,9 @@ def _command(name: str) -> Callable[..., None]:
         else:
             loaded = load_recipe(recipe, sets or [])
             prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-            from llmtune.pipeline import run_pipeline
-            from llmtune.work import Options
+            with at_once():
+                from llmtune.pipeline import run_pipeline
+                from llmtune.work import Options
 
             options = Options(out, resume, fresh, lock, offline, dry_run, until=name)
             result = run_pipeline(loaded, options, stderr_console())
@@ -66,7 +68,8 @@ def _evaluate_run(run: Path, sets: list[str], threads: int | None, offline: bool
 
     loaded = recipe_of_run(read_run(run), sets)
     prepare_environment(network=False, threads=threads)
-    from llmtune.pipeline import evaluate_run
+    with at_once():
+        from llmtune.pipeline import evaluate_run
 
     return evaluate_run(loaded, run, stderr_console(), offline=offline)
 

@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
-from llmtune.run.environment import offline_switches, prepare_environment
+from llmtune.run.environment import at_once, offline_switches, prepare_environment
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]"
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
@@ -39,7 +39,8 @@ def generate(
 ) -> None:
     """Answer once with the tuned model of a run: each task is given what it asks for."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.finished import answer_once
+    with at_once():
+        from llmtune.finished import answer_once
 
     given = {"prompt": prompt, "context": context, "pair": pair, "answer": answer, "system": system}
     given["audio"] = None if audio is None else str(audio)
@@ -58,7 +59,8 @@ def chat(
 ) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
     prepare_environment(network=False, threads=threads)
-    from llmtune.finished import open_session
+    with at_once():
+        from llmtune.finished import open_session
 
     console = stderr_console()
     with console.status("loading the model"):

@@ -40,9 +40,15 @@ def collate_packed(examples: Sequence[Example], pad_id: int | None = None) -> Ba
     """Put examples end to end in one row; no padding, and no prediction across the border of two examples."""
     assert examples, "a batch has at least one example"
     documents = [np.asarray(example.input_ids, dtype=np.int64) for example in examples]
+    batch = documents_of(documents)
+    starts = batch["cu_seq_lens_q"][:-1].numpy().astype(np.int64)
+    return batch | _predictions(examples, documents, starts)
+
+
+def documents_of(documents: Sequence[Int64]) -> Batch:
+    """Put token ids end to end in one row, with where each document begins."""
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    borders = torch.from_numpy(starts.astype(np.int32))
+    borders = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     longest = int(lengths.max())
     return {
         "input_ids": torch.from_numpy(np.concatenate(documents))[None],
@@ -51,7 +57,6 @@ def collate_packed(examples: Sequence[Example], pad_id: int | None = None) -> Ba
         "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
-        **_predictions(examples, documents, starts[:-1]),
     }
 
 
@@ -74,9 +79,9 @@ def collate_padded(examples: Sequence[Example], pad_id: int | None) -> Batch:
     }
 
 
-def causal_collator(processor: PreTrainedTokenizerBase, recipe: Recipe) -> Collate:
-    """Make micro-batches for a decoder: packed or padded, as the recipe says."""
-    make = collate_packed if recipe.data.packing else collate_padded
+def causal_collator(processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
+    """Make micro-batches for a decoder: packed or padded, as `packs` says, or the recipe."""
+    make = collate_packed if (recipe.data.packing if packs is None else packs) else collate_padded
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
         return make(examples, processor.pad_token_id)

@@ -1,4 +1,4 @@
-"""Examples into padded micro-batches, where what is predicted is not simply the next token.
+"""Examples into micro-batches, packed or padded, where what is predicted is not simply the next token.
 
 Shape legend: B rows of a batch, T positions, S predictions of the batch, K classes, R examples (= B unless said).
 
@@ -17,6 +17,7 @@ Beside what `llmtune.data.collate` names, a batch may hold:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 import xxhash
 
 from llmtune.data.audio import to_float
-from llmtune.data.collate import collate_padded
+from llmtune.data.collate import collate_padded, documents_of
 from llmtune.records import Batch, Collate, Example
 
 if TYPE_CHECKING:
@@ -42,17 +43,42 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
 
 
 def read_text(examples: Sequence[Example], pad_id: int | None) -> Batch:
-    """Return what an encoder reads: ids, mask, and kinds of tokens where the examples have them."""
+    """Return what an encoder reads, padded: ids, mask, and kinds of tokens where the examples have them."""
     ids = [example.input_ids for example in examples]
     batch: Batch = {
         "input_ids": pad(ids, pad_id or 0),
         "attention_mask": pad([[1] * len(row) for row in ids], 0),
         "n_rows": len(examples),
     }
-    if any(len(example.third_ids) for example in examples):
-        kinds = [list(example.third_ids) or [0] * len(example.input_ids) for example in examples]
+    if kinds := kinds_of_tokens(examples):
         batch["token_type_ids"] = pad(kinds, 0)
     return batch
+
+
+def read_packed(examples: Sequence[Example]) -> Batch:
+    """Return what an encoder reads, end to end in one row, positions from 0 in each text."""
+    batch: Batch = {**documents_of([np.asarray(e.input_ids, dtype=np.int64) for e in examples])}
+    batch["n_rows"] = len(examples)
+    if kinds := kinds_of_tokens(examples):
+        batch["token_type_ids"] = torch.tensor([kind for row in kinds for kind in row], dtype=torch.int64)[None]
+    return batch
+
+
+def kinds_of_tokens(examples: Sequence[Example]) -> list[list[int]]:
+    """Return which of two texts each token belongs to; nothing where no example says."""
+    if not any(len(example.third_ids) for example in examples):
+        return []
+    return [list(example.third_ids) or [0] * len(example.input_ids) for example in examples]
+
+
+def read(examples: Sequence[Example], pad_id: int | None, packs: bool) -> tuple[Batch, list[int]]:
+    """Return what an encoder reads, and the flat index in B * T of each text's first token."""
+    if packs:
+        batch = read_packed(examples)
+        return batch, batch["cu_seq_lens_q"][:-1].tolist()
+    batch = read_text(examples, pad_id)
+    width = batch["input_ids"].shape[1]
+    return batch, [row * width for row in range(len(examples))]
 
 
 def predict_targets(examples: Sequence[Example], width: int) -> Batch:
@@ -72,7 +98,7 @@ def predict_targets(examples: Sequence[Example], width: int) -> Batch:
     return {name: torch.tensor(values, dtype=torch.int64) for name, values in named.items()}
 
 
-def seq2seq_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def seq2seq_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches for encoder-decoders that read text."""
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
@@ -83,12 +109,12 @@ def seq2seq_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate
     return collate
 
 
-def classes_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def classes_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches of texts with one class (`target_ids`), several or a number (`values`)."""
     kind = recipe.classify.kind if recipe.classify else "single"
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
-        batch = read_text(examples, processor.pad_token_id)
+        batch, _ = read(examples, processor.pad_token_id, packs)
         if kind == "single":
             batch["classes_R"] = torch.tensor([example.target_ids[0] for example in examples])
             if any(len(example.values) for example in examples):
@@ -100,15 +126,14 @@ def classes_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate
     return collate
 
 
-def tags_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def tags_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches of texts whose tokens have tags; those of a word's other tokens are ignored."""
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
-        batch = read_text(examples, processor.pad_token_id)
-        width = batch["input_ids"].shape[1]
+        batch, starts = read(examples, processor.pad_token_id, packs)
         marked = [
-            (row * width + at, tag, row)
-            for row, example in enumerate(examples)
+            (start + at, tag, row)
+            for row, (start, example) in enumerate(zip(starts, examples, strict=True))
             for at, tag in enumerate(example.target_ids)
             if tag != IGNORED
         ]
@@ -118,17 +143,17 @@ def tags_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
     return collate
 
 
-def ends_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
-    """Make batches of windows with the first and last token of their answers."""
+def ends_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
+    """Make batches of windows with the first and last token of their answers, counted within the window."""
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
         first_R, last_R = torch.tensor([list(example.target_ids) for example in examples], dtype=torch.int64).T
-        return read_text(examples, processor.pad_token_id) | {"first_R": first_R, "last_R": last_R}
+        return read(examples, processor.pad_token_id, packs)[0] | {"first_R": first_R, "last_R": last_R}
 
     return collate
 
 
-def masked_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def masked_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches in which tokens are hidden: a share of each text, drawn by the text, the seed and the draw alone.
 
     80 % of them become the mask, 10 % any token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).
@@ -151,11 +176,10 @@ def masked_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
 
     def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
         hidden = [hide(example, draw) for example in examples]
-        batch = read_text(examples, processor.pad_token_id)
-        batch["input_ids"] = pad([ids.tolist() for ids, _ in hidden], processor.pad_token_id or 0)
-        width = batch["input_ids"].shape[1]
+        shown = [replace(e, input_ids=ids.tolist()) for e, (ids, _) in zip(examples, hidden, strict=True)]
+        batch, starts = read(shown, processor.pad_token_id, packs)
         places = [chosen for _, chosen in hidden]
-        predict = np.concatenate([row * width + chosen for row, chosen in enumerate(places)])
+        predict = np.concatenate([start + chosen for start, chosen in zip(starts, places, strict=True)])
         targets = [np.asarray(e.input_ids)[chosen] for e, chosen in zip(examples, places, strict=True)]
         rows = np.repeat(np.arange(len(examples)), [len(chosen) for chosen in places])
         named = {"predict_S": predict, "targets_S": np.concatenate(targets), "rows_S": rows}
@@ -164,7 +188,7 @@ def masked_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
     return collate
 
 
-def preference_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def preference_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches of answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others.
 
     Settings of the loss stand in the batch as `settings`.
@@ -188,7 +212,7 @@ def preference_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Coll
     return collate
 
 
-def whisper_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def whisper_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches of log-mel spectrograms and transcripts."""
     extract = feature_extractor(processor)
 
@@ -201,7 +225,7 @@ def whisper_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate
     return collate
 
 
-def ctc_collator(processor: PreTrainedTokenizerBase, recipe: Any) -> Collate:
+def ctc_collator(processor: PreTrainedTokenizerBase, recipe: Any, packs: bool = False) -> Collate:
     """Make batches of sound waves and transcripts; each wave is normed by itself before it is padded."""
     extract = feature_extractor(processor)
 

@@ -12,6 +12,9 @@ import xxhash
 from llmtune.data.messages import RowError
 from llmtune.records import Row
 
+_write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
+
 
 def to_json(row: Row) -> str:
     """Write a canonical row as it stands in the Arrow file.
@@ -19,7 +22,7 @@ def to_json(row: Row) -> str:
     Raises:
         RowError: The text holds half of a surrogate pair, which is no character and cannot be encoded.
     """
-    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+    text = _write(row)
     if not text.isascii():
         try:
             text.encode()
@@ -31,7 +34,7 @@ def to_json(row: Row) -> str:
 
 def hash_content(row: Row) -> bytes:
     """Hash what a row says: 16 bytes, equal for rows that differ in Unicode composition or outer white space alone."""
-    text = json.dumps(_stripped(row), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    text = _write_sorted(_stripped(row))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return xxhash.xxh3_128_digest(text.encode())

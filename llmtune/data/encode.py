@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtune.data.encode_whole import learn_whole
 from llmtune.data.overlong import NOTHING, Encoded, fit_chat, fit_completion
+from llmtune.data.pieces import Ids, Reading, read_ids
 from llmtune.data.template import (
     ChatTemplate,
     Message,
@@ -17,7 +18,9 @@ from llmtune.data.template import (
     clean,
     cut_turn,
     encode_texts,
+    has_marks,
     read_template,
+    split_turn,
     tokenize,
 )
 from llmtune.errors import EnvironmentProblem
@@ -27,9 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,14 @@ class _Draft:
 
     @property
     def texts(self) -> list[str]:
+        """All that has to be read as tokens to find where answers begin."""
         return [text for group in self.groups for text in (group.text, *(turn.prompt for turn in group.turns))]
+
+    @property
+    def ends(self) -> list[str]:
+        """What tells, read as tokens, where answers end before the end of their text."""
+        turns = ((group.text, turn.end) for group in self.groups for turn in group.turns)
+        return [text[:end] for text, end in turns if end < len(text)]
 
 
 def encode_chat(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
@@ -65,7 +72,7 @@ def encode_chat(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe:
         EnvironmentProblem: the model has no chat template, or one that cannot be split into turns.
     """
     template = read_template(processor, recipe)
-    learn = _learn_all if recipe.data.train_on == "all" else _learn_turns
+    learn = learn_whole if recipe.data.train_on == "all" else _learn_turns
 
     def encode_one(row: Row) -> Encoded:
         return learn([row], template, recipe)[0]
@@ -114,39 +121,76 @@ def prompt_ids(prompt: str, processor: PreTrainedTokenizerBase) -> list[int]:
 
 def _learn_turns(rows: Sequence[Row], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
     """Supervise the assistant's turns, whatever the lengths."""
-    drafts = [_draft(row, template, recipe.data.train_on) for row in rows]
-    texts = list(dict.fromkeys(text for draft in drafts if not isinstance(draft, str) for text in draft.texts))
-    if not texts:
-        return [draft if isinstance(draft, str) else NOTHING for draft in drafts]
-    tokenized = encode_texts(template.processor, texts)
-    encodings = getattr(tokenized, "encodings", None) or [None] * len(texts)
-    ids = dict(zip(texts, zip(tokenized["input_ids"], encodings, strict=True), strict=True))
+    drafts = _draft(rows, template, recipe.data.train_on)
+    good = [draft for draft in drafts if not isinstance(draft, str)]
+    texts = list(dict.fromkeys(text for draft in good for text in draft.texts))
+    ids = read_ids(template.processor, texts, [text for draft in good for text in draft.ends])
     return [draft if isinstance(draft, str) else _assemble(draft, template, ids) for draft in drafts]
 
 
-def _draft(row: Row, template: ChatTemplate, train_on: str) -> _Draft | str:
-    """Cut the answers to learn out of a conversation, and join those that stand in the same text."""
-    messages, tools = clean(row["messages"]), row.get("tools") or None
+def _draft(rows: Sequence[Row], template: ChatTemplate, train_on: str) -> list[_Draft | str]:
+    """Cut the answers to learn out of conversations; those that the template reads alike are rendered together."""
+    wanted = [_wanted(row, train_on) for row in rows]
+    cleaned = [clean(row["messages"]) for row in rows]
+    turns = [
+        (k, i)
+        for k, answers in enumerate(wanted)
+        if not isinstance(answers, str) and not rows[k].get("tools")
+        for i in answers
+    ]
+    prompts = template.render_all([cleaned[k][:i] for k, i in turns], answer_next=True)
+    wholes = template.render_all([cleaned[k][: i + 1] for k, i in turns])
+    rendered = dict(zip(turns, zip(prompts, wholes, strict=True), strict=True))
+    drafts: list[_Draft | str] = []
+    for k, answers in enumerate(wanted):
+        if isinstance(answers, str):
+            drafts.append(answers)
+            continue
+        tools = rows[k].get("tools") or None
+        try:
+            cut = [_cut(template, cleaned[k], tools, i, rendered.get((k, i))) for i in answers]
+        except TemplateRefusal as refusal:
+            drafts.append(str(refusal))
+            continue
+        drafts.append(_Draft(cleaned[k], tools, _group(cut)))
+    return drafts
+
+
+def _wanted(row: Row, train_on: str) -> list[int] | str:
+    """Return the numbers of the answers to learn, or why there are none."""
     answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant" and i > 0]
     if train_on == "last":
         answers = answers[-1:]
     wanted = [i for i in answers if row["messages"][i].get("train", True)]
-    if not wanted:
-        return f"{NOTHING}: no answer after a question" if not answers else f"{NOTHING}: every answer says train: false"
-    try:
-        turns = [cut_turn(template, messages, tools, i) for i in wanted]
-    except TemplateRefusal as refusal:
-        return str(refusal)
+    if wanted:
+        return wanted
+    return f"{NOTHING}: no answer after a question" if not answers else f"{NOTHING}: every answer says train: false"
+
+
+def _cut(
+    template: ChatTemplate, messages: list[Message], tools: Tools, index: int, rendered: tuple[Any, Any] | None
+) -> Turn:
+    """Cut out a turn, whose renderings (or what is thrown in place of one) may be at hand."""
+    if rendered is None:
+        return cut_turn(template, messages, tools, index)
+    for text in rendered:
+        if isinstance(text, TemplateRefusal):
+            raise text
+    return split_turn(template, messages, index, *rendered)
+
+
+def _group(turns: list[Turn]) -> tuple[_Group, ...]:
+    """Join the turns that stand in the same text."""
     groups = []
     while turns:
         text = turns[-1].prompt + turns[-1].target
-        inside = tuple(turn for turn in turns if text.startswith(turn.prompt + turn.target))
+        inside = tuple(turn for turn in turns if turn is turns[-1] or text.startswith(turn.prompt + turn.target))
         groups.append(_Group(text, inside, turns[-1].index + 1))
         turns = [turn for turn in turns if turn not in inside]
-    return _Draft(messages, tools, tuple(reversed(groups)))
+    return tuple(reversed(groups))
 
 
-def _assemble(draft: _Draft, template: ChatTemplate, ids: dict[str, tuple[list[int], Any]]) -> Encoded:
+def _assemble(draft: _Draft, template: ChatTemplate, ids: dict[str, Reading]) -> Encoded:
     """Find the answers among the tokens; an answer whose first token would reach into its prompt is encoded apart."""
     examples = []
     for group in draft.groups:
@@ -156,30 +200,37 @@ def _assemble(draft: _Draft, template: ChatTemplate, ids: dict[str, tuple[list[i
         for turn in group.turns:
             prompt = ids[turn.prompt][0]
             if whole[: len(prompt)] == prompt:
-                spans += [len(prompt), _end_of(group, turn, whole, encoding, template)]
+                spans += [len(prompt), _end_of(group, turn, whole, encoding, ids, template)]
                 target_bytes += turn.target_bytes
                 continue
-            apart = _encode_apart(prompt, turn, template.processor)
+            apart = _encode_apart(prompt.tolist(), turn, template.processor)
             if apart is None:
                 return "the tokenizer joins the end of the prompt and the start of the answer in one token"
             examples.append(apart)
         if spans:
-            example = Example(whole[: spans[-1]], spans, target_bytes)
+            example = Example(whole[: spans[-1]].tolist(), spans, target_bytes)
             if reason := _check_marks(example, group, draft, template):
                 return reason
             examples.append(example)
     return examples
 
 
-def _end_of(group: _Group, turn: Turn, whole: list[int], encoding: Any, template: ChatTemplate) -> int:
+def _end_of(
+    group: _Group,
+    turn: Turn,
+    whole: Ids,
+    encoding: Any,
+    ids: dict[str, Reading],
+    template: ChatTemplate,
+) -> int:
     """Return the number of tokens up to the end of a turn."""
-    end = len(turn.prompt) + len(turn.target)
-    if end == len(group.text):
+    if turn.end == len(group.text):
         return len(whole)
-    token = encoding.char_to_token(end - 1) if encoding is not None else None
+    token = encoding.char_to_token(turn.end - 1) if encoding is not None else None
     if token is not None:
         return int(token) + 1
-    return len(tokenize(template.processor, [group.text[:end]])[0])
+    text = group.text[: turn.end]
+    return len(ids[text][0] if text in ids else tokenize(template.processor, [text])[0])
 
 
 def _encode_apart(prompt: list[int], turn: Turn, processor: PreTrainedTokenizerBase) -> Example | None:
@@ -226,7 +277,8 @@ def _check_marks(example: Example, group: _Group, draft: _Draft, template: ChatT
     Marks may leave out what is no text of the answer: a header, line breaks, the end-of-turn token.
     """
     processor = template.processor
-    if not processor.is_fast or not _GENERATION.search(template.text(draft.tools)):
+    marked = template.marked if draft.tools is None else has_marks(template.text(draft.tools))
+    if not processor.is_fast or not marked:
         return None
     marked = processor.apply_chat_template(
         draft.messages[: group.shown],
@@ -261,42 +313,6 @@ def _only_last(row: Row) -> Row:
     messages = row["messages"]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     return {**row, "messages": [m if i == last else {**m, "train": False} for i, m in enumerate(messages)]}
-
-
-def _learn_all(rows: Sequence[Row], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
-    """Supervise every token of the conversation from token 1, but not messages with `train: false`."""
-    return [_learn_whole(row, template) for row in rows]
-
-
-def _learn_whole(row: Row, template: ChatTemplate) -> Encoded:
-    messages, tools = clean(row["messages"]), row.get("tools") or None
-    skipped = [i for i, message in enumerate(row["messages"]) if not message.get("train", True)]
-    if len(skipped) == len(messages):
-        return f"{NOTHING}: every message says train: false"
-    try:
-        text = template.render(messages, tools).rstrip()
-        borders = [_range_of(i, text, messages, tools, template) for i in skipped]
-    except TemplateRefusal as refusal:
-        return str(refusal)
-    ids = tokenize(template.processor, [text])[0]
-    learned = [False, *[True] * (len(ids) - 1)]
-    for start, end in borders:
-        first, last = tokenize(template.processor, [text[:start], text[:end]])
-        if ids[: len(first)] != first or ids[: len(last)] != last:
-            return "the tokenizer joins a message with train: false and its neighbour in one token"
-        learned[len(first) : len(last)] = [False] * (len(last) - len(first))
-    spans = [i for i in range(len(ids) + 1) if (i < len(ids) and learned[i]) != (i > 0 and learned[i - 1])]
-    heard = [message["content"] for i, message in enumerate(messages) if i not in skipped]
-    return [Example(ids[: spans[-1]], spans, sum(len(content.strip().encode()) for content in heard))]
-
-
-def _range_of(index: int, text: str, messages: list[Message], tools: Tools, template: ChatTemplate) -> tuple[int, int]:
-    """Return where a message stands in the rendered conversation, by difference."""
-    before = template.render(messages[:index], tools) if index else ""
-    after = template.render(messages[: index + 1], tools)[: len(text)]
-    if not (text.startswith(before) and text.startswith(after)):
-        raise TemplateRefusal("the chat template does not say where the message with train: false stands")
-    return len(before), len(after)
 
 
 def shortener(processor: PreTrainedTokenizerBase) -> Callable[[str, int], str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmtune.data import iterate_rows
 from llmtune.data.listing import Add, listed
 from llmtune.data.overlong import TOO_LONG
+from llmtune.data.rows import iterate_texts
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import Example, Examples, Row, Rows, Task
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from llmtune.recipe import Recipe
 
-BATCH_ROWS = 256
+BATCH_ROWS = 512
 BATCH_RECORDINGS = 32
 """Half a minute at 16 kHz is a megabyte."""
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
@@ -79,18 +80,19 @@ class _Tally:
         for counted in (self.counts, self.tokens, self.supervised, self.longest, self.reach):
             counted[side] = 0
 
-    def add(self, side: str, examples: Sequence[tuple[int, Example]]) -> None:
-        for row, example in examples:
-            lists = [np.asarray(getattr(example, name), dtype=kind) for name, kind in LISTS.items()]
-            sizes = " ".join(str(len(part)) for part in lists)
-            self.digest.update(f"{side} {row} {sizes} {example.target_bytes} {example.supervised}\n".encode())
-            for part in lists:
-                self.digest.update(part.tobytes())
-            self.counts[side] += 1
-            self.tokens[side] += example.tokens
-            self.supervised[side] += example.supervised
-            self.longest[side] = max(self.longest[side], example.tokens)
-            self.reach[side] = max(self.reach[side], example.reach)
+    def add(self, side: str, batch: Any) -> None:
+        """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
+        self.digest.update(f"{side} {batch.num_rows}\n".encode())
+        for column in batch.columns:
+            parts = (column.offsets, column.values) if pa.types.is_list(column.type) else (column,)
+            for part in parts:
+                self.digest.update(part.to_numpy())
+        costs, reaches = batch.column("tokens").to_numpy(), batch.column("reach").to_numpy()
+        self.counts[side] += batch.num_rows
+        self.tokens[side] += int(costs.sum(dtype=np.int64))
+        self.supervised[side] += int(batch.column("supervised").to_numpy().sum(dtype=np.int64))
+        self.longest[side] = max(self.longest[side], int(costs.max()))
+        self.reach[side] = max(self.reach[side], int(reaches.max()))
 
 
 def encode_rows(
@@ -116,11 +118,13 @@ def encode_rows(
             for side in rows.files:
                 with _written(folder / f"{side}.arrow") as write:
                     tally.begin(side)
-                    for first, batch in _batches(iterate_rows(rows, side)):
+                    for first, batch in _batches(iterate_texts(rows, side)):
                         results = task.encode([row for _, row in batch], processor, recipe)
                         kept = _sort_out(tally, first, batch, results, left_out)
-                        tally.add(side, kept)
-                        write(kept)
+                        if kept:
+                            made = record_batch(kept)
+                            tally.add(side, made)
+                            write(made)
                         progress.advance(bar, len(batch))
         _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
         examples = _examples(tally, rows, folder)
@@ -151,11 +155,11 @@ class ExampleReader:
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
-        self.lengths = self._column(lambda batch: batch.column("tokens").to_numpy())
+        self.lengths = self._column("tokens")
         """int32 [n]: what each example costs, in tokens."""
-        self.supervised = self._column(lambda batch: batch.column("supervised").to_numpy())
+        self.supervised = self._column("supervised")
         """int32 [n]: predictions that each example is learned from."""
-        self.rows = self._column(lambda batch: batch.column("row").to_numpy())
+        self.rows = self._column("row")
         """int32 [n]: the row of `Rows` that each example comes from."""
 
     def __len__(self) -> int:
@@ -167,7 +171,7 @@ class ExampleReader:
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
-        lists = {name: batch.column(name)[offset].values.to_numpy() for name in LISTS}
+        lists: dict[str, Any] = {name: np.from_dlpack(batch.column(name)[offset].values) for name in LISTS}
         numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
         return Example(
             **{
@@ -183,8 +187,10 @@ class ExampleReader:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
-    def _column(self, read: Any) -> npt.NDArray[np.int32]:
-        return np.concatenate([np.empty(0, dtype=np.int32), *(read(batch) for batch in self._batches)]).astype(np.int32)
+    def _column(self, name: str) -> npt.NDArray[np.int32]:
+        # By DLPack, because `to_numpy` imports pandas, which a training has no other use for.
+        parts = [np.from_dlpack(batch.column(name)) for batch in self._batches]
+        return np.concatenate([np.empty(0, dtype=np.int32), *parts]).astype(np.int32)
 
 
 def _progress(console: Console) -> Progress:
@@ -192,18 +198,20 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _batches(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[int, list[tuple[str, Row]]]]:
+def _batches(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[int, list[tuple[str, Row]]]]:
     """Yield the number of the first row, and rows up to a count and a size that keep memory flat.
 
     The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
     """
-    first, batch, characters = 0, [], 0
-    ahead = next(rows, None)
+    first, characters = 0, 0
+    batch: list[tuple[str, Row]] = []
+    ahead = next(texts, None)
     while ahead is not None:
-        item, ahead = ahead, next(rows, None)
-        batch.append(item)
-        characters += len(str(item[1]))
-        most = BATCH_RECORDINGS if "audio" in item[1] else BATCH_ROWS
+        (origin, text), ahead = ahead, next(texts, None)
+        row: Row = json.loads(text)
+        batch.append((origin, row))
+        characters += len(text)
+        most = BATCH_RECORDINGS if "audio" in row else BATCH_ROWS
         if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
             kept = batch[:-1] if len(batch) > 1 else batch
             yield first, kept
@@ -213,12 +221,12 @@ def _batches(rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[int, list[tuple[
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Callable[[Sequence[tuple[int, Example]]], None]]:
-    """Give a function that appends examples to an Arrow file, which has its name only once it is whole."""
+def _written(path: Path) -> Iterator[Callable[[Any], None]]:
+    """Give a function that appends record batches to an Arrow file, which has its name only once it is whole."""
     partial = path.with_suffix(".partial")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-            yield lambda examples: file.write_batch(record_batch(examples)) if examples else None
+            yield file.write_batch
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -226,11 +234,22 @@ def _written(path: Path) -> Iterator[Callable[[Sequence[tuple[int, Example]]], N
 
 def record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
     """Return examples, each with the number of its row, as they stand in the file."""
-    columns: dict[str, list[Any]] = {
-        name: [getattr(example, name) for _, example in examples] for name in (*LISTS, *NUMBERS)
-    }
-    columns["row"] = [row for row, _ in examples]
-    return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+    lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
+    numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
+    numbers.append([row for row, _ in examples])
+    columns = [*lists, *(pa.array(np.asarray(column, dtype=np.int32)) for column in numbers)]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _lists(parts: Sequence[Any], kind: Any) -> Any:
+    """Put lists of numbers end to end, as Arrow keeps a column of lists."""
+    borders = np.zeros(len(parts) + 1, dtype=np.int32)
+    np.cumsum([len(part) for part in parts], out=borders[1:])
+    if any(isinstance(part, np.ndarray) for part in parts):
+        values = np.concatenate([np.asarray(part, dtype=kind) for part in parts])
+    else:
+        values = np.fromiter(chain.from_iterable(parts), dtype=kind, count=int(borders[-1]))
+    return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
 
 
 def _sort_out(

@@ -230,15 +230,19 @@ def load_rows(folder: Path) -> Rows:
 
 def iterate_rows(rows: Rows, side: str) -> Iterator[tuple[str, Row]]:
     """Yield (origin, row) of a side in order; nothing for a side that has no rows."""
+    for origin, text in iterate_texts(rows, side):
+        yield origin, json.loads(text)
+
+
+def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:
+    """Yield (origin, row as JSON) of a side in order; nothing for a side that has no rows."""
     if side not in rows.files:
         return
     with pa.memory_map(str(rows.files[side])) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            origins, texts = batch.column("origin").to_pylist(), batch.column("row").to_pylist()
-            for origin, text in zip(origins, texts, strict=True):
-                yield origin, json.loads(text)
+            yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
 
 
 def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
+from llmtune.data.blanks import Form, as_form, blank, writes_as_said
 from llmtune.errors import DataError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -34,10 +35,16 @@ TODAY = datetime(2024, 7, 26)
 """What templates that write today's date are told, so that a run can be repeated: the date of Llama 3.1's template."""
 
 _TODAYS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _ANSWER = "The answer of the probe is 4217."
 _PROBE: Messages = ({"role": "user", "content": "What is the probe?"}, {"role": "assistant", "content": _ANSWER})
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 _CURE = "Set model.chat_template to a Jinja file that"
+WORTH_A_FORM = 8
+"""Conversations below which each is rendered by itself."""
+MOST_FORMS = 4096
+_forms: dict[tuple[str, str, bool, tuple[str, ...]], Form | None] = {}
+"""By template, what is given to it besides messages, whether an answer is asked for, and roles."""
 
 
 class TemplateRefusal(Exception):
@@ -52,6 +59,11 @@ class Turn:
     prompt: str
     target: str
     target_bytes: int
+
+    @property
+    def end(self) -> int:
+        """Characters up to its end."""
+        return len(self.prompt) + len(self.target)
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class ChatTemplate:
     """The end-of-turn token in `tail`: the first token there that is not ordinary text."""
     special: tuple[str, ...] = ()
     """The tokens that are no ordinary text, longest first."""
+    marked: bool = False
+    """Whether it says itself what is an answer, where there are no tools."""
 
     def render(self, messages: Messages, tools: Tools = None, answer_next: bool = False) -> str:
         """Render messages as text; `answer_next` adds what stands before an answer.
@@ -89,6 +103,69 @@ class ChatTemplate:
         except _REFUSALS as error:
             raise TemplateRefusal(f"the chat template refuses it: {error}") from error
         return cast(str, text)
+
+    def render_all(self, conversations: Sequence[Messages], answer_next: bool = False) -> list[str | TemplateRefusal]:
+        """Render conversations without tools, each as `render` does: those of the same roles once, if that is the same.
+
+        What is left is rendered in one call where none of it is refused.
+        """
+        found: list[str | TemplateRefusal | None] = [*self._fill_forms(conversations, answer_next)]
+        left = [k for k, text in enumerate(found) if text is None]
+        for k, text in zip(left, self._render_each([conversations[k] for k in left], answer_next), strict=True):
+            found[k] = text
+        return cast(list[str | TemplateRefusal], found)
+
+    def _fill_forms(self, conversations: Sequence[Messages], answer_next: bool) -> Sequence[str | None]:
+        """Return each conversation as its form says, None where that is not proven; two are rendered to see."""
+        nothing = [None] * len(conversations)
+        kind = writes_as_said(self.text())
+        if kind is None or len(conversations) < WORTH_A_FORM:
+            return nothing
+        names = (self.text(), repr((self.kwargs, self.processor.special_tokens_map)), answer_next)
+        filled: list[str | None] = []
+        for messages in conversations:
+            contents = [message["content"] for message in messages if len(message) == len(_PROBE[0])]
+            said = all(contents) and (kind == "all" or all(text == text.strip() for text in contents))
+            form = self._form(names, tuple(m["role"] for m in messages)) if said else None
+            whole = form is not None and len(contents) == len(messages)
+            filled.append(form.fill(contents) if form is not None and whole else None)
+        checked = [k for k, text in enumerate(filled) if text is not None][:2]
+        rendered = self._render_each([conversations[k] for k in checked], answer_next)
+        return filled if rendered == [filled[k] for k in checked] else nothing
+
+    def _form(self, names: tuple[str, str, bool], roles: tuple[str, ...]) -> Form | None:
+        """Return how conversations of these roles are written; None where the template refuses them."""
+        key = (*names, roles)
+        if key not in _forms:
+            if len(_forms) >= MOST_FORMS:
+                _forms.clear()
+            messages = [{"role": role, "content": blank(k)} for k, role in enumerate(roles)]
+            text = self._render_or_refuse(messages, names[-1])
+            _forms[key] = as_form(text) if isinstance(text, str) else None
+        return _forms[key]
+
+    def _render_each(self, conversations: Sequence[Messages], answer_next: bool) -> list[str | TemplateRefusal]:
+        if not conversations:
+            return []
+        try:
+            if not all(conversations):
+                raise ValueError("an answer has nothing before it")
+            texts = self.processor.apply_chat_template(
+                [list(messages) for messages in conversations],
+                chat_template=self.text(),
+                add_generation_prompt=answer_next,
+                tokenize=False,
+                **self.kwargs,
+            )
+        except _REFUSALS:
+            return [self._render_or_refuse(messages, answer_next) for messages in conversations]
+        return list(cast(list[str], texts))
+
+    def _render_or_refuse(self, messages: Messages, answer_next: bool) -> str | TemplateRefusal:
+        try:
+            return self.render(messages, None, answer_next)
+        except TemplateRefusal as refusal:
+            return refusal
 
     def text(self, tools: Tools = None) -> str:
         """Return the template itself; tokenizers may have another one for tools."""
@@ -132,7 +209,8 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
         fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
         raise EnvironmentProblem.of(what, template.name, fix)
     _refuse_doubled_start(template, whole)
-    return ChatTemplate(processor, template.kwargs, template.name, tail, end, special)
+    marked = has_marks(template.text())
+    return ChatTemplate(processor, template.kwargs, template.name, tail, end, special, marked)
 
 
 def render_prompt(
@@ -198,7 +276,15 @@ def cut_turn(template: ChatTemplate, messages: Messages, tools: Tools, index: in
         TemplateRefusal: the template does not take the messages, or this turn cannot be told from what is before it.
     """
     prompt = template.render(messages[:index], tools, answer_next=True)
-    whole = template.render(messages[: index + 1], tools)
+    return split_turn(template, messages, index, prompt, template.render(messages[: index + 1], tools))
+
+
+def split_turn(template: ChatTemplate, messages: Messages, index: int, prompt: str, whole: str) -> Turn:
+    """Take the turn `index` out of the renderings up to it (`prompt`, which asks for an answer) and with it.
+
+    Raises:
+        TemplateRefusal: this turn cannot be told from what is before it.
+    """
     if not prompt:
         raise TemplateRefusal("an answer has nothing before it")
     if not whole.startswith(prompt):
@@ -212,6 +298,11 @@ def cut_turn(template: ChatTemplate, messages: Messages, tools: Tools, index: in
         raise TemplateRefusal(f"an answer contains the end-of-turn token {template.end}")
     learned = content if content and content in body else body.strip()
     return Turn(index, prompt, body + end, len(learned.encode()))
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template has `{% generation %}` marks around what is an answer."""
+    return bool(_GENERATION.search(template))
 
 
 def fix_date(template: str) -> str:

@@ -73,8 +73,12 @@ def answer(
     recipe: Recipe,
     console: Console,
     device: str,
+    packs: bool | None = None,
 ) -> Answers:
-    """Put all questions of `plan` to one model; sets it to evaluation mode."""
+    """Put all questions of `plan` to one model; sets it to evaluation mode.
+
+    `packs` says whether rows stand end to end while losses are taken, as `SelectedModel` does.
+    """
     model.eval()
     limit = context_of(unwrap(model).config) or 1 << 60
     prompts, trees = within(plan, limit, recipe.generation.max_new_tokens)
@@ -82,14 +86,9 @@ def answer(
     with torch.inference_mode(), compute_context(dtype, device), progress(console) as bars:
         sums = None
         if task.scores_rows and any(metric in TOKEN_METRICS for metric in plan.metrics):
-            sums = score_tokens(
-                model,
-                plan,
-                task,
-                task.collator(processor, recipe),
-                device,
-                count(bars, f"{name}: loss", len(plan.reader)),
-            )
+            collate = task.collator(processor, recipe, *(() if packs is None else (packs,)))
+            advance = count(bars, f"{name}: loss", len(plan.reader))
+            sums = score_tokens(model, plan, task, collate, device, advance, bool(packs))
         scores: list[list[float]] = []
         if trees:
             advance = count(bars, f"{name}: choices", len(trees))
@@ -122,8 +121,12 @@ def score_tokens(
     collate: Collate,
     device: str,
     advance: Advance = lambda rows: None,
+    packed: bool = False,
 ) -> TokenSums:
-    """Add up loss and first choices over the supervised tokens of each row; examples of a split row count together."""
+    """Add up loss and first choices over the supervised tokens of each row; examples of a split row count together.
+
+    `packed` says that `collate` puts examples end to end, so that a batch costs the sum of their lengths.
+    """
     reader = plan.reader
     nats, correct = np.zeros(len(reader)), np.zeros(len(reader))
 
@@ -136,7 +139,7 @@ def score_tokens(
         correct[batch] = loss.row_correct.double().cpu().numpy()
         advance(len(batch))
 
-    run_in_batches([int(n) for n in reader.lengths], budget_for(device, TOKEN_BUDGET), work)
+    run_in_batches([int(n) for n in reader.lengths], budget_for(device, TOKEN_BUDGET), work, packed=packed)
     return by_row(plan, nats, correct)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, takewhile
 
 import torch
 
@@ -16,15 +17,24 @@ GENERATION_BUDGET = {"cpu": 8192, "cuda": 65536}
 """Positions in one batch of generated answers, prompt and answer: only keys and values are kept of them."""
 
 
-def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int]], None]) -> None:
+def run_in_batches(
+    lengths: Sequence[int],
+    budget: int,
+    work: Callable[[list[int]], None],
+    most: int | None = None,
+    packed: bool = False,
+) -> None:
     """Call `work` with lists of indexes into `lengths`, the longest rows first, until all are done.
 
+    A batch has as many rows as fit into `budget` positions, end to end if `packed`, else each as long as the longest;
+    and `most` at most.
     A batch that runs out of memory is cut in halves, and the budget stays at half from then on.
     Raises EnvironmentProblem when a single row does not fit.
     """
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while left:
-        batch = left[: batch_size(lengths[left[0]], budget)]
+        fitting = count_packed(lengths, left, budget) if packed else batch_size(lengths[left[0]], budget)
+        batch = left[: fitting if most is None else min(fitting, most)]
         try:
             work(batch)
             left = left[len(batch) :]
@@ -37,13 +47,20 @@ def run_in_batches(lengths: Sequence[int], budget: int, work: Callable[[list[int
                     f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
                     fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
                 ) from None
-            budget = lengths[left[0]] * (len(batch) // 2)
+            half = batch[: len(batch) // 2]
+            budget = sum(lengths[i] for i in half) if packed else lengths[left[0]] * len(half)
         release_memory()  # here the error does not hold the batch's tensors any more
 
 
 def batch_size(longest: int, budget: int) -> int:
     """Return how many rows padded to `longest` fit into `budget` positions; one at least."""
     return max(1, budget // max(1, longest))
+
+
+def count_packed(lengths: Sequence[int], left: Sequence[int], budget: int) -> int:
+    """Return how many of the first rows in `left` fit into `budget` positions end to end; one at least."""
+    totals = accumulate(lengths[i] for i in left)
+    return max(1, sum(1 for _ in takewhile(lambda total: total <= budget, totals)))
 
 
 def release_memory() -> None:

@@ -43,12 +43,14 @@ def evaluate(
     device: str,
     folder: Path | None = None,
     headless: bool = False,
+    packs: Callable[[], bool | None] = lambda: None,
 ) -> Evaluation:
     """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
 
     With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
-    entered. With a `folder`, every row's prompt, reference and both answers go to `predictions.jsonl` in it. Without
-    test rows the evaluation is empty, and no model is entered.
+    entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
+    None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
+    `predictions.jsonl` in it. Without test rows the evaluation is empty, and no model is entered.
 
     Raises DataError for `evaluate.choices` that no reference answer is among, EnvironmentProblem where a single row
     does not fit in memory.
@@ -65,7 +67,7 @@ def evaluate(
             console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
             continue
         with models[name]() as model:
-            answers[name] = answer(model, name, plan, task, processor, recipe, console, device)
+            answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
     if folder is not None:

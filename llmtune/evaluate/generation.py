@@ -1,4 +1,4 @@
-"""Answers to many prompts, generated in batches."""
+"""Answers to many prompts, generated in batches: the greedy ones by our own loop, others by transformers'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 
 from llmtune.data.template import stop_ids
 from llmtune.evaluate.batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.greedy import column_bytes_of, write_greedily
+from llmtune.model.device import memory_limit
 from llmtune.model.loss import unwrap
 from llmtune.recipe import TASK_FACTS
 
@@ -18,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
+
+CACHE_SHARE = 1 / 8
+"""Of the device's memory, what the keys and values of one batch may take up."""
+MOST_ROWS = {"cpu": 256, "cuda": 512}
+"""Rows of one batch: matrix products with more rows are no faster a row."""
+FEW_PROMPTS = 2
+"""So many prompts are answered by transformers' loop: ours is tried on a model before it is used."""
 
 
 def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe) -> GenerationConfig:
@@ -64,18 +73,41 @@ def generate_texts(
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
     texts = [""] * len(prompts)
+    column_bytes = column_bytes_of(model, device) if is_greedy(recipe) and len(prompts) > FEW_PROMPTS else None
 
     def work(batch: list[int]) -> None:
-        answers = generate_batch(model, [prompts[i] for i in batch], settings, device)
+        asked = [prompts[i] for i in batch]
+        if column_bytes is None:
+            answers = generate_batch(model, asked, settings, device)
+        else:
+            answers = write_greedily(model, asked, new, stops, device)
         for i, ids in zip(batch, answers, strict=True):
             texts[i] = decode_answer(ids, stops, processor)
         advance(len(batch))
 
+    lengths = [len(prompt) + new for prompt in prompts]
+    if column_bytes is not None:
+        run_in_batches(lengths, cache_budget(device, column_bytes), work, budget_for(device, MOST_ROWS))
+        return texts
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
         torch.manual_seed(recipe.seed)
-        run_in_batches([len(prompt) + new for prompt in prompts], budget, work)
+        run_in_batches(lengths, budget, work)
     return texts
+
+
+def is_greedy(recipe: Recipe) -> bool:
+    """Whether the recipe asks for nothing but the likeliest token each time."""
+    stated = recipe.generation.model_dump(exclude_none=True)
+    return stated == {"max_new_tokens": recipe.generation.max_new_tokens, "do_sample": False, "num_beams": 1}
+
+
+def cache_budget(device: str, column_bytes: int) -> int:
+    """Return how many positions one batch may have. It depends on the memory there is, not on what is free."""
+    limit = memory_limit(device)
+    if limit is None:
+        return budget_for(device, GENERATION_BUDGET)
+    return max(1, int(limit * CACHE_SHARE) // max(1, column_bytes))
 
 
 def generate_batch(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import scipy.stats  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from llmtune.records import Difference
@@ -83,6 +82,8 @@ def interval(value: float, values_R: Floats, rows: int, p: float | None = None) 
     defined = values_R[np.isfinite(values_R)]
     if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
         return unknown(value, rows)
+    import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training has no use for it
+
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Difference(
@@ -133,4 +134,6 @@ def mcnemar(only_base: int, only_tuned: int) -> float:
     discordant = only_base + only_tuned
     if discordant == 0:
         return 1.0
+    import scipy.stats
+
     return float(scipy.stats.binomtest(only_base, discordant, 0.5).pvalue)

@@ -3,9 +3,10 @@
 from llmtune.model import quiet  # noqa: F401  # first: it mutes a library
 from llmtune.model.catalogue import locate
 from llmtune.model.device import compute_context, is_out_of_memory, pick_device, resolve_dtype
+from llmtune.model.kernels import check_kernels
 from llmtune.model.load import load_model
 from llmtune.model.loss import causal_loss, predicted_logits
-from llmtune.model.plan import check_context, check_memory, micro_batch_tokens, plan_memory
+from llmtune.model.plan import check_context, check_memory, micro_batch_tokens, plan_memory, settle_checkpointing
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.rank import Ranking, rank_candidates
 
@@ -13,6 +14,7 @@ __all__ = [
     "Ranking",
     "causal_loss",
     "check_context",
+    "check_kernels",
     "check_memory",
     "compute_context",
     "is_out_of_memory",
@@ -26,4 +28,5 @@ __all__ = [
     "rank_candidates",
     "resolve_dtype",
     "save_tokenizer",
+    "settle_checkpointing",
 ]

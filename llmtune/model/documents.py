@@ -44,7 +44,10 @@ def attend_documents(
     eager attention. Nothing but the inputs is kept for the backward pass, which computes the scores again.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    blocks = tuple(_blocks(lengths, window, causal))
+    blocks, kind = tuple(_blocks(lengths, window, causal)), query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     out = _Attention.apply(query, key, value, blocks, scale, window, causal)  # type: ignore[no-untyped-call]
     return cast(torch.Tensor, out)
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-_CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 24
 """Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
 _PIECE_ELEMENTS = 1 << 19
 """Logits that stand in float32 at a time on a CPU: they stay in its cache."""
@@ -193,6 +193,6 @@ def _losses(
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // vocabulary)
+    step = max(1, CHUNK_ELEMENTS // vocabulary)
     for start in range(0, tokens, step):
         yield slice(start, start + step)

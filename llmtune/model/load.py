@@ -13,9 +13,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.attention import PACKED, choose_attention, install_packed
 from llmtune.model.device import is_out_of_memory, resolve_dtype
-from llmtune.model.isolation import prove_isolation
+from llmtune.model.isolation import prove_isolation, reads_apart
+from llmtune.model.kernels import apply_liger
+from llmtune.model.loss import take_loss_at_head
 from llmtune.model.memory import enough_memory
+from llmtune.model.norms import fuse_norms
 from llmtune.model.plan import plan_memory
+from llmtune.model.pooling import pool_documents
 from llmtune.model.quiet import unreported
 from llmtune.model.skeleton import (
     OTHER_CLASSES,
@@ -25,11 +29,15 @@ from llmtune.model.skeleton import (
     first_line,
     head_names,
     in_heads,
+    is_encoder,
 )
+from llmtune.recipe.tasks import TASK_FACTS
 from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
+
+CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_model(
@@ -67,9 +75,9 @@ def _load(
     console: Console | None,
 ) -> SelectedModel:
     model_class, config = find_class(place, recipe, task)
-    packs = task.packs and recipe.data.packing
-    attention, reason = choose_attention(model_class, config, recipe.model.attn_implementation, task.packs)
-    if reason and console is not None:
+    packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
+    attention, reason = choose_packing(model_class, config, recipe, task)
+    if reason and decodes and console is not None:
         console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
     compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
     if recipe.adapter.method == "full" and training:
@@ -78,20 +86,49 @@ def _load(
     model, new = _load_weights(place, recipe, task, model_class, config, attention, dtype, quantization, device)
     if quantization is not None:
         _keep_quantized_format(model)
+    if recipe.train.use_liger_kernel and device.startswith("cuda"):
+        apply_liger(model)
     if attention == PACKED:
         install_packed(model)
+        if task.auto_class == CLASSES:
+            pool_documents(model)
     _grow_embedding(model, processor, recipe)
     _hand_whole_rows_to_head(model)
     _settle_generation(model, processor)
     _keep_every_layer(model)
     model.config.use_cache = not training
+    if training:
+        fuse_norms(model)
     model.eval()
-    if packs:
+    if decodes and not take_loss_at_head(model, compute_dtype) and console is not None:
+        console.print("Loss: from whole logits, because the model's head is not a linear layer on top of its backbone.")
+    if packs and decodes:
         prove_isolation(model, compute_dtype, place.name)
+    elif packs and attention == PACKED and not reads_apart(model, compute_dtype):
+        reason = f"{type(model).__name__} reads rows that stand in one line otherwise than each alone"
+    packs = packs and (decodes or reason is None)
+    if reason and not decodes and console is not None:
+        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
     plan = plan or plan_memory(place, recipe, task, recipe.data.max_length, device)
     if task.check is not None:
         task.check(model, processor, recipe)
-    return SelectedModel(place, model, processor, plan, quantization is not None, task, new)
+    return SelectedModel(place, model, processor, plan, quantization is not None, task, new, packs)
+
+
+def choose_packing(model_class: Any, config: Any, recipe: Recipe, task: Task) -> tuple[str | None, str | None]:
+    """Return the attention to install (None: the model's own choice), and why rows are not packed by it.
+
+    Without it those of a decoder stand in one line with a mask over them, and those of other models are padded.
+    """
+    wanted = recipe.model.attn_implementation
+    if task.auto_class == CAUSAL:
+        return choose_attention(model_class, config, wanted, task.packs)
+    attention, reason = choose_attention(model_class, config, wanted, task.packs and recipe.data.packing, True)
+    if attention == PACKED and not is_encoder(config):
+        return None, "the class of a text is read at its last token, with a decoder"
+    if getattr(config, "is_encoder_decoder", False) and recipe.data.packing and TASK_FACTS[recipe.task].packs:
+        return attention, "the model has an encoder and a decoder"
+    return attention, reason
 
 
 def _quantization(
@@ -160,6 +197,12 @@ def _load_weights(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if is_out_of_memory(error):
             raise
+        if attention is not None and "/" in attention:
+            raise EnvironmentProblem.of(
+                f"the model cannot be loaded with the attention of {attention}: {first_line(error)}",
+                "model.attn_implementation",
+                "It must be on the hub for this device and this version of torch; or set it to auto.",
+            ) from error
         raise EnvironmentProblem.of(
             f"the weights cannot be loaded: {first_line(error)}",
             str(place.path),

@@ -9,12 +9,16 @@ from typing import Any, cast
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
+from llmtune.model.attention import PACKED
 from llmtune.model.loss import accepted_arguments, token_losses, unwrap
 from llmtune.records import Batch, Loss
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
 """What models read, by its name in a batch."""
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What they read beside that of a packed row; positions follow from it."""
 MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 """Models of sound that padding does not change, but for a first layer that is normed over time."""
 
@@ -24,7 +28,11 @@ def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     found = {key: batch[key] for key in READ if key in batch and key in accepted}
-    return {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in found.items()}
+    read = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in found.items()}
+    if "cu_seq_lens_q" in batch:
+        assert inner.config._attn_implementation == PACKED, "rows are packed for a model that keeps them apart"
+        read |= {key: batch[key] for key in DOCUMENTS}
+    return read
 
 
 def decoder_inputs(model: torch.nn.Module, labels_BT: torch.Tensor) -> torch.Tensor:
@@ -91,9 +99,7 @@ def tags_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Los
 def ends_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
     """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
     found = model(**read_inputs(model, batch))
-    seen_BT = batch["attention_mask"].bool()
-    lowest = torch.finfo(torch.float32).min
-    starts_BT, ends_BT = (part.float().masked_fill(~seen_BT, lowest) for part in (found.start_logits, found.end_logits))
+    starts_BT, ends_BT = (by_text(part.float(), batch) for part in (found.start_logits, found.end_logits))
     first_R, last_R = batch["first_R"], batch["last_R"]
     losses_R = (
         functional.cross_entropy(starts_BT, first_R, reduction="none")
@@ -101,6 +107,15 @@ def ends_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Los
     ) / 2
     correct_R = (starts_BT.argmax(-1) == first_R) & (ends_BT.argmax(-1) == last_R)
     return rows_loss(losses_R, correct_R, by_row)
+
+
+def by_text(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Put the logits of each text in a row of its own, [R, T] with the lowest number where there is no token."""
+    lowest = torch.finfo(logits_BT.dtype).min
+    if "cu_seq_lens_q" not in batch:
+        return logits_BT.masked_fill(~batch["attention_mask"].bool(), lowest)
+    sizes_R = batch["cu_seq_lens_q"].diff().tolist()
+    return pad_sequence([*torch.split(logits_BT[0], sizes_R)], batch_first=True, padding_value=lowest)
 
 
 def ctc_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:

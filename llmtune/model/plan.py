@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.head_loss import CHUNK_ELEMENTS
 from llmtune.model.skeleton import build_skeleton, find_class, head_names, in_heads, linear_shapes
 from llmtune.records import MemoryPlan, ModelPlace, Task
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
 """State bytes a trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
+_SMALL = 4096
+"""Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
 _QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
 """Bytes a 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
 _USABLE = 0.85
@@ -37,6 +40,8 @@ class Shape:
     parameters: int
     quantizable: int
     adapter: int
+    small: int
+    """Those of the adapter's parameters whose matrices are too small for an optimiser in 8 bits."""
     layers: int
     hidden: int
     intermediate: int
@@ -54,18 +59,35 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     full = recipe.adapter.method == "full"
     trained = shape.parameters if full else shape.adapter
-    optimizer = int(trained * optimizer_bytes(recipe.train.optim))
+    small = 0 if full else shape.small
+    optimizer = (trained - small) * optimizer_bytes(recipe.train.optim)
+    optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
     parts = {
         "weights": _count_weights(shape, recipe.adapter, weight_bytes),
         "adapter": 0 if full else 4 * shape.adapter,
         "gradients": 4 * trained,
-        "optimizer": optimizer,
-        "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing),
-        "logits": tokens * _logit_bytes(shape, weight_bytes),
+        "optimizer": int(optimizer),
+        "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing is True),
+        "logits": _logits_at_once(shape, task, tokens) * _logit_bytes(shape, weight_bytes),
     }
     if task.compares(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained
-    return MemoryPlan(parts, _fixed(parts) + _logit_bytes(shape, weight_bytes), memory_limit(device), device)
+    lower_bound = _fixed(parts) + _logit_bytes(shape, weight_bytes)
+    if recipe.train.optim.startswith("paged_"):
+        lower_bound -= parts["optimizer"]  # moves to the host where it must
+    return MemoryPlan(parts, lower_bound, memory_limit(device), device)
+
+
+def settle_checkpointing(place: ModelPlace, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
+    """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
+
+    Never for a model that cannot do it. Raises what `plan_memory` raises.
+    """
+    model_class, _ = find_class(place, recipe, task)
+    if not getattr(model_class, "supports_gradient_checkpointing", True):
+        return False
+    plan = plan_memory(place, recipe, task, longest, device)
+    return plan.limit is not None and plan.total > _USABLE * plan.limit
 
 
 def _fixed(parts: Mapping[str, int]) -> int:
@@ -111,11 +133,13 @@ def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSectio
     kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
     hidden = getattr(text, "hidden_size", 0)
     guesses = task.by_token or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
+    adapted = _adapter_sizes(inner, adapter)
     own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return Shape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         quantizable=sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")}),
-        adapter=_count_adapter(inner, adapter) + (sum(own) if task.headed else 0),
+        adapter=sum(adapted) + (sum(own) if task.headed else 0),
+        small=sum(size for size in (*adapted, *(own if task.headed else ())) if size < _SMALL),
         layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
         hidden=hidden,
         intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
@@ -123,11 +147,14 @@ def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSectio
     )
 
 
-def optimizer_bytes(optim: str) -> float:
-    """Return the bytes of state a trained parameter costs, by the optimiser's name in transformers."""
+def optimizer_bytes(optim: str, small: bool = False) -> float:
+    """Return the bytes of state a trained parameter costs, by the optimiser's name in transformers.
+
+    In 8 bits there is a float32 scale for each block of 256; a `small` matrix (below 4,096) keeps 32 bits.
+    """
     kind = optim.removeprefix("paged_")
     full = next((size for name, size in _OPTIMIZER_BYTES.items() if kind.startswith(name)), 8.0)
-    return full / 4 if "8bit" in kind else full
+    return full / 4 * (1 + 4 / 256) if "8bit" in kind and not small else full
 
 
 def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = None) -> None:
@@ -140,7 +167,9 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
     if plan.limit is None or plan.total <= plan.limit:
         return
     if plan.lower_bound <= plan.limit:
-        saving = "" if recipe.train.gradient_checkpointing else " train.gradient_checkpointing: true saves most."
+        saving = (
+            "" if recipe.train.gradient_checkpointing is True else " train.gradient_checkpointing: true saves most."
+        )
         console.print(
             f"[yellow]The plan exceeds the memory of {plan.device}:[/yellow] "
             f"micro-batches will be made smaller where rows allow it.{saving}"
@@ -163,7 +192,7 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
     compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
     parameters = weights // (4 if full else compute_bytes)
     adapter = parameters // 5 if full else plan.lower_bound - weights  # with its gradients and optimiser
-    if full and "8bit" not in recipe.train.optim and plan.lower_bound - 0.75 * optimizer <= plan.limit:
+    if full and "8bit" not in recipe.train.optim and plan.lower_bound - 0.74 * optimizer <= plan.limit:
         return "Set train.optim: adamw_8bit, which should fit."
     if full and compute_bytes * parameters + adapter <= plan.limit:
         return "Set adapter.method: lora, which should fit."
@@ -195,8 +224,8 @@ def _count_weights(shape: Shape, adapter: AdapterSection, weight_bytes: int) -> 
     return packed + weight_bytes * (shape.parameters - shape.quantizable)
 
 
-def _count_adapter(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> int:
-    """Count low-rank parameters; what the target names exactly is settled when the adapter is made."""
+def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
+    """Return the sizes of the low-rank matrices; what the target names exactly is settled when the adapter is made."""
     wanted = adapter.target_modules
     if wanted == "all-linear":
         targets = list(inner.values())
@@ -208,13 +237,20 @@ def _count_adapter(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
     else:
         targets = [shape for name, shape in inner.items() if name.split(".")[-1] in wanted or name in wanted]
     rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(("pissa", "olora")) else 1)
-    return sum(rank * (inputs + outputs) for inputs, outputs in targets)
+    return [rank * size for shape in targets for size in shape]
 
 
 def _activation_bytes(shape: Shape, weight_bytes: int, checkpointing: bool) -> int:
-    """Estimate what the backward pass needs a token: about 16 hidden and 5 intermediate vectors a layer."""
-    layer = (16 * shape.hidden + 5 * shape.intermediate) * weight_bytes
+    """Estimate what the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
+    layer = (10 * shape.hidden + 4 * shape.intermediate) * weight_bytes
     return shape.layers * shape.hidden * weight_bytes + layer if checkpointing else shape.layers * layer
+
+
+def _logits_at_once(shape: Shape, task: Task, tokens: int) -> int:
+    """Return the tokens whose logits stand in memory together: of a decoder those of one chunk of its loss."""
+    if task.auto_class != "AutoModelForCausalLM" or not shape.vocabulary:
+        return tokens
+    return min(tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
 
 
 def _logit_bytes(shape: Shape, weight_bytes: int) -> int:

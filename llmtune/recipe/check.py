@@ -149,6 +149,7 @@ def wrong_value(error: ErrorDetails, key: Key, places: Places) -> Problem:
 
 
 PATTERNS = {
+    "model.attn_implementation": "A kernel is named `owner/name`, with `@revision` or `:function` behind it at most.",
     "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
     "adapter.init_lora_weights": "Allowed: true, false, gaussian, pissa, pissa_niter_N (N steps of a fast SVD), olora.",
 }

@@ -73,7 +73,7 @@ def data_of_task(recipe: Recipe, places: Places) -> Iterator[Finding]:
     if recipe.task != "chat" and places.stated("data.train_on"):
         fix = "Remove it: what the row names as its answer is what is learned."
         yield idle("data.train_on", f"with task: {recipe.task}", fix, "task")
-    if (not facts.packs or is_masked(recipe) or points(recipe)) and places.stated("data.packing"):
+    if not facts.packs and places.stated("data.packing"):
         yield idle("data.packing", f"with task: {recipe.task}", "Remove it: these rows are padded.", "task")
     allowed = ("error", "drop") if points(recipe) else facts.overlong
     if data.on_overlong not in allowed:

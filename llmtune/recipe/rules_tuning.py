@@ -143,9 +143,8 @@ def train_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     yield from validation_findings(recipe, places)
     yield from optimizer_findings(recipe, places)
     yield from schedule_findings(recipe, places)
-    for name in ("torch_compile", "use_liger_kernel", "seeds"):
-        if getattr(train, name):
-            yield later(f"train.{name}", f"'train.{name}'", "Remove it.")
+    if train.seeds:
+        yield later("train.seeds", "'train.seeds'", "Remove it.")
     if len(set(train.report_to)) < len(train.report_to):
         yield Finding("train.report_to", "'train.report_to' names a tracker twice", "Name each once.")
 
@@ -170,8 +169,11 @@ def validation_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
 
 
 def optimizer_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
-    """Yield Adam's settings where the optimiser reads none of them."""
+    """Yield settings that the optimiser, or what it trains, does not read."""
     optim = recipe.train.optim
+    if recipe.adapter.method == "full" and recipe.train.loraplus_lr_ratio is not None:
+        fix = "Remove it, or use lora or qlora."
+        yield idle("train.loraplus_lr_ratio", "with adapter.method: full", fix, "adapter.method")
     readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
     for name, beginnings in readers.items():
         if not optim.startswith(beginnings) and places.stated(f"train.{name}"):

@@ -153,8 +153,9 @@ class DataSection(Section):
     )
     packing: bool = Field(
         default=True,
-        description="Join rows of one step without padding; attention stays within each row. Default true: the same"
-        " loss, and no work on padding.",
+        description="Join rows of one step without padding; attention stays within each row. Encoders too, where that "
+        "is proven for the model; others are padded among rows of like length, and the run says why. Default true: the "
+        "same loss, and no work on padding.",
     )
 
 

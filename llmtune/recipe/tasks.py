@@ -161,6 +161,7 @@ TASK_FACTS = _facts(
         ),
         ("loss", "accuracy", "f1_macro", "f1_micro", "matthews", "auroc"),
         section="classify",
+        packs=True,
         overlong=("error", "drop", "truncate"),
     ),
     TaskFacts(
@@ -169,6 +170,7 @@ TASK_FACTS = _facts(
         ("loss", "f1", "precision", "recall", "accuracy"),
         ("loss", "f1", "precision", "recall"),
         section="token_classify",
+        packs=True,
         overlong=("error", "drop"),
     ),
     TaskFacts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.section import Many, Section, by_kind, one_or_more
 
@@ -55,6 +55,15 @@ InitWeights = Annotated[
     Annotated[bool, Tag("switch")]
     | Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9][0-9]{0,3})$"), Tag("text")],
     by_kind({bool: "switch"}, "text"),
+]
+Checkpointing = Annotated[
+    Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")],
+    Discriminator(lambda value: "text" if value == "auto" else "switch"),
+]
+Attention = Annotated[
+    Annotated[Literal["auto", "eager", "sdpa"], Tag("switch")]
+    | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$"), Tag("text")],
+    Discriminator(lambda value: "text" if isinstance(value, str) and "/" in value else "switch"),
 ]
 
 
@@ -110,10 +119,11 @@ class ModelSection(Section):
         description="Load weights in the safetensors format only; false admits pickled weights. Default true: a "
         "pickle runs code when it is loaded.",
     )
-    attn_implementation: Literal["auto", "eager", "sdpa"] = Field(
+    attn_implementation: Attention = Field(
         default="auto",
-        description="How attention is computed. Default `auto`: exact packed attention in training, the fastest "
-        "that the model offers elsewhere.",
+        description="How attention is computed: `eager`, `sdpa`, or a kernel on the hub (`kernels-community/NAME`, "
+        "which needs the package `kernels` and the network). Default `auto`: exact packed attention in training, the "
+        "fastest that the model offers elsewhere.",
     )
     check_memory: bool = Field(
         default=True,
@@ -251,6 +261,13 @@ class TrainSection(Section):
         description="Optimiser, by its name in transformers. Default `adamw_torch`: runs everywhere; `adamw_8bit` "
         "and `paged_adamw_8bit` save memory on a GPU.",
     )
+    loraplus_lr_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="How many times faster than `learning_rate` the B matrices of the adapter, and biases with them, "
+        "learn (LoRA+), e.g. 16. Default none: one rate for all, at which `learning_rate` is usually stated.",
+    )
     weight_decay: float = Field(
         default=0.0,
         ge=0,
@@ -293,10 +310,10 @@ class TrainSection(Section):
         description="Steps over which the learning rate rises from zero; below 1 a share of all steps. Default "
         "0.03: Adam's first steps are its least certain.",
     )
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="Compute activations again in the backward pass to save memory. Default false: a fifth to a "
-        "third slower, and not needed where the micro-batch fits.",
+    gradient_checkpointing: Checkpointing = Field(
+        default="auto",
+        description="Compute activations again in the backward pass to save memory; a fifth to a third slower, with "
+        "the same result. Default `auto`: only where the memory plan does not fit without it, and the run says so.",
     )
     logging_steps: int = Field(
         default=10, ge=1, description="Optimiser steps between two lines of metrics. Default 10: smooth enough to read."
@@ -335,10 +352,15 @@ class TrainSection(Section):
         " to.",
     )
     torch_compile: bool = Field(
-        default=False, description="Compile the model before training. Comes with a later release; false until then."
+        default=False,
+        description="Compile the model's layers before training, for rows of any length; needs a C++ compiler on a CPU "
+        "and Triton on a GPU. Default false: it takes seconds to minutes before step 1, and numbers differ in the last "
+        "digits.",
     )
     use_liger_kernel: bool = Field(
-        default=False, description="Use Liger's fused kernels. Comes with a later release; false until then."
+        default=False,
+        description="Use Liger's kernels for norms, rotary positions and gated layers in training, on a CUDA GPU with "
+        "the package `liger-kernel`; the loss stays llmtune's own. Default false: not every model type has them.",
     )
     seeds: Many[int] = Field(
         default=(),

@@ -153,6 +153,7 @@ def training(train: Facts | None) -> dict[str, Any] | None:
         ("epochs", score(train.get("epochs"))),
         ("best step", count(train.get("best_step"))),
         ("tokens", count(train.get("tokens"))),
+        ("padding", "" if missing(train.get("padding_share")) else f"{100 * train['padding_share']:.1f} %"),
         ("speed", f"{count(train.get('tokens_per_second'))} tokens/s"),
         ("time", duration(train.get("wall_seconds"))),
         ("peak memory", size(train.get("peak_bytes"))),

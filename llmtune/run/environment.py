@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmtune.errors import EnvironmentProblem
-from llmtune.recipe import Recipe, Source
+from llmtune.errors import EnvironmentProblem, Problem
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe, Source
 
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -19,7 +25,7 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
     Args:
         network: whether the recipe names something remote. Otherwise the hub's offline switch is set, since some
             libraries look things up by themselves.
-        threads: CPU threads for torch; None leaves torch's own choice.
+        threads: CPU threads for torch and tokenizers; None leaves their own choice.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
@@ -33,7 +39,24 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
         for name in OFFLINE:
             os.environ[name] = "1"
     if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # the last one is the tokenizers'
+            os.environ[name] = str(threads)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Import in the block without looking for garbage, then or later: imports leave none.
+
+    The collector would go through hundreds of thousands of new objects again and again: a fifth of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 def offline_switches() -> list[str]:
@@ -42,22 +65,36 @@ def offline_switches() -> list[str]:
 
 
 def refuse_network(recipe: Recipe, *, offline: bool) -> None:
-    """Raise EnvironmentProblem where --offline meets a tracker that sends numbers elsewhere; caches need no network."""
+    """Raise EnvironmentProblem where --offline meets what must reach the network; caches of models and data need none.
+
+    That is a tracker that sends numbers elsewhere, and an attention kernel of the hub.
+    """
+    if not offline:
+        return
+    problems = []
     trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
-    if offline and trackers:
+    if trackers:
         what = f"{', '.join(trackers)} would send numbers over the network, which --offline forbids"
-        raise EnvironmentProblem.of(
-            what, "train.report_to", "leave it out (--set train.report_to=[]) or --offline away"
-        )
+        fix = "leave it out (--set train.report_to=[]) or --offline away"
+        problems.append(Problem(what, "train.report_to", fix))
+    attention = recipe.model.attn_implementation
+    if "/" in attention:
+        what = f"the kernel {attention} is fetched from the hub, which --offline forbids"
+        fix = "set it to auto (--set model.attn_implementation=auto) or leave --offline away"
+        problems.append(Problem(what, "model.attn_implementation", fix))
+    EnvironmentProblem.collect(problems)
 
 
 def names_remote(recipe: Recipe) -> bool:
-    """Whether the recipe names a model or data on a hub, or a tracker that sends numbers elsewhere."""
+    """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
     sides = (recipe.data.train, recipe.data.validation, recipe.data.test)
     sources = [source for side in sides if isinstance(side, tuple) for source in side]
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
-    return any(map(is_remote_model, models)) or any(map(_is_remote_source, sources)) or bool(remote_trackers)
+    hub_kernel = "/" in recipe.model.attn_implementation
+    return (
+        any(map(is_remote_model, models)) or any(map(_is_remote_source, sources)) or bool(remote_trackers) or hub_kernel
+    )
 
 
 def is_remote_model(name: str) -> bool:

@@ -37,6 +37,11 @@ class Meter:
         return resident_peak_bytes()
 
 
+def seconds_of_process() -> float:
+    """Wall seconds since this process was started; the system counts its start in hundredths."""
+    return time.time() - psutil.Process().create_time()
+
+
 def resident_peak_bytes() -> int:
     """The largest resident size since the last reset (Linux), else the resident size now."""
     try:

@@ -255,6 +255,7 @@ CLASSIFY = Task(
     pieces=class_pieces,
     check=check_padding,
     fits=is_one_part,
+    packs=True,
     by_token=False,
     headed=True,
 )

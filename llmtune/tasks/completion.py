@@ -66,5 +66,6 @@ MASKED = Task(
     ask=ask,
     asks={"prompt": True},
     admits=is_masked,
+    packs=True,
 )
 FORMS = (COMPLETION, MASKED)

@@ -151,6 +151,7 @@ EXTRACTIVE = Task(
     pieces=ends_pieces,
     admits=extracts,
     fits=is_encoder,
+    packs=True,
     unit="windows",
     by_token=False,
     headed=True,

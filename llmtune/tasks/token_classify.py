@@ -143,6 +143,7 @@ TOKEN_CLASSIFY = Task(
     shape_config=shape_config,
     pieces=tag_pieces,
     fits=is_encoder,
+    packs=True,
     unit="words",
     by_token=False,
     headed=True,

@@ -107,7 +107,7 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
     accelerator, reader = training.accelerator, training.validation
     assert reader is not None, "there are validation examples"
     shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
-    cut = [micro_batches(share, reader.lengths, budget, training.packed) for share in shares]
+    cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own = cut[accelerator.process_index]
     sums: list[tuple[float, int]] = []
     totals = _survey(training, reader, own, 0)
@@ -190,7 +190,7 @@ def _own_groups(training: Training, rows: Indexes, budget: int) -> tuple[list[In
     """
     accelerator, lengths = training.accelerator, training.examples.lengths
     shares = divide(rows, lengths, accelerator.num_processes)
-    cut = [micro_batches(share, lengths, budget, training.packed) for share in shares]
+    cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own = cut[accelerator.process_index]
     wanted = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
     idle = rows[[int(lengths[rows].argmin())]]

@@ -20,6 +20,7 @@ from llmtune.adapter import save_adapter
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model import is_out_of_memory
 from llmtune.records import AdaptedModel, Examples, Task, TrainedRun
+from llmtune.run.meter import seconds_of_process
 from llmtune.train.checkpoint import (
     Checkpoint,
     Damage,
@@ -39,6 +40,7 @@ from llmtune.train.progress import METRICS, Display, Line, append_line, cut_back
 from llmtune.train.rehearsal import put_checkpoint, rehearse, save, shrink
 from llmtune.train.signals import StopRequest, catch_signals
 from llmtune.train.state import TrainState
+from llmtune.train.steps import padding_share
 from llmtune.train.training import Training, deterministic, set_up
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class Run:
     display: Display
     console: Console
     on_budget: Callable[[int], None]
+    rehearsal_seconds: float = 0.0
+    seconds_to_first_step: float | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -108,13 +112,15 @@ def train(
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
         divergence = Divergence(_guessing(adapted, task))
         resumed = _go_on(training, _prepare_folder(training, resume, console), state, divergence, console)
+        rehearsed = time.perf_counter()
         with catch_signals(console) as request:
             if state.step < training.plan.total_steps and not state.stopped_early:
                 rehearse(training, state, console, on_budget)
+            rehearsed = time.perf_counter() - rehearsed
             on_budget(state.budget)
             reset_peak(training.device)
             with show(console, state.step, training.plan.total_steps) as display:
-                run = Run(training, state, divergence, request, display, console, on_budget)
+                run = Run(training, state, divergence, request, display, console, on_budget, rehearsed)
                 _run_steps(run)
             adapter = _finish(run)
             _stop_if_asked(run)
@@ -151,6 +157,8 @@ def _take_step(run: Run) -> None:
         raise diverged(training, step, loss, state.learning_rate, wrong)
     _update(run, step)
     seconds = time.perf_counter() - started
+    if run.seconds_to_first_step is None:
+        run.seconds_to_first_step = seconds_of_process() - run.rehearsal_seconds
     state.step = step
     state.tokens += loss.tokens
     state.supervised += loss.count
@@ -379,7 +387,16 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
         micro_batch_tokens=state.budget,
         stopped_early=state.stopped_early,
         resumed_from=resumed,
+        rehearsal_seconds=run.rehearsal_seconds,
+        seconds_to_first_step=run.seconds_to_first_step,
+        padding_share=_padding(training, state),
     )
+
+
+def _padding(training: Training, state: TrainState) -> float:
+    """Return the share of positions that were padding, as the steps are cut by the budget that training ended with."""
+    processes, cost = training.accelerator.num_processes, training.pass_tokens
+    return padding_share(training.plan, state.step, state.budget, training.packed, processes, cost)
 
 
 def _guessing(adapted: AdaptedModel, task: Task) -> float:

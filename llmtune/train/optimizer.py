@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
+_TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _UNPAGED = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}
 
 
 def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """Build `train.optim` over the trainable parameters; matrices decay, biases and norms (one dimension) do not.
 
-    Raises EnvironmentProblem for a paged optimiser without a GPU: bitsandbytes would quietly take another one.
+    With `loraplus_lr_ratio` the groups are those of PEFT's LoRA+ (Hayou et al. 2024): what is B, or has one dimension,
+    learns that many times faster. The first group has `learning_rate` in either case.
+
+    Raises EnvironmentProblem for a paged optimiser without a GPU, where bitsandbytes would quietly take another one,
+    and for one of bitsandbytes where that is not installed.
     """
     train = recipe.train
     if train.optim.startswith("paged_") and device.type != "cuda":
@@ -30,6 +35,36 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
             "train.optim",
             f"Set train.optim to {_UNPAGED.get(plain, plain)}.",
         )
+    optimizer_class, options = _find_class(model, recipe)
+    if train.loraplus_lr_ratio is not None:
+        from peft.optimizers import create_loraplus_optimizer
+
+        made: torch.optim.Optimizer = create_loraplus_optimizer(
+            model,
+            optimizer_class,
+            loraplus_lr_ratio=train.loraplus_lr_ratio,
+            loraplus_lr_embedding=train.learning_rate,  # its own default is a rate that follows no setting
+            loraplus_weight_decay=train.weight_decay,
+            **options,
+        )
+        return made
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    return optimizer
+
+
+def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the class that `train.optim` names in transformers, and the options that it takes from the recipe."""
+    train = recipe.train
+    if train.optim in _TORCH_ADAMW:
+        options = {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+        return torch.optim.AdamW, options | ({"fused": True} if train.optim == "adamw_torch_fused" else {})
+    from transformers import Trainer  # brings datasets and pandas along, for which most trainings need not wait
+
     arguments = SimpleNamespace(
         optim=train.optim,
         optim_args=None,
@@ -38,14 +73,14 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
         adam_beta2=train.adam_beta2,
         adam_epsilon=train.adam_epsilon,
     )
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
-    return optimizer
+    try:
+        found: tuple[type[torch.optim.Optimizer], dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(
+            arguments, model
+        )
+    except ImportError as error:
+        fix = "pip install bitsandbytes, or set train.optim to adamw_torch."
+        raise EnvironmentProblem.of(f"{train.optim} is not to be had here: {error}", "train.optim", fix) from error
+    return found
 
 
 def build_schedule(

@@ -35,8 +35,24 @@ def rehearse(training: Training, state: TrainState, console: Console, on_budget:
 
     Raises:
         TrainingError: not even the longest example alone fits into memory.
-        EnvironmentProblem: a checkpoint cannot be written, or does not read back as it was written.
+        EnvironmentProblem: a checkpoint cannot be written, or does not read back as it was written; or layers that
+            are to be compiled cannot be.
     """
+    if training.recipe.train.torch_compile:
+        from llmtune.train.compiling import rehearse_compiled  # imports the compiler, which takes a second
+
+        with rehearse_compiled(console):
+            _rehearse(training, state, console, on_budget)
+    else:
+        _rehearse(training, state, console, on_budget)
+    if training.accelerator.is_main_process:
+        console.print(
+            f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
+            "GB; a checkpoint was written and read back."
+        )
+
+
+def _rehearse(training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None]) -> None:
     checkpoints = training.folder / "checkpoints"
     before, after = checkpoints / ".tmp-before", checkpoints / ".tmp-after"
     with _random_states():
@@ -53,11 +69,6 @@ def rehearse(training: Training, state: TrainState, console: Console, on_budget:
                 _discard(before, after)
             raise
         on_main(training.accelerator, lambda: _discard(before, after))
-    if training.accelerator.is_main_process:
-        console.print(
-            f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
-            "GB; a checkpoint was written and read back."
-        )
 
 
 def shrink(
@@ -152,7 +163,7 @@ def _does_not_fit(training: Training) -> LlmtuneError:
     limit = memory_limit(str(device))
     has = f": {limit / 1e9:.2f} GB" if limit else " is full"
     ways = ["Lower data.max_length"]
-    if not training.recipe.train.gradient_checkpointing:
+    if training.recipe.train.gradient_checkpointing is not True:
         ways.append("set train.gradient_checkpointing: true")
     if training.recipe.adapter.method != "qlora":
         ways.append("set adapter.method: " + ("lora" if training.recipe.adapter.method == "full" else "qlora"))

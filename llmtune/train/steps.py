@@ -14,6 +14,11 @@ import numpy.typing as npt
 from llmtune.errors import RecipeError
 
 Indexes = npt.NDArray[np.int64]
+PASS_TOKENS = 192
+"""What one more forward and backward pass costs on a CPU, in tokens: measured with six layers of 384, an adapter on all
+of them, where 128 to 256 do best."""
+_SURVEYED = 100
+"""Steps over which the share of padding is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,21 +119,45 @@ def divide(rows: Indexes, lengths: npt.NDArray[np.int32], processes: int) -> lis
     return [np.asarray(share, dtype=np.int64) for share in shares]
 
 
-def micro_batches(rows: Indexes, lengths: npt.NDArray[np.int32], budget: int, packed: bool) -> list[Indexes]:
+def micro_batches(
+    rows: Indexes, lengths: npt.NDArray[np.int32], budget: int, packed: bool, pass_tokens: int | None = None
+) -> list[Indexes]:
     """Cut one process's share into micro-batches of at most `budget` tokens, the heaviest first.
 
-    A micro-batch costs the sum of its lengths when packed, else rows x longest. A longer row stands alone.
+    A micro-batch costs the sum of its lengths when packed, else rows x longest. A longer row stands alone. Padded rows
+    are sorted by length; with `pass_tokens` (what one more pass through the model costs, in tokens) they are cut where
+    that and the padding add up to the least, else as seldom as the budget lets.
     """
     if packed:
         groups = [rows[members] for members in best_fit(lengths[rows], budget)]
         return sorted(groups, key=lambda group: -cost(group, lengths, packed))
     ordered = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
-    groups = []
-    while len(ordered):
-        count = max(1, budget // max(1, int(lengths[ordered[0]])))
-        groups.append(ordered[:count])
-        ordered = ordered[count:]
+    ends = _cuts(lengths[ordered], budget, budget * len(rows) if pass_tokens is None else pass_tokens)
+    groups = np.split(ordered, ends[:-1]) if ends else []
     return sorted(groups, key=lambda group: -cost(group, lengths, packed))
+
+
+def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list[int]:
+    """Return where micro-batches of padded rows end, `falling` being their lengths from the longest on.
+
+    Of all cuts it is the one with the fewest positions computed, each micro-batch counted as `pass_tokens` more.
+    """
+    sizes = np.maximum(falling.astype(np.int64), 1)
+    least = np.zeros(len(sizes) + 1, dtype=np.int64)
+    begins = np.zeros(len(sizes) + 1, dtype=np.int64)
+    start = 0
+    for end in range(1, len(sizes) + 1):
+        while start < end - 1 and sizes[start] * (end - start) > budget:
+            start += 1
+        sums = least[start:end] + sizes[start:end] * np.arange(end - start, 0, -1) + pass_tokens
+        place = int(sums.argmin())
+        least[end], begins[end] = sums[place], start + place
+    ends: list[int] = []
+    end = len(sizes)
+    while end:
+        ends.append(end)
+        end = int(begins[end])
+    return ends[::-1]
 
 
 def cost(rows: Indexes, lengths: npt.NDArray[np.int32], packed: bool) -> int:
@@ -158,3 +187,17 @@ def heaviest(
                 break
         found.append(np.asarray(taken, dtype=np.int64))
     return found[:1] if set(found[0].tolist()) == set(found[1].tolist()) else found
+
+
+def padding_share(
+    plan: StepPlan, steps: int, budget: int, packed: bool, processes: int = 1, pass_tokens: int | None = None
+) -> float:
+    """Return which share of the positions that training computes is padding, over the first `steps`, at most 100."""
+    real = computed = 0
+    for step in range(1, min(steps, _SURVEYED) + 1):
+        rows = plan.rows(step)
+        real += int(plan.lengths[rows].sum())
+        for share in divide(rows, plan.lengths, processes):
+            for group in micro_batches(share, plan.lengths, budget, packed, pass_tokens):
+                computed += cost(group, plan.lengths, packed)
+    return 1 - real / computed if computed else 0.0

@@ -21,7 +21,7 @@ from llmtune.model import compute_context, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples, Task
 from llmtune.run.files import hash_value
 from llmtune.train.optimizer import build_optimizer, build_schedule
-from llmtune.train.steps import StepPlan
+from llmtune.train.steps import PASS_TOKENS, StepPlan
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -58,7 +58,12 @@ class Training:
     @property
     def packed(self) -> bool:
         """Whether the rows of a micro-batch stand end to end."""
-        return self.task.packs and self.recipe.data.packing
+        return self.adapted.selected.packs
+
+    @property
+    def pass_tokens(self) -> int | None:
+        """What one more pass costs in tokens, where it pays to cut padded rows finer than memory asks for."""
+        return PASS_TOKENS if self.device.type == "cpu" else None
 
     @property
     def longest(self) -> int:
@@ -138,6 +143,13 @@ def set_up(
     )
     device = next(adapted.model.parameters()).device
     accelerator = accelerator or open_accelerator(recipe, folder, device)
+    if train.torch_compile:
+        from llmtune.train.compiling import compile_parts  # imports the compiler, which takes a second
+
+        parts = compile_parts(adapted.model, adapted.selected.model)
+        console.print(
+            f"{parts} parts of the model's layers are compiled when they are first used, which takes a while."
+        )
     optimizer = build_optimizer(adapted.model, recipe, torch.device(accelerator.device))
     with warnings.catch_warnings():
         # torch 2.13 wants another name for it, which Accelerate does not have yet.
@@ -157,7 +169,7 @@ def set_up(
         examples=reader,
         validation=held_out,
         dtype=resolve_dtype(recipe.model.dtype, device.type),
-        collate=task.collator(processor, recipe),
+        collate=task.collator(processor, recipe, adapted.selected.packs),
         folder=folder,
         fingerprint=inputs or _fingerprint(adapted, examples, recipe),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from support.runs import llmtune, write_recipe
+
+from llmtune.run.environment import at_once
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
 
@@ -31,6 +34,31 @@ print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("recipes", "list"), ("recipes", "schema")])
 def test_light_commands_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert heavy_imports(*arguments) == []
+
+
+def test_help_reads_no_schema_of_recipes() -> None:
+    code = (
+        "import sys; sys.argv = ['llmtune', 'run', '--help']; from llmtune.cli import main\n"
+        "try: main()\nexcept SystemExit: print([n for n in sys.modules if n.startswith('llmtune.recipe')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_imports_at_once_leave_the_collector_as_it_was() -> None:
+    frozen = gc.get_freeze_count()
+    with at_once():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(10)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= frozen + len(kept)
+    gc.unfreeze()
+    gc.disable()
+    with at_once():
+        pass
+    assert not gc.isenabled()
+    gc.enable()
+    gc.unfreeze()
 
 
 def test_checking_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -344,3 +344,73 @@ def test_no_space_comes_between_a_prompt_and_its_completion(prompt, completion):
     (example,) = complete(prompt, completion, tokenizer)
     assert example.input_ids[: example.spans[0]] == prompt_ids(prompt, tokenizer)
     assert tokenizer.decode(example.input_ids[1:-1]) == prompt + completion
+
+
+def test_a_system_message_inside_a_question_that_is_not_learned_leaves_nothing_to_learn():
+    row = conversation("one", system="be kind")
+    row["messages"][1]["train"] = False
+    assert "nothing to learn" in encode(row, tokenizer_with(LLAMA2), train_on="all")
+
+
+# Many rows at once, which are read by pieces and rendered together, against each by itself
+
+TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
+SAID = st.one_of(
+    st.text(min_size=1, max_size=25),
+    st.sampled_from(
+        ["two<|im_end|>", "<|im_start|>user\nhi", " sky", "ky is blue\n", "<think>hm</think>so", "1 2", "家"]
+    ),
+)
+
+
+@st.composite
+def chats(draw):
+    texts = draw(st.lists(SAID, min_size=1, max_size=5))
+    row = conversation(*texts, system=draw(st.sampled_from([None, None, "be kind", ""])))
+    if draw(st.integers(0, 9)) == 0:
+        row["tools"] = [TOOL]
+    if draw(st.integers(0, 9)) == 0:
+        row["messages"][-1]["train"] = False
+    if draw(st.integers(0, 9)) == 0:
+        row["messages"][-1]["name"] = "Ada"
+    return row
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("template", [*STABLE.values(), THINKING, EMPTY_THOUGHTS, ENDS_TWICE])
+@settings(max_examples=6, deadline=None)
+@given(rows=st.lists(chats(), min_size=16, max_size=20))
+def test_rows_encoded_together_are_those_encoded_one_by_one(template, train_on, rows):
+    tokenizer, recipe = tokenizer_with(template), recipe_for(train_on=train_on)
+    assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, spaced_tokenizer])
+def test_rows_of_other_tokenizers_encoded_together_are_those_encoded_one_by_one(make):
+    tokenizer = make()
+    rows = [conversation(f"one {k}", "two", f"what {k}", f"one {'two ' * k}") for k in range(20)]
+    assert encode_chat(rows, tokenizer, recipe_for()) == [encode(row, tokenizer) for row in rows]
+
+
+@pytest.mark.slow
+def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_by_one():
+    from rich.console import Console
+
+    from llmtune.data.words import open_words
+    from llmtune.model import load_processor, locate
+    from llmtune.recipe import Recipe
+
+    recipe = Recipe.model_validate(
+        {
+            "recipe_version": 1,
+            "name": "test",
+            "task": "chat",
+            "data": {"train": "builtin:kjv-psalms", "max_length": 8192},
+            "model": {"name": "builtin:smollm2-135m-instruct"},
+        }
+    )
+    place = locate(recipe.model.name, recipe.model, Console(stderr=True), True)
+    tokenizer = load_processor(place, recipe.model)
+    assert open_words(tokenizer.backend_tokenizer) is not None
+    rows = [conversation(f"Say {k}:\n\nthe LORD's {k**3} ways", f"“Yes” – {k}½ … it's\n\n{k}") for k in range(300)]
+    assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]

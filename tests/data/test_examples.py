@@ -57,15 +57,15 @@ def test_counts_and_columns_agree_with_the_examples(chat_rows, tmp_path, console
 
 
 def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", plain_rows(700))
+    path = write_rows(tmp_path / "rows.jsonl", plain_rows(1400))
     _, examples = encode_file(path, tmp_path, console)
     reader = ExampleReader(examples, "train")
     assert len(reader._batches) > 2
     tokenizer = tokenizer_with(CHATML)
-    for i in (0, 255, 256, 511, 512, 699, -1):
-        assert f"question {i % 700}<" in tokenizer.decode(reader[i].input_ids)
+    for i in (0, 511, 512, 1023, 1024, 1399, -1):
+        assert f"question {i % 1400}<" in tokenizer.decode(reader[i].input_ids)
     with pytest.raises(IndexError):
-        reader[700]
+        reader[1400]
 
 
 def test_the_folder_can_be_moved_and_read_again(chat_rows, tmp_path, console):

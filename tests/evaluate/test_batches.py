@@ -72,3 +72,24 @@ def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
 
     run_in_batches([4] * 8, 64, work)
     assert len(failed) == 3  # 8, 4, 2
+
+
+def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
+    lengths, batches = [5, 1, 9, 30, 2, 2, 7, 4], []
+    run_in_batches(lengths, 20, batches.append, packed=True)
+    assert batches == [[3], [2, 6], [0, 7, 4, 5, 1]]
+    done = []
+
+    def work(batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("cuda")
+        done.append(batch)
+
+    run_in_batches(lengths, 60, work, packed=True)
+    assert sorted(i for batch in done for i in batch) == list(range(len(lengths)))
+
+
+def test_a_batch_has_no_more_rows_than_are_allowed():
+    batches = []
+    run_in_batches([1] * 10, 100, batches.append, most=4)
+    assert [len(batch) for batch in batches] == [4, 4, 2]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.evaluate import generation
-from llmtune.evaluate.generation import answer_ends, decode_answer, generate_texts
+from llmtune.evaluate.generation import answer_ends, cache_budget, decode_answer, generate_texts, is_greedy
 from llmtune.model.attention import PACKED, install_packed
 
 PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
@@ -49,7 +49,7 @@ def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     recipe, advanced = settings(bench, max_new_tokens=5), []
     together = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
-    monkeypatch.setattr(generation, "GENERATION_BUDGET", {"cpu": 30})
+    monkeypatch.setattr(generation, "MOST_ROWS", {"cpu": 2})
     assert generate_texts(model, prompts, tokenizer, recipe, device="cpu", advance=advanced.append) == together
     assert sum(advanced) == len(prompts)
     assert len(advanced) > 1
@@ -98,3 +98,27 @@ def test_generation_stops_at_the_template_s_end_of_turn_where_the_tokenizer_ends
     model.generation_config.eos_token_id = None
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert set(answer_ends(model, tokenizer, bench.recipe)) == {end_of_turn, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("changes", [{"num_beams": 3}, {"repetition_penalty": 3.0}, {"repetition_penalty": 1.0}, {}])
+def test_beams_and_penalties_go_through_transformers_and_plain_greedy_says_the_same(tiny_llama, bench, changes):
+    model, tokenizer = load(tiny_llama)
+    recipe = settings(bench, max_new_tokens=10, **changes)
+    assert is_greedy(recipe) is (changes == {})
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, **changes}
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        options["attention_mask"] = torch.ones_like(ids)
+        options["eos_token_id"] = answer_ends(model, tokenizer, recipe)
+        ids = model.generate(ids, **options)[0, len(prompt) :].tolist()
+        wanted.append(decode_answer(ids, set(options["eos_token_id"]), tokenizer))
+    assert generate_texts(model, prompts, tokenizer, recipe, device="cpu") == wanted
+
+
+def test_a_batch_takes_up_a_share_of_the_memory_that_there_is(monkeypatch):
+    monkeypatch.setattr(generation, "memory_limit", lambda device: 8_000_000)
+    assert cache_budget("cpu", 1000) == 1000
+    monkeypatch.setattr(generation, "memory_limit", lambda device: None)
+    assert cache_budget("cpu", 1000) == generation.GENERATION_BUDGET["cpu"]

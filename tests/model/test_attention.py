@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from support.adapting import build_family, documents, open_model, packed, padded, recipe_with
 from support.models import build_llama
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.inject import enable_checkpointing
 from llmtune.errors import RecipeError
 from llmtune.model import causal_loss, predicted_logits
-from llmtune.model.attention import PACKED
+from llmtune.model.attention import PACKED, Options, attend_runs, band
+from llmtune.model.documents import attend_documents
 
 WINDOWED = {"sliding_window": 4}
 FAMILIES = {
@@ -31,10 +35,13 @@ FAMILIES = {
         },
         PACKED,
     ),
+    "phi": ({}, PACKED),
     "phi3": ({}, PACKED),
+    "gpt_neox": ({}, PACKED),
+    "gpt2": ({"n_embd": 64, "n_head": 4, "n_layer": 2}, PACKED),
     "stablelm": ({}, "sdpa"),
 }
-LENGTHS = [3, 11, 7, 1, 18]
+LENGTHS = [3, 11, 7, 7, 1, 18]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,15 +61,6 @@ def test_packed_logits_are_those_of_each_document_alone(tmp_path, family):
     torch.testing.assert_close(together, reference, atol=1e-5 * float(alone.abs().max()), rtol=0)
 
 
-def test_gpt2_packs_with_learned_positions(tiny_gpt2):
-    model = open_model(recipe_with(tiny_gpt2)).model
-    examples = documents(LENGTHS)
-    with torch.no_grad():
-        together = predicted_logits(model, packed(examples))
-        alone = torch.cat([predicted_logits(model, padded([example])) for example in examples])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-
 def test_a_window_hides_what_lies_before_it(tmp_path):
     """The families test would pass if no window was applied on either side; here it is seen to act."""
     model = open_model(recipe_with(build_family(tmp_path, "mistral", sliding_window=4, num_hidden_layers=1))).model
@@ -73,6 +71,65 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
         far = predicted_logits(model, packed(examples))[-1]
         near = predicted_logits(model, packed([second]))[-1]
     torch.testing.assert_close(far, near)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_gradients_are_those_of_documents_one_by_one_in_the_plain_model(tmp_path, family):
+    config, _ = FAMILIES[family]
+    folder = build_family(tmp_path, family, **config)
+    model = open_model(recipe_with(folder)).model
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    examples = documents(LENGTHS)
+    model.requires_grad_(True)
+    together = causal_loss(model, packed(examples))
+    together.sum.backward()
+    alone = [causal_loss(plain, padded([example])) for example in examples]
+    total = torch.stack([one.sum for one in alone]).sum()
+    total.backward()
+    assert together.count == sum(one.count for one in alone)
+    torch.testing.assert_close(together.sum, total, rtol=1e-5, atol=0)
+    longest = max(p.grad.norm() for p in plain.parameters() if p.grad is not None)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(longest), msg=name)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kept", [4, 2])
+def test_documents_of_one_length_are_attended_to_at_once_as_each_alone(causal, window, kept):
+    lengths = [5, 5, 5, 9, 1, 1, 5]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), 8) for heads in (4, kept, kept)]
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    options = Options(scaling=0.3, window=window, causal=causal)
+    seen = block_mask(lengths) & band(sum(lengths), sum(lengths), window, causal, torch.device("cpu"))
+    results = []
+    wanted = scaled_dot_product_attention(*inputs, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    capped = replace(options, softcap=1e4)  # scores written out; so high a cap does next to nothing
+    for out in (wanted, attend_runs(*inputs, lengths, options), attend_runs(*inputs, lengths, capped)):
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    documents_alone = attend_documents(*inputs, lengths, 0.3, window, causal)
+    results.append([documents_alone, *torch.autograd.grad(documents_alone.square().sum(), inputs)])
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def block_mask(lengths):
+    """Whether two positions stand in the same document."""
+    of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return of[:, None] == of[None, :]
+
+
+def test_dropout_within_documents_keeps_the_mean():
+    lengths = [5, 5, 3]
+    query, key, value = (torch.randn(1, 2, 13, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    torch.manual_seed(0)
+    draws = torch.stack([attend_runs(query, key, value, lengths, Options(dropout=0.3)) for _ in range(600)])
+    assert draws.std(0).mean() > 0.1
+    wanted = attend_runs(query, key, value, lengths, Options())
+    torch.testing.assert_close(draws.mean(0), wanted, atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

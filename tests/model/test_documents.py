@@ -73,6 +73,15 @@ def test_in_16_bits_it_errs_no_more_than_torchs_own():
     assert all(one < max(2 * other, 0.005) for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+def test_under_autocast_inputs_of_two_formats_are_brought_into_one():
+    query, key, value = inputs(2, 1, 12, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend_documents(query, key, value.bfloat16(), [5, 7])
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert query.grad.dtype == torch.float32
+
+
 def test_memory_of_a_long_document_is_that_of_a_block(monkeypatch):
     largest = 0
     softmax = torch.softmax

@@ -36,7 +36,7 @@ def batch_within(vocabulary: int):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("chunk", "piece"), [(1 << 24, 1 << 19), (300, 120)])
 def test_losses_choices_and_gradients_are_those_of_the_logits(monkeypatch, shape, trained, bias, chunk, piece):
-    monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk)
     monkeypatch.setattr(head_loss, "_PIECE_ELEMENTS", piece)
     torch.manual_seed(0)
     hidden, targets, weights = torch.randn(17, 8).requires_grad_(), torch.randint(0, 50, (17,)), torch.rand(17)
@@ -114,7 +114,7 @@ def test_training_gets_the_gradient_of_whole_logits(tiny_llama, method, collate)
 
 
 def test_whole_logits_never_stand_in_memory(tiny_llama, monkeypatch):
-    monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", 4 * 600)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 4 * 600)
     model = open_model(recipe_with(tiny_llama)).model
     batch, rows = packed(documents([40, 40])), []
     linear = head_loss.linear

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.model import causal_loss, compute_context, predicted_logits
 from llmtune.model import loss as loss_module
+from llmtune.model.head_loss import remove_head_loss
 
 LENGTHS = [9, 4, 17, 6, 12, 5, 8, 10]
 
@@ -87,6 +88,7 @@ def test_micro_batches_of_one_give_the_gradient_of_a_batch_of_eight(tiny_llama):
 
 def test_logits_stand_at_predicted_positions_alone(model):
     seen = []
+    remove_head_loss(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:2].numel()))
     examples = documents([40, 40])
     batch = packed(examples)
@@ -101,6 +103,7 @@ def test_a_model_without_logits_to_keep_gets_the_same_loss(tiny_llama, model):
             assert "logits_to_keep" not in kwargs
             return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache, **kwargs)
 
+    remove_head_loss(model)
     examples = documents(LENGTHS)
     wanted = [float(causal_loss(model, collate(examples)).sum.detach()) for collate in (packed, padded)]
     model.__class__ = Old

@@ -1,4 +1,4 @@
-"""Losses of classifiers equal torch's; padding changes none of the losses, nor what was right at first choice."""
+"""Losses of classifiers equal torch's; padding and packing change none of them, nor what was right at first choice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from llmtune.data.collate_targets import (
     seq2seq_collator,
     tags_collator,
 )
-from llmtune.model.losses import classes_loss, ctc_loss, ends_loss, seq2seq_loss, tags_loss
+from llmtune.model import causal_loss
+from llmtune.model.attention import PACKED, install_packed
+from llmtune.model.losses import by_text, classes_loss, ctc_loss, ends_loss, seq2seq_loss, tags_loss
+from llmtune.model.pooling import pool_documents
 from llmtune.recipe import Recipe
 from llmtune.records import Collate, Example, Loss
 
@@ -95,6 +98,90 @@ def check_padding_changes_nothing(
     for batch, single in zip(*grads, strict=True):
         if single is not None:
             torch.testing.assert_close(batch, single, rtol=1e-3, atol=1e-5 * float(length))
+
+
+def check_packing_changes_nothing(
+    auto: Any,
+    folder: Path,
+    loss: Callable[..., Loss],
+    collator: Any,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    **config: Any,
+) -> None:
+    """Hold the loss of a packed row against those of its texts one by one in the plain model, as above, to 1e-5."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = open_model(auto, folder, attn_implementation="eager", **config)
+    model = open_model(auto, folder, attn_implementation=PACKED, **config)
+    model.load_state_dict(plain.state_dict())
+    install_packed(model)
+    if auto is AutoModelForSequenceClassification:
+        pool_documents(model)
+    batch = collator(tokenizer, recipe, True)(examples, 0)
+    assert batch["input_ids"].shape == (1, sum(len(example.input_ids) for example in examples))
+    together = loss(model, batch, True)
+    alone = [loss(plain, collator(tokenizer, recipe, False)([example], 0), True) for example in examples]
+    assert together.count == sum(one.count for one in alone)
+    assert together.row_correct.tolist() == [one.row_correct.item() for one in alone]
+    torch.testing.assert_close(together.row_sums, torch.cat([one.row_sums for one in alone]), rtol=1e-5, atol=1e-5)
+    together.sum.backward()
+    torch.stack([one.sum for one in alone]).sum().backward()
+    longest = max(p.grad.norm() for p in plain.parameters() if p.grad is not None)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * float(longest), msg=name)
+
+
+PACKING = ("bert", "roberta", "distilbert", "modernbert")
+CLASSES = {"kind": "single", "labels": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [*((family, {}) for family in PACKING), ("modernbert", {"classifier_pooling": "mean"})]
+)
+def test_packing_does_not_change_the_loss_of_a_classifier(built, family, config):
+    examples = texts(target_ids=[[0], [2], [1], [2]])
+    recipe = recipe_of(classify=CLASSES)
+    model, folder = AutoModelForSequenceClassification, built(family)
+    check_packing_changes_nothing(
+        model, folder, classes_loss, classes_collator, recipe, examples, num_labels=3, **config
+    )
+
+
+def test_packing_does_not_change_the_loss_of_pairs_beside_single_texts(built):
+    kinds = [[0, 0, 0, 1, 1, 1, 1], [], [0] * 6 + [1] * 6, []]
+    examples = texts(target_ids=[[0], [2], [1], [2]], third_ids=kinds)
+    recipe = recipe_of(classify=CLASSES)
+    model, folder = AutoModelForSequenceClassification, built("bert")
+    check_packing_changes_nothing(model, folder, classes_loss, classes_collator, recipe, examples, num_labels=3)
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_packing_does_not_change_the_loss_of_tags(built, family):
+    tags = [[IGNORED, *(k % 5 for k in range(size - 2)), IGNORED] for size in LENGTHS]
+    model, examples = AutoModelForTokenClassification, texts(target_ids=tags)
+    check_packing_changes_nothing(model, built(family), tags_loss, tags_collator, recipe_of(), examples, num_labels=5)
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_packing_does_not_change_the_loss_of_the_ends_of_answers(built, family):
+    model, examples = AutoModelForQuestionAnswering, texts(target_ids=[[2, 4], [20, 22], [0, 0], [1, 1]])
+    check_packing_changes_nothing(model, built(family), ends_loss, ends_collator, recipe_of(), examples)
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_packing_does_not_change_the_loss_of_hidden_tokens(built, family):
+    examples = [Example(e.input_ids, [1, len(e.input_ids) - 1], 0, counted=2) for e in texts()]
+    recipe = recipe_of(task="completion")
+    check_packing_changes_nothing(AutoModelForMaskedLM, built(family), causal_loss, masked_collator, recipe, examples)
+
+
+def test_logits_of_a_packed_row_stand_in_a_row_for_each_text():
+    logits_BT = torch.arange(1.0, 7.0)[None]
+    packed = by_text(logits_BT, {"cu_seq_lens_q": torch.tensor([0, 2, 3, 6], dtype=torch.int32)})
+    lowest = torch.finfo(torch.float32).min
+    assert packed.tolist() == [[1, 2, lowest], [3, lowest, lowest], [4, 5, 6]]
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])

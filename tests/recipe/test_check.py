@@ -28,6 +28,8 @@ from llmtune.recipe.check import key_paths
         ("adapter: {lora_dropout: 1}\n", "'adapter.lora_dropout' is 1", "It must be below 1"),
         ("train: {weight_decay: 2}\n", "'train.weight_decay' is 2", "It must be at most 1"),
         ("train: {gradient_checkpointing: yes}\n", "is 'yes'", "true or false. YAML 1.2 knows"),
+        ("train: {gradient_checkpointing: 3}\n", "is 3", "It must be true or false."),
+        ("train: {loraplus_lr_ratio: 0.5}\n", "'train.loraplus_lr_ratio' is 0.5", "It must be at least 1."),
         ("train: {optim: adamw}\n", "'train.optim' is 'adamw'", "Allowed: adamw_torch, "),
         (
             "adapter: {method: qlra}\n",
@@ -153,3 +155,13 @@ def test_any_keys_with_any_values_are_loaded_or_refused_and_nothing_else(tmp_pat
         path.write_text(loaded.to_yaml(), encoding="utf-8")
         complete = [load_recipe(path).recipe == loaded.recipe]
     assert all(complete)
+
+
+@pytest.mark.parametrize(
+    ("value", "fix"),
+    [("kernels-community/a/b", "A kernel is named `owner/name`"), ("flash", "Allowed: auto, eager or sdpa.")],
+)
+def test_an_attention_that_is_neither_known_nor_a_kernel_of_the_hub_is_refused(refuse, value, fix):
+    (problem,) = refuse(sets=(f"model.attn_implementation={value}",))
+    assert problem.what == f"'model.attn_implementation' is '{value}'"
+    assert fix in problem.fix

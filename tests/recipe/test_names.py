@@ -20,10 +20,13 @@ def values(literal: object) -> set[str]:
 
 
 def test_train_keys_are_those_of_training_arguments_and_of_early_stopping():
+    from peft.optimizers import create_loraplus_optimizer
     from transformers import EarlyStoppingCallback, TrainingArguments
 
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert set(TrainSection.model_fields) - known == OWN_TRAIN_KEYS
+    lora_plus = set(inspect.signature(create_loraplus_optimizer).parameters)
+    assert set(TrainSection.model_fields) - known - lora_plus == OWN_TRAIN_KEYS
+    assert "loraplus_lr_ratio" in lora_plus
     callback = set(inspect.signature(EarlyStoppingCallback).parameters)
     assert {"early_stopping_patience", "early_stopping_threshold"} <= callback
 

@@ -25,6 +25,7 @@ TWO = "data.train=[a.jsonl, b.jsonl]"
         (["data.validation=0", "train.load_best_model_at_end=true"], "train.load_best_model_at_end"),
         (["train.early_stopping_threshold=0.1"], "train.early_stopping_threshold"),
         (["train.optim=sgd", "train.adam_beta1=0.9"], "train.adam_beta1"),
+        (["adapter.method=full", "train.loraplus_lr_ratio=16"], "train.loraplus_lr_ratio"),
         (["train.optim=lion_8bit", "train.adam_epsilon=1e-8"], "train.adam_epsilon"),
         (["train.optim=adafactor", "train.adam_beta2=0.9"], "train.adam_beta2"),
         (["train.lr_scheduler_type=constant", "train.warmup_steps=5"], "train.warmup_steps"),
@@ -97,8 +98,6 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["evaluate.fairness={a: 1}"], "'evaluate.fairness'"),
         (["evaluate.forgetting={a: 1}"], "'evaluate.forgetting'"),
         (["train.seeds=[1, 2]"], "'train.seeds'"),
-        (["train.torch_compile=true"], "'train.torch_compile'"),
-        (["train.use_liger_kernel=true"], "'train.use_liger_kernel'"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(refuse, sets, name):

@@ -104,7 +104,7 @@ def test_base_and_tuned_guess_the_same_words_and_a_second_evaluation_too(finishe
     models = Models(work, place, processor)
     for name, context in (("base", models.base), ("tuned", models.tuned)):
         with context() as model, torch.no_grad():
-            loss = causal_loss(model, batch)
+            loss = causal_loss(model, batch, by_row=True)
         assert float(loss.sum) / loss.count == pytest.approx(report["evaluation"][name]["loss"], rel=1e-5)
         assert float(loss.correct) / loss.count == pytest.approx(report["evaluation"][name]["accuracy"])
     fewer = recipe_of_run(read_run(run), ["evaluate.metrics=[loss]"])
@@ -317,7 +317,6 @@ def test_the_task_s_own_choice_of_metrics_leaves_them_out(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"data": {"packing": True}}, "'data.packing' has no effect"),
         ({"generation": {"num_beams": 2}}, "'generation.num_beams' has no effect"),
         (
             {"completion": {"objective": "causal", "mask_probability": 0.2}},

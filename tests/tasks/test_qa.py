@@ -465,7 +465,6 @@ def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(
         ({"qa": {"style": "extractive", "no_answer": "x"}}, "'qa.no_answer' has no effect"),
         ({"qa": {"style": "generative", "null_score_diff_threshold": 0}}, "'qa.null_score_diff_threshold' has no"),
         ({"qa": {"stride": 64}}, "'qa.stride' is 64, and a window has 128 tokens"),
-        ({"qa": {"style": "extractive", "stride": 8}, "data": {"packing": True}}, "'data.packing' has no effect"),
         ({"qa": {"style": "extractive", "stride": 8}, "data": {"on_overlong": "truncate"}}, "is 'truncate'"),
         ({"qa": {"style": "extractive", "stride": 8}, "generation": {"num_beams": 2}}, "'generation.num_beams' has no"),
     ],

@@ -2,7 +2,9 @@ import typing
 
 import pytest
 import torch
-from support.training import make_recipe, read_metrics, run_training, trained_bytes
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.tuning import Optimizer
@@ -64,6 +66,65 @@ def test_biases_and_norms_do_not_decay(recipe):
         (0.5, [2]),
         (0.0, [1, 1, 1]),
     ]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused"])
+def test_an_adam_of_torch_is_the_one_that_transformers_would_take(name, recipe):
+    from transformers import Trainer, TrainingArguments
+
+    wanted = change(recipe, optim=name, adam_beta1=0.8, adam_epsilon=1e-6, learning_rate=0.5)
+    arguments = TrainingArguments(
+        optim=name, adam_beta1=0.8, adam_epsilon=1e-6, learning_rate=0.5, use_cpu=True, report_to="none"
+    )
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = build_optimizer(small_model(), wanted, CPU)
+    assert type(optimizer) is kind
+    assert {key: optimizer.param_groups[0][key] for key in options} == options
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, of an adapted embedding
+@pytest.mark.parametrize(
+    "adapter", [{}, {"bias": "lora_only"}, {"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "sgd"])
+def test_lora_plus_groups_are_those_of_peft(tmp_path, tiny_llama, adapter, optim):
+    train = {"loraplus_lr_ratio": 8.0, "learning_rate": 1e-3, "weight_decay": 0.5, "optim": optim}
+    recipe = make_recipe(tmp_path, tiny_llama, adapter=adapter, train=train)
+    model = adapt(recipe).model
+    groups = build_optimizer(model, recipe, CPU).param_groups
+    settings = {"loraplus_lr_ratio": 8.0, "loraplus_weight_decay": 0.5, "loraplus_lr_embedding": 1e-3}
+    theirs = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, **settings).param_groups
+    assert [(g["lr"], g["weight_decay"], [*map(id, g["params"])]) for g in groups] == [
+        (g["lr"], g["weight_decay"], [*map(id, g["params"])]) for g in theirs
+    ]
+    rates = {name: group["lr"] for group in groups for p in group["params"] for name in [names(model)[id(p)]]}
+    assert {rate for name, rate in rates.items() if ".lora_A." in name or ".lora_embedding_" in name} == {1e-3}
+    assert {rate for name, rate in rates.items() if ".lora_B." in name} == {8e-3}
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())
+
+
+def names(model):
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def test_with_lora_plus_training_moves_b_further_and_resumes_to_the_last_bit(tmp_path, tiny_llama, examples):
+    train = {"loraplus_lr_ratio": 16.0, "max_steps": 8, "save_steps": 4, "logging_steps": 1}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    run_training(tmp_path / "whole", recipe, examples)
+    run_training(tmp_path / "halved", recipe, examples)
+    for newest in (tmp_path / "halved" / "checkpoints" / "step-8", tmp_path / "halved" / "adapter"):
+        newest.rename(tmp_path / newest.name)
+    assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 4
+    assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
+    run_training(tmp_path / "plain", change(recipe, loraplus_lr_ratio=None), examples)
+    rates = [[line["learning_rate"] for line in read_metrics(tmp_path / name)] for name in ("whole", "plain")]
+    assert rates[0] == rates[1]  # what is logged is the rate that the recipe states
+    assert size_of_b(tmp_path / "whole") > 4 * size_of_b(tmp_path / "plain") > 0
+
+
+def size_of_b(folder):
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return sum(float(weight.abs().sum()) for name, weight in weights.items() if ".lora_B." in name)
 
 
 def test_adam_gets_the_recipe_values(recipe):

@@ -1,10 +1,12 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
-from llmtune.train.steps import StepPlan, best_fit, cost, divide, heaviest, micro_batches
+from llmtune.train.steps import StepPlan, best_fit, cost, divide, heaviest, micro_batches, padding_share
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(lambda sizes: np.asarray(sizes, dtype=np.int32))
 
@@ -80,10 +82,10 @@ def test_rows_are_divided_over_processes_evenly_by_tokens(lengths, processes):
     assert max(loads) - min(loads) <= lengths.max()
 
 
-@given(lengths_of, st.integers(60, 300), st.booleans())
-def test_micro_batches_hold_each_row_once_within_the_budget_heaviest_first(lengths, budget, packed):
+@given(lengths_of, st.integers(60, 300), st.booleans(), st.sampled_from([None, 0, 20, 200]))
+def test_micro_batches_hold_each_row_once_within_the_budget_heaviest_first(lengths, budget, packed, pass_tokens):
     rows = np.arange(len(lengths))
-    groups = micro_batches(rows, lengths, budget, packed)
+    groups = micro_batches(rows, lengths, budget, packed, pass_tokens)
     assert sorted(np.concatenate(groups)) == rows.tolist()
     costs = [cost(group, lengths, packed) for group in groups]
     assert max(costs) <= budget
@@ -101,6 +103,37 @@ def test_the_rehearsed_micro_batch_has_the_longest_row_and_the_most_supervised_o
     taken = np.concatenate(rehearsed)
     assert lengths[taken].max() == lengths.max()
     assert supervised[taken].max() == supervised.max()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(60, 150), st.integers(0, 80))
+def test_padded_rows_are_cut_where_padding_and_passes_cost_the_least(sizes, budget, pass_tokens):
+    falling = np.asarray(sorted(sizes, reverse=True), dtype=np.int32)
+
+    def price(groups):
+        costs = [cost(np.asarray(group), falling, False) for group in groups]
+        return sum(costs) + pass_tokens * len(costs) if max(costs) <= budget else np.inf
+
+    found = micro_batches(np.arange(len(falling)), falling, budget, False, pass_tokens)
+    places = range(1, len(falling))
+    ways = (ends for count in range(len(falling)) for ends in combinations(places, count))
+    assert price(found) == min(price(np.split(np.arange(len(falling)), ends)) for ends in ways)
+
+
+@given(lengths_of, st.integers(60, 300))
+def test_without_a_price_padded_rows_are_cut_as_seldom_as_the_budget_lets(lengths, budget):
+    ordered, greedy = sorted(lengths.tolist(), reverse=True), 0
+    while ordered:
+        ordered, greedy = ordered[budget // ordered[0] :], greedy + 1
+    assert len(micro_batches(np.arange(len(lengths)), lengths, budget, False)) == greedy
+
+
+def test_the_share_of_padding_is_that_of_positions_without_a_token():
+    made = plan([10, 30], batch_size=2)
+    assert padding_share(made, 1, 100, packed=False) == pytest.approx(1 - 40 / 60)
+    assert padding_share(made, 1, 30, packed=False) == 0  # a row at a time
+    assert padding_share(made, 1, 100, packed=False, processes=2) == 0
+    assert padding_share(made, 1, 100, packed=True) == 0
+    assert padding_share(made, 1, 100, packed=False, pass_tokens=5) == 0  # two passes are cheaper than 20 positions
 
 
 def test_a_process_may_get_no_rows():

@@ -1,0 +1,202 @@
+"""Greedy answers to many prompts: what all begin with is read once, and a row leaves the batch when its answer ends.
+
+Shapes: B rows of a batch, T columns, V vocabulary. Rows stand aligned at their right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+
+from llmtune.evaluate.batches import TOKEN_BUDGET, batch_size, budget_for
+from llmtune.evaluate.columns import Columns
+from llmtune.evaluate.tree import computing_dtype
+from llmtune.model import is_out_of_memory
+from llmtune.model.loss import accepted_arguments, unwrap
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""How far logits may lie from those of a plain forward pass, of their standard deviation (root mean square)."""
+WORTH_SHARING = 64
+"""Tokens that have to be saved by reading a common beginning once: it takes a forward pass of its own."""
+
+
+class Writing:
+    """Prompts that are being answered: their keys and values, and which of them are still there.
+
+    Rows are named by their index in `prompts`; `order` says which stands where.
+    """
+
+    def __init__(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, device: str) -> None:
+        """Make room for `prompts` and answers of up to `new_tokens` tokens."""
+        self.model, self.prompts, self.device = model, prompts, device
+        self.order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        self.width = len(prompts[self.order[0]])
+        self.columns = Columns(len(prompts), self.width + max(0, new_tokens - 1))
+        self.mask_BT = torch.ones((len(prompts), self.columns.width), dtype=torch.int64)
+        for place, i in enumerate(self.order):
+            self.mask_BT[place, : self.width - len(prompts[i])] = 0
+        self.mask_BT = self.mask_BT.to(device)
+
+    def read(self, shared: int, budget: int) -> torch.Tensor:
+        """Read the prompts, at most `budget` tokens at a time; return the logits [B, V] of what follows them.
+
+        All prompts begin with the same `shared` tokens, each is longer than that, and those are read once.
+        """
+        beginning = Columns(1, shared)
+        if shared:
+            ids_1T = torch.tensor([self.prompts[self.order[0]][:shared]], device=self.device)
+            run(self.model, beginning, ids_1T, torch.arange(shared, device=self.device)[None], None)
+        found = [self._read_rows(rows, shared, beginning) for rows in self._cut(shared, budget)]
+        columns = self.columns
+        columns.at_work, columns.first, columns.end = slice(0, len(self.order)), 0, self.width
+        return torch.cat(found)
+
+    def _cut(self, shared: int, budget: int) -> Iterator[slice]:
+        """Cut the rows, the longest of which come first, into groups that are read at once."""
+        start = 0
+        while start < len(self.order):
+            longest = len(self.prompts[self.order[start]]) - shared
+            stop = min(start + batch_size(longest, budget), len(self.order))
+            yield slice(start, stop)
+            start = stop
+
+    def _read_rows(self, rows: slice, shared: int, beginning: Columns) -> torch.Tensor:
+        """Read some rows behind what they begin with; return the logits [rows, V] of what follows them.
+
+        In the columns that the longest of them has for its beginning, the others have nothing, or a part of theirs:
+        what is left of it is read again, so that no row has padding in it.
+        """
+        columns, chosen = self.columns, self.order[rows]
+        columns.at_work = rows
+        columns.first = self.width - len(self.prompts[chosen[0]])
+        columns.end = columns.first + shared
+        place = rows.start
+        for length, same in groupby(chosen, key=lambda i: len(self.prompts[i])):
+            stop, start = place + len([*same]), self.width - length
+            if start < columns.end:
+                columns.copy_beginning(beginning, slice(place, stop), start, columns.end - start)
+            place = stop
+        read = self.width - columns.end
+        ids_BT = torch.zeros((len(chosen), read), dtype=torch.int64)
+        for row, i in enumerate(chosen):
+            part = torch.tensor(self.prompts[i][-read:])
+            ids_BT[row, read - len(part) :] = part
+        places_BT = torch.arange(-read, 0)[None] + torch.tensor([len(self.prompts[i]) for i in chosen])[:, None]
+        mask_BT = self.mask_BT[rows, columns.first : self.width]
+        return run(self.model, columns, ids_BT.to(self.device), places_BT.clamp_(0).to(self.device), mask_BT)
+
+    def step(self, tokens_B: torch.Tensor, written: int) -> torch.Tensor:
+        """Write a token to each row, behind `written` others; return the logits [B, V] of what follows."""
+        columns = self.columns
+        mask_BT = self.mask_BT[columns.at_work, columns.first : columns.end + 1]
+        places = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
+        logits_BV = run(self.model, columns, tokens_B[:, None], places[:, None], mask_BT)
+        columns.end += 1
+        return logits_BV
+
+    def leave(self, ended: Sequence[int]) -> list[int]:
+        """Let rows go, by their places; return the places from which the rows that stay come, in their new order."""
+        stays = len(self.order) - len(ended)
+        holes = [place for place in ended if place < stays]
+        last = [place for place in range(stays, len(self.order)) if place not in set(ended)]
+        self.columns.move(holes, last)
+        moved = dict(zip(holes, last, strict=True))
+        taken = [moved.get(place, place) for place in range(stays)]
+        self.order = [self.order[place] for place in taken]
+        self.mask_BT = self.mask_BT[taken]
+        self.columns.at_work = slice(0, stays)
+        self.columns.first = self.width - max((len(self.prompts[i]) for i in self.order), default=0)
+        return taken
+
+
+def run(
+    model: torch.nn.Module,
+    columns: Columns,
+    ids_BT: torch.Tensor,
+    places_BT: torch.Tensor,
+    mask_BT: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `model` on tokens behind what `columns` hold; return the logits [B, V] of what follows the last of each row.
+
+    `mask_BT` says which of the columns seen are no padding; none is.
+    """
+    accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
+    inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": True}
+    inputs["cache" if "cache" in accepted else "past_key_values"] = columns
+    if mask_BT is not None:
+        inputs["attention_mask"] = mask_BT
+    if "position_ids" in accepted:
+        inputs["position_ids"] = places_BT
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    return cast(torch.Tensor, model(**inputs).logits[:, -1])
+
+
+def write_greedily(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, stops: set[int], device: str
+) -> list[list[int]]:
+    """Return the likeliest tokens, one after the other, that follow each prompt: up to `new_tokens`, or a stop."""
+    writing = Writing(model, prompts, new_tokens, device)
+    shared = common_beginning(prompts)
+    if shared * (len(prompts) - 1) < WORTH_SHARING:
+        shared = 0
+    answers: list[list[int]] = [[] for _ in prompts]
+    tokens_B = writing.read(shared, budget_for(device, TOKEN_BUDGET)).argmax(-1)
+    for written in range(new_tokens):
+        tokens = tokens_B.tolist()
+        for i, token in zip(writing.order, tokens, strict=True):
+            answers[i].append(token)
+        ended = [place for place, token in enumerate(tokens) if token in stops]
+        if len(ended) == len(tokens) or written == new_tokens - 1:
+            break
+        if ended:
+            tokens_B = tokens_B[writing.leave(ended)]
+        tokens_B = writing.step(tokens_B, written).argmax(-1)
+    return answers
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with; a prompt keeps one at least for itself."""
+    first, last = (list(prompt) for prompt in (min(prompts, key=list), max(prompts, key=list)))
+    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
+    """Return the bytes that a token of a row takes up while answers are written; None where `model` cannot be used so.
+
+    That is not asked but tried, on a dozen tokens: rows of different length with a common beginning are read, one
+    leaves, and what follows is held against plain forward passes. It differs in models that keep a state from token
+    to token, or keys and values of their own kind.
+    """
+    size = unwrap(model).get_input_embeddings().weight.shape[0]
+    ids = [size * (7 * (i % 6 + 1) + i % 5) // 50 for i in range(13)]
+    prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]
+    added = ids[10:]
+    try:
+        writing = Writing(model, prompts, 2, device)
+        first_BV = writing.read(4, 8)
+        order = writing.order
+        taken = writing.leave([0])
+        second_BV = writing.step(torch.tensor([added[order[place]] for place in taken], device=device), 0)
+        alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
+    except (ValueError, TypeError, IndexError, AttributeError, KeyError):
+        return None
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    wanted = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in writing.order)])
+    found = torch.cat([first_BV, second_BV]).float()
+    apart = (found - wanted).square().mean().sqrt()
+    close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * wanted.std()
+    return writing.columns.column_bytes if bool(close) else None
+
+
+def plain_logits(model: torch.nn.Module, ids: Sequence[int], device: str) -> torch.Tensor:
+    """Return the logits [2, V] at the last two tokens of a row by itself, without a cache."""
+    logits_1TV = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits
+    return cast(torch.Tensor, logits_1TV[0, -2:].float())

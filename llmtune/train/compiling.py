@@ -1,0 +1,81 @@
+"""`train.torch_compile`: the parts of a model's layers that can be compiled, and what goes wrong while they are."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
+from transformers import PreTrainedModel
+
+from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
+
+
+def compile_parts(model: torch.nn.Module, inner: PreTrainedModel) -> int:
+    """Have parts of the layers of `model` compiled at their first call, for rows of any length; return their number.
+
+    Parts are those that work on tensors alone: norms, gated layers, outputs. Attention takes the lengths of documents,
+    for each number of which it would be compiled anew. Changes `model` in place. What a layer is the model says itself,
+    by what it must not be split within; raises RecipeError if it says nothing.
+    """
+    names = set(getattr(inner, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    parts = [part for layer in layers for part in _closed_parts(layer)]
+    if not parts:
+        what = f"{type(inner).__name__} does not say what its layers are, or they have no parts that can be compiled"
+        raise RecipeError.of(what, "train.torch_compile", "Remove it.")
+    for part in parts:
+        # The same random numbers as without compiling: a step that is done again draws them by its seed.
+        part.compile(dynamic=True, options={"fallback_random": True})
+    return len(parts)
+
+
+def _closed_parts(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the largest parts of `layer` whose forward has a closed list of arguments, but for torch's own and PEFT's.
+
+    Those are single operations, with nothing in them to be fused.
+    """
+    for part in layer.children():
+        arguments = inspect.signature(part.forward).parameters.values()
+        single = type(part).__module__.startswith(("torch.", "peft.", "bitsandbytes."))
+        if not single and not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+            yield part
+        elif not single:
+            yield from _closed_parts(part)
+
+
+@contextmanager
+def rehearse_compiled(console: Console) -> Iterator[None]:
+    """See to it that layers are compiled in the block, say what that took, and explain what the compiler stumbles over.
+
+    Raises EnvironmentProblem if it fails, or if nothing came of it.
+    """
+    before, started = _count_graphs(), time.perf_counter()
+    try:
+        yield
+    except (TorchDynamoException, InductorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise _not_compiled(" ".join(lines[:2]) or type(error).__name__) from error
+    if not _count_graphs():
+        raise _not_compiled("torch.compile made nothing of them")
+    console.print(
+        f"Compiled: {_count_graphs() - before} graphs; the rehearsal took {time.perf_counter() - started:.0f} s."
+    )
+
+
+def _count_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _not_compiled(reason: str) -> LlmtuneError:
+    return EnvironmentProblem.of(
+        f"the model's layers cannot be compiled here: {reason}",
+        "train.torch_compile",
+        "Remove it; the result is the same but for the last digits.",
+    )

@@ -1,0 +1,112 @@
+"""Both models of a finished run: loaded once, scored packed, the same as each alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.classifying import colour_rows, recipe_for, run
+from support.families import build_bert
+from support.runs import write_recipe
+
+from llmtune import finished
+from llmtune.data import load_rows
+from llmtune.data.examples import load_examples
+from llmtune.evaluate.answers import answer, score_tokens
+from llmtune.evaluate.plan import make_plan
+from llmtune.finished import Models, open_finished
+from llmtune.model import load_model
+from llmtune.model.loss import unwrap
+
+
+def opened(folder, console):
+    work, place = open_finished(folder, console, True)
+    processor = work.read_processor(place)
+    rows, examples = (load(folder / "data" / name) for load, name in ((load_rows, "rows"), (load_examples, "examples")))
+    return Models(work, place, processor), make_plan(rows, examples, work.task, processor, work.recipe)
+
+
+def ask(models, model, plan, console):
+    work = models.work
+    return answer(model, "a model", plan, work.task, models.processor, work.recipe, console, "cpu", models.packs)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The models that are loaded."""
+    loaded = []
+
+    def load(*given, **options):
+        selected = load_model(*given, **options)
+        loaded.append(selected.model)
+        return selected
+
+    monkeypatch.setattr(finished, "load_model", load)
+    return loaded
+
+
+def test_base_and_tuned_model_come_from_one_set_of_weights_and_score_as_each_alone(
+    tmp_path, tiny_llama, chat_rows, console, loads
+):
+    train = {"num_train_epochs": 1}
+    _, folder = run(write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, train=train))
+    loads.clear()
+    models, plan = opened(folder, console)
+    with models.base() as base:
+        together = [ask(models, base, plan, console)]
+    with models.tuned() as tuned:
+        together.append(ask(models, tuned, plan, console))
+        assert unwrap(tuned) is base
+    assert len(loads) == 1
+    for side, found in zip(("base", "tuned"), together, strict=True):
+        fresh, _ = opened(folder, console)
+        with getattr(fresh, side)() as model:
+            alone = ask(fresh, model, plan, console)
+        assert found.texts == alone.texts
+        assert (found.sums.nats == alone.sums.nats).all()
+        assert (found.sums.correct == alone.sums.correct).all()
+    assert (together[0].sums.nats != together[1].sums.nats).all()
+
+
+def test_all_weights_trained_are_held_one_model_at_a_time(tmp_path, tiny_llama, chat_rows, console, loads):
+    method = {"method": "full", "r": None, "lora_alpha": None}
+    train = {"max_steps": 1, "num_train_epochs": None}
+    _, folder = run(write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, adapter=method, train=train))
+    loads.clear()
+    models, _ = opened(folder, console)
+    with models.base() as base:
+        pass
+    with models.tuned() as tuned:
+        assert tuned is not base
+    assert "_selected" not in vars(models)
+    assert len(loads) == 2
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_losses_of_packed_rows_are_those_of_padded_ones(tmp_path: Path, tiny_llama, chat_rows, console, kind):
+    train = {"max_steps": 2, "num_train_epochs": None}
+    if kind == "encoder":
+        rows = [{**row, "text": row["text"] + " and so on" * (i % 7)} for i, row in enumerate(colour_rows())]
+        recipe = recipe_for(tmp_path / "r.yaml", build_bert(tmp_path / "bert"), rows, train=train)
+    else:
+        recipe = write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, train=train)
+    _, folder = run(recipe)
+    models, plan = opened(folder, console)
+    task, read, found = models.work.task, [], {}
+    with models.tuned() as model, torch.inference_mode():
+        assert models.packs
+        model.eval()
+        for packs in (True, False):
+            collate = task.collator(models.processor, models.work.recipe, packs)
+
+            def noted(examples, draw, collate=collate):
+                batch = collate(examples, draw)
+                read.append((batch["input_ids"].numel(), sum(example.tokens for example in examples)))
+                return batch
+
+            found[packs] = score_tokens(model, plan, task, noted, "cpu", packed=packs)
+    assert read[0][0] == read[0][1]
+    assert read[-1][0] > read[-1][1]
+    torch.testing.assert_close(torch.tensor(found[True].nats), torch.tensor(found[False].nats), atol=1e-4, rtol=1e-5)
+    assert (found[True].correct == found[False].correct).all()

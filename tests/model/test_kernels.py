@@ -1,0 +1,93 @@
+"""Kernels that a recipe asks for and this machine cannot have are refused by name, with the cure."""
+
+import importlib.util
+
+import pytest
+from support.adapting import build_family, open_model, recipe_with
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.model import check_kernels
+from llmtune.run.environment import names_remote, refuse_network
+
+HUB = "kernels-community/flash-attn2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_family(tmp_path_factory.mktemp("kernels"), "llama")
+
+
+def lacking(folder, device, **sections):
+    with pytest.raises(EnvironmentProblem) as caught:
+        check_kernels(recipe_with(folder, **sections), device)
+    return caught.value.problems
+
+
+def without(monkeypatch, *absent):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("llmtune.model.kernels.find_spec", lambda name: None if name in absent else find(name))
+
+
+def test_a_recipe_without_kernels_lacks_nothing(folder, monkeypatch):
+    without(monkeypatch, "kernels", "liger_kernel", "triton")
+    check_kernels(recipe_with(folder), "cpu")
+    check_kernels(recipe_with(folder), "cuda")
+
+
+def test_liger_is_refused_on_a_cpu_by_name(folder):
+    (problem,) = lacking(folder, "cpu", train={"use_liger_kernel": True})
+    assert (problem.where, problem.fix) == ("train.use_liger_kernel", "Remove it.")
+    assert "this machine computes on cpu" in problem.what
+
+
+def test_liger_on_a_gpu_wants_its_package(folder, monkeypatch):
+    without(monkeypatch, "liger_kernel")
+    (problem,) = lacking(folder, "cuda", train={"use_liger_kernel": True})
+    assert "pip install liger-kernel" in problem.fix
+
+
+def test_compiling_on_a_cpu_wants_a_compiler(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (problem,) = lacking(folder, "cpu", train={"torch_compile": True})
+    assert problem.where == "train.torch_compile"
+    assert "no-such-compiler" in problem.what
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    (problem,) = lacking(folder, "cpu", train={"torch_compile": True})
+    assert "apt install g++" in problem.fix
+
+
+def test_compiling_on_a_gpu_wants_triton(folder, monkeypatch):
+    without(monkeypatch, "triton")
+    (problem,) = lacking(folder, "cuda", train={"torch_compile": True})
+    assert "pip install triton" in problem.fix
+
+
+def test_all_that_is_lacking_is_said_at_once(folder, monkeypatch):
+    without(monkeypatch, "kernels")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    train = {"torch_compile": True, "use_liger_kernel": True}
+    problems = lacking(folder, "cpu", train=train, model={"attn_implementation": HUB})
+    assert [problem.where for problem in problems] == [
+        *("train.torch_compile", "train.use_liger_kernel", "model.attn_implementation")
+    ]
+
+
+def test_a_kernel_of_the_hub_needs_the_network(folder):
+    recipe = recipe_with(folder, model={"attn_implementation": HUB})
+    assert names_remote(recipe)
+    assert not names_remote(recipe_with(folder))
+    refuse_network(recipe, offline=False)
+    with pytest.raises(EnvironmentProblem) as caught:
+        refuse_network(recipe, offline=True)
+    assert caught.value.problems[0].where == "model.attn_implementation"
+    assert HUB in caught.value.problems[0].what
+
+
+def test_a_kernel_of_the_hub_that_cannot_be_had_is_an_error_that_names_it(folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(EnvironmentProblem) as caught:
+        open_model(recipe_with(folder, model={"attn_implementation": HUB}))
+    (problem,) = caught.value.problems
+    assert problem.where == "model.attn_implementation"
+    assert HUB in problem.what
