@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 _BLOCK = 256
 """Queries at a time, so that the scores of a long document never stand in memory whole."""
 
+_KEPT = 192
+"""Keys up to which the weights of a block are kept for the backward pass, and not computed again."""
+
 
 class _Block(NamedTuple):
     """Queries `start` .. `end` of a row see its keys `first` .. `last`."""
@@ -26,6 +29,11 @@ class _Block(NamedTuple):
     end: int
     first: int
     last: int
+
+    @property
+    def is_short(self) -> bool:
+        """Whether its weights are kept for the backward pass: they are no more than other activations."""
+        return self.last - self.first <= _KEPT
 
 
 def attend_documents(
@@ -41,7 +49,7 @@ def attend_documents(
 
     `lengths` adds up to T. A query sees `window` keys up to its own when causal, else those less than `window`
     positions away on either side. Scores are kept in the format of the inputs, sums within products in float32, as in
-    eager attention. Nothing but the inputs is kept for the backward pass, which computes the scores again.
+    eager attention. The weights of short documents are kept for the backward pass, those of others computed again.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     blocks, kind = tuple(_blocks(lengths, window, causal)), query.device.type
@@ -79,23 +87,27 @@ class _Attention(torch.autograd.Function):
         causal: bool,
     ) -> torch.Tensor:
         """Return [1, T, H, E]."""
-        ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.scale, ctx.options = blocks, scale, (window, causal)
+        short = []
         kept = key.shape[1]
         out_1THE = value.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         with torch.autocast(query.device.type, enabled=False):
             scaled_HTD = query[0] * scale
             for block in blocks:
                 weights_KQN = _weights(scaled_HTD, key[0], block, window, causal)
+                if block.is_short:
+                    short.append(weights_KQN)
                 found_KQE = torch.bmm(weights_KQN, value[0, :, block.first : block.last])
                 out_1THE[0, block.start : block.end] = _heads_last(found_KQE, query.shape[1] // kept)
+        ctx.save_for_backward(query, key, value, *short)
         return out_1THE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradient of the output [1, T, H, E] -> of query, key and value."""
-        query, key, value = ctx.saved_tensors
+        query, key, value, *short = ctx.saved_tensors
+        saved = iter(short)
         (gradient_1THE,), groups = outputs, query.shape[1] // key.shape[1]
         apart = all(block.last <= after.first for block, after in pairwise(ctx.blocks))
         summed = query.dtype if apart else torch.promote_types(query.dtype, torch.float32)  # sums over blocks
@@ -105,7 +117,7 @@ class _Attention(torch.autograd.Function):
         scaled_HTD = query[0] * ctx.scale
         for block in ctx.blocks:
             seen = slice(block.first, block.last)
-            weights_KQN = _weights(scaled_HTD, key[0], block, *ctx.options)
+            weights_KQN = next(saved) if block.is_short else _weights(scaled_HTD, key[0], block, *ctx.options)
             out_HQE = gradient_1THE[0, block.start : block.end].transpose(0, 1)
             out_KQE = out_HQE.reshape(key.shape[1], -1, value.shape[3])
             dv_KTE[:, seen] += torch.bmm(weights_KQN.transpose(1, 2), out_KQE)

@@ -116,6 +116,21 @@ def test_two_adapters_at_once_are_left_to_peft():
     torch.testing.assert_close(fused(x), plain(x))
 
 
+def test_nothing_is_kept_or_computed_below_the_lowest_adapter(tiny_llama):
+    recipe = recipe_with(tiny_llama, adapter={"target_modules": "all-linear", "layers_to_transform": [1]})
+    adapted = inject(open_model(recipe), recipe, quiet())
+    adapted.model.train()
+    layers = adapted.model.get_base_model().model.layers
+    needed = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
+    causal_loss(adapted.model, packed(documents([9, 14]))).sum.backward()
+    assert needed == [index >= 1 for index in range(len(layers))]
+    first = layers[1].self_attn.q_proj
+    assert isinstance(first, FusedLinear)
+    assert first.lora_B["default"].weight.grad.abs().sum() > 0
+
+
 def test_injected_adapters_are_fused_and_train_as_pefts_do(tiny_llama):
     recipe = recipe_with(tiny_llama)
     adapted = inject(open_model(recipe), recipe, quiet())

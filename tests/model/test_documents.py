@@ -30,14 +30,15 @@ def dense(query, key, value, lengths, scaling, window, causal):
     return out.transpose(1, 2)
 
 
-@pytest.mark.parametrize("block", [256, 4])
+@pytest.mark.parametrize(("block", "kept"), [(256, 192), (256, 6), (4, 0)])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
-@pytest.mark.parametrize(("heads", "kept"), [(4, 2), (3, 3), (4, 1)])
-def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, causal, window, heads, kept):
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1), (4, 4)])
+def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, kept, causal, window, heads, groups):
     monkeypatch.setattr(documents, "_BLOCK", block)
+    monkeypatch.setattr(documents, "_KEPT", kept)
     lengths = [5, 1, 30, 9]
-    parts = inputs(heads, kept, sum(lengths))
+    parts = inputs(heads, heads // groups, sum(lengths))
     got = attend_documents(*parts, lengths, 0.3, window, causal)
     wanted = dense(*parts, lengths, 0.3, window, causal)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
