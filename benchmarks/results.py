@@ -237,6 +237,7 @@ answer counts. Activations are kept everywhere, which for TRL is not the default
 """
 SECTIONS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "training": ("Training, one thread", write_training),
+    "training-padded": ("Training beside padded tools, one thread", write_training),
     "training-cores": ("Training, all cores", write_training),
     "losses": ("Losses", write_losses),
     "curve": ("Packed against unpacked", write_curve),
