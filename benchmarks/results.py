@@ -17,6 +17,7 @@ from typing import Any
 OURS = "llmtune"
 NAMES = {
     "llmtune": "llmtune",
+    "llmtune-settled": "llmtune, micro-batches as it settles them",
     "trl-packed": "TRL, packed",
     "trl-padded": "TRL, padded",
     "trainer": "Trainer + PEFT, padded",

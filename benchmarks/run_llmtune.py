@@ -77,7 +77,7 @@ def describe_recipe(asked: Asked) -> dict[str, Any]:
 
 
 def train_counted(asked: Asked, clock: Clock, work: Work, place: ModelPlace, examples: Examples) -> torch.nn.Module:
-    """Do what `pipeline.train_here` does, with micro-batches of one pack as the other tools have them."""
+    """Do what `pipeline.train_here` does, with micro-batches of one pack as others have, or as it settles them."""
     plain = work.task.loss
 
     def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:
@@ -94,7 +94,7 @@ def train_counted(asked: Asked, clock: Clock, work: Work, place: ModelPlace, exa
         work.recipe,
         work.folder.path,
         work.console,
-        budget=asked.pack,
+        budget=asked.pack if asked.tool == "llmtune" else work.folder.findings["micro_batch_tokens"],
         on_budget=lambda _: clock.restart(),
     )
     return adapted.model

@@ -4,7 +4,8 @@
 
 The same model (a packaged one of 135M parameters), rows, LoRA (r 16, alpha 32 on all linear layers), number format,
 optimiser, learning rate, and about the same number of real tokens a step; no evaluation, no checkpoints, activations
-kept. Each tool has a process of its own; they take turns, A B C A B C, so that a drift of the machine falls on all.
+kept. Packed tools have one pack in a micro-batch; llmtune also runs as it settles that by itself (on a CPU up to 2,048
+tokens). Each tool has a process of its own; they take turns, A B C A B C, so that a drift of the machine falls on all.
 What is timed are the steps after the first, by processor time and by the clock. LLaMA-Factory pins other versions of
 its libraries: name the python of an environment that has it, or it is left out.
 """
@@ -29,6 +30,7 @@ from workload import chat_rows
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {
     "llmtune": "run_llmtune.py",
+    "llmtune-settled": "run_llmtune.py",
     "trl-packed": "run_trl.py",
     "trl-padded": "run_trl.py",
     "trainer": "run_trainer.py",
