@@ -28,6 +28,8 @@ def prepare(work: Work) -> str:
         check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
     about_examples = {"max_length", "on_overlong", "packing", "train_on"}
     settings = data.model_dump(mode="json", exclude=about_examples)
+    if work.recipe.evaluate.slices:  # these columns are kept beside the rows
+        settings["slices"] = work.recipe.evaluate.slices
     return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
 
 
@@ -74,6 +76,6 @@ def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> s
     trained = hash_folder(work.folder.path / trained_name(recipe))
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
     settings.append(own_section(recipe) or {})
-    contents = [trained, place.content_hash, rows.content_hash, examples.content_hash]
+    contents = [trained, place.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft"))
     return hash_value([__version__, versions, contents, settings, recipe.seed])

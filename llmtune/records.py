@@ -35,7 +35,8 @@ SIDES = ("train", "validation", "test")
 class Rows:
     """Rows after reading, checking, deduplicating and splitting: one Arrow file a side, and how they came about.
 
-    Each file has the columns `id` (hex content hash), `origin` (`file:line`) and `row` (the canonical row as JSON).
+    Each file has the columns `id` (hex content hash), `origin` (`file:line`), `row` (the canonical row as JSON) and
+    `columns` (what the row's source says in `evaluate.slices`, as JSON; null where nothing is asked for).
     """
 
     folder: Path
@@ -46,6 +47,10 @@ class Rows:
     """Rows left out, by reason: `bad: ...`, `exact duplicate`, `near duplicate`, `near a test row` and so on."""
     content_hash: str
     """Hash over the kept rows of all sides, in order."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns that were kept beside the rows."""
+    columns_hash: str = ""
+    """Hash over `columns` of the test side, in order; empty where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +335,34 @@ class Difference:
     high: float
     p: float
     n: int
+    test: str = ""
+    """Where p comes from: `McNemar exact` or `paired bootstrap`; empty where there is none."""
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows that one model got right and the other wrong, by one right-or-wrong metric."""
+
+    gained: int
+    """How many the base got wrong and the tuned model right."""
+    lost: int
+    """How many the base got right and the tuned model wrong."""
+    rows: int
+    gained_rows: tuple[dict[str, str], ...] = ()
+    """A few of them, as in `Evaluation.samples`."""
+    lost_rows: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The test rows with one value of a column, and the scores on them."""
+
+    value: str
+    rows: int
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    """By metric; without an interval where the rows are too few for one."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +392,10 @@ class Evaluation:
     """Where the base model has no trained head: what stands in its place, by name."""
     details: dict[str, Any] = field(default_factory=dict)
     """What a task shows beside the scores, of base and tuned: a table of classes, a confusion matrix."""
+    flips: dict[str, Flips] = field(default_factory=dict)
+    """By right-or-wrong metric."""
+    slices: dict[str, tuple[Slice, ...]] = field(default_factory=dict)
+    """By column of `evaluate.slices`: the most frequent values first."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,41 @@ def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place: Path)
     assert (place / "run/adapter/adapter_model.safetensors").read_bytes() != before
 
 
+def test_a_slice_that_is_new_or_whose_column_changes_is_scored_and_nothing_trained(place: Path) -> None:
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+
+    def write(*topics: str) -> None:
+        lines = [json.dumps({**row, "topic": topics[i % len(topics)]}) for i, row in enumerate(rows)]
+        (place / "rows.jsonl").write_text("\n".join(lines))
+
+    def slices() -> set[str]:
+        return {
+            one["value"] for one in json.loads((place / "run/report.json").read_text())["evaluation"]["slices"]["topic"]
+        }
+
+    write("sea", "sky")
+    done("run", "tiny.yaml", "--out", "run")
+    unprepared = invoke("evaluate", "run", "--set", "evaluate.slices=[topic]")
+    assert unprepared.exit_code == 3
+    assert "Run the recipe again with it" in unprepared.stderr
+    sliced = ("run", "tiny.yaml", "--out", "run", "--set", "evaluate.slices=[topic]")
+    again = {"prepare": False, "encode": True, "select": True, "adapt": True, "train": True, "evaluate": False}
+    assert done(*sliced) == again
+    assert slices() == {"sea", "sky"}
+    assert all(done(*sliced).values())
+    write("sea", "wood")
+    assert done(*sliced) == again
+    assert slices() == {"sea", "wood"}
+
+
+def test_a_slice_by_an_unknown_column_ends_before_weights_are_read(place: Path) -> None:
+    (place / "model/model.safetensors").write_bytes(b"no weights")
+    result = invoke("run", "tiny.yaml", "--out", "run", "--set", "evaluate.slices=[mesages]")
+    assert result.exit_code == 3
+    assert "no test row has a column 'mesages'" in result.stderr
+    assert "Did you mean 'messages'?" in result.stderr
+
+
 def test_scores_of_another_training_are_not_shown(place: Path) -> None:
     done("run", "tiny.yaml", "--out", "run")
     text = (place / "rows.jsonl").read_text()

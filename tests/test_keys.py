@@ -131,6 +131,7 @@ FLIPS = {
     "evaluate.limit": Flip("3"),
     "evaluate.choices": Flip("[red, green, blue]"),
     "evaluate.samples": Flip("1"),
+    "evaluate.slices": Flip("[group]"),
     "deploy": Flip("[merged]"),
     "completion.objective": Flip("causal", recipe="masked.yaml"),
     "completion.mask_probability": Flip("0.5", recipe="masked.yaml"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from llmtune.data.messages import RowError
 from llmtune.data.read import Unreadable
 from llmtune.data.sources import Input
 from llmtune.data.spool import Spool
-from llmtune.errors import DataError, Problem
+from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection
 from llmtune.records import SIDES
 
@@ -38,6 +38,8 @@ class Account:
     rows_in: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     first: list[Problem] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
+    """Columns of rows that may be tested, where some are asked for."""
 
     def add_bad(self, origin: str, error: RowError | Unreadable) -> None:
         """Count a bad row and put it into the list."""
@@ -63,7 +65,13 @@ def show_progress(console: Console) -> Iterator[Progress]:
 
 
 def read_inputs(
-    inputs: tuple[Input, ...], data: DataSection, task: str, spool: Spool, list_file: Path, console: Console
+    inputs: tuple[Input, ...],
+    data: DataSection,
+    task: str,
+    spool: Spool,
+    list_file: Path,
+    console: Console,
+    slices: Sequence[str] = (),
 ) -> Account:
     """Read, check and canonicalise every row into `spool`.
 
@@ -74,9 +82,11 @@ def read_inputs(
         spool: Takes the good rows; open.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
+        slices: Columns to keep beside each row.
 
     Raises:
-        DataError: A file cannot be read to its end, or the share of bad rows is above `max_dropped`.
+        DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
+            be tested has one of `slices`.
     """
     problems: list[Problem] = []
     taken: Counter[int] = Counter()
@@ -85,13 +95,27 @@ def read_inputs(
         bar = progress.add_task("read rows", total=sum(one.size for one in inputs))
         for one in inputs:
             try:
-                _read_input(one, data, task, spool, account, taken, progress, bar)
+                _read_input(one, data, task, spool, account, taken, progress, bar, slices)
             except DataError as error:
                 problems += error.problems
     if problems:
         raise DataError(*problems, *account.problems())
     _check_share(account, data.max_dropped)
+    check_slices(slices, tuple(account.columns))
     return account
+
+
+def check_slices(slices: Sequence[str], columns: Sequence[str]) -> None:
+    """Refuse columns of `evaluate.slices` that are not among `columns`. Raises DataError, for all of them at once."""
+    DataError.collect(
+        Problem(
+            f"no test row has a column {name!r}",
+            "evaluate.slices",
+            f"{nearest(name, columns)} The columns are: {', '.join(columns) or '(none)'}.".strip(),
+        )
+        for name in slices
+        if name not in columns
+    )
 
 
 def _read_input(
@@ -103,10 +127,12 @@ def _read_input(
     taken: Counter[int],
     progress: Progress,
     bar: TaskID,
+    slices: Sequence[str],
 ) -> None:
     limit = one.source.limit
     side = -1 if one.side is None else SIDES.index(one.side)
     columns = one.source.columns
+    tested = bool(slices) and (one.side == "test" or (one.side is None and not isinstance(data.test, tuple)))
     for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
         if limit is not None and taken[one.number] >= limit:
             return
@@ -124,7 +150,11 @@ def _read_input(
             account.add_bad(origin, error)
             continue
         taken[one.number] += 1
-        spool.add(origin, text, content, xxhash.xxh3_64_intdigest(text.encode()), group, one.number, side)
+        kept = None
+        if tested:
+            account.columns.update(dict.fromkeys(raw))
+            kept = json.dumps({name: raw[name] for name in slices if name in raw}, default=str)
+        spool.add(origin, text, content, xxhash.xxh3_64_intdigest(text.encode()), group, one.number, side, kept)
 
 
 def _group(raw: Mapping[str, Any], split_by: str | None, required: bool) -> int | None:

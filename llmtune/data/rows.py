@@ -32,7 +32,7 @@ from llmtune.run.files import explained, read_json, write_json
 
 RECORD = "rows.json"
 BAD_ROWS = "bad_rows.jsonl"
-SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string()})
+SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 
 
 def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
@@ -42,7 +42,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     `deduplicate: near`), whatever the rows' length. Sides keep the order of the sources.
 
     Args:
-        recipe: Its `data` and `task` are used; paths are absolute.
+        recipe: Its `data`, `task` and `evaluate.slices` are used; paths are absolute.
         folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
         console: Shows progress, bad rows and what was left out.
 
@@ -52,13 +52,14 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     """
     data, task = recipe.data, recipe.task
     found = resolve_inputs(data, task)
-    if found.unused:
-        console.print(f"not used: {escape(', '.join(found.unused))}", style="dim")
+    if unused := [name for name in found.unused if name not in recipe.evaluate.slices]:
+        console.print(f"not used: {escape(', '.join(unused))}", style="dim")
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
         with Spool(folder / ".spool.arrow") as spool:
-            account = read_inputs(found.inputs, data, task, spool, folder.parent / BAD_ROWS, console)
+            bad, slices = folder.parent / BAD_ROWS, recipe.evaluate.slices
+            account = read_inputs(found.inputs, data, task, spool, bad, console, slices)
             spool.close()
             index = spool.index()
             side_N, reason_N, notes = _decide(index, data, spool, console)
@@ -66,7 +67,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
             reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
             copies_N[reason_N != KEPT] = 0
             _check_sides(data, side_N, copies_N, reason_N)
-            rows = _write(folder, spool, index, side_N, copies_N, account, reason_N)
+            rows = _write(folder, spool, index, side_N, copies_N, account, reason_N, slices)
     _tell(rows, account, notes, console)
     return rows
 
@@ -128,6 +129,7 @@ def _write(
     copies_N: npt.NDArray[np.int64],
     account: Account,
     reason_N: npt.NDArray[np.object_],
+    slices: tuple[str, ...],
 ) -> Rows:
     counts = {name: int(copies_N[side_N == side].sum()) for side, name in enumerate(SIDES)}
     files = {name: folder / f"{name}.rows.arrow" for name in SIDES if counts[name]}
@@ -146,7 +148,9 @@ def _write(
             (folder / f"{name}.rows.arrow").unlink(missing_ok=True)
     dropped = Counter(account.bad)
     dropped.update(reason for reason in reason_N.tolist() if reason != KEPT)
-    rows = Rows(folder, files, counts, account.rows_in, dict(sorted(dropped.items())), digest.hexdigest())
+    told = writers["test"].columns_hash if "test" in writers else ""
+    left_out = dict(sorted(dropped.items()))
+    rows = Rows(folder, files, counts, account.rows_in, left_out, digest.hexdigest(), slices, told)
     save_rows(rows)
     return rows
 
@@ -161,14 +165,25 @@ class _SideWriter:
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
         self._pieces: list[pa.RecordBatch] = []
         self._digest = hashlib.sha256()
+        self._columns = hashlib.sha256()
+        self._told = False
 
     def add(self, batch: pa.RecordBatch, content_R2: npt.NDArray[np.uint64]) -> None:
         ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
         self._pieces.append(pa.record_batch([ids, *batch.columns], schema=SCHEMA))
         for row in batch.column("row").to_pylist():
             self._digest.update(row.encode() + b"\n")  # no line end stands in JSON text
+        for kept in batch.column("columns").to_pylist():
+            if kept is not None:
+                self._columns.update(kept.encode() + b"\n")
+                self._told = True
         if sum(p.num_rows for p in self._pieces) >= BATCH_ROWS or sum(p.nbytes for p in self._pieces) >= BATCH_BYTES:
             self._flush()
+
+    @property
+    def columns_hash(self) -> str:
+        """Hash over `columns`; empty where no row has any."""
+        return self._columns.hexdigest() if self._told else ""
 
     def _flush(self) -> None:
         for batch in pa.Table.from_batches(self._pieces, SCHEMA).combine_chunks().to_batches():
@@ -203,6 +218,8 @@ def save_rows(rows: Rows) -> None:
         "rows_in": rows.rows_in,
         "dropped": rows.dropped,
         "content_hash": rows.content_hash,
+        "columns": list(rows.columns),
+        "columns_hash": rows.columns_hash,
     }
     write_json(rows.folder / RECORD, record)
 
@@ -225,6 +242,8 @@ def load_rows(folder: Path) -> Rows:
         rows_in=record["rows_in"],
         dropped=dict(record["dropped"]),
         content_hash=record["content_hash"],
+        columns=tuple(record.get("columns", ())),
+        columns_hash=record.get("columns_hash", ""),
     )
 
 
@@ -243,6 +262,19 @@ def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
+
+
+def iterate_columns(rows: Rows, side: str) -> Iterator[dict[str, Any]]:
+    """Yield by row of a side, in order, what its source says in the columns that were kept; mostly nothing."""
+    if side not in rows.files:
+        return
+    with pa.memory_map(str(rows.files[side])) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
+            for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
+                yield json.loads(text) if text else {}
 
 
 def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:

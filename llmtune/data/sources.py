@@ -246,6 +246,20 @@ def shown(path: Path) -> str:
     return str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """A file (or a commit of a hub data set) that rows come from, and its hash."""
+
+    source: str
+    """What the recipe names: a path, a pattern, `builtin:NAME` or `hub:NAME`."""
+    name: str
+    path: Path | None
+    """None for a data set of the hub."""
+    kind: str
+    """sha256; xxh3_128 for a recording; commit for a data set of the hub."""
+    hash: str
+
+
 def hash_sources(data: DataSection, task: str) -> str:
     """Hash all that `prepare_rows` reads: sha256 over the sources, the names and bytes of their files, and hub commits.
 
@@ -255,34 +269,46 @@ def hash_sources(data: DataSection, task: str) -> str:
         DataError: A source names nothing that can be read.
         EnvironmentProblem: The commit of a hub data set cannot be found out.
     """
+    return list_sources(data, task)[0]
+
+
+def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
+    """Return the hash of all sources, and each of their files; raises as `hash_sources` does."""
     digest = hashlib.sha256()
     problems: list[Problem] = []
+    listed: list[SourceFile] = []
     for key, side, source in _sources(data):
         told = source.model_dump(mode="json", exclude={"path"})
         digest.update(json.dumps([side, told], sort_keys=True).encode())
-        name = hub.dataset_name(source)
         try:
-            if name is not None:
-                digest.update(f"{name} {hub.resolve_commit(name, source.revision)}\n".encode())
-                continue
-            for path in find_files(source, key):
-                with path.open("rb") as file:
-                    digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-                if task == "speech":
-                    for line in _hash_recordings(source, path, key):
-                        digest.update(line.encode())
+            for file in _hash_source(source, key, task):
+                digest.update(f"{file.name} {file.hash}\n".encode())
+                listed.append(file)
         except DataError as error:
             problems += error.problems
         except OSError as error:
             problems.append(Problem(f"it cannot be read ({error.strerror})", f"{key}: {source.path}"))
     DataError.collect(problems)
-    return digest.hexdigest()
+    return digest.hexdigest(), listed
 
 
-def _hash_recordings(source: Source, path: Path, key: str) -> Iterator[str]:
-    """Yield a line a recording that the rows of a file name; what is missing or unreadable is told when it is read."""
+def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
+    name = hub.dataset_name(source)
+    if name is not None:
+        yield SourceFile(source.path, name, None, "commit", hub.resolve_commit(name, source.revision))
+        return
+    for path in find_files(source, key):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        yield SourceFile(source.path, path.name, path, "sha256", found)
+        if task == "speech":
+            yield from _hash_recordings(source, path, key)
+
+
+def _hash_recordings(source: Source, path: Path, key: str) -> Iterator[SourceFile]:
+    """Yield each recording that the rows of a file name; what is missing or unreadable is told when it is read."""
     for _, value in read_file(path, shown(path), _container(path, source, key)):
         row = {} if isinstance(value, Unreadable) else rename(value, source.columns)
         name = next((found for column in AUDIO_COLUMNS if (found := find_recording(row.get(column)))), None)
         if name is not None and (recording := path.parent / name).is_file():
-            yield f"{name} {hash_recording(recording)}\n"
+            yield SourceFile(source.path, name, recording, "xxh3_128", hash_recording(recording))

@@ -17,7 +17,7 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """A batch ends at whichever comes first: rows can be long."""
 
-SCHEMA = pa.schema({"origin": pa.string(), "row": pa.string()})
+SCHEMA = pa.schema({"origin": pa.string(), "row": pa.string(), "columns": pa.string()})
 
 U64 = npt.NDArray[np.uint64]
 
@@ -50,6 +50,7 @@ class Spool(AbstractContextManager["Spool"]):
         self._writer = pa.ipc.new_stream(self._file, SCHEMA)
         self._origins: list[str] = []
         self._rows: list[str] = []
+        self._columns: list[str | None] = []
         self._bytes = 0
         self._content = bytearray()
         self._text = array("Q")
@@ -57,10 +58,21 @@ class Spool(AbstractContextManager["Spool"]):
         self._source = array("i")
         self._side = array("b")
 
-    def add(self, origin: str, row: str, content: bytes, text: int, group: int, source: int, side: int) -> None:
-        """Put one row behind the others; see `Index` for the numbers."""
+    def add(
+        self,
+        origin: str,
+        row: str,
+        content: bytes,
+        text: int,
+        group: int,
+        source: int,
+        side: int,
+        columns: str | None = None,
+    ) -> None:
+        """Put one row behind the others; see `Index` for the numbers and `Rows` for the texts."""
         self._origins.append(origin)
         self._rows.append(row)
+        self._columns.append(columns)
         self._bytes += len(row)
         self._content += content
         self._text.append(text)
@@ -72,8 +84,9 @@ class Spool(AbstractContextManager["Spool"]):
 
     def _flush(self) -> None:
         if self._rows:
-            self._writer.write_batch(pa.record_batch([pa.array(self._origins), pa.array(self._rows)], schema=SCHEMA))
-        self._origins, self._rows, self._bytes = [], [], 0
+            arrays = [pa.array(part, pa.string()) for part in (self._origins, self._rows, self._columns)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        self._origins, self._rows, self._columns, self._bytes = [], [], [], 0
 
     def close(self) -> None:
         """End the file; rows can be read now."""

@@ -168,28 +168,30 @@ def to_device(value: Any, device: str) -> Any:
 def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answers) -> dict[str, Measure]:
     """Turn answers into the plan's metrics; one without rows, or that means nothing here, is left out."""
     measures: dict[str, Measure] = {}
+    said, every = tuple(answers.predictions or answers.texts), tuple(range(len(plan.rows)))
     for metric in plan.metrics:
         own = _measure_own(metric, plan, answers, task, recipe, base)
         if own is not None:
-            measures[metric] = own
+            measures[metric] = replace(own, at=said)
         elif metric in TOKEN_METRICS:
             sums = answers.sums
             if sums is not None and (metric != "bits_per_byte" or sums.target_bytes.any()):
                 found = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
-                measures[metric] = (
-                    found if task.by_token else replace(found, signature=task_signature(metric, task, recipe))
-                )
+                told = found.signature if task.by_token else task_signature(metric, task, recipe)
+                measures[metric] = replace(found, signature=told, at=every)
         elif task.measure is not None and task.predict is not None:
             continue
         elif metric == CHOICE_METRIC:
             right = [answers.choice(i, plan.choices) == plan.references[i] for i in answers.scores]
-            measures[metric] = measure_right(
-                right, metric, "share of rows whose reference answer is the likeliest choice"
-            )
+            found = measure_right(right, metric, "share of rows whose reference answer is the likeliest choice")
+            measures[metric] = replace(found, at=tuple(answers.scores))
         else:
             references = [plan.references[i] for i in answers.texts]
-            measures[metric] = measure_texts(metric, list(answers.texts.values()), references)
-    return {metric: found for metric, found in measures.items() if len(found.sums_NK)}
+            found = measure_texts(metric, list(answers.texts.values()), references)
+            measures[metric] = replace(found, at=tuple(answers.texts))
+    measures = {metric: found for metric, found in measures.items() if len(found.sums_NK)}
+    assert all(len(found.at) == len(found.sums_NK) for found in measures.values())
+    return measures
 
 
 def _measure_own(

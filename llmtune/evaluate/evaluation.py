@@ -12,10 +12,13 @@ from rich.console import Console
 
 from llmtune.data import iterate_rows
 from llmtune.evaluate.answers import Answers, answer, measure
-from llmtune.evaluate.batches import cut_evenly, release_memory
+from llmtune.evaluate.batches import release_memory
+from llmtune.evaluate.flips import find_flips
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.metrics import Measure, compare
 from llmtune.evaluate.plan import SIDE, Plan, make_plan
+from llmtune.evaluate.samples import pick_samples
+from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.statistics import METHOD
 from llmtune.evaluate.storage import save_predictions
 from llmtune.evaluate.table import print_scores
@@ -52,8 +55,8 @@ def evaluate(
     None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
     `predictions.jsonl` in it. Without test rows the evaluation is empty, and no model is entered.
 
-    Raises DataError for `evaluate.choices` that no reference answer is among, EnvironmentProblem where a single row
-    does not fit in memory.
+    Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
+    were not kept, EnvironmentProblem where a single row does not fit in memory.
     """
     if not examples.counts.get(SIDE):
         console.print("evaluate: there are no test rows (data.test), so nothing is measured")
@@ -89,7 +92,7 @@ def baseline(plan: Plan, rows: Rows, task: Task, recipe: Recipe) -> tuple[str, A
 
 
 def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task) -> Evaluation:
-    """Turn the answers of both models into scores, differences, gates and samples."""
+    """Turn the answers of both models into scores, differences, gates, samples, flips and slices."""
     base_measures, tuned_measures = (measure(plan, said, task, recipe, base) for said in (base, tuned))
     scores = [{metric: found.value for metric, found in side.items()} for side in (base_measures, tuned_measures)]
     difference = {
@@ -106,6 +109,8 @@ def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, t
         rows=len(plan.rows),
         signatures=sign(tuned_measures, plan, tuned, recipe),
         details=describe(plan, base, tuned, task, recipe),
+        flips=find_flips(base_measures, tuned_measures, plan, base, tuned, recipe.evaluate.samples),
+        slices=score_slices(plan.slices, base_measures, tuned_measures, recipe.seed),
     )
     return with_gates(evaluation, recipe)
 
@@ -136,18 +141,3 @@ def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: 
     if outside := max(0, len(plan.prompt_ids) - len(answers.texts)):
         signatures["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
     return signatures
-
-
-def pick_samples(plan: Plan, base: Answers, tuned: Answers, wanted: int) -> tuple[dict[str, str], ...]:
-    """Return rows side by side, spread evenly over those that were answered; never chosen by how the answers look."""
-    shown = list(base.texts or base.scores)
-    samples = []
-    for at in cut_evenly(len(shown), wanted):
-        i = shown[at]
-        sample = {"origin": plan.origins[i], "prompt": plan.prompts[i], "reference": plan.references[i]}
-        if i in base.texts:
-            sample |= {"base": base.texts[i], "tuned": tuned.texts[i]}
-        if i in base.scores:
-            sample |= {"base_choice": base.choice(i, plan.choices), "tuned_choice": tuned.choice(i, plan.choices)}
-        samples.append(sample)
-    return tuple(samples)

@@ -1,17 +1,25 @@
 """One metric of one model on N rows: sums that add up row by row and a formula over them, or a function of rows drawn.
 
-Shapes: N rows, K sums a row, R resamples.
+Shapes: N rows, M of them, K sums a row, R resamples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmtune.evaluate.statistics import Floats, Formula, Weighted, difference, difference_weighted
+from llmtune.evaluate.statistics import (
+    BOOTSTRAP,
+    CHUNK_CELLS,
+    Floats,
+    Formula,
+    Weighted,
+    difference,
+    difference_weighted,
+)
 from llmtune.records import Difference
 
 
@@ -26,6 +34,8 @@ class Measure:
     right_wrong: bool = False
     signature: str = ""
     weighted: Weighted | None = None
+    at: tuple[int, ...] = ()
+    """[N] indexes of these rows into those of the plan."""
 
     @property
     def value(self) -> float:
@@ -44,6 +54,27 @@ class Measure:
         assert self.formula is not None
         return self.formula(counts_RN @ self.sums_NK)
 
+    def of(self, chosen: Collection[int]) -> Measure:
+        """Return the metric of those rows alone whose index into the plan is `chosen`."""
+        kept = [n for n, row in enumerate(self.at) if row in chosen]
+        weighted, total = self.weighted, len(self.sums_NK)
+
+        def spread(counts_RM: Floats) -> Floats:
+            assert weighted is not None
+            values = []
+            for part_RM in np.array_split(counts_RM, -(-counts_RM.shape[0] * total // CHUNK_CELLS) or 1):
+                counts_RN = np.zeros((len(part_RM), total))
+                counts_RN[:, kept] = part_RM
+                values.append(weighted(counts_RN))
+            return np.concatenate(values)
+
+        return replace(
+            self,
+            sums_NK=self.sums_NK[kept],
+            weighted=None if weighted is None else spread,
+            at=tuple(self.at[n] for n in kept),
+        )
+
 
 def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
     """Return tuned minus base with its 95 % interval; both must hold the same rows in the same order."""
@@ -54,7 +85,7 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
         assert tuned.formula is not None
         return difference(base.sums_NK, tuned.sums_NK, tuned.formula, right_wrong=tuned.right_wrong, seed=seed)
     if rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
-        return Difference(0.0, 0.0, 0.0, 1.0, rows)
+        return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
     return difference_weighted(base.drawn, tuned.drawn, rows, seed=seed)
 
 

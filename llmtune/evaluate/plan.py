@@ -11,6 +11,7 @@ from llmtune.data.examples import ExampleReader
 from llmtune.evaluate.batches import cut_evenly
 from llmtune.evaluate.choices import SIGNATURE, check_choices, find_choices, grow_trees
 from llmtune.evaluate.metrics import CHOICE_METRIC
+from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.tree import Tree
 from llmtune.recipe.rules_tasks import unmeasured
 from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
@@ -49,15 +50,18 @@ class Plan:
     metrics: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     """What was left out and why; goes to the report beside the metrics' signatures."""
+    slices: dict[str, Parts] = field(default_factory=dict)
+    """By column of `evaluate.slices`."""
 
 
 def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Plan:
     """Read the test rows that were encoded, render their prompts, look for choices.
 
-    Raises DataError for choices that no reference answer is among.
+    Raises DataError for choices that no reference answer is among, and for slices by columns that were not kept.
     """
     reader = ExampleReader(examples, SIDE)
     numbers = sorted({int(row) for row in reader.rows})
+    slices = read_slices(rows, recipe.evaluate.slices, numbers)
     origins, questions, references, targets = read_questions(rows, set(numbers), task)
     metrics = wanted_metrics(recipe)
     own = TASK_FACTS[recipe.task].default_metrics
@@ -99,6 +103,7 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
         trees=trees,
         metrics=metrics,
         notes=notes,
+        slices=slices,
     )
 
 

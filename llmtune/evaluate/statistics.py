@@ -25,6 +25,7 @@ CHUNK_CELLS = 200_000
 """Counts held at a time: few enough for a processor's cache, many enough for its matrix product."""
 UNDEFINED_SHARE = 0.01
 """Of the resamples, those that may be without a value (no row of a rare class was drawn) and are left out."""
+BOOTSTRAP, MCNEMAR = "paired bootstrap", "McNemar exact"
 METHOD = (
     f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; right-or-wrong metrics with one "
     "pseudo-row of either disagreement, and p by McNemar's exact test; resamples without a value are left out if "
@@ -60,7 +61,7 @@ def difference(
     if right_wrong:
         paired_N2K = np.concatenate([paired_N2K, [[[0.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0]]]])
     elif np.array_equal(base_NK, tuned_NK):
-        return Difference(0.0, 0.0, 0.0, 1.0, rows)
+        return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
     values_R = resample(paired_N2K, formula, seed, resamples)
     return interval(value, values_R, rows, mcnemar(*discordant(base_NK, tuned_NK)) if right_wrong else None)
 
@@ -86,9 +87,9 @@ def interval(value: float, values_R: Floats, rows: int, p: float | None = None) 
 
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return Difference(
-        value, min(float(low), value), max(float(high), value), two_sided_p(defined) if p is None else p, rows
-    )
+    test = BOOTSTRAP if p is None else MCNEMAR
+    chance = two_sided_p(defined) if p is None else p
+    return Difference(value, min(float(low), value), max(float(high), value), chance, rows, test)
 
 
 def unknown(value: float, rows: int) -> Difference:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtune.evaluate.answers import Answers
 from llmtune.evaluate.plan import Plan
-from llmtune.records import Difference, Evaluation, GateResult
+from llmtune.records import Difference, Evaluation, Flips, GateResult, Slice
 from llmtune.run.files import explained, plain, read_json, write_json, write_text
 
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
@@ -30,14 +30,32 @@ def load_evaluation(folder: Path) -> Evaluation | None:
     return Evaluation(
         base=numbers(saved["base"]),
         tuned=numbers(saved["tuned"]),
-        difference={metric: Difference(**numbers(value)) for metric, value in saved["difference"].items()},
+        difference=differences(saved["difference"]),
         gates=tuple(GateResult(**gate) for gate in saved["gates"]),
         samples=tuple(saved["samples"]),
         rows=saved["rows"],
         signatures=saved["signatures"],
         baseline=saved.get("baseline"),
         details=saved.get("details", {}),
+        flips={metric: load_flips(one) for metric, one in saved.get("flips", {}).items()},
+        slices={column: tuple(map(load_slice, parts)) for column, parts in saved.get("slices", {}).items()},
     )
+
+
+def differences(saved: dict[str, dict[str, Any]]) -> dict[str, Difference]:
+    """Read differences by metric."""
+    return {metric: Difference(**numbers(value)) for metric, value in saved.items()}
+
+
+def load_flips(saved: dict[str, Any]) -> Flips:
+    """Read the flips of one metric."""
+    return Flips(**saved | {name: tuple(saved[name]) for name in ("gained_rows", "lost_rows")})
+
+
+def load_slice(saved: dict[str, Any]) -> Slice:
+    """Read one slice."""
+    scores = {side: numbers(saved[side]) for side in ("base", "tuned")}
+    return Slice(**saved | scores | {"difference": differences(saved["difference"])})
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:

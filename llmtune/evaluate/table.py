@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmtune.records import Evaluation
+from llmtune.records import Evaluation, Slice
 from llmtune.report.meanings import direction
-from llmtune.report.numbers import DASH, chance, score, signed
+from llmtune.report.numbers import DASH, chance, count, score, signed
+from llmtune.report.parts import ranked
+from llmtune.report.verdict import FEWEST_ROWS
 
 
 def print_scores(evaluation: Evaluation, console: Console) -> None:
@@ -18,6 +22,14 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
         console.print("evaluate: none of the metrics could be measured")
     else:
         console.print(score_table(evaluation))
+        for column, parts in evaluation.slices.items():
+            if found := slice_table(column, parts, beside(evaluation)):
+                console.print(found)
+        for metric, flips in evaluation.flips.items():
+            console.print(
+                f"{metric}: {flips.gained} rows became right, {flips.lost} became wrong, of {flips.rows}",
+                highlight=False,
+            )
         if evaluation.baseline:
             console.print(f"baseline: {evaluation.baseline}; no model (the base has no trained head)", markup=False)
     for gate in evaluation.gates:
@@ -27,11 +39,41 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
         )
 
 
+def beside(evaluation: Evaluation) -> str:
+    """What stands beside the tuned model, by name."""
+    return "baseline" if evaluation.baseline else "base"
+
+
+def slice_table(column: str, parts: Sequence[Slice], base: str) -> Table | None:
+    """Return a row a slice, by the metric that says most; None where both models have none."""
+    metrics = ranked(list(dict.fromkeys(metric for part in parts for metric in part.difference)))
+    if not metrics:
+        return None
+    metric = metrics[0]
+    title = f"{metric} by {escape(column)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in (column, "rows", base, "tuned", "difference", "95 % interval"):
+        table.add_column(escape(heading), justify="left" if heading == column else "right", overflow="ellipsis")
+    for part in parts:
+        if (change := part.difference.get(metric)) is None:
+            continue
+        few = change.n < FEWEST_ROWS
+        table.add_row(
+            escape(part.value),
+            count(change.n),
+            score(part.base[metric]),
+            score(part.tuned[metric]),
+            signed(change.value),
+            "too few rows" if few else f"{signed(change.low)} to {signed(change.high)}",
+            style={1: "green", -1: "red", 0: ""}[direction(metric, (change.low, change.high))],
+        )
+    return table
+
+
 def score_table(evaluation: Evaluation) -> Table:
     """Return a row a metric, green where the interval of the change is wholly for the better, red for the worse."""
     table = Table(title=f"{evaluation.rows} test rows", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    beside = "baseline" if evaluation.baseline else "base"
-    for heading in ("metric", beside, "tuned", "difference", "95 % interval", "p"):
+    for heading in ("metric", beside(evaluation), "tuned", "difference", "95 % interval", "p"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for metric, tuned in evaluation.tuned.items():
         change = evaluation.difference.get(metric)

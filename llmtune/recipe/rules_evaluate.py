@@ -13,7 +13,7 @@ from llmtune.recipe.rules_tasks import default_metrics, unmeasured
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
 
-MEASURING = ("metrics", "gates", "limit", "choices", "samples")
+MEASURING = ("metrics", "gates", "limit", "choices", "samples", "slices")
 CHOICE = "choice_accuracy"
 
 
@@ -30,6 +30,8 @@ def evaluate_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
                 fix = "Give data.test a share of the rows or sources, or remove it."
                 yield idle(key, "without test rows", fix, "data.test")
         return
+    if len(set(evaluate.slices)) < len(evaluate.slices):
+        yield Finding("evaluate.slices", "'evaluate.slices' names a column twice", "Name each once.")
     yield from metric_findings(recipe, places)
     yield from gate_findings(recipe)
 

@@ -237,7 +237,14 @@ class EvaluateSection(Section):
         default=5,
         ge=0,
         le=1000,
-        description="Answers shown side by side in the report. Default 5: enough to see the manner.",
+        description="Answers shown side by side in the report, and at most so many (but no more than 5) of the rows"
+        " that flipped from wrong to right, or from right to wrong. Default 5: enough to see the manner.",
+    )
+    slices: Many[str] = Field(
+        default=(),
+        description="Columns of the rows, used by the task or not: the scores are also given for each value of them, "
+        "with their intervals. Numbers of many values are put into four ranges. Default none: a part of "
+        "the rows is worth a look where somebody has a question about it.",
     )
     benchmarks: Many[str] = Field(
         default=(), description="Public benchmarks. Comes with a later release; none until then."

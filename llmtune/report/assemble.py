@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.recipe import Recipe
-from llmtune.records import Difference, Evaluation, GateResult, StepTiming
+from llmtune.records import Difference, Evaluation, GateResult, Slice, StepTiming
 
 
 def assemble(
@@ -21,6 +21,7 @@ def assemble(
     evaluation: Evaluation | None,
     gates: Sequence[GateResult],
     hardware: Mapping[str, Any],
+    explanations: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build the dictionary that becomes report.json; parts that a stopped run has not reached are None.
 
@@ -33,6 +34,7 @@ def assemble(
         evaluation: scores of base and tuned model.
         gates: what became of each gate.
         hardware: where it ran.
+        explanations: names of the pages that look inside its model.
     """
     steps = manifest["steps"]
     prepare, encode = _facts(steps, "prepare"), _facts(steps, "encode")
@@ -53,6 +55,7 @@ def assemble(
         "evaluation": _scores(evaluation) if evaluation else None,
         "gates": [asdict(gate) for gate in gates],
         "deploy": _facts(steps, "deploy"),
+        "explanations": list(explanations),
     }
 
 
@@ -96,10 +99,18 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
         "signatures": evaluation.signatures,
         "rows": evaluation.rows,
         "details": evaluation.details,
+        "flips": {metric: asdict(found) for metric, found in evaluation.flips.items()},
+        "slices": {column: [_slice(one) for one in parts] for column, parts in evaluation.slices.items()},
     }
 
 
+def _slice(found: Slice) -> dict[str, Any]:
+    changes = {metric: difference_json(value) for metric, value in found.difference.items()}
+    return {**asdict(found), "difference": changes}
+
+
 def difference_json(difference: Difference) -> dict[str, Any]:
-    """`{value, interval: [low, high], p, n}`."""
+    """`{value, interval: [low, high], p, n, test}`."""
     interval = [difference.low, difference.high]
-    return {"value": difference.value, "interval": interval, "p": difference.p, "n": difference.n}
+    about = {"p": difference.p, "n": difference.n, "test": difference.test}
+    return {"value": difference.value, "interval": interval, **about}

@@ -18,8 +18,13 @@ LONGEST_LABEL = 19
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
-def line_chart(series: Sequence[tuple[str, Sequence[Point]]], *, label: str, height: int = 240) -> Markup:
-    """Draw lines over steps; each series is (CSS class, points). Points that are NaN or beyond 1e30 are left out."""
+def line_chart(
+    series: Sequence[tuple[str, Sequence[Point]]], *, label: str, height: int = 240, axis: str = "step"
+) -> Markup:
+    """Draw lines over steps, or over what `axis` says; each series is (CSS class, points).
+
+    Points that are NaN or beyond 1e30 are left out.
+    """
     lines = [(name, thin([point for point in points if abs(point[1]) < TOO_LARGE])) for name, points in series]
     points = [point for _, line in lines for point in line]
     if not points:
@@ -36,7 +41,7 @@ def line_chart(series: Sequence[tuple[str, Sequence[Point]]], *, label: str, hei
 
     parts = [grid_line(y_at(y), short(y)) for y in ys]
     parts += [text(x_at(x), height - BOTTOM + 18, short(x), "middle") for x in xs if x_low <= x <= x_high]
-    parts.append(text(WIDTH - RIGHT, height - 2, "step", "end"))
+    parts.append(text(WIDTH - RIGHT, height - 2, axis, "end"))
     for name, line in lines:
         at = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line)
         if len(line) > 1:

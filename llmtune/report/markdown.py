@@ -23,6 +23,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         gates(view),
         scores(view),
         classes(view),
+        slices(view),
+        flips(view),
         samples(view),
         figures(view),
         f"Made by llmtune {plain(view['version'])}; `report.html` beside this file has curves, data and recipe.",
@@ -99,6 +101,27 @@ def classes(view: Mapping[str, Any]) -> str:
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def slices(view: Mapping[str, Any]) -> str:
+    """A table a column: each slice by the metric that says most."""
+    parts = []
+    for part in view["slices"]:
+        for found in part["tables"][:1]:
+            rows = [
+                [code(row["value"]), row["base"], row["tuned"], row["change"], row["interval"], row["n"]]
+                for row in found["rows"]
+            ]
+            heads = [code(part["column"]), view["base_name"], "tuned", "difference", "95 % interval", "rows"]
+            parts += [f"### {plain(part['column'])}: {plain(found['metric'])}", table(heads, rows)]
+    return "\n\n".join(["## Scores by slice", *parts]) if parts else ""
+
+
+def flips(view: Mapping[str, Any]) -> str:
+    """How many rows changed sides, each way."""
+    rows = [[code(part["metric"]), *(way["count"] for way in part["ways"]), part["rows"]] for part in view["flips"]]
+    heads = ["metric", "wrong before, right now", "right before, wrong now", "rows"]
+    return "## What flipped\n\n" + table(heads, rows) if rows else ""
 
 
 def samples(view: Mapping[str, Any]) -> str:

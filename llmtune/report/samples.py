@@ -20,10 +20,11 @@ LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 
 def samples(evaluation: Mapping[str, Any] | None, task: str | None) -> list[dict[str, Any]]:
     """Rows side by side, each answer marked right where it is the reference."""
-    return [_sample(sample, evaluation or {}, task) for sample in (evaluation or {}).get("samples") or []]
+    return [sample_view(sample, evaluation or {}, task) for sample in (evaluation or {}).get("samples") or []]
 
 
-def _sample(sample: Mapping[str, Any], evaluation: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+def sample_view(sample: Mapping[str, Any], evaluation: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+    """Make one row ready: prompt, reference, and what either model said."""
     reference, prompt = str(sample.get("reference", "")), str(sample.get("prompt", ""))
     names = {"base": base_name(evaluation), "tuned": "tuned"}
     answers = []

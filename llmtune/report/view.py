@@ -7,8 +7,10 @@ from typing import Any
 
 from llmtune.report.charts import bar_chart, interval_chart, line_chart
 from llmtune.report.classes import SIDES, class_counts, class_scores, confusion
+from llmtune.report.explanations import inside
 from llmtune.report.meanings import HEADLINES, LOWER_IS_BETTER, NEAREST_TO_ONE, better_side, direction, note
 from llmtune.report.numbers import DASH, chance, count, duration, missing, score, share, signed, size
+from llmtune.report.parts import flips, slices
 from llmtune.report.samples import base_name, samples
 from llmtune.report.verdict import FEWEST_ROWS, HARMED, HELPED, MIXED
 
@@ -40,6 +42,9 @@ def make_view(report: Facts) -> dict[str, Any]:
         "worded": task in WRITING_TASKS and bool(WORDED & ((evaluation or {}).get("tuned") or {}).keys()),
         "classes": class_scores(evaluation, task),
         "confusion": confusion(evaluation),
+        "flips": flips(evaluation, task),
+        "slices": slices(evaluation),
+        "exact_tests": exact_tests(evaluation),
         "samples": samples(evaluation, task),
         "judged": task == "preference",
         "signatures": dict((evaluation or {}).get("signatures") or {}),
@@ -50,6 +55,7 @@ def make_view(report: Facts) -> dict[str, Any]:
         "steps": steps(report.get("steps") or []),
         "hardware": hardware(report.get("hardware") or {}),
         "deploy": flat(report.get("deploy") or {}),
+        "inside": inside(report),
         "recipe": report.get("recipe_yaml") or "",
     }
 
@@ -124,6 +130,12 @@ def scores(evaluation: Facts | None, task: str | None = None) -> list[dict[str, 
             }
         )
     return rows
+
+
+def exact_tests(evaluation: Facts | None) -> str:
+    """The metrics whose p is that of McNemar's exact test."""
+    changes = (evaluation or {}).get("difference") or {}
+    return ", ".join(metric for metric, change in changes.items() if change.get("test") == "McNemar exact")
 
 
 def difference_picture(metric: str, value: Any, low: Any, high: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from llmtune.report.explanations import find_explanations
 from llmtune.report.junit import to_junit
 from llmtune.report.markdown import to_markdown
 from llmtune.report.redaction import redact_all
@@ -32,6 +33,22 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in zip(FILES, texts, strict=True):
         replace_file(folder / name, text)
+
+
+def link_explanations(run: Path) -> bool:
+    """Write the report of a run anew with links to the pages that are there now; nothing else in it changes.
+
+    Returns:
+        False where the run has no report yet, or none that can be read: then nothing is written.
+    """
+    try:
+        report = json.loads((run / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(report, dict):
+        return False
+    write_report({**report, "explanations": find_explanations(run)}, run)
+    return True
 
 
 def to_html(report: Mapping[str, Any]) -> str:

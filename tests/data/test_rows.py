@@ -253,7 +253,7 @@ def test_the_columns_of_a_side_are_id_origin_and_row(tmp_path):
     rows = prepare(tmp_path, "a.jsonl")
     with pa.memory_map(str(rows.files["train"])) as source:
         table = pa.ipc.open_file(source).read_all()
-        assert table.column_names == ["id", "origin", "row"]
+        assert table.column_names == ["id", "origin", "row", "columns"]
         [row] = table.to_pylist()
     assert len(bytes.fromhex(row["id"])) == 16
     assert json.loads(row["row"]) == chat("q")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -8,41 +9,97 @@ import pytest
 from llmtune.evaluate import statistics
 from llmtune.evaluate.metrics import ratio
 from llmtune.evaluate.statistics import difference, difference_weighted, draw_counts, mcnemar, resample
+from llmtune.report import verdict
 
-ROWS, TRIALS = 60, 500
+ROWS, TRIALS = 60, 600
 
 
 def ones(values):
     return np.stack([np.asarray(values, dtype=float), np.ones(len(values))], axis=1)
 
 
-def right_or_wrong(generator):
-    base = generator.random(ROWS) < 0.4
-    tuned = np.where(generator.random(ROWS) < 0.5, base, generator.random(ROWS) < 0.7)
-    return ones(base), ones(tuned), 0.5 * (0.7 - 0.4)
+def flips(generator, rows, gained, lost, right=0.4):
+    """Rows of which shares `gained` and `lost` change sides, and `right` stay right."""
+    place = generator.random(rows)
+    base = place < right + lost
+    tuned = (place < right) | ((place >= right + lost) & (place < right + lost + gained))
+    return ones(base), ones(tuned), gained - lost
 
 
-def losses_of_rows_of_unequal_length(generator):
-    tokens = generator.integers(5, 60, ROWS).astype(float)
-    hardness = generator.gamma(2, 1, ROWS)
-    base = tokens * (hardness + generator.gamma(1, 0.5, ROWS))
-    tuned = tokens * (0.8 * hardness + generator.gamma(1, 0.5, ROWS))
+def losses_of_rows_of_unequal_length(generator, rows=ROWS):
+    tokens = generator.integers(5, 60, rows).astype(float)
+    hardness = generator.gamma(2, 1, rows)
+    base = tokens * (hardness + generator.gamma(1, 0.5, rows))
+    tuned = tokens * (0.8 * hardness + generator.gamma(1, 0.5, rows))
     return np.stack([base, tokens], 1), np.stack([tuned, tokens], 1), -0.4
 
 
-def skewed_scores(generator):
-    return ones(generator.beta(0.5, 1, ROWS)), ones(generator.beta(1, 1, ROWS)), 1 / 2 - 1 / 3
+def skewed_scores(generator, rows):
+    return ones(generator.beta(0.5, 1, rows)), ones(generator.beta(1, 1, rows)), 1 / 2 - 1 / 3
 
 
-@pytest.mark.parametrize("draw", [right_or_wrong, losses_of_rows_of_unequal_length, skewed_scores])
-def test_nineteen_of_twenty_intervals_hold_the_true_difference(draw):
-    generator = np.random.default_rng(7)
-    hits = 0
-    for trial in range(TRIALS):
-        base, tuned, true = draw(generator)
-        found = difference(base, tuned, ratio, right_wrong=draw is right_or_wrong, seed=trial, resamples=1000)
+def a_few_long_tails(generator, rows):
+    base = generator.lognormal(0, 1, rows)
+    added, taken = generator.lognormal(0, 1, (2, rows))
+    return ones(base + added), ones(0.9 * base + taken), -0.1 * math.exp(0.5)
+
+
+def scores_that_seldom_move(generator, rows):
+    base = generator.beta(0.5, 1, rows)
+    return ones(base), ones(base + (generator.random(rows) < 0.2) * generator.beta(1, 2, rows)), 0.2 / 3
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    monkeypatch.setattr(
+        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
+    )
+
+
+def coverage(draw, rows, right_wrong):
+    """The share of intervals that hold the true difference."""
+    generator, hits = np.random.default_rng(7), 0
+    for _ in range(TRIALS):
+        base, tuned, true = draw(generator, rows)
+        found = difference(base, tuned, ratio, right_wrong=right_wrong, seed=0, resamples=1000)
         hits += found.low <= true <= found.high
-    assert 0.92 <= hits / TRIALS <= 0.97
+    return hits / TRIALS
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize(
+    "shares", [(0.35, 0.05), (0.25, 0.25), (0.12, 0.02)], ids=lambda shares: "{}-{}".format(*shares)
+)
+def test_nineteen_of_twenty_intervals_of_right_or_wrong_hold_the_true_difference(rows, shares):
+    assert 0.92 <= coverage(partial(flips, gained=shares[0], lost=shares[1]), rows, right_wrong=True) <= 0.97
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize(
+    "draw", [losses_of_rows_of_unequal_length, skewed_scores, a_few_long_tails, scores_that_seldom_move]
+)
+def test_nineteen_of_twenty_intervals_of_numbers_hold_the_true_difference(rows, draw):
+    assert 0.92 <= coverage(draw, rows, right_wrong=False) <= 0.97
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("shares", [(0.01, 0.01), (0.02, 0.01), (0.95, 0.0)])
+def test_where_hardly_a_row_flips_or_all_do_intervals_are_wide_rather_than_narrow(shares):
+    assert coverage(partial(flips, gained=shares[0], lost=shares[1], right=0.05), 60, right_wrong=True) >= 0.95
+
+
+@pytest.mark.usefixtures("drawn_once")
+def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
+    generator, wrong = np.random.default_rng(3), 0
+    for _ in range(TRIALS):
+        base, tuned, _ = flips(generator, 100, 0.08, 0.08)
+        change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
+        told = {"value": change.value, "interval": [change.low, change.high], "p": change.p, "n": change.n}
+        wrong += verdict({"evaluation": {"difference": {"exact_match": told}}})["word"] != "can't tell"
+    assert wrong / TRIALS <= 0.06
 
 
 def test_the_interval_of_equal_models_is_zero():

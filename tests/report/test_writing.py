@@ -61,6 +61,7 @@ def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path)
         "gates",
         "scores",
         "samples",
+        "inside",
         "training",
         "data",
         "model",

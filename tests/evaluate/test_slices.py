@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from llmtune.data import load_rows, prepare_rows
+from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate import load_evaluation, save_evaluation
+from llmtune.evaluate.measure import Measure, compare, measure_right
+from llmtune.evaluate.ranks import measure_correlation
+from llmtune.evaluate.slices import Parts, read_slices, score_slices, take_apart
+from llmtune.recipe import load_recipe
+
+ROWS = 40
+COLOURS = ("red", "green")
+
+
+def right(values, at=None):
+    found = measure_right(list(values), "exact_match")
+    return Measure(found.metric, found.sums_NK, found.formula, True, at=tuple(at or range(len(values))))
+
+
+def rows_of_two_kinds(extra=()):
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i} colour?"},
+                {"role": "assistant", "content": COLOURS[i % 2]},
+            ],
+            "topic": ["sea", "sky", "wood"][i % 3],
+            "size": i * 10,
+            **dict(extra),
+        }
+        for i in range(ROWS)
+    ]
+
+
+def test_a_value_is_a_slice_the_most_frequent_first_and_what_is_missing_last():
+    parts = take_apart(["b", None, "a", "b", "", "c", "a", "b"])
+    assert parts.names == ("b", "a", "c", "(none)")
+    assert parts.by_row == ("b", "(none)", "a", "b", "(none)", "c", "a", "b")
+
+
+def test_of_many_values_the_twelve_most_frequent_stand_alone():
+    values = [f"v{i:02}" for i in range(20)] + ["v07", "v07", "v19"]
+    parts = take_apart(values)
+    assert parts.names[:3] == ("v07", "v19", "v00")
+    assert parts.names[-1] == "(other)"
+    assert len(parts.names) == 13
+    assert parts.by_row.count("(other)") == 8
+
+
+def test_numbers_of_many_values_are_put_into_four_ranges_of_as_many_rows():
+    parts = take_apart([*range(100, 200), None])
+    assert parts.names == ("up to 124", "above 124, up to 149", "above 149, up to 174", "above 174", "(none)")
+    assert [parts.by_row.count(name) for name in parts.names] == [25, 25, 25, 25, 1]
+    assert take_apart([i * 1_000_000 for i in range(16)]).names[0] == "up to 3000000"
+    assert take_apart([i / 64 for i in range(16)]).names[0] == "up to 0.046875"
+    assert parts.by_row[24:26] == ("up to 124", "above 124, up to 149")
+
+
+def test_ranges_without_a_row_are_left_out_and_every_row_has_one():
+    values = [0] * 90 + list(range(1, 20))
+    parts = take_apart(values)
+    assert len(parts.by_row) == len(values)
+    assert set(parts.by_row) == set(parts.names)
+
+
+def test_numbers_of_few_values_truth_values_and_lists_are_values_as_any():
+    assert take_apart([30, 4, 30]).names == ("4", "30")
+    assert take_apart([True, False, True]).names == ("true", "false")
+    assert take_apart([["a", "é"], ["a", "é"]]).names == ('["a", "é"]',)
+    assert take_apart([math.nan, 1.0, *range(20)]).names[-1] == "(other)"
+
+
+def test_a_long_value_stands_on_one_line_and_shortened():
+    (name,) = take_apart(["word \n" * 50]).names
+    assert len(name) == 80
+    assert name.startswith("word word ")
+    assert name.endswith("…")
+
+
+def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
+    generator = np.random.default_rng(0)
+    before, after = generator.random(60) < 0.4, generator.random(60) < 0.8
+    parts = Parts(("a", "b"), tuple("ab"[i % 2] for i in range(60)))
+    found = score_slices({"kind": parts}, {"exact_match": right(before)}, {"exact_match": right(after)}, 7)["kind"]
+    assert [(one.value, one.rows) for one in found] == [("a", 30), ("b", 30)]
+    for start, one in enumerate(found):
+        assert one.base["exact_match"] == pytest.approx(before[start::2].mean())
+        assert one.tuned["exact_match"] == pytest.approx(after[start::2].mean())
+        assert one.difference["exact_match"] == compare(right(before[start::2]), right(after[start::2]), 7)
+
+
+def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
+    parts = Parts(("a", "b"), ("a", "b", "a", "b"))
+    some = right([True, False], at=(0, 2))
+    (a, b) = score_slices({"kind": parts}, {"exact_match": some}, {"exact_match": some}, 0)["kind"]
+    assert (a.rows, a.difference["exact_match"].n, a.tuned["exact_match"]) == (2, 2, 0.5)
+    assert (b.rows, b.tuned, b.difference) == (2, {}, {})
+
+
+def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
+    generator = np.random.default_rng(0)
+    wanted, found = generator.random(40), generator.random(40)
+    whole = measure_correlation("spearman", found, wanted)
+    part = measure_correlation("spearman", found[::2], wanted[::2])
+    sliced = Measure(whole.metric, whole.sums_NK, None, weighted=whole.weighted, at=tuple(range(40))).of(
+        range(0, 40, 2)
+    )
+    assert sliced.value == pytest.approx(part.value)
+    assert compare(sliced, sliced, 0).n == 20
+
+
+def test_a_slice_of_few_rows_has_scores_and_no_interval():
+    parts = Parts(("a",), ("a",) * 9)
+    (one,) = score_slices({"k": parts}, {"m": right([False] * 9)}, {"m": right([True] * 9)}, 0)["k"]
+    change = one.difference["m"]
+    assert (change.value, change.n) == (1, 9)
+    assert math.isnan(change.low)
+    assert change.p == 1
+
+
+def test_both_models_are_scored_on_each_slice_and_it_comes_back_from_disk(make_bench, tmp_path):
+    bench = make_bench(TWO_SLICES, rows_of_two_kinds())
+    found = bench.evaluate(gates=())
+    by_topic, by_size = found.slices["topic"], found.slices["size"]
+    assert {one.value for one in by_topic} == {"sea", "sky", "wood"}
+    assert sum(one.rows for one in by_topic) == sum(one.rows for one in by_size) == found.rows
+    for metric in ("loss", "exact_match"):
+        assert {metric} <= by_topic[0].base.keys() & by_topic[0].tuned.keys() & by_topic[0].difference.keys()
+    mean = sum(one.rows * one.tuned["exact_match"] for one in by_topic) / found.rows
+    assert mean == pytest.approx(found.tuned["exact_match"])
+    assert "exact_match by topic" in bench.console.file.getvalue()
+    save_evaluation(found, tmp_path / "saved")
+    assert repr(load_evaluation(tmp_path / "saved")) == repr(found)
+
+
+TWO_SLICES = """
+recipe_version: 1
+name: colours
+task: chat
+data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: none}}
+model: {{name: {model}, dtype: float32}}
+generation: {{max_new_tokens: 4}}
+evaluate: {{metrics: [loss, exact_match], slices: [topic, size]}}
+"""
+
+
+def prepared(folder, console, rows, slices, **data):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text("task: chat\ndata: {train: rows.jsonl, test: 0.4}\nmodel: {name: m}\n")
+    sets = [f"evaluate.slices={json.dumps(slices)}", *(f"data.{key}={json.dumps(data[key])}" for key in data)]
+    return prepare_rows(load_recipe(str(folder / "recipe.yaml"), sets).recipe, folder / "prepared", console)
+
+
+def test_columns_change_what_is_kept_beside_the_rows_and_nothing_of_the_rows(tmp_path, console):
+    rows = rows_of_two_kinds()
+    without = prepared(tmp_path, console, rows, [], deduplicate="none")
+    with_topic = prepared(tmp_path, console, rows, ["topic"], deduplicate="none")
+    again = prepared(tmp_path, console, rows, ["topic"], deduplicate="none")
+    moved = prepared(tmp_path, console, [{**row, "topic": "sea"} for row in rows], ["topic"], deduplicate="none")
+    assert without.columns_hash == ""
+    assert without.content_hash == with_topic.content_hash == moved.content_hash
+    assert with_topic.columns_hash == again.columns_hash != moved.columns_hash
+    assert load_rows(tmp_path / "prepared") == moved
+
+
+def test_a_column_that_the_task_uses_can_be_a_slice_and_one_that_is_renamed(tmp_path, console):
+    rows = [{"prompt": f"{i} colour?", "answer": COLOURS[i % 2], "source": "x"} for i in range(ROWS)]
+    source = {"path": str(tmp_path / "rows.jsonl"), "columns": {"completion": "answer"}}
+    found = prepared(tmp_path, console, rows, ["completion", "answer"], deduplicate="none", train=source)
+    parts = read_slices(found, ["completion", "answer"], range(found.counts["test"]))
+    assert set(parts["completion"].names) == set(COLOURS)
+    assert parts["completion"] == parts["answer"]
+
+
+def test_an_unknown_column_is_an_error_with_the_nearest_match_and_all_there_are(tmp_path, console):
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, console, rows_of_two_kinds(), ["topc", "size", "page"], deduplicate="none")
+    first, second = caught.value.problems
+    assert (first.what, first.where) == ("no test row has a column 'topc'", "evaluate.slices")
+    assert first.fix == "Did you mean 'topic'? The columns are: messages, topic, size."
+    assert "'page'" in second.what
+
+
+def test_a_column_of_the_training_file_alone_is_no_slice(tmp_path, console):
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_two_kinds({"good": 1})[:9]))
+    rows = [{**row, "other": 1} for row in rows_of_two_kinds()[9:]]
+    test = str(tmp_path / "held.jsonl")
+    assert prepared(tmp_path, console, rows, ["good"], deduplicate="none", test=test).columns == ("good",)
+    with pytest.raises(DataError, match="no test row has a column 'other'"):
+        prepared(tmp_path, console, rows, ["other"], deduplicate="none", test=test)
+
+
+def test_rows_that_were_prepared_without_the_column_say_how_to_get_it(tmp_path, console):
+    found = prepared(tmp_path, console, rows_of_two_kinds(), ["topic"], deduplicate="none")
+    with pytest.raises(DataError, match="prepared without their column 'size'") as caught:
+        read_slices(found, ["topic", "size"], range(5))
+    assert "Run the recipe again" in str(caught.value)
+
+
+def test_slices_named_twice_or_without_test_rows_are_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("task: chat\ndata: {train: rows.jsonl}\nmodel: {name: m}\n")
+    with pytest.raises(RecipeError, match="names a column twice"):
+        load_recipe(str(tmp_path / "recipe.yaml"), ["evaluate.slices=[a, a]"])
+    with pytest.raises(RecipeError, match=r"evaluate\.slices"):
+        load_recipe(str(tmp_path / "recipe.yaml"), ["evaluate.slices=[a]", "data.test=0"])
