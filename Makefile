@@ -72,8 +72,9 @@ format: $(READY)  ## Bring the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(READY)  ## Write the generated pages anew
+docs: $(READY) $(MODELS)  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/pictures.py
 
 # Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions.
 bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS and LLAMAFACTORY may be set

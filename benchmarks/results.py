@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-OURS = "llmtune"
+OURS, SETTLED = "llmtune", "llmtune-settled"
 NAMES = {
     "llmtune": "llmtune",
     "llmtune-settled": "llmtune, micro-batches as it settles them",
@@ -68,7 +68,21 @@ def write_training(found: Found) -> str:
         row += [spread([value / 1e6 for value in values(measured, key)], "{:.0f}", " MB") for key in MEMORY]
         row += [f"{median(values(measured, 'supervised_share')):.0%}", f"{measured[0]['trainable']:,}"]
         rows.append(row)
-    return "\n\n".join([settings, table(head, rows), write_limit(runs.get(OURS, [])), write_versions(runs)])
+    parts = [settings, table(head, rows), write_settled(runs), write_limit(runs.get(OURS, [])), write_versions(runs)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_settled(runs: dict[str, list[Found]]) -> str:
+    """Return what llmtune does beside the others with the micro-batches that it settles by itself."""
+    others = [tool for tool in runs if tool not in {OURS, SETTLED}]
+    if SETTLED not in runs or not others:
+        return ""
+    told = [
+        f"{against(runs, tool, 'tokens_per_cpu_second', SETTLED)} the tokens per cpu-s of {NAMES.get(tool, tool)} with "
+        f"{against(runs, tool, 'peak_bytes', SETTLED)} of its peak memory"
+        for tool in others
+    ]
+    return f"With micro-batches as it settles them llmtune does {'; '.join(told)}."
 
 
 def write_limit(ours: Sequence[Found]) -> str:
@@ -194,11 +208,11 @@ def values(runs: Sequence[Found], key: str) -> list[float]:
     return [run[key] for run in runs]
 
 
-def against(runs: dict[str, list[Found]], tool: str, key: str) -> str:
+def against(runs: dict[str, list[Found]], tool: str, key: str, ours: str = OURS) -> str:
     """Return llmtune's figure divided by a tool's, turn by turn."""
-    if tool == OURS or OURS not in runs:
+    if tool in {OURS, SETTLED} or ours not in runs:
         return ""
-    ratios = [ours[key] / theirs[key] for ours, theirs in zip(runs[OURS], runs[tool], strict=True)]
+    ratios = [own[key] / theirs[key] for own, theirs in zip(runs[ours], runs[tool], strict=True)]
     return spread(ratios, "{:.2f}", "x")
 
 

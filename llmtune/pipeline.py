@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__, hashes
 from llmtune.adapter import describe, find_adapter, inject
-from llmtune.data import hash_sources, load_rows, prepare_rows
+from llmtune.data import load_rows, prepare_rows
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
@@ -42,13 +42,13 @@ from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows
-from llmtune.report import assemble, write_report
+from llmtune.report import assemble, find_explanations, write_report
 from llmtune.run.environment import is_remote_model, refuse_network
 from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.run.folder import RunFolder, default_path, look_at_run, open_run
-from llmtune.run.lock import Pins, hardware, own_pins, package_versions, read_pins, write_lock
+from llmtune.run.lock import hardware, hash_keys, note_trained, own_pins, package_versions, read_pins
 from llmtune.train import train
-from llmtune.work import Options, Work, locate_pinned, trained_name
+from llmtune.work import Options, Work, locate_pinned, lock_run, trained_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ def run_pipeline(
     path = options.out or default_path(recipe.name, loaded.fingerprint)
     refuse_network(recipe, offline=options.offline)
     check_kernels(recipe, pick_device())
-    held = read_pins(options.lock) if options.lock else None
+    held = options.pins or (read_pins(options.lock) if options.lock else None)
     start = recipe.adapter.start_from
     if start is not None:
         find_adapter(Path(start))
@@ -80,7 +80,9 @@ def run_pipeline(
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
-        work = Work(recipe, folder, console, options.offline, held or own_pins(path), held=held is not None)
+        folder.findings.update(options.settled)
+        pins = held or own_pins(path)
+        work = Work(recipe, folder, console, options.offline, pins, held is not None, options.settled)
         _run_steps(work, loaded, options, trainer or train_here)
         return conclude(work, gated=options.until in {"run", "evaluate"})
 
@@ -267,12 +269,16 @@ def fit(
     for step in ("evaluate", "deploy"):
         steps.pop(step, None)  # of another training
     if steps.get("train", {}).get("inputs") != inputs:
-        work.folder.findings["micro_batch_tokens"] = plan.tokens
+        work.folder.findings["micro_batch_tokens"] = work.settled.get("micro_batch_tokens", plan.tokens)
+        shutil.rmtree(work.folder.path / "explain", ignore_errors=True)  # of another training too
     work.folder.findings["start_from"] = hashes.adapter_settings(work.recipe)[-1]
+    work.folder.manifest.pop("lock", None)
     work.folder.write()
-    _lock(work, loaded, place)
+    lock_run(work, place, loaded.fingerprint)
     work.begin("adapt")
     trainer(work, place, examples, adapt_inputs, inputs)
+    work.folder.manifest["lock"] = note_trained(work.folder.path, trained_name(work.recipe))
+    work.folder.write()
 
 
 def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
@@ -294,7 +300,7 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: 
             on_budget=lambda tokens: work.folder.note(micro_batch_tokens=tokens),
             inputs=inputs,
         )
-        facts |= trained.as_facts()
+        facts |= {**trained.as_facts(), "processes": 1}
     del adapted
     gc.collect()  # the model is in reference cycles; evaluation loads its own
 
@@ -308,7 +314,7 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
         if evaluation is not None:
             print_scores(replace(evaluation, gates=check_gates(work.recipe.evaluate.gates, evaluation)), work.console)
         return
-    with work.folder.step("evaluate", inputs, ["evaluation"]), staged(target) as folder:
+    with work.folder.step("evaluate", inputs, ["evaluation"]) as facts, staged(target) as folder:
         models = Models(work, place, processor)
         contexts = {"base": models.before, "tuned": models.tuned}
         task, recipe, console = work.task, work.recipe, work.console
@@ -326,6 +332,8 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             packs=lambda: models.packs,
         )
         save_evaluation(evaluation, folder)
+        facts |= {"trained": hash_folder(work.folder.path / trained_name(recipe))}
+        facts |= {"recipe": hash_keys(work.folder.path / "recipe.yaml", judging=True)}
 
 
 def deploy(work: Work, place: ModelPlace) -> None:
@@ -353,6 +361,7 @@ def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> 
         evaluation=evaluation,
         gates=gates,
         hardware={**hardware(), "device": pick_device(), "packages": package_versions()},
+        explanations=find_explanations(folder.path),
     )
 
 
@@ -363,18 +372,6 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 def _evaluation(folder: RunFolder) -> Evaluation | None:
     done = folder.manifest["steps"].get("evaluate", {}).get("state") == "done"
     return load_evaluation(folder.path / "evaluation") if done else None
-
-
-def _lock(work: Work, loaded: LoadedRecipe, place: ModelPlace) -> None:
-    template = work.read_processor(place).chat_template
-    write_lock(
-        work.folder.path,
-        Pins(place.name, place.revision, place.content_hash, hash_sources(work.recipe.data, work.recipe.task)),
-        fingerprint=loaded.fingerprint,
-        template_hash=hash_value(template),
-        seed=work.recipe.seed,
-        threads=torch.get_num_threads(),
-    )
 
 
 def rehearse(work: Work) -> dict[str, Any]:

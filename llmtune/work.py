@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
+from llmtune.adapter import find_adapter
+from llmtune.data import list_sources
 from llmtune.model import load_processor, locate, pick_device
+from llmtune.model.device import describe_device
 from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import Recipe
 from llmtune.records import ModelPlace, Rows, Task
+from llmtune.run.files import hash_value
 from llmtune.run.folder import RunFolder
-from llmtune.run.lock import Pins, check_pin
+from llmtune.run.lock import Pins, check_pin, write_lock
 from llmtune.tasks import choose_form, get_task
 
 if TYPE_CHECKING:
@@ -33,6 +39,10 @@ class Options:
     dry_run: bool = False
     until: str = "run"
     """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
+    pins: Pins | None = None
+    """What to hold still instead of what `lock` says."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
 
 
 @dataclass
@@ -47,6 +57,8 @@ class Work:
     """What a lock holds still: the one named with --lock, else the run's own of an earlier start."""
     held: bool = False
     """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """What another run found out, and this one keeps."""
     skipped: dict[str, bool] = field(default_factory=dict)
     form: Task | None = None
     processors: dict[Path, PreTrainedTokenizerBase] = field(default_factory=dict)
@@ -108,6 +120,25 @@ def locate_pinned(work: Work, name: str) -> ModelPlace:
     if work.held:
         check_pin("the model's content", pins.model_hash, place.content_hash)
     return place
+
+
+def lock_run(work: Work, place: ModelPlace, fingerprint: str) -> None:
+    """Write llmtune.lock: all that training starts from, file by file."""
+    recipe = work.recipe
+    data_hash, files = list_sources(recipe.data, recipe.task)
+    start = recipe.adapter.start_from
+    write_lock(
+        work.folder.path,
+        Pins(place.name, place.revision, place.content_hash, data_hash),
+        fingerprint=fingerprint,
+        template_hash=hash_value(work.read_processor(place).chat_template),
+        seed=recipe.seed,
+        threads=torch.get_num_threads(),
+        model=place.path,
+        sources=[{"source": file.source, "path": file.path, file.kind: file.hash} for file in files],
+        start_from=find_adapter(Path(start)) if start else None,
+        device=describe_device(work.device),
+    )
 
 
 def trained_name(recipe: Recipe) -> str:

@@ -57,7 +57,7 @@ def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
             # Inside: once training counts as done, nothing would note adapt any more.
             with work.folder.step("adapt", adapt_inputs) as adapted:
                 adapted |= found["adapt"]
-            facts |= found["train"]
+            facts |= {**found["train"], "processes": processes}
 
     return trainer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,13 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmtune.errors import EnvironmentProblem
-
-
-def find_cache() -> Path:
-    """Return `$LLMTUNE_CACHE`, or `llmtune` in `$XDG_CACHE_HOME`, or `~/.cache/llmtune`."""
-    if own := os.environ.get("LLMTUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtune"
+from llmtune.run.files import find_cache as find_cache
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -34,6 +34,13 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def describe_device(device: str) -> dict[str, str]:
+    """Name what computes, as far as it decides the last bits of a result: the card, or the processor's vector units."""
+    if device.startswith("cuda"):
+        return {"device": "cuda", "card": torch.cuda.get_device_name()}
+    return {"device": device, "vector_units": torch.backends.cpu.get_cpu_capability()}
+
+
 def has_fast_bfloat16(device: str) -> bool:
     """Say whether `device` multiplies bfloat16 faster than float32: Ampere and later, AVX512-BF16, AMX."""
     if device.startswith("cuda"):

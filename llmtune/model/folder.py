@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.run.files import list_model
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
 
-_HASHED = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -52,17 +52,9 @@ def hash_model(folder: Path) -> str:
     A file of the hub's cache that is named by its own sha256 is not read again.
     """
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _HASHED):
-        total.update(f"{path.name}\0{_hash_file(path)}\n".encode())
+    for name, found in list_model(folder).items():
+        total.update(f"{name}\0{found}\n".encode())
     return total.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    stored = path.resolve()
-    if path.is_symlink() and stored.parent.name == "blobs" and len(stored.name) == 64:
-        return stored.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe_missing_config(folder: Path) -> Problem:

@@ -99,7 +99,7 @@ def names_remote(recipe: Recipe) -> bool:
 
 def is_remote_model(name: str) -> bool:
     """Whether a model's name is that of a hub."""
-    return not name.startswith("builtin:") and not Path(name).exists()
+    return not name.startswith(("builtin:", "/")) and not Path(name).exists()
 
 
 def _is_remote_source(source: Source) -> bool:

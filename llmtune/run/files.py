@@ -16,8 +16,16 @@ from typing import Any
 from llmtune.errors import EnvironmentProblem
 
 BLOCK_BYTES = 1 << 20
+MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG}
+
+
+def find_cache() -> Path:
+    """Return `$LLMTUNE_CACHE`, or `llmtune` in `$XDG_CACHE_HOME`, or `~/.cache/llmtune`."""
+    if own := os.environ.get("LLMTUNE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmtune"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,12 +94,33 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def list_folder(folder: Path) -> dict[str, str]:
+    """sha256 of each file below `folder`, by relative name, sorted; nothing if it is missing."""
+    return {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def hash_folder(folder: Path) -> str:
     """sha256 over the sorted relative names and contents of all files below `folder`; empty text if it is missing."""
-    if not folder.is_dir():
-        return ""
-    lines = [f"{path.relative_to(folder)} {hash_file(path)}" for path in sorted(folder.rglob("*")) if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hash_listing(list_folder(folder)) if folder.is_dir() else ""
+
+
+def hash_listing(files: dict[str, str]) -> str:
+    """sha256 of a folder of which the files are listed."""
+    return hashlib.sha256("\n".join(f"{name} {found}" for name, found in files.items()).encode()).hexdigest()
+
+
+def list_model(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a model folder that decides what the model computes, by name, sorted.
+
+    A file of the hub's cache that is named by its own sha256 is not read again.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_ENDINGS)
+    return {path.name: _stored_hash(path) or hash_file(path) for path in files}
+
+
+def _stored_hash(path: Path) -> str | None:
+    stored = path.resolve()
+    return stored.name if path.is_symlink() and stored.parent.name == "blobs" and len(stored.name) == 64 else None
 
 
 def hash_value(value: Any) -> str:

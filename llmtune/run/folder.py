@@ -18,11 +18,11 @@ from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.recipe import LoadedRecipe, keep_origins, load_recipe
 from llmtune.records import StepTiming
-from llmtune.run.files import explained, hash_file, hash_folder, read_json, write_json
+from llmtune.run.files import explained, hash_file, hash_folder, hash_listing, list_folder, read_json, write_json
 from llmtune.run.meter import Meter
 
 MANIFEST = "run.json"
-OWN = ("data", "model", "adapter", "weights", "checkpoints", "trackers", "evaluation", "merged")
+OWN = ("data", "model", "adapter", "weights", "checkpoints", "trackers", "evaluation", "merged", "explain")
 OWN_FILES = (
     "metrics.jsonl",
     "merged.failed.json",
@@ -32,6 +32,7 @@ OWN_FILES = (
     "junit.xml",
     "recipe.yaml",
     "llmtune.lock",
+    "reproduction.json",
 )
 LATER_FIX = "of a run only evaluate, generation and deploy can be set; else run the recipe itself"
 STEPS = ("prepare", "encode", "select", "adapt", "train", "evaluate", "deploy")
@@ -87,7 +88,11 @@ class RunFolder:
                 self.write()
             raise
         entry |= {"state": "done", "seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
-        entry["outputs"] = {output: _hash(self.path / output) for output in outputs}
+        listed = {output: list_folder(self.path / output) for output in outputs}
+        entry["files"] = listed
+        entry["outputs"] = {
+            name: hash_listing(found) if found else _hash(self.path / name) for name, found in listed.items()
+        }
         self.write()
 
     def facts(self, step: str) -> dict[str, Any]:

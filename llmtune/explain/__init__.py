@@ -1,0 +1,1 @@
+"""Looking inside a model: attention, generation, positions, architecture, and where the tuning went."""

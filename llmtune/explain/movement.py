@@ -1,0 +1,145 @@
+"""How far a training moved each module: the norm of the change against that of the weights, and its effective rank.
+
+Shapes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper, transpose
+
+Kind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
+ADAPTER = "default"
+WIDEST = 2048
+"""Smaller side of a matrix up to which all singular values of a change that is not low-rank are computed."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """How far one module moved."""
+
+    module: str
+    kind: Kind
+    """LoRA or DoRA; `whole`: trained whole beside an adapter; `tokens`: some rows of an embedding; `bias`; `weights`:
+    of a run that trained all of them."""
+    change: float
+    """Frobenius norm of what was added to its weights."""
+    weight: float
+    """Frobenius norm of the weights before; of quantised ones as they are used."""
+    parameters: int
+    """How many numbers moved: of LoRA those of the matrix that it adds to."""
+    rank: int | None = None
+    """The most that the change's rank can be."""
+    effective_rank: float | None = None
+    """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
+    Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
+
+    @property
+    def relative(self) -> float | None:
+        """The change as a share of the weights; None where these are zero."""
+        return self.change / self.weight if self.weight else None
+
+
+def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
+    """Yield a move for each module of a PEFT model that carries an adapter or is trained whole; nothing is changed."""
+    taken: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in taken):
+            continue
+        plain = name.removeprefix("base_model.model.")
+        if isinstance(module, LoraLayer):
+            taken.append(name)
+            yield lora_move(plain, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            taken.append(name)
+            before = dict(cast(Any, module).original_module.named_parameters())
+            after = dict(cast(Any, module).modules_to_save[ADAPTER].named_parameters())
+            yield compare(plain, "whole", before, after)
+        elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            taken.append(name)
+            rows = {"rows": cast(Any, module).trainable_tokens_original[ADAPTER]}
+            delta = {"rows": cast(Any, module).trainable_tokens_delta[ADAPTER]}
+            yield compare(plain.removesuffix(".token_adapter"), "tokens", rows, delta)
+
+
+@torch.no_grad()
+def lora_move(name: str, module: Any) -> Move:
+    """Measure a LoRA without making its matrix; a DoRA, which scales the sum of both, a module at a time."""
+    a_RI, b_OR = factors(module)
+    singular_R = module.scaling[ADAPTER] * singular_values(a_RI, b_OR)
+    weight = dequantize_module_weight(module.get_base_layer()).detach()
+    varied = bool(getattr(module, "use_dora", {}).get(ADAPTER))
+    change = float((merged(module, weight) - weight.float()).norm()) if varied else float(singular_R.norm())
+    rank = min(a_RI.shape[0], a_RI.shape[1], b_OR.shape[0])
+    kind: Kind = "DoRA" if varied else "LoRA"
+    return Move(name, kind, change, float(weight.float().norm()), weight.numel(), rank, effective_rank(singular_R))
+
+
+def factors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [R, I] and B [O, R] of a LoRA; of a convolution with its window as inputs."""
+    if ADAPTER in getattr(module, "lora_embedding_A", {}):
+        return module.lora_embedding_A[ADAPTER].detach(), module.lora_embedding_B[ADAPTER].detach()
+    a, b = module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach()
+    return a.flatten(1), b.flatten(1)
+
+
+def singular_values(a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
+    """Return those of B A, [R] or fewer, from the small triangles of both: B A = Q1 (R1 R2^T) Q2^T."""
+    first = torch.linalg.qr(b_OR.double(), mode="r").R
+    second = torch.linalg.qr(a_RI.T.double(), mode="r").R
+    return cast(torch.Tensor, torch.linalg.svdvals(first @ second.T))
+
+
+def effective_rank(singular: torch.Tensor) -> float | None:
+    """Return exp of the entropy of singular values taken as shares of their sum; None where all are zero."""
+    total = float(singular.sum())
+    if not total:
+        return None
+    shares = singular[singular > 0] / total
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weights that a DoRA works with: a magnitude for each output, times the direction of W + s B A."""
+    if weight.ndim != 2 or ADAPTER in getattr(module, "lora_embedding_A", {}):
+        twin = copy.deepcopy(module)  # an embedding or a convolution, never quantised
+        twin.merge()
+        return cast(torch.Tensor, twin.get_base_layer().weight.detach().float())
+    a_RI, b_OR = factors(module)
+    flipped = bool(module.fan_in_fan_out)
+    moved_OI = transpose(weight, flipped).float() + module.scaling[ADAPTER] * (b_OR @ a_RI).float()
+    magnitude_O = module.lora_magnitude_vector[ADAPTER].weight.detach().float()
+    scaled_OI = (magnitude_O / moved_OI.norm(dim=1))[:, None] * moved_OI
+    return cast(torch.Tensor, transpose(scaled_OI, flipped))
+
+
+@torch.no_grad()
+def compare(name: str, kind: Kind, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Move:
+    """Measure a module of which all weights moved, those named in both; its rank is that of its one matrix."""
+    change = weight = 0.0
+    parameters, matrices = 0, []
+    for key in before.keys() & after.keys():
+        old, new = before[key].detach().double(), after[key].detach().to(before[key].device).double()
+        change, weight = change + float((new - old).square().sum()), weight + float(old.square().sum())
+        parameters += old.numel()
+        if old.ndim == 2:
+            matrices.append(new - old)
+    rank = effective = None
+    if len(matrices) == 1:
+        rank = min(matrices[0].shape)
+        effective = effective_rank(whole_singular_values(matrices[0])) if rank <= WIDEST else None
+    return Move(name, kind, change**0.5, weight**0.5, parameters, rank, effective)
+
+
+def whole_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """Return those of a matrix, from the products of its shorter side: half the digits are enough for shares."""
+    small = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    return cast(torch.Tensor, torch.linalg.eigvalsh(small).clamp(min=0).sqrt())

@@ -1,0 +1,231 @@
+"""Tokens as a person reads them: their text, where a word goes on, which are special."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text."""
+
+    id: int
+    text: str
+    """What it stands for. Bytes that are no whole character are shown as `<0xE2>`; spaces at the front stay."""
+    special: bool
+    """[CLS], </s>, <|im_start|>: not of the text itself."""
+    continues: bool
+    """Whether it goes on with the word of the token before."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A token as its vocabulary has it."""
+
+    content: bytes
+    special: bool = False
+    continues: bool | None = None
+    """Whether the vocabulary itself says that it goes on, as WordPiece does by `##`; others tell by their spaces."""
+
+
+LONGEST = 16
+"""Characters of a label."""
+ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
+MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
+"""What added tokens look like that are no text, such as Whisper's `<|0.02|>`."""
+SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
+"""What stands for white space that a label would not show."""
+JOINERS = ("\u200c", "\u200d")
+APOSTROPHES = ("'", "’")
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO")
+"""Scripts without spaces between words, by how Unicode names their letters."""
+
+
+def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Token]:
+    """Return the tokens of `ids`, one each."""
+    pieces = _read_pieces(tokenizer, [int(i) for i in ids])
+    read = _decode([piece.content for piece in pieces])
+    tokens: list[Token] = []
+    for at, (i, piece, shown) in enumerate(zip(ids, pieces, read, strict=True)):
+        continues = False
+        if at > 0 and not piece.special and not pieces[at - 1].special:
+            after = read[at + 1].letters if at + 1 < len(read) and not pieces[at + 1].special else ""
+            before = read[at - 1].letters
+            told = goes_on(before, shown.letters, after, tokens[-1].continues)
+            continues = shown.inside or (told if piece.continues is None else piece.continues)
+        tokens.append(Token(int(i), shown.text, piece.special, continues))
+    return tokens
+
+
+def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Piece]:
+    """Read each token out of the vocabulary: byte-level BPE, SentencePiece, WordPiece, or letters (CTC)."""
+    added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
+    special = {int(i) for i in tokenizer.all_special_ids} | {i for i, token in added.items() if token.special}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unknown = {tokenizer.unk_token_id} - ends  # it stands for a word of the text
+    read, delimiter = _reader(tokenizer), getattr(tokenizer, "word_delimiter_token", None)
+    pieces = []
+    for i, piece in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        if isinstance(piece, bytes):
+            pieces.append(_Piece(piece, i in special))
+        elif piece is None:  # an id without a token: the embedding is larger than the vocabulary
+            pieces.append(_Piece(f"<{i}>".encode(), special=True))
+        elif piece == delimiter:
+            pieces.append(_Piece(b" "))
+        elif i in special or i in added:
+            marked = i not in unknown and (i in special or MARK.fullmatch(piece) is not None)
+            pieces.append(_Piece(piece.encode(), special=marked))
+        else:
+            pieces.append(read(piece))
+    return pieces
+
+
+def _reader(tokenizer: Any) -> Callable[[str], _Piece]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = getattr(backend, "decoder", None)
+    stated = decoder.__getstate__().decode() if decoder is not None else ""
+    if '"ByteLevel"' in stated or hasattr(tokenizer, "byte_decoder"):
+        return _read_byte_level
+    return _read_word_piece if '"WordPiece"' in stated else _read_sentence_piece
+
+
+def _read_byte_level(piece: str) -> _Piece:
+    table = byte_table()
+    known = all(character in table for character in piece)
+    return _Piece(bytes(table[character] for character in piece) if known else piece.encode())
+
+
+def _read_word_piece(piece: str) -> _Piece:
+    return _Piece(piece.removeprefix("##").encode(), continues=piece.startswith("##") and len(piece) > 2)
+
+
+def _read_sentence_piece(piece: str) -> _Piece:
+    byte = ONE_BYTE.fullmatch(piece)
+    return _Piece(bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode())
+
+
+@cache
+def byte_table() -> dict[str, int]:
+    """Return the byte behind each letter of a byte-level vocabulary.
+
+    Printable bytes are themselves, the others letters from U+0100 on (GPT-2, `encoder.py`, `bytes_to_unicode`).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+@dataclass
+class _Shown:
+    """A piece as text; `letters` are all characters that it has a part of, `inside` says that it starts within one."""
+
+    text: str = ""
+    letters: str = ""
+    inside: bool = False
+
+
+def _decode(contents: Sequence[bytes]) -> list[_Shown]:
+    """Decode bytes that stand side by side: what is no whole character within one piece becomes `<0xE2>`."""
+    whole = b"".join(contents)
+    owner = [number for number, content in enumerate(contents) for _ in content]
+    shown, at = [_Shown() for _ in contents], 0
+    while at < len(whole):
+        size = _character_size(whole, at)
+        end = at + (size or 1)
+        letter = whole[at:end].decode() if size else ""
+        owners = owner[at:end]
+        if letter and owners[0] == owners[-1]:
+            shown[owners[0]].text += letter
+            shown[owners[0]].letters += letter
+        else:
+            for place, number in zip(range(at, end), owners, strict=True):
+                shown[number].text += f"<0x{whole[place]:02X}>"
+            for number in dict.fromkeys(owners):
+                shown[number].letters += letter
+                shown[number].inside |= number != owners[0]
+        at = end
+    return shown
+
+
+def _character_size(content: bytes, at: int) -> int:
+    """Return how many bytes the character that starts here has; 0 where none does."""
+    for size in range(1, min(4, len(content) - at) + 1):
+        try:
+            content[at : at + size].decode()
+        except UnicodeDecodeError:
+            continue
+        return size
+    return 0
+
+
+def goes_on(before: str, text: str, after: str = "", going: bool = False) -> bool:
+    """Whether a text goes on with the word that `before` ends in: letters on both sides, and no space between.
+
+    An apostrophe belongs to a word that goes on behind it: `after` is what comes next, `going` says whether `before`
+    went on itself. Ideographs and kana are words by themselves, as there are no spaces to tell.
+    """
+    if text in APOSTROPHES:
+        return bool(before and after) and _in_word(before[-1]) and _in_word(after[0])
+    if before in APOSTROPHES:
+        return bool(text) and going and _in_word(text[0])
+    inner = text[1:] if text[:1] in APOSTROPHES else text
+    outer = before[:-1] if before[-1:] in APOSTROPHES else before
+    return bool(outer and inner) and _in_word(outer[-1]) and _in_word(inner[0])
+
+
+def _in_word(character: str) -> bool:
+    if unicodedata.category(character)[0] == "M" or character in JOINERS:
+        return True
+    return character.isalnum() and not unicodedata.name(character, "").startswith(UNSPACED)
+
+
+def joined(token: Token, piece: Token) -> Token:
+    """Return a token with a piece that goes on with it put behind; bytes that make a character together become it."""
+    return replace(token, text=BYTES.sub(_whole, token.text + piece.text))
+
+
+def _whole(found: re.Match[str]) -> str:
+    try:
+        return bytes(int(number, 16) for number in ONE_BYTE.findall(found[0])).decode()
+    except UnicodeDecodeError:
+        return found[0]
+
+
+def label(token: Token, longest: int = LONGEST) -> str:
+    """Return what to write beside a row: one line, cut where it is long, `·` in front where a word goes on.
+
+    White space is shown by signs, and characters that would turn or hide the text around them by their numbers.
+    """
+    text = token.text
+    if text.strip(" ") and not token.special:
+        text = text.removeprefix(" ")
+    shown = "".join(_visible(character) for character in text)
+    if shown and unicodedata.category(shown[0])[0] == "M":
+        shown = f"◌{shown}"
+    return ("·" if token.continues else "") + _cut(shown, longest)
+
+
+def _visible(character: str) -> str:
+    if character in SIGNS:
+        return SIGNS[character]
+    hidden = unicodedata.category(character)[0] in "CZ" and character not in JOINERS
+    return f"<U+{ord(character):04X}>" if hidden else character
+
+
+def _cut(text: str, longest: int) -> str:
+    """Leave out the end of a long text, never between a letter and its marks."""
+    if len(text) <= longest:
+        return text
+    end = longest - 1
+    while end > 1 and (unicodedata.category(text[end])[0] == "M" or text[end] in JOINERS or text[end - 1] in JOINERS):
+        end -= 1
+    return f"{text[:end]}…"

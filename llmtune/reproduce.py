@@ -1,0 +1,260 @@
+"""Train a run again from its lock, into another folder, and say whether the same came out, or what differs first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune.data import hash_sources
+from llmtune.errors import DataError, EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.model import pick_device
+from llmtune.model.device import describe_device
+from llmtune.pipeline import Trainer, run_pipeline
+from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
+from llmtune.run.difference import (
+    Difference,
+    compare_losses,
+    compare_scores,
+    far_apart,
+    find_differences,
+    same_but_places,
+)
+from llmtune.run.files import hash_file, list_folder, write_json
+from llmtune.run.folder import RunFolder, read_run, recipe_of_run
+from llmtune.run.lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.run.verify import Verification, moved, split_pattern, verify
+from llmtune.work import Options
+
+RESULT = "reproduction.json"
+DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")
+"""What of the hardware decides the last bits of a result."""
+KEPT = ("micro_batch_tokens", "gradient_checkpointing")
+"""Findings of a run that its reproduction keeps."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far losses and scores may lie apart where bytes cannot be the same; of numbers above 1 so much of them."""
+
+    loss: float = 0.05
+    score: float = 0.02
+
+
+def default_out(run: Path) -> Path:
+    """Beside the run."""
+    return run.absolute().with_name(f"{run.absolute().name}-reproduced")
+
+
+def reproduce(
+    run: Path,
+    console: Console,
+    *,
+    out: Path | None = None,
+    fresh: bool = False,
+    offline: bool = False,
+    tolerances: Tolerances | None = None,
+    trainer: Trainer | None = None,
+) -> dict[str, Any]:
+    """Run the resolved recipe of `run` again with all that its lock holds, and compare; returns what was found.
+
+    Raises:
+        RecipeError: not a trained run, its recipe was changed, or `out` is the run itself.
+        DataError, EnvironmentProblem: what the run was made from is not what the lock holds.
+    """
+    folder = read_run(run)
+    folder.require_trained()
+    target = out or default_out(run)
+    if target.resolve() == run.resolve():
+        raise RecipeError.of("this is the run that is to be reproduced", "--out", "name another folder")
+    verification = verify(run)
+    refuse_changed(verification)
+    lock = read_lock(run / LOCK)
+    loaded = move_recipe(recipe_of_run(folder), lock, run)
+    options = Options(
+        out=target,
+        fresh=fresh,
+        offline=offline,
+        until="evaluate" if is_evaluated(folder) else "train",
+        pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
+        settled={name: folder.findings[name] for name in KEPT if name in folder.findings},
+    )
+    loaded = replace(loaded, recipe=at_commits(loaded.recipe, lock))
+    try:
+        run_pipeline(loaded, options, console, trainer)
+    except GateFailed:
+        console.print("The gates failed; what counts here is whether the same came out.")
+    result = compare(folder, target, lock, verification, tolerances or Tolerances())
+    write_json(target / RESULT, result)
+    console.print(f"written: {escape(str(target / RESULT))}")
+    return result
+
+
+def refuse_changed(verification: Verification) -> None:
+    """Raise where the lock, the recipe, data, model or the adapter that was gone on from are not what they were."""
+    failed = list(zip(verification.failed, verification.problems(), strict=True))
+    for kinds, error in ((("recipe", "lock"), RecipeError), (("data",), DataError)):
+        error.collect(problem for finding, problem in failed if finding.kind in kinds)
+    EnvironmentProblem.collect(problem for finding, problem in failed if finding.kind in {"model", "start_from"})
+
+
+def is_evaluated(folder: RunFolder) -> bool:
+    """Whether the run has scores."""
+    done: bool = folder.manifest["steps"].get("evaluate", {}).get("state") == "done"
+    return done
+
+
+def move_recipe(loaded: LoadedRecipe, lock: Mapping[str, Any], run: Path) -> LoadedRecipe:
+    """Return the recipe with each path that is gone replaced by where the same lies now, seen from the run folder."""
+    then = lock.get("folder")
+
+    def find(path: str) -> str:
+        return str(moved(path, then, run)) if os.path.isabs(path) else path
+
+    recipe = loaded.recipe
+    model, adapter = recipe.model, recipe.adapter
+    name = find(model.name) if model.name else None
+    candidates = tuple(map(find, model.candidates)) if model.candidates else model.candidates
+    template = find(model.chat_template) if model.chat_template else None
+    model = model.model_copy(update={"name": name, "candidates": candidates, "chat_template": template})
+    if adapter.start_from:
+        adapter = adapter.model_copy(update={"start_from": find(adapter.start_from)})
+
+    def find_source(source: Source) -> Source:
+        below, pattern = split_pattern(source.path)
+        return source.model_copy(
+            update={"path": os.path.join(find(str(below)), pattern) if pattern else find(source.path)}
+        )
+
+    data = change_sources(recipe.data, find_source)
+    return replace(loaded, recipe=recipe.model_copy(update={"data": data, "model": model, "adapter": adapter}))
+
+
+def change_sources(data: DataSection, change: Callable[[Source], Source]) -> DataSection:
+    """Return the data section with each of its sources changed."""
+    sides = {side: getattr(data, side) for side in ("train", "validation", "test")}
+    update = {side: tuple(map(change, sources)) for side, sources in sides.items() if isinstance(sources, tuple)}
+    return data.model_copy(update=update)
+
+
+def at_commits(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with data sets of the hub at the commits that the lock holds."""
+    commits = {entry["source"]: entry["commit"] for entry in lock["data"].get("files", []) if "commit" in entry}
+    if not commits:
+        return recipe
+
+    def pin(source: Source) -> Source:
+        return source.model_copy(update={"revision": commits.get(source.path, source.revision)})
+
+    return recipe.model_copy(update={"data": change_sources(recipe.data, pin)})
+
+
+def hold(pins: Pins, recipe: Recipe, lock: Mapping[str, Any], run: Path) -> Pins:
+    """Return what to hold still: the lock's pins, seen from here."""
+    if os.path.isabs(pins.model):
+        pins = replace(pins, model=str(moved(pins.model, lock.get("folder"), run)))
+    pinned = at_commits(recipe, lock)
+    if pinned is not recipe:  # with a commit as revision the sources have another hash
+        pins = replace(pins, data_hash=hash_sources(pinned.data, recipe.task))
+    return pins
+
+
+def compare(
+    folder: RunFolder, now: Path, lock: Mapping[str, Any], verification: Verification, tolerances: Tolerances
+) -> dict[str, Any]:
+    """Hold the reproduction against the run: by bytes where they can be the same, else by losses and scores."""
+    was = folder.path
+    trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
+    settings = differing_settings(folder, lock, now)
+    files = list(compare_trained(folder, now, lock, trained))
+    losses = [judge(found, tolerances.loss) for found in compare_losses(was, now)]
+    scores = [judge(found, tolerances.score) for found in compare_scores(was, now)]
+    if is_evaluated(folder) and not scores:
+        scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
+    by_bytes = not settings and device_of(folder, lock) == "cpu"
+    same_bytes = all(file["equal"] for file in files)
+    judged = files + scores if by_bytes else losses + scores
+    altered = sorted({finding.name for finding in verification.failed})
+    differences = find_differences(was, now, trained)
+    return {
+        "run": str(was),
+        "reproduction": str(now),
+        "equal": all(item["equal"] if by_bytes else item["within"] for item in judged),
+        "judged_by": "bytes" if by_bytes else "tolerance",
+        "same_bytes": same_bytes,
+        "tolerances": vars(tolerances),
+        "settings": settings,
+        "files": files,
+        "losses": losses,
+        "scores": scores,
+        "first_difference": first_cause(differences),
+        "differences": [found.to_dict() for found in differences],
+        "altered_since": altered,
+    }
+
+
+def judge(found: tuple[str, Any, Any], tolerance: float) -> dict[str, Any]:
+    """Say of two numbers whether they are equal, and near enough."""
+    name, was, now = found
+    return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
+
+
+def first_cause(differences: list[Difference]) -> dict[str, Any] | None:
+    """Return the earliest of the differences."""
+    return differences[0].to_dict() | {"told": str(differences[0])} if differences else None
+
+
+def compare_trained(folder: RunFolder, now: Path, lock: Mapping[str, Any], trained: str) -> list[dict[str, Any]]:
+    """Hold each file of what was trained against its hash of then; where the base model lies does not count."""
+    known = lock.get("trained", {}).get(trained) or list_folder(folder.path / trained)
+    found = list_folder(now / trained)
+    files = []
+    for name in sorted(known.keys() | found.keys()):
+        before, after = folder.path / trained / name, now / trained / name
+        equal = known.get(name) == found.get(name)
+        intact = before.is_file() and hash_file(before) == known.get(name)
+        if not equal and intact and after.is_file():
+            equal = name.endswith(".json") and same_but_places(before, after)
+        files.append({"name": f"{trained}/{name}", "was": known.get(name), "now": found.get(name), "equal": equal})
+    return files
+
+
+def device_of(folder: RunFolder, lock: Mapping[str, Any]) -> str:
+    """What the run was trained on."""
+    plan = folder.manifest["steps"].get("select", {}).get("facts", {}).get("plan", {})
+    return str(lock["hardware"].get("device") or plan.get("device") or "cpu")
+
+
+def differing_settings(folder: RunFolder, lock: Mapping[str, Any], now: Path) -> list[dict[str, Any]]:
+    """Say which versions, hardware, threads and processes differ from the lock's: why bytes may differ."""
+    machine = hardware() | describe_device(pick_device())
+    then = dict(lock["packages"]) | {name: lock["hardware"][name] for name in DECISIVE if name in lock["hardware"]}
+    here = {**package_versions(tuple(lock["packages"])), **machine}
+    then |= {"threads": lock.get("threads"), "processes": processes_of(folder), "device": device_of(folder, lock)}
+    here |= {"threads": torch.get_num_threads(), "processes": processes_of(read_run(now))}
+    budget = "micro_batch_tokens"
+    then[budget], here[budget] = (run.findings.get(budget) for run in (folder, read_run(now)))
+    return [{"name": name, "was": was, "now": here.get(name)} for name, was in then.items() if was != here.get(name)]
+
+
+def processes_of(folder: RunFolder) -> int:
+    """How many processes trained."""
+    return int(folder.manifest["steps"].get("train", {}).get("facts", {}).get("processes", 1))
+
+
+def explain(result: Mapping[str, Any]) -> Problem:
+    """Say what differs first, and why it may."""
+    settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
+    first = result["first_difference"]
+    told = first["told"] if first else "what was trained, by its hashes: the run's own files were altered since"
+    if result["judged_by"] == "bytes":
+        why = "versions, processor and threads are those of the lock: something outside of it decides"
+    else:
+        why = f"what differs from the lock: {'; '.join(settings)}" if settings else "on a GPU sums are not in one order"
+    return Problem(f"not the same; the first difference is in {told}", result["reproduction"], why)

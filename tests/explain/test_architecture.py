@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from support import families
+from support.adapting import quiet
+from support.models import build_gpt2, build_llama
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from llmtune.explain.architecture import Architecture, Blocks, branches_of, describe_model
+from llmtune.explain.blueprint import Blueprint, draw_blueprint
+from llmtune.explain.captions import briefly, describe_branch, rows_of, shorten
+from llmtune.explain.drawing import draw_architecture
+from llmtune.explain.model import count_parts
+from llmtune.explain.vector import style_of, write_svg
+from llmtune.subjects import open_subject
+
+BUILDERS: dict[str, Callable[..., Path]] = {
+    "llama": build_llama,
+    "gpt2": build_gpt2,
+    "bert": families.build_bert,
+    "distilbert": families.build_distilbert,
+    "roberta": families.build_roberta,
+    "deberta": families.build_deberta,
+    "modernbert": families.build_modernbert,
+    "t5": families.build_t5,
+    "mt5": families.build_mt5,
+    "bart": families.build_bart,
+    "nllb": families.build_nllb,
+    "whisper": families.build_whisper,
+    "wav2vec2": families.build_wav2vec2,
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: build(root / name) for name, build in BUILDERS.items()}
+
+
+def describe(folder: Path) -> tuple[Architecture, Blueprint]:
+    subject = open_subject(str(folder), quiet(), offline=True)
+    blueprint = draw_blueprint(subject)
+    return describe_model(subject, blueprint), blueprint
+
+
+def add_up(architecture: Architecture) -> int:
+    pieces = sum(p.parameters for stack in architecture.stacks for p in (*stack.before, *stack.behind))
+    blocks = sum(group.parameters for stack in architecture.stacks for group in stack.blocks)
+    return pieces + blocks + sum(architecture.other.values())
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_every_parameter_is_counted_once(built: dict[str, Path], family: str):
+    architecture, blueprint = describe(built[family])
+    with open_subject(str(built[family]), quiet(), offline=True).open_side("model") as model:
+        assert architecture.parameters == model.num_parameters()
+    assert add_up(architecture) == architecture.parameters
+    assert sum(count_parts(architecture).values()) == architecture.parameters
+    assert all(parameter.is_meta for parameter in blueprint.model.parameters())
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_heads_and_blocks_count_as_the_config_says(built: dict[str, Path], family: str):
+    config = AutoConfig.from_pretrained(built[family])
+    architecture, _ = describe(built[family])
+    layers = {
+        "encoder": getattr(config, "encoder_layers", config.num_hidden_layers),
+        "decoder": getattr(config, "decoder_layers", config.num_hidden_layers),
+    }
+    expected = ["encoder", "decoder"] if config.is_encoder_decoder else [architecture.family]
+    assert [stack.name for stack in architecture.stacks] == expected
+    for stack in architecture.stacks:
+        assert sum(len(group.numbers) for group in stack.blocks) == layers[stack.name]
+        assert stack.causal is (stack.name == "decoder")
+        for group in stack.blocks:
+            assert group.unknown is None
+            kinds = [branch.kind for branch in branches_of(group)]
+            crossed = config.is_encoder_decoder and stack.name == "decoder"
+            assert kinds == ["attention", *(["cross-attention"] if crossed else []), "feed-forward"]
+            assert branches_of(group)[0].heads == 4
+            assert branches_of(group)[0].head_size == 16
+
+
+def test_grouped_keys_are_told(built: dict[str, Path]):
+    architecture, _ = describe(built["llama"])
+    (stack,) = architecture.stacks
+    (group,) = stack.blocks
+    assert stack.kv_heads == 2
+    assert group.shapes["self_attn.k_proj"] == (64, 32)
+    assert describe_branch(branches_of(group)[0], group, stack)[0] == "4 heads of 16, 2 for keys and values"
+    assert describe_branch(branches_of(group)[1], group, stack) == ["128 wide, SiLU, gated"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", ["rotary"]),
+        ("gpt2", ["a learned table"]),
+        ("bert", ["a learned table"]),
+        ("deberta", ["relative"]),
+        ("modernbert", ["rotary"]),
+        ("t5", ["relative", "relative"]),
+        ("nllb", ["sines", "sines"]),
+        ("whisper", ["sines", "a learned table"]),
+        ("wav2vec2", ["a convolution"]),
+    ],
+)
+def test_how_a_model_knows_the_order_of_words(built: dict[str, Path], family: str, expected: list[str]):
+    architecture, _ = describe(built[family])
+    assert len(architecture.stacks) == len(expected)
+    for stack, begins in zip(architecture.stacks, expected, strict=True):
+        (order,) = stack.orders
+        assert order.startswith(begins)
+
+
+def test_a_tied_head_has_no_parameters_of_its_own(built: dict[str, Path]):
+    architecture, _ = describe(built["llama"])
+    head = architecture.stacks[-1].behind[-1]
+    assert (head.parameters, head.tied_to) == (0, "model.embed_tokens")
+    assert architecture.tied_head
+    untied, _ = describe(built["mt5"])
+    head = untied.stacks[-1].behind[-1]
+    assert (head.parameters, head.tied_to) == (64 * head.shape[1], None)
+    assert not untied.tied_head
+
+
+def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
+    """T5's configuration says that they are, in any case; loading looks at the files."""
+    folder = families.build_t5(tmp_path / "t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    architecture, _ = describe(folder)
+    with open_subject(str(folder), quiet(), offline=True).open_side("model") as model:
+        assert model.lm_head.weight is not model.shared.weight
+        assert architecture.parameters == model.num_parameters()
+    assert architecture.stacks[-1].behind[-1].parameters > 0
+
+
+def test_a_table_that_one_block_holds_for_all_is_told(built: dict[str, Path]):
+    architecture, _ = describe(built["t5"])
+    (group,) = architecture.stacks[0].blocks
+    assert group.extras == ("layer.0.SelfAttention.relative_attention_bias",)
+    assert group.parameters == 2 * group.typical + 32 * 4
+    assert count_parts(architecture)["Positions"] == 2 * 32 * 4
+
+
+def test_blocks_that_differ_are_drawn_apart(built: dict[str, Path]):
+    """ModernBERT's first block has no norm before its attention, and its attention reaches 8 tokens in two of three."""
+    (stack,) = describe(built["modernbert"])[0].stacks
+    assert [group.numbers for group in stack.blocks] == [(0,), (1, 2)]
+    assert [bool(branches_of(group)[0].before) for group in stack.blocks] == [False, True]
+    assert stack.window == "window 8 each way in 2 of 3 layers"
+
+
+def describe_config(kind: type, family: str, **config: object) -> Architecture:
+    class Stand:
+        name, family = "tiny", "decoder" if kind is AutoModelForCausalLM else "encoder"
+
+    settings = AutoConfig.for_model(family, **config)
+    with torch.device("meta"):
+        model = kind.from_config(settings, attn_implementation="eager").eval()
+    if getattr(settings, "_experts_implementation", None) is not None:
+        model.set_experts_implementation("batched_mm")
+    return describe_model(Stand, Blueprint(model, lambda: model))
+
+
+def test_weights_that_are_used_again_and_again_are_counted_once():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "embedding_size": 16}
+    architecture = describe_config(AutoModelForMaskedLM, "albert", num_hidden_layers=5, **sizes)
+    (group,) = architecture.stacks[0].blocks
+    assert (group.numbers, group.runs) == ((0,), 5)
+    assert add_up(architecture) == architecture.parameters
+    assert "× 5" in draw_architecture(architecture, None)
+
+
+def test_experts_and_their_router_are_told():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    architecture = describe_config(
+        AutoModelForCausalLM, "mixtral", num_hidden_layers=2, num_local_experts=3, vocab_size=50, **sizes
+    )
+    (stack,) = architecture.stacks
+    (group,) = stack.blocks
+    branch = branches_of(group, "experts")[0]
+    assert describe_branch(branch, group, stack) == ["3 experts, a router, SiLU, gated"]
+    rows = {row.name: row.shape for row in rows_of(branch.modules, group, None)}
+    assert rows == {"gate": "32 → 3", "gate_up_proj": "3 × (96 × 32)", "down_proj": "3 × (32 × 48)"}
+    assert add_up(architecture) == architecture.parameters
+
+
+def test_a_model_that_looks_at_numbers_is_traced_all_the_same():
+    """XLNet makes tensors on the CPU in its forward: it is run on zeros that take no memory."""
+    settings = AutoConfig.for_model("xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=50)
+
+    def build() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_config(settings).eval()
+
+    class Stand:
+        name, family = "tiny", "decoder"
+
+    with torch.device("meta"):
+        model = build()
+    architecture = describe_model(Stand, Blueprint(model, build))
+    assert architecture.untraced is None
+    assert [branch.kind for branch in branches_of(architecture.stacks[0].blocks[0])] == ["attention", "feed-forward"]
+
+
+def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, Path]):
+    architecture, blueprint = describe(built["llama"])
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("cannot be run")
+
+    blueprint.model.forward = broken
+    subject = open_subject(str(built["llama"]), quiet(), offline=True)
+    drawn = describe_model(subject, Blueprint(blueprint.model, lambda: blueprint.model))
+    assert drawn.untraced == "cannot be run"
+    (group,) = drawn.stacks[0].blocks
+    assert (group.wiring, group.parameters) == (None, architecture.stacks[0].blocks[0].parameters)
+    assert add_up(drawn) == drawn.parameters
+    picture = draw_architecture(drawn, None)
+    assert "Order of parts not known" in picture
+    assert "rail" not in picture  # no residual path is drawn
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "whisper", "t5"])
+def test_a_drawing_is_whole_and_stands_alone(built: dict[str, Path], tmp_path: Path, family: str):
+    architecture, _ = describe(built[family])
+    path = write_svg(tmp_path / "model.svg", draw_architecture(architecture, None), style_of("drawing.css"))
+    root = ElementTree.parse(path).getroot()
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("× 2") == len(architecture.stacks)
+    for stack in architecture.stacks:
+        norms = sum(_count_norms(group) for group in stack.blocks)
+        assert norms > 0
+    assert "http" not in path.read_text().replace("http://www.w3.org/2000/svg", "")
+    left, top, wide, tall = map(float, root.attrib["viewBox"].split())
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        x, y = float(text.attrib["x"]), float(text.attrib["y"])
+        assert left <= x <= left + wide
+        assert top <= y <= top + tall
+
+
+def _count_norms(group: Blocks) -> int:
+    assert group.wiring is not None
+    return sum(len(branch.before) + len(branch.after) for branch in branches_of(group)) + sum(
+        len(sublayer.behind) for sublayer in group.wiring.sublayers
+    )
+
+
+def test_numbers_and_names_are_short():
+    assert [briefly(n) for n in (7, 999, 1000, 134_515_008, 2.5e12)] == ["7", "999", "1 k", "135 M", "2.5 T"]
+    names = ["attention.output.dense", "output.dense", "attention.self.query"]
+    assert [shorten(name, names) for name in names] == ["attention.output.dense", "output.dense", "query"]

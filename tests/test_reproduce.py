@@ -1,0 +1,140 @@
+"""`reproduce`: the same bytes from the lock, at another place too; what differs is named, what changed is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.finished import finish_run
+from typer.testing import CliRunner
+
+from llmtune.cli.app import app
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.reproduce import Tolerances, explain, reproduce
+from llmtune.run.folder import read_run
+from llmtune.run.lock import LOCK
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with rows, recipe, model and a finished run, moved away from where it was made."""
+    made = tmp_path_factory.mktemp("made") / "project"
+    made.mkdir()
+    shutil.copytree(tiny_llama, made / "model")
+    finish_run(made, Path("./model"), train={"num_train_epochs": 1}, evaluate={"gates": ["accuracy >= 0"]})
+    return made.rename(tmp_path_factory.mktemp("moved") / "project")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def again(run: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return reproduce(run, Console(file=io.StringIO()), out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def reproduced(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("out") / "again"
+    return again(project / "runs/tiny", out), out
+
+
+def test_a_run_that_was_moved_comes_out_again_byte_for_byte(
+    project: Path, reproduced: tuple[dict[str, Any], Path]
+) -> None:
+    result, out = reproduced
+    assert result["judged_by"] == "bytes"
+    assert result["equal"]
+    assert result["first_difference"] is None
+    assert (out / ADAPTER).read_bytes() == (project / "runs/tiny" / ADAPTER).read_bytes()
+    assert {score["name"] for score in result["scores"]} >= {"base.loss", "tuned.loss", "tuned.exact_match"}
+    assert json.loads((out / "reproduction.json").read_text())["equal"]
+    budgets = [read_run(run).findings["micro_batch_tokens"] for run in (project / "runs/tiny", out)]
+    assert budgets[0] == budgets[1]
+
+
+def test_the_budget_of_the_run_is_kept_whatever_this_machine_would_take(project: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(project / "runs/tiny", project / "runs/smaller")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["findings"]["micro_batch_tokens"] = 128
+    (run / "run.json").write_text(json.dumps(manifest))
+    again(run, tmp_path / "out")
+    assert read_run(tmp_path / "out").findings["micro_batch_tokens"] == 128
+
+
+def test_what_differs_is_named_and_judged_by_bytes(
+    project: Path, reproduced: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    out = shutil.copytree(reproduced[1], tmp_path / "out")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["loss"] += 1e-6
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = json.loads((out / "evaluation/evaluation.json").read_text())
+    scores["tuned"]["loss"] += 1e-6
+    changed = json.dumps(scores)
+    result = hold_against(project / "runs/tiny", out, changed)
+    assert not result["equal"]
+    problem = explain(result)
+    assert "training: loss of step 2: was" in problem.what
+    assert "something outside of it" in str(problem.fix)
+
+
+def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
+    project: Path, reproduced: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(project / "runs/tiny", tmp_path / "run")
+    lock = json.loads((run / LOCK).read_text())
+    lock["packages"]["torch"] = "1.0"
+    (run / LOCK).write_text(json.dumps(lock))
+    out = shutil.copytree(reproduced[1], tmp_path / "out")
+    scores = json.loads((out / "evaluation/evaluation.json").read_text())
+    scores["tuned"]["accuracy"] += 0.01
+    near = hold_against(run, out, json.dumps(scores))
+    assert near["judged_by"] == "tolerance"
+    assert near["equal"]
+    assert [setting["name"] for setting in near["settings"]] == ["torch"]
+    far = hold_against(run, out, json.dumps(scores), Tolerances(score=0.001))
+    assert not far["equal"]
+    assert "torch was 1.0" in str(explain(far).fix)
+
+
+def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
+    """Compare without training: what comes after `run_pipeline`."""
+    from llmtune.reproduce import compare
+    from llmtune.run.lock import read_lock
+    from llmtune.run.verify import verify
+
+    (out / "evaluation/evaluation.json").write_text(scores)
+    return compare(read_run(run), out, read_lock(run / LOCK), verify(run), tolerances or Tolerances())
+
+
+def test_changed_data_model_and_recipe_are_refused_before_anything_is_trained(project: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(project, tmp_path / "project")
+    kinds = {"rows.jsonl": DataError, "model/config.json": EnvironmentProblem, "runs/tiny/recipe.yaml": RecipeError}
+    for name, error in kinds.items():
+        path = place / name
+        text = path.read_text()
+        path.write_text(text.replace("seed: 7", "seed: 8") + " ")
+        with pytest.raises(error, match="changed since the run"):
+            again(place / "runs/tiny", tmp_path / "out")
+        path.write_text(text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_reproduced_into_itself_nor_before_it_was_trained(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="name another folder"):
+        again(project / "runs/tiny", project / "runs" / ".." / "runs" / "tiny")
+    (tmp_path / "run.json").write_text(json.dumps({"fingerprint": "aa", "steps": {}, "findings": {}}))
+    done = CliRunner().invoke(app, ["reproduce", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "no trained model yet" in done.stderr
