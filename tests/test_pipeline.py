@@ -55,7 +55,7 @@ def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> No
     assert {"recipe", "task", "steps", "data", "model", "adapter", "train", "evaluation", "gates"} <= report.keys()
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
     assert set(report["evaluation"]["difference"]) == {"loss", "accuracy", "exact_match"}
-    assert {"value", "interval", "p", "n"} == report["evaluation"]["difference"]["loss"].keys()
+    assert {"value", "interval", "p", "n", "test"} == report["evaluation"]["difference"]["loss"].keys()
     assert sum(report["data"]["kept"].values()) + sum(report["data"]["dropped"].values()) == report["data"]["rows_in"]
 
 

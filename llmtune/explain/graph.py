@@ -160,7 +160,7 @@ def draw_graph(path: Path, graph: Graph, panels: Sequence[tuple[str, str]], titl
     whole = width * len(panels)
     svg = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0:.0f} {1}" width="{0:.0f}" height="{1}"'
-    ).format(max(whole, LETTER * len(title) + 24), height)
+    ).format(max(whole, 10.2 * len(title) + 24), height)
     label_ = Markup(' role="img" aria-label="{}"><style>{}</style>{}</svg>\n')
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, svg + label_.format(title, STYLE, Markup("").join(parts)))

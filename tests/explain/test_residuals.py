@@ -38,7 +38,7 @@ def wire_family(kind: Any, family: str, block: str, **config: Any) -> Wiring:
 
 
 def spell(wiring: Wiring) -> list[str]:
-    """A line a sublayer: norms before and after in brackets, `|` between branches side by side, `>` before norms behind."""
+    """A line a sublayer: norms in brackets, `|` between branches side by side, `>` before norms on the path."""
     lines = []
     for sublayer in wiring.sublayers:
         branches = []
@@ -152,7 +152,7 @@ def test_a_block_without_a_residual_path_is_not_guessed():
 
 
 def test_weights_beside_the_path_are_not_hidden():
-    with pytest.raises(UnknownWiringError, match="second.* stands beside the residual path"):
+    with pytest.raises(UnknownWiringError, match=r"second.* stands beside the residual path"):
         wire_block(lambda block, x: block.second(x + block.first(x)))
 
 
