@@ -24,6 +24,7 @@ from llmtune.explain.reading import Given, Reading, read, write
 from llmtune.explain.rollout import Matrix
 from llmtune.explain.subject import Subject
 from llmtune.explain.tokens import Token, label, name_tokens
+from llmtune.run.files import explained
 
 KEPT_BYTES = 2**30
 """Of the heads of all layers, both sides; where they are more, only those of the layer that was asked for are kept."""
@@ -54,7 +55,7 @@ def explain_attention(
     check_seen(choice, sides[subject.sides[-1]])
     layers = {kind: _layer(choice, list(sides.values()), kind) for kind in choice.kinds}
     seen = Seen(subject, sides, lines, choice, layers)
-    with console.status("drawing"):
+    with console.status("drawing"), explained(out):
         drawn = draw_pictures(seen, wishes, out, console)
         page = write_attention_page(out / f"{STEM}.html", seen, drawn.thresholds)
     return tell(seen, said, drawn.thresholds), [page, *drawn.files]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llmtune.explain.architecture import Architecture, Blocks, Piece, Stack
 from llmtune.explain.carriers import Carrier, Carriers
+from llmtune.explain.orders import BIASES
 from llmtune.explain.residuals import Branch
 from llmtune.report.numbers import count
 
@@ -190,6 +191,12 @@ def tell_outputs(architecture: Architecture, stack: Stack) -> str:
 def number_blocks(group: Blocks) -> str:
     """Say which blocks a group is."""
     first, last = group.numbers[0], group.numbers[-1]
-    told = f"block {first}" if first == last else f"blocks {first} to {last}"
-    held = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in group.extras))
-    return f"{told}; one holds {held}" if held else told
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
+
+
+def tell_extras(group: Blocks) -> str:
+    """Say what only some of a group's blocks hold; empty where they are all alike."""
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in group.extras))
+    if not names:
+        return ""
+    return "one holds a bias table" if set(names) <= set(BIASES) else f"some hold {', '.join(names)}"

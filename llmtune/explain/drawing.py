@@ -19,6 +19,7 @@ from llmtune.explain.captions import (
     mark,
     number_blocks,
     rows_of,
+    tell_extras,
     tell_inputs,
     tell_outputs,
     title_branch,
@@ -196,8 +197,9 @@ class _Column:
         self.y -= 30
         frame = _rect("frame", self.left - RAIL + 4, self.y, self.inner + RAIL + 10, bottom - self.y, 12)
         self.parts.insert(at, frame)
-        numbers = _cut(number_blocks(group), self.inner / 2 + RAIL - 20 if not group.extras else self.inner)
-        self.parts.append(_text(self.left - RAIL + 18, self.y + 20, numbers, "line"))
+        self.parts.append(_text(self.left - RAIL + 18, self.y + 20, number_blocks(group), "line"))
+        extras = _cut(tell_extras(group), self.inner / 2)
+        self.parts.append(_text(self.left + self.inner, self.y + 20, extras, "line", "end"))
         right, y = self.left + self.inner + 22, (self.y + bottom) / 2
         times = len(group.numbers) * max(group.runs, 1)
         self.parts.append(_text(right, y, f"× {times}", "times"))

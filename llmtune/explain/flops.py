@@ -18,8 +18,9 @@ from llmtune.explain.architecture import Architecture, branches_of
 from llmtune.explain.blueprint import Blueprint, UntraceableError
 from llmtune.explain.operations import Operation, Trace
 
-COUNTED, CHECKED = (16, 24, 40), 1024
-"""Lengths in tokens at which products are counted, and at which the formula is held against the count."""
+COUNTED, CHECKED = (16, 23, 41), 1021
+"""Lengths in tokens at which products are counted, and at which the formula is held against the count; odd
+ones, which blocks of a fixed size do not divide."""
 PAIRS = ("attention", "cross-attention")
 """Parts that multiply activations with one another: queries with keys, weights with values."""
 Polynomial = tuple[int, int, int]

@@ -18,6 +18,7 @@ from llmtune.explain.vector import style_of, write_svg
 from llmtune.report.numbers import count, share
 
 if TYPE_CHECKING:
+    from llmtune.explain.architecture import Architecture
     from llmtune.explain.model import Portrait
 
 LEAD = (
@@ -87,8 +88,17 @@ def facts(portrait: Portrait) -> list[tuple[str, str]]:
     for stack in model.stacks:
         where = f" of the {stack.name}" if len(model.stacks) > 1 else ""
         found.append((f"positions{where}", "; ".join(stack.orders) or "nothing that was found"))
-    found.append(("head", "uses the embedding's weights" if model.tied_head else "has its own weights, or none"))
+    found.append(("head", describe_head(model)))
     return [*found, *trained(portrait)]
+
+
+def describe_head(model: Architecture) -> str:
+    """Say whose weights turn a vector into scores over the vocabulary, if any do."""
+    if model.tied_head:
+        return "uses the embedding's weights"
+    pieces = [piece for stack in model.stacks for piece in stack.behind if piece.kind == "linear"]
+    own = any(piece.shape[-1] == model.vocabulary for piece in pieces)
+    return "over the vocabulary, with weights of its own" if own else "none over the vocabulary"
 
 
 def trained(portrait: Portrait) -> list[tuple[str, str]]:
@@ -139,18 +149,23 @@ def tell_crossing(portrait: Portrait) -> list[str]:
     cost = portrait.cost
     if cost is None:
         return []
+    fixed, _, _ = cost.sum()
     _, weights, _ = cost.sum(pairs=False)
     _, _, pairs = cost.sum(pairs=True)
-    told = [
-        f"A token costs {briefly(weights)}FLOPs in products with weights, however long the text is, and "
+    told = [f"What does not depend on the length costs {briefly(fixed)}FLOPs."] if fixed > weights else []
+    halves = " (in each half)" if portrait.architecture.family == "encoder-decoder" and not told else ""
+    told.append(
+        f"A token{halves} costs {briefly(weights)}FLOPs in products with weights, however long the text is, and "
         f"{briefly(pairs)}FLOPs more for each token that attention sets it beside."
-    ]
-    crossing = cost.crossing()
-    if crossing:
+    )
+    crossing, context = cost.crossing(), portrait.architecture.context
+    if crossing and context and crossing > context:
+        told.append(
+            f"Only at {crossing:,} tokens, beyond the model's context of {context:,}, would attention's own products "
+            "cost more than everything else."
+        )
+    elif crossing:
         told.append(f"From {crossing:,} tokens on, attention's own products cost more than everything else.")
-        context = portrait.architecture.context
-        if context and crossing > context:
-            told.append(f"That is beyond the model's context of {context:,} tokens.")
     return told
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -20,6 +20,7 @@ from llmtune.explain.captions import (
     mark,
     number_blocks,
     rows_of,
+    tell_extras,
     title_branch,
     title_piece,
 )
@@ -81,11 +82,11 @@ def draw_tree(stack: Stack, carriers: Carriers | None) -> Tree:
         times = len(group.numbers) * max(group.runs, 1)
         again = ", the same weights each time" if group.runs > 1 else ""
         head = Text.assemble((f"{times} × ", "bold"), f"block{again}  ", (number_blocks(group), "dim"), "  ")
-        branch = tree.add(head.append(f"{brief_size(group.typical)} each", style="dim"))
+        extras = f"; {tell_extras(group)}" if group.extras else ""
+        branch = tree.add(head.append(f"{brief_size(group.typical)} each{extras}", style="dim"))
         if group.wiring is None:
             branch.add(Text(f"order of parts not known: {group.unknown}", style="yellow"))
-            for row in rows_of([name for name, size in group.sizes.items() if size], group, carriers):
-                branch.add(_row(row))
+            _add_rows(branch, rows_of([name for name, size in group.sizes.items() if size], group, carriers))
             continue
         for norm in group.wiring.entry:
             branch.add(_norm(norm))
@@ -103,8 +104,7 @@ def _add_sublayer(tree: Tree, sublayer: Sublayer, group: Blocks, stack: Stack, c
             line.append(word, style=style)
         told = "; ".join(describe_branch(branch, group, stack))
         node = tree.add(line.append(f"  {told}", style="dim"))
-        for row in rows_of(branch.modules, group, carriers):
-            node.add(_row(row))
+        _add_rows(node, rows_of(branch.modules, group, carriers))
     for norm in sublayer.behind:
         tree.add(Text.assemble((norm.kind, COLOURS["norm"]), ("  on the residual path", "dim")))
 
@@ -120,9 +120,12 @@ def _chain(branch: Branch, stack: Stack) -> Iterator[tuple[str, str]]:
         yield norm.kind, COLOURS["norm"]
 
 
-def _row(row: Row) -> Text:
-    text = Text.assemble(f"{row.name:<12} ", f"{row.shape:<18} ", (f"{brief_size(row.parameters):>7}", "dim"))
-    return text.append(f"  {row.mark}", style="cyan") if row.mark else text
+def _add_rows(tree: Tree, rows: Sequence[Row]) -> None:
+    names, shapes = (max(len(getattr(row, part)) for row in rows) for part in ("name", "shape"))
+    for row in rows:
+        text = Text(f"{row.name:<{names}}  {row.shape:<{shapes}}  ")
+        text.append(f"{brief_size(row.parameters):>6}", style="dim")
+        tree.add(text.append(f"  {row.mark}", style="cyan") if row.mark else text)
 
 
 def _norm(norm: Norm) -> Text:

@@ -28,7 +28,7 @@ def _find(model: Any, config: Any, owner: str, pieces: Sequence[str]) -> Iterato
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in pieces:
         last, kind = name.rpartition(".")[2].lower(), type(modules[name]).__name__
-        if "conv" in last and "pos" in last:
+        if "pos_conv" in name:
             yield "a convolution over neighbours"
         elif "sinus" in kind.lower():
             yield "sines, fixed"

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from llmtune.explain.operations import trace_forward
+from llmtune.explain.blueprint import Blueprint
+from llmtune.explain.operations import Trace, trace_forward
 from llmtune.explain.residuals import UnknownWiringError, Wiring, read_wiring
 
 SMALL = {
@@ -23,18 +24,15 @@ SMALL = {
 }
 
 
-def wire(model: nn.Module, block: str, **inputs: torch.Tensor) -> Wiring:
-    trace = trace_forward(model.eval(), inputs)
+def wire(trace: Trace, block: str) -> Wiring:
     return read_wiring(trace, next(call for call in trace.calls if call.module == block))
 
 
 def wire_family(kind: Any, family: str, block: str, **config: Any) -> Wiring:
     settings = AutoConfig.for_model(family, **{**SMALL, **config})
     with torch.device("meta"):
-        model = kind.from_config(settings, attn_implementation="eager")
-        ids = torch.ones((1, 6), dtype=torch.long)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if settings.is_encoder_decoder else {})
-    return wire(model, block, **inputs)
+        model = kind.from_config(settings, attn_implementation="eager").eval()
+    return wire(Blueprint(model, lambda: model).trace, block)
 
 
 def spell(wiring: Wiring) -> list[str]:
@@ -134,7 +132,7 @@ class Model(nn.Module):
 
 
 def wire_block(forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Wiring:
-    return wire(Model(Block(forward)), "layers.0", x=torch.randn(1, 3, 8))
+    return wire(trace_forward(Model(Block(forward)), {"x": torch.randn(1, 3, 8)}), "layers.0")
 
 
 def test_a_sum_is_residual_only_where_weights_stand_between():
