@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURES = ROOT / "docs/inside.md", ROOT / "docs/inside"
 RUN = ROOT / "build/inside/run"
@@ -32,8 +34,17 @@ def main() -> int:
             out = Path(folder) / str(number)
             words = [str(run) if word == "RUN" else word for word in shlex.split(line)[1:]]
             subprocess.run([*llmtune, *words, "--out", str(out)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-            shutil.copyfile(out / picture.partition(".")[2], PICTURES / picture)
+            take(out / picture.partition(".")[2], PICTURES / picture)
     return 0
+
+
+def take(made: Path, place: Path) -> None:
+    """Copy a picture; one in pixels with a palette of 128 colours, which is less than half of the bytes."""
+    if made.suffix == ".png":
+        with Image.open(made) as picture:
+            picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(place, optimize=True)
+    else:
+        shutil.copyfile(made, place)
 
 
 if __name__ == "__main__":

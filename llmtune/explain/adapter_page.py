@@ -119,12 +119,15 @@ def summarise(found: Map) -> list[str]:
     if found.rows:
         rows = sorted(found.rows, key=lambda row: -(together(found.of_row(row)) or 0.0))
         columns = sorted(found.columns, key=lambda column: -(together(found.of_column(column)) or 0.0))
-        told.append(
-            f"Most in layer {rows[0]} ({in_percent(together(found.of_row(rows[0])))}) and least in layer {rows[-1]} "
-            f"({in_percent(together(found.of_row(rows[-1])))}); by module most in {columns[0]} "
-            f"({in_percent(together(found.of_column(columns[0])))}), least in {columns[-1]} "
-            f"({in_percent(together(found.of_column(columns[-1])))})."
-        )
+        spans = []
+        if len(rows) > 1:
+            ends = [f"layer {row} ({in_percent(together(found.of_row(row)))})" for row in (rows[0], rows[-1])]
+            spans.append(f"by layer most in {ends[0]} and least in {ends[1]}")
+        if len(columns) > 1:
+            ends = [f"{name} ({in_percent(together(found.of_column(name)))})" for name in (columns[0], columns[-1])]
+            spans.append(f"by module most in {ends[0]} and least in {ends[1]}")
+        if spans:
+            told.append(f"B{'; '.join(spans)[1:]}.")
         (row, column), most = max(found.cells.items(), key=lambda cell: cell[1].relative or 0.0)
         told.append(f"The farthest single move is that of {column} in layer {row} ({in_percent(most.relative)}).")
     ranked = [move for move in found.moves if move.effective_rank is not None and move.rank]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmtune.explain.adapter import Map
     from llmtune.explain.movement import Move
 
-CELL_IN, WIDE_IN, LETTER_IN, DPI = 0.21, 0.52, 0.075, 150
+CELL_IN, WIDE_IN, LETTER_IN, DPI = 0.21, 0.5, 0.075, 110
 """Height and width of a cell, and width of a letter, in inches."""
 MOST_IN = 14.0
 """Of the map's height: deeper models get lower cells."""
@@ -40,7 +40,7 @@ def draw_moves(path: Path, found: Map) -> list[Path]:
     top = 0.82 * LETTER_IN * max(map(len, found.columns)) + 0.5
     wide, tall = WIDE_IN * len(found.columns), cell * len(found.rows)
     step, height = left + wide + 0.75, top + tall + 0.25
-    settings: Any = {"font.size": 8, "svg.fonttype": "path", "svg.hashsalt": "adapter", "text.parse_math": False}
+    settings: Any = {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "adapter", "text.parse_math": False}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(step * len(panels), height), facecolor="white")
         FigureCanvasAgg(figure)

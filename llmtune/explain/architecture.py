@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,8 @@ class Piece:
     """Its own; a weight that another part holds as well is counted there."""
     tied_to: str | None = None
     """The part whose weights it uses."""
+    once: bool = False
+    """Whether it works once for a text, as a pooling layer does, and not for each token."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class Architecture:
     stacks: tuple[Stack, ...]
     other: dict[str, int] = field(default_factory=dict)
     """Parameters of what is not part of a stack, or is not used for a text, by name."""
+    scores_text: bool = False
+    """Whether scores come out once for a text, and not for each token."""
     untraced: str | None = None
     """Why the model could not be run on shapes: then there is no order of parts."""
 
@@ -132,6 +137,7 @@ def describe_model(subject: Subject, blueprint: Blueprint) -> Architecture:
         tied_head=any(piece.tied_to for stack in stacks for piece in stack.behind),
         stacks=stacks,
         other=rest,
+        scores_text=len(trace.scores) == 2,
         untraced=reason,
     )
 
@@ -314,7 +320,9 @@ class _Survey:
         size = sum(self.sizes.get(key, 0) for key in own)
         shape = self.linears.get(name) or tuple(getattr(module, "weight", torch.empty(0)).shape)
         kind, about = self._name_kind(call, module, positions)
-        return Piece(name, kind, about, shape, size, tied.rpartition(".")[0] if tied else None)
+        steps = self.trace.operations[call.start : call.end]
+        once = any(step.product == "weights" and math.prod(step.shape[:-1]) == 1 for step in steps)
+        return Piece(name, kind, about, shape, size, tied.rpartition(".")[0] if tied else None, once)
 
     def _name_kind(self, call: Call, module: torch.nn.Module, positions: bool) -> tuple[Kind, str]:
         if positions:

@@ -42,6 +42,12 @@ def briefly(number: float) -> str:
     return f"{number:g}"
 
 
+def operations(number: float) -> str:
+    """Write a number of floating-point operations."""
+    told = briefly(number)
+    return f"{told}FLOPs" if told[-1].isalpha() else f"{told} FLOPs"
+
+
 def brief_size(number: float) -> str:
     """Write a number of parameters in three digits; a thousand million is B, as people say of models."""
     return briefly(number).replace("G", "B")
@@ -166,6 +172,8 @@ def describe_piece(piece: Piece) -> str:
         shape = _write(ends)
     elif piece.kind in ("embedding", "positions") and len(piece.shape) == 2:
         shape = f"{piece.shape[0]:,} × {piece.shape[1]:,}"
+    if piece.once:
+        return f"{shape}, once for the text"
     return f"{shape}, {'embedding’s' if piece.kind == 'linear' else 'same'} weights" if piece.tied_to else shape
 
 
@@ -182,10 +190,13 @@ def tell_outputs(architecture: Architecture, stack: Stack) -> str:
     if last is not None and len(last.shape) == 2 and last.shape[1] == architecture.vocabulary:
         return f"a score for each of {last.shape[1]:,} tokens"
     if last is not None and len(last.shape) == 2 and last.shape[1] != architecture.width:
-        return f"{last.shape[1]:,} scores"
+        return f"{last.shape[1]:,} scores for {'the text' if architecture.scores_text else 'each token'}"
     if architecture.family == "encoder-decoder" and stack is not architecture.stacks[-1]:
         return ""
-    return f"a vector of {architecture.width:,} numbers for each word" if architecture.width else ""
+    if not architecture.width:
+        return ""
+    both = ", and as many for the text" if last is not None and last.once else ""
+    return f"{architecture.width:,} numbers for each word{both}"
 
 
 def number_blocks(group: Blocks) -> str:

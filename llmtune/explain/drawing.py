@@ -56,7 +56,7 @@ def draw_architecture(architecture: Architecture, carriers: Carriers | None) -> 
             parts += _join(before, after)
     width = max(x - BETWEEN, 10)
     top = min((column.y for column in columns), default=0) - 8
-    name = f"Architecture of {architecture.name}"
+    name = f"Architecture of {architecture.model_class}"
     return Markup('<svg class="arch" viewBox="0 {:.0f} {:.0f} {:.0f}" role="img" aria-label="{}">{}{}</svg>').format(
         top, width, 12 - top, name, TIP, Markup("").join(parts)
     )

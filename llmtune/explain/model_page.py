@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from llmtune.explain.captions import briefly
+from llmtune.explain.captions import operations
 from llmtune.explain.cost import choose_stack, cost_of_block
 from llmtune.explain.curves import draw_costs, draw_measured, rate
 from llmtune.explain.drawing import draw_architecture
@@ -136,8 +136,8 @@ def costs(portrait: Portrait) -> list[dict[str, str]]:
         rows.append(
             {
                 "tokens": f"{tokens:,}",
-                "total": f"{briefly(total)}FLOPs",
-                "token": f"{briefly(total / tokens)}FLOPs",
+                "total": f"{operations(total)}",
+                "token": f"{operations(total / tokens)}",
                 "attention": share(pairs, total),
             }
         )
@@ -152,11 +152,11 @@ def tell_crossing(portrait: Portrait) -> list[str]:
     fixed, _, _ = cost.sum()
     _, weights, _ = cost.sum(pairs=False)
     _, _, pairs = cost.sum(pairs=True)
-    told = [f"What does not depend on the length costs {briefly(fixed)}FLOPs."] if fixed > weights else []
+    told = [f"What does not depend on the length costs {operations(fixed)}."] if fixed > weights else []
     halves = " (in each half)" if portrait.architecture.family == "encoder-decoder" and not told else ""
     told.append(
-        f"A token{halves} costs {briefly(weights)}FLOPs in products with weights, however long the text is, and "
-        f"{briefly(pairs)}FLOPs more for each token that attention sets it beside."
+        f"A token{halves} costs {operations(weights)} in products with weights, however long the text is, and "
+        f"{operations(pairs)} more for each token that attention sets it beside."
     )
     crossing, context = cost.crossing(), portrait.architecture.context
     if crossing and context and crossing > context:
@@ -180,7 +180,7 @@ def tell_times(portrait: Portrait) -> list[str]:
     told = [f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32."]
     if cost is not None and chosen is not None:
         speed = rate(cost_of_block(cost, chosen[0]), measured)
-        told.append(f"The dots lie on the lines at {briefly(speed)}FLOPs a second, the mean over these lengths.")
+        told.append(f"The dots lie on the lines at {operations(speed)} a second, the mean over these lengths.")
     if len(measured.points) > 1:
         before, after = measured.points[-2:]
         block = after.block_seconds / before.block_seconds

@@ -63,6 +63,8 @@ class Trace:
 
     operations: list[Operation] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    scores: tuple[int, ...] = ()
+    """Shape of the `logits` that came out, if any did."""
 
     @cached_property
     def uses(self) -> Counter[int]:
@@ -89,7 +91,8 @@ def trace_forward(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], **
     trace = Trace()
     recorder = _Recorder(trace, dict(model.named_parameters()), inputs.values())
     with torch.no_grad(), _following(model, trace), recorder:
-        model(**inputs, **settings)
+        out = model(**inputs, **settings)
+    trace.scores = tuple(getattr(getattr(out, "logits", None), "shape", ()))
     return trace
 
 

@@ -9,11 +9,18 @@ import torch
 from support import families
 from support.adapting import quiet
 from support.models import build_gpt2, build_llama
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from llmtune.explain.architecture import Architecture, Blocks, branches_of, describe_model
 from llmtune.explain.blueprint import Blueprint, draw_blueprint
-from llmtune.explain.captions import briefly, describe_branch, rows_of, shorten
+from llmtune.explain.captions import briefly, describe_branch, describe_piece, rows_of, shorten, tell_outputs
 from llmtune.explain.drawing import draw_architecture
 from llmtune.explain.model import count_parts
 from llmtune.explain.vector import style_of, write_svg
@@ -248,6 +255,23 @@ def _count_norms(group: Blocks) -> int:
     return sum(len(branch.before) + len(branch.after) for branch in branches_of(group)) + sum(
         len(sublayer.behind) for sublayer in group.wiring.sublayers
     )
+
+
+def test_a_layer_that_works_once_for_a_text_is_told():
+    """BERT's pooler sees the first token alone: what it gives is no vector for each word."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 1}
+    architecture = describe_config(AutoModel, "bert", **sizes)
+    (stack,) = architecture.stacks
+    assert [(piece.name, piece.once) for piece in stack.behind] == [("pooler.dense", True)]
+    assert describe_piece(stack.behind[0]) == "32 → 32, once for the text"
+    assert tell_outputs(architecture, stack) == "32 numbers for each word, and as many for the text"
+    marked = describe_config(AutoModelForTokenClassification, "bert", num_labels=5, **sizes)
+    assert tell_outputs(marked, marked.stacks[0]) == "5 scores for each token"
+    classed = describe_config(AutoModelForSequenceClassification, "bert", num_labels=5, **sizes)
+    assert tell_outputs(classed, classed.stacks[0]) == "5 scores for the text"
+    sizes |= {"num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 50, "num_labels": 5}
+    judge = describe_config(AutoModelForSequenceClassification, "llama", **sizes)  # it scores all, and takes the last
+    assert tell_outputs(judge, judge.stacks[0]) == "5 scores for the text"
 
 
 def test_numbers_and_names_are_short():

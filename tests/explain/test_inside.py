@@ -1,0 +1,80 @@
+"""The page that teaches with `llmtune explain`: each of its commands runs, each of its pictures is there and small."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+from support.families import build_bert, build_whisper
+from support.finished import finish_run
+from support.models import build_llama
+from typer.testing import CliRunner
+
+from llmtune.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/inside.md").read_text("utf-8")
+COMMANDS = re.findall(r"^ {4}(llmtune explain .+)$", PAGE, flags=re.MULTILINE)
+LINKED = re.findall(r"\]\(inside/([^)]+)\)", PAGE)
+LARGEST_BYTES = 150_000
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models with as many layers as the page speaks of, by the page's names for them."""
+    folder = tmp_path_factory.mktemp("models")
+    llama = build_llama(folder / "llama", layers=8)
+    return {
+        "RUN": finish_run(folder, llama, train={"num_train_epochs": 1}, evaluate={"metrics": ["loss"]}),
+        "builtin:minilm-l6-v2": build_bert(folder / "bert", num_hidden_layers=6),
+        "builtin:whisper-tiny.en": build_whisper(folder / "whisper"),
+    }
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_page_runs_and_writes_its_picture(models: dict[str, Path], tmp_path: Path, monkeypatch, line):
+    monkeypatch.chdir(ROOT)  # the page names a recording of the repository
+    words = [str(models.get(word, word)) for word in shlex.split(line)[1:]]
+    quick = ["--no-measure"] if words[1] == "model" and "model-time" not in picture_of(line) else []
+    result = CliRunner().invoke(app, [*words, *quick, "--out", str(tmp_path)])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    if picture_of(line):
+        assert (tmp_path / picture_of(line)).stat().st_size > 500
+
+
+def picture_of(line: str) -> str:
+    """The file that the picture below a command is taken from; empty where there is none."""
+    found = re.search(rf"^    {re.escape(line)}\n\n!\[[^]]*\]\(inside/[^.]+\.([^)]+)\)", PAGE, flags=re.MULTILINE)
+    return found[1] if found else ""
+
+
+def test_each_of_the_five_commands_is_taught():
+    assert {line.split()[2] for line in COMMANDS} == {"attention", "generation", "positions", "model", "adapter"}
+
+
+def test_every_picture_is_there_small_and_whole():
+    assert sorted(LINKED) == sorted(path.name for path in (ROOT / "docs/inside").iterdir())
+    for name in LINKED:
+        path = ROOT / "docs/inside" / name
+        assert path.stat().st_size < LARGEST_BYTES, name
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.size[0] > 600
+        else:
+            ElementTree.parse(path)
+
+
+def test_pictures_name_no_folder_of_the_machine_they_were_made_on():
+    for name in LINKED:
+        if name.endswith(".svg"):
+            assert not re.search(r'"[^"]*/(tmp|home|work|root)/', (ROOT / "docs/inside" / name).read_text("utf-8")), (
+                name
+            )
+
+
+def test_nothing_is_left_of_a_picture_that_no_command_makes():
+    assert all(any(picture_of(line) and name.endswith(picture_of(line)) for line in COMMANDS) for name in LINKED)
