@@ -17,6 +17,7 @@ from llmtune.errors import DataError, EnvironmentProblem, Stopped
 from llmtune.launch.local import WorkerBug, launch_local
 
 TESTS = Path(__file__).parents[1]
+CLOCKS_APART = 0.5
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,8 @@ def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(tm
     for step in ("adapt", "train"):
         assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
     adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
-    assert adapted["started"] + adapted["seconds"] <= trained["started"] + trained["seconds"]  # a kill loses none
+    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds are of another clock than starts
+    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses none
 
 
 def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_as_before(console):
