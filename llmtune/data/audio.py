@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from llmtune.data.conversations import filled
 from llmtune.data.messages import RowError
 from llmtune.data.read import describe
 from llmtune.records import Row
+from llmtune.run.files import hash_recording
 
 Samples = npt.NDArray[np.int16]
 FULL_SCALE = 32768
@@ -58,15 +58,6 @@ def _speech(row: Mapping[str, Any], column: str) -> Row:
     path = Path(name)
     check_recording(path)
     return {"audio": str(path), "content": hash_recording(path), "text": filled(row, "text")}
-
-
-def hash_recording(path: Path) -> str:
-    """Return the hash of a file's bytes, in hex."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_recording(path: Path) -> None:

@@ -255,26 +255,25 @@ def iterate_rows(rows: Rows, side: str) -> Iterator[tuple[str, Row]]:
 
 def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:
     """Yield (origin, row as JSON) of a side in order; nothing for a side that has no rows."""
-    if side not in rows.files:
-        return
-    with pa.memory_map(str(rows.files[side])) as source:
-        reader = pa.ipc.open_file(source)
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
+    for batch in _batches(rows, side):
+        yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
 
 
 def iterate_columns(rows: Rows, side: str) -> Iterator[dict[str, Any]]:
     """Yield by row of a side, in order, what its source says in the columns that were kept; mostly nothing."""
+    for batch in _batches(rows, side):
+        there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
+        for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
+            yield json.loads(text) if text else {}
+
+
+def _batches(rows: Rows, side: str) -> Iterator[pa.RecordBatch]:
     if side not in rows.files:
         return
     with pa.memory_map(str(rows.files[side])) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
-            for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
-                yield json.loads(text) if text else {}
+            yield reader.get_batch(number)
 
 
 def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.data import hub
-from llmtune.data.audio import AUDIO_COLUMNS, find_recording, hash_recording
+from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.formats import FORMATS, RowFormat, detect, rename, unused_keys
 from llmtune.data.read import RawRow, Unreadable, read_file
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection, Source
 from llmtune.recipe.shipped import recipes_folder
 from llmtune.records import SIDES
+from llmtune.run.files import hash_file, hash_recording
 
 ENDINGS = {
     ".jsonl": "jsonl",
@@ -298,9 +299,7 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
         yield SourceFile(source.path, name, None, "commit", hub.resolve_commit(name, source.revision))
         return
     for path in find_files(source, key):
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        yield SourceFile(source.path, path.name, path, "sha256", found)
+        yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
         if task == "speech":
             yield from _hash_recordings(source, path, key)
 

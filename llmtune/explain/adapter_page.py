@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
-
-from llmtune.explain.page import write_page
-from llmtune.explain.vector import style_of
+from llmtune.explain.page import asset, fill, write_page
 from llmtune.report.numbers import count, score
 
 if TYPE_CHECKING:
@@ -45,13 +41,6 @@ MEASURES = (
 
 def write_adapter_page(path: Path, found: Map) -> Path:
     """Write what moved as a page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.explain", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cells = {f"{row}|{column}": values(move) for (row, column), move in found.cells.items()}
     context = {
         "found": found,
@@ -64,10 +53,10 @@ def write_adapter_page(path: Path, found: Map) -> Path:
         path,
         title=f"Where the tuning went: {found.name}",
         lead=LEAD,
-        body=Markup(environment.get_template("adapter.html.jinja").render(context)),  # noqa: S704 - autoescape
+        body=fill("adapter.html.jinja", context),
         data={"rows": found.rows, "columns": found.columns, "cells": cells},
-        script=style_of("adapter.js"),
-        style=style_of("adapter.css"),
+        script=asset("adapter.js"),
+        style=asset("adapter.css"),
     )
 
 

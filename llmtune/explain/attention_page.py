@@ -8,11 +8,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -22,7 +20,7 @@ from llmtune.explain.choice import Seen
 from llmtune.explain.colours import DIFFERENCE as DIFFERENCE_COLOURS
 from llmtune.explain.colours import WEIGHT
 from llmtune.explain.layers import MEAN, ROLLOUT, Head, Line, title_of
-from llmtune.explain.page import write_page
+from llmtune.explain.page import asset, fill, write_page
 from llmtune.explain.rollout import Matrix
 from llmtune.explain.tokens import label
 
@@ -52,8 +50,8 @@ def write_attention_page(path: Path, seen: Seen, thresholds: Mapping[Kind, float
         lead=LEAD,
         body=_body(seen, wanted),
         data=data,
-        script=_asset("attention.js"),
-        style=_asset("attention.css"),
+        script=asset("attention.js"),
+        style=asset("attention.css"),
     )
 
 
@@ -135,10 +133,6 @@ def _tokens(line: Line) -> list[dict[str, Any]]:
     return [{"text": label(token), "whole": label(token, 80), "special": token.special} for token in line.tokens]
 
 
-def _asset(name: str) -> str:
-    return files("llmtune.explain").joinpath(name).read_text("utf-8")
-
-
 def _body(seen: Seen, room: Room) -> Markup:
     note = ""
     there = {kind: set(_channels(seen, kind, room)) for kind in seen.layers}
@@ -146,12 +140,4 @@ def _body(seen: Seen, room: Room) -> Markup:
         some = any((number, 0) in there[kind] for kind, number in seen.layers.items())
         which = "of one layer" if some else "of no layer"
         note = f"The text is long: this page has the heads {which}. --layer names one; a shorter text has room for all."
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.explain", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    body = environment.get_template("attention.html.jinja").render({"note": note})
-    return Markup(body)  # noqa: S704 - autoescape
+    return fill("attention.html.jinja", {"note": note})

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from llmtune.explain.page import write_page
+from llmtune.explain.page import asset, fill, write_page
 from llmtune.explain.subject import BASE, TUNED
 from llmtune.explain.words import shown
 
@@ -30,28 +26,15 @@ DIGITS = 6
 
 def write_generation_page(path: Path, told: Facts) -> Path:
     """Write what `explain_generation` found as a page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.explain", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    body = environment.get_template("generation.html.jinja").render(view(told))
     return write_page(
         path,
         title=title(told),
         lead=LEAD_MASKED if told["masked"] else LEAD,
-        body=Markup(body),  # noqa: S704 - rendered with autoescape
+        body=fill("generation.html.jinja", view(told)),
         data=page_data(told),
         script=asset("generation.js"),
         style=asset("generation.css"),
     )
-
-
-def asset(name: str) -> str:
-    """Read a file that stands beside this module."""
-    return files("llmtune.explain").joinpath(name).read_text("utf-8")
 
 
 def title(told: Facts) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 from markupsafe import Markup
 
 from llmtune.explain.captions import operations
@@ -13,8 +12,8 @@ from llmtune.explain.cost import choose_stack, cost_of_block
 from llmtune.explain.curves import draw_costs, draw_measured, rate
 from llmtune.explain.drawing import draw_architecture
 from llmtune.explain.flops import value
-from llmtune.explain.page import write_page
-from llmtune.explain.vector import style_of, write_svg
+from llmtune.explain.page import asset, fill, write_page
+from llmtune.explain.vector import write_svg
 from llmtune.report.numbers import count, share
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ KINDS = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an
 
 def write_model_page(folder: Path, portrait: Portrait) -> list[Path]:
     """Write model.html with all of it, and model.svg, model-cost.svg and model-time.svg by themselves."""
-    style = style_of("drawing.css")
+    style = asset("drawing.css")
     drawing = draw_architecture(portrait.architecture, portrait.carriers)
     pictures = {"model": drawing, **draw_curves(portrait)}
     context = {
@@ -48,19 +47,12 @@ def write_model_page(folder: Path, portrait: Portrait) -> list[Path]:
         "unknown": [group.unknown for stack in portrait.architecture.stacks for group in stack.blocks if group.unknown],
         "untraced": portrait.architecture.untraced,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.explain", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     page = write_page(
         folder / "model.html",
         title=f"Architecture: {portrait.name}",
         lead=LEAD,
-        body=Markup(environment.get_template("model.html.jinja").render(context)),  # noqa: S704 - autoescape
-        style=style + style_of("model.css"),
+        body=fill("model.html.jinja", context),
+        style=style + asset("model.css"),
     )
     return [page, *(write_svg(folder / f"{name}.svg", picture, style) for name, picture in pictures.items())]
 

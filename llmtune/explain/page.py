@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from llmtune.report.writing import finite, replace_file
-
-DATA = "data"
-"""Id of the element that holds the page's numbers: `JSON.parse(document.getElementById("data").textContent)`."""
+from llmtune.report.writing import finite, open_templates, replace_file
 
 
 def write_page(
@@ -29,15 +27,6 @@ def write_page(
         script: JavaScript that runs when the page is there; it may not ask for anything: the page forbids it.
         style: CSS beside the report's, whose variables (`--ink`, `--page`, `--tuned`...) change with light and dark.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("llmtune.explain", ""), jinja2.PackageLoader("llmtune.report", "")]
-        ),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = {
         "title": title,
         "lead": lead,
@@ -47,8 +36,19 @@ def write_page(
         "style": Markup(style),  # noqa: S704 - ours
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, environment.get_template("page.html.jinja").render(shown))
+    replace_file(path, fill("page.html.jinja", shown))
     return path
+
+
+def fill(template: str, shown: Mapping[str, Any]) -> Markup:
+    """Fill a template of this package; all that stands in it is escaped."""
+    text = open_templates("llmtune.explain", "llmtune.report").get_template(template).render(shown)
+    return Markup(text)  # noqa: S704 - the templates escape
+
+
+def asset(name: str) -> str:
+    """Read a style sheet or script of this package."""
+    return files("llmtune.explain").joinpath(name).read_text(encoding="utf-8")
 
 
 def embedded(data: Any) -> Markup:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import base64
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from llmtune.explain.page import write_page
+from llmtune.explain.page import asset, fill, write_page
 from llmtune.explain.positions_picture import bias_lines
 from llmtune.explain.schemes import Array, Scheme, similarity, similarity_by_distance, spread
 from llmtune.report.charts import line_chart
@@ -46,13 +43,6 @@ MEANINGS = {
 
 def write_positions_page(path: Path, shown: Shown, none_found: str) -> Path:
     """Write what was found as a page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.explain", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections = [section(scheme, shown) for scheme in shown.schemes]
     context = {
         "tuned": shown.tuned,
@@ -64,16 +54,11 @@ def write_positions_page(path: Path, shown: Shown, none_found: str) -> Path:
         path,
         title=f"Positions: {shown.name}" if shown.name else "Positions: sinusoidal encoding",
         lead=LEAD,
-        body=Markup(environment.get_template("positions.html.jinja").render(context)),  # noqa: S704 - autoescape
+        body=fill("positions.html.jinja", context),
         data={"heatmaps": [maps for one in sections for maps in one["heatmaps"]], "words": shown.words},
         script=asset("positions.js"),
         style=asset("positions.css"),
     )
-
-
-def asset(name: str) -> str:
-    """Read a file that stands beside this module."""
-    return files("llmtune.explain").joinpath(name).read_text("utf-8")
 
 
 def section(scheme: Scheme, shown: Shown) -> dict[str, Any]:

@@ -13,11 +13,6 @@ from llmtune.report.writing import replace_file
 FONT = 'font-family:system-ui,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",sans-serif'
 
 
-def style_of(name: str) -> str:
-    """Return a style sheet of this package."""
-    return files("llmtune.explain").joinpath(name).read_text(encoding="utf-8")
-
-
 def write_svg(path: Path, picture: Markup, style: str, *, scale: float = 1.0) -> Path:
     """Write a picture that was drawn for a page into a file of its own, in one step; returns its path."""
     sheet = files("llmtune.report").joinpath("report.css").read_text(encoding="utf-8")

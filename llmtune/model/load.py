@@ -208,6 +208,16 @@ def _load_weights(
             str(place.path),
             "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
         ) from error
+    new = _account_for(model, info, config, task, place)
+    placed = model if "device_map" in options else model.to(device)
+    return cast(PreTrainedModel, placed), tuple(sorted(new))
+
+
+def _account_for(model: PreTrainedModel, info: dict[str, Any], config: Any, task: Task, place: ModelPlace) -> set[str]:
+    """Return the names of a new head's weights, and put a trained head's outputs in the recipe's order, in place.
+
+    Raises EnvironmentProblem where other weights are missing in the files.
+    """
     other_size = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
     absent = set(info["missing_keys"]) | other_size
     heads = head_names(model)
@@ -225,8 +235,7 @@ def _load_weights(
             str(place.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
-    placed = model if "device_map" in options else model.to(device)
-    return cast(PreTrainedModel, placed), tuple(sorted(new))
+    return new
 
 
 def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[int]) -> None:

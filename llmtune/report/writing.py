@@ -53,14 +53,18 @@ def link_explanations(run: Path) -> bool:
 
 def to_html(report: Mapping[str, Any]) -> str:
     """Fill the page: one file that asks nothing of the network."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.report", ""),
+    return open_templates("llmtune.report").get_template("report.html.jinja").render(make_view(report))
+
+
+def open_templates(*packages: str) -> jinja2.Environment:
+    """Return the templates that lie in `packages`: what they are given is escaped, and what they lack is an error."""
+    return jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in packages]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(make_view(report))
 
 
 def to_json(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from llmtune.errors import EnvironmentProblem
 
 BLOCK_BYTES = 1 << 20
@@ -87,7 +89,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_recording(path: Path) -> str:
+    """xxh3_128 of a file's bytes, in hex: recordings are many and large."""
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)

@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe.shipped import recipes_folder
 from llmtune.run.files import (
-    BLOCK_BYTES,
     find_cache,
     hash_file,
     hash_folder,
+    hash_recording,
     hash_value,
     list_folder,
     list_model,
@@ -175,7 +173,7 @@ def _check_data(folder: RunFolder, lock: Mapping[str, Any]) -> Iterator[Finding]
         place = _data_file(entry, lock.get("folder"), folder.path)
         listed.setdefault(entry["source"], set()).add(place)
         if "xxh3_128" in entry:
-            yield _check_file("data", place, entry["xxh3_128"], _hash_recording)
+            yield _check_file("data", place, entry["xxh3_128"], hash_recording)
         else:
             yield _check_file("data", place, entry["sha256"])
     for source, places in listed.items():
@@ -216,14 +214,6 @@ def split_pattern(source: str) -> tuple[Path, str]:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
-
-
-def _hash_recording(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_model(lock: Mapping[str, Any], run: Path) -> Iterator[Finding]:

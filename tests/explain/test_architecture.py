@@ -23,7 +23,8 @@ from llmtune.explain.blueprint import Blueprint, draw_blueprint
 from llmtune.explain.captions import briefly, describe_branch, describe_piece, rows_of, shorten, tell_outputs
 from llmtune.explain.drawing import draw_architecture
 from llmtune.explain.model import count_parts
-from llmtune.explain.vector import style_of, write_svg
+from llmtune.explain.page import asset
+from llmtune.explain.vector import write_svg
 from llmtune.subjects import open_subject
 
 BUILDERS: dict[str, Callable[..., Path]] = {
@@ -235,7 +236,7 @@ def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, P
 @pytest.mark.parametrize("family", ["llama", "bert", "whisper", "t5"])
 def test_a_drawing_is_whole_and_stands_alone(built: dict[str, Path], tmp_path: Path, family: str):
     architecture, _ = describe(built[family])
-    path = write_svg(tmp_path / "model.svg", draw_architecture(architecture, None), style_of("drawing.css"))
+    path = write_svg(tmp_path / "model.svg", draw_architecture(architecture, None), asset("drawing.css"))
     root = ElementTree.parse(path).getroot()
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert texts.count("× 2") == len(architecture.stacks)
