@@ -245,11 +245,11 @@ MEMORY = ("peak_training_bytes", "above_loaded_bytes")
 HEAD = """# Side by side
 
 Written by `benchmarks/results.py`; `make bench` runs the benchmarks, and each section says how often and with which
-settings they were run here. One workload (English words of the shipped texts in rows as long as Alpaca's), one packaged model
-of 135M parameters, LoRA of rank 16 on all linear layers, the same number format, optimiser and learning rate; every
-tool in a process of its own, in turns. Figures are medians, with the lowest and highest in brackets; ratios are taken
-within each turn. "Learned" is the share of tokens that the loss is of: tools differ in whether the line break after an
-answer counts. Activations are kept everywhere, which for TRL is not the default.
+settings they were run here. One workload (English words of the shipped texts in rows as long as Alpaca's), one
+packaged model of 135M parameters, LoRA of rank 16 on all linear layers, the same number format, optimiser and
+learning rate; every tool in a process of its own, in turns. Figures are medians, with the lowest and highest in
+brackets; ratios are taken within each turn. "Learned" is the share of tokens that the loss is of: tools differ in
+whether the line break after an answer counts. Activations are kept everywhere, which for TRL is not the default.
 """
 SECTIONS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "training": ("Training, one thread", write_training),

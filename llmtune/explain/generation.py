@@ -61,6 +61,8 @@ def explain_generation(
     """
     prompt = read_prompt(subject, given)
     choice = settle(wishes, prompt, subject)
+    if subject.recipe is not None and subject.recipe.generation.num_beams > 1:
+        console.print(f"generation: one answer is followed, not the run's {subject.recipe.generation.num_beams} beams")
     traces, readings = trace_sides(subject, prompt, choice, console)
     told = tell(subject, given, prompt, choice, traces, readings)
     name = f"generation-{slug(given)}"

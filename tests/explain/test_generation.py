@@ -170,6 +170,14 @@ def test_a_drawn_answer_depends_on_its_seed_alone(run, tmp_path):
     assert ids(1) != ids(2)
 
 
+def test_beams_that_are_not_followed_are_told(tiny_llama, tmp_path):
+    generation = {"num_beams": 3, "max_new_tokens": 4}
+    searched = train(tmp_path, tiny_llama, generation=generation, evaluate={"metrics": ["loss"]})
+    result = invoke(searched, "--prompt", QUESTION, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "not the run's 3 beams" in result.stderr
+
+
 def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     expect(invoke(tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
