@@ -10,7 +10,7 @@ from llmtune.adapter import find_adapter
 from llmtune.data import hash_sources
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.records import Examples, ModelPlace, Rows
-from llmtune.run.files import hash_folder, hash_value
+from llmtune.run.files import hash_file, hash_folder, hash_value
 from llmtune.run.lock import check_pin, package_versions
 from llmtune.work import Work, trained_name
 
@@ -76,6 +76,16 @@ def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> s
     trained = hash_folder(work.folder.path / trained_name(recipe))
     settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
     settings.append(own_section(recipe) or {})
+    settings.append([hash_file(path) for path in study_files(recipe)])
     contents = [trained, place.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft"))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
+
+
+def study_files(recipe: Recipe) -> list[Path]:
+    """The files that studies of the evaluation read; one that is not there is left for the study to speak of."""
+    forgetting, fairness = recipe.evaluate.forgetting, recipe.evaluate.fairness
+    named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
+    named += [*(fairness.pairs + fairness.swaps if fairness else ())]
+    named += [benchmark.task for benchmark in recipe.evaluate.benchmarks]
+    return [path for path in map(Path, named) if path.is_absolute() and path.is_file()]

@@ -41,12 +41,13 @@ from llmtune.model import (
 from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
 from llmtune.recipe import LoadedRecipe, Recipe
-from llmtune.records import AdaptedModel, Evaluation, Examples, MemoryPlan, ModelPlace, Rows
+from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelPlace, Rows
 from llmtune.report import assemble, find_explanations, write_report
 from llmtune.run.environment import is_remote_model, refuse_network
 from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.run.folder import RunFolder, default_path, look_at_run, open_run
 from llmtune.run.lock import hardware, hash_keys, note_trained, own_pins, package_versions, read_pins
+from llmtune.scores import Evaluation
 from llmtune.train import train
 from llmtune.work import Options, Work, locate_pinned, lock_run, trained_name
 

@@ -165,9 +165,15 @@ HUB_ONLY = {"model.revision", "data.train.config", "data.train.split", "data.tra
 ONE_VALUE = {"recipe_version"}
 LATER = {
     "train.seeds": "[1, 2]",
-    "evaluate.benchmarks": "[hellaswag]",
-    "evaluate.fairness": "{gap: 0.1}",
-    "evaluate.forgetting": "true",
+    "evaluate.benchmarks.task": "",
+    "evaluate.benchmarks.num_fewshot": "",
+    "evaluate.benchmarks.limit": "",
+    "evaluate.benchmarks.apply_chat_template": "",
+    "evaluate.fairness.pairs": "[own]",
+    "evaluate.fairness.swaps": "[own]",
+    "evaluate.fairness.groups": "[group]",
+    "evaluate.forgetting.texts": "[own]",
+    "evaluate.forgetting.questions": "[own]",
 }
 
 

@@ -21,9 +21,11 @@ from llmtune.evaluate.samples import pick_samples
 from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.statistics import METHOD
 from llmtune.evaluate.storage import save_predictions
+from llmtune.evaluate.studies import Scored, Setting, make_inquiries
 from llmtune.evaluate.table import print_scores
 from llmtune.recipe.tasks import TASK_FACTS
-from llmtune.records import Evaluation, Examples, Rows, Task
+from llmtune.records import Examples, Rows, Task
+from llmtune.scores import Evaluation
 
 if TYPE_CHECKING:
     import torch
@@ -58,25 +60,36 @@ def evaluate(
     Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
     were not kept, EnvironmentProblem where a single row does not fit in memory.
     """
-    if not examples.counts.get(SIDE):
-        console.print("evaluate: there are no test rows (data.test), so nothing is measured")
-        return with_gates(Evaluation({}, {}, {}, (), (), 0), recipe)
-    plan = make_plan(rows, examples, task, processor, recipe)
+    plan = None
+    if examples.counts.get(SIDE):
+        plan = make_plan(rows, examples, task, processor, recipe)
+    else:
+        console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
+    setting = Setting(recipe, task, processor, plan, device, console, folder)
+    inquiries = make_inquiries(setting)
     answers: dict[str, Answers] = {}
+    said: dict[str, dict[str, Any]] = {name: {} for name in MODELS}
     stands_in = None
-    for name in MODELS:
+    for name in MODELS if plan or inquiries else ():
         if name == "base" and headless and task.baseline is not None:
-            stands_in, answers[name] = baseline(plan, rows, task, recipe)
-            console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
+            if plan is not None:
+                stands_in, answers[name] = baseline(plan, rows, task, recipe)
+                console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
             continue
         with models[name]() as model:
-            answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
+            if plan is not None:
+                answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
+            said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in inquiries}
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
-    if folder is not None:
+    if folder is not None and plan is not None:
         save_predictions(folder, plan, answers["base"], answers["tuned"])
-    evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task)
-    evaluation = replace(evaluation, baseline=stands_in)
+    scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
+    evaluation = Evaluation({}, {}, {}, (), (), 0)
+    if plan is not None:
+        evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task, scored)
+    studies = {one.name: one.compare(said["base"].get(one.name), said["tuned"][one.name], scored) for one in inquiries}
+    evaluation = with_gates(replace(evaluation, baseline=stands_in, studies=studies), recipe)
     print_scores(evaluation, console)
     return evaluation
 
@@ -91,16 +104,23 @@ def baseline(plan: Plan, rows: Rows, task: Task, recipe: Recipe) -> tuple[str, A
     return name, Answers(None, {i: task.write(value) for i, value in predictions.items()}, {}, predictions)
 
 
-def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task) -> Evaluation:
-    """Turn the answers of both models into scores, differences, gates, samples, flips and slices."""
-    base_measures, tuned_measures = (measure(plan, said, task, recipe, base) for said in (base, tuned))
+def score_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task) -> Scored:
+    """Measure the answers of both models."""
+    return Scored(*(measure(plan, said, task, recipe, base) for said in (base, tuned)))
+
+
+def compare_answers(
+    plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task, scored: Scored
+) -> Evaluation:
+    """Turn the answers of both models into scores, differences, samples, flips and slices."""
+    base_measures, tuned_measures = scored.base, scored.tuned
     scores = [{metric: found.value for metric, found in side.items()} for side in (base_measures, tuned_measures)]
     difference = {
         metric: compare(base_measures[metric], found, recipe.seed)
         for metric, found in tuned_measures.items()
         if metric in base_measures
     }
-    evaluation = Evaluation(
+    return Evaluation(
         base=scores[0],
         tuned=scores[1],
         difference=difference,
@@ -112,7 +132,6 @@ def compare_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, t
         flips=find_flips(base_measures, tuned_measures, plan, base, tuned, recipe.evaluate.samples),
         slices=score_slices(plan.slices, base_measures, tuned_measures, recipe.seed),
     )
-    return with_gates(evaluation, recipe)
 
 
 def describe(plan: Plan, base: Answers, tuned: Answers, task: Task, recipe: Recipe) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmtune.evaluate.batches import cut_evenly
 from llmtune.evaluate.measure import Measure
 from llmtune.evaluate.plan import Plan
 from llmtune.evaluate.samples import show_row
-from llmtune.records import Flips
+from llmtune.scores import Flips
 
 MOST_SHOWN = 5
 HALF = 0.5

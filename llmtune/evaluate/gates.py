@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 from llmtune.recipe.gates import Gate, parse_gate
-from llmtune.records import Evaluation, GateResult
+from llmtune.scores import Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -31,13 +31,15 @@ def check_gates(gates: Sequence[str], evaluation: Evaluation) -> tuple[GateResul
 
 def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
     """Check one gate."""
-    base, tuned = evaluation.base, evaluation.tuned
+    base, tuned = evaluation.by_name("base"), evaluation.by_name("tuned")
     if gate.metric not in tuned or (gate.against_base and gate.metric not in base):
         return GateResult(gate.text, wanted_text(gate, None), "not measured", passed=False)
     if gate.part is None:
         got, wanted = tuned[gate.metric], wanted_score(gate, base.get(gate.metric, math.nan))
     else:
-        change, score = evaluation.difference[gate.metric], base[gate.metric]
+        change, score = evaluation.differences().get(gate.metric), base[gate.metric]
+        if change is None:
+            return GateResult(gate.text, wanted_text(gate, None), "no interval", passed=False)
         got = change.low if gate.part == "low" else change.high
         wanted = wanted_score(gate, score) - score
     passed = not (math.isnan(got) or math.isnan(wanted)) and COMPARE[gate.op](got, wanted)

@@ -20,7 +20,7 @@ from llmtune.evaluate.statistics import (
     difference,
     difference_weighted,
 )
-from llmtune.records import Difference
+from llmtune.scores import Difference
 
 
 @dataclass(frozen=True)

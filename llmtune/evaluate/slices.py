@@ -20,8 +20,9 @@ from llmtune.data import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.measure import Measure, compare
 from llmtune.evaluate.statistics import unknown
-from llmtune.records import Difference, Rows, Slice
+from llmtune.records import Rows
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.scores import Difference, Slice
 
 MOST_VALUES = 12
 LONGEST_VALUE = 80

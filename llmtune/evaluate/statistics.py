@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.records import Difference
+from llmtune.scores import Difference
 
 Floats = NDArray[np.float64]
 Formula = Callable[[Floats], Floats]

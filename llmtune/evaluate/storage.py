@@ -10,8 +10,8 @@ from typing import Any
 
 from llmtune.evaluate.answers import Answers
 from llmtune.evaluate.plan import Plan
-from llmtune.records import Difference, Evaluation, Flips, GateResult, Slice
 from llmtune.run.files import explained, plain, read_json, write_json, write_text
+from llmtune.scores import Difference, Evaluation, Flips, GateResult, Slice, Study, StudyTable
 
 EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
 
@@ -39,6 +39,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         details=saved.get("details", {}),
         flips={metric: load_flips(one) for metric, one in saved.get("flips", {}).items()},
         slices={column: tuple(map(load_slice, parts)) for column, parts in saved.get("slices", {}).items()},
+        studies={name: load_study(one) for name, one in saved.get("studies", {}).items()},
     )
 
 
@@ -56,6 +57,15 @@ def load_slice(saved: dict[str, Any]) -> Slice:
     """Read one slice."""
     scores = {side: numbers(saved[side]) for side in ("base", "tuned")}
     return Slice(**saved | scores | {"difference": differences(saved["difference"])})
+
+
+def load_study(saved: dict[str, Any]) -> Study:
+    """Read one study."""
+    tables = tuple(
+        StudyTable(one["title"], tuple(one["heads"]), tuple(map(tuple, one["rows"]))) for one in saved["tables"]
+    )
+    scores = {side: numbers(saved[side]) for side in ("base", "tuned")}
+    return Study(**saved | scores | {"difference": differences(saved["difference"]), "tables": tables})
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:

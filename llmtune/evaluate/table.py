@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmtune.records import Evaluation, Slice
 from llmtune.report.meanings import direction
 from llmtune.report.numbers import DASH, chance, count, score, signed
 from llmtune.report.parts import ranked
 from llmtune.report.verdict import FEWEST_ROWS
+from llmtune.scores import Evaluation, Slice
 
 
 def print_scores(evaluation: Evaluation, console: Console) -> None:

@@ -1,7 +1,8 @@
 """The grammar of a gate: `metric[.low|.high] OP wanted`, where wanted is a number, `base`, or `base` and a number.
 
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
-`exact_match.low > base`.
+`exact_match.low > base`. Metrics of a study are `study.metric`: `forgetting.perplexity <= base * 1.05`,
+`fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ Operator = Literal[">=", "<=", ">", "<", "=="]
 Part = Literal["low", "high"]
 
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
+NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
 GATE = re.compile(
-    r"\s*(?P<metric>[A-Za-z][A-Za-z0-9_]*)(?:\.(?P<part>low|high))?"
+    rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
     rf"\s*(?:(?P<number>{NUMBER})|base(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
-    "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, `exact_match.low > base`"
+    "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, "
+    "`exact_match.low > base`, `forgetting.perplexity <= base * 1.05`"
 )
 
 
@@ -33,6 +36,7 @@ class Gate:
 
     text: str
     metric: str
+    """As the scores are called; dotted where it belongs to a study."""
     part: Part | None
     """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
     op: Operator

@@ -6,10 +6,13 @@ import glob
 import os
 from pathlib import Path
 
+from llmtune.recipe.measuring import OWN
 from llmtune.recipe.places import Places
-from llmtune.recipe.schema import DataSection, Recipe, Source
+from llmtune.recipe.schema import DataSection, EvaluateSection, Recipe, Source
 from llmtune.recipe.tuning import ModelSection
 
+TASK_FILES = (".yaml", ".yml")
+"""Endings of a benchmark's task file."""
 NAMED = ("hub:", "builtin:")
 """Beginnings of a place that is no path."""
 
@@ -47,7 +50,32 @@ def make_absolute(recipe: Recipe, places: Places) -> Recipe:
         start_from = absolute(adapter.start_from, places.folder("adapter.start_from"))
         adapter = adapter.model_copy(update={"start_from": start_from})
     update = {"data": data_paths(recipe.data, places), "model": model_paths(recipe.model, places), "adapter": adapter}
-    return recipe.model_copy(update=update)
+    return recipe.model_copy(update={**update, "evaluate": evaluate_paths(recipe.evaluate, places)})
+
+
+def evaluate_paths(evaluate: EvaluateSection, places: Places) -> EvaluateSection:
+    """Make the files that studies read absolute; the name of a task of lm-eval stays."""
+    update: dict[str, object] = {}
+    for name, keys in (("forgetting", ("texts", "questions")), ("fairness", ("pairs", "swaps"))):
+        section = getattr(evaluate, name)
+        if section is not None:
+            files = {key: study_files(getattr(section, key), f"evaluate.{name}.{key}", places) for key in keys}
+            update[name] = section.model_copy(update=files)
+    update["benchmarks"] = tuple(
+        found.model_copy(update={"task": absolute(found.task, places.folder(f"evaluate.benchmarks.{i}.task"))})
+        if found.task.endswith(TASK_FILES)
+        else found
+        for i, found in enumerate(evaluate.benchmarks)
+    )
+    return evaluate.model_copy(update=update)
+
+
+def study_files(named: tuple[str, ...], key: str, places: Places) -> tuple[str, ...]:
+    """Make files absolute; `own` and names on the hub stay."""
+    return tuple(
+        name if name == OWN or name.startswith(NAMED) else absolute(name, places.folder(f"{key}.{i}"))
+        for i, name in enumerate(named)
+    )
 
 
 def data_paths(data: DataSection, places: Places) -> DataSection:

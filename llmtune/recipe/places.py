@@ -33,7 +33,7 @@ class Places:
                 at = value[str(step)]
             elif isinstance(value, list) and str(step).isdigit() and int(step) < len(value):
                 at = value[int(step)]
-            elif step in BRANCHES or step == 0 or (step == "path" and isinstance(value, str)):
+            elif step in BRANCHES or step == 0 or (step in ("path", "task") and isinstance(value, str)):
                 continue
             else:
                 return at, False

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 from llmtune.recipe.check import find_section
 from llmtune.recipe.gates import FORMS
 from llmtune.recipe.jsonschema import EXTENDS, json_schema
+from llmtune.recipe.measuring import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.rules_tuning import SCHEDULE_OPTIONS
 from llmtune.recipe.schema import Recipe, Source
 from llmtune.recipe.section import Section
@@ -31,6 +32,14 @@ default holds. `--set` wins over all files. `llmtune recipes show NAME --origin`
 """
 
 
+NAMED = {"Source": "source", "BenchmarkSection": "benchmark"}
+STUDIES: dict[str, type[Section]] = {
+    "`evaluate.forgetting`": ForgettingSection,
+    "`evaluate.fairness`": FairnessSection,
+    "Benchmark, in `evaluate.benchmarks`": BenchmarkSection,
+}
+
+
 def recipe_reference() -> str:
     """Return the reference of all keys as Markdown."""
     schema = json_schema()
@@ -42,6 +51,9 @@ def recipe_reference() -> str:
             parts += section_lines(f"`{name}`", section, definitions[section.__name__], definitions)
         if name == "data":
             parts += section_lines("Source, in `data`", Source, definitions["Source"], definitions)
+        if name == "evaluate":
+            for title, inner in STUDIES.items():
+                parts += section_lines(title, inner, definitions[inner.__name__], definitions)
     parts += [*task_lines(), *schedule_lines(), "\n## Gates\n", f"{gate_text()}\n"]
     return "\n".join(parts)
 
@@ -73,7 +85,7 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
             lists = [part for part in parts if part.startswith("list of ") and part.removeprefix("list of ") in parts]
             return " or ".join("a list of them" if part in lists else part for part in parts)
     if "$ref" in schema:
-        return "source" if schema["$ref"].endswith("/Source") else "section"
+        return NAMED.get(schema["$ref"].rpartition("/")[2], "section")
     if "enum" in schema:
         return ", ".join(f"`{scalar(value)}`" for value in schema["enum"])
     if "const" in schema:
@@ -127,5 +139,6 @@ def gate_text() -> str:
         f"`+`, `-` or `*` and a number:\n{FORMS}.\n"
         "`X > base` compares the scores of the tuned and the base model. `X.low > base` means that the low end of the\n"
         "paired 95 % interval of their difference is above zero; `X.high < base` that its high end is below. A gate\n"
-        "that fails ends the run with exit code 6."
+        "that fails ends the run with exit code 6. Metrics of a study are called `STUDY.METRIC`: those of\n"
+        "`evaluate.forgetting`, `evaluate.fairness` and `evaluate.benchmarks`."
     )

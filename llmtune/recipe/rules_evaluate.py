@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.recipe.findings import Finding, idle, later
-from llmtune.recipe.gates import parse_gate
+from llmtune.recipe.gates import Gate, parse_gate
+from llmtune.recipe.measuring import STUDY_METRICS, study_name
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import has_rows
 from llmtune.recipe.rules_tasks import default_metrics, unmeasured
@@ -83,6 +84,9 @@ def gate_findings(recipe: Recipe) -> Iterator[Finding]:
             continue
         if gate.metric in metrics:
             continue
+        if "." in gate.metric:
+            yield from study_gate_findings(recipe, key, gate)
+            continue
         if gate.metric in known:
             lacking = unmeasured(recipe).get(gate.metric)
             fix = f"Remove it: {lacking}." if lacking else f"Add {gate.metric} to evaluate.metrics."
@@ -90,3 +94,24 @@ def gate_findings(recipe: Recipe) -> Iterator[Finding]:
         else:
             fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
             yield Finding(key, f"the gate {text!r} is about an unknown metric", fix, ("evaluate.metrics", "task"))
+
+
+def study_gate_findings(recipe: Recipe, key: str, gate: Gate) -> Iterator[Finding]:
+    """Yield a gate about a study that is not made, or about a metric that the study does not have."""
+    name, _, metric = gate.metric.partition(".")
+    studies = (*STUDY_METRICS, "benchmarks")
+    if name not in studies:
+        fix = f"{nearest(name, studies)} Studies: {', '.join(studies)}.".strip()
+        yield Finding(key, f"the gate {gate.text!r} is about an unknown study", fix)
+    elif not getattr(recipe.evaluate, name):
+        fix = f"State evaluate.{name}, or remove the gate."
+        yield Finding(key, f"the gate {gate.text!r} is about a study that is not made", fix, (f"evaluate.{name}",))
+    elif name == "benchmarks":
+        tasks = [study_name(found.task) for found in recipe.evaluate.benchmarks]
+        if metric.rpartition(".")[0] not in tasks:
+            fix = f"{nearest(metric, tasks)} Write benchmarks.TASK.METRIC; tasks: {', '.join(tasks)}.".strip()
+            yield Finding(key, f"the gate {gate.text!r} is about no task of evaluate.benchmarks", fix)
+    elif metric not in STUDY_METRICS[name]:
+        known = STUDY_METRICS[name]
+        fix = f"{nearest(metric, known)} Metrics of evaluate.{name}: {', '.join(known)}.".strip()
+        yield Finding(key, f"the gate {gate.text!r} is about an unknown metric", fix)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
+from llmtune.recipe.measuring import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.section import Many, Section, by_kind, one_or_more
 from llmtune.recipe.task_sections import (
     ClassifySection,
@@ -90,10 +91,20 @@ class Source(Section):
 
 def as_sources(value: object) -> object:
     """Turn a source or a list of them into a tuple; a plain text is a source's path."""
+    return as_sections(value, "path")
+
+
+def as_benchmarks(value: object) -> object:
+    """Turn a benchmark or a list of them into a tuple; a plain text is a benchmark's task."""
+    return as_sections(value, "task")
+
+
+def as_sections(value: object, key: str) -> object:
+    """Turn one or more mappings into a tuple; a plain text is the value of `key`."""
     items = one_or_more(value)
     if not isinstance(items, tuple):
         return value
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+    return tuple({key: item} if isinstance(item, str) else item for item in items)
 
 
 Sources = Annotated[
@@ -209,6 +220,12 @@ Choices = Annotated[
 ]
 
 
+Benchmarks = Annotated[
+    tuple[BenchmarkSection, ...],
+    BeforeValidator(as_benchmarks, json_schema_input_type=str | BenchmarkSection | list[str | BenchmarkSection]),
+]
+
+
 class EvaluateSection(Section):
     """What is measured on the test rows, for the base model and the tuned one, and what must hold."""
 
@@ -246,16 +263,20 @@ class EvaluateSection(Section):
         "with their intervals. Numbers of many values are put into four ranges. Default none: a part of "
         "the rows is worth a look where somebody has a question about it.",
     )
-    benchmarks: Many[str] = Field(
-        default=(), description="Public benchmarks. Comes with a later release; none until then."
-    )
-    fairness: dict[str, Any] | None = Field(
-        default=None, description="Scores by group. Comes with a later release; none until then."
-    )
-    forgetting: dict[str, Any] | None = Field(
+    forgetting: ForgettingSection | None = Field(
         default=None,
-        description="What the base model could do and the tuned one cannot. Comes with a later release; none until "
-        "then.",
+        description="General text and questions, before and after tuning; `{}` takes its keys' defaults. Default none: "
+        "it costs about a minute for each model.",
+    )
+    fairness: FairnessSection | None = Field(
+        default=None,
+        description="Paired sentences, swapped words and gaps between groups; `{}` takes its keys' defaults. Default "
+        "none: what is fair is a question to be asked on purpose.",
+    )
+    benchmarks: Benchmarks = Field(
+        default=(),
+        description="Public benchmarks by lm-evaluation-harness (extra `benchmarks`): names of its tasks or task "
+        "files. Default none: most of them are large and come over the network.",
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.recipe import Recipe
-from llmtune.records import Difference, Evaluation, GateResult, Slice, StepTiming
+from llmtune.records import StepTiming
+from llmtune.scores import Difference, Evaluation, GateResult, Slice, Study
 
 
 def assemble(
@@ -100,8 +101,14 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
         "rows": evaluation.rows,
         "details": evaluation.details,
         "flips": {metric: asdict(found) for metric, found in evaluation.flips.items()},
+        "studies": {name: _study(one) for name, one in evaluation.studies.items()},
         "slices": {column: [_slice(one) for one in parts] for column, parts in evaluation.slices.items()},
     }
+
+
+def _study(found: Study) -> dict[str, Any]:
+    changes = {metric: difference_json(value) for metric, value in found.difference.items()}
+    return {**asdict(found), "difference": changes}
 
 
 def _slice(found: Slice) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_every_form_of_a_gate_is_read(text, gate):
         "loss > base > 3",
         "loss > base / 2",
         "loss > base *",
-        "loss.mid > base",
+        "loss..low > base",
         "loss > 3 + base",
         "loss > tuned",
         "loss > 3; import os",
