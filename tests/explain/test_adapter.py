@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from support.browser import browse, browser, with_script
 from support.classifying import colour_rows, recipe_for
 from support.families import build_bert
 from support.finished import finish_run
@@ -27,7 +27,6 @@ from llmtune.recipe import load_recipe
 from llmtune.subjects import open_subject
 from llmtune.work import Options
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 QUICK = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
 
 
@@ -242,21 +241,13 @@ def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):
     expect(invoke(run), 4, "weights are gone")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@browser
 def test_choosing_a_measure_changes_the_cells(chat_run: Path, tmp_path: Path):
     expect(invoke(chat_run, "--out", tmp_path), 0)
     page = tmp_path / "adapter.html"
     choose = 'document.querySelector("[value=effective_rank]").click();'
-    visited = page.with_name("visited.html")
-    visited.write_text(page.read_text().replace("</body>", f"<script>{choose}</script></body>"))
-    cells = [re.findall(r"<td data-cell=[^>]*>([^<]*)</td>", browse(path)) for path in (page, visited)]
+    pages = (page, with_script(page, choose))
+    cells = [re.findall(r"<td data-cell=[^>]*>([^<]*)</td>", browse(path)) for path in pages]
     assert all(len(found) == 21 for found in cells)
     assert all(cell.endswith("%") for cell in cells[0])
     assert all(1 <= float(cell) <= 4 for cell in cells[1])
-
-
-def browse(page: Path) -> str:
-    quiet = ("--disable-background-networking", "--disable-component-update", "--no-first-run")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", *quiet)
-    command = [str(CHROMIUM), *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

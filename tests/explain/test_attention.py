@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.audio import write_tone
+from support.browser import asked_of_the_network, browse, browser, with_script
 from support.families import build_bert, build_nllb, build_t5, build_whisper
 from support.models import build_llama
 from support.rows import write_jsonl
@@ -48,8 +48,6 @@ NAMESPACES = {
     "http://www.w3.org/1999/xlink",
     "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
 }
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 def train(folder: Path, model: Path, rows: list[dict[str, Any]], **sections: Any) -> Path:
@@ -363,27 +361,6 @@ def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone
 
 
 # The page in a browser
-
-
-def browse(page: Path, log: Path | None = None) -> str:
-    quiet = ("--disable-background-networking", "--disable-component-update", "--no-first-run")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", *quiet)
-    logged = () if log is None else (f"--log-net-log={log}",)
-    command = [str(CHROMIUM), *options, *logged, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-
-def asked_of_the_network(log: Path) -> set[str]:
-    """What a page asked for; the browser asks for things itself, without an origin."""
-    events = [event.get("params", {}) for event in json.loads(log.read_text("utf-8"))["events"]]
-    return {event["url"] for event in events if event.get("initiator", "not an origin") != "not an origin"}
-
-
-def with_script(page: Path, script: str) -> Path:
-    """The page with a visitor in it, who acts after all else."""
-    copy = page.with_name("visited.html")
-    copy.write_text(page.read_text("utf-8").replace("</body>", f"<script>{script}</script></body>"), "utf-8")
-    return copy
 
 
 def picture(shown: str) -> str:
