@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftModelForQuestionAnswering, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapter.start import put_adapter
 from llmtune.errors import EnvironmentProblem, LlmtuneError
+from llmtune.model.quiet import unreported
 from llmtune.records import AdaptedModel, SelectedModel
 
 
@@ -34,8 +35,22 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT found a NaN
         raise _not_finite(adapted) from error
-    merged.config.use_cache = True
+    if isinstance(model, PeftModelForQuestionAnswering):
+        _level_token_types(merged)
+    if hasattr(merged.config, "use_cache"):
+        merged.config.use_cache = True
     return cast(PreTrainedModel, merged)
+
+
+@torch.no_grad()
+def _level_token_types(merged: torch.nn.Module) -> None:
+    """Make all kinds of tokens the first one, in place: what PEFT's class for this task has the model read.
+
+    Its forward takes `token_type_ids` and hands them to nobody (PEFT 0.21), in training and in evaluation.
+    """
+    for name, module in merged.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
+            module.weight.copy_(module.weight[:1].expand_as(module.weight))
 
 
 def _not_finite(adapted: AdaptedModel) -> LlmtuneError:
@@ -50,16 +65,34 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
     """Load the base in full, overwrite it with what 4 bits left if that is asked for, and move the adapter over."""
     inner = selected.model
     dtype = inner.config.quantization_config.bnb_4bit_compute_dtype
-    base = type(inner).from_pretrained(str(selected.place.path), dtype=dtype, local_files_only=True)
+    with unreported():
+        base = type(inner).from_pretrained(
+            str(selected.place.path),
+            config=_config_of(inner, selected),
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=selected.task.headed,  # a head for other classes, which the trained one replaces
+        )
     base.to(inner.device)
-    rows = inner.get_input_embeddings().weight.shape[0]
-    if base.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
-        base.resize_token_embeddings(rows, mean_resizing=False)
+    if inner.main_input_name != "input_values":  # those that read waves have no embedding
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if base.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
+            base.resize_token_embeddings(rows, mean_resizing=False)
     if onto == "dequantized":
         _copy_dequantized(quantized.get_base_model(), base)
     model = put_adapter(base, replace(quantized.peft_config["default"]), trainable=False)
     set_peft_model_state_dict(model, get_peft_model_state_dict(quantized, save_embedding_layers=False))
     return model
+
+
+def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> Any:
+    """Read the model's configuration anew, with the outputs of a head of ours."""
+    config: Any = type(inner.config).from_pretrained(str(selected.place.path), local_files_only=True)
+    if selected.task.headed:
+        for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+            if hasattr(inner.config, name):
+                setattr(config, name, getattr(inner.config, name))
+    return config
 
 
 @torch.no_grad()

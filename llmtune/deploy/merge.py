@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import psutil
 import torch
+import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmtune.adapter import merge
 from llmtune.adapter.save import writing_weights
-from llmtune.deploy.parity import (
-    LIMITS,
-    Parity,
-    find_breaches,
-    measure_effect,
-    measure_parity,
-    render_prompts,
-    serve_prompts,
-    trace_answers,
-)
+from llmtune.deploy.exam import Exam, set_exam
+from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
+from llmtune.evaluate.predict import decoder_settings
 from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
 from llmtune.model.memory import enough_memory
+from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER
 from llmtune.records import AdaptedModel, Row, Task
-from llmtune.run.files import explained, read_json, staged, write_json
+from llmtune.run.files import explained, hash_file, read_json, staged, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +55,11 @@ class Certificate:
     measured: Parity
     weights_bytes: int
     files: tuple[str, ...]
+    files_sha256: dict[str, str]
+    trained_sha256: str | None
+    """The hash of the run's folder of what was trained; None where the caller did not say."""
+    other: dict[str, Any] | None
+    """Of a quantised base: how far the model merged onto the other weights would be from what was trained."""
 
 
 def merge_model(
@@ -69,11 +72,13 @@ def merge_model(
     onto: str = "original",
     dtype: str = "auto",
     rows: Sequence[Row] = (),
+    trained_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Merge, save into `out` (safetensors, tokenizer, template, certificate), and reload to compare with the adapter.
 
-    `adapted` is used up. `rows`, if any, are asked beside the fixed prompts. Returns the certificate as it is in
-    certificate.json. Where it fails nothing is left in `out`; the certificate stands beside it as `<out>.failed.json`.
+    `adapted` is used up. `rows` are asked beside the fixed prompts, and alone where answers are no continuation of a
+    prompt. Returns the certificate as it is in certificate.json. Where it fails nothing is left in `out`, and the
+    certificate stands beside it as `<out>.failed.json`.
 
     Raises:
         RecipeError: unknown `onto` or `dtype`, or `out` holds something else.
@@ -82,24 +87,21 @@ def merge_model(
     """
     wanted = _check_arguments(adapted, out, onto, dtype)
     processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
-    tuned = cast(PreTrainedModel, adapted.model)
     kind = _kind_of_limits(adapted, onto, wanted)
     with console.status("asking the tuned model"):
-        prompts = render_prompts(task, processor, recipe, rows)
-        traces = trace_answers(tuned, processor, prompts)
-        effect = measure_effect(tuned, traces)
-    device = str(tuned.device)
+        exam = set_exam(adapted, recipe, task, rows)
+    device = str(adapted.selected.model.device)
     failed = out.with_name(f"{out.name}.failed.json")
     memory = enough_memory(f"merging {adapted.selected.place.name}", device)
     with explained(out), memory, staged(out) as folder:
+        other = _measure_other(adapted, onto, exam, console)
         with console.status("merging and saving"):
             _save_merged(_merge(adapted, onto, wanted), processor, recipe, folder, wanted)
         with console.status("asking the merged model, read back from disk"):
-            merged = _load_back(folder, recipe, device, wanted)
+            merged = _load_back(folder, recipe, task, device, wanted)
             saved = load_processor(replace(adapted.selected.place, path=folder), _as_saved(recipe))
-            made = [render_prompts(task, saved, recipe, rows), serve_prompts(task, folder, recipe, rows)]
-            parity = measure_parity(traces, merged, processor, made, effect)
-        certificate = _certify(adapted, onto, wanted, kind, parity, folder)
+            parity = exam.examine(merged, saved, folder)
+        certificate = _certify(adapted, onto, wanted, kind, parity, folder, trained_sha256, other)
         written = asdict(certificate)
         if not certificate.passed:
             write_json(failed, written)
@@ -149,6 +151,30 @@ def _merge(adapted: AdaptedModel, onto: str, wanted: torch.dtype) -> PreTrainedM
     return cast(PreTrainedModel, merge(adapted, cast(Onto, onto)).to(wanted))
 
 
+def _measure_other(adapted: AdaptedModel, onto: str, exam: Exam, console: Console) -> dict[str, Any] | None:
+    """Merge onto the other weights too, in memory, and measure how far that model is from what was trained."""
+    if not adapted.selected.quantized:
+        return None
+    other: Onto = "original" if onto == "dequantized" else "dequantized"
+    needed = adapted.total * _trained_dtype(adapted).itemsize
+    if adapted.selected.model.device.type == "cpu" and needed > psutil.virtual_memory().available:
+        return {"onto": other, "not_measured": f"the model needs {needed / 1e9:,.1f} GB, and less is free"}
+    started = time.perf_counter()
+    with console.status(f"merging onto the {other} weights as well, to compare"):
+        numbers = _compare_other(adapted, other, exam)
+    gc.collect()
+    return {"onto": other, **numbers, "seconds": time.perf_counter() - started}
+
+
+def _compare_other(adapted: AdaptedModel, other: Onto, exam: Exam) -> dict[str, Any]:
+    try:
+        return exam.compare(merge(adapted, other)).as_numbers()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"not_measured": "memory ran out"}
+
+
 def _save_merged(
     merged: PreTrainedModel,
     processor: PreTrainedTokenizerBase,
@@ -156,20 +182,39 @@ def _save_merged(
     folder: Path,
     wanted: torch.dtype,
 ) -> None:
-    settings = generation_settings(merged, processor, recipe)
-    settings.max_new_tokens = None  # a server takes it for the most that anyone may ask for
-    merged.generation_config = settings
+    if merged.can_generate():
+        merged.generation_config = _settle_generation(merged, processor, recipe)
     merged.config.dtype = wanted
+    for name in (OTHER_CLASSES, OTHER_ORDER):  # marks of ours, while it was loaded
+        vars(merged.config).pop(name, None)
     with writing_weights(folder):
         merged.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     save_tokenizer(processor, folder)
 
 
-def _load_back(folder: Path, recipe: Recipe, device: str, wanted: torch.dtype) -> PreTrainedModel:
+def _settle_generation(merged: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Any:
+    """Return the recipe's generation settings, and those without which the model cannot write.
+
+    Whisper's own hold what its class looks languages and tasks up in: they stay, and say which the recipe wants.
+    """
+    own: Any = merged.generation_config
+    if recipe.speech is not None or merged.config.model_type == "whisper":
+        if recipe.speech is not None and getattr(own, "is_multilingual", False):
+            own.language, own.task = recipe.speech.language, recipe.speech.task
+        return own
+    if merged.config.is_encoder_decoder:
+        settings = decoder_settings(own, merged, processor, recipe)
+    else:
+        settings = generation_settings(merged, processor, recipe)
+    settings.max_new_tokens = None  # a server takes it for the most that anyone may ask for
+    return settings
+
+
+def _load_back(folder: Path, recipe: Recipe, task: Task, device: str, wanted: torch.dtype) -> PreTrainedModel:
     """Load as a user would, without anything of llmtune."""
     on_cpu_half = device == "cpu" and wanted == torch.float16  # read as 16 bits, computed in 32
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, task.auto_class).from_pretrained(
             folder,
             dtype=torch.float32 if on_cpu_half else wanted,
             local_files_only=True,
@@ -192,7 +237,14 @@ def _as_saved(recipe: Recipe) -> Any:
 
 
 def _certify(
-    adapted: AdaptedModel, onto: str, wanted: torch.dtype, kind: str, parity: Parity, folder: Path
+    adapted: AdaptedModel,
+    onto: str,
+    wanted: torch.dtype,
+    kind: str,
+    parity: Parity,
+    folder: Path,
+    trained_sha256: str | None,
+    other: dict[str, Any] | None,
 ) -> Certificate:
     limits = LIMITS[kind]
     breaches = tuple(find_breaches(parity, limits))
@@ -215,6 +267,9 @@ def _certify(
         measured=parity,
         weights_bytes=sum(file.stat().st_size for file in weights),
         files=tuple(file.name for file in weights),
+        files_sha256={file.name: hash_file(file) for file in weights},
+        trained_sha256=trained_sha256,
+        other=other,
     )
 
 
@@ -238,4 +293,16 @@ def _show(certificate: Certificate, out: Path, console: Console) -> None:
         f"logit difference {parity.largest_logit_difference:.2g}, same first choice {parity.top1_agreement:.1%}, "
         f"same answers {parity.answer_agreement:.0%}",
         highlight=False,
+    )
+    if other := certificate.other:
+        console.print(_tell_other(other), highlight=False)
+
+
+def _tell_other(other: dict[str, Any]) -> str:
+    said = f"merged onto the {other['onto']} weights instead"
+    if "not_measured" in other:
+        return f"{said}: not measured, because {other['not_measured']}"
+    return (
+        f"{said} it would be: mean KL {other['kl_mean']:.2g}, same first choice {other['top1_agreement']:.1%} "
+        f"(measured in {other['seconds']:.0f} s)"
     )

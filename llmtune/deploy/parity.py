@@ -33,7 +33,11 @@ PROMPTS = (
     "Summarize: The committee met on Tuesday, talked for three hours and decided nothing.",
     "Once upon a time there was a small town by the sea, and",
 )
+CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
+"""What the fixed prompts are asked about, where a task finds answers in a text."""
 ANSWER_TOKENS = 16
+CONVERSING = ("chat", "preference")
+"""Tasks whose models are asked by messages, which a server renders with the chat template."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,62 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far two models are from each other: by position the KL in nats and whether the first choice is the same."""
+
+    kls: torch.Tensor
+    agreed: torch.Tensor
+    largest: float
+    """The largest difference of a logit."""
+
+    def as_parity(self, *, prompts: int, answer_agreement: float, same_ids: bool, effect: float | None) -> Parity:
+        """Put it together with what else was compared."""
+        return Parity(
+            prompts=prompts,
+            positions=len(self.kls),
+            **self.as_numbers(),
+            answer_agreement=answer_agreement,
+            same_ids=same_ids,
+            effect_kl=effect,
+        )
+
+    def as_numbers(self) -> dict[str, float]:
+        """Return means and extremes, by their names in a certificate."""
+        return {
+            "largest_logit_difference": self.largest,
+            "kl_mean": float(self.kls.mean()),
+            "kl_max": float(self.kls.max()),
+            "top1_agreement": float(self.agreed.float().mean()),
+        }
+
+
+@dataclass(frozen=True)
 class Limits:
-    """What is admitted: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`."""
+    """What is admitted: a mean KL of a share of what tuning did, but at least `kl_floor` and at most `kl_cap`.
+
+    With `noise`, at most half of what tuning did in any case, or so much: else a product of a gentle tuning could pass
+    that has lost its adapter.
+    """
 
     kl_floor: float
     kl_cap: float
     top1: float
     logit_difference: float | None = None
+    noise: float | None = None
 
     def kl(self, effect: float | None) -> float:
         """The limit of `kl_mean` for a tuning that moved the model by `effect`."""
-        return max(self.kl_floor, min(self.kl_cap, EFFECT_SHARE * (effect or 0.0)))
+        admitted = max(self.kl_floor, min(self.kl_cap, EFFECT_SHARE * (effect or 0.0)))
+        if effect is None or self.noise is None:
+            return admitted
+        return min(admitted, max(self.noise, effect / 2))
 
 
 EFFECT_SHARE = 0.05
 """A merge may undo so much of what tuning did."""
 LIMITS = {
     "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
-    "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9),
+    "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9, noise=1e-3),
     "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
 }
 """exact: float32 throughout. rounded: 16 bits on one side. other base: a 4-bit adapter on the original weights."""
@@ -93,15 +135,15 @@ def render_prompts(
 ) -> list[list[int]]:
     """Return the ids of `PROMPTS`, and of `rows` without their answers, as the task makes them."""
     assert task.render is not None, "only models that go on from a prompt are merged"
-    return [task.render(row, processor, recipe) for row in _questions(task, rows)]
+    return [task.render(row, processor, recipe) for row in list_questions(task, rows)]
 
 
 def serve_prompts(task: Task, folder: Path, recipe: Recipe, rows: Sequence[Row] = ()) -> list[list[int]]:
     """Return the same ids as a server makes them that knows the saved folder alone, by `apply_chat_template`."""
     trust = recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-    if task.name == "completion":
-        return render_prompts(task, tokenizer, recipe, rows)
+    if task.name not in CONVERSING or not tokenizer.chat_template:
+        return render_prompts(task, tokenizer, recipe, rows)  # who asks such a model writes its prompt himself
     texts = [
         tokenizer.apply_chat_template(
             clean(row["messages"]),
@@ -110,16 +152,19 @@ def serve_prompts(task: Task, folder: Path, recipe: Recipe, rows: Sequence[Row] 
             tokenize=False,
             **recipe.model.chat_template_kwargs,
         )
-        for row in _questions(task, rows)
+        for row in list_questions(task, rows)
     ]
     return [cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def _questions(task: Task, rows: Sequence[Row]) -> list[Row]:
+def list_questions(task: Task, rows: Sequence[Row]) -> list[Row]:
+    """Return `PROMPTS` as rows of the task, and `rows` without their answers."""
     if task.name == "completion":
         fixed: list[Row] = [{"prompt": text, "completion": ""} for text in PROMPTS]
-    else:
+    elif task.name in CONVERSING or task.ask is None:
         fixed = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
+    else:
+        fixed = [task.ask({"prompt": text, "context": CONTEXT}) for text in PROMPTS]
     return [*fixed, *(task.prompt(row)[0] for row in rows)]
 
 
@@ -166,6 +211,16 @@ def divergence(wanted_TV: torch.Tensor, got_TV: torch.Tensor) -> torch.Tensor:
     return (wanted_TV.exp() * (wanted_TV - got_TV)).sum(-1).clamp_min(0)
 
 
+def measure_distance(traces: Sequence[Trace], model: PreTrainedModel) -> Distance:
+    """Hold what `model` predicts over the same prompts and answers against what the other one did."""
+    pairs = [(trace.logits, logits_over(model, [*trace.prompt, *trace.answer])) for trace in traces]
+    return Distance(
+        kls=torch.cat([divergence(wanted_TV, got_TV) for wanted_TV, got_TV in pairs]),
+        agreed=torch.cat([wanted_TV.argmax(-1) == got_TV.argmax(-1) for wanted_TV, got_TV in pairs]),
+        largest=max(float((wanted_TV - got_TV).abs().max()) for wanted_TV, got_TV in pairs),
+    )
+
+
 def measure_parity(
     traces: Sequence[Trace],
     model: PreTrainedModel,
@@ -174,24 +229,12 @@ def measure_parity(
     effect: float | None,
 ) -> Parity:
     """Hold `model`, and the prompts `made` with its own tokenizer in one way and another, against the other model."""
-    kls, differences, agreed, answers = [], [], [], []
-    for trace in traces:
-        logits_TV = logits_over(model, [*trace.prompt, *trace.answer])
-        kls.append(divergence(trace.logits, logits_TV))
-        differences.append(float((trace.logits - logits_TV).abs().max()))
-        agreed.append(trace.logits.argmax(-1) == logits_TV.argmax(-1))
-        answers.append(answer_greedily(model, processor, trace.prompt) == list(trace.answer))
-    kl = torch.cat(kls)
-    return Parity(
+    same = [answer_greedily(model, processor, trace.prompt) == list(trace.answer) for trace in traces]
+    return measure_distance(traces, model).as_parity(
         prompts=len(traces),
-        positions=len(kl),
-        largest_logit_difference=max(differences),
-        kl_mean=float(kl.mean()),
-        kl_max=float(kl.max()),
-        top1_agreement=float(torch.cat(agreed).float().mean()),
-        answer_agreement=sum(answers) / len(answers),
+        answer_agreement=sum(same) / len(same),
         same_ids=all(prompts == [list(trace.prompt) for trace in traces] for prompts in made),
-        effect_kl=effect,
+        effect=effect,
     )
 
 

@@ -5,16 +5,21 @@ import resource
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.finished import finish_run
+from support.models import build_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import llmtune.deploy.merge as merging
+from llmtune.adapter import merge as really_merge
 from llmtune.deploy.merge import merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.finished import merge_run
 from llmtune.tasks import get_task
 
 TEXT = "Which colour has the cat number 7?"
@@ -64,6 +69,47 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(tune, tmp_pa
     assert certificate["measured"]["kl_mean"] > certificate["limits"]["kl_mean"]
 
 
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 0.1), ("bfloat16", 2.0)])
+def test_a_merge_with_one_weight_matrix_disturbed_fails(tune, tmp_path, console, monkeypatch, dtype, noise):
+    def merge_and_disturb(adapted, onto):
+        merged = really_merge(adapted, onto)
+        weight = merged.model.layers[1].mlp.down_proj.weight
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        weight.data += noise * weight.std() * drawn.to(weight)
+        return merged
+
+    monkeypatch.setattr(merging, "merge", merge_and_disturb)
+    with pytest.raises(GateFailed, match="the merged model differs") as raised:
+        merge(tune(), tmp_path / "merged", console, dtype=dtype)
+    assert raised.value.exit_code == 6
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_a_qlora_merge_into_another_model_of_the_same_shape_fails(tune, tmp_path, console, onto):
+    adapted, recipe = tune(adapter={"method": "qlora"})
+    other = replace(adapted.selected.place, path=build_llama(tmp_path / "other", seed=9))
+    swapped = replace(adapted, selected=replace(adapted.selected, place=other))
+    with pytest.raises(GateFailed, match="mean KL"):
+        merge((swapped, recipe), tmp_path / "merged", console, onto=onto)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path, console):
+    base = build_llama(tmp_path / "base")
+    run = finish_run(tmp_path, base, adapter={"method": "qlora"})
+    build_llama(base, seed=9)
+    with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
+        merge_run(run, out=None, onto="original", dtype="auto", offline=True, console=console)
+    assert not (run / "merged").exists()
+
+
+def test_a_gentle_tuning_that_is_lost_is_a_breach_within_the_limits_of_rounding():
+    lost = Parity(8, 100, 0.1, 4e-3, 0.1, 0.99, 1.0, True, effect_kl=4e-3)
+    assert len(find_breaches(lost, LIMITS["rounded"])) == 1
+    assert find_breaches(replace(lost, kl_mean=5e-4), LIMITS["rounded"]) == []
+
+
 def save_with_another_template(processor, folder):
     other = AutoTokenizer.from_pretrained(processor.name_or_path)
     other.chat_template = other.chat_template.replace("assistant", "helper")
@@ -99,6 +145,24 @@ def test_qlora_is_held_to_the_quantised_base_it_was_trained_on(tune, tmp_path, c
         assert measured["kl_mean"] < (1e-6 if dtype == "auto" else 1e-3)
     else:
         assert measured["kl_mean"] > 1e-6
+
+
+def test_qlora_shows_how_far_a_merge_onto_the_other_weights_would_be(tune, tmp_path, console):
+    near = merge(tune(adapter={"method": "qlora"}), tmp_path / "near", console, onto="dequantized")
+    far = merge(tune(adapter={"method": "qlora"}), tmp_path / "far", console, onto="original")
+    assert near["other"]["onto"] == "original"
+    assert near["other"]["kl_mean"] == pytest.approx(far["measured"]["kl_mean"], rel=1e-3)
+    assert far["other"]["kl_mean"] == pytest.approx(near["measured"]["kl_mean"], abs=1e-6)
+    said = console.file.getvalue()
+    assert "merged onto the original weights instead it would be: mean KL" in said
+
+
+def test_the_merged_folder_answers_in_a_plain_pipeline(tune, tmp_path, console):
+    merge(tune(), tmp_path / "merged", console)
+    generate = pipeline("text-generation", model=str(tmp_path / "merged"))
+    (said,) = generate([{"role": "user", "content": TEXT}], max_new_tokens=8, return_full_text=False)
+    assert isinstance(said["generated_text"], str)
+    assert said["generated_text"]
 
 
 def test_qlora_on_an_original_too_far_away_fails_and_names_the_cure(tune, tmp_path, console, monkeypatch):

@@ -1,0 +1,173 @@
+"""Programs that read a GGUF file, to hear what it says: llama.cpp where it is installed, else transformers.
+
+Shapes: T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from llmtune.deploy.gguf_file import has_llama
+from llmtune.deploy.gguf_vocabulary import Vocabulary, build_tokenizer
+from llmtune.deploy.parity import ANSWER_TOKENS, logits_over
+from llmtune.errors import EnvironmentProblem, GateFailed
+from llmtune.evaluate.generation import generate_batch, only_these_settings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+NOT_READ = (
+    "head_dim",
+    "rope_parameters",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "layer_types",
+)
+"""What transformers 5 does not take from GGUF files of some model types, and takes from the model here."""
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+
+class Reader(Protocol):
+    """A program that has read a GGUF file."""
+
+    name: str
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with the start token before it if the file says so."""
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits [T, V] of every position, on the CPU in float32."""
+
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
+        """Return the first `tokens` ids of the greedy answer, up to one of `stops` with it."""
+
+
+def check_reader(model_type: str) -> None:
+    """Raise EnvironmentProblem where nothing is installed that could read a file of this type back."""
+    if not has_llama() and model_type not in READ_BY_TRANSFORMERS:
+        what = f"nothing is installed that reads GGUF files of type {model_type!r}, so that they can be certified"
+        raise EnvironmentProblem.of(what, None, "Run: pip install llama-cpp-python")
+
+
+@contextmanager
+def open_file(
+    file: Path, vocabulary: Vocabulary, config: PretrainedConfig, length: int, adapter: Path | None = None
+) -> Iterator[Reader]:
+    """Read `file` (and `adapter` on it, which llama.cpp alone can) for texts of up to `length` tokens.
+
+    Raises:
+        EnvironmentProblem: the file cannot be read.
+        GateFailed: weights are missing in it.
+    """
+    if has_llama():
+        reader = LlamaReader(file, length, adapter)
+        try:
+            yield reader
+        finally:
+            reader.llm.close()
+    else:
+        assert adapter is None
+        yield TransformersReader(file, vocabulary, config)
+
+
+class LlamaReader:
+    """llama.cpp, as a user has it; on the CPU, so that the same file says the same everywhere."""
+
+    name = "llama.cpp"
+
+    def __init__(self, file: Path, length: int, adapter: Path | None = None) -> None:
+        import llama_cpp
+
+        try:
+            self.llm: Any = llama_cpp.Llama(
+                str(file),
+                lora_path=str(adapter) if adapter else None,
+                n_ctx=length,
+                n_batch=length,
+                n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
+                n_gpu_layers=0,
+                logits_all=True,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise EnvironmentProblem.of(f"llama.cpp cannot read the GGUF file: {error}", str(file)) from error
+
+    def encode(self, text: str) -> list[int]:
+        """See `Reader`."""
+        return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Reader`."""
+        self.llm.reset()
+        self.llm.eval(list(ids))
+        return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
+
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
+        """See `Reader`."""
+        self.llm.reset()
+        self.llm.eval(list(prompt))
+        answer: list[int] = []
+        while len(answer) < tokens and not (answer and answer[-1] in stops):
+            answer.append(int(self.llm.scores[self.llm.n_tokens - 1].argmax()))
+            if len(answer) < tokens:
+                self.llm.eval(answer[-1:])
+        return answer
+
+
+class TransformersReader:
+    """transformers, in float32; text is cut by what the file says of its tokenizer."""
+
+    name = "transformers"
+
+    def __init__(self, file: Path, vocabulary: Vocabulary, config: PretrainedConfig) -> None:
+        self.tokenizer = build_tokenizer(vocabulary)
+        self.start = [vocabulary.special["bos"]] if vocabulary.add_bos else []
+        self.model = _load(file, config)
+
+    def encode(self, text: str) -> list[int]:
+        """See `Reader`."""
+        return [*self.start, *cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])]
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Reader`."""
+        return logits_over(self.model, ids)
+
+    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
+        """See `Reader`."""
+        settings = GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
+        )
+        with only_these_settings(self.model):
+            return generate_batch(self.model, [prompt], settings, "cpu")[0]
+
+
+def _load(file: Path, known: PretrainedConfig) -> PreTrainedModel:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+        for name in NOT_READ:
+            if hasattr(known, name):
+                setattr(config, name, getattr(known, name))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise EnvironmentProblem.of(f"transformers cannot read the GGUF file: {error}", str(file)) from error
+    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    if lost:
+        raise GateFailed.of(f"{len(lost)} weights are lost on the way into the GGUF file, {lost[0]} for one")
+    return cast(PreTrainedModel, model.eval())

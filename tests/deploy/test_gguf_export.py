@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from support.ggufs import build_family
+from support.models import CHATML
+from support.runs import write_recipe
+
+import llmtune.deploy.gguf_adapter as gguf_adapter
+import llmtune.deploy.gguf_export as exporting
+import llmtune.deploy.gguf_reading as gguf_reading
+import llmtune.deploy.gguf_shapes as gguf_shapes
+from llmtune.adapter import inject
+from llmtune.deploy.gguf_export import export_gguf
+from llmtune.deploy.gguf_reading import check_reader
+from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.model import load_model, load_processor, locate
+from llmtune.model.skeleton import read_model_config
+from llmtune.recipe import load_recipe
+from llmtune.tasks import choose_form, get_task
+
+
+@pytest.fixture(autouse=True)
+def read_by_transformers(monkeypatch):
+    """What llama.cpp says is in test_gguf_llama.py."""
+    monkeypatch.setattr(gguf_reading, "has_llama", lambda: False)
+    monkeypatch.setattr(exporting, "has_llama", lambda: False)
+
+
+def export(tuned, out, console, **options):
+    adapted, recipe = tuned
+    return export_gguf(adapted, recipe, get_task(recipe.task), out, console, **options)
+
+
+@pytest.mark.parametrize("number_format", ["f16", "bf16", "q8_0"])
+def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_format):
+    out = tmp_path / "gguf"
+    certificate = export(tune(), out, console, number_format=number_format)
+    assert {file.name for file in out.iterdir()} == {certificate["file"], "Modelfile", "certificate.json"}
+    assert certificate["file"] == f"tiny-{number_format.upper()}.gguf"
+    assert certificate["reader"] == "transformers"
+    measured = certificate["measured"]
+    assert measured["kl_mean"] < measured["effect_kl"] / 100
+    assert measured["same_ids"]
+    assert json.loads((out / "certificate.json").read_text()) == json.loads(json.dumps(certificate))
+    assert "read by transformers" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_other_families_are_certified_too(tune, tmp_path, console, family):
+    model = build_family(family, tmp_path / "model")
+    certificate = export(tune(model, strength=0.02), tmp_path / "gguf", console)
+    assert certificate["measured"]["kl_mean"] < 1e-4
+    assert certificate["measured"]["effect_kl"] > 1e-3
+
+
+def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_is_missing(monkeypatch):
+    with pytest.raises(EnvironmentProblem, match=r"'smollm3'(?s:.*)pip install llama-cpp-python"):
+        check_reader("smollm3")
+    monkeypatch.setattr(gguf_reading, "has_llama", lambda: True)
+    check_reader("smollm3")
+
+
+def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tune, tmp_path, console):
+    export(tune(), tmp_path / "gguf", console)
+    lines = (tmp_path / "gguf/Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./tiny-F16.gguf"
+    assert lines[1].startswith('TEMPLATE """{{ range $i, $_ := .Messages }}')
+    assert lines[2:] == ["PARAMETER temperature 0.0", "PARAMETER repeat_penalty 1.0", 'PARAMETER stop "<|im_end|>"']
+
+
+def test_a_template_without_an_equal_in_go_is_left_out_and_that_is_said(tune, tmp_path, console):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0]['content'] }}" + CHATML)
+    certificate = export(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
+    assert not certificate["modelfile_template"]
+    text = (tmp_path / "gguf/Modelfile").read_text()
+    assert "TEMPLATE" not in text.replace("chat template", "")
+    assert "no equal in Go" in console.file.getvalue()
+
+
+def test_completion_has_no_template_in_its_modelfile(tune, tmp_path, console):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The quick brown fox."}\n')
+    model = build_family("qwen2", tmp_path / "model")
+    certificate = export(tune(model, 0.02, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console)
+    assert certificate["passed"]
+    assert "TEMPLATE" not in (tmp_path / "gguf/Modelfile").read_text()
+
+
+def test_an_adapter_that_does_nothing_is_not_taken_for_a_lost_one(tune, tmp_path, console):
+    certificate = export(tune(strength=0.0), tmp_path / "gguf", console, number_format="q8_0")
+    assert certificate["measured"]["effect_kl"] == 0
+
+
+def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_path, console):
+    rows = tmp_path / "pairs.jsonl"
+    pair = {"source": "The fox is red.", "target": "Le renard est rouge."}
+    rows.write_text(json.dumps(pair) + "\n")
+    languages = {"source_language": "English", "target_language": "French"}
+    sections = {"task": "translate", "translate": languages, "evaluate": {"metrics": ["bleu"]}}
+    model = build_family("qwen2", tmp_path / "model")
+    recipe = load_recipe(write_recipe(tmp_path / "pairs.yaml", model, rows, **sections)).recipe
+    place = locate(str(model), recipe.model, console, offline=True)
+    processor = load_processor(place, recipe.model)
+    form = choose_form(recipe, read_model_config(place, recipe.model), "tiny")
+    selected = load_model(place, recipe, form, processor, device="cpu", training=False)
+    adapted = inject(selected, recipe, console)
+    certificate = export_gguf(adapted, recipe, form, tmp_path / "gguf", console, rows=[pair])
+    assert certificate["measured"]["same_ids"]
+    assert certificate["measured"]["prompts"] == 9
+
+
+def test_qlora_goes_onto_the_weights_it_was_trained_on(tune, tmp_path, console):
+    certificate = export(tune(adapter={"method": "qlora"}), tmp_path / "gguf", console, onto="dequantized")
+    assert certificate["onto"] == "dequantized"
+    assert certificate["measured"]["kl_mean"] < 1e-5
+
+
+def fails(tuned, out, console, said, **options):
+    with pytest.raises(GateFailed, match=said) as raised:
+        export(tuned, out, console, **options)
+    assert raised.value.exit_code == 6
+    assert not out.exists()
+    return out.with_name(f"{out.name}.failed.json")
+
+
+def test_a_file_with_another_template_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch):
+    describe = exporting.describe_vocabulary
+
+    def describe_wrongly(*given):
+        vocabulary = describe(*given)
+        return replace(vocabulary, chat_template=vocabulary.chat_template.replace("assistant", "helper"))
+
+    monkeypatch.setattr(exporting, "describe_vocabulary", describe_wrongly)
+    certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
+    assert not certificate["passed"]
+    assert not certificate["measured"]["same_ids"]
+
+
+def test_a_file_that_writes_the_start_token_where_training_had_none_fails(tune, tmp_path, console, monkeypatch):
+    describe = exporting.describe_vocabulary
+    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: replace(describe(*given), add_bos=True))
+    fails(tune(), tmp_path / "gguf", console, "other token ids")
+
+
+def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, console, monkeypatch):
+    number_format = "q8_0"
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "merge", lambda adapted, onto: adapted.model.unload())
+        failed = fails(tune(), tmp_path / "gguf", console, "the adapter is lost", number_format=number_format)
+    assert json.loads(failed.read_text())["kl_from_base"] < 1e-4
+    assert export(tune(), tmp_path / "gguf", console, number_format=number_format)["passed"]
+    assert not failed.exists()
+
+
+def test_a_file_whose_rows_stand_in_transformers_order_fails(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(gguf_shapes, "pair_rows", lambda weight, heads: weight)
+    model = build_family("llama", tmp_path / "model")
+    fails(tune(model, 0.02), tmp_path / "gguf", console, "first choice agrees")
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}]
+)
+def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
+    certificate = export(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True, number_format="f32")
+    assert certificate["adapter"]["modules"] == 14
+    assert certificate["adapter"]["largest_difference"] < 1e-6
+    assert certificate["reader"] == "its own arithmetic"
+    text = (tmp_path / "lora/Modelfile").read_text()
+    assert "FROM ./base.gguf\nADAPTER ./tiny-lora-F32.gguf\n" in text
+
+
+def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console, monkeypatch):
+    list_pairs = gguf_adapter.list_pairs
+
+    def halved(model, family):
+        for pair in list_pairs(model, family):
+            yield replace(pair, b=pair.b / 2) if "blk.1.attn_q" in pair.name else pair
+
+    monkeypatch.setattr(gguf_adapter, "list_pairs", halved)
+    with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from what was trained by 0\.5"):
+        export(tune(), tmp_path / "lora", console, adapter_only=True)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "trained biases"),
+        ({"method": "full", "r": None, "lora_alpha": None}, "trained all weights"),
+    ],
+)
+def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tune, tmp_path, console, adapter, said):
+    with pytest.raises(RecipeError, match=said):
+        export(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True)
+
+
+def test_an_adapter_on_the_embedding_is_refused(tune, tmp_path, console):
+    model = build_family("llama", tmp_path / "model")
+    tuned = tune(model, adapter={"target_modules": ["q_proj", "embed_tokens"]})
+    with pytest.raises(RecipeError, match="an adapter on the embedding"):
+        export(tuned, tmp_path / "lora", console, adapter_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"number_format": "q8"}, r"'q8' is no number format(?s:.*)q8_0"),
+        ({"number_format": "q8_0", "adapter_only": True}, "no number format of an adapter"),
+    ],
+)
+def test_unknown_formats_are_told_with_those_there_are(tune, tmp_path, console, options, said):
+    with pytest.raises(RecipeError, match=said):
+        export(tune(), tmp_path / "gguf", console, **options)
+
+
+def test_a_place_that_is_taken_is_left_alone(tune, tmp_path, console):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("do not lose me")
+    with pytest.raises(RecipeError, match="holds something else"):
+        export(tune(), tmp_path / "mine", console)
+    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
+        export(tune(), tmp_path / "mine/thesis.txt", console)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
+
+
+def test_a_model_of_another_kind_is_refused(tune, tiny_gpt2, tmp_path, console):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The quick brown fox."}\n')
+    with pytest.raises(EnvironmentProblem, match="'gpt2' cannot be written as GGUF"):
+        export(tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console)
+
+
+def test_no_hidden_folder_is_left(tune, tmp_path, console):
+    export(tune(), tmp_path / "one", console)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+import llmtune.deploy.gguf_file as gguf_file
+from llmtune.deploy.gguf_file import find_quantizer, write_model
+from llmtune.deploy.gguf_reading import READ_BY_TRANSFORMERS, TransformersReader
+from llmtune.deploy.gguf_shapes import find_family
+from llmtune.deploy.gguf_vocabulary import build_tokenizer, describe_vocabulary, read_vocabulary
+from llmtune.errors import EnvironmentProblem
+
+PROMPT = [1, 100, 101]
+READABLE = [name for name, (config, _, _) in FAMILIES.items() if config.model_type in READ_BY_TRANSFORMERS]
+
+
+def write(name: str, file: Path, number_format: str = "f32", **changes):
+    tokenizer, model = make_family(name, **changes)
+    vocabulary = describe_vocabulary(tokenizer, model.config.vocab_size, [PROMPT], [tokenizer.eos_token_id])
+    write_model(model, vocabulary, file, number_format, name)
+    return tokenizer, model
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_file_in_float32_gives_the_models_logits_in_transformers(name, tmp_path):
+    tokenizer, model = write(name, tmp_path / "model.gguf")
+    ids = tokenizer(TRICKY)["input_ids"]
+    reader = TransformersReader(tmp_path / "model.gguf", read_vocabulary(tmp_path / "model.gguf"), model.config)
+    wanted = logits_of(model, ids)
+    assert wanted.std() > 1
+    torch.testing.assert_close(reader.logits(ids), wanted, atol=1e-5, rtol=0)
+    assert reader.encode(TRICKY) == ids
+
+
+def test_each_format_stores_what_it_says_and_rounds_no_more(tmp_path):
+    rounding = {"f16": 2.0**-11, "bf16": 2.0**-8, "q8_0": 2.0**-7}
+    for number_format, share in rounding.items():
+        file = tmp_path / f"{number_format}.gguf"
+        _, model = write("qwen2", file, number_format)
+        tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+        stored = tensors["blk.0.ffn_up.weight"]
+        assert stored.tensor_type.name.lower() == number_format
+        assert tensors["blk.0.attn_norm.weight"].tensor_type == GGMLQuantizationType.F32
+        reader = TransformersReader(file, read_vocabulary(file), model.config)
+        wanted = model.model.layers[0].mlp.up_proj.weight.detach()
+        got = reader.model.model.layers[0].mlp.up_proj.weight.detach()
+        difference = float((wanted - got).abs().max() / wanted.abs().max())
+        assert 0 < difference < share
+
+
+def test_rows_that_do_not_divide_into_blocks_stay_in_f16(tmp_path):
+    write("qwen2", tmp_path / "odd.gguf", "q8_0", intermediate_size=72)
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "odd.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_a_tied_head_is_written_once_and_another_one_too(tmp_path):
+    write("llama-tied", tmp_path / "tied.gguf")
+    write("llama", tmp_path / "apart.gguf")
+    names = [{tensor.name for tensor in GGUFReader(tmp_path / f"{kind}.gguf").tensors} for kind in ("tied", "apart")]
+    assert names[1] - names[0] == {"output.weight"}
+
+
+@pytest.mark.parametrize("name", list(CUTS))
+def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
+    tokenizer = train_cut(name)
+    _, model = make_family("qwen2", vocab_size=len(tokenizer) + 7)
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 7, [PROMPT], [2])
+    write_model(model, vocabulary, tmp_path / "model.gguf", "f16", name)
+    assert vocabulary.pre == name
+    assert read_vocabulary(tmp_path / "model.gguf") == vocabulary
+    assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
+    others = [train_cut(other)(TRICKY)["input_ids"] for other in ("gpt-2", "smollm", "qwen2") if other != name]
+    assert tokenizer(TRICKY)["input_ids"] not in others  # else the name would not matter
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_sentencepiece_vocabularies_get_scores_that_make_the_same_tokens(prefix):
+    tokenizer = train_pieces(prefix)
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [1])
+    assert (vocabulary.model, vocabulary.add_space, vocabulary.merges) == ("llama", prefix, ())
+    assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
+
+
+def test_special_tokens_are_marked_and_answers_end_where_the_template_ends_them():
+    tokenizer = train_cut("qwen2")
+    tokenizer.add_tokens(["[[field]]"])
+    tokenizer.eos_token = "<|endoftext|>"
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 2, [PROMPT], [0, 2])
+    types = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    assert (types["<|im_end|>"], types["[[field]]"], types["a"], vocabulary.types[-1]) == (3, 4, 1, 5)
+    assert vocabulary.special == {"bos": 0, "eos": 0, "pad": 3, "eot": 2}
+
+
+def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_tokenizer():
+    plain = train_cut("llama-bpe")
+    writes = train_cut("llama-bpe")
+    writes.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    started, bare = [0, 100, 101], [1, 100, 101]
+    assert describe_vocabulary(writes, len(writes), [started], [2]).add_bos
+    assert not describe_vocabulary(writes, len(writes), [bare], [2]).add_bos
+    assert not describe_vocabulary(plain, len(plain), [started], [2]).add_bos
+
+
+def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    with pytest.raises(EnvironmentProblem, match="no name for: Whitespace"):
+        describe_vocabulary(fast, 10, [PROMPT], [0])
+    pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)])), eos_token="</s>")
+    with pytest.raises(EnvironmentProblem, match="type Unigram"):
+        describe_vocabulary(pieces, 10, [PROMPT], [0])
+
+
+def test_more_tokens_than_the_model_has_are_told():
+    tokenizer = train_cut("gpt-2")
+    with pytest.raises(EnvironmentProblem, match="and the model 9"):
+        describe_vocabulary(tokenizer, 9, [PROMPT], [2])
+
+
+def test_a_model_type_that_is_not_known_is_refused_with_those_that_are():
+    with pytest.raises(EnvironmentProblem, match=r"'gpt2' cannot be written(?s:.*)qwen2"):
+        find_family(GPT2Config())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar is 64, and llama.cpp computes with 32"),
+        ("gemma3", {"layer_types": ["full_attention"] * 6}, "sliding window"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "each fourth"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "type 'dynamic'"),
+    ],
+)
+def test_what_a_reader_would_take_for_something_else_is_refused(name, changes, said):
+    config_class, _, own = FAMILIES[name]
+    with pytest.raises(EnvironmentProblem, match=said):
+        find_family(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
+
+
+def test_weights_beyond_f16_are_told_with_the_format_that_holds_them(tmp_path):
+    tokenizer, model = make_family("qwen2")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [2])
+    with pytest.raises(EnvironmentProblem, match=r"blk\.1\.ffn_up\.weight has a value of 1e\+06(?s:.*)--type bf16"):
+        write_model(model, vocabulary, tmp_path / "model.gguf", "f16", "large")
+
+
+def test_without_a_program_for_k_quants_it_is_said_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf_file, "has_llama", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match="pip install llama-cpp-python"):
+        find_quantizer()
+
+
+def test_what_llama_quantize_says_when_it_fails_is_told(monkeypatch, tmp_path):
+    program = tmp_path / "llama-quantize"
+    program.write_text('#!/bin/sh\necho loading\necho "cannot write $2 as $3" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(EnvironmentProblem, match=r"could not quantise the model: cannot write \S+/k\.gguf as Q4_K_M"):
+        write("qwen2", tmp_path / "k.gguf", "q4_k_m")

@@ -1,0 +1,140 @@
+"""What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from rich.console import Console
+from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
+from transformers import AutoTokenizer, GenerationConfig
+
+from llmtune.adapter import merge
+from llmtune.deploy.gguf_export import export_gguf
+from llmtune.deploy.gguf_file import write_model
+from llmtune.deploy.gguf_reading import LlamaReader
+from llmtune.deploy.gguf_vocabulary import describe_vocabulary
+from llmtune.evaluate.generation import answer_ends, generate_batch
+from llmtune.model.packaged import PACKAGED, unpack_packaged
+from llmtune.tasks import get_task
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+pytestmark = pytest.mark.slow
+
+SMOLLM2 = "smollm2-135m-instruct"
+FACTS = Path(__file__).parents[2] / "recipes" / "data" / "debian-facts.jsonl"
+TOKENS = 32
+DESCRIBED = "tokenizer.ggml."
+
+
+def export(tuned, out, console, **options):
+    adapted, recipe = tuned
+    return export_gguf(adapted, recipe, get_task(recipe.task), out, console, **options)
+
+
+@pytest.fixture
+def smollm2(tune):
+    """SmolLM2 with an adapter that changes what it says."""
+    if not installed():
+        pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
+    return lambda: tune(f"builtin:{SMOLLM2}", strength=0.03, data={"max_length": 1024})
+
+
+def installed() -> bool:
+    return any(found.name == PACKAGED[SMOLLM2].distribution for found in importlib.metadata.distributions())
+
+
+def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_float32(smollm2, tmp_path, console):
+    certificate = export(smollm2(), tmp_path / "gguf", console)
+    assert certificate["reader"] == "llama.cpp"
+    assert certificate["measured"]["effect_kl"] > 0.01
+    assert certificate["measured"]["kl_mean"] < 1e-4
+    adapted, recipe = smollm2()
+    model, processor = merge(adapted), adapted.selected.processor
+    stops = answer_ends(model, processor)
+    task = get_task(recipe.task)
+    with FACTS.open() as lines:
+        asked = [json.loads(line)["question"] for line, _ in zip(lines, range(100), strict=False)]
+    prompts = [task.render({"messages": [{"role": "user", "content": text}]}, processor, recipe) for text in asked]
+    settings = GenerationConfig(
+        max_new_tokens=TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=processor.pad_token_id
+    )
+    wanted = []
+    for at in range(0, len(prompts), 25):
+        wanted += generate_batch(model, prompts[at : at + 25], settings, "cpu")
+    reader = LlamaReader(tmp_path / "gguf" / certificate["file"], max(map(len, prompts)) + TOKENS)
+    got = [reader.answer(prompt, stops, TOKENS) for prompt in prompts]
+    reader.llm.close()
+    same = sum(one == other[: len(one)] for one, other in zip(got, wanted, strict=True))
+    print(f"{same} of {len(prompts)} answers are the same")
+    assert len(set(asked)) == 100
+    assert same >= 95
+
+
+@pytest.mark.parametrize(("number_format", "kl"), [("q8_0", 0.015), ("q4_k_m", 0.15)])
+def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, console, number_format, kl):
+    certificate = export(smollm2(), tmp_path / "gguf", console, number_format=number_format)
+    print(certificate["measured"])
+    assert 1e-5 < certificate["measured"]["kl_mean"] < kl
+
+
+def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
+    if not installed():
+        pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
+    package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
+    fields = GGUFReader(str(package.locate_file(PACKAGED[SMOLLM2].file))).fields
+    theirs = {name.removeprefix(DESCRIBED): f.contents() for name, f in fields.items() if name.startswith(DESCRIBED)}
+    tokenizer = AutoTokenizer.from_pretrained(unpack_packaged(SMOLLM2, Console()))
+    ours = describe_vocabulary(tokenizer, len(theirs["tokens"]), [[1, 9690]], [2])
+    assert (ours.model, ours.pre, ours.add_bos) == (theirs["model"], theirs["pre"], theirs["add_bos_token"])
+    assert [*ours.tokens] == theirs["tokens"]
+    assert [*ours.types] == theirs["token_type"]
+    assert [*ours.merges] == theirs["merges"]
+    assert ours.special["eos"] == theirs["eos_token_id"]
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_logits_of_every_family_are_those_of_the_model(name, tmp_path):
+    tokenizer, model = make_family(name)
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[1, 100]], [2])
+    write_model(model, vocabulary, tmp_path / "model.gguf", "f32", name)
+    ids = tokenizer(TRICKY)["input_ids"]
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # else in F16
+    reading = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=512, logits_all=True, verbose=False, **exact)
+    reading.eval(ids)
+    got = torch.from_numpy(reading.scores[: len(ids)].copy())
+    reading.close()
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0]
+    # llama.cpp takes Gemma's activation from a table in F16
+    torch.testing.assert_close(got, wanted, atol=1e-2 if "gemma" in name else 1e-3, rtol=0)
+    assert wanted.std() > 1
+
+
+@pytest.mark.parametrize("name", [*CUTS, "pieces", "pieces behind a space"])
+def test_text_becomes_the_same_tokens(name, tmp_path):
+    tokenizer = train_cut(name) if name in CUTS else train_pieces("space" in name)
+    _, model = make_family("qwen2", vocab_size=len(tokenizer))
+    vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [[5, 100]], [tokenizer.eos_token_id])
+    write_model(model, vocabulary, tmp_path / "model.gguf", "f16", name)
+    reader = LlamaReader(tmp_path / "model.gguf", 64)
+    got = [reader.encode(text) for text in (TRICKY, "cat", " 12 cats\n")]
+    reader.llm.close()
+    assert got == [tokenizer(text)["input_ids"] for text in (TRICKY, "cat", " 12 cats\n")]
+
+
+def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, console):
+    certificate = export(tune(adapter={"use_rslora": True}), tmp_path / "lora", console, adapter_only=True)
+    measured = certificate["measured"]
+    assert certificate["reader"] == "llama.cpp"
+    assert measured["effect_kl"] > 0.01
+    assert measured["kl_mean"] < 1e-5
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "Modelfile",
+        "certificate.json",
+        "tiny-lora-F16.gguf",
+    ]

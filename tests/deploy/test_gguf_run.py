@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.finished import finish_run
+from support.models import build_llama
+from support.runs import llmtune
+from typer.testing import CliRunner
+
+from llmtune.cli.app import app
+from llmtune.run.files import read_json
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    return finish_run(folder, build_llama(folder / "model"), deploy=["gguf"])
+
+
+def deploy(run, *arguments):
+    return CliRunner().invoke(app, ["deploy", "gguf", str(run), *arguments])
+
+
+def test_a_recipe_makes_the_file_at_the_end_of_run(run):
+    certificate = read_json(run / "gguf/f16/certificate.json")
+    assert certificate["passed"]
+    assert (run / "gguf/f16" / certificate["file"]).stat().st_size == certificate["file_bytes"]
+    report = read_json(run / "report.json")["deploy"]
+    assert report["gguf_file"] == certificate["file"]
+    assert report["gguf"]["measured"] == certificate["measured"]
+
+
+def test_the_command_writes_another_type_beside_it(run):
+    result = deploy(run, "--type", "Q8_0", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["number_format"] == "q8_0"
+    assert {path.name for path in (run / "gguf").iterdir()} >= {"f16", "q8_0"}
+
+
+def test_the_adapter_alone_has_a_folder_of_its_own(run):
+    result = deploy(run, "--adapter-only", "--json")
+    assert result.exit_code == 0, result.output
+    assert (run / "gguf/adapter-f16" / json.loads(result.stdout)["file"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--type", "q9_0"], "'q9_0' is no number format of a GGUF file. Did you mean 'q8_0'?"),
+        (["--onto", "original"], "the base was not quantised in training"),
+        (["--adapter-only", "--onto", "original"], "an adapter alone is put onto nothing"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_exit_2(run, arguments, said):
+    result = deploy(run, *arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path):
+    result = llmtune("deploy", "gguf", tmp_path, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,182 @@
+"""Merging models of the other tasks: heads, encoder-decoders, models that hear; loaded again by plain transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from support import families, pairs
+from support.audio import write_tone
+from support.classifying import colour_rows
+from transformers import AutoProcessor, AutoTokenizer, pipeline
+
+import llmtune.deploy.merge as merging
+from llmtune.adapter import merge as really_merge
+from llmtune.deploy.outputs import measure
+from llmtune.errors import GateFailed
+from llmtune.finished import answer_once, merge_run
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.work import Options
+
+SILENT = {"generation": {"max_new_tokens": None}}
+TAGGED = [
+    {"tokens": ["The", thing, "is", colour, f"({i})"], "tags": ["O", "B-THING", "O", "B-COLOUR", "O"]}
+    for i, (thing, colour) in enumerate((t, c) for t in ("cat", "dog", "fox", "sky", "bird") for c in ("red", "blue"))
+] * 4
+FOUND = [
+    {"question": f"Which colour is the {t}?", "context": f"The {t} number {i} is {c}.", "answers": {"text": [c]}}
+    for i, (t, c) in enumerate((t, c) for t in ("cat", "dog", "fox", "sky", "bird", "house") for c in pairs.COLOURS)
+]
+FOUND = [
+    {**r, "answers": {"text": r["answers"]["text"], "answer_start": [r["context"].index(r["answers"]["text"][0])]}}
+    for r in FOUND
+]
+NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
+MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(colour_rows(40))]
+MASKED = {"completion": {"objective": "masked", "mask_probability": 0.3}, **SILENT}
+JUDGED = [
+    {"prompt": f"{i}. Which colour?", "chosen": f"The fox is {c}.", "rejected": f"one two {c}"}
+    for i, c in enumerate([*pairs.COLOURS] * 6)
+]
+CASES = {
+    "classify": ("bert", "classify", colour_rows(40), SILENT, "AutoModelForSequenceClassification"),
+    "classify-qlora": (
+        *("roberta", "classify", colour_rows(40), {"adapter": {"method": "qlora"}, **SILENT}),
+        "AutoModelForSequenceClassification",
+    ),
+    "classify-many": ("bert", "classify", MANY, SILENT, "AutoModelForSequenceClassification"),
+    "classify-number": ("bert", "classify", NUMBERS, SILENT, "AutoModelForSequenceClassification"),
+    "token-classify": ("deberta", "token-classify", TAGGED, SILENT, "AutoModelForTokenClassification"),
+    "qa": ("bert", "qa", FOUND, {"qa": {"stride": 16}, **SILENT}, "AutoModelForQuestionAnswering"),
+    "masked": ("modernbert", "completion", pairs.DOCUMENTS, MASKED, "AutoModelForMaskedLM"),
+    "translate": ("t5", "translate", pairs.PAIRS, {}, "AutoModelForSeq2SeqLM"),
+    "translate-qlora": ("bart", "translate", pairs.PAIRS, {"adapter": {"method": "qlora"}}, "AutoModelForSeq2SeqLM"),
+    "whisper": (
+        "whisper",
+        "speech",
+        None,
+        {"speech": {"language": "fr", "window_seconds": 2}},
+        "AutoModelForSpeechSeq2Seq",
+    ),
+    "letters": ("wav2vec2", "speech", None, {"speech": {"window_seconds": 2}}, "AutoModelForCTC"),
+    "reward": (
+        "llama",
+        "preference",
+        JUDGED,
+        {"preference": {"loss": "reward"}, **SILENT},
+        "AutoModelForSequenceClassification",
+    ),
+    "dpo": ("llama", "preference", JUDGED, {"preference": {"loss": "dpo"}}, "AutoModelForCausalLM"),
+    "summarize-by-prompt": ("llama", "summarize", pairs.DOCUMENTS, {}, "AutoModelForCausalLM"),
+}
+
+
+def write_clips(folder):
+    folder.mkdir(parents=True)
+    lines = ["file_name,text"]
+    for i in range(20):
+        write_tone(folder / f"{i}.wav", 0.4 + 0.02 * i, pitch_hz=200.0 * (i % 4 + 1), seed=i)
+        lines.append(f"{i}.wav,it is {('one', 'two', 'three', 'four')[i % 4]}.")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def train(folder, tiny_llama, case):
+    """Train one of CASES; evaluation is left out."""
+    family, task, rows, sections, _ = CASES[case]
+    model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
+    if case == "masked":
+        rows = [{"text": row["document"]} for row in rows]
+    data = {"data": {"train": str(write_clips(folder / "clips")), "max_length": 64}} if rows is None else {}
+    recipe = pairs.recipe_of(folder, model, rows or [], task, **data, **sections)
+    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run", until="train"), pairs.quiet())
+    return folder / "run"
+
+
+def merge(run, console, **options):
+    given = {"out": None, "onto": None, "dtype": "auto", "offline": True, **options}
+    return merge_run(run, **given, console=console)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, tiny_llama, console):
+    run = train(tmp_path, tiny_llama, case)
+    certificate = merge(run, console)
+    measured = certificate["measured"]
+    assert certificate["passed"]
+    assert measured["effect_kl"] > 10 * measured["kl_mean"]
+    assert (measured["same_ids"], measured["answer_agreement"], measured["top1_agreement"]) == (True, 1, 1)
+    assert (certificate["other"] is not None) == ("qlora" in case)
+    auto = getattr(transformers, CASES[case][-1])
+    model, info = auto.from_pretrained(run / "merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert "llmtune_other_classes" not in (run / "merged/config.json").read_text()
+    if case == "classify":
+        assert set(model.config.id2label.values()) == {"red", "green", "blue"}
+        said = pipeline("text-classification", model=str(run / "merged"))("the green fox number 3")
+        asked = {"prompt": "the green fox number 3"}
+        assert said[0]["label"] == answer_once(run, asked, console, offline=True)["prediction"]["label"]
+    if case == "translate":
+        tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+        ids = model.generate(**tokenizer("The sky is blue.", return_tensors="pt"), max_new_tokens=8)
+        asked = answer_once(run, {"prompt": "The sky is blue."}, console, offline=True)
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == asked["text"]
+    if case == "whisper":
+        assert (model.generation_config.language, model.generation_config.task) == ("fr", "transcribe")
+        processor = AutoProcessor.from_pretrained(run / "merged")
+        heard = processor(torch.zeros(16_000).numpy(), sampling_rate=16_000, return_tensors="pt")
+        assert processor.batch_decode(model.generate(heard["input_features"], max_new_tokens=4))
+    if case == "letters":
+        assert type(AutoProcessor.from_pretrained(run / "merged")).__name__ == "Wav2Vec2Processor"
+
+
+@pytest.mark.parametrize("case", ["classify", "translate", "letters"])
+def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too(
+    case, tmp_path, tiny_llama, console, monkeypatch
+):
+    run = train(tmp_path, tiny_llama, case)
+
+    def forget(adapted, onto):
+        with torch.no_grad():
+            for name, parameter in adapted.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        return really_merge(adapted, onto)
+
+    def disturb(adapted, onto):
+        merged = really_merge(adapted, onto)
+        matrix = max((p for p in merged.parameters() if p.dim() == 2), key=lambda p: p.numel())
+        matrix.data += matrix.std() * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
+        return merged
+
+    for wrong in (forget, disturb):
+        monkeypatch.setattr(merging, "merge", wrong)
+        with pytest.raises(GateFailed, match="the merged model differs"):
+            merge(run, console)
+        assert not (run / "merged").exists()
+        assert not json.loads((run / "merged.failed.json").read_text())["passed"]
+
+
+def test_a_recipe_of_another_task_makes_its_merged_model_at_the_end(tmp_path):
+    bert = families.build_bert(tmp_path / "bert")
+    report = pairs.run_recipe(tmp_path, bert, colour_rows(40), "classify", deploy=["merged"], **SILENT)
+    assert report["deploy"]["passed"]
+    assert (tmp_path / "run/merged/model.safetensors").is_file()
+
+
+def test_numbers_and_several_labels_are_compared_by_what_they_are():
+    ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
+    assert float(measure(ones, [one + 1 for one in ones], "number").kls.mean()) == pytest.approx(0.5)
+    assert measure(ones, ones, "number").agreed.all()
+    assert not measure(ones, [one + 1 for one in ones], "number").agreed.any()
+    scores = [torch.tensor([[2.0, -2.0]])]
+    assert float(measure(scores, scores, "yes-no").kls) == 0
+    assert not measure(scores, [-scores[0]], "yes-no").agreed.any()
+    other = torch.tensor([[1.0, -2.0]])
+    p, q = scores[0].sigmoid(), other.sigmoid()
+    wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    assert float(measure(scores, [other], "yes-no").kls) == pytest.approx(float(wanted), rel=1e-4)

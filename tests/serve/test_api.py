@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import threading
+
+import httpx
+import openai
+import pytest
+from support.serving import served_of, serving, wait_until
+from tokenizers.processors import TemplateProcessing
+
+from llmtune.deploy.chat import ChatSession
+from llmtune.evaluate.generation import generate_texts
+from llmtune.serve.gateway import LOOPBACK, digest
+
+QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]
+KEY = "correct-horse-battery"
+
+
+@pytest.fixture
+def talk(tune):
+    """A client of OpenAI's package, its server's address, and what is served."""
+    served = served_of(tune(generation={"max_new_tokens": 20}))
+    with serving(served, max_queue=2) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        yield client, url, served
+
+
+def said_by_session(served):
+    return "".join(
+        ChatSession(served.model, served.processor, served.recipe, served.task).answer(QUESTION[0]["content"])
+    )
+
+
+def test_the_openai_client_gets_the_answer_of_generate_at_once_and_in_pieces(talk):
+    client, _, served = talk
+    wanted = said_by_session(served)
+    whole = client.chat.completions.create(model="tiny", messages=QUESTION)
+    assert whole.choices[0].message.content == wanted != ""
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 20
+    ids = served.task.render({"messages": QUESTION}, served.processor, served.recipe)
+    assert whole.usage.prompt_tokens == len(ids)
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, stream_options=options))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == wanted
+    assert sum(map(bool, pieces)) > 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+    assert chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_the_openai_client_goes_on_from_a_text(talk):
+    client, _, served = talk
+    [wanted] = generate_texts(
+        served.model, [served.processor("The quick").input_ids], served.processor, served.recipe, device="cpu"
+    )
+    for prompt in ("The quick", ["The quick"], served.processor("The quick").input_ids):
+        assert client.completions.create(model="tiny", prompt=prompt).choices[0].text == wanted
+    chunks = client.completions.create(model="tiny", prompt="The quick", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == wanted
+
+
+def test_models_are_listed_and_found_by_name(talk):
+    client, _, _ = talk
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").max_model_len == 2048
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny'"):
+        client.chat.completions.create(model="tinny", messages=QUESTION)
+
+
+def test_stop_texts_length_and_seed_are_honoured(talk):
+    client, _, served = talk
+
+    def ask(**parameters):
+        return client.chat.completions.create(model="tiny", messages=QUESTION, **parameters)
+
+    drawn = ask(temperature=1.5, seed=5, max_tokens=40).choices[0].message.content
+    assert ask(temperature=1.5, seed=5, max_tokens=40).choices[0].message.content == drawn
+    assert ask(temperature=1.5, seed=6, max_tokens=40).choices[0].message.content != drawn
+    stop = drawn[8:10]
+    for stream in (False, True):
+        found = ask(temperature=1.5, seed=5, max_tokens=40, stop=[stop], stream=stream)
+        if stream:
+            chunks = list(found)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            text, reason = found.choices[0].message.content, found.choices[0].finish_reason
+            assert found.usage.completion_tokens < 40
+        assert (text, reason) == (drawn[: drawn.index(stop)], "stop")
+    assert ask(max_completion_tokens=3).usage.completion_tokens == 3
+    ends = served.stops
+    served.stops = {ask(extra_body={"return_token_ids": True}).choices[0].token_ids[2]}
+    assert ask().choices[0].finish_reason == "stop"
+    served.stops = ends
+
+
+REFUSED = {
+    "tools": [{"type": "function"}],
+    "logprobs": True,
+    "presence_penalty": 0.5,
+    "response_format": {"type": "json_object"},
+    "n": 2,
+    "temperature": 2.5,
+    "top_p": 0,
+    "max_tokens": 0,
+    "max_token": 5,
+    "stop": ["a", "b", "c", "d", "e"],
+    "stream_options": {"include_usage": True},
+    "messages": [{"role": "user", "content": "\ud800"}],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name_in_the_shape_of_openai(talk, name):
+    client, url, _ = talk
+    body = json.dumps({"messages": QUESTION, name: REFUSED[name]})
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert name in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if name != "messages":
+        with pytest.raises(openai.BadRequestError, match=name):
+            client.chat.completions.create(model="tiny", messages=QUESTION, extra_body={name: REFUSED[name]})
+
+
+def test_parameters_that_ask_for_nothing_are_taken(talk):
+    client, _, served = talk
+    nothing = {"tools": [], "logprobs": False, "presence_penalty": 0, "logit_bias": {}, "metadata": None, "n": 1}
+    answer = client.chat.completions.create(model="tiny", messages=QUESTION, extra_body=nothing, user="me")
+    assert answer.choices[0].message.content == said_by_session(served)
+
+
+@pytest.mark.parametrize(
+    ("messages", "about"),
+    [
+        ([], "messages"),
+        ([{"role": "system", "content": "Be brief."}], "no question"),
+        ([*QUESTION, {"role": "system", "content": "late"}], "system message not first"),
+        ([{"role": "user", "content": ""}], "says nothing"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}], "type"),
+        ([{"role": "user"}], "says nothing"),
+        ([{"role": "robot", "content": "x"}], "role"),
+        ([*QUESTION, {"role": "assistant", "content": "blue"}], "nothing to answer"),
+    ],
+)
+def test_conversations_that_cannot_be_answered_are_refused(talk, messages, about):
+    _, url, _ = talk
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages})
+    assert answer.status_code == 400
+    assert about in answer.json()["error"]["message"]
+
+
+def test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in(talk):
+    client, _, served = talk
+    plain = [
+        {"role": "system", "content": "Be brief."},
+        *QUESTION,
+        {"role": "assistant", "content": "Blue."},
+        *QUESTION,
+    ]
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in plain]
+    wanted = served.task.render({"messages": plain}, served.processor, served.recipe)
+    newer = [{**plain[0], "role": "developer"}, *plain[1:]]
+    for messages in (plain, parts, newer):
+        more = {"return_token_ids": True}
+        answer = client.chat.completions.create(model="tiny", messages=messages, extra_body=more, max_tokens=2)
+        assert answer.prompt_token_ids == wanted
+        assert len(answer.choices[0].token_ids) == 2
+    chunks = list(client.chat.completions.create(model="tiny", messages=plain, stream=True, extra_body=more))
+    assert chunks[0].prompt_token_ids == wanted
+    assert sum(len(chunk.choices[0].token_ids) for chunk in chunks) == 20
+
+
+def test_an_endpoint_with_a_start_token_too_many_is_told_by_its_ids(talk):
+    _, url, served = talk
+    start = served.processor.bos_token
+    rendered = served.processor.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    wanted = served.task.render({"messages": QUESTION}, served.processor, served.recipe)
+
+    def ids_of(**body):
+        path = "chat/completions" if "messages" in body else "completions"
+        asked = {"return_token_ids": True, "max_tokens": 1, **body}
+        return httpx.post(f"{url}/v1/{path}", json=asked).json()["prompt_token_ids"]
+
+    assert ids_of(messages=QUESTION) == wanted == ids_of(prompt=rendered)
+    served.processor.chat_template = "{{ '" + start + "' }}" + served.processor.chat_template
+    doubled = ids_of(messages=QUESTION)
+    assert doubled != wanted
+    assert doubled == [served.processor.bos_token_id, *wanted]
+
+
+def test_a_text_that_begins_with_the_start_token_gets_no_second_one(talk):
+    _, url, served = talk
+    start, number = served.processor.bos_token, served.processor.bos_token_id
+    served.processor.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, number)]
+    )
+    plain = served.processor("The quick", add_special_tokens=False).input_ids
+    for prompt in ("The quick", f"{start}The quick"):
+        asked = {"prompt": prompt, "return_token_ids": True, "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=asked).json()["prompt_token_ids"] == [number, *plain]
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_numbers(talk):
+    _, url, _ = talk
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": [5] * 2050})
+    assert answer.status_code == 400
+    assert "2050 tokens" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    answer = httpx.post(f"{url}/v1/completions", json={"prompt": [5] * 40, "max_tokens": 2040})
+    assert "may have 2040" in answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": [5, 9999]}).status_code == 400
+    fitted = httpx.post(f"{url}/v1/completions", json={"prompt": [5] * 2045}).json()
+    assert fitted["usage"]["completion_tokens"] == 3
+
+
+def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
+    _, url, _ = talk
+    kind = {"content-type": "application/json"}
+    address = f"{url}/v1/chat/completions"
+    for body in ("{", "", "[]", '"x"', "nul", '{"messages": NaN}', "[" * 100_000):
+        answer = httpx.post(address, content=body, headers=kind)
+        assert answer.status_code == 400, body[:20]
+        assert answer.json()["error"]["message"]
+    assert httpx.post(address, content="a" * (2**20 + 1), headers=kind).status_code == 413
+    assert httpx.post(address, content=json.dumps({"messages": QUESTION})).status_code == 400
+    missing = httpx.get(f"{url}/v1/nothing")
+    assert (missing.status_code, "/v1/models" in missing.json()["error"]["message"]) == (404, True)
+    assert httpx.get(address).status_code == 405
+
+
+def test_there_are_no_endpoints_beyond_those_documented(talk):
+    _, url, _ = talk
+    documented = httpx.get(f"{url}/openapi.json").json()["paths"]
+    own = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}"}
+    assert set(documented) == own | {"/health/live", "/health/ready", "/metrics"}
+    for path in ("/load_model", "/reset", "/redoc", "/v1/classify", "/shutdown"):
+        assert httpx.post(url + path).status_code == 404
+
+
+def test_pages_of_other_origins_and_names_are_kept_out(tune):
+    with serving(served_of(tune()), hosts=LOOPBACK) as url:
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
+        assert httpx.get(f"{url}/v1/models", headers={"Origin": "https://example.org"}).status_code == 403
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "rebound.example.org"}).status_code == 403
+        answer = httpx.options(f"{url}/v1/models", headers={"Access-Control-Request-Method": "POST"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_a_key_is_asked_for_where_there_is_one(tune):
+    with serving(served_of(tune()), key_digest=digest(KEY)) as url:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": KEY},
+            {"Authorization": f"Basic {KEY}"},
+        ):
+            for path in ("/v1/models", "/metrics", "/v1/nothing"):
+                answer = httpx.get(url + path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        assert httpx.get(f"{url}/health/ready").status_code == 200
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+            assert client.chat.completions.create(model="tiny", messages=QUESTION).choices
+
+
+def test_metrics_count_what_was_answered(talk):
+    _, url, _ = talk
+    asked = {"messages": QUESTION, "max_tokens": 7}
+    httpx.post(f"{url}/v1/chat/completions", json=asked)
+    httpx.post(f"{url}/v1/chat/completions", json={"nothing": 1})
+    httpx.get(f"{url}/v1/unknown/path")
+    answer = httpx.get(f"{url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    assert lines['llmtune_requests_total{endpoint="/v1/chat/completions",status="200"}'] == "1.0"
+    assert lines['llmtune_requests_total{endpoint="/v1/chat/completions",status="400"}'] == "1.0"
+    assert lines['llmtune_requests_total{endpoint="other",status="404"}'] == "1.0"
+    assert lines['llmtune_generated_tokens_total{model="tiny"}'] == "7.0"
+    assert lines['llmtune_request_seconds_count{endpoint="/v1/chat/completions"}'] == "2.0"
+    assert lines["llmtune_queue_length"] == lines["llmtune_running"] == "0.0"
+
+
+def test_a_full_queue_is_answered_with_429_and_when_to_come_back(tune):
+    served = served_of(tune())
+    endless = {"messages": QUESTION, "max_tokens": 1900, "stream": True}
+    with serving(served, most_rows=1, max_queue=1) as url, httpx.Client() as client:
+        address = f"{url}/v1/chat/completions"
+        with client.stream("POST", address, json=endless) as first:
+            lines = first.iter_lines()  # kept: without it the connection is closed
+            next(lines)
+            second = threading.Thread(target=lambda: httpx.post(address, json={"messages": QUESTION}, timeout=60))
+            second.start()
+            wait_until(lambda: "llmtune_queue_length 1.0" in client.get(f"{url}/metrics").text)
+            full = httpx.post(address, json={"messages": QUESTION})
+            assert full.status_code == 429
+            assert 1 <= int(full.headers["retry-after"]) <= 60
+            assert full.json()["error"]["type"] == "rate_limit_error"
+        second.join(30)
+        assert not second.is_alive(), "the row of who hung up did not leave"

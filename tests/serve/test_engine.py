@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import pytest
+import torch
+from support.serving import served_of, wait_until
+
+from llmtune.deploy.chat import ChatSession
+from llmtune.serve.choice import wish_for
+from llmtune.serve.engine import Closing, End, Engine, Job, OutOfMemory, QueueFull
+
+QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
+
+
+class Client:
+    """One job, and what came of it."""
+
+    def __init__(self, engine, served, question, **stated):
+        self.events = queue.SimpleQueue()
+        row = {"messages": [{"role": "user", "content": question}]}
+        ids = served.task.render(row, served.processor, served.recipe)
+        new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
+        wish = wish_for(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
+        self.engine, self.served = engine, served
+        self.job = Job(served, self.events.put, ids=ids, wish=wish)
+        self.ids = []
+        engine.submit(self.job)
+
+    def first(self):
+        self.ids += self.events.get(timeout=20)
+        return self
+
+    def end(self):
+        while isinstance(event := self.events.get(timeout=20), list):
+            self.ids += event
+        return event
+
+    def text(self):
+        assert isinstance(self.end(), End)
+        return self.served.decode(self.ids)
+
+
+@pytest.fixture
+def start():
+    engines = []
+
+    def build(*models, most_rows=4, max_queue=64):
+        engine = Engine({served.name: served for served in models}, most_rows=most_rows, max_queue=max_queue)
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield build
+    for engine in engines:
+        engine.stop(0)
+        engine.thread.join(20)
+        assert not engine.thread.is_alive()
+
+
+def as_generate(tuned, question):
+    """The answer of `llmtune generate`."""
+    served = served_of(tuned)
+    return "".join(ChatSession(served.model, served.processor, served.recipe, served.task).answer(question))
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"max_new_tokens": 20},
+        {"max_new_tokens": 20, "do_sample": True, "temperature": 1.3, "top_p": 0.9},
+        {"max_new_tokens": 10, "num_beams": 3},
+    ],
+)
+def test_answers_are_those_of_generate_whatever_they_were_batched_with(tune, start, generation):
+    tuned = tune(generation=generation)
+    wanted = [as_generate(tuned, question) for question in QUESTIONS]
+    engine, served = start(served := served_of(tuned), most_rows=3), served
+    clients = []
+    for question in QUESTIONS:
+        clients.append(Client(engine, served, question))
+        time.sleep(0.01)  # they join a batch that is at work
+    assert [client.text() for client in clients] == wanted
+    assert len(set(wanted)) > 1 or generation.get("num_beams")
+
+
+def test_models_that_share_a_base_take_turns_and_stay_apart(tune, start):
+    tuned = tune(generation={"max_new_tokens": 24})
+    model = tuned[0].model
+    model.add_adapter("other", model.peft_config["default"])
+    generator = torch.Generator().manual_seed(8)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and ".other." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    names = {"tiny": "default", "more": "other", "base": None}
+    models = [served_of(tuned, name, adapter=adapter) for name, adapter in names.items()]
+
+    def ask(engine):
+        return [Client(engine, served, question) for question in QUESTIONS for served in models]
+
+    alone = []
+    for served in models:
+        engine = start(served)
+        alone.append([Client(engine, served, question).text() for question in QUESTIONS])
+        engine.stop(5)
+        engine.thread.join(5)
+    texts = [client.text() for client in ask(start(*models))]
+    assert [texts[at::3] for at in range(3)] == alone
+    assert alone[0] != alone[1] != alone[2] != alone[0]
+    model.set_adapter("default")
+    assert alone[0] == [as_generate(tuned, question) for question in QUESTIONS]
+
+
+def test_an_answer_ends_at_its_end_token_or_at_its_length(tune, start):
+    served = served_of(tune(generation={"max_new_tokens": 20}))
+    engine = start(served)
+    client = Client(engine, served, QUESTIONS[0])
+    assert client.end() == End("length")
+    assert len(client.ids) == 20
+    served.stops = {client.ids[6]}
+    again = Client(engine, served, QUESTIONS[0])
+    assert again.end() == End("stop")
+    assert again.ids == client.ids[: client.ids.index(client.ids[6]) + 1]
+
+
+def test_a_full_queue_says_when_to_try_again(tune, start):
+    served = served_of(tune())
+    engine = start(served, most_rows=1, max_queue=2)
+    first = Client(engine, served, "one", new_tokens=1500).first()
+    waiting = [Client(engine, served, "two"), Client(engine, served, "three")]
+    with pytest.raises(QueueFull) as full:
+        Client(engine, served, "four")
+    assert 1 <= full.value.seconds <= 60
+    engine.cancel(first.job)
+    assert all(isinstance(client.end(), End) for client in waiting)
+
+
+def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tune, start):
+    tuned = tune(generation={"max_new_tokens": 30})
+    served = served_of(tuned)
+    wanted = [as_generate(tuned, question) for question in QUESTIONS[:2]]
+    engine = start(served, most_rows=3)
+    endless = Client(engine, served, "tell me everything", new_tokens=1900).first()
+    clients = [Client(engine, served, question).first() for question in QUESTIONS[:2]]
+    queued = Client(engine, served, "me too")
+    engine.cancel(endless.job)
+    engine.cancel(queued.job)
+    assert [client.text() for client in clients] == wanted
+    wait_until(lambda: (engine.running, engine.waiting) == (0, 0))
+    assert endless.events.qsize() < 1800
+    assert queued.events.empty()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stopping_turns_away_what_waits_and_ends_the_rest_in_time(tune, start, beams):
+    served = served_of(tune(generation={"num_beams": beams}))
+    engine = start(served, most_rows=1)
+    short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (40, 1900, 5))
+    if beams == 1:
+        short.first()
+    wait_until(lambda: engine.running)
+    began = time.monotonic()
+    engine.stop(1.0)
+    with pytest.raises(Closing):
+        Client(engine, served, "late")
+    assert isinstance(queued.end(), Closing)
+    assert isinstance(endless.end(), Closing)
+    assert isinstance(short.end(), End)
+    engine.thread.join(10)
+    assert time.monotonic() - began < 8
+    assert not engine.ready
+
+
+def test_the_time_of_grace_ends_an_endless_answer(tune, start):
+    served = served_of(tune())
+    engine = start(served)
+    endless = Client(engine, served, "one", new_tokens=2000).first()
+    engine.stop(0.2)
+    assert isinstance(endless.end(), Closing)
+    assert len(endless.ids) < 2000
+
+
+class Broken(torch.nn.Module):
+    """A head that raises while `armed`."""
+
+    def __init__(self, inner, error):
+        super().__init__()
+        self.inner, self.error, self.armed = inner, error, False
+
+    def forward(self, *args, **kwargs):
+        if self.armed:
+            raise self.error
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(ZeroDivisionError("bug"), ZeroDivisionError), (MemoryError("no room"), OutOfMemory)]
+)
+def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(tune, start, error, told, capsys):
+    tuned = tune()
+    base = tuned[0].model.get_base_model()
+    broken = base.model.norm = Broken(base.model.norm, error)
+    served = served_of(tuned)
+    engine = start(served)
+    client = Client(engine, served, "one", new_tokens=1000).first()
+    broken.armed = True
+    assert isinstance(client.end(), told)
+    broken.armed = False
+    assert Client(engine, served, QUESTIONS[0]).text() == as_generate(tuned, QUESTIONS[0])
+    assert engine.running == 0
+    assert ("ZeroDivisionError" in capsys.readouterr().err) == (told is ZeroDivisionError)
+    assert engine.batches[served].most == (1 if told is OutOfMemory else 4)
+
+
+def test_many_threads_ask_at_once_and_nothing_is_lost(tune, start):
+    tuned = tune(generation={"max_new_tokens": 6})
+    served = served_of(tuned)
+    wanted = {question: as_generate(tuned, question) for question in QUESTIONS}
+    engine, found = start(served, most_rows=8, max_queue=200), []
+
+    def work(number):
+        question = QUESTIONS[number % len(QUESTIONS)]
+        found.append((question, Client(engine, served, question).text()))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 60
+    assert all(text == wanted[question] for question, text in found)

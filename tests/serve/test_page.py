@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from support.browser import browser
+from support.driving import open_browser
+from support.serving import served_of, serving
+
+from llmtune.serve.gateway import digest
+
+pytestmark = browser
+SAID = "[...document.querySelectorAll('.model .said')].map(e => e.textContent)"
+DONE = "!document.querySelector('.writing') && document.querySelector('#stop').hidden"
+MARKUP = "<b id=injected>Which</b> colour <img src=x onerror=alert(1)>?"
+
+
+def test_a_question_is_typed_and_its_answer_streams_in_as_text(tune, tmp_path):
+    served = served_of(tune(generation={"max_new_tokens": 300}))
+    decode = served.decode
+    served.decode = lambda ids: f"<i id=injected>{decode(ids)}"  # a model may write what it likes
+    with serving(served) as url, open_browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait("document.querySelector('#model').options.length === 1")
+        page.type("#prompt", MARKUP)
+        page.press_enter()
+        page.wait(f"{SAID}[0].length > 20")
+        assert page.run("!!document.querySelector('.writing')"), "the answer came at once"
+        assert not page.run("document.querySelector('#stop').hidden")
+        grown = page.run(f"{SAID}[0].length")
+        page.wait(f"{SAID}[0].length > {grown}")
+        page.wait(DONE)
+        assert page.run(f"{SAID}[0]").startswith("<i id=injected>")
+        assert page.run("document.querySelector('.user .said').textContent") == MARKUP
+        assert page.run("document.querySelector('#injected')") is None
+        page.type("#prompt", "And the dog?")
+        page.click("#send")
+        page.wait(f"{SAID}.length === 2 && {DONE}")
+        assert all(address.startswith((url, "data:")) for address in page.asked), page.asked
+        assert page.errors == []
+        for width, dark in ((1000, False), (360, True)):
+            page.resize(width, 700, dark)
+            page.take_picture(tmp_path / f"page-{width}.png")
+            assert page.run("document.documentElement.scrollWidth <= innerWidth"), f"{width}: it scrolls sideways"
+
+
+def test_stop_ends_the_answer_and_its_row_leaves(tune, tmp_path):
+    served = served_of(tune(generation={"max_new_tokens": 2000}))
+    with serving(served) as url, open_browser(tmp_path / "profile") as page:
+        page.open(url)
+        page.type("#prompt", "Tell me everything.")
+        page.press_enter()
+        page.wait(f"({SAID}[0] || '').length > 5")
+        page.click("#stop")
+        page.wait(DONE)
+        length = page.run(f"{SAID}[0].length")
+        end = time.monotonic() + 10
+        while "llmtune_running 0.0" not in page.run("fetch('metrics').then(answer => answer.text())"):
+            assert time.monotonic() < end
+        assert page.run(f"{SAID}[0].length") == length
+        page.click("#forget")
+        assert page.run(f"{SAID}.length") == 0
+
+
+def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
+    served = served_of(tune())
+    with serving(served, key_digest=digest("correct-horse-battery")) as url, open_browser(tmp_path / "p") as page:
+        page.open(url)
+        page.type("#prompt", "Hello?")
+        page.press_enter()
+        page.wait("/key is needed/.test(document.querySelector('.failed .said')?.textContent || '')")
+        page.type("#key", "correct-horse-battery")
+        page.run("document.querySelector('#key').dispatchEvent(new Event('change'))")
+        page.wait("document.querySelector('#model').options.length === 1")
+        page.type("#prompt", "Hello?")
+        page.press_enter()
+        page.wait(f"({SAID}[1] || '').length > 0 && {DONE}")
+
+
+def test_the_documentation_needs_nothing_from_elsewhere(tune, tmp_path: Path):
+    with serving(served_of(tune())) as url, open_browser(tmp_path / "profile") as page:
+        page.open(f"{url}/docs")
+        text = page.run("document.body.textContent")
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", "/health/ready"):
+            assert path in text
+        page.resize(360, 700)
+        page.take_picture(tmp_path / "docs.png")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert {address.removeprefix(url) for address in page.asked} <= {"/docs", "/favicon.ico"}

@@ -1,0 +1,217 @@
+"""The server as a process of its own: keys, hostile clients, many at once, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from support.serving import Process, wait_until
+
+from llmtune.finished import answer_once
+
+KEY = "correct-horse-battery"
+QUESTION = [{"role": "user", "content": "What comes after 3 and before 5?"}]
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+CLIENTS = 64
+
+
+@pytest.fixture(scope="module")
+def server(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    file = tmp_path_factory.mktemp("key") / "key"
+    file.write_text(f"{KEY}\n")
+    arguments = ["--adapter", f"plain={runs['plain']}", "--adapter", f"other={runs['other']}", "--max-queue", 32]
+    with Process(*arguments, "--api-key-file", file) as process:
+        yield process
+
+
+def metric(server: Process, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics", headers=HEADERS).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+def address_of(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def raw_request(server: Process, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {server.url.removeprefix('http://')}\r\n"
+    head += f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    return head.encode() + body
+
+
+def test_adapters_of_two_runs_and_their_base_are_served_by_name(server: Process, runs: dict[str, Path]) -> None:
+    assert server.about["models"] == ["plain", "other", "tiny-llama"]
+    said = {}
+    for name in server.about["models"]:
+        asked = {"model": name, "messages": QUESTION, "max_tokens": 8}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, headers=HEADERS, timeout=30).json()
+        said[name] = answer["choices"][0]["message"]["content"]
+    given = {"prompt": QUESTION[0]["content"]}
+    for name, (run, base) in {
+        "plain": ("plain", False),
+        "other": ("other", False),
+        "tiny-llama": ("plain", True),
+    }.items():
+        console = Console(file=io.StringIO())
+        assert answer_once(runs[run], given, console, base=base, max_new_tokens=8)["text"] == said[name]
+    assert said["plain"] != said["other"]
+
+
+def test_the_wrong_key_malformed_json_and_ten_megabytes_are_answered_rightly(server: Process) -> None:
+    address = f"{server.url}/v1/chat/completions"
+    wrong = httpx.post(address, json={"messages": QUESTION}, headers={"Authorization": f"Bearer {KEY}x"})
+    assert wrong.status_code == 401
+    kind = {**HEADERS, "content-type": "application/json"}
+    assert httpx.post(address, content=b'{"messages": [', headers=kind).status_code == 400
+    before = server.memory_bytes
+    long = [{"role": "user", "content": "word " * 2_000_000}]
+    for _ in range(5):
+        answer = httpx.post(address, json={"messages": long}, headers=HEADERS, timeout=30)
+        assert answer.status_code == 413
+        assert "larger than" in answer.json()["error"]["message"]
+    assert server.memory_bytes - before < 60e6
+    fits = [{"role": "user", "content": "word " * 300_000}]  # within the limit of the body, beyond the context
+    assert httpx.post(address, json={"messages": fits}, headers=HEADERS, timeout=30).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_row_of_a_client_that_hangs_up_leaves(server: Process, stream: bool) -> None:
+    gone = metric(server, "llmtune_disconnects_total")
+    body = json.dumps({"messages": QUESTION, "max_tokens": 1900, "stream": stream}).encode()
+    with socket.create_connection(address_of(server.url)) as connection:
+        connection.sendall(raw_request(server, body))
+        if stream:
+            assert b"200 OK" in connection.recv(200)
+        wait_until(lambda: metric(server, "llmtune_running") == 1)
+    wait_until(lambda: metric(server, "llmtune_running") == 0)
+    assert metric(server, "llmtune_disconnects_total") == gone + 1
+    assert metric(server, "llmtune_generated_tokens_total") < 1900
+
+
+def test_a_client_that_hangs_up_within_its_request_leaves_nothing(server: Process) -> None:
+    with socket.create_connection(address_of(server.url)) as connection:
+        connection.sendall(raw_request(server, b'{"messages"', length=500))
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": QUESTION}, headers=HEADERS, timeout=30)
+    assert answer.status_code == 200
+    assert metric(server, "llmtune_running") == metric(server, "llmtune_queue_length") == 0
+
+
+class Load:
+    """Clients that ask again and again, half of them in streams, and what became of it."""
+
+    def __init__(self, server: Process, tokens: int = 16) -> None:
+        self.address, self.tokens = f"{server.url}/v1/chat/completions", tokens
+        self.statuses: Counter[Any] = Counter()
+        self.lost = 0
+        self.stopped = False
+
+    async def ask(self, client: httpx.AsyncClient, number: int) -> None:
+        asked = {"messages": QUESTION, "max_tokens": self.tokens, "model": ["plain", "other"][number % 2]}
+        while not self.stopped:
+            try:
+                if number % 4 < 2:
+                    answer = await client.post(self.address, json=asked)
+                    self.statuses[answer.status_code] += 1
+                else:
+                    async with client.stream("POST", self.address, json={**asked, "stream": True}) as answer:
+                        lines = [line async for line in answer.aiter_lines() if line]
+                    self.statuses[answer.status_code] += 1
+                    self.lost += answer.status_code == 200 and lines[-1] != "data: [DONE]"
+                if answer.status_code == 429:
+                    assert int(answer.headers["retry-after"]) >= 1
+                    await asyncio.sleep(0.2)
+            except httpx.TransportError as error:
+                self.statuses[type(error).__name__] += 1
+                return
+
+    async def run(self, seconds: float) -> None:
+        """Ask for so many seconds, or until `stopped`."""
+        async with httpx.AsyncClient(
+            headers=HEADERS, timeout=60, limits=httpx.Limits(max_connections=CLIENTS)
+        ) as client:
+            asking = [asyncio.create_task(self.ask(client, number)) for number in range(CLIENTS)]
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and not self.stopped:
+                await asyncio.sleep(0.1)
+            self.stopped = True
+            await asyncio.gather(*asking)
+
+
+def check_load(server: Process, seconds: float) -> Counter[Any]:
+    asyncio.run(Load(server).run(seconds / 3))
+    before, load = server.memory_bytes, Load(server)
+    asyncio.run(load.run(seconds))
+    grown = server.memory_bytes - before
+    assert set(load.statuses) <= {200, 429}, load.statuses
+    assert load.statuses[200] > CLIENTS
+    assert load.lost == 0
+    assert grown < 30e6, f"memory grew by {grown / 1e6:.0f} MB"
+    assert metric(server, "llmtune_running") == metric(server, "llmtune_queue_length") == 0
+    return load.statuses
+
+
+def test_sixty_four_clients_at_once_get_answers_or_429_and_no_stream_is_lost(server: Process) -> None:
+    check_load(server, 4)
+
+
+@pytest.mark.slow
+def test_sixty_four_clients_for_half_a_minute_leave_memory_as_it_was(server: Process) -> None:
+    print(check_load(server, 30))
+
+
+def test_a_stop_under_load_ends_what_is_written_and_exits_143_without_a_traceback(runs: dict[str, Path]) -> None:
+    arguments = ["--adapter", f"plain={runs['plain']}", "--adapter", f"other={runs['other']}", "--grace", 20]
+    with Process(*arguments, LLMTUNE_API_KEY=KEY) as server:
+        load = Load(server, tokens=60)
+        thread = threading.Thread(target=lambda: asyncio.run(load.run(20)))
+        thread.start()
+        wait_until(lambda: load.statuses[200] > 5)
+        began = time.monotonic()
+        server.terminate()
+        code, errors = server.end()
+        load.stopped = True
+        thread.join(30)
+    assert code == 143
+    assert "Traceback" not in errors
+    assert "ERROR" not in errors
+    assert KEY not in errors
+    assert time.monotonic() - began < 20
+    assert load.lost == 0
+    # Those that were queued are told so; those that come later find nobody.
+    assert set(load.statuses) <= {200, 429, 503, "ConnectError", "ReadError", "RemoteProtocolError"}, load.statuses
+
+
+@pytest.mark.slow
+def test_an_endless_answer_is_ended_when_the_time_of_grace_is_over(runs: dict[str, Path]) -> None:
+    with Process(runs["plain"], "--grace", 0.5) as server:
+        asked = {"messages": QUESTION, "max_tokens": 1950, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=30) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.terminate()
+            rest = [line for line in lines if line]
+        assert "about to stop" in rest[-1]
+        code, errors = server.end()
+    assert (code, "Traceback" in errors) == (143, False)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_idle_server_at_once(runs: dict[str, Path]) -> None:
+    with Process(runs["plain"]) as server, socket.create_connection(address_of(server.url)):  # says nothing
+        server.process.send_signal(signal.SIGINT)
+        code, errors = server.end(15)
+    assert (code, "Traceback" in errors) == (130, False)

@@ -1,0 +1,47 @@
+"""What the server documents of itself is so: schemathesis asks it for what it documents, and for what it does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from support.served_tasks import finish, quiet
+from support.serving import served_of, serving
+
+from llmtune.serving import ServeOptions, load_models, open_runs
+
+
+def examine(url: str, examples: int, folder: Path) -> str:
+    """Run schemathesis in `folder`; all of its checks hold, but for one.
+
+    Whether settings go together, or a prompt fits the context, is no matter of a schema: what it admits may be refused.
+    """
+    command = [str(Path(sys.executable).with_name("st")), "run", f"{url}/openapi.json", "--seed", "7"]
+    command += ["--max-examples", str(examples), "--phases", "examples,coverage,fuzzing", "--no-color"]
+    command += ["--exclude-checks", "positive_data_acceptance"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(150, marks=pytest.mark.slow)])
+def test_no_request_that_the_description_admits_or_forbids_is_a_server_error(tune, tmp_path, examples, capsys):
+    with serving(served_of(tune())) as url:
+        assert "7 selected / 7 total" in examine(url, examples, tmp_path)
+        counted = httpx.get(f"{url}/metrics").text
+    assert 'status="200"' in counted
+    assert 'status="400"' in counted
+    assert 'status="5' not in counted
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_same_holds_of_the_endpoint_of_another_task(tmp_path):
+    options = ServeOptions()
+    models = load_models(open_runs({"mine": finish("classify", tmp_path)}, options, quiet()), options)
+    with serving(*models.values()) as url:
+        examine(url, 3, tmp_path)
+        assert 'status="5' not in httpx.get(f"{url}/metrics").text

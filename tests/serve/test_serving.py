@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+from support.finished import finish_run
+from support.models import build_llama
+from support.serving import serving
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+from llmtune.finished import answer_once
+from llmtune.serving import ServeOptions, load_models, open_runs, read_key
+
+KEY = "correct-horse-battery"
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def serve(*arguments: object, **environment: str) -> Result:
+    env = {"COLUMNS": "200", "LLMTUNE_API_KEY": None, **environment}
+    return CliRunner().invoke(app, ["deploy", "serve", *map(str, arguments)], env=env)
+
+
+def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None:
+    options = ServeOptions(merged=True)
+    models = load_models(open_runs({"one": runs["plain"]}, options, quiet()), options)
+    assert list(models) == ["one"]
+    assert not any("lora" in name for name, _ in models["one"].model.named_parameters())
+    question = {"role": "user", "content": "What comes after 3?"}
+    wanted = answer_once(runs["plain"], {"prompt": question["content"]}, quiet())["text"]
+    with serving(*models.values()) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [question]}).json()
+    assert answer["choices"][0]["message"]["content"] == wanted
+
+
+def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
+    full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None})
+    models = load_models(open_runs({"full": full}, ServeOptions(), quiet()), ServeOptions())
+    assert list(models) == ["full"]
+    refused = serve(full, "--merged", "--port", 0)
+    assert (refused.exit_code, "nothing to merge" in refused.output) == (2, True)
+    refused = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={full}", "--port", 0)
+    assert (refused.exit_code, "shares no base" in refused.output) == (2, True)
+
+
+def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
+    model = build_llama(tmp_path / "another", seed=4)
+    other = finish_run(tmp_path / "runs", model, train={"num_train_epochs": 1})
+    done = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
+    assert done.exit_code == 2
+    assert "its base is" in done.output
+    assert "another" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        ([], "nothing to serve"),
+        (["--adapter", "RUN"], "is not NAME=RUN"),
+        (["RUN", "RUN"], "two runs are called"),
+        (["--engine", "vlm", "RUN"], "Did you mean 'vllm'"),
+        (["--engine", "vllm", "--max-queue", "3", "RUN"], "--max-queue: has no effect"),
+        (["--host", "no such host", "RUN"], "API key"),
+        (["--merged", "--adapter", "a=RUN", "--adapter", "b=RUN"], "one merged model has one adapter"),
+        (["RUN/adapter"], "run"),
+    ],
+)
+def test_what_cannot_be_served_is_told_with_the_way(runs: dict[str, Path], arguments: list[str], about: str) -> None:
+    done = serve(*(word.replace("RUN", str(runs["plain"])) for word in arguments), "--port", 0)
+    assert done.exit_code == 2, done.output
+    assert about in done.output
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "myhost.example"])
+def test_a_server_beyond_this_machine_wants_a_key(runs: dict[str, Path], host: str) -> None:
+    done = serve(runs["plain"], "--host", host)
+    assert done.exit_code == 2
+    assert "there is no API key" in done.output
+
+
+def test_a_key_is_read_from_a_file_or_the_environment_and_a_weak_one_refused(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    assert read_key(ServeOptions(host="0.0.0.0", key_file=file)) == KEY
+    monkeypatch.setenv("LLMTUNE_API_KEY", KEY)
+    assert read_key(ServeOptions(host="0.0.0.0")) == KEY
+    for weak in ("", "short", "with spaces in between them", "ключ-которого-нет-в-ascii"):
+        file.write_text(weak)
+        done = serve(runs["plain"], "--api-key-file", file, "--port", 0)
+        assert done.exit_code == 2
+        assert "at least 16" in done.output
+        assert not weak or weak not in done.output
+    assert serve(runs["plain"], "--api-key-file", tmp_path / "none").exit_code == 2
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(runs: dict[str, Path]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = serve(runs["plain"], "--port", taken.getsockname()[1])
+    assert done.exit_code == 4
+    assert "cannot listen" in done.output
+
+
+def test_without_vllm_the_way_to_it_is_told(runs: dict[str, Path]) -> None:
+    done = serve(runs["plain"], "--engine", "vllm", PATH="/nowhere")
+    assert done.exit_code == 4
+    assert "pip install vllm" in done.output
+
+
+@pytest.mark.slow
+def test_vllm_is_handed_the_base_the_adapters_and_the_key_by_its_environment(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A program called vllm says what it was started with."""
+    program = tmp_path / "vllm"
+    told = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))"
+    program.write_text(f"#!{sys.executable}\n{told}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    command = [sys.executable, "-m", "llmtune", "deploy", "serve", "--engine", "vllm", "--port", "9000"]
+    command += ["--adapter", f"one={runs['plain']}", "--adapter", f"two={runs['other']}"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LLMTUNE_API_KEY": KEY}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+    words, key = json.loads(done.stdout)
+    assert key == KEY
+    assert KEY not in done.stderr
+
+    def after(option: str) -> Any:
+        return words[words.index(option) + 1]
+
+    assert words[0] == "serve"
+    assert (Path(words[1]) / "config.json").is_file()
+    assert after("--served-model-name") == "tiny-llama"
+    at = words.index("--lora-modules")
+    assert words[at + 1 : at + 3] == [f"one={runs['plain'] / 'adapter'}", f"two={runs['other'] / 'adapter'}"]
+    assert (after("--max-lora-rank"), after("--max-loras"), after("--dtype")) == ("8", "2", "float32")
+    assert (after("--host"), after("--port")) == ("127.0.0.1", "9000")
+    assert json.loads(after("--override-generation-config")) == {"max_new_tokens": 24, "temperature": 0.0}
+    assert Path(after("--chat-template")).is_file()
+    assert Path(after("--tokenizer")) == runs["plain"] / "adapter"

@@ -1,0 +1,109 @@
+"""A hub on this machine: the few paths of its API that an upload needs, served over HTTP, and what was put there."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Hub:
+    """What is on it."""
+
+    url: str = ""
+    repos: dict[str, bool] = field(default_factory=dict)
+    """By name whether it is private."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    refuses: int | None = None
+    """A status that every path answers with."""
+
+
+@contextmanager
+def hub_at_work(refuses: int | None = None) -> Iterator[Hub]:
+    """Serve a hub on the loopback interface for as long as the block lasts."""
+    hub = Hub(refuses=refuses)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.asked.append(f"{self.command} {self.path}")
+            hub.tokens.add(self.headers.get("Authorization", ""))
+            status, said = (hub.refuses, {"error": "no"}) if hub.refuses else handle(hub, self.command, self.path, body)
+            content = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server calls
+
+        def log_message(self, *about: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def handle(hub: Hub, verb: str, path: str, body: bytes) -> tuple[int, Any]:
+    """Answer one request as the hub does."""
+    if path == "/api/validate-yaml":
+        return 200, {"errors": [], "warnings": []}
+    if path == "/api/repos/create":
+        asked = json.loads(body)
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        hub.repos[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
+        return 200, {"url": f"{hub.url}/{name}", "name": name, "id": name}
+    if "/preupload/" in path:
+        return 200, {"files": [preuploaded(file) for file in json.loads(body)["files"]]}
+    if path.endswith("/info/lfs/objects/batch"):
+        wanted = json.loads(body)["objects"]
+        return 200, {"transfer": "basic", "objects": [offered(hub, one) for one in wanted]}
+    if verb == "PUT":
+        hub.objects[path.rpartition("/")[2]] = body
+        return 200, {}
+    if "/commit/" in path:
+        for line in body.splitlines():
+            keep(hub, json.loads(line))
+        return 200, {
+            "commitUrl": f"{hub.url}/{next(iter(hub.repos))}/commit/1",
+            "commitOid": "1" * 40,
+            "pullRequestUrl": None,
+        }
+    return 404, {"error": f"no {path}"}
+
+
+def preuploaded(file: dict[str, Any]) -> dict[str, Any]:
+    mode = "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular"
+    return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+
+
+def offered(hub: Hub, wanted: dict[str, Any]) -> dict[str, Any]:
+    return {**wanted, "actions": {"upload": {"href": f"{hub.url}/objects/{wanted['oid']}", "header": {}}}}
+
+
+def keep(hub: Hub, line: dict[str, Any]) -> None:
+    value = line["value"]
+    if line["key"] == "file":
+        hub.files[value["path"]] = base64.b64decode(value["content"])
+    elif line["key"] == "lfsFile":
+        hub.files[value["path"]] = hub.objects[value["oid"]]

@@ -1,0 +1,110 @@
+"""Servers for tests: a real process, or the application behind uvicorn in a thread of this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import uvicorn
+
+from llmtune.serve.app import build_app
+from llmtune.serve.engine import Engine
+from llmtune.serve.gateway import Rules
+from llmtune.serve.served import Served
+
+
+class Process:
+    """`llmtune deploy serve` in a process of its own, ready when it is made."""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        command = [sys.executable, "-m", "llmtune", "deploy", "serve", *map(str, arguments), "--port", "0", "--json"]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables)
+        assert self.process.stdout is not None
+        text = ""
+        while line := self.process.stdout.readline():
+            text += line
+            if line.startswith("}"):
+                break
+        assert text, self.process.communicate()[1]
+        self.about = json.loads(text)
+        self.url = self.about["url"]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Resident memory."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def terminate(self) -> None:
+        """Send SIGTERM and go on."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def end(self, timeout: float = 40) -> tuple[int, str]:
+        """Wait for the end; return exit code and what was written to stderr."""
+        _, errors = self.process.communicate(timeout=timeout)
+        return self.process.returncode, errors
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def serving(*models: Served, most_rows: int = 8, max_queue: int = 64, **rules: Any) -> Iterator[str]:
+    """Serve in this process; gives the address."""
+    engine = Engine({served.name: served for served in models}, most_rows=most_rows, max_queue=max_queue)
+    engine.start()
+    with running(build_app(engine, Rules(**{"body_bytes": 2**20, **rules}))) as url:
+        yield url
+    engine.stop(0)
+    engine.thread.join(10)
+    assert not engine.thread.is_alive()
+
+
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[str]:
+    """Run an application behind uvicorn in a thread."""
+    config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+        assert thread.is_alive()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> Served:
+    """What a server offers of an adapted model and its recipe."""
+    from llmtune.tasks import get_task
+
+    adapted, recipe = tuned
+    about = {"adapter": "default", **changes}
+    return Served(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)
+
+
+def wait_until(holds: Any, seconds: float = 10) -> None:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
