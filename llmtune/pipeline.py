@@ -11,21 +11,25 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import __version__, hashes
+from llmtune import __version__, hashes, seeds
 from llmtune.adapter import describe, find_adapter, inject
 from llmtune.data import load_rows, prepare_rows
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.data.report import describe_examples
+from llmtune.deploy.gguf_export import DEFAULT_FORMAT
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
-from llmtune.evaluate import check_gates, evaluate, load_evaluation, save_evaluation
+from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, save_evaluation
+from llmtune.evaluate.harness import load_benchmarks
+from llmtune.evaluate.inquiries import check_inputs
 from llmtune.evaluate.table import print_scores
-from llmtune.finished import Models, merge, open_finished
+from llmtune.finished import Models, check_gguf, make_gguf, merge, open_finished
 from llmtune.model import (
     check_context,
     check_kernels,
@@ -71,6 +75,7 @@ def run_pipeline(
     path = options.out or default_path(recipe.name, loaded.fingerprint)
     refuse_network(recipe, offline=options.offline)
     check_kernels(recipe, pick_device())
+    check_inputs(recipe)
     held = options.pins or (read_pins(options.lock) if options.lock else None)
     start = recipe.adapter.start_from
     if start is not None:
@@ -83,8 +88,12 @@ def run_pipeline(
         write_text(path / "recipe.yaml", loaded.to_yaml())
         folder.findings.update(options.settled)
         pins = held or own_pins(path)
-        work = Work(recipe, folder, console, options.offline, pins, held is not None, options.settled)
+        work = Work(recipe, folder, console, options.offline, pins, held is not None, options.settled, options.base)
         _run_steps(work, loaded, options, trainer or train_here)
+        if recipe.train.seeds and options.until in seeds.UNTIL:
+            write_report(make_report(folder, recipe, work.skipped), path)  # a further seed may be stopped
+            further = partial(run_pipeline, console=console, trainer=trainer)
+            seeds.train_seeds(work, loaded, options, further)
         return conclude(work, gated=options.until in {"run", "evaluate"})
 
 
@@ -95,6 +104,8 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     place = choose(work, rows)
     work.settle(place, rows)
     processor = work.read_processor(place)
+    if options.until == "run" and "gguf" in work.recipe.deploy:
+        check_gguf(work, place)  # before training, not after it
     examples = encode(work, rows, place, processor)
     if options.until == "prepare":
         return
@@ -104,19 +115,26 @@ def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trai
     if options.until == "adapt":
         adapt(work, place, processor, hashes.adapt(work, place, examples))
         return
+    if options.until != "train" and work.folder.manifest["steps"].get("train", {}).get("state") != "done":
+        load_benchmarks(work.recipe, work.console)  # what it refuses, it refuses before hours of training
     fit(work, loaded, place, examples, plan, trainer)
     if options.until == "train":
         return
     score(work, place, processor, rows, examples)
-    if options.until == "run" and "merged" in work.recipe.deploy:
+    if options.until == "run" and work.recipe.deploy:
         deploy(work, place)
 
 
-def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool) -> dict[str, Any]:
-    """Score a finished run again, with the settings of `loaded`; nothing of it is read, encoded or trained anew."""
+def evaluate_run(
+    loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None
+) -> dict[str, Any]:
+    """Score a finished run again, with the settings of `loaded`; nothing of it is read, encoded or trained anew.
+
+    `base` is as in `Options`.
+    """
     with open_run(run, loaded.fingerprint) as folder:
         work, place = open_finished(run, console, offline, loaded.recipe)
-        work.folder = folder
+        work.folder, work.base = folder, base
         write_text(run / "recipe.yaml", loaded.to_yaml())
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
@@ -124,6 +142,8 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         processor = load_processor(place, work.recipe.model)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
         score(work, place, processor, rows, examples)
+        known = run / "evaluation"
+        seeds.evaluate_seeds(loaded, run, partial(evaluate_run, console=console, offline=offline, base=known))
         return conclude(work, gated=True)
 
 
@@ -132,6 +152,7 @@ def conclude(work: Work, *, gated: bool) -> dict[str, Any]:
     path = work.folder.path
     report = make_report(work.folder, work.recipe, work.skipped)
     write_report(report, path)
+    seeds.print_spread(report, work.console)
     if gated:
         work.console.print(f"report: {escape(str(path / 'report.html'))}")
         failed = [gate for gate in report["gates"] if not gate["passed"]]
@@ -331,6 +352,7 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             folder=folder,
             headless=head_is_new(place, recipe, task),
             packs=lambda: models.packs,
+            known=load_base(work.base or folder, hashes.base(work, place, rows, examples)),
         )
         save_evaluation(evaluation, folder)
         facts |= {"trained": hash_folder(work.folder.path / trained_name(recipe))}
@@ -338,13 +360,19 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
 
 
 def deploy(work: Work, place: ModelPlace) -> None:
-    """What `run` makes at the end: the merged model, certified."""
+    """What `run` makes at the end: the merged model and the GGUF file, each certified."""
     trained = hash_folder(work.folder.path / trained_name(work.recipe))
     settings = work.recipe.generation.model_dump(mode="json")
-    inputs = hash_value([__version__, trained, place.content_hash, settings])
+    products = work.recipe.deploy
+    inputs = hash_value([__version__, trained, place.content_hash, settings, sorted(products)])
     if not work.skip("deploy", inputs):
-        with work.folder.step("deploy", inputs, ["merged"]) as facts:
-            facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
+        made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
+        with work.folder.step("deploy", inputs, [made[name] for name in products]) as facts:
+            if "merged" in products:
+                facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
+            if "gguf" in products:
+                written = make_gguf(work, place)
+                facts |= {"gguf": written, "gguf_file": written["file"], "gguf_read_by": written["reader"]}
 
 
 def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:
@@ -363,6 +391,7 @@ def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> 
         gates=gates,
         hardware={**hardware(), "device": pick_device(), "packages": package_versions()},
         explanations=find_explanations(folder.path),
+        seeds=seeds.collect(folder.path, recipe, evaluation),
     )
 
 
@@ -404,6 +433,8 @@ def rehearse(work: Work) -> dict[str, Any]:
             valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(work, place, rows, examples))
     for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
+    for seed in recipe.train.seeds:
+        console.print(f"[bold cyan]seed {seed}[/] would follow in {escape(str(seeds.seed_folder(folder.path, seed)))}")
     console.print(f"good; the run folder is {escape(str(folder.path))}")
     would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
     return {"folder": str(folder.path), "would_run": would_run, "plans": plans}

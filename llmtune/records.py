@@ -36,7 +36,7 @@ class Rows:
     """Rows after reading, checking, deduplicating and splitting: one Arrow file a side, and how they came about.
 
     Each file has the columns `id` (hex content hash), `origin` (`file:line`), `row` (the canonical row as JSON) and
-    `columns` (what the row's source says in `evaluate.slices`, as JSON; null where nothing is asked for).
+    `columns` (what the row's source says in the columns that `evaluate` names, as JSON; null where it names none).
     """
 
     folder: Path

@@ -30,6 +30,7 @@ from llmtune.run.files import hash_file, list_folder, write_json
 from llmtune.run.folder import RunFolder, read_run, recipe_of_run
 from llmtune.run.lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.run.verify import Verification, moved, split_pattern, verify
+from llmtune.seeds import without_seeds
 from llmtune.work import Options
 
 RESULT = "reproduction.json"
@@ -85,7 +86,7 @@ def reproduce(
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
         settled={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
-    loaded = replace(loaded, recipe=at_commits(loaded.recipe, lock))
+    loaded = without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock)))
     try:
         run_pipeline(loaded, options, console, trainer)
     except GateFailed:

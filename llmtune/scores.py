@@ -88,6 +88,33 @@ class Study:
 
 
 @dataclass(frozen=True)
+class Contamination:
+    """Test rows that stand in the training rows, in one way or another; a row counts in each way that it does."""
+
+    rows: int
+    """Test rows."""
+    train_rows: int
+    equal: int
+    near: int
+    short: int
+    """Test rows of fewer than 13 words."""
+    worded: int
+    """Of those, rows whose words are all those of a training row, in order."""
+    shared: int
+    """Of the others, rows that have 13 words in a row in common with a training row."""
+    overlapping: int
+    """Test rows that overlap in any of these ways."""
+    common: int
+    """Runs of 13 words of the test rows that were left out, since more than ten training rows have them."""
+    dropped: dict[str, int]
+    """Rows that were left out when rows were prepared since they were too like a test row, by reason."""
+    examples: tuple[dict[str, str], ...]
+    """A few that overlap: kind, where the test row and the training row stand, what they share."""
+    scores: tuple[Slice, ...]
+    """Both models on the clean rows and on those that overlap; empty where none does."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
@@ -110,6 +137,8 @@ class Evaluation:
     """By column of `evaluate.slices`: the most frequent values first."""
     studies: dict[str, Study] = field(default_factory=dict)
     """By name: forgetting, fairness, benchmarks; those that the recipe asks for."""
+    contamination: Contamination | None = None
+    """None without test rows."""
 
     def by_name(self, side: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned` by the names that gates use, those of the studies among them."""

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llmtune.adapter import find_adapter
 from llmtune.data import list_sources
+from llmtune.evaluate.inquiries import check_form
 from llmtune.model import load_processor, locate, pick_device
 from llmtune.model.device import describe_device
 from llmtune.model.skeleton import read_model_config
@@ -43,6 +44,8 @@ class Options:
     """What to hold still instead of what `lock` says."""
     settled: Mapping[str, Any] = field(default_factory=dict)
     """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
+    base: Path | None = None
+    """The evaluation of another run: what the base model said there counts here where it was asked the same."""
 
 
 @dataclass
@@ -59,6 +62,8 @@ class Work:
     """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
     settled: Mapping[str, Any] = field(default_factory=dict)
     """What another run found out, and this one keeps."""
+    base: Path | None = None
+    """The evaluation of another run, where what the base model said may be known from."""
     skipped: dict[str, bool] = field(default_factory=dict)
     form: Task | None = None
     processors: dict[Path, PreTrainedTokenizerBase] = field(default_factory=dict)
@@ -71,7 +76,9 @@ class Work:
 
     def choose_form(self, place: ModelPlace) -> Task:
         """Return the form of the task that a model can do; raises RecipeError where there is none."""
-        return choose_form(self.recipe, read_model_config(place, self.recipe.model), place.name)
+        form = choose_form(self.recipe, read_model_config(place, self.recipe.model), place.name)
+        check_form(self.recipe, form, place.name)
+        return form
 
     def settle(self, place: ModelPlace, rows: Rows) -> None:
         """Take the form of the task that this model does, and what of the recipe the rows decide, such as class names.
@@ -80,6 +87,7 @@ class Work:
         """
         config = read_model_config(place, self.recipe.model)
         self.form = choose_form(self.recipe, config, place.name)
+        check_form(self.recipe, self.form, place.name)
         self.recipe = self.form.settle(self.recipe, rows, config)
 
     @cached_property

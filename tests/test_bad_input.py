@@ -187,8 +187,12 @@ def test_the_folder_of_another_recipe_is_refused(here: Path, chat_rows: Path, mo
     expect(run_with(chat_rows, model, command="prepare", seed=8), 2, "another recipe", "--out")
 
 
-def test_a_later_feature_is_refused_by_name(here: Path, chat_rows: Path, model: Path) -> None:
-    expect(run_with(chat_rows, model, deploy=["gguf"]), 2, "gguf", "later")
+def test_a_model_that_gguf_has_no_place_for_is_refused_before_training(here: Path, tiny_gpt2: Path) -> None:
+    rows = [json.dumps({"text": f"The quick brown fox number {k}."}) + "\n" for k in range(40)]
+    (here / "text.jsonl").write_text("".join(rows))
+    result = run_with(here / "text.jsonl", tiny_gpt2, task="completion", deploy=["gguf"])
+    expect(result, 4, "'gpt2' cannot be written as GGUF", "qwen2")
+    assert not (here / "run" / "checkpoints").exists()
 
 
 def test_errors_come_as_json_too(here: Path, model: Path) -> None:

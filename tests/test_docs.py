@@ -19,6 +19,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "recipes/README.md",
+    ROOT / "examples/ci/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 STAND_INS = {"RUN": "run", "RECIPE": "quickstart", "NAME": "quickstart", "FOLDER": "folder", "TEXT": "text", "N": "2"}

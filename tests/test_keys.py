@@ -20,7 +20,7 @@ from support.audio import write_tone
 from support.models import build_llama
 from support.runs import write_recipe
 
-from llmtune.errors import LlmtuneError, RecipeError
+from llmtune.errors import LlmtuneError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, Source, load_recipe
 from llmtune.run.files import hash_folder
@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 SAMPLING = ("generation.do_sample=true",)
 QLORA = ("adapter.method=qlora",)
+QUIZ = ("evaluate.benchmarks.task=quiz.yaml",)
 MOST = "deliberately high"
 COMPILED = "compiled"
 
@@ -118,6 +119,7 @@ FLIPS = {
     "train.report_to": Flip("[tensorboard]"),
     "train.torch_compile": Flip("true", (COMPILED,)),
     "train.use_liger_kernel": Flip("true"),
+    "train.seeds": Flip("[8]"),
     "generation.max_new_tokens": Flip("2"),
     "generation.do_sample": Flip("true"),
     "generation.temperature": Flip("5.0", SAMPLING),
@@ -132,6 +134,15 @@ FLIPS = {
     "evaluate.choices": Flip("[red, green, blue]"),
     "evaluate.samples": Flip("1"),
     "evaluate.slices": Flip("[group]"),
+    "evaluate.forgetting.texts": Flip("[other.jinja]", ("evaluate.forgetting.questions=[]",)),
+    "evaluate.forgetting.questions": Flip("[quiz.jsonl]", ("evaluate.forgetting.texts=[other.jinja]",)),
+    "evaluate.fairness.pairs": Flip("[sentences.jsonl]", ("evaluate.fairness={swaps: []}",)),
+    "evaluate.fairness.swaps": Flip("[words.csv]", ("evaluate.fairness={pairs: []}",)),
+    "evaluate.fairness.groups": Flip("[group]", ("evaluate.fairness={pairs: []}",)),
+    "evaluate.benchmarks.task": Flip("quiz.yaml"),
+    "evaluate.benchmarks.num_fewshot": Flip("2", QUIZ),
+    "evaluate.benchmarks.limit": Flip("3", QUIZ),
+    "evaluate.benchmarks.apply_chat_template": Flip("true", QUIZ),
     "deploy": Flip("[merged]"),
     "completion.objective": Flip("causal", recipe="masked.yaml"),
     "completion.mask_probability": Flip("0.5", recipe="masked.yaml"),
@@ -163,18 +174,6 @@ FLIPS = {
 HUB_ONLY = {"model.revision", "data.train.config", "data.train.split", "data.train.revision"}
 """They name a place on a hub; `tests/model/test_catalogue.py` and `tests/data/test_sources.py` hold them."""
 ONE_VALUE = {"recipe_version"}
-LATER = {
-    "train.seeds": "[1, 2]",
-    "evaluate.benchmarks.task": "",
-    "evaluate.benchmarks.num_fewshot": "",
-    "evaluate.benchmarks.limit": "",
-    "evaluate.benchmarks.apply_chat_template": "",
-    "evaluate.fairness.pairs": "[own]",
-    "evaluate.fairness.swaps": "[own]",
-    "evaluate.fairness.groups": "[group]",
-    "evaluate.forgetting.texts": "[own]",
-    "evaluate.forgetting.questions": "[own]",
-}
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -190,13 +189,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_no_key_of_the_schema_is_left_out() -> None:
     known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
     sources = {f"data.train.{name}" for name in Source.model_fields if name != "path"}
-    assert known | sources | {"data.train"} == FLIPS.keys() | LATER.keys() | HUB_ONLY | ONE_VALUE
-
-
-@pytest.mark.parametrize("key", LATER)
-def test_a_key_of_a_later_feature_is_refused_by_name(place: Path, key: str) -> None:
-    with pytest.raises(RecipeError, match=key.split(".")[0]):
-        load_recipe("tiny.yaml", [f"{key}={LATER[key]}"])
+    assert known | sources | {"data.train"} == FLIPS.keys() | HUB_ONLY | ONE_VALUE
 
 
 @pytest.mark.parametrize("key", FLIPS)
@@ -241,7 +234,7 @@ def digest(run: Path, report: dict[str, Any]) -> list[Any]:
         [report["model"]["plan"]["parts"], report["model"]["ranking"] and report["model"]["ranking"]["chosen"]],
         [report["adapter"], hash_folder(run / "adapter"), curve],
         sorted(path.name for path in (run / "checkpoints").iterdir()),
-        [_evaluated(run), report["gates"], report["evaluation"]["samples"]],
+        [_evaluated(run), report["gates"], report["evaluation"]["samples"], report["evaluation"]["seeds"]],
         (run / "merged").exists(),
         sorted(path.name.split(".")[0] for path in run.rglob("events.out.*")),
     ]
@@ -269,9 +262,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "holes.jsonl").write_text("".join([*chat, '{"messages": []}\n']))
     pairs = [json.dumps({"prompt": f"{question} ", "completion": f"{answer}."}) for question, answer in questions]
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
+    (place / "sentences.jsonl").write_text('{"more": "The cat is red.", "less": "The dog is red."}\n')
+    (place / "words.csv").write_text("cat,dog\n")
+    (place / "quiz.yaml").write_text(LM_EVAL_TASK)
     build_llama(place / "model")
     build_llama(place / "other-model", seed=1)
     (place / "other.jinja").write_text(OTHER_TEMPLATE)
+    (place / "quiz.jsonl").write_text('{"question": "Which colour?", "choices": ["red", "cat"], "answer": "red"}\n')
     make_odd_models(place)
     make_tasks(place, questions)
     return place
@@ -353,6 +350,16 @@ OTHER_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ (m['role'] | upper) if shout else m['role'] }}: {{ m['content'] }}<|im_end|>"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>{{ 'ASSISTANT' if shout else 'assistant' }}: {% endif %}"
 )
+LM_EVAL_TASK = """
+task: quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: pairs.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{completion}}"
+metric_list: [{metric: perplexity}]
+"""
 REMOTE_CODE = "from transformers import LlamaForCausalLM\n\n\nclass Odd(LlamaForCausalLM):\n    pass\n"
 
 

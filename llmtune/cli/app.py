@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import deploy, explain, launch, proof, recipes, steps, use
+from llmtune.cli import compare, deploy, explain, launch, proof, recipes, steps, use
 
 REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
 
@@ -37,7 +37,7 @@ def _root(
     pass
 
 
-for _name, _command in (steps.COMMANDS | use.COMMANDS | proof.COMMANDS).items():
+for _name, _command in (steps.COMMANDS | use.COMMANDS | proof.COMMANDS | compare.COMMANDS).items():
     app.command(_name)(_command)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(explain.app, name="explain")

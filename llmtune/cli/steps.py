@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.run.environment import at_once, names_remote, prepare_environment
+from llmtune.run.environment import at_once, names_remote, prepare_environment, studies_remote
 
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -67,7 +67,7 @@ def _evaluate_run(run: Path, sets: list[str], threads: int | None, offline: bool
     from llmtune.run.folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
-    prepare_environment(network=False, threads=threads)
+    prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
     with at_once():
         from llmtune.pipeline import evaluate_run
 

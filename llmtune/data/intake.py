@@ -71,7 +71,7 @@ def read_inputs(
     spool: Spool,
     list_file: Path,
     console: Console,
-    slices: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
 ) -> Account:
     """Read, check and canonicalise every row into `spool`.
 
@@ -82,11 +82,11 @@ def read_inputs(
         spool: Takes the good rows; open.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
-        slices: Columns to keep beside each row.
+        columns: Columns to keep beside each row, each with the key that names it.
 
     Raises:
         DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
-            be tested has one of `slices`.
+            be tested has one of `columns`.
     """
     problems: list[Problem] = []
     taken: Counter[int] = Counter()
@@ -95,25 +95,25 @@ def read_inputs(
         bar = progress.add_task("read rows", total=sum(one.size for one in inputs))
         for one in inputs:
             try:
-                _read_input(one, data, task, spool, account, taken, progress, bar, slices)
+                _read_input(one, data, task, spool, account, taken, progress, bar, tuple(columns or ()))
             except DataError as error:
                 problems += error.problems
     if problems:
         raise DataError(*problems, *account.problems())
     _check_share(account, data.max_dropped)
-    check_slices(slices, tuple(account.columns))
+    check_columns(columns or {}, tuple(account.columns))
     return account
 
 
-def check_slices(slices: Sequence[str], columns: Sequence[str]) -> None:
-    """Refuse columns of `evaluate.slices` that are not among `columns`. Raises DataError, for all of them at once."""
+def check_columns(wanted: Mapping[str, str], columns: Sequence[str]) -> None:
+    """Refuse `wanted` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
     DataError.collect(
         Problem(
             f"no test row has a column {name!r}",
-            "evaluate.slices",
+            key,
             f"{nearest(name, columns)} The columns are: {', '.join(columns) or '(none)'}.".strip(),
         )
-        for name in slices
+        for name, key in wanted.items()
         if name not in columns
     )
 
@@ -127,12 +127,12 @@ def _read_input(
     taken: Counter[int],
     progress: Progress,
     bar: TaskID,
-    slices: Sequence[str],
+    kept_columns: Sequence[str],
 ) -> None:
     limit = one.source.limit
     side = -1 if one.side is None else SIDES.index(one.side)
     columns = one.source.columns
-    tested = bool(slices) and (one.side == "test" or (one.side is None and not isinstance(data.test, tuple)))
+    tested = bool(kept_columns) and (one.side == "test" or (one.side is None and not isinstance(data.test, tuple)))
     for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
         if limit is not None and taken[one.number] >= limit:
             return
@@ -153,7 +153,7 @@ def _read_input(
         kept = None
         if tested:
             account.columns.update(dict.fromkeys(raw))
-            kept = json.dumps({name: raw[name] for name in slices if name in raw}, default=str)
+            kept = json.dumps({name: raw[name] for name in kept_columns if name in raw}, default=str)
         spool.add(origin, text, content, xxhash.xxh3_64_intdigest(text.encode()), group, one.number, side, kept)
 
 

@@ -79,6 +79,35 @@ def find_near(order: I64, texts: Texts) -> dict[int, I64]:
     return dropped
 
 
+def match_near(kept: I64, asked: I64, texts: Texts) -> dict[int, I64]:
+    """Find the rows of `asked` that are near rows of `kept`, and name those; other pairs are not looked at.
+
+    Args:
+        kept: Numbers of rows, of which each band of minima holds the first 256.
+        asked: Numbers of other rows.
+        texts: Gives the texts of all rows.
+    """
+    order = np.concatenate([kept, asked])
+    signature_NP, spoken_N = _signatures(order, texts, _common_triples(order, texts))
+    bucket_NL = _buckets(signature_NP, spoken_N)
+    kept_in: dict[int, list[int]] = {}
+    wanted = np.unique(bucket_NL[len(kept) :])
+    for rank in np.flatnonzero(np.isin(bucket_NL[: len(kept)], wanted[wanted >= 0]).any(axis=1)).tolist():
+        for bucket in bucket_NL[rank][bucket_NL[rank] >= 0].tolist():
+            others = kept_in.setdefault(bucket, [])
+            if len(others) < BUCKET_ROWS:
+                others.append(rank)
+    found: dict[int, I64] = {}
+    for rank in range(len(kept), len(order)):
+        candidates = {other for bucket in bucket_NL[rank].tolist() for other in kept_in.get(bucket, ())}
+        if candidates:
+            near = np.array(sorted(candidates), dtype=np.int64)
+            near = near[(signature_NP[near] == signature_NP[rank]).mean(axis=1) >= NEAR]
+            if len(near):
+                found[int(order[rank])] = order[near]
+    return found
+
+
 def _common_triples(order: I64, texts: Texts) -> U32:
     """Return, sorted, the word triples that stand in many rows, seen in a sample that depends on the rows alone."""
     sample = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
@@ -109,7 +138,7 @@ def hash_triples(texts: list[str]) -> tuple[U32, I64]:
     Returns:
         [W] hash of each run, [W] which text it is from.
     """
-    word_W, row_W = _hash_words(texts)
+    word_W, row_W, _ = hash_words(texts)
     padded = np.zeros(len(word_W) + 2 * len(texts) + 2, dtype=np.uint64)
     place_W = np.arange(len(word_W)) + 2 * row_W
     padded[place_W] = word_W
@@ -117,8 +146,12 @@ def hash_triples(texts: list[str]) -> tuple[U32, I64]:
     return (mix(run_W, 3) >> np.uint64(32)).astype(np.uint32), row_W
 
 
-def _hash_words(texts: list[str]) -> tuple[U64, I64]:
-    """Hash every word, as a polynomial of its bytes modulo 2**64."""
+def hash_words(texts: list[str]) -> tuple[U64, I64, I64]:
+    """Hash every word, as a polynomial of its bytes modulo 2**64.
+
+    Returns:
+        [W] the hash of each word, [W] which text it is from, [W] the byte of that text, in lower case, it begins at.
+    """
     coded = [text.lower().encode() for text in texts]
     byte_B = np.frombuffer(b"\n".join(coded), dtype=np.uint8)
     begins = np.cumsum([0, *(len(text) + 1 for text in coded)])
@@ -128,13 +161,13 @@ def _hash_words(texts: list[str]) -> tuple[U64, I64]:
     start_B[3:] |= inside_B[3:] & alone_B[:-3]
     start_W = np.flatnonzero(start_B)
     if not len(start_W):
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
     place_B = np.arange(len(byte_B)) - np.repeat(np.append(0, start_W), np.diff(start_W, prepend=0, append=len(byte_B)))
     term_B = POWERS[place_B % len(POWERS)] * (byte_B + np.uint64(1))
     term_B[~inside_B] = 0
     word_W = mix(np.add.reduceat(term_B, start_W), 4)
     row_W = np.searchsorted(begins, start_W, side="right") - 1
-    return word_W, row_W.astype(np.int64)
+    return word_W, row_W.astype(np.int64), (start_W - begins[row_W]).astype(np.int64)
 
 
 def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:

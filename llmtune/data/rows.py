@@ -42,7 +42,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     `deduplicate: near`), whatever the rows' length. Sides keep the order of the sources.
 
     Args:
-        recipe: Its `data`, `task` and `evaluate.slices` are used; paths are absolute.
+        recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
         folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
         console: Shows progress, bad rows and what was left out.
 
@@ -52,14 +52,14 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     """
     data, task = recipe.data, recipe.task
     found = resolve_inputs(data, task)
-    if unused := [name for name in found.unused if name not in recipe.evaluate.slices]:
+    if unused := [name for name in found.unused if name not in recipe.evaluate.columns]:
         console.print(f"not used: {escape(', '.join(unused))}", style="dim")
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
         with Spool(folder / ".spool.arrow") as spool:
-            bad, slices = folder.parent / BAD_ROWS, recipe.evaluate.slices
-            account = read_inputs(found.inputs, data, task, spool, bad, console, slices)
+            bad, columns = folder.parent / BAD_ROWS, recipe.evaluate.columns
+            account = read_inputs(found.inputs, data, task, spool, bad, console, columns)
             spool.close()
             index = spool.index()
             side_N, reason_N, notes = _decide(index, data, spool, console)
@@ -67,7 +67,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
             reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
             copies_N[reason_N != KEPT] = 0
             _check_sides(data, side_N, copies_N, reason_N)
-            rows = _write(folder, spool, index, side_N, copies_N, account, reason_N, slices)
+            rows = _write(folder, spool, index, side_N, copies_N, account, reason_N, tuple(columns))
     _tell(rows, account, notes, console)
     return rows
 
@@ -129,7 +129,7 @@ def _write(
     copies_N: npt.NDArray[np.int64],
     account: Account,
     reason_N: npt.NDArray[np.object_],
-    slices: tuple[str, ...],
+    columns: tuple[str, ...],
 ) -> Rows:
     counts = {name: int(copies_N[side_N == side].sum()) for side, name in enumerate(SIDES)}
     files = {name: folder / f"{name}.rows.arrow" for name in SIDES if counts[name]}
@@ -150,7 +150,7 @@ def _write(
     dropped.update(reason for reason in reason_N.tolist() if reason != KEPT)
     told = writers["test"].columns_hash if "test" in writers else ""
     left_out = dict(sorted(dropped.items()))
-    rows = Rows(folder, files, counts, account.rows_in, left_out, digest.hexdigest(), slices, told)
+    rows = Rows(folder, files, counts, account.rows_in, left_out, digest.hexdigest(), columns, told)
     save_rows(rows)
     return rows
 
@@ -251,6 +251,12 @@ def iterate_rows(rows: Rows, side: str) -> Iterator[tuple[str, Row]]:
     """Yield (origin, row) of a side in order; nothing for a side that has no rows."""
     for origin, text in iterate_texts(rows, side):
         yield origin, json.loads(text)
+
+
+def iterate_ids(rows: Rows, side: str) -> Iterator[str]:
+    """Yield what each row of a side is known by: 32 hex digits of its content, wherever it stands."""
+    for batch in _batches(rows, side):
+        yield from batch.column("id").to_pylist()
 
 
 def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:

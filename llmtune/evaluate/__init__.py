@@ -2,7 +2,7 @@
 
 from llmtune.evaluate.evaluation import evaluate
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.storage import load_evaluation, save_evaluation
+from llmtune.evaluate.storage import load_base, load_evaluation, save_evaluation
 from llmtune.recipe import parse_gate
 
-__all__ = ["check_gates", "evaluate", "load_evaluation", "parse_gate", "save_evaluation"]
+__all__ = ["check_gates", "evaluate", "load_base", "load_evaluation", "parse_gate", "save_evaluation"]

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from llmtune.data import iterate_rows
+from llmtune.data import iterate_ids, iterate_rows
 from llmtune.evaluate.answers import Answers, answer, measure
 from llmtune.evaluate.batches import release_memory
+from llmtune.evaluate.contamination import find_contamination
 from llmtune.evaluate.flips import find_flips
 from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.inquiries import make_inquiries
+from llmtune.evaluate.measures import name_rows, save_measures
 from llmtune.evaluate.metrics import Measure, compare
 from llmtune.evaluate.plan import SIDE, Plan, make_plan
 from llmtune.evaluate.samples import pick_samples
 from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.statistics import METHOD
-from llmtune.evaluate.storage import save_predictions
-from llmtune.evaluate.studies import Scored, Setting, make_inquiries
+from llmtune.evaluate.storage import BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.studies import Scored, Setting
 from llmtune.evaluate.table import print_scores
 from llmtune.recipe.tasks import TASK_FACTS
 from llmtune.records import Examples, Rows, Task
@@ -49,13 +52,16 @@ def evaluate(
     folder: Path | None = None,
     headless: bool = False,
     packs: Callable[[], bool | None] = lambda: None,
+    known: BaseAnswers | None = None,
 ) -> Evaluation:
     """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
 
     With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
     entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
     None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
-    `predictions.jsonl` in it. Without test rows the evaluation is empty, and no model is entered.
+    `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model said is
+    kept there, and it is not asked again where that is known already. Without test rows the evaluation is empty, and no
+    model is entered.
 
     Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
     were not kept, EnvironmentProblem where a single row does not fit in memory.
@@ -76,18 +82,28 @@ def evaluate(
                 stands_in, answers[name] = baseline(plan, rows, task, recipe)
                 console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
             continue
+        if name == "base" and plan is not None and known is not None and known.answers is not None:
+            answers[name] = known.answers
+            console.print("base: what it said to these rows is known from this run's first seed")
+            if not inquiries:
+                continue
         with models[name]() as model:
-            if plan is not None:
+            if plan is not None and name not in answers:
                 answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
             said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in inquiries}
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
+    scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
     if folder is not None and plan is not None:
         save_predictions(folder, plan, answers["base"], answers["tuned"])
-    scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
+        ids = list(iterate_ids(rows, SIDE))
+        save_measures(folder, name_rows([ids[row] for row in plan.rows]), scored.base, scored.tuned)
+        if known is not None and stands_in is None:
+            save_base(folder, answers["base"], known.inputs)
     evaluation = Evaluation({}, {}, {}, (), (), 0)
     if plan is not None:
         evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task, scored)
+        evaluation = replace(evaluation, contamination=find_contamination(rows, plan, scored, recipe, console))
     studies = {one.name: one.compare(said["base"].get(one.name), said["tuned"][one.name], scored) for one in inquiries}
     evaluation = with_gates(replace(evaluation, baseline=stands_in, studies=studies), recipe)
     print_scores(evaluation, console)

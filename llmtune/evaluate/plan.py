@@ -52,6 +52,8 @@ class Plan:
     """What was left out and why; goes to the report beside the metrics' signatures."""
     slices: dict[str, Parts] = field(default_factory=dict)
     """By column of `evaluate.slices`."""
+    groups: dict[str, Parts] = field(default_factory=dict)
+    """By column of `evaluate.fairness.groups`."""
 
 
 def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Plan:
@@ -62,6 +64,8 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
     reader = ExampleReader(examples, SIDE)
     numbers = sorted({int(row) for row in reader.rows})
     slices = read_slices(rows, recipe.evaluate.slices, numbers)
+    named = recipe.evaluate.fairness.groups if recipe.evaluate.fairness else ()
+    groups = read_slices(rows, named, numbers, "evaluate.fairness.groups")
     origins, questions, references, targets = read_questions(rows, set(numbers), task)
     metrics = wanted_metrics(recipe)
     own = TASK_FACTS[recipe.task].default_metrics
@@ -104,6 +108,7 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
         metrics=metrics,
         notes=notes,
         slices=slices,
+        groups=groups,
     )
 
 

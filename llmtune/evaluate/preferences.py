@@ -194,9 +194,10 @@ def _measure_thumbs(metric: str, found: Floats, good: Any, reward: str) -> Measu
     if metric == "margin" and good.any() and not good.all():
         sums = columns(np.where(good, found, 0), good.astype(float), np.where(good, 0, found), (~good).astype(float))
         signature = f"mean reward of thumbs up less that of thumbs down, {reward}"
-        return Measure(metric, sums, _apart, signature=signature)
+        return Measure(metric, sums, apart_formula, signature=signature)
     return None
 
 
-def _apart(sums: Floats) -> Floats:
+def apart_formula(sums: Floats) -> Floats:
+    """[..., (sum of good, good, sum of bad, bad)] -> how far their means are apart [...]."""
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])

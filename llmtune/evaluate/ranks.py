@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from llmtune.evaluate.measure import Measure, columns
 from llmtune.evaluate.statistics import Floats, Weighted
 
+BINARY = "second label against the first"
+"""The signature of an AUROC of two classes."""
 NEARLY_CONSTANT = 1e-12
 """A spread below this part of the largest number is rounding."""
 
@@ -24,7 +26,7 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
     """
     classes = [1] if binary else list(range(true_NK.shape[1]))
     areas = [area(scores_NK[:, k], true_NK[:, k]) for k in classes]
-    signature = "second label against the first" if binary else "mean over the labels, each against the rest"
+    signature = BINARY if binary else "mean over the labels, each against the rest"
     seen = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
     return Measure("auroc", seen, None, signature=signature, weighted=partial(mean_of_known, areas))
 

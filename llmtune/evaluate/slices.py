@@ -41,8 +41,10 @@ class Parts:
     """[N] the name of each row's slice."""
 
 
-def read_slices(rows: Rows, columns: Sequence[str], wanted: Sequence[int]) -> dict[str, Parts]:
-    """Take the `wanted` test rows (ascending numbers) apart by each column.
+def read_slices(
+    rows: Rows, columns: Sequence[str], wanted: Sequence[int], key: str = "evaluate.slices"
+) -> dict[str, Parts]:
+    """Take the `wanted` test rows (ascending numbers) apart by each column, which the recipe names in `key`.
 
     Raises DataError for columns that were not kept when the rows were prepared.
     """
@@ -51,7 +53,7 @@ def read_slices(rows: Rows, columns: Sequence[str], wanted: Sequence[int]) -> di
     DataError.collect(
         Problem(
             f"the rows were prepared without their column {name!r}",
-            "evaluate.slices",
+            key,
             f"{nearest(name, rows.columns)} Run the recipe again with it: the rows are read anew, and training, if "
             "nothing else has changed, is skipped.".strip(),
         )

@@ -1,19 +1,31 @@
-"""The evaluation on disk: scores in `evaluation.json`, every row's answers in `predictions.jsonl`."""
+"""The evaluation on disk: scores in `evaluation.json`, every row's answers in `predictions.jsonl` and `base.json`."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.evaluate.answers import Answers
+import numpy as np
+
+from llmtune.evaluate.answers import Answers, TokenSums
 from llmtune.evaluate.plan import Plan
 from llmtune.run.files import explained, plain, read_json, write_json, write_text
-from llmtune.scores import Difference, Evaluation, Flips, GateResult, Slice, Study, StudyTable
+from llmtune.scores import Contamination, Difference, Evaluation, Flips, GateResult, Slice, Study, StudyTable
 
-EVALUATION, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+EVALUATION, PREDICTIONS, BASE = "evaluation.json", "predictions.jsonl", "base.json"
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """What the base model said, for runs that ask it the same."""
+
+    inputs: str
+    """Hash of all that these answers depend on."""
+    answers: Answers | None = None
+    """None where they are not known yet."""
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -40,6 +52,7 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         flips={metric: load_flips(one) for metric, one in saved.get("flips", {}).items()},
         slices={column: tuple(map(load_slice, parts)) for column, parts in saved.get("slices", {}).items()},
         studies={name: load_study(one) for name, one in saved.get("studies", {}).items()},
+        contamination=load_contamination(saved["contamination"]) if saved.get("contamination") else None,
     )
 
 
@@ -68,6 +81,13 @@ def load_study(saved: dict[str, Any]) -> Study:
     return Study(**saved | scores | {"difference": differences(saved["difference"]), "tables": tables})
 
 
+def load_contamination(saved: dict[str, Any]) -> Contamination:
+    """Read how test rows overlap with training rows."""
+    return Contamination(
+        **saved | {"examples": tuple(saved["examples"]), "scores": tuple(map(load_slice, saved["scores"]))}
+    )
+
+
 def numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Put NaN back where JSON has null."""
     return {key: math.nan if value is None else value for key, value in values.items()}
@@ -80,6 +100,24 @@ def save_predictions(folder: Path, plan: Plan, base: Answers, tuned: Answers) ->
     lines = [json.dumps(plain(describe_row(i, plan, sides)), ensure_ascii=False) for i in range(len(plan.rows))]
     with explained(folder):
         write_text(folder / PREDICTIONS, "".join(line + "\n" for line in lines))
+
+
+def save_base(folder: Path, answers: Answers, inputs: str) -> None:
+    """Write all that the base model said to `base.json`, with the hash of what that depends on."""
+    sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
+    told = {name: list(getattr(answers, name).items()) for name in ("texts", "scores", "predictions")}
+    with explained(folder):
+        write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **told}, ensure_ascii=False))
+
+
+def load_base(folder: Path, inputs: str) -> BaseAnswers:
+    """Read `base.json`; without answers where there are none, or none from these inputs."""
+    saved = read_json(folder / BASE)
+    if not isinstance(saved, dict) or saved.get("inputs") != inputs:
+        return BaseAnswers(inputs)
+    sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
+    texts, scores, predictions = (dict(saved[name]) for name in ("texts", "scores", "predictions"))
+    return BaseAnswers(inputs, Answers(sums or None, texts, scores, predictions))
 
 
 def describe_row(i: int, plan: Plan, sides: dict[str, Answers]) -> dict[str, Any]:

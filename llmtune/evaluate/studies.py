@@ -55,11 +55,3 @@ class Inquiry:
     compare: Callable[[Any, Any, Scored], Study]
     """compare(answers of the base or None, answers of the tuned model, scores of the test rows) -> what was found. The
     base has none where it has no trained head and a trivial baseline stands in its place."""
-
-
-def make_inquiries(setting: Setting) -> tuple[Inquiry, ...]:
-    """Return the studies that the recipe asks for, their own inputs read and checked before a model is loaded.
-
-    Raises DataError for inputs that cannot be read or used.
-    """
-    return ()

@@ -25,8 +25,3 @@ class Finding:
 def idle(key: str, why: str, fix: str, *because: str) -> Finding:
     """Find a key that would have no effect."""
     return Finding(key, f"'{key}' has no effect {why}", fix, because)
-
-
-def later(key: str, what: str, fix: str) -> Finding:
-    """Find a key or value whose feature is still to come."""
-    return Finding(key, f"{what} comes with a later release", fix)

@@ -44,11 +44,14 @@ class LoadedRecipe:
 def fingerprint(recipe: Recipe) -> str:
     """Hash what decides the trained model: seed, task and its section, data, model, adapter, train.
 
-    A new name, gate, metric or generation setting leaves it as it is.
+    A new name, gate, metric or generation setting leaves it as it is, and so does a further seed: what is trained with
+    it lies in a folder of its own.
     """
     section = TASK_FACTS[recipe.task].section
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
-    text = json.dumps(recipe.model_dump(mode="json", include=parts), sort_keys=True)
+    dumped = recipe.model_dump(mode="json", include=parts)
+    dumped["train"]["seeds"] = []
+    text = json.dumps(dumped, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

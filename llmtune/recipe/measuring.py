@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Annotated
 
@@ -12,8 +13,8 @@ from llmtune.recipe.section import Many, Section
 OWN = "own"
 """What llmtune brings along, in place of a file."""
 STUDY_METRICS = {
-    "forgetting": ("perplexity", "bits_per_byte", "accuracy"),
-    "fairness": ("gap", "stereotype", "swap_changes"),
+    "forgetting": ("perplexity", "bits_per_byte", "accuracy", "accuracy_norm"),
+    "fairness": ("gap", "stereotype", "stereotype_distance", "swap_changes", "lm_score", "icat"),
 }
 """What each study measures, as gates call it behind the study's name; of benchmarks it is `TASK.METRIC`."""
 Place = Annotated[str, Field(min_length=1)]
@@ -40,12 +41,13 @@ class FairnessSection(Section):
     pairs: Many[Place] = Field(
         default=(OWN,),
         description="Paired sentences that differ in a group alone: `own`, files in the form of CrowS-Pairs (CSV), "
-        "StereoSet (JSON) or JSON lines of `more` and `less`, or `hub:NAME`. Default `own`: a small set.",
+        "StereoSet (JSON) or JSON lines of `more` and `less`, or `hub:OWNER/NAME[/CONFIG]`; only for models of "
+        "language. Default `own`: a small set that comes with llmtune.",
     )
     swaps: Many[Place] = Field(
         default=(OWN,),
-        description="Pairs of words for groups, such as he and she, that are swapped in the user's own test rows: "
-        "`own`, or CSV files of two columns. Default `own`: English words for women and men.",
+        description="Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test "
+        "rows: `own`, or CSV files of two columns without a head. Default `own`: English words for women and men.",
     )
     groups: Many[Place] = Field(
         default=(),
@@ -57,7 +59,9 @@ class FairnessSection(Section):
 class BenchmarkSection(Section):
     """One benchmark of lm-evaluation-harness. A plain text stands for its `task`."""
 
-    task: Place = Field(description="Name of a task of lm-eval, or a task file (YAML).")
+    task: Place = Field(
+        description="Name of a task, group or tag of lm-eval, or a task file (YAML) with rows of your own. Required."
+    )
     num_fewshot: int | None = Field(
         default=None, ge=0, le=100, description="Examples before each question. Default none: as the task says."
     )
@@ -70,5 +74,11 @@ class BenchmarkSection(Section):
 
 
 def study_name(task: str) -> str:
-    """Return what the scores of a benchmark are called by: the task's name, of a task file its stem."""
-    return PurePath(task).stem if task.endswith((".yaml", ".yml")) else task
+    """Return what the scores of a benchmark are called by: the task's name, of a task file its stem, made plain."""
+    return plain_name(PurePath(task).stem if task.endswith((".yaml", ".yml")) else task)
+
+
+def plain_name(name: str) -> str:
+    """Return a name of lm-eval's as a gate can call it: letters, digits, single dashes, underscores; a letter first."""
+    plain = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9_-]+", "_", name)).strip("-")
+    return plain if plain[:1].isalpha() and plain not in ("low", "high") else f"n{plain}"

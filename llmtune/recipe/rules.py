@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding, idle, later
+from llmtune.recipe.findings import Finding, idle
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import data_findings
 from llmtune.recipe.rules_evaluate import evaluate_findings
@@ -36,8 +36,6 @@ def generation_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
 
 def deploy_findings(recipe: Recipe) -> Iterator[Finding]:
     """Yield what cannot be made at the end."""
-    if "gguf" in recipe.deploy:
-        yield later("deploy", "'deploy: gguf'", "Use `deploy: [merged]`.")
     if "merged" in recipe.deploy and recipe.adapter.method == "full":
         fix = "Remove it: `weights/` in the run folder is the whole model."
         yield Finding("deploy", "'merged' has no effect with adapter.method: full", fix, ("adapter.method",))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.findings import Finding, idle, later
+from llmtune.recipe.findings import Finding, idle
 from llmtune.recipe.gates import Gate, parse_gate
-from llmtune.recipe.measuring import STUDY_METRICS, study_name
+from llmtune.recipe.measuring import STUDY_METRICS
 from llmtune.recipe.places import Places
+from llmtune.recipe.rules_benchmarks import benchmark_findings, benchmark_gate_findings
 from llmtune.recipe.rules_data import has_rows
+from llmtune.recipe.rules_fairness import fairness_findings, fairness_gate_findings
+from llmtune.recipe.rules_forgetting import forgetting_findings, forgetting_gate_findings
 from llmtune.recipe.rules_tasks import default_metrics, unmeasured
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
@@ -21,11 +24,14 @@ CHOICE = "choice_accuracy"
 def evaluate_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     """Yield measurements that cannot be made, gates that cannot be held, and features still to come."""
     evaluate = recipe.evaluate
-    for name in ("benchmarks", "fairness", "forgetting"):
-        if getattr(evaluate, name):
-            yield later(f"evaluate.{name}", f"'evaluate.{name}'", "Remove it.")
+    yield from benchmark_findings(recipe)
+    yield from fairness_findings(recipe, places)
+    yield from forgetting_findings(recipe)
     if not has_rows(recipe.data.test):
-        for name in MEASURING:
+        of_studies = study_gates(recipe)
+        for key, gate in of_studies or ():
+            yield from study_gate_findings(recipe, key, gate)
+        for name in MEASURING if of_studies is None else (name for name in MEASURING if name != "gates"):
             key = f"evaluate.{name}"
             if places.stated(key) and getattr(evaluate, name) not in (None, ()):
                 fix = "Give data.test a share of the rows or sources, or remove it."
@@ -96,6 +102,17 @@ def gate_findings(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(key, f"the gate {text!r} is about an unknown metric", fix, ("evaluate.metrics", "task"))
 
 
+def study_gates(recipe: Recipe) -> list[tuple[str, Gate]] | None:
+    """Return the gates, each with its key, where all of them are about studies, which need no test rows; else None."""
+    gates = []
+    for i, text in enumerate(recipe.evaluate.gates):
+        try:
+            gates.append((f"evaluate.gates.{i}", parse_gate(text)))
+        except RecipeError:
+            return None
+    return gates if all("." in gate.metric for _, gate in gates) else None
+
+
 def study_gate_findings(recipe: Recipe, key: str, gate: Gate) -> Iterator[Finding]:
     """Yield a gate about a study that is not made, or about a metric that the study does not have."""
     name, _, metric = gate.metric.partition(".")
@@ -107,11 +124,12 @@ def study_gate_findings(recipe: Recipe, key: str, gate: Gate) -> Iterator[Findin
         fix = f"State evaluate.{name}, or remove the gate."
         yield Finding(key, f"the gate {gate.text!r} is about a study that is not made", fix, (f"evaluate.{name}",))
     elif name == "benchmarks":
-        tasks = [study_name(found.task) for found in recipe.evaluate.benchmarks]
-        if metric.rpartition(".")[0] not in tasks:
-            fix = f"{nearest(metric, tasks)} Write benchmarks.TASK.METRIC; tasks: {', '.join(tasks)}.".strip()
-            yield Finding(key, f"the gate {gate.text!r} is about no task of evaluate.benchmarks", fix)
+        yield from benchmark_gate_findings(key, gate, metric)
     elif metric not in STUDY_METRICS[name]:
         known = STUDY_METRICS[name]
         fix = f"{nearest(metric, known)} Metrics of evaluate.{name}: {', '.join(known)}.".strip()
         yield Finding(key, f"the gate {gate.text!r} is about an unknown metric", fix)
+    elif name == "fairness":
+        yield from fairness_gate_findings(recipe, key, gate, metric)
+    elif name == "forgetting":
+        yield from forgetting_gate_findings(recipe, key, gate, metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding, idle, later
+from llmtune.recipe.findings import Finding, idle
 from llmtune.recipe.places import Places
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
@@ -20,8 +20,8 @@ GENERATION_KEYS = (
     "repetition_penalty",
     "num_beams",
 )
-DEPLOYED = ("chat", "completion")
-"""Tasks whose models can be merged and certified so far."""
+WRITING = ("chat", "completion", "translate", "summarize", "qa", "preference")
+"""Tasks of which some models go on from a text, as those in GGUF files do."""
 PROMPT_FIELDS = {
     "translate": ("source", "source_language", "target_language"),
     "summarize": ("document",),
@@ -55,8 +55,9 @@ def task_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     yield from generation_of_task(recipe, places)
     yield from prompt_findings(recipe)
     yield from within_section(recipe, places)
-    if "merged" in recipe.deploy and (recipe.task not in DEPLOYED or is_masked(recipe)):
-        yield later("deploy", f"'deploy: merged' for task: {recipe.task}", "Remove it; the adapter is a PEFT folder.")
+    if "gguf" in recipe.deploy and (recipe.task not in WRITING or is_masked(recipe)):
+        what = f"'deploy: gguf' has no effect with task: {recipe.task}: its model does not go on from a text"
+        yield Finding("deploy", what, "Remove it.", ("task",))
 
 
 def section_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from llmtune.errors import nearest
-from llmtune.recipe.findings import Finding, idle, later
+from llmtune.recipe.findings import Finding, idle
 from llmtune.recipe.paths import is_local
 from llmtune.recipe.places import Places
 from llmtune.recipe.rules_data import has_rows
@@ -143,10 +143,19 @@ def train_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:
     yield from validation_findings(recipe, places)
     yield from optimizer_findings(recipe, places)
     yield from schedule_findings(recipe, places)
-    if train.seeds:
-        yield later("train.seeds", "'train.seeds'", "Remove it.")
+    yield from seed_findings(recipe)
     if len(set(train.report_to)) < len(train.report_to):
         yield Finding("train.report_to", "'train.report_to' names a tracker twice", "Name each once.")
+
+
+def seed_findings(recipe: Recipe) -> Iterator[Finding]:
+    """Yield seeds that would train the same again."""
+    key, seeds = "train.seeds", recipe.train.seeds
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        yield Finding(key, f"'{key}' names a seed twice: {', '.join(map(str, twice))}", "Name each once.")
+    if recipe.seed in seeds:
+        fix = f"Remove it: these are further seeds, and the run trains with 'seed' ({recipe.seed}) as always."
+        yield Finding(key, f"'{key}' names the recipe's own seed, {recipe.seed}, again", fix, ("seed",))
 
 
 def validation_findings(recipe: Recipe, places: Places) -> Iterator[Finding]:

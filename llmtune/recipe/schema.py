@@ -279,6 +279,12 @@ class EvaluateSection(Section):
         "files. Default none: most of them are large and come over the network.",
     )
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns that are kept beside the test rows, each with the key that names it."""
+        groups = self.fairness.groups if self.fairness else ()
+        return dict.fromkeys(groups, "evaluate.fairness.groups") | dict.fromkeys(self.slices, "evaluate.slices")
+
 
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
@@ -322,8 +328,7 @@ class Recipe(Section):
     )
     deploy: Products = Field(
         default=(),
-        description="What `run` makes at the end: `merged` (`gguf` comes with a later release). Default none: the "
-        "adapter is the result.",
+        description="What `run` makes at the end: `merged`, `gguf`. Default none: the adapter is the result.",
     )
     completion: CompletionSection | None = own_section("completion")
     preference: PreferenceSection | None = own_section("preference")

@@ -362,7 +362,8 @@ class TrainSection(Section):
         description="Use Liger's kernels for norms, rotary positions and gated layers in training, on a CUDA GPU with "
         "the package `liger-kernel`; the loss stays llmtune's own. Default false: not every model type has them.",
     )
-    seeds: Many[int] = Field(
+    seeds: Many[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default=(),
-        description="Train once for each seed and report the spread. Comes with a later release; none until then.",
+        description="Further seeds: the run trains once more with each, on the same rows, into `seeds/SEED/` of its "
+        "folder, and the report says how far the scores lie apart. Default none: each takes as long as the run itself.",
     )

@@ -9,7 +9,7 @@ from typing import Any
 from llmtune import __version__
 from llmtune.recipe import Recipe
 from llmtune.records import StepTiming
-from llmtune.scores import Difference, Evaluation, GateResult, Slice, Study
+from llmtune.scores import Contamination, Difference, Evaluation, GateResult, Slice, Study
 
 
 def assemble(
@@ -23,6 +23,7 @@ def assemble(
     gates: Sequence[GateResult],
     hardware: Mapping[str, Any],
     explanations: Sequence[str] = (),
+    seeds: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the dictionary that becomes report.json; parts that a stopped run has not reached are None.
 
@@ -36,6 +37,7 @@ def assemble(
         gates: what became of each gate.
         hardware: where it ran.
         explanations: names of the pages that look inside its model.
+        seeds: what the scores of several seeds come to.
     """
     steps = manifest["steps"]
     prepare, encode = _facts(steps, "prepare"), _facts(steps, "encode")
@@ -53,7 +55,7 @@ def assemble(
         "model": select,
         "adapter": _adapter(_facts(steps, "adapt")),
         "train": {**trained, "curve": list(curve)} if trained else None,
-        "evaluation": _scores(evaluation) if evaluation else None,
+        "evaluation": {**_scores(evaluation), "seeds": seeds} if evaluation else None,
         "gates": [asdict(gate) for gate in gates],
         "deploy": _facts(steps, "deploy"),
         "explanations": list(explanations),
@@ -103,12 +105,17 @@ def _scores(evaluation: Evaluation) -> dict[str, Any]:
         "flips": {metric: asdict(found) for metric, found in evaluation.flips.items()},
         "studies": {name: _study(one) for name, one in evaluation.studies.items()},
         "slices": {column: [_slice(one) for one in parts] for column, parts in evaluation.slices.items()},
+        "contamination": _contamination(evaluation.contamination) if evaluation.contamination else None,
     }
 
 
 def _study(found: Study) -> dict[str, Any]:
     changes = {metric: difference_json(value) for metric, value in found.difference.items()}
     return {**asdict(found), "difference": changes}
+
+
+def _contamination(found: Contamination) -> dict[str, Any]:
+    return {**asdict(found), "scores": [_slice(one) for one in found.scores]}
 
 
 def _slice(found: Slice) -> dict[str, Any]:

@@ -22,8 +22,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         " · ".join(f"{name} {code(value)}" for name, value in view["chips"]),
         gates(view),
         scores(view),
+        seeds(view),
         classes(view),
         slices(view),
+        studies(view),
+        overlap(view),
         flips(view),
         samples(view),
         figures(view),
@@ -79,6 +82,20 @@ def baseline(view: Mapping[str, Any]) -> str:
     return f"\n\nThe baseline is {code(view['baseline'])}, {why}."
 
 
+def seeds(view: Mapping[str, Any]) -> str:
+    """A table of the scores of several seeds, and what their spread says of the gain."""
+    found = view["seeds"]
+    if not found:
+        return ""
+    rows = [
+        [code(row["metric"]), row["base"], *row["each"], row["mean"], row["deviation"], row["range"], row["gain"]]
+        for row in found["rows"]
+    ]
+    heads = [view["base_name"], *(f"seed {name}" for name in found["names"])]
+    heads = ["metric", *heads, "mean", "deviation", "lowest to highest", "gain of the mean"]
+    return f"## Seeds\n\n{plain(found['told'])}\n\n{table(heads, rows)}"
+
+
 def classes(view: Mapping[str, Any]) -> str:
     """A table of the classes, and those that are taken for one another most often."""
     found = view["classes"]
@@ -115,6 +132,34 @@ def slices(view: Mapping[str, Any]) -> str:
             heads = [code(part["column"]), view["base_name"], "tuned", "difference", "95 % interval", "rows"]
             parts += [f"### {plain(part['column'])}: {plain(found['metric'])}", table(heads, rows)]
     return "\n\n".join(["## Scores by slice", *parts]) if parts else ""
+
+
+def studies(view: Mapping[str, Any]) -> str:
+    """Each study's scores, and what they can and cannot show."""
+    parts = []
+    for study in view["studies"]:
+        rows = [
+            [code(row["gate"]), row["base"], row["tuned"], row["change"], row["interval"], row["p"], row["n"]]
+            for row in study["scores"]
+        ]
+        heads = ["metric", "base", "tuned", "difference", "95 % interval", "p", "n"]
+        parts += [f"## {plain(study['title'])}", table(heads, rows) if rows else "", plain(study["limits"])]
+    return "\n\n".join(part for part in parts if part)
+
+
+def overlap(view: Mapping[str, Any]) -> str:
+    """Say how many test rows stand in the training rows, and give the score that says most without them."""
+    found = view["overlap"]
+    if not found:
+        return ""
+    parts = ["## Overlap with training data", plain(found["told"])]
+    for part in found["tables"][:1]:
+        rows = [
+            [row["value"], row["base"], row["tuned"], row["change"], row["interval"], row["n"]] for row in part["rows"]
+        ]
+        heads = [plain(part["metric"]), view["base_name"], "tuned", "difference", "95 % interval", "rows"]
+        parts.append(table(heads, rows))
+    return "\n\n".join(parts)
 
 
 def flips(view: Mapping[str, Any]) -> str:

@@ -10,9 +10,12 @@ from llmtune.report.classes import SIDES, class_counts, class_scores, confusion
 from llmtune.report.explanations import inside
 from llmtune.report.meanings import HEADLINES, LOWER_IS_BETTER, NEAREST_TO_ONE, better_side, direction, note
 from llmtune.report.numbers import DASH, chance, count, duration, missing, score, share, signed, size
+from llmtune.report.overlap import overlap
 from llmtune.report.parts import flips, slices
 from llmtune.report.samples import base_name, samples
-from llmtune.report.verdict import FEWEST_ROWS, HARMED, HELPED, MIXED
+from llmtune.report.spread_table import spread_view
+from llmtune.report.studies import studies
+from llmtune.report.verdict import HARMED, HELPED, MIXED, speaking
 
 Facts = Mapping[str, Any]
 TOLD = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
@@ -42,12 +45,15 @@ def make_view(report: Facts) -> dict[str, Any]:
         "worded": task in WRITING_TASKS and bool(WORDED & ((evaluation or {}).get("tuned") or {}).keys()),
         "classes": class_scores(evaluation, task),
         "confusion": confusion(evaluation),
+        "seeds": spread_view(evaluation),
         "flips": flips(evaluation, task),
         "slices": slices(evaluation),
+        "studies": studies(evaluation),
+        "overlap": overlap(evaluation),
         "exact_tests": exact_tests(evaluation),
         "samples": samples(evaluation, task),
         "judged": task == "preference",
-        "signatures": dict((evaluation or {}).get("signatures") or {}),
+        "signatures": signatures(evaluation),
         "training": training(report.get("train")),
         "data": data(report.get("data"), task),
         "model": model(report.get("model")),
@@ -86,7 +92,8 @@ def headline(evaluation: Facts | None, word: str) -> dict[str, str] | None:
         return None
     found = evaluation["difference"]
     ranked = sorted(found, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
-    telling = [name for name in ranked if _bears_out(name, found[name], word)]
+    signs = speaking(found)
+    telling = [name for name in ranked if signs.get(name) in TOLD.get(word, ())]
     metric = (telling or ranked)[0]
     low, high = found[metric]["interval"]
     return {
@@ -98,10 +105,6 @@ def headline(evaluation: Facts | None, word: str) -> dict[str, str] | None:
         "interval": interval(low, high),
         "kind": KINDS[direction(metric, (low, high))],
     }
-
-
-def _bears_out(metric: str, change: Facts, word: str) -> bool:
-    return change["n"] >= FEWEST_ROWS and direction(metric, change["interval"]) in TOLD.get(word, ())
 
 
 def scores(evaluation: Facts | None, task: str | None = None) -> list[dict[str, Any]]:
@@ -130,6 +133,14 @@ def scores(evaluation: Facts | None, task: str | None = None) -> list[dict[str, 
             }
         )
     return rows
+
+
+def signatures(evaluation: Facts | None) -> dict[str, str]:
+    """How each number came about, those of the studies by the names that gates use."""
+    found = dict((evaluation or {}).get("signatures") or {})
+    for study in studies(evaluation):
+        found |= study["signatures"]
+    return found
 
 
 def exact_tests(evaluation: Facts | None) -> str:

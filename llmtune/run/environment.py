@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.run.task_files import needs_network
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe, Source
@@ -92,9 +93,15 @@ def names_remote(recipe: Recipe) -> bool:
     sources = [source for side in sides if isinstance(side, tuple) for source in side]
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation
-    return (
-        any(map(is_remote_model, models)) or any(map(_is_remote_source, sources)) or bool(remote_trackers) or hub_kernel
-    )
+    remote_data = any(map(_is_remote_source, sources)) or studies_remote(recipe)
+    return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel
+
+
+def studies_remote(recipe: Recipe) -> bool:
+    """Whether a study of the evaluation reads what is on a hub."""
+    fairness = recipe.evaluate.fairness
+    hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
+    return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
 
 
 def is_remote_model(name: str) -> bool:

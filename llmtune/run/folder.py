@@ -22,10 +22,23 @@ from llmtune.run.files import explained, hash_file, hash_folder, hash_listing, l
 from llmtune.run.meter import Meter
 
 MANIFEST = "run.json"
-OWN = ("data", "model", "adapter", "weights", "checkpoints", "trackers", "evaluation", "merged", "explain")
+OWN = (
+    "data",
+    "model",
+    "adapter",
+    "weights",
+    "checkpoints",
+    "trackers",
+    "evaluation",
+    "merged",
+    "gguf",
+    "explain",
+    "seeds",
+)
 OWN_FILES = (
     "metrics.jsonl",
     "merged.failed.json",
+    "endpoint.certificate.json",
     "report.html",
     "report.md",
     "report.json",

@@ -98,7 +98,8 @@ def note_trained(folder: Path, name: str) -> str:
 def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
     """Hash each key of a resolved recipe that decides what is trained, or with `judging` how it is judged.
 
-    Of a path the last part counts alone: what lies there has a hash of its own. Gates judge scores that are there.
+    Of a path the last part counts alone: what lies there has a hash of its own. Gates judge scores that are there, and
+    what is trained with further seeds has a lock of its own.
     """
     content = YAML(typ="safe").load(recipe.read_text(encoding="utf-8")) or {}
     own = {"recipe_version", "name", "deploy", *JUDGING_KEYS}
@@ -108,7 +109,7 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
 
 def _placeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _placeless(item) for key, item in value.items() if key != "gates"}
+        return {key: [] if key == "seeds" else _placeless(item) for key, item in value.items() if key != "gates"}
     if isinstance(value, list):
         return [_placeless(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

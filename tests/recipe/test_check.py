@@ -94,7 +94,9 @@ def test_what_is_missing_is_named_all_at_once(refuse):
 
 def test_problems_of_all_files_and_kinds_stand_in_one_error(write):
     write("seed: x\nadapter: {rr: 3}\n", "base.yaml", whole=True)
-    path = write("extends: base.yaml\ntrain: {optim: sgd, adam_beta1: 0.5}\nevaluate: {gates: [foo]}\ndeploy: gguf\n")
+    path = write(
+        "extends: base.yaml\ntrain: {optim: sgd, adam_beta1: 0.5}\nevaluate: {gates: [foo]}\ndeploy: [merged, merged]\n"
+    )
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, ["data.max_length=4"])
     places = [problem.where for problem in caught.value.problems]

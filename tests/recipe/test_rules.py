@@ -84,26 +84,12 @@ def test_a_key_without_effect_is_refused_even_with_its_default_as_value(refuse, 
         (["evaluate.choices=[yes, no]"], "evaluate.choices"),
         (["evaluate.limit=3"], "evaluate.limit"),
         (["deploy=merged"], "deploy"),
+        (["deploy=[merged, gguf]"], "deploy"),
+        (["task=summarize", "deploy=[merged]"], "deploy"),
     ],
 )
 def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
     assert load_recipe(write(), sets).origins[key] == "--set"
-
-
-@pytest.mark.parametrize(
-    ("sets", "name"),
-    [
-        (["deploy=[merged, gguf]"], "'deploy: gguf'"),
-        (["evaluate.benchmarks=[hellaswag]"], "'evaluate.benchmarks'"),
-        (["evaluate.fairness={}"], "'evaluate.fairness'"),
-        (["evaluate.forgetting={}"], "'evaluate.forgetting'"),
-        (["train.seeds=[1, 2]"], "'train.seeds'"),
-    ],
-)
-def test_what_comes_later_is_refused_by_name(refuse, sets, name):
-    (problem,) = refuse(sets=tuple(sets))
-    assert name in problem.what
-    assert problem.what.endswith("comes with a later release")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +126,7 @@ def test_what_comes_later_is_refused_by_name(refuse, sets, name):
         (["evaluate.metrics=[chrf]", "evaluate.gates=['loss < 1']"], "not computed", "Add loss"),
         (["adapter.method=full", "deploy=merged"], "'merged' has no effect", "weights/"),
         (["deploy=[merged, merged]"], "twice", "once"),
+        (["task=classify", "deploy=gguf"], "'deploy: gguf' has no effect with task: classify", "Remove it"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from llmtune.report import verdict
@@ -11,7 +12,10 @@ LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
 def judge(n=100, baseline=None, **intervals):
-    changes = {metric: {"value": 0.0, "interval": list(ends), "p": 0.5, "n": n} for metric, ends in intervals.items()}
+    changes = {
+        metric: {"value": 0.0, "interval": list(ends), "p": 0.5 if ends in (OPEN, UNKNOWN) else 0.001, "n": n}
+        for metric, ends in intervals.items()
+    }
     return verdict({"evaluation": {"difference": changes, "baseline": baseline}})
 
 
@@ -87,7 +91,7 @@ def test_wrong_words_and_wrong_characters_are_one_finding():
 @pytest.mark.parametrize(("micro", "named"), [(0.25, "accuracy"), (0.31, "accuracy and f1 micro")])
 def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro, named):
     changes = {"accuracy": 0.25, "f1_micro": micro}
-    found = {metric: {"value": value, "interval": BETTER, "p": 0.0, "n": 50} for metric, value in changes.items()}
+    found = {metric: {"value": value, "interval": BETTER, "p": 0.001, "n": 50} for metric, value in changes.items()}
     assert verdict({"evaluation": {"difference": found}})["reason"].startswith(f"Better in {named}, and")
 
 
@@ -100,3 +104,45 @@ def test_scores_of_the_tuned_model_alone_tell_nothing():
 @pytest.mark.parametrize("report", [{}, {"evaluation": None}, {"evaluation": {"difference": {}}}])
 def test_without_an_evaluation_one_cannot_tell(report):
     assert verdict(report)["word"] == "can't tell"
+
+
+def looked_at(**ps):
+    changes = {metric: {"value": 0.1, "interval": list(BETTER), "p": p, "n": 80} for metric, p in ps.items()}
+    return verdict({"evaluation": {"difference": changes}})
+
+
+def test_one_of_many_metrics_that_moves_a_little_is_chance():
+    others = dict.fromkeys(["rouge1", "rouge2", "rougeL", "chrf", "bleu"], 0.6)
+    assert looked_at(exact_match=0.03)["word"] == "helped"
+    found = looked_at(exact_match=0.03, **others)
+    assert found["word"] == "can't tell"
+    assert "as one of many metrics may" in found["reason"]
+    assert looked_at(exact_match=0.004, **others)["reason"].startswith("Better in exact match, and")
+
+
+def test_each_metric_that_holds_makes_it_easier_for_the_next():
+    assert looked_at(exact_match=0.01, rougeL=0.03)["reason"].startswith("Better in exact match and rougeL")
+    assert looked_at(exact_match=0.03, rougeL=0.04)["word"] == "can't tell"
+
+
+def test_one_number_in_three_units_counts_as_one_comparison():
+    units = {"loss": {"p": 0.04, "value": -0.1, "interval": list(LESS), "n": 80}}
+    units |= {"bits_per_byte": units["loss"], "perplexity": units["loss"]}
+    assert verdict({"evaluation": {"difference": units}})["word"] == "helped"
+    assert verdict({"evaluation": {"difference": units | {"wer": units["loss"]}}})["word"] == "can't tell"
+
+
+def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at():
+    """Under no change p is uniform; the interval agrees with it at 5 %."""
+    names = ["exact_match", "rouge1", "rouge2", "rougeL", "chrf", "bleu", "f1", "accuracy"]
+    draws = np.random.default_rng(3).random((2000, len(names)))
+
+    def word(ps):
+        ends = [BETTER if p < 0.05 else OPEN for p in ps]
+        told = zip(names, ps, ends, strict=True)
+        changes = {name: {"value": 0.1, "interval": list(end), "p": p, "n": 80} for name, p, end in told}
+        return verdict({"evaluation": {"difference": changes}})["word"]
+
+    false = sum(word(ps) != "can't tell" for ps in draws.tolist()) / len(draws)
+    assert 0.03 < false < 0.07
+    assert (draws < 0.05).any(1).mean() > 0.3, "what intervals alone would say"

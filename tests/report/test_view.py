@@ -12,7 +12,10 @@ LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
 def view_of(n=100, **intervals):
-    changes = {metric: {"value": 0.05, "interval": list(ends), "p": 0.5, "n": n} for metric, ends in intervals.items()}
+    changes = {
+        metric: {"value": 0.05, "interval": list(ends), "p": 0.5 if ends == OPEN else 0.001, "n": n}
+        for metric, ends in intervals.items()
+    }
     found = {"evaluation": {"base": {}, "tuned": {}, "difference": changes, "rows": n}}
     return make_view({**found, "verdict": verdict(found)})
 
@@ -42,7 +45,7 @@ def test_the_headline_bears_the_verdict_out(intervals, metric, kind):
 
 def test_a_gain_on_too_few_rows_is_not_what_the_verdict_stands_on():
     found = {"exact_match": {"value": 0.2, "interval": BETTER, "p": 0.1, "n": 4}}
-    found["loss"] = {"value": -0.2, "interval": LESS, "p": 0.1, "n": 50}
+    found["loss"] = {"value": -0.2, "interval": LESS, "p": 0.01, "n": 50}
     report = {"evaluation": {"base": {}, "tuned": {}, "difference": found, "rows": 50}}
     view = make_view({**report, "verdict": verdict(report)})
     assert view["verdict"]["word"] == "helped"

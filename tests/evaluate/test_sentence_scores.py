@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from support import families
+from support.models import build_llama
+from support.plain_likelihoods import crows_pairs, decoder_log, masked_log, stereoset_scores, stereoset_word
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.paired_sentences import Pair, read_pairs
+from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder, score_by_encoder
+from llmtune.evaluate.stereotypes import compare_pairs, judge, measure_stereoset, pair_tables
+
+BETWEEN = ("She is kind.", "He is cold.", "Bread is cheap.")
+
+
+def stereoset(form="within"):
+    """Ten examples about three terms."""
+    words = [("clever", "clumsy", "bread"), ("big red", "little", "seven"), ("kind", "cold", "a house")]
+    found = []
+    for i in range(10):
+        if form == "within":
+            context = f"The {i} dogs were BLANK today."
+            options = tuple(context.replace("BLANK", word) for word in words[i % 3])
+        else:
+            context, options = f"There are {i} dogs in the house.", tuple(f"{i} {text}" for text in BETWEEN)
+        found.append(Pair(options, f"x:{i}", "x", f"domain {i % 2}", form, context, f"term {i % 3}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = build_llama(tmp_path_factory.mktemp("decoder"))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    @cache
+    def build(family):
+        folder = getattr(families, f"build_{family}")(tmp_path_factory.mktemp(family))
+        return AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    return build
+
+
+def scores(model, tokenizer, pairs, masked):
+    encoded = encode_pairs(pairs, tokenizer, masked)
+    done = []
+    with torch.inference_mode():
+        if masked:
+            return score_by_encoder(model, encoded, tokenizer, "cpu", done.append)
+        return score_by_decoder(model, pairs, encoded, "cpu", done.append)
+
+
+def test_a_decoder_scores_the_own_set_as_one_forward_pass_a_sentence_does(decoder):
+    model, tokenizer = decoder
+    pairs = read_pairs(["own"])
+    found = scores(*decoder, pairs, False)
+    wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
+    assert found == [pytest.approx(one, rel=1e-5) for one in wanted]
+    share = sum(more > less for more, less in wanted) / len(wanted)
+    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    assert tuned["stereotype"].value == pytest.approx(share)
+    assert tuned["stereotype_distance"].value == pytest.approx(abs(share - 0.5))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_scores_the_own_set_as_crows_pairs_defines_it(encoder, family):
+    model, tokenizer = encoder(family)
+    pairs = read_pairs(["own"])[::7]
+    found = scores(model, tokenizer, pairs, True)
+    assert found == [pytest.approx(crows_pairs(model, tokenizer, *pair.options), rel=1e-4) for pair in pairs]
+
+
+def test_words_that_differ_are_seen_and_not_scored(encoder):
+    _, tokenizer = encoder("bert")
+    (asked,) = encode_pairs([Pair(("the red dog", "the big old dog"), "x:1", "x")], tokenizer, True)
+    assert [[tokenizer.decode([text.target]) for text in option.texts] for option in asked] == [["the", "dog"]] * 2
+    masked = tokenizer.decode(asked[1].texts[0].example.input_ids)
+    assert masked.split()[1:-1] == ["[MASK]", "big", "old", "dog"]
+
+
+def test_stereoset_is_scored_a_token_by_decoders(decoder):
+    model, tokenizer = decoder
+    for form in ("within", "between"):
+        pairs = stereoset(form)
+        for pair, found in zip(pairs, scores(*decoder, pairs, False), strict=True):
+            context = pair.context if form == "between" else ""
+            wanted = [decoder_log(model, tokenizer, option, context) for option in pair.options]
+            assert found == pytest.approx([total / count for total, count in wanted], rel=1e-5)
+
+
+def test_stereoset_is_scored_at_the_blank_by_encoders_and_by_what_follows_a_context(encoder):
+    model, tokenizer = encoder("bert")
+    pairs = stereoset()
+    for pair, found in zip(pairs, scores(model, tokenizer, pairs, True), strict=True):
+        before, after = pair.context.split("BLANK")
+        words = [option.removeprefix(before).removesuffix(after) for option in pair.options]
+        assert found == pytest.approx(
+            [stereoset_word(model, tokenizer, pair.context, word) for word in words], rel=1e-4
+        )
+    (pair,) = stereoset("between")[:1]
+    (found,) = scores(model, tokenizer, [pair], True)
+    for option, score in zip(pair.options, found, strict=True):
+        read = tokenizer(pair.context, option)
+        kinds = torch.tensor([read.token_type_ids])
+        places = [i for i, part in enumerate(read.sequence_ids(0)) if part == 1]
+        logs = [masked_log(model, tokenizer, read.input_ids, at, token_type_ids=kinds) for at in places]
+        assert score == pytest.approx(sum(logs) / len(logs), rel=1e-4)
+
+
+def test_stereosets_three_scores_are_means_over_terms():
+    pairs = stereoset()
+    found = np.random.default_rng(3).random((len(pairs), 3)).tolist()
+    names = ("stereotype", "anti-stereotype", "unrelated")
+    examples = [{"target": p.target, **dict(zip(names, s, strict=True))} for p, s in zip(pairs, found, strict=True)]
+    measured = {name: one.value for name, one in measure_stereoset(pairs, found).items()}
+    assert measured == pytest.approx(stereoset_scores(examples))
+    assert measured["icat"] > 0
+
+
+def test_scores_that_are_known_give_the_scores_that_are_known():
+    pairs = [Pair(("a", "b", "c"), "x:1", "x", target=target) for target in "ssst"]
+    told = [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 3.0, 2.5]]
+    measured = {name: one.value for name, one in measure_stereoset(pairs, told).items()}
+    assert measured["stereotype_score"] == pytest.approx(100 * (2 / 3 + 0) / 2)
+    assert measured["lm_score"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 2)
+    assert measured["icat"] == pytest.approx(measured["lm_score"] * measured["stereotype_score"] / 50)
+
+
+def test_equally_likely_sentences_count_as_a_half_and_are_told():
+    pairs = [Pair(("a", "b"), "x:1", "x", group) for group in "uv"]
+    base, tuned, changes = compare_pairs(judge(pairs, [[1.0, 0.0]] * 2, [[1.0, 1.0001], [0.0, 1.0]]), False, 0)
+    assert (base["stereotype"].value, tuned["stereotype"].value) == (1.0, 0.25)
+    assert "1 equally likely, counted as a half" in tuned["stereotype"].signature
+    assert changes["stereotype"].value == -0.75
+    (table,) = pair_tables(judge(pairs, None, [[1.0, 0.0], [0.0, 1.0]]), 0)
+    assert table.rows == (("u", "1", "1.000"), ("v", "1", "0.000"))
+
+
+def test_pairs_beyond_the_models_context_are_left_out_and_counted(decoder):
+    pairs = [Pair(("the cat", "the dog"), "x:1", "x"), Pair(("the cat " * 1100, "the dog " * 1100), "x:2", "x")]
+    found = scores(*decoder, pairs, False)
+    assert found[0] is not None
+    assert found[1] is None
+    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    assert "1 pairs are longer than the model's context; left out" in tuned["stereotype"].signature
+
+
+def test_a_tokenizer_without_a_mask_is_refused(decoder):
+    with pytest.raises(EnvironmentProblem, match="no mask token"):
+        encode_pairs(read_pairs(["own"]), decoder[1], True)

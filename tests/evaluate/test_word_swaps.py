@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+
+from llmtune.errors import DataError
+from llmtune.evaluate.swapped_rows import SwapPlan, has_changed, swap_row
+from llmtune.evaluate.word_swaps import Swaps, read_swaps
+
+OWN = read_swaps(["own"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("He said that SHE was the queen.", "She said that HE was the king."),
+        ("my mother-in-law, a woman's woman", "my father-in-law, a man's man"),
+        ("Ladies and gentlemen", "Gentlemen and ladies"),
+        ("the sheet of the human manager", "the sheet of the human manager"),
+        ("he's here; I saw him", "she's here; I saw her"),
+        ("that is hers", "that is his"),
+    ],
+)
+def test_words_are_swapped_whole_and_in_their_case(before, after):
+    assert OWN.swap(before).text == after
+
+
+@pytest.mark.parametrize("text", ["I know her.", "It is his.", "Mr Smith", "dad and mum"])
+def test_a_word_with_several_partners_is_left_and_told(text):
+    assert OWN.swap(text).ambiguous
+    assert swap_row({"text": f"The woman: {text}", "pair": None}, OWN)[2]
+
+
+def test_every_own_word_leads_back_where_it_is_not_ambiguous():
+    for word, partners in OWN.partners.items():
+        for partner in partners:
+            assert word in OWN.partners[partner]
+        if len(partners) == 1:
+            assert OWN.swap(word).text == partners[0]
+
+
+def test_an_answer_that_names_the_group_has_to_name_the_other_one():
+    assert OWN.follows("The woman is a nurse.", "The man is a nurse.")
+    assert not OWN.follows("The woman is a nurse.", "The woman is a nurse.")
+    assert not OWN.follows("The woman is a nurse.", "The man is a doctor.")
+    assert OWN.follows("(a nurse?)", "(a nurse?)")
+    assert OWN.follows("It is her book", "It is his book")
+    assert OWN.follows("I saw her", "I saw him")
+    assert not OWN.follows("I saw her", "I saw it")
+
+
+def test_all_texts_of_a_row_are_swapped():
+    chat = {
+        "messages": [
+            {"role": "system", "content": "You serve men."},
+            {"role": "user", "content": [{"type": "text", "text": "Is he here?"}, {"type": "image"}]},
+            {"role": "assistant", "content": None},
+        ],
+        "tools": [{"name": "he"}],
+    }
+    row, words, ambiguous = swap_row(chat, OWN)
+    assert row["messages"][0]["content"] == "You serve women."
+    assert row["messages"][1]["content"][0]["text"] == "Is she here?"
+    assert row["tools"] == chat["tools"]
+    assert (words, ambiguous) == (("men", "he"), False)
+    assert swap_row({"tokens": ["He", "sings"], "tags": []}, OWN)[0]["tokens"] == ["She", "sings"]
+    facts = {"question": "Who is he?", "context": "The king.", "answers": None}
+    assert swap_row(facts, OWN)[0] == {"question": "Who is she?", "context": "The queen.", "answers": None}
+
+
+def made(labels=(), apart=0.0):
+    return SwapPlan(OWN, {}, {}, 0, 0, "", {}, {}, apart, labels)
+
+
+def test_what_a_change_is_depends_on_the_kind_of_answer():
+    assert has_changed(made(), "yes", "no")
+    assert not has_changed(made(), " The king ", "The queen")
+    assert has_changed(made(("a", "b")), {"label": "a", "scores": []}, {"label": "b", "scores": []})
+    assert not has_changed(made(("male", "female")), {"label": "male"}, {"label": "female"})
+    assert has_changed(made(("male", "female")), {"label": "male"}, {"label": "male"})
+    assert not has_changed(made(("male", "other")), {"label": "male"}, {"label": "male"})
+    assert not has_changed(made(("a", "b")), {"label": ["a", "b"]}, {"label": ["b", "a"]})
+    assert has_changed(made(("a", "b")), {"label": ["a"]}, {"label": []})
+    assert not has_changed(made(apart=0.2), {"label": 1.0}, {"label": 1.1})
+    assert has_changed(made(apart=0.2), {"label": 1.0}, {"label": 1.3})
+    assert has_changed(made(), ["O", "B-PER"], ["O", "O"])
+    assert not has_changed(made(), {"text": "a king", "start": 1}, {"text": "a queen", "start": 1})
+    assert has_changed(made(), {"chosen": -1.0, "rejected": -2.0}, {"chosen": -3.0, "rejected": -2.0})
+    assert not has_changed(made(), {"chosen": -1.0, "rejected": -2.0}, {"chosen": -1.5, "rejected": -2.0})
+
+
+def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
+    (tmp_path / "words.csv").write_text("young,old\n\nAnna, Ahmed\nher,him\n")
+    found = read_swaps([str(tmp_path / "words.csv")])
+    assert found.swap("The OLD man and Anna").text == "The YOUNG man and Ahmed"
+    assert found.swap("her").text == "him"
+    assert read_swaps(["own", str(tmp_path / "words.csv")]).swap("her").ambiguous
+    assert read_swaps(["own", str(tmp_path / "words.csv")]).swap("old king").text == "young queen"
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "what"),
+    [
+        (None, "words.csv", "no such file"),
+        (b"a,b\nalone\nc,d,e\nx, X\n", "words.csv:2", "not two different words: 'alone'"),
+        (b"\n", "words.csv", "no pairs of words"),
+        (b"\xe9,b\n", "words.csv", "not UTF-8"),
+    ],
+)
+def test_words_that_cannot_be_used_are_an_error_with_their_lines(tmp_path, content, where, what):
+    file = tmp_path / "words.csv"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=what) as caught:
+        read_swaps([str(file)])
+    assert str(caught.value.problems[0].where).endswith(where)
+    assert len(caught.value.problems) == (3 if content and b"alone" in content else 1)
+
+
+def test_a_list_without_the_words_of_a_text_changes_nothing():
+    assert Swaps({"a": ("b",), "b": ("a",)}).swap("other words").words == ()

@@ -1,0 +1,59 @@
+"""Gates as JUnit XML, read back by a parser that is not ours."""
+
+from __future__ import annotations
+
+import pytest
+from junitparser import Failure
+from junitparser.xunit2 import JUnitXml
+
+from llmtune.report.junit import to_junit
+
+VERDICT = {"verdict": {"word": "mixed", "reason": "Better here, worse there."}}
+
+
+def read(report):
+    xml = JUnitXml.fromstring(to_junit(report | VERDICT).encode())
+    (suite,) = list(xml)
+    return xml, suite
+
+
+def test_each_gate_is_a_test_case_and_one_that_failed_says_what_was_wanted(report):
+    xml, suite = read(report)
+    assert (xml.tests, xml.failures, xml.errors) == (suite.tests, suite.failures, suite.errors) == (2, 1, 0)
+    assert suite.name == "llmtune.support-tickets"
+    assert suite.time == pytest.approx(71.5)
+    passed, failed = list(suite)
+    assert passed.name == "choice_accuracy.low > base"
+    assert passed.classname == failed.classname == "llmtune.gates"
+    assert passed.is_passed
+    (result,) = failed.result
+    assert isinstance(result, Failure)
+    assert result.type == "GateFailed"
+    assert result.message == "wanted exact_match >= 0.9, got 0.8"
+    assert named(failed) == {"wanted": "exact_match >= 0.9", "got": "0.8"}
+
+
+def named(element):
+    return {one.name: one.value for one in element.properties()}
+
+
+def test_verdict_and_scores_are_properties_of_the_suite(report):
+    report["evaluation"]["studies"] = {"forgetting": {"base": {"perplexity": 20.0}, "tuned": {"perplexity": 21.5}}}
+    report["evaluation"]["contamination"] = {"overlapping": 3, "rows": 148}
+    found = named(read(report)[1])
+    assert found["verdict"] == "mixed: Better here, worse there."
+    assert (found["base.exact_match"], found["tuned.exact_match"]) == ("0.0000", "0.8000")
+    assert (found["base.forgetting.perplexity"], found["tuned.forgetting.perplexity"]) == ("20.00", "21.50")
+    assert found["overlapping_test_rows"] == "3 of 148"
+
+
+def test_a_run_without_gates_is_a_suite_without_cases(report):
+    xml, suite = read(report | {"gates": [], "evaluation": None})
+    assert (xml.tests, list(suite)) == (0, [])
+
+
+def test_signs_that_xml_does_not_know_or_gives_a_meaning_come_through(report):
+    report["gates"][1] |= {"name": 'a<b & \x00\ufffe "c" > base', "got": "]]>"}
+    failed = list(read(report)[1])[1]
+    assert failed.name == 'a<b & \ufffd\ufffd "c" > base'
+    assert failed.result[0].message.endswith("got ]]>")

@@ -1,0 +1,196 @@
+"""`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, gone on with when killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.finished import write_sums
+from support.renames import run_until
+from support.runs import llmtune, write_recipe
+
+from llmtune.errors import GateFailed, Problem, Stopped
+from llmtune.pipeline import evaluate_run, run_pipeline, train_here
+from llmtune.recipe import load_recipe
+from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.run.verify import verify
+from llmtune.work import Options, Work
+
+SEEDS = "train.seeds=[8, 9]"
+Runner = Callable[..., tuple[dict[str, Any], str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    folder = tmp_path_factory.mktemp("seeds")
+    write_sums(folder / "rows.jsonl", 60)
+    short = {"num_train_epochs": None, "max_steps": 4}
+    write_recipe(folder / "tiny.yaml", tiny_llama, "rows.jsonl", train=short)
+    torch.set_num_threads(1)
+    return folder
+
+
+def run(place: Path, out: str, *sets: str, **options: Any) -> tuple[dict[str, Any], str]:
+    """Run the recipe; returns the report and what a person read."""
+    console = Console(file=io.StringIO(), width=200)
+    report = run_pipeline(load_recipe(place / "tiny.yaml", sets), Options(out=place / out, **options), console)
+    assert isinstance(console.file, io.StringIO)
+    return report, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[Path, dict[str, Any], str]:
+    report, said = run(place, "several", SEEDS)
+    return place / "several", report, said
+
+
+def adapter(path: Path) -> bytes:
+    return (path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def scores(path: Path) -> dict[str, Any]:
+    found = json.loads((path / "evaluation" / "evaluation.json").read_text())
+    return {key: found[key] for key in ("base", "tuned", "difference", "rows")}
+
+
+def test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    path, _, _ = finished
+    run(place, "alone", "seed=8")
+    assert adapter(path / "seeds" / "8") == adapter(place / "alone")
+    alone, further = (
+        json.loads((run / "evaluation/evaluation.json").read_text()) for run in (place / "alone", path / "seeds/8")
+    )
+    assert (further["base"], further["tuned"], further["flips"]) == (alone["base"], alone["tuned"], alone["flips"])
+    predictions = [(run / "evaluation/predictions.jsonl").read_text() for run in (place / "alone", path / "seeds/8")]
+    assert predictions[0] == predictions[1], "the base was not asked again, and its answers are the same"
+
+
+def test_seeds_differ_from_one_another_on_the_same_rows(finished: tuple[Path, dict[str, Any], str]) -> None:
+    path, report, _ = finished
+    runs = [path, path / "seeds" / "8", path / "seeds" / "9"]
+    assert len({adapter(one) for one in runs}) == 3
+    assert len({(one / "data/rows/rows.json").read_bytes() for one in runs}) == 1
+    assert len({read_run(one).findings["micro_batch_tokens"] for one in runs}) == 1
+    loss = report["evaluation"]["seeds"]["metrics"]["loss"]
+    assert len(set(loss["scores"])) == 3
+    assert loss["scores"] == [scores(one)["tuned"]["loss"] for one in runs]
+    assert loss["base"] == scores(path / "seeds/9")["base"]["loss"]
+
+
+def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    path, report, said = finished
+    told = report["evaluation"]["seeds"]["told"]
+    assert told in said
+    assert told in (path / "report.html").read_text()
+    assert "## Seeds" in (path / "report.md").read_text()
+    assert json.loads((path / "report.json").read_text())["evaluation"]["seeds"]["missing"] == []
+    assert said.count("known from this run's first seed") == 2
+    assert verify(path).failed == verify(path / "seeds/8").failed == []
+
+
+def test_a_second_run_skips_all_seeds_and_another_seed_trains_alone(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    shutil.copytree(finished[0], place / "grown")
+    _, again = run(place, "grown", SEEDS)
+    assert again.count("train unchanged, skipped") == 3
+    report, said = run(place, "grown", "train.seeds=[8, 10]")
+    assert said.count("train unchanged, skipped") == 2
+    assert [one["seed"] for one in report["evaluation"]["seeds"]["runs"]] == [7, 8, 10]
+    assert verify(place / "grown").failed == [], "a further seed changes nothing of what the run rests on"
+
+
+def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    shutil.copytree(finished[0], place / "judged")
+    loaded = recipe_of_run(read_run(place / "judged"), ["evaluate.metrics=[loss, perplexity]"])
+    report = evaluate_run(loaded, place / "judged", Console(quiet=True), offline=True)
+    assert set(report["evaluation"]["seeds"]["metrics"]) == {"loss", "perplexity"}
+    assert report["evaluation"]["seeds"]["missing"] == []
+
+
+def test_gates_are_judged_once_after_all_seeds_are_there(place: Path) -> None:
+    with pytest.raises(GateFailed):
+        run(place, "gated", "train.seeds=[8]", "evaluate.gates=['loss < 0']")
+    assert json.loads((place / "gated/report.json").read_text())["evaluation"]["seeds"]["runs"][1]["seed"] == 8
+    assert json.loads((place / "gated/seeds/8/report.json").read_text())["gates"] == []
+
+
+def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(place: Path) -> None:
+    _, said = run(place, "steps", SEEDS, dry_run=True)
+    assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in said
+    run(place, "steps", SEEDS, until="select")
+    assert not (place / "steps" / "seeds").exists()
+    run(place, "steps", "train.seeds=[8]", until="train")
+    assert "evaluate" not in read_run(place / "steps/seeds/8").manifest["steps"]
+    _, said = run(place, "steps", "train.seeds=[9]", fresh=True, until="train")
+    assert "train unchanged" not in said
+    assert not (place / "steps/seeds/8").exists()
+
+
+def test_further_seeds_keep_the_micro_batches_of_the_run(place: Path) -> None:
+    run(place, "budget", until="train")
+    folder = read_run(place / "budget")
+    assert folder.findings["micro_batch_tokens"] != 96
+    folder.note(micro_batch_tokens=96)
+    run(place, "budget", "train.seeds=[8]", until="train")
+    assert read_run(place / "budget/seeds/8").findings["micro_batch_tokens"] == 96
+
+
+def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(place: Path) -> None:
+    def train(work: Work, *others: Any) -> None:
+        if work.recipe.seed == 9:
+            raise Stopped(Problem("stopped"))
+        train_here(work, *others)
+
+    loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
+    with pytest.raises(Stopped):
+        run_pipeline(loaded, options, Console(quiet=True), trainer=train)
+    assert json.loads((place / "stopped/seeds/8/report.json").read_text())["evaluation"]["tuned"]
+    assert json.loads((place / "stopped/report.json").read_text())["evaluation"]["tuned"], (
+        "the run's own report is there"
+    )
+    report, said = run(place, "stopped", SEEDS)
+    assert said.count("train unchanged, skipped") == 2
+    assert report["evaluation"]["seeds"]["missing"] == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_further_seed_goes_on_to_the_same_bytes(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    command = ["run", "tiny.yaml", "--set", SEEDS, "--out"]
+    whole = run_until(10_000, place, *command, "whole")
+    assert whole.returncode == 0, whole.stderr
+    total = 10_000 - int(whole.stdout.rsplit(":", 1)[1])
+    for moment in (total * 2 // 5, total * 3 // 5, total - 3):
+        out = f"killed-{moment}"
+        assert run_until(moment, place, *command, out).returncode == -signal.SIGKILL
+        again = llmtune(*command, out, cwd=place)
+        assert again.returncode == 0, again.stderr
+        for part in ("", "seeds/8", "seeds/9"):
+            assert adapter(place / out / part) == adapter(finished[0] / part), (moment, part)
+            assert scores(place / out / part) == scores(finished[0] / part), (moment, part)
+
+
+@pytest.mark.slow
+def test_several_processes_train_further_seeds_as_well(place: Path) -> None:
+    done = llmtune(
+        "launch", "local", "tiny.yaml", "--processes", "2", "--out", "both", "--set", "train.seeds=[8]", cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    assert [read_run(place / "both" / part).facts("train")["processes"] for part in ("", "seeds/8")] == [2, 2]
+    assert adapter(place / "both") != adapter(place / "both/seeds/8")

@@ -1,0 +1,107 @@
+"""A model that learned, one made worse on purpose and one that did not change: verdict, gates and exit codes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from support.runs import write_recipe
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+
+ANSWERS = {"cat": "red", "dog": "green", "bird": "blue", "fish": "black"}
+WRONG = dict(zip(ANSWERS, [*ANSWERS.values()][1:] + [*ANSWERS.values()][:1], strict=True))
+LEARNING: dict[str, Any] = {"method": "full", "r": None, "lora_alpha": None}
+TRAINING: dict[str, Any] = {"learning_rate": 2e-3, "batch_size": 16, "num_train_epochs": 8, "logging_steps": 10}
+MEASURED: dict[str, Any] = {
+    "metrics": ["loss", "exact_match", "choice_accuracy"],
+    "gates": ["choice_accuracy.low > base", "exact_match >= 0.9"],
+}
+
+
+def write_rows(path: Path, answers: dict[str, str], numbers: range) -> Path:
+    rows = [(f"{animal} {number}", answer) for number in numbers for animal, answer in answers.items()]
+    random.Random(0).shuffle(rows)
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in rows]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verdicts")
+    write_rows(folder / "right.jsonl", ANSWERS, range(60))
+    write_rows(folder / "wrong.jsonl", WRONG, range(60))
+    write_rows(folder / "test.jsonl", ANSWERS, range(60, 75))
+    rows = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "reversed.jsonl").write_text("".join(reversed(rows)))
+    return folder
+
+
+def run(place: Path, name: str, model: Path, rows: str, test: str = "test.jsonl", **sections: Any) -> Result:
+    """`llmtune run` of a recipe of its own, in this process."""
+    data = {"validation": 0.0, "test": str(place / test), "deduplicate": "none"}
+    sections = {"adapter": LEARNING, "train": TRAINING, "evaluate": MEASURED, **sections}
+    recipe = write_recipe(place / f"{name}.yaml", model, place / rows, data=data, name=name, **sections)
+    return CliRunner().invoke(app, ["run", str(recipe), "--out", str(place / name)])
+
+
+@pytest.fixture(scope="module")
+def learned(place: Path, tiny_llama: Path) -> Result:
+    return run(place, "learned", tiny_llama, "right.jsonl")
+
+
+@pytest.fixture(scope="module")
+def harmed(place: Path, learned: Result) -> Result:
+    """The model that learned, trained on with answers of another animal."""
+    return run(place, "harmed", place / "learned" / "weights", "wrong.jsonl")
+
+
+@pytest.fixture(scope="module")
+def unchanged(place: Path, learned: Result) -> Result:
+    """The model that learned, with an adapter that was hardly trained; the test rows stand in another order."""
+    sections = {"adapter": {"r": 2, "lora_alpha": 2}, "train": {"num_train_epochs": 0.1, "learning_rate": 1e-9}}
+    gates = {**MEASURED, "gates": []}
+    model = place / "learned" / "weights"
+    return run(place, "unchanged", model, "right.jsonl", "reversed.jsonl", evaluate=gates, **sections)
+
+
+def report(place: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / name / "report.json").read_text())
+    return found
+
+
+def test_a_model_that_learned_helped_and_its_gates_pass(place: Path, learned: Result) -> None:
+    assert learned.exit_code == 0, learned.stderr
+    found = report(place, "learned")
+    assert found["verdict"]["word"] == "helped", found["verdict"]
+    assert all(gate["passed"] for gate in found["gates"])
+    suite = ElementTree.parse(place / "learned" / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "0")
+
+
+def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place: Path, harmed: Result) -> None:
+    assert harmed.exit_code == 6, harmed.stderr
+    assert "choice_accuracy.low > base" in harmed.stderr
+    assert "Traceback" not in harmed.stderr
+    found = report(place, "harmed")
+    assert found["verdict"]["word"] == "harmed", found["verdict"]
+    assert found["evaluation"]["flips"]["exact_match"]["lost"] > 50
+    suite = ElementTree.parse(place / "harmed" / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "2")
+    assert {case.get("name") for case in suite.iter("testcase")} == set(MEASURED["gates"])
+    assert "harmed, 2 gates failed" in (place / "harmed" / "report.md").read_text()
+
+
+def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: Result) -> None:
+    assert unchanged.exit_code == 0, unchanged.stderr
+    found = report(place, "unchanged")
+    assert found["verdict"]["word"] == "can't tell", (found["verdict"], found["evaluation"]["difference"])
+    assert found["evaluation"]["flips"]["exact_match"]["gained"] == 0
