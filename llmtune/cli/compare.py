@@ -13,7 +13,6 @@ from llmtune.cli.output import handled, print_json, stderr_console
 from llmtune.cli.steps import refuse_both
 from llmtune.errors import Problem, RecipeError
 from llmtune.run.environment import at_once, prepare_environment
-from llmtune.run.folder import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +68,8 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) 
         Problem("this option is for a recipe with --methods", name, "Leave it out to compare runs that exist.")
         for name in stated
     )
+    from llmtune.run.folder import MANIFEST
+
     if len(what) == 1 and not (Path(what[0]) / MANIFEST).exists():
         raise RecipeError.of("a recipe is compared by methods", what[0], "Add --methods full,lora,qlora.")
     prepare_environment(network=False)

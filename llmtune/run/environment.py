@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem
-from llmtune.run.task_files import needs_network
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe, Source
@@ -99,6 +98,8 @@ def names_remote(recipe: Recipe) -> bool:
 
 def studies_remote(recipe: Recipe) -> bool:
     """Whether a study of the evaluation reads what is on a hub."""
+    from llmtune.run.task_files import needs_network  # it reads YAML, which `--help` has no use for
+
     fairness = recipe.evaluate.fairness
     hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
     return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
