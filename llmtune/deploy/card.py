@@ -207,6 +207,10 @@ def _measured(subject: Subject) -> list[str]:
     known = [name for name in _numbers(report) if name in METRIC_NOTES]
     about = [f"- {code(name)}: {plain(METRIC_NOTES[name])}" for name in known]
     head = f"## What was measured\n\nBase and tuned model on the same {rows} held-out rows, which training never saw."
+    if subject.kind == "merged":
+        head += (
+            " Scores are those of the adapter on its training base; how near this merge is to it stands under Parity."
+        )
     parts = [head, scores(view), "\n".join(about), gates(view), seeds(view), studies(view)]
     return [re.sub(r"^## (?!What was)", "### ", part, flags=re.MULTILINE) for part in parts if part]
 

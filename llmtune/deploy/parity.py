@@ -124,10 +124,11 @@ EFFECT_SHARE = 0.05
 """A merge may undo so much of what tuning did."""
 LIMITS = {
     "exact": Limits(kl_floor=1e-5, kl_cap=1e-4, top1=0.99, logit_difference=0.05),
-    "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9, noise=1e-3),
+    "rounded": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.9, noise=5e-3),
     "other base": Limits(kl_floor=2e-2, kl_cap=1e-1, top1=0.85),
 }
-"""exact: float32 throughout. rounded: 16 bits on one side. other base: a 4-bit adapter on the original weights."""
+"""exact: float32 throughout. rounded: 16 bits on one side, which alone moves SmolLM2 in bfloat16 by 3e-3 to 5e-3. other
+base: a 4-bit adapter on the original weights."""
 
 
 def render_prompts(

@@ -105,9 +105,9 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
 
 
 def test_a_gentle_tuning_that_is_lost_is_a_breach_within_the_limits_of_rounding():
-    lost = Parity(8, 100, 0.1, 4e-3, 0.1, 0.99, 1.0, True, effect_kl=4e-3)
+    lost = Parity(8, 100, 0.1, 8e-3, 0.1, 0.99, 1.0, True, effect_kl=8e-3)
     assert len(find_breaches(lost, LIMITS["rounded"])) == 1
-    assert find_breaches(replace(lost, kl_mean=5e-4), LIMITS["rounded"]) == []
+    assert find_breaches(replace(lost, kl_mean=4e-3), LIMITS["rounded"]) == []
 
 
 def save_with_another_template(processor, folder):

@@ -73,6 +73,8 @@ CASES = {
     "summarize-by-prompt": ("llama", "summarize", pairs.DOCUMENTS, {}, "AutoModelForCausalLM"),
 }
 
+QUICK = ("classify", "classify-qlora", "qa", "translate", "whisper", "letters")
+
 
 def write_clips(folder):
     folder.mkdir(parents=True)
@@ -101,7 +103,9 @@ def merge(run, console, **options):
     return merge_run(run, **given, console=console)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, tiny_llama, console):
     run = train(tmp_path, tiny_llama, case)
     certificate = merge(run, console)

@@ -92,7 +92,9 @@ def test_a_published_merge_loads_without_its_base_and_says_its_parity(run, tmp_p
     assert data.library_name == "transformers"
     assert not (tmp_path / "hub/adapter_config.json").exists()
     measured = json.loads((tmp_path / "hub/certificate.json").read_text())["measured"]
-    assert f"mean KL {measured['kl_mean']:.2g} nats" in (tmp_path / "hub/README.md").read_text()
+    text = (tmp_path / "hub/README.md").read_text()
+    assert f"mean KL {measured['kl_mean']:.2g} nats" in text
+    assert "Scores are those of the adapter" in text
     run_snippet(tmp_path / "hub")
     assert "--base-model" in console.file.getvalue()
     assert "--data-license" in console.file.getvalue()
