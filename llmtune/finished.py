@@ -233,6 +233,7 @@ def make_gguf(
         onto=onto or trained_on(work.recipe),
         adapter_only=adapter_only,
         rows=certified_rows(work),
+        trained_sha256=hash_folder(work.folder.path / trained_name(work.recipe)),
     )
 
 

@@ -71,6 +71,8 @@ class GgufCertificate:
     base: str
     revision: str | None
     base_sha256: str
+    trained_sha256: str | None
+    """Of the trained folder that it was made from; None where that is in memory alone."""
     method: str
     onto: str
     file: str
@@ -140,6 +142,7 @@ def export_gguf(
     onto: str = "original",
     adapter_only: bool = False,
     rows: Sequence[Row] = (),
+    trained_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Write `<name>-<FORMAT>.gguf`, a Modelfile and a certificate into the folder `out`.
 
@@ -167,7 +170,7 @@ def export_gguf(
     with explained(out), memory, staged(out) as folder:
         export = _Export(adapted, recipe, task, folder, console, heard, number_format, onto, rows)
         certificate = export.make_adapter() if adapter_only else export.make_model()
-        written = asdict(certificate)
+        written = {**asdict(certificate), "trained_sha256": trained_sha256}
         if not certificate.passed:
             write_json(failed, written)
             raise _failure(certificate, failed)
@@ -291,6 +294,7 @@ class _Export:
             base=place.name,
             revision=place.revision,
             base_sha256=place.content_hash,
+            trained_sha256=None,
             method=self.adapted.method,
             onto="none" if adapter else self.onto,
             file=file.name,

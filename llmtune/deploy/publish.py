@@ -171,7 +171,7 @@ def find_product(folder: RunFolder, report: Mapping[str, Any], wishes: Wishes) -
         certificate = {"passed": True, "product": kind, "evaluated_sha256": evaluated, "merged": merged}
         certificate["files_sha256"] = {file.name: hash_file(file) for file in sorted(place.glob("*.safetensors"))}
     config = read_json(place / ("adapter_config.json" if kind == "adapter" else "config.json"))
-    return Product(kind, place, config, certificate, _read_gguf(wishes.gguf, report))
+    return Product(kind, place, config, certificate, _read_gguf(wishes.gguf, report, trained))
 
 
 def _read_merged(run: Path, trained: str, needed: bool) -> dict[str, Any] | None:
@@ -198,7 +198,7 @@ def _read_merged(run: Path, trained: str, needed: bool) -> dict[str, Any] | None
     return None if problems else dict(certificate)
 
 
-def _read_gguf(file: Path | None, report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _read_gguf(file: Path | None, report: Mapping[str, Any], trained: str) -> dict[str, Any] | None:
     """Return the certificate beside a GGUF file."""
     if file is None:
         return None
@@ -210,6 +210,8 @@ def _read_gguf(file: Path | None, report: Mapping[str, Any]) -> dict[str, Any] |
         raise GateFailed.of("the file changed since it was certified", str(file), again)
     if certificate.get("base_sha256") != report["model"]["sha256"]:
         raise GateFailed.of("the file was made from another base model", str(file), again)
+    if certificate.get("trained_sha256") != trained:
+        raise GateFailed.of("the file was made from another training", str(file), again)
     return dict(certificate)
 
 

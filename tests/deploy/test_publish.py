@@ -220,7 +220,7 @@ def test_a_run_without_an_evaluation_is_not_published(run, tmp_path, console):
 
 
 def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, console):
-    from llmtune.run.files import hash_file
+    from llmtune.run.files import hash_file, hash_folder
 
     file = tmp_path / "gguf/tiny-F16.gguf"
     file.parent.mkdir()
@@ -232,6 +232,10 @@ def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, consol
     numbers |= {"answer_agreement": 1.0, "same_ids": True}
     certificate = {"passed": True, "file_sha256": hash_file(file), "base_sha256": report["model"]["sha256"]}
     certificate |= {"number_format": "f16", "reader": "transformers", "measured": numbers}
+    (file.parent / "certificate.json").write_text(json.dumps(certificate))
+    with pytest.raises(GateFailed, match="another training"):
+        publish(run, tmp_path / "hub", console, gguf=file)
+    certificate["trained_sha256"] = hash_folder(run / "adapter")
     (file.parent / "certificate.json").write_text(json.dumps(certificate))
     publish(run, tmp_path / "hub", console, gguf=file)
     card = ModelCard.load(tmp_path / "hub/README.md")
