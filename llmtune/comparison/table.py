@@ -44,7 +44,7 @@ def score_table(view: Mapping[str, Any]) -> Table:
     """Return a row for each metric of each run: its base, its score, and what it gained with its interval."""
     table = plain_table("metric")
     table.add_column("run", overflow="fold")
-    for heading in ("base", "tuned", "gain over base", "95 % interval"):
+    for heading in ("base", "tuned", "gain", "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in view["metrics"]:
         for number, cell in enumerate(row["cells"]):

@@ -25,6 +25,7 @@ def workers_find_the_tests(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=61, validation=7)
     train = {"batch_size": 6, "gradient_checkpointing": True}

@@ -323,6 +323,7 @@ def test_training_goes_on_from_an_adapter_for_these_classes_and_not_for_others(f
 # Processes
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_classifier_as_one_does(models, tmp_path):
     rows = colour_rows(50)
     recipe_for(tmp_path / "r.yaml", models("bert"), rows, train={"num_train_epochs": 1, "batch_size": 6})

@@ -22,6 +22,7 @@ def compiled(tmp_path, model, **adapter):
     return make_recipe(tmp_path, model, adapter=adapter, train={**TRAIN, "torch_compile": True})
 
 
+@pytest.mark.slow
 def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_took(tmp_path, tiny_llama, examples):
     console = Console(file=io.StringIO(), width=200)
     recipe = compiled(tmp_path, tiny_llama, lora_dropout=0.1)
