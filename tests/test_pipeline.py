@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
 from llmtune.finished import Models, open_finished
@@ -175,30 +176,6 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-KILLED = """
-import os, signal, sys
-left = int(sys.argv.pop(1))
-def watch(event, arguments):
-    global left
-    if event == "os.rename":
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(watch)
-from llmtune.cli import main
-try:
-    main()
-finally:
-    print("renames left:", left)
-"""
-
-
-def run_until(renames: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run llmtune and kill it, without warning, just before so many files or folders were put in their place."""
-    command = [sys.executable, "-c", KILLED, str(renames), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

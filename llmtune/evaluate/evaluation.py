@@ -60,8 +60,8 @@ def evaluate(
     entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
     None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
     `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model said is
-    kept there, and it is not asked again where that is known already. Without test rows the evaluation is empty, and no
-    model is entered.
+    kept there, and it is not asked again where that is known already. Without test rows the evaluation holds what the
+    studies found, and no model is entered where the recipe asks for none.
 
     Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
     were not kept, EnvironmentProblem where a single row does not fit in memory.
@@ -73,24 +73,23 @@ def evaluate(
         console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
     setting = Setting(recipe, task, processor, plan, device, console, folder)
     inquiries = make_inquiries(setting)
-    answers: dict[str, Answers] = {}
-    said: dict[str, dict[str, Any]] = {name: {} for name in MODELS}
-    stands_in = None
-    for name in MODELS if plan or inquiries else ():
-        if name == "base" and headless and task.baseline is not None:
-            if plan is not None:
-                stands_in, answers[name] = baseline(plan, rows, task, recipe)
-                console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
+    stands_in, answers = None, dict[str, Answers]()
+    if plan is not None and headless and task.baseline is not None:
+        stands_in, answers["base"] = baseline(plan, rows, task, recipe)
+        console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
+    elif plan is not None and known is not None and known.answers is not None:
+        answers["base"] = known.answers
+        console.print("base: what it said to these rows is known from this run's first seed")
+    said = dict[str, dict[str, Any]]()
+    for name in MODELS:
+        wanted = plan is not None and name not in answers
+        asking = () if name == "base" and headless and task.baseline is not None else inquiries
+        if not (wanted or asking):
             continue
-        if name == "base" and plan is not None and known is not None and known.answers is not None:
-            answers[name] = known.answers
-            console.print("base: what it said to these rows is known from this run's first seed")
-            if not inquiries:
-                continue
         with models[name]() as model:
-            if plan is not None and name not in answers:
+            if wanted and plan is not None:
                 answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
-            said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in inquiries}
+            said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in asking}
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
     scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
@@ -104,7 +103,8 @@ def evaluate(
     if plan is not None:
         evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task, scored)
         evaluation = replace(evaluation, contamination=find_contamination(rows, plan, scored, recipe, console))
-    studies = {one.name: one.compare(said["base"].get(one.name), said["tuned"][one.name], scored) for one in inquiries}
+    told = said.get("base", {})
+    studies = {one.name: one.compare(told.get(one.name), said["tuned"][one.name], scored) for one in inquiries}
     evaluation = with_gates(replace(evaluation, baseline=stands_in, studies=studies), recipe)
     print_scores(evaluation, console)
     return evaluation
