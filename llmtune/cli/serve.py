@@ -55,14 +55,9 @@ def serve(
     own = {"--max-queue": max_queue != 64, "--max-batch": max_batch, "--max-body": max_body, "--grace": grace != 30.0}
     _check_engine(engine, [name for name, stated in own.items() if stated])
     prepare_environment(network=False, threads=threads)
-    try:
-        with at_once():
-            from llmtune.serving import ServeOptions, name_runs, serve_by_vllm, serve_runs
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
-            raise
-        what = f"the server needs the package {error.name}, which is not installed"
-        raise EnvironmentProblem.of(what, "deploy serve", "Install it: pip install 'llmtune-cli[serve]'") from error
+    _import_server()
+    from llmtune.serving import ServeOptions, name_runs, serve_by_vllm, serve_runs
+
     options = ServeOptions(
         host=host,
         port=port,
@@ -85,6 +80,18 @@ def serve(
         terminated = isinstance(stop, Terminated)
         console.print("terminated: no requests are taken any more" if terminated else "stopped")
         raise typer.Exit(143 if terminated else 130) from None
+
+
+def _import_server() -> None:
+    """Import what serving needs; raises EnvironmentProblem where a package of the extra is not installed."""
+    try:
+        with at_once():
+            import llmtune.serving  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        what = f"the server needs the package {error.name}, which is not installed"
+        raise EnvironmentProblem.of(what, "deploy serve", "Install it: pip install 'llmtune-cli[serve]'") from error
 
 
 def _check_engine(engine: str, stated: list[str]) -> None:

@@ -82,21 +82,19 @@ def evaluate(
         console.print("base: what it said to these rows is known from this run's first seed")
     said = dict[str, dict[str, Any]]()
     for name in MODELS:
-        wanted = plan is not None and name not in answers
+        wanted = plan if name not in answers else None
         asking = () if name == "base" and headless and task.baseline is not None else inquiries
-        if not (wanted or asking):
+        if wanted is None and not asking:
             continue
         with models[name]() as model:
-            if wanted and plan is not None:
-                answers[name] = answer(model, name, plan, task, processor, recipe, console, device, packs())
+            if wanted is not None:
+                answers[name] = answer(model, name, wanted, task, processor, recipe, console, device, packs())
             said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in asking}
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
     scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
     if folder is not None and plan is not None:
-        save_predictions(folder, plan, answers["base"], answers["tuned"])
-        ids = list(iterate_ids(rows, SIDE))
-        save_measures(folder, name_rows([ids[row] for row in plan.rows]), scored.base, scored.tuned)
+        keep(folder, plan, rows, answers, scored)
         if known is not None and stands_in is None:
             save_base(folder, answers["base"], known.inputs)
     evaluation = Evaluation({}, {}, {}, (), (), 0)
@@ -108,6 +106,13 @@ def evaluate(
     evaluation = with_gates(replace(evaluation, baseline=stands_in, studies=studies), recipe)
     print_scores(evaluation, console)
     return evaluation
+
+
+def keep(folder: Path, plan: Plan, rows: Rows, answers: Mapping[str, Answers], scored: Scored) -> None:
+    """Write what either model said to each row, and each row's part in the scores."""
+    save_predictions(folder, plan, answers["base"], answers["tuned"])
+    ids = list(iterate_ids(rows, SIDE))
+    save_measures(folder, name_rows([ids[row] for row in plan.rows]), scored.base, scored.tuned)
 
 
 def baseline(plan: Plan, rows: Rows, task: Task, recipe: Recipe) -> tuple[str, Answers]:
