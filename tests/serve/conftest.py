@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from support.finished import finish_run
-from support.runs import write_recipe
-
-from llmtune.adapter import inject
-from llmtune.model import load_model, load_processor, locate
-from llmtune.recipe import load_recipe
-from llmtune.tasks import get_task
+from support.tuned import Tune, tuner
 
 
 @pytest.fixture
-def tune(tiny_llama: Path, chat_rows: Path, tmp_path: Path, console: Console) -> Callable[..., object]:
-    def build(base: Path = tiny_llama, strength: float = 0.3, **sections: object) -> object:
-        recipe = load_recipe(write_recipe(tmp_path / "tiny.yaml", base, chat_rows, **sections)).recipe
-        place = locate(str(base), recipe.model, console, offline=True)
-        processor = load_processor(place, recipe.model)
-        selected = load_model(place, recipe, get_task(recipe.task), processor, device="cpu", training=False)
-        adapted = inject(selected, recipe, console)
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in adapted.model.named_parameters():
-            if "lora_B" in name:
-                parameter.data = strength * torch.randn(parameter.shape, generator=generator)
-        return adapted, recipe
-
-    return build
+def tune(tiny_llama: Path, chat_rows: Path, tmp_path: Path, console: Console) -> Tune:
+    return tuner(tiny_llama, chat_rows, tmp_path, console)
 
 
 @pytest.fixture(scope="package")
