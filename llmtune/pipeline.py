@@ -7,7 +7,6 @@ is kept as facts in the manifest, so that the report can be written from the run
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -44,14 +43,14 @@ from llmtune.model import (
 )
 from llmtune.model.heads import head_is_new
 from llmtune.model.rank import rank_candidates
+from llmtune.outcome import make_report
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelPlace, Rows
-from llmtune.report import assemble, find_explanations, write_report
+from llmtune.report import write_report
 from llmtune.run.environment import is_remote_model, refuse_network
 from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
-from llmtune.run.folder import RunFolder, default_path, look_at_run, open_run
-from llmtune.run.lock import hardware, hash_keys, note_trained, own_pins, package_versions, read_pins
-from llmtune.scores import Evaluation
+from llmtune.run.folder import default_path, look_at_run, open_run
+from llmtune.run.lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.train import train
 from llmtune.work import Options, Work, locate_pinned, lock_run, trained_name
 
@@ -373,35 +372,6 @@ def deploy(work: Work, place: ModelPlace) -> None:
             if "gguf" in products:
                 written = make_gguf(work, place)
                 facts |= {"gguf": written, "gguf_file": written["file"], "gguf_read_by": written["reader"]}
-
-
-def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:
-    """Everything that a run found out, as one dictionary (design: report.json)."""
-    curve = _curve(folder.path / "metrics.jsonl")
-    evaluation = _evaluation(folder)
-    gates = check_gates(recipe.evaluate.gates, evaluation) if evaluation else ()
-    timings = folder.timings(skipped)
-    return assemble(
-        recipe,
-        folder.manifest,
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
-        timings=timings,
-        curve=curve,
-        evaluation=evaluation,
-        gates=gates,
-        hardware={**hardware(), "device": pick_device(), "packages": package_versions()},
-        explanations=find_explanations(folder.path),
-        seeds=seeds.collect(folder.path, recipe, evaluation),
-    )
-
-
-def _curve(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _evaluation(folder: RunFolder) -> Evaluation | None:
-    done = folder.manifest["steps"].get("evaluate", {}).get("state") == "done"
-    return load_evaluation(folder.path / "evaluation") if done else None
 
 
 def rehearse(work: Work) -> dict[str, Any]:
