@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from llmtune.evaluate.measure import compare, measure_right
+from llmtune.evaluate.metric import compare, measure_right
 from llmtune.model import locate, resolve_dtype
 from llmtune.recipe import Recipe, load_recipe
 

@@ -40,7 +40,7 @@ from llmtune.pipeline import make_adapted, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.records import Example, Examples, ModelPlace
 from llmtune.train import train
-from llmtune.train.steps import StepPlan
+from llmtune.train.batch_plan import StepPlan
 from llmtune.work import Options, Work
 
 Weights = dict[str, torch.Tensor]

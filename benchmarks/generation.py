@@ -31,9 +31,9 @@ from transformers import GenerationConfig
 
 from llmtune.adapter import inject
 from llmtune.data import prepare_rows, read_rows
-from llmtune.evaluate.batches import cut_evenly, release_memory
 from llmtune.evaluate.generation import answer_ends, column_bytes_of, generate_batch, only_these_settings
 from llmtune.evaluate.greedy import write_greedily
+from llmtune.evaluate.token_batches import cut_evenly, release_memory
 from llmtune.model import compute_context, load_model, load_processor, locate, pick_device, resolve_dtype
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.tasks import get_task

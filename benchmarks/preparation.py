@@ -107,7 +107,7 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
     from llmtune.model import load_processor, locate
     from llmtune.recipe import Recipe
     from llmtune.tasks import get_task
-    from llmtune.train.steps import best_fit
+    from llmtune.train.batch_plan import best_fit
 
     data = {"train": str(file), "validation": 0, "test": 0, "deduplicate": asked.deduplicate, "max_length": LONGEST}
     stated = {"recipe_version": 1, "name": "preparation", "task": "chat", "data": data, "model": {"name": MODEL}}

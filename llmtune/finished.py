@@ -14,21 +14,21 @@ from rich.console import Console
 
 from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import load_rows, read_rows
-from llmtune.deploy.certify import certify_endpoint
-from llmtune.deploy.chat import ChatSession
+from llmtune.deploy.chat_session import ChatSession
 from llmtune.deploy.endpoint import Endpoint
+from llmtune.deploy.endpoint_parity import certify_endpoint
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_export, check_model, export_gguf
-from llmtune.deploy.merge import merge_model
+from llmtune.deploy.merged_model import merge_model
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_model, load_processor, resolve_dtype
+from llmtune.model.config import read_model_config
 from llmtune.model.heads import head_is_new
-from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.records import AdaptedModel, ModelPlace, Row, SelectedModel, Task
-from llmtune.run.files import hash_folder
-from llmtune.run.folder import read_run, recipe_of_run
-from llmtune.run.lock import LOCK, read_pins
+from llmtune.store.atomic_files import hash_folder
+from llmtune.store.run_folder import read_run, recipe_of_run
+from llmtune.store.run_lock import LOCK, read_pins
 from llmtune.work import Work, locate_pinned, trained_name
 
 if TYPE_CHECKING:

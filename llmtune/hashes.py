@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune import __version__
 from llmtune.adapter import find_adapter
 from llmtune.data import hash_sources
-from llmtune.data.hub import HUB, resolve_commit
+from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.evaluate.paired_sentences import hub_source
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.records import Examples, ModelPlace, Rows
-from llmtune.run.files import hash_file, hash_folder, hash_value
-from llmtune.run.lock import check_pin, package_versions
-from llmtune.run.task_files import list_task_files
+from llmtune.store.atomic_files import hash_file, hash_folder, hash_value
+from llmtune.store.lm_eval_tasks import list_task_files
+from llmtune.store.run_lock import check_pin, package_versions
 from llmtune.work import Work, trained_name
 
 if TYPE_CHECKING:

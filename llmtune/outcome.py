@@ -11,9 +11,9 @@ from llmtune.evaluate import check_gates, load_evaluation
 from llmtune.model import pick_device
 from llmtune.recipe import Recipe
 from llmtune.report import assemble, find_explanations
-from llmtune.run.folder import RunFolder
-from llmtune.run.lock import hardware, package_versions
 from llmtune.scores import Evaluation
+from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_lock import hardware, package_versions
 
 
 def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from rich.markup import escape
 from llmtune import __version__, hashes, seeds
 from llmtune.adapter import describe, find_adapter, inject
 from llmtune.data import load_rows, prepare_rows
+from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, load_examples
-from llmtune.data.report import describe_examples
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, save_evaluation
-from llmtune.evaluate.harness import load_benchmarks
-from llmtune.evaluate.inquiries import check_inputs
-from llmtune.evaluate.table import print_scores
+from llmtune.evaluate.eval_suites import check_inputs
+from llmtune.evaluate.lm_eval_harness import load_benchmarks
+from llmtune.evaluate.score_table import print_scores
 from llmtune.finished import Models, check_gguf, make_gguf, merge, open_finished
 from llmtune.model import (
     check_context,
@@ -42,15 +42,15 @@ from llmtune.model import (
     settle_checkpointing,
 )
 from llmtune.model.heads import head_is_new
-from llmtune.model.rank import rank_candidates
+from llmtune.model.model_selection import rank_candidates
 from llmtune.outcome import make_report
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelPlace, Rows
 from llmtune.report import write_report
-from llmtune.run.environment import is_remote_model, refuse_network
-from llmtune.run.files import hash_file, hash_folder, hash_value, staged, write_text
-from llmtune.run.folder import default_path, look_at_run, open_run
-from llmtune.run.lock import hash_keys, note_trained, own_pins, read_pins
+from llmtune.store.atomic_files import hash_file, hash_folder, hash_value, staged, write_text
+from llmtune.store.process_environment import is_remote_model, refuse_network
+from llmtune.store.run_folder import default_path, look_at_run, open_run
+from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.train import train
 from llmtune.work import Options, Work, locate_pinned, lock_run, trained_name
 

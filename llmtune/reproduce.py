@@ -18,7 +18,9 @@ from llmtune.model import pick_device
 from llmtune.model.device import describe_device
 from llmtune.pipeline import Trainer, run_pipeline
 from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
-from llmtune.run.difference import (
+from llmtune.seeds import without_seeds
+from llmtune.store.atomic_files import hash_file, list_folder, write_json
+from llmtune.store.diff_runs import (
     Difference,
     compare_losses,
     compare_scores,
@@ -26,11 +28,9 @@ from llmtune.run.difference import (
     find_differences,
     same_but_places,
 )
-from llmtune.run.files import hash_file, list_folder, write_json
-from llmtune.run.folder import RunFolder, read_run, recipe_of_run
-from llmtune.run.lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
-from llmtune.run.verify import Verification, moved, split_pattern, verify
-from llmtune.seeds import without_seeds
+from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.store.verification import Verification, moved, split_pattern, verify
 from llmtune.work import Options
 
 RESULT = "reproduction.json"

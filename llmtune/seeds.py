@@ -13,12 +13,12 @@ from rich.console import Console
 
 from llmtune.evaluate import load_evaluation
 from llmtune.recipe import LoadedRecipe, Recipe
-from llmtune.report.spread import describe_spread
-from llmtune.report.spread_table import spread_table
-from llmtune.run.files import explained, hash_value, read_json, staged, write_json
-from llmtune.run.folder import MANIFEST, RunFolder
-from llmtune.run.lock import own_pins
+from llmtune.report.seed_table import spread_table
+from llmtune.report.seed_variance import describe_spread
 from llmtune.scores import Evaluation
+from llmtune.store.atomic_files import explained, hash_value, read_json, staged, write_json
+from llmtune.store.run_folder import MANIFEST, RunFolder
+from llmtune.store.run_lock import own_pins
 from llmtune.work import Options, Work
 
 FOLDER = "seeds"

@@ -12,21 +12,21 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 
 from llmtune.adapter import find_adapter, merge
-from llmtune.adapter.fused import fuse_products
-from llmtune.adapter.start import SAVED, read_config
-from llmtune.adapter.targets import are_transposed
+from llmtune.adapter.fused_lora import fuse_products
+from llmtune.adapter.load import SAVED, read_config
+from llmtune.adapter.target_modules import are_transposed
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 from llmtune.model.heads import head_is_new
-from llmtune.model.quiet import hushed
+from llmtune.model.library_logging import hushed
 from llmtune.records import ModelPlace
-from llmtune.serve.app import build_app
 from llmtune.serve.engine import Engine
-from llmtune.serve.gateway import LOOPBACK, Rules, digest
-from llmtune.serve.served import Served
+from llmtune.serve.http_app import build_app
+from llmtune.serve.middleware import LOOPBACK, Rules, digest
+from llmtune.serve.served_model import Served
 from llmtune.serve.server import run_server, take_socket
-from llmtune.serve.vllm import Tuned, hand_over, require_vllm, vllm_command
+from llmtune.serve.vllm_engine import Tuned, hand_over, require_vllm, vllm_command
 from llmtune.work import Work, trained_name
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"

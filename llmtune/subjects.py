@@ -16,10 +16,10 @@ from llmtune.errors import LlmtuneError
 from llmtune.explain.subject import BASE, MODEL, TUNED, Family, Subject
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor, locate, pick_device
-from llmtune.model.plain import load_plain
-from llmtune.model.skeleton import is_encoder, read_model_config
+from llmtune.model.config import is_encoder, read_model_config
+from llmtune.model.plain_model import load_plain
 from llmtune.recipe import ModelSection, Recipe
-from llmtune.run.folder import MANIFEST, read_run, recipe_of_run
+from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,15 +13,15 @@ from rich.console import Console
 
 from llmtune.adapter import find_adapter
 from llmtune.data import list_sources
-from llmtune.evaluate.inquiries import check_form
+from llmtune.evaluate.eval_suites import check_form
 from llmtune.model import load_processor, locate, pick_device
+from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device
-from llmtune.model.skeleton import read_model_config
 from llmtune.recipe import Recipe
 from llmtune.records import ModelPlace, Rows, Task
-from llmtune.run.files import hash_value
-from llmtune.run.folder import RunFolder
-from llmtune.run.lock import Pins, check_pin, write_lock
+from llmtune.store.atomic_files import hash_value
+from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_lock import Pins, check_pin, write_lock
 from llmtune.tasks import choose_form, get_task
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from support.runs import write_recipe
 from llmtune.errors import LlmtuneError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, Source, load_recipe
-from llmtune.run.files import hash_folder
+from llmtune.store.atomic_files import hash_folder
 from llmtune.work import Options
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -196,7 +196,7 @@ def test_no_key_of_the_schema_is_left_out() -> None:
 def test_a_flipped_key_changes_what_is_made(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flip = FLIPS[key]
     if MOST in flip.also:
-        monkeypatch.setattr("llmtune.model.plan.memory_limit", lambda device: 1000)
+        monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
     if COMPILED in flip.also:  # the numbers may be the same to the last bit: that there is work for a compiler counts
         monkeypatch.setenv("CXX", "no-such-compiler")
     context = tuple(item for item in flip.also if item not in (MOST, COMPILED))

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from llmtune.cli.app import app
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.reproduce import Tolerances, explain, reproduce
-from llmtune.run.folder import read_run
-from llmtune.run.lock import LOCK
+from llmtune.store.run_folder import read_run
+from llmtune.store.run_lock import LOCK
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -111,8 +111,8 @@ def test_elsewhere_losses_and_scores_are_held_against_the_tolerances(
 def hold_against(run: Path, out: Path, scores: str, tolerances: Tolerances | None = None) -> dict[str, Any]:
     """Compare without training: what comes after `run_pipeline`."""
     from llmtune.reproduce import compare
-    from llmtune.run.lock import read_lock
-    from llmtune.run.verify import verify
+    from llmtune.store.run_lock import read_lock
+    from llmtune.store.verification import verify
 
     (out / "evaluation/evaluation.json").write_text(scores)
     return compare(read_run(run), out, read_lock(run / LOCK), verify(run), tolerances or Tolerances())

@@ -20,8 +20,8 @@ from support.runs import llmtune, write_recipe
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.pipeline import evaluate_run, run_pipeline, train_here
 from llmtune.recipe import load_recipe
-from llmtune.run.folder import read_run, recipe_of_run
-from llmtune.run.verify import verify
+from llmtune.store.run_folder import read_run, recipe_of_run
+from llmtune.store.verification import verify
 from llmtune.work import Options, Work
 
 SEEDS = "train.seeds=[8, 9]"

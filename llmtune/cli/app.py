@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, launch, proof, recipes, steps, use
+from llmtune.cli import compare_command as compare
+from llmtune.cli import deploy_commands as deploy
+from llmtune.cli import explain_commands as explain
+from llmtune.cli import generate_commands as use
+from llmtune.cli import launch_commands as launch
+from llmtune.cli import recipe_commands as recipes
+from llmtune.cli import reproduce_commands as proof
+from llmtune.cli import run_commands as steps
 
 REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
 

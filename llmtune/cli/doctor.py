@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmtune import __version__
-from llmtune.run.environment import offline_switches
-from llmtune.run.lock import hardware, package_versions
+from llmtune.store.process_environment import offline_switches
+from llmtune.store.run_lock import hardware, package_versions
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
 SCARCE_DISK_BYTES = 5_000_000_000
@@ -166,7 +166,7 @@ def _check_disk() -> Check:
 
 
 def _check_cache() -> list[Check]:
-    cache, packaged = _import("llmtune.model.cache"), _import("llmtune.model.packaged")
+    cache, packaged = _import("llmtune.model.model_cache"), _import("llmtune.model.builtin_models")
     if cache is None or packaged is None:
         return []
     folder = cache.find_cache()

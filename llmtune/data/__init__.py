@@ -1,6 +1,14 @@
 """Step 1: rows from any usual format, then encoded, masked, packed examples."""
 
-from llmtune.data.rows import iterate_columns, iterate_ids, iterate_rows, load_rows, prepare_rows, read_rows, save_rows
+from llmtune.data.preparation import (
+    iterate_columns,
+    iterate_ids,
+    iterate_rows,
+    load_rows,
+    prepare_rows,
+    read_rows,
+    save_rows,
+)
 from llmtune.data.sources import hash_sources, list_sources
 
 __all__ = [

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.conversations import filled
+from llmtune.data.chat_rows import filled
+from llmtune.data.file_readers import describe
 from llmtune.data.messages import RowError
-from llmtune.data.read import describe
 from llmtune.records import Row
-from llmtune.run.files import hash_recording
+from llmtune.store.atomic_files import hash_recording
 
 Samples = npt.NDArray[np.int16]
 FULL_SCALE = 32768

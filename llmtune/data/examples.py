@@ -19,13 +19,13 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmtune.data.listing import Add, listed
 from llmtune.data.overlong import TOO_LONG
-from llmtune.data.rows import iterate_texts
+from llmtune.data.preparation import iterate_texts
+from llmtune.data.rejected_rows import Add, listed
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import Example, Examples, Row, Rows, Task
-from llmtune.run.files import explained, read_json, write_json
+from llmtune.store.atomic_files import explained, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.data.read import describe
+from llmtune.data.file_readers import describe
 from llmtune.errors import nearest
 
 ROLES = {

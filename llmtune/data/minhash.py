@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.split import mix
+from llmtune.data.splits import mix
 
 Texts = Callable[[], Iterator[tuple[int, list[str]]]]
 """Gives all texts in batches, each with the number of its first."""

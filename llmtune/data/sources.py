@@ -12,15 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmtune.data import hub
+from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.formats import FORMATS, RowFormat, detect, rename, unused_keys
-from llmtune.data.read import RawRow, Unreadable, read_file
+from llmtune.data.file_readers import RawRow, Unreadable, read_file
+from llmtune.data.row_formats import FORMATS, RowFormat, detect, rename, unused_keys
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection, Source
-from llmtune.recipe.shipped import recipes_folder
+from llmtune.recipe.builtin import recipes_folder
 from llmtune.records import SIDES
-from llmtune.run.files import hash_file, hash_recording
+from llmtune.store.atomic_files import hash_file, hash_recording
 
 ENDINGS = {
     ".jsonl": "jsonl",

@@ -13,8 +13,8 @@ from gguf.quants import dequantize
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from llmtune.deploy.gguf_architectures import Family, arrange, find_family, name_tensor
 from llmtune.deploy.gguf_file import FORMATS, write_tensors
-from llmtune.deploy.gguf_shapes import Family, arrange, find_family, name_tensor
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 
 ADAPTER_FORMATS = ("f32", "f16")

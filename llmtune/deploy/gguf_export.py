@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from llmtune.adapter import merge
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
+from llmtune.deploy.gguf_architectures import find_family
 from llmtune.deploy.gguf_file import FORMATS, find_quantizer, has_llama, write_model
-from llmtune.deploy.gguf_modelfile import describe_chat, write_modelfile
 from llmtune.deploy.gguf_parity import (
     find_lost_adapter,
     limits_of,
@@ -24,8 +24,7 @@ from llmtune.deploy.gguf_parity import (
     measure_reader,
     serve_from_file,
 )
-from llmtune.deploy.gguf_reading import Reader, check_reader, open_file
-from llmtune.deploy.gguf_shapes import find_family
+from llmtune.deploy.gguf_readers import Reader, check_reader, open_file
 from llmtune.deploy.gguf_vocabulary import (
     Vocabulary,
     describe_vocabulary,
@@ -33,6 +32,7 @@ from llmtune.deploy.gguf_vocabulary import (
     read_description,
     read_vocabulary,
 )
+from llmtune.deploy.ollama_modelfile import describe_chat, write_modelfile
 from llmtune.deploy.parity import (
     ANSWER_TOKENS,
     PROMPTS,
@@ -47,10 +47,10 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import GateFailed, Problem, RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
-from llmtune.model.memory import enough_memory
+from llmtune.model.oom import enough_memory
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import AdaptedModel, Row, Task
-from llmtune.run.files import explained, hash_file, read_json, staged, write_json, write_text
+from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

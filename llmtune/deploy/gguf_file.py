@@ -25,7 +25,7 @@ from gguf import (
 from gguf.quants import quantize
 from transformers import PreTrainedModel
 
-from llmtune.deploy.gguf_shapes import find_family, list_tensors, write_shape
+from llmtune.deploy.gguf_architectures import find_family, list_tensors, write_shape
 from llmtune.deploy.gguf_vocabulary import Vocabulary, write_vocabulary
 from llmtune.errors import EnvironmentProblem
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llmtune.data.template import clean
-from llmtune.deploy.gguf_reading import Reader
+from llmtune.data.chat_template import clean
+from llmtune.deploy.gguf_readers import Reader
 from llmtune.deploy.gguf_vocabulary import Vocabulary, build_tokenizer
 from llmtune.deploy.parity import (
     CONVERSING,

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig
 
-from llmtune.data.template import clean
+from llmtune.data.chat_template import clean
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.records import Row, Task
 

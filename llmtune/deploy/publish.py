@@ -17,16 +17,16 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.deploy.bases import LICENSES, UPSTREAM, License, find_license
-from llmtune.deploy.card import UNKNOWN, Subject, write_card
-from llmtune.deploy.places import hide_places, is_place, recipe_to_share, refuse_places
-from llmtune.deploy.snippet import Loading, find_auto_class, write_snippet
-from llmtune.deploy.upload import check_upload, upload
+from llmtune.deploy.base_models import LICENSES, UPSTREAM, License, find_license
+from llmtune.deploy.hub_upload import check_upload, upload
+from llmtune.deploy.loading_snippet import Loading, find_auto_class, write_snippet
+from llmtune.deploy.model_card import UNKNOWN, Subject, write_card
+from llmtune.deploy.path_redaction import hide_places, is_place, recipe_to_share, refuse_places
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.report.redaction import redact
-from llmtune.run.files import explained, hash_file, hash_folder, read_json, staged, write_json, write_text
-from llmtune.run.folder import RunFolder, read_run, recipe_of_run
-from llmtune.run.lock import LOCK, read_lock
+from llmtune.store.atomic_files import explained, hash_file, hash_folder, read_json, staged, write_json, write_text
+from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_lock import LOCK, read_lock
 
 CARD, CERTIFICATE, GGUF_CERTIFICATE = "README.md", "certificate.json", "gguf-certificate.json"
 MODELFILE = "Modelfile"

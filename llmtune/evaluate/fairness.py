@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.hub import HUB, resolve_commit
+from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.errors import RecipeError
-from llmtune.evaluate.answers import count, progress
-from llmtune.evaluate.gaps import METHOD, find_gaps, gap_tables, score_gap
+from llmtune.evaluate.group_gaps import METHOD, find_gaps, gap_tables, score_gap
+from llmtune.evaluate.inference import count, progress
 from llmtune.evaluate.paired_sentences import Pair, hub_source, read_pairs
 from llmtune.evaluate.sentence_scores import (
     Encoded,
@@ -20,8 +20,9 @@ from llmtune.evaluate.sentence_scores import (
     score_by_decoder,
     score_by_encoder,
 )
+from llmtune.evaluate.shared_prefix import Tree
 from llmtune.evaluate.stereotypes import compare_pairs, judge, pair_tables
-from llmtune.evaluate.studies import Inquiry, Scored, Setting
+from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
 from llmtune.evaluate.swapped_rows import (
     METRIC,
     Said,
@@ -31,10 +32,9 @@ from llmtune.evaluate.swapped_rows import (
     plan_swaps,
     show_changes,
 )
-from llmtune.evaluate.tree import Tree
 from llmtune.evaluate.word_swaps import read_swaps
 from llmtune.model import compute_context, resolve_dtype
-from llmtune.recipe.measuring import OWN
+from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Task
 from llmtune.report.verdict import FEWEST_ROWS
 from llmtune.scores import Difference, Study, StudyTable

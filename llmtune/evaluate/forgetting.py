@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmtune.evaluate.answers import count, progress
-from llmtune.evaluate.batches import TOKEN_BUDGET, budget_for
-from llmtune.evaluate.measure import Measure, columns, compare, measure_right, ratio
+from llmtune.evaluate.inference import count, progress
+from llmtune.evaluate.metric import Measure, columns, compare, measure_right, ratio
 from llmtune.evaluate.metrics import exponential_ratio
-from llmtune.evaluate.passages import Passages, make_passages, read_texts, score_passages
-from llmtune.evaluate.quiz import Question, pick, plant, read_quiz
-from llmtune.evaluate.statistics import Floats
-from llmtune.evaluate.studies import Inquiry, Scored, Setting
-from llmtune.evaluate.tree import Tree, score_trees
+from llmtune.evaluate.multiple_choice import Question, pick, plant, read_quiz
+from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.perplexity import Passages, make_passages, read_texts, score_passages
+from llmtune.evaluate.shared_prefix import Tree, score_trees
+from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model import compute_context, resolve_dtype
-from llmtune.model.loss import unwrap
-from llmtune.model.plan import context_of
-from llmtune.report.numbers import score
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.memory_plan import context_of
+from llmtune.report.number_format import score
 from llmtune.scores import Study, StudyTable
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
-from llmtune.recipe.gates import Gate, parse_gate
+from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.scores import Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {

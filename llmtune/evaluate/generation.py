@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import GenerationConfig
 
-from llmtune.data.template import stop_ids
-from llmtune.evaluate.batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.data.chat_template import stop_ids
 from llmtune.evaluate.greedy import column_bytes_of, write_greedily
+from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import memory_limit
-from llmtune.model.loss import unwrap
 from llmtune.recipe import TASK_FACTS
 
 if TYPE_CHECKING:

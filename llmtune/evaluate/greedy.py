@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import torch
 
-from llmtune.evaluate.batches import TOKEN_BUDGET, batch_size, budget_for
-from llmtune.evaluate.columns import Columns
-from llmtune.evaluate.tree import computing_dtype
+from llmtune.evaluate.kv_cache import Columns
+from llmtune.evaluate.shared_prefix import computing_dtype
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, batch_size, budget_for
 from llmtune.model import is_out_of_memory
-from llmtune.model.loss import accepted_arguments, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far logits may lie from those of a plain forward pass, of their standard deviation (root mean square)."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmtune.evaluate.measure import Measure, columns, compare, measure_means, measure_right, ratio
-from llmtune.evaluate.statistics import Floats
-from llmtune.evaluate.texts import ROUGE_METRICS, TEXT_MEASURES, chrf_formula, measure_chrf
+from llmtune.evaluate.metric import Measure, columns, compare, measure_means, measure_right, ratio
+from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.text_metrics import ROUGE_METRICS, TEXT_MEASURES, chrf_formula, measure_chrf
 
 __all__ = [
     "CHOICE_METRIC",

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.data.hub import HUB, read_hub
-from llmtune.data.read import RawRow, Unreadable, explained, open_bytes, read_file
+from llmtune.data.file_readers import RawRow, Unreadable, explained, open_bytes, read_file
+from llmtune.data.hub_datasets import HUB, read_hub
 from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import Source
-from llmtune.recipe.measuring import OWN
+from llmtune.recipe.eval_suites_section import OWN
 
 SETS = Path(__file__).parent / "groups"
 """What comes with llmtune."""

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.encode_labelled import need_places
+from llmtune.data.label_encoding import need_places
 from llmtune.errors import DataError, EnvironmentProblem, Problem
-from llmtune.evaluate.batches import TOKEN_BUDGET, budget_for
 from llmtune.evaluate.paired_sentences import MOST_SHOWN, Pair, word_at_blank
-from llmtune.evaluate.predict import in_batches
-from llmtune.evaluate.tree import Tree, grow_tree, score_trees
-from llmtune.model.loss import unwrap
-from llmtune.model.plan import context_of
+from llmtune.evaluate.shared_prefix import Tree, grow_tree, score_trees
+from llmtune.evaluate.task_predictions import in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.memory_plan import context_of
 from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import numpy as np
 
 from llmtune.data import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
-from llmtune.evaluate.measure import Measure, compare
-from llmtune.evaluate.statistics import unknown
+from llmtune.evaluate.metric import Measure, compare
+from llmtune.evaluate.paired_statistics import unknown
 from llmtune.records import Rows
 from llmtune.report.verdict import FEWEST_ROWS
 from llmtune.scores import Difference, Slice

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtune.evaluate.measure import Measure, columns, ratio
+from llmtune.evaluate.metric import Measure, columns, ratio
 from llmtune.evaluate.paired_sentences import Pair
+from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.sentence_scores import (
     DECODER,
     DECODER_STEREOSET,
@@ -21,7 +22,6 @@ from llmtune.evaluate.sentence_scores import (
     Scores,
 )
 from llmtune.evaluate.slices import difference_of
-from llmtune.evaluate.statistics import Floats
 from llmtune.scores import Difference, StudyTable
 
 TIE_NATS = 5e-4

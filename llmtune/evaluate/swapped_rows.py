@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.evaluate.batches import TOKEN_BUDGET, budget_for, cut_evenly
-from llmtune.evaluate.choices import grow_trees, most_likely
+from llmtune.evaluate.choice_likelihood import grow_trees, most_likely
+from llmtune.evaluate.eval_inputs import Plan, render, show
 from llmtune.evaluate.generation import generate_texts
-from llmtune.evaluate.measure import Measure, measure_right
-from llmtune.evaluate.plan import Plan, render, show
+from llmtune.evaluate.metric import Measure, measure_right
+from llmtune.evaluate.shared_prefix import Tree, score_trees
 from llmtune.evaluate.slices import difference_of, write_value
-from llmtune.evaluate.tree import Tree, score_trees
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, cut_evenly
 from llmtune.evaluate.word_swaps import Swaps
-from llmtune.model.loss import unwrap
-from llmtune.model.plan import context_of
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.memory_plan import context_of
 from llmtune.recipe.rules_fairness import UNSWAPPED
-from llmtune.recipe.tasks import TASK_FACTS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Advance, Row, Task
 from llmtune.scores import Difference, StudyTable
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from llmtune.data.read import explained, open_bytes
+from llmtune.data.file_readers import explained, open_bytes
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.paired_sentences import SETS
-from llmtune.recipe.measuring import OWN
+from llmtune.recipe.eval_suites_section import OWN
 
 
 @dataclass(frozen=True)

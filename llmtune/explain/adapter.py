@@ -17,14 +17,14 @@ from safetensors import safe_open
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.explain.adapter_page import write_adapter_page
 from llmtune.explain.adapter_picture import draw_moves
-from llmtune.explain.captions import shorten
-from llmtune.explain.carriers import find_carriers
-from llmtune.explain.movement import Move, adapter_moves, compare
+from llmtune.explain.adapter_weights import find_carriers
+from llmtune.explain.labels import shorten
 from llmtune.explain.subject import BASE, TUNED, Subject
+from llmtune.explain.weight_delta import Move, adapter_moves, compare
 from llmtune.model.heads import head_is_new
 from llmtune.records import ModelPlace
-from llmtune.run.files import explained, write_json
-from llmtune.run.folder import MANIFEST
+from llmtune.store.atomic_files import explained, write_json
+from llmtune.store.run_folder import MANIFEST
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """A module in a list of layers: the list, the layer's number, the module below it."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.explain.page import asset, fill, write_page
-from llmtune.report.numbers import count, score
+from llmtune.explain.html_page import asset, fill, write_page
+from llmtune.report.number_format import count, score
 
 if TYPE_CHECKING:
     from llmtune.explain.adapter import Map
-    from llmtune.explain.movement import Move
+    from llmtune.explain.weight_delta import Move
 
 STRONGEST = 20
 LEAD = (

@@ -11,7 +11,7 @@ from llmtune.explain.colours import weight_map
 
 if TYPE_CHECKING:
     from llmtune.explain.adapter import Map
-    from llmtune.explain.movement import Move
+    from llmtune.explain.weight_delta import Move
 
 CELL_IN, WIDE_IN, LETTER_IN, DPI = 0.21, 0.5, 0.075, 110
 """Height and width of a cell, and width of a letter, in inches."""

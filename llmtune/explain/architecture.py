@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn.modules.conv import _ConvNd
 
-from llmtune.explain.blueprint import Blueprint, UntraceableError
-from llmtune.explain.operations import Call, Trace
+from llmtune.explain.block_structure import Branch, Norm, UnknownWiringError, Wiring, name_norm, read_wiring
+from llmtune.explain.meta_model import Blueprint, UntraceableError
+from llmtune.explain.op_trace import Call, Trace
 from llmtune.explain.orders import BIASES, find_orders
-from llmtune.explain.residuals import Branch, Norm, UnknownWiringError, Wiring, name_norm, read_wiring
 from llmtune.explain.subject import Subject
-from llmtune.model.plan import context_of
-from llmtune.model.skeleton import linear_shapes
+from llmtune.model.config import linear_shapes
+from llmtune.model.memory_plan import context_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from llmtune.errors import RecipeError
+from llmtune.explain.attention_inputs import Given, Reading, read, write
 from llmtune.explain.attention_page import write_attention_page
 from llmtune.explain.attention_pictures import STEM, draw_pictures
+from llmtune.explain.attention_selection import DIFFERENCE, Choice, Seen, Shape, Wishes, choose
+from llmtune.explain.attention_summary import MEAN, Gathered, Line, Lines, Mask, among_words, plainest, title_of
 from llmtune.explain.capture import CROSS, Kind, attend, shape_of
-from llmtune.explain.choice import DIFFERENCE, Choice, Seen, Shape, Wishes, choose
-from llmtune.explain.layers import MEAN, Gathered, Line, Lines, Mask, among_words, plainest, title_of
-from llmtune.explain.reading import Given, Reading, read, write
 from llmtune.explain.rollout import Matrix
 from llmtune.explain.subject import Subject
-from llmtune.explain.tokens import Token, label, name_tokens
-from llmtune.run.files import explained
+from llmtune.explain.token_text import Token, label, name_tokens
+from llmtune.store.atomic_files import explained
 
 KEPT_BYTES = 2**30
 """Of the heads of all layers, both sides; where they are more, only those of the layer that was asked for are kept."""

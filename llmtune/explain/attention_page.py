@@ -15,14 +15,14 @@ import numpy as np
 from markupsafe import Markup
 
 from llmtune.explain.attention_pictures import AXES, SIDES
+from llmtune.explain.attention_selection import Seen
+from llmtune.explain.attention_summary import MEAN, ROLLOUT, Head, Line, title_of
 from llmtune.explain.capture import MASKED, Kind
-from llmtune.explain.choice import Seen
 from llmtune.explain.colours import DIFFERENCE as DIFFERENCE_COLOURS
 from llmtune.explain.colours import WEIGHT
-from llmtune.explain.layers import MEAN, ROLLOUT, Head, Line, title_of
-from llmtune.explain.page import asset, fill, write_page
+from llmtune.explain.html_page import asset, fill, write_page
 from llmtune.explain.rollout import Matrix
-from llmtune.explain.tokens import label
+from llmtune.explain.token_text import label
 
 MOST_NUMBERS = 12_000_000
 """Weights in one page, 2.7 bytes each: 32 MB. Where there are more, heads are left out first."""

@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from llmtune.explain.attention_graph import (
+    MOST_WRITTEN,
+    Edge,
+    Graph,
+    draw_graph,
+    find_edges,
+    find_threshold,
+    write_graph,
+)
+from llmtune.explain.attention_heatmap import Panel, blank_unseen, draw_grid, draw_heatmap, shrink
+from llmtune.explain.attention_selection import DIFFERENCE, Seen, Wishes
+from llmtune.explain.attention_summary import MEAN, ROLLOUT, Head, among_words
 from llmtune.explain.capture import CROSS, MASKED, SELF, Kind
-from llmtune.explain.choice import DIFFERENCE, Seen, Wishes
-from llmtune.explain.graph import MOST_WRITTEN, Edge, Graph, draw_graph, find_edges, find_threshold, write_graph
-from llmtune.explain.heatmap import Panel, blank_unseen, draw_grid, draw_heatmap, shrink
-from llmtune.explain.layers import MEAN, ROLLOUT, Head, among_words
 from llmtune.explain.rollout import Matrix
 
 STEM = "attention"

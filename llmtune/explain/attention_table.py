@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.report.numbers import signed
+from llmtune.report.number_format import signed
 
 Facts = Mapping[str, Any]
 ISOLATE, POP = "\u2068", "\u2069"

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.explain.subject import Family
-from llmtune.model.loss import accepted_arguments, unwrap
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 
 Kind = Literal["self", "masked-self", "cross"]
 SELF: Kind = "self"

@@ -10,8 +10,10 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
+from llmtune.explain.adapter_weights import Carriers
 from llmtune.explain.architecture import Architecture, Blocks, Piece, Stack
-from llmtune.explain.captions import (
+from llmtune.explain.block_structure import Branch, Norm, Sublayer
+from llmtune.explain.labels import (
     Row,
     brief_size,
     describe_branch,
@@ -25,8 +27,6 @@ from llmtune.explain.captions import (
     title_branch,
     title_piece,
 )
-from llmtune.explain.carriers import Carriers
-from llmtune.explain.residuals import Branch, Norm, Sublayer
 
 BOX, HEAD, LINE, ROW, GAP = 276, 25, 16, 18, 20
 """Width of a box, heights of its title, a line and a row in it, and space between boxes."""

@@ -15,8 +15,8 @@ from itertools import takewhile
 from typing import Any
 
 from llmtune.explain.architecture import Architecture, branches_of
-from llmtune.explain.blueprint import Blueprint, UntraceableError
-from llmtune.explain.operations import Operation, Trace
+from llmtune.explain.meta_model import Blueprint, UntraceableError
+from llmtune.explain.op_trace import Operation, Trace
 
 COUNTED, CHECKED = (16, 23, 41), 1021
 """Lengths in tokens at which products are counted, and at which the formula is held against the count; odd

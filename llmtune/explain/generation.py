@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmtune.errors import RecipeError
+from llmtune.explain.generation_inputs import Given, Prompt, read_prompt
 from llmtune.explain.generation_page import write_generation_page
-from llmtune.explain.prompt import Given, Prompt, read_prompt
+from llmtune.explain.generation_trace import Choice, Reading, Trace, read_answer, trace_answer, trace_masks
 from llmtune.explain.subject import BASE, MODEL, TUNED, Subject
-from llmtune.explain.trace import Choice, Reading, Trace, read_answer, trace_answer, trace_masks
-from llmtune.explain.words import Words
-from llmtune.model.loss import unwrap
-from llmtune.model.plan import context_of
-from llmtune.run.files import explained, write_json
+from llmtune.explain.token_json import Words
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.memory_plan import context_of
+from llmtune.store.atomic_files import explained, write_json
 
 MOST_TOKENS = 256
 """Tokens of an answer: the page holds what each layer would say at each of them."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtune.explain.page import asset, fill, write_page
+from llmtune.explain.html_page import asset, fill, write_page
 from llmtune.explain.subject import BASE, TUNED
-from llmtune.explain.words import shown
+from llmtune.explain.token_json import shown
 
 Facts = Mapping[str, Any]
 LEAD = (

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.explain.subject import BASE, TUNED
-from llmtune.explain.words import shown
+from llmtune.explain.token_json import shown
 
 Facts = Mapping[str, Any]
 STAGES = ("Prompt to tokens", "Model processing", "Word prediction", "Output so far")

@@ -9,17 +9,17 @@ from typing import Any
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem
+from llmtune.explain.adapter_weights import Carriers, find_carriers
 from llmtune.explain.architecture import Architecture, branches_of, describe_model, norms_of
-from llmtune.explain.blueprint import Blueprint, draw_blueprint
-from llmtune.explain.captions import TITLES
-from llmtune.explain.carriers import Carriers, find_carriers
-from llmtune.explain.cost import Measured, measure_block
 from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost
+from llmtune.explain.labels import TITLES
+from llmtune.explain.length_cost import Measured, measure_block
+from llmtune.explain.meta_model import Blueprint, draw_blueprint
 from llmtune.explain.model_page import write_model_page
 from llmtune.explain.orders import BIASES
 from llmtune.explain.subject import Subject
-from llmtune.model.skeleton import UNREADABLE, first_line
-from llmtune.run.files import explained, write_json
+from llmtune.model.config import UNREADABLE, first_line
+from llmtune.store.atomic_files import explained, write_json
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from llmtune.explain.captions import operations
-from llmtune.explain.cost import choose_stack, cost_of_block
-from llmtune.explain.curves import draw_costs, draw_measured, rate
 from llmtune.explain.drawing import draw_architecture
 from llmtune.explain.flops import value
-from llmtune.explain.page import asset, fill, write_page
-from llmtune.explain.vector import write_svg
-from llmtune.report.numbers import count, share
+from llmtune.explain.html_page import asset, fill, write_page
+from llmtune.explain.labels import operations
+from llmtune.explain.length_cost import choose_stack, cost_of_block
+from llmtune.explain.length_curves import draw_costs, draw_measured, rate
+from llmtune.explain.svg import write_svg
+from llmtune.report.number_format import count, share
 
 if TYPE_CHECKING:
     from llmtune.explain.architecture import Architecture

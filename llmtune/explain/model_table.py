@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from llmtune.explain.adapter_weights import Carriers
 from llmtune.explain.architecture import Blocks, Piece, Stack
-from llmtune.explain.captions import (
+from llmtune.explain.block_structure import Branch, Norm, Sublayer
+from llmtune.explain.labels import (
     Row,
     brief_size,
     describe_branch,
@@ -24,9 +26,7 @@ from llmtune.explain.captions import (
     title_branch,
     title_piece,
 )
-from llmtune.explain.carriers import Carriers
 from llmtune.explain.model_page import costs, facts, tell_crossing, tell_times
-from llmtune.explain.residuals import Branch, Norm, Sublayer
 
 if TYPE_CHECKING:
     from llmtune.explain.model import Portrait

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmtune.explain.schemes import SLOPED
+from llmtune.explain.position_encodings import SLOPED
 
 BIASES = ("relative_attention_bias", "rel_embeddings", "relative_attention_bias_embedding")
 

@@ -12,13 +12,19 @@ import numpy as np
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.explain.position_encodings import (
+    Scheme,
+    find_schemes,
+    frequencies,
+    similarity_by_distance,
+    sinusoidal_encoding,
+)
 from llmtune.explain.positions_page import write_positions_page
 from llmtune.explain.positions_picture import draw_schemes
-from llmtune.explain.schemes import Scheme, find_schemes, frequencies, similarity_by_distance, sinusoidal_encoding
 from llmtune.explain.subject import TUNED, Subject
-from llmtune.explain.tokens import label, name_tokens
-from llmtune.model.plan import context_of
-from llmtune.run.files import explained, write_json
+from llmtune.explain.token_text import label, name_tokens
+from llmtune.model.memory_plan import context_of
+from llmtune.store.atomic_files import explained, write_json
 
 LONGEST, WIDEST = 4096, 4096
 """Positions and dimensions of an encoding: more than that is no table any more."""

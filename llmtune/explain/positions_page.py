@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.explain.page import asset, fill, write_page
+from llmtune.explain.html_page import asset, fill, write_page
+from llmtune.explain.position_encodings import Array, Scheme, similarity, similarity_by_distance, spread
 from llmtune.explain.positions_picture import bias_lines
-from llmtune.explain.schemes import Array, Scheme, similarity, similarity_by_distance, spread
 from llmtune.report.charts import line_chart
 
 if TYPE_CHECKING:

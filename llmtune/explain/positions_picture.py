@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtune.explain.schemes import Scheme, similarity_by_distance
+from llmtune.explain.position_encodings import Scheme, similarity_by_distance
 
 NAMED = 40
 """Words that are written beside the rows; there is no room for more."""

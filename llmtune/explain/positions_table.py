@@ -8,8 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmtune.explain.position_encodings import Scheme, doubling, similarity_by_distance, spread
 from llmtune.explain.positions import NONE_FOUND, Shown
-from llmtune.explain.schemes import Scheme, doubling, similarity_by_distance, spread
 
 ROWS, COLUMNS = 40, 6
 """Of a table: those of a longer or a wider one are the first and the last."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
-from llmtune.run.environment import prepare_environment
-from llmtune.run.files import plain, write_json
+from llmtune.store.atomic_files import plain, write_json
+from llmtune.store.process_environment import prepare_environment
 
 RESULTS = "LLMTUNE_WORKER_RESULTS"
 """Environment variable: the folder in which workers leave what came of them."""
@@ -66,8 +66,8 @@ def train_run(run: str) -> dict[str, Any]:
     from llmtune.data.examples import load_examples
     from llmtune.model import load_processor
     from llmtune.pipeline import make_adapted
-    from llmtune.run.folder import read_run, recipe_of_run
-    from llmtune.run.lock import own_pins
+    from llmtune.store.run_folder import read_run, recipe_of_run
+    from llmtune.store.run_lock import own_pins
     from llmtune.train import train
     from llmtune.work import Work, locate_pinned
 

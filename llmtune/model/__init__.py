@@ -1,14 +1,14 @@
 """Step 2: one model, found, planned for, ranked and loaded; its attention over packed rows and its loss."""
 
-from llmtune.model import quiet  # noqa: F401  # first: it mutes a library
-from llmtune.model.catalogue import locate
+from llmtune.model import library_logging  # noqa: F401  # first: it mutes a library
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
 from llmtune.model.device import compute_context, is_out_of_memory, pick_device, resolve_dtype
 from llmtune.model.kernels import check_kernels
-from llmtune.model.load import load_model
-from llmtune.model.loss import causal_loss, predicted_logits
-from llmtune.model.plan import check_context, check_memory, micro_batch_tokens, plan_memory, settle_checkpointing
+from llmtune.model.loading import load_model
+from llmtune.model.memory_plan import check_context, check_memory, micro_batch_tokens, plan_memory, settle_checkpointing
+from llmtune.model.model_selection import Ranking, rank_candidates
 from llmtune.model.processor import load_processor, save_tokenizer
-from llmtune.model.rank import Ranking, rank_candidates
+from llmtune.model.resolve import locate
 
 __all__ = [
     "Ranking",

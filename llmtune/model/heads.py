@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER, build_skeleton, find_class, head_names, in_heads
+from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, build_skeleton, find_class, head_names, in_heads
 from llmtune.records import ModelPlace, Task
 
 if TYPE_CHECKING:

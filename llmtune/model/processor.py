@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llmtune.data.template import fix_date
+from llmtune.data.chat_template import fix_date
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.skeleton import UNREADABLE, first_line, read_model_config
+from llmtune.model.config import UNREADABLE, first_line, read_model_config
 from llmtune.records import ModelPlace
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """The recipe: its schema, how it is read, checked and written, and each task's facts; without torch or transformers."""
 
-from llmtune.recipe.gates import Gate, parse_gate
+from llmtune.recipe.builtin import Shipped, find_recipe, list_recipes
+from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.jsonschema import json_schema
-from llmtune.recipe.load import LoadedRecipe, keep_origins, load_recipe
-from llmtune.recipe.reference import recipe_reference
+from llmtune.recipe.loader import LoadedRecipe, keep_origins, load_recipe
+from llmtune.recipe.recipe_reference import recipe_reference
 from llmtune.recipe.schema import (
     DataSection,
     EvaluateSection,
@@ -11,7 +12,8 @@ from llmtune.recipe.schema import (
     Recipe,
     Source,
 )
-from llmtune.recipe.shipped import Shipped, find_recipe, list_recipes
+from llmtune.recipe.starter import new_recipe
+from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -22,9 +24,7 @@ from llmtune.recipe.task_sections import (
     TokenClassifySection,
     TranslateSection,
 )
-from llmtune.recipe.tasks import TASK_FACTS, TaskFacts
-from llmtune.recipe.template import new_recipe
-from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
+from llmtune.recipe.tuning_sections import AdapterSection, ModelSection, TrainSection
 
 __all__ = [
     "TASK_FACTS",

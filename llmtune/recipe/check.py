@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.recipe.findings import Finding
-from llmtune.recipe.foreign import FOREIGN
-from llmtune.recipe.places import Key, Places, dotted
-from llmtune.recipe.reader import Stated
+from llmtune.recipe.aliases import FOREIGN
+from llmtune.recipe.base_section import BRANCHES, Section, is_section
+from llmtune.recipe.finding import Finding
 from llmtune.recipe.rules import find_all
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import BRANCHES, Section, is_section
+from llmtune.recipe.source_map import Key, Places, dotted
+from llmtune.recipe.yaml_reader import Stated
 
 PLACEHOLDERS: Mapping[str, Any] = {"task": "chat", "data": {"train": "rows.jsonl"}, "model": {"name": "model"}}
 """Stand in for what is missing or wrong, so that the rest can be checked in the same go."""

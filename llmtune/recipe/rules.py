@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.places import Places
+from llmtune.recipe.finding import Finding, idle
 from llmtune.recipe.rules_data import data_findings
 from llmtune.recipe.rules_evaluate import evaluate_findings
 from llmtune.recipe.rules_tasks import task_findings
 from llmtune.recipe.rules_tuning import adapter_findings, model_findings, train_findings
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.source_map import Places
 
 
 def find_all(recipe: Recipe, places: Places) -> Iterator[Finding]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding
-from llmtune.recipe.gates import Gate
-from llmtune.recipe.measuring import study_name
+from llmtune.recipe.eval_suites_section import study_name
+from llmtune.recipe.finding import Finding
+from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.rules_forgetting import no_decoder
 from llmtune.recipe.schema import Recipe
 

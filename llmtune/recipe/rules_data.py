@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtune.errors import nearest
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.places import Places
+from llmtune.recipe.finding import Finding, idle
 from llmtune.recipe.schema import DataSection, Recipe, Source
-from llmtune.recipe.tasks import COLUMNS, ROW_FORMATS, TASK_FACTS
+from llmtune.recipe.source_map import Places
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS, TASK_FACTS
 
 CONTAINERS = ("jsonl", "json", "csv", "parquet")
 

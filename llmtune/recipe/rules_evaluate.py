@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.gates import Gate, parse_gate
-from llmtune.recipe.measuring import STUDY_METRICS
-from llmtune.recipe.places import Places
+from llmtune.recipe.eval_suites_section import STUDY_METRICS
+from llmtune.recipe.finding import Finding, idle
+from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.rules_benchmarks import benchmark_findings, benchmark_gate_findings
 from llmtune.recipe.rules_data import has_rows
 from llmtune.recipe.rules_fairness import fairness_findings, fairness_gate_findings
 from llmtune.recipe.rules_forgetting import forgetting_findings, forgetting_gate_findings
 from llmtune.recipe.rules_tasks import default_metrics, unmeasured
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.tasks import PREDICTED, TASK_FACTS
+from llmtune.recipe.source_map import Places
+from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS
 
 MEASURING = ("metrics", "gates", "limit", "choices", "samples", "slices")
 CHOICE = "choice_accuracy"

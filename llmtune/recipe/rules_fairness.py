@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.gates import Gate
-from llmtune.recipe.measuring import OWN, FairnessSection
-from llmtune.recipe.places import Places
+from llmtune.recipe.eval_suites_section import OWN, FairnessSection
+from llmtune.recipe.finding import Finding, idle
+from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.rules_data import has_rows
 from llmtune.recipe.rules_tasks import points, scores_answers
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.source_map import Places
 
 KEY = "evaluate.fairness"
 PARTS = ("pairs", "swaps", "groups")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding
-from llmtune.recipe.gates import Gate
+from llmtune.recipe.finding import Finding
+from llmtune.recipe.gate_grammar import Gate
 from llmtune.recipe.rules_tasks import is_masked, points, scores_answers
 from llmtune.recipe.schema import Recipe
 

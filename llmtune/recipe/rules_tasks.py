@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.places import Places
+from llmtune.recipe.finding import Finding, idle
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.source_map import Places
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import PreferenceSection
-from llmtune.recipe.tasks import TASK_FACTS
 
 GENERATION_KEYS = (
     "max_new_tokens",

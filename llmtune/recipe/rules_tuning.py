@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 
 from llmtune.errors import nearest
-from llmtune.recipe.findings import Finding, idle
-from llmtune.recipe.paths import is_local
-from llmtune.recipe.places import Places
+from llmtune.recipe.finding import Finding, idle
+from llmtune.recipe.path_resolution import is_local
 from llmtune.recipe.rules_data import has_rows
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.source_map import Places
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 

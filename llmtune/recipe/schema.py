@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
-from llmtune.recipe.measuring import BenchmarkSection, FairnessSection, ForgettingSection
-from llmtune.recipe.section import Many, Section, by_kind, one_or_more
+from llmtune.recipe.base_section import Many, Section, by_kind, one_or_more
+from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -18,7 +18,7 @@ from llmtune.recipe.task_sections import (
     TokenClassifySection,
     TranslateSection,
 )
-from llmtune.recipe.tuning import AdapterSection, ModelSection, TrainSection
+from llmtune.recipe.tuning_sections import AdapterSection, ModelSection, TrainSection
 
 TaskName = Literal[
     "chat", "completion", "translate", "summarize", "qa", "classify", "token-classify", "speech", "preference"

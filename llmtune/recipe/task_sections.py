@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from llmtune.recipe.section import Many, Section, by_kind
+from llmtune.recipe.base_section import Many, Section, by_kind
 
 Label = Annotated[str, Field(min_length=1)]
 ClassWeights = Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from llmtune.report.numbers import short
+from llmtune.report.number_format import short
 
 Point = tuple[float, float]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34

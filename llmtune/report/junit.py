@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as Tree  # written, never read: nothing of it can be attacked
 
-from llmtune.report.numbers import score
+from llmtune.report.number_format import score
 
 NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

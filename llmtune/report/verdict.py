@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.report.meanings import CHOICE, COSTS, better_side, direction
-from llmtune.report.spread import warn
+from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
+from llmtune.report.seed_variance import warn
 
 SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
 """One number in several units."""

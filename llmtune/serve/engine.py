@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate.batches import release_memory
 from llmtune.evaluate.generation import cache_budget
 from llmtune.evaluate.greedy import column_bytes_of
+from llmtune.evaluate.token_batches import release_memory
 from llmtune.model import compute_context, is_out_of_memory, resolve_dtype
-from llmtune.serve.alone import write_alone
-from llmtune.serve.choice import Chooser, Wish, choose_tokens
-from llmtune.serve.rows import LiveRows
-from llmtune.serve.served import Served
+from llmtune.serve.continuous_batch import LiveRows
+from llmtune.serve.generate_fallback import write_alone
+from llmtune.serve.sampling import Chooser, Wish, choose_tokens
+from llmtune.serve.served_model import Served
 
 TURN = 8
 """Steps that one model takes before another has its turn."""

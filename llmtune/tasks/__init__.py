@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.model.skeleton import NEEDS, describe_config, fits
+from llmtune.model.config import NEEDS, describe_config, fits
 from llmtune.recipe import Recipe
 from llmtune.records import Task
 from llmtune.tasks import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtune.data.collate import causal_collator
-from llmtune.data.encode import encode_chat
-from llmtune.data.template import render_prompt
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import render_prompt
+from llmtune.data.collators import causal_collator
 from llmtune.model import causal_loss
 from llmtune.records import Row, Task
 

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.data import iterate_rows
-from llmtune.data.collate_targets import classes_collator
-from llmtune.data.encode_labelled import class_target, encode_classes
-from llmtune.data.report import class_pieces
+from llmtune.data.data_report import class_pieces
+from llmtune.data.label_encoding import class_target, encode_classes
+from llmtune.data.target_collators import classes_collator
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.evaluate.classes import CLASS_METRICS, class_table, confusion, majority_scores, measure_classes
+from llmtune.evaluate.classification_metrics import (
+    CLASS_METRICS,
+    class_table,
+    confusion,
+    majority_scores,
+    measure_classes,
+)
 from llmtune.evaluate.metrics import Measure
-from llmtune.evaluate.predict import name_of, predict_classes
+from llmtune.evaluate.task_predictions import name_of, predict_classes
 from llmtune.model.heads import check_padding, name_outputs
-from llmtune.model.losses import classes_loss
+from llmtune.model.task_losses import classes_loss
 from llmtune.recipe import TASK_FACTS, ClassifySection
 from llmtune.records import SIDES, Row, Rows, Task
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmtune.data.collate import causal_collator
-from llmtune.data.collate_targets import masked_collator
-from llmtune.data.encode import encode_completion, prompt_ids
-from llmtune.data.encode_labelled import encode_masked
-from llmtune.evaluate.predict import fill_masks
+from llmtune.data.chat_encoding import encode_completion, prompt_ids
+from llmtune.data.collators import causal_collator
+from llmtune.data.label_encoding import encode_masked
+from llmtune.data.target_collators import masked_collator
+from llmtune.evaluate.task_predictions import fill_masks
 from llmtune.model import causal_loss
 from llmtune.records import Row, Task
 

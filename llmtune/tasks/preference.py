@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.adapter.reference import reference_of
+from llmtune.adapter.reference_model import reference_of
 from llmtune.data import iterate_rows
-from llmtune.data.collate_targets import preference_collator
-from llmtune.data.encode_preference import answer_columns, describe_rows, encode_preference, render_preference
-from llmtune.data.report import preference_pieces
+from llmtune.data.data_report import preference_pieces
+from llmtune.data.preference_encoding import answer_columns, describe_rows, encode_preference, render_preference
+from llmtune.data.target_collators import preference_collator
 from llmtune.errors import DataError, LlmtuneError
 from llmtune.evaluate.metrics import Measure
-from llmtune.evaluate.preferences import measure_preferences, predict_preferences
+from llmtune.evaluate.preference_metrics import measure_preferences, predict_preferences
 from llmtune.model.heads import check_padding, name_outputs
-from llmtune.model.preference import preference_loss
-from llmtune.model.preference import survey as survey_of
+from llmtune.model.preference_losses import preference_loss
+from llmtune.model.preference_losses import survey as survey_of
 from llmtune.recipe import PreferenceSection
 from llmtune.records import Batch, Loss, Row, Rows, Task
 

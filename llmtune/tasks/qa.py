@@ -9,15 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data import iterate_rows
-from llmtune.data.collate_targets import ends_collator
-from llmtune.data.encode_labelled import encode_windows
-from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
-from llmtune.data.report import ends_pieces
+from llmtune.data.data_report import ends_pieces
+from llmtune.data.label_encoding import encode_windows
+from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
+from llmtune.data.target_collators import ends_collator
 from llmtune.evaluate.metrics import Measure
-from llmtune.evaluate.predict import predict_ends, write_texts
-from llmtune.evaluate.texts import measure_squad
-from llmtune.model.losses import ends_loss
-from llmtune.model.skeleton import is_encoder
+from llmtune.evaluate.task_predictions import predict_ends, write_texts
+from llmtune.evaluate.text_metrics import measure_squad
+from llmtune.model.config import is_encoder
+from llmtune.model.task_losses import ends_loss
 from llmtune.recipe import QaSection
 from llmtune.records import Row, Rows, Task
 from llmtune.tasks import translate

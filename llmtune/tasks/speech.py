@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.collate_targets import ctc_collator, whisper_collator
-from llmtune.data.encode_speech import encode_ctc, encode_whisper, set_speech
-from llmtune.data.report import pair_pieces
+from llmtune.data.data_report import pair_pieces
+from llmtune.data.speech_encoding import encode_ctc, encode_whisper, set_speech
+from llmtune.data.target_collators import ctc_collator, whisper_collator
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.metrics import Measure
-from llmtune.evaluate.transcribe import transcribe_ctc, transcribe_whisper
-from llmtune.evaluate.transcripts import find_spellings, measure_cer, measure_wer
-from llmtune.model.losses import ctc_loss, seq2seq_loss
-from llmtune.model.seq2seq import check_decoder_start
+from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
+from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
+from llmtune.model.decoder_start import check_decoder_start
+from llmtune.model.task_losses import ctc_loss, seq2seq_loss
 from llmtune.recipe import SpeechSection
 from llmtune.records import Row, Task
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
-from llmtune.evaluate.predict import write_texts
+from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
+from llmtune.evaluate.task_predictions import write_texts
 from llmtune.records import Row, Task
 from llmtune.tasks import translate
 from llmtune.tasks.translate import fill

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data import iterate_rows
-from llmtune.data.collate_targets import tags_collator
-from llmtune.data.encode_labelled import encode_tags, tag_names
-from llmtune.data.labelled import OUTSIDE, find_words
-from llmtune.data.report import tag_pieces
+from llmtune.data.data_report import tag_pieces
+from llmtune.data.label_encoding import encode_tags, tag_names
+from llmtune.data.labelled_rows import OUTSIDE, find_words
+from llmtune.data.target_collators import tags_collator
 from llmtune.errors import DataError
-from llmtune.evaluate.entities import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.metrics import Measure
-from llmtune.evaluate.predict import predict_tags
+from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
+from llmtune.evaluate.task_predictions import predict_tags
+from llmtune.model.config import is_encoder
 from llmtune.model.heads import name_outputs
-from llmtune.model.losses import tags_loss
-from llmtune.model.skeleton import is_encoder
+from llmtune.model.task_losses import tags_loss
 from llmtune.recipe import TokenClassifySection
 from llmtune.records import SIDES, Row, Rows, Task
 

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.collate import causal_collator
-from llmtune.data.collate_targets import seq2seq_collator
-from llmtune.data.encode_pairs import Pair, encode_by_prompt, encode_seq2seq, knows_languages, render_by_prompt
-from llmtune.data.report import pair_pieces
+from llmtune.data.collators import causal_collator
+from llmtune.data.data_report import pair_pieces
+from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, knows_languages, render_by_prompt
+from llmtune.data.target_collators import seq2seq_collator
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.metrics import TEXT_MEASURES, Measure, measure_texts
-from llmtune.evaluate.predict import write_texts
+from llmtune.evaluate.task_predictions import write_texts
 from llmtune.model import causal_loss
-from llmtune.model.losses import seq2seq_loss
-from llmtune.model.seq2seq import check_decoder_start
+from llmtune.model.decoder_start import check_decoder_start
+from llmtune.model.task_losses import seq2seq_loss
 from llmtune.records import Row, Task
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.run.files import hash_file
-from llmtune.train.progress import METRICS
-from llmtune.train.state import TrainState
+from llmtune.store.atomic_files import hash_file
+from llmtune.train.metrics_log import METRICS
+from llmtune.train.train_state import TrainState
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"

@@ -20,7 +20,9 @@ from llmtune.adapter import save_adapter
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model import is_out_of_memory
 from llmtune.records import AdaptedModel, Examples, Task, TrainedRun
-from llmtune.run.meter import seconds_of_process
+from llmtune.store.profile import seconds_of_process
+from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
+from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
     Checkpoint,
     Damage,
@@ -31,17 +33,15 @@ from llmtune.train.checkpoint import (
     sweep,
     write_folder,
 )
-from llmtune.train.diagnosis import diverged, not_a_number, ruined, weights_are_numbers, where_to_go_on
+from llmtune.train.distributed import add_up, on_main
 from llmtune.train.divergence import Divergence
-from llmtune.train.gradients import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
-from llmtune.train.memory import MEMORY_ERRORS, peak_bytes, reset_peak
-from llmtune.train.processes import add_up, on_main
-from llmtune.train.progress import METRICS, Display, Line, append_line, cut_back, show
-from llmtune.train.rehearsal import put_checkpoint, rehearse, save, shrink
+from llmtune.train.failure_report import diverged, not_a_number, ruined, weights_are_numbers, where_to_go_on
+from llmtune.train.memory_usage import MEMORY_ERRORS, peak_bytes, reset_peak
+from llmtune.train.metrics_log import METRICS, Display, Line, append_line, cut_back, show
+from llmtune.train.preflight import put_checkpoint, rehearse, save, shrink
+from llmtune.train.setup import Training, deterministic, set_up
 from llmtune.train.signals import StopRequest, catch_signals
-from llmtune.train.state import TrainState
-from llmtune.train.steps import padding_share
-from llmtune.train.training import Training, deterministic, set_up
+from llmtune.train.train_state import TrainState
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe

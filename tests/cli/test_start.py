@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.runs import llmtune, write_recipe
 
-from llmtune.run.environment import at_once
+from llmtune.store.process_environment import at_once
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
 

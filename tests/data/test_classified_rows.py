@@ -9,8 +9,8 @@ from support.families import build_bert, build_distilbert, build_roberta
 from support.rows import prepare, rows_of, write_jsonl
 from transformers import AutoTokenizer
 
-from llmtune.data.encode_labelled import encode_classes, read_texts
-from llmtune.data.labelled import classified
+from llmtune.data.label_encoding import encode_classes, read_texts
+from llmtune.data.labelled_rows import classified
 from llmtune.data.messages import RowError
 from llmtune.errors import DataError
 from llmtune.recipe import Recipe

@@ -8,8 +8,8 @@ import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 
 from llmtune.data import prepare_rows
+from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows
-from llmtune.data.report import describe_examples
 from llmtune.tasks import get_task
 
 
@@ -61,7 +61,7 @@ def test_learned_text_is_green(tmp_path, console):
 
     facts, _ = describe([conversation("one", "two")], tmp_path, console)
     colours = Console(file=console.file, force_terminal=True, color_system="standard", width=100)
-    from llmtune.data.report import _coloured
+    from llmtune.data.data_report import _coloured
 
     colours.print(_coloured([tuple(piece) for piece in facts["example"]]))
     assert "\x1b[32mtwo<|im_end|>\x1b[0m" in console.file.getvalue()

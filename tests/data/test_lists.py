@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from support.runs import write_recipe
 
-from llmtune.data.listing import listed
+from llmtune.data.rejected_rows import listed
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe

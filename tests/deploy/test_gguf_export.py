@@ -9,15 +9,15 @@ from support.models import CHATML
 from support.runs import write_recipe
 
 import llmtune.deploy.gguf_adapter as gguf_adapter
+import llmtune.deploy.gguf_architectures as gguf_shapes
 import llmtune.deploy.gguf_export as exporting
-import llmtune.deploy.gguf_reading as gguf_reading
-import llmtune.deploy.gguf_shapes as gguf_shapes
+import llmtune.deploy.gguf_readers as gguf_reading
 from llmtune.adapter import inject
 from llmtune.deploy.gguf_export import export_gguf
-from llmtune.deploy.gguf_reading import check_reader
+from llmtune.deploy.gguf_readers import check_reader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import load_model, load_processor, locate
-from llmtune.model.skeleton import read_model_config
+from llmtune.model.config import read_model_config
 from llmtune.recipe import load_recipe
 from llmtune.tasks import choose_form, get_task
 

@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import llmtune.deploy.gguf_file as gguf_file
+from llmtune.deploy.gguf_architectures import find_family
 from llmtune.deploy.gguf_file import find_quantizer, write_model
-from llmtune.deploy.gguf_reading import READ_BY_TRANSFORMERS, TransformersReader
-from llmtune.deploy.gguf_shapes import find_family
+from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersReader
 from llmtune.deploy.gguf_vocabulary import build_tokenizer, describe_vocabulary, read_vocabulary
 from llmtune.errors import EnvironmentProblem
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from llmtune.adapter import merge
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_file import write_model
-from llmtune.deploy.gguf_reading import LlamaReader
+from llmtune.deploy.gguf_readers import LlamaReader
 from llmtune.deploy.gguf_vocabulary import describe_vocabulary
 from llmtune.evaluate.generation import answer_ends, generate_batch
-from llmtune.model.packaged import PACKAGED, unpack_packaged
+from llmtune.model.builtin_models import PACKAGED, unpack_packaged
 from llmtune.tasks import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")

@@ -9,7 +9,7 @@ from support.runs import llmtune
 from typer.testing import CliRunner
 
 from llmtune.cli.app import app
-from llmtune.run.files import read_json
+from llmtune.store.atomic_files import read_json
 
 
 @pytest.fixture(scope="module")

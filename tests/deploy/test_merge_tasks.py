@@ -12,9 +12,9 @@ from support.audio import write_tone
 from support.classifying import colour_rows
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
-import llmtune.deploy.merge as merging
+import llmtune.deploy.merged_model as merging
 from llmtune.adapter import merge as really_merge
-from llmtune.deploy.outputs import measure
+from llmtune.deploy.head_parity import measure
 from llmtune.errors import GateFailed
 from llmtune.finished import answer_once, merge_run
 from llmtune.pipeline import run_pipeline

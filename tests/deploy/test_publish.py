@@ -21,7 +21,7 @@ from support.runs import llmtune
 from llmtune.deploy.publish import Wishes, publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.finished import merge_run
-from llmtune.model.quiet import hushed
+from llmtune.model.library_logging import hushed
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_template_that_names_a_place_is_refused(run, tmp_path, console):
 
 def forget_hash(run):
     """Have the run believe that it evaluated what it holds now."""
-    from llmtune.run.files import hash_folder
+    from llmtune.store.atomic_files import hash_folder
 
     manifest = json.loads((run / "run.json").read_text())
     manifest["steps"]["evaluate"]["facts"]["trained"] = hash_folder(run / "adapter")
@@ -220,7 +220,7 @@ def test_a_run_without_an_evaluation_is_not_published(run, tmp_path, console):
 
 
 def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, console):
-    from llmtune.run.files import hash_file, hash_folder
+    from llmtune.store.atomic_files import hash_file, hash_folder
 
     file = tmp_path / "gguf/tiny-F16.gguf"
     file.parent.mkdir()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmtune.data import prepare_rows
-from llmtune.data.collate import collate_padded
+from llmtune.data.collators import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.evaluate import evaluate
 from llmtune.model import load_model, load_processor, locate

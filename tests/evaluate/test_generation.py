@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.evaluate import generation
 from llmtune.evaluate.generation import answer_ends, cache_budget, decode_answer, generate_texts, is_greedy
-from llmtune.model.attention import PACKED, install_packed
+from llmtune.model.packed_attention import PACKED, install_packed
 
 PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
 

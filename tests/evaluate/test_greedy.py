@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from llmtune.evaluate import greedy
-from llmtune.evaluate.columns import Columns
 from llmtune.evaluate.greedy import Writing, column_bytes_of, common_beginning, write_greedily
-from llmtune.model.attention import PACKED, install_packed
+from llmtune.evaluate.kv_cache import Columns
+from llmtune.model.packed_attention import PACKED, install_packed
 
 SIZE = 90
 SHAPE = {"vocab_size": SIZE, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -23,13 +23,13 @@ from support.rows import write_jsonl
 from support.runs import write_recipe
 
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, LlmtuneError, RecipeError
-from llmtune.evaluate.harness import check_benchmarks, load_benchmarks
-from llmtune.evaluate.harness.quiet import quietly
+from llmtune.evaluate.lm_eval_harness import check_benchmarks, load_benchmarks
+from llmtune.evaluate.lm_eval_harness.quiet import quietly
 from llmtune.hashes import study_files
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.run.environment import names_remote
-from llmtune.run.task_files import list_task_files, read_task_file
+from llmtune.store.lm_eval_tasks import list_task_files, read_task_file
+from llmtune.store.process_environment import names_remote
 from llmtune.work import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
@@ -410,7 +410,7 @@ def test_two_benchmarks_with_one_task_are_refused(tasks: Path) -> None:
 
 
 def test_lm_eval_missing_is_told_by_the_extra_that_brings_it(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.run.task_files.PACKAGE", "lm_eval_that_is_not_there")
+    monkeypatch.setattr("llmtune.store.lm_eval_tasks.PACKAGE", "lm_eval_that_is_not_there")
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[benchmarks\]'"):
         check_benchmarks(recipe_with(tasks / "choose.yaml"))
     check_benchmarks(recipe_with())
@@ -477,7 +477,7 @@ def test_scores_are_those_of_lm_evals_command_line(done: Path, name: str, adapte
 
 @pytest.mark.slow
 def test_scores_of_the_packaged_model_are_those_of_lm_evals_command_line(tmp_path: Path) -> None:
-    from llmtune.model.packaged import unpack_packaged
+    from llmtune.model.builtin_models import unpack_packaged
 
     write_tasks(tmp_path)
     recipe = write_recipe(

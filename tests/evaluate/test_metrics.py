@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.evaluate.measure import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.metrics import (
     METRICS,
     TEXT_MEASURES,

@@ -13,11 +13,11 @@ from support.runs import write_recipe
 from llmtune import finished
 from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
-from llmtune.evaluate.answers import answer, score_tokens
-from llmtune.evaluate.plan import make_plan
+from llmtune.evaluate.eval_inputs import make_plan
+from llmtune.evaluate.inference import answer, score_tokens
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_model
-from llmtune.model.loss import unwrap
+from llmtune.model.causal_lm_loss import unwrap
 
 
 def opened(folder, console):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from llmtune.data.hub import HUB
+from llmtune.data.hub_datasets import HUB
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.evaluate.paired_sentences import hub_source, read_pair, read_pairs, word_at_blank
 

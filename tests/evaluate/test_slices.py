@@ -9,8 +9,8 @@ import pytest
 from llmtune.data import load_rows, prepare_rows
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate import load_evaluation, save_evaluation
-from llmtune.evaluate.measure import Measure, compare, measure_right
-from llmtune.evaluate.ranks import measure_correlation
+from llmtune.evaluate.auroc_and_correlation import measure_correlation
+from llmtune.evaluate.metric import Measure, compare, measure_right
 from llmtune.evaluate.slices import Parts, read_slices, score_slices, take_apart
 from llmtune.recipe import load_recipe
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
 from llmtune.explain.adapter import Map, arrange, explain_adapter, together
-from llmtune.explain.carriers import find_carriers, read_carriers
+from llmtune.explain.adapter_weights import find_carriers, read_carriers
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.subjects import open_subject
@@ -195,7 +195,7 @@ def test_an_adapter_on_some_layers_is_marked_so(tmp_path: Path):
 
 def test_moves_of_two_halves_have_rows_of_their_own(chat_run: Path):
     subject = open_subject(str(chat_run), quiet(), offline=True)
-    from llmtune.explain.movement import Move
+    from llmtune.explain.weight_delta import Move
 
     names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q", "lm_head"]
     found = arrange(subject, [Move(name, "LoRA", 1.0, 2.0, 9) for name in names])

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from llmtune.explain.architecture import Architecture, Blocks, branches_of, describe_model
-from llmtune.explain.blueprint import Blueprint, draw_blueprint
-from llmtune.explain.captions import briefly, describe_branch, describe_piece, rows_of, shorten, tell_outputs
 from llmtune.explain.drawing import draw_architecture
+from llmtune.explain.html_page import asset
+from llmtune.explain.labels import briefly, describe_branch, describe_piece, rows_of, shorten, tell_outputs
+from llmtune.explain.meta_model import Blueprint, draw_blueprint
 from llmtune.explain.model import count_parts
-from llmtune.explain.page import asset
-from llmtune.explain.vector import write_svg
+from llmtune.explain.svg import write_svg
 from llmtune.subjects import open_subject
 
 BUILDERS: dict[str, Callable[..., Path]] = {

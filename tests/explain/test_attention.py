@@ -26,8 +26,8 @@ from typer.testing import CliRunner, Result
 from llmtune.cli.app import app
 from llmtune.explain import attention, attention_page
 from llmtune.explain.attention import explain_attention
-from llmtune.explain.choice import Wishes
-from llmtune.explain.reading import Given
+from llmtune.explain.attention_inputs import Given
+from llmtune.explain.attention_selection import Wishes
 from llmtune.explain.subject import Subject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
@@ -140,7 +140,7 @@ def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp
     base = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
     for side, model in (("base", base), ("tuned", base)):
         if side == "tuned":
-            from llmtune.model.quiet import hushed
+            from llmtune.model.library_logging import hushed
 
             with hushed():
                 model = PeftModel.from_pretrained(base, run / "adapter").eval()

@@ -25,12 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
+from llmtune.explain.attention_summary import Gathered, Layer, Line, Lines, among_words, merge, plainest
 from llmtune.explain.capture import CROSS, MASKED, SELF, Attended, attend, shape_of
-from llmtune.explain.layers import Gathered, Layer, Line, Lines, among_words, merge, plainest
 from llmtune.explain.rollout import roll
-from llmtune.explain.tokens import Token
-from llmtune.model.plain import load_plain
-from llmtune.model.quiet import hushed
+from llmtune.explain.token_text import Token
+from llmtune.model.library_logging import hushed
+from llmtune.model.plain_model import load_plain
 from llmtune.recipe import ModelSection
 from llmtune.records import ModelPlace
 from llmtune.subjects import family_of

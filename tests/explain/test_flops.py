@@ -11,8 +11,8 @@ from support.models import build_gpt2, build_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain.architecture import describe_model
-from llmtune.explain.blueprint import draw_blueprint, make_inputs
 from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost, fit, value
+from llmtune.explain.meta_model import draw_blueprint, make_inputs
 from llmtune.subjects import open_subject
 
 BUILDERS: dict[str, Callable[..., Path]] = {

@@ -21,10 +21,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.data.template import render_prompt
+from llmtune.data.chat_template import render_prompt
 from llmtune.explain.generation import parting, slug
-from llmtune.explain.prompt import Given
-from llmtune.explain.trace import Choice, read_answer
+from llmtune.explain.generation_inputs import Given
+from llmtune.explain.generation_trace import Choice, read_answer
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.work import Options
@@ -102,7 +102,7 @@ def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_traini
     ids = render_prompt([{"role": "user", "content": QUESTION}], tokenizer, loaded)
     assert [token["id"] for token in told["tokens"]] == ids
     answer = [step["token"]["id"] for step in told["traces"]["tuned"]["steps"]]
-    from llmtune.explain.prompt import Prompt
+    from llmtune.explain.generation_inputs import Prompt
 
     wanted = read_answer(model, Prompt(ids, loaded), ids, answer)
     assert [row["base"] for row in told["comparison"]] == pytest.approx([w.probability for w in wanted], rel=1e-3)

@@ -18,7 +18,7 @@ from support.runs import llmtune, write_recipe
 from support.training import make_recipe, run_training, write_examples
 
 from llmtune.adapter import inject, load_adapter, save_adapter
-from llmtune.deploy.merge import merge_model
+from llmtune.deploy.merged_model import merge_model
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel

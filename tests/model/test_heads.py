@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from llmtune.adapter import inject
 from llmtune.errors import RecipeError
 from llmtune.model import load_model, load_processor, locate
+from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.model.heads import head_is_new, name_outputs
-from llmtune.model.load import put_in_order
-from llmtune.model.skeleton import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
+from llmtune.model.loading import put_in_order
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks import get_task

@@ -11,8 +11,8 @@ from support.models import build_llama
 from support.templates import LLAMA3, OWN_TOKENS, conversation
 from transformers import AutoTokenizer
 
-from llmtune.data.encode import encode_chat
-from llmtune.data.template import render_prompt
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import render_prompt
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import load_processor, locate, save_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCTC
 
-from llmtune.model.losses import ctc_loss
+from llmtune.model.task_losses import ctc_loss
 
 LETTER_MODELS = {
     "wav2vec2": {},

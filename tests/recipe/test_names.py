@@ -8,8 +8,8 @@ import pytest
 
 from llmtune.recipe import AdapterSection, GenerationSection, ModelSection, TrainSection
 from llmtune.recipe.rules_tuning import BETAS, EPSILON, LORA_KEYS, QUANTIZATION_KEYS, SCHEDULE_OPTIONS
-from llmtune.recipe.tasks import COLUMNS, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS
-from llmtune.recipe.tuning import Optimizer, Schedule, Tracker
+from llmtune.recipe.task_facts import COLUMNS, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS
+from llmtune.recipe.tuning_sections import Optimizer, Schedule, Tracker
 
 OWN_TRAIN_KEYS = {"batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "seeds"}
 OWN_ADAPTER_KEYS = {"method", "start_from"}
@@ -99,8 +99,8 @@ def test_an_optimiser_reads_exactly_the_adam_settings_that_the_rules_say(optim):
 
 
 def test_row_formats_and_columns_are_those_that_step_1_reads():
-    from llmtune.data.formats import COLUMNS as READ
-    from llmtune.data.formats import FORMATS
+    from llmtune.data.row_formats import COLUMNS as READ
+    from llmtune.data.row_formats import FORMATS
 
     assert set(COLUMNS) == set(READ)
     assert set(ROW_FORMATS) == set(FORMATS)

@@ -8,8 +8,8 @@ import pytest
 
 from llmtune.errors import RecipeError
 from llmtune.recipe import load_recipe
-from llmtune.recipe.gates import GATE
-from llmtune.recipe.measuring import plain_name, study_name
+from llmtune.recipe.eval_suites_section import plain_name, study_name
+from llmtune.recipe.gate_grammar import GATE
 
 RECIPE = """
 task: chat

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.report.charts import bar_chart, few_digits, interval_chart, line_chart, matrix_chart, ticks
-from llmtune.report.numbers import count, duration, score, short, signed, size
+from llmtune.report.number_format import count, duration, score, short, signed, size
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 

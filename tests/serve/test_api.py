@@ -9,9 +9,9 @@ import pytest
 from support.serving import served_of, serving, wait_until
 from tokenizers.processors import TemplateProcessing
 
-from llmtune.deploy.chat import ChatSession
+from llmtune.deploy.chat_session import ChatSession
 from llmtune.evaluate.generation import generate_texts
-from llmtune.serve.gateway import LOOPBACK, digest
+from llmtune.serve.middleware import LOOPBACK, digest
 
 QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]
 KEY = "correct-horse-battery"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.serving import served_of, wait_until
 
-from llmtune.deploy.chat import ChatSession
-from llmtune.serve.choice import wish_for
+from llmtune.deploy.chat_session import ChatSession
 from llmtune.serve.engine import Closing, End, Engine, Job, OutOfMemory, QueueFull
+from llmtune.serve.sampling import wish_for
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 

@@ -7,7 +7,7 @@ from support.browser import browser
 from support.driving import open_browser
 from support.serving import served_of, serving
 
-from llmtune.serve.gateway import digest
+from llmtune.serve.middleware import digest
 
 pytestmark = browser
 SAID = "[...document.querySelectorAll('.model .said')].map(e => e.textContent)"

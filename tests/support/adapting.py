@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.adapter import inject, trainable_parameters
-from llmtune.data.collate import collate_packed, collate_padded
+from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.model import load_model, load_processor, locate
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel

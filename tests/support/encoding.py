@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers.processors import TemplateProcessing
 
-from llmtune.data.encode import encode_chat, encode_completion
+from llmtune.data.chat_encoding import encode_chat, encode_completion
 from support.templates import recipe_for
 
 

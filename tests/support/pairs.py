@@ -14,12 +14,12 @@ from llmtune.adapter import inject
 from llmtune.data.examples import load_examples
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_model, load_processor, locate
-from llmtune.model.skeleton import read_model_config
+from llmtune.model.config import read_model_config
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.tasks import choose_form
-from llmtune.train.gradients import step_gradients
-from llmtune.train.training import Training, set_up
+from llmtune.train.accumulation import step_gradients
+from llmtune.train.setup import Training, set_up
 from llmtune.work import Options
 from support.rows import write_jsonl
 from support.runs import write_recipe

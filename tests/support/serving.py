@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import uvicorn
 
-from llmtune.serve.app import build_app
 from llmtune.serve.engine import Engine
-from llmtune.serve.gateway import Rules
-from llmtune.serve.served import Served
+from llmtune.serve.http_app import build_app
+from llmtune.serve.middleware import Rules
+from llmtune.serve.served_model import Served
 
 
 class Process:

@@ -20,15 +20,15 @@ from support.runs import llmtune
 from support.training import adapt, read_metrics
 from transformers import AutoTokenizer
 
-from llmtune.data.labelled import classified
+from llmtune.data.labelled_rows import classified
 from llmtune.errors import RecipeError
-from llmtune.evaluate.predict import predict_classes
+from llmtune.evaluate.task_predictions import predict_classes
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import classify, get_task
-from llmtune.train.gradients import step_gradients
-from llmtune.train.training import set_up
+from llmtune.train.accumulation import step_gradients
+from llmtune.train.setup import set_up
 from llmtune.work import Options
 
 RUNS = (

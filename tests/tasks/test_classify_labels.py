@@ -16,7 +16,7 @@ from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from llmtune.data.examples import ExampleReader, load_examples
-from llmtune.data.labelled import classified
+from llmtune.data.labelled_rows import classified
 from llmtune.errors import DataError, RecipeError
 from llmtune.tasks import classify
 

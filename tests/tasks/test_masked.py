@@ -16,18 +16,18 @@ from support.pairs import gradient
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.adapter import inject
-from llmtune.data.collate_targets import masked_collator
-from llmtune.data.encode_labelled import encode_masked
 from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.label_encoding import encode_masked
+from llmtune.data.target_collators import masked_collator
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.predict import fill_masks
+from llmtune.evaluate.task_predictions import fill_masks
 from llmtune.finished import Models, open_finished
 from llmtune.model import causal_loss, load_model, load_processor, locate
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import FORMS, choose_form
-from llmtune.train.training import set_up
+from llmtune.train.setup import set_up
 from llmtune.work import Options
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")

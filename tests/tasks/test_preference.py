@@ -28,7 +28,7 @@ from llmtune.model import load_processor
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.rules_tasks import LOSS_METRICS
-from llmtune.train.gradients import validation_loss
+from llmtune.train.accumulation import validation_loss
 from llmtune.work import Options
 
 pytestmark = [

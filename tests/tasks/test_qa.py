@@ -18,18 +18,18 @@ from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, RobertaConfig
 
 from llmtune.data import load_rows, read_rows
-from llmtune.data.collate_targets import ends_collator
-from llmtune.data.encode_labelled import encode_windows
 from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.label_encoding import encode_windows
+from llmtune.data.target_collators import ends_collator
 from llmtune.errors import DataError, RecipeError
-from llmtune.evaluate.predict import predict_ends
+from llmtune.evaluate.task_predictions import predict_ends
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
-from llmtune.model.losses import ends_loss
-from llmtune.model.plan import context_of
+from llmtune.model.memory_plan import context_of
+from llmtune.model.task_losses import ends_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import FORMS, TASKS, choose_form, qa
 from llmtune.work import Options
 

@@ -26,21 +26,21 @@ from support.runs import write_recipe
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
-from llmtune.data.collate_targets import whisper_collator
-from llmtune.data.encode_speech import encode_whisper
+from llmtune.data.speech_encoding import encode_whisper
+from llmtune.data.target_collators import whisper_collator
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.evaluate.transcribe import transcribe_ctc, transcribe_whisper
-from llmtune.evaluate.transcripts import make_normaliser
+from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
+from llmtune.evaluate.wer import make_normaliser
 from llmtune.finished import Models, answer_once, open_finished
 from llmtune.model import load_model, load_processor, locate
-from llmtune.model.losses import ctc_loss
+from llmtune.model.task_losses import ctc_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.recipe.shipped import recipes_folder
-from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.recipe.builtin import recipes_folder
+from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import choose_form
 from llmtune.tasks.speech import measure
-from llmtune.train.gradients import make_batch, seed_micro_batch
+from llmtune.train.accumulation import make_batch, seed_micro_batch
 from llmtune.work import Options
 
 WORDS = ("one", "two", "three", "four", "five", "six")

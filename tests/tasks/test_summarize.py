@@ -12,7 +12,7 @@ from support.templates import recipe_for
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmtune.errors import DataError, RecipeError
-from llmtune.model.losses import seq2seq_loss
+from llmtune.model.task_losses import seq2seq_loss
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.tasks import summarize

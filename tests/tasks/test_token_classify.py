@@ -15,17 +15,17 @@ from support.pairs import gradient, quiet, start_training
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer
 
 from llmtune.data import load_rows, read_rows
-from llmtune.data.collate_targets import tags_collator
-from llmtune.data.encode_labelled import encode_tags
 from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.label_encoding import encode_tags
+from llmtune.data.target_collators import tags_collator
 from llmtune.errors import DataError, RecipeError
-from llmtune.evaluate.predict import predict_tags
+from llmtune.evaluate.task_predictions import predict_tags
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
-from llmtune.model.losses import tags_loss
+from llmtune.model.task_losses import tags_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.run.folder import read_run, recipe_of_run
+from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import TASKS, choose_form, token_classify
 from llmtune.work import Options
 

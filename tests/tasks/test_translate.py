@@ -25,15 +25,15 @@ from transformers import (
     MBartTokenizer,
 )
 
-from llmtune.data.encode_pairs import first_token
-from llmtune.data.template import stop_ids
+from llmtune.data.chat_template import stop_ids
+from llmtune.data.seq2seq_encoding import first_token
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
-from llmtune.evaluate.predict import decoder_settings, generate
+from llmtune.evaluate.task_predictions import decoder_settings, generate
 from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
-from llmtune.model.losses import decoder_inputs, seq2seq_loss
-from llmtune.model.seq2seq import check_decoder_start
+from llmtune.model.decoder_start import check_decoder_start
+from llmtune.model.task_losses import decoder_inputs, seq2seq_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.tasks import translate

@@ -13,12 +13,12 @@ from support.training import adapt, make_recipe, read_metrics, run_training, tra
 from llmtune.errors import EnvironmentProblem, TrainingError
 from llmtune.tasks import get_task
 from llmtune.train import loop, train
+from llmtune.train.accumulation import step_gradients
 from llmtune.train.divergence import Divergence
-from llmtune.train.gradients import step_gradients
-from llmtune.train.progress import Display
+from llmtune.train.metrics_log import Display
+from llmtune.train.setup import set_up
 from llmtune.train.signals import StopRequest
-from llmtune.train.state import TrainState
-from llmtune.train.training import set_up
+from llmtune.train.train_state import TrainState
 
 
 def test_a_run_leaves_adapter_checkpoints_and_a_line_a_log_step(finished):
@@ -152,7 +152,7 @@ def test_weights_that_are_no_numbers_stop_the_run_with_a_diagnosis(examples, tmp
 
 def test_only_the_rows_that_make_the_loss_no_number_are_named(examples, tmp_path, tiny_llama):
     from llmtune.data.examples import ExampleReader
-    from llmtune.train.steps import StepPlan
+    from llmtune.train.batch_plan import StepPlan
 
     reader = ExampleReader(examples, "train")
     first = StepPlan(reader.lengths, 7, 8, None, 1.0, None).rows(1)

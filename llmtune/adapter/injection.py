@@ -1,0 +1,227 @@
+"""Step 3: a model with a fresh adapter, or one to go on from; seeded before it is made, proven to be wired."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from llmtune.adapter.fused_lora import fuse_products
+from llmtune.adapter.load import continue_adapter
+from llmtune.adapter.reference_model import keep_reference, switches_off
+from llmtune.adapter.target_modules import are_transposed, group_by_ending, resolve_targets, shorten
+from llmtune.adapter.wiring_check import prove_wiring
+from llmtune.errors import Problem, RecipeError
+from llmtune.model.config import head_names, in_heads, linear_shapes
+from llmtune.model.library_logging import hushed
+from llmtune.model.oom import enough_memory
+from llmtune.records import AdaptedModel, SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection, Recipe
+
+_MUTATING = ("pissa", "olora")
+"""Starts that move a part of the base weights into the adapter."""
+
+
+def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = None) -> AdaptedModel:
+    """Put the recipe's adapter into `selected.model` (in place), or make all of it trainable with `method: full`.
+
+    Adapter weights are float32. The model comes back in eval mode, its random state untouched but for the seed.
+
+    Raises:
+        RecipeError: targets that match nothing, options that do not go together, a start that does not fit.
+        EnvironmentProblem: the adapter to start from is missing or damaged, or memory runs out.
+        RuntimeError: the adapter is there and does nothing; a bug of ours or of a library.
+    """
+    console = console or Console(stderr=True)
+    torch.manual_seed(recipe.seed)
+    with enough_memory(f"putting the adapter into {selected.place.name}", str(selected.model.device)):
+        adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
+    if selected.task.compares(recipe) and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
+        keep_reference(adapted.model)
+    if recipe.train.gradient_checkpointing is True:  # `auto` is settled by the step that plans memory
+        enable_checkpointing(selected.model)
+    adapted.model.eval()
+    show_adapter(adapted, console)
+    return adapted
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Let activations be computed again in the backward pass, where layers are in training mode."""
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.2x renamed it
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that training changes, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def describe(adapted: AdaptedModel) -> dict[str, Any]:
+    """Return what the report says about the adapter, ready for JSON."""
+    config = getattr(adapted.model, "peft_config", {}).get("default")
+    shape = {} if config is None else {"r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}
+    return {
+        "method": adapted.method,
+        "trainable": adapted.trainable,
+        "total": adapted.total,
+        "share": adapted.trainable / adapted.total,
+        "matched_modules": len(adapted.matched_modules),
+        "targets": group_by_ending(adapted.matched_modules),
+        "adapter_bytes": adapted.adapter_bytes,
+        **shape,
+    }
+
+
+def show_adapter(adapted: AdaptedModel, console: Console) -> None:
+    """Print matched modules by their ending, the trainable share and the adapter's size."""
+    share = 100 * adapted.trainable / adapted.total
+    if adapted.method != "full":
+        groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(adapted.matched_modules).items())
+        console.print(f"Adapter on {len(adapted.matched_modules)} modules: {groups}", highlight=False)
+    console.print(
+        f"Trainable: {adapted.trainable:,} of {adapted.total:,} parameters ({share:.2f} %), "
+        f"{adapted.adapter_bytes / 2**20:.1f} MiB to save",
+        highlight=False,
+    )
+
+
+def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel:
+    """Count and describe a model with its adapter in place."""
+    trainable, total = model.get_nb_trainable_parameters()
+    saved = [parameter for name, parameter in model.named_parameters() if _is_saved(name)]
+    matched = tuple(model.targeted_module_names)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    return AdaptedModel(selected, model, method, trainable, total, matched, size)
+
+
+def _is_saved(name: str) -> bool:
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta"))
+
+
+def _open_all(selected: SelectedModel) -> AdaptedModel:
+    """Train all that the model's class does not hold still itself, such as tables of sine positions."""
+    model = selected.model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return AdaptedModel(selected, model, "full", trained, total, (), size)
+
+
+def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> AdaptedModel:
+    selected.model.requires_grad_(False)
+    if recipe.adapter.start_from is not None:
+        model = continue_adapter(selected, recipe.adapter, Path(recipe.adapter.start_from), console)
+    else:
+        model = _new_adapter(selected, recipe)
+    for parameter in trainable_parameters(model):
+        parameter.data = parameter.data.float()
+    prove_wiring(model, selected, recipe)
+    fuse_products(model)
+    return wrap(selected, model, recipe.adapter.method)
+
+
+def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
+    adapter = recipe.adapter
+    whole = _find_whole(selected, adapter)
+    targets = [name for name in resolve_targets(selected.model, adapter) if not in_heads(name, whole)]
+    RecipeError.collect([*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)])
+    config = LoraConfig(
+        task_type=selected.task.peft_task_type,
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=shorten(targets, selected.model),
+        modules_to_save=whole or None,
+        bias=adapter.bias,
+        use_dora=adapter.use_dora,
+        use_rslora=adapter.use_rslora,
+        init_lora_weights=adapter.init_lora_weights,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        fan_in_fan_out=are_transposed(selected.model),
+        trainable_token_indices=_find_added_tokens(selected, recipe),
+    )
+    torch.manual_seed(recipe.seed)
+    try:
+        with hushed():
+            model = get_peft_model(selected.model, config)
+    except (ValueError, TypeError) as error:  # a kind of module that PEFT cannot adapt
+        raise RecipeError.of(f"PEFT refuses this adapter: {error}", "adapter") from error
+    if str(adapter.init_lora_weights).startswith(_MUTATING):
+        keep_start(model)
+    return cast(PeftModel, model)
+
+
+def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
+    """Name the modules that are trained whole: those of the recipe, and of a task with a head of its own that head.
+
+    A layer of the body that starts at random (the pooling layer of an encoder that came without one) is one of them.
+    """
+    wanted = list(adapter.modules_to_save or ())
+    if selected.task.headed:
+        heads = head_names(selected.model)
+        fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
+        wanted += [name for name in (*heads, *sorted(fresh)) if name not in wanted]
+    return wanted
+
+
+def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:
+    """Find targets that name nothing but modules which are trained whole, and so would get no adapter."""
+    if not selected.task.headed or isinstance(adapter.target_modules, str):
+        return []
+    names = [name for name, _ in selected.model.named_modules()]
+    problems = []
+    for entry in adapter.target_modules:
+        hit = [name for name in names if name == entry or name.endswith(f".{entry}")]
+        if hit and all(in_heads(name, whole) for name in hit):
+            what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
+            problems.append(Problem(what, "adapter.target_modules", "Leave it out."))
+    return problems
+
+
+def keep_start(model: PeftModel) -> None:
+    """Keep a copy of the adapter's first weights on the model: what PiSSA and OLoRA took out of the base."""
+    model.start_weights = {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: list[str]) -> list[Problem]:
+    start = str(adapter.init_lora_weights)
+    if not start.startswith(_MUTATING):
+        return []
+    where = "adapter.init_lora_weights"
+    if selected.quantized:
+        what = f"{start} moves a part of the base weights into the adapter, which a base in 4 bits cannot undo exactly"
+        return [Problem(what, where, "Use adapter.method: lora with it, or init_lora_weights: true with qlora.")]
+    if start == "olora" and are_transposed(selected.model):
+        what = "olora cannot start from this model's transposed projections (Conv1D)"
+        return [Problem(what, where, "Use pissa or true.")]
+    shapes = linear_shapes(selected.model)
+    smallest = min(min(shapes[name]) for name in targets if name in shapes)
+    if max([adapter.r, *adapter.rank_pattern.values()]) > smallest:
+        what = f"{start} takes r directions of each matrix, and the smallest has {smallest}, fewer than r"
+        return [Problem(what, "adapter.r", f"Set adapter.r to {smallest} or less.")]
+    return []
+
+
+def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, list[int]] | None:
+    """Say which rows of the embedding (and of a head of its own) are trained: those of the tokens that were added."""
+    if not recipe.model.add_tokens:
+        return None
+    ids = sorted(selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens)))
+    model = selected.model
+    layers = [model.get_input_embeddings()]
+    if not getattr(model.config, "tie_word_embeddings", False):
+        layers.append(model.get_output_embeddings())
+    return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}

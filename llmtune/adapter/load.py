@@ -1,0 +1,192 @@
+"""An adapter that is there already: loaded to go on training from it, or to evaluate and generate with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from llmtune.adapter.fused_lora import fuse_products
+from llmtune.adapter.target_modules import are_transposed, resolve_targets
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.device import is_out_of_memory
+from llmtune.model.library_logging import hushed
+from llmtune.model.model_files import check_safetensors
+from llmtune.records import SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection
+
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+SAVED = (".lora_", "trainable_tokens", ".modules_to_save.")
+"""Parts of the names of weights that an adapter consists of."""
+_SHAPE_KEYS = ("r", "lora_alpha", "use_dora", "use_rslora", "bias", "rank_pattern", "alpha_pattern")
+
+
+def find_adapter(folder: Path) -> Path:
+    """Return the PEFT folder that `folder` is, or holds as `adapter/` if it is a run; headers are read, no weights.
+
+    Raises:
+        EnvironmentProblem: there is none, or its weights are missing, damaged or cut.
+        RecipeError: its weights are pickled.
+    """
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").is_file():
+            _check_weights(place)
+            return place
+    if (folder / "weights" / "config.json").is_file():
+        what = "this run trained all weights (method: full): it has no adapter"
+        fix = f"Set model.name to {folder / 'weights'} and leave adapter.start_from out."
+        raise EnvironmentProblem.of(what, str(folder), fix)
+    raise EnvironmentProblem.of(
+        "there is no adapter here" if folder.is_dir() else "there is no such folder",
+        str(folder),
+        "Name a run folder that finished training, or a folder with adapter_config.json and adapter_model.safetensors.",
+    )
+
+
+def _check_weights(place: Path) -> None:
+    path = place / WEIGHTS
+    if path.is_file():
+        EnvironmentProblem.collect(check_safetensors(path))
+    elif (place / _PICKLED).is_file():
+        raise RecipeError.of(
+            f"its weights are pickled ({_PICKLED}), and a pickle can run any code when it is loaded",
+            str(place),
+            f"Where you trust it, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}.",
+        )
+    else:
+        raise EnvironmentProblem.of(
+            f"the adapter's weights are missing: there is no {WEIGHTS}",
+            str(place),
+            "The folder is not whole: get it again, or train again.",
+        )
+
+
+def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path, console: Console) -> PeftModel:
+    """Put the adapter in `folder` into the model, ready to go on training. What the recipe states must agree with it.
+
+    Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
+    """
+    place = find_adapter(folder)
+    config = read_config(place)
+    problems = [*_compare(config, adapter, place), *_compare_classes(selected, place)]
+    if not problems and "target_modules" in adapter.model_fields_set:
+        problems = list(_compare_targets(config, selected, adapter, place))
+    RecipeError.collect(problems)
+    made_for = config.base_model_name_or_path
+    if made_for not in (selected.place.name, str(selected.place.path)):
+        console.print(
+            f"[yellow]The adapter in {place} was trained on {made_for}, and goes on on {selected.place.name}.[/yellow]"
+        )
+    config.lora_dropout = adapter.lora_dropout
+    return attach(selected, config, place, trainable=True)
+
+
+def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainable: bool) -> PeftModel:
+    """Build the adapter that `config` describes and fill it from `place`.
+
+    Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
+    """
+    try:
+        model = put_adapter(selected.model, config, trainable=trainable)
+        weights = load_peft_weights(str(place), device="cpu")
+        result = set_peft_model_state_dict(model, weights)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise EnvironmentProblem.of(
+            f"the adapter cannot be loaded onto {selected.place.name}: {first}",
+            str(place),
+            "It is damaged, or it was made for another model.",
+        ) from error
+    own = {name for name, _ in model.named_parameters() if any(part in name for part in SAVED)}
+    missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
+    wrong = missing or list(result.unexpected_keys)
+    if wrong:
+        raise EnvironmentProblem.of(
+            f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one",
+            str(place),
+            "It is damaged, or it was made for another model.",
+        )
+    fuse_products(model)
+    return model
+
+
+def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) -> PeftModel:
+    """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
+    config.inference_mode = not trainable
+    config.fan_in_fan_out = are_transposed(model)  # in 4 bits GPT-2's projections are turned round
+    config.base_model_name_or_path = model.name_or_path  # of here, not of where it was trained
+    with hushed():
+        return cast(PeftModel, get_peft_model(model, config))
+
+
+def read_config(place: Path) -> LoraConfig:
+    """Read `adapter_config.json`; raises EnvironmentProblem for another kind of adapter or a damaged file."""
+    path = place / "adapter_config.json"
+    try:
+        config: Any = PeftConfig.from_pretrained(str(place))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
+    if not isinstance(config, LoraConfig):
+        raise EnvironmentProblem.of(
+            f"is a {config.peft_type} adapter", str(path), "Only LoRA and its relatives are read."
+        )
+    return config
+
+
+def _compare(config: LoraConfig, adapter: AdapterSection, place: Path) -> Iterator[Problem]:
+    stated = adapter.model_fields_set
+    for key in _SHAPE_KEYS:
+        wanted, there = getattr(adapter, key), getattr(config, key)
+        if key in stated and wanted != there:
+            fix = f"Set it to {there!r} or leave it out: an adapter keeps its shape."
+            yield Problem(
+                f"the recipe says {wanted!r}, and the adapter in {place} has {there!r}", f"adapter.{key}", fix
+            )
+    if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
+        what = "has no effect, because training goes on from an adapter that is there already"
+        yield Problem(what, "adapter.init_lora_weights", "Leave it out.")
+
+
+def _compare_classes(selected: SelectedModel, place: Path) -> Iterator[Problem]:
+    """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
+    path = place / "config.json"
+    if not selected.task.headed or not path.is_file():
+        return
+    there = [str(name) for _, name in sorted(_read_names(path).items())]
+    wanted = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]
+    if there and there != wanted:
+        what = f"its head was trained for {', '.join(there)}, in this order, and the rows have {', '.join(wanted)}"
+        fix = "State the labels of the adapter in its order; a head cannot be given other outputs."
+        yield Problem(f"{what} ({place})", "adapter.start_from", fix)
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    """Read the names of outputs by number; raises EnvironmentProblem for a damaged file."""
+    try:
+        named = json.loads(path.read_text("utf-8")).get("id2label") or {}
+        return {int(number): str(name) for number, name in named.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
+
+
+def _compare_targets(
+    config: LoraConfig, selected: SelectedModel, adapter: AdapterSection, place: Path
+) -> Iterator[Problem]:
+    wanted = set(resolve_targets(selected.model, adapter))
+    named = config.target_modules or set()
+    names = [name for name, _ in selected.model.named_modules()]
+    there = {name for name in names if any(name == entry or name.endswith(f".{entry}") for entry in named)}
+    if not isinstance(named, str) and wanted != there:
+        what = f"the recipe matches {len(wanted)} modules, and the adapter in {place} has {len(there)}"
+        yield Problem(what, "adapter.target_modules", "Leave it out: an adapter keeps its shape.")

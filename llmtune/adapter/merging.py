@@ -1,0 +1,105 @@
+"""Adapter and base made one, in memory: onto the original weights, or onto what 4 bits left of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, PeftModelForQuestionAnswering, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmtune.adapter.load import put_adapter
+from llmtune.errors import EnvironmentProblem, LlmtuneError
+from llmtune.model.library_logging import unreported
+from llmtune.records import AdaptedModel, SelectedModel
+
+
+def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "original") -> PreTrainedModel:
+    """Return one plain model; `adapted` is used up.
+
+    A model in 4 bits cannot take an adapter in: it is merged onto the `original` weights, loaded again from where they
+    came, or onto the `dequantized` ones, which are what the adapter was trained on.
+
+    Raises EnvironmentProblem where a merged weight is not finite.
+    """
+    if adapted.method == "full":
+        return cast(PreTrainedModel, adapted.model)
+    model = cast(PeftModel, adapted.model)
+    if adapted.selected.quantized:
+        model = _without_quantization(model, adapted.selected, onto)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # PEFT found a NaN
+        raise _not_finite(adapted) from error
+    if isinstance(model, PeftModelForQuestionAnswering):
+        _level_token_types(merged)
+    if hasattr(merged.config, "use_cache"):
+        merged.config.use_cache = True
+    return cast(PreTrainedModel, merged)
+
+
+@torch.no_grad()
+def _level_token_types(merged: torch.nn.Module) -> None:
+    """Make all kinds of tokens the first one, in place: what PEFT's class for this task has the model read.
+
+    Its forward takes `token_type_ids` and hands them to nobody (PEFT 0.21), in training and in evaluation.
+    """
+    for name, module in merged.named_modules():
+        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
+            module.weight.copy_(module.weight[:1].expand_as(module.weight))
+
+
+def _not_finite(adapted: AdaptedModel) -> LlmtuneError:
+    return EnvironmentProblem.of(
+        f"the merged weights of {adapted.selected.place.name} are not finite",
+        None,
+        "The adapter is damaged: train again.",
+    )
+
+
+def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:
+    """Load the base in full, overwrite it with what 4 bits left if that is asked for, and move the adapter over."""
+    inner = selected.model
+    dtype = inner.config.quantization_config.bnb_4bit_compute_dtype
+    with unreported():
+        base = type(inner).from_pretrained(
+            str(selected.place.path),
+            config=_config_of(inner, selected),
+            dtype=dtype,
+            local_files_only=True,
+            ignore_mismatched_sizes=selected.task.headed,  # a head for other classes, which the trained one replaces
+        )
+    base.to(inner.device)
+    if inner.main_input_name != "input_values":  # those that read waves have no embedding
+        rows = inner.get_input_embeddings().weight.shape[0]
+        if base.get_input_embeddings().weight.shape[0] < rows:  # the recipe added tokens
+            base.resize_token_embeddings(rows, mean_resizing=False)
+    if onto == "dequantized":
+        _copy_dequantized(quantized.get_base_model(), base)
+    model = put_adapter(base, replace(quantized.peft_config["default"]), trainable=False)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(quantized, save_embedding_layers=False))
+    return model
+
+
+def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> Any:
+    """Read the model's configuration anew, with the outputs of a head of ours."""
+    config: Any = type(inner.config).from_pretrained(str(selected.place.path), local_files_only=True)
+    if selected.task.headed:
+        for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
+            if hasattr(inner.config, name):
+                setattr(config, name, getattr(inner.config, name))
+    return config
+
+
+@torch.no_grad()
+def _copy_dequantized(quantized: torch.nn.Module, base: torch.nn.Module) -> None:
+    names = {name.replace(".base_layer", ""): module for name, module in quantized.named_modules()}
+    for name, module in names.items():
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            target: Any = base.get_submodule(name)
+            target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)

@@ -1,0 +1,199 @@
+"""The adapter on disk: a plain PEFT folder, tokenizer and template beside it; equal weights are equal bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from llmtune.adapter.injection import wrap
+from llmtune.adapter.load import WEIGHTS, attach, find_adapter, read_config
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, first_line
+from llmtune.model.device import is_out_of_memory
+from llmtune.model.memory_plan import format_bytes
+from llmtune.model.model_cache import share_file
+from llmtune.model.model_files import read_config as read_model_config
+from llmtune.model.oom import enough_memory
+from llmtune.model.processor import save_tokenizer
+from llmtune.records import AdaptedModel, SelectedModel
+
+
+def save_adapter(adapted: AdaptedModel, folder: Path) -> None:
+    """Write the adapter into `folder` (made if absent), in a form that `AutoPeftModelForCausalLM` loads.
+
+    PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, so their rank
+    doubles. With `method: full` the model itself is written, in the number format that it came in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if adapted.method == "full":
+        _save_model(adapted, folder)
+    else:
+        _save_lora(adapted, folder)
+    save_tokenizer(adapted.selected.processor, folder)
+
+
+def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
+    """Put what `save_adapter` wrote onto `selected.model` (in place), in eval mode and without gradients.
+
+    Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
+    """
+    with enough_memory(f"loading what was trained onto {selected.place.name}", str(selected.model.device)):
+        if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+            return _load_model(selected, folder)
+        place = find_adapter(folder)
+        selected.model.requires_grad_(False)
+        model = attach(selected, read_config(place), place, trainable=False)
+    model.eval()
+    return wrap(selected, model, "qlora" if selected.quantized else "lora")
+
+
+@contextmanager
+def writing_weights(folder: Path) -> Iterator[None]:
+    """Turn what safetensors says of a disk that takes no more into an error of ours: it is no OSError.
+
+    Raises EnvironmentProblem.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        free = shutil.disk_usage(folder).free
+        raise EnvironmentProblem.of(
+            f"the weights cannot be written ({first_line(error)}); {format_bytes(free)} are free there",
+            str(folder),
+            "Free space or choose another folder with --out.",
+        ) from error
+
+
+def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
+    model = cast(PeftModel, adapted.model)
+    config: LoraConfig = model.peft_config["default"]
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    described = config.to_dict()
+    start = getattr(model, "start_weights", None)
+    if start is not None:
+        tensors = _subtract_start(tensors, start)
+        described |= _double_rank(config)
+    described |= {"inference_mode": True, **_name_base(adapted.selected)}
+    if config.task_type is None:  # `AutoPeftModel` then asks for the class
+        kind = type(adapted.selected.model)
+        described["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    with writing_weights(folder):
+        save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
+    text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)
+    (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
+    if adapted.selected.task.headed:
+        _save_classes(adapted.selected, folder)
+    share_file(folder / WEIGHTS, folder / "adapter_config.json")
+
+
+def _save_classes(selected: SelectedModel, folder: Path) -> None:
+    """Write the model's configuration, which says what its head's outputs are called."""
+    content = selected.model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", OTHER_CLASSES, OTHER_ORDER):
+        content.pop(key, None)
+    text = json.dumps(content, indent=2, sort_keys=True, default=_as_json)
+    (folder / "config.json").write_text(text + "\n", "utf-8")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if hasattr(value, "value") else str(value)
+
+
+def _name_base(selected: SelectedModel) -> dict[str, str | None]:
+    """Name the base as PEFT will look for it: the hub's name and commit, or the folder."""
+    place = selected.place
+    if place.revision is not None:
+        return {"base_model_name_or_path": place.name, "revision": place.revision}
+    return {"base_model_name_or_path": str(place.path), "revision": None}
+
+
+def _subtract_start(tensors: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    converted = {}
+    for name, tensor in tensors.items():
+        first = start.get(name.replace(".weight", ".default.weight"))
+        if first is None:
+            converted[name] = tensor
+        elif ".lora_A." in name:
+            converted[name] = torch.cat([tensor, -first], dim=0)
+        else:
+            converted[name] = torch.cat([tensor, first], dim=1).contiguous()
+    return converted
+
+
+def _double_rank(config: LoraConfig) -> dict[str, Any]:
+    """Double ranks and keep each scale: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {name: 2 * rank for name, rank in config.rank_pattern.items()},
+        "alpha_pattern": {name: factor * alpha for name, alpha in config.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }
+
+
+def _save_model(adapted: AdaptedModel, folder: Path) -> None:
+    model = cast(PreTrainedModel, adapted.model)
+    dtype = stored_dtype(adapted.selected)
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    with writing_weights(folder):
+        model.save_pretrained(folder, state_dict=state)
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}  # those of training are others
+    for key in (OTHER_CLASSES, OTHER_ORDER):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    for weights in folder.glob("*.safetensors"):
+        share_file(weights, path)
+
+
+def stored_dtype(selected: SelectedModel) -> torch.dtype:
+    """Return the number format that the model's files are in, by its config.json; float32 where that says nothing."""
+    config = read_model_config(selected.place.path)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return cast(torch.dtype, getattr(torch, name, torch.float32))
+
+
+def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
+    model = selected.model
+    if selected.place.path.resolve() != folder.resolve():  # else the weights are those already
+        _read_weights(model, folder)
+    model.requires_grad_(False)
+    model.eval()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return AdaptedModel(selected, model, "full", total, total, (), size)
+
+
+def _read_weights(model: PreTrainedModel, folder: Path) -> None:
+    left = set(model.state_dict())
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        try:
+            result = model.load_state_dict(tensors, strict=False)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise EnvironmentProblem.of(f"holds weights of another model: {error}", str(path)) from error
+        if result.unexpected_keys:
+            raise EnvironmentProblem.of(f"holds unknown weights, {result.unexpected_keys[0]} for one", str(path))
+        left -= set(tensors)
+    left -= set(model.all_tied_weights_keys or {})
+    if left:
+        raise EnvironmentProblem.of(f"the weights {min(left)} are missing", str(folder), "The folder is not whole.")

@@ -1,0 +1,150 @@
+"""Which modules get an adapter: the recipe's words resolved to the names that this model has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.model.config import head_names, in_heads, linear_shapes
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection
+
+_ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+_LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
+"""The first number between dots: the layer, where experts inside it have numbers too."""
+
+
+def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str]:
+    """Return the full names of all modules that get an adapter, in the model's order.
+
+    `all-linear` stands for every linear module but the heads; a text is a regular expression over whole names; a list
+    holds name endings. `exclude_modules`, `modules_to_save` and `layers_to_transform` take names away.
+
+    Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+    linears = list(linear_shapes(model))
+    heads = set(head_names(model))
+    wanted = adapter.target_modules
+    problems: list[Problem] = []
+    if wanted == "all-linear":
+        targets = [name for name in linears if not in_heads(name, heads)]
+    else:
+        targets, problems = _match("adapter.target_modules", wanted, names, linears)
+    excluded: list[str] = []
+    if adapter.exclude_modules:
+        excluded, more = _match("adapter.exclude_modules", adapter.exclude_modules, names, linears)
+        problems += more
+    every = [name for name, _ in model.named_modules() if name]
+    if adapter.modules_to_save:
+        whole, more = _match("adapter.modules_to_save", adapter.modules_to_save, every, every)
+        excluded += [name for name in names if any(name == part or name.startswith(f"{part}.") for part in whole)]
+        problems += more
+    if adapter.layers_to_transform is not None:
+        targets, more = _keep_layers(targets, adapter.layers_to_transform)
+        problems += more
+    problems += _check_patterns(adapter, targets)
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
+        problems += [_tied_head(name) for name in targets if in_heads(name, heads)]
+    RecipeError.collect(problems)
+    kept = [name for name in targets if name not in set(excluded)]
+    if not kept:
+        raise RecipeError.of(
+            "no module is left for the adapter", "adapter", f"{_list_linears(linears)} Exclude fewer of them."
+        )
+    return kept
+
+
+def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:
+    """Return name endings that match exactly `targets` in `model` if there are any, else the full names; sorted."""
+    endings = sorted({name.rpartition(".")[2] for name in targets})
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
+    return endings if matched == set(targets) else sorted(targets)
+
+
+def group_by_ending(names: Iterable[str]) -> dict[str, int]:
+    """Count names by their last part, in order of appearance."""
+    counts: dict[str, int] = {}
+    for name in names:
+        ending = name.rpartition(".")[2]
+        counts[ending] = counts.get(ending, 0) + 1
+    return counts
+
+
+def are_transposed(model: torch.nn.Module) -> bool:
+    """Say whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _match(
+    key: str, wanted: str | Sequence[str], names: Sequence[str], known: Sequence[str]
+) -> tuple[list[str], list[Problem]]:
+    """Return the names that `wanted` matches, and a problem for each part of it that matches none."""
+    if isinstance(wanted, str):
+        try:
+            found = [name for name in names if re.fullmatch(wanted, name)]
+        except re.error as error:
+            return [], [Problem(f"{wanted!r} is no regular expression: {error}", key)]
+        return found, [] if found else [_no_match(wanted, key, known)]
+    matched = {entry: [name for name in names if name == entry or name.endswith(f".{entry}")] for entry in wanted}
+    hits = {name for found in matched.values() for name in found}
+    return [name for name in names if name in hits], [
+        _no_match(e, key, known) for e, found in matched.items() if not found
+    ]
+
+
+def _no_match(entry: str, key: str, known: Sequence[str]) -> Problem:
+    endings = list(group_by_ending(known))
+    what = f"{entry!r} matches no module of this model.{nearest(entry, endings) or nearest(entry, known)}"
+    return Problem(what, key, _list_linears(known))
+
+
+def _list_linears(linears: Sequence[str]) -> str:
+    groups = [f"{ending} ({count})" for ending, count in group_by_ending(linears).items()]
+    more = f" and {len(groups) - 20} more" if len(groups) > 20 else ""
+    return f"Modules here: {', '.join(groups[:20])}{more}."
+
+
+def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[str], list[Problem]]:
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    numbers = {name: int(found.group(1)) for name in targets if (found := _LAYER.match(name))}
+    absent = sorted(wanted - set(numbers.values()))
+    kept = [name for name in targets if numbers.get(name) in wanted]
+    if not absent:
+        return kept, []
+    there = f"Layers here: 0 to {max(numbers.values())}." if numbers else "This model has no numbered layers."
+    return kept, [Problem(f"there is no layer {absent[0]} to adapt", "adapter.layers_to_transform", there)]
+
+
+def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Problem]:
+    """Find keys of rank and alpha patterns that match no target; PEFT matches them as endings or expressions."""
+    return [
+        _no_match(pattern, f"adapter.{key}.{pattern}", targets)
+        for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern))
+        for pattern in patterns
+        if not any(_ends_with_pattern(pattern, name) for name in targets)
+    ]
+
+
+def _ends_with_pattern(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        return False
+
+
+def _writes(model: torch.nn.Module) -> bool:
+    """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
+    output = getattr(model, "get_output_embeddings", None)
+    return output is None or output() is not None
+
+
+def _tied_head(name: str) -> Problem:
+    what = f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart"
+    return Problem(what, "adapter.target_modules", "Leave the head out.")

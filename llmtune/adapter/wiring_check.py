@@ -1,0 +1,130 @@
+"""Proof that an adapter is wired: it changes the output, it can be switched off, every weight gets a gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+
+from llmtune.errors import Problem, RecipeError
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.library_logging import hushed
+from llmtune.records import SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+_PROBE_TOKENS = 12
+_PROBE_SAMPLES = 8000
+"""Half a second at the rate of speech models."""
+
+
+class NotWiredError(RuntimeError):
+    """The adapter is in place and does nothing: a bug, ours or a library's."""
+
+
+def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> None:
+    """Run a few tokens through the model to see that its adapter works; put weights, modes and random state back.
+
+    Raises:
+        NotWiredError: moving the adapter's weights leaves the output as it was, or they cannot be switched off.
+        RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
+    """
+    device = selected.model.device
+    inputs = {name: part.to(device) for name, part in _probe(selected, recipe).items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
+        with hushed(), torch.no_grad(), model.disable_adapter():
+            off = _scores(model, inputs)
+        on = _scores(model, inputs)
+        if not moved or torch.equal(on.detach(), off):
+            raise NotWiredError("moving the adapter's weights does not change the model's output")
+        weights = torch.randn(on.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        torch.autograd.backward((on.float() * weights).sum())
+        dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter)]
+    for parameter in model.parameters():
+        parameter.grad = None
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    if dead:
+        raise RecipeError(_describe_dead(dead))
+
+
+@contextmanager
+def _moved(model: PeftModel) -> Iterator[list[str]]:
+    """Let the matrix of every adapter that starts at zero stand away from it; afterwards put it back to the bit.
+
+    That is B, and A at an embedding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    zero = (".lora_B.", ".lora_embedding_A.")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in zero)}
+    parameters = dict(model.named_parameters())
+    try:
+        with torch.no_grad():
+            for name, start in kept.items():
+                noise = torch.randn(start.shape, generator=generator) * (0.1 / start.shape[1] ** 0.5)
+                parameters[name].add_(noise.to(start.device, start.dtype))
+        yield list(kept)
+    finally:
+        with torch.no_grad():
+            for name, start in kept.items():
+                parameters[name].copy_(start)
+
+
+def _scores(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return all that the head says, as one row of numbers."""
+    found = model(**inputs, **_without_cache(model))
+    parts = [found.logits] if "logits" in found else [found.start_logits, found.end_logits]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _without_cache(model: PeftModel) -> dict[str, bool]:
+    forward = inspect.signature(type(model.get_base_model()).forward).parameters
+    return {"use_cache": False} if "use_cache" in forward else {}
+
+
+def _probe(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """A little of what the model reads: tokens, or noise in place of a recording, and tokens for a decoder."""
+    config, name = selected.model.config, selected.model.main_input_name
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = _probe_ids(selected, recipe)
+    if name == "input_features":
+        frames = 2 * config.max_source_positions
+        heard = {name: torch.randn((1, config.num_mel_bins, frames), generator=generator)}
+    elif name == "input_values":
+        heard = {name: torch.randn((1, _PROBE_SAMPLES), generator=generator)}
+    else:
+        heard = {"input_ids": ids_BT}
+    return heard | ({"decoder_input_ids": ids_BT} if config.is_encoder_decoder else {})
+
+
+def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
+    """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
+    size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
+    ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
+    ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
+    return torch.tensor([ids])
+
+
+def _is_dead(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Experts that the probe's tokens are not sent to have no gradient, and neither have some biases."""
+    if not parameter.requires_grad or "expert" in name or name.endswith("bias"):
+        return False
+    return parameter.grad is None or not bool(parameter.grad.isfinite().all()) or not bool(parameter.grad.any())
+
+
+def _describe_dead(dead: list[str]) -> Problem:
+    names = [name.removeprefix("base_model.model.").split(".lora_")[0] for name in dead]
+    return Problem(
+        f"{len(dead)} adapter weights get no gradient from text, those of {names[0]} for one",
+        "adapter.target_modules",
+        "Leave these modules out with adapter.exclude_modules.",
+    )

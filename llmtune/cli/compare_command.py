@@ -1,0 +1,82 @@
+"""`llmtune compare`: runs that exist side by side, or one recipe trained with several methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmtune.cli.options import AsJson, Fresh, Offline, Resume, Sets, Threads
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.run_commands import refuse_both
+from llmtune.errors import Problem, RecipeError
+from llmtune.store.process_environment import at_once, prepare_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@handled
+def compare(
+    what: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN... | RECIPE", help="Run folders; or one recipe, with --methods.")
+    ],
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Train the recipe with each of these: full,lora,qlora.")
+    ] = None,
+    learning_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--learning-rate",
+            metavar="METHOD=NUMBER",
+            help="Learning rate of one method, e.g. full=2e-5 (default: the recipe's; of full a tenth).",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of the comparison (default: one in runs/, named by hash).")
+    ] = None,
+    sets: Sets = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the rows that all of them answered, or one recipe trained with several methods."""
+    refuse_both(resume, fresh)
+    if methods is None:
+        stated = {"--learning-rate": learning_rate, "--set": sets, "--resume": resume, "--fresh": fresh}
+        result = _compare_runs(what, out, [name for name, value in stated.items() if value])
+    else:
+        from llmtune.compare.method_comparison import Asked, compare_methods, read_methods, read_rates
+
+        if len(what) > 1:
+            raise RecipeError.of(f"--methods goes with one recipe, and {len(what)} are named", "--methods")
+        chosen = read_methods(methods)
+        rates = read_rates(learning_rate or [], chosen)
+        prepare_environment(network=not offline, threads=threads)
+        asked = Asked(chosen, rates, tuple(sets or ()), out, resume, fresh, threads, offline)
+        result = compare_methods(what[0], asked, stderr_console())
+    if as_json:
+        print_json(result)
+
+
+def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) -> dict[str, Any]:
+    RecipeError.collect(
+        Problem("this option is for a recipe with --methods", name, "Leave it out to compare runs that exist.")
+        for name in stated
+    )
+    from llmtune.store.run_folder import MANIFEST
+
+    if len(what) == 1 and not (Path(what[0]) / MANIFEST).exists():
+        raise RecipeError.of("a recipe is compared by methods", what[0], "Add --methods full,lora,qlora.")
+    prepare_environment(network=False)
+    with at_once():
+        from llmtune.compare.run_comparison import compare_runs
+
+    return compare_runs([Path(one) for one in what], out, stderr_console())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare}

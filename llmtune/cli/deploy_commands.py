@@ -1,0 +1,156 @@
+"""`llmtune deploy`: make something to ship out of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.serve_command import serve
+from llmtune.store.process_environment import at_once, prepare_environment
+
+app = typer.Typer(help="Make something to ship out of a run.", no_args_is_help=True)
+app.command()(serve)
+
+
+@app.callback()
+def _deploy() -> None:
+    pass
+
+
+@app.command()
+@handled
+def merge(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/merged).")] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto", help="original or dequantized weights (default: those that the adapter was trained on)."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16 (auto: as trained).")] = "auto",
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
+    prepare_environment(network=False, threads=threads)
+    with at_once():
+        from llmtune.finished import merge_run
+
+    certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
+    if as_json:
+        print_json(certificate)
+
+
+@app.command()
+@handled
+def gguf(
+    run: RunArgument,
+    number_format: Annotated[
+        str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_k_m (needs llama.cpp); an adapter: f32, f16.")
+    ] = "f16",
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The LoRA alone, to go beside the GGUF file of its base.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write (default: RUN/gguf/TYPE).")] = None,
+    onto: Annotated[
+        str | None, typer.Option("--onto", help="Of qlora: original or dequantized weights (default: dequantized).")
+    ] = None,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a GGUF file for llama.cpp and an Ollama Modelfile; read back and certified, exit 6 if they differ."""
+    prepare_environment(network=False, threads=threads)
+    with at_once():
+        from llmtune.finished import gguf_run
+
+    certificate = gguf_run(
+        run,
+        out=out,
+        number_format=number_format.lower(),
+        adapter_only=adapter_only,
+        onto=onto,
+        offline=offline,
+        console=stderr_console(),
+    )
+    if as_json:
+        print_json(certificate)
+
+
+@app.command()
+@handled
+def publish(
+    run: RunArgument,
+    to: Annotated[Path | None, typer.Option("--to", help="A folder to write, as the hub has it.")] = None,
+    repo: Annotated[str | None, typer.Option("--repo", metavar="OWNER/NAME", help="A model on the hub.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the hub's repository private.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model instead of the adapter.")] = False,
+    gguf: Annotated[Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file to put beside it.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="Which model of the hub a local base is.")
+    ] = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="By the hub's short name (default: the base model's).")
+    ] = None,
+    data_license: Annotated[str | None, typer.Option("--data-license", help="Of the training data.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option("--language", metavar="CODE", help="Such as en; may be given several times.")
+    ] = None,
+    despite_gates: Annotated[bool, typer.Option("--despite-gates", help="Although a gate of the run failed.")] = False,
+    dry_run: DryRun = False,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish to a folder or to the hub: model, model card, certificate, lock and recipe, without places or secrets."""
+    prepare_environment(network=repo is not None and not offline)
+    with at_once():
+        from llmtune.deploy.publish import Wishes, publish_run
+
+    wishes = Wishes(
+        to=to,
+        repo=repo,
+        private=private,
+        merged=merged,
+        gguf=gguf,
+        dry_run=dry_run,
+        despite_gates=despite_gates,
+        offline=offline,
+        base_model=base_model,
+        license=license_name,
+        data_license=data_license,
+        languages=tuple(language or ()),
+    )
+    published = publish_run(run, wishes, stderr_console())
+    if as_json:
+        print_json(published)
+
+
+@app.command()
+@handled
+def certify(
+    run: RunArgument,
+    url: Annotated[str, typer.Option("--url", help="Where it is served, such as http://127.0.0.1:8000.")],
+    model: Annotated[str | None, typer.Option("--model", help="Which of its models (default: the run's name).")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="Holds the endpoint's API key.")
+    ] = None,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a served OpenAI-compatible endpoint against what was trained; exit 6 if they differ."""
+    prepare_environment(network=False, threads=threads)
+    with at_once():
+        from llmtune.finished import certify_run
+
+    certificate = certify_run(
+        run, url=url, model=model, key_file=api_key_file, offline=offline, console=stderr_console()
+    )
+    if as_json:
+        print_json(certificate)

@@ -1,0 +1,100 @@
+"""`llmtune recipes`: list, show, new, check, schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson, RecipeArgument, Sets
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import RecipeError
+from llmtune.store.atomic_files import explained
+
+app = typer.Typer(help="Recipes: list, show, new, check, schema.", no_args_is_help=True)
+
+
+@app.command("list")
+@handled
+def list_(as_json: AsJson = False) -> None:
+    """List the shipped recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmtune.recipe import list_recipes
+
+    found = list_recipes()
+    if as_json:
+        print_json([{"name": recipe.name, "task": recipe.task, "about": recipe.about} for recipe in found])
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("recipe", "task", "about"):
+        table.add_column(column)
+    for recipe in found:
+        table.add_row(recipe.name, recipe.task, recipe.about)
+    Console().print(table)
+
+
+@app.command()
+@handled
+def show(
+    recipe: RecipeArgument,
+    sets: Sets = None,
+    origin: Annotated[bool, typer.Option("--origin", help="Say where each value comes from.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a recipe with every value resolved."""
+    from llmtune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, sets or [])
+    if as_json:
+        values = loaded.recipe.model_dump(mode="json")
+        print_json({"recipe": values, "origins": loaded.origins} if origin else values)
+        return
+    typer.echo(loaded.to_yaml(with_origins=origin), nl=False)
+
+
+@app.command()
+@handled
+def new(
+    task: Annotated[
+        str, typer.Option("--task", help="What the model is to learn: chat, classify, speech ...")
+    ] = "chat",
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
+) -> None:
+    """Write a recipe to start from; comments mark what must be set."""
+    from llmtune.recipe import new_recipe
+
+    text = new_recipe(task)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists():
+        raise RecipeError.of("the file exists", str(out), "choose another name with --out")
+    with explained(out):
+        out.write_text(text, encoding="utf-8")
+    stderr_console().print(f"wrote {out}; next: llmtune recipes check {out}")
+
+
+@app.command()
+@handled
+def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Check a recipe: every problem at once, with file and line."""
+    from llmtune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, sets or [])
+    if as_json:
+        print_json({"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []})
+    else:
+        typer.echo(f"{loaded.file}: good ({loaded.recipe.task}, {loaded.fingerprint[:8]})")
+
+
+@app.command()
+@handled
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from llmtune.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

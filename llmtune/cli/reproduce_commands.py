@@ -1,0 +1,133 @@
+"""`llmtune verify` and `llmtune reproduce`: whether a run is what it says, and comes out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmtune.cli.options import AsJson, Fresh, Offline, RunArgument
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import GateFailed
+from llmtune.store.process_environment import at_once, names_remote, prepare_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmtune.store.verification import Finding
+
+SHOWN = 16
+"""Characters of a hash or value that the table shows."""
+STYLES = {"same": "green", "changed": "red", "missing": "red", "added": "red", "differs": "yellow", "unknown": "yellow"}
+
+
+@handled
+def verify(
+    run: RunArgument,
+    strict: Annotated[bool, typer.Option("--strict", help="Versions of packages must be the same as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a run against its lock: data, model, adapter and evaluation file by file; exit 6 if one of them changed."""
+    from llmtune.store.verification import verify as hold
+
+    found = hold(run, strict=strict)
+    if as_json:
+        print_json(found.to_dict() | {"problems": [vars(problem) for problem in found.problems()]})
+        if found.failed:
+            raise typer.Exit(GateFailed.exit_code)
+    else:
+        _print_findings(found.findings)
+        GateFailed.collect(found.problems())
+        unknown = sorted({finding.kind for finding in found.findings if finding.state == "unknown"})
+        rest = f"; nothing here to hold these against: {', '.join(unknown)}" if unknown else ""
+        typer.echo(f"verified: what this run rests on is what it was{rest}")
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    """Print a line for all of a kind that are the same, and one for each that is not."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    table = Table("claim", Column("", overflow="fold"), "state", "was", "is", box=None, pad_edge=False)
+    for kind in dict.fromkeys(finding.kind for finding in findings):
+        those = [finding for finding in findings if finding.kind == kind]
+        same = [finding for finding in those if finding.state == "same"]
+        if same:
+            table.add_row(
+                kind, escape(same[0].name) if len(same) == 1 else f"{len(same)} of {len(those)}", "[green]same[/]"
+            )
+        for finding in those:
+            if finding.state != "same":
+                values = [escape((value or "")[:SHOWN]) for value in (finding.was, finding.now)]
+                state = f"[{STYLES[finding.state]}]{finding.state}[/]"
+                table.add_row(kind, escape(finding.name), state, *values)
+    Console(highlight=False).print(table)
+
+
+@handled
+def reproduce(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="The new run folder (default: RUN-reproduced).")] = None,
+    loss_tolerance: Annotated[
+        float,
+        typer.Option(min=0, help="How far losses may lie apart where bytes cannot be equal; above 1, so much of them."),
+    ] = 0.05,
+    score_tolerance: Annotated[float, typer.Option(min=0, help="The same for scores.")] = 0.02,
+    fresh: Fresh = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: the lock's).")] = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run again from its lock and compare: bytes on the same kind of machine, else losses and scores."""
+    from llmtune.store.run_folder import read_run, recipe_of_run
+    from llmtune.store.run_lock import LOCK, read_lock
+
+    folder = read_run(run)
+    folder.require_trained()
+    threads = threads or read_lock(run / LOCK).get("threads")
+    prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
+    with at_once():
+        from llmtune.launch.local_processes import local_trainer
+        from llmtune.reproduce import Tolerances, explain, processes_of
+        from llmtune.reproduce import reproduce as train_again
+
+    processes = processes_of(folder)
+    trainer = local_trainer(processes, threads=threads) if processes > 1 else None
+    tolerances = Tolerances(loss_tolerance, score_tolerance)
+    result = train_again(
+        run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances, trainer=trainer
+    )
+    if as_json:
+        print_json(result | ({} if result["equal"] else {"problems": [vars(explain(result))]}))
+        if not result["equal"]:
+            raise typer.Exit(GateFailed.exit_code)
+    else:
+        _print_reproduction(result)
+        if not result["equal"]:
+            raise GateFailed(explain(result))
+        typer.echo("reproduced: equal, byte for byte" if result["same_bytes"] else "reproduced: within the tolerances")
+
+
+def _print_reproduction(result: dict[str, Any]) -> None:
+    """Print each file of what was trained, each score, and what differs from the lock."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "was", "is", "", box=None, pad_edge=False)
+    yes, no = "[green]equal[/]", "[red]differs[/]"
+    for file in result["files"]:
+        hashes = [(file[side] or "missing")[:SHOWN] for side in ("was", "now")]
+        table.add_row(escape(file["name"]), *hashes, yes if file["equal"] else no)
+    for score in [*result["losses"][-1:], *result["scores"]]:
+        near = "[yellow]within the tolerance[/]" if score["within"] else no
+        table.add_row(escape(score["name"]), str(score["was"]), str(score["now"]), yes if score["equal"] else near)
+    for setting in result["settings"]:
+        table.add_row(setting["name"], str(setting["was"]), str(setting["now"]), "[yellow]not the lock's[/]")
+    Console(highlight=False).print(table)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"verify": verify, "reproduce": reproduce}

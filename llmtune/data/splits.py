@@ -1,0 +1,96 @@
+"""Sides: a row goes to train, validation or test by a hash, so that it stays where it is when the data grows."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.data.row_store import U64, Index
+from llmtune.errors import DataError
+from llmtune.records import SIDES
+
+TRAIN, VALIDATION, TEST = range(len(SIDES))
+
+
+def mix(values: U64, salt: int) -> U64:
+    """Scatter 64-bit numbers so that results with different salts are independent.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
+    """Map 64-bit hashes to numbers in [0, 1)."""
+    return (mix(values, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def assign_sides(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
+    """Give every row its side.
+
+    A group's place in [0, 1) is a hash; test takes the places below `test`, validation the next. A share that would get
+    nothing, which happens with few rows, gets the group with the lowest place instead.
+
+    Args:
+        index: The rows.
+        validation: Share of the groups, 0 if there is to be none or it has sources of its own.
+        test: The same for test.
+
+    Returns:
+        [N] index into SIDES, and what a person should be told.
+
+    Raises:
+        DataError: There are not enough groups for one on each side.
+    """
+    side_N = index.side.copy()
+    open_N = side_N < 0
+    places, of_row = np.unique(fraction(index.group[open_N], salt=1), return_inverse=True)
+    wanted = [(side, share) for side, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
+    if wanted and len(places) < len(wanted) + 1:
+        raise _too_few(len(places), wanted)
+    group_side = np.full(len(places), TRAIN, dtype=np.int8)
+    notes: list[str] = []
+    first, upto = 0, 0.0
+    for side, share in wanted:
+        upto += share
+        last = max(int(np.searchsorted(places, upto)), first)
+        if last == first:
+            last = first + 1
+            notes.append(f"a share of {share:g} of {len(places)} rows gave {SIDES[side]} none; it got one")
+        group_side[first:last] = side
+        first = last
+    if wanted and first >= len(places):
+        raise _too_few(len(places), wanted)
+    side_N[open_N] = group_side[of_row]
+    return side_N, notes
+
+
+def _too_few(groups: int, wanted: list[tuple[int, float]]) -> DataError:
+    names = " and ".join(f"{SIDES[side]} ({share:g})" for side, share in wanted)
+    what = f"{groups} different rows (or `split_by` values) are too few to leave some for {names} besides train"
+    fix = "Give more rows, or sources of their own, or set the share to 0. A short text file is one row."
+    return DataError(*DataError.of(what, "data.train", fix).problems)
+
+
+def count_copies(index: Index, side_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
+    """Say how often each row stands in its side: a train row as often as its source's weight says, others once.
+
+    A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
+    """
+    weight_N = np.asarray(weights, dtype=np.float64)[index.source]
+    whole_N = np.floor(weight_N)
+    more_N = fraction(index.content[:, 1], salt=2) < weight_N - whole_N
+    return np.where(side_N == TRAIN, whole_N + more_N, 1).astype(np.int64)
+
+
+def drop_shared_groups(
+    index: Index, side_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
+) -> None:
+    """Drop rows whose `split_by` value stands in a source that was given for test or validation, in place."""
+    for side, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
+        given = index.group[index.side == side]
+        shared = np.isin(index.group, given) & np.isin(side_N, below) & (reason_N == "")
+        reason_N[shared] = f"same {split_by} as a {SIDES[side]} row"

@@ -1,0 +1,183 @@
+"""Rows of a text and what is made of it: translations, summaries, and answers that one is preferred of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llmtune.data.chat_rows import filled
+from llmtune.data.file_readers import describe
+from llmtune.data.messages import ROLES, RowError, canonical_messages, text_of
+from llmtune.records import Row
+
+THUMBS = {
+    **dict.fromkeys(("true", "1", "1.0", "up", "yes", "good", "\N{THUMBS UP SIGN}"), True),
+    **dict.fromkeys(("false", "0", "0.0", "down", "no", "bad", "\N{THUMBS DOWN SIGN}"), False),
+}
+"""How a thumb may be written where a file has no truth values."""
+
+
+def translation_from_pair(row: Mapping[str, Any]) -> Row:
+    """Read `source`, `target` and the languages of this row, if they are there."""
+    return {
+        "source": filled(row, "source"),
+        "target": filled(row, "target"),
+        "source_language": _language(row, "source_language"),
+        "target_language": _language(row, "target_language"),
+    }
+
+
+def translation_from_map(row: Mapping[str, Any]) -> Row:
+    """Read `translation`, texts by language code in the order from source to target, as the hub's sets have it.
+
+    What the set calls its languages is not always what a model calls them: a recipe may say it otherwise.
+    """
+    texts = row["translation"]
+    if not isinstance(texts, dict) or len(texts) != 2:
+        raise RowError("wrong type", "'translation' must be two texts by language, the source first")
+    (source, said), (target, written) = texts.items()
+    pair = {"source": said, "target": written}
+    return {
+        "source": filled(pair, "source"),
+        "target": filled(pair, "target"),
+        "source_language": None,
+        "target_language": None,
+        "languages": [source, target],
+    }
+
+
+def _language(row: Mapping[str, Any], column: str) -> str | None:
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    return text_of(value, f"'{column}'").strip() or None
+
+
+def summary_from_pair(row: Mapping[str, Any]) -> Row:
+    """Read `document` and `summary`."""
+    return {"document": filled(row, "document"), "summary": filled(row, "summary")}
+
+
+def preference_from_pair(row: Mapping[str, Any]) -> Row:
+    """Read `prompt`, `chosen` and `rejected`: texts, or lists of messages that may begin with the prompt.
+
+    Without a `prompt` the messages that both answers share are the prompt.
+    """
+    return _pair(_turns(row.get("prompt")), row)
+
+
+def preference_from_conversation(row: Mapping[str, Any]) -> Row:
+    """Read `conversations` as the prompt, with `chosen` and `rejected` as the message that follows."""
+    turns = _turns(row["conversations"])
+    if not isinstance(turns, list):
+        raise RowError("wrong type", f"'conversations' is {describe(turns)}; it must be a list of messages")
+    return _pair(turns, row)
+
+
+def thumb_from_pair(row: Mapping[str, Any]) -> Row:
+    """Read `prompt`, `completion` and `label`: whether the answer is good."""
+    prompt, answer = _split(_turns(row["prompt"]), row, "completion")
+    return {**prompt, "answer": answer, "good": _thumb(row["label"])}
+
+
+def thumb_from_conversation(row: Mapping[str, Any]) -> Row:
+    """Read `messages` that end in the answer, and `label`."""
+    if not isinstance(_turns(row["messages"]), list):
+        raise RowError("wrong type", f"'messages' is {describe(row['messages'])}; it must be a list of messages")
+    prompt, answer = _split(None, row, "messages")
+    return {**prompt, "answer": answer, "good": _thumb(row["label"])}
+
+
+def _turns(value: Any) -> Any:
+    """Read messages that stand in a cell as JSON, as in CSV; any other text is left as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    turns = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if turns and all(isinstance(turn, dict) and _role(turn) for turn in turns) else value
+
+
+def _role(turn: Any) -> str:
+    """Return the role of a message as templates know it; empty where it has none."""
+    said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(said.strip().lower(), said) if isinstance(said, str) else ""
+
+
+def _content(turn: Any) -> Any:
+    return turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+
+
+def _pair(prompt: Any, row: Mapping[str, Any]) -> Row:
+    """Return a row of two answers to `prompt`: a text, messages, or None where both columns hold it."""
+    (asked, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
+    if asked != other:
+        raise RowError("two prompts", "'chosen' and 'rejected' differ before their last message")
+    if chosen.strip() == rejected.strip():
+        raise RowError("chosen equals rejected", "both answers are the same: there is nothing to prefer")
+    return {**asked, "chosen": chosen, "rejected": rejected}
+
+
+def _split(prompt: Any, row: Mapping[str, Any], column: str) -> tuple[Row, str]:
+    """Return the conversation up to the answer in `column`, as a canonical row, and the answer."""
+    turns = _join(prompt, _turns(row[column]), row, column)
+    said = _content(turns[-1])
+    if isinstance(turns[-1], dict) and not turns[-1].get("tool_calls") and (said is None or not str(said).strip()):
+        raise RowError("no answer", f"'{column}' is empty")
+    try:
+        whole = canonical_messages(turns, row.get("tools"), row.get("system"))
+    except RowError as error:
+        raise RowError(error.reason, f"'{column}': {error.detail}") from None
+    *asked, answer = whole["messages"]
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        before = f"the {asked[-1]['role']}'s message" if asked else "nothing"
+        raise RowError("no question", f"before the answer in '{column}' stands {before}, and no question")
+    if "tool_calls" in answer:
+        raise RowError("a tool call as answer", f"'{column}' calls a tool; only texts can be preferred so far")
+    unmarked = [{key: value for key, value in message.items() if key != "train"} for message in asked]
+    return {**whole, "messages": unmarked}, answer["content"]
+
+
+def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list[Any]:
+    """Return the whole conversation: the prompt, unless the messages in `column` begin with it, and those messages."""
+    if not isinstance(answer, list):
+        if prompt is None:
+            raise RowError(
+                "missing column", f"'prompt' is missing, and '{column}' is no list of messages that holds it"
+            )
+        if isinstance(answer, dict):
+            turn = answer if _role(answer) else {"role": "assistant", **answer}
+        else:
+            turn = {"role": "assistant", "content": filled(row, column)}
+        return [*_asked(prompt), turn]
+    if not answer:
+        raise RowError("no answer", f"'{column}' is an empty list")
+    nothing = prompt is None or (isinstance(prompt, str) and not prompt.strip())
+    if nothing or _holds(answer, prompt):
+        return answer
+    if _role(answer[0]) in ("system", "user"):
+        raise RowError("two prompts", f"'{column}' begins with another prompt than 'prompt'")
+    return [*_asked(prompt), *answer]
+
+
+def _asked(prompt: Any) -> list[Any]:
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": filled({"prompt": prompt}, "prompt")}]
+
+
+def _holds(turns: list[Any], prompt: Any) -> bool:
+    """Whether a conversation begins with a prompt of messages, or asks a prompt of one text somewhere."""
+    if isinstance(prompt, list):
+        first, wanted = turns[: len(prompt)], prompt
+        return [(_role(turn), _content(turn)) for turn in first] == [(_role(turn), _content(turn)) for turn in wanted]
+    asked = [_content(turn) for turn in turns if _role(turn) == "user"]
+    return isinstance(prompt, str) and prompt.strip() in [text.strip() for text in asked if isinstance(text, str)]
+
+
+def _thumb(value: Any) -> bool:
+    found = THUMBS.get(str(value).strip().lower())
+    if found is None:
+        raise RowError("no thumb", f"'label' is {value!r}; it must be true or false, 1 or 0, up or down, good or bad")
+    return found

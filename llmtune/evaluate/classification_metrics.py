@@ -1,0 +1,170 @@
+"""Metrics of classes and numbers that a model predicts: one label, many labels, regression; as scikit-learn counts.
+
+Scores are probabilities of K classes a row (one label), K probabilities that do not depend on one another (many
+labels), or one number (regression). Shapes: N rows, K classes, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtune.evaluate.auroc_and_correlation import measure_auroc, measure_correlation
+from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right
+from llmtune.evaluate.paired_statistics import Floats
+
+Kind = Literal["single", "multi", "regression"]
+Reference = str | float | Sequence[str]
+"""The right label, or the right number, or all right labels of one row."""
+F1_METRICS = ("f1_macro", "f1_micro", "f1_weighted")
+CLASS_METRICS: dict[Kind, tuple[str, ...]] = {
+    "single": ("accuracy", *F1_METRICS, "matthews", "auroc"),
+    "multi": ("accuracy", *F1_METRICS, "auroc"),
+    "regression": ("mse", "mae", "pearson", "spearman"),
+}
+THRESHOLD = 0.5
+"""A label of many is predicted above this probability."""
+
+
+def measure_classes(
+    metric: str, kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+) -> Measure:
+    """Build a metric of `CLASS_METRICS[kind]`; `references` hold names out of `labels` [K] (regression: numbers)."""
+    assert metric in CLASS_METRICS[kind]
+    assert len(scores_NK) == len(references)
+    if kind == "regression":
+        return measure_numbers(metric, scores_NK[:, 0], np.array(references, dtype=np.float64))
+    true_NK = true_classes(kind, references, labels)
+    if metric == "auroc":
+        return measure_auroc(scores_NK, true_NK, binary=kind == "single" and len(labels) == 2)
+    predicted_NK = predicted_classes(kind, scores_NK)
+    if metric == "accuracy":
+        right = (predicted_NK == true_NK).all(1)
+        signature = (
+            "likeliest label is the right one" if kind == "single" else "all labels of a row are right, none more"
+        )
+        return measure_right(right.tolist(), metric, signature)
+    if metric == "matthews":
+        return Measure(metric, class_sums(predicted_NK, true_NK), matthews_formula, signature="0 where it is undefined")
+    return measure_f1(metric, predicted_NK, true_NK)
+
+
+def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which classes [N, K] are right; each reference must be a label, or labels, of `labels`."""
+    place = {label: k for k, label in enumerate(labels)}
+    true_NK = np.zeros((len(references), len(labels)), dtype=np.bool_)
+    for n, reference in enumerate(references):
+        names = [reference] if kind == "single" else reference
+        assert isinstance(names, Sequence)
+        true_NK[n, [place[str(name)] for name in names]] = True
+    return true_NK
+
+
+def predicted_classes(kind: Kind, scores_NK: Floats) -> NDArray[np.bool_]:
+    """Return which classes [N, K] are predicted: the first of the likeliest, or of many all above the threshold."""
+    if kind == "multi":
+        return np.asarray(scores_NK > THRESHOLD)
+    classes = np.arange(scores_NK.shape[1])
+    return np.asarray(
+        scores_NK.argmax(1)[:, None] == classes if len(scores_NK) else np.empty(scores_NK.shape, np.bool_)
+    )
+
+
+def class_sums(predicted_NK: NDArray[np.bool_], true_NK: NDArray[np.bool_]) -> Floats:
+    """Return [N, 3K]: by class whether it is rightly predicted, predicted, and right."""
+    return np.concatenate([predicted_NK & true_NK, predicted_NK, true_NK], axis=1).astype(np.float64)
+
+
+def split_sums(sums: Floats) -> tuple[Floats, Floats, Floats]:
+    """[..., 3K] -> hits, predicted and right rows by class, [..., K] each."""
+    hits, predicted, true = np.split(sums, 3, axis=-1)
+    return hits, predicted, true
+
+
+def measure_f1(metric: str, predicted_NK: NDArray[np.bool_], true_NK: NDArray[np.bool_]) -> Measure:
+    """Build a metric of `F1_METRICS`; the micro average needs no sums by class."""
+    sums = class_sums(predicted_NK, true_NK)
+    if metric == "f1_micro":
+        pooled = columns(*(part.sum(1) for part in split_sums(sums)))
+        return Measure(metric, pooled, f1_macro_formula, signature="F1 over all classes together")
+    if metric == "f1_macro":
+        signature = "mean F1 of the classes that are right or predicted at least once"
+        return Measure(metric, sums, f1_macro_formula, signature=signature)
+    return Measure(metric, sums, f1_weighted_formula, signature="mean F1 of the classes, weighted by their rows")
+
+
+def f1_by_class(sums: Floats) -> Floats:
+    """[..., 3K] -> F1 by class [..., K]; 0 for a class that is neither right nor predicted anywhere."""
+    hits, predicted, true = split_sums(sums)
+    return np.asarray(2 * hits / np.maximum(predicted + true, 1), dtype=np.float64)
+
+
+def f1_macro_formula(sums: Floats) -> Floats:
+    """[..., 3K] -> mean F1 [...] of the classes that occur; 0 where none does."""
+    _, predicted, true = split_sums(sums)
+    occurring = ((predicted + true) > 0).sum(-1)
+    return np.asarray(f1_by_class(sums).sum(-1) / np.maximum(occurring, 1), dtype=np.float64)
+
+
+def f1_weighted_formula(sums: Floats) -> Floats:
+    """[..., 3K] -> mean F1 [...], a class weighted by the rows it is right in; 0 where there are none."""
+    _, _, true = split_sums(sums)
+    return np.asarray((f1_by_class(sums) * true).sum(-1) / np.maximum(true.sum(-1), 1), dtype=np.float64)
+
+
+def matthews_formula(sums: Floats) -> Floats:
+    """[..., 3K] -> Matthews' correlation [...] of K classes; 0 where all rows have one class on either side.
+
+    Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
+    """
+    hits, predicted, true = split_sums(sums)
+    rows, right = true.sum(-1), hits.sum(-1)
+    covariance = right * rows - (predicted * true).sum(-1)
+    spread = (rows**2 - (predicted**2).sum(-1)) * (rows**2 - (true**2).sum(-1))
+    return np.asarray(np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1)), 0.0), dtype=np.float64)
+
+
+def measure_numbers(metric: str, found_N: Floats, wanted_N: Floats) -> Measure:
+    """Build a metric of regression."""
+    if metric == "mse":
+        return measure_means(metric, ((found_N - wanted_N) ** 2).tolist(), "mean of squared errors")
+    if metric == "mae":
+        return measure_means(metric, np.abs(found_N - wanted_N).tolist(), "mean of absolute errors")
+    return measure_correlation(metric, found_N, wanted_N)
+
+
+def class_table(
+    kind: Kind, scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return `label`, `precision`, `recall`, `f1` and `support` (rows) of each of `labels`; 0 where undefined."""
+    sums = class_sums(predicted_classes(kind, scores_NK), true_classes(kind, references, labels)).sum(0)
+    hits, predicted, true = split_sums(sums)
+    rows = zip(
+        labels, hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), f1_by_class(sums), true, strict=True
+    )
+    return [
+        {"label": label, "precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(count)}
+        for label, precision, recall, f1, count in rows
+    ]
+
+
+def confusion(scores_NK: Floats, references: Sequence[Reference], labels: Sequence[str]) -> list[list[int]]:
+    """Count rows [K, K] with one label: by the right one down, by the predicted one across."""
+    true_NK = true_classes("single", references, labels).astype(np.int64)
+    counts_KK: list[list[int]] = (true_NK.T @ predicted_classes("single", scores_NK).astype(np.int64)).tolist()
+    return counts_KK
+
+
+def majority_scores(references: Sequence[Reference], kind: Kind, labels: Sequence[str], count: int) -> Floats:
+    """Return the scores [count, K] of one who looks at the training rows' references alone, the same for every row.
+
+    They are the labels' shares: the most frequent label is predicted, and of many those of more than half of the rows.
+    Regression: the mean number, [count, 1].
+    """
+    assert references
+    if kind == "regression":
+        return np.full((count, 1), np.array(references, dtype=np.float64).mean())
+    return np.tile(true_classes(kind, references, labels).mean(0), (count, 1))

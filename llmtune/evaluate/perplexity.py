@@ -1,0 +1,222 @@
+"""General text in windows of one model's tokens, and the nats of each of its paragraphs.
+
+Shapes: B windows of a batch, T positions, S scored tokens, U paragraphs of all texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llmtune.data.chat_template import encode_texts
+from llmtune.errors import DataError, Problem
+from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.model import causal_loss
+from llmtune.recipe.eval_suites_section import OWN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WINDOW = 512
+"""Tokens that are read together, where the model's context holds as many."""
+LONGEST_PARAGRAPH = 2000
+"""Characters; a longer one is cut at white space."""
+BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
+FIX = "Name a plain text file in UTF-8."
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text in paragraphs; put together they are the text."""
+
+    name: str
+    paragraphs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that are read together, of which those from `first` on are scored."""
+
+    ids: tuple[int, ...]
+    first: int
+    paragraphs: tuple[int, ...]
+    """The number of the paragraph of each scored token, over all texts."""
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts as one model's tokens."""
+
+    texts: tuple[Text, ...]
+    windows: tuple[Window, ...]
+    tokens: Floats
+    """[U] scored tokens."""
+    sizes: Floats
+    """[U] UTF-8 bytes of what is scored."""
+    text_of: tuple[int, ...]
+    """[U] which text each paragraph is from."""
+
+
+def read_texts(places: Sequence[str]) -> tuple[Text, ...]:
+    """Read text files, and for `own` those that come with llmtune; paths are absolute.
+
+    Raises DataError for files that are missing, empty or no UTF-8: all of them at once.
+    """
+    found: list[Text] = []
+    problems: list[Problem] = []
+    for place in places:
+        if place == OWN:
+            found += own_texts()
+            continue
+        try:
+            found.append(make_text(Path(place).name, Path(place).read_bytes().decode("utf-8-sig")))
+        except OSError as error:
+            problems.append(Problem(f"cannot be read: {error.strerror}", place, FIX))
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            problems.append(Problem(f"is no UTF-8: byte {error.object[error.start]:#04x}", f"{place}:{line}", FIX))
+        else:
+            if not found[-1].paragraphs:
+                problems.append(Problem("there is no text in it", place, FIX))
+    DataError.collect(problems)
+    return tuple(found)
+
+
+def own_texts() -> list[Text]:
+    """Return the texts that come with llmtune; their origin is told beside them."""
+    folder = resources.files("llmtune.evaluate") / "general"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+    return [make_text(file.name.removesuffix(".txt"), file.read_text("utf-8")) for file in files]
+
+
+def make_text(name: str, text: str) -> Text:
+    """Cut a text into paragraphs, each with the blank lines behind it."""
+    text = text.replace("\r\n", "\n").strip()
+    cuts = [0, *(found.end() for found in BLANK_LINES.finditer(text)), len(text)]
+    blocks = [text[left:right] for left, right in pairwise(cuts) if right > left]
+    return Text(name, tuple(part for block in blocks for part in cut_long(block)))
+
+
+def cut_long(block: str) -> list[str]:
+    """Cut what is too long for a paragraph at white space, or anywhere if there is none."""
+    parts = []
+    while len(block) > LONGEST_PARAGRAPH:
+        at = block.rfind(" ", 1, LONGEST_PARAGRAPH)
+        at = LONGEST_PARAGRAPH if at < 0 else at
+        parts.append(block[:at])
+        block = block[at:]
+    return [*parts, block]
+
+
+def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
+    """Read texts as tokens and lay windows over them, so that each token is scored once.
+
+    A window is as long as the context, but no longer than 512 tokens, and begins with the start token where the
+    tokenizer puts one before every text. Each but the first of a text scores its second half. Without a start token the
+    first token of a text is read and not scored.
+    """
+    start = start_ids(processor)
+    room = min(context or WINDOW, WINDOW) - len(start)
+    windows: list[Window] = []
+    sizes: list[int] = []
+    text_of: list[int] = []
+    for number, text in enumerate(texts):
+        ids, paragraph_of = to_tokens(text, processor)
+        windows += lay_windows(ids, [len(sizes) + place for place in paragraph_of], start, room)
+        sizes += [len(paragraph.encode()) for paragraph in text.paragraphs]
+        if not start:
+            sizes[-len(text.paragraphs)] -= len(str(processor.decode(ids[:1])).encode())
+        text_of += [number] * len(text.paragraphs)
+    tokens = np.bincount([place for window in windows for place in window.paragraphs], minlength=len(sizes))
+    return Passages(
+        tuple(texts), tuple(windows), tokens.astype(np.float64), np.asarray(sizes, dtype=np.float64), tuple(text_of)
+    )
+
+
+def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer puts before every text by itself."""
+    marked, plain = (encode_texts(processor, ["a"], special=special)["input_ids"][0] for special in (True, False))
+    before = range(len(marked) - len(plain) + 1)
+    return list(marked[: next((i for i in before if marked[i : i + len(plain)] == plain), 0)])
+
+
+def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids of a text, and the number of the paragraph that each begins in.
+
+    A tokenizer without offsets reads each paragraph by itself.
+    """
+    if not processor.is_fast:
+        apart = encode_texts(processor, text.paragraphs)["input_ids"]
+        return [i for ids in apart for i in ids], [place for place, ids in enumerate(apart) for _ in ids]
+    whole = encode_texts(processor, ["".join(text.paragraphs)])
+    ends = np.cumsum([len(paragraph) for paragraph in text.paragraphs])
+    begins = [left for left, _ in whole.encodings[0].offsets]
+    places = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
+    return list(whole["input_ids"][0]), places.tolist()
+
+
+def lay_windows(ids: Sequence[int], paragraph_of: Sequence[int], start: Sequence[int], room: int) -> list[Window]:
+    """Cover one text's tokens with windows of `room` tokens behind the start tokens.
+
+    As in the guide "Perplexity of fixed-length models" of transformers: a window begins half a window after the last.
+    """
+    windows: list[Window] = []
+    done = 0 if start else 1
+    while done < len(ids):
+        begin = len(windows) * max(1, room // 2)
+        end = min(len(ids), begin + room)
+        windows.append(Window((*start, *ids[begin:end]), len(start) + done - begin, tuple(paragraph_of[done:end])))
+        done = end
+    return windows
+
+
+def score_passages(
+    model: torch.nn.Module,
+    passages: Passages,
+    *,
+    device: str,
+    advance: Callable[[int], None] = lambda windows: None,
+) -> Floats:
+    """Return the nats of each paragraph [U]."""
+    windows = passages.windows
+    nats = np.zeros(len(passages.tokens))
+
+    def work(batch: list[int]) -> None:
+        tensors = collate([windows[i] for i in batch], len(nats))
+        moved = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in tensors.items()}
+        loss = causal_loss(model, moved, True)
+        assert loss.row_sums is not None
+        nats[:] += loss.row_sums.double().cpu().numpy()
+        advance(len(batch))
+
+    run_in_batches([len(window.ids) for window in windows], budget_for(device, TOKEN_BUDGET), work)
+    return nats
+
+
+def collate(windows: Sequence[Window], paragraphs: int) -> dict[str, Any]:
+    """Put windows side by side, padded on the right; the rows that losses are summed by are paragraphs."""
+    width = max(len(window.ids) for window in windows)
+    ids_BT = torch.zeros((len(windows), width), dtype=torch.int64)
+    mask_BT = torch.zeros((len(windows), width), dtype=torch.int64)
+    for row, window in enumerate(windows):
+        ids_BT[row, : len(window.ids)] = torch.tensor(window.ids)
+        mask_BT[row, : len(window.ids)] = 1
+    spots = [(row, i) for row, window in enumerate(windows) for i in range(window.first, len(window.ids))]
+    return {
+        "input_ids": ids_BT,
+        "attention_mask": mask_BT,
+        "position_ids": torch.arange(width).expand(len(windows), width),
+        "predict_S": torch.tensor([row * width + i - 1 for row, i in spots]),
+        "targets_S": torch.tensor([windows[row].ids[i] for row, i in spots]),
+        "rows_S": torch.tensor([place for window in windows for place in window.paragraphs]),
+        "n_rows": paragraphs,
+    }

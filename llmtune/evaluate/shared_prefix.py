@@ -1,0 +1,195 @@
+"""The likelihood of several continuations of one text from one forward pass: the text once, each one a branch.
+
+Shapes: B trees of a batch, T positions, C branches (continuations) of a tree, S predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmtune.evaluate.token_batches import run_in_batches
+from llmtune.model import is_out_of_memory
+from llmtune.model.causal_lm_loss import predicted_logits, unwrap
+
+PREFIX, PADDING = 0, -1
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
+"""How far, relative to their size, a tree's log-likelihoods may lie from those of separate rows (root mean square)."""
+FLOOR_NATS = 0.1
+"""Added to that on either side: likelihoods near 1 have no size to be relative to. A wrong mask costs whole nats."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A common beginning and its continuations."""
+
+    prefix: tuple[int, ...]
+    """At least one token."""
+    branches: tuple[tuple[int, ...], ...]
+    """[C] the tokens after the prefix, each at least one."""
+    unscored: tuple[int, ...]
+    """[C] how many tokens at the start of each branch are not part of the answer."""
+
+    @property
+    def length(self) -> int:
+        """Positions that the tree takes up: the last token of a branch is predicted, but predicts nothing."""
+        return len(self.prefix) + sum(len(branch) - 1 for branch in self.branches)
+
+
+def grow_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tree:
+    """Join C encoded texts; `starts` says where the scored tokens of each begin (1 or later)."""
+    shared = min(starts)
+    first = texts[0]
+    for text in texts[1:]:
+        shared = next((i for i in range(min(shared, len(text))) if text[i] != first[i]), shared)
+    assert shared >= 1, "continuations of one text begin with the same token"
+    return Tree(
+        prefix=tuple(first[:shared]),
+        branches=tuple(tuple(text[shared:]) for text in texts),
+        unscored=tuple(start - shared for start in starts),
+    )
+
+
+def score_trees(
+    model: torch.nn.Module,
+    trees: Sequence[Tree],
+    *,
+    device: str,
+    budget: int,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[list[float]]:
+    """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree.
+
+    Trees need a model that takes any attention mask. That is not asked but tried: the longest tree is scored both
+    ways, and if they disagree (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch
+    of every tree is scored as a row of its own.
+    """
+    scores: list[list[float]] = [[] for _ in trees]
+    if not trees:
+        return scores
+    longest = max(trees, key=lambda tree: tree.length)
+    score = score_as_trees if takes_trees(model, longest, device) else score_as_rows
+
+    def work(batch: list[int]) -> None:
+        for i, values in zip(batch, score(model, [trees[i] for i in batch], device), strict=True):
+            scores[i] = values
+        advance(len(batch))
+
+    run_in_batches([cost(tree, score) for tree in trees], budget, work)
+    return scores
+
+
+def cost(tree: Tree, score: Callable[..., object]) -> int:
+    """Positions that scoring a tree takes."""
+    if score is score_as_trees:
+        return tree.length
+    return len(tree.branches) * (len(tree.prefix) + max(map(len, tree.branches)))
+
+
+def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
+    """Score one tree both ways and compare; no where a sliding window is shorter than the tree."""
+    window = getattr(unwrap(model).config.get_text_config(), "sliding_window", None)
+    if window is not None and window < tree.length:
+        return False
+    separate = score_as_rows(model, [tree], device)[0]
+    try:
+        joint = score_as_trees(model, [tree], device)[0]
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    share = TOLERANCE.get(computing_dtype(model, device), 0.02)
+    apart = math.hypot(*(a - b for a, b in zip(joint, separate, strict=True)))
+    return apart <= share * math.hypot(*separate) + share * FLOOR_NATS * len(separate)
+
+
+def computing_dtype(model: torch.nn.Module, device: str) -> torch.dtype:
+    """Return the number format of the forward pass: autocast's where it is on, the weights' elsewhere."""
+    kind = device.split(":")[0]
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else next(model.parameters()).dtype
+
+
+def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
+    """Score trees side by side, padded on the left so that the branches stand in the same columns."""
+    width = max(tree.length for tree in trees)
+    ids_BT = torch.zeros((len(trees), width), dtype=torch.int64)
+    positions_BT = torch.zeros((len(trees), width), dtype=torch.int64)
+    branch_BT = torch.full((len(trees), width), PADDING, dtype=torch.int64)
+    predict: list[int] = []
+    for row, tree in enumerate(trees):
+        at = width - tree.length
+        size = len(tree.prefix)
+        place = (row, slice(at, at + size))
+        ids_BT[place], positions_BT[place], branch_BT[place] = torch.tensor(tree.prefix), torch.arange(size), PREFIX
+        last = row * width + at + size - 1
+        at += size
+        for number, (branch, unscored) in enumerate(zip(tree.branches, tree.unscored, strict=True), start=1):
+            inside = len(branch) - 1
+            place = (row, slice(at, at + inside))
+            ids_BT[place] = torch.tensor(branch[:-1], dtype=torch.int64)
+            positions_BT[place], branch_BT[place] = torch.arange(size, size + inside), number
+            predict += [last, *range(row * width + at, row * width + at + inside)][unscored:]
+            at += inside
+    batch = {
+        "input_ids": ids_BT.to(device),
+        "position_ids": positions_BT.to(device),
+        "attention_mask": tree_mask(branch_BT.to(device), model),
+        "predict_S": torch.tensor(predict, device=device),
+    }
+    return sum_branches(predicted_logits(model, batch), trees)
+
+
+def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """Return the attention mask [B, 1, T, T]: a position sees the prefix, its own branch up to itself, and no padding.
+
+    True is "sees" for SDPA; eager attention adds its mask to the scores. Padding sees itself, or softmax makes it NaN.
+    """
+    query_BT1, key_B1T = branch_BT[:, :, None], branch_BT[:, None, :]
+    eye_TT = torch.eye(branch_BT.shape[1], dtype=torch.bool, device=branch_BT.device)
+    sees_BTT = (key_B1T == PREFIX) | ((key_B1T == query_BT1) & (key_B1T != PADDING))
+    sees_BTT = torch.tril(sees_BTT & (query_BT1 != PADDING)) | eye_TT
+    if unwrap(model).config._attn_implementation != "eager":
+        return sees_BTT[:, None]
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(sees_BTT.shape, dtype=dtype, device=branch_BT.device).masked_fill_(
+        ~sees_BTT, torch.finfo(dtype).min
+    )[:, None]
+
+
+def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
+    """Score every branch as a row of its own, padded on the right: what trees are held against."""
+    texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
+    width = max(map(len, texts))
+    ids_BT = torch.zeros((len(texts), width), dtype=torch.int64)
+    mask_BT = torch.zeros((len(texts), width), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids_BT[row, : len(text)] = torch.tensor(text)
+        mask_BT[row, : len(text)] = 1
+    predict = [
+        row * width + column
+        for row, (tree, c) in enumerate((tree, c) for tree in trees for c in range(len(tree.branches)))
+        for column in range(len(tree.prefix) - 1 + tree.unscored[c], len(tree.prefix) - 1 + len(tree.branches[c]))
+    ]
+    batch: dict[str, Any] = {
+        "input_ids": ids_BT.to(device),
+        "position_ids": torch.arange(width, device=device).expand(len(texts), width),
+        "attention_mask": mask_BT.to(device),
+        "predict_S": torch.tensor(predict, device=device),
+    }
+    return sum_branches(predicted_logits(model, batch), trees)
+
+
+def sum_branches(logits_SV: torch.Tensor, trees: Sequence[Tree]) -> list[list[float]]:
+    """Add up the log-probabilities of each branch's scored tokens; `logits_SV` is in order of trees and branches."""
+    answers = [b[u:] for tree in trees for b, u in zip(tree.branches, tree.unscored, strict=True)]
+    targets_S = torch.tensor([token for answer in answers for token in answer], device=logits_SV.device)
+    logs_S = -torch.nn.functional.cross_entropy(logits_SV.float(), targets_S, reduction="none")
+    parts = torch.split(logs_S.double().cpu(), [len(answer) for answer in answers])
+    sums = iter([float(part.sum()) for part in parts])
+    return [[next(sums) for _ in tree.branches] for tree in trees]

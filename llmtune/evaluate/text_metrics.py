@@ -1,0 +1,191 @@
+"""Metrics of generated texts against reference texts; each equals its reference library or script.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
+from llmtune.evaluate.paired_statistics import Floats
+
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+SQUAD_METRICS = ("exact_match", "f1")
+BLEU_ORDER = 4
+
+
+def measure_same(texts: Sequence[str], references: Sequence[str]) -> Measure:
+    """Build the share of texts that are their reference; outer white space does not count."""
+    return measure_right([text.strip() == want.strip() for text, want in pairs(texts, references)], "exact_match")
+
+
+def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: str) -> Measure:
+    """Build a metric of `ROUGE_METRICS`: the mean F1 of the rows."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([metric], use_stemmer=False)
+    scores = [scorer.score(want, text)[metric].fmeasure for text, want in pairs(texts, references)]
+    return measure_means(
+        metric, scores, "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
+    )
+
+
+def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> Measure:
+    """Build corpus BLEU, 0 to 100: n-gram counts are summed over the rows before the score is taken.
+
+    `tokenize` is sacrebleu's: "13a" for languages that put spaces between words, "zh" for Chinese, "char" for others.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    # `force` silences a remark on texts that end in " ."; it has no effect on the score.
+    scorer = BLEU(tokenize=tokenize, force=True)
+    sums_NK = corpus_sums(scorer, 2 + 2 * BLEU_ORDER, texts, references)
+    return Measure("bleu", sums_NK, bleu_formula, signature=corpus_signature("BLEU", scorer, texts))
+
+
+def bleu_formula(sums: Floats) -> Floats:
+    """[..., 10] sums (length, reference length, matches and n-grams of the orders 1 to 4) -> BLEU [...].
+
+    Papineni et al., "BLEU: a Method for Automatic Evaluation of Machine Translation", 2002; orders without a match are
+    smoothed as in mteval-v13a.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    def score(row: Floats) -> float:
+        length, wanted, *grams = row.tolist()
+        matches, totals = grams[:BLEU_ORDER], grams[BLEU_ORDER:]
+        return float(BLEU.compute_bleu(matches, totals, int(length), int(wanted), smooth_method="exp").score)
+
+    return np.asarray(np.apply_along_axis(score, -1, sums), dtype=np.float64)
+
+
+def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
+    """Build corpus chrF, 0 to 100: n-gram counts are summed over the rows before the score is taken."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    scorer = CHRF()
+    sums_NK = corpus_sums(scorer, 3 * scorer.order, texts, references)
+    return Measure("chrf", sums_NK, chrf_formula, signature=corpus_signature("chrF2", scorer, texts))
+
+
+def chrf_formula(sums: Floats) -> Floats:
+    """[..., 18] n-gram counts (hypothesis, reference, match; orders 1 to 6) -> chrF2 [...], as sacrebleu computes it.
+
+    Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; averages over the
+    orders that both sides have.
+    """
+    counts = sums.reshape(*sums.shape[:-1], -1, 3)
+    hypothesis, reference, match = counts[..., 0], counts[..., 1], counts[..., 2]
+    effective = (hypothesis > 0) & (reference > 0)
+    orders = np.maximum(effective.sum(-1), 1)
+    precision = np.where(effective, match / np.maximum(hypothesis, 1), 0).sum(-1) / orders
+    recall = np.where(effective, match / np.maximum(reference, 1), 0).sum(-1) / orders
+    return np.asarray(100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-300), dtype=np.float64)
+
+
+def measure_ter(texts: Sequence[str], references: Sequence[str]) -> Measure:
+    """Build corpus TER, edits by 100 reference words: lower is better, and it may pass 100."""
+    from sacrebleu.metrics.ter import TER
+
+    scorer = TER()
+    sums_NK = corpus_sums(scorer, 2, texts, references)
+    return Measure("ter", sums_NK, ter_formula, signature=corpus_signature("TER", scorer, texts))
+
+
+def ter_formula(sums: Floats) -> Floats:
+    """[..., (edits, reference words)] -> TER [...]; without reference words 100 if there are edits, 0 if not.
+
+    Snover et al., "A Study of Translation Edit Rate with Targeted Human Annotation", 2006.
+    """
+    edits, words = sums[..., 0], sums[..., 1]
+    return np.asarray(100 * np.where(words > 0, edits / np.maximum(words, 1), edits > 0), dtype=np.float64)
+
+
+def corpus_sums(scorer: Any, sums: int, texts: Sequence[str], references: Sequence[str]) -> Floats:
+    """Return the statistics [N, sums] that a scorer of sacrebleu adds up over the rows of a corpus."""
+    if not texts:
+        return np.empty((0, sums))
+    # They have no public name; tests hold their formulas against `corpus_score`.
+    return np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
+
+
+def corpus_signature(title: str, scorer: Any, texts: Sequence[str]) -> str:
+    """Say what makes the score comparable with others; sacrebleu knows it once the rows were counted."""
+    return f"corpus {title}, sacrebleu {scorer.get_signature()}" if texts else ""
+
+
+def measure_length_ratio(texts: Sequence[str], references: Sequence[str]) -> Measure:
+    """Build the number of words in all texts by that in all references."""
+    words = [np.array([len(text.split()) for text in side], dtype=np.float64) for side in (texts, references)]
+    signature = "words of the texts by words of the references, parted by white space"
+    return Measure("length_ratio", columns(*words), ratio, signature=signature)
+
+
+TEXT_MEASURES: dict[str, Callable[[Sequence[str], Sequence[str]], Measure]] = {
+    "exact_match": measure_same,
+    **{metric: partial(measure_rouge, metric=metric) for metric in ROUGE_METRICS},
+    "chrf": measure_chrf,
+    "bleu": measure_bleu,
+    "ter": measure_ter,
+    "length_ratio": measure_length_ratio,
+}
+"""Metrics of N texts against one reference each, by name."""
+
+
+def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> Measure:
+    """Build a metric of `SQUAD_METRICS` from one text a row and any number of right answers a row.
+
+    No right answer means that the question has none, and an empty text says so. Values are the script's by 100.
+    Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
+    """
+    compared = same_answer if metric == "exact_match" else shared_words
+    values = [
+        max(compared(text, answer) for answer in known_answers(right))
+        for text, right in zip(texts, answers, strict=True)
+    ]
+    signature = (
+        "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
+        "an empty text is right where there is no answer"
+    )
+    if metric == "exact_match":
+        return measure_right([value == 1 for value in values], metric, signature)
+    assert metric == "f1"
+    return measure_means(metric, values, signature)
+
+
+def known_answers(answers: Sequence[str]) -> list[str]:
+    """Leave out the answers that nothing is left of; the empty text where none remains."""
+    return [answer for answer in answers if bare(answer)] or [""]
+
+
+def bare(text: str) -> str:
+    """Lower the case; take out punctuation, English articles and superfluous white space."""
+    letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
+
+
+def same_answer(text: str, answer: str) -> float:
+    """1 if nothing but case, punctuation, articles and white space differs, or else 0."""
+    return float(bare(text) == bare(answer))
+
+
+def shared_words(text: str, answer: str) -> float:
+    """F1 of the words that text and answer have in common; where one of them has none, 1 if both have none."""
+    given, wanted = bare(text).split(), bare(answer).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    shared = (Counter(given) & Counter(wanted)).total()
+    return 2 * shared / (len(given) + len(wanted))
+
+
+def pairs(texts: Sequence[str], references: Sequence[str]) -> zip[tuple[str, str]]:
+    """Go through texts with their references."""
+    return zip(texts, references, strict=True)

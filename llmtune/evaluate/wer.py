@@ -1,0 +1,174 @@
+"""Word and character error rate of transcripts after a named normaliser, as jiwer counts them.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.paired_statistics import Floats
+
+if TYPE_CHECKING:
+    from jiwer import AlignmentChunk
+
+    from llmtune.recipe import ModelSection
+
+SPELLINGS = "normalizer.json"
+NORMALISERS = ("none", "basic", "whisper")
+ENGLISH = ("en", "english")
+Normaliser = Callable[[str], str]
+
+
+def measure_wer(
+    texts: Sequence[str],
+    references: Sequence[str],
+    normaliser: str = "basic",
+    language: str = "",
+    spellings: Mapping[str, str] | None = None,
+) -> Measure:
+    """Build the word error rate: substituted, deleted and inserted words of all rows by all reference words.
+
+    0 is without an error and it may pass 1; NaN where no row has reference words. See `make_normaliser` for the rest.
+    """
+    import jiwer
+
+    def count(wanted: list[str], given: list[str]) -> Floats:
+        found = jiwer.process_words(wanted, given)
+        return errors_and_lengths(found.alignments, found.references)
+
+    return measure_errors("wer", "words", count, texts, references, normaliser, language, spellings)
+
+
+def measure_cer(
+    texts: Sequence[str],
+    references: Sequence[str],
+    normaliser: str = "basic",
+    language: str = "",
+    spellings: Mapping[str, str] | None = None,
+) -> Measure:
+    """Build the character error rate, spaces between words included; all else as in `measure_wer`."""
+    import jiwer
+
+    def count(wanted: list[str], given: list[str]) -> Floats:
+        found = jiwer.process_characters(wanted, given)
+        return errors_and_lengths(found.alignments, found.references)
+
+    return measure_errors("cer", "characters", count, texts, references, normaliser, language, spellings)
+
+
+def measure_errors(
+    metric: str,
+    unit: str,
+    count: Callable[[list[str], list[str]], Floats],
+    texts: Sequence[str],
+    references: Sequence[str],
+    name: str,
+    language: str,
+    spellings: Mapping[str, str] | None,
+) -> Measure:
+    """Normalise both sides and build a metric out of the errors and the length of each row."""
+    assert len(texts) == len(references)
+    clean = make_normaliser(name, language, spellings)
+    given, wanted = [clean(text) for text in texts], [clean(text) for text in references]
+    sums_N2 = count(wanted, given) if given else np.empty((0, 2))
+    signature = (
+        f"errors by reference {unit}, normaliser {describe(name, language, spellings)}, jiwer {version('jiwer')}; "
+        "what is written where the reference is empty counts as errors"
+    )
+    return Measure(metric, sums_N2, error_rate, signature=signature)
+
+
+def error_rate(sums: Floats) -> Floats:
+    """[..., (errors, reference length)] -> [...]; NaN without a reference."""
+    errors, length = sums[..., 0], sums[..., 1]
+    return np.asarray(np.where(length > 0, errors / np.maximum(length, 1), np.nan), dtype=np.float64)
+
+
+def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:
+    """Return [N, (errors, reference length)] of what jiwer aligned."""
+    rows = [
+        (sum(chunk_errors(chunk) for chunk in chunks), len(wanted))
+        for chunks, wanted in zip(alignments, references, strict=True)
+    ]
+    return np.asarray(rows, dtype=np.float64).reshape(-1, 2)
+
+
+def chunk_errors(chunk: AlignmentChunk) -> int:
+    """Count the words that are substituted, deleted or inserted in one stretch of an alignment."""
+    if chunk.type == "equal":
+        return 0
+    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+
+
+def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> Normaliser:
+    """Return the normaliser of a name of `NORMALISERS`.
+
+    "none" leaves a text as it is; jiwer parts it at spaces. "basic" is Unicode's lower case without punctuation, where
+    dashes and white space of any kind become one space. "whisper" is the one of OpenAI's Whisper: for English it also
+    writes out contractions, turns number words into digits and, with `spellings` (British to American, in Whisper's
+    tokenizer as `english_spelling_normalizer`), unifies spellings.
+    """
+    if name == "none":
+        return str
+    if name == "basic":
+        return lower_without_punctuation
+    assert name == "whisper"
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    english = language.lower() in ENGLISH
+    whisper = EnglishTextNormalizer(dict(spellings or {})) if english else BasicTextNormalizer()
+    return lambda text: str(whisper(text)).strip()
+
+
+def find_spellings(model: ModelSection) -> dict[str, str] | None:
+    """Return the spellings that a Whisper model brings in `normalizer.json`; None where it has none, or lies elsewhere.
+
+    Looked for in a folder and in the hub's cache, where the model is by the time that its answers are measured.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = str(model.name)
+    found: object = Path(name) / SPELLINGS
+    if not Path(name).is_dir():
+        named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return None
+    said = json.loads(Path(found).read_text("utf-8"))
+    return {str(british): str(american) for british, american in said.items()}
+
+
+def normalise(text: str, name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> str:
+    """Normalise one text; see `make_normaliser`."""
+    return make_normaliser(name, language, spellings)(text)
+
+
+def lower_without_punctuation(text: str) -> str:
+    """Lower the case, make dashes spaces, take out other punctuation, join white space; composed letters (NFC)."""
+    lowered = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+    return " ".join("".join(map(without_punctuation, lowered)).split())
+
+
+def without_punctuation(letter: str) -> str:
+    """Keep what is no punctuation; a dash parts words."""
+    category = unicodedata.category(letter)
+    return " " if category == "Pd" else "" if category.startswith("P") else letter
+
+
+def describe(name: str, language: str, spellings: Mapping[str, str] | None) -> str:
+    """Name a normaliser as it stands in a report."""
+    if name != "whisper":
+        return name
+    if language.lower() not in ENGLISH:
+        return "whisper (basic)"
+    return "whisper (English)" if spellings else "whisper (English, spellings not unified)"

@@ -1,0 +1,290 @@
+"""How an answer comes about: at each step what could come next, how likely it was, and what each layer would have said.
+
+The answer is made by transformers' own `generate`, so that it is the one that the model gives elsewhere; a logits
+processor that changes nothing and hooks at the layers look on. Shapes: V vocabulary, T tokens, L layers and the
+embeddings before them, P masked places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.utils import GenerationMixin
+
+from llmtune.evaluate.generation import generation_settings, only_these_settings
+from llmtune.evaluate.task_predictions import decoder_settings
+from llmtune.explain.logit_lens import Watch, read_lens
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from llmtune.explain.generation_inputs import Prompt
+    from llmtune.recipe import Recipe
+
+LISTED = 40
+"""Tokens of a step that are listed, the likeliest first."""
+SPOKEN = 3
+"""Tokens of a layer that are listed."""
+TEMPERATURES = tuple(round(0.1 * i, 1) for i in range(1, 21))
+Advance = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen, or would be: `sample` draws from what is kept, else the likeliest is taken."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int = 0
+    """0: all."""
+    min_p: float | None = None
+    sample: bool = False
+    seed: int = 0
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Return those for which a page can show probabilities exactly, its own among them."""
+        return sorted({*TEMPERATURES, self.temperature})
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with this choice in place of its own."""
+        changed: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "num_beams": 1}
+        changed |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+        if self.sample:
+            changed |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or None}
+            changed |= {"min_p": self.min_p}
+        return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=changed)})
+
+    def warp(self, scores_1V: torch.Tensor) -> torch.Tensor:
+        """Return the scores as sampling would draw from them: -inf for what is not kept."""
+        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        warpers += [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+        warpers += [MinPLogitsWarper(self.min_p)] if self.min_p else []
+        for warper in warpers:
+            scores_1V = warper(torch.zeros((1, 0), dtype=torch.int64, device=scores_1V.device), scores_1V)
+        return scores_1V
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What could come next: the likeliest tokens, and how the others are spread."""
+
+    ids: list[int]
+    probabilities: list[float]
+    kept: list[float]
+    """Of each of these tokens its probability after temperature, top-k and top-p; 0 where it is cut off."""
+    kept_tokens: int
+    entropy_bits: float
+    partitions: list[float]
+    """For each temperature of the choice: log of the sum over the vocabulary of probability ^ (1 / temperature)."""
+
+
+@dataclass(frozen=True)
+class Saying:
+    """What one layer would say: its likeliest tokens, and how likely it found the one that was chosen in the end."""
+
+    ids: list[int]
+    probabilities: list[float]
+    chosen: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an answer, or of a text with masks one mask."""
+
+    id: int
+    probability: float
+    """Before temperature, top-k and top-p."""
+    could: Distribution
+    layers: list[Saying] | None
+    """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An answer, step by step."""
+
+    begun: list[int]
+    """What the decoder had before its first step: the prompt, or the start of an encoder-decoder's answer."""
+    steps: list[Step]
+    text: str
+    ended: bool
+    """Whether an end token stands at its end; otherwise there was no room for more."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the answer."""
+        return [step.id for step in self.steps]
+
+
+@dataclass
+class Recorder(LogitsProcessor):  # type: ignore[misc]
+    """Notes what could come next at each step, and changes nothing."""
+
+    choice: Choice
+    advance: Advance
+    distributions: list[Distribution] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    """Of the tokens that were chosen, but for the last one."""
+    last: torch.Tensor | None = None
+    """Log-probabilities [V] of the step that is not settled yet."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take note of `scores` [1, V]: after what the model may not write was ruled out, before any temperature."""
+        self.settle(int(input_ids[0, -1]))
+        self.last = scores[0].float().log_softmax(-1)
+        self.distributions.append(describe(self.last, self.choice))
+        self.advance()
+        return scores
+
+    def settle(self, token: int) -> None:
+        """Note which token was chosen at the last step, if there was one."""
+        if self.last is not None:
+            self.probabilities.append(math.exp(float(self.last[token])))
+
+
+def describe(logs_V: torch.Tensor, choice: Choice) -> Distribution:
+    """Return what of log-probabilities [V] is shown."""
+    top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
+    warped_V = choice.warp(logs_V[None])[0]
+    kept_V = warped_V.softmax(-1)
+    return Distribution(
+        ids=top.indices.tolist(),
+        probabilities=top.values.exp().tolist(),
+        kept=kept_V[top.indices].tolist(),
+        kept_tokens=int(warped_V.isfinite().sum()),
+        entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
+        partitions=[float((logs_V / temperature).logsumexp(-1)) for temperature in choice.temperatures],
+    )
+
+
+def trace_answer(
+    model: torch.nn.Module,
+    prompt: Prompt,
+    processor: PreTrainedTokenizerBase,
+    choice: Choice,
+    advance: Advance = lambda: None,
+) -> Trace:
+    """Let the model answer and look on; `advance` is called after each step."""
+    inner, recipe = unwrap(model), choice.recipe(prompt.recipe)
+    recorder = Recorder(choice, advance)
+    with torch.random.fork_rng(), only_these_settings(model) as own, Watch(model, [-1]) as watch:
+        torch.manual_seed(choice.seed)
+        if inner.config.is_encoder_decoder:
+            settings = decoder_settings(own, model, processor, recipe, prompt.first)
+        else:
+            settings = generation_settings(model, processor, recipe)
+        settings.max_new_tokens = choice.max_new_tokens
+        ids = generate(inner, prompt, settings, recorder)
+    written = len(recorder.distributions)
+    begun, answer = ids[:-written], ids[-written:]
+    recorder.settle(answer[-1])
+    ends = settings.eos_token_id or []
+    stops = set(ends if isinstance(ends, list) else [ends])
+    return Trace(
+        begun=begun,
+        steps=list(join(answer, recorder.probabilities, recorder.distributions, watch)),
+        text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
+        ended=answer[-1] in stops,
+    )
+
+
+def generate(inner: Any, prompt: Prompt, settings: GenerationConfig, recorder: Recorder) -> list[int]:
+    """Run transformers' own loop; return all tokens of the decoder."""
+    inputs = dict(prompt.inputs)
+    if prompt.ids:
+        ids_1T = torch.tensor([prompt.ids])
+        inputs |= {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    if prompt.begun:
+        inputs["decoder_input_ids"] = torch.tensor([prompt.begun])
+    inputs = {name: fit(part, inner) for name, part in inputs.items()}
+    processors = LogitsProcessorList([recorder])
+    out_1T = GenerationMixin.generate(inner, **inputs, generation_config=settings, logits_processor=processors)
+    return cast(list[int], out_1T[0].tolist())
+
+
+def fit(part: torch.Tensor, inner: Any) -> torch.Tensor:
+    """Bring an input to the model's place and, if it is no token, to its number format."""
+    return part.to(inner.device, inner.dtype) if part.is_floating_point() else part.to(inner.device)
+
+
+def trace_masks(model: torch.nn.Module, prompt: Prompt, processor: PreTrainedTokenizerBase, choice: Choice) -> Trace:
+    """Let an encoder fill in each mask of a text, all at once; a mask is a step."""
+    inner = unwrap(model)
+    ids_1T = torch.tensor([prompt.ids], device=inner.device)
+    with torch.inference_mode(), Watch(model, prompt.places) as watch:
+        model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+    assert watch.last is not None
+    logs_PV = watch.last.log_softmax(-1)
+    answer = logs_PV.argmax(-1).tolist()
+    likely = logs_PV.max(-1).values.exp().tolist()
+    filled = list(prompt.ids)
+    for place, token in zip(prompt.places, answer, strict=True):
+        filled[place] = token
+    steps = list(join(answer, likely, [describe(logs_V, choice) for logs_V in logs_PV], watch))
+    return Trace(prompt.ids, steps, str(processor.decode(filled, skip_special_tokens=True)), True)
+
+
+def join(
+    answer: Sequence[int], probabilities: Sequence[float], distributions: Sequence[Distribution], watch: Watch
+) -> Iterator[Step]:
+    """Put the steps together from what was noted and what the layers left behind."""
+    lens = read_lens(watch)
+    for token, likely, could in zip(answer, probabilities, distributions, strict=True):
+        yield Step(token, likely, could, None if lens is None else listen(next(lens), token))
+
+
+def listen(logits_LV: torch.Tensor, token: int) -> list[Saying]:
+    """Return what each layer would say by its logits [L, V]."""
+    shares_LV = logits_LV.softmax(-1)
+    top = shares_LV.topk(SPOKEN)
+    said = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
+    return [Saying(ids, shares, chosen) for ids, shares, chosen in said]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How likely one token of a given answer is, and what the model would have said in its place."""
+
+    probability: float
+    rank: int
+    """How many tokens are likelier, and one."""
+    likeliest: int
+    likeliest_probability: float
+
+
+@torch.inference_mode()
+def read_answer(model: torch.nn.Module, prompt: Prompt, begun: Sequence[int], answer: Sequence[int]) -> list[Reading]:
+    """Return what the model makes of each token of an answer that is given to it (teacher forcing)."""
+    inner = unwrap(model)
+    ids_1T = torch.tensor([[*begun, *answer[:-1]]], device=inner.device)
+    inputs: dict[str, Any] = {name: fit(part, inner) for name, part in prompt.inputs.items()}
+    if inner.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids_1T
+        if prompt.ids:
+            inputs["input_ids"] = torch.tensor([prompt.ids], device=inner.device)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        inputs |= {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    if "logits_to_keep" in accepted_arguments(type(inner)):  # type: ignore[arg-type]
+        inputs["logits_to_keep"] = len(answer)
+    logs_AV = model(**inputs).logits[0, -len(answer) :].float().log_softmax(-1)
+    chosen_A1 = torch.tensor(answer, device=logs_AV.device)[:, None]
+    own_A1 = logs_AV.gather(-1, chosen_A1)
+    best = logs_AV.max(-1)
+    columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
+    return [Reading(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -1,0 +1,225 @@
+"""How a model knows the order of words: a table of sines, a learned table, rotations, or a bias by distance.
+
+Shapes: L positions, D dimensions, F frequencies, H heads, N distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from llmtune.model.causal_lm_loss import unwrap
+
+Array = npt.NDArray[np.float64]
+Kind = Literal["sinusoidal", "learned", "rotary", "bias", "slopes"]
+TITLES: dict[Kind, str] = {
+    "sinusoidal": "Sinusoidal encoding",
+    "learned": "Learned position table",
+    "rotary": "Rotary frequencies (RoPE)",
+    "bias": "Relative position bias",
+    "slopes": "Linear biases (ALiBi)",
+}
+TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions", "pos_emb", "rel_embeddings")
+"""Last parts of the names of modules that hold a table of positions."""
+REACH = 128
+"""Distances to each side of which a bias is shown."""
+SLOPED = ("bloom", "mpt")
+"""Model types with linear biases; Falcon's configuration says whether it has them."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way in which a model, or a half of it, knows positions."""
+
+    kind: Kind
+    name: str
+    """The module that it was found in."""
+    values: Array
+    """[L, D] a table; [F] angles that a position adds, in radians; [H, N] biases; [H] slopes."""
+    distances: tuple[int, ...] = ()
+    """Of biases: how far the word looked at lies behind (negative) or ahead."""
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Say what it is, and of which half of the model."""
+        half = next((half for half in ("encoder", "decoder") if f".{half}." in f".{self.name}."), "")
+        return f"{TITLES[self.kind]}{f' of the {half}' if half else ''}"
+
+    def equals(self, other: Scheme) -> bool:
+        """Whether two sides of a run have the same."""
+        return self.name == other.name and np.array_equal(self.values, other.values)
+
+    def table(self, length: int) -> Array:
+        """Return what a picture shows for `length` positions, [L, D]: the table, or cosines of the angles."""
+        if self.kind == "rotary":
+            return np.cos(np.arange(length)[:, None] * self.values)
+        return self.values[:length]
+
+
+def sinusoidal_encoding(length: int, dimension: int, base: float) -> Array:
+    """Return the encoding of Vaswani et al. 2017, section 3.5, [length, dimension]; `base` is its 10000.
+
+    PE(k, 2i) = sin(k / base ^ (2i / dimension)), PE(k, 2i + 1) = cos of the same.
+    """
+    assert dimension % 2 == 0
+    angles = np.arange(length)[:, None] * frequencies(dimension, base)
+    table = np.empty((length, dimension))
+    table[:, 0::2], table[:, 1::2] = np.sin(angles), np.cos(angles)
+    return table
+
+
+def frequencies(dimension: int, base: float) -> Array:
+    """Return the angle that a position adds in each pair of dimensions, in radians, [dimension / 2]."""
+    return np.asarray(float(base) ** (-np.arange(0, dimension, 2) / dimension))
+
+
+def similarity(table: Array) -> Array:
+    """Return the cosine of the angle between each two rows of a table, [L, L]; rows of zeros are like nothing."""
+    norms = np.linalg.norm(table, axis=1, keepdims=True)
+    unit = np.divide(table, norms, out=np.zeros_like(table), where=norms > 0)
+    return np.asarray(unit @ unit.T)
+
+
+def similarity_by_distance(scheme: Scheme, length: int) -> Array:
+    """Return how alike positions are by how far they are apart, from 0 on, [L].
+
+    Of a table it is the mean cosine over all pairs so far apart; of rotations the mean cosine of the angles between,
+    which is what a query makes of a key equal to itself.
+    """
+    if scheme.kind == "rotary":
+        return np.asarray(scheme.table(length).mean(axis=1))
+    alike = similarity(scheme.table(length))
+    return np.array([np.diagonal(alike, offset).mean() for offset in range(len(alike))])
+
+
+def find_schemes(model: nn.Module) -> list[Scheme]:
+    """Return every way in which `model` knows positions, the same one over several layers once."""
+    inner = unwrap(model)
+    found: list[Scheme] = []
+    for name, module in inner.named_modules():
+        for scheme in (
+            *_tables(name, module, inner.config),
+            *_rotations(name, module, inner.config),
+            *_biases(name, module),
+        ):
+            same = [old for old in found if old.kind == scheme.kind and np.array_equal(old.values, scheme.values)]
+            if not same:
+                found.append(scheme)
+    return [*found, *_slopes(inner.config)]
+
+
+def _tables(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
+    """Find a table of positions: an embedding, or sines that were written into a buffer."""
+    last = name.rsplit(".", 1)[-1]
+    if "Positional" not in type(module).__name__ and last not in TABLES:
+        return
+    weight = effective_weight(module)
+    if weight is None or weight.ndim != 2:
+        return
+    first = first_row(module, config)
+    table = weight.detach()[first:].float().cpu().numpy().astype(np.float64)
+    facts = {"positions": f"{len(table):,}", "dimensions": f"{table.shape[1]:,}"}
+    if first:
+        facts["first row"] = f"{first} (the rows before it stand for padding or nothing)"
+    if last == "rel_embeddings":
+        facts["rows"] = "buckets of distances, not positions"
+    norms = (table**2).sum(axis=1) / (table.shape[1] / 2)
+    sines = bool(np.all(np.abs(norms - 1) < 1e-3))  # sin² + cos² of each pair of dimensions is 1
+    yield Scheme("sinusoidal" if sines else "learned", name, table, facts=facts)
+
+
+def effective_weight(module: nn.Module) -> torch.Tensor | None:
+    """Return the table of an embedding, with what an adapter adds to it; None where there is none."""
+    inner: Any = module
+    weight = getattr(inner, "weight", None)
+    if weight is None:
+        weight = getattr(inner, "weights", None)  # M2M100 keeps its sines in a buffer
+    if isinstance(weight, torch.Tensor) and hasattr(inner, "get_delta_weight"):
+        for adapter in inner.active_adapters:
+            weight = weight + inner.get_delta_weight(adapter)
+    return weight if isinstance(weight, torch.Tensor) else None
+
+
+def first_row(module: nn.Module, config: Any) -> int:
+    """Return the row of the first position: BART's tables begin at 2, RoBERTa's behind the padding token's number."""
+    offset = getattr(module, "offset", None)
+    if isinstance(offset, int):
+        return offset
+    padding = getattr(module, "padding_idx", None)
+    sines = "Sinusoidal" in type(module).__name__
+    return padding + 1 if padding is not None and not sines else 0
+
+
+def _rotations(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
+    """Find angles of rotations, in the modules that compute them: of each kind of layer, if they differ."""
+    text = config.get_text_config()
+    for key, buffer in module.named_buffers(recurse=False):
+        if not key.endswith("inv_freq") or key.endswith("original_inv_freq"):
+            continue
+        layers = key.removesuffix("inv_freq").strip("_")
+        own: Any = module
+        kind = getattr(own, "rope_type", "default")
+        kind = kind.get(layers, "default") if isinstance(kind, dict) else kind
+        scaling = getattr(own, f"{layers}_attention_scaling" if layers else "attention_scaling", 1.0)
+        angles = buffer.detach().float().cpu().numpy().astype(np.float64)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        facts = {
+            "type": str(kind),
+            "pairs": f"{len(angles)}",
+            "rotated": f"{2 * len(angles)} of {head} dimensions a head",
+        }
+        stated = getattr(text, "rope_parameters", None) or {}
+        stated = stated.get(layers, stated) if isinstance(stated, dict) else {}
+        if stated.get("rope_theta"):
+            facts["base"] = f"{stated['rope_theta']:,g}"
+        if isinstance(stated.get("factor"), int | float):
+            facts["stretched by"] = f"{stated['factor']:g}"
+        if scaling not in (None, 1.0):
+            facts["attention scaled by"] = f"{float(scaling):.4g}"
+        facts["longest wave"] = f"{2 * np.pi / angles.min():,.0f} tokens" if angles.min() > 0 else "no end"
+        yield Scheme("rotary", f"{name} ({layers})" if layers else name, angles, facts=facts)
+
+
+def _biases(name: str, module: nn.Module) -> Iterator[Scheme]:
+    """Find biases by distance as T5 has them, computed by the module itself."""
+    own: Any = module
+    if not hasattr(own, "compute_bias") or getattr(own, "relative_attention_bias", None) is None:
+        return
+    ahead = 0 if own.is_decoder else REACH
+    with torch.inference_mode():
+        bias_HQT = own.compute_bias(REACH + ahead + 1, REACH + ahead + 1)[0]
+    values = bias_HQT[:, REACH].float().cpu().numpy().astype(np.float64)[:, : REACH + ahead + 1]
+    facts = {"heads": f"{len(values)}", "buckets": f"{own.relative_attention_num_buckets}"}
+    facts["one bucket from"] = f"{own.relative_attention_max_distance} tokens on"
+    yield Scheme("bias", name, values, tuple(range(-REACH, ahead + 1)), facts)
+
+
+def _slopes(config: Any) -> Iterator[Scheme]:
+    """Return the slopes of linear biases (Press et al. 2022), as Bloom computes them."""
+    if config.model_type not in SLOPED and not getattr(config, "alibi", False):
+        return
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    heads = int(getattr(config, "num_attention_heads", None) or config.n_heads)
+    added = build_alibi_tensor(torch.ones((1, 2), dtype=torch.int64), heads, torch.float32)
+    slopes = added[:, 0, 1].numpy().astype(np.float64)
+    yield Scheme("slopes", "attention", slopes, facts={"heads": f"{heads}"})
+
+
+def spread(length: int, most: int) -> list[int]:
+    """Return at most `most` of the first `length` numbers, evenly spread, the first and the last among them."""
+    if length <= most:
+        return list(range(length))
+    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
+
+
+def doubling(length: int) -> Sequence[int]:
+    """Return 0, 1, 2, 4, 8 and so on, below `length`."""
+    return [distance for distance in (0, *(2**i for i in range(24))) if distance < length]

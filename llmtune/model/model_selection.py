@@ -1,0 +1,233 @@
+"""Which of several models knows the user's rows best already: bits per byte of the answers, on a sample of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from llmtune.data import read_rows
+from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.model.config import find_class
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.loading import load_model
+from llmtune.model.memory_plan import context_of, format_bytes, micro_batch_tokens, plan_memory
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import locate
+from llmtune.records import Example, MemoryPlan, ModelPlace, Row, Rows, Task
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+ChooseTask = Callable[[ModelPlace], Task]
+"""Gives the form of the task that a model can do; raises RecipeError where there is none."""
+_SAMPLE_ROWS = 64
+"""Enough to tell models apart by more than a few per cent, few enough to take seconds."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model in the ranking: its measure, or the reason why it is left out."""
+
+    name: str
+    bits_per_byte: float | None = None
+    reason: str | None = None
+    lower_bound: int | None = None
+    """Bytes that training it takes at least."""
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All candidates, the best first and those left out last, and the place of the best."""
+
+    chosen: ModelPlace
+    candidates: tuple[Candidate, ...]
+    rows: int
+    """Rows that every candidate was measured on."""
+    side: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the report shows, ready for JSON."""
+        return {
+            "chosen": self.chosen.name,
+            "revision": self.chosen.revision,
+            "rows": self.rows,
+            "side": self.side,
+            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
+        }
+
+
+@dataclass(frozen=True)
+class _Entrant:
+    """A candidate that can do the task and fits, with the sample in its own tokens."""
+
+    place: ModelPlace
+    task: Task
+    processor: PreTrainedTokenizerBase
+    plan: MemoryPlan
+    context: int | None
+    examples: dict[int, list[Example]]
+
+
+def rank_candidates(
+    recipe: Recipe, choose: ChooseTask, rows: Rows, console: Console, folder: Path, device: str, offline: bool = False
+) -> Ranking:
+    """Measure `model.candidates` on a seeded sample of the validation rows (of train if there are none), best first.
+
+    Models are loaded one after the other. The ranking is printed and written to `ranking.json` in `folder`.
+
+    Raises:
+        RecipeError, EnvironmentProblem: a candidate is not found or damaged; or none is left.
+    """
+    assert recipe.model.candidates, "the recipe names candidates"
+    places = _locate_all(recipe, console, offline)
+    side, sample = _draw_sample(rows, recipe.seed)
+    entrants: list[_Entrant] = []
+    out: list[Candidate] = []
+    for place in places:
+        found = _admit(place, recipe, choose, sample, device)
+        (entrants if isinstance(found, _Entrant) else out).append(found)  # type: ignore[arg-type]
+    shared = set.intersection(*(set(entrant.examples) for entrant in entrants)) if entrants else set()
+    if not shared:
+        raise _nothing_left(out, entrants)
+    measured = []
+    for entrant in entrants:
+        bits = _measure(entrant, sorted(shared), recipe, device, console)
+        candidate = Candidate(entrant.place.name, bits, None, entrant.plan.lower_bound, entrant.context)
+        measured.append((candidate, entrant.place))
+    measured.sort(key=lambda pair: (math.isnan(pair[0].bits_per_byte or 0), pair[0].bits_per_byte))
+    ranking = Ranking(measured[0][1], (*(candidate for candidate, _ in measured), *out), len(shared), side)
+    console.print(draw_ranking(ranking))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ranking.json").write_text(json.dumps(ranking.to_dict(), indent=2) + "\n", "utf-8")
+    return ranking
+
+
+def draw_ranking(ranking: Ranking) -> Table:
+    """Draw the table that says why the first was taken."""
+    title = f"Candidates by bits per byte on {ranking.rows} {ranking.side} rows (lower knows the rows better)"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "model", "bits per byte", "needs at least", "context", "left out because"):
+        table.add_column(
+            column, justify="right" if column in ("bits per byte", "needs at least", "context") else "left"
+        )
+    for candidate in ranking.candidates:
+        table.add_row(
+            "→" if candidate.name == ranking.chosen.name else "",
+            candidate.name,
+            "" if candidate.bits_per_byte is None else f"{candidate.bits_per_byte:.4f}",
+            "" if candidate.lower_bound is None else format_bytes(candidate.lower_bound),
+            "" if candidate.context is None else f"{candidate.context:,}",
+            candidate.reason or "",
+        )
+    return table
+
+
+def _locate_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelPlace]:
+    """Find every candidate first, so that all that is wrong with their names is told at once."""
+    places, problems, kind = [], [], RecipeError
+    for name in recipe.model.candidates or ():
+        try:
+            places.append(locate(name, recipe.model, console, offline))
+        except (RecipeError, EnvironmentProblem) as error:
+            kind = type(error)  # type: ignore[assignment]
+            problems += [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
+    kind.collect(problems)
+    return places
+
+
+def _draw_sample(rows: Rows, seed: int) -> tuple[str, dict[int, Row]]:
+    side = "validation" if rows.counts.get("validation", 0) else "train"
+    count = rows.counts[side]
+    indexes = sorted(random.Random(seed).sample(range(count), min(count, _SAMPLE_ROWS)))  # noqa: S311 - not for secrets
+    return side, dict(zip(indexes, read_rows(rows, side, indexes), strict=True))
+
+
+def _admit(
+    place: ModelPlace, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
+) -> _Entrant | Candidate:
+    """Return the candidate ready to be measured, or left out with the reason."""
+    try:
+        task = choose(place)
+        _, config = find_class(place, recipe, task)
+        processor = load_processor(place, recipe.model)
+        plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
+        limit = plan.limit
+        context = context_of(config)
+        if recipe.model.check_memory and limit is not None and plan.lower_bound > limit:
+            reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(limit)}"
+            return Candidate(place.name, None, reason, plan.lower_bound, context)
+        encoded = task.encode(list(sample.values()), processor, recipe)
+    except (RecipeError, DataError, EnvironmentProblem) as error:
+        return Candidate(place.name, None, error.problems[0].what)
+    examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
+    longest = max((example.reach for row in examples.values() for example in row), default=0)
+    if context is not None and longest > context:
+        reason = f"its context of {context:,} tokens is shorter than a row of {longest:,}"
+        return Candidate(place.name, None, reason, plan.lower_bound, context)
+    if not examples:
+        reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
+        return Candidate(place.name, None, reason, plan.lower_bound, context)
+    return _Entrant(place, task, processor, plan, context, examples)
+
+
+def _nothing_left(out: Sequence[Candidate], entrants: Sequence[_Entrant]) -> LlmtuneError:
+    problems = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
+    if entrants:
+        problems.append(Problem("there is no row that all candidates can encode"))
+    return EnvironmentProblem(Problem("no candidate is left", "model.candidates", "Name other models."), *problems)
+
+
+def _measure(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
+    """Return bits per byte of the supervised text: the cost of its end markers counts, their bytes do not."""
+    task = entrant.task
+    collate = task.collator(entrant.processor, recipe)
+    examples = [example for index in shared for example in entrant.examples[index]]
+    longest = max(example.tokens for example in examples)
+    budget = micro_batch_tokens(entrant.plan, recipe.data.max_length, longest)
+    selected = load_model(
+        entrant.place,
+        recipe,
+        task,
+        entrant.processor,
+        device=device,
+        training=False,
+        plan=entrant.plan,
+        console=console,
+    )
+    nats = 0.0
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    with torch.inference_mode(), compute_context(dtype, device):
+        for group in _group(examples, budget):
+            batch = collate(group, 0)
+            batch = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
+            nats += float(task.loss(selected.model, batch, False).sum)
+    del selected
+    gc.collect()  # a model's modules refer to one another
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return nats / math.log(2) / max(1, sum(example.target_bytes for example in examples))
+
+
+def _group(examples: Sequence[Example], budget: int) -> Iterator[list[Example]]:
+    """Put neighbours together as long as they stay within `budget` tokens."""
+    group: list[Example] = []
+    for example in examples:
+        if group and sum(other.tokens for other in group) + example.tokens > budget:
+            yield group
+            group = []
+        group.append(example)
+    if group:
+        yield group

@@ -1,0 +1,294 @@
+"""Losses that learn from preferences: DPO, IPO, KTO, ORPO and the reward model, each as a sum and a count.
+
+Shapes: B batch, T positions, S supervised tokens, V vocabulary, R rows, P pairs, c tokens of a chunk.
+
+A batch of pairs is one of `llmtune.data.collators.collate_padded` with 2P rows: first all chosen answers, then, in the
+same order, all rejected ones. Beyond its keys these are read:
+
+    margin_P        float32 [P]  reward model only, may be missing: how much better the chosen answer is
+    desirable_R     bool [R]     kto only, whose rows are answers with a thumb and no pairs: thumb up
+    kl_...          kto only: the keys of a second padded batch, its rows each prompt with the answer to another one
+    totals          kto and orpo: what `survey` returns, added up over all micro-batches of the step
+
+With the log-ratio r(y) = log p(y|x) - log p_ref(y|x) of an answer, w the chosen and l the rejected one, |y| its tokens,
+s the logistic function and b `beta`:
+
+    dpo     -(1 - e) log s(b (r(w) - r(l))) - e log s(-b (r(w) - r(l))), e `label_smoothing`
+            Rafailov et al. 2023, arXiv:2305.18290, eq. 7; smoothed it is the conservative DPO of its authors' code
+    ipo     (r(w) / |w| - r(l) / |l| - 1 / (2 b))^2
+            Azar et al. 2023, arXiv:2310.12036, eq. 17, by token as its authors advise and TRL does
+    kto     u s(b (z - r(y))) for a desirable y, v s(b (r(y) - z)) for an undesirable one, u and v the two weights;
+            z = max(0, mean of r over the answers to other prompts); a mean over rows, not over weights
+            Ethayarajh et al. 2024, arXiv:2402.01306, section 4
+    orpo    -mean over tokens of log p - b log s(o(w) - o(l)), o(y) = log q - log(1 - q), log q = log p(y|x) / |y|
+            Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7
+    reward  -log s(R(w) - R(l) - margin) + c (R(w) + R(l))^2, c `center_rewards_coefficient`
+            Bradley and Terry 1952, as in Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the centre is
+            Eisenstein et al. 2023, arXiv:2312.09244
+
+The first term of orpo covers the chosen row from its second token on, prompt included, as TRL's trainer has it; the
+paper's own covers the answer alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import log_softmax, logsigmoid
+
+from llmtune.model.causal_lm_loss import Batch, causal_loss, predicted_logits, unwrap
+from llmtune.records import Loss
+
+Reference = Callable[[], AbstractContextManager[object]]
+"""Under what it returns, the model behaves as the reference: PEFT's `disable_adapter`, for instance."""
+
+_CHUNK_ELEMENTS = 1 << 22
+_SURE = -1e-30
+"""Log-probability that odds are taken of at most: at 0 they are infinite, and so would be their gradient."""
+
+
+class PreferenceSettings(Protocol):
+    """What the losses read of the recipe; names are TRL's."""
+
+    @property
+    def loss(self) -> str:
+        """dpo, ipo, orpo or reward, which learn from pairs, or kto."""
+
+    @property
+    def beta(self) -> float:
+        """How much a step away from the reference costs; tau in the paper on ipo, lambda in that on orpo."""
+
+    @property
+    def label_smoothing(self) -> float:
+        """Dpo: share of pairs thought to be the wrong way round, in [0, 0.5)."""
+
+    @property
+    def desirable_weight(self) -> float:
+        """Kto: weight of rows with thumb up."""
+
+    @property
+    def undesirable_weight(self) -> float:
+        """Kto: weight of rows with thumb down."""
+
+    @property
+    def center_rewards_coefficient(self) -> float | None:
+        """Reward model: what pulls rewards towards zero; None for nothing."""
+
+
+def preference_loss(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+) -> Loss:
+    """Compute the summed loss of `batch` and its count: of pairs, for kto of rows.
+
+    `correct` counts the pairs whose chosen answer has the higher reward; for kto the rows on the right side of z. The
+    sums of micro-batches with the same `totals` add up to that of the whole step. `reference` is for dpo, ipo and kto,
+    and runs without gradient or dropout.
+    """
+    return _LOSSES[settings.loss](model, batch, settings, reference)
+
+
+def survey(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+) -> list[float]:
+    """Return what must be known of the whole step before the loss of any of its micro-batches.
+
+    kto: the summed log-ratios of the mismatched answers (no gradient, no dropout), and their number. orpo, without a
+    forward pass: the tokens over which its first term is a mean, and the pairs. Other losses need nothing: [].
+    """
+    if settings.loss == "kto":
+        ratios_R = _log_ratios(model, _select(batch, "kl_"), reference, policy_gradient=False)
+        return [float(ratios_R.sum(dtype=torch.float64)), float(len(ratios_R))]
+    if settings.loss == "orpo":
+        pairs = _count_pairs(batch)
+        return [float(batch["attention_mask"][:pairs, 1:].sum()), float(pairs)]
+    return []
+
+
+def sequence_logps(model: torch.nn.Module, batch: Batch, prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability [R] of each row's supervised tokens, with gradient, and their number [R].
+
+    With a `prefix` the keys that begin with it are the batch.
+    """
+    batch = _select(batch, prefix)
+    row_sums = causal_loss(model, batch, by_row=True).row_sums
+    assert row_sums is not None
+    return -row_sums, _count_tokens(batch)
+
+
+def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the rewards [R] that a sequence classifier with one label gives, with gradient.
+
+    A decoder's reward is read at the last token that is not its configuration's `pad_token_id`: that must be the token
+    that rows are padded with.
+    """
+    inner = unwrap(model)
+    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+    is_pad_BT = ids_BT == inner.config.get_text_config().pad_token_id
+    assert bool((is_pad_BT | (mask_BT != 0)).all()), "rows are padded with the pad token of the model's configuration"
+    options = {"use_cache": False} if "use_cache" in inspect.signature(type(inner).forward).parameters else {}
+    logits_R1 = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
+    assert logits_R1.shape[1] == 1, "a reward model has one label"
+    scores_R: torch.Tensor = logits_R1[:, 0].float()
+    return scores_R
+
+
+def row_rewards(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+) -> torch.Tensor:
+    """Return the reward [R] of each row without gradient or dropout, as TRL logs it.
+
+    dpo, ipo, kto: beta times the log-ratio; orpo: beta times the mean log-probability of a token; reward: the score.
+    """
+    with _measure(model):
+        if settings.loss == "reward":
+            return row_scores(model, batch)
+        if settings.loss == "orpo":
+            logps_R, counts_R = sequence_logps(model, batch)
+            return settings.beta * logps_R / counts_R.clamp(min=1)
+    return settings.beta * _log_ratios(model, batch, reference, policy_gradient=False)
+
+
+def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) -> torch.Tensor:
+    """Return KL(policy || reference) over the full vocabulary, summed over each row's supervised positions: [R] nats.
+
+    Without gradient or dropout. Exact at each position; over answers that the policy has not written itself, so no
+    estimate of the KL of whole sequences.
+    """
+    with _measure(model):
+        policy_SV = predicted_logits(model, batch)
+        with reference():
+            reference_SV = predicted_logits(model, batch)
+        step = max(1, _CHUNK_ELEMENTS // policy_SV.shape[1])
+        chunks = [slice(start, start + step) for start in range(0, max(1, len(policy_SV)), step)]
+        kl_S = torch.cat([_divergence(policy_SV[chunk], reference_SV[chunk]) for chunk in chunks])
+        return kl_S.new_zeros(batch["n_rows"]).index_add(0, batch["rows_S"], kl_S)
+
+
+def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+    chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
+    if settings.loss == "ipo":
+        chosen_counts_P, rejected_counts_P = _count_tokens(batch).clamp(min=1).chunk(2)
+        margins_P = chosen_P / chosen_counts_P - rejected_P / rejected_counts_P
+        losses_P = (margins_P - 1 / (2 * settings.beta)) ** 2
+    else:
+        logits_P, smoothing = settings.beta * (chosen_P - rejected_P), settings.label_smoothing
+        losses_P = -(1 - smoothing) * logsigmoid(logits_P) - smoothing * logsigmoid(-logits_P)
+    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
+
+
+def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+    kl_sum, kl_rows = batch["totals"]
+    desirable_R = batch["desirable_R"]
+    gains_R = _log_ratios(model, batch, reference) - max(0.0, float(kl_sum) / float(kl_rows))
+    gains_R = torch.where(desirable_R, gains_R, -gains_R)
+    weights_R = torch.where(desirable_R, settings.desirable_weight, settings.undesirable_weight)
+    losses_R = weights_R * torch.sigmoid(-settings.beta * gains_R)
+    return Loss(losses_R.sum(), len(losses_R), (gains_R > 0).sum())
+
+
+def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+    """The first term, a mean over the step's tokens, is multiplied by the step's pairs: the count divides by them."""
+    tokens, pairs = (float(total) for total in batch["totals"])
+    logps_R, _ = sequence_logps(model, _with_prompts(batch))
+    chosen_P, rejected_P, prompts_P = logps_R.chunk(3)
+    chosen_counts_P, rejected_counts_P = _count_tokens(batch).clamp(min=1).chunk(2)
+    chosen_mean_P, rejected_mean_P = chosen_P / chosen_counts_P, rejected_P / rejected_counts_P
+    ratios_P = logsigmoid(_log_odds(chosen_mean_P) - _log_odds(rejected_mean_P))
+    likelihood = (chosen_P + prompts_P).sum()
+    loss = -likelihood * (pairs / tokens) - settings.beta * ratios_P.sum()
+    return Loss(loss, len(ratios_P), (chosen_mean_P > rejected_mean_P).sum())
+
+
+def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+    chosen_P, rejected_P = row_scores(model, batch).chunk(2)
+    losses_P = -logsigmoid(chosen_P - rejected_P - batch.get("margin_P", 0.0))
+    if settings.center_rewards_coefficient is not None:
+        losses_P = losses_P + settings.center_rewards_coefficient * (chosen_P + rejected_P) ** 2
+    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
+
+
+_LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSettings, Reference | None], Loss]] = {
+    "dpo": _direct,
+    "ipo": _direct,
+    "kto": _kto,
+    "orpo": _orpo,
+    "reward": _reward,
+}
+
+
+def _log_ratios(
+    model: torch.nn.Module, batch: Batch, reference: Reference | None, policy_gradient: bool = True
+) -> torch.Tensor:
+    """Return log p - log p_ref [R]; the reference goes first, while nothing of the policy's graph stands in memory."""
+    assert reference is not None, "this loss has a reference"
+    with _measure(model), reference():
+        reference_R, _ = sequence_logps(model, batch)
+    if policy_gradient:
+        return sequence_logps(model, batch)[0] - reference_R
+    with _measure(model):
+        return sequence_logps(model, batch)[0] - reference_R
+
+
+def _log_odds(logps_P: torch.Tensor) -> torch.Tensor:
+    logps_P = logps_P.clamp(max=_SURE)
+    return logps_P - torch.log(-torch.expm1(logps_P))
+
+
+def _divergence(policy_cV: torch.Tensor, reference_cV: torch.Tensor) -> torch.Tensor:
+    policy_cV = log_softmax(policy_cV, dim=1, dtype=torch.float32)
+    reference_cV = log_softmax(reference_cV, dim=1, dtype=torch.float32)
+    return (policy_cV.exp() * (policy_cV - reference_cV)).sum(1)
+
+
+def _with_prompts(batch: Batch) -> dict[str, Any]:
+    """Return `batch` with P rows more in `rows_S`: the tokens of each chosen row that are not supervised."""
+    ids_BT, pairs = batch["input_ids"], _count_pairs(batch)
+    wanted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    wanted_BT[:pairs, :-1] = batch["attention_mask"][:pairs, 1:] != 0
+    wanted_BT.view(-1)[batch["predict_S"]] = False
+    predict_S = wanted_BT.view(-1).nonzero()[:, 0]
+    targets_S = ids_BT.reshape(-1)[predict_S + 1]
+    rows_S = predict_S // ids_BT.shape[1] + 2 * pairs
+    return {
+        **batch,
+        "predict_S": torch.cat([batch["predict_S"], predict_S]),
+        "targets_S": torch.cat([batch["targets_S"], targets_S]),
+        "rows_S": torch.cat([batch["rows_S"], rows_S]),
+        "n_rows": 3 * pairs,
+    }
+
+
+def _count_pairs(batch: Batch) -> int:
+    rows: int = batch["n_rows"]
+    assert rows % 2 == 0, "each chosen answer has a rejected one"
+    return rows // 2
+
+
+def _count_tokens(batch: Batch) -> torch.Tensor:
+    return torch.bincount(batch["rows_S"], minlength=batch["n_rows"])
+
+
+def _select(batch: Batch, prefix: str) -> Batch:
+    return (
+        {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)} if prefix else batch
+    )
+
+
+@contextmanager
+def _measure(model: torch.nn.Module) -> Iterator[None]:
+    """Run `model` without gradient and without dropout, then leave each of its modules in the mode it was in.
+
+    With dropout the reference would be another one each time, and would draw the policy's random numbers.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,83 @@
+"""Finds recipes: a file by its path, or one that comes with llmtune by its name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.compose import read_layers
+from llmtune.recipe.yaml_reader import label
+
+ENDINGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe that comes with llmtune."""
+
+    name: str
+    task: str
+    about: str
+    """The first comment line of the file."""
+    file: Path
+
+
+def recipes_folder() -> Path:
+    """Return the folder of shipped recipes: in the package when installed, beside it in a checkout."""
+    package = Path(str(resources.files("llmtune")))
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_files() -> dict[str, Path]:
+    """Return every shipped recipe file by name."""
+    folder = recipes_folder()
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))} if folder.is_dir() else {}
+
+
+def describe_file(file: Path) -> str:
+    """Return the first comment line that is not for an editor."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        words = line.lstrip("#").strip()
+        if line.startswith("#") and words and not words.startswith("yaml-language-server"):
+            return words
+    return ""
+
+
+def list_recipes() -> list[Shipped]:
+    """List the shipped recipes, by name."""
+    found: list[Shipped] = []
+    for name, file in shipped_files().items():
+        keys = read_layers(file).plain()
+        found.append(Shipped(name, str(keys.get("task", "")), describe_file(file), file))
+    return found
+
+
+def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the file of a recipe, given by path or by the name of a shipped one.
+
+    Raises RecipeError if there is none, with the nearest name.
+    """
+    name = os.fspath(name_or_path)
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path) and not os.path.isdir(path):
+        return path
+    if os.path.isdir(path) and name not in shipped_files():
+        raise RecipeError.of("a folder, not a recipe file", label(path), "Name the YAML file in it.")
+    shipped = shipped_files()
+    bare = name.removesuffix(".yaml")
+    if bare in shipped:
+        return shipped[bare]
+    known = ", ".join(shipped) or "none"
+    if os.sep in name or name.endswith(ENDINGS):
+        beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, beside) or nearest(bare, list(shipped))
+        raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
+    raise RecipeError.of(
+        f"no recipe file and no shipped recipe is called {name!r}",
+        None,
+        f"{nearest(name, list(shipped))} Shipped: {known}.".strip(),
+    )

@@ -1,0 +1,100 @@
+"""Writes a recipe as YAML, every value with its origin as a comment."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.recipe.base_section import Section
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.source_map import DEFAULT
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.yaml_reader import resolve_scalar
+
+TASK_SECTIONS = {facts.section for facts in TASK_FACTS.values()}
+PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
+SWITCHES = ("y", "n", "yes", "no", "on", "off")
+"""Text that YAML 1.1 takes for true and false: quoted, so that any reader sees the same."""
+
+
+def scalar(value: Any) -> str:
+    """Write one value on one line: YAML's flow style, which is JSON but for what JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(scalar(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{quoted(str(key))}: {scalar(item)}' for key, item in value.items())}}}"
+    return json.dumps(value)
+
+
+def text(value: str) -> str:
+    """Write text plain where it stays text, else quoted."""
+    plain = PLAIN.fullmatch(value) and isinstance(resolve_scalar(value), str) and value.lower() not in SWITCHES
+    return value if plain else quoted(value)
+
+
+def quoted(value: str) -> str:
+    """Write text in double quotes; what does not print is escaped."""
+    letters = (json.dumps(letter)[1:-1] if letter in '"\\' or letter < " " else letter for letter in value)
+    escaped = (letter if letter.isprintable() or len(letter) > 1 else f"\\U{ord(letter):08x}" for letter in letters)
+    return f'"{"".join(escaped)}"'
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes sections, one value a line; without notes, only what has an effect."""
+
+    origins: dict[str, str]
+    idle: frozenset[str]
+    with_notes: bool
+
+    def note(self, *keys: str) -> str:
+        """Return the comment behind a value: the origin of the first key that has one."""
+        origin = next((self.origins[key] for key in keys if key in self.origins), None)
+        return (
+            ""
+            if origin is None or not self.with_notes
+            else f"  # {''.join(c if c.isprintable() else '?' for c in origin)}"
+        )
+
+    def section(self, section: Section, key: str, indent: str) -> Iterator[str]:
+        """Yield the lines of one section; those of tasks still to come are left out."""
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            path = f"{key}.{name}" if key else name
+            if value is None and name in TASK_SECTIONS:
+                continue
+            yield from self.value(name, value, path, indent)
+
+    def value(self, name: str, value: Any, path: str, indent: str) -> Iterator[str]:
+        """Yield the lines of one key."""
+        if isinstance(value, Section):
+            yield f"{indent}{name}:"
+            yield from self.section(value, path, f"{indent}  ")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            yield f"{indent}{name}:"
+            for i, item in enumerate(value):
+                first, *others = self.section(item, f"{path}.{i}", f"{indent}    ")
+                yield f"{indent}  - {first.lstrip()}"
+                yield from others
+        elif path in self.idle:
+            if self.with_notes:
+                yield f"{indent}# {name}: {scalar(value)}  # {DEFAULT}, without effect here"
+        elif isinstance(value, dict) and value:
+            yield f"{indent}{name}:"
+            for inner, item in value.items():
+                yield f"{indent}  {text(str(inner))}: {scalar(item)}{self.note(f'{path}.{inner}', path)}"
+        else:
+            yield f"{indent}{name}: {scalar(value)}{self.note(path)}"
+
+
+def write_yaml(recipe: Recipe, origins: dict[str, str], without_effect: frozenset[str], with_notes: bool) -> str:
+    """Return YAML that loads to the same recipe; defaults without effect in it stand as comments, if anywhere."""
+    return "\n".join(Writer(origins, without_effect, with_notes).section(recipe, "", "")) + "\n"

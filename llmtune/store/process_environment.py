@@ -1,0 +1,114 @@
+"""What must be set before the heavy libraries are imported: network switches, telemetry, threads."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.errors import EnvironmentProblem, Problem
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe, Source
+
+LOCAL_TRACKERS = {"tensorboard"}
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def prepare_environment(*, network: bool, threads: int | None = None) -> None:
+    """Set the process environment; call it before torch, transformers or datasets are imported.
+
+    Args:
+        network: whether the recipe names something remote. Otherwise the hub's offline switch is set, since some
+            libraries look things up by themselves.
+        threads: CPU threads for torch and tokenizers; None leaves their own choice.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
+    # It looks for an optional hub kernel when it is imported, and warns where there is none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not network:
+        for name in OFFLINE:
+            os.environ[name] = "1"
+    if threads is not None:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # the last one is the tokenizers'
+            os.environ[name] = str(threads)
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Import in the block without looking for garbage, then or later: imports leave none.
+
+    The collector would go through hundreds of thousands of new objects again and again: a fifth of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
+
+
+def offline_switches() -> list[str]:
+    """Names of the libraries' offline switches that are on."""
+    return [name for name in OFFLINE if os.environ.get(name, "0") not in {"", "0"}]
+
+
+def refuse_network(recipe: Recipe, *, offline: bool) -> None:
+    """Raise EnvironmentProblem where --offline meets what must reach the network; caches of models and data need none.
+
+    That is a tracker that sends numbers elsewhere, and an attention kernel of the hub.
+    """
+    if not offline:
+        return
+    problems = []
+    trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
+    if trackers:
+        what = f"{', '.join(trackers)} would send numbers over the network, which --offline forbids"
+        fix = "leave it out (--set train.report_to=[]) or --offline away"
+        problems.append(Problem(what, "train.report_to", fix))
+    attention = recipe.model.attn_implementation
+    if "/" in attention:
+        what = f"the kernel {attention} is fetched from the hub, which --offline forbids"
+        fix = "set it to auto (--set model.attn_implementation=auto) or leave --offline away"
+        problems.append(Problem(what, "model.attn_implementation", fix))
+    EnvironmentProblem.collect(problems)
+
+
+def names_remote(recipe: Recipe) -> bool:
+    """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
+    models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
+    sides = (recipe.data.train, recipe.data.validation, recipe.data.test)
+    sources = [source for side in sides if isinstance(side, tuple) for source in side]
+    remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
+    hub_kernel = "/" in recipe.model.attn_implementation
+    remote_data = any(map(_is_remote_source, sources)) or studies_remote(recipe)
+    return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel
+
+
+def studies_remote(recipe: Recipe) -> bool:
+    """Whether a study of the evaluation reads what is on a hub."""
+    from llmtune.store.lm_eval_tasks import needs_network  # it reads YAML, which `--help` has no use for
+
+    fairness = recipe.evaluate.fairness
+    hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
+    return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
+
+
+def is_remote_model(name: str) -> bool:
+    """Whether a model's name is that of a hub."""
+    return not name.startswith(("builtin:", "/")) and not Path(name).exists()
+
+
+def _is_remote_source(source: Source) -> bool:
+    return source.path.startswith("hub:")

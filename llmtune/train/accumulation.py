@@ -1,0 +1,266 @@
+"""Losses and gradients of one step: micro-batches within a token budget, divided once by the count over everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtune.data.examples import ExampleReader
+from llmtune.errors import RecipeError, TrainingError
+from llmtune.model import is_out_of_memory
+from llmtune.records import Loss
+from llmtune.train.batch_plan import Indexes, divide, micro_batches
+from llmtune.train.distributed import add_up, any_process
+from llmtune.train.memory_usage import MEMORY_ERRORS, release
+from llmtune.train.setup import Training
+
+
+class MicroBatchTooLarge(Exception):
+    """Memory ran out in a micro-batch, in some process; all processes raise it together."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a step's forward and backward passes gave, over all processes."""
+
+    mean: float
+    """Nats per supervised token."""
+    sum: float
+    count: int
+    tokens: int
+    grad_norm: float
+    """Length of the gradient before clipping."""
+    suspects: Indexes
+    """Training examples of this process whose micro-batch had a loss that is no number."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are numbers."""
+        return math.isfinite(self.mean) and math.isfinite(self.grad_norm)
+
+
+def step_gradients(training: Training, step: int, budget: int, loss_scale: float) -> StepLoss:
+    """Leave the clipped gradient of `step` in the parameters, the same whatever `budget` and the number of processes.
+
+    Each micro-batch's summed loss is divided by the count that is expected for the whole step, so that gradients keep
+    their size in 16 bits; what Accelerate synchronises is a mean over processes, so it is multiplied by their number.
+    The true count is known at the end, and sets the gradient right if it is another one.
+
+    Raises:
+        MicroBatchTooLarge: memory ran out; gradients are then undefined.
+    """
+    accelerator, lengths = training.accelerator, training.examples.lengths
+    rows = training.plan.rows(step)
+    expected = max(1, int(training.examples.supervised[rows].sum()))
+    scale = loss_scale * accelerator.num_processes / expected
+    groups, real = _own_groups(training, rows, budget)
+    losses: list[Loss] = []
+    totals = _survey(training, training.examples, groups[:real], step)
+
+    def attempt(index: int) -> bool:
+        seed_micro_batch(training, step, index)
+        weight = scale if index < real else 0.0
+        return try_memory(training, lambda: losses.append(_backward(training, groups[index], weight, step, totals)))
+
+    fits = True
+    with accelerator.no_sync(training.model):
+        for index in range(len(groups) - 1):
+            fits = fits and attempt(index)
+    if any_process(accelerator, not fits):
+        raise MicroBatchTooLarge
+    fits = attempt(len(groups) - 1)  # the lightest; gradients are synchronised here
+    if not fits and accelerator.num_processes > 1:
+        raise TrainingError.of(
+            f"out of memory in step {step} while processes were exchanging gradients",
+            f"process {accelerator.process_index}",
+            "Give the same command again: it goes on from the last checkpoint with smaller micro-batches.",
+        )
+    if not fits:
+        raise MicroBatchTooLarge
+    sums = [float(loss.sum) for loss in losses[:real]]
+    total, count = add_up(accelerator, [sum(sums), sum(loss.count for loss in losses[:real])])
+    count = max(1, int(count))
+    norm = _finish_gradients(training, expected / (count * loss_scale))
+    bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
+    return StepLoss(
+        mean=total / count,
+        sum=total,
+        count=count,
+        tokens=int(lengths[rows].sum()),
+        grad_norm=norm,
+        suspects=np.concatenate([np.empty(0, dtype=np.int64), *bad]),
+    )
+
+
+def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = lambda: False) -> float | None:
+    """Return the loss over all validation examples, in nats per supervised token; None if `stop` said so in between.
+
+    Raises:
+        MicroBatchTooLarge: memory ran out.
+    """
+    accelerator, reader = training.accelerator, training.validation
+    assert reader is not None, "there are validation examples"
+    shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
+    cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
+    own = cut[accelerator.process_index]
+    sums: list[tuple[float, int]] = []
+    totals = _survey(training, reader, own, 0)
+    training.model.eval()
+    try:
+        for turn in range(max(len(groups) for groups in cut)):
+            real = turn < len(own)
+            group = own[turn] if real else _shortest(reader)
+            fits = True
+            if real or training.sharded:
+                fits = try_memory(training, partial(_forward, training, group, real, sums, totals))
+            stopped, failed = add_up(accelerator, [float(stop()), float(not fits)])
+            if failed:
+                raise MicroBatchTooLarge
+            if stopped:
+                return None
+    finally:
+        training.model.train()
+    total, count = add_up(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
+    return total / max(1, count)
+
+
+def try_memory(training: Training, work: Callable[[], object]) -> bool:
+    """Do `work`; return False, with memory given back, if there is not enough of it."""
+    try:
+        work()
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return True
+    training.optimizer.zero_grad(set_to_none=True)
+    release(training.device)
+    return False
+
+
+def seed_micro_batch(training: Training, step: int, index: int) -> None:
+    """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
+    words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
+    seed = np.random.SeedSequence(words)
+    torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+    np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # SpecAugment draws from it
+
+
+def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: int = 0) -> dict[str, Any]:
+    """Collate examples and put their tensors on the device; `draw` is the step, by which masks are drawn."""
+    batch = training.collate([reader[int(row)] for row in rows], draw)
+    return {
+        key: value.to(training.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def with_totals(training: Training, reader: ExampleReader, rows: Indexes) -> dict[str, Any]:
+    """Make a batch that is looked at by itself, as if it were a whole step; no other process is asked."""
+    batch = make_batch(training, reader, rows)
+    if training.task.survey is not None:
+        with torch.no_grad(), training.compute():
+            batch["totals"] = training.task.survey(training.adapted.model, batch)
+    return batch
+
+
+def guilty_rows(training: Training, suspects: Indexes) -> list[int]:
+    """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is."""
+    guilty = []
+    training.model.eval()
+    with torch.no_grad(), training.compute():
+        for row in suspects:
+            batch = with_totals(training, training.examples, np.asarray([row]))
+            if not math.isfinite(float(training.task.loss(training.adapted.model, batch, False).sum)):
+                guilty.append(int(row))
+    training.model.train()
+    return guilty or suspects.tolist()
+
+
+def _own_groups(training: Training, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
+    """Return this process's micro-batches of a step, and how many of them count.
+
+    The others have weight zero: every process synchronises once, and under sharding all run the same number.
+    """
+    accelerator, lengths = training.accelerator, training.examples.lengths
+    shares = divide(rows, lengths, accelerator.num_processes)
+    cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
+    own = cut[accelerator.process_index]
+    wanted = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
+    idle = rows[[int(lengths[rows].argmin())]]
+    return own + [idle] * (wanted - len(own)), len(own)
+
+
+def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes], draw: int) -> list[float] | None:
+    """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
+
+    Raises MicroBatchTooLarge if memory ran out.
+    """
+    survey = training.task.survey
+    if survey is None:
+        return None
+    if training.sharded:
+        raise RecipeError.of(
+            f"task {training.task.name} looks at a whole step before its loss, which a sharded model cannot do yet",
+            "preference.loss",
+            "Train it in processes that each hold the whole model.",
+        )
+    found: list[list[float]] = []
+
+    def look(group: Indexes) -> None:
+        batch = make_batch(training, reader, group, draw)
+        with torch.no_grad(), training.compute():
+            found.append(survey(training.adapted.model, batch))
+
+    mode = training.model.training
+    training.model.eval()
+    try:
+        fits = all(try_memory(training, partial(look, group)) for group in groups)
+    finally:
+        training.model.train(mode)
+    if any_process(training.accelerator, not fits):
+        raise MicroBatchTooLarge
+    width, having = add_up(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
+    nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
+    sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
+    return add_up(training.accelerator, sums)
+
+
+def _backward(training: Training, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+    batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
+    with training.compute():
+        loss = training.task.loss(training.model, batch, False)
+    training.accelerator.backward(loss.sum * weight)
+    return Loss(loss.sum.detach(), loss.count)
+
+
+def _forward(
+    training: Training, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
+) -> None:
+    """Add the loss's sum and count to `sums`, if it is a `real` one."""
+    assert training.validation is not None
+    batch = make_batch(training, training.validation, rows) | ({} if totals is None else {"totals": totals})
+    with torch.no_grad(), training.compute():
+        loss = training.task.loss(training.model, batch, False)
+    if real:
+        sums.append((float(loss.sum), loss.count))
+
+
+def _shortest(reader: ExampleReader) -> Indexes:
+    return np.asarray([int(reader.lengths.argmin())])
+
+
+def _finish_gradients(training: Training, factor: float) -> float:
+    """Multiply the gradients by `factor`, clip them in place, and return their length before clipping."""
+    if factor != 1:
+        for parameter in training.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+    limit = training.recipe.train.max_grad_norm or math.inf
+    return float(training.accelerator.clip_grad_norm_(training.parameters, limit))

@@ -1,0 +1,95 @@
+"""What is seen of training while it runs: a line of metrics a log step, trackers, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llmtune.store.atomic_files import explained, plain, write_text
+
+METRICS = "metrics.jsonl"
+"""In the run folder: a line a log step."""
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Display:
+    """Shows how training goes: a bar on a terminal, a line a log step elsewhere."""
+
+    console: Console
+    bar: Progress | None
+    task: TaskID | None
+    total: int
+
+    def step(self, step: int, loss: float, tokens_per_second: float, peak_bytes: int) -> None:
+        """Move the bar."""
+        if self.bar is not None and self.task is not None:
+            figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
+            self.bar.update(self.task, completed=step, figures=figures)
+
+    def line(self, line: Line) -> None:
+        """Show a line of metrics where there is no bar, and a validation in any case."""
+        validation = line.get("validation_loss")
+        if self.bar is None:
+            tail = f"  validation {validation:.4f}" if validation is not None else ""
+            self.console.print(
+                f"step {line['step']}/{self.total}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+                f"{line['tokens_per_second']:,.0f} tokens/s  {line['peak_bytes'] / 1e9:.2f} GB{tail}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        elif validation is not None:
+            self.console.print(f"step {line['step']}: validation loss {validation:.4f}", highlight=False)
+
+
+@contextmanager
+def show(console: Console, done: int, total: int) -> Iterator[Display]:
+    """Show progress from step `done` on inside the block."""
+    if not console.is_terminal:
+        yield Display(console, None, None, total)
+        return
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=300) as bar:
+        yield Display(console, bar, bar.add_task("train", completed=done, total=total, figures=""), total)
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Add a line to metrics.jsonl and flush it to disk; numbers that JSON cannot hold become null.
+
+    Raises EnvironmentProblem if the disk is full or does not let us write.
+    """
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain(line)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Remove the lines after `step` from metrics.jsonl, and a torn last one; the file need not exist."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and line.get("step", step + 1) <= step:
+            kept.append(text + "\n")
+    with explained(path):
+        write_text(path, "".join(kept))

@@ -1,0 +1,194 @@
+"""Before step 1: the largest micro-batch, a validation batch, a save and reload; then all is put back."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
+from llmtune.model.device import memory_limit
+from llmtune.train.accumulation import seed_micro_batch, try_memory, with_totals
+from llmtune.train.batch_plan import Indexes, heaviest
+from llmtune.train.checkpoint import (
+    Checkpoint,
+    Damage,
+    put_weights,
+    read_checkpoint,
+    trainable_weights,
+    write_checkpoint,
+)
+from llmtune.train.distributed import any_process, on_main
+from llmtune.train.memory_usage import peak_bytes
+from llmtune.train.setup import Training
+from llmtune.train.train_state import TrainState
+
+
+def rehearse(training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None]) -> None:
+    """Try the heaviest work of the training, shrink `state.budget` until it fits, and put everything back bit by bit.
+
+    Raises:
+        TrainingError: not even the longest example alone fits into memory.
+        EnvironmentProblem: a checkpoint cannot be written, or does not read back as it was written; or layers that
+            are to be compiled cannot be.
+    """
+    if training.recipe.train.torch_compile:
+        from llmtune.train.torch_compile import rehearse_compiled  # imports the compiler, which takes a second
+
+        with rehearse_compiled(console):
+            _rehearse(training, state, console, on_budget)
+    else:
+        _rehearse(training, state, console, on_budget)
+    if training.accelerator.is_main_process:
+        console.print(
+            f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
+            "GB; a checkpoint was written and read back."
+        )
+
+
+def _rehearse(training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None]) -> None:
+    checkpoints = training.folder / "checkpoints"
+    before, after = checkpoints / ".tmp-before", checkpoints / ".tmp-after"
+    with _random_states():
+        save(training, state, before)
+        try:
+            while not _fits(training, state.budget):
+                _put_back(training, before)
+                shrink(training, state, console, on_budget, "the rehearsal")
+            save(training, state, after)
+            _put_back(training, after)
+            _put_back(training, before)
+        except BaseException:
+            if training.accelerator.is_main_process:
+                _discard(before, after)
+            raise
+        on_main(training.accelerator, lambda: _discard(before, after))
+
+
+def shrink(
+    training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None], occasion: str
+) -> None:
+    """Halve the token budget, down to the longest example at least, and say so.
+
+    Raises TrainingError if it is there already.
+    """
+    if state.budget <= training.longest:
+        raise _does_not_fit(training)
+    state.budget = max(state.budget // 2, training.longest)
+    on_budget(state.budget)
+    if training.accelerator.is_main_process:
+        console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
+
+
+def _fits(training: Training, budget: int) -> bool:
+    """Run the heaviest micro-batches through a whole step, and the heaviest validation batch, in every process."""
+    most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
+    reader, held_out = training.examples, training.validation
+
+    def step() -> None:
+        for index, rows in enumerate(heaviest(reader.lengths, reader.supervised, budget, training.packed, most)):
+            seed_micro_batch(training, 0, index)
+            _train_on(training, rows)
+        training.optimizer.step()
+
+    def validate() -> None:
+        assert held_out is not None
+        for rows in heaviest(held_out.lengths, held_out.supervised, budget, training.packed, len(held_out)):
+            batch = with_totals(training, held_out, rows)
+            with torch.no_grad(), training.compute():
+                training.task.loss(training.model, batch, False)
+
+    with training.accelerator.no_sync(training.model):
+        fits = try_memory(training, step)
+        if fits and held_out is not None:
+            training.model.eval()
+            fits = try_memory(training, validate)
+            training.model.train()
+    training.optimizer.zero_grad(set_to_none=True)
+    return not any_process(training.accelerator, not fits)
+
+
+def _train_on(training: Training, rows: Indexes) -> None:
+    batch = with_totals(training, training.examples, rows)
+    with training.compute():
+        loss = training.task.loss(training.model, batch, False)
+    training.accelerator.backward(loss.sum / max(1, loss.count))
+
+
+def save(training: Training, state: TrainState, folder: Path) -> None:
+    """Write a checkpoint of the training as it stands; every process waits for it.
+
+    Raises EnvironmentProblem in every process if the main one cannot write.
+    """
+    on_main(
+        training.accelerator,
+        lambda: write_checkpoint(
+            folder,
+            trainable_weights(training.adapted.model),
+            {"optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict()},
+            state,
+            training.fingerprint,
+        ),
+    )
+
+
+def _put_back(training: Training, folder: Path) -> None:
+    found = read_checkpoint(folder)
+    if isinstance(found, Damage):
+        raise EnvironmentProblem.of(
+            f"a checkpoint did not read back as it was written: {found.reason}",
+            str(folder.parent),
+            "The disk or its driver loses data: give the run another folder with --out.",
+        )
+    put_checkpoint(training, found)
+
+
+def put_checkpoint(training: Training, found: Checkpoint) -> None:
+    """Make weights, optimiser and schedule what they were when `found` was written, in place."""
+    put_weights(training.adapted.model, found.weights)
+    training.optimizer.optimizer.state.clear()  # before the new one is taken in: it can be as large as the model
+    training.optimizer.load_state_dict(found.optimizer["optimizer"])
+    training.schedule.load_state_dict(found.optimizer["schedule"])
+    training.optimizer.zero_grad(set_to_none=True)
+
+
+def _does_not_fit(training: Training) -> LlmtuneError:
+    reader, device = training.examples, training.device
+    limit = memory_limit(str(device))
+    has = f": {limit / 1e9:.2f} GB" if limit else " is full"
+    ways = ["Lower data.max_length"]
+    if training.recipe.train.gradient_checkpointing is not True:
+        ways.append("set train.gradient_checkpointing: true")
+    if training.recipe.adapter.method != "qlora":
+        ways.append("set adapter.method: " + ("lora" if training.recipe.adapter.method == "full" else "qlora"))
+    return TrainingError.of(
+        f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{has}",
+        f"training example {int(reader.lengths.argmax())}, micro-batch of one row",
+        f"{'; or '.join(ways)}; or take a smaller model.",
+    )
+
+
+def _discard(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    """Put all random number generators back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,205 @@
+"""What one training works with: model, optimiser, data and plan, made once before step 1."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from rich.console import Console
+
+from llmtune.data.examples import ExampleReader
+from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.model import compute_context, resolve_dtype
+from llmtune.records import AdaptedModel, Collate, Examples, Task
+from llmtune.store.atomic_files import hash_value
+from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
+from llmtune.train.optimizer import build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of one training. The model is trained in place; nothing else here changes."""
+
+    adapted: AdaptedModel
+    accelerator: Accelerator
+    model: torch.nn.Module
+    """As Accelerate prepared it: wrapped when there are several processes."""
+    parameters: tuple[torch.nn.Parameter, ...]
+    """The trainable ones."""
+    optimizer: Any
+    schedule: Any
+    task: Task
+    recipe: Recipe
+    plan: StepPlan
+    examples: ExampleReader
+    validation: ExampleReader | None
+    dtype: torch.dtype
+    collate: Collate
+    folder: Path
+    fingerprint: str
+    """What a checkpoint must agree with to be gone on from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rows of a micro-batch stand end to end."""
+        return self.adapted.selected.packs
+
+    @property
+    def pass_tokens(self) -> int | None:
+        """What one more pass costs in tokens, where it pays to cut padded rows finer than memory asks for."""
+        return PASS_TOKENS if self.device.type == "cpu" else None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example: no budget can be less."""
+        held_out = 0 if self.validation is None else int(self.validation.lengths.max())
+        return max(int(self.examples.lengths.max()), held_out)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is cut over processes, so that each forward pass needs all of them."""
+        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+
+    def compute(self) -> AbstractContextManager[object]:
+        """Return the context of the model's number format."""
+        return compute_context(self.dtype, self.device.type)
+
+
+def open_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
+    """Make the Accelerator that the loop runs on; the number format is ours (its own turns all outputs into float32).
+
+    Raises EnvironmentProblem for a tracker that is not installed.
+    """
+    trackers = list(recipe.train.report_to)
+    available = {str(name) for name in get_available_trackers()}
+    EnvironmentProblem.collect(
+        Problem(f"the tracker {name} is not installed", "train.report_to", f"pip install {_PACKAGES.get(name, name)}")
+        for name in trackers
+        if name not in available
+    )
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if trackers:
+        accelerator.init_trackers(recipe.name, config=_settings(recipe))
+    return accelerator
+
+
+_PACKAGES = {"comet_ml": "comet-ml"}
+
+
+def _settings(recipe: Recipe) -> dict[str, str | int | float | bool]:
+    """Return the settings that a tracker shows: numbers and names of the adapter and train sections."""
+    sections = {"seed": recipe.seed, "model": recipe.model.name or "candidates"}
+    for section in ("adapter", "train"):
+        sections |= {f"{section}.{key}": value for key, value in getattr(recipe, section).model_dump().items()}
+    return {key: value for key, value in sections.items() if isinstance(value, str | int | float | bool)}
+
+
+def set_up(
+    adapted: AdaptedModel,
+    examples: Examples,
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    accelerator: Accelerator | None,
+    inputs: str | None = None,
+) -> Training:
+    """Put together what training works with.
+
+    Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
+    """
+    train = recipe.train
+    reader = ExampleReader(examples, "train")
+    held_out = ExampleReader(examples, "validation") if examples.counts.get("validation") else None
+    plan = StepPlan(
+        lengths=reader.lengths,
+        seed=recipe.seed,
+        batch_size=train.batch_size,
+        batch_tokens=train.batch_tokens,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps,
+    )
+    device = next(adapted.model.parameters()).device
+    accelerator = accelerator or open_accelerator(recipe, folder, device)
+    if train.torch_compile:
+        from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
+
+        parts = compile_parts(adapted.model, adapted.selected.model)
+        console.print(
+            f"{parts} parts of the model's layers are compiled when they are first used, which takes a while."
+        )
+    optimizer = build_optimizer(adapted.model, recipe, torch.device(accelerator.device))
+    with warnings.catch_warnings():
+        # torch 2.13 wants another name for it, which Accelerate does not have yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, optimizer = accelerator.prepare(adapted.model, optimizer)
+    processor = adapted.selected.processor
+    return Training(
+        adapted=adapted,
+        accelerator=accelerator,
+        model=model,
+        parameters=tuple(parameter for parameter in model.parameters() if parameter.requires_grad),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer.optimizer, recipe, plan.total_steps),
+        task=task,
+        recipe=recipe,
+        plan=plan,
+        examples=reader,
+        validation=held_out,
+        dtype=resolve_dtype(recipe.model.dtype, device.type),
+        collate=task.collator(processor, recipe, adapted.selected.packs),
+        folder=folder,
+        fingerprint=inputs or _fingerprint(adapted, examples, recipe),
+    )
+
+
+def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> str:
+    """Hash what training depends on, as far as it is known here: not what lies in `adapter.start_from`."""
+    return hash_value(
+        [
+            examples.content_hash,
+            adapted.selected.place.content_hash,
+            recipe.seed,
+            recipe.data.packing,
+            recipe.model.dtype,
+            recipe.adapter.model_dump(mode="json"),
+            recipe.train.model_dump(mode="json"),
+        ]
+    )
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask torch for the same bytes each time; an operation that cannot warns and goes on."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = False  # costs time and hides nothing: values are never read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = filled

@@ -1,0 +1,153 @@
+"""LoRA's products in one function give what PEFT's layer gives, and step aside where they cannot."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from support.adapting import documents, open_model, packed, quiet, recipe_with
+
+from llmtune.adapter import inject, trainable_parameters
+from llmtune.adapter.fused_lora import FusedLinear, fuse_products
+from llmtune.model import causal_loss, compute_context
+
+
+class Net(torch.nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(12, 20, bias=bias), torch.nn.Linear(20, 6, bias=bias)
+
+    def forward(self, x):
+        return self.second(torch.nn.functional.silu(self.first(x)))
+
+
+def build(bias: bool = False, dtype: torch.dtype = torch.float32, **options):
+    """Return the same network with adapters twice: as PEFT computes, and fused."""
+    torch.manual_seed(0)
+    net = Net(bias).to(dtype)
+    plain = get_peft_model(net, LoraConfig(r=4, lora_alpha=12, target_modules=["first", "second"], **options))
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.3
+    fused = copy.deepcopy(plain)
+    assert fuse_products(fused) == 2
+    return plain, fused
+
+
+def run(model, x, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(1)
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with compute_context(dtype, "cpu"):
+        out = model(leaf)
+    out.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), gradients | {"x": leaf.grad}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_outputs_and_gradients_are_pefts(bias, dropout, rslora):
+    plain, fused = build(bias, lora_dropout=dropout, use_rslora=rslora)
+    x = torch.randn(2, 7, 12)
+    (wanted, wanted_gradients), (got, gradients) = run(plain, x), run(fused, x)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == wanted_gradients.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted_gradients[name]).norm() < 1e-5 * wanted_gradients[name].norm(), name
+
+
+def test_under_autocast_they_are_pefts_up_to_rounding():
+    plain, fused = build(dtype=torch.bfloat16)
+    x = torch.randn(64, 12).bfloat16()
+    (wanted, wanted_gradients), (got, gradients) = (run(model, x, torch.bfloat16) for model in (plain, fused))
+    exact, exact_gradients = run(plain.float(), x.float())
+    for name, gradient in [("out", got), *gradients.items()]:
+        true = exact if name == "out" else exact_gradients[name]
+        theirs = wanted if name == "out" else wanted_gradients[name]
+        error, their_error = ((g.float() - true).norm() / true.norm() for g in (gradient, theirs))
+        assert error < max(1.5 * their_error, 0.01), name
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_layers_that_are_more_than_two_matrices_stay_as_they_were(options):
+    plain, fused = build(bias=True, **options)
+    x = torch.randn(3, 12)
+    assert torch.equal(plain(x), fused(x))
+
+
+def test_a_layer_switched_off_merged_or_listened_to_is_pefts():
+    plain, fused = build()
+    x = torch.randn(3, 12)
+    with plain.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(plain(x), fused(x))
+    heard = []
+    hook = fused.base_model.model.first.base_layer.register_forward_hook(lambda *a: heard.append(1))
+    fused(x)
+    hook.remove()
+    assert heard == [1]
+    plain.merge_adapter()
+    fused.merge_adapter()
+    assert torch.equal(plain(x), fused(x))
+
+
+def test_a_bias_that_is_trained_keeps_its_gradient():
+    plain, fused = build(bias=True)
+    for model in (plain, fused):
+        model.base_model.model.first.base_layer.bias.requires_grad_()
+    x = torch.randn(3, 12)
+    (_, wanted), (_, got) = run(plain, x), run(fused, x)
+    name = "base_model.model.first.base_layer.bias"
+    torch.testing.assert_close(got[name], wanted[name])
+
+
+def test_two_adapters_at_once_are_left_to_peft():
+    plain, fused = build()
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+    fuse_products(fused)
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(fused(x), plain(x))
+
+
+def test_nothing_is_kept_or_computed_below_the_lowest_adapter(tiny_llama):
+    recipe = recipe_with(tiny_llama, adapter={"target_modules": "all-linear", "layers_to_transform": [1]})
+    adapted = inject(open_model(recipe), recipe, quiet())
+    adapted.model.train()
+    layers = adapted.model.get_base_model().model.layers
+    needed = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: needed.append(output.requires_grad))
+    causal_loss(adapted.model, packed(documents([9, 14]))).sum.backward()
+    assert needed == [index >= 1 for index in range(len(layers))]
+    first = layers[1].self_attn.q_proj
+    assert isinstance(first, FusedLinear)
+    assert first.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_injected_adapters_are_fused_and_train_as_pefts_do(tiny_llama):
+    recipe = recipe_with(tiny_llama)
+    adapted = inject(open_model(recipe), recipe, quiet())
+    layers = [module for module in adapted.model.modules() if isinstance(module, Linear)]
+    assert layers
+    assert all(type(layer) is FusedLinear for layer in layers)
+    for parameter in trainable_parameters(adapted.model):
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    batch = packed(documents([9, 14, 5]))
+
+    def gradients():
+        adapted.model.zero_grad()
+        causal_loss(adapted.model, batch).sum.backward()
+        return [parameter.grad.clone() for parameter in trainable_parameters(adapted.model)]
+
+    got = gradients()
+    for layer in layers:
+        layer.__class__ = Linear
+    for one, other in zip(got, gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,216 @@
+"""Adapters: seeded, in float32, on the modules that were meant, switched on and off, learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
+from transformers import AutoModelForCausalLM
+
+from llmtune.adapter import describe, inject, save_adapter, trainable_parameters
+from llmtune.errors import RecipeError
+from llmtune.model import causal_loss, compute_context
+
+METHODS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa-niter": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "qlora": {"method": "qlora"},
+    "qlora-dora": {"method": "qlora", "use_dora": True},
+    "full": {"method": "full"},
+}
+
+
+def adapt(folder, console=None, train=None, model=None, **adapter):
+    recipe = recipe_with(folder, adapter={"r": 8, **adapter}, train=train or {}, model=model or {})
+    return inject(open_model(recipe), recipe, console or quiet())
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_starts_from_the_base_model(tiny_llama, tiny_gpt2, family, method):
+    folder = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
+    if (family, method) == ("gpt2", "olora"):
+        with pytest.raises(RecipeError, match="Conv1D"):
+            adapt(folder, **METHODS[method])
+        return
+    recipe = recipe_with(folder, adapter={"r": 8, **METHODS[method]})
+    before = logits(open_model(recipe).model)
+    torch.testing.assert_close(logits(adapt(folder, **METHODS[method]).model), before, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "qlora"])
+def test_nothing_of_the_proof_is_left_behind(tiny_llama, method):
+    adapted = adapt(tiny_llama, **METHODS[method])
+    assert all(parameter.grad is None for parameter in adapted.model.parameters())
+    assert not any(module.training for module in adapted.model.modules())
+    if method != "pissa":
+        assert not any(p.any() for name, p in adapted.model.named_parameters() if ".lora_B." in name)
+
+
+def test_the_start_depends_on_the_seed_alone(tiny_llama):
+    starts = []
+    for seed, noise in ((1, 0), (1, 5), (2, 0)):
+        torch.manual_seed(99 + noise)
+        torch.randn(noise + 1)
+        recipe = recipe_with(tiny_llama).model_copy(update={"seed": seed})
+        adapted = inject(open_model(recipe), recipe, quiet())
+        starts.append((torch.cat([p.flatten() for p in trainable_parameters(adapted.model)]), torch.get_rng_state()))
+    assert torch.equal(starts[0][0], starts[1][0])
+    assert torch.equal(starts[0][1], starts[1][1])
+    assert not torch.equal(starts[0][0], starts[2][0])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
+def test_what_is_trained_is_float32_on_a_bfloat16_base(tiny_llama, method):
+    adapted = adapt(tiny_llama, model={"dtype": "bfloat16"}, **METHODS[method])
+    trained = trainable_parameters(adapted.model)
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert adapted.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    adapted.model.train()
+    with compute_context(torch.bfloat16, "cpu"):
+        loss = causal_loss(adapted.model, packed(documents([20, 30])))
+    loss.sum.backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trained)
+
+
+def test_base_weights_are_not_trained(tiny_llama):
+    adapted = adapt(tiny_llama)
+    names = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert names
+    assert all(".lora_" in name for name in names)
+    assert adapted.trainable == sum(parameter.numel() for parameter in trainable_parameters(adapted.model))
+
+
+def test_full_trains_every_weight(tiny_llama):
+    adapted = adapt(tiny_llama, method="full")
+    assert adapted.trainable == adapted.total == sum(p.numel() for p in adapted.model.parameters())
+    assert adapted.matched_modules == ()
+
+
+def test_matched_modules_share_and_size_are_printed(tiny_llama, console):
+    adapted = adapt(tiny_llama, console)
+    said = console.file.getvalue()
+    assert "Adapter on 14 modules: q_proj × 2" in said
+    assert f"{adapted.trainable:,} of {adapted.total:,} parameters" in said
+    assert "MiB to save" in said
+    described = describe(adapted)
+    assert described["targets"]["down_proj"] == 2
+    assert described["share"] == adapted.trainable / adapted.total
+    assert described["r"] == 8
+
+
+def test_a_quantised_model_counts_its_weights_not_its_bytes(tiny_llama):
+    assert adapt(tiny_llama, method="qlora").total == adapt(tiny_llama).total
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_changes_memory_and_not_gradients(tiny_llama, checkpointing):
+    kept = []
+    gradients = []
+    for on in (False, checkpointing):
+        adapted = adapt(tiny_llama, train={"gradient_checkpointing": on})
+        adapted.model.train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            loss = causal_loss(adapted.model, packed(documents([20, 30])))
+        loss.sum.backward()
+        kept.append(sum(sizes))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainable_parameters(adapted.model)]))
+    torch.testing.assert_close(*gradients)
+    assert (kept[1] < 0.6 * kept[0]) == checkpointing
+
+
+def test_qlora_learns_on_a_cpu(tmp_path):
+    folder = build_family(tmp_path, "llama")
+    adapted = adapt(folder, method="qlora")
+    batch = packed(documents([20, 30, 25]))
+    optimizer = torch.optim.AdamW(trainable_parameters(adapted.model), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        adapted.model.train()
+        loss = causal_loss(adapted.model, batch)
+        (loss.sum / loss.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.sum.detach()) / loss.count)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_same_training_gives_the_same_bytes(tiny_llama, tmp_path):
+    for name in ("a", "b"):
+        adapted = adapt(tiny_llama, init_lora_weights="pissa")
+        optimizer = torch.optim.AdamW(trainable_parameters(adapted.model), lr=1e-3)
+        for _ in range(3):
+            causal_loss(adapted.model, packed(documents([20, 30]))).sum.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_adapter(adapted, tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "adapter_model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_are_refused_on_four_bits(tiny_llama, start):
+    with pytest.raises(RecipeError, match="4 bits cannot undo"):
+        adapt(tiny_llama, method="qlora", init_lora_weights=start)
+
+
+def test_a_rank_above_the_matrix_is_refused_where_the_start_needs_its_directions(tiny_llama):
+    with pytest.raises(RecipeError, match=r"Set adapter\.r to 32 or less"):
+        adapt(tiny_llama, init_lora_weights="pissa", r=33)
+    adapt(tiny_llama, r=33)
+
+
+def test_added_tokens_are_trained_and_nothing_else_of_the_embedding(tiny_llama, tmp_path):
+    adapted = adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, target_modules=["q_proj"])
+    model = adapted.model
+    new = model.get_base_model().config.vocab_size - 1
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.1)
+    example = documents([12])[0]
+    example.input_ids[5] = new
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "original_module" not in name}
+    with torch.no_grad():
+        start = model(input_ids=torch.tensor([[new]]), use_cache=False).logits[0]
+    for _ in range(3):
+        causal_loss(model, packed([example])).sum.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {name for name, tensor in model.state_dict().items() if name in before and not tensor.equal(before[name])}
+    assert any("trainable_tokens_delta" in name for name in changed)
+    assert all("lora_" in name or "trainable_tokens" in name for name in changed)
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=torch.tensor([[new]]), use_cache=False).logits[0], start)
+
+
+def test_a_module_can_be_trained_whole(tiny_gpt2):
+    adapted = adapt(tiny_gpt2, target_modules=["c_attn"], modules_to_save=["ln_f"])
+    trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert any("ln_f.modules_to_save" in name for name in trained)
+
+
+def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
+    """The options mean what PEFT says they mean."""
+    from peft import LoraConfig, get_peft_model
+
+    from llmtune.model.library_logging import hushed
+
+    adapted = adapt(tiny_llama, target_modules=["q_proj", "v_proj"], lora_alpha=4, use_rslora=True)
+    torch.manual_seed(42)
+    config = LoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    with hushed():
+        plain = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    ours = dict(adapted.model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(ours[name], parameter), name

@@ -1,0 +1,64 @@
+"""The proof of wiring finds adapters that do nothing, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from support.adapting import open_model, quiet, recipe_with
+
+from llmtune.adapter import inject
+from llmtune.adapter.wiring_check import NotWiredError, prove_wiring
+from llmtune.errors import RecipeError
+
+
+def adapted_and_recipe(folder, **adapter):
+    recipe = recipe_with(folder, adapter=adapter)
+    return inject(open_model(recipe), recipe, quiet()), recipe
+
+
+def test_an_adapter_that_does_nothing_is_found(tiny_llama):
+    adapted, recipe = adapted_and_recipe(tiny_llama)
+    for module in adapted.model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] = 0.0
+    with pytest.raises(NotWiredError):
+        prove_wiring(adapted.model, adapted.selected, recipe)
+
+
+def test_an_adapter_that_is_switched_off_is_found(tiny_llama):
+    adapted, recipe = adapted_and_recipe(tiny_llama)
+    for module in adapted.model.modules():
+        if isinstance(module, LoraLayer):
+            module._disable_adapters = True
+            module.enable_adapters = lambda enabled: None
+    with pytest.raises(NotWiredError):
+        prove_wiring(adapted.model, adapted.selected, recipe)
+
+
+def test_adapters_where_no_gradient_arrives_are_named(tiny_llama):
+    recipe = recipe_with(tiny_llama)
+    selected = open_model(recipe)
+    selected.model.model.layers[0].tower = torch.nn.Linear(4, 4)
+    with pytest.raises(RecipeError) as caught:
+        inject(selected, recipe, quiet())
+    assert "model.layers.0.tower" in str(caught.value)
+    assert "adapter.exclude_modules" in str(caught.value)
+    recipe = recipe_with(tiny_llama, adapter={"exclude_modules": ["tower"]})
+    selected = open_model(recipe)
+    selected.model.model.layers[0].tower = torch.nn.Linear(4, 4)
+    inject(selected, recipe, quiet())
+
+
+def test_the_proof_puts_back_weights_modes_gradients_and_random_state(tiny_llama):
+    adapted, recipe = adapted_and_recipe(tiny_llama, lora_dropout=0.1)
+    adapted.model.train()
+    adapted.model.get_base_model().lm_head.eval()
+    before = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}
+    modes = {name: module.training for name, module in adapted.model.named_modules()}
+    state = torch.get_rng_state()
+    prove_wiring(adapted.model, adapted.selected, recipe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.model.state_dict().items())
+    assert {name: module.training for name, module in adapted.model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in adapted.model.parameters())

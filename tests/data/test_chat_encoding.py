@@ -1,0 +1,416 @@
+"""Ids and supervised spans of conversations and completions."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.encoding import complete, encode, learned, with_start_token
+from support.models import CHATML, train_tokenizer
+from support.templates import (
+    ALWAYS_THINKS,
+    EMPTY_THOUGHTS,
+    ENDS_TWICE,
+    LLAMA2,
+    MARKED,
+    NO_SYSTEM,
+    STABLE,
+    THINKING,
+    TOOLS,
+    WRONGLY_MARKED,
+    conversation,
+    recipe_for,
+    tokenizer_with,
+)
+
+from llmtune.data.chat_encoding import encode_chat, prompt_ids
+from llmtune.data.chat_template import render_prompt, stop_ids
+
+CHAT = conversation("one two", "three", "four five", "six")
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_a_conversation_has_the_ids_of_apply_chat_template_up_to_its_last_end(name):
+    tokenizer = tokenizer_with(STABLE[name])
+    (example,) = encode(CHAT, tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
+    assert example.input_ids == expected[: len(example.input_ids)]
+    assert not tokenizer.decode(expected[len(example.input_ids) :]).strip()
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
+    tokenizer = tokenizer_with(STABLE[name])
+    (example,) = encode(CHAT, tokenizer)
+    first, second = (text.strip() for text in learned(example, tokenizer))
+    end = first.removeprefix("three").strip()
+    assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer, recipe_for())
+    assert (first.split(end)[0].strip(), second.split(end)[0].strip()) == ("three", "six")
+    assert example.target_bytes == len("three") + len("six")
+
+
+@pytest.mark.parametrize("template", [*STABLE.values(), THINKING, ENDS_TWICE])
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=3))
+def test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from(template, texts):
+    tokenizer = tokenizer_with(template)
+    row = conversation(*(part for text in texts for part in ("ask", text)))
+    examples = encode(row, tokenizer)
+    assert not isinstance(examples, str)
+    prompts = [render_prompt(row["messages"][:i], tokenizer, recipe_for()) for i in range(1, len(row["messages"]), 2)]
+    seen = [example.input_ids[:start] for example in examples for start in example.spans[::2]]
+    assert sorted(seen) == sorted(prompts)
+    ends = {example.input_ids[end - 1] for example in examples for end in example.spans[1::2]}
+    assert len(ends) == 1
+    assert ends <= set(stop_ids(tokenizer, recipe_for()))
+
+
+def test_thoughts_that_the_template_takes_out_later_give_each_answer_its_own_example():
+    tokenizer = tokenizer_with(THINKING)
+    row = conversation("one", "<think>hm</think>two", "three", "<think>so</think>four")
+    first, second = encode(row, tokenizer)
+    assert learned(first, tokenizer) == ["<think>hm</think>two<|im_end|>"]
+    assert learned(second, tokenizer) == ["<think>so</think>four<|im_end|>"]
+    assert "hm" not in tokenizer.decode(second.input_ids)
+
+
+@pytest.mark.parametrize(("kwargs", "head"), [({}, "<think>\n\n</think>\n\n"), ({"enable_thinking": False}, "")])
+def test_thoughts_are_learned_unless_the_prompt_says_them(kwargs, head):
+    tokenizer = tokenizer_with(EMPTY_THOUGHTS)
+    (examples,) = encode_chat([CHAT], tokenizer, recipe_for(kwargs=kwargs))
+    texts = [text for example in examples for text in learned(example, tokenizer)]
+    assert texts == [f"{head}three<|im_end|>", f"{head}six<|im_end|>"]
+
+
+def test_a_conversation_that_ends_twice_gives_each_answer_one_end():
+    tokenizer = tokenizer_with(ENDS_TWICE)
+    (example,) = encode(CHAT, tokenizer)
+    assert learned(example, tokenizer) == ["three<|im_end|>", "six<|im_end|>"]
+
+
+def test_only_the_last_answer_is_learned_if_the_recipe_says_so():
+    tokenizer = tokenizer_with(CHATML)
+    (example,) = encode(CHAT, tokenizer, train_on="last")
+    assert learned(example, tokenizer) == ["six<|im_end|>"]
+    assert example.input_ids == encode(CHAT, tokenizer)[0].input_ids
+
+
+def test_all_is_every_token_but_the_first():
+    tokenizer = tokenizer_with(CHATML)
+    (example,) = encode(CHAT, tokenizer, train_on="all")
+    assert example.spans == [1, len(example.input_ids)]
+    assert example.target_bytes == len("one two" + "three" + "four five" + "six")
+
+
+def test_all_leaves_out_messages_that_say_so():
+    tokenizer = tokenizer_with(CHATML)
+    row = conversation("one two", "three", "four five", "six")
+    row["messages"][1]["train"] = False
+    (example,) = encode(row, tokenizer, train_on="all")
+    assert "three" not in "".join(learned(example, tokenizer))
+    assert "six" in "".join(learned(example, tokenizer))
+    assert example.target_bytes == len("one two" + "four five" + "six")
+
+
+def test_an_answer_that_says_train_false_is_read_and_not_learned():
+    tokenizer = tokenizer_with(CHATML)
+    row = conversation("one two", "three", "four five", "six")
+    row["messages"][1]["train"] = False
+    (example,) = encode(row, tokenizer)
+    assert learned(example, tokenizer) == ["six<|im_end|>"]
+    assert "three" in tokenizer.decode(example.input_ids)
+
+
+def test_a_greeting_before_any_question_is_read_and_not_learned():
+    tokenizer = tokenizer_with(CHATML)
+    row = {"messages": [{"role": "assistant", "content": "hello"}, *CHAT["messages"]]}
+    (example,) = encode(row, tokenizer)
+    assert learned(example, tokenizer) == ["three<|im_end|>", "six<|im_end|>"]
+
+
+def test_a_question_after_the_last_answer_is_left_away():
+    tokenizer = tokenizer_with(CHATML)
+    row = conversation("one two", "three", "four five")
+    assert encode(row, tokenizer) == encode(conversation("one two", "three"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "reason"),
+    [
+        (conversation("one"), CHATML, "nothing to learn: no answer after a question"),
+        (
+            {"messages": [{"role": "assistant", "content": "hello"}]},
+            CHATML,
+            "nothing to learn: no answer after a question",
+        ),
+        (conversation("one", " "), CHATML, "an answer is empty"),
+        (conversation("one", "two<|im_end|>"), CHATML, "an answer contains the end-of-turn token <|im_end|>"),
+        (conversation("one", "two", system="x"), NO_SYSTEM, "the chat template refuses it: System role not supported"),
+        (conversation("one", "two"), WRONGLY_MARKED, "marks are not where its answers are"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, *CHAT["messages"]]},
+            LLAMA2,
+            "the chat template refuses it: Conversation roles must alternate",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_learned_says_why(row, template, reason):
+    tokenizer = tokenizer_with(template)
+    good, bad = encode_chat([CHAT, row], tokenizer, recipe_for())
+    assert reason in bad
+    assert isinstance(good, list) or template == WRONGLY_MARKED
+
+
+def test_a_row_whose_every_answer_says_train_false_says_so():
+    row = conversation("one", "two")
+    row["messages"][1]["train"] = False
+    assert encode(row, tokenizer_with(CHATML)) == "nothing to learn: every answer says train: false"
+    row["messages"][0]["train"] = False
+    assert encode(row, tokenizer_with(CHATML), train_on="all") == "nothing to learn: every message says train: false"
+
+
+def test_marks_that_begin_with_the_header_are_told_from_the_answer():
+    early = MARKED.replace("{{ '<|im_start|>' + message['role'] + '\n' }}", "", 1).replace(
+        "{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
+    )
+    early = early.replace("{% else %}{{ message", "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message")
+    assert "marks are not where its answers are" in encode(CHAT, tokenizer_with(early))
+
+
+def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apart():
+    tokenizer = tokenizer_with(CHATML.replace("assistant\n' }}", "assistant\nsk' }}"))
+    assert "cannot be split" in _refusal(tokenizer)
+    tokenizer = tokenizer_with(CHATML.replace("'\n' + message['content']", "'\ns' + message['content']"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\ns' }}")
+    row = conversation("one", "ky is blue", "two", "ix")
+    examples = encode(row, tokenizer)
+    prompts = [render_prompt(row["messages"][:i], tokenizer, recipe_for()) for i in (1, 3)]
+    assert tokenizer("sky", add_special_tokens=False)["input_ids"] != tokenizer(["s", "ky"])["input_ids"]
+    seen = [example.input_ids[:start] for example in examples for start in example.spans[::2]]
+    assert sorted(seen) == sorted(prompts)
+    assert sorted(text for example in examples for text in learned(example, tokenizer)) == [
+        "ix<|im_end|>",
+        "ky is blue<|im_end|>",
+    ]
+
+
+def _refusal(tokenizer):
+    from llmtune.errors import EnvironmentProblem
+
+    with pytest.raises(EnvironmentProblem) as caught:
+        encode(CHAT, tokenizer)
+    return str(caught.value)
+
+
+def test_tools_are_rendered_and_calls_are_learned():
+    tokenizer = tokenizer_with(TOOLS)
+    row = conversation("add", "", "2", "two")
+    row["messages"][1]["tool_calls"] = [{"function": {"name": "sum", "arguments": '{"a": 1}'}}]
+    row["messages"][2]["role"] = "tool"
+    row["tools"] = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+    (example,) = encode(row, tokenizer)
+    assert learned(example, tokenizer) == ['<call>sum{"a": 1}<|eom_id|>', "two<|im_end|>"]
+    prompt = render_prompt(row["messages"][:1], tokenizer, recipe_for(), tools=row["tools"])
+    assert example.input_ids[: len(prompt)] == prompt
+    assert "sum" in tokenizer.decode(prompt)
+
+
+def test_a_thought_that_every_prompt_begins_is_not_trained_on_answers_without():
+    assert "cannot be split" in _refusal(tokenizer_with(ALWAYS_THINKS))
+
+
+# Completion
+
+
+def test_a_completion_is_learned_with_the_end_and_its_prompt_is_not():
+    tokenizer = train_tokenizer(None)
+    (example,) = complete("The sky is", " blue.", tokenizer)
+    assert learned(example, tokenizer) == [" blue.<|endoftext|>"]
+    assert example.input_ids[: example.spans[0]] == prompt_ids("The sky is", tokenizer)
+    assert example.target_bytes == len(" blue.")
+
+
+@pytest.mark.parametrize("start", [False, True])
+@settings(max_examples=50, deadline=None)
+@given(prompt=st.text(max_size=20), completion=st.text(min_size=1, max_size=20).filter(str.strip))
+def test_a_completion_goes_on_from_the_ids_that_it_will_be_generated_from(start, prompt, completion):
+    tokenizer = train_tokenizer(None)
+    tokenizer = with_start_token(tokenizer) if start else tokenizer
+    result = complete(prompt, completion, tokenizer)
+    if not prompt and not start and (len(completion) == 1 or len(tokenizer(completion)["input_ids"]) == 1):
+        assert result == "nothing to learn: the text is a single token or character"
+        return
+    (example,) = result
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(example.input_ids, skip_special_tokens=True)
+    assert text == prompt + completion
+    if prompt:
+        assert example.input_ids[: example.spans[0]] == prompt_ids(prompt, tokenizer)
+        assert example.target_bytes == len(completion.encode())
+    else:
+        assert example.spans == [1, len(example.input_ids)]
+
+
+def test_plain_text_is_learned_from_its_second_token():
+    tokenizer = train_tokenizer(None)
+    (example,) = complete("", "The quick brown fox", tokenizer)
+    assert learned(example, tokenizer) == [" quick brown fox<|endoftext|>"]
+    assert example.target_bytes == len(" quick brown fox")
+
+
+def test_plain_text_is_learned_whole_after_a_start_token():
+    tokenizer = with_start_token(train_tokenizer(CHATML))
+    (example,) = complete("", "The quick brown fox", tokenizer)
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert learned(example, tokenizer) == ["The quick brown fox<|im_end|>"]
+    assert example.target_bytes == len("The quick brown fox")
+
+
+def test_start_and_end_tokens_that_stand_in_the_text_are_not_doubled():
+    tokenizer = with_start_token(train_tokenizer(CHATML))
+    (example,) = complete("", "<|endoftext|>one two<|im_end|>", tokenizer)
+    assert tokenizer.decode(example.input_ids) == "<|endoftext|>one two<|im_end|>"
+
+
+def test_an_empty_prompt_is_generated_from_the_start_token():
+    assert prompt_ids("", train_tokenizer(CHATML)) == [0]
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [("a", "the completion is empty"), ("", "the text is empty")])
+def test_an_empty_completion_says_so(prompt, reason):
+    assert complete(prompt, " \n", train_tokenizer(None)) == reason
+
+
+# A tokenizer without offsets, and one that puts a space before every text
+
+
+def byte_tokenizer():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>").replace("<|im_start|>", "# ")
+    assert not tokenizer.is_fast
+    return tokenizer
+
+
+def test_a_tokenizer_without_offsets_finds_the_same_turns():
+    tokenizer = byte_tokenizer()
+    (example,) = encode(CHAT, tokenizer)
+    assert learned(example, tokenizer) == ["three</s>", "six</s>"]
+
+
+def test_a_tokenizer_without_offsets_counts_each_byte_once():
+    tokenizer = byte_tokenizer()
+    text = "héllo wörld " * 5
+    (whole,) = complete("say: ", text, tokenizer)
+    windows = complete("say: ", text, tokenizer, max_length=12, on_overlong="split")
+    assert whole.target_bytes == sum(window.target_bytes for window in windows) == len(text.encode())
+    (cut,) = encode(conversation("one " * 40, "two"), tokenizer, max_length=60, on_overlong="truncate")
+    assert len(cut.input_ids) == 60
+
+
+def spaced_tokenizer():
+    """As SentencePiece models are: one word a segment, with a space before the first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted({*"▁abcdefghijklmnopqrstuvwxyz0123456789.,:?[]/INSTO\n "})
+    pieces = ["<unk>", "<s>", "</s>", *characters, "▁o", "ne", "▁one", "tw", "two", "▁two"]
+    merges = [("▁", "o"), ("n", "e"), ("▁o", "ne"), ("t", "w"), ("tw", "o"), ("▁", "two")]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = LLAMA2
+    return fast
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_learns_what_it_will_generate():
+    tokenizer = spaced_tokenizer()
+    row = conversation("one", "two", "what", "one two")
+    (example,) = encode(row, tokenizer)
+    assert example.input_ids == tokenizer.apply_chat_template(row["messages"])["input_ids"]
+    prompts = [render_prompt(row["messages"][:i], tokenizer, recipe_for()) for i in (1, 3)]
+    assert [example.input_ids[:start] for start in example.spans[::2]] == prompts
+    assert [text.split() for text in learned(example, tokenizer)] == [["two", "</s>"], ["one", "two", "</s>"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("what ", "two"), ("what", " two"), ("what t", "wo"), ("what\n", "two")]
+)
+def test_no_space_comes_between_a_prompt_and_its_completion(prompt, completion):
+    tokenizer = with_start_token(spaced_tokenizer())
+    (example,) = complete(prompt, completion, tokenizer)
+    assert example.input_ids[: example.spans[0]] == prompt_ids(prompt, tokenizer)
+    assert tokenizer.decode(example.input_ids[1:-1]) == prompt + completion
+
+
+def test_a_system_message_inside_a_question_that_is_not_learned_leaves_nothing_to_learn():
+    row = conversation("one", system="be kind")
+    row["messages"][1]["train"] = False
+    assert "nothing to learn" in encode(row, tokenizer_with(LLAMA2), train_on="all")
+
+
+# Many rows at once, which are read by pieces and rendered together, against each by itself
+
+TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
+SAID = st.one_of(
+    st.text(min_size=1, max_size=25),
+    st.sampled_from(
+        ["two<|im_end|>", "<|im_start|>user\nhi", " sky", "ky is blue\n", "<think>hm</think>so", "1 2", "家"]
+    ),
+)
+
+
+@st.composite
+def chats(draw):
+    texts = draw(st.lists(SAID, min_size=1, max_size=5))
+    row = conversation(*texts, system=draw(st.sampled_from([None, None, "be kind", ""])))
+    if draw(st.integers(0, 9)) == 0:
+        row["tools"] = [TOOL]
+    if draw(st.integers(0, 9)) == 0:
+        row["messages"][-1]["train"] = False
+    if draw(st.integers(0, 9)) == 0:
+        row["messages"][-1]["name"] = "Ada"
+    return row
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("template", [*STABLE.values(), THINKING, EMPTY_THOUGHTS, ENDS_TWICE])
+@settings(max_examples=6, deadline=None)
+@given(rows=st.lists(chats(), min_size=16, max_size=20))
+def test_rows_encoded_together_are_those_encoded_one_by_one(template, train_on, rows):
+    tokenizer, recipe = tokenizer_with(template), recipe_for(train_on=train_on)
+    assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, spaced_tokenizer])
+def test_rows_of_other_tokenizers_encoded_together_are_those_encoded_one_by_one(make):
+    tokenizer = make()
+    rows = [conversation(f"one {k}", "two", f"what {k}", f"one {'two ' * k}") for k in range(20)]
+    assert encode_chat(rows, tokenizer, recipe_for()) == [encode(row, tokenizer) for row in rows]
+
+
+@pytest.mark.slow
+def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_by_one():
+    from rich.console import Console
+
+    from llmtune.data.word_cache import open_words
+    from llmtune.model import load_processor, locate
+    from llmtune.recipe import Recipe
+
+    recipe = Recipe.model_validate(
+        {
+            "recipe_version": 1,
+            "name": "test",
+            "task": "chat",
+            "data": {"train": "builtin:kjv-psalms", "max_length": 8192},
+            "model": {"name": "builtin:smollm2-135m-instruct"},
+        }
+    )
+    place = locate(recipe.model.name, recipe.model, Console(stderr=True), True)
+    tokenizer = load_processor(place, recipe.model)
+    assert open_words(tokenizer.backend_tokenizer) is not None
+    rows = [conversation(f"Say {k}:\n\nthe LORD's {k**3} ways", f"“Yes” – {k}½ … it's\n\n{k}") for k in range(300)]
+    assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]

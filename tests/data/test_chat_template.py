@@ -1,0 +1,162 @@
+"""Prompts and turns by difference, over templates of all kinds."""
+
+from __future__ import annotations
+
+import pytest
+from support.models import train_tokenizer
+from support.templates import (
+    ALWAYS_THINKS,
+    CHATML,
+    DATED,
+    DOUBLED_START,
+    ENDS_TWICE,
+    LLAMA2,
+    LLAMA3,
+    NO_END,
+    NO_PROMPT,
+    NO_SYSTEM,
+    STABLE,
+    TOOLS,
+    conversation,
+    recipe_for,
+    tokenizer_with,
+)
+
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import (
+    clean,
+    cut_turn,
+    fix_date,
+    read_template,
+    render_prompt,
+    specials,
+    stop_ids,
+    tokenize,
+)
+from llmtune.errors import DataError, EnvironmentProblem
+
+CHAT = conversation("one two", "three", "four five", "six")
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_a_prompt_has_the_ids_of_apply_chat_template(name):
+    tokenizer = tokenizer_with(STABLE[name])
+    messages = CHAT["messages"][:3]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert render_prompt(messages, tokenizer, recipe_for()) == expected
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_a_turn_ends_with_the_token_that_stops_generation(name):
+    tokenizer = tokenizer_with(STABLE[name])
+    template = read_template(tokenizer, recipe_for())
+    turn = cut_turn(template, clean(CHAT["messages"]), None, 1)
+    assert turn.target.strip() == f"three{template.end}" or turn.target == f" three {template.end}"
+    assert tokenize(tokenizer, [turn.target])[0][-1] in stop_ids(tokenizer, recipe_for())
+
+
+def test_generation_stops_at_the_templates_end_where_the_tokenizer_has_another():
+    tokenizer = tokenizer_with(LLAMA3)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert stop_ids(tokenizer, recipe_for()) == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|im_end|>"])
+
+
+def test_generation_stops_at_the_tokenizers_end_without_a_template():
+    tokenizer = train_tokenizer(None)
+    assert stop_ids(tokenizer, recipe_for()) == [tokenizer.eos_token_id]
+
+
+def test_a_turn_ends_at_the_first_of_two_ends():
+    tokenizer = tokenizer_with(ENDS_TWICE)
+    template = read_template(tokenizer, recipe_for())
+    assert cut_turn(template, clean(CHAT["messages"]), None, 3).target == "six<|im_end|>"
+
+
+def test_a_turn_that_calls_a_tool_may_end_in_another_token():
+    call = {"type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+    row = conversation("add", "", "2", "two")
+    row["messages"][1]["tool_calls"] = [call]
+    template = read_template(tokenizer_with(TOOLS), recipe_for())
+    turn = cut_turn(template, clean(row["messages"]), None, 1)
+    assert turn.target == '<call>sum{"a": 1}<|eom_id|>'
+    assert turn.target_bytes == len('<call>sum{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (ALWAYS_THINKS, "cannot be split into turns"),
+        (NO_END, "does not end in a token of its own"),
+        (NO_PROMPT, "ignores add_generation_prompt"),
+        (DOUBLED_START, "twice at the start"),
+        (CHATML.replace("message['content']", "message['content'] | upper"), "not as given"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{% for %}", "refuses"),
+        ("{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML, "the day's date"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_by_name_with_a_cure(template, says):
+    tokenizer = tokenizer_with(template)
+    tokenizer.name_or_path = "models/odd"
+    with pytest.raises(EnvironmentProblem) as caught:
+        encode_chat([CHAT], tokenizer, recipe_for())
+    (problem,) = caught.value.problems
+    assert says in problem.what
+    assert "models/odd" in problem.where
+    assert "model.chat_template" in problem.fix
+
+
+def test_a_model_without_a_template_is_refused_with_a_cure():
+    with pytest.raises(EnvironmentProblem, match="no chat template"):
+        encode_chat([CHAT], train_tokenizer(None), recipe_for())
+
+
+def test_a_prompt_that_the_template_refuses_is_an_error_of_the_data():
+    with pytest.raises(DataError, match="System role not supported"):
+        render_prompt([{"role": "system", "content": "x"}], tokenizer_with(NO_SYSTEM), recipe_for())
+    with pytest.raises(DataError, match="nothing before it"):
+        render_prompt([], tokenizer_with(CHATML), recipe_for())
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_the_date_that_a_template_asks_for_becomes_a_part_of_it(call):
+    tokenizer = tokenizer_with(fix_date(DATED.replace("strftime_now('%d %b %Y')", call)))
+    assert "26 Jul 2024" in tokenizer.decode(render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()))
+    assert "26 Jul 2024" in tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False)
+
+
+def test_whether_dates_can_be_asked_for_may_be_asked():
+    text = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}{{ 'never' }}{% endif %}"
+    tokenizer = tokenizer_with(fix_date(text + CHATML))
+    assert tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False).startswith("2024<|im_start|>")
+
+
+def test_what_the_template_is_told_comes_from_the_recipe():
+    tokenizer = tokenizer_with("{{ mood or '' }}" + CHATML)
+    ids = render_prompt(CHAT["messages"][:1], tokenizer, recipe_for(kwargs={"mood": "kind"}))
+    assert tokenizer.decode(ids).startswith("kind<|im_start|>")
+
+
+def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_with(LLAMA2)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    (examples,) = encode_chat([CHAT], tokenizer, recipe_for())
+    assert examples[0].input_ids.count(tokenizer.bos_token_id) == 1
+    assert render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()).count(tokenizer.bos_token_id) == 1
+
+
+def test_messages_are_cleaned_without_a_change_to_the_row():
+    row = {"role": "assistant", "content": None, "train": False, "tool_calls": [{"function": {"arguments": "{"}}]}
+    assert clean([row]) == [{"role": "assistant", "content": "", "tool_calls": row["tool_calls"]}]
+    assert row["train"] is False
+
+
+def test_special_tokens_come_longest_first():
+    lengths = [len(token) for token in specials(tokenizer_with(CHATML))]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+
+from llmtune.data import prepare_rows
+from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap
+from llmtune.data.preparation import iterate_texts
+from llmtune.recipe import load_recipe
+
+RECIPE = """
+recipe_version: 1
+name: overlap
+task: {task}
+data: {{train: {train}, test: {test}, validation: 0, deduplicate: {deduplicate}}}
+model: {{name: builtin:smollm2-135m-instruct}}
+"""
+
+
+@pytest.fixture
+def prepare(tmp_path, console):
+    def run(train, test, task="completion", deduplicate="none", weight=None):
+        for name, rows in (("train", train), ("test", test)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        named = ["train.jsonl"]
+        if weight:
+            (tmp_path / "more.jsonl").write_text(json.dumps(text(30, 5000)) + "\n")
+            named = [{"path": "train.jsonl", "weight": weight}, "more.jsonl"]
+        recipe = RECIPE.format(train=json.dumps(named), test="test.jsonl", task=task, deduplicate=deduplicate)
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        return prepare_rows(load_recipe(str(tmp_path / "recipe.yaml")).recipe, tmp_path / "rows", console)
+
+    return run
+
+
+def text(words, start=0):
+    return {"text": " ".join(f"word{start + i}" for i in range(words))}
+
+
+def pair(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_thirteen_words_in_a_row_are_found_whatever_stands_around_them(prepare):
+    shared = text(WORDS)["text"]
+    train = [text(40, 100), {"text": f"Before, it said: {shared.upper()}! And more of that came after it."}]
+    test = [
+        text(40, 200),
+        {"text": f"{shared} otherwise"},
+        {"text": f"Nothing: {text(WORDS - 1)['text']} is common here"},
+    ]
+    found = find_overlap(prepare(train, test), near=False)
+    assert found.shared == {1: 1}
+    assert found.runs == {1: shared}
+    assert found.rows == {1}
+    assert (found.test_rows, found.train_rows, found.short) == (3, 2, frozenset())
+
+
+def test_a_run_may_go_from_the_prompt_into_the_answer(prepare):
+    train = [pair("a b c d e f g ", "h i j k l m n o p q r s")]
+    test = [pair("z a b c d e f g h i ", "j k l m n"), pair("a b c d e f g x ", "h i j k l m n o p q r y s")]
+    assert find_overlap(prepare(train, test), near=False).shared == {0: 0}
+
+
+def test_a_short_row_overlaps_where_all_its_words_are_those_of_a_training_row(prepare):
+    train = [pair("Which colour is the sky? ", "blue"), pair("Two and two? ", "four"), pair("", text(30)["text"])]
+    test = [
+        pair("which colour is the SKY: ", "Blue."),
+        pair("Two and two? ", "five"),
+        pair("?! ", "..."),
+        pair("", text(40, 50)["text"]),
+    ]
+    found = find_overlap(prepare(train, test), near=False)
+    assert found.worded == {0: 0}
+    assert found.short == {0, 1, 2}
+    assert found.shared == {}
+
+
+def test_runs_of_a_template_are_left_out_and_counted(prepare):
+    template = "read the text below with care and say in one word what it is about here"
+    rows = [{"text": f"{template} {' '.join(f'w{i}x{j}' for j in range(20))}"} for i in range(COMMON_ROWS + 3)]
+    found = find_overlap(prepare(rows[:-2], rows[-2:]), near=False)
+    assert found.shared == {}
+    assert found.common == 16 - WORDS + 1
+    few = find_overlap(prepare(rows[:COMMON_ROWS], rows[-2:]), near=False)
+    assert few.shared == {0: 0, 1: 0}
+    assert few.common == 0
+
+
+def test_copies_of_a_row_by_weight_and_by_repetition_are_one_row(prepare):
+    row = text(30)
+    train = [row, *[text(30, 1000 + 50 * i) for i in range(5)], row]
+    found = find_overlap(prepare(train, [{"text": row["text"] + " but"}], weight=COMMON_ROWS + 5.0), near=False)
+    assert found.train_rows == 7
+    assert found.shared == {0: 0}
+
+
+def test_nearly_equal_rows_are_found_where_rows_were_not_deduplicated(prepare):
+    rng = random.Random(0)
+    words = [f"w{i}" for i in range(500)]
+    test = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(6)]
+    changed = [" ".join(["other", *one["text"].split()[1:50], "new", *one["text"].split()[51:]]) for one in test[:3]]
+    train = [{"text": " ".join(rng.choices(words, k=100))} for _ in range(30)] + [{"text": one} for one in changed]
+    assert find_overlap(prepare(train, test), near=True).near == {0: 30, 1: 31, 2: 32}
+    assert find_overlap(prepare(train, test), near=False).near == {}
+    rows = prepare(train, test, deduplicate="near")
+    assert rows.dropped == {"near a test row": 3}
+    found = find_overlap(rows, near=True)
+    assert (found.near, found.shared) == ({}, {})
+
+
+def test_nearly_equal_test_rows_are_each_found_near_a_training_row(prepare):
+    words = [f"w{i}" for i in range(60)]
+    test = [{"text": " ".join([*words[:-1], f"end{i}"])} for i in range(3)]
+    assert find_overlap(prepare([{"text": " ".join(words)}], test), near=True).near == {0: 0, 1: 0, 2: 0}
+
+
+def test_what_is_compared_is_what_is_said_of_a_row():
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    chat = {"messages": [*turns, {"role": "assistant", "content": "Hello"}]}
+    assert compared_text(chat) == "Hi Hello"
+    question = {"question": "Who?", "context": "Ada was here.", "answers": [{"text": "Ada", "start": 0}]}
+    assert compared_text(question) == "Who? Ada"
+    assert compared_text({"audio": "a.wav", "content": "ab", "text": "one two"}) == "one two"
+    assert compared_text({"text": "good film", "pair": None, "label": "yes"}) == "good film "
+
+
+def test_found_are_those_that_a_plain_comparison_finds(prepare):
+    rng = random.Random(3)
+    words = ["ä", "bee", "c3", "dee", "été", "x"]
+
+    def row():
+        size = rng.randrange(1, 40)
+        return {"text": rng.choice([" ", ", ", "-"]).join(rng.choices(words, k=size))}
+
+    train, test = [row() for _ in range(700)], [row() for _ in range(60)]
+    shared = [" ".join(rng.choices(words, k=20)) for _ in range(12)]
+    train += [{"text": f"{row()['text']} {one} {row()['text']}"} for one in shared]
+    test += [{"text": f"{row()['text']} {one[6:]}"} for one in shared]
+    test += [{"text": f"<{one['text']}>"} for one in train[:40]]
+    rows = prepare(train, test)
+    found = find_overlap(rows, near=False)
+    sides = {
+        side: [re.findall(r"\w+", json.loads(line)["completion"]) for _, line in iterate_texts(rows, side)]
+        for side in ("train", "test")
+    }
+    runs = [{tuple(said[i : i + WORDS]) for i in range(len(said) - WORDS + 1)} for said in sides["train"]]
+    for number, said in enumerate(sides["test"]):
+        own = [tuple(said[i : i + WORDS]) for i in range(len(said) - WORDS + 1)]
+        rare = [run for run in own if 0 < sum(run in there for there in runs) <= COMMON_ROWS]
+        assert (number in found.shared) == bool(rare), said
+        if rare:
+            assert re.findall(r"\w+", found.runs[number]) == list(rare[0])
+            assert rare[0] in runs[found.shared[number]]
+        assert (number in found.worded) == (len(said) < WORDS and said in sides["train"])
+    assert len(found.shared) >= 12
+    assert found.worded

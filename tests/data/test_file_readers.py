@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtune.data import file_readers as read
+from llmtune.data.file_readers import Unreadable, read_file
+from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.errors import DataError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+def read_bytes(folder: Path, data: bytes, container: str):
+    path = folder / "file"
+    path.write_bytes(data)
+    return list(read_file(path, "file", container))
+
+
+def json_items(text: str | bytes):
+    data = text.encode() if isinstance(text, str) else text
+    return list(read_json_items(io.BufferedReader(io.BytesIO(data)), 2**20))
+
+
+def test_a_json_line_carries_its_line_number_and_blank_lines_count(tmp_path):
+    found = read_bytes(tmp_path, b'{"a": 1}\n\n  \r\n{"a": 2}', "jsonl")
+    assert found == [("file:1", {"a": 1}), ("file:4", {"a": 2})]
+
+
+def test_a_broken_line_in_the_middle_costs_that_line_alone(tmp_path):
+    found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "cut\n{"a": 3}\n', "jsonl")
+    assert [origin for origin, _ in found] == ["file:1", "file:2", "file:3"]
+    assert found[1][1] == Unreadable("not valid JSON", "Invalid control character at at column 11")
+    assert found[2][1] == {"a": 3}
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path):
+    found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "\xff"}\n', "jsonl")
+    assert found[1] == ("file:2", Unreadable("not UTF-8", "byte 0xff at offset 16"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"[1, 2]", "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b"hello", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)
+def test_a_line_that_is_no_object_is_unreadable(tmp_path, line, reason):
+    [(_, value)] = read_bytes(tmp_path, line, "jsonl")
+    assert isinstance(value, Unreadable)
+    assert value.reason == reason
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    assert read_bytes(tmp_path, b'\xef\xbb\xbf{"a": 1}\n', "jsonl") == [("file:1", {"a": 1})]
+    assert read_bytes(tmp_path, b"\xef\xbb\xbfa,b\n1,2\n", "csv") == [("file:2", {"a": "1", "b": "2"})]
+    assert read_bytes(tmp_path, b'\xef\xbb\xbf[{"a": 1}]', "json") == [("file:row 1", {"a": 1})]
+    assert read_bytes(tmp_path, b"\xef\xbb\xbfhello", "text") == [("file:1", {"text": "hello"})]
+
+
+def test_utf16_and_disguised_parquet_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match="UTF-16"):
+        read_bytes(tmp_path, '{"a": 1}'.encode("utf-16"), "jsonl")
+    with pytest.raises(DataError, match="Parquet"):
+        read_bytes(tmp_path, b"PAR1....", "jsonl")
+
+
+def test_a_line_without_end_is_refused_and_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "MAX_ROW_BYTES", 1000)
+    with pytest.raises(DataError, match="a line of more than"):
+        read_bytes(tmp_path, b"[" + b"1," * 1000, "jsonl")
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_packed_files_are_read_by_their_first_bytes(tmp_path, ending):
+    plain = b'{"a": 1}\n' * 3
+    pack = gzip.compress if ending == "gz" else zstandard.ZstdCompressor().compress
+    found = read_bytes(tmp_path, pack(plain) + pack(plain), "jsonl")  # two members, as `cat a.gz b.gz` makes
+    assert [value for _, value in found] == [{"a": 1}] * 6
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_packed_file_that_was_cut_is_refused(tmp_path, ending):
+    plain = "".join(json.dumps({"a": os.urandom(20).hex()}) + "\n" for _ in range(100_000)).encode()
+    pack = gzip.compress if ending == "gz" else zstandard.ZstdCompressor().compress
+    data = pack(plain)
+    with pytest.raises(DataError, match=r"damaged or cut short"):
+        read_bytes(tmp_path, data[: len(data) // 2], "jsonl")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"a": 1}, {"a": 2}]',
+        '{"version": 3, "data": [{"a": 1}, {"a": 2}], "names": ["x"], "none": []}',
+        '{"a": 1}\n{"a": 2}\n',
+        '{\n  "a": 1\n}\n{\n  "a": 2\n}',
+    ],
+)
+def test_json_is_a_list_an_object_with_a_list_or_objects_in_a_row(tmp_path, text):
+    assert [value for _, value in read_bytes(tmp_path, text.encode(), "json")] == [{"a": 1}, {"a": 2}]
+
+
+def test_a_single_row_that_holds_messages_is_a_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "x"}]}
+    assert [v for _, v in read_bytes(tmp_path, json.dumps(row, indent=1).encode(), "json")] == [row]
+
+
+def test_json_lines_in_a_json_file_lose_only_the_bad_line(tmp_path):
+    found = read_bytes(tmp_path, b'{"a": 1}\n{"a": \n{"a": 3}\n', "json")
+    assert [type(value) for _, value in found] == [dict, Unreadable, dict]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": ', r"file:1: not valid JSON"),
+        ('[{"a": 1},\n {"a" 2}]', r"file:2: not valid JSON: Expecting ':'"),
+        ('[{"a": 1}] x', r"text behind the end"),
+        ('{"a": [{"x": 1}], "b": [{"x": 1}]}', r"two lists of rows, 'a' and 'b'"),
+        ('[{"a": 1} {"a": 2}]', r", or ] expected, not '{'"),
+        ("[1, 2", r"the end of the file"),
+        ("{1: 2}", r"expected"),
+    ],
+)
+def test_a_mistake_in_json_is_named_with_its_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read_bytes(tmp_path, text.encode(), "json")
+
+
+def test_json_that_is_not_utf8_is_named_with_its_offset(tmp_path):
+    with pytest.raises(DataError, match="byte 0xff at offset 8"):
+        read_bytes(tmp_path, b'[{"a": "\xff"}]', "json")
+
+
+@given(
+    st.lists(st.dictionaries(TEXT, TEXT | st.floats(allow_nan=False) | st.booleans()), max_size=5), st.integers(1, 9)
+)
+@settings(max_examples=150, deadline=None)
+def test_a_json_list_reads_the_same_whatever_the_size_of_the_steps(rows, chunk):
+    from llmtune.data import json_stream
+
+    before, json_stream.CHUNK = json_stream.CHUNK, chunk
+    try:
+        for text in (json.dumps(rows), json.dumps({"rows": rows}, indent=2, ensure_ascii=False)):
+            if rows or text[0] == "[":
+                assert json_items(text) == rows
+    finally:
+        json_stream.CHUNK = before
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='[]{}",:1a\\ \n', max_size=30).map(str.encode))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_give_what_the_json_module_gives_or_an_error(data):
+    try:
+        wanted = json.loads(data.decode("utf-8-sig"))
+    except ValueError:
+        wanted = None
+    try:
+        found = json_items(data)
+    except JsonSyntaxError:
+        assert not isinstance(wanted, list | dict)
+    else:
+        assert not isinstance(wanted, list) or found == wanted
+
+
+def test_a_long_json_list_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "long.json"
+    with path.open("w") as file:
+        file.write("[" + ",\n".join(json.dumps({"text": "x" * 1000}) for _ in range(60_000)) + "]")
+    script = (
+        "import resource, sys; from pathlib import Path; from llmtune.data.file_readers import read_file\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert sum(1 for _ in read_file(Path(sys.argv[1]), 'long', 'json')) == 60000\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, check=True).stdout)
+    assert grown < 30_000, f"{grown} KiB more for a file of {path.stat().st_size >> 10} KiB"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_cells_may_hold_line_ends_and_keep_the_line_where_they_began(tmp_path, delimiter):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerows([["prompt", "completion"], ["one\ntwo", 'say "hi"'], ["a,b;c\td", "é"]])
+    found = read_bytes(tmp_path, out.getvalue().encode(), "csv")
+    assert found == [
+        ("file:2", {"prompt": "one\ntwo", "completion": 'say "hi"'}),
+        ("file:4", {"prompt": "a,b;c\td", "completion": "é"}),
+    ]
+
+
+def test_csv_rows_that_do_not_fit_the_header_are_bad(tmp_path):
+    found = read_bytes(tmp_path, b"a,b\n1\n1,2\n1,2,3\n\xff,2\n", "csv")
+    assert [v.reason if isinstance(v, Unreadable) else v for _, v in found] == [
+        "wrong number of columns",
+        {"a": "1", "b": "2"},
+        "wrong number of columns",
+        "not UTF-8",
+    ]
+    assert found[0][1].detail == "1 cells, the header has 2"
+
+
+def test_csv_with_an_open_quote_or_a_doubled_column_is_refused(tmp_path):
+    with pytest.raises(DataError, match="not valid CSV"):
+        read_bytes(tmp_path, b'a,b\n1,"open\n3,4\n', "csv")
+    with pytest.raises(DataError, match="two columns with the name 'a'"):
+        read_bytes(tmp_path, b"a,a\n1,2\n", "csv")
+
+
+def test_parquet_rows_are_numbered_across_batches(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(1500)]}), path, row_group_size=400)
+    found = list(read_file(path, "p", "parquet"))
+    assert found[0] == ("p:row 1", {"text": "row 0"})
+    assert found[-1] == ("p:row 1500", {"text": "row 1499"})
+    assert len(found) == 1500
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 1000}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(read_file(path, "p", "parquet"))
+
+
+def test_a_text_file_is_one_document_and_a_long_one_is_cut_at_blank_lines(tmp_path, monkeypatch):
+    assert read_bytes(tmp_path, b"one\n\ntwo\r\n", "text") == [("file:1", {"text": "one\n\ntwo\r\n"})]
+    monkeypatch.setattr(read, "TEXT_PIECE", 10)
+    text = "aaaa bbbb cccc\ndddd\n\neeee\n\nffff gggg hhhh\n\niiii"
+    found = read_bytes(tmp_path, text.encode(), "text")
+    assert "".join(row["text"] for _, row in found) == text
+    assert len(found) > 2
+    grown = read_bytes(tmp_path, (text + "\njjjj\n\nkkkk").encode(), "text")
+    assert grown[: len(found) - 1] == found[:-1]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text[0] != "\ufeff"))
+@settings(deadline=None)
+def test_text_survives_to_the_last_character(text):
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_bytes(Path(folder), text.encode(), "text")
+    assert "".join(row["text"] for _, row in found) == text
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_offset(tmp_path):
+    with pytest.raises(DataError, match=r"file:2: not UTF-8: byte 0xe9 at offset 9"):
+        read_bytes(tmp_path, "é line\nx".encode() + b"\xe9 y", "text")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give up root's right to read everything")
+def test_a_file_that_may_not_be_read_is_an_error_and_no_traceback():
+    folder = Path(tempfile.mkdtemp())
+    try:
+        path = folder / "secret.jsonl"
+        path.write_text("{}\n")
+        path.chmod(0)
+        folder.chmod(0o755)
+        script = (
+            "import os, sys; from pathlib import Path\n"
+            "from llmtune.data.file_readers import read_file; os.setuid(65534)\n"
+            "from llmtune.errors import DataError\n"
+            "try: list(read_file(Path(sys.argv[1]), 'secret.jsonl', 'jsonl'))\n"
+            "except DataError as error: print(error)"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+        assert "permission denied" in done.stdout
+    finally:
+        (folder / "secret.jsonl").chmod(stat.S_IRUSR)
+        shutil.rmtree(folder)

@@ -1,0 +1,245 @@
+"""Data sets by name, against a small hub on this machine: the commit that is hashed is the one that is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import soundfile
+from datasets import Audio, ClassLabel, Dataset, Features, List, Value
+from rich.console import Console
+from support.audio import write_tone
+from support.rows import make_recipe
+
+from llmtune.data import hash_sources, prepare_rows
+from llmtune.data.hub_datasets import as_files_hold_it
+from llmtune.errors import EnvironmentProblem
+
+OLD, NEW = "a" * 40, "b" * 40
+CODE = """
+import json, sys
+from pathlib import Path
+from rich.console import Console
+from llmtune.data import hash_sources, iterate_rows, prepare_rows
+from llmtune.errors import LlmtuneError
+from llmtune.recipe import load_recipe
+data = load_recipe(sys.argv[1]).recipe
+try:
+    print(hash_sources(data.data, data.task))
+    rows = prepare_rows(data, Path(sys.argv[2]), Console(stderr=True))
+    for origin, row in iterate_rows(rows, "train"):
+        print(origin, row["messages"][1]["content"] if "messages" in row else json.dumps(row))
+except LlmtuneError as error:
+    print(type(error).__name__, error)
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub's API that reading a data set needs; its branch moves after it was asked for once."""
+
+    moves: bool
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        wanted = json.loads(self.rfile.read(length) or b"{}").get("paths", [])
+        commit = self.commit()
+        found = [self.entry(name, commit) for name in wanted if name in self.files(commit)]
+        self.answer(200, json.dumps(found).encode())
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        path = self.path.split("?")[0]
+        commit = self.commit()
+        if path.startswith("/api/datasets/") and "/tree/" in path:
+            below = path.partition("/tree/")[2].partition("/")[2]
+            tree = [] if below else [self.entry(name, commit) for name in self.files(commit)]
+            return self.answer(200, json.dumps(tree).encode())
+        if path.startswith("/api/datasets/"):
+            siblings = [{"rfilename": name} for name in self.files(commit)]
+            body = {"id": "owner/name", "sha": commit, "siblings": siblings, "tags": [], "private": False}
+            return self.answer(200, json.dumps(body).encode())
+        name = path.rpartition("/")[2]
+        if "/resolve/" not in path or name not in self.files(commit):
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        tag = {"ETag": f'"{name}-{commit[:4]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        return self.answer(200, self.files(commit)[name], tag)
+
+    def commit(self) -> str:
+        """The commit that the address names, else that of the branch: the old one the first time it is asked for."""
+        if OLD in self.path or NEW in self.path:
+            return OLD if OLD in self.path else NEW
+        seen = sum(1 for path in self.asked if OLD not in path and NEW not in path)
+        return NEW if self.moves and seen > 1 else OLD
+
+    def files(self, commit: str) -> dict[str, bytes]:
+        answer = "old" if commit == OLD else "new"
+        rows = [{"prompt": f"question {i}", "completion": answer} for i in range(8)]
+        return {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
+
+    def entry(self, name: str, commit: str) -> dict[str, object]:
+        return {"type": "file", "path": name, "size": len(self.files(commit)[name]), "oid": commit}
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[type[Hub]]:
+    handler = type("Here", (Hub,), {"moves": True, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        handler.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler
+        server.shutdown()
+
+
+def read(hub, folder, train: object, offline: bool = False, task: str = "chat") -> list[str]:
+    make_recipe(folder, train, task, deduplicate="none")
+    off = "1" if offline else "0"
+    switches = {"HF_HUB_OFFLINE": off, "HF_DATASETS_OFFLINE": off, "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, folder / "recipe.yaml", folder / "out"],
+        env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), **switches},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path, limit):
+    _, *rows = read(hub, tmp_path, {"path": "hub:owner/name", "limit": limit})
+    assert rows == [f"hub:owner/name/train:row {i} old" for i in range(1, (limit or 8) + 1)]
+    _, *later = read(hub, tmp_path, {"path": "hub:owner/name", "limit": limit})
+    assert later[0] == "hub:owner/name/train:row 1 new"
+
+
+def test_what_was_read_once_is_read_offline(hub, tmp_path):
+    first = read(hub, tmp_path, "hub:owner/name")
+    hub.asked.clear()
+    assert read(hub, tmp_path, "hub:owner/name", offline=True) == first
+    assert read(hub, tmp_path, {"path": "hub:owner/name", "limit": 3}, offline=True)[1:] == first[1:4]
+    assert not hub.asked
+
+
+def test_rows_of_another_commit_are_refused_offline(hub, tmp_path):
+    read(hub, tmp_path, {"path": "hub:owner/name", "revision": NEW})
+    read(hub, tmp_path, "hub:owner/name")
+    (cached,) = (tmp_path / "cache/datasets").rglob(OLD)
+    shutil.rmtree(cached)
+    said = " ".join(read(hub, tmp_path, "hub:owner/name", offline=True))
+    assert f"the rows of another commit: {NEW[:12]}, not {OLD[:12]}" in said
+
+
+def test_a_split_that_is_not_there_is_told(hub, tmp_path):
+    said = " ".join(read(hub, tmp_path, {"path": "hub:owner/name", "split": "nosuch"}))
+    assert "Check `config`, `split`" in said
+
+
+def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
+    recipe = make_recipe(tmp_path, "hub:owner/absent")
+    with pytest.raises(EnvironmentProblem, match="offline switch"):
+        hash_sources(recipe.data, recipe.task)
+    with pytest.raises(EnvironmentProblem, match="offline switch"):
+        prepare_rows(recipe, tmp_path / "out", Console(quiet=True))
+
+
+# Columns that are more than texts and numbers
+
+TAGS = ClassLabel(names=["O", "B-PERSON", "I-PERSON"])
+
+
+def sounds_of(cells: list[object], texts: list[str]) -> Dataset:
+    """A data set of recordings; they are declared afterwards, since `datasets` encodes none without torchcodec."""
+    features = Features({"audio": {"bytes": Value("binary"), "path": Value("string")}, "text": Value("string")})
+    rows = Dataset.from_dict({"audio": cells, "text": texts}, features=features)
+    return rows.cast_column("audio", Audio(sampling_rate=16_000))
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> bytes:
+    """A Parquet file with the bytes of two recordings, as the hub makes them of uploaded folders."""
+    folder = tmp_path_factory.mktemp("sounds")
+    paths = [write_tone(folder / "one.flac", rate=22_050, channels=2), write_tone(folder / "two.mp3")]
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    sounds_of(cells, ["one", "two"]).to_parquet(folder / "train.parquet")
+    return (folder / "train.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path, limit):
+    hub.files = lambda self, commit: {"train.parquet": sounds}
+    source = {"path": "hub:owner/name", "limit": limit}
+    _, *rows = read(hub, tmp_path, source, task="speech")
+    found = []
+    for row in rows:
+        origin, _, text = row.partition(" {")
+        assert origin.startswith("hub:owner/name/train:row")
+        found.append(json.loads("{" + text))
+    paths = [Path(row["audio"]) for row in found]
+    assert [(row["text"], path.suffix) for row, path in zip(found, paths, strict=True)] == [
+        ("one", ".flac"),
+        ("two", ".mp3"),
+    ]
+    assert all(path.stem == row["content"] for row, path in zip(found, paths, strict=True))
+    assert [soundfile.info(str(path)).samplerate for path in paths] == [22_050, 16_000]
+    assert {path.parent for path in paths} == {tmp_path / "cache" / "llmtune-recordings"}
+    assert len(list(paths[0].parent.iterdir())) == 2
+    if limit is None:
+        assert read(hub, tmp_path, source, offline=True, task="speech")[1:] == rows
+
+
+def plain_rows(rows):
+    rows, plain = as_files_hold_it(rows)
+    return [plain(row) for row in rows]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_numbers_of_classes_become_their_names_in_lists_too(streamed):
+    columns = {"label": [1, 0, -1, None], "tags": [[0, 1, 2], [], [0], None], "n": [5, 6, 7, 8]}
+    features = {"label": ClassLabel(names=["bad", "good"]), "tags": List(TAGS), "n": Value("int64")}
+    made = Dataset.from_dict(columns, features=Features(features))
+    rows = plain_rows(made.to_iterable_dataset() if streamed else made)
+    assert [row["label"] for row in rows] == ["good", "bad", None, None]
+    assert [row["tags"] for row in rows] == [["O", "B-PERSON", "I-PERSON"], [], ["O"], None]
+    assert [row["n"] for row in rows] == [5, 6, 7, 8]
+
+
+def test_a_recording_that_lies_in_a_file_stays_there_and_one_that_is_missing_is_none(tmp_path):
+    path = str(write_tone(tmp_path / "a.wav"))
+    rows = plain_rows(sounds_of([{"bytes": None, "path": path}, None], ["a", "b"]))
+    assert [row["audio"] for row in rows] == [path, None]
+
+
+def test_classes_of_a_data_set_by_number_are_learned_by_name(hub, tmp_path):
+    rows = Dataset.from_dict(
+        {"text": ["fine", "poor"], "label": [1, 0]},
+        features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
+    )
+    rows.to_parquet(tmp_path / "train.parquet")
+    content = (tmp_path / "train.parquet").read_bytes()
+    hub.files = lambda self, commit: {"train.parquet": content}
+    _, *found = read(hub, tmp_path, "hub:owner/name", task="classify")
+    assert [json.loads("{" + row.partition(" {")[2])["label"] for row in found] == ["good", "bad"]

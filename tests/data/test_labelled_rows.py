@@ -1,0 +1,203 @@
+"""Rows of questions with answers in a context, and of words with tags, in the forms that people have them in."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.rows import prepare, rows_of, write_jsonl
+
+from llmtune.data.labelled_rows import find_words
+from llmtune.data.messages import RowError
+from llmtune.data.row_formats import FORMATS, canonicalise, detect
+from llmtune.errors import DataError
+
+CONTEXT = "The sky is blue. A cat has four legs."
+QA = {"question": "How many legs has a cat?", "context": CONTEXT}
+FOUR = {"text": "four", "start": 27}
+
+
+def canonical(row, task, name):
+    form, problem = detect([row], task, {}, None, "file")
+    assert problem is None
+    assert form.name == name
+    return canonicalise(row, FORMATS[name], task)
+
+
+def bad(row, task):
+    form, problem = detect([row], task, {}, None, "file")
+    assert problem is None
+    with pytest.raises(RowError) as caught:
+        canonicalise(row, form, task)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["four", "four legs"], "answer_start": [27, 27]},
+        {"text": ["four", "four legs"]},
+        {"text": ["four", "four legs"], "answer_start": None},
+        [{"text": "four", "answer_start": 27}, {"text": "four legs", "start": 27}],
+        json.dumps({"text": ["four", "four legs"], "answer_start": [27, 27]}),
+    ],
+)
+def test_answers_are_read_in_all_the_forms_of_squad(answers):
+    row = canonical({**QA, "answers": answers}, "qa", "squad")
+    assert row == {**QA, "answers": [FOUR, {"text": "four legs", "start": 27}]}
+
+
+@pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, {"text": []}, []])
+def test_a_question_without_an_answer_has_an_empty_list(answers):
+    assert canonical({**QA, "answers": answers}, "qa", "squad") == {**QA, "answers": []}
+
+
+@pytest.mark.parametrize(("answer", "answers"), [("four", [FOUR]), ("", []), (None, [])])
+def test_a_single_answer_is_found_in_the_context(answer, answers):
+    assert canonical({**QA, "answer": answer}, "qa", "question-answer") == {**QA, "answers": answers}
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"text": ["five"], "answer_start": [27]}, "'five' does not stand in it at character 27"),
+        ({"text": ["four"], "answer_start": [26]}, "'four' does not stand in it at character 26"),
+        ({"text": ["four"], "answer_start": [-10]}, "answer not in the context"),
+        ({"text": ["four"], "answer_start": [True]}, "'answer_start' is"),
+        ({"text": ["four"], "answer_start": ["27"]}, "'answer_start' is"),
+        ({"text": ["four", "blue"], "answer_start": [27]}, "2 answers and 1 starts"),
+        ({"text": [" "], "answer_start": [3]}, "a question without one has an empty list"),
+        ({"text": [4], "answer_start": [3]}, "an answer"),
+        ({"text": "four"}, "'answers' must be {text: [...], answer_start: [...]}"),
+        (["four"], "it must be {text, answer_start}"),
+        ("four", "'answers' must be {text: [...], answer_start: [...]}"),
+        (None, "'answers' must be"),
+    ],
+)
+def test_bad_answers_say_what_is_wrong(answers, said):
+    assert said in bad({**QA, "answers": answers}, "qa")
+
+
+def test_questions_and_contexts_have_to_be_there():
+    assert "'question'" in bad({**QA, "question": " ", "answer": "four"}, "qa")
+    assert "'context'" in bad({**QA, "context": None, "answer": "four"}, "qa")
+    assert "'five' does not stand in it" in bad({**QA, "answer": "five"}, "qa")
+
+
+TAGS = ["B-PERSON", "I-PERSON", "O"]
+TOKENS = ["Ada", "Lovelace", "wrote"]
+
+
+@pytest.mark.parametrize("row", [{"tokens": TOKENS, "tags": TAGS}, {"tokens": json.dumps(TOKENS), "tags": str(TAGS)}])
+def test_tokens_and_tags_are_read_as_lists_or_as_text_in_a_cell(row):
+    row["tags"] = row["tags"].replace("'", '"') if isinstance(row["tags"], str) else row["tags"]
+    assert canonical(row, "token-classify", "tokens-tags") == {"tokens": TOKENS, "tags": TAGS}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["I-A", "I-A", "O", "I-A"], ["B-A", "I-A", "O", "B-A"]),  # IOB1: an entity begins with I-
+        (["I-A", "B-A", "I-A"], ["B-A", "B-A", "I-A"]),  # and with B- where it touches another one
+        (["I-A", "I-B"], ["B-A", "B-B"]),
+        (["B-A", "I-B", "I-B"], ["B-A", "B-B", "I-B"]),
+        (["B-A", "I-A", "B-A", "O"], ["B-A", "I-A", "B-A", "O"]),
+        (["B-a-b", "I-a-b"], ["B-a-b", "I-a-b"]),
+    ],
+)
+def test_iob1_becomes_iob2(first, second):
+    row = {"tokens": ["w"] * len(first), "tags": first}
+    assert canonical(row, "token-classify", "tokens-tags")["tags"] == second
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "said"),
+    [
+        (TOKENS, TAGS[:2], "3 tokens and 2 tags"),
+        ([], [], "there are no tokens"),
+        (["Ada", " ", "wrote"], TAGS, "token 2 is empty"),
+        (["Ada", 7, "wrote"], TAGS, "'tokens'"),
+        (TOKENS, [1, 2, 0], "tag 1 is 1; tags are O, B-NAME and I-NAME; numbers need their names"),
+        (TOKENS, ["B-A", "S-A", "O"], "tag 2 is 'S-A'"),
+        (TOKENS, ["B-A", "I-", "O"], "tag 2 is 'I-'"),
+        ("Ada Lovelace wrote", TAGS, "must be lists of texts"),
+        (TOKENS, None, "must be lists of texts"),
+    ],
+)
+def test_bad_tags_say_what_is_wrong_and_what_would_be_right(tokens, tags, said):
+    assert said in bad({"tokens": tokens, "tags": tags}, "token-classify")
+
+
+def test_spans_become_tags_of_words():
+    text = "Ada Lovelace, born in London."
+    spans = [{"start": 0, "end": 12, "label": "PERSON"}, {"start": 22, "end": 28, "label": "PLACE"}]
+    assert canonical({"text": text, "spans": spans}, "token-classify", "text-spans") == {
+        "tokens": ["Ada", "Lovelace", ",", "born", "in", "London", "."],
+        "tags": ["B-PERSON", "I-PERSON", "O", "O", "O", "B-PLACE", "O"],
+    }
+    assert canonical({"text": text, "spans": []}, "token-classify", "text-spans")["tags"] == ["O"] * 7
+
+
+def test_spans_that_touch_are_two_entities():
+    spans = [{"start": 0, "end": 1, "label": "N"}, {"start": 1, "end": 2, "label": "N"}]
+    assert canonical({"text": "!?", "spans": spans}, "token-classify", "text-spans")["tags"] == ["B-N", "B-N"]
+
+
+@pytest.mark.parametrize(
+    ("span", "said"),
+    [
+        ({"start": 0, "end": 6, "label": "P"}, "'Ada Lo' does not begin and end where words do"),
+        ({"start": 3, "end": 4, "label": "P"}, "' ' does not begin and end where words do"),
+        ({"start": 0, "end": 99, "label": "P"}, "characters 0 to 99 of 12"),
+        ({"start": 4, "end": 4, "label": "P"}, "characters 4 to 4 of 12"),
+        ({"start": "0", "end": 3, "label": "P"}, "characters 0 to 3 of 12"),
+        ({"start": 0, "end": 3}, "a span must be {start, end, label}"),
+        ({"start": 0, "end": 3, "label": None}, "'label'"),
+        ({"start": 0, "end": 3, "label": " "}, "'label'"),
+    ],
+)
+def test_bad_spans_say_what_is_wrong(span, said):
+    assert said in bad({"text": "Ada Lovelace", "spans": [span]}, "token-classify")
+
+
+def test_spans_that_overlap_and_spans_that_are_no_list_are_refused():
+    spans = [{"start": 0, "end": 12, "label": "P"}, {"start": 4, "end": 12, "label": "P"}]
+    assert "'Lovelace' is marked twice" in bad({"text": "Ada Lovelace", "spans": spans}, "token-classify")
+    assert "'spans' must be a list" in bad({"text": "Ada", "spans": "none"}, "token-classify")
+
+
+def test_words_keep_their_accents_and_vowel_signs():
+    for text in ("नमस्ते", "cafe\u0301", "می\u200cروم", "snake_case", "Straße"):
+        assert find_words(text) == [(0, len(text))]
+    assert [("can't (1.5)")[a:b] for a, b in find_words("can't (1.5)")] == ["can", "'", "t", "(", "1", ".", "5", ")"]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_words_are_all_of_a_text_but_its_spaces(text):
+    words = find_words(text)
+    assert "".join(text[start:end] for start, end in words) == "".join(text.split())
+    assert all(start < end for start, end in words)
+    assert all(before[1] <= after[0] for before, after in pairwise(words))
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "broken", "said"),
+    [
+        ("qa", {**QA, "answer": "four"}, {**QA, "answer": "five"}, "answer not in the context"),
+        ("token-classify", {"tokens": TOKENS, "tags": TAGS}, {"tokens": TOKENS, "tags": ["O"]}, "tags do not fit"),
+        ("token-classify", {"tokens": TOKENS, "tags": TAGS}, {"tokens": TOKENS, "tags": [0, 0, 1]}, "not a tag"),
+    ],
+)
+def test_bad_rows_are_named_with_file_and_line(tmp_path, task, good, broken, said):
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, broken])
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, str(path), task)
+    assert caught.value.exit_code == 3
+    assert f"{path}:2" in str(caught.value)
+    assert said in str(caught.value)
+    kept = prepare(tmp_path, str(path), task, out="kept", max_dropped=0.5)
+    assert len(rows_of(kept)) == 1
+    assert sum(kept.dropped.values()) == 1

@@ -1,0 +1,101 @@
+"""Rows of translations and summaries, from every way of writing them to the canonical one."""
+
+from __future__ import annotations
+
+import pytest
+from support.rows import prepare, rows_of, write_jsonl
+
+from llmtune.data.messages import RowError
+from llmtune.data.row_formats import FORMATS, canonicalise, detect
+from llmtune.errors import DataError
+
+PAIR = {"source": "one", "target": "un"}
+
+
+def told(row, task):
+    form, problem = detect([row] * 3, task, {}, None, "file")
+    return form.name if form else str(problem)
+
+
+def canonical(row, task):
+    return canonicalise(row, FORMATS[told(row, task)], task)
+
+
+def bad(row, task):
+    with pytest.raises(RowError) as caught:
+        canonical(row, task)
+    return str(caught.value)
+
+
+def test_a_translation_is_read_with_and_without_its_languages():
+    assert canonical(PAIR, "translate") == {**PAIR, "source_language": None, "target_language": None}
+    named = {**PAIR, "source_language": " eng_Latn ", "target_language": "fra_Latn"}
+    assert canonical(named, "translate") == {**named, "source_language": "eng_Latn"}
+    assert canonical({**named, "target_language": ""}, "translate")["target_language"] is None
+
+
+def test_a_map_of_two_languages_goes_from_the_first_to_the_second():
+    row = canonical({"translation": {"en": "one", "fr": "un"}, "id": "7"}, "translate")
+    assert row == {**PAIR, "source_language": None, "target_language": None, "languages": ["en", "fr"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "reason"),
+    [
+        ({"source": "one", "target": ""}, "translate", "no answer: 'target' is empty"),
+        ({"source": "one", "target": None}, "translate", "no answer: 'target' is empty"),
+        ({"source": " \n", "target": "un"}, "translate", "empty content: 'source' is empty"),
+        ({"source": ["one"], "target": "un"}, "translate", "'source'"),
+        ({**PAIR, "source_language": 7}, "translate", "'source_language'"),
+        ({"translation": {"en": "one"}}, "translate", "'translation' must be two texts"),
+        ({"translation": {"en": "one", "fr": "un", "de": "eins"}}, "translate", "'translation' must be two texts"),
+        ({"translation": ["one", "un"]}, "translate", "'translation' must be two texts"),
+        ({"translation": {"en": "one", "fr": ""}}, "translate", "no answer: 'target' is empty"),
+        ({"document": "a long text", "summary": "  "}, "summarize", "no answer: 'summary' is empty"),
+        ({"document": None, "summary": "short"}, "summarize", "empty content: 'document' is empty"),
+        ({"document": {"text": "a"}, "summary": "short"}, "summarize", "'document'"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_from_is_bad_with_its_reason(row, task, reason):
+    assert reason in bad(row, task)
+
+
+def test_rows_of_one_task_are_refused_by_the_other():
+    assert "document-summary rows, which task: translate cannot use" in told(
+        {"document": "d", "summary": "s"}, "translate"
+    )
+    assert "source-target rows, which task: summarize cannot use" in told(PAIR, "summarize")
+
+
+def test_bad_rows_are_named_with_file_and_line(tmp_path):
+    rows = [{"source": f"text {i}", "target": f"texte {i}"} for i in range(40)]
+    rows[2]["target"] = ""
+    del rows[34]["target"]  # behind the rows that the format is told by
+    file = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, str(file), "translate", max_dropped=0)
+    text = str(caught.value)
+    assert f"{file}:3: no answer: 'target' is empty" in text
+    assert f"{file}:35: missing column: source-target rows need 'target'" in text
+    assert caught.value.exit_code == 3
+    kept = prepare(tmp_path, str(file), "translate", max_dropped=0.5)
+    assert (kept.rows_in, kept.counts["train"], sum(kept.dropped.values())) == (40, 38, 2)
+
+
+def test_other_names_of_columns_are_mapped(tmp_path):
+    file = write_jsonl(
+        tmp_path / "news.jsonl", [{"article": f"{i} things happened", "highlights": str(i)} for i in range(4)]
+    )
+    source = {"path": str(file), "columns": {"document": "article", "summary": "highlights"}}
+    kept = rows_of(prepare(tmp_path, source, "summarize"))
+    assert sorted(row["summary"] for row in kept) == ["0", "1", "2", "3"]
+    assert kept[0]["document"] == f"{kept[0]['summary']} things happened"
+
+
+def test_equal_rows_of_both_tasks_are_duplicates(tmp_path):
+    maps = [{"translation": {"en": "one", "fr": "un"}}, {"translation": {"en": "one ", "fr": "un"}}]
+    maps.append({"translation": {"en": "one", "de": "un"}})  # the same text in another language is no duplicate
+    file = write_jsonl(tmp_path / "maps.jsonl", maps)
+    assert prepare(tmp_path, str(file), "translate").counts["train"] == 2
+    twice = [{"document": "d", "summary": "s"}] * 2
+    assert prepare(tmp_path, str(write_jsonl(tmp_path / "twice.jsonl", twice)), "summarize", "two").counts["train"] == 1

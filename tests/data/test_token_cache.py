@@ -1,0 +1,108 @@
+"""Ids of many texts read by pieces, against those of each text read whole."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import CHATML
+from support.templates import OWN_TOKENS, tokenizer_with
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+
+from llmtune.data import token_cache as pieces
+from llmtune.data.chat_template import tokenize
+
+TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *OWN_TOKENS]
+PARTS = st.one_of(st.text(max_size=12), st.sampled_from([*TOKENS, "<|im_", "end|>", "user\n", " the sky", "'s", "12"]))
+BATCH = st.lists(st.lists(PARTS, max_size=8).map("".join), min_size=16, max_size=24)
+ASSORTED = [f"<|im_start|>user\nquestion {k}<|im_end|>\n<|im_start|>assistant\n家 {k}" for k in range(20)]
+LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+KINDS = {
+    "words": None,
+    "several cuts": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.Split(Regex(r"\s+"), "isolated"), LEVEL]
+    ),
+    "space before": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "space before each piece": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "none": pre_tokenizers.Metaspace(prepend_scheme="never"),
+}
+
+
+def read_pieces(tokenizer, texts):
+    read = pieces.read_pieces(tokenizer, texts)
+    return None if read is None else [ids.tolist() for ids in read]
+
+
+def tokenizer_of(kind):
+    tokenizer = tokenizer_with(CHATML)
+    if KINDS[kind] is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = KINDS[kind]
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(texts=BATCH)
+def test_pieces_have_the_ids_of_the_whole_text(kind, texts):
+    tokenizer = tokenizer_of(kind)
+    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend("▁")])
+def test_a_text_that_is_brought_into_a_form_first_has_the_same_ids(normalizer):
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    texts = [f"{text} e\u0301 É" for text in ASSORTED]
+    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+
+
+def test_tokens_that_are_added_later_are_seen():
+    tokenizer = tokenizer_with(CHATML)
+    before = read_pieces(tokenizer, ASSORTED)
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    texts = [text.replace("question", "<|new|>") for text in ASSORTED]
+    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert read_pieces(tokenizer, ASSORTED) == before
+    assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in read_pieces(tokenizer, texts))
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("<|own|>", rstrip=True),
+        AddedToken("<|own|>", lstrip=True),
+        AddedToken("<|own|>", single_word=True),
+        AddedToken("<|own|>", normalized=True),
+    ],
+)
+def test_a_tokenizer_whose_tokens_reach_beyond_themselves_reads_texts_whole(token):
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.add_tokens([token])
+    assert read_pieces(tokenizer, ASSORTED) is None
+
+
+def test_a_tokenizer_that_marks_the_first_word_of_a_text_reads_texts_whole():
+    tokenizer = tokenizer_with(CHATML)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    assert read_pieces(tokenizer, ASSORTED) is None
+
+
+def test_settings_that_another_caller_left_do_not_matter():
+    tokenizer = tokenizer_with(CHATML)
+    wanted = tokenize(tokenizer, ASSORTED)
+    tokenizer(ASSORTED, padding=True, truncation=True, max_length=4)
+    assert read_pieces(tokenizer, ASSORTED) == wanted
+
+
+def test_few_texts_are_left_to_the_tokenizer():
+    assert read_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
+
+
+def test_a_reader_that_does_not_agree_with_the_tokenizer_is_not_used_again():
+    tokenizer = tokenizer_with(CHATML)
+    assert read_pieces(tokenizer, ASSORTED) is not None
+    reader = pieces._opened[tokenizer]
+    reader.ids["<|im_start|>"] = reader.ids["<|im_end|>"]
+    assert read_pieces(tokenizer, ASSORTED) is None
+    reader.ids["<|im_start|>"] = b""
+    assert not reader.trusted

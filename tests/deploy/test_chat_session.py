@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from llmtune.deploy.chat_session import ChatSession
+from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.generation import generate_texts
+from llmtune.tasks import get_task
+
+
+def session_of(tuned, console=None):
+    adapted, recipe = tuned
+    return ChatSession(adapted.model, adapted.selected.processor, recipe, get_task(recipe.task), console)
+
+
+@pytest.mark.parametrize("generation", [{"max_new_tokens": 24}, {"max_new_tokens": 12, "num_beams": 3}])
+def test_pieces_join_to_what_evaluation_generates(tune, generation):
+    session = session_of(tune(generation=generation))
+    row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
+    ids = session.task.render(row, session.processor, session.recipe)
+    [wanted] = generate_texts(session.model, [ids], session.processor, session.recipe, device="cpu")
+    pieces = list(session.answer("Which colour has the cat?"))
+    assert "".join(pieces) == wanted != ""
+    assert len(pieces) > 1 or generation.get("num_beams")
+
+
+def test_sampled_conversation_goes_the_same_way_again(tune):
+    session = session_of(tune(generation={"max_new_tokens": 16, "do_sample": True, "temperature": 1.5}))
+
+    def talk():
+        session.reset()
+        return ["".join(session.answer("Again?", keep=True)) for _ in range(2)]
+
+    first = talk()
+    assert talk() == first
+    assert first[0] != first[1]
+
+
+def test_history_is_part_of_the_next_prompt_only_where_it_is_kept(tune):
+    session = session_of(tune())
+    fresh = "".join(session.answer("Which colour has the fox?"))
+    "".join(session.answer("The fox is red.", keep=True))
+    assert [message["role"] for message in session.history] == ["user", "assistant"]
+    assert "".join(session.answer("Which colour has the fox?")) == fresh
+    assert len(session.history) == 2
+    "".join(session.answer("Which colour has the fox?", keep=True))
+    assert len(session.history) == 4
+    session.reset()
+    assert "".join(session.answer("Which colour has the fox?", keep=True)) == fresh
+
+
+def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
+    session = session_of(tune(generation={"max_new_tokens": 4}), console)
+    session.model.config.max_position_embeddings = 64
+    for number in range(6):
+        "".join(session.answer(f"Question number {number}?", keep=True))
+    assert len(session.history) == 12
+    assert session.forgotten > 0
+    assert session.forgotten % 2 == 0
+    assert "left out" in console.file.getvalue()
+
+
+def test_a_prompt_without_room_in_the_context_is_refused_with_numbers(tune):
+    session = session_of(tune())
+    session.model.config.max_position_embeddings = 32
+    with pytest.raises(RecipeError, match="context holds 32"):
+        list(session.answer("word " * 100))
+
+
+def test_a_failure_while_generating_reaches_the_reader(tune, monkeypatch):
+    session = session_of(tune())
+    monkeypatch.setattr(session.model, "generate", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(session.answer("Hello"))
+
+
+def test_closing_the_answer_ends_its_thread_and_keeps_nothing(tune):
+    session = session_of(tune(generation={"max_new_tokens": 1000}))
+    before = threading.active_count()
+    answer = session.answer("Tell me everything.", keep=True)
+    next(answer)
+    answer.close()
+    assert threading.active_count() == before
+    assert session.history == []
+
+
+def test_a_message_that_the_template_refuses_is_a_data_error(tune):
+    session = session_of(tune())
+    session.processor.chat_template = "{{ raise_exception('no roles at all') }}"
+    with pytest.raises(DataError, match="no roles at all"):
+        list(session.answer("Hello"))
+
+
+def test_completion_goes_on_from_a_text_and_holds_no_conversation(tune, tiny_gpt2, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The quick brown fox."}\n')
+    adapted, recipe = tune(tiny_gpt2, task="completion", data={"train": str(rows)})
+    task = get_task("completion")
+    session = ChatSession(adapted.model, adapted.selected.processor, recipe, task)
+    text = "".join(session.answer("The quick brown"))
+    ids = task.render({"prompt": "The quick brown", "completion": ""}, adapted.selected.processor, recipe)
+    assert [text] == generate_texts(adapted.model, [ids], adapted.selected.processor, recipe, device="cpu")
+    with pytest.raises(RecipeError, match="no conversation"):
+        list(session.answer("Hello", keep=True))

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from rich.console import Console
+from support.finished import finish_run
+from support.runs import llmtune
+
+from llmtune.deploy.endpoint import Endpoint
+from llmtune.deploy.endpoint_parity import Measured, find_breaches
+from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.finished import Models, certify_run, open_finished
+from llmtune.model import load_processor
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama):
+    return finish_run(tmp_path_factory.mktemp("certify"), tiny_llama)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def served(finished):
+    """The tuned model and its tokenizer, as a server would hold them."""
+    work, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
+    processor = load_processor(place, work.recipe.model)
+    return Models(work, place, processor).adapted.model, processor
+
+
+class Served:
+    """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
+
+    def __init__(self, model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
+        self.model, self.processor, self.knows = model, processor, set(knows)
+        self.start, self.base, self.usage, self.busy, self.key = start, base, usage, busy, key
+        self.asked = []
+
+    def answer(self, body):
+        unknown = set(body) - {"model", "temperature", "max_tokens", "messages", *self.knows}
+        if unknown:
+            return 400, {"error": {"message": f"unknown: {sorted(unknown)}"}}
+        if self.busy:
+            self.busy -= 1
+            return 429, {"error": {"message": "busy"}}
+        self.asked.append(body)
+        text = self.processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        ids = self.processor(text, add_special_tokens=False)["input_ids"]
+        ids = [self.processor.bos_token_id, *ids] if self.start else ids
+        written = self.generate(torch.tensor([ids]), body["max_tokens"])
+        choice = {"message": {"content": self.processor.decode(written, skip_special_tokens=True)}}
+        if "logprobs" in body:
+            choice["logprobs"] = {"content": self.logprobs(ids, written)}
+        said = {"choices": [choice]}
+        if self.usage:
+            said["usage"] = {"prompt_tokens": len(ids), "completion_tokens": len(written)}
+        if "return_token_ids" in body:
+            said["prompt_token_ids"], choice["token_ids"] = ids, written
+        return 200, said
+
+    def generate(self, ids_BT, new):
+        settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": self.processor.pad_token_id}
+        with torch.no_grad():
+            if self.base:
+                with self.model.disable_adapter():
+                    out = self.model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
+            else:
+                out = self.model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
+        return out[0, ids_BT.shape[1] :].tolist()
+
+    def logprobs(self, ids, written):
+        with torch.no_grad():
+            found = self.model(input_ids=torch.tensor([[*ids, *written]])).logits[0].log_softmax(-1)
+        places = range(len(ids) - 1, len(ids) + len(written) - 1)
+        return [
+            {"token": self.processor.decode([token]), "logprob": float(found[at, token])}
+            for at, token in zip(places, written, strict=True)
+        ]
+
+
+@contextmanager
+def at_work(server):
+    class Handler(BaseHTTPRequestHandler):
+        def say(self, status, content):
+            self.send_response(status)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def do_GET(self):
+            self.say(200, {"data": [{"id": "other"}, {"id": "tiny"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+                self.say(401, {"error": {"message": "no key"}})
+            else:
+                self.say(*server.answer(body))
+
+        def log_message(self, *about):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+    finally:
+        listening.shutdown()
+        listening.server_close()
+        thread.join()
+
+
+def certify(run, url, console, **options):
+    return certify_run(
+        run, **{"url": url, "model": None, "key_file": None, "offline": True, **options}, console=console
+    )
+
+
+ALL = ("return_token_ids", "repetition_penalty", "logprobs", "top_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("knows", "told"),
+    [(ALL, ("ids", True)), (ALL[:2], ("ids", False)), (ALL[2:], ("count", True)), ((), ("count", False))],
+)
+def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, console, knows, told):
+    with at_work(Served(*served, knows=knows)) as url:
+        certificate = certify(run, url, console)
+    measured = certificate["measured"]
+    assert certificate["passed"]
+    assert (measured["ids_known_by"], measured["logprob_mean_difference"] is not None) == told
+    assert measured["answer_agreement"] == 1
+    assert (measured["logprob_mean_difference"] or 0) < 1e-4
+    assert (certificate["model"], measured["prompts"]) == ("tiny", 16)
+    assert json.loads((run / "endpoint.certificate.json").read_text())["passed"]
+    assert "parity with the adapter over 16 prompts" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("knows", "said"), [(ALL, "other token ids"), ((), "another number of tokens")])
+def test_an_endpoint_with_an_extra_start_token_fails(run, served, console, knows, said):
+    with at_work(Served(*served, knows=knows, start=True)) as url, pytest.raises(GateFailed, match=said) as raised:
+        certify(run, url, console)
+    assert raised.value.exit_code == 6
+    assert not json.loads((run / "endpoint.certificate.json").read_text())["passed"]
+
+
+def test_an_endpoint_of_the_base_model_fails(run, served, console):
+    with at_work(Served(*served, base=True)) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
+        certify(run, url, console)
+
+
+def test_an_endpoint_that_tells_nothing_of_its_prompts_is_unproven(run, served, console):
+    with at_work(Served(*served, usage=False)) as url, pytest.raises(GateFailed, match="template is unproven"):
+        certify(run, url, console)
+
+
+def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_far_off_do_not():
+    good = Measured(16, "ids", 1.0, 1.0, 2, 40, 0.01, 0.05)
+    assert find_breaches(good) == []
+    far = Measured(16, "ids", 1.0, 1.0, 0, 40, 0.4, 2.0)
+    assert "off by 0.4 nats" in find_breaches(far)[0]
+    assert len(find_breaches(Measured(16, "ids", 1.0, 1.0, 0, 40, float("nan"), 0.0))) == 1
+
+
+def test_our_own_server_passes(run, served, console):
+    support = pytest.importorskip("support.serving")
+    from llmtune.serving import ServeOptions, load_models, open_runs
+
+    options = ServeOptions()
+    models = load_models(open_runs({"tiny": run}, options, console), options)
+    with support.serving(*models.values()) as url:
+        certificate = certify(run, f"{url}/v1/", console, model="tiny")
+    assert (certificate["passed"], certificate["measured"]["ids_known_by"]) == (True, "ids")
+
+
+def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, tmp_path):
+    (tmp_path / "key").write_text("open-sesame\n")
+    with at_work(Served(*served, knows=ALL, busy=2, key="open-sesame")) as url:
+        assert certify(run, url, console, key_file=tmp_path / "key")["passed"]
+        with pytest.raises(EnvironmentProblem, match="wants another key"):
+            certify(run, url, console)
+    assert "open-sesame" not in (run / "endpoint.certificate.json").read_text()
+
+
+def test_mistakes_are_told(run, console, tmp_path):
+    for url in ("127.0.0.1:8000", "ftp://x", "http://a:b@c", "http://"):
+        with pytest.raises(RecipeError, match="no address of an endpoint"):
+            certify(run, url, console)
+    with pytest.raises(EnvironmentProblem, match="--offline forbids"):
+        certify(run, "https://api.example.com", console)
+    with pytest.raises(EnvironmentProblem, match="does not answer"):
+        certify(run, "http://127.0.0.1:9", console)
+    with pytest.raises(RecipeError, match="key cannot be read"):
+        certify(run, "http://127.0.0.1:9", console, key_file=tmp_path / "none")
+    with at_work(Served(None, None)) as url, pytest.raises(RecipeError, match="has no model 'mine'"):
+        certify(run, url, console, model="mine")
+
+
+def test_an_address_that_sends_elsewhere_is_not_followed():
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(307)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.end_headers()
+
+        def log_message(self, *about):
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        endpoint = Endpoint(f"http://127.0.0.1:{listening.server_address[1]}", "key", offline=True)
+        with pytest.raises(EnvironmentProblem, match="status 307"):
+            endpoint.ask("/completions", {}, [{}])
+    finally:
+        listening.shutdown()
+        listening.server_close()
+
+
+def test_the_command_ends_with_6_where_the_endpoint_differs(run, served):
+    with at_work(Served(*served, start=True)) as url:
+        done = llmtune("deploy", "certify", run, "--url", url, "--offline", "--json", cwd=run.parent)
+    assert done.returncode == 6
+    assert "start token too many" in done.stderr
+    assert json.loads(done.stdout)["error"]["exit_code"] == 6

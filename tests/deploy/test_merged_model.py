@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.finished import finish_run
+from support.models import build_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import llmtune.deploy.merged_model as merging
+from llmtune.adapter import merge as really_merge
+from llmtune.deploy.merged_model import merge_model
+from llmtune.deploy.parity import LIMITS, Parity, find_breaches
+from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
+from llmtune.finished import merge_run
+from llmtune.tasks import get_task
+
+TEXT = "Which colour has the cat number 7?"
+
+
+def merge(tuned, out, console, **options):
+    adapted, recipe = tuned
+    return merge_model(adapted, recipe, get_task(recipe.task), out, console, **options)
+
+
+@torch.no_grad()
+def logits_of(model, processor):
+    return model(**processor(TEXT, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"use_rslora": True}])
+def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp_path, console, adapter):
+    tuned = tune(adapter=adapter)
+    wanted = logits_of(tuned[0].model, tuned[0].selected.processor)
+    certificate = merge(tuned, tmp_path / "merged", console)
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
+        "ids = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2], return_tensors='pt')\n"
+        "torch.save(model(**ids).logits.detach(), sys.argv[3])\n"
+        "assert not any(name.split('.')[0] in ('llmtune', 'peft') for name in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "merged", TEXT, tmp_path / "logits.pt"]
+    subprocess.run(command, check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-3, rtol=1e-3)
+    assert certificate["passed"]
+    assert certificate["measured"]["effect_kl"] > 0.001
+    assert certificate["measured"]["kl_mean"] < 1e-6
+    assert certificate["measured"]["answer_agreement"] == 1
+    assert json.loads((tmp_path / "merged/certificate.json").read_text()) == json.loads(json.dumps(certificate))
+    assert "parity with the adapter" in console.file.getvalue()
+
+
+def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(merging, "merge", lambda adapted, onto: adapted.model.unload())
+    with pytest.raises(GateFailed, match="mean KL") as raised:
+        merge(tune(), tmp_path / "merged", console)
+    assert raised.value.exit_code == 6
+    assert not (tmp_path / "merged").exists()
+    certificate = json.loads((tmp_path / "merged.failed.json").read_text())
+    assert not certificate["passed"]
+    assert certificate["measured"]["kl_mean"] > certificate["limits"]["kl_mean"]
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 0.1), ("bfloat16", 2.0)])
+def test_a_merge_with_one_weight_matrix_disturbed_fails(tune, tmp_path, console, monkeypatch, dtype, noise):
+    def merge_and_disturb(adapted, onto):
+        merged = really_merge(adapted, onto)
+        weight = merged.model.layers[1].mlp.down_proj.weight
+        drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        weight.data += noise * weight.std() * drawn.to(weight)
+        return merged
+
+    monkeypatch.setattr(merging, "merge", merge_and_disturb)
+    with pytest.raises(GateFailed, match="the merged model differs") as raised:
+        merge(tune(), tmp_path / "merged", console, dtype=dtype)
+    assert raised.value.exit_code == 6
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("onto", ["original", "dequantized"])
+def test_a_qlora_merge_into_another_model_of_the_same_shape_fails(tune, tmp_path, console, onto):
+    adapted, recipe = tune(adapter={"method": "qlora"})
+    other = replace(adapted.selected.place, path=build_llama(tmp_path / "other", seed=9))
+    swapped = replace(adapted, selected=replace(adapted.selected, place=other))
+    with pytest.raises(GateFailed, match="mean KL"):
+        merge((swapped, recipe), tmp_path / "merged", console, onto=onto)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path, console):
+    base = build_llama(tmp_path / "base")
+    run = finish_run(tmp_path, base, adapter={"method": "qlora"})
+    build_llama(base, seed=9)
+    with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
+        merge_run(run, out=None, onto="original", dtype="auto", offline=True, console=console)
+    assert not (run / "merged").exists()
+
+
+def test_a_gentle_tuning_that_is_lost_is_a_breach_within_the_limits_of_rounding():
+    lost = Parity(8, 100, 0.1, 8e-3, 0.1, 0.99, 1.0, True, effect_kl=8e-3)
+    assert len(find_breaches(lost, LIMITS["rounded"])) == 1
+    assert find_breaches(replace(lost, kl_mean=4e-3), LIMITS["rounded"]) == []
+
+
+def save_with_another_template(processor, folder):
+    other = AutoTokenizer.from_pretrained(processor.name_or_path)
+    other.chat_template = other.chat_template.replace("assistant", "helper")
+    other.save_pretrained(folder)
+
+
+def test_a_template_that_is_saved_differently_fails(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(merging, "save_tokenizer", save_with_another_template)
+    with pytest.raises(GateFailed, match="other token ids"):
+        merge(tune(), tmp_path / "merged", console)
+
+
+def test_a_good_merge_after_a_failed_one_clears_its_certificate(tune, tmp_path, console, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "merge", lambda adapted, onto: adapted.model.unload())
+        with pytest.raises(GateFailed):
+            merge(tune(), tmp_path / "merged", console)
+    assert (tmp_path / "merged.failed.json").exists()
+    assert merge(tune(), tmp_path / "merged", console)["passed"]
+    assert not (tmp_path / "merged.failed.json").exists()
+    assert merge(tune(strength=0.2), tmp_path / "merged", console)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("onto", "dtype"), [("original", "auto"), ("dequantized", "auto"), ("dequantized", "bfloat16")]
+)
+def test_qlora_is_held_to_the_quantised_base_it_was_trained_on(tune, tmp_path, console, onto, dtype):
+    tuned = tune(adapter={"method": "qlora"})
+    measured = merge(tuned, tmp_path / "merged", console, onto=onto, dtype=dtype)["measured"]
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert "quantization_config" not in config
+    if onto == "dequantized":
+        assert measured["kl_mean"] < (1e-6 if dtype == "auto" else 1e-3)
+    else:
+        assert measured["kl_mean"] > 1e-6
+
+
+def test_qlora_shows_how_far_a_merge_onto_the_other_weights_would_be(tune, tmp_path, console):
+    near = merge(tune(adapter={"method": "qlora"}), tmp_path / "near", console, onto="dequantized")
+    far = merge(tune(adapter={"method": "qlora"}), tmp_path / "far", console, onto="original")
+    assert near["other"]["onto"] == "original"
+    assert near["other"]["kl_mean"] == pytest.approx(far["measured"]["kl_mean"], rel=1e-3)
+    assert far["other"]["kl_mean"] == pytest.approx(near["measured"]["kl_mean"], abs=1e-6)
+    said = console.file.getvalue()
+    assert "merged onto the original weights instead it would be: mean KL" in said
+
+
+def test_the_merged_folder_answers_in_a_plain_pipeline(tune, tmp_path, console):
+    merge(tune(), tmp_path / "merged", console)
+    generate = pipeline("text-generation", model=str(tmp_path / "merged"))
+    (said,) = generate([{"role": "user", "content": TEXT}], max_new_tokens=8, return_full_text=False)
+    assert isinstance(said["generated_text"], str)
+    assert said["generated_text"]
+
+
+def test_qlora_on_an_original_too_far_away_fails_and_names_the_cure(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setitem(merging.LIMITS, "other base", LIMITS["exact"])
+    with pytest.raises(GateFailed, match="--onto dequantized"):
+        merge(tune(adapter={"method": "qlora"}), tmp_path / "merged", console)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_number_format_is_the_one_that_was_asked_for(tune, tmp_path, console, dtype):
+    certificate = merge(tune(), tmp_path / "merged", console, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert str(model.dtype) == f"torch.{dtype}" == f"torch.{certificate['dtype']}"
+
+
+def test_large_models_are_cut_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
+    certificate = merge(tune(), tmp_path / "merged", console)
+    assert len(certificate["files"]) > 1
+    assert (tmp_path / "merged/model.safetensors.index.json").is_file()
+
+
+def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_path, console):
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tuned = tune(model={"chat_template": str(template)})
+    merge(tuned, tmp_path / "merged", console)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert saved.chat_template == template.read_text()
+    settings = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert saved.eos_token_id in settings["eos_token_id"]
+    assert "max_new_tokens" not in settings
+
+
+def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("do not lose me")
+    with pytest.raises(RecipeError) as raised:
+        merge(tune(), tmp_path / "mine", console, onto="dequantized", dtype="int3")
+    assert len(raised.value.problems) == 3
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_nan_is_a_breach():
+    parity = Parity(8, 100, float("nan"), float("nan"), float("nan"), 1.0, 1.0, True, 0.5)
+    assert len(find_breaches(parity, LIMITS["exact"])) == 2
+
+
+def test_completion_merges_as_well(tune, tiny_gpt2, tmp_path, console):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "The quick brown fox."}\n')
+    certificate = merge(tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "merged", console)
+    assert certificate["passed"]
+    assert certificate["measured"]["effect_kl"] > 0.001
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """What writes beyond `size` bytes fails, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_without_room_for_the_weights_is_explained_and_nothing_is_left(tune, tmp_path, console):
+    with files_of_at_most(50_000), pytest.raises(EnvironmentProblem, match=r"cannot be written .* are free") as raised:
+        merge(tune(), tmp_path / "out" / "merged", console)
+    assert "--out" in str(raised.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a place where not even root may write")
+def test_a_place_where_one_may_not_write_is_explained(tune, console):
+    with pytest.raises(EnvironmentProblem, match="cannot be read or written"):
+        merge(tune(), Path("/sys/merged"), console)
+
+
+def test_a_file_where_a_folder_is_needed_is_told_before_the_work(tune, tmp_path, console):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
+        merge(tune(), tmp_path / "notes" / "merged", console)
+
+
+def test_a_template_that_a_server_would_render_otherwise_fails(tune, tmp_path, console, monkeypatch):
+    tuned = tune()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            merging, "load_processor", lambda place, model: tuned[0].selected.processor
+        )  # ours is right, the saved one is not
+        patch.setattr(merging, "save_tokenizer", save_with_another_template)
+        with pytest.raises(GateFailed, match="other token ids"):
+            merge(tuned, tmp_path / "merged", console)

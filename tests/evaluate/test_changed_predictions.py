@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llmtune.evaluate.changed_predictions import find_flips, flipped
+from llmtune.evaluate.inference import Answers
+from llmtune.evaluate.metric import Measure, columns, compare, measure_means, ratio
+from llmtune.evaluate.paired_statistics import mcnemar
+
+ROWS = 30
+
+
+def right(values, metric="exact_match"):
+    values = np.asarray(values, dtype=float)
+    sums = columns(values, np.ones(len(values)))
+    return Measure(metric, sums, ratio, right_wrong=True, at=tuple(range(len(values))))
+
+
+@pytest.fixture
+def told():
+    """A plan and the answers of both models: the base says `b`, the tuned model `t`."""
+    names = [str(i) for i in range(ROWS)]
+    plan = SimpleNamespace(
+        origins=[f"rows.jsonl:{i}" for i in range(ROWS)], prompts=names, references=names, choices=("x", "y")
+    )
+    return plan, *(Answers(None, dict.fromkeys(range(ROWS), said), {}) for said in "bt")
+
+
+def test_rows_are_counted_each_way_and_a_few_shown_spread_over_all(told):
+    before = [i < 4 for i in range(ROWS)]
+    after = [i >= 2 for i in range(ROWS)]
+    found = find_flips({"exact_match": right(before)}, {"exact_match": right(after)}, *told, 5)["exact_match"]
+    assert (found.gained, found.lost, found.rows) == (26, 2, ROWS)
+    assert [row["prompt"] for row in found.lost_rows] == ["0", "1"]
+    assert len(found.gained_rows) == 5
+    shown = [int(row["prompt"]) for row in found.gained_rows]
+    assert min(shown) < 12 < 22 < max(shown)
+    assert found.gained_rows[0].keys() == {"origin", "prompt", "reference", "base", "tuned"}
+
+
+def test_no_more_rows_are_shown_than_samples_are_wanted(told):
+    before, after = right([False] * ROWS), right([True] * ROWS)
+    for wanted, shown in ((0, 0), (2, 2), (1000, 5)):
+        found = find_flips({"m": before}, {"m": after}, *told, wanted)["m"]
+        assert found.gained == ROWS
+        assert len(found.gained_rows) == shown
+
+
+def test_only_metrics_of_right_or_wrong_that_both_models_have_flip(told):
+    means = measure_means("rougeL", [0.5] * ROWS, "")
+    tunes = {"rougeL": means, "exact_match": right([True] * ROWS), "choice_accuracy": right([True] * ROWS)}
+    bases = {"rougeL": means, "exact_match": right([True] * ROWS)}
+    assert find_flips(bases, tunes, *told, 5).keys() == {"exact_match"}
+
+
+def test_a_tie_is_no_flip_and_a_base_of_ties_has_none(told):
+    before, after = right([0.5, 0.5, 0, 1]), right([1, 0, 1, 0.5])
+    assert flipped(before, after) == ([2], [])
+    assert find_flips({"m": right([0.5] * 4)}, {"m": after}, *told, 5) == {}
+
+
+def test_flips_are_what_the_exact_test_counts():
+    generator = np.random.default_rng(0)
+    before, after = right(generator.random(80) < 0.4), right(generator.random(80) < 0.6)
+    gained, lost = flipped(before, after)
+    found = compare(before, after, 0)
+    assert found.test == "McNemar exact"
+    assert found.p == mcnemar(len(lost), len(gained))
+    assert found.value == pytest.approx((len(gained) - len(lost)) / 80)
+
+
+def test_rows_that_became_right_are_found_in_a_real_evaluation(bench):
+    found = bench.evaluate(metrics=("exact_match", "choice_accuracy", "loss"))
+    assert found.flips.keys() == {"exact_match", "choice_accuracy"}
+    for metric, flips in found.flips.items():
+        assert (flips.gained - flips.lost) / flips.rows == pytest.approx(found.difference[metric].value)
+        assert found.difference[metric].test == "McNemar exact"
+    assert found.difference["loss"].test == "paired bootstrap"
+    assert found.flips["exact_match"].gained > 0
+    for row in found.flips["exact_match"].gained_rows:
+        assert row["tuned"].strip() == row["reference"].strip() != row["base"].strip()
+    for row in found.flips["choice_accuracy"].gained_rows:
+        assert row["tuned_choice"] == row["reference"] != row["base_choice"]

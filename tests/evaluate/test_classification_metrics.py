@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import pearsonr, spearmanr
+from sklearn import metrics as sklearn
+
+from llmtune.evaluate.classification_metrics import (
+    CLASS_METRICS,
+    class_table,
+    confusion,
+    majority_scores,
+    measure_classes,
+)
+from llmtune.evaluate.metric import compare
+
+LABELS = ("bad", "fair", "good")
+F1 = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
+ROWS = 40
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def draw(kind, rows=ROWS, seed=0, labels=LABELS):
+    """Scores that know something of the references; numbers are rounded so that there are ties."""
+    generator = np.random.default_rng(seed)
+    if kind == "single":
+        classes = generator.choice(len(labels), size=rows)
+        scores = softmax(np.round(generator.normal(size=(rows, len(labels))) + 1.2 * np.eye(len(labels))[classes], 1))
+        return scores, [labels[k] for k in classes]
+    if kind == "multi":
+        true = generator.random((rows, len(labels))) < [0.6, 0.3, 0.1]
+        scores = np.round(1 / (1 + np.exp(-generator.normal(size=true.shape) - 2 * (true - 0.5))), 2)
+        return scores, [[labels[k] for k in np.flatnonzero(row)] for row in true]
+    wanted = generator.normal(size=rows).round(1)
+    return (wanted + generator.normal(size=rows)).round(1)[:, None], wanted.tolist()
+
+
+def indexes(references, labels=LABELS):
+    return np.array([labels.index(reference) for reference in references])
+
+
+def indicators(references, labels=LABELS):
+    return np.array([[label in reference for label in labels] for reference in references]).reshape(-1, len(labels))
+
+
+def by_the_library(metric, kind, scores, references, labels=LABELS):
+    if kind == "regression":
+        found, wanted = scores[:, 0], np.array(references)
+        return {
+            "mse": lambda: sklearn.mean_squared_error(wanted, found),
+            "mae": lambda: sklearn.mean_absolute_error(wanted, found),
+            "pearson": lambda: pearsonr(found, wanted).statistic,
+            "spearman": lambda: spearmanr(found, wanted).statistic,
+        }[metric]()
+    single = kind == "single"
+    wanted = indexes(references, labels) if single else indicators(references, labels)
+    found = scores.argmax(1) if single else scores > 0.5
+    if metric in F1:
+        occurring = np.union1d(wanted, found) if single else np.flatnonzero((wanted | found).any(0))
+        if not len(occurring):
+            return 0.0
+        return sklearn.f1_score(wanted, found, labels=occurring, average=F1[metric], zero_division=0)
+    if metric == "auroc" and single and len(labels) == 2:
+        return sklearn.roc_auc_score(wanted, scores[:, 1])
+    if metric == "auroc":
+        columns = wanted[:, None] == np.arange(len(labels)) if single else wanted
+        areas = [
+            sklearn.roc_auc_score(column, score)
+            for column, score in zip(columns.T, scores.T, strict=True)
+            if len(set(column)) == 2
+        ]
+        return float(np.mean(areas)) if areas else math.nan
+    return {"accuracy": sklearn.accuracy_score, "matthews": sklearn.matthews_corrcoef}[metric](wanted, found)
+
+
+CASES = [(kind, metric) for kind, metrics in CLASS_METRICS.items() for metric in metrics]
+
+
+@pytest.mark.parametrize(("kind", "metric"), CASES)
+def test_the_score_is_that_of_the_library(kind, metric):
+    scores, references = draw(kind)
+    wanted = by_the_library(metric, kind, scores, references)
+    assert 0 < wanted < 2
+    assert measure_classes(metric, kind, scores, references, LABELS).value == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "metric"), CASES)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_score_of_a_handful_of_rows_is_that_of_the_library_though_classes_are_missing(kind, metric, seed):
+    scores, references = draw(kind, rows=4, seed=seed)
+    wanted = by_the_library(metric, kind, scores, references)
+    found = measure_classes(metric, kind, scores, references, LABELS).value
+    assert found == pytest.approx(wanted, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(("kind", "metric"), CASES)
+def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(kind, metric):
+    scores, references = draw(kind)
+    counts = np.random.default_rng(1).multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=5).astype(float)
+    wanted = []
+    for row in counts:
+        rows = np.repeat(np.arange(ROWS), row.astype(int))
+        wanted.append(by_the_library(metric, kind, scores[rows], [references[i] for i in rows]))
+    assert measure_classes(metric, kind, scores, references, LABELS).drawn(counts) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", CLASS_METRICS["single"])
+def test_two_classes_are_scored_as_the_library_scores_them(metric):
+    labels = ("no", "yes")
+    scores, references = draw("single", labels=labels)
+    wanted = by_the_library(metric, "single", scores, references, labels)
+    assert measure_classes(metric, "single", scores, references, labels).value == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_area_of_several_classes_is_the_one_against_the_rest_of_scikit_learn():
+    scores, references = draw("single")
+    wanted = sklearn.roc_auc_score(indexes(references), scores, multi_class="ovr", average="macro")
+    assert measure_classes("auroc", "single", scores, references, LABELS).value == pytest.approx(wanted, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=12))
+def test_the_area_with_any_ties_is_that_of_scikit_learn(rows):
+    score, true = np.array([score / 3 for score, _ in rows]), [true for _, true in rows]
+    references = [("no", "yes")[value] for value in true]
+    found = measure_classes("auroc", "single", np.stack([1 - score, score], 1), references, ("no", "yes")).value
+    assert found == pytest.approx(sklearn.roc_auc_score(true, score) if len(set(true)) == 2 else math.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_numbers_that_are_all_the_same_correlate_with_nothing(metric):
+    wanted = [0.1, 0.2, 0.9, 0.4]
+    same = np.full((4, 1), 0.1) * 3
+    assert measure_classes(metric, "regression", same, wanted, ()).value == 0
+    assert math.isnan(measure_classes(metric, "regression", np.array([wanted]).T, [0.3] * 4, ()).value)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_the_table_of_classes_is_that_of_scikit_learn(kind):
+    scores, references = draw(kind, rows=6, seed=3)
+    wanted = indexes(references) if kind == "single" else indicators(references)
+    found = scores.argmax(1) if kind == "single" else scores > 0.5
+    columns = sklearn.precision_recall_fscore_support(wanted, found, labels=range(3), zero_division=0)
+    table = class_table(kind, scores, references, LABELS)
+    assert [row["label"] for row in table] == list(LABELS)
+    for row, values in zip(table, zip(*columns, strict=True), strict=True):
+        assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(list(values), abs=1e-12)
+
+
+def test_the_confusion_matrix_is_that_of_scikit_learn():
+    scores, references = draw("single", seed=2)
+    wanted = sklearn.confusion_matrix(indexes(references), scores.argmax(1), labels=range(3))
+    found = confusion(scores, references, LABELS)
+    assert found == wanted.tolist()
+    assert found != wanted.T.tolist()
+
+
+def test_the_majority_is_the_most_frequent_label_of_training():
+    scores = majority_scores(["bad", "good", "good", "fair"], "single", LABELS, 3)
+    assert scores.tolist() == [[0.25, 0.25, 0.5]] * 3
+    assert measure_classes("accuracy", "single", scores, ["good", "bad", "good"], LABELS).value == 2 / 3
+    assert measure_classes("auroc", "single", scores, ["good", "bad", "good"], LABELS).value == 0.5
+
+
+def test_the_majority_of_many_labels_are_those_of_more_than_half_of_the_rows():
+    scores = majority_scores([["bad", "good"], ["good"], [], ["good", "fair", "bad"]], "multi", LABELS, 2)
+    assert measure_classes("accuracy", "multi", scores, [["good"], ["bad", "good"]], LABELS).value == 0.5
+
+
+def test_the_majority_of_numbers_is_their_mean():
+    scores = majority_scores([1.0, 2.0, 6.0], "regression", (), 4)
+    assert scores.tolist() == [[3.0]] * 4
+    assert measure_classes("mse", "regression", scores, [3.0, 4.0, 3.0, 3.0], ()).value == 0.25
+    assert measure_classes("spearman", "regression", scores, [3.0, 4.0, 2.0, 3.0], ()).value == 0
+
+
+@pytest.mark.parametrize(("kind", "metric"), CASES)
+def test_a_gain_over_the_majority_has_an_interval(kind, metric):
+    scores, references = draw(kind, rows=200)
+    base = measure_classes(metric, kind, majority_scores(references, kind, LABELS, 200), references, LABELS)
+    tuned = measure_classes(metric, kind, scores, references, LABELS)
+    found = compare(base, tuned, seed=0)
+    assert found.value == pytest.approx(tuned.value - base.value)
+    assert found.low < found.value < found.high
+    if metric in ("auroc", "f1_macro", "matthews", "pearson", "spearman"):
+        assert found.low > 0
+    assert compare(tuned, tuned, seed=0).value == 0
+
+
+@pytest.mark.parametrize(("kind", "metric"), CASES)
+def test_classes_of_no_rows_have_no_score(kind, metric):
+    width = 1 if kind == "regression" else 3
+    assert math.isnan(measure_classes(metric, kind, np.empty((0, width)), [], LABELS).value)
+
+
+def test_accuracy_is_right_or_wrong_by_row():
+    for kind in ("single", "multi"):
+        assert measure_classes("accuracy", kind, *draw(kind), LABELS).right_wrong

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmtune.evaluate import load_evaluation, save_evaluation
+from llmtune.report.assembly import _scores
+from llmtune.report.contamination_section import overlap
+
+COLOURS = ("red", "green", "blue")
+RECIPE = """
+recipe_version: 1
+name: colours
+task: chat
+data: {{train: {rows}, test: test.jsonl, validation: 0, deduplicate: none}}
+model: {{name: {model}, dtype: float32}}
+generation: {{max_new_tokens: 6}}
+"""
+
+
+def turn(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def long_question(i):
+    return f"In house number {i} on street {i} there lives a person whose door {i} is painted in one colour, {i}."
+
+
+@pytest.fixture
+def contaminated(make_bench, tmp_path):
+    """Twenty-four test rows, of which every second asks what a training row asks, in other signs."""
+    train = [turn(long_question(i), COLOURS[i % 3]) for i in range(30)]
+    test = [turn(f"*{long_question(i)}*" if i % 2 else long_question(i + 100), COLOURS[i % 3]) for i in range(24)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    return make_bench(RECIPE, train)
+
+
+def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(contaminated, tmp_path):
+    found = contaminated.evaluate(metrics=("loss", "exact_match"), samples=1)
+    told = found.contamination
+    assert (told.rows, told.overlapping, told.near, told.equal, told.short) == (24, 12, 12, 0, 0)
+    assert told.shared == 12
+    clean, dirty = told.scores
+    assert (clean.value, clean.rows, dirty.value, dirty.rows) == ("clean rows", 12, "overlapping rows", 12)
+    assert clean.difference["exact_match"].n == dirty.difference["exact_match"].n == 12
+    both = (clean.tuned["exact_match"] + dirty.tuned["exact_match"]) / 2
+    assert both == pytest.approx(found.tuned["exact_match"])
+    example = told.examples[0]
+    assert example["kind"] == "nearly equal"
+    assert example["test"].endswith("test.jsonl:2")
+    assert example["train"].endswith("chat.jsonl:2")
+    assert "house number 1 on street" in example["words"]
+    shown = contaminated.console.file.getvalue()
+    assert "12 of 24 test rows (50.0 %) overlap with a training row" in shown
+    assert "clean rows" in shown
+    save_evaluation(found, tmp_path)
+    assert load_evaluation(tmp_path) == found
+    view = overlap(json.loads(json.dumps(_scores(found))))
+    assert [row["value"] for row in view["tables"][0]["rows"]] == ["all rows", "clean rows", "overlapping rows"]
+    assert view["kinds"][1] | {"kind": ""} == {"kind": "", "rows": "12", "of": "24", "share": "50.0 %"}
+    assert view["examples"][0]["test"] == "test.jsonl:2"
+
+
+def test_clean_rows_say_so_and_what_was_left_out_before(bench):
+    bench.teach = lambda model: None
+    found = bench.evaluate(metrics=("loss",))
+    told = found.contamination
+    assert told.overlapping == 0
+    assert told.scores == told.examples == ()
+    assert f"None of the {told.rows} test rows overlaps" in " ".join(bench.console.file.getvalue().split())
+
+
+def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_bench):
+    bench = make_bench(RECIPE, [turn(long_question(i), COLOURS[i % 3]) for i in range(30)], deduplicate="near")
+    bench.teach = lambda model: None
+    found = bench.evaluate(metrics=("loss",))
+    assert found.contamination.near == 0
+    assert found.contamination.dropped == {"near a test row": 12}
+    assert "12 other rows were kept out of training" in " ".join(bench.console.file.getvalue().split())
+
+
+def test_without_test_rows_there_is_nothing_to_compare(make_bench):
+    assert make_bench(test=0.0).evaluate().contamination is None
+    assert overlap({"contamination": None}) is None

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import math
+import weakref
+
+import pytest
+import torch
+
+from llmtune.data import read_rows
+from llmtune.evaluate import check_gates, load_evaluation, save_evaluation
+from llmtune.evaluate.metrics import METRICS
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.scores import Difference, Evaluation
+
+
+def losses_by_hand(bench):
+    """Nats, tokens and right first choices of each test row, a row at a time with plain transformers."""
+    model, found = bench.load(), []
+    for example in bench.reader:
+        ids = torch.tensor([list(example.input_ids)])
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits[0].log_softmax(-1)
+        at = [i for start, end in zip(example.spans[::2], example.spans[1::2], strict=True) for i in range(start, end)]
+        nats = -sum(float(logs[i - 1, ids[0, i]]) for i in at)
+        found.append((nats, len(at), sum(int(logs[i - 1].argmax() == ids[0, i]) for i in at)))
+    return found
+
+
+def test_every_metric_of_the_task_is_measured_on_both_models(bench):
+    found = bench.evaluate(metrics=METRICS)
+    assert (
+        set(found.base) == set(found.tuned) == set(found.difference) == set(METRICS) == set(TASK_FACTS["chat"].metrics)
+    )
+    assert found.rows == bench.examples.counts["test"] > 10
+    assert bench.entered == ["base", "base left", "tuned", "tuned left"]
+    for metric, change in found.difference.items():
+        assert change.value == pytest.approx(found.tuned[metric] - found.base[metric])
+        assert change.low <= change.value <= change.high
+        assert change.n == found.rows
+        assert metric in found.signatures
+
+
+def test_a_model_that_learned_the_rows_is_seen_to_be_better(bench):
+    found = bench.evaluate(metrics=METRICS)
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        assert found.difference[metric].high < 0
+    for metric in ("accuracy", "exact_match", "rougeL", "choice_accuracy"):
+        assert found.difference[metric].low > 0
+    assert found.tuned["exact_match"] > 0.9
+    assert found.tuned["choice_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_are_those_of_plain_forward_passes(make_bench, packing):
+    bench = make_bench(packing=packing)
+    rows = losses_by_hand(bench)
+    nats, tokens, correct = (sum(column) for column in zip(*rows, strict=True))
+    size = sum(example.target_bytes for example in bench.reader)
+    found = bench.evaluate(metrics=("loss", "bits_per_byte", "perplexity", "accuracy"), samples=0).base
+    assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["accuracy"] == pytest.approx(correct / tokens)
+
+
+def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(bench, tmp_path):
+    found = bench.evaluate(tmp_path / "evaluation", metrics=("loss", "exact_match", "choice_accuracy"))
+    lines = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == found.rows
+    rows = read_rows(bench.rows, "test", list(range(found.rows)))
+    assert [line["prompt"] for line in lines] == [row["messages"][0]["content"] for row in rows]
+    assert [line["reference"] for line in lines] == [row["messages"][1]["content"] for row in rows]
+    for side, scores in (("base", found.base), ("tuned", found.tuned)):
+        tokens = sum(line["tokens"] for line in lines)
+        assert sum(line[f"{side}_nats"] for line in lines) / tokens == pytest.approx(scores["loss"])
+        assert sum(line[f"{side}_right"] for line in lines) / len(lines) == pytest.approx(scores["exact_match"])
+        right = [line[f"{side}_choice"] == line["reference"] for line in lines]
+        assert sum(right) / len(lines) == pytest.approx(scores["choice_accuracy"])
+        assert right == [line[f"{side}_choice_right"] for line in lines]
+
+
+def test_a_limit_is_on_generated_answers_alone(bench):
+    found = bench.evaluate(metrics=("loss", "exact_match", "choice_accuracy"), limit=4)
+    assert found.difference["exact_match"].n == 4
+    assert found.difference["loss"].n == found.difference["choice_accuracy"].n == found.rows
+    assert f"4 of {found.rows}" in found.signatures["generated"]
+
+
+def test_samples_are_shown_side_by_side_without_generated_metrics_too(bench):
+    found = bench.evaluate(metrics=("loss",), samples=3)
+    assert len(found.samples) == 3
+    assert all(sample["tuned"] == sample["reference"] for sample in found.samples)
+    assert all(isinstance(value, str) for sample in found.samples for value in sample.values())
+
+
+def test_texts_without_a_prompt_have_losses_and_no_answers(make_bench):
+    text = """
+recipe_version: 1
+name: texts
+task: completion
+data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: exact}}
+model: {{name: {model}, dtype: float32}}
+"""
+    rows = [{"text": f"The house number {i} is {i % 7} metres high."} for i in range(30)]
+    found = make_bench(text, rows).evaluate(metrics=("loss", "exact_match", "choice_accuracy"))
+    assert set(found.tuned) == {"loss"}
+    assert "no prompt" in found.signatures["generated"]
+    assert "not measured" in found.signatures["choice_accuracy.choices"]
+    assert found.samples == ()
+
+
+def test_the_conversation_up_to_the_last_answer_is_the_question(make_bench):
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
+    rows = [
+        {"messages": [*turns, {"role": "user", "content": f"{i} legs?"}, {"role": "assistant", "content": "four"}]}
+        for i in range(30)
+    ]
+    found = make_bench(rows=rows).evaluate(metrics=("exact_match",))
+    prompt = found.samples[0]["prompt"]
+    assert prompt.startswith("system: Be short.\nuser: Hello\nassistant: Hi\nuser: ")
+    assert found.samples[0]["reference"] == "four"
+    assert found.tuned["exact_match"] == 1
+
+
+def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench):
+    bench = make_bench(test=0.0)
+    found = bench.evaluate(gates=("loss < base",))
+    assert found.rows == 0
+    assert bench.entered == []
+    assert [gate.passed for gate in found.gates] == [False]
+    assert "no test rows" in bench.console.file.getvalue()
+
+
+def test_the_table_shows_scores_intervals_and_gates(bench):
+    bench.evaluate(metrics=("loss", "choice_accuracy"), gates=("choice_accuracy.low > base", "loss < 0.0001"))
+    shown = bench.console.file.getvalue()
+    assert "choice_accuracy" in shown
+    assert "95 % interval" in shown
+    assert "gate passed  choice_accuracy.low > base" in shown
+    assert "gate failed  loss < 0.0001" in shown
+
+
+def test_an_evaluation_comes_back_from_disk_as_it_was(bench, tmp_path):
+    found = bench.evaluate(metrics=("loss", "exact_match"), gates=("loss < base",))
+    save_evaluation(found, tmp_path / "saved")
+    assert load_evaluation(tmp_path / "saved") == found
+
+
+def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
+    change = Difference(math.nan, math.nan, math.nan, 1.0, 1)
+    save_evaluation(Evaluation({"loss": math.nan}, {"loss": 1.0}, {"loss": change}, (), (), 1), tmp_path)
+    json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    found = load_evaluation(tmp_path)
+    assert math.isnan(found.base["loss"])
+    assert math.isnan(found.difference["loss"].low)
+    assert check_gates(["loss <= base", "loss.low > base"], found)[0].passed is False
+
+
+def test_there_is_no_evaluation_where_none_was_saved(tmp_path):
+    assert load_evaluation(tmp_path) is None
+
+
+def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
+    loaded, load = [], bench.load
+
+    def watched():
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load()
+        loaded.append(weakref.ref(model))
+        return model
+
+    bench.load = watched
+    bench.evaluate(metrics=("loss",), samples=0)
+    assert len(loaded) == 2

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seqeval import metrics as seqeval
+
+from llmtune.evaluate.metric import compare
+from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
+
+REFERENCE = [
+    ["B-PER", "I-PER", "O", "B-LOC"],
+    ["O", "O", "B-ORG", "I-ORG", "I-ORG", "B-ORG"],
+    ["O", "O"],
+    ["B-LOC", "B-LOC", "O", "B-MISC"],
+]
+PREDICTED = [
+    ["B-PER", "I-PER", "O", "B-ORG"],
+    ["O", "I-ORG", "I-ORG", "I-ORG", "O", "B-ORG"],
+    ["O", "B-PER"],
+    ["B-LOC", "I-LOC", "O", "I-MISC"],
+]
+SEQEVAL = {
+    "precision": seqeval.precision_score,
+    "recall": seqeval.recall_score,
+    "f1": seqeval.f1_score,
+    "accuracy": seqeval.accuracy_score,
+}
+TAG = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B", "B-x-y", "I-x-y"])
+ROWS = st.lists(st.lists(st.tuples(TAG, TAG), min_size=1, max_size=8), min_size=1, max_size=5)
+
+
+def score(metric, predicted, reference):
+    options = {} if metric == "accuracy" else {"zero_division": 0}
+    return SEQEVAL[metric](reference, predicted, **options)
+
+
+@pytest.mark.parametrize("metric", ENTITY_METRICS)
+def test_the_score_of_entities_is_that_of_seqeval(metric):
+    wanted = score(metric, PREDICTED, REFERENCE)
+    assert 0 < wanted < 1
+    assert measure_entities(metric, PREDICTED, REFERENCE).value == pytest.approx(wanted, abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS)
+def test_the_score_of_entities_is_that_of_seqeval_for_any_tags(rows):
+    predicted, reference = [[tag for tag, _ in row] for row in rows], [[tag for _, tag in row] for row in rows]
+    for metric in ENTITY_METRICS:
+        wanted = score(metric, predicted, reference)
+        assert measure_entities(metric, predicted, reference).value == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_table_of_types_is_that_of_seqeval():
+    report = seqeval.classification_report(REFERENCE, PREDICTED, output_dict=True, zero_division=0)
+    found = entity_table(PREDICTED, REFERENCE)
+    assert [row["label"] for row in found] == ["LOC", "MISC", "ORG", "PER"]
+    for row in found:
+        wanted = report[row["label"]]
+        for ours, theirs in {
+            "precision": "precision",
+            "recall": "recall",
+            "f1": "f1-score",
+            "support": "support",
+        }.items():
+            assert row[ours] == pytest.approx(wanted[theirs], abs=1e-12)
+
+
+def test_tags_are_read_leniently():
+    assert entities_of(["I-PER", "I-LOC", "O", "B-LOC", "B-LOC", "I-LOC"]) == [
+        ("PER", 0, 0),
+        ("LOC", 1, 1),
+        ("LOC", 3, 3),
+        ("LOC", 4, 5),
+    ]
+    assert entities_of([]) == entities_of(["O"]) == []
+
+
+def test_a_right_entity_has_the_right_type_and_both_ends():
+    reference = [["B-A", "I-A", "O"]]
+    for predicted in (["B-B", "I-B", "O"], ["B-A", "O", "O"], ["B-A", "I-A", "I-A"], ["O", "B-A", "O"]):
+        assert measure_entities("f1", [predicted], reference).value == 0
+    assert measure_entities("f1", reference, reference).value == 1
+
+
+@pytest.mark.parametrize("metric", ENTITY_METRICS)
+def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
+    counts = np.array([[2.0, 0, 1, 1], [0, 1, 3, 0], [1, 1, 1, 1], [0, 0, 4, 0]])
+    wanted = []
+    for row in counts:
+        rows = np.repeat(np.arange(4), row.astype(int))
+        wanted.append(measure_entities(metric, [PREDICTED[i] for i in rows], [REFERENCE[i] for i in rows]).value)
+    assert measure_entities(metric, PREDICTED, REFERENCE).drawn(counts) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", ENTITY_METRICS)
+def test_entities_of_no_rows_have_no_score(metric):
+    assert math.isnan(measure_entities(metric, [], []).value)
+
+
+def test_finding_what_a_tagger_of_nothing_misses_is_a_gain():
+    nothing = [["O"] * len(row) for row in REFERENCE]
+    base, tuned = (
+        measure_entities("f1", nothing * 5, REFERENCE * 5),
+        measure_entities("f1", PREDICTED * 5, REFERENCE * 5),
+    )
+    found = compare(base, tuned, seed=0)
+    assert base.value == 0
+    assert 0 < found.low < found.value == tuned.value
+
+
+@pytest.mark.parametrize("metric", ENTITY_METRICS)
+def test_rows_with_more_tags_than_tokens_are_our_mistake(metric):
+    with pytest.raises(AssertionError):
+        measure_entities(metric, [["O", "O"], ["O"]], [["O", "O"], ["O", "O"]])

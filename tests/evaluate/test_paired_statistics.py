@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+
+import numpy as np
+import pytest
+
+from llmtune.evaluate import paired_statistics as statistics
+from llmtune.evaluate.metrics import ratio
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar, resample
+from llmtune.report import verdict
+
+ROWS, TRIALS = 60, 600
+
+
+def ones(values):
+    return np.stack([np.asarray(values, dtype=float), np.ones(len(values))], axis=1)
+
+
+def flips(generator, rows, gained, lost, right=0.4):
+    """Rows of which shares `gained` and `lost` change sides, and `right` stay right."""
+    place = generator.random(rows)
+    base = place < right + lost
+    tuned = (place < right) | ((place >= right + lost) & (place < right + lost + gained))
+    return ones(base), ones(tuned), gained - lost
+
+
+def losses_of_rows_of_unequal_length(generator, rows=ROWS):
+    tokens = generator.integers(5, 60, rows).astype(float)
+    hardness = generator.gamma(2, 1, rows)
+    base = tokens * (hardness + generator.gamma(1, 0.5, rows))
+    tuned = tokens * (0.8 * hardness + generator.gamma(1, 0.5, rows))
+    return np.stack([base, tokens], 1), np.stack([tuned, tokens], 1), -0.4
+
+
+def skewed_scores(generator, rows):
+    return ones(generator.beta(0.5, 1, rows)), ones(generator.beta(1, 1, rows)), 1 / 2 - 1 / 3
+
+
+def a_few_long_tails(generator, rows):
+    base = generator.lognormal(0, 1, rows)
+    added, taken = generator.lognormal(0, 1, (2, rows))
+    return ones(base + added), ones(0.9 * base + taken), -0.1 * math.exp(0.5)
+
+
+def scores_that_seldom_move(generator, rows):
+    base = generator.beta(0.5, 1, rows)
+    return ones(base), ones(base + (generator.random(rows) < 0.2) * generator.beta(1, 2, rows)), 0.2 / 3
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    monkeypatch.setattr(
+        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
+    )
+
+
+def coverage(draw, rows, right_wrong):
+    """The share of intervals that hold the true difference."""
+    generator, hits = np.random.default_rng(7), 0
+    for _ in range(TRIALS):
+        base, tuned, true = draw(generator, rows)
+        found = difference(base, tuned, ratio, right_wrong=right_wrong, seed=0, resamples=1000)
+        hits += found.low <= true <= found.high
+    return hits / TRIALS
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize(
+    "shares", [(0.35, 0.05), (0.25, 0.25), (0.12, 0.02)], ids=lambda shares: "{}-{}".format(*shares)
+)
+def test_nineteen_of_twenty_intervals_of_right_or_wrong_hold_the_true_difference(rows, shares):
+    assert 0.92 <= coverage(partial(flips, gained=shares[0], lost=shares[1]), rows, right_wrong=True) <= 0.97
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("rows", [60, 120, 300])
+@pytest.mark.parametrize(
+    "draw", [losses_of_rows_of_unequal_length, skewed_scores, a_few_long_tails, scores_that_seldom_move]
+)
+def test_nineteen_of_twenty_intervals_of_numbers_hold_the_true_difference(rows, draw):
+    assert 0.92 <= coverage(draw, rows, right_wrong=False) <= 0.97
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("shares", [(0.01, 0.01), (0.02, 0.01), (0.95, 0.0)])
+def test_where_hardly_a_row_flips_or_all_do_intervals_are_wide_rather_than_narrow(shares):
+    assert coverage(partial(flips, gained=shares[0], lost=shares[1], right=0.05), 60, right_wrong=True) >= 0.95
+
+
+@pytest.mark.usefixtures("drawn_once")
+def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
+    generator, wrong = np.random.default_rng(3), 0
+    for _ in range(TRIALS):
+        base, tuned, _ = flips(generator, 100, 0.08, 0.08)
+        change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
+        told = {"value": change.value, "interval": [change.low, change.high], "p": change.p, "n": change.n}
+        wrong += verdict({"evaluation": {"difference": {"exact_match": told}}})["word"] != "can't tell"
+    assert wrong / TRIALS <= 0.06
+
+
+def test_the_interval_of_equal_models_is_zero():
+    sums = ones([0.1, 0.7, 0.4])
+    found = difference(sums, sums, ratio, right_wrong=False, seed=0)
+    assert (found.value, found.low, found.high, found.p, found.n) == (0, 0, 0, 1, 3)
+
+
+def test_a_handful_of_equal_right_or_wrong_answers_proves_no_equality():
+    sums = ones([1, 0, 1, 1, 0])
+    found = difference(sums, sums, ratio, right_wrong=True, seed=0)
+    assert found.value == 0
+    assert found.low < -0.1
+    assert found.high > 0.1
+    assert found.p == 1
+
+
+def test_rows_that_all_got_better_have_an_interval_and_not_a_point():
+    found = difference(ones(np.zeros(10)), ones(np.ones(10)), ratio, right_wrong=True, seed=0)
+    assert found.value == found.high == 1
+    assert 0.2 < found.low < 0.9
+    assert found.p == pytest.approx(2 / 2**10)
+
+
+def test_three_rows_that_all_got_better_leave_it_open():
+    found = difference(ones(np.zeros(3)), ones(np.ones(3)), ratio, right_wrong=True, seed=0)
+    assert found.low <= 0
+    assert found.p == 0.25
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
+    generator = np.random.default_rng(0)
+    base, tuned = ones(generator.random(50)), ones(generator.random(50) + 0.2)
+    first, again, other = (difference(base, tuned, ratio, right_wrong=False, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert other.low != first.low
+    assert other.low == pytest.approx(first.low, abs=0.02)
+
+
+def test_swapping_the_models_turns_the_sign_and_nothing_else():
+    generator = np.random.default_rng(0)
+    base, tuned = ones(generator.random(40)), ones(generator.random(40) ** 2)
+    there = difference(base, tuned, ratio, right_wrong=False, seed=3)
+    back = difference(tuned, base, ratio, right_wrong=False, seed=3)
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
+    assert back.p == there.p
+
+
+def test_pairing_makes_the_interval_narrow_where_rows_differ_more_than_models():
+    generator = np.random.default_rng(0)
+    hardness = generator.normal(0, 10, 80)
+    found = difference(
+        ones(hardness), ones(hardness + generator.normal(0.5, 0.1, 80)), ratio, right_wrong=False, seed=0
+    )
+    assert found.high - found.low < 0.1
+    assert found.p < 0.001
+
+
+def test_one_row_has_no_interval():
+    found = difference(ones([0.1]), ones([0.9]), ratio, right_wrong=False, seed=0)
+    assert math.isnan(found.low)
+    assert found.p == 1
+
+
+def test_a_score_that_is_not_finite_has_no_interval():
+    tuned = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])  # without the last row: division by zero
+    found = difference(ones([1, 2, 3]), tuned, ratio, right_wrong=False, seed=0)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert found.p == 1
+
+
+def test_mcnemar_is_the_two_sided_sign_test_of_the_disagreements():
+    assert mcnemar(5, 15) == pytest.approx(2 * sum(math.comb(20, k) for k in range(6)) / 2**20)
+    assert mcnemar(15, 5) == pytest.approx(mcnemar(5, 15))
+    assert mcnemar(0, 0) == 1
+
+
+def test_resampling_in_small_chunks_has_the_same_spread(monkeypatch):
+    generator = np.random.default_rng(0)
+    paired = np.stack([ones(generator.random(100)), ones(generator.random(100))], axis=1)
+    whole = resample(paired, ratio, seed=0, resamples=4000)
+    monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
+    parts = resample(paired, ratio, seed=0, resamples=4000)
+    assert len(parts) == len(whole) == 4000
+    assert parts.std() == pytest.approx(whole.std(), rel=0.1)
+
+
+def test_a_metric_by_sums_and_the_same_metric_by_draws_have_the_same_interval():
+    base, tuned, _ = losses_of_rows_of_unequal_length(np.random.default_rng(3))
+    sums = difference(base, tuned, ratio, right_wrong=False, seed=5)
+    draws = difference_weighted(
+        lambda counts_RN: ratio(counts_RN @ base), lambda counts_RN: ratio(counts_RN @ tuned), ROWS, seed=5
+    )
+    assert (draws.value, draws.low, draws.high, draws.p) == pytest.approx((sums.value, sums.low, sums.high, sums.p))
+
+
+def test_each_draw_has_as_many_rows_as_there_are_and_memory_is_flat(monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
+    parts = list(draw_counts(300, seed=0, resamples=10))
+    assert [part.shape for part in parts] == [(3, 300), (3, 300), (3, 300), (1, 300)]
+    assert all((part.sum(1) == 300).all() for part in parts)
+
+
+def test_a_few_draws_without_a_value_are_left_out():
+    rows = 60
+    needs = np.zeros((rows, 2))
+    needs[:6, 1] = 1  # undefined where none of six rows is drawn: 54/60 to the power of 60, two in a thousand
+    better = needs + np.array([0.5, 0.0]) * (np.arange(rows) % 2)[:, None]
+    found = difference(needs, better, ratio, right_wrong=False, seed=0)
+    assert math.isfinite(found.low)
+    assert found.low < found.value < found.high
+    needs[3:6, 1] = better[3:6, 1] = 0  # of three rows: one in twenty
+    assert math.isnan(difference(needs, better, ratio, right_wrong=False, seed=0).low)

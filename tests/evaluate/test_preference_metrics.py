@@ -1,0 +1,185 @@
+"""What models make of better and worse answers, row by row and as metrics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.adapting import open_model, quiet, recipe_with
+from torch.nn.functional import logsigmoid
+
+from llmtune.adapter import inject, trainable_parameters
+from llmtune.errors import DataError
+from llmtune.evaluate.metric import compare
+from llmtune.evaluate.preference_metrics import measure_preferences, predict_preferences, rewards
+from llmtune.recipe import PreferenceSection, Recipe
+
+# PEFT asks
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+BASE = [
+    {"chosen": -10.0, "rejected": -8.0, "chosen_tokens": 5.0, "rejected_tokens": 4.0, "kl": 0.0},
+    {"chosen": -6.0, "rejected": -9.0, "chosen_tokens": 2.0, "rejected_tokens": 3.0, "kl": 0.0},
+    {"chosen": -7.0, "rejected": -7.0, "chosen_tokens": 7.0, "rejected_tokens": 7.0, "kl": 0.0},
+]
+TUNED = [
+    {"chosen": -6.0, "rejected": -9.0, "chosen_tokens": 5.0, "rejected_tokens": 4.0, "kl": 0.3},
+    {"chosen": -7.0, "rejected": -8.0, "chosen_tokens": 2.0, "rejected_tokens": 3.0, "kl": 0.1},
+    {"chosen": -6.0, "rejected": -6.0, "chosen_tokens": 7.0, "rejected_tokens": 7.0, "kl": 0.2},
+]
+APART = [0.5 * (4 + 1), 0.5 * (-1 - 1), 0.0]
+"""Rewards of chosen less rejected, with beta 0.5."""
+
+
+def settings(loss="dpo", **more):
+    return PreferenceSection(loss=loss, beta=0.5, **more)
+
+
+def measure(metric, loss="dpo", said=TUNED, base=BASE, thumbs=(True,) * 3, **more):
+    return measure_preferences(metric, said, thumbs, settings(loss, **more), base)
+
+
+def test_metrics_of_dpo_by_hand():
+    assert measure("margin").value == pytest.approx(np.mean(APART))
+    assert measure("accuracy").value == pytest.approx((1 + 0 + 0.5) / 3)
+    assert measure("likelihood_accuracy").value == pytest.approx((1 + 1 + 0.5) / 3)
+    assert measure("kl").value == pytest.approx(0.2)
+    assert measure("loss").value == pytest.approx(-float(logsigmoid(torch.tensor(APART)).mean()))
+    smooth = -0.8 * logsigmoid(torch.tensor(APART)) - 0.2 * logsigmoid(-torch.tensor(APART))
+    assert measure("loss", label_smoothing=0.2).value == pytest.approx(float(smooth.mean()))
+
+
+def test_the_loss_of_ipo_is_by_token():
+    margins = [4 / 5 + 1 / 4, -1 / 2 - 1 / 3, 1 / 7 - 1 / 7]
+    assert measure("loss", "ipo").value == pytest.approx(np.mean([(margin - 1) ** 2 for margin in margins]))
+
+
+def test_rewards_of_orpo_are_mean_likelihoods_and_need_no_base():
+    assert rewards(TUNED, "chosen", settings("orpo"), None).tolist() == pytest.approx([-0.6, -1.75, -3 / 7])
+    assert measure("margin", "orpo", base=None).value == pytest.approx(np.mean([-0.6 + 1.125, -1.75 + 4 / 3, 0]))
+    assert measure("loss", "orpo") is None
+
+
+def test_rewards_of_a_reward_model_are_its_scores_with_its_centre_in_the_loss():
+    said = [{"chosen": 1.0, "rejected": 0.5}, {"chosen": -1.0, "rejected": 2.0}]
+    plain = -float(logsigmoid(torch.tensor([0.5, -3.0])).mean())
+    assert measure("margin", "reward", said, None).value == pytest.approx(-1.25)
+    assert measure("loss", "reward", said, None).value == pytest.approx(plain)
+    centred = measure("loss", "reward", said, None, center_rewards_coefficient=0.1).value
+    assert centred == pytest.approx(plain + 0.1 * (1.5**2 + 1.0**2) / 2)
+    assert measure("kl", "reward", said, None) is None
+    assert measure("likelihood_accuracy", "reward", said, None) is None
+
+
+def test_without_a_base_there_is_no_reward_but_a_likelihood():
+    assert measure("accuracy", base=None) is None
+    assert measure("likelihood_accuracy", base=TUNED).value == measure("likelihood_accuracy").value
+
+
+def test_the_reference_beside_itself_is_all_ties():
+    assert measure("accuracy", said=BASE).value == 0.5
+    assert measure("margin", said=BASE).value == 0
+    assert measure("loss", said=BASE).value == pytest.approx(math.log(2))
+
+
+def test_a_few_rows_that_all_got_better_are_no_certainty():
+    better = [{**BASE[0], "chosen": -5.0 - i} for i in range(4)]
+    found = compare(
+        measure("accuracy", said=BASE[:1] * 4, base=BASE[:1] * 4), measure("accuracy", "dpo", better, BASE[:1] * 4), 1
+    )
+    assert found.value == 0.5
+    assert found.low < 0.4
+    assert found.p == pytest.approx(0.125)  # four coins that fall on one side
+
+
+THUMBED = [({"answer": -5.0}, {"answer": -4.0}, True), ({"answer": -5.0}, {"answer": -8.0}, False)]
+
+
+def test_thumbs_are_right_by_the_sign_of_their_reward():
+    base, tuned, thumbs = (
+        list(part) for part in zip(*THUMBED, ({"answer": -5.0}, {"answer": -5.5}, True), strict=True)
+    )
+    assert measure("accuracy", "kto", tuned, base, thumbs).value == pytest.approx(2 / 3)
+    assert measure("margin", "kto", tuned, base, thumbs).value == pytest.approx((0.5 - 0.25) / 2 + 1.5)
+    assert measure("loss", "kto", tuned, base, thumbs) is None
+    assert measure("likelihood_accuracy", "kto", tuned, base, thumbs) is None
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_thumbs_of_one_kind_have_an_accuracy_and_no_margin(row):
+    base, tuned, thumb = THUMBED[row]
+    assert measure("accuracy", "kto", [tuned], [base], [thumb]).value == 1
+    assert measure("margin", "kto", [tuned], [base], [thumb]) is None
+
+
+# Predictions
+
+ROWS = [
+    {"messages": [{"role": "user", "content": question}], "chosen": chosen, "rejected": rejected, "good": True}
+    for question, chosen, rejected in (
+        ("Which colour is the sky?", "The sky is blue.", "red"),
+        ("How many legs has a cat?", "Four", "one two three four five six seven"),
+        ("Name a bird", "fox and dog and fish and cat and bird", "dog"),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_llama):
+    """A model with an adapter away from its start, and its recipe."""
+    recipe = recipe_of(tiny_llama, "dpo")
+    adapted = inject(open_model(recipe), recipe, quiet())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable_parameters(adapted.model):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+def recipe_of(model, loss, **sections):
+    content = recipe_with(model, **{"adapter": {"r": 4}, **sections}).model_dump(exclude_unset=True)
+    return Recipe.model_validate({**content, "task": "preference", "preference": {"loss": loss}})
+
+
+def predict(adapted, rows, loss="dpo", **sections):
+    recipe = recipe_of(adapted.selected.place.name, loss, **sections)
+    with torch.inference_mode():
+        return predict_preferences(adapted.model, rows, adapted.selected.processor, recipe, device="cpu")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_what_is_said_of_a_row_does_not_depend_on_its_neighbours(loss, tuned):
+    rows = [{**row, "answer": row["chosen"]} for row in ROWS]
+    together = predict(tuned, rows, loss)
+    for row, said in zip(rows, together, strict=True):
+        (alone,) = predict(tuned, [row], loss)
+        assert said == pytest.approx(alone, abs=1e-4)
+    assert len({round(said["kl"], 5) for said in together}) == 3
+
+
+def test_an_answer_is_judged_alike_in_a_pair_and_alone(tuned):
+    pairs = predict(tuned, ROWS)
+    single = predict(tuned, [{**row, "answer": row["chosen"]} for row in ROWS], "kto")
+    assert [one["answer"] for one in single] == pytest.approx([pair["chosen"] for pair in pairs], abs=1e-4)
+    assert [one["answer_tokens"] for one in single] == [pair["chosen_tokens"] for pair in pairs]
+    assert [one["kl"] for one in single] == pytest.approx([pair["kl"] for pair in pairs], abs=1e-5)
+
+
+def test_a_model_without_an_adapter_is_no_step_away_from_itself(tuned, tiny_llama):
+    recipe = recipe_of(tiny_llama, "dpo")
+    plain = open_model(recipe)
+    with torch.inference_mode():
+        said = predict_preferences(plain.model, ROWS, plain.processor, recipe, device="cpu")
+    assert [one["kl"] for one in said] == [0.0] * 3
+    assert all(one["kl"] > 0 for one in predict(tuned, ROWS))
+
+
+def test_a_divergence_that_cannot_be_had_is_left_out(tuned):
+    assert "kl" not in predict(tuned, ROWS, adapter={"bias": "all"})[0]
+
+
+def test_a_row_that_cannot_be_read_is_an_error_and_no_missing_number(tuned):
+    with pytest.raises(DataError, match="row 2 of those asked: too long: "):
+        predict(tuned, [ROWS[0], {**ROWS[1], "rejected": "fox " * 100}], data={"max_length": 50})

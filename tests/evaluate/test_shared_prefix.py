@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+
+from llmtune.evaluate.shared_prefix import grow_tree, score_as_rows, score_as_trees, score_trees, takes_trees
+from llmtune.model.packed_attention import PACKED, install_packed
+
+END = 2
+SHAPE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make_trees(count=7):
+    draw = random.Random(0)
+    trees = []
+    for _ in range(count):
+        prompt = [draw.randrange(4, 300) for _ in range(draw.randrange(1, 60))]
+        answers = [
+            [7, 8, 9],
+            [7, 8, 10],
+            [7],
+            [7, 8],
+            [11, 12, 13, 14, 15, 16],
+        ]  # common beginnings, one inside another
+        trees.append(grow_tree([[*prompt, *answer, END] for answer in answers], [len(prompt)] * len(answers)))
+    return trees
+
+
+def load(folder, attention="sdpa", sharpen=4.0):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    if attention == PACKED:
+        install_packed(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(sharpen)  # a fresh model hardly looks at what stands before
+    return model
+
+
+def by_hand(model, tree):
+    """Each continuation alone, a token at a time, without masks, padding or batches."""
+    scores = []
+    for branch, unscored in zip(tree.branches, tree.unscored, strict=True):
+        ids = torch.tensor([tree.prefix + branch])
+        logs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        first = len(tree.prefix) + unscored
+        scores.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(first, ids.shape[1])))
+    return scores
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", PACKED])
+def test_a_tree_scores_like_separate_forward_passes(tiny_llama, attention):
+    model, trees = load(tiny_llama, attention), make_trees()
+    with torch.inference_mode():
+        assert takes_trees(model, trees[0], "cpu")
+        found = score_trees(model, trees, device="cpu", budget=200)
+        for tree, scores in zip(trees, found, strict=True):
+            assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
+            assert max(scores) - min(scores) > 1
+
+
+def test_a_tree_scores_like_separate_forward_passes_with_learned_positions(tiny_gpt2):
+    model, trees = load(tiny_gpt2), make_trees()
+    with torch.inference_mode():
+        assert takes_trees(model, trees[0], "cpu")
+        for tree, scores in zip(trees, score_as_trees(model, trees, "cpu"), strict=True):
+            assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
+
+
+def test_separate_rows_are_scored_in_batches_as_one_by_one(tiny_llama):
+    model, trees = load(tiny_llama), make_trees(3)
+    with torch.inference_mode():
+        for tree, scores in zip(trees, score_as_rows(model, trees, "cpu"), strict=True):
+            assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MistralForCausalLM(MistralConfig(**SHAPE, intermediate_size=64, num_key_value_heads=2, sliding_window=16)),
+        BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4)),
+    ],
+    ids=["sliding window", "ALiBi"],
+)
+def test_a_model_that_takes_no_trees_is_scored_row_by_row(model):
+    model.eval()
+    trees = make_trees(3)
+    with torch.inference_mode():
+        assert not takes_trees(model, max(trees, key=lambda tree: tree.length), "cpu")
+        for tree, scores in zip(trees, score_trees(model, trees, device="cpu", budget=200), strict=True):
+            assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
+
+
+def test_a_tree_holds_the_common_beginning_once():
+    tree = grow_tree([[1, 5, 6, 7, END], [1, 5, 6, 8, 9, END]], [3, 3])
+    assert tree.prefix == (1, 5, 6)
+    assert tree.branches == ((7, END), (8, 9, END))
+    assert tree.unscored == (0, 0)
+    assert tree.length == 3 + 1 + 2
+
+
+def test_tokens_before_the_answer_are_not_scored_where_the_texts_differ_early():
+    tree = grow_tree([[1, 5, 6, 7], [1, 4, 6, 7]], [3, 3])
+    assert tree.prefix == (1,)
+    assert tree.unscored == (2, 2)
+
+
+def test_no_tree_no_work(tiny_llama):
+    assert score_trees(load(tiny_llama), [], device="cpu", budget=10) == []

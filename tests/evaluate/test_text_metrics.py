@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu, corpus_ter
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+
+from llmtune.evaluate.metric import compare
+from llmtune.evaluate.text_metrics import (
+    TEXT_MEASURES,
+    measure_bleu,
+    measure_chrf,
+    measure_length_ratio,
+    measure_squad,
+    measure_ter,
+)
+
+REFERENCES = [
+    "The cat sat on the mat, and it stayed there.",
+    "Ein Satz\nmit zwei Zeilen.",
+    "vier",
+    "猫が座っている",
+    "There is nothing here to see.",
+]
+TEXTS = ["The cat sat on a mat and it stayed there .", "Zwei Zeilen\nmit einem Satz.", " vier\n", "猫が走っている", ""]
+PAIRS = st.lists(st.tuples(st.text("ab .,é\n", max_size=24), st.text("ab .,é\n", max_size=24)), min_size=1, max_size=5)
+COUNTS = np.array([[2.0, 0, 1, 3, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+
+
+def repeated(rows, counts):
+    return [row for row, count in zip(rows, counts, strict=True) for _ in range(int(count))]
+
+
+@pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
+def test_rouge_is_the_mean_f1_of_rouge_score(metric):
+    scorer = RougeScorer([metric], use_stemmer=False)
+    wanted = np.mean([scorer.score(want, text)[metric].fmeasure for text, want in zip(TEXTS, REFERENCES, strict=True)])
+    assert 0 < wanted < 1
+    assert TEXT_MEASURES[metric](TEXTS, REFERENCES).value == pytest.approx(wanted, abs=1e-12)
+
+
+def test_bleu_is_the_corpus_score_of_sacrebleu():
+    found = measure_bleu(TEXTS, REFERENCES)
+    wanted = corpus_bleu(TEXTS, [REFERENCES])
+    assert 0 < wanted.score < 100
+    assert found.value == wanted.score
+    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in found.signature
+
+
+def test_bleu_with_another_tokenizer_is_sacrebleus():
+    found = measure_bleu(TEXTS, REFERENCES, tokenize="char")
+    assert found.value == BLEU(tokenize="char").corpus_score(TEXTS, [REFERENCES]).score
+    assert found.value != measure_bleu(TEXTS, REFERENCES).value
+    assert "tok:char" in found.signature
+
+
+def test_ter_is_the_corpus_score_of_sacrebleu():
+    found = measure_ter(TEXTS, REFERENCES)
+    assert found.value > 0
+    assert found.value == pytest.approx(corpus_ter(TEXTS, [REFERENCES]).score, abs=1e-12)
+    assert "tok:tercom" in found.signature
+
+
+@settings(max_examples=150, deadline=None)
+@given(PAIRS)
+def test_corpus_scores_are_those_of_sacrebleu_for_any_texts(pairs):
+    texts, references = [text for text, _ in pairs], [reference for _, reference in pairs]
+    assert measure_bleu(texts, references).value == pytest.approx(corpus_bleu(texts, [references]).score, abs=1e-9)
+    assert measure_ter(texts, references).value == pytest.approx(corpus_ter(texts, [references]).score, abs=1e-9)
+    chrf = CHRF().corpus_score(texts, [references]).score
+    assert measure_chrf(texts, references).value == pytest.approx(chrf, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", TEXT_MEASURES)
+def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
+    build = TEXT_MEASURES[metric]
+    wanted = [build(repeated(TEXTS, counts), repeated(REFERENCES, counts)).value for counts in COUNTS]
+    assert build(TEXTS, REFERENCES).drawn(COUNTS) == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", TEXT_MEASURES)
+def test_a_text_metric_without_rows_is_not_a_number(metric):
+    assert math.isnan(TEXT_MEASURES[metric]([], []).value)
+
+
+def test_the_difference_of_two_models_in_bleu_has_an_interval():
+    base, tuned = measure_bleu(TEXTS * 4, REFERENCES * 4), measure_bleu(REFERENCES * 4, REFERENCES * 4)
+    found = compare(base, tuned, seed=0)
+    assert found.value == pytest.approx(100 - base.value)
+    assert 0 < found.low < found.value < found.high
+    assert found.p < 0.01
+
+
+def test_the_length_ratio_is_words_by_words_of_all_rows():
+    found = measure_length_ratio(["one two", "", "a\tb\nc"], ["one", "one two three", "a b c d"])
+    assert found.value == 5 / 8
+
+
+# Worked by hand from the rules of the official script: lower case, ASCII punctuation out, articles out, words.
+SQUAD_CASES = [
+    # text, answers, exact match, F1
+    ("The Eiffel Tower!", ["Eiffel tower"], 1, 1),
+    ("in the tower", ["Eiffel Tower"], 0, 2 * (1 / 2) * (1 / 2) / 1),
+    ("tower tower tower", ["tower hill"], 0, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)),
+    ("U.S.", ["us"], 1, 1),
+    ("well-known", ["well known"], 0, 0),
+    ("Paris, France", ["London", "Paris", "France Paris"], 0, 1),
+    ("", [], 1, 1),
+    ("the", [], 1, 1),
+    ("Paris", [], 0, 0),
+    ("", ["Paris"], 0, 0),
+    ("", ["the"], 1, 1),
+    ("Paris", ["the", "Paris"], 1, 1),
+    ("anthem", ["them"], 0, 0),
+    ("“Paris”", ["Paris"], 0, 0),
+]
+
+
+@pytest.mark.parametrize(("text", "answers", "exact", "f1"), SQUAD_CASES)
+def test_answers_are_compared_as_the_squad_script_does(text, answers, exact, f1):
+    assert measure_squad("exact_match", [text], [answers]).value == exact
+    assert measure_squad("f1", [text], [answers]).value == pytest.approx(f1, abs=1e-12)
+
+
+def test_squad_scores_are_means_over_the_rows_as_shares_of_one():
+    texts, answers = [case[0] for case in SQUAD_CASES], [case[1] for case in SQUAD_CASES]
+    exact, f1 = measure_squad("exact_match", texts, answers), measure_squad("f1", texts, answers)
+    assert exact.value == np.mean([case[2] for case in SQUAD_CASES])
+    assert f1.value == pytest.approx(np.mean([case[3] for case in SQUAD_CASES]), abs=1e-12)
+    assert exact.right_wrong
+    assert not f1.right_wrong
+    assert "share of 1" in exact.signature
+
+
+def words_another_way(text):
+    marks = re.escape("".join(chr(code) for code in range(33, 127) if not chr(code).isalnum()))
+    return [word for word in re.sub(r"\b(?:an?|the)\b", " ", re.sub(f"[{marks}]", "", text.lower())).split() if word]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text("at hen.,-'é\n", max_size=12) | st.text(max_size=8),
+    st.lists(st.text("at hen.,-'é\n", max_size=12) | st.text(max_size=8), max_size=3),
+)
+def test_squad_scores_are_those_of_a_second_hand_for_any_texts(text, answers):
+    given_words = words_another_way(text)
+    wanted = [words for words in map(words_another_way, answers) if words] or [[]]
+    exact, f1 = 0.0, 0.0
+    for words in wanted:
+        exact = max(exact, float(words == given_words))
+        left = Counter(words)
+        left.subtract(given_words)
+        common = len(words) - sum(count for count in left.values() if count > 0)
+        precision, recall = common / max(len(given_words), 1), common / max(len(words), 1)
+        both = 2 * precision * recall / (precision + recall) if common else float(words == given_words)
+        f1 = max(f1, both)
+    assert measure_squad("exact_match", [text], [answers]).value == exact
+    assert measure_squad("f1", [text], [answers]).value == pytest.approx(f1, abs=1e-12)

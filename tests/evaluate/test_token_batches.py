@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.token_batches import cut_evenly, run_in_batches
+
+
+def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
+    lengths = [5, 1, 9, 30, 2, 2, 7]
+    batches = []
+    run_in_batches(lengths, 20, batches.append)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert batches[0] == [3]  # longer than the budget, so alone
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 20 for batch in batches[1:])
+    assert len(batches) < len(lengths)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()],
+)
+def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
+    done = []
+
+    def work(batch):
+        if len(batch) > 3:
+            raise error
+        done.append(batch)
+
+    run_in_batches([4] * 16, 64, work)
+    assert sorted(i for batch in done for i in batch) == list(range(16))
+    assert max(map(len, done)) == 2  # 16, 8, 4, 2
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error_with_its_length():
+    def work(batch):
+        raise torch.OutOfMemoryError("cuda")
+
+    with pytest.raises(EnvironmentProblem, match="77 tokens"):
+        run_in_batches([77, 3], 10, work)
+
+
+def test_other_errors_pass_through():
+    def work(batch):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_in_batches([1], 10, work)
+
+
+def test_a_limit_takes_rows_from_all_over():
+    assert list(cut_evenly(10, 3)) == [0, 3, 6]
+    assert list(cut_evenly(3, 10)) == [0, 1, 2]
+    assert list(cut_evenly(3, None)) == [0, 1, 2]
+    assert list(cut_evenly(0, 5)) == list(cut_evenly(5, 0)) == []
+
+
+def test_the_next_attempt_finds_the_tensors_of_the_failed_one_gone():
+    failed = []
+
+    def work(batch):
+        if failed and len(batch) > 1:
+            assert failed[-1]() is None
+        if len(batch) > 1:
+            tensor = torch.zeros(8)
+            failed.append(weakref.ref(tensor))
+            raise torch.OutOfMemoryError("cuda")
+
+    run_in_batches([4] * 8, 64, work)
+    assert len(failed) == 3  # 8, 4, 2
+
+
+def test_packed_rows_fill_the_budget_with_the_sum_of_their_lengths():
+    lengths, batches = [5, 1, 9, 30, 2, 2, 7, 4], []
+    run_in_batches(lengths, 20, batches.append, packed=True)
+    assert batches == [[3], [2, 6], [0, 7, 4, 5, 1]]
+    done = []
+
+    def work(batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("cuda")
+        done.append(batch)
+
+    run_in_batches(lengths, 60, work, packed=True)
+    assert sorted(i for batch in done for i in batch) == list(range(len(lengths)))
+
+
+def test_a_batch_has_no_more_rows_than_are_allowed():
+    batches = []
+    run_in_batches([1] * 10, 100, batches.append, most=4)
+    assert [len(batch) for batch in batches] == [4, 4, 2]

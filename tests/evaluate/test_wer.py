@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from llmtune.evaluate.metric import compare
+from llmtune.evaluate.wer import NORMALISERS, measure_cer, measure_wer, normalise
+
+REFERENCES = [
+    "He hoped there would be stew for dinner.",
+    "Turnips — and carrots",
+    "Ça, c'est l'été",
+    "go  on",
+    "two dogs",
+]
+TEXTS = ["he hoped there'd be stew for the dinner", "turnips and carrot's", "Ca c'est été", "go on on on", ""]
+METRICS = {"wer": (measure_wer, jiwer.wer), "cer": (measure_cer, jiwer.cer)}
+LETTERS = st.text("ab é.,-'A\n\u0301", max_size=16)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_error_rate_is_that_of_jiwer_over_the_normalised_texts(metric, normaliser):
+    build, reference = METRICS[metric]
+    clean = [[normalise(text, normaliser) for text in side] for side in (REFERENCES, TEXTS)]
+    found = build(TEXTS, REFERENCES, normaliser)
+    assert 0 < found.value < 1
+    assert found.value == pytest.approx(reference(*clean), abs=1e-12)
+    assert f"normaliser {normaliser}" in found.signature
+    assert "jiwer 4." in found.signature
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=5), st.sampled_from(["wer", "cer"]))
+def test_the_error_rate_is_that_of_jiwer_for_any_texts(pairs, metric):
+    texts, references = [text for text, _ in pairs], [reference for _, reference in pairs]
+    build, reference = METRICS[metric]
+    found = build(texts, references, "none").value
+    if any(text.strip() for text in references):
+        assert found == pytest.approx(reference(references, texts), abs=1e-12)
+    else:
+        assert math.isnan(found)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
+    build, _ = METRICS[metric]
+    counts = np.array([[2.0, 0, 1, 3, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
+    wanted = []
+    for row in counts:
+        rows = np.repeat(np.arange(5), row.astype(int))
+        wanted.append(build([TEXTS[i] for i in rows], [REFERENCES[i] for i in rows]).value)
+    assert build(TEXTS, REFERENCES).drawn(counts) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_written_where_nothing_was_said_counts_as_errors(metric):
+    build, _ = METRICS[metric]
+    found = build(["a b", "x", ""], ["a b", "...", "!"])
+    assert found.sums_NK.tolist() == [[0, 2 if metric == "wer" else 3], [1, 0], [0, 0]]
+    assert found.value == 1 / (2 if metric == "wer" else 3)
+    assert "where the reference is empty" in found.signature
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_error_rate_without_reference_words_is_not_a_number(metric):
+    build, _ = METRICS[metric]
+    assert math.isnan(build([], []).value)
+    assert math.isnan(build(["noise"], [""]).value)
+
+
+def test_two_models_are_compared_over_the_same_rows():
+    base, tuned = measure_wer([""] * 20, REFERENCES * 4), measure_wer(REFERENCES * 4, REFERENCES * 4)
+    found = compare(base, tuned, seed=0)
+    assert (found.value, found.low, found.high) == (-1, -1, -1)
+    assert found.p < 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("  Hello,\tWORLD!\n", "hello world"),
+        ("It's well-known – isn’t it?", "its well known isnt it"),
+        ("ÉTÉ E\u0301te\u0301", "été été"),
+        ("¿Qué tal? «Bien»", "qué tal bien"),
+        ("猫、犬。", "猫犬"),
+        ("हिन्दी।", "हिन्दी"),
+        ("3.5 % + $2", "35 + $2"),
+        ("…", ""),
+    ],
+)
+def test_the_basic_normaliser_knows_the_punctuation_of_all_scripts(text, wanted):
+    assert normalise(text, "basic") == wanted
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=20))
+def test_normalising_twice_by_the_basic_rules_changes_nothing(text):
+    once = normalise(text, "basic")
+    assert normalise(once, "basic") == once
+
+
+def test_the_normaliser_named_none_leaves_a_text_alone():
+    assert normalise(" Ab,  c\n", "none") == " Ab,  c\n"
+
+
+def test_the_normaliser_of_whisper_is_the_one_for_the_language():
+    text = "Mr. Brown won't read twenty-five books on the colour (really)!"
+    spellings = {"colour": "color"}
+    wanted = EnglishTextNormalizer(spellings)(text).strip()
+    assert normalise(text, "whisper", "en", spellings) == normalise(text, "whisper", "English", spellings) == wanted
+    assert wanted == "mister brown will not read 25 books on the color"
+    assert normalise(text, "whisper", "en").endswith("the colour")
+    assert normalise(text, "whisper", "fr") == BasicTextNormalizer()(text).strip()
+
+
+def test_the_signature_says_whether_english_spellings_were_unified():
+    signatures = [
+        measure_wer(TEXTS, REFERENCES, "whisper", language, spellings).signature
+        for language, spellings in (("de", None), ("en", None), ("en", {"colour": "color"}))
+    ]
+    assert "whisper (basic)" in signatures[0]
+    assert "not unified" in signatures[1]
+    assert "whisper (English)," in signatures[2]

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.families import build_bart, build_bert, build_marian, build_t5
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from llmtune.explain.generation_inputs import Prompt
+from llmtune.explain.generation_trace import LISTED, Choice, describe, read_answer, trace_answer, trace_masks
+from llmtune.recipe import Recipe
+
+GREEDY = Choice(max_new_tokens=6, temperature=0.7, top_p=0.9)
+
+
+def recipe(task: str) -> Recipe:
+    stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}, "model": {"name": "model"}}
+    return Recipe.model_validate(stated)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def prompt_for(tokenizer: Any, text: str = "The quick brown fox", task: str = "completion") -> Prompt:
+    return Prompt(list(tokenizer(text)["input_ids"]), recipe(task))
+
+
+def generated(model: Any, prompt: Prompt, **settings: Any) -> list[int]:
+    ids = torch.tensor([prompt.ids])
+    config = GenerationConfig(max_new_tokens=6, use_cache=True, **settings)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return out[0].tolist()
+
+
+def test_a_greedy_answer_is_the_one_that_the_model_gives(llama):
+    model, tokenizer = llama
+    prompt = prompt_for(tokenizer)
+    trace = trace_answer(model, prompt, tokenizer, GREEDY)
+    wanted = generated(model, prompt, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    assert trace.begun + trace.ids == wanted
+    assert trace.begun == prompt.ids
+    assert all(step.id == step.could.ids[0] for step in trace.steps)
+
+
+def test_a_drawn_answer_is_the_one_of_the_same_seed(llama):
+    model, tokenizer = llama
+    prompt = prompt_for(tokenizer)
+    choice = Choice(max_new_tokens=6, temperature=1.3, top_p=0.95, top_k=20, sample=True, seed=5)
+    trace = trace_answer(model, prompt, tokenizer, choice)
+    torch.manual_seed(5)
+    drawn = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "top_k": 20}
+    wanted = generated(model, prompt, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **drawn)
+    assert trace.begun + trace.ids == wanted
+    assert trace.ids != trace_answer(model, prompt, tokenizer, GREEDY).ids
+    for step in trace.steps:
+        assert dict(zip(step.could.ids, step.could.kept, strict=True))[step.id] > 0
+
+
+def test_probabilities_are_those_of_a_plain_forward_pass(llama):
+    model, tokenizer = llama
+    prompt = prompt_for(tokenizer)
+    trace = trace_answer(model, prompt, tokenizer, GREEDY)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([trace.begun + trace.ids])).logits[0, len(prompt.ids) - 1 : -1]
+    for step, row in zip(trace.steps, logits.double().softmax(-1), strict=True):
+        assert step.probability == pytest.approx(float(row[step.id]), rel=1e-4)
+        assert step.could.probabilities == pytest.approx(row[step.could.ids].tolist(), rel=1e-4)
+        assert step.could.entropy_bits == pytest.approx(-float((row * row.log2()).sum()), rel=1e-4)
+
+
+def test_the_last_layer_says_what_the_model_says_and_there_is_one_more_than_layers(llama):
+    model, tokenizer = llama
+    trace = trace_answer(model, prompt_for(tokenizer), tokenizer, GREEDY)
+    for step in trace.steps:
+        assert step.layers is not None
+        assert len(step.layers) == model.config.num_hidden_layers + 1
+        assert step.layers[-1].ids[0] == step.could.ids[0]
+        assert step.layers[-1].chosen == pytest.approx(step.probability, rel=1e-3)
+        assert all(sum(layer.probabilities) <= 1.0001 for layer in step.layers)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 5), (0.8, 10)])
+def test_what_is_kept_is_what_sorting_and_adding_up_leaves(temperature, top_p, top_k):
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 3
+    found = describe(logits.log_softmax(-1), Choice(1, temperature, top_p, top_k))
+    shares = np.exp(np.log(torch.softmax(logits.double(), -1).numpy()) / temperature)
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    kept = order[: top_k or len(order)]
+    before = np.cumsum(shares[kept] / shares[kept].sum()) - shares[kept] / shares[kept].sum()
+    kept = kept[before < top_p] if top_p < 1 else kept
+    assert found.kept_tokens == len(kept)
+    wanted = {int(i): float(shares[i] / shares[kept].sum()) for i in kept}
+    assert found.kept == pytest.approx([wanted.get(i, 0.0) for i in found.ids], rel=1e-3, abs=1e-9)
+
+
+def test_a_page_can_work_out_every_temperature_exactly():
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 4
+    choice = Choice(1, 0.33, 1.0)
+    found = describe(logits.log_softmax(-1), choice)
+    assert 0.33 in choice.temperatures
+    for temperature, log_sum in zip(choice.temperatures, found.partitions, strict=True):
+        wanted = (logits.double() / temperature).softmax(-1)[found.ids].tolist()
+        worked_out = [math.exp(math.log(p) / temperature - log_sum) for p in found.probabilities]
+        assert worked_out == pytest.approx(wanted, rel=2e-3, abs=1e-9)
+
+
+def test_words_that_may_not_be_written_are_not_listed(llama):
+    logs = torch.full((100,), -torch.inf)
+    logs[3] = 0.0
+    found = describe(logs.log_softmax(-1), GREEDY)
+    assert (found.ids, found.probabilities, found.kept, found.kept_tokens) == ([3], [1.0], [1.0], 1)
+    assert found.entropy_bits == 0
+
+
+@pytest.mark.parametrize("build", [build_t5, build_bart])
+def test_an_encoder_decoder_answers_as_it_does_by_itself(build, tmp_path):
+    place = build(tmp_path / "model")
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
+    prompt = prompt_for(tokenizer, "Which colour is the sky?", "summarize")
+    trace = trace_answer(model, prompt, tokenizer, GREEDY)
+    start = model.config.decoder_start_token_id
+    wanted = generated(
+        model,
+        prompt,
+        do_sample=False,
+        decoder_start_token_id=start,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    assert trace.begun + trace.ids == wanted
+    assert trace.begun == [start]
+    readings = read_answer(model, prompt, trace.begun, trace.ids)
+    assert [reading.probability for reading in readings] == pytest.approx(
+        [s.probability for s in trace.steps], rel=1e-3
+    )
+    assert all(step.layers for step in trace.steps)
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+def test_marian_never_writes_its_own_start(tmp_path):
+    place = build_marian(tmp_path / "marian")
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
+    model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
+    trace = trace_answer(model, prompt_for(tokenizer, "The sky is blue.", "translate"), tokenizer, GREEDY)
+    assert trace.begun == [tokenizer.pad_token_id]
+    for step in trace.steps:
+        assert tokenizer.pad_token_id not in step.could.ids
+
+
+def test_an_answer_that_is_read_has_the_ranks_of_its_words(llama):
+    model, tokenizer = llama
+    prompt = prompt_for(tokenizer)
+    with torch.inference_mode():
+        order = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1].argsort(descending=True).tolist()
+    readings = read_answer(model, prompt, prompt.ids, [order[0]])
+    assert readings[0].rank == 1
+    assert readings[0].likeliest_probability == readings[0].probability
+    assert read_answer(model, prompt, prompt.ids, [order[41]])[0].rank == 42
+    assert read_answer(model, prompt, prompt.ids, [order[41]])[0].likeliest == order[0]
+
+
+def test_a_mask_is_filled_with_the_likeliest_word(tmp_path):
+    place = build_bert(tmp_path / "bert")
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
+    ids = list(tokenizer("The [MASK] is [MASK].")["input_ids"])
+    places = tuple(at for at, token in enumerate(ids) if token == tokenizer.mask_token_id)
+    trace = trace_masks(model, Prompt(ids, recipe("completion"), places=places), tokenizer, GREEDY)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, list(places)]
+    assert trace.ids == logits.argmax(-1).tolist()
+    assert [s.probability for s in trace.steps] == pytest.approx(logits.softmax(-1).max(-1).values.tolist(), rel=1e-4)
+    assert [len(step.layers or []) for step in trace.steps] == [model.config.num_hidden_layers + 1] * 2
+    assert tokenizer.mask_token not in trace.text
+
+
+def test_progress_is_told_once_a_step_and_the_answer_ends_at_an_end_token(llama):
+    model, tokenizer = llama
+    told: list[int] = []
+    trace = trace_answer(model, prompt_for(tokenizer), tokenizer, GREEDY, partial(told.append, 1))
+    assert len(told) == len(trace.steps) == 6
+    assert not trace.ended
+    stopped = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    stopped.eos_token = stopped.convert_ids_to_tokens(trace.ids[0])
+    short = trace_answer(model, prompt_for(stopped), stopped, GREEDY)
+    assert (short.ids, short.ended, short.text) == (trace.ids[:1], True, "")
+
+
+def test_looking_leaves_the_random_numbers_as_they_were(llama):
+    model, tokenizer = llama
+    torch.manual_seed(11)
+    wanted = torch.rand(3)
+    torch.manual_seed(11)
+    trace_answer(model, prompt_for(tokenizer), tokenizer, Choice(2, 1.0, 1.0, sample=True, seed=3))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_no_more_tokens_are_listed_than_there_are(llama):
+    model, tokenizer = llama
+    trace = trace_answer(model, prompt_for(tokenizer), tokenizer, GREEDY)
+    assert {len(step.could.ids) for step in trace.steps} == {LISTED}
+    assert len(describe(torch.randn(7).log_softmax(-1), GREEDY).ids) == 7

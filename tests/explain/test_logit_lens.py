@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.families import build_bart, build_bert, build_modernbert, build_t5, build_whisper
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
+
+from llmtune.explain.logit_lens import Watch, agree, find_layers, read_layers, read_lens
+
+IDS = torch.tensor([[5, 9, 31, 7, 12, 40]])
+PLACES = [2, 5]
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def look(model: Any, places: list[int] = PLACES, **inputs: torch.Tensor) -> tuple[Watch, torch.Tensor, Any]:
+    """A watch over one forward pass, what the lens reads, and the output with all hidden states."""
+    model.eval()
+    with Watch(model, places) as watch:
+        model(**inputs)
+    output = model(**inputs, output_hidden_states=True)
+    lens = read_lens(watch)
+    assert lens is not None
+    return watch, torch.stack(list(lens)), output
+
+
+def gemma2() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=64, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, **shape)
+    return Gemma2ForCausalLM(config)
+
+
+def albert() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 2}
+    return AlbertForMaskedLM(AlbertConfig(vocab_size=64, num_hidden_layers=4, **shape))
+
+
+def test_each_layer_of_llama_is_read_through_norm_and_head(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    _, lens, output = look(model, input_ids=IDS)
+    for layer, hidden in enumerate(output.hidden_states[:-1]):  # transformers gives the last one behind the norm
+        wanted = model.lm_head(model.model.norm(hidden))[0, PLACES]
+        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-5)
+    assert lens.shape[:2] == (2, model.config.num_hidden_layers + 1)
+
+
+def test_each_layer_of_gpt2_is_read_through_norm_and_head(tiny_gpt2):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    _, lens, output = look(model, input_ids=IDS)
+    for layer, hidden in enumerate(output.hidden_states[:-1]):
+        wanted = model.lm_head(model.transformer.ln_f(hidden))[0, PLACES]
+        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scale_of_t5_with_tied_embeddings_is_read_too(tmp_path):
+    model = AutoModelForSeq2SeqLM.from_pretrained(build_t5(tmp_path / "t5"))
+    _, lens, output = look(model, input_ids=IDS, decoder_input_ids=IDS)
+    scale = model.config.d_model**-0.5
+    for layer, hidden in enumerate(output.decoder_hidden_states[:-1]):
+        wanted = model.lm_head(model.decoder.final_layer_norm(hidden) * scale)[0, PLACES]
+        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [build_bert, build_modernbert])
+def test_an_encoders_layers_are_read_through_its_masked_head(build, tmp_path):
+    model = AutoModelForMaskedLM.from_pretrained(build(tmp_path / "model"))
+    _, lens, output = look(model, input_ids=IDS)
+    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
+    if build is build_bert:
+        wanted = model.cls(output.hidden_states[1])[0, PLACES]
+        torch.testing.assert_close(lens[:, 1], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [gemma2, albert])
+def test_soft_caps_and_shared_layers_are_read_as_the_model_does(make):
+    model = make()
+    _, lens, output = look(model, input_ids=IDS)
+    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-5)
+    assert lens.shape[1] == model.config.num_hidden_layers + 1
+    if make is gemma2:
+        assert float(lens.abs().max()) < 2.0
+
+
+@pytest.mark.parametrize(
+    ("build", "auto"), [(build_bart, AutoModelForSeq2SeqLM), (build_whisper, AutoModelForSpeechSeq2Seq)]
+)
+def test_the_decoder_of_an_encoder_decoder_is_what_is_read(build, auto, tmp_path):
+    model = auto.from_pretrained(build(tmp_path / "model"))
+    inputs = {"decoder_input_ids": IDS}
+    if build is build_whisper:
+        inputs["input_features"] = torch.randn(1, 80, 200)
+    else:
+        inputs["input_ids"] = IDS
+    _, lens, output = look(model, **inputs)
+    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
+    assert lens.shape[1] == model.config.decoder_layers + 1
+
+
+def test_the_layers_of_a_mixture_are_not_taken_for_its_experts(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(8))
+    assert find_layers(model) == list(model.model.layers)
+
+
+def test_a_model_whose_reading_is_not_what_it_says_has_no_lens(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    # an ending that depends on the length of the text cannot be read a position at a time
+    model.model.norm.register_forward_hook(lambda module, args, output: output + output.mean(dim=1, keepdim=True))
+    with Watch(model, PLACES) as watch:
+        model(input_ids=IDS)
+    assert read_lens(watch) is None
+
+
+def test_a_model_without_layers_in_a_list_has_no_lens(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    with Watch(model, PLACES) as watch:
+        watch.passes.clear()
+        model(input_ids=IDS)
+    watch.passes[0] = watch.passes[0][:1]
+    assert read_layers(watch) is None
+    assert read_lens(watch) is None
+
+
+def test_nothing_of_looking_stays_in_the_model(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    before = model.eval()(input_ids=IDS).logits
+    with Watch(model, PLACES) as watch:
+        model(input_ids=IDS)
+    assert list(read_lens(watch) or [])
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+
+
+def test_only_the_positions_that_are_looked_at_are_kept(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    watch, _, _ = look(model, [-1], input_ids=IDS)
+    assert {part.shape for part in watch.passes[0]} == {(1, 64)}
+
+
+def test_logits_that_are_ruled_out_do_not_count_in_a_comparison():
+    said = torch.tensor([1.0, 2.0, -torch.inf, 0.5])
+    assert agree(torch.tensor([1.0, 2.0, 7.0, 0.5]), said)
+    assert not agree(torch.tensor([1.0, 2.1, -torch.inf, 0.5]), said)
+    assert not agree(torch.tensor([1.0, torch.nan, 0.0, 0.5]), said)

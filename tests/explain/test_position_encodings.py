@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.families import (
+    build_bart,
+    build_bert,
+    build_deberta,
+    build_marian,
+    build_modernbert,
+    build_nllb,
+    build_roberta,
+    build_t5,
+    build_whisper,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from llmtune.explain.position_encodings import (
+    REACH,
+    Scheme,
+    doubling,
+    find_schemes,
+    similarity,
+    similarity_by_distance,
+    sinusoidal_encoding,
+    spread,
+)
+
+
+def load(folder: Any) -> Any:
+    return AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def test_the_encoding_of_four_words_is_the_one_of_the_textbook():
+    table = sinusoidal_encoding(4, 4, 100)
+    wanted = [[0, 1, 0, 1], [0.84, 0.54, 0.10, 1.0], [0.91, -0.42, 0.20, 0.98], [0.14, -0.99, 0.30, 0.96]]
+    np.testing.assert_allclose(np.round(table, 2), wanted)
+
+
+@given(st.integers(1, 40), st.integers(1, 20), st.floats(1.5, 1e6))
+def test_the_encoding_is_the_papers_formula_number_by_number(length, pairs, base):
+    table = sinusoidal_encoding(length, 2 * pairs, base)
+    for k in (0, length // 2, length - 1):
+        for i in range(pairs):
+            angle = k / base ** (2 * i / (2 * pairs))
+            assert table[k, 2 * i] == pytest.approx(math.sin(angle), abs=1e-9)
+            assert table[k, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-9)
+
+
+def test_sines_are_alike_by_distance_alone():
+    table = sinusoidal_encoding(30, 32, 10_000)
+    alike = similarity(table)
+    by_distance = similarity_by_distance(Scheme("sinusoidal", "", table), 30)
+    for distance in (0, 1, 7, 29):
+        np.testing.assert_allclose(np.diagonal(alike, distance), by_distance[distance], atol=1e-12)
+
+
+@pytest.mark.parametrize("build", [build_bert, build_roberta])
+def test_the_first_row_of_a_learned_table_is_what_the_model_adds_at_the_first_token(build, tmp_path):
+    model = load(build(tmp_path / "model"))
+    (scheme,) = find_schemes(model)
+    assert scheme.kind == "learned"
+    ids = torch.tensor([[7, 9, 11]])
+    seen = []
+    model.embeddings.position_embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.inference_mode():
+        model(input_ids=ids)
+    np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, seen[0].shape[-1])[-3:].numpy(), atol=1e-6)
+
+
+def test_both_halves_of_bart_have_tables_that_begin_at_two(tmp_path):
+    model = load(build_bart(tmp_path / "bart"))
+    encoder, decoder = find_schemes(model)
+    assert (encoder.title, decoder.title) == (
+        "Learned position table of the encoder",
+        "Learned position table of the decoder",
+    )
+    weight = model.encoder.embed_positions.weight.detach().numpy()
+    np.testing.assert_allclose(encoder.values, weight[2:])
+    assert len(encoder.values) == model.config.max_position_embeddings
+
+
+def test_gpt2_has_a_table_over_its_context(tiny_gpt2):
+    (scheme,) = find_schemes(AutoModelForCausalLM.from_pretrained(tiny_gpt2))
+    assert (scheme.kind, scheme.name, scheme.values.shape) == ("learned", "transformer.wpe", (512, 64))
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+@pytest.mark.parametrize("build", [build_marian, build_nllb, build_whisper])
+def test_tables_that_were_filled_with_sines_are_told_from_learned_ones(build, tmp_path):
+    found = find_schemes(load(build(tmp_path / "model")))
+    kinds = [scheme.kind for scheme in found]
+    if build is build_whisper:
+        assert kinds == ["sinusoidal", "learned"]
+    else:
+        assert set(kinds) == {"sinusoidal"}
+
+
+@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+@pytest.mark.parametrize("build", [build_marian, build_nllb])
+def test_the_first_row_of_sines_is_what_the_model_adds_at_the_first_token(build, tmp_path):
+    model = load(build(tmp_path / "model"))
+    seen = []
+    model.encoder.embed_positions.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[7, 9, 11]]), decoder_input_ids=torch.tensor([[7]]))
+    (scheme, *_) = find_schemes(model)
+    np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, scheme.values.shape[1])[:3].numpy(), atol=1e-6)
+
+
+def test_rotary_cosines_are_those_that_the_model_computes(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    (scheme,) = find_schemes(model)
+    places = torch.arange(50)[None]
+    cosines, _ = model.model.rotary_emb(torch.zeros(1, 50, 64), places)
+    half = cosines.shape[-1] // 2
+    np.testing.assert_allclose(scheme.table(50), cosines[0, :, :half].numpy(), atol=1e-5)
+    assert scheme.facts["rotated"] == "16 of 16 dimensions a head"
+    assert similarity_by_distance(scheme, 50)[0] == 1
+
+
+def test_a_stretched_rotation_is_shown_as_the_model_has_it():
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (plain,) = find_schemes(LlamaForCausalLM(LlamaConfig(vocab_size=16, **shape)))
+    (longer,) = find_schemes(LlamaForCausalLM(LlamaConfig(vocab_size=16, rope_parameters=stretched, **shape)))
+    np.testing.assert_allclose(longer.values, plain.values / 4, rtol=1e-6)
+    assert (longer.facts["type"], longer.facts["stretched by"]) == ("linear", "4")
+
+
+def test_each_kind_of_layer_has_its_own_rotation_in_modernbert(tmp_path):
+    found = find_schemes(load(build_modernbert(tmp_path / "model")))
+    assert [scheme.kind for scheme in found] == ["rotary", "rotary"]
+    assert all("attention" in scheme.name for scheme in found)
+
+
+def test_the_bias_of_t5_is_the_one_that_its_attention_adds(tmp_path):
+    model = load(build_t5(tmp_path / "t5"))
+    encoder, decoder = find_schemes(model)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    bias = attention.compute_bias(40, 40)[0].detach().numpy()
+    for distance in (-20, -3, 0, 5, 19):
+        column = encoder.distances.index(distance)
+        np.testing.assert_allclose(encoder.values[:, column], bias[:, 20, 20 + distance], atol=1e-6)
+    assert (encoder.distances[0], encoder.distances[-1]) == (-REACH, REACH)
+    assert decoder.distances[-1] == 0
+    assert len(encoder.values) == model.config.num_heads
+
+
+def test_bloom_has_slopes_and_a_state_space_model_has_nothing():
+    shape = BloomConfig(vocab_size=16, hidden_size=32, n_layer=1, n_head=8)
+    (scheme,) = find_schemes(BloomForCausalLM(shape))
+    assert scheme.kind == "slopes"
+    assert scheme.values.tolist() == pytest.approx([2.0**-i for i in range(1, 9)])
+    assert find_schemes(MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1))) == []
+
+
+def test_debertas_relative_table_is_told_as_one_of_buckets(tmp_path):
+    found = find_schemes(load(build_deberta(tmp_path / "model")))
+    assert [scheme.name.rsplit(".", 1)[-1] for scheme in found] == ["rel_embeddings"]
+    assert "buckets" in found[0].facts["rows"]
+
+
+@given(st.integers(1, 1000), st.integers(2, 60))
+def test_an_even_spread_has_both_ends_and_no_number_twice(length, most):
+    found = spread(length, most)
+    assert (found[0], found[-1], len(found)) == (0, length - 1, min(length, most))
+    assert sorted(set(found)) == found
+
+
+def test_distances_double():
+    assert list(doubling(10)) == [0, 1, 2, 4, 8]
+    assert list(doubling(1)) == [0]

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.families import build_bert, build_marian, build_t5, build_wav2vec2, build_whisper
+from support.models import train_tokenizer
+from transformers import AutoTokenizer
+
+from llmtune.explain.attention_summary import Line
+from llmtune.explain.token_text import LONGEST, Token, goes_on, joined, label, name_tokens
+
+TOKENIZER = train_tokenizer()
+
+
+def read(build, folder: Path):
+    with warnings.catch_warnings(action="ignore"):
+        return AutoTokenizer.from_pretrained(str(build(folder)))
+
+
+def named(tokenizer, text: str) -> list[Token]:
+    return name_tokens(tokenizer, tokenizer(text)["input_ids"])
+
+
+def words(tokens: list[Token]) -> list[str]:
+    return [token.text.strip() for token in Line.of(tokens).by_word().tokens if token.text.strip()]
+
+
+def test_each_kind_of_vocabulary_marks_what_is_special_and_where_a_word_goes_on(tmp_path):
+    pieces = {
+        build_bert: ["[CLS]", "jumps", "·u", "·i", "·t", "?", "[SEP]"],
+        build_t5: ["jumps", "·u", "·i", "·t", "?", "</s>"],
+        build_marian: ["j", "·u", "·m", "·p", "·s", "·u", "·i", "·t", "?", "</s>"],
+    }
+    for build, wanted in pieces.items():
+        tokens = named(read(build, tmp_path / build.__name__), "jumpsuit?")
+        assert [label(token) for token in tokens] == wanted
+        assert [token.text for token in tokens if token.special] == [w for w in wanted if w[0] in "[<"]
+
+
+def test_whispers_marks_are_special_and_letters_of_a_speech_model_make_words(tmp_path):
+    whisper = named(read(build_whisper, tmp_path / "whisper"), "blue sky")
+    assert [token.text for token in whisper if token.special] == [
+        "<|startoftranscript|>",
+        "<|notimestamps|>",
+        "<|endoftext|>",
+    ]
+    letters = read(build_wav2vec2, tmp_path / "letters")
+    tokens = name_tokens(letters, letters("BLUE SKY")["input_ids"])
+    assert words(tokens) == ["BLUE", "SKY"]
+    assert not any(token.special for token in tokens)
+    assert name_tokens(letters, [letters.pad_token_id])[0].special
+
+
+def test_an_unknown_word_is_of_the_text_and_no_special_token(tmp_path):
+    tokens = named(read(build_bert, tmp_path), "日")
+    assert [(token.text, token.special) for token in tokens] == [("[CLS]", True), ("[UNK]", False), ("[SEP]", True)]
+
+
+def test_byte_level_pieces_show_whole_characters_and_the_bytes_of_others():
+    tokens = named(TOKENIZER, "cat é")
+    assert "".join(token.text for token in tokens) == "cat <0xC3><0xA9>"
+    assert [(token.text, token.continues) for token in tokens[-2:]] == [("<0xC3>", False), ("<0xA9>", True)]
+    assert words(tokens)[-1] == "é"
+
+
+@given(st.text())
+def test_every_id_has_a_token_and_together_they_are_the_text(text):
+    ids = TOKENIZER(text)["input_ids"]
+    tokens = name_tokens(TOKENIZER, ids)
+    assert [token.id for token in tokens] == ids
+    as_one = Token(0, "", special=False, continues=False)
+    for token in tokens:
+        as_one = joined(as_one, token)
+    if "<0x" not in text:
+        assert as_one.text == text
+
+
+@given(st.text(min_size=1), st.booleans())
+def test_a_label_is_one_line_without_anything_that_turns_or_hides_the_text_around_it(text, continues):
+    shown = label(Token(1, text, special=False, continues=continues))
+    assert len(shown) <= LONGEST + 9
+    assert not set(shown) & set("\n\r\t\x00\u202e\u2066\u2069\u200b\ufeff")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" cat", "cat"),
+        (" ", "␣"),
+        ("\n\n", "⏎⏎"),
+        ("שלום", "שלום"),
+        (" 日本", "日本"),
+        ("\u202eabc", "<U+202E>abc"),
+        ("\u0301", "◌\u0301"),
+        ("a" * 40, "a" * 15 + "…"),
+        ("a" * 14 + "e\u0301bc", "a" * 14 + "…"),
+    ],
+)
+def test_labels(text, shown):
+    assert label(Token(1, text, special=False, continues=False)) == shown
+
+
+def test_words_end_at_spaces_and_signs_and_ideographs_stand_alone():
+    assert goes_on("jump", "suit")
+    assert goes_on("שלו", "ם")
+    assert goes_on("e", "\u0301")
+    assert not goes_on("jump", " suit")
+    assert not goes_on("jump", "?")
+    assert not goes_on("日", "本")
+
+
+def test_an_apostrophe_belongs_to_a_word_that_goes_on_behind_it():
+    assert goes_on("don", "'t")
+    assert goes_on("don", "'", after="t")
+    assert goes_on("'", "t", going=True)
+    assert not goes_on("cats", "'", after=" are")
+    assert not goes_on("'", "cats")
+
+
+def test_an_id_beyond_the_vocabulary_is_named_by_its_number():
+    (token,) = name_tokens(TOKENIZER, [len(TOKENIZER) + 5])
+    assert (token.text, token.special) == (f"<{len(TOKENIZER) + 5}>", True)

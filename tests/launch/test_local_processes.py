@@ -1,0 +1,164 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from support.process import Watched
+from support.runs import llmtune, write_recipe
+from support.training import make_recipe, read_metrics, run_training, write_examples
+
+from llmtune.errors import DataError, EnvironmentProblem, Stopped
+from llmtune.launch.local_processes import WorkerBug, launch_local
+
+TESTS = Path(__file__).parents[1]
+CLOCKS_APART = 0.5
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_tests(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
+    examples = write_examples(tmp_path / "examples", train=61, validation=7)
+    train = {"batch_size": 6, "gradient_checkpointing": True}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    result = launch_local(
+        [str(tmp_path), str(tmp_path / "two")], 2, console, entry="support.workers:train_tiny", threads=2
+    )
+    one = run_training(tmp_path / "one", recipe, examples)
+    assert result["steps"] == one.steps == 22
+    pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) == 22  # the last step of an epoch has one row: a process without any takes part
+    for alone, together in pairs[:10]:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    for alone, together in pairs:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+        if "validation_loss" in alone:
+            assert together["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-4)
+    assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
+
+
+def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(tmp_path, tiny_llama, chat_rows):
+    write_recipe(tmp_path / "tiny.yaml", tiny_llama, chat_rows)
+    two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    one = llmtune("train", "tiny.yaml", "--out", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) >= 6
+    for alone, together in pairs[:10]:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")}
+    assert reports["two"]["adapter"] == reports["one"]["adapter"]
+    assert reports["two"]["train"].keys() == reports["one"]["train"].keys()
+    steps = {name: json.loads((tmp_path / name / "run.json").read_text())["steps"] for name in ("one", "two")}
+    for step in ("adapt", "train"):
+        assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
+    adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
+    ended = trained["started"] + trained["seconds"] + CLOCKS_APART  # seconds are of another clock than starts
+    assert adapted["started"] + adapted["seconds"] <= ended  # a kill loses none
+
+
+def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_as_before(console):
+    before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    notes = {}
+    result = launch_local(["a", "b c"], 2, console, entry="support.workers:succeed", threads=5, on_notes=notes.update)
+    assert result == {"world": 2, "threads": "2"}
+    assert notes == {"heard": ["a", "b c"]}
+    assert (dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
+    with pytest.raises(DataError) as caught:
+        launch_local([], 2, console, entry="support.workers:fail_in_rank_one")
+    assert caught.value.exit_code == 3
+    assert caught.value.problems[0].what == "row 7 has no answer"
+    assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
+    assert caught.value.problems[0].fix == "Give it one."
+
+
+def test_a_bug_in_one_process_comes_with_its_traceback(console):
+    with pytest.raises(WorkerBug, match=r"process 1 failed:\n(.|\n)*ZeroDivisionError: a bug"):
+        launch_local([], 2, console, entry="support.workers:crash_in_rank_one")
+
+
+def test_a_process_that_the_system_kills_is_named(console):
+    with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGKILL") as caught:
+        launch_local([], 2, console, entry="support.workers:die_in_rank_one")
+    assert "too little memory" in caught.value.problems[0].fix
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number, code, tmp_path, tiny_llama):
+    examples = write_examples(tmp_path / "examples", train=60)
+    train = {"num_train_epochs": 200, "save_steps": 10_000, "logging_steps": 1}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(tmp_path / "run" / "metrics.jsonl")
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) == 2
+    parent.send_signal(number)
+    out, err = parent.communicate(timeout=120)
+    assert parent.returncode == code, err
+    assert "a checkpoint is saved" in out
+    assert "Traceback" not in err
+    assert not [worker for worker in workers if worker.is_running()]
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert len(read_metrics(tmp_path / "run")) in (step - 1, step)  # a stop saves before it logs
+    stop = Console(file=Watched(f"step {step + 3}/", lambda: os.kill(os.getpid(), number)), width=200)
+    with pytest.raises(Stopped, match=f"after step {step + 3} of 1600"):  # one process goes on from what two have saved
+        run_training(tmp_path / "run", recipe, examples, console=stop)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
+    write_examples(tmp_path / "examples", train=60)
+    make_recipe(tmp_path, tiny_llama, train={"num_train_epochs": 2000})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path / "run")], stderr=subprocess.DEVNULL
+    )
+    _wait_for(tmp_path / "run" / "metrics.jsonl")
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_one_process_can_be_launched_too(console):
+    assert launch_local([], 1, console, entry="support.workers:succeed", threads=3) == {"world": 1, "threads": "3"}
+
+
+PARENT = """
+import sys
+from rich.console import Console
+from llmtune.errors import LlmtuneError
+from llmtune.launch.local_processes import launch_local
+try:
+    launch_local(sys.argv[1:], 2, Console(stderr=True), entry="support.workers:train_tiny")
+except LlmtuneError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def _wait_for(path: Path) -> None:
+    end = time.monotonic() + 120
+    while not path.exists() or path.stat().st_size < 1000:
+        assert time.monotonic() < end, "training never began"
+        time.sleep(0.05)

@@ -1,0 +1,67 @@
+"""A norm in one function gives the same bytes forward and the same gradient; other kinds of norm stay as they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llmtune.model.fused_norms import fuse_norms
+
+
+def norm(kind=LlamaRMSNorm, dtype=torch.float32):
+    module = kind(24).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(module.weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_are_the_same_bytes_and_gradients_the_same_numbers(dtype):
+    plain = norm(dtype=dtype)
+    fused = copy.deepcopy(plain)
+    assert fuse_norms(fused) == 1
+    x = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    raised = torch.randn(5, 7, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(leaf) for module, leaf in zip((plain, fused), leaves, strict=True)]
+    assert torch.equal(*outputs)
+    wanted, got = (torch.autograd.grad(out, leaf, raised)[0] for out, leaf in zip(outputs, leaves, strict=True))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_weight_that_is_trained_keeps_its_gradient():
+    fused = norm()
+    fuse_norms(fused)
+    fused.weight.requires_grad_()
+    fused(torch.randn(2, 24)).sum().backward()
+    assert fused.weight.grad.abs().sum() > 0
+
+
+def test_a_norm_that_computes_otherwise_is_left_alone():
+    other = norm(GemmaRMSNorm)
+    other.variance_epsilon = 1e-6
+    assert fuse_norms(other) == 0
+    assert "forward" not in vars(other)
+
+
+def test_all_norms_of_a_model_are_found_and_a_replaced_one_is_kept(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.norm.forward = model.model.norm.forward
+    wanted = model(torch.arange(9)[None]).logits
+    assert fuse_norms(model) == 2 * model.config.num_hidden_layers
+    assert torch.equal(model(torch.arange(9)[None]).logits, wanted)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    fused = norm()
+    fuse_norms(fused)
+    other = copy.deepcopy(fused)
+    other.weight.zero_()
+    x = torch.randn(2, 24)
+    assert not other(x).any()
+    assert fused(x).any()

@@ -1,0 +1,207 @@
+"""Weights come into memory as the recipe says, whole, the same each time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from support.adapting import build_family, documents, open_model, packed, recipe_with
+from support.models import build_llama, train_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model import causal_loss
+from llmtune.model.config import head_names
+
+SMALL = {"vocab_size": 425, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL["intermediate_size"] = 32
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("method", "training", "wanted"),
+    [("lora", True, torch.bfloat16), ("full", True, torch.float32), ("full", False, torch.bfloat16)],
+)
+def test_full_fine_tuning_keeps_float32_masters(tiny_llama, method, training, wanted):
+    recipe = recipe_with(tiny_llama, model={"dtype": "bfloat16"}, adapter={"method": method})
+    selected = open_model(recipe, training)
+    assert {parameter.dtype for parameter in selected.model.parameters()} == {wanted}
+    assert not selected.quantized
+
+
+def test_a_loaded_model_is_in_eval_mode_with_a_cache_only_outside_training(tiny_llama):
+    for training in (True, False):
+        model = open_model(recipe_with(tiny_llama), training).model
+        assert not any(module.training for module in model.modules())
+        assert model.config.use_cache is not training
+
+
+def quantized_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of the 4-bit weights with their scales, and how many weights they are."""
+    found = weights = 0
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            weights += module.in_features * module.out_features
+            state = module.weight.quant_state
+            parts = [module.weight.data, state.absmax]
+            parts += [state.state2.absmax] if state.nested else []
+            found += sum(part.numel() * part.element_size() for part in parts)
+    return found, weights
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_qlora_holds_four_bits_a_weight_in_memory(tmp_path, double):
+    folder = build_family(tmp_path, "llama", **WIDE)
+    recipe = recipe_with(folder, adapter={"method": "qlora", "bnb_4bit_use_double_quant": double})
+    selected = open_model(recipe)
+    found, weights = quantized_bytes(selected.model)
+    assert selected.quantized
+    assert weights == 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512)
+    assert 0.5 * weights < found < (0.53 if double else 0.57) * weights
+    assert type(selected.model.lm_head) is torch.nn.Linear
+    assert {module.weight.quant_type for module in selected.model.modules() if isinstance(module, Linear4bit)} == {
+        "nf4"
+    }
+
+
+def test_a_head_of_its_own_is_not_quantised(tmp_path):
+    train_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = open_model(recipe_with(tmp_path, adapter={"method": "qlora"})).model
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight.dtype == torch.float32
+    assert head_names(model) == ["lm_head"]
+
+
+def test_an_evaluation_in_between_leaves_gradients_of_a_quantised_model_right(tmp_path):
+    """bitsandbytes repacks weights at the first forward pass in eval mode, into a format without a gradient."""
+    selected = open_model(recipe_with(build_llama(tmp_path), adapter={"method": "qlora"}))
+    model = selected.model
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    batch = packed(documents([9, 14]))
+
+    def gradient() -> torch.Tensor:
+        embedding.grad = None
+        model.train()
+        causal_loss(model, batch).sum.backward()
+        return embedding.grad.clone()
+
+    before = gradient()
+    model.eval()
+    with torch.no_grad():
+        causal_loss(model, batch)
+    assert torch.equal(gradient(), before)
+
+
+def test_loading_twice_gives_the_same_quantised_weights(tmp_path):
+    folder = build_llama(tmp_path)
+    recipe = recipe_with(folder, adapter={"method": "qlora"})
+    first, second = (dict(open_model(recipe).model.state_dict()) for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_added_tokens_get_a_row_that_is_the_mean_of_the_others(tiny_llama):
+    recipe = recipe_with(tiny_llama, model={"add_tokens": ["<tool>", "</tool>"]})
+    model = open_model(recipe).model
+    weight = model.get_input_embeddings().weight
+    assert weight.shape[0] == 427
+    assert model.config.vocab_size == 427
+    torch.testing.assert_close(weight[425], weight[:425].mean(0))
+    torch.testing.assert_close(weight[425], weight[426])
+    assert model.get_output_embeddings().weight is weight
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_llama, tmp_path):
+    folder = build_llama(tmp_path)
+    tokenizer = train_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EnvironmentProblem, match="426 tokens and the model has room for 425"):
+        open_model(recipe_with(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "extra"),
+    [
+        ("bert", AutoModelForMaskedLM, {}),
+        ("bert", AutoModel, {}),
+        ("t5", AutoModelForSeq2SeqLM, {"d_model": 32, "num_heads": 2, "d_ff": 32}),
+        ("vit", AutoModel, {}),
+    ],
+)
+def test_a_model_that_cannot_chat_is_refused_by_name(tmp_path, family, auto, extra):
+    train_tokenizer().save_pretrained(tmp_path)
+    model = auto.from_config(AutoConfig.for_model(family, **{**SMALL, **extra}))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        open_model(recipe_with(tmp_path))
+    assert type(model).__name__ in str(caught.value)
+    assert "ForCausalLM" in str(caught.value)
+
+
+def test_a_bare_decoder_is_accepted_where_its_weights_fit(tmp_path):
+    train_tokenizer().save_pretrained(tmp_path)
+    config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=True)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    assert type(open_model(recipe_with(tmp_path)).model).__name__ == "LlamaForCausalLM"
+
+
+def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
+    folder = build_llama(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    settings = open_model(recipe_with(folder), training=False).model.generation_config
+    assert settings.eos_token_id == [0, 2]
+    assert settings.pad_token_id == 3
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = {config}
+"""
+
+
+OWN_CONFIG = {"auto_map": {"AutoConfig": "modeling_own.OwnConfig"}, "model_type": "own"}
+
+
+@pytest.mark.parametrize("own", [OWN_CONFIG, {}], ids=["own configuration", "configuration of transformers"])
+def test_a_model_with_its_own_code_loads_when_it_is_trusted(tiny_llama, tmp_path, console, own):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "own"))
+    (folder / "modeling_own.py").write_text(OWN_CODE.format(config="OwnConfig" if own else "LlamaConfig"))
+    config = json.loads((folder / "config.json").read_text())
+    names = {**own.get("auto_map", {}), "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {**own, "architectures": ["OwnForCausalLM"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = recipe_with(folder, model={"trust_remote_code": True})
+    selected = open_model(recipe, console=console)
+    assert type(selected.model).__name__ == "OwnForCausalLM"
+    assert "its own code" in console.file.getvalue()
+    batch = packed(documents([9, 14]))
+    with torch.no_grad():
+        ours = causal_loss(selected.model, batch).sum
+        theirs = causal_loss(open_model(recipe_with(tiny_llama)).model, batch).sum
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_head_gets_whole_rows_so_that_its_weights_are_not_copied(tiny_llama: Path) -> None:
+    model = open_model(recipe_with(tiny_llama)).model
+    seen: list[bool] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.inference_mode():
+        model(torch.arange(4, 36).reshape(8, 4), logits_to_keep=1)
+    assert seen == [True]

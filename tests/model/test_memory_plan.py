@@ -1,0 +1,209 @@
+"""The plan's bytes are those that are measured, and a refusal names a recipe that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
+
+from llmtune.adapter import inject, trainable_parameters
+from llmtune.errors import EnvironmentProblem
+from llmtune.model import causal_loss, check_memory, locate, micro_batch_tokens, plan_memory, settle_checkpointing
+from llmtune.model.memory_plan import optimizer_bytes, suggest_recipe
+from llmtune.records import MemoryPlan
+from llmtune.tasks import get_task
+from llmtune.train.optimizer import build_optimizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_family(
+        tmp_path_factory.mktemp("planned"), "llama", hidden_size=256, head_dim=64, intermediate_size=512
+    )
+
+
+def plan_for(recipe, tokens: int = 128) -> MemoryPlan:
+    place = locate(recipe.model.name, recipe.model, quiet())
+    return plan_memory(place, recipe, get_task(recipe.task), tokens, "cpu")
+
+
+def measured(model: torch.nn.Module) -> int:
+    seen = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_weights_are_those_in_memory(folder, method, dtype):
+    recipe = recipe_with(folder, model={"dtype": dtype}, adapter={"method": method})
+    plan = plan_for(recipe)
+    assert plan.parts["weights"] == pytest.approx(measured(open_model(recipe).model), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"r": 4}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": r".*\.mlp\..*"}, {"method": "full"}],
+)
+def test_planned_adapter_gradients_and_optimizer_are_those_that_training_has(folder, adapter):
+    recipe = recipe_with(folder, adapter=adapter)
+    plan = plan_for(recipe)
+    adapted = inject(open_model(recipe), recipe, quiet())
+    trained = trainable_parameters(adapted.model)
+    causal_loss(adapted.model, packed(documents([20]))).sum.backward()
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    states = [part for state in optimizer.state.values() for part in state.values() if part.dim() > 0]
+    assert plan.parts["gradients"] == sum(4 * parameter.grad.numel() for parameter in trained)
+    assert plan.parts["optimizer"] == sum(part.numel() * part.element_size() for part in states)
+    if adapted.method != "full":
+        assert plan.parts["adapter"] == adapted.adapter_bytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_planned_activations_are_of_the_size_that_the_backward_pass_keeps(folder, checkpointing):
+    recipe = recipe_with(folder, train={"gradient_checkpointing": checkpointing})
+    tokens = 256
+    plan = plan_for(recipe, tokens)
+    adapted = inject(open_model(recipe), recipe, quiet())
+    adapted.model.train()
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = causal_loss(adapted.model, packed(documents([tokens // 4] * 4)))
+    found = sum(size for pointer, size in kept.items() if pointer not in weights)
+    assert loss.count > 0
+    planned = plan.parts["activations"] + plan.parts["logits"]
+    assert 0.4 * planned < found < 1.3 * planned or (checkpointing and found < planned)
+
+
+@pytest.mark.parametrize(
+    ("optim", "wanted"),
+    [("adamw_torch", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("lion_32bit", 4), ("sgd", 0), ("ademamix", 12)],
+)
+def test_an_optimizers_state_is_known_by_its_name(optim, wanted):
+    scales = 1 + 4 / 256 if "8bit" in optim else 1
+    assert optimizer_bytes(optim) == wanted * scales
+
+
+@pytest.mark.parametrize("r", [4, 16, 64])
+@pytest.mark.parametrize(
+    "optim", ["adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit", "lion_32bit", "ademamix"]
+)
+def test_planned_states_of_other_optimizers_are_those_that_they_keep(folder, optim, r):
+    recipe = recipe_with(folder, adapter={"r": r}, train={"optim": optim})
+    adapted = inject(open_model(recipe), recipe, quiet())
+    optimizer = build_optimizer(adapted.model, recipe, torch.device("cpu"))
+    causal_loss(adapted.model, packed(documents([20]))).sum.backward()
+    optimizer.step()
+    parts = [part for state in optimizer.state.values() for name, part in state.items() if torch.is_tensor(part)]
+    tables = {part.data_ptr() for state in optimizer.state.values() for n, part in state.items() if "qmap" in n}
+    kept = sum(part.numel() * part.element_size() for part in parts if part.data_ptr() not in tables and part.dim() > 0)
+    assert plan_for(recipe).parts["optimizer"] == pytest.approx(kept, rel=0.02)
+
+
+def test_a_paged_optimizers_state_is_no_part_of_the_lower_bound(folder):
+    plain, paged = (
+        plan_for(recipe_with(folder, train={"optim": optim})) for optim in ("adamw_torch", "paged_adamw_32bit")
+    )
+    assert paged.parts == plain.parts
+    assert paged.lower_bound == plain.lower_bound - plain.parts["optimizer"]
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(0.5, True), (0.999, True), (1.001, False), (3.0, False)])
+def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_fit(folder, monkeypatch, limit, wanted):
+    recipe = recipe_with(folder)
+    assert recipe.train.gradient_checkpointing == "auto"
+    place, task = locate(recipe.model.name, recipe.model, quiet()), get_task(recipe.task)
+    total = plan_for(recipe, tokens=512).total
+    monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: int(limit * total / 0.85))
+    assert settle_checkpointing(place, recipe, task, 512, "cpu") is wanted
+    monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: None)
+    assert settle_checkpointing(place, recipe, task, 512, "cpu") is False
+
+
+def test_auto_that_is_not_settled_yet_is_planned_as_off(folder):
+    on, off, auto = (plan_for(recipe_with(folder, train={"gradient_checkpointing": g})) for g in (True, False, "auto"))
+    assert auto.parts == off.parts
+    assert on.parts["activations"] < off.parts["activations"]
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_fits(folder):
+    recipe = recipe_with(folder, adapter={"method": "full"})
+    plan = plan_for(recipe)
+    weights = plan.parts["weights"]
+    for limit, wanted in (
+        (3 * weights, "train.optim: adamw_8bit"),
+        (2 * weights, "adapter.method: lora"),
+        (weights // 2, "adapter.method: qlora"),
+    ):
+        with pytest.raises(EnvironmentProblem) as caught:
+            check_memory(dataclasses.replace(plan, limit=limit), recipe, quiet())
+        assert wanted in str(caught.value)
+        assert "model.check_memory: false" in str(caught.value)
+    with pytest.raises(EnvironmentProblem, match="Choose a smaller model"):
+        check_memory(dataclasses.replace(plan, limit=weights // 50), recipe, quiet())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_a_refusal_names_does_fit(folder, dtype, method):
+    """The suggestion is followed, and the new plan's lower bound is below the limit."""
+    changes = {"adamw_8bit": {"train": {"optim": "adamw_8bit"}, "adapter": {"method": "full"}}}
+    changes |= {name: {"adapter": {"method": name, "r": 2}} for name in ("lora", "qlora")}
+    recipe = recipe_with(folder, model={"dtype": dtype}, adapter={"method": method, "r": 2})
+    plan = plan_for(recipe)
+    followed = set()
+    for share in range(5, 100, 5):
+        limit = share * plan.lower_bound // 100
+        said = suggest_recipe(dataclasses.replace(plan, limit=limit), recipe)
+        named = next((name for name in changes if f": {name}, which should fit" in said), None)
+        if named is None:
+            assert "Choose a smaller model" in said
+        else:
+            followed.add(named)
+            assert plan_for(recipe_with(folder, model={"dtype": dtype}, **changes[named])).lower_bound <= limit, share
+    assert followed == ({"adamw_8bit", "lora", "qlora"} if method == "full" else {"qlora"})
+
+
+def test_a_total_above_the_limit_is_a_warning_only(folder, console):
+    recipe = recipe_with(folder)
+    plan = plan_for(recipe, tokens=4096)
+    check_memory(dataclasses.replace(plan, limit=plan.lower_bound + 1), recipe, console)
+    assert "exceeds the memory" in console.file.getvalue()
+
+
+def test_check_memory_false_overrules(folder, console):
+    recipe = recipe_with(folder, model={"check_memory": False})
+    check_memory(dataclasses.replace(plan_for(recipe), limit=1), recipe, console)
+    assert "going on" in console.file.getvalue()
+
+
+def test_the_plan_is_printed_with_every_part(folder, console):
+    recipe = recipe_with(folder)
+    check_memory(plan_for(recipe), recipe, console)
+    said = console.file.getvalue()
+    for part in ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "lower bound", "total"):
+        assert part in said
+
+
+def test_the_first_budget_follows_from_total_memory_and_holds_the_longest_row(folder):
+    plan = plan_for(recipe_with(folder), tokens=100)
+    per_token = (plan.parts["activations"] + plan.parts["logits"]) // 100
+    fixed = plan.lower_bound
+    roomy = dataclasses.replace(plan, limit=1 << 60)
+    assert micro_batch_tokens(roomy, 100, 10) == 2048
+    assert micro_batch_tokens(dataclasses.replace(roomy, device="cuda"), 100, 10) > 2048
+    tight = dataclasses.replace(plan, limit=int((fixed + 500 * per_token) / 0.85))
+    assert micro_batch_tokens(tight, 100, 10) == pytest.approx(500, rel=0.05)
+    assert micro_batch_tokens(tight, 100, 800) == 800
+    assert micro_batch_tokens(dataclasses.replace(plan, limit=None), 100, 10) == 2048

@@ -1,0 +1,177 @@
+"""Candidates are ranked by what they know of the user's rows; those that cannot be used are left out with a reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.adapting import SHAPE, build_family, quiet
+from support.models import build_llama, train_tokenizer
+from support.rows import chat, write_jsonl
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from llmtune.data import prepare_rows
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model import rank_candidates
+from llmtune.recipe import Recipe
+from llmtune.records import Rows
+from llmtune.tasks import get_task
+
+COLOURS = ["red", "green", "blue", "black"]
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> Path:
+    rows = [chat(f"Which colour has number {i}?", f"{COLOURS[i % 4]} {COLOURS[i % 3]}") for i in range(60)]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, rows_file) -> Path:
+    """A tiny model that has seen the rows a few times."""
+    folder = build_llama(tmp_path_factory.mktemp("taught"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
+    texts = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(12):
+        ids = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
+        model(**ids, labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory, taught) -> Path:
+    folder = Path(shutil.copytree(taught, tmp_path_factory.mktemp("disturbed") / "m"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def recipe_for(rows_file: Path, *candidates: Path | str, **sections: dict[str, object]) -> Recipe:
+    data = {"train": str(rows_file), "validation": 0.2, "test": 0.2, "deduplicate": "exact"}
+    model = {"candidates": [str(candidate) for candidate in candidates], "dtype": "float32"}
+    content = {"task": "chat", "data": data, "model": model}
+    return Recipe.model_validate(
+        {**content, **{name: {**content.get(name, {}), **keys} for name, keys in sections.items()}}
+    )
+
+
+def rank(recipe: Recipe, folder: Path, console=None, rows: Rows | None = None):
+    rows = rows or prepare_rows(recipe, folder / "data", quiet())
+    task = get_task("chat")
+    return rank_candidates(recipe, lambda place: task, rows, console or quiet(), folder / "model", "cpu", offline=True)
+
+
+def test_the_model_that_knows_the_rows_best_is_taken(taught, disturbed, rows_file, tmp_path, console):
+    fresh = build_llama(tmp_path / "fresh", seed=1)
+    ranking = rank(recipe_for(rows_file, fresh, disturbed, taught), tmp_path, console)
+    assert [Path(candidate.name) for candidate in ranking.candidates] == [taught, disturbed, fresh]
+    assert ranking.chosen.path == taught
+    bits = [candidate.bits_per_byte for candidate in ranking.candidates]
+    assert bits == sorted(bits)
+    assert bits[0] < 0.8 * bits[2]
+    assert (ranking.side, ranking.rows) == ("validation", prepare_count(tmp_path))
+    said = console.file.getvalue()
+    assert "bits per byte" in said
+    assert f"{bits[0]:.4f}" in said
+
+
+def prepare_count(folder: Path) -> int:
+    from llmtune.data import load_rows
+
+    return load_rows(folder / "data").counts["validation"]
+
+
+def test_bits_per_byte_are_those_of_the_textbook(taught, rows_file, tmp_path):
+    """Against a plain model, row by row, with the byte count of the answers."""
+    recipe = recipe_for(rows_file, taught)
+    ranking = rank(recipe, tmp_path)
+    from llmtune.data import iterate_rows, load_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    plain = AutoModelForCausalLM.from_pretrained(taught, attn_implementation="eager").eval()
+    nats, size = 0.0, 0
+    for _, row in iterate_rows(load_rows(tmp_path / "data"), "validation"):
+        question, answer = row["messages"]
+        prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        head, whole = (tokenizer(text).input_ids for text in (prompt, f"{prompt}{answer['content']}<|im_end|>"))
+        with torch.no_grad():
+            logs = plain(torch.tensor([whole])).logits[0].log_softmax(-1)
+        nats -= float(sum(logs[i - 1, whole[i]] for i in range(len(head), len(whole))))
+        size += len(answer["content"].encode())
+    assert ranking.candidates[0].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+def test_the_ranking_is_written_and_the_same_each_time(taught, disturbed, rows_file, tmp_path):
+    recipe = recipe_for(rows_file, disturbed, taught)
+    first = rank(recipe, tmp_path)
+    written = json.loads((tmp_path / "model" / "ranking.json").read_text())
+    assert written == first.to_dict()
+    assert written["chosen"] == str(taught)
+    assert rank(recipe, tmp_path).to_dict() == written
+
+
+def test_test_rows_are_never_read(taught, rows_file, tmp_path):
+    recipe = recipe_for(rows_file, taught)
+    rows = prepare_rows(recipe, tmp_path / "data", quiet())
+    rows.files["test"].unlink()
+    assert rank(recipe, tmp_path, rows=rows).rows > 0
+
+
+def test_without_validation_rows_the_sample_is_of_train(taught, rows_file, tmp_path):
+    ranking = rank(recipe_for(rows_file, taught, data={"validation": 0}), tmp_path)
+    assert ranking.side == "train"
+
+
+def test_those_that_cannot_be_used_are_left_out_with_the_reason(taught, rows_file, tmp_path, console):
+    short = build_family(tmp_path / "short", "llama", max_position_embeddings=8)
+    train_tokenizer().save_pretrained(tmp_path / "bert")
+    small = {**SHAPE, "hidden_size": 32, "head_dim": 8}
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **small)).save_pretrained(tmp_path / "bert")
+    mute = build_llama(tmp_path / "mute", chat_template=None)
+    ranking = rank(recipe_for(rows_file, short, tmp_path / "bert", taught, mute), tmp_path, console)
+    assert ranking.chosen.path == taught
+    reasons = {Path(candidate.name).name: candidate.reason for candidate in ranking.candidates}
+    assert "context of 8 tokens" in reasons["short"]
+    assert "BertForMaskedLM" in reasons["bert"]
+    assert "template" in reasons["mute"]
+    assert reasons[taught.name] is None
+    assert "BertForMaskedLM" in console.file.getvalue()
+
+
+def test_one_that_cannot_fit_is_left_out(taught, rows_file, tmp_path, monkeypatch):
+    from llmtune.model import memory_plan as plan
+
+    monkeypatch.setattr(plan, "memory_limit", lambda device: 1000)
+    with pytest.raises(EnvironmentProblem, match="no candidate is left") as caught:
+        rank(recipe_for(rows_file, taught), tmp_path)
+    assert "cpu has 0.0 MiB" in str(caught.value)
+    assert rank(recipe_for(rows_file, taught, model={"check_memory": False}), tmp_path).chosen.path == taught
+
+
+def test_names_that_are_not_found_are_all_told_at_once(taught, rows_file, tmp_path):
+    with pytest.raises(EnvironmentProblem) as caught:
+        rank(recipe_for(rows_file, tmp_path / "no-1", taught, tmp_path / "no-2"), tmp_path)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_candidate_with_own_code_is_no_silent_loss(taught, rows_file, tmp_path):
+    other = Path(shutil.copytree(taught, tmp_path / "own"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "m.Own"}}))
+    with pytest.raises(RecipeError, match="trust_remote_code"):
+        rank(recipe_for(rows_file, taught, other), tmp_path)

@@ -1,0 +1,67 @@
+"""Memory that runs out is an error with numbers and advice; anything else passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.adapting import build_family
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.model.oom import enough_memory
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import psutil
+from support.adapting import open_model, quiet, recipe_with
+from llmtune.adapter import inject
+from llmtune.errors import EnvironmentProblem
+
+def limit(more):
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + more, resource.RLIM_INFINITY))
+
+small, large = sys.argv[1:]
+selected = open_model(recipe_with(small))  # with everything imported and its threads started
+for attempt in (
+    lambda: open_model(recipe_with(large)),
+    lambda: inject(selected, recipe_with(small, adapter={"r": 4096}), quiet()),
+):
+    limit(20_000_000)
+    try:
+        attempt()
+    except EnvironmentProblem as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
+def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate):
+    with (
+        pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]iB"),
+        enough_memory("loading x", "cpu"),
+    ):
+        allocate()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), FileNotFoundError(2, "No such file"), KeyError("x")])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, enough_memory("loading x", "cpu"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path):
+    large = build_family(tmp_path, "llama", hidden_size=1024, intermediate_size=2048)
+    words = [sys.executable, "-c", LIMITED, str(tiny_llama), str(large)]
+    found = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "tests"}
+    )
+    assert found.returncode == 0, found.stderr
+    assert f"out of memory while loading {large}" in found.stdout
+    assert "out of memory while putting the adapter into" in found.stdout
+    assert found.stdout.count("adapter.method: qlora") == 2

@@ -1,0 +1,183 @@
+"""Encoders with their heads say the same of a packed row as of each text alone, or rows are padded and it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from support import families
+from support.adapting import quiet
+from support.models import build_llama
+from transformers import AutoModelForSequenceClassification
+
+from llmtune.adapter import inject
+from llmtune.adapter.injection import enable_checkpointing
+from llmtune.model import load_model, load_processor, locate
+from llmtune.model.config import read_model_config
+from llmtune.model.packed_attention import PACKED, install_packed
+from llmtune.model.packed_pooling import first_tokens, means, pool_documents
+from llmtune.model.packing_check import reads_apart
+from llmtune.recipe import Recipe
+from llmtune.records import Example, SelectedModel
+from llmtune.tasks import choose_form
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},
+    "token-classify": {"token_classify": {"labels": ["PLACE", "NAME"]}},
+    "qa": {"qa": {"style": "extractive"}},
+    "completion": {"completion": {"objective": "masked"}},
+}
+
+
+def recipe_of(folder: Path, task: str, **sections: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {"task": task, "data": {"train": "/nowhere.jsonl"}, **SECTIONS.get(task, {})}
+    content["model"] = {"name": str(folder), "dtype": "float32", **sections.pop("model", {})}
+    content["data"] |= sections.pop("data", {})
+    return Recipe.model_validate(content | sections)
+
+
+def open_model(recipe: Recipe, console: Console) -> SelectedModel:
+    assert recipe.model.name is not None
+    place = locate(recipe.model.name, recipe.model, console)
+    task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
+    processor = load_processor(place, recipe.model)
+    return load_model(place, recipe, task, processor, device="cpu", training=True, console=console)
+
+
+@pytest.mark.parametrize("task", SECTIONS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
+def test_encoders_are_proven_to_pack(tmp_path, family, task, console):
+    folder = getattr(families, f"build_{family}")(tmp_path)
+    selected = open_model(recipe_of(folder, task), console)
+    assert selected.packs
+    assert selected.model.config._attn_implementation == PACKED
+    assert "padded" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("build", "task", "reason"),
+    [
+        (families.build_deberta, "classify", "DebertaV2ForSequenceClassification does not use transformers' attention"),
+        (families.build_deberta, "completion", "DebertaV2ForMaskedLM does not use transformers' attention interface"),
+        (families.build_t5, "translate", "the model has an encoder and a decoder"),
+        (build_llama, "classify", "the class of a text is read at its last token, with a decoder"),
+    ],
+)
+def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, reason, console):
+    selected = open_model(recipe_of(build(tmp_path), task), console)
+    assert not selected.packs
+    assert selected.model.config._attn_implementation != PACKED
+    said = " ".join(console.file.getvalue().split())
+    assert f"Rows are padded, those of like length together, because {reason}" in said
+    console.file.truncate(0)
+    open_model(recipe_of(tmp_path, task, data={"packing": False}), console)
+    assert "padded" not in console.file.getvalue()
+
+
+def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(tmp_path, console):
+    folder = families.build_bert(tmp_path)
+    assert not open_model(recipe_of(folder, "classify", data={"packing": False}), console).packs
+    assert console.file.getvalue() == ""
+    selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console)
+    assert not selected.packs
+    assert "because model.attn_implementation names another attention" in console.file.getvalue()
+
+
+def load(folder: Path, **config: Any) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=PACKED, **config).eval()
+
+
+@pytest.mark.parametrize("pools", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_without_pooling_by_document_the_proof_fails(tmp_path, family, pools):
+    model = load(getattr(families, f"build_{family}")(tmp_path), num_labels=3)
+    install_packed(model)
+    if pools:
+        pool_documents(model)
+    assert reads_apart(model, torch.float32) == pools
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_where_documents_see_one_another_the_proof_fails(tmp_path, family):
+    model = load(getattr(families, f"build_{family}")(tmp_path), num_labels=3)
+    pool_documents(model)
+    whole = model.base_model.register_forward_pre_hook(  # as if the lengths got lost on the way
+        lambda module, args, kwargs: (
+            (args, {**kwargs, "cu_seq_lens_q": kwargs["cu_seq_lens_q"][[0, -1]]}) if "cu_seq_lens_q" in kwargs else None
+        ),
+        with_kwargs=True,
+    )
+    install_packed(model)
+    assert not reads_apart(model, torch.float32)
+    whole.remove()
+    assert reads_apart(model, torch.float32)
+
+
+@pytest.mark.parametrize("given", [64, 12])
+def test_another_window_than_the_model_s_own_fails_the_proof(tmp_path, given):
+    """The documents of the proof are longer than the window."""
+    model = load(families.build_modernbert(tmp_path, local_attention=64), num_labels=3)
+    install_packed(model)
+    pool_documents(model)
+    for layer in model.model.layers:
+        if layer.attn.sliding_window is not None:
+            layer.attn.sliding_window = given // 2 + 1
+    assert reads_apart(model, torch.float32) == (given == 64)
+
+
+def test_first_tokens_and_means_are_those_of_each_document():
+    hidden_1TH = torch.arange(12.0).reshape(1, 6, 2)
+    assert first_tokens(hidden_1TH, [1, 3, 2]).tolist() == [[[0, 1]], [[2, 3]], [[8, 9]]]
+    assert means(hidden_1TH, [1, 3, 2]).tolist() == [[[0, 1]], [[4, 5]], [[9, 10]]]
+
+
+@pytest.mark.parametrize("task", ["classify", "token-classify", "qa"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_documents_stay_apart_within_an_adapter(tmp_path, family, task):
+    """PEFT's classes for these tasks leave out arguments that they do not know."""
+    recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path), task)
+    selected = open_model(recipe, quiet())
+    adapted = inject(selected, recipe, quiet())
+    task_of, processor = selected.task, selected.processor
+    texts = ["the fox is red", "the sky is blue and the fox has four legs .", "four", "two and two"]
+    rows = {
+        "classify": [{"text": text, "pair": None, "label": "b"} for text in texts],
+        "token-classify": [{"tokens": text.split(), "tags": ["B-NAME", *["O"] * text.count(" ")]} for text in texts],
+        "qa": [
+            {"question": "what ?", "context": text, "answers": [{"text": text.split()[0], "start": 0}]}
+            for text in texts
+        ],
+    }[task]
+    encoded = task_of.encode(rows, processor, recipe)
+    assert not [row for row in encoded if isinstance(row, str)], json.dumps(encoded, default=str)
+    examples = [example for row in encoded for example in row]
+    packed, padded = (task_of.collator(processor, recipe, packs)(examples, 0) for packs in (True, False))
+    assert "cu_seq_lens_q" in packed
+    assert "attention_mask" in padded
+    with torch.no_grad():
+        together, beside = (task_of.loss(adapted.model, batch, True) for batch in (packed, padded))
+    torch.testing.assert_close(together.row_sums, beside.row_sums, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_layers_that_are_computed_again_for_the_backward_pass_keep_documents_apart(tmp_path, family):
+    config = {"classifier_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path, **config), "classify")
+    selected = open_model(recipe, quiet())
+    model = selected.model.train()
+    model.requires_grad_(True)
+    examples = [Example(list(range(5, 5 + size)), [], 0, target_ids=[size % 3]) for size in (4, 20, 7)]
+    batch = selected.task.collator(selected.processor, recipe, True)(examples, 0)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_checkpointing(model)
+        model.zero_grad()
+        selected.task.loss(model, batch, False).sum.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)

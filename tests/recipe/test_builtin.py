@@ -1,0 +1,98 @@
+import pytest
+
+from llmtune.errors import RecipeError
+from llmtune.recipe import (
+    find_recipe,
+    json_schema,
+    list_recipes,
+    load_recipe,
+    new_recipe,
+    recipe_reference,
+)
+from llmtune.recipe.base_section import Section
+from llmtune.recipe.check import key_paths
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
+
+
+def test_the_shipped_recipes_are_listed_with_task_and_purpose_and_pass_the_check():
+    shipped = {recipe.name: recipe for recipe in list_recipes()}
+    assert {"quickstart", "chat", "chat-qlora", "completion"} <= set(shipped)
+    for name, recipe in shipped.items():
+        loaded = load_recipe(name)
+        assert loaded.recipe.task == recipe.task
+        assert len(recipe.about) > 10
+
+
+def test_a_file_goes_before_a_shipped_recipe_of_that_name(write):
+    path = write(name="quickstart")
+    assert find_recipe("quickstart").resolve() == path
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="no shipped recipe is called 'quikstart'") as caught:
+        find_recipe("quikstart")
+    assert "Did you mean 'quickstart'?" in caught.value.problems[0].fix
+
+
+def test_a_missing_file_is_refused_with_the_nearest_one_beside_it(write):
+    write(name="support.yaml")
+    with pytest.raises(RecipeError, match=r"no such recipe file: suport\.yaml") as caught:
+        load_recipe("suport.yaml")
+    assert caught.value.exit_code == 2
+    assert "Did you mean 'support.yaml'?" in caught.value.problems[0].fix
+
+
+@pytest.mark.parametrize("task", TASK_FACTS)
+def test_a_new_recipe_passes_the_check_and_marks_what_must_be_set(write, task):
+    text = new_recipe(task)
+    loaded = load_recipe(write(text, whole=True))
+    assert loaded.recipe.task == task
+    for key in ("name: my-", "train: data", "max_length:", "gates:"):
+        (line,) = [line for line in text.splitlines() if line.strip().startswith(key)]
+        assert "# SET" in line
+
+
+def test_the_gates_that_a_new_recipe_proposes_can_be_used(write):
+    for task in TASK_FACTS:
+        text = new_recipe(task)
+        proposed = text.rsplit("e.g. ", 1)[1].strip()
+        assert load_recipe(write(text, whole=True), [f"evaluate.gates={proposed}"]).recipe.evaluate.gates
+
+
+def test_a_new_recipe_for_no_task_is_refused():
+    with pytest.raises(RecipeError, match="Did you mean 'chat'"):
+        new_recipe("chatt")
+
+
+def test_the_reference_has_every_key_and_every_task():
+    text = recipe_reference()
+    for path in key_paths():
+        assert f"| `{path.rpartition('.')[2]}` |" in text
+    for task in TASK_FACTS:
+        assert f"`{task}`" in text
+
+
+def sections(section: type[Section] = Recipe) -> list[type[Section]]:
+    from llmtune.recipe.check import find_section
+
+    inner = [find_section(field.annotation) for field in section.model_fields.values()]
+    return [section, *(deeper for found in inner if found for deeper in sections(found))]
+
+
+def test_every_key_is_described_with_the_reason_of_its_default():
+    for section in sections():
+        for name, field in section.model_fields.items():
+            description = field.description or ""
+            assert len(description) > 15, f"{section.__name__}.{name}"
+            assert field.is_required() or "default" in description.lower() or "later release" in description
+
+
+def test_the_json_schema_is_closed_and_knows_extends_and_short_forms():
+    schema = json_schema()
+    assert schema["additionalProperties"] is False
+    assert "extends" in schema["properties"]
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+    train = schema["$defs"]["DataSection"]["properties"]["train"]
+    assert {"type": "string"} in train["anyOf"]

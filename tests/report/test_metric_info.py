@@ -1,0 +1,51 @@
+"""Every metric that a recipe may name is explained, has a direction and a rank."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.report.metric_info import (
+    HEADLINES,
+    LOWER_IS_BETTER,
+    METRIC_NOTES,
+    NEAREST_TO_ONE,
+    TASK_NOTES,
+    better_side,
+    direction,
+    note,
+)
+
+EVERY = [(task, metric) for task, facts in TASK_FACTS.items() for metric in facts.metrics]
+HIGHER = {
+    *("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "precision", "recall", "matthews"),
+    *("auroc", "pearson", "spearman", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "margin"),
+    *("choice_accuracy", "likelihood_accuracy"),
+}
+"""Said once more, so that a new metric has to be put on one side by a person."""
+
+
+@pytest.mark.parametrize(("task", "metric"), EVERY)
+def test_every_metric_of_every_task_has_a_note_a_direction_and_a_rank(task, metric):
+    assert note(metric, task)
+    assert metric in HEADLINES
+    assert [metric in side for side in (HIGHER, LOWER_IS_BETTER, NEAREST_TO_ONE)].count(True) == 1
+    assert better_side(metric) == (metric in HIGHER) - (metric in LOWER_IS_BETTER)
+
+
+def test_no_metric_is_explained_that_no_task_has():
+    known = {metric for _, metric in EVERY}
+    assert set(METRIC_NOTES) == set(HEADLINES) == known
+    assert len(HEADLINES) == len(known)
+    assert set(TASK_NOTES) <= set(EVERY)
+    assert known >= LOWER_IS_BETTER | NEAREST_TO_ONE
+
+
+def test_a_name_that_two_tasks_share_is_explained_for_each():
+    assert note("accuracy", "classify") != note("accuracy", "preference") != note("accuracy", "chat")
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("wer", -1), ("bleu", 1), ("length_ratio", 0)])
+def test_an_interval_above_zero_is_good_bad_or_neither(metric, sign):
+    assert direction(metric, (0.1, 0.2)) == sign
+    assert direction(metric, (-0.1, 0.2)) == 0

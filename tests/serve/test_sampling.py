@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from llmtune.evaluate.generation import only_these_settings
+from llmtune.serve.continuous_batch import LiveRows
+from llmtune.serve.sampling import Chooser, choose_tokens, wish_for
+
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"top_k": 12},
+    {"temperature": 1.4, "min_p": 0.05, "repetition_penalty": 1.2},
+    {"temperature": 0, "repetition_penalty": 1.5},
+    {"temperature": 0},
+]
+
+
+def by_transformers(model, ids, stated, seed, new_tokens):
+    drawn = stated.get("temperature") != 0
+    own = {name: value for name, value in stated.items() if drawn or name == "repetition_penalty"}
+    own |= {"top_k": own.get("top_k", 0)} if drawn else {}
+    settings = GenerationConfig(do_sample=drawn, max_new_tokens=new_tokens, pad_token_id=3, **own)
+    with torch.random.fork_rng(), only_these_settings(model):
+        torch.manual_seed(seed)
+        out = model.generate(input_ids=torch.tensor([ids]), generation_config=settings)
+    return out[0, len(ids) :].tolist()
+
+
+def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
+    adapted, recipe = tune()
+    model, new = adapted.model.eval(), 12
+    prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
+    wishes = [wish_for(recipe, stated, new, 100 + i) for i, stated in enumerate(SETTINGS)]
+    choosers = [Chooser(wish, ids, "cpu") for wish, ids in zip(wishes, prompts, strict=True)]
+    with torch.inference_mode():
+        rows = LiveRows(model, "cpu")
+        tokens = choose_tokens(rows.join(prompts), choosers)
+        for _ in range(new - 1):
+            tokens = choose_tokens(rows.step(torch.tensor(tokens)), choosers)
+    for i, (chooser, ids) in enumerate(zip(choosers, prompts, strict=True)):
+        assert chooser.ids[len(ids) :] == by_transformers(model, ids, SETTINGS[i], 100 + i, new), SETTINGS[i]
+
+
+@pytest.mark.parametrize(
+    ("section", "stated", "drawn", "temperature"),
+    [
+        ({}, {}, False, None),
+        ({}, {"temperature": 0.5}, True, 0.5),
+        ({}, {"top_p": 0.5}, True, None),
+        ({}, {"top_p": 1.0}, False, None),
+        ({"do_sample": True, "temperature": 0.3}, {}, True, 0.3),
+        ({"do_sample": True, "temperature": 0.3}, {"temperature": 0}, False, None),
+        ({"do_sample": True, "temperature": 0.3, "top_p": 0.9}, {"temperature": 0.6}, True, 0.6),
+    ],
+)
+def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
+    _, recipe = tune(generation=section)
+    wish = wish_for(recipe, stated, 5, 1)
+    assert (wish.do_sample, wish.temperature) == (drawn, temperature)
+    assert wish.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)

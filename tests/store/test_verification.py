@@ -1,0 +1,200 @@
+"""`verify`: every claim of a run against what is there now, each change named by its file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.finished import finish_run
+from typer.testing import CliRunner
+
+from llmtune.cli.app import app
+from llmtune.errors import RecipeError
+from llmtune.store.atomic_files import hash_file
+from llmtune.store.run_lock import LOCK, read_pins
+from llmtune.store.verification import Verification, verify
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with rows, recipe, model and a finished run."""
+    place = tmp_path_factory.mktemp("made") / "project"
+    place.mkdir()
+    shutil.copytree(tiny_llama, place / "model")
+    finish_run(place, Path("./model"))
+    return place
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed; the first one is put aside, so that nothing is found there."""
+    place = tmp_path / "elsewhere" / "project"
+    shutil.copytree(made, place)
+    lock = place / "runs/tiny" / LOCK
+    for path in (lock, place / "runs/tiny/recipe.yaml"):
+        path.write_text(path.read_text().replace(str(made), str(made / "gone")))
+    manifest = place / "runs/tiny/run.json"
+    known = json.loads(manifest.read_text())
+    known["lock"] = hash_file(lock)
+    manifest.write_text(json.dumps(known))
+    return place
+
+
+def failed(found: Verification) -> list[tuple[str, str, str]]:
+    """Kind, file name and state of all that failed."""
+    return [(finding.kind, Path(finding.name).name, finding.state) for finding in found.failed]
+
+
+def flip_byte(path: Path, at: int = -3) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_is_verified_where_it_was_made_and_where_its_project_was_copied_to(made: Path, project: Path) -> None:
+    for place in (made, project):
+        found = verify(place / "runs/tiny")
+        assert failed(found) == []
+        kinds = {finding.kind for finding in found.findings if finding.state == "same"}
+        wanted = {
+            "lock",
+            "recipe",
+            "data",
+            "model",
+            "template",
+            "rows",
+            "examples",
+            "adapter",
+            "evaluation",
+            "evaluated",
+        }
+        assert wanted <= kinds
+
+
+def test_one_changed_byte_of_the_data_is_named_with_its_file_and_exit_code_6(project: Path) -> None:
+    flip_byte(project / "rows.jsonl", 40)
+    assert failed(verify(project / "runs/tiny")) == [("data", "rows.jsonl", "changed")]
+    done = CliRunner().invoke(app, ["verify", str(project / "runs/tiny")])
+    assert done.exit_code == 6
+    assert f"{project / 'rows.jsonl'}: data: changed since the run: its hash was" in done.stderr.replace("\n", "")
+    assert "run the recipe again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("model/model.safetensors", "model"),
+        ("model/tokenizer.json", "model"),
+        ("runs/tiny/data/rows/train.rows.arrow", "rows"),
+        ("runs/tiny/evaluation/evaluation.json", "evaluation"),
+    ],
+)
+def test_one_changed_byte_is_named_with_its_file(project: Path, file: str, kind: str) -> None:
+    flip_byte(project / file)
+    assert failed(verify(project / "runs/tiny")) == [(kind, Path(file).name, "changed")]
+
+
+def test_a_changed_adapter_is_not_the_one_that_was_evaluated(project: Path) -> None:
+    flip_byte(project / "runs/tiny/adapter/adapter_model.safetensors")
+    wanted = [("adapter", "adapter_model.safetensors", "changed"), ("evaluated", "adapter", "changed")]
+    assert failed(verify(project / "runs/tiny")) == wanted
+
+
+def test_another_chat_template_beside_the_adapter_is_named(project: Path) -> None:
+    path = project / "runs/tiny/adapter/chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+    assert ("template", "chat_template.jinja", "changed") in failed(verify(project / "runs/tiny"))
+
+
+def test_missing_and_added_files_are_named(project: Path) -> None:
+    (project / "rows.jsonl").unlink()
+    (project / "model/generation_config.json").unlink()
+    (project / "model/vocab.txt").write_text("new")
+    wanted = {("data", "rows.jsonl", "missing"), ("model", "generation_config.json", "missing")}
+    assert set(failed(verify(project / "runs/tiny"))) == wanted | {("model", "vocab.txt", "added")}
+
+
+def test_a_changed_key_of_the_recipe_is_named_and_a_gate_is_not_one(project: Path) -> None:
+    path = project / "runs/tiny/recipe.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("gates: []", 'gates: ["accuracy >= 0"]'))
+    assert failed(verify(project / "runs/tiny")) == []
+    path.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    assert failed(verify(project / "runs/tiny")) == [("recipe", "recipe.yaml: train", "changed")]
+    path.write_text(text.replace("max_new_tokens: 8", "max_new_tokens: 9"))
+    assert failed(verify(project / "runs/tiny")) == [("recipe", "recipe.yaml: generation", "changed")]
+
+
+def test_a_changed_lock_is_named(project: Path) -> None:
+    path = project / "runs/tiny" / LOCK
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
+    assert failed(verify(project / "runs/tiny")) == [("lock", LOCK, "changed")]
+
+
+def test_another_version_of_a_package_is_told_and_counts_with_strict_alone(project: Path) -> None:
+    path = project / "runs/tiny" / LOCK
+    lock = json.loads(path.read_text())
+    now, lock["packages"]["torch"] = lock["packages"]["torch"], "1.0"
+    path.write_text(json.dumps(lock))
+    found = [finding for finding in verify(project / "runs/tiny").findings if finding.name == "torch"]
+    assert [(one.state, one.was, one.now) for one in found] == [("differs", "1.0", now)]
+    assert ("packages", "torch", "changed") in failed(verify(project / "runs/tiny", strict=True))
+
+
+def test_a_file_that_came_into_a_folder_of_rows_is_named(tmp_path: Path, project: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (project / "rows.jsonl").rename(tmp_path / "rows" / "rows.jsonl")
+    path = project / "runs/tiny" / LOCK
+    lock = json.loads(path.read_text())
+    for source in (tmp_path / "rows", tmp_path / "rows" / "*.jsonl", tmp_path / "r*" / "*.jsonl"):
+        (tmp_path / "rows" / "more.jsonl").unlink(missing_ok=True)
+        lock["data"]["files"][0] |= {"source": str(source), "path": str(tmp_path / "rows" / "rows.jsonl")}
+        path.write_text(json.dumps(lock))
+        assert [kind for kind, _, _ in failed(verify(project / "runs/tiny"))] == ["lock"]
+        (tmp_path / "rows" / "more.jsonl").write_text("{}\n")
+        (tmp_path / "rows" / "more.txt").write_text("no data")
+        assert failed(verify(project / "runs/tiny"))[1:] == [("data", "more.jsonl", "added")]
+
+
+def test_a_lock_of_an_older_llmtune_is_read_and_what_it_does_not_list_is_said(project: Path) -> None:
+    path = project / "runs/tiny" / LOCK
+    lock = json.loads(path.read_text())
+    for key in ("lock_version", "folder", "recipe", "start_from", "trained"):
+        del lock[key]
+    del lock["model"]["files"], lock["model"]["folder"], lock["data"]["files"]
+    path.write_text(json.dumps(lock))
+    manifest = json.loads((project / "runs/tiny/run.json").read_text())
+    del manifest["lock"]
+    (project / "runs/tiny/run.json").write_text(json.dumps(manifest))
+    found = verify(project / "runs/tiny")
+    assert found.failed == []
+    unknown = {finding.kind for finding in found.findings if finding.state == "unknown"}
+    assert unknown == {"lock", "recipe", "data", "model"}
+    assert read_pins(path).model_hash == lock["model"]["sha256"]
+
+
+def test_a_later_lock_and_a_run_without_one_are_refused(project: Path, tmp_path: Path) -> None:
+    path = project / "runs/tiny" / LOCK
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lock_version": 99}))
+    with pytest.raises(RecipeError, match="version 99"):
+        verify(project / "runs/tiny")
+    path.unlink()
+    with pytest.raises(RecipeError, match=r"no llmtune\.lock"):
+        verify(project / "runs/tiny")
+    with pytest.raises(RecipeError, match="no such run folder"):
+        verify(tmp_path / "nothing")
+
+
+def test_json_is_one_document_and_torch_is_not_imported(project: Path) -> None:
+    code = "import sys\nfrom llmtune.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    flip_byte(project / "rows.jsonl", 40)
+    command = [sys.executable, "-c", code, "verify", str(project / "runs/tiny"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["verified"]
+    assert [problem["where"] for problem in found["problems"]] == [str(project / "rows.jsonl")]

@@ -1,0 +1,141 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtune.errors import RecipeError
+from llmtune.train.batch_plan import StepPlan, best_fit, cost, divide, heaviest, micro_batches, padding_share
+
+lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(lambda sizes: np.asarray(sizes, dtype=np.int32))
+
+
+def plan(lengths, seed=0, batch_size=4, batch_tokens=None, epochs=1.0, max_steps=None):
+    return StepPlan(np.asarray(lengths, dtype=np.int32), seed, batch_size, batch_tokens, epochs, max_steps)
+
+
+def rows_of(made, steps):
+    return [made.rows(step).tolist() for step in range(1, steps + 1)]
+
+
+@given(lengths_of, st.integers(0, 2**63 - 1), st.integers(1, 7))
+def test_each_epoch_holds_every_row_once_and_steps_have_batch_size_rows(lengths, seed, batch_size):
+    made = plan(lengths, seed, batch_size, epochs=2)
+    for epoch in range(2):
+        first = epoch * made.steps_per_epoch
+        steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
+        assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+        assert all(len(rows) == batch_size for rows in steps[:-1])
+        assert 1 <= len(steps[-1]) <= batch_size
+
+
+@given(lengths_of, st.integers(0, 1000), st.integers(60, 200))
+def test_batch_tokens_holds_every_row_once_and_never_more_tokens(lengths, seed, tokens):
+    made = plan(lengths, seed, batch_tokens=tokens, epochs=2)
+    for epoch in range(2):
+        first = epoch * made.steps_per_epoch
+        steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
+        assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+        assert all(lengths[rows].sum() <= tokens for rows in steps)
+
+
+@given(lengths_of, st.integers(0, 1000))
+def test_best_fit_needs_at_most_11_of_9_bins_of_the_fewest_possible(lengths, seed):
+    bins = best_fit(lengths, 100)
+    assert len(bins) <= 11 / 9 * np.ceil(lengths.sum() / 100) + 1 or lengths.max() > 33
+    shuffled = np.random.default_rng(seed).permutation(lengths)
+    assert len(best_fit(shuffled, 100)) == len(bins)
+
+
+def test_what_a_step_holds_is_a_function_of_seed_and_step_alone():
+    lengths = list(range(1, 40))
+    forwards = rows_of(plan(lengths, seed=3, epochs=5), 50)
+    fresh = [plan(lengths, seed=3, epochs=5).rows(step).tolist() for step in range(50, 0, -1)]
+    assert forwards == fresh[::-1]
+    assert rows_of(plan(lengths, seed=4, epochs=5), 50) != forwards
+
+
+def test_epochs_differ_in_their_order():
+    made = plan(range(1, 40), epochs=2)
+    assert rows_of(made, made.steps_per_epoch) != rows_of(made, 2 * made.steps_per_epoch)[made.steps_per_epoch :]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps"), [(1, None, 5), (0.5, None, 3), (0.01, None, 1), (2.2, None, 11), (1, 12, 12)]
+)
+def test_epochs_may_be_fractions_and_max_steps_wins(epochs, max_steps, steps):
+    assert plan([5] * 18, epochs=epochs, max_steps=max_steps).total_steps == steps
+
+
+def test_a_row_longer_than_batch_tokens_is_refused():
+    with pytest.raises(RecipeError, match="100 tokens a step, but the longest training example has 101"):
+        plan([5, 101], batch_tokens=100)
+
+
+@given(lengths_of, st.integers(1, 5))
+def test_rows_are_divided_over_processes_evenly_by_tokens(lengths, processes):
+    rows = np.arange(len(lengths))
+    shares = divide(rows, lengths, processes)
+    assert sorted(np.concatenate(shares)) == rows.tolist()
+    loads = [int(lengths[share].sum()) for share in shares]
+    assert max(loads) - min(loads) <= lengths.max()
+
+
+@given(lengths_of, st.integers(60, 300), st.booleans(), st.sampled_from([None, 0, 20, 200]))
+def test_micro_batches_hold_each_row_once_within_the_budget_heaviest_first(lengths, budget, packed, pass_tokens):
+    rows = np.arange(len(lengths))
+    groups = micro_batches(rows, lengths, budget, packed, pass_tokens)
+    assert sorted(np.concatenate(groups)) == rows.tolist()
+    costs = [cost(group, lengths, packed) for group in groups]
+    assert max(costs) <= budget
+    assert costs == sorted(costs, reverse=True)
+
+
+@settings(max_examples=50)
+@given(lengths_of, st.integers(60, 200), st.booleans(), st.integers(1, 8), st.integers(0, 100))
+def test_the_rehearsed_micro_batch_has_the_longest_row_and_the_most_supervised_one(lengths, budget, packed, size, seed):
+    supervised = np.random.default_rng(seed).integers(0, lengths + 1).astype(np.int32)
+    rehearsed = heaviest(lengths, supervised, budget, packed, size)
+    for rows in rehearsed:
+        assert len(rows) <= size
+        assert cost(rows, lengths, packed) <= budget
+    taken = np.concatenate(rehearsed)
+    assert lengths[taken].max() == lengths.max()
+    assert supervised[taken].max() == supervised.max()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(60, 150), st.integers(0, 80))
+def test_padded_rows_are_cut_where_padding_and_passes_cost_the_least(sizes, budget, pass_tokens):
+    falling = np.asarray(sorted(sizes, reverse=True), dtype=np.int32)
+
+    def price(groups):
+        costs = [cost(np.asarray(group), falling, False) for group in groups]
+        return sum(costs) + pass_tokens * len(costs) if max(costs) <= budget else np.inf
+
+    found = micro_batches(np.arange(len(falling)), falling, budget, False, pass_tokens)
+    places = range(1, len(falling))
+    ways = (ends for count in range(len(falling)) for ends in combinations(places, count))
+    assert price(found) == min(price(np.split(np.arange(len(falling)), ends)) for ends in ways)
+
+
+@given(lengths_of, st.integers(60, 300))
+def test_without_a_price_padded_rows_are_cut_as_seldom_as_the_budget_lets(lengths, budget):
+    ordered, greedy = sorted(lengths.tolist(), reverse=True), 0
+    while ordered:
+        ordered, greedy = ordered[budget // ordered[0] :], greedy + 1
+    assert len(micro_batches(np.arange(len(lengths)), lengths, budget, False)) == greedy
+
+
+def test_the_share_of_padding_is_that_of_positions_without_a_token():
+    made = plan([10, 30], batch_size=2)
+    assert padding_share(made, 1, 100, packed=False) == pytest.approx(1 - 40 / 60)
+    assert padding_share(made, 1, 30, packed=False) == 0  # a row at a time
+    assert padding_share(made, 1, 100, packed=False, processes=2) == 0
+    assert padding_share(made, 1, 100, packed=True) == 0
+    assert padding_share(made, 1, 100, packed=False, pass_tokens=5) == 0  # two passes are cheaper than 20 positions
+
+
+def test_a_process_may_get_no_rows():
+    assert [share.tolist() for share in divide(np.array([3]), np.full(5, 9, dtype=np.int32), 2)] == [[3], []]
+    assert micro_batches(np.array([], dtype=np.int64), np.full(5, 9, dtype=np.int32), 64, True) == []

@@ -1,0 +1,177 @@
+import dataclasses
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.process import train_in_process
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
+
+from llmtune.errors import TrainingError
+from llmtune.model import is_out_of_memory
+from llmtune.tasks import get_task
+from llmtune.train.loop import train
+from llmtune.train.preflight import rehearse
+from llmtune.train.setup import set_up
+from llmtune.train.train_state import TrainState
+
+CHAT = get_task("chat")
+
+
+def chat_with_memory_for(tokens, when=lambda model: True):
+    """The chat task on a device that has memory for so many tokens while `when` holds."""
+
+    def loss(model, batch, by_row=False):
+        if batch["input_ids"].numel() > tokens and when(model):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return CHAT.loss(model, batch, by_row)
+
+    return dataclasses.replace(CHAT, loss=loss)
+
+
+def run(folder, recipe, examples, task, console, budget=320):
+    budgets = []
+    adapted = adapt(recipe)
+    trained = train(adapted, examples, task, recipe, folder, console, budget=budget, on_budget=budgets.append)
+    return trained, budgets
+
+
+def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_were(
+    tmp_path, tiny_llama, examples, console
+):
+    recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1})
+    adapted = adapt(recipe)
+    training = set_up(adapted, examples, CHAT, recipe, tmp_path / "run", console, None)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    rates = training.schedule.get_last_lr()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    rehearse(training, TrainState(budget=128), console, lambda tokens: None)
+    assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
+    assert not training.optimizer.state_dict()["state"]
+    assert training.schedule.get_last_lr() == rates
+    assert all(parameter.grad is None for parameter in training.parameters)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert "Rehearsed: micro-batches of 128 tokens fit" in console.file.getvalue()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_out_of_memory_in_the_rehearsal_halves_the_budget_and_nothing_else(tmp_path, tiny_llama, examples, console):
+    recipe = make_recipe(tmp_path, tiny_llama)
+    trained, budgets = run(tmp_path / "small", recipe, examples, chat_with_memory_for(100), console)
+    assert (trained.micro_batch_tokens, budgets) == (80, [160, 80, 80])
+    assert "Out of memory in the rehearsal: micro-batches shrink to 80 tokens." in console.file.getvalue()
+    run_training(tmp_path / "large", recipe, examples, budget=320)
+    for a, b in zip(read_metrics(tmp_path / "small"), read_metrics(tmp_path / "large"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_validation_batch_that_does_not_fit_is_found_before_step_1(tmp_path, tiny_llama, examples, console):
+    task = chat_with_memory_for(100, when=lambda model: not model.training)
+    trained, _ = run(tmp_path / "run", make_recipe(tmp_path, tiny_llama), examples, task, console)
+    assert trained.micro_batch_tokens == 80
+    said = console.file.getvalue()
+    assert said.index("Out of memory in the rehearsal") < said.index("step 1/")
+
+
+def test_out_of_memory_in_the_middle_of_training_does_the_step_again(tmp_path, tiny_llama, examples, console):
+    calls = []
+
+    def late(model):
+        calls.append(model.training)
+        return len(calls) > 8
+
+    recipe = make_recipe(tmp_path, tiny_llama)
+    trained, budgets = run(tmp_path / "run", recipe, examples, chat_with_memory_for(100, when=late), console)
+    assert (trained.micro_batch_tokens, budgets) == (80, [320, 160, 80])
+    run_training(tmp_path / "calm", recipe, examples, budget=320)
+    for a, b in zip(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "calm"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_what_was_found_is_kept_by_a_resume(tmp_path, tiny_llama, examples, console):
+    recipe = make_recipe(tmp_path, tiny_llama)
+    run(tmp_path / "run", recipe, examples, chat_with_memory_for(100), console)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-16")
+    before = trained_bytes(tmp_path / "run")
+    again = run_training(tmp_path / "run", recipe, examples, budget=320)
+    assert again.resumed_from == 8
+    assert again.micro_batch_tokens == 80
+    assert trained_bytes(tmp_path / "run") == before
+
+
+def test_a_budget_below_the_longest_row_starts_at_the_longest_row(tmp_path, tiny_llama, examples):
+    trained = run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama), examples, budget=1)
+    assert trained.micro_batch_tokens == 40
+
+
+def test_a_row_that_can_never_fit_ends_with_what_to_change(tmp_path, tiny_llama, examples, console):
+    recipe = make_recipe(tmp_path, tiny_llama)
+    with pytest.raises(TrainingError) as caught:
+        run(tmp_path / "run", recipe, examples, chat_with_memory_for(30), console)
+    problem = caught.value.problems[0]
+    assert "the longest row (40 tokens) does not fit alone" in problem.what
+    assert "train.gradient_checkpointing: true; or set adapter.method: qlora" in problem.fix
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_limited_address_space_shrinks_the_micro_batch_and_training_goes_on(tmp_path, tiny_llama):
+    examples = write_examples(tmp_path / "examples", train=600)
+    recipe = make_recipe(tmp_path, tiny_llama, train={"batch_size": 600, "max_steps": 2})
+    done = train_in_process(tmp_path, tmp_path / "run", "--memory", 100, "--budget", 16384)
+    assert done.returncode == 0, done.stderr
+    assert "Out of memory in the rehearsal" in done.stderr
+    found = int(done.stdout.split()[-1])
+    assert 40 < found < 16384
+    run_training(tmp_path / "roomy", recipe, examples, budget=16384)
+    for a, b in zip(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "roomy"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_batch_that_can_never_fit_under_a_limited_address_space_ends_with_code_5(tmp_path, tiny_llama):
+    write_examples(tmp_path / "examples", train=4, longest=1800)
+    make_recipe(tmp_path, tiny_llama, data={"max_length": 2048})
+    done = train_in_process(tmp_path, tmp_path / "run", "--memory", 12)
+    assert done.returncode == 5, done.stderr
+    assert "out of memory: the longest row" in done.stderr
+    assert "lower data.max_length".lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Permission denied (13)"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
+    assert is_out_of_memory(error) is is_memory
+
+
+def test_an_error_that_is_not_about_memory_is_not_swallowed(tmp_path, tiny_llama, examples):
+    def loss(model, batch, by_row=False):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(
+            tmp_path / "run",
+            make_recipe(tmp_path, tiny_llama),
+            examples,
+            dataclasses.replace(CHAT, loss=loss),
+            Console(quiet=True),
+        )

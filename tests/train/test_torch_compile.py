@@ -1,0 +1,84 @@
+"""Compiled layers: the same training but for the last digits, resumable, and never silently nothing."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
+
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.train.torch_compile import compile_parts, rehearse_compiled
+
+pytestmark = [  # of the compiler itself, and seen only where warnings are errors
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:<class .torch.autograd.function.Function.> should not be:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+TRAIN = {"max_steps": 6, "save_steps": 3, "logging_steps": 1}
+
+
+def compiled(tmp_path, model, **adapter):
+    return make_recipe(tmp_path, model, adapter=adapter, train={**TRAIN, "torch_compile": True})
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_took(tmp_path, tiny_llama, examples):
+    console = Console(file=io.StringIO(), width=200)
+    recipe = compiled(tmp_path, tiny_llama, lora_dropout=0.1)
+    run_training(tmp_path / "compiled", recipe, examples, console=console)
+    run_training(
+        tmp_path / "plain", make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1}, train=TRAIN), examples
+    )
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "6 parts of the model's layers are compiled" in console.file.getvalue()  # 2 layers: 2 norms and the MLP each
+    assert "Compiled: " in console.file.getvalue()
+
+
+def test_compiled_training_that_is_gone_on_from_ends_with_the_same_bytes(tmp_path, tiny_llama, examples):
+    recipe = compiled(tmp_path, tiny_llama)
+    run_training(tmp_path / "whole", recipe, examples)
+    run_training(tmp_path / "halved", recipe, examples)
+    for newest in (tmp_path / "halved" / "checkpoints" / "step-6", tmp_path / "halved" / "adapter"):
+        newest.rename(tmp_path / newest.name)
+    torch._dynamo.reset()  # as in another process
+    assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 3
+    assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
+
+
+def test_rows_of_many_lengths_do_not_have_the_parts_compiled_again_and_again(tmp_path, tiny_llama, examples):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    run_training(tmp_path / "run", compiled(tmp_path, tiny_llama), examples)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8  # norm and MLP, to be trained and not, and the first layer's
+    assert not counters["graph_break"]
+
+
+def test_a_torch_that_compiles_nothing_is_found_out():
+    torch._dynamo.utils.counters.clear()
+    with (
+        pytest.raises(EnvironmentProblem, match="made nothing of them"),
+        rehearse_compiled(Console(file=io.StringIO())),
+    ):
+        pass
+
+
+def test_a_compiler_that_fails_is_an_error_that_names_the_key(tmp_path):
+    def breaks(graph, inputs):
+        raise ValueError("no such kernel")
+
+    with pytest.raises(EnvironmentProblem) as caught, rehearse_compiled(Console(file=io.StringIO())):
+        torch.compile(lambda x: x.sin() + 1, backend=breaks)(torch.ones(3))
+    (problem,) = caught.value.problems
+    assert problem.where == "train.torch_compile"
+    assert "no such kernel" in problem.what
+
+
+def test_a_model_that_does_not_say_what_its_layers_are_is_refused(tmp_path, tiny_llama):
+    adapted = adapt(make_recipe(tmp_path, tiny_llama))
+    inner = adapted.selected.model
+    inner._no_split_modules = []
+    with pytest.raises(RecipeError, match="does not say what its layers are"):
+        compile_parts(adapted.model, inner)
