@@ -38,10 +38,10 @@ from llmtune.data.examples import ExampleReader
 from llmtune.model import load_processor
 from llmtune.pipeline import make_adapted, run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.records import Example, Examples, ModelPlace
+from llmtune.records import Example, Examples, ModelRef
+from llmtune.session import Options, RunContext
 from llmtune.train import train
 from llmtune.train.batch_plan import StepPlan
-from llmtune.work import Options, Work
 
 Weights = dict[str, torch.Tensor]
 
@@ -80,22 +80,24 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
     steps: list[list[Example]] = []
     start: Weights = {}
 
-    def trainer(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
-        settings = work.recipe.train
+    def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
+        settings = context.recipe.train
         reader = ExampleReader(examples, "train")
         plan = StepPlan(
             lengths=reader.lengths,
-            seed=work.recipe.seed,
+            seed=context.recipe.seed,
             batch_size=settings.batch_size,
             batch_tokens=None,
             num_train_epochs=settings.num_train_epochs,
             max_steps=settings.max_steps,
         )
         steps.extend([reader[int(row)] for row in plan.rows(step + 1)] for step in range(plan.total_steps))
-        adapted = make_adapted(work, place, load_processor(place, work.recipe.model))
+        adapted = make_adapted(context, place, load_processor(place, context.recipe.model))
         named = adapted.model.named_parameters()
         start.update({name: weight.detach().clone() for name, weight in named if weight.requires_grad})
-        train(adapted, examples, work.task, work.recipe, work.folder.path, work.console, budget=4 * asked.pack)
+        train(
+            adapted, examples, context.task, context.recipe, context.folder.path, context.console, budget=4 * asked.pack
+        )
 
     run = folder / "run"
     run_pipeline(load_recipe(recipe), Options(out=run, until="train", offline=True), Console(quiet=True), trainer)

@@ -19,9 +19,9 @@ from rich.console import Console
 from llmtune.model import load_processor
 from llmtune.pipeline import make_adapted, run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.records import Examples, Loss, ModelPlace
+from llmtune.records import Examples, Loss, ModelRef
+from llmtune.session import Options, RunContext
 from llmtune.train import train
-from llmtune.work import Options, Work
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
         recipe.write_text(json.dumps(describe_recipe(asked)))  # JSON is YAML
         model: dict[str, Any] = {}
 
-        def trainer(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
-            model["trained"] = train_counted(asked, clock, work, place, examples)
+        def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
+            model["trained"] = train_counted(asked, clock, context, place, examples)
 
         options = Options(out=Path(folder) / "run", until="train", offline=True)
         run_pipeline(load_recipe(recipe), options, Console(quiet=True), trainer)
@@ -76,25 +76,27 @@ def describe_recipe(asked: Asked) -> dict[str, Any]:
     }
 
 
-def train_counted(asked: Asked, clock: Clock, work: Work, place: ModelPlace, examples: Examples) -> torch.nn.Module:
+def train_counted(
+    asked: Asked, clock: Clock, context: RunContext, place: ModelRef, examples: Examples
+) -> torch.nn.Module:
     """Do what `pipeline.train_here` does, with micro-batches of one pack as others have, or as it settles them."""
-    plain = work.task.loss
+    plain = context.task.loss
 
     def counted(model: torch.nn.Module, batch: dict[str, Any], by_row: bool) -> Loss:
         loss = plain(model, batch, by_row)
         clock.count(batch["input_ids"].numel(), loss.count, loss.sum.detach())
         return loss
 
-    adapted = make_adapted(work, place, load_processor(place, work.recipe.model))
+    adapted = make_adapted(context, place, load_processor(place, context.recipe.model))
     clock.loaded(adapted.model)
     train(
         adapted,
         examples,
-        replace(work.task, loss=counted),
-        work.recipe,
-        work.folder.path,
-        work.console,
-        budget=asked.pack if asked.tool == "llmtune" else work.folder.findings["micro_batch_tokens"],
+        replace(context.task, loss=counted),
+        context.recipe,
+        context.folder.path,
+        context.console,
+        budget=asked.pack if asked.tool == "llmtune" else context.folder.findings["micro_batch_tokens"],
         on_budget=lambda _: clock.restart(),
     )
     return adapted.model

@@ -11,34 +11,34 @@ from llmtune.data import hash_sources
 from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.evaluate.paired_sentences import hub_source
 from llmtune.recipe import TASK_FACTS, Recipe
-from llmtune.records import Examples, ModelPlace, Rows
+from llmtune.records import Examples, ModelRef, Rows
+from llmtune.session import RunContext, trained_name
 from llmtune.store.atomic_files import hash_file, hash_folder, hash_value
 from llmtune.store.lm_eval_tasks import list_task_files
 from llmtune.store.run_lock import check_pin, package_versions
-from llmtune.work import Work, trained_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def prepare(work: Work) -> str:
+def prepare(context: RunContext) -> str:
     """Rows depend on the data section, the files behind it, and the task.
 
     Raises EnvironmentProblem where a lock that was named with --lock holds other data.
     """
-    data = work.recipe.data
-    if work.held and work.pins is not None:
-        check_pin("the data's content", work.pins.data_hash, hash_sources(data, work.recipe.task))
+    data = context.recipe.data
+    if context.held and context.pins is not None:
+        check_pin("the data's content", context.pins.data_hash, hash_sources(data, context.recipe.task))
     about_examples = {"max_length", "on_overlong", "packing", "train_on"}
     settings = data.model_dump(mode="json", exclude=about_examples)
-    if work.recipe.evaluate.columns:  # kept beside the rows
-        settings["slices"] = tuple(work.recipe.evaluate.columns)
-    return hash_value([__version__, work.recipe.task, settings, hash_sources(data, work.recipe.task)])
+    if context.recipe.evaluate.columns:  # kept beside the rows
+        settings["slices"] = tuple(context.recipe.evaluate.columns)
+    return hash_value([__version__, context.recipe.task, settings, hash_sources(data, context.recipe.task)])
 
 
-def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> str:
+def encode(context: RunContext, rows: Rows, place: ModelRef, processor: PreTrainedTokenizerBase) -> str:
     """Examples depend on the rows, the tokenizer, the template and the task's own section."""
-    recipe = work.recipe
+    recipe = context.recipe
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
     settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
     settings |= {"section": own_section(recipe)}
@@ -47,10 +47,10 @@ def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedToken
     return hash_value([__version__, versions, contents, about, settings, recipe.task])
 
 
-def adapt(work: Work, place: ModelPlace, examples: Examples) -> str:
+def adapt(context: RunContext, place: ModelRef, examples: Examples) -> str:
     """The adapted model depends on the model, the examples (their labels), the seed and the adapter section."""
-    contents = [place.content_hash, examples.content_hash, own_section(work.recipe)]
-    return hash_value([*contents, work.recipe.seed, adapter_settings(work.recipe)])
+    contents = [place.content_hash, examples.content_hash, own_section(context.recipe)]
+    return hash_value([*contents, context.recipe.seed, adapter_settings(context.recipe)])
 
 
 def own_section(recipe: Recipe) -> dict[str, Any] | None:
@@ -67,16 +67,16 @@ def adapter_settings(recipe: Recipe) -> list[Any]:
     return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
 
 
-def train(work: Work, adapted: str) -> str:
+def train(context: RunContext, adapted: str) -> str:
     """Training depends on the adapted model and the train section."""
-    settings = [{**work.recipe.train.model_dump(mode="json"), "seeds": []}, work.recipe.data.packing]
+    settings = [{**context.recipe.train.model_dump(mode="json"), "seeds": []}, context.recipe.data.packing]
     return hash_value([__version__, adapted, settings])
 
 
-def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> str:
+def evaluate(context: RunContext, place: ModelRef, rows: Rows, examples: Examples) -> str:
     """Scores depend on what was trained, the rows, and how answers are generated and measured."""
-    recipe = work.recipe
-    trained = hash_folder(work.folder.path / trained_name(recipe))
+    recipe = context.recipe
+    trained = hash_folder(context.folder.path / trained_name(recipe))
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
         recipe.generation.model_dump(mode="json"),
@@ -89,11 +89,11 @@ def evaluate(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> s
     return hash_value([__version__, versions, contents, settings, recipe.seed])
 
 
-def base(work: Work, place: ModelPlace, rows: Rows, examples: Examples) -> str:
+def base(context: RunContext, place: ModelRef, rows: Rows, examples: Examples) -> str:
     """What the base model says depends on all that scores depend on but what was trained, and on how it is loaded."""
-    recipe = work.recipe
+    recipe = context.recipe
     sections = (recipe.generation, recipe.model)
-    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), work.device]
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), context.device]
     settings += [own_section(recipe), adapter_settings(recipe), *(one.model_dump(mode="json") for one in sections)]
     contents = [place.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None

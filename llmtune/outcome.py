@@ -10,8 +10,8 @@ from llmtune import seeds
 from llmtune.evaluate import check_gates, load_evaluation
 from llmtune.model import pick_device
 from llmtune.recipe import Recipe
+from llmtune.records import Evaluation
 from llmtune.report import assemble, find_explanations
-from llmtune.scores import Evaluation
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions
 

@@ -23,12 +23,12 @@ from llmtune.data import load_rows, prepare_rows
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, load_examples
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT
+from llmtune.deploy.products import check_gguf, make_gguf, merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, save_evaluation
 from llmtune.evaluate.eval_suites import check_inputs
 from llmtune.evaluate.lm_eval_harness import load_benchmarks
 from llmtune.evaluate.score_table import print_scores
-from llmtune.finished import Models, check_gguf, make_gguf, merge, open_finished
 from llmtune.model import (
     check_context,
     check_kernels,
@@ -45,20 +45,20 @@ from llmtune.model.heads import head_is_new
 from llmtune.model.model_selection import rank_candidates
 from llmtune.outcome import make_report
 from llmtune.recipe import LoadedRecipe, Recipe
-from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelPlace, Rows
+from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelRef, Rows
 from llmtune.report import write_report
+from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, look_at_run, open_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.train import train
-from llmtune.work import Options, Work, locate_pinned, lock_run, trained_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Trainer = Callable[[Work, ModelPlace, Examples, str, str], None]
+Trainer = Callable[[RunContext, ModelRef, Examples, str, str], None]
 """Runs adapt and train and leaves both steps done in the manifest; it gets the hashes of their inputs last."""
 
 
@@ -81,47 +81,49 @@ def run_pipeline(
         find_adapter(Path(start))
     if options.dry_run:
         seen = look_at_run(path, loaded.fingerprint, resume=options.resume)
-        return rehearse(Work(recipe, seen, console, options.offline, held, held=held is not None))
+        return rehearse(RunContext(recipe, seen, console, options.offline, held, held=held is not None))
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
         folder.findings.update(options.settled)
         pins = held or own_pins(path)
-        work = Work(recipe, folder, console, options.offline, pins, held is not None, options.settled, options.base)
-        _run_steps(work, loaded, options, trainer or train_here)
+        context = RunContext(
+            recipe, folder, console, options.offline, pins, held is not None, options.settled, options.base
+        )
+        _run_steps(context, loaded, options, trainer or train_here)
         if recipe.train.seeds and options.until in seeds.UNTIL:
-            write_report(make_report(folder, recipe, work.skipped), path)  # a further seed may be stopped
+            write_report(make_report(folder, recipe, context.skipped), path)  # a further seed may be stopped
             further = partial(run_pipeline, console=console, trainer=trainer)
-            seeds.train_seeds(work, loaded, options, further)
-        return conclude(work, gated=options.until in {"run", "evaluate"})
+            seeds.train_seeds(context, loaded, options, further)
+        return conclude(context, gated=options.until in {"run", "evaluate"})
 
 
-def _run_steps(work: Work, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:
-    rows = prepare(work)
-    if options.until == "prepare" and not work.recipe.model.name:
+def _run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:
+    rows = prepare(context)
+    if options.until == "prepare" and not context.recipe.model.name:
         return
-    place = choose(work, rows)
-    work.settle(place, rows)
-    processor = work.read_processor(place)
-    if options.until == "run" and "gguf" in work.recipe.deploy:
-        check_gguf(work, place)  # before training, not after it
-    examples = encode(work, rows, place, processor)
+    place = choose(context, rows)
+    context.settle(place, rows)
+    processor = context.read_processor(place)
+    if options.until == "run" and "gguf" in context.recipe.deploy:
+        check_gguf(context, place)  # before training, not after it
+    examples = encode(context, rows, place, processor)
     if options.until == "prepare":
         return
-    plan = select(work, place, examples)
+    plan = select(context, place, examples)
     if options.until == "select":
         return
     if options.until == "adapt":
-        adapt(work, place, processor, hashes.adapt(work, place, examples))
+        adapt(context, place, processor, hashes.adapt(context, place, examples))
         return
-    if options.until != "train" and work.folder.manifest["steps"].get("train", {}).get("state") != "done":
-        load_benchmarks(work.recipe, work.console)  # what it refuses, it refuses before hours of training
-    fit(work, loaded, place, examples, plan, trainer)
+    if options.until != "train" and context.folder.manifest["steps"].get("train", {}).get("state") != "done":
+        load_benchmarks(context.recipe, context.console)  # what it refuses, it refuses before hours of training
+    fit(context, loaded, place, examples, plan, trainer)
     if options.until == "train":
         return
-    score(work, place, processor, rows, examples)
-    if options.until == "run" and work.recipe.deploy:
-        deploy(work, place)
+    score(context, place, processor, rows, examples)
+    if options.until == "run" and context.recipe.deploy:
+        deploy(context, place)
 
 
 def evaluate_run(
@@ -132,28 +134,28 @@ def evaluate_run(
     `base` is as in `Options`.
     """
     with open_run(run, loaded.fingerprint) as folder:
-        work, place = open_finished(run, console, offline, loaded.recipe)
-        work.folder, work.base = folder, base
+        context, place = open_finished(run, console, offline, loaded.recipe)
+        context.folder, context.base = folder, base
         write_text(run / "recipe.yaml", loaded.to_yaml())
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
-            work.begin(step, skipped=True)
-        processor = load_processor(place, work.recipe.model)
+            context.begin(step, skipped=True)
+        processor = load_processor(place, context.recipe.model)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        score(work, place, processor, rows, examples)
+        score(context, place, processor, rows, examples)
         known = run / "evaluation"
         seeds.evaluate_seeds(loaded, run, partial(evaluate_run, console=console, offline=offline, base=known))
-        return conclude(work, gated=True)
+        return conclude(context, gated=True)
 
 
-def conclude(work: Work, *, gated: bool) -> dict[str, Any]:
+def conclude(context: RunContext, *, gated: bool) -> dict[str, Any]:
     """Write the report and return it; a gate that failed is raised after that."""
-    path = work.folder.path
-    report = make_report(work.folder, work.recipe, work.skipped)
+    path = context.folder.path
+    report = make_report(context.folder, context.recipe, context.skipped)
     write_report(report, path)
-    seeds.print_spread(report, work.console)
+    seeds.print_spread(report, context.console)
     if gated:
-        work.console.print(f"report: {escape(str(path / 'report.html'))}")
+        context.console.print(f"report: {escape(str(path / 'report.html'))}")
         failed = [gate for gate in report["gates"] if not gate["passed"]]
         GateFailed.collect(
             Problem(f"gate failed: wanted {gate['wanted']}, got {gate['got']}", gate["name"]) for gate in failed
@@ -161,51 +163,53 @@ def conclude(work: Work, *, gated: bool) -> dict[str, Any]:
     return report
 
 
-def prepare(work: Work) -> Rows:
+def prepare(context: RunContext) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
-    inputs = hashes.prepare(work)
-    target = work.folder.path / "data" / "rows"
-    if not work.skip("prepare", inputs):
-        with work.folder.step("prepare", inputs, ["data/rows"]) as facts:
+    inputs = hashes.prepare(context)
+    target = context.folder.path / "data" / "rows"
+    if not context.skip("prepare", inputs):
+        with context.folder.step("prepare", inputs, ["data/rows"]) as facts:
             with staged(target) as folder:
-                made = prepare_rows(work.recipe, folder, work.console)
+                made = prepare_rows(context.recipe, folder, context.console)
             facts |= {"rows_in": made.rows_in, "kept": made.counts, "dropped": made.dropped}
     return load_rows(target)
 
 
-def choose(work: Work, rows: Rows) -> ModelPlace:
+def choose(context: RunContext, rows: Rows) -> ModelRef:
     """Step 2, first half: find the named model, or rank the candidates on the user's own rows and take the best."""
-    model = work.recipe.model
+    model = context.recipe.model
     if model.name:
-        return locate_pinned(work, model.name)
+        return locate_pinned(context, model.name)
     assert model.candidates, "a recipe names a model or candidates"
-    if work.held and work.pins is not None and work.pins.model in model.candidates:
-        return locate_pinned(work, work.pins.model)
-    contents = [locate(name, model, work.console, work.offline).content_hash for name in model.candidates]
+    if context.held and context.pins is not None and context.pins.model in model.candidates:
+        return locate_pinned(context, context.pins.model)
+    contents = [locate(name, model, context.console, context.offline).content_hash for name in model.candidates]
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
-    settings = [model.model_dump(mode="json"), contents, template, work.recipe.data.max_length, work.device]
+    settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, context.device]
     inputs = hash_value([rows.content_hash, settings])
-    known = work.folder.findings.get("ranking")
+    known = context.folder.findings.get("ranking")
     if known is None or known["inputs"] != inputs:
-        folder = work.folder.path / "model"
-        ranking = rank_candidates(work.recipe, work.choose_form, rows, work.console, folder, work.device, work.offline)
+        folder = context.folder.path / "model"
+        ranking = rank_candidates(
+            context.recipe, context.choose_form, rows, context.console, folder, context.device, context.offline
+        )
         known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
-        work.folder.note(ranking=known)
-    return locate_pinned(work, known["chosen"])
+        context.folder.note(ranking=known)
+    return locate_pinned(context, known["chosen"])
 
 
-def encode(work: Work, rows: Rows, place: ModelPlace, processor: PreTrainedTokenizerBase) -> Examples:
+def encode(context: RunContext, rows: Rows, place: ModelRef, processor: PreTrainedTokenizerBase) -> Examples:
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
-    inputs = hashes.encode(work, rows, place, processor)
-    target = work.folder.path / "data" / "examples"
-    if not work.skip("encode", inputs):
-        with work.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
-            made = encode_rows(rows, work.task, processor, work.recipe, folder, work.console)
-            facts |= describe_examples(rows, made, processor, work.console, work.task, work.recipe)
+    inputs = hashes.encode(context, rows, place, processor)
+    target = context.folder.path / "data" / "examples"
+    if not context.skip("encode", inputs):
+        with context.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
+            made = encode_rows(rows, context.task, processor, context.recipe, folder, context.console)
+            facts |= describe_examples(rows, made, processor, context.console, context.task, context.recipe)
     return load_examples(target)
 
 
-def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
+def select(context: RunContext, place: ModelRef, examples: Examples) -> MemoryPlan:
     """Step 2, second half: does it fit? The context of the model, then the memory of the device.
 
     Raises:
@@ -213,112 +217,112 @@ def select(work: Work, place: ModelPlace, examples: Examples) -> MemoryPlan:
         EnvironmentProblem: the model cannot be trained in this memory.
     """
     longest = max(examples.longest.values())
-    check_context(place, work.recipe, work.task, max(examples.reach.values()))
-    recipe = settle_recipe(work, place, longest)
-    budget = micro_batch_tokens(plan_memory(place, recipe, work.task, longest, work.device), longest, longest)
+    check_context(place, context.recipe, context.task, max(examples.reach.values()))
+    recipe = settle_recipe(context, place, longest)
+    budget = micro_batch_tokens(plan_memory(place, recipe, context.task, longest, context.device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
-    plan = replace(plan_memory(place, recipe, work.task, min(budget, step_tokens), work.device), tokens=budget)
+    plan = replace(plan_memory(place, recipe, context.task, min(budget, step_tokens), context.device), tokens=budget)
     settings = [recipe.model.model_dump(mode="json"), hashes.adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, place.content_hash, settings])
-    if not work.skip("select", inputs):
-        with work.folder.step("select", inputs) as facts:
-            check_memory(plan, recipe, work.console)
-            ranking = work.folder.findings.get("ranking", {}).get("ranking")
+    if not context.skip("select", inputs):
+        with context.folder.step("select", inputs) as facts:
+            check_memory(plan, recipe, context.console)
+            ranking = context.folder.findings.get("ranking", {}).get("ranking")
             facts |= {"name": place.name, "revision": place.revision, "sha256": place.content_hash, "ranking": ranking}
             facts |= {"plan": {**asdict(plan), "total": plan.total}}
             facts |= {"gradient_checkpointing": recipe.train.gradient_checkpointing}
     return plan
 
 
-def settle_recipe(work: Work, place: ModelPlace, longest: int) -> Recipe:
+def settle_recipe(context: RunContext, place: ModelRef, longest: int) -> Recipe:
     """Return the recipe with `gradient_checkpointing: auto` decided, and keep the decision for as long as it is asked.
 
     It stays what it was when the run goes on where there is more memory, or less: one run, one way.
     """
-    recipe = work.recipe
+    recipe = context.recipe
     if recipe.train.gradient_checkpointing != "auto":
         return recipe
     inputs = hash_value([place.content_hash, longest, hashes.adapter_settings(recipe), recipe.train.optim])
-    known = work.folder.findings.get("gradient_checkpointing")
+    known = context.folder.findings.get("gradient_checkpointing")
     if known is None or known["inputs"] != inputs:
-        on = settle_checkpointing(place, recipe, work.task, longest, work.device)
-        work.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
+        on = settle_checkpointing(place, recipe, context.task, longest, context.device)
+        context.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
     if known["on"]:
-        work.console.print(
+        context.console.print(
             "train.gradient_checkpointing: auto computes activations again in the backward pass: the longest row "
-            f"({longest:,} tokens) does not fit into the memory of {work.device} otherwise.",
+            f"({longest:,} tokens) does not fit into the memory of {context.device} otherwise.",
             highlight=False,
         )
-    return settled_recipe(work)
+    return settled_recipe(context)
 
 
-def settled_recipe(work: Work) -> Recipe:
+def settled_recipe(context: RunContext) -> Recipe:
     """Return the recipe with what `select` has decided."""
-    known = work.folder.findings.get("gradient_checkpointing")
-    if work.recipe.train.gradient_checkpointing != "auto" or known is None:
-        return work.recipe
-    decided = work.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
-    return work.recipe.model_copy(update={"train": decided})
+    known = context.folder.findings.get("gradient_checkpointing")
+    if context.recipe.train.gradient_checkpointing != "auto" or known is None:
+        return context.recipe
+    decided = context.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
+    return context.recipe.model_copy(update={"train": decided})
 
 
-def adapt(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, inputs: str) -> None:
+def adapt(context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase, inputs: str) -> None:
     """Step 3 alone: put the adapter in, prove it and say what it is; training makes it again from the same seed."""
-    if not work.skip("adapt", inputs):
-        with work.folder.step("adapt", inputs) as facts:
-            facts |= describe(make_adapted(work, place, processor))
+    if not context.skip("adapt", inputs):
+        with context.folder.step("adapt", inputs) as facts:
+            facts |= describe(make_adapted(context, place, processor))
 
 
-def make_adapted(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase) -> AdaptedModel:
-    """Load the model and put the adapter in, seeded; from here on `work.recipe` says what `select` has decided."""
-    work.recipe = settled_recipe(work)
-    with work.console.status("loading the model"):
-        selected = load_model(place, work.recipe, work.task, processor, device=work.device, training=True)
-    return inject(selected, work.recipe, work.console)
+def make_adapted(context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase) -> AdaptedModel:
+    """Load the model and put the adapter in, seeded; from here on `context.recipe` says what `select` has decided."""
+    context.recipe = settled_recipe(context)
+    with context.console.status("loading the model"):
+        selected = load_model(place, context.recipe, context.task, processor, device=context.device, training=True)
+    return inject(selected, context.recipe, context.console)
 
 
 def fit(
-    work: Work, loaded: LoadedRecipe, place: ModelPlace, examples: Examples, plan: MemoryPlan, trainer: Trainer
+    context: RunContext, loaded: LoadedRecipe, place: ModelRef, examples: Examples, plan: MemoryPlan, trainer: Trainer
 ) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
-    adapt_inputs = hashes.adapt(work, place, examples)
-    inputs = hashes.train(work, adapt_inputs)
-    steps = work.folder.manifest["steps"]
-    if work.folder.is_valid("train", inputs):
-        work.begin("adapt", skipped=True)
-        work.begin("train", skipped=True)
+    adapt_inputs = hashes.adapt(context, place, examples)
+    inputs = hashes.train(context, adapt_inputs)
+    steps = context.folder.manifest["steps"]
+    if context.folder.is_valid("train", inputs):
+        context.begin("adapt", skipped=True)
+        context.begin("train", skipped=True)
         return
     for step in ("evaluate", "deploy"):
         steps.pop(step, None)  # of another training
     if steps.get("train", {}).get("inputs") != inputs:
-        work.folder.findings["micro_batch_tokens"] = work.settled.get("micro_batch_tokens", plan.tokens)
-        shutil.rmtree(work.folder.path / "explain", ignore_errors=True)  # of another training too
-    work.folder.findings["start_from"] = hashes.adapter_settings(work.recipe)[-1]
-    work.folder.manifest.pop("lock", None)
-    work.folder.write()
-    lock_run(work, place, loaded.fingerprint)
-    work.begin("adapt")
-    trainer(work, place, examples, adapt_inputs, inputs)
-    work.folder.manifest["lock"] = note_trained(work.folder.path, trained_name(work.recipe))
-    work.folder.write()
+        context.folder.findings["micro_batch_tokens"] = context.settled.get("micro_batch_tokens", plan.tokens)
+        shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
+    context.folder.findings["start_from"] = hashes.adapter_settings(context.recipe)[-1]
+    context.folder.manifest.pop("lock", None)
+    context.folder.write()
+    lock_run(context, place, loaded.fingerprint)
+    context.begin("adapt")
+    trainer(context, place, examples, adapt_inputs, inputs)
+    context.folder.manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
+    context.folder.write()
 
 
-def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, inputs: str) -> None:
+def train_here(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
     """Adapt and train in this process."""
-    processor = work.read_processor(place)
-    with work.folder.step("adapt", adapt_inputs) as facts:
-        adapted = make_adapted(work, place, processor)
+    processor = context.read_processor(place)
+    with context.folder.step("adapt", adapt_inputs) as facts:
+        adapted = make_adapted(context, place, processor)
         facts |= describe(adapted)
-    work.begin("train")
-    with work.folder.step("train", inputs, [trained_name(work.recipe)]) as facts:
+    context.begin("train")
+    with context.folder.step("train", inputs, [trained_name(context.recipe)]) as facts:
         trained = train(
             adapted,
             examples,
-            work.task,
-            work.recipe,
-            work.folder.path,
-            work.console,
-            budget=work.folder.findings["micro_batch_tokens"],
-            on_budget=lambda tokens: work.folder.note(micro_batch_tokens=tokens),
+            context.task,
+            context.recipe,
+            context.folder.path,
+            context.console,
+            budget=context.folder.findings["micro_batch_tokens"],
+            on_budget=lambda tokens: context.folder.note(micro_batch_tokens=tokens),
             inputs=inputs,
         )
         facts |= {**trained.as_facts(), "processes": 1}
@@ -326,19 +330,23 @@ def train_here(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: 
     gc.collect()  # the model is in reference cycles; evaluation loads its own
 
 
-def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples) -> None:
+def score(
+    context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples
+) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    inputs = hashes.evaluate(work, place, rows, examples)
-    target = work.folder.path / "evaluation"
-    if work.skip("evaluate", inputs):
+    inputs = hashes.evaluate(context, place, rows, examples)
+    target = context.folder.path / "evaluation"
+    if context.skip("evaluate", inputs):
         evaluation = load_evaluation(target)
         if evaluation is not None:
-            print_scores(replace(evaluation, gates=check_gates(work.recipe.evaluate.gates, evaluation)), work.console)
+            print_scores(
+                replace(evaluation, gates=check_gates(context.recipe.evaluate.gates, evaluation)), context.console
+            )
         return
-    with work.folder.step("evaluate", inputs, ["evaluation"]) as facts, staged(target) as folder:
-        models = Models(work, place, processor)
+    with context.folder.step("evaluate", inputs, ["evaluation"]) as facts, staged(target) as folder:
+        models = Models(context, place, processor)
         contexts = {"base": models.before, "tuned": models.tuned}
-        task, recipe, console = work.task, work.recipe, work.console
+        task, recipe, console = context.task, context.recipe, context.console
         evaluation = evaluate(
             contexts,
             processor,
@@ -347,60 +355,60 @@ def score(work: Work, place: ModelPlace, processor: PreTrainedTokenizerBase, row
             task,
             recipe,
             console,
-            device=work.device,
+            device=context.device,
             folder=folder,
             headless=head_is_new(place, recipe, task),
             packs=lambda: models.packs,
-            known=load_base(work.base or folder, hashes.base(work, place, rows, examples)),
+            known=load_base(context.base or folder, hashes.base(context, place, rows, examples)),
         )
         save_evaluation(evaluation, folder)
-        facts |= {"trained": hash_folder(work.folder.path / trained_name(recipe))}
-        facts |= {"recipe": hash_keys(work.folder.path / "recipe.yaml", judging=True)}
+        facts |= {"trained": hash_folder(context.folder.path / trained_name(recipe))}
+        facts |= {"recipe": hash_keys(context.folder.path / "recipe.yaml", judging=True)}
 
 
-def deploy(work: Work, place: ModelPlace) -> None:
+def deploy(context: RunContext, place: ModelRef) -> None:
     """What `run` makes at the end: the merged model and the GGUF file, each certified."""
-    trained = hash_folder(work.folder.path / trained_name(work.recipe))
-    settings = work.recipe.generation.model_dump(mode="json")
-    products = work.recipe.deploy
+    trained = hash_folder(context.folder.path / trained_name(context.recipe))
+    settings = context.recipe.generation.model_dump(mode="json")
+    products = context.recipe.deploy
     inputs = hash_value([__version__, trained, place.content_hash, settings, sorted(products)])
-    if not work.skip("deploy", inputs):
+    if not context.skip("deploy", inputs):
         made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
-        with work.folder.step("deploy", inputs, [made[name] for name in products]) as facts:
+        with context.folder.step("deploy", inputs, [made[name] for name in products]) as facts:
             if "merged" in products:
-                facts |= merge(work, place, work.folder.path / "merged", onto=None, dtype="auto")
+                facts |= merge(context, place, context.folder.path / "merged", onto=None, dtype="auto")
             if "gguf" in products:
-                written = make_gguf(work, place)
+                written = make_gguf(context, place)
                 facts |= {"gguf": written, "gguf_file": written["file"], "gguf_read_by": written["reader"]}
 
 
-def rehearse(work: Work) -> dict[str, Any]:
+def rehearse(context: RunContext) -> dict[str, Any]:
     """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
-    recipe, console, folder = work.recipe, work.console, work.folder
-    valid = {"prepare": folder.is_valid("prepare", hashes.prepare(work))}
+    recipe, console, folder = context.recipe, context.console, context.folder
+    valid = {"prepare": folder.is_valid("prepare", hashes.prepare(context))}
     plans = {}
     for name in [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ()):
         try:
-            place = locate_pinned(replace(work, offline=True), name)
+            place = locate_pinned(replace(context, offline=True), name)
         except EnvironmentProblem:
-            if work.offline or not is_remote_model(name):
+            if context.offline or not is_remote_model(name):
                 raise
             console.print(f"{escape(name)} would be downloaded first")
             continue
-        work.form = work.choose_form(place)
+        context.form = context.choose_form(place)
         processor = load_processor(place, recipe.model)
-        settled = settle_recipe(work, place, recipe.data.max_length)
-        plan = plan_memory(place, settled, work.task, recipe.data.max_length, work.device)
+        settled = settle_recipe(context, place, recipe.data.max_length)
+        plan = plan_memory(place, settled, context.task, recipe.data.max_length, context.device)
         check_memory(plan, settled, console)
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
-            work.settle(place, rows)
-            valid["encode"] = folder.is_valid("encode", hashes.encode(work, rows, place, processor))
+            context.settle(place, rows)
+            valid["encode"] = folder.is_valid("encode", hashes.encode(context, rows, place, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
-            valid["train"] = folder.is_valid("train", hashes.train(work, hashes.adapt(work, place, examples)))
-            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(work, place, rows, examples))
+            valid["train"] = folder.is_valid("train", hashes.train(context, hashes.adapt(context, place, examples)))
+            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(context, place, rows, examples))
     for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
     for seed in recipe.train.seeds:

@@ -19,6 +19,7 @@ from llmtune.model.device import describe_device
 from llmtune.pipeline import Trainer, run_pipeline
 from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
 from llmtune.seeds import without_seeds
+from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
     Difference,
@@ -31,7 +32,6 @@ from llmtune.store.diff_runs import (
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.verification import Verification, moved, split_pattern, verify
-from llmtune.work import Options
 
 RESULT = "reproduction.json"
 DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")

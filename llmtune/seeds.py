@@ -13,13 +13,13 @@ from rich.console import Console
 
 from llmtune.evaluate import load_evaluation
 from llmtune.recipe import LoadedRecipe, Recipe
+from llmtune.records import Evaluation
 from llmtune.report.seed_table import spread_table
 from llmtune.report.seed_variance import describe_spread
-from llmtune.scores import Evaluation
+from llmtune.session import Options, RunContext
 from llmtune.store.atomic_files import explained, hash_value, read_json, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder
 from llmtune.store.run_lock import own_pins
-from llmtune.work import Options, Work
 
 FOLDER = "seeds"
 SHARED = ("prepare", "encode")
@@ -52,18 +52,18 @@ def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
     return replace(alone, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
 
 
-def train_seeds(work: Work, loaded: LoadedRecipe, options: Options, run: Run) -> None:
+def train_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, run: Run) -> None:
     """Run the recipe once for each further seed, as far as the run itself went; `run` is the pipeline.
 
     Each run is skipped where it is valid, and goes on where it was stopped. Rows, model and micro-batches are held to
     those of the run.
     """
-    path = work.folder.path
-    settled = {name: work.folder.findings[name] for name in KEPT if name in work.folder.findings}
+    path = context.folder.path
+    settled = {name: context.folder.findings[name] for name in KEPT if name in context.folder.findings}
     for seed in loaded.recipe.train.seeds:
         further, out = with_seed(loaded, seed), seed_folder(path, seed)
-        work.console.rule(f"seed {seed}", align="left")
-        share_rows(work.folder, out, further.fingerprint)
+        context.console.rule(f"seed {seed}", align="left")
+        share_rows(context.folder, out, further.fingerprint)
         run(
             further,
             replace(

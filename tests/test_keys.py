@@ -23,8 +23,8 @@ from support.runs import write_recipe
 from llmtune.errors import LlmtuneError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, Source, load_recipe
+from llmtune.session import Options
 from llmtune.store.atomic_files import hash_folder
-from llmtune.work import Options
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"validation": 0.2, "test": 0.2},

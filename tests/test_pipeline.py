@@ -16,8 +16,8 @@ from rich.console import Console
 from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
+from llmtune.session import Models, open_finished
 
 SECRET = "hf_" + "s3cret" * 6
 
@@ -116,11 +116,13 @@ print(json.dumps({"ids": ids, "logits": logits.tolist()}))
 def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PLAIN_PEFT], cwd=finished, capture_output=True, text=True, check=True)
     plain = json.loads(done.stdout)
-    work, place = open_finished(finished / "run", Console(quiet=True), offline=True)
-    processor = load_processor(place, work.recipe.model)
-    ids = work.task.render({"messages": [{"role": "user", "content": "What comes after 5?"}]}, processor, work.recipe)
+    context, place = open_finished(finished / "run", Console(quiet=True), offline=True)
+    processor = load_processor(place, context.recipe.model)
+    ids = context.task.render(
+        {"messages": [{"role": "user", "content": "What comes after 5?"}]}, processor, context.recipe
+    )
     assert ids == plain["ids"]
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(logits, torch.tensor(plain["logits"]), atol=1e-5, rtol=1e-5)
 

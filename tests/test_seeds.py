@@ -20,9 +20,9 @@ from support.runs import llmtune, write_recipe
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.pipeline import evaluate_run, run_pipeline, train_here
 from llmtune.recipe import load_recipe
+from llmtune.session import Options, RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.store.verification import verify
-from llmtune.work import Options, Work
 
 SEEDS = "train.seeds=[8, 9]"
 Runner = Callable[..., tuple[dict[str, Any], str]]
@@ -151,10 +151,10 @@ def test_further_seeds_keep_the_micro_batches_of_the_run(place: Path) -> None:
 
 
 def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(place: Path) -> None:
-    def train(work: Work, *others: Any) -> None:
-        if work.recipe.seed == 9:
+    def train(context: RunContext, *others: Any) -> None:
+        if context.recipe.seed == 9:
             raise Stopped(Problem("stopped"))
-        train_here(work, *others)
+        train_here(context, *others)
 
     loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
     with pytest.raises(Stopped):

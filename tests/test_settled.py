@@ -11,7 +11,7 @@ from support.runs import write_recipe
 from llmtune.adapter import inject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 
 SAID = "train.gradient_checkpointing: auto computes activations again"
 WIDE, NARROW = 1 << 40, 1000

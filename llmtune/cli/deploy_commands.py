@@ -40,7 +40,7 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.finished import merge_run
+        from llmtune.deploy.products import merge_run
 
     certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
     if as_json:
@@ -68,7 +68,7 @@ def gguf(
     """Write a GGUF file for llama.cpp and an Ollama Modelfile; read back and certified, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.finished import gguf_run
+        from llmtune.deploy.products import gguf_run
 
     certificate = gguf_run(
         run,
@@ -147,7 +147,7 @@ def certify(
     """Hold a served OpenAI-compatible endpoint against what was trained; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.finished import certify_run
+        from llmtune.deploy.products import certify_run
 
     certificate = certify_run(
         run, url=url, model=model, key_file=api_key_file, offline=offline, console=stderr_console()

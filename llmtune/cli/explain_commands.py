@@ -14,7 +14,7 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.store.process_environment import at_once, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
-    from llmtune.explain.subject import Subject
+    from llmtune.explain.target import Subject
 
 app = typer.Typer(
     help="Look inside a model: the base, the tuned one, and the difference between the two.", no_args_is_help=True
@@ -97,7 +97,7 @@ def attention(
         from llmtune.explain.attention_inputs import Given
         from llmtune.explain.attention_selection import Wishes
         from llmtune.explain.attention_table import print_attention
-        from llmtune.subjects import open_subject
+        from llmtune.explain.target import open_subject
 
     console = stderr_console()
     subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
@@ -151,7 +151,7 @@ def generation(
         from llmtune.explain.generation import Wishes, explain_generation
         from llmtune.explain.generation_inputs import Given
         from llmtune.explain.generation_table import print_generation
-        from llmtune.subjects import open_subject
+        from llmtune.explain.target import open_subject
 
     console = stderr_console()
     subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
@@ -195,7 +195,7 @@ def positions(
 
         from llmtune.explain.positions import Asked, explain_positions
         from llmtune.explain.positions_table import print_positions
-        from llmtune.subjects import open_subject
+        from llmtune.explain.target import open_subject
 
     console = stderr_console()
     options = {"offline": offline, "trust_remote_code": trust_remote_code}
@@ -229,7 +229,7 @@ def model(
 
         from llmtune.explain.model import explain_model
         from llmtune.explain.model_table import print_model
-        from llmtune.subjects import open_subject
+        from llmtune.explain.target import open_subject
 
     console = stderr_console()
     subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
@@ -257,7 +257,7 @@ def adapter(
 
         from llmtune.explain.adapter import explain_adapter, require_run
         from llmtune.explain.adapter_table import print_moves
-        from llmtune.subjects import open_subject
+        from llmtune.explain.target import open_subject
 
     console = stderr_console()
     require_run(run)

@@ -43,7 +43,7 @@ def local(
     with at_once():
         from llmtune.launch.local_processes import local_trainer
         from llmtune.pipeline import run_pipeline
-        from llmtune.work import Options
+        from llmtune.session import Options
 
     options = Options(out, resume, fresh, lock, offline, dry_run, until="run")
     trainer = local_trainer(processes, threads=threads)

@@ -46,7 +46,7 @@ def _command(name: str) -> Callable[..., None]:
             prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
             with at_once():
                 from llmtune.pipeline import run_pipeline
-                from llmtune.work import Options
+                from llmtune.session import Options
 
             options = Options(out, resume, fresh, lock, offline, dry_run, until=name)
             result = run_pipeline(loaded, options, stderr_console())

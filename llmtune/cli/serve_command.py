@@ -56,7 +56,7 @@ def serve(
     _check_engine(engine, [name for name, stated in own.items() if stated])
     prepare_environment(network=False, threads=threads)
     _import_server()
-    from llmtune.serving import ServeOptions, name_runs, serve_by_vllm, serve_runs
+    from llmtune.serve.serve_runs import ServeOptions, name_runs, serve_by_vllm, serve_runs
 
     options = ServeOptions(
         host=host,
@@ -86,7 +86,7 @@ def _import_server() -> None:
     """Import what serving needs; raises EnvironmentProblem where a package of the extra is not installed."""
     try:
         with at_once():
-            import llmtune.serving  # noqa: F401
+            import llmtune.serve.serve_runs  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise

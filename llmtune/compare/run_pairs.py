@@ -14,9 +14,9 @@ from llmtune.evaluate.metric import Measure, compare, ratio
 from llmtune.evaluate.per_row_scores import reorder
 from llmtune.recipe import TASK_FACTS
 from llmtune.recipe.task_facts import PREDICTED
+from llmtune.records import Difference
 from llmtune.report import verdict
 from llmtune.report.assembly import difference_json
-from llmtune.scores import Difference
 
 WORDS = {"helped": "better", "harmed": "worse", "mixed": "mixed"}
 UNKNOWN = "can't tell"

@@ -14,9 +14,9 @@ from llmtune.evaluate import load_evaluation
 from llmtune.evaluate.per_row_scores import Measures, load_measures
 from llmtune.recipe import Recipe
 from llmtune.recipe.provenance import walk
-from llmtune.scores import Evaluation
+from llmtune.records import Evaluation
+from llmtune.session import trained_name
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
-from llmtune.work import trained_name
 
 SAID = ("name", "deploy", "evaluate.gates")
 """Keys that change neither what is trained nor how it is measured."""

@@ -14,7 +14,7 @@ from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.sample_rows import show_row
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.scores import Flips
+from llmtune.records import Flips
 
 MOST_SHOWN = 5
 HALF = 0.5

@@ -11,8 +11,7 @@ from llmtune.data.preparation import iterate_texts
 from llmtune.evaluate.eval_inputs import SIDE, Plan
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.slices import score_slice
-from llmtune.records import Rows
-from llmtune.scores import Contamination, Slice
+from llmtune.records import Contamination, Rows, Slice
 
 if TYPE_CHECKING:
     from rich.console import Console

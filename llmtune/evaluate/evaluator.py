@@ -27,8 +27,7 @@ from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.suite_runner import Scored, Setting
 from llmtune.evaluate.token_batches import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Examples, Rows, Task
-from llmtune.scores import Evaluation
+from llmtune.records import Evaluation, Examples, Rows, Task
 
 if TYPE_CHECKING:
     import torch

@@ -35,9 +35,8 @@ from llmtune.evaluate.swapped_rows import (
 from llmtune.evaluate.word_swaps import read_swaps
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.recipe.eval_suites_section import OWN
-from llmtune.records import Task
+from llmtune.records import Difference, Study, StudyTable, Task
 from llmtune.report.verdict import FEWEST_ROWS
-from llmtune.scores import Difference, Study, StudyTable
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe

@@ -27,8 +27,8 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_of
+from llmtune.records import Study, StudyTable
 from llmtune.report.number_format import score
-from llmtune.scores import Study, StudyTable
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe

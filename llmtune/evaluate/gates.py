@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.scores import Evaluation, GateResult
+from llmtune.records import Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import CHUNK_CELLS, Floats, draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
+from llmtune.records import Difference, StudyTable
 from llmtune.report.metric_info import HEADLINES
 from llmtune.report.verdict import FEWEST_ROWS
-from llmtune.scores import Difference, StudyTable
 
 RESAMPLES = 2000
 PERMUTATIONS = 2000

@@ -20,7 +20,7 @@ from llmtune.evaluate.paired_statistics import (
     difference,
     difference_weighted,
 )
-from llmtune.scores import Difference
+from llmtune.records import Difference
 
 
 @dataclass(frozen=True)

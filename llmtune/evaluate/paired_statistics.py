@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtune.scores import Difference
+from llmtune.records import Difference
 
 Floats = NDArray[np.float64]
 Formula = Callable[[Floats], Floats]

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmtune.evaluate.eval_inputs import Plan
 from llmtune.evaluate.inference import Answers, TokenSums
-from llmtune.scores import Contamination, Difference, Evaluation, Flips, GateResult, Slice, Study, StudyTable
+from llmtune.records import Contamination, Difference, Evaluation, Flips, GateResult, Slice, Study, StudyTable
 from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
 
 EVALUATION, PREDICTIONS, BASE = "evaluation.json", "predictions.jsonl", "base.json"

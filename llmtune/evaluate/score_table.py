@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llmtune.records import Evaluation, Slice, Study
 from llmtune.report.contamination_section import sentence
 from llmtune.report.metric_info import direction
 from llmtune.report.number_format import DASH, chance, count, score, signed
 from llmtune.report.slice_tables import ranked
 from llmtune.report.verdict import FEWEST_ROWS
-from llmtune.scores import Evaluation, Slice, Study
 
 
 def print_scores(evaluation: Evaluation, console: Console) -> None:

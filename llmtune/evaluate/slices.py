@@ -20,9 +20,8 @@ from llmtune.data import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import Measure, compare
 from llmtune.evaluate.paired_statistics import unknown
-from llmtune.records import Rows
+from llmtune.records import Difference, Rows, Slice
 from llmtune.report.verdict import FEWEST_ROWS
-from llmtune.scores import Difference, Slice
 
 MOST_VALUES = 12
 LONGEST_VALUE = 80

@@ -22,7 +22,7 @@ from llmtune.evaluate.sentence_scores import (
     Scores,
 )
 from llmtune.evaluate.slices import difference_of
-from llmtune.scores import Difference, StudyTable
+from llmtune.records import Difference, StudyTable
 
 TIE_NATS = 5e-4
 """Sentences whose scores are no further apart are equally likely: CrowS-Pairs compares three decimals."""

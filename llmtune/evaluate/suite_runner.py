@@ -11,8 +11,7 @@ from rich.console import Console
 
 from llmtune.evaluate.eval_inputs import Plan
 from llmtune.evaluate.metric import Measure
-from llmtune.records import Task
-from llmtune.scores import Study
+from llmtune.records import Study, Task
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_of
 from llmtune.recipe.rules_fairness import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Advance, Row, Task
-from llmtune.scores import Difference, StudyTable
+from llmtune.records import Advance, Difference, Row, StudyTable, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

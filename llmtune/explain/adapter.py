@@ -19,10 +19,10 @@ from llmtune.explain.adapter_page import write_adapter_page
 from llmtune.explain.adapter_picture import draw_moves
 from llmtune.explain.adapter_weights import find_carriers
 from llmtune.explain.labels import shorten
-from llmtune.explain.subject import BASE, TUNED, Subject
+from llmtune.explain.target import BASE, TUNED, Subject
 from llmtune.explain.weight_delta import Move, adapter_moves, compare
 from llmtune.model.heads import head_is_new
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 from llmtune.store.atomic_files import explained, write_json
 from llmtune.store.run_folder import MANIFEST
 
@@ -206,7 +206,7 @@ def arrange(subject: Subject, moves: Sequence[Move]) -> Map:
         for move in moves
         if move.module in placed
     }
-    place = ModelPlace(subject.name, Path(subject.config.name_or_path), None, "")
+    place = ModelRef(subject.name, Path(subject.config.name_or_path), None, "")
     return Map(
         name=Path(subject.name).name,
         model=str(subject.recipe.model.name),

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from llmtune.adapter import find_adapter
 from llmtune.adapter.load import WEIGHTS
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 
 Kind = Literal["LoRA", "DoRA", "whole", "tokens", "bias"]
 PREFIX = "base_model.model."

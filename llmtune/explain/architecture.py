@@ -15,7 +15,7 @@ from llmtune.explain.block_structure import Branch, Norm, UnknownWiringError, Wi
 from llmtune.explain.meta_model import Blueprint, UntraceableError
 from llmtune.explain.op_trace import Call, Trace
 from llmtune.explain.orders import BIASES, find_orders
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.model.config import linear_shapes
 from llmtune.model.memory_plan import context_of
 

@@ -22,7 +22,7 @@ from llmtune.explain.attention_selection import DIFFERENCE, Choice, Seen, Shape,
 from llmtune.explain.attention_summary import MEAN, Gathered, Line, Lines, Mask, among_words, plainest, title_of
 from llmtune.explain.capture import CROSS, Kind, attend, shape_of
 from llmtune.explain.rollout import Matrix
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.explain.token_text import Token, label, name_tokens
 from llmtune.store.atomic_files import explained
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from llmtune.explain.attention_summary import Line, Mask
 from llmtune.explain.rollout import Matrix
-from llmtune.explain.subject import BASE, TUNED
+from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_text import label
 from llmtune.report.number_format import signed
 from llmtune.report.write import replace_file

@@ -25,7 +25,7 @@ from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.task_predictions import decoder_settings, generate, write_texts
 from llmtune.explain.attention_summary import Line, Lines
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.explain.token_text import Token, name_tokens
 from llmtune.model.memory_plan import context_of
 from llmtune.model.task_losses import decoder_inputs

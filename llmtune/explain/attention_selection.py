@@ -9,7 +9,7 @@ from llmtune.errors import RecipeError, nearest
 from llmtune.explain.attention_summary import MEAN, ROLLOUT, Gathered, Head, Lines
 from llmtune.explain.capture import CROSS, Kind
 from llmtune.explain.rollout import Matrix
-from llmtune.explain.subject import BASE, TUNED, Subject
+from llmtune.explain.target import BASE, TUNED, Subject
 
 ALL = "all"
 DIFFERENCE = "difference"

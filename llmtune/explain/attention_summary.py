@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from llmtune.explain.capture import CROSS, MASKED, SELF, Attended, Kind
 from llmtune.explain.rollout import Matrix, roll
-from llmtune.explain.subject import Family
+from llmtune.explain.target import Family
 from llmtune.explain.token_text import Token, joined
 
 Mask = npt.NDArray[np.bool_]

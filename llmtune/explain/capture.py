@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.subject import Family
+from llmtune.explain.target import Family
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 
 Kind = Literal["self", "masked-self", "cross"]

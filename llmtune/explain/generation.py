@@ -21,7 +21,7 @@ from llmtune.errors import RecipeError
 from llmtune.explain.generation_inputs import Given, Prompt, read_prompt
 from llmtune.explain.generation_page import write_generation_page
 from llmtune.explain.generation_trace import Choice, Reading, Trace, read_answer, trace_answer, trace_masks
-from llmtune.explain.subject import BASE, MODEL, TUNED, Subject
+from llmtune.explain.target import BASE, MODEL, TUNED, Subject
 from llmtune.explain.token_json import Words
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_of

@@ -18,7 +18,7 @@ from llmtune.data.target_collators import feature_extractor, hear
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.task_predictions import fill_masks, write_texts
 from llmtune.evaluate.transcription import hear_windows
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.model.memory_plan import context_of
 from llmtune.recipe import Recipe
 from llmtune.records import Row, Task

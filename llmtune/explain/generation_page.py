@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.explain.html_page import asset, fill, write_page
-from llmtune.explain.subject import BASE, TUNED
+from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_json import shown
 
 Facts = Mapping[str, Any]

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmtune.explain.subject import BASE, TUNED
+from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_json import shown
 
 Facts = Mapping[str, Any]

@@ -17,9 +17,9 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 
 from llmtune.explain.op_trace import Trace, trace_forward
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.model.config import find_class, first_line
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +143,7 @@ def draw_blueprint(subject: Subject) -> Blueprint:
 
 def _find_class(subject: Subject, folder: Path) -> tuple[Any, Any]:
     if subject.task is not None and subject.recipe is not None:
-        return find_class(ModelPlace(subject.name, folder, None, ""), subject.recipe, subject.task)
+        return find_class(ModelRef(subject.name, folder, None, ""), subject.recipe, subject.task)
     config = subject.config
     own = getattr(config, "auto_map", None) or {}
     if not type(config).__module__.startswith("transformers."):

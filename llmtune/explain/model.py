@@ -17,7 +17,7 @@ from llmtune.explain.length_cost import Measured, measure_block
 from llmtune.explain.meta_model import Blueprint, draw_blueprint
 from llmtune.explain.model_page import write_model_page
 from llmtune.explain.orders import BIASES
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject
 from llmtune.model.config import UNREADABLE, first_line
 from llmtune.store.atomic_files import explained, write_json
 

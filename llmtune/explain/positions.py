@@ -21,7 +21,7 @@ from llmtune.explain.position_encodings import (
 )
 from llmtune.explain.positions_page import write_positions_page
 from llmtune.explain.positions_picture import draw_schemes
-from llmtune.explain.subject import TUNED, Subject
+from llmtune.explain.target import TUNED, Subject
 from llmtune.explain.token_text import label, name_tokens
 from llmtune.model.memory_plan import context_of
 from llmtune.store.atomic_files import explained, write_json

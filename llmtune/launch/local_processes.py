@@ -24,13 +24,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.launch.worker import PARENT, RESULTS
+from llmtune.session import trained_name
 from llmtune.store.atomic_files import read_json
-from llmtune.work import trained_name
 
 if TYPE_CHECKING:
     from llmtune.pipeline import Trainer
-    from llmtune.records import Examples, ModelPlace
-    from llmtune.work import Work
+    from llmtune.records import Examples, ModelRef
+    from llmtune.session import RunContext
 
 TRAIN_RUN = "llmtune.launch.worker:train_run"
 SAVE_SECONDS = 300
@@ -44,18 +44,18 @@ class WorkerBug(RuntimeError):
 def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
     """Return what the pipeline trains with: adapt and train in `processes` workers, all else stays in the parent."""
 
-    def trainer(work: Work, place: ModelPlace, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
-        work.begin("train")
-        with work.folder.step("train", train_inputs, [trained_name(work.recipe)]) as facts:
+    def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
+        context.begin("train")
+        with context.folder.step("train", train_inputs, [trained_name(context.recipe)]) as facts:
             found = launch_local(
-                [str(work.folder.path)],
+                [str(context.folder.path)],
                 processes,
-                work.console,
+                context.console,
                 threads=threads,
-                on_notes=lambda notes: work.folder.note(**notes),
+                on_notes=lambda notes: context.folder.note(**notes),
             )
             # Inside: once training counts as done, nothing would note adapt any more.
-            with work.folder.step("adapt", adapt_inputs) as adapted:
+            with context.folder.step("adapt", adapt_inputs) as adapted:
                 adapted |= found["adapt"]
             facts |= {**found["train"], "processes": processes}
 

@@ -66,10 +66,10 @@ def train_run(run: str) -> dict[str, Any]:
     from llmtune.data.examples import load_examples
     from llmtune.model import load_processor
     from llmtune.pipeline import make_adapted
+    from llmtune.session import RunContext, locate_pinned
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import own_pins
     from llmtune.train import train
-    from llmtune.work import Work, locate_pinned
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -78,16 +78,16 @@ def train_run(run: str) -> dict[str, Any]:
     recipe = recipe_of_run(folder).recipe
     pins = own_pins(folder.path)
     assert pins is not None, "the parent has written the lock"
-    work = Work(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
-    place = locate_pinned(work, pins.model)
-    work.settle(place, load_rows(folder.path / "data" / "rows"))
-    adapted = make_adapted(work, place, load_processor(place, recipe.model))
+    context = RunContext(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
+    place = locate_pinned(context, pins.model)
+    context.settle(place, load_rows(folder.path / "data" / "rows"))
+    adapted = make_adapted(context, place, load_processor(place, recipe.model))
     adapt = describe(adapted)
     trained = train(
         adapted,
         load_examples(folder.path / "data" / "examples"),
-        work.task,
-        work.recipe,
+        context.task,
+        context.recipe,
         folder.path,
         console,
         budget=folder.findings["micro_batch_tokens"],

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.records import ModelPlace, Task
+from llmtune.records import ModelRef, Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection, Recipe
@@ -25,7 +25,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 """What transformers raises for files that are damaged or that it does not know."""
 
 
-def find_class(place: ModelPlace, recipe: Recipe, task: Task) -> tuple[type[PreTrainedModel], Any]:
+def find_class(place: ModelRef, recipe: Recipe, task: Task) -> tuple[type[PreTrainedModel], Any]:
     """Return the class that loads this model for `task`, and the model's configuration, its head's size set.
 
     Raises RecipeError where the model cannot do the task, such as an encoder for chat.
@@ -100,7 +100,7 @@ def _is_relative(named: list[str], fitting: str) -> bool:
     return decoder and any(name in (f"{family}Model", f"{family}ForConditionalGeneration") for name in named)
 
 
-def read_model_config(place: ModelPlace, model: ModelSection) -> Any:
+def read_model_config(place: ModelRef, model: ModelSection) -> Any:
     """Read the configuration as transformers' own class; raises EnvironmentProblem where it cannot."""
     try:
         return AutoConfig.from_pretrained(

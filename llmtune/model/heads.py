@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, build_skeleton, find_class, head_names, in_heads
-from llmtune.records import ModelPlace, Task
+from llmtune.records import ModelRef, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, re
     model.config.pad_token_id = processor.pad_token_id
 
 
-def head_is_new(place: ModelPlace, recipe: Recipe, task: Task) -> bool:
+def head_is_new(place: ModelRef, recipe: Recipe, task: Task) -> bool:
     """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
 
     Of pickled weights it cannot be told without loading them: there the configuration's word is taken.

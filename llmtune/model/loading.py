@@ -32,7 +32,7 @@ from llmtune.model.packed_attention import PACKED, choose_attention, install_pac
 from llmtune.model.packed_pooling import pool_documents
 from llmtune.model.packing_check import prove_isolation, reads_apart
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import MemoryPlan, ModelPlace, SelectedModel, Task
+from llmtune.records import MemoryPlan, ModelRef, SelectedModel, Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -41,7 +41,7 @@ CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_model(
-    place: ModelPlace,
+    place: ModelRef,
     recipe: Recipe,
     task: Task,
     processor: PreTrainedTokenizerBase,
@@ -65,7 +65,7 @@ def load_model(
 
 
 def _load(
-    place: ModelPlace,
+    place: ModelRef,
     recipe: Recipe,
     task: Task,
     processor: PreTrainedTokenizerBase,
@@ -160,7 +160,7 @@ def _keep_quantized_format(model: PreTrainedModel) -> None:
 
 
 def _load_weights(
-    place: ModelPlace,
+    place: ModelRef,
     recipe: Recipe,
     task: Task,
     model_class: Any,
@@ -213,7 +213,7 @@ def _load_weights(
     return cast(PreTrainedModel, placed), tuple(sorted(new))
 
 
-def _account_for(model: PreTrainedModel, info: dict[str, Any], config: Any, task: Task, place: ModelPlace) -> set[str]:
+def _account_for(model: PreTrainedModel, info: dict[str, Any], config: Any, task: Task, place: ModelRef) -> set[str]:
     """Return the names of a new head's weights, and put a trained head's outputs in the recipe's order, in place.
 
     Raises EnvironmentProblem where other weights are missing in the files.

@@ -15,7 +15,7 @@ from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
-from llmtune.records import MemoryPlan, ModelPlace, Task
+from llmtune.records import MemoryPlan, ModelRef, Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection, Recipe
@@ -48,7 +48,7 @@ class Shape:
     vocabulary: int
 
 
-def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, device: str) -> MemoryPlan:
+def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device: str) -> MemoryPlan:
     """Estimate the bytes of training with `tokens` in a micro-batch.
 
     Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
@@ -78,7 +78,7 @@ def plan_memory(place: ModelPlace, recipe: Recipe, task: Task, tokens: int, devi
     return MemoryPlan(parts, lower_bound, memory_limit(device), device)
 
 
-def settle_checkpointing(place: ModelPlace, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
+def settle_checkpointing(place: ModelRef, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
     """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
 
     Never for a model that cannot do it. Raises what `plan_memory` raises.
@@ -95,7 +95,7 @@ def _fixed(parts: Mapping[str, int]) -> int:
     return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
 
 
-def check_context(place: ModelPlace, recipe: Recipe, task: Task, longest: int) -> None:
+def check_context(place: ModelRef, recipe: Recipe, task: Task, longest: int) -> None:
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
     _, config = find_class(place, recipe, task)
     context = context_of(config)

@@ -25,12 +25,12 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_of, format_bytes, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import locate
-from llmtune.records import Example, MemoryPlan, ModelPlace, Row, Rows, Task
+from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows, Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
-ChooseTask = Callable[[ModelPlace], Task]
+ChooseTask = Callable[[ModelRef], Task]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
 """Enough to tell models apart by more than a few per cent, few enough to take seconds."""
@@ -52,7 +52,7 @@ class Candidate:
 class Ranking:
     """All candidates, the best first and those left out last, and the place of the best."""
 
-    chosen: ModelPlace
+    chosen: ModelRef
     candidates: tuple[Candidate, ...]
     rows: int
     """Rows that every candidate was measured on."""
@@ -73,7 +73,7 @@ class Ranking:
 class _Entrant:
     """A candidate that can do the task and fits, with the sample in its own tokens."""
 
-    place: ModelPlace
+    place: ModelRef
     task: Task
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
@@ -135,7 +135,7 @@ def draw_ranking(ranking: Ranking) -> Table:
     return table
 
 
-def _locate_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelPlace]:
+def _locate_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelRef]:
     """Find every candidate first, so that all that is wrong with their names is told at once."""
     places, problems, kind = [], [], RecipeError
     for name in recipe.model.candidates or ():
@@ -156,7 +156,7 @@ def _draw_sample(rows: Rows, seed: int) -> tuple[str, dict[int, Row]]:
 
 
 def _admit(
-    place: ModelPlace, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
+    place: ModelRef, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
 ) -> _Entrant | Candidate:
     """Return the candidate ready to be measured, or left out with the reason."""
     try:

@@ -11,7 +11,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import first_line
 from llmtune.model.library_logging import unreported
 from llmtune.model.oom import enough_memory
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_plain(
-    place: ModelPlace, config: Any, settings: ModelSection, *, dtype: torch.dtype, device: str
+    place: ModelRef, config: Any, settings: ModelSection, *, dtype: torch.dtype, device: str
 ) -> PreTrainedModel:
     """Load a model in the class that its configuration names, with eager attention, in eval mode.
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llmtune.data.chat_template import fix_date
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import UNREADABLE, first_line, read_model_config
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
@@ -21,7 +21,7 @@ _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 
-def load_processor(place: ModelPlace, model: ModelSection) -> PreTrainedTokenizerBase:
+def load_processor(place: ModelRef, model: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied, and the template's date fixed.
 
     The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an

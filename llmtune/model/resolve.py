@@ -13,7 +13,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.builtin_models import unpack_packaged
 from llmtune.model.hub_models import download_model
 from llmtune.model.model_files import check_folder, hash_model
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def locate(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelPlace:
+def locate(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
     """Find the model `name` (a folder, `builtin:NAME` or a hub name), bring it here and check its files.
 
     Network is used for a hub name alone, and not at all if `offline`.
@@ -44,7 +44,7 @@ def locate(name: str, model: ModelSection, console: Console, offline: bool = Fal
     else:
         path, revision = download_model(name, model, console, offline, _suggest(name))
     check_folder(path, model)
-    return ModelPlace(name, path, revision, hash_model(path))
+    return ModelRef(name, path, revision, hash_model(path))
 
 
 def _looks_like_path(name: str) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.recipe import Recipe
-from llmtune.records import StepTiming
-from llmtune.scores import Contamination, Difference, Evaluation, GateResult, Slice, Study
+from llmtune.records import Contamination, Difference, Evaluation, GateResult, Slice, StepTiming, Study
 
 
 def assemble(

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmtune.records import Evaluation
 from llmtune.report.metric_info import COSTS, better_side
-from llmtune.scores import Evaluation
 
 Facts = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from support.runs import write_recipe
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 
 ROWS = 60
 SHORT = {"num_train_epochs": 3, "learning_rate": 1e-2}

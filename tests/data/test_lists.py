@@ -14,7 +14,7 @@ from llmtune.data.rejected_rows import listed
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 
 BAD = '{"messages": [{"role": "user", "con'
 LONG = json.dumps(

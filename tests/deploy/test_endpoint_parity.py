@@ -15,9 +15,10 @@ from support.runs import llmtune
 
 from llmtune.deploy.endpoint import Endpoint
 from llmtune.deploy.endpoint_parity import Measured, find_breaches
+from llmtune.deploy.products import certify_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.finished import Models, certify_run, open_finished
 from llmtune.model import load_processor
+from llmtune.session import Models, open_finished
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,9 @@ def run(finished, tmp_path):
 @pytest.fixture(scope="module")
 def served(finished):
     """The tuned model and its tokenizer, as a server would hold them."""
-    work, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
-    processor = load_processor(place, work.recipe.model)
-    return Models(work, place, processor).adapted.model, processor
+    context, place = open_finished(finished, Console(file=io.StringIO()), offline=True)
+    processor = load_processor(place, context.recipe.model)
+    return Models(context, place, processor).adapted.model, processor
 
 
 class Served:
@@ -175,7 +176,7 @@ def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_
 
 def test_our_own_server_passes(run, served, console):
     support = pytest.importorskip("support.serving")
-    from llmtune.serving import ServeOptions, load_models, open_runs
+    from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
     options = ServeOptions()
     models = load_models(open_runs({"tiny": run}, options, console), options)

@@ -18,8 +18,8 @@ import llmtune.deploy.merged_model as merging
 from llmtune.adapter import merge as really_merge
 from llmtune.deploy.merged_model import merge_model
 from llmtune.deploy.parity import LIMITS, Parity, find_breaches
+from llmtune.deploy.products import merge_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.finished import merge_run
 from llmtune.tasks import get_task
 
 TEXT = "Which colour has the cat number 7?"

@@ -18,9 +18,9 @@ from support.hub import hub_at_work
 from support.models import build_llama
 from support.runs import llmtune
 
+from llmtune.deploy.products import merge_run
 from llmtune.deploy.publish import Wishes, publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.finished import merge_run
 from llmtune.model.library_logging import hushed
 
 

@@ -11,7 +11,7 @@ from llmtune.data import read_rows
 from llmtune.evaluate import check_gates, load_evaluation, save_evaluation
 from llmtune.evaluate.metrics import METRICS
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.scores import Difference, Evaluation
+from llmtune.records import Difference, Evaluation
 
 
 def losses_by_hand(bench):

@@ -27,8 +27,8 @@ from llmtune.evaluate.suite_runner import Scored, Setting
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import ForgettingSection
+from llmtune.session import Options
 from llmtune.tasks import FORMS
-from llmtune.work import Options
 
 OFFSETS = "offset_mapping"
 

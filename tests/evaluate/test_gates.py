@@ -6,7 +6,7 @@ import pytest
 
 from llmtune.errors import RecipeError
 from llmtune.evaluate import check_gates
-from llmtune.scores import Difference, Evaluation
+from llmtune.records import Difference, Evaluation
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},

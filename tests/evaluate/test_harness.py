@@ -28,9 +28,9 @@ from llmtune.evaluate.lm_eval_harness.quiet import quietly
 from llmtune.hashes import study_files
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
+from llmtune.session import Options
 from llmtune.store.lm_eval_tasks import list_task_files, read_task_file
 from llmtune.store.process_environment import names_remote
-from llmtune.work import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 COLOURS = ("red", "green", "blue", "black")

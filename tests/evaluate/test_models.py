@@ -10,26 +10,26 @@ from support.classifying import colour_rows, recipe_for, run
 from support.families import build_bert
 from support.runs import write_recipe
 
-from llmtune import finished
 from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
+from llmtune.deploy import products as finished
 from llmtune.evaluate.eval_inputs import make_plan
 from llmtune.evaluate.inference import answer, score_tokens
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_model
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.session import Models, open_finished
 
 
 def opened(folder, console):
-    work, place = open_finished(folder, console, True)
-    processor = work.read_processor(place)
+    context, place = open_finished(folder, console, True)
+    processor = context.read_processor(place)
     rows, examples = (load(folder / "data" / name) for load, name in ((load_rows, "rows"), (load_examples, "examples")))
-    return Models(work, place, processor), make_plan(rows, examples, work.task, processor, work.recipe)
+    return Models(context, place, processor), make_plan(rows, examples, context.task, processor, context.recipe)
 
 
 def ask(models, model, plan, console):
-    work = models.work
-    return answer(model, "a model", plan, work.task, models.processor, work.recipe, console, "cpu", models.packs)
+    context = models.context
+    return answer(model, "a model", plan, context.task, models.processor, context.recipe, console, "cpu", models.packs)
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def test_losses_of_packed_rows_are_those_of_padded_ones(tmp_path: Path, tiny_lla
         recipe = write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, train=train)
     _, folder = run(recipe)
     models, plan = opened(folder, console)
-    task, read, found = models.work.task, [], {}
+    task, read, found = models.context.task, [], {}
     with models.tuned() as model, torch.inference_mode():
         assert models.packs
         model.eval()
         for packs in (True, False):
-            collate = task.collator(models.processor, models.work.recipe, packs)
+            collate = task.collator(models.processor, models.context.recipe, packs)
 
             def noted(examples, draw, collate=collate):
                 batch = collate(examples, draw)

@@ -22,10 +22,10 @@ from typer.testing import CliRunner, Result
 from llmtune.cli.app import app
 from llmtune.explain.adapter import Map, arrange, explain_adapter, together
 from llmtune.explain.adapter_weights import find_carriers, read_carriers
+from llmtune.explain.target import open_subject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.subjects import open_subject
-from llmtune.work import Options
+from llmtune.session import Options
 
 QUICK = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
 

@@ -25,7 +25,7 @@ from llmtune.explain.labels import briefly, describe_branch, describe_piece, row
 from llmtune.explain.meta_model import Blueprint, draw_blueprint
 from llmtune.explain.model import count_parts
 from llmtune.explain.svg import write_svg
-from llmtune.subjects import open_subject
+from llmtune.explain.target import open_subject
 
 BUILDERS: dict[str, Callable[..., Path]] = {
     "llama": build_llama,

@@ -28,11 +28,10 @@ from llmtune.explain import attention, attention_page
 from llmtune.explain.attention import explain_attention
 from llmtune.explain.attention_inputs import Given
 from llmtune.explain.attention_selection import Wishes
-from llmtune.explain.subject import Subject
+from llmtune.explain.target import Subject, open_subject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.subjects import open_subject
-from llmtune.work import Options
+from llmtune.session import Options
 
 TEXT = "Which colour has the cat? The cat is blue."
 CHAT = [

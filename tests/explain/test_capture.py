@@ -28,12 +28,12 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.explain.attention_summary import Gathered, Layer, Line, Lines, among_words, merge, plainest
 from llmtune.explain.capture import CROSS, MASKED, SELF, Attended, attend, shape_of
 from llmtune.explain.rollout import roll
+from llmtune.explain.target import family_of
 from llmtune.explain.token_text import Token
 from llmtune.model.library_logging import hushed
 from llmtune.model.plain_model import load_plain
 from llmtune.recipe import ModelSection
-from llmtune.records import ModelPlace
-from llmtune.subjects import family_of
+from llmtune.records import ModelRef
 
 BUILD: dict[str, Callable[[Path], Path]] = {
     "bert": build_bert,
@@ -58,7 +58,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     def load(name: str) -> Any:
         if name not in folders:
             folders[name] = BUILD[name](tmp_path_factory.mktemp(name))
-        place = ModelPlace(name, folders[name], None, "")
+        place = ModelRef(name, folders[name], None, "")
         config = AutoConfig.from_pretrained(str(folders[name]))
         settings = ModelSection(name=str(folders[name]))
         return load_plain(place, config, settings, dtype=torch.float32, device="cpu")
@@ -160,7 +160,7 @@ def test_a_window_hides_what_is_too_far_back():
 def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(tmp_path):
     folder = build_modernbert(tmp_path)
     config = AutoConfig.from_pretrained(str(folder))
-    place, settings = ModelPlace("modernbert", folder, None, ""), ModelSection(name=str(folder))
+    place, settings = ModelRef("modernbert", folder, None, ""), ModelSection(name=str(folder))
     model = load_plain(place, config, settings, dtype=torch.float32, device="cpu")
     seen: list[Attended] = []
     attend(model, {"input_ids": torch.arange(10, 40)[None]}, "encoder", seen.append)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmtune.explain.architecture import describe_model
 from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost, fit, value
 from llmtune.explain.meta_model import draw_blueprint, make_inputs
-from llmtune.subjects import open_subject
+from llmtune.explain.target import open_subject
 
 BUILDERS: dict[str, Callable[..., Path]] = {
     "llama": build_llama,

@@ -27,7 +27,7 @@ from llmtune.explain.generation_inputs import Given
 from llmtune.explain.generation_trace import Choice, read_answer
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 
 ROWS = [
     {

@@ -19,7 +19,7 @@ from llmtune.explain.flops import count_cost, value
 from llmtune.explain.length_cost import Measured, cost_of_block, measure_block
 from llmtune.explain.length_curves import rate
 from llmtune.explain.meta_model import Blueprint, draw_blueprint
-from llmtune.subjects import open_subject
+from llmtune.explain.target import open_subject
 
 
 def look(folder: Path) -> tuple[Blueprint, Architecture]:

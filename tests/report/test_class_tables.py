@@ -11,10 +11,10 @@ from rich.console import Console
 
 from llmtune.evaluate.score_table import print_scores
 from llmtune.recipe import Recipe
+from llmtune.records import Difference, Evaluation
 from llmtune.report import write_report
 from llmtune.report.assembly import assemble
 from llmtune.report.class_tables import MOST_CELLS, class_counts, class_scores, confused_pairs, confusion
-from llmtune.scores import Difference, Evaluation
 
 EVALUATION = Evaluation(
     base={"accuracy": 0.4},

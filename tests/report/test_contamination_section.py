@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from llmtune.records import Difference
 from llmtune.report.assembly import difference_json
 from llmtune.report.contamination_section import overlap, sentence
 from llmtune.report.report_markdown import to_markdown
 from llmtune.report.report_view import make_view
 from llmtune.report.write import write_report
-from llmtune.scores import Difference
 
 FOUND = {
     "rows": 148,

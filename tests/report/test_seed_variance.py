@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmtune.records import Difference, Evaluation
 from llmtune.report.seed_table import spread_table, spread_view
 from llmtune.report.seed_variance import describe_spread, spread, tell, warn
 from llmtune.report.verdict import verdict
-from llmtune.scores import Difference, Evaluation
 
 
 def scored(loss: float, match: float, **others: float) -> Evaluation:

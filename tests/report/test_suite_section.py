@@ -12,11 +12,11 @@ from rich.console import Console
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.score_table import print_scores
+from llmtune.records import Difference, Evaluation, Study, StudyTable
 from llmtune.report.assembly import difference_json
 from llmtune.report.report_markdown import to_markdown
 from llmtune.report.report_view import make_view
 from llmtune.report.write import write_report
-from llmtune.scores import Difference, Evaluation, Study, StudyTable
 
 FORGOT = Study(
     title="Forgetting",

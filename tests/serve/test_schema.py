@@ -11,7 +11,7 @@ import pytest
 from support.served_tasks import finish, quiet
 from support.serving import served_of, serving
 
-from llmtune.serving import ServeOptions, load_models, open_runs
+from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
 
 def examine(url: str, examples: int, folder: Path) -> str:

@@ -19,8 +19,8 @@ from support.serving import serving
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.finished import answer_once
-from llmtune.serving import ServeOptions, load_models, open_runs, read_key
+from llmtune.deploy.generate import answer_once
+from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_key
 
 KEY = "correct-horse-battery"
 

@@ -16,8 +16,8 @@ from support.rows import write_jsonl
 from support.served_tasks import COLOURS, finish, finish_with, quiet
 from support.serving import serving
 
-from llmtune.finished import answer_once
-from llmtune.serving import ServeOptions, load_models, open_runs
+from llmtune.deploy.generate import answer_once
+from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
 GIVEN: dict[str, list[dict[str, str]]] = {
     "classify": [{"prompt": "red cat 4"}, {"prompt": "the blue cat 9 sits here"}],

@@ -16,8 +16,8 @@ from llmtune.data.examples import load_examples
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import Examples
+from llmtune.session import Options
 from llmtune.tasks import classify
-from llmtune.work import Options
 from support import families
 from support.models import build_gpt2, build_llama
 from support.rows import write_jsonl

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 from support.runs import write_recipe
 
 

@@ -12,15 +12,14 @@ from rich.console import Console
 
 from llmtune.adapter import inject
 from llmtune.data.examples import load_examples
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_model, load_processor, locate
 from llmtune.model.config import read_model_config
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
+from llmtune.session import Models, Options, open_finished
 from llmtune.tasks import choose_form
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import Training, set_up
-from llmtune.work import Options
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
@@ -63,8 +62,8 @@ def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
 
 def tuned_logits(run: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the tuned model of a run says to `batch`, read back as llmtune reads it."""
-    work, place = open_finished(run, quiet(), True)
-    with Models(work, place, load_processor(place, work.recipe.model)).tuned() as model, torch.no_grad():
+    context, place = open_finished(run, quiet(), True)
+    with Models(context, place, load_processor(place, context.recipe.model)).tuned() as model, torch.no_grad():
         return model(**batch, use_cache=False).logits
 
 

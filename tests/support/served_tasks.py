@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.work import Options
+from llmtune.session import Options
 from support.audio import write_tone
 from support.families import build_bert, build_t5, build_whisper
 from support.models import build_llama

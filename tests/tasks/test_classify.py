@@ -25,11 +25,11 @@ from llmtune.errors import RecipeError
 from llmtune.evaluate.task_predictions import predict_classes
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
+from llmtune.session import Options
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import classify, get_task
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import set_up
-from llmtune.work import Options
 
 RUNS = (
     *((family, "lora") for family in BUILDERS),

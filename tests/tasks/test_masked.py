@@ -21,14 +21,13 @@ from llmtune.data.label_encoding import encode_masked
 from llmtune.data.target_collators import masked_collator
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.task_predictions import fill_masks
-from llmtune.finished import Models, open_finished
 from llmtune.model import causal_loss, load_model, load_processor, locate
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
+from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import FORMS, choose_form
 from llmtune.train.setup import set_up
-from llmtune.work import Options
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
@@ -97,11 +96,11 @@ def test_an_encoder_learns_to_guess_hidden_words(finished, family):
 
 def test_base_and_tuned_guess_the_same_words_and_a_second_evaluation_too(finished):
     run, report = finished("bert")
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
-    batch = MASKED.collator(processor, work.recipe)(list(reader), 0)
-    models = Models(work, place, processor)
+    batch = MASKED.collator(processor, context.recipe)(list(reader), 0)
+    models = Models(context, place, processor)
     for name, context in (("base", models.base), ("tuned", models.tuned)):
         with context() as model, torch.no_grad():
             loss = causal_loss(model, batch, by_row=True)
@@ -153,10 +152,10 @@ def test_what_was_trained_loads_with_plain_classes_and_says_the_same(finished):
     assert made.returncode == 0, made.stderr
     plain = json.loads(made.stdout)
     for method, run in folders.items():
-        work, place = open_finished(run, quiet(), True)
-        processor = load_processor(place, work.recipe.model)
+        context, place = open_finished(run, quiet(), True)
+        processor = load_processor(place, context.recipe.model)
         text = f"The quick fox is {processor.mask_token}."
-        with Models(work, place, processor).tuned() as model, torch.no_grad():
+        with Models(context, place, processor).tuned() as model, torch.no_grad():
             said = model(**processor(text, return_tensors="pt")).logits[0]
         torch.testing.assert_close(torch.tensor(plain[method]), said, rtol=1e-4, atol=1e-3)
 
@@ -226,12 +225,12 @@ def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
 @pytest.mark.parametrize("family", ENCODERS)
 def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished, family):
     run, _ = finished(family)
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     texts = [f"The quick {processor.mask_token} is red.", "The quick fox is red. ", ""]
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
         rows = [MASKED.ask({"prompt": text}) for text in texts]
-        filled, whole, nothing = fill_masks(model, rows, processor, work.recipe, device="cpu")
+        filled, whole, nothing = fill_masks(model, rows, processor, context.recipe, device="cpu")
         logits = model(**processor(texts[0], return_tensors="pt")).logits[0]
     ids = processor(texts[0])["input_ids"]
     ids[ids.index(processor.mask_token_id)] = int(logits[ids.index(processor.mask_token_id)].argmax())
@@ -241,11 +240,11 @@ def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished, family):
 
 def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finished):
     run, _ = finished("modernbert")
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     text = f"The quick {processor.mask_token} is red. " * 40
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
-        (said,) = fill_masks(model, [MASKED.ask({"prompt": text})], processor, work.recipe, device="cpu")
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
+        (said,) = fill_masks(model, [MASKED.ask({"prompt": text})], processor, context.recipe, device="cpu")
     left = said.count(processor.mask_token)
     assert 0 < left < 40
     assert said.endswith(f" {processor.mask_token} is red. ")

@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import load_examples
+from llmtune.deploy.generate import answer_once
 from llmtune.errors import DataError, RecipeError
-from llmtune.finished import Models, answer_once, open_finished
 from llmtune.model import load_processor
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.rules_tasks import LOSS_METRICS
+from llmtune.session import Models, Options, open_finished
 from llmtune.train.accumulation import validation_loss
-from llmtune.work import Options
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
@@ -209,10 +209,10 @@ def conversations(runs):
 
 def score(run, rows):
     """What the model of a run says to rows, read back as llmtune reads it."""
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
-    with Models(work, place, processor).tuned() as model, torch.inference_mode():
-        return work.task.predict(model, rows, processor, work.recipe, device="cpu")
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
+    with Models(context, place, processor).tuned() as model, torch.inference_mode():
+        return context.task.predict(model, rows, processor, context.recipe, device="cpu")
 
 
 @pytest.mark.parametrize(("name", "part"), REWARD_MODELS.items())

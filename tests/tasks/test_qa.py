@@ -23,15 +23,14 @@ from llmtune.data.label_encoding import encode_windows
 from llmtune.data.target_collators import ends_collator
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.task_predictions import predict_ends
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 from llmtune.model.memory_plan import context_of
 from llmtune.model.task_losses import ends_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
+from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import FORMS, TASKS, choose_form, qa
-from llmtune.work import Options
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
@@ -177,9 +176,9 @@ def test_what_was_trained_loads_with_plain_classes_and_says_the_same(finished):
     assert made.returncode == 0, made.stderr
     plain = json.loads(made.stdout)
     for method, run in folders.items():
-        work, place = open_finished(run, quiet(), True)
-        processor = load_processor(place, work.recipe.model)
-        with Models(work, place, processor).tuned() as model, torch.no_grad():
+        context, place = open_finished(run, quiet(), True)
+        processor = load_processor(place, context.recipe.model)
+        with Models(context, place, processor).tuned() as model, torch.no_grad():
             for (question, context), logits in zip(ASKED, plain[method], strict=True):
                 said = model(**processor(question, context, return_tensors="pt"))
                 expected = torch.stack([said.start_logits[0], said.end_logits[0]])
@@ -253,14 +252,14 @@ def test_padding_changes_no_loss_and_the_loss_is_that_of_transformers(built, fam
 @pytest.mark.parametrize("family", ENCODERS)
 def test_predictions_read_the_very_windows_of_training(finished, built, family):
     run, _ = finished(family)
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     rows, reader = load_rows(run / "data" / "rows"), ExampleReader(load_examples(run / "data" / "examples"), "test")
     asked = [qa.prompt(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))]
     seen = []
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
         model.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
-        predict_ends(model, asked, processor, work.recipe, device="cpu")
+        predict_ends(model, asked, processor, context.recipe, device="cpu")
     read = {
         tuple(ids[mask > 0].tolist())
         for inputs in seen
@@ -329,10 +328,10 @@ def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, t
     sections = {"data": {"max_length": 64, "test": str(rows)}, "qa": {"stride": 8}, "train": {"num_train_epochs": 1}}
     run_recipe(tmp_path, built("bert"), ANSWERED[10:34], "qa", **sections)
     assert all(line["tuned"] != "(no answer)" for line in predictions(tmp_path / "run"))
-    work, _ = open_finished(tmp_path / "run", quiet(), True)
-    assert work.recipe.qa.null_score_diff_threshold == float("inf")
-    work, _ = open_finished(finished("bert")[0], quiet(), True)
-    assert work.recipe.qa.null_score_diff_threshold == 0.0
+    context, _ = open_finished(tmp_path / "run", quiet(), True)
+    assert context.recipe.qa.null_score_diff_threshold == float("inf")
+    context, _ = open_finished(finished("bert")[0], quiet(), True)
+    assert context.recipe.qa.null_score_diff_threshold == 0.0
 
 
 def test_a_threshold_in_the_recipe_stays(built, tmp_path):

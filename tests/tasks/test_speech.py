@@ -28,20 +28,20 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, Auto
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.data.speech_encoding import encode_whisper
 from llmtune.data.target_collators import whisper_collator
+from llmtune.deploy.generate import answer_once
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.wer import make_normaliser
-from llmtune.finished import Models, answer_once, open_finished
 from llmtune.model import load_model, load_processor, locate
 from llmtune.model.task_losses import ctc_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import choose_form
 from llmtune.tasks.speech import measure
 from llmtune.train.accumulation import make_batch, seed_micro_batch
-from llmtune.work import Options
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 TUNED = {
@@ -205,17 +205,17 @@ def test_what_was_tuned_reloads_with_plain_classes_and_hears_the_same(finished, 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False"]
     for trained, form, _, _, out in cases:
-        work, place = open_finished(Path(trained).parent, quiet(), True)
-        processor = load_processor(place, work.recipe.model)
-        recipe = work.recipe
-        examples = work.task.encode([{"audio": str(clip), "content": "", "text": "a"}], processor, recipe)
-        batch = work.task.collator(processor, recipe)(examples[0], 0)
+        context, place = open_finished(Path(trained).parent, quiet(), True)
+        processor = load_processor(place, context.recipe.model)
+        recipe = context.recipe
+        examples = context.task.encode([{"audio": str(clip), "content": "", "text": "a"}], processor, recipe)
+        batch = context.task.collator(processor, recipe)(examples[0], 0)
         names = ("input_features",) if form == "whisper" else ("input_values", "attention_mask")
         inputs = {name: batch[name] for name in names}
         if form == "whisper":
             assert processor.convert_ids_to_tokens(processor.prefix_tokens)[1] == "<|fr|>"
             inputs["decoder_input_ids"] = torch.tensor([processor.prefix_tokens])
-        with Models(work, place, processor).tuned() as model, torch.no_grad():
+        with Models(context, place, processor).tuned() as model, torch.no_grad():
             torch.testing.assert_close(torch.load(out), model(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -341,11 +341,11 @@ def speaking(folder, clips, tmp_path, speech):
 @contextmanager
 def tuned(folder, speech=None):
     """The tuned model of a run, which has learned to write."""
-    work, place = open_finished(folder / "run", quiet(), True)
-    processor = load_processor(place, work.recipe.model)
-    section = work.recipe.speech.model_copy(update=speech or {})
-    with Models(work, place, processor).tuned() as model:
-        yield model, processor, work.recipe.model_copy(update={"speech": section})
+    context, place = open_finished(folder / "run", quiet(), True)
+    processor = load_processor(place, context.recipe.model)
+    section = context.recipe.speech.model_copy(update=speech or {})
+    with Models(context, place, processor).tuned() as model:
+        yield model, processor, context.recipe.model_copy(update={"speech": section})
 
 
 def asked(path):

@@ -15,8 +15,8 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.model.task_losses import seq2seq_loss
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
+from llmtune.session import Options
 from llmtune.tasks import summarize
-from llmtune.work import Options
 
 METRICS = {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "length_ratio"}
 SHORT = {"max_length": 16, "on_overlong": "truncate"}

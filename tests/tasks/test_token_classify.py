@@ -20,14 +20,13 @@ from llmtune.data.label_encoding import encode_tags
 from llmtune.data.target_collators import tags_collator
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.task_predictions import predict_tags
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 from llmtune.model.task_losses import tags_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
+from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import TASKS, choose_form, token_classify
-from llmtune.work import Options
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
@@ -170,9 +169,9 @@ def test_what_was_trained_loads_with_plain_classes_says_the_same_and_knows_its_t
     plain = json.loads(made.stdout)
     for method, run in folders.items():
         assert plain[method]["names"] == NAMES
-        work, place = open_finished(run, quiet(), True)
-        processor = load_processor(place, work.recipe.model)
-        with Models(work, place, processor).tuned() as model, torch.no_grad():
+        context, place = open_finished(run, quiet(), True)
+        processor = load_processor(place, context.recipe.model)
+        with Models(context, place, processor).tuned() as model, torch.no_grad():
             for text, logits in zip(ASKED, plain[method]["logits"], strict=True):
                 said = model(**processor(text, return_tensors="pt")).logits[0]
                 torch.testing.assert_close(torch.tensor(logits), said, rtol=1e-4, atol=1e-4)
@@ -248,14 +247,14 @@ def test_padding_changes_no_loss_and_the_loss_is_that_of_transformers(built, fam
 @pytest.mark.parametrize("family", ENCODERS)
 def test_predictions_read_the_ids_of_training(finished, family):
     run, _ = finished(family)
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     rows, reader = load_rows(run / "data" / "rows"), ExampleReader(load_examples(run / "data" / "examples"), "test")
     asked = [token_classify.prompt(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))]
     seen = []
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
         model.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
-        said = predict_tags(model, asked, processor, work.recipe, device="cpu")
+        said = predict_tags(model, asked, processor, context.recipe, device="cpu")
     read = {
         tuple(ids[mask > 0].tolist())
         for inputs in seen
@@ -267,18 +266,18 @@ def test_predictions_read_the_ids_of_training(finished, family):
 
 def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
     run, _ = finished("bert")
-    work, place = open_finished(run, quiet(), True)
-    processor = load_processor(place, work.recipe.model)
+    context, place = open_finished(run, quiet(), True)
+    processor = load_processor(place, context.recipe.model)
     words = ROWS[0]["tokens"] * 64
-    with Models(work, place, processor).tuned() as model, torch.no_grad():
+    with Models(context, place, processor).tuned() as model, torch.no_grad():
         (said, dropped) = predict_tags(
             model,
             [{"tokens": words, "tags": []}, {"tokens": ["\N{ZERO WIDTH SPACE}"], "tags": []}],
             processor,
-            work.recipe,
+            context.recipe,
             device="cpu",
         )
-        (huge,) = predict_tags(model, [{"tokens": ["1" * 999], "tags": []}], processor, work.recipe, device="cpu")
+        (huge,) = predict_tags(model, [{"tokens": ["1" * 999], "tags": []}], processor, context.recipe, device="cpu")
     assert len(processor(" ".join(words))["input_ids"]) > families.LONGEST
     assert len(said) == len(words)
     assert {"B-THING", "B-COLOUR"} <= set(said[-64:])

@@ -30,14 +30,13 @@ from llmtune.data.seq2seq_encoding import first_token
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.evaluate.task_predictions import decoder_settings, generate
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 from llmtune.model.decoder_start import check_decoder_start
 from llmtune.model.task_losses import decoder_inputs, seq2seq_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
+from llmtune.session import Models, Options, open_finished
 from llmtune.tasks import translate
-from llmtune.work import Options
 
 FAMILIES = ("t5", "mt5", "bart", "mbart", "nllb", "marian")
 STILL = {"t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0}}
@@ -342,9 +341,9 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(runs):
     names = load_file(run / "adapter" / "adapter_model.safetensors")
     assert names
     assert not [name for name in names if "lm_head" in name or "shared" in name or "embed_tokens" in name]
-    work, place = open_finished(run, quiet(), True)
+    context, place = open_finished(run, quiet(), True)
     plain = AutoModelForSeq2SeqLM.from_pretrained(place.path)
-    models = Models(work, place, load_processor(place, work.recipe.model))
+    models = Models(context, place, load_processor(place, context.recipe.model))
     with models.base() as base:
         weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
         weights += sum(

@@ -20,7 +20,7 @@ from llmtune.evaluate.metric import compare
 from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
 from llmtune.model import resolve_dtype
 from llmtune.recipe.eval_suites_section import study_name
-from llmtune.scores import Difference, Study
+from llmtune.records import Difference, Study
 from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:

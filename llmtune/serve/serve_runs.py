@@ -16,18 +16,17 @@ from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.load import SAVED, read_config
 from llmtune.adapter.target_modules import are_transposed
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor
 from llmtune.model.heads import head_is_new
 from llmtune.model.library_logging import hushed
-from llmtune.records import ModelPlace
+from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
 from llmtune.serve.middleware import LOOPBACK, Rules, digest
 from llmtune.serve.served_model import Served
 from llmtune.serve.server import run_server, take_socket
 from llmtune.serve.vllm_engine import Tuned, hand_over, require_vllm, vllm_command
-from llmtune.work import Work, trained_name
+from llmtune.session import Models, RunContext, open_finished, trained_name
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 SHORTEST_KEY = 16
@@ -61,8 +60,8 @@ class _Opened:
 
     name: str
     path: Path
-    work: Work
-    place: ModelPlace
+    context: RunContext
+    place: ModelRef
 
 
 def serve_runs(
@@ -87,7 +86,7 @@ def serve_runs(
     except BaseException:
         taken.close()
         raise
-    speech = opened[0].work.task.name == "speech"
+    speech = opened[0].context.task.name == "speech"
     body_bytes = options.max_body or (RECORDING_BYTES if speech else BODY_BYTES)
     hosts = LOOPBACK if key is None else None
     app = build_app(engine, Rules(body_bytes, digest(key) if key else None, hosts))
@@ -132,11 +131,11 @@ def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console)
     """
     opened = []
     for name, path in runs.items():
-        work, place = open_finished(path, console, options.offline)
-        opened.append(_Opened(name, path, work, place))
+        context, place = open_finished(path, console, options.offline)
+        opened.append(_Opened(name, path, context, place))
     first = opened[0]
     problems = [problem for other in opened[1:] for problem in _differences(first, other)]
-    full = [run for run in opened if run.work.recipe.adapter.method == "full"]
+    full = [run for run in opened if run.context.recipe.adapter.method == "full"]
     if options.merged and (full or len(opened) > 1):
         what = "this run trained all weights: there is nothing to merge" if full else "one merged model has one adapter"
         problems.append(Problem(what, "--merged", "Leave it out." if full else "Serve one run with --merged."))
@@ -149,12 +148,15 @@ def open_runs(runs: Mapping[str, Path], options: ServeOptions, console: Console)
 
 def _differences(first: _Opened, other: _Opened) -> Iterator[Problem]:
     """Yield what keeps two runs from sharing a base."""
-    one, two = first.work.recipe, other.work.recipe
+    one, two = first.context.recipe, other.context.recipe
     if first.place.content_hash != other.place.content_hash:
         what = f"its base is {other.place.name}, and that of {first.name} is {first.place.name}"
         yield Problem(what, str(other.path), "Serve runs of one base together, others on another port.")
         return
-    if first.work.task.name != other.work.task.name or first.work.task.auto_class != other.work.task.auto_class:
+    if (
+        first.context.task.name != other.context.task.name
+        or first.context.task.auto_class != other.context.task.auto_class
+    ):
         yield Problem(f"its task is {two.task}, and that of {first.name} is {one.task}", str(other.path))
     if one.adapter.method != two.adapter.method:
         what = f"its method is {two.adapter.method}, and that of {first.name} is {one.adapter.method}"
@@ -168,30 +170,30 @@ def _differences(first: _Opened, other: _Opened) -> Iterator[Problem]:
 def load_models(opened: Sequence[_Opened], options: ServeOptions) -> dict[str, Served]:
     """Load the base once, put all adapters on it, and return what is served by name; the base comes last."""
     first, *others = opened
-    work = first.work
-    processor = load_processor(first.place, work.recipe.model)
-    adapted = Models(work, first.place, processor).adapted
-    full = work.recipe.adapter.method == "full"
+    context = first.context
+    processor = load_processor(first.place, context.recipe.model)
+    adapted = Models(context, first.place, processor).adapted
+    full = context.recipe.adapter.method == "full"
     if options.merged or full:
-        onto = "dequantized" if work.recipe.adapter.method == "qlora" else "original"
+        onto = "dequantized" if context.recipe.adapter.method == "qlora" else "original"
         model: Any = merge(adapted, cast(Any, onto)) if options.merged else adapted.model
-        return {first.name: Served(first.name, model.eval(), processor, work.recipe, work.task)}
+        return {first.name: Served(first.name, model.eval(), processor, context.recipe, context.task)}
     model = cast(PeftModel, adapted.model)
-    served = {first.name: Served(first.name, cast(Any, model), processor, work.recipe, work.task, "default")}
+    served = {first.name: Served(first.name, cast(Any, model), processor, context.recipe, context.task, "default")}
     for number, run in enumerate(others):
         adapter = f"run{number + 2}"
         add_adapter(model, adapter, find_adapter(run.path))
-        own = load_processor(run.place, run.work.recipe.model)
-        served[run.name] = Served(run.name, cast(Any, model), own, run.work.recipe, run.work.task, adapter)
+        own = load_processor(run.place, run.context.recipe.model)
+        served[run.name] = Served(run.name, cast(Any, model), own, run.context.recipe, run.context.task, adapter)
     model.set_adapter("default", inference_mode=True)
     name = _short_name(first.place)
     biased = any(config.bias != "none" for config in model.peft_config.values())  # they stay when adapters are off
-    if name not in served and not biased and not head_is_new(first.place, work.recipe, work.task):
-        served[name] = Served(name, cast(Any, model), processor, work.recipe, work.task, None)
+    if name not in served and not biased and not head_is_new(first.place, context.recipe, context.task):
+        served[name] = Served(name, cast(Any, model), processor, context.recipe, context.task, None)
     return served
 
 
-def _short_name(place: ModelPlace) -> str:
+def _short_name(place: ModelRef) -> str:
     """Return the base's name; of a folder its own, so that no path of this machine is told."""
     return Path(place.name).name if Path(place.name).is_absolute() or Path(place.name).exists() else place.name
 
@@ -231,7 +233,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     key = read_key(options)
     opened = open_runs(runs, options, console)
     first = opened[0]
-    recipe, task = first.work.recipe, first.work.task
+    recipe, task = first.context.recipe, first.context.task
     if task.render is None or task.name not in ("chat", "completion", "preference"):
         fix = "Leave --engine away: llmtune's own server has an endpoint for it."
         raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)

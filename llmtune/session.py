@@ -1,9 +1,10 @@
-"""One invocation at work: what was asked for, in which folder, and the model's place; shared by all who open a run."""
+"""A run: what was asked for, its folder, its model (RunContext); and a finished run opened again (open_finished)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from llmtune.adapter import find_adapter
-from llmtune.data import list_sources
+from llmtune.adapter import find_adapter, load_adapter
+from llmtune.data import list_sources, load_rows
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.eval_suites import check_form
-from llmtune.model import load_processor, locate, pick_device
+from llmtune.model import load_model, load_processor, locate, pick_device
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device
 from llmtune.recipe import Recipe
-from llmtune.records import ModelPlace, Rows, Task
-from llmtune.store.atomic_files import hash_value
-from llmtune.store.run_folder import RunFolder
-from llmtune.store.run_lock import Pins, check_pin, write_lock
+from llmtune.records import AdaptedModel, ModelRef, Rows, SelectedModel, Task
+from llmtune.store.atomic_files import hash_folder, hash_value
+from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+from llmtune.store.run_lock import LOCK, Pins, check_pin, read_pins, write_lock
 from llmtune.tasks import choose_form, get_task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Options:
 
 
 @dataclass
-class Work:
+class RunContext:
     """One invocation at work: the recipe, its folder, where to talk, and which steps were skipped."""
 
     recipe: Recipe
@@ -74,13 +76,13 @@ class Work:
         """The task's functions, in the form that the model can do once that is known."""
         return self.form or get_task(self.recipe.task)
 
-    def choose_form(self, place: ModelPlace) -> Task:
+    def choose_form(self, place: ModelRef) -> Task:
         """Return the form of the task that a model can do; raises RecipeError where there is none."""
         form = choose_form(self.recipe, read_model_config(place, self.recipe.model), place.name)
         check_form(self.recipe, form, place.name)
         return form
 
-    def settle(self, place: ModelPlace, rows: Rows) -> None:
+    def settle(self, place: ModelRef, rows: Rows) -> None:
         """Take the form of the task that this model does, and what of the recipe the rows decide, such as class names.
 
         Raises RecipeError or DataError where model, rows and recipe do not go together.
@@ -95,7 +97,7 @@ class Work:
         """cuda, mps or cpu."""
         return pick_device()
 
-    def read_processor(self, place: ModelPlace) -> PreTrainedTokenizerBase:
+    def read_processor(self, place: ModelRef) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer as the recipe wants it, read once for all steps; it is not to be changed."""
         if place.path not in self.processors:
             self.processors[place.path] = load_processor(place, self.recipe.model)
@@ -113,39 +115,119 @@ class Work:
         self.console.print(f"[bold cyan]{step}[/]{' [dim]unchanged, skipped[/]' if skipped else ''}")
 
 
-def locate_pinned(work: Work, name: str) -> ModelPlace:
+@dataclass
+class Models:
+    """Base and tuned model of a run, each loaded from disk as its user would load it; adapters share their base."""
+
+    context: RunContext
+    place: ModelRef
+    processor: PreTrainedTokenizerBase
+    packs: bool | None = None
+    """Whether the model that was loaded last reads rows that stand end to end; None before there is one."""
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        """The model that training started from, on the same quantised weights if it was quantised."""
+        yield self._selected.model
+        if self.context.recipe.adapter.method == "full":
+            del self.__dict__["_selected"]  # one set of full weights in memory at a time
+
+    @contextmanager
+    def before(self) -> Iterator[torch.nn.Module]:
+        """The base; where the task compares with what training started from, with the adapter of `start_from` on it."""
+        start = self.context.recipe.adapter.start_from
+        if start is None or not self.context.task.compares(self.context.recipe):
+            with self.base() as model:
+                yield model
+        else:
+            place = find_adapter(Path(start))
+            known = self.context.folder.findings.get("start_from")
+            if known is not None and known != hash_folder(place):
+                what = "the adapter that training started from is another one now: there is nothing to compare with"
+                raise EnvironmentProblem.of(what, str(place), "Put it back, or run the recipe again.")
+            yield load_adapter(self._load(self.place), place).model
+
+    @contextmanager
+    def tuned(self) -> Iterator[PreTrainedModel]:
+        """The model with the adapter (or the tuned weights) read back from the run folder."""
+        yield self.adapted.model
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The tuned model, read back."""
+        trained = self.context.folder.path / trained_name(self.context.recipe)
+        if self.context.recipe.adapter.method == "full":
+            selected = self._load(replace(self.place, path=trained))
+            if selected.new_weights:
+                what = "the head in these weights is for other classes than the rows have now"
+                raise EnvironmentProblem.of(what, str(trained), "Run the recipe again: it trains anew.")
+            return load_adapter(selected, trained)
+        return load_adapter(self._selected, trained)
+
+    @cached_property
+    def _selected(self) -> SelectedModel:
+        return self._load(self.place)
+
+    def _load(self, place: ModelRef) -> SelectedModel:
+        context = self.context
+        selected = load_model(
+            place, context.recipe, context.task, self.processor, device=context.device, training=False
+        )
+        self.packs = selected.packs
+        return selected
+
+
+def open_finished(
+    run: Path, console: Console, offline: bool, recipe: Recipe | None = None
+) -> tuple[RunContext, ModelRef]:
+    """Open a run that was trained, to use its model; `recipe` stands in for the run's own.
+
+    Raises:
+        RecipeError: not a run folder, or not trained yet.
+        EnvironmentProblem: its base model is gone or was changed.
+    """
+    folder = read_run(run)
+    folder.require_trained()
+    pins = read_pins(run / LOCK)
+    context = RunContext(recipe or recipe_of_run(folder).recipe, folder, console, offline, pins, held=True)
+    place = locate_pinned(context, pins.model)
+    context.settle(place, load_rows(run / "data" / "rows"))
+    return context, place
+
+
+def locate_pinned(context: RunContext, name: str) -> ModelRef:
     """Find a model, at the commit that a lock holds if there is one.
 
     Raises:
         EnvironmentProblem: not found; or, with --lock, its content is not what the lock holds.
     """
-    model, pins = work.recipe.model, work.pins
+    model, pins = context.recipe.model, context.pins
     if pins is None or pins.model != name:
-        return locate(name, model, work.console, work.offline)
+        return locate(name, model, context.console, context.offline)
     if pins.revision:
         model = model.model_copy(update={"revision": pins.revision})
-    place = locate(name, model, work.console, work.offline)
-    if work.held:
+    place = locate(name, model, context.console, context.offline)
+    if context.held:
         check_pin("the model's content", pins.model_hash, place.content_hash)
     return place
 
 
-def lock_run(work: Work, place: ModelPlace, fingerprint: str) -> None:
+def lock_run(context: RunContext, place: ModelRef, fingerprint: str) -> None:
     """Write llmtune.lock: all that training starts from, file by file."""
-    recipe = work.recipe
+    recipe = context.recipe
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
     write_lock(
-        work.folder.path,
+        context.folder.path,
         Pins(place.name, place.revision, place.content_hash, data_hash),
         fingerprint=fingerprint,
-        template_hash=hash_value(work.read_processor(place).chat_template),
+        template_hash=hash_value(context.read_processor(place).chat_template),
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=place.path,
         sources=[{"source": file.source, "path": file.path, file.kind: file.hash} for file in files],
         start_from=find_adapter(Path(start)) if start else None,
-        device=describe_device(work.device),
+        device=describe_device(context.device),
     )
 
 

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
 
 from llmtune.errors import LlmtuneError
-from llmtune.explain.subject import BASE, MODEL, TUNED, Family, Subject
-from llmtune.finished import Models, open_finished
 from llmtune.model import load_processor, locate, pick_device
 from llmtune.model.config import is_encoder, read_model_config
 from llmtune.model.plain_model import load_plain
 from llmtune.recipe import ModelSection, Recipe
+from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.records import Task
+
+
+Family = Literal["encoder", "decoder", "encoder-decoder"]
+MODEL, BASE, TUNED = "model", "base", "tuned"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to look at; its weights are read only when a side is opened."""
+
+    name: str
+    """As a person named it: a run folder, a model folder, a hub name, `builtin:NAME`."""
+    family: Family
+    config: Any
+    """The model's configuration; of a run, that of its base."""
+    processor: PreTrainedTokenizerBase
+    sides: tuple[str, ...]
+    """("base", "tuned") of a run, else ("model",)."""
+    open_side: Callable[[str], AbstractContextManager[PreTrainedModel]]
+    """Loads a side: eager attention, eval mode. Sides share weights: open them in the order of `sides`, each once, and
+    be done with one before the next."""
+    folder: Path
+    """Where pictures go unless a person says otherwise."""
+    recipe: Recipe | None = None
+    """The settled recipe of a run."""
+    task: Task | None = None
+    """The task of a run, in the form that its model does."""
 
 
 def open_subject(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Subject:
@@ -77,15 +105,15 @@ def _told_of(name: str) -> Iterator[None]:
 
 def _open_run(path: Path, console: Console, offline: bool) -> Subject:
     stated = recipe_of_run(read_run(path)).recipe
-    work, place = open_finished(path, console, offline, recipe=_for_looking(stated))
-    models = Models(work, place, load_processor(place, work.recipe.model))
+    context, place = open_finished(path, console, offline, recipe=_for_looking(stated))
+    models = Models(context, place, load_processor(place, context.recipe.model))
 
     @contextmanager
     def open_side(side: str) -> Iterator[PreTrainedModel]:
         with {BASE: models.base, TUNED: models.tuned}[side]() as model:
             yield model
 
-    config = read_model_config(place, work.recipe.model)
+    config = read_model_config(place, context.recipe.model)
     return Subject(
         name=str(path),
         family=family_of(config),
@@ -94,8 +122,8 @@ def _open_run(path: Path, console: Console, offline: bool) -> Subject:
         sides=(BASE, TUNED),
         open_side=open_side,
         folder=path / "explain",
-        recipe=work.recipe,
-        task=work.task,
+        recipe=context.recipe,
+        task=context.task,
     )
 
 

@@ -1,0 +1,106 @@
+"""Ask the model of a finished run: one answer whatever its task, or a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from llmtune.deploy.chat_session import ChatSession
+from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.generation import generate_texts
+from llmtune.model import compute_context, load_processor, resolve_dtype
+from llmtune.model.heads import head_is_new
+from llmtune.recipe import TASK_FACTS
+from llmtune.records import ModelRef, Task
+from llmtune.session import Models, RunContext, open_finished
+
+TALKING = ("chat", "completion", "preference")
+"""Tasks whose models answer in a conversation, or go on from a text."""
+
+
+def answer_once(
+    run: Path,
+    given: Mapping[str, str | None],
+    console: Console,
+    *,
+    base: bool = False,
+    max_new_tokens: int | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Let the model of a finished run answer what a person gives, whatever its task.
+
+    Returns:
+        `text`, as a person reads it, and `prediction`, as the task has it.
+
+    Raises:
+        RecipeError: something is not given, or given and not used by this task; the base has no head to answer with.
+        DataError: what is given cannot be used: an empty text, a recording that cannot be read.
+    """
+    context, place = open_finished(run, console, offline)
+    check_given(context.task, given)
+    if max_new_tokens is not None and not TASK_FACTS[context.recipe.task].generates:
+        raise RecipeError.of("this run's model writes no text", "--max-new-tokens", "Leave it out.")
+    if base and head_is_new(place, context.recipe, context.task):
+        fix = "Leave --base out: the head was made and trained by this run."
+        raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
+    session = load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)
+    task, recipe = session.task, session.recipe
+    if task.ask is None or (task.name == "preference" and task.render is not None):
+        text = "".join(session.answer(str(given["prompt"]), system=given.get("system")))
+        return {"text": text, "prediction": text}
+    row, device = task.ask(given), str(session.model.device)
+    said: Any
+    if task.predict is None:
+        assert task.render is not None
+        ids = task.render(row, session.processor, recipe)
+        (said,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
+    else:
+        dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
+        with torch.inference_mode(), compute_context(dtype, device):
+            (said,) = task.predict(session.model, [row], session.processor, recipe, device=device)
+    return {"text": task.tell(said, row) if task.tell else task.write(said), "prediction": said}
+
+
+def check_given(task: Task, given: Mapping[str, str | None]) -> None:
+    """Raise RecipeError for what a task asks for and was not given, or was given and does not use."""
+    wanted = ", ".join(f"--{name}" for name in task.asks)
+    problems = [
+        Problem(f"task {task.name} needs it", f"--{name}", f"Give {wanted}.")
+        for name, needed in task.asks.items()
+        if needed and not (given.get(name) or "").strip()
+    ]
+    problems += [
+        Problem(f"task {task.name} has no use for it", f"--{name}", f"Leave it out; give {wanted}.")
+        for name, value in given.items()
+        if value is not None and name not in task.asks
+    ]
+    RecipeError.collect(problems)
+
+
+def open_session(
+    run: Path, console: Console, *, base: bool = False, max_new_tokens: int | None = None, offline: bool = False
+) -> ChatSession:
+    """Load the model of a finished run to talk to it."""
+    context, place = open_finished(run, console, offline)
+    if context.task.name not in TALKING:
+        fix = "Use: llmtune generate RUN, which asks one thing at a time."
+        raise RecipeError.of(f"a model of task {context.task.name} holds no conversation", str(run), fix)
+    return load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)
+
+
+def load_session(
+    context: RunContext, place: ModelRef, console: Console, *, base: bool, max_new_tokens: int | None
+) -> ChatSession:
+    """Load the base or the tuned model of an opened run."""
+    recipe = context.recipe
+    if max_new_tokens is not None:
+        longer = recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
+        recipe = recipe.model_copy(update={"generation": longer})
+    processor = load_processor(place, recipe.model)
+    models = Models(context, place, processor)
+    with models.base() if base else models.tuned() as model:
+        return ChatSession(model, processor, recipe, context.task, console)
