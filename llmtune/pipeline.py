@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import __version__, hashes, seeds
+from llmtune import __version__, seeds
 from llmtune.adapter import describe, find_adapter, inject
-from llmtune.data import load_rows, prepare_rows
+from llmtune.adapter.injection import adapter_inputs, adapter_settings
+from llmtune.data import hash_sources, load_rows, prepare_rows
 from llmtune.data.data_report import describe_examples
-from llmtune.data.examples import encode_rows, load_examples
+from llmtune.data.examples import encode_rows, examples_inputs, load_examples
+from llmtune.data.preparation import rows_inputs
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT
 from llmtune.deploy.products import check_gguf, make_gguf, merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
@@ -29,6 +31,7 @@ from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, 
 from llmtune.evaluate.eval_suites import check_inputs
 from llmtune.evaluate.lm_eval_harness import load_benchmarks
 from llmtune.evaluate.score_table import print_scores
+from llmtune.evaluate.step_inputs import base_inputs, evaluation_inputs
 from llmtune.model import (
     check_context,
     check_kernels,
@@ -51,8 +54,9 @@ from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run
 from llmtune.store.atomic_files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, look_at_run, open_run
-from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
+from llmtune.store.run_lock import check_pin, hash_keys, note_trained, own_pins, read_pins
 from llmtune.train import train
+from llmtune.train.setup import train_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +118,7 @@ def _run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trai
     if options.until == "select":
         return
     if options.until == "adapt":
-        adapt(context, place, processor, hashes.adapt(context, place, examples))
+        adapt(context, place, processor, adapter_inputs(context.recipe, place, examples))
         return
     if options.until != "train" and context.folder.manifest["steps"].get("train", {}).get("state") != "done":
         load_benchmarks(context.recipe, context.console)  # what it refuses, it refuses before hours of training
@@ -163,9 +167,22 @@ def conclude(context: RunContext, *, gated: bool) -> dict[str, Any]:
     return report
 
 
+def prepare_inputs(context: RunContext) -> str:
+    """Hash what rows depend on; raises EnvironmentProblem where a lock named with --lock holds other data."""
+    recipe = context.recipe
+    if context.held and context.pins is not None:
+        check_pin("the data's content", context.pins.data_hash, hash_sources(recipe.data, recipe.task))
+    return rows_inputs(recipe)
+
+
+def trained_hash(context: RunContext) -> str:
+    """Hash what was trained, file by file."""
+    return hash_folder(context.folder.path / trained_name(context.recipe))
+
+
 def prepare(context: RunContext) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
-    inputs = hashes.prepare(context)
+    inputs = prepare_inputs(context)
     target = context.folder.path / "data" / "rows"
     if not context.skip("prepare", inputs):
         with context.folder.step("prepare", inputs, ["data/rows"]) as facts:
@@ -200,7 +217,7 @@ def choose(context: RunContext, rows: Rows) -> ModelRef:
 
 def encode(context: RunContext, rows: Rows, place: ModelRef, processor: PreTrainedTokenizerBase) -> Examples:
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
-    inputs = hashes.encode(context, rows, place, processor)
+    inputs = examples_inputs(context.recipe, rows, place, processor)
     target = context.folder.path / "data" / "examples"
     if not context.skip("encode", inputs):
         with context.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
@@ -222,7 +239,7 @@ def select(context: RunContext, place: ModelRef, examples: Examples) -> MemoryPl
     budget = micro_batch_tokens(plan_memory(place, recipe, context.task, longest, context.device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
     plan = replace(plan_memory(place, recipe, context.task, min(budget, step_tokens), context.device), tokens=budget)
-    settings = [recipe.model.model_dump(mode="json"), hashes.adapter_settings(recipe), recipe.train.optim, asdict(plan)]
+    settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, place.content_hash, settings])
     if not context.skip("select", inputs):
         with context.folder.step("select", inputs) as facts:
@@ -242,7 +259,7 @@ def settle_recipe(context: RunContext, place: ModelRef, longest: int) -> Recipe:
     recipe = context.recipe
     if recipe.train.gradient_checkpointing != "auto":
         return recipe
-    inputs = hash_value([place.content_hash, longest, hashes.adapter_settings(recipe), recipe.train.optim])
+    inputs = hash_value([place.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
     known = context.folder.findings.get("gradient_checkpointing")
     if known is None or known["inputs"] != inputs:
         on = settle_checkpointing(place, recipe, context.task, longest, context.device)
@@ -284,8 +301,8 @@ def fit(
     context: RunContext, loaded: LoadedRecipe, place: ModelRef, examples: Examples, plan: MemoryPlan, trainer: Trainer
 ) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
-    adapt_inputs = hashes.adapt(context, place, examples)
-    inputs = hashes.train(context, adapt_inputs)
+    adapt_inputs = adapter_inputs(context.recipe, place, examples)
+    inputs = train_inputs(context.recipe, adapt_inputs)
     steps = context.folder.manifest["steps"]
     if context.folder.is_valid("train", inputs):
         context.begin("adapt", skipped=True)
@@ -296,7 +313,7 @@ def fit(
     if steps.get("train", {}).get("inputs") != inputs:
         context.folder.findings["micro_batch_tokens"] = context.settled.get("micro_batch_tokens", plan.tokens)
         shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
-    context.folder.findings["start_from"] = hashes.adapter_settings(context.recipe)[-1]
+    context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
     context.folder.manifest.pop("lock", None)
     context.folder.write()
     lock_run(context, place, loaded.fingerprint)
@@ -334,7 +351,7 @@ def score(
     context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples
 ) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    inputs = hashes.evaluate(context, place, rows, examples)
+    inputs = evaluation_inputs(context.recipe, trained_hash(context), place, rows, examples)
     target = context.folder.path / "evaluation"
     if context.skip("evaluate", inputs):
         evaluation = load_evaluation(target)
@@ -345,6 +362,8 @@ def score(
         return
     with context.folder.step("evaluate", inputs, ["evaluation"]) as facts, staged(target) as folder:
         models = Models(context, place, processor)
+        settings = adapter_settings(context.recipe)
+        base = base_inputs(context.recipe, settings, place, rows, examples, context.device)
         contexts = {"base": models.before, "tuned": models.tuned}
         task, recipe, console = context.task, context.recipe, context.console
         evaluation = evaluate(
@@ -359,7 +378,7 @@ def score(
             folder=folder,
             headless=head_is_new(place, recipe, task),
             packs=lambda: models.packs,
-            known=load_base(context.base or folder, hashes.base(context, place, rows, examples)),
+            known=load_base(context.base or folder, base),
         )
         save_evaluation(evaluation, folder)
         facts |= {"trained": hash_folder(context.folder.path / trained_name(recipe))}
@@ -385,7 +404,7 @@ def deploy(context: RunContext, place: ModelRef) -> None:
 def rehearse(context: RunContext) -> dict[str, Any]:
     """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
     recipe, console, folder = context.recipe, context.console, context.folder
-    valid = {"prepare": folder.is_valid("prepare", hashes.prepare(context))}
+    valid = {"prepare": folder.is_valid("prepare", prepare_inputs(context))}
     plans = {}
     for name in [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ()):
         try:
@@ -404,11 +423,15 @@ def rehearse(context: RunContext) -> dict[str, Any]:
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
             context.settle(place, rows)
-            valid["encode"] = folder.is_valid("encode", hashes.encode(context, rows, place, processor))
+            valid["encode"] = folder.is_valid("encode", examples_inputs(context.recipe, rows, place, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
-            valid["train"] = folder.is_valid("train", hashes.train(context, hashes.adapt(context, place, examples)))
-            valid["evaluate"] = folder.is_valid("evaluate", hashes.evaluate(context, place, rows, examples))
+            valid["train"] = folder.is_valid(
+                "train", train_inputs(context.recipe, adapter_inputs(context.recipe, place, examples))
+            )
+            valid["evaluate"] = folder.is_valid(
+                "evaluate", evaluation_inputs(context.recipe, trained_hash(context), place, rows, examples)
+            )
     for step in ("prepare", "encode", "train", "evaluate"):
         console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
     for seed in recipe.train.seeds:

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
-from llmtune.adapter.load import continue_adapter
+from llmtune.adapter.load import continue_adapter, find_adapter
 from llmtune.adapter.reference_model import keep_reference, switches_off
 from llmtune.adapter.target_modules import are_transposed, group_by_ending, resolve_targets, shorten
 from llmtune.adapter.wiring_check import prove_wiring
@@ -19,7 +19,8 @@ from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_names, in_heads, linear_shapes
 from llmtune.model.library_logging import hushed
 from llmtune.model.oom import enough_memory
-from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
+from llmtune.store.atomic_files import hash_folder, hash_value
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection, Recipe
@@ -225,3 +226,16 @@ def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, lis
     if not getattr(model.config, "tie_word_embeddings", False):
         layers.append(model.get_output_embeddings())
     return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def adapter_settings(recipe: Recipe) -> list[Any]:
+    """Return what an adapter is made from: its section, the number format, and the content of `start_from`."""
+    start = recipe.adapter.start_from
+    content = hash_folder(find_adapter(Path(start))) if start else None
+    return [recipe.adapter.model_dump(mode="json"), recipe.model.dtype, content]
+
+
+def adapter_inputs(recipe: Recipe, model: ModelRef, examples: Examples) -> str:
+    """Hash what the adapted model depends on: the model, the examples (their labels), the seed, the adapter section."""
+    contents = [model.content_hash, examples.content_hash, recipe.task_section()]
+    return hash_value([*contents, recipe.seed, adapter_settings(recipe)])

@@ -19,13 +19,15 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmtune import __version__
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.preparation import iterate_texts
 from llmtune.data.rejected_rows import Add, listed
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import Example, Examples, Row, Rows, Task
-from llmtune.store.atomic_files import explained, read_json, write_json
+from llmtune.records import Example, Examples, ModelRef, Row, Rows, Task
+from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
+from llmtune.store.run_lock import package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -329,3 +331,13 @@ def _save(examples: Examples) -> None:
         "content_hash": examples.content_hash,
     }
     write_json(examples.folder / RECORD, record)
+
+
+def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:
+    """Hash what examples depend on: the rows, the tokenizer, the template and the task's own section."""
+    about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
+    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
+    settings |= {"section": recipe.task_section()}
+    versions = package_versions(("transformers", "tokenizers"))
+    contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]
+    return hash_value([__version__, versions, contents, about, settings, recipe.task])

@@ -19,16 +19,17 @@ import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune import __version__
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
 from llmtune.data.row_hash import spoken_text
 from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS, Index, Spool
-from llmtune.data.sources import resolve_inputs
+from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_sides, count_copies, drop_shared_groups
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import DataSection, Recipe
 from llmtune.records import SIDES, Row, Rows
-from llmtune.store.atomic_files import explained, read_json, write_json
+from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 
 RECORD = "rows.json"
 BAD_ROWS = "bad_rows.jsonl"
@@ -297,3 +298,11 @@ def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:
         for index, number in zip(wanted, np.searchsorted(begins, wanted, side="right") - 1, strict=True):
             found.append(json.loads(batches[number].column("row")[int(index - begins[number])].as_py()))
     return found
+
+
+def rows_inputs(recipe: Recipe) -> str:
+    """Hash what rows depend on: the data section, the files behind it, and the task."""
+    settings = recipe.data.model_dump(mode="json", exclude={"max_length", "on_overlong", "packing", "train_on"})
+    if recipe.evaluate.columns:  # kept beside the rows
+        settings["slices"] = tuple(recipe.evaluate.columns)
+    return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])

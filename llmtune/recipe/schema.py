@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.recipe.base_section import Many, Section, by_kind, one_or_more
 from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -338,3 +339,9 @@ class Recipe(Section):
     classify: ClassifySection | None = own_section("classify")
     token_classify: TokenClassifySection | None = own_section("token-classify")
     speech: SpeechSection | None = own_section("speech")
+
+    def task_section(self) -> dict[str, Any] | None:
+        """Return the section that only this task has; once labels are inferred it holds them too."""
+        name = TASK_FACTS[self.task].section
+        section: Section | None = getattr(self, name) if name else None
+        return section.model_dump(mode="json") if section else None

@@ -15,6 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from rich.console import Console
 
+from llmtune import __version__
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.model import compute_context, resolve_dtype
@@ -203,3 +204,9 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         switches.fill_uninitialized_memory = filled
+
+
+def train_inputs(recipe: Recipe, adapter: str) -> str:
+    """Hash what training depends on: the adapted model, by the hash of its own inputs, and the train section."""
+    settings = [{**recipe.train.model_dump(mode="json"), "seeds": []}, recipe.data.packing]
+    return hash_value([__version__, adapter, settings])

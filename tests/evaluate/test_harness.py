@@ -25,7 +25,7 @@ from support.runs import write_recipe
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, LlmtuneError, RecipeError
 from llmtune.evaluate.lm_eval_harness import check_benchmarks, load_benchmarks
 from llmtune.evaluate.lm_eval_harness.quiet import quietly
-from llmtune.hashes import study_files
+from llmtune.evaluate.step_inputs import suite_files
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Options
@@ -453,7 +453,7 @@ def test_all_that_a_task_file_rests_on_counts(tasks: Path) -> None:
     names = {path.name for path in list_task_files(str(tasks / "group.yaml"))}
     assert names == {"group.yaml", "choose.yaml", "questions.jsonl"}
     recipe = recipe_with("hellaswag", tasks / "group.yaml")
-    assert {path.name for path in study_files(recipe)} == {"group.yaml", "choose.yaml", "questions.jsonl"}
+    assert {path.name for path in suite_files(recipe)} == {"group.yaml", "choose.yaml", "questions.jsonl"}
     assert list_task_files("hellaswag") == list_task_files(str(tasks / "lost.yaml")) == []
 
 

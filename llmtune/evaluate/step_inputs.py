@@ -1,0 +1,60 @@
+"""What an evaluation depends on, as a hash: one whose hash is the one it was made with is not made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmtune import __version__
+from llmtune.data.hub_datasets import HUB, resolve_commit
+from llmtune.evaluate.paired_sentences import hub_source
+from llmtune.recipe import Recipe
+from llmtune.records import Examples, ModelRef, Rows
+from llmtune.store.atomic_files import hash_file, hash_value
+from llmtune.store.lm_eval_tasks import list_task_files
+from llmtune.store.run_lock import package_versions
+
+
+def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows, examples: Examples) -> str:
+    """Hash what scores depend on: what was trained (by its hash), the rows, and how answers are made and measured."""
+    settings: list[Any] = [
+        recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
+        recipe.generation.model_dump(mode="json"),
+    ]
+    settings.append(recipe.task_section() or {})
+    settings.append([hash_file(path) for path in suite_files(recipe)])
+    settings.append(suite_commits(recipe))
+    contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
+    versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
+    return hash_value([__version__, versions, contents, settings, recipe.seed])
+
+
+def base_inputs(
+    recipe: Recipe, adapter: list[Any], model: ModelRef, rows: Rows, examples: Examples, device: str
+) -> str:
+    """Hash what the base's answers depend on: all that scores do but what was trained, and how the base is loaded.
+
+    `adapter` is what `adapter_settings` returns.
+    """
+    sections = (recipe.generation, recipe.model)
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), device]
+    settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
+    contents = [model.content_hash, rows.content_hash, examples.content_hash]
+    drawn = recipe.seed if recipe.generation.do_sample else None
+    return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
+
+
+def suite_commits(recipe: Recipe) -> list[str]:
+    """Return the commits of the hub's data sets that suites of the evaluation read."""
+    fairness = recipe.evaluate.fairness
+    named = [place for place in (fairness.pairs if fairness else ()) if place.startswith(HUB)]
+    return [resolve_commit(hub_source(place).path.removeprefix(HUB), None) for place in named]
+
+
+def suite_files(recipe: Recipe) -> list[Path]:
+    """Return the files that suites of the evaluation read; one that is not there is left for its suite to report."""
+    forgetting, fairness = recipe.evaluate.forgetting, recipe.evaluate.fairness
+    named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
+    named += [*(fairness.pairs + fairness.swaps if fairness else ())]
+    read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
+    return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]
