@@ -40,7 +40,7 @@ def generate(
     """Answer once with the tuned model of a run: each task is given what it asks for."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.deploy.generate import answer_once
+        from llmtune.serve.generate import answer_once
 
     given = {"prompt": prompt, "context": context, "pair": pair, "answer": answer, "system": system}
     given["audio"] = None if audio is None else str(audio)
@@ -60,7 +60,7 @@ def chat(
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.deploy.generate import open_session
+        from llmtune.serve.generate import open_session
 
     console = stderr_console()
     with console.status("loading the model"):

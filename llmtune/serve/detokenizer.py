@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llmtune.deploy.chat_session import UNFINISHED
+from llmtune.serve.chat_session import UNFINISHED
 
 Decode = Callable[[Sequence[int]], str]
 

@@ -14,12 +14,12 @@ from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter import merge as really_merge
-from llmtune.deploy.generate import answer_once
 from llmtune.deploy.head_parity import measure
 from llmtune.deploy.products import merge_run
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
+from llmtune.serve.generate import answer_once
 from llmtune.session import Options
 
 SILENT = {"generation": {"max_new_tokens": None}}

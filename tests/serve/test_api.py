@@ -9,8 +9,8 @@ import pytest
 from support.serving import served_of, serving, wait_until
 from tokenizers.processors import TemplateProcessing
 
-from llmtune.deploy.chat_session import ChatSession
 from llmtune.evaluate.generation import generate_texts
+from llmtune.serve.chat_session import ChatSession
 from llmtune.serve.middleware import LOOPBACK, digest
 
 QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.serving import served_of, wait_until
 
-from llmtune.deploy.chat_session import ChatSession
+from llmtune.serve.chat_session import ChatSession
 from llmtune.serve.engine import Closing, End, Engine, Job, OutOfMemory, QueueFull
 from llmtune.serve.sampling import wish_for
 

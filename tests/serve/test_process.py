@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 from support.serving import Process, wait_until
 
-from llmtune.deploy.generate import answer_once
+from llmtune.serve.generate import answer_once
 
 KEY = "correct-horse-battery"
 QUESTION = [{"role": "user", "content": "What comes after 3 and before 5?"}]

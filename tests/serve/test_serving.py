@@ -19,7 +19,7 @@ from support.serving import serving
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.deploy.generate import answer_once
+from llmtune.serve.generate import answer_once
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_key
 
 KEY = "correct-horse-battery"

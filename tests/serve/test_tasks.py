@@ -16,7 +16,7 @@ from support.rows import write_jsonl
 from support.served_tasks import COLOURS, finish, finish_with, quiet
 from support.serving import serving
 
-from llmtune.deploy.generate import answer_once
+from llmtune.serve.generate import answer_once
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
 GIVEN: dict[str, list[dict[str, str]]] = {

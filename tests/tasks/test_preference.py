@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import load_examples
-from llmtune.deploy.generate import answer_once
 from llmtune.errors import DataError, RecipeError
 from llmtune.model import load_processor
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.rules_tasks import LOSS_METRICS
+from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
 from llmtune.train.accumulation import validation_loss
 

@@ -28,7 +28,6 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, Auto
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.data.speech_encoding import encode_whisper
 from llmtune.data.target_collators import whisper_collator
-from llmtune.deploy.generate import answer_once
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.wer import make_normaliser
@@ -37,6 +36,7 @@ from llmtune.model.task_losses import ctc_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import choose_form

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from llmtune.deploy.chat_session import ChatSession
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import generate_texts
+from llmtune.serve.chat_session import ChatSession
 from llmtune.tasks import get_task
 
 

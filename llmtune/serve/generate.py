@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llmtune.deploy.chat_session import ChatSession
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_processor, resolve_dtype
 from llmtune.model.heads import head_is_new
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import ModelRef, Task
+from llmtune.serve.chat_session import ChatSession
 from llmtune.session import Models, RunContext, open_finished
 
 TALKING = ("chat", "completion", "preference")
