@@ -67,11 +67,12 @@ test-slow: $(READY) $(MODELS) $(LLAMA)  ## What takes longer, the packaged model
 test-gpu: $(READY)  ## What needs a CUDA device
 	$(BIN)/pytest -m gpu
 
-check: $(READY)  ## Format, lint, types, layers, generated pages
+check: $(READY)  ## Format, lint, types, layers, budget, generated pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/check_house.py
 	$(BIN)/python docs/generate.py --check
 
 format: $(READY)  ## Bring the code into form

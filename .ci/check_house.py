@@ -1,0 +1,127 @@
+"""Holds llmtune/ to budget.toml: lines of each package, sizes of files and functions, file names, import cycles.
+
+python .ci/check_house.py            exit 1 if something is above its limit
+python .ci/check_house.py --lower    write smaller numbers into budget.toml where the code has shrunk; never larger ones
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import grimp
+import networkx as nx
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llmtune"
+BUDGET = ROOT / "budget.toml"
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def main() -> int:
+    """Check, or lower the limits; returns the exit code."""
+    budget = tomllib.loads(BUDGET.read_text(encoding="utf-8"))
+    files = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in files.items()}
+    if "--lower" in sys.argv[1:]:
+        lower(package_lines(lines))
+        return 0
+    problems = [
+        *check_packages(package_lines(lines), budget["packages"]),
+        *check_files(lines, budget["files"]),
+        *check_functions(files, budget["functions"]),
+        *check_basenames(lines, budget["basenames"]),
+        *check_cycles(budget["cycles"]),
+    ]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"llmtune/ has {sum(lines.values()):,} lines in {len(files)} files and keeps to budget.toml.")
+    return 1 if problems else 0
+
+
+def package_lines(lines: dict[str, int]) -> dict[str, int]:
+    """Sum lines by package; `root` holds the modules beside the packages."""
+    packages: Counter[str] = Counter()
+    for name, count in lines.items():
+        packages[name.split("/")[0] if "/" in name else "root"] += count
+    return dict(packages)
+
+
+def check_packages(packages: dict[str, int], limits: dict[str, int]) -> Iterator[str]:
+    """Yield packages above their limit, without one, or gone."""
+    for name in sorted(packages.keys() | limits.keys()):
+        if name not in limits:
+            yield f"llmtune/{name} has no limit: add one to [packages] in budget.toml"
+        elif name not in packages:
+            yield f"llmtune/{name} is gone: remove its limit from [packages] in budget.toml"
+        elif packages[name] > limits[name]:
+            yield f"llmtune/{name} has {packages[name]:,} lines, {packages[name] - limits[name]:,} above its limit"
+
+
+def check_files(lines: dict[str, int], rules: dict) -> Iterator[str]:
+    """Yield files that are too long."""
+    large = {name: f"llmtune/{name} has {count} lines" for name, count in lines.items() if count > rules["max_lines"]}
+    yield from but_for(large, rules["exceptions"], f"more than {rules['max_lines']}", "files")
+
+
+def check_functions(files: dict[str, Path], rules: dict) -> Iterator[str]:
+    """Yield functions that are too long, decorators left out."""
+    large = {}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, Function) and (count := node.end_lineno - node.lineno + 1) > rules["max_lines"]:
+                large[f"{name}::{node.name}"] = f"llmtune/{name}:{node.lineno}: {node.name} has {count} lines"
+    yield from but_for(large, rules["exceptions"], f"more than {rules['max_lines']}", "functions")
+
+
+def check_basenames(lines: dict[str, int], rules: dict) -> Iterator[str]:
+    """Yield file names that stand in more than one package."""
+    where = defaultdict(list)
+    for name in lines:
+        if not name.endswith(("__init__.py", "__main__.py")):
+            where[Path(name).name].append(name)
+    twice = {name: f"{' and '.join(paths)} share a name" for name, paths in where.items() if len(paths) > 1}
+    yield from but_for(twice, rules["exceptions"], "rename one", "basenames")
+
+
+def check_cycles(rules: dict) -> Iterator[str]:
+    """Yield groups of modules that import each other; imports under TYPE_CHECKING and in functions count."""
+    graph = grimp.build_graph("llmtune", cache_dir=None)
+    imports = nx.DiGraph(
+        (name, other) for name in graph.modules for other in graph.find_modules_directly_imported_by(name)
+    )
+    groups = [sorted(group) for group in nx.strongly_connected_components(imports) if len(group) > 1]
+    cycles = {" ".join(group): f"import cycle: {', '.join(group)}" for group in groups}
+    yield from but_for(cycles, rules["exceptions"], "imports point down only", "cycles")
+
+
+def but_for(broken: dict[str, str], exceptions: dict[str, str], rule: str, table: str) -> Iterator[str]:
+    """Yield what is broken and no exception, and exceptions that are not needed any more."""
+    for name, what in broken.items():
+        if name not in exceptions:
+            yield f"{what}: {rule}"
+    for name in exceptions.keys() - broken.keys():
+        yield f"{name!r} is no exception any more: remove it from [{table}.exceptions] in budget.toml"
+
+
+def lower(packages: dict[str, int]) -> None:
+    """Write the lines of packages that have shrunk into budget.toml."""
+    text = BUDGET.read_text(encoding="utf-8")
+    for name, count in packages.items():
+        text = re.sub(
+            rf"^{name} = (\d+)",
+            lambda found, n=name, c=count: f"{n} = {min(int(found[1]), c)}",
+            text,
+            flags=re.MULTILINE,
+        )
+    BUDGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
