@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from llmtune.evaluate.metric import compare, measure_right
-from llmtune.model import locate, resolve_dtype
+from llmtune.model import resolve_dtype, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 
 SIDES = ("train", "validation", "test")
@@ -96,7 +96,7 @@ def read_table(path: Path) -> pa.Table:
 def find_model(recipe: Recipe) -> Path:
     """Return the folder of the recipe's model; a packaged one is unpacked."""
     assert recipe.model.name is not None
-    return locate(recipe.model.name, recipe.model, Console(stderr=True), True).path
+    return resolve_model(recipe.model.name, recipe.model, Console(stderr=True), True).path
 
 
 def build(

@@ -34,7 +34,7 @@ from llmtune.data import prepare_rows, read_rows
 from llmtune.evaluate.generation import answer_ends, column_bytes_of, generate_batch, only_these_settings
 from llmtune.evaluate.greedy import write_greedily
 from llmtune.evaluate.token_batches import cut_evenly, release_memory
-from llmtune.model import compute_context, load_model, load_processor, locate, pick_device, resolve_dtype
+from llmtune.model import compute_context, load_model, load_processor, pick_device, resolve_dtype, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.tasks import get_task
 
@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, asked: argparse.Namespace, folder: Path, device: str
     """Return the quickstart's model and tokenizer, and its prompts as token ids: test rows first."""
     console = Console(stderr=True)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": asked.dtype})})
-    place = locate(str(recipe.model.name), recipe.model, console, True)
+    place = resolve_model(str(recipe.model.name), recipe.model, console, True)
     processor, task = load_processor(place, recipe.model), get_task(recipe.task)
     rows = prepare_rows(recipe, folder, console)
     taken = [row for side in ("test", "train") for row in read_rows(rows, side, range(rows.counts[side]))][: asked.rows]

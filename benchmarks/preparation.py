@@ -104,7 +104,7 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
 
     from llmtune.data import iterate_rows, prepare_rows
     from llmtune.data.examples import ExampleReader, encode_rows
-    from llmtune.model import load_processor, locate
+    from llmtune.model import load_processor, resolve_model
     from llmtune.recipe import Recipe
     from llmtune.tasks import get_task
     from llmtune.train.batch_plan import best_fit
@@ -112,7 +112,7 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
     data = {"train": str(file), "validation": 0, "test": 0, "deduplicate": asked.deduplicate, "max_length": LONGEST}
     stated = {"recipe_version": 1, "name": "preparation", "task": "chat", "data": data, "model": {"name": MODEL}}
     recipe, console = Recipe.model_validate(stated), Console(file=io.StringIO())
-    processor = load_processor(locate(MODEL, recipe.model, console, True), recipe.model)
+    processor = load_processor(resolve_model(MODEL, recipe.model, console, True), recipe.model)
     folder = Path.cwd()
     lengths: list[Any] = []
 
@@ -153,12 +153,14 @@ def run_trl(file: Path, asked: argparse.Namespace, processes: int | None = None)
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from llmtune.model import locate
+    from llmtune.model import resolve_model
     from llmtune.recipe import ModelSection
 
     torch.set_num_threads(asked.threads)
     disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(locate(MODEL, ModelSection(name=MODEL), Console(stderr=True), True).path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(MODEL, ModelSection(name=MODEL), Console(stderr=True), True).path
+    )
     assert ANSWER in tokenizer.chat_template, "the template is no longer the one that is marked here"
     tokenizer.chat_template = tokenizer.chat_template.replace(ANSWER, MARKED_ANSWER)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -120,10 +120,10 @@ def find_model(name: str) -> Path:
     """Return the folder of a model; a packaged one is unpacked."""
     from rich.console import Console
 
-    from llmtune.model import locate
+    from llmtune.model import resolve_model
     from llmtune.recipe import ModelSection
 
-    return locate(name, ModelSection(name=name), Console(stderr=True), offline=True).path
+    return resolve_model(name, ModelSection(name=name), Console(stderr=True), offline=True).path
 
 
 def take_turns(

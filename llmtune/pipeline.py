@@ -38,11 +38,11 @@ from llmtune.model import (
     check_memory,
     load_model,
     load_processor,
-    locate,
     micro_batch_tokens,
     pick_device,
     plan_memory,
-    settle_checkpointing,
+    resolve_checkpointing,
+    resolve_model,
 )
 from llmtune.model.heads import head_is_new
 from llmtune.model.model_selection import rank_candidates
@@ -200,7 +200,7 @@ def choose(context: RunContext, rows: Rows) -> ModelRef:
     assert model.candidates, "a recipe names a model or candidates"
     if context.held and context.pins is not None and context.pins.model in model.candidates:
         return locate_pinned(context, context.pins.model)
-    contents = [locate(name, model, context.console, context.offline).content_hash for name in model.candidates]
+    contents = [resolve_model(name, model, context.console, context.offline).content_hash for name in model.candidates]
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
     settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, context.device]
     inputs = hash_value([rows.content_hash, settings])
@@ -262,7 +262,7 @@ def settle_recipe(context: RunContext, place: ModelRef, longest: int) -> Recipe:
     inputs = hash_value([place.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
     known = context.folder.findings.get("gradient_checkpointing")
     if known is None or known["inputs"] != inputs:
-        on = settle_checkpointing(place, recipe, context.task, longest, context.device)
+        on = resolve_checkpointing(place, recipe, context.task, longest, context.device)
         context.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
     if known["on"]:
         context.console.print(

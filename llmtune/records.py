@@ -157,7 +157,7 @@ class MemoryPlan:
 class SelectedModel:
     """A model chosen, checked and loaded, with its tokenizer."""
 
-    place: ModelRef
+    model_ref: ModelRef
     model: PreTrainedModel
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan

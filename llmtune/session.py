@@ -16,7 +16,7 @@ from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import list_sources, load_rows
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.eval_suites import check_form
-from llmtune.model import load_model, load_processor, locate, pick_device
+from llmtune.model import load_model, load_processor, pick_device, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device
 from llmtune.recipe import Recipe
@@ -203,10 +203,10 @@ def locate_pinned(context: RunContext, name: str) -> ModelRef:
     """
     model, pins = context.recipe.model, context.pins
     if pins is None or pins.model != name:
-        return locate(name, model, context.console, context.offline)
+        return resolve_model(name, model, context.console, context.offline)
     if pins.revision:
         model = model.model_copy(update={"revision": pins.revision})
-    place = locate(name, model, context.console, context.offline)
+    place = resolve_model(name, model, context.console, context.offline)
     if context.held:
         check_pin("the model's content", pins.model_hash, place.content_hash)
     return place

@@ -41,7 +41,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     """
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
-    with enough_memory(f"putting the adapter into {selected.place.name}", str(selected.model.device)):
+    with enough_memory(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if selected.task.compares(recipe) and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)

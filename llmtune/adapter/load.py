@@ -82,9 +82,9 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
         problems = list(_compare_targets(config, selected, adapter, place))
     RecipeError.collect(problems)
     made_for = config.base_model_name_or_path
-    if made_for not in (selected.place.name, str(selected.place.path)):
+    if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
         console.print(
-            f"[yellow]The adapter in {place} was trained on {made_for}, and goes on on {selected.place.name}.[/yellow]"
+            f"[yellow]The adapter in {place} was trained on {made_for}, and goes on on {selected.model_ref.name}.[/yellow]"
         )
     config.lora_dropout = adapter.lora_dropout
     return attach(selected, config, place, trainable=True)
@@ -104,7 +104,7 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
             raise
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise EnvironmentProblem.of(
-            f"the adapter cannot be loaded onto {selected.place.name}: {first}",
+            f"the adapter cannot be loaded onto {selected.model_ref.name}: {first}",
             str(place),
             "It is damaged, or it was made for another model.",
         ) from error

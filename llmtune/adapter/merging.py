@@ -55,7 +55,7 @@ def _level_token_types(merged: torch.nn.Module) -> None:
 
 def _not_finite(adapted: AdaptedModel) -> LlmtuneError:
     return EnvironmentProblem.of(
-        f"the merged weights of {adapted.selected.place.name} are not finite",
+        f"the merged weights of {adapted.selected.model_ref.name} are not finite",
         None,
         "The adapter is damaged: train again.",
     )
@@ -67,7 +67,7 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
     dtype = inner.config.quantization_config.bnb_4bit_compute_dtype
     with unreported():
         base = type(inner).from_pretrained(
-            str(selected.place.path),
+            str(selected.model_ref.path),
             config=_config_of(inner, selected),
             dtype=dtype,
             local_files_only=True,
@@ -87,7 +87,7 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
 
 def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> Any:
     """Read the model's configuration anew, with the outputs of a head of ours."""
-    config: Any = type(inner.config).from_pretrained(str(selected.place.path), local_files_only=True)
+    config: Any = type(inner.config).from_pretrained(str(selected.model_ref.path), local_files_only=True)
     if selected.task.headed:
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
             if hasattr(inner.config, name):

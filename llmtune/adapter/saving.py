@@ -48,7 +48,7 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
 
     Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
     """
-    with enough_memory(f"loading what was trained onto {selected.place.name}", str(selected.model.device)):
+    with enough_memory(f"loading what was trained onto {selected.model_ref.name}", str(selected.model.device)):
         if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
             return _load_model(selected, folder)
         place = find_adapter(folder)
@@ -115,7 +115,7 @@ def _as_json(value: Any) -> Any:
 
 def _name_base(selected: SelectedModel) -> dict[str, str | None]:
     """Name the base as PEFT will look for it: the hub's name and commit, or the folder."""
-    place = selected.place
+    place = selected.model_ref
     if place.revision is not None:
         return {"base_model_name_or_path": place.name, "revision": place.revision}
     return {"base_model_name_or_path": str(place.path), "revision": None}
@@ -164,14 +164,14 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
 
 def stored_dtype(selected: SelectedModel) -> torch.dtype:
     """Return the number format that the model's files are in, by its config.json; float32 where that says nothing."""
-    config = read_model_config(selected.place.path)
+    config = read_model_config(selected.model_ref.path)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return cast(torch.dtype, getattr(torch, name, torch.float32))
 
 
 def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
     model = selected.model
-    if selected.place.path.resolve() != folder.resolve():  # else the weights are those already
+    if selected.model_ref.path.resolve() != folder.resolve():  # else the weights are those already
         _read_weights(model, folder)
     model.requires_grad_(False)
     model.eval()

@@ -99,7 +99,7 @@ def certify_endpoint(
         replies = [_ask(endpoint, model, row, by_messages, recipe) for row in questions]
     measured = _measure(traces, replies, set(answer_ends(tuned, processor, recipe)), processor)
     breaches = tuple(find_breaches(measured))
-    place = adapted.selected.place
+    place = adapted.selected.model_ref
     certificate = EndpointCertificate(
         passed=not breaches,
         breaches=breaches,

@@ -165,7 +165,7 @@ def export_gguf(
         tuned.float()  # so that sums are rounded once, to the format that is wanted
     with console.status("asking the tuned model"):
         heard = _listen(tuned, processor, task, recipe, rows)
-    memory = enough_memory(f"exporting {adapted.selected.place.name}", str(tuned.device))
+    memory = enough_memory(f"exporting {adapted.selected.model_ref.name}", str(tuned.device))
     failed = out.with_name(f"{out.name}.failed.json")
     with explained(out), memory, staged(out) as folder:
         export = _Export(adapted, recipe, task, folder, console, heard, number_format, onto, rows)
@@ -248,7 +248,7 @@ class _Export:
             compared = compare_adapter(model, file, self.number_format)
         config: Any = model.config
         vocabulary = self.describe(cast(PreTrainedModel, model.get_base_model()))
-        notes = [f"An adapter. Put its base beside it as base.gguf: {self.adapted.selected.place.name}"]
+        notes = [f"An adapter. Put its base beside it as base.gguf: {self.adapted.selected.model_ref.name}"]
         templated = self.write_modelfile(file, vocabulary, notes, adapter=True)
         certificate = self.certificate(file, templated, adapter=compared)
         if not has_llama() or self.adapted.selected.quantized:
@@ -287,7 +287,7 @@ class _Export:
 
     def certificate(self, file: Path, templated: bool, adapter: dict[str, Any] | None = None) -> GgufCertificate:
         """Return the certificate of a file that no program has read yet."""
-        place = self.adapted.selected.place
+        place = self.adapted.selected.model_ref
         return GgufCertificate(
             passed=True,
             breaches=(),

@@ -92,14 +92,14 @@ def merge_model(
         exam = set_exam(adapted, recipe, task, rows)
     device = str(adapted.selected.model.device)
     failed = out.with_name(f"{out.name}.failed.json")
-    memory = enough_memory(f"merging {adapted.selected.place.name}", device)
+    memory = enough_memory(f"merging {adapted.selected.model_ref.name}", device)
     with explained(out), memory, staged(out) as folder:
         other = _measure_other(adapted, onto, exam, console)
         with console.status("merging and saving"):
             _save_merged(_merge(adapted, onto, wanted), processor, recipe, folder, wanted)
         with console.status("asking the merged model, read back from disk"):
             merged = _load_back(folder, recipe, task, device, wanted)
-            saved = load_processor(replace(adapted.selected.place, path=folder), _as_saved(recipe))
+            saved = load_processor(replace(adapted.selected.model_ref, path=folder), _as_saved(recipe))
             parity = exam.examine(merged, saved, folder)
         certificate = _certify(adapted, onto, wanted, kind, parity, folder, trained_sha256, other)
         written = asdict(certificate)
@@ -249,7 +249,7 @@ def _certify(
     limits = LIMITS[kind]
     breaches = tuple(find_breaches(parity, limits))
     weights = sorted(folder.glob("*.safetensors"))
-    place = adapted.selected.place
+    place = adapted.selected.model_ref
     return Certificate(
         passed=not breaches,
         breaches=breaches,

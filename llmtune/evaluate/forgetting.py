@@ -26,7 +26,7 @@ from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.records import Study, StudyTable
 from llmtune.report.number_format import score
 
@@ -89,7 +89,7 @@ class Material:
     def ask(self, name: str, model: torch.nn.Module) -> Said:
         """Put texts and questions to one model; sets it to evaluation mode."""
         model.eval()
-        setting, passages = self.setting, self.fit(context_of(unwrap(model).config))
+        setting, passages = self.setting, self.fit(context_length(unwrap(model).config))
         device, dtype = setting.device, resolve_dtype(setting.recipe.model.dtype, setting.device)
         with torch.inference_mode(), compute_context(dtype, device), progress(setting.console) as bars:
             advance = count(bars, f"{name}: general text", len(passages.windows))

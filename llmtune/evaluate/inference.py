@@ -27,7 +27,7 @@ from llmtune.evaluate.shared_prefix import Tree, score_trees
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.records import Advance, Collate, Task
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def answer(
     `packs` says whether rows stand end to end while losses are taken, as `SelectedModel` does.
     """
     model.eval()
-    limit = context_of(unwrap(model).config) or 1 << 60
+    limit = context_length(unwrap(model).config) or 1 << 60
     prompts, trees = within(plan, limit, recipe.generation.max_new_tokens)
     dtype = resolve_dtype(recipe.model.dtype, device)
     with torch.inference_mode(), compute_context(dtype, device), progress(console) as bars:

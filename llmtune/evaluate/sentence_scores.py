@@ -20,7 +20,7 @@ from llmtune.evaluate.shared_prefix import Tree, grow_tree, score_trees
 from llmtune.evaluate.task_predictions import in_batches
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def score_by_decoder(
     model: torch.nn.Module, pairs: Sequence[Pair], trees: Sequence[Tree], device: str, advance: Advance
 ) -> list[Scores | None]:
     """Return a sum of log-probabilities an option, StereoSet's divided by their number; None where it is too long."""
-    limit = context_of(unwrap(model).config) or 1 << 60
+    limit = context_length(unwrap(model).config) or 1 << 60
     fitting = [i for i, tree in enumerate(trees) if reach(tree) <= limit]
     budget = budget_for(device, TOKEN_BUDGET)
     found = score_trees(model, [trees[i] for i in fitting], device=device, budget=budget, advance=advance)
@@ -231,7 +231,7 @@ def score_by_encoder(
     advance: Advance,
 ) -> list[Scores | None]:
     """Return a score an option; None where a text is longer than the model's positions."""
-    limit = context_of(unwrap(model).config) or 1 << 60
+    limit = context_length(unwrap(model).config) or 1 << 60
     fitting = [
         i
         for i, options in enumerate(asked)

@@ -19,7 +19,7 @@ from llmtune.evaluate.slices import difference_of, write_value
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, cut_evenly
 from llmtune.evaluate.word_swaps import Swaps
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.recipe.rules_fairness import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Advance, Difference, Row, StudyTable, Task
@@ -169,7 +169,7 @@ def ask_swapped(
     advance: Advance,
 ) -> Said:
     """Put each row to a model as it stands and swapped, in one go: rounding then differs as little as can be."""
-    limit = context_of(unwrap(model).config) or 1 << 60
+    limit = context_length(unwrap(model).config) or 1 << 60
     if task.predict is not None:
         rows = list(made.questions)
         both = [plan.questions[i] for i in rows] + [made.questions[i] for i in rows]

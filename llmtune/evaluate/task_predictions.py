@@ -18,7 +18,7 @@ from llmtune.data.target_collators import pad, read_text
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.model.task_losses import read_inputs
 from llmtune.records import Advance, Example, Row
 
@@ -147,7 +147,7 @@ def predict_tags(
     A text longer than the model's positions is read in parts.
     """
     names = tag_names((recipe.token_classify.labels if recipe.token_classify else None) or ())
-    limit = context_of(unwrap(model).config)
+    limit = context_length(unwrap(model).config)
     parts = [(i, words) for i, row in enumerate(rows) for words in _cut_words(row["tokens"], processor, limit)]
     placed = place_words([{"tokens": words} for _, words in parts], processor)
     tags: list[list[str]] = [[] for _ in parts]
@@ -259,7 +259,7 @@ def write_texts(
 
     A source is cut as for training; one that is longer than the model's positions even so, at its end.
     """
-    limit = context_of(unwrap(model).config)
+    limit = context_length(unwrap(model).config)
     pairs = [to_pair(row, recipe) for row in rows]
     sources = [_fit(source_ids(pair, processor, recipe), limit) for pair in pairs]
     firsts = [first_token(pair, processor) for pair in pairs]

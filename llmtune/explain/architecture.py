@@ -17,7 +17,7 @@ from llmtune.explain.op_trace import Call, Trace
 from llmtune.explain.orders import BIASES, find_orders
 from llmtune.explain.target import Subject
 from llmtune.model.config import linear_shapes
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ class Architecture:
 def describe_model(subject: Subject, blueprint: Blueprint) -> Architecture:
     """Describe the model of `subject`; every parameter is counted in exactly one part."""
     model = blueprint.model
-    config, context = model.config.get_text_config(), context_of(model.config)
+    config, context = model.config.get_text_config(), context_length(model.config)
     try:
         trace, reason = blueprint.trace, None
     except UntraceableError as error:

@@ -27,7 +27,7 @@ from llmtune.evaluate.task_predictions import decoder_settings, generate, write_
 from llmtune.explain.attention_summary import Line, Lines
 from llmtune.explain.target import Subject
 from llmtune.explain.token_text import Token, name_tokens
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.model.task_losses import decoder_inputs
 from llmtune.recipe import Recipe, SpeechSection
 
@@ -195,7 +195,7 @@ def fit(ids: Sequence[int], where: str, subject: Subject, given: Given) -> list[
 
     Raises DataError for too many of them.
     """
-    context = context_of(subject.config) or WHOLE
+    context = context_length(subject.config) or WHOLE
     room = min(context, given.max_tokens)
     if len(ids) <= room:
         return list(ids)

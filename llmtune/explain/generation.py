@@ -24,7 +24,7 @@ from llmtune.explain.generation_trace import Choice, Reading, Trace, read_answer
 from llmtune.explain.target import BASE, MODEL, TUNED, Subject
 from llmtune.explain.token_json import Words
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.store.atomic_files import explained, write_json
 
 MOST_TOKENS = 256
@@ -77,7 +77,7 @@ def settle(wishes: Wishes, prompt: Prompt, subject: Subject) -> Choice:
     own = subject.recipe.generation if subject.recipe else None
     sampled = own if own is not None and own.do_sample else None
     longest = wishes.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
-    room = context_of(subject.config)
+    room = context_length(subject.config)
     if room is not None and not prompt.places:
         before = len(prompt.begun) or 1 if subject.config.is_encoder_decoder else len(prompt.ids)
         if room - before < (wishes.max_new_tokens or 1):

@@ -19,7 +19,7 @@ from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.task_predictions import fill_masks, write_texts
 from llmtune.evaluate.transcription import hear_windows
 from llmtune.explain.target import Subject
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe
 from llmtune.records import Row, Task
 
@@ -143,7 +143,7 @@ def _check_writes(subject: Subject) -> None:
 
 def check_length(ids: Sequence[int], subject: Subject) -> None:
     """Raise RecipeError for a prompt that is longer than the model's positions, or than what can be looked at."""
-    limit = min(context_of(subject.config) or LONGEST, LONGEST)
+    limit = min(context_length(subject.config) or LONGEST, LONGEST)
     if len(ids) > limit:
         known = f"more than {limit:,} are not looked at" if limit == LONGEST else f"the model has {limit:,} positions"
         raise RecipeError.of(f"it has {len(ids):,} tokens, and {known}", "--prompt", "Shorten it.")

@@ -23,7 +23,7 @@ from llmtune.explain.positions_page import write_positions_page
 from llmtune.explain.positions_picture import draw_schemes
 from llmtune.explain.target import TUNED, Subject
 from llmtune.explain.token_text import label, name_tokens
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.store.atomic_files import explained, write_json
 
 LONGEST, WIDEST = 4096, 4096
@@ -127,7 +127,7 @@ def look(asked: Asked, subject: Subject, console: Console) -> Shown:
     for name, value in (("dimension", asked.dimension), ("base", asked.base)):
         if value is not None:
             problems.append(Problem("a model has its own", f"--{name}", "Leave it out, or name no model."))
-    limit = context_of(subject.config)
+    limit = context_length(subject.config)
     most = min(limit or LONGEST, LONGEST)
     wanted = len(ids) or asked.length or 0
     if wanted > most:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import LlmtuneError
-from llmtune.model import load_processor, locate, pick_device
+from llmtune.model import load_processor, pick_device, resolve_model
 from llmtune.model.config import is_encoder, read_model_config
 from llmtune.model.plain_model import load_plain
 from llmtune.recipe import ModelSection, Recipe
@@ -68,7 +68,7 @@ def open_subject(name: str, console: Console, *, offline: bool = False, trust_re
         return _open_run(path, console, offline)
     settings = ModelSection(name=name, trust_remote_code=trust_remote_code)
     with _told_of(name):
-        place = locate(name, settings, console, offline)
+        place = resolve_model(name, settings, console, offline)
     config, device = read_model_config(place, settings), pick_device()
 
     @contextmanager

@@ -55,7 +55,7 @@ def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device
     """
     model_class, config = find_class(place, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    shape = measure_shape(skeleton, config, recipe.adapter, task)
+    shape = read_sizes(skeleton, config, recipe.adapter, task)
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     full = recipe.adapter.method == "full"
     trained = shape.parameters if full else shape.adapter
@@ -78,7 +78,7 @@ def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device
     return MemoryPlan(parts, lower_bound, memory_limit(device), device)
 
 
-def settle_checkpointing(place: ModelRef, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
+def resolve_checkpointing(place: ModelRef, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
     """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
 
     Never for a model that cannot do it. Raises what `plan_memory` raises.
@@ -98,14 +98,14 @@ def _fixed(parts: Mapping[str, int]) -> int:
 def check_context(place: ModelRef, recipe: Recipe, task: Task, longest: int) -> None:
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
     _, config = find_class(place, recipe, task)
-    context = context_of(config)
+    context = context_length(config)
     if context is not None and longest > context:
         what = f"a row has {longest:,} tokens, and the context of {place.name} is {context:,}"
         fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
         raise DataError.of(what, "data.max_length", fix)
 
 
-def context_of(config: Any) -> int | None:
+def context_length(config: Any) -> int | None:
     """Return how many tokens a model's positions reach; None where they have no end, or none that it says.
 
     RoBERTa and its relatives count positions from behind the padding token's number.
@@ -124,7 +124,7 @@ FROM_PADDING = (
 """Model types whose first position stands behind the padding token's number."""
 
 
-def measure_shape(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: Task) -> Shape:
+def read_sizes(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: Task) -> Shape:
     """Count parameters and read sizes from a model on the meta device."""
     text = config.get_text_config()
     linears = linear_shapes(skeleton)

@@ -22,9 +22,9 @@ from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem,
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import context_of, format_bytes, micro_batch_tokens, plan_memory
+from llmtune.model.memory_plan import context_length, format_bytes, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
-from llmtune.model.resolve import locate
+from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows, Task
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _locate_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelRe
     places, problems, kind = [], [], RecipeError
     for name in recipe.model.candidates or ():
         try:
-            places.append(locate(name, recipe.model, console, offline))
+            places.append(resolve_model(name, recipe.model, console, offline))
         except (RecipeError, EnvironmentProblem) as error:
             kind = type(error)  # type: ignore[assignment]
             problems += [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
@@ -165,7 +165,7 @@ def _admit(
         processor = load_processor(place, recipe.model)
         plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
         limit = plan.limit
-        context = context_of(config)
+        context = context_length(config)
         if recipe.model.check_memory and limit is not None and plan.lower_bound > limit:
             reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(limit)}"
             return Candidate(place.name, None, reason, plan.lower_bound, context)

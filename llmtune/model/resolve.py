@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def locate(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
+def resolve_model(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
     """Find the model `name` (a folder, `builtin:NAME` or a hub name), bring it here and check its files.
 
     Network is used for a hub name alone, and not at all if `offline`.

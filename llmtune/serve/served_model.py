@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from llmtune.evaluate.generation import answer_ends, decode_answer
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.records import Task
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
-        self.context = context_of(self._inner.config)
+        self.context = context_length(self._inner.config)
         """Tokens that the model's positions reach; None where it does not say."""
         self.vocabulary = int(self._inner.get_input_embeddings().weight.shape[0]) if self.writes else 0
 

@@ -181,7 +181,7 @@ def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> s
     return hash_value(
         [
             examples.content_hash,
-            adapted.selected.place.content_hash,
+            adapted.selected.model_ref.content_hash,
             recipe.seed,
             recipe.data.packing,
             recipe.model.dtype,

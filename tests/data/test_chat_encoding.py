@@ -397,7 +397,7 @@ def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_b
     from rich.console import Console
 
     from llmtune.data.word_cache import open_words
-    from llmtune.model import load_processor, locate
+    from llmtune.model import load_processor, resolve_model
     from llmtune.recipe import Recipe
 
     recipe = Recipe.model_validate(
@@ -409,7 +409,7 @@ def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_b
             "model": {"name": "builtin:smollm2-135m-instruct"},
         }
     )
-    place = locate(recipe.model.name, recipe.model, Console(stderr=True), True)
+    place = resolve_model(recipe.model.name, recipe.model, Console(stderr=True), True)
     tokenizer = load_processor(place, recipe.model)
     assert open_words(tokenizer.backend_tokenizer) is not None
     rows = [conversation(f"Say {k}:\n\nthe LORD's {k**3} ways", f"“Yes” – {k}½ … it's\n\n{k}") for k in range(300)]

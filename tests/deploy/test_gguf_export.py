@@ -16,7 +16,7 @@ from llmtune.adapter import inject
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.recipe import load_recipe
 from llmtune.tasks import choose_form, get_task
@@ -103,7 +103,7 @@ def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_pat
     sections = {"task": "translate", "translate": languages, "evaluate": {"metrics": ["bleu"]}}
     model = build_family("qwen2", tmp_path / "model")
     recipe = load_recipe(write_recipe(tmp_path / "pairs.yaml", model, rows, **sections)).recipe
-    place = locate(str(model), recipe.model, console, offline=True)
+    place = resolve_model(str(model), recipe.model, console, offline=True)
     processor = load_processor(place, recipe.model)
     form = choose_form(recipe, read_model_config(place, recipe.model), "tiny")
     selected = load_model(place, recipe, form, processor, device="cpu", training=False)

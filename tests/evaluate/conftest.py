@@ -16,7 +16,7 @@ from llmtune.data import prepare_rows
 from llmtune.data.collators import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.evaluate import evaluate
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.tasks import get_task
 
@@ -103,7 +103,7 @@ def make_bench(tmp_path, tiny_llama, chat_rows, console):
         for name in ("rows", "examples"):
             (tmp_path / name).mkdir(exist_ok=True)
         prepared = prepare_rows(recipe, tmp_path / "rows", console)
-        place = locate(str(recipe.model.name), recipe.model, console, True)
+        place = resolve_model(str(recipe.model.name), recipe.model, console, True)
         processor = load_processor(place, recipe.model)
         task = get_task(recipe.task)
         examples = encode_rows(prepared, task, processor, recipe, tmp_path / "examples", console)

@@ -24,7 +24,7 @@ from llmtune.evaluate.eval_suites import check_form, check_inputs
 from llmtune.evaluate.paired_sentences import read_pairs
 from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
 from llmtune.evaluate.stereotypes import compare_pairs, judge
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection
 from llmtune.tasks import TASKS, classify, completion
@@ -236,7 +236,7 @@ def test_crows_pairs_of_smollm2_is_what_a_plain_loop_says(tmp_path, console):
         "task: chat\ndata: {train: x.jsonl}\nmodel: {name: 'builtin:smollm2-135m-instruct', dtype: float32}\n"
     )
     recipe = load_recipe(str(recipe)).recipe
-    place = locate(str(recipe.model.name), recipe.model, console, True)
+    place = resolve_model(str(recipe.model.name), recipe.model, console, True)
     tokenizer = load_processor(place, recipe.model)
     model = load_model(place, recipe, TASKS["chat"], tokenizer, device="cpu", training=False).model
     pairs = read_pairs([str(tmp_path / "crows.csv")])

@@ -144,7 +144,7 @@ def recipe_of(model, loss, **sections):
 
 
 def predict(adapted, rows, loss="dpo", **sections):
-    recipe = recipe_of(adapted.selected.place.name, loss, **sections)
+    recipe = recipe_of(adapted.selected.model_ref.name, loss, **sections)
     with torch.inference_mode():
         return predict_preferences(adapted.model, rows, adapted.selected.processor, recipe, device="cpu")
 

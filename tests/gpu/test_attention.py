@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.adapting import build_family, documents, packed, padded, quiet, recipe_with
 
-from llmtune.model import compute_context, load_model, load_processor, locate, predicted_logits
+from llmtune.model import compute_context, load_model, load_processor, predicted_logits, resolve_model
 from llmtune.model.varlen_attention import attend_varlen, flash_attn_varlen_func, has_varlen, varlen_attn
 from llmtune.tasks import get_task
 
@@ -16,7 +16,7 @@ from llmtune.tasks import get_task
 def test_packed_logits_are_those_of_each_document_alone(tmp_path, family, dtype):
     window = {"sliding_window": 8} if family == "mistral" else {}
     recipe = recipe_with(build_family(tmp_path, family, **window), model={"dtype": dtype})
-    place = locate(str(tmp_path), recipe.model, quiet())
+    place = resolve_model(str(tmp_path), recipe.model, quiet())
     processor = load_processor(place, recipe.model)
     model = load_model(place, recipe, get_task("chat"), processor, device="cuda", training=False).model
     examples = documents([3, 30, 17, 1, 24])

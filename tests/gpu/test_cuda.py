@@ -19,7 +19,7 @@ from support.training import make_recipe, run_training, write_examples
 
 from llmtune.adapter import inject, load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks import get_task
@@ -30,7 +30,7 @@ SHIPPED = {"chat": "debian-summaries", "chat-qlora": "debian-summaries", "comple
 def select(recipe: Recipe, *, training: bool = True) -> SelectedModel:
     console = Console(file=io.StringIO())
     assert recipe.model.name is not None
-    place = locate(recipe.model.name, recipe.model, console, True)
+    place = resolve_model(recipe.model.name, recipe.model, console, True)
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, get_task(recipe.task), processor, device="cuda", training=training)
 

@@ -12,7 +12,7 @@ from support.training import make_recipe, read_metrics, write_examples
 from support.training import run_training as train_on
 
 from llmtune.adapter import inject
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel
 from llmtune.tasks import get_task
@@ -24,7 +24,7 @@ COMPILED = {"torch_compile": True}
 def adapt(recipe: Recipe) -> AdaptedModel:
     console = Console(file=io.StringIO())
     assert recipe.model.name is not None
-    place = locate(recipe.model.name, recipe.model, console, True)
+    place = resolve_model(recipe.model.name, recipe.model, console, True)
     processor = load_processor(place, recipe.model)
     selected = load_model(place, recipe, get_task(recipe.task), processor, device="cuda", training=True)
     return inject(selected, recipe, console)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from llmtune.adapter import inject, merge
-from llmtune.model import locate
+from llmtune.model import resolve_model
 from llmtune.model.builtin_models import PACKAGED
 
 NAME = "builtin:smollm2-135m-instruct"
@@ -57,7 +57,7 @@ def unpack(tmp_path_factory):
     def find(name: str) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LLMTUNE_CACHE", str(folder))
-            return locate(name, recipe_with(name).model, quiet(), offline=True).path
+            return resolve_model(name, recipe_with(name).model, quiet(), offline=True).path
 
     return find
 
@@ -67,8 +67,8 @@ def cache(tmp_path_factory) -> Path:
     """A cache of its own, filled once by two processes at the same time."""
     folder = tmp_path_factory.mktemp("cache")
     code = (
-        "from rich.console import Console\nfrom llmtune.model import locate\nfrom llmtune.recipe import ModelSection\n"
-        f"print(locate('{NAME}', ModelSection(name='{NAME}'), Console(stderr=True), True).content_hash)"
+        "from rich.console import Console\nfrom llmtune.model import resolve_model\nfrom llmtune.recipe import ModelSection\n"
+        f"print(resolve_model('{NAME}', ModelSection(name='{NAME}'), Console(stderr=True), True).content_hash)"
     )
     environment = {"LLMTUNE_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
     processes = [
@@ -109,10 +109,10 @@ def test_digits_stand_alone_as_in_the_original_tokenizer(selected):
 
 @needs(NAME)
 def test_the_cached_folder_is_small_plain_and_readable(cache, selected):
-    files = {path.name: path.stat() for path in selected.place.path.iterdir()}
+    files = {path.name: path.stat() for path in selected.model_ref.path.iterdir()}
     assert 260e6 < files["model.safetensors"].st_size < 280e6
     assert files["model.safetensors"].st_mode & 0o044 == files["config.json"].st_mode & 0o044
-    config = json.loads((selected.place.path / "config.json").read_text())
+    config = json.loads((selected.model_ref.path / "config.json").read_text())
     assert (config["dtype"], config["model_type"]) == ("bfloat16", "llama")
     assert "quantization_config" not in config
 
@@ -121,7 +121,7 @@ def test_the_cached_folder_is_small_plain_and_readable(cache, selected):
 def test_a_cached_model_is_found_without_the_weights_being_read_again(cache, monkeypatch):
     monkeypatch.setenv("LLMTUNE_CACHE", str(cache))
     console = quiet()
-    locate(NAME, recipe_with(NAME).model, console, offline=True)
+    resolve_model(NAME, recipe_with(NAME).model, console, offline=True)
     assert "Converting" not in console.file.getvalue()
 
 

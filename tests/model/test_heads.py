@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from llmtune.adapter import inject
 from llmtune.errors import RecipeError
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.model.heads import head_is_new, name_outputs
 from llmtune.model.loading import put_in_order
@@ -66,7 +66,7 @@ def recipe_of(folder: Path, labels: tuple[str, ...] = ("a", "b", "c"), seed: int
 
 
 def load(recipe: Recipe) -> SelectedModel:
-    place = locate(str(recipe.model.name), recipe.model, quiet())
+    place = resolve_model(str(recipe.model.name), recipe.model, quiet())
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, CLASSIFY, processor, device="cpu", training=True)
 
@@ -76,7 +76,7 @@ def adapt(recipe: Recipe) -> AdaptedModel:
 
 
 def is_new(recipe: Recipe) -> bool:
-    return head_is_new(locate(str(recipe.model.name), recipe.model, quiet()), recipe, CLASSIFY)
+    return head_is_new(resolve_model(str(recipe.model.name), recipe.model, quiet()), recipe, CLASSIFY)
 
 
 def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1) -> Path:
@@ -265,5 +265,5 @@ def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
 
 
 def test_a_task_without_a_head_of_its_own_has_no_new_head(built):
-    place = locate(str(built("llama")), recipe_of(built("llama")).model, quiet())
+    place = resolve_model(str(built("llama")), recipe_of(built("llama")).model, quiet())
     assert not head_is_new(place, recipe_of(built("llama")), dataclasses.replace(CLASSIFY, headed=False))

@@ -19,10 +19,10 @@ CODE = """
 import sys
 from rich.console import Console
 from llmtune.errors import LlmtuneError
-from llmtune.model import locate
+from llmtune.model import resolve_model
 from llmtune.recipe import ModelSection
 try:
-    place = locate(sys.argv[1], ModelSection.model_validate_json(sys.argv[2]), Console(stderr=True), sys.argv[3] == "1")
+    place = resolve_model(sys.argv[1], ModelSection.model_validate_json(sys.argv[2]), Console(stderr=True), sys.argv[3] == "1")
     print("OK", place.revision, place.path, *sorted(path.name for path in place.path.iterdir()))
 except LlmtuneError as error:
     print(type(error).__name__, error)

@@ -10,7 +10,14 @@ from support.adapting import build_family, documents, open_model, packed, quiet,
 
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.errors import EnvironmentProblem
-from llmtune.model import causal_loss, check_memory, locate, micro_batch_tokens, plan_memory, settle_checkpointing
+from llmtune.model import (
+    causal_loss,
+    check_memory,
+    micro_batch_tokens,
+    plan_memory,
+    resolve_checkpointing,
+    resolve_model,
+)
 from llmtune.model.memory_plan import optimizer_bytes, suggest_recipe
 from llmtune.records import MemoryPlan
 from llmtune.tasks import get_task
@@ -25,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def plan_for(recipe, tokens: int = 128) -> MemoryPlan:
-    place = locate(recipe.model.name, recipe.model, quiet())
+    place = resolve_model(recipe.model.name, recipe.model, quiet())
     return plan_memory(place, recipe, get_task(recipe.task), tokens, "cpu")
 
 
@@ -123,12 +130,12 @@ def test_a_paged_optimizers_state_is_no_part_of_the_lower_bound(folder):
 def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_fit(folder, monkeypatch, limit, wanted):
     recipe = recipe_with(folder)
     assert recipe.train.gradient_checkpointing == "auto"
-    place, task = locate(recipe.model.name, recipe.model, quiet()), get_task(recipe.task)
+    place, task = resolve_model(recipe.model.name, recipe.model, quiet()), get_task(recipe.task)
     total = plan_for(recipe, tokens=512).total
     monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: int(limit * total / 0.85))
-    assert settle_checkpointing(place, recipe, task, 512, "cpu") is wanted
+    assert resolve_checkpointing(place, recipe, task, 512, "cpu") is wanted
     monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: None)
-    assert settle_checkpointing(place, recipe, task, 512, "cpu") is False
+    assert resolve_checkpointing(place, recipe, task, 512, "cpu") is False
 
 
 def test_auto_that_is_not_settled_yet_is_planned_as_off(folder):

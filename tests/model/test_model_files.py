@@ -13,7 +13,7 @@ from support.adapting import open_model, quiet, recipe_with
 from transformers import AutoModelForCausalLM
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import locate
+from llmtune.model import resolve_model
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tiny_llama, tmp_path) -> Path:
 
 def find(folder: Path, **model: object):
     recipe = recipe_with(folder, model=model)
-    return locate(str(folder), recipe.model, quiet(), offline=True)
+    return resolve_model(str(folder), recipe.model, quiet(), offline=True)
 
 
 def refused(folder: Path, error: type[Exception], **model: object) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from llmtune.adapter import inject
 from llmtune.adapter.injection import enable_checkpointing
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.model.packed_attention import PACKED, install_packed
 from llmtune.model.packed_pooling import first_tokens, means, pool_documents
@@ -42,7 +42,7 @@ def recipe_of(folder: Path, task: str, **sections: dict[str, Any]) -> Recipe:
 
 def open_model(recipe: Recipe, console: Console) -> SelectedModel:
     assert recipe.model.name is not None
-    place = locate(recipe.model.name, recipe.model, console)
+    place = resolve_model(recipe.model.name, recipe.model, console)
     task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, task, processor, device="cpu", training=True, console=console)

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import load_processor, locate, save_tokenizer
+from llmtune.model import load_processor, resolve_model, save_tokenizer
 
 
 def load(folder, **model):
     recipe = recipe_with(folder, model=model)
-    return load_processor(locate(str(folder), recipe.model, quiet()), recipe.model)
+    return load_processor(resolve_model(str(folder), recipe.model, quiet()), recipe.model)
 
 
 def test_padding_falls_back_on_the_end_token(tiny_gpt2, tmp_path):

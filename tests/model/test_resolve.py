@@ -11,12 +11,12 @@ from support.adapting import quiet, recipe_with
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import builtin_models as packaged_module
-from llmtune.model import locate
+from llmtune.model import resolve_model
 from llmtune.model.builtin_models import PackagedModel
 
 
 def find(name: str):
-    return locate(name, recipe_with(name).model, quiet(), offline=True)
+    return resolve_model(name, recipe_with(name).model, quiet(), offline=True)
 
 
 def test_a_folder_is_found_by_relative_and_absolute_path(tiny_llama, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_hub_name_without_network_is_explained(tmp_path, monkeypatch):
 def test_a_name_that_can_be_nothing_is_told(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((EnvironmentProblem, RecipeError)):
-        locate(name, recipe_with("x").model, quiet(), offline=True)
+        resolve_model(name, recipe_with("x").model, quiet(), offline=True)
 
 
 def test_an_unknown_packaged_model_names_the_known_ones():

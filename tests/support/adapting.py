@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.data.collators import collate_packed, collate_padded
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel
 from llmtune.tasks import get_task
@@ -62,7 +62,7 @@ def open_model(recipe: Recipe, training: bool = True, console: Console | None = 
     """Locate and load the recipe's model on the CPU."""
     assert recipe.model.name is not None
     console = console or quiet()
-    place = locate(recipe.model.name, recipe.model, console)
+    place = resolve_model(recipe.model.name, recipe.model, console)
     processor = load_processor(place, recipe.model)
     task = get_task(recipe.task)
     return load_model(place, recipe, task, processor, device="cpu", training=training, console=console)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmtune.adapter import inject
 from llmtune.data.examples import load_examples
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
@@ -73,7 +73,7 @@ def start_training(path: Path, folder: Path) -> Training:
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
     recipe = loaded.recipe
     assert recipe.model.name is not None
-    place = locate(recipe.model.name, recipe.model, quiet(), True)
+    place = resolve_model(recipe.model.name, recipe.model, quiet(), True)
     task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
     selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
     adapted = inject(selected, recipe, quiet())

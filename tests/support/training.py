@@ -14,7 +14,7 @@ from rich.console import Console
 
 from llmtune.adapter import inject
 from llmtune.data.examples import SCHEMA, record_batch
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
 from llmtune.tasks import get_task
@@ -55,7 +55,7 @@ def adapt(recipe: Recipe) -> AdaptedModel:
     """Load the model of `recipe` on the CPU and put the adapter in."""
     console = Console(file=io.StringIO())
     assert recipe.model.name is not None
-    place = locate(recipe.model.name, recipe.model, console, True)
+    place = resolve_model(recipe.model.name, recipe.model, console, True)
     processor = load_processor(place, recipe.model)
     selected = load_model(place, recipe, get_task(recipe.task), processor, device="cpu", training=True)
     return inject(selected, recipe, console)

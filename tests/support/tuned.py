@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from llmtune.adapter import inject
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel
 from llmtune.tasks import get_task
@@ -24,7 +24,7 @@ def tuner(model: Path, rows: Path, folder: Path, console: Console) -> Tune:
 
     def build(base: Path = model, strength: float = 0.3, **sections: object) -> Tuned:
         recipe = load_recipe(write_recipe(folder / "tiny.yaml", base, rows, **sections)).recipe
-        place = locate(str(base), recipe.model, console, offline=True)
+        place = resolve_model(str(base), recipe.model, console, offline=True)
         processor = load_processor(place, recipe.model)
         selected = load_model(place, recipe, get_task(recipe.task), processor, device="cpu", training=False)
         adapted = inject(selected, recipe, console)

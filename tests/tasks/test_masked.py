@@ -21,7 +21,7 @@ from llmtune.data.label_encoding import encode_masked
 from llmtune.data.target_collators import masked_collator
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.task_predictions import fill_masks
-from llmtune.model import causal_loss, load_model, load_processor, locate
+from llmtune.model import causal_loss, load_model, load_processor, resolve_model
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, Options, open_finished
@@ -198,7 +198,7 @@ def test_micro_batches_of_one_give_the_gradient_of_one_batch(built, tmp_path, fa
     path = pairs.recipe_of(tmp_path, built(family), rows, "completion", **described({}))
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=tmp_path / "run", until="prepare"), quiet())
-    place = locate(loaded.recipe.model.name, loaded.recipe.model, quiet(), True)
+    place = resolve_model(loaded.recipe.model.name, loaded.recipe.model, quiet(), True)
     processor = load_processor(place, loaded.recipe.model)
     selected = load_model(place, loaded.recipe, MASKED, processor, device="cpu", training=True)
     adapted, examples = inject(selected, loaded.recipe, quiet()), load_examples(tmp_path / "run" / "data" / "examples")

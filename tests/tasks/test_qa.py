@@ -24,7 +24,7 @@ from llmtune.data.target_collators import ends_collator
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.task_predictions import predict_ends
 from llmtune.model import load_processor
-from llmtune.model.memory_plan import context_of
+from llmtune.model.memory_plan import context_length
 from llmtune.model.task_losses import ends_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
@@ -345,10 +345,10 @@ def test_a_threshold_in_the_recipe_stays(built, tmp_path):
 
 
 def test_the_context_of_roberta_is_512_and_not_514(built):
-    assert context_of(RobertaConfig(max_position_embeddings=514)) == 512
+    assert context_length(RobertaConfig(max_position_embeddings=514)) == 512
     tokenizer = AutoTokenizer.from_pretrained(built("roberta"))
     model = AutoModelForQuestionAnswering.from_pretrained(built("roberta"))
-    assert context_of(model.config) == families.LONGEST
+    assert context_length(model.config) == families.LONGEST
     about, _, encoded = windows(tokenizer, families.LONGEST, rows=[unanswered("cat", "red " * 600)])
     batch = ends_collator(tokenizer, about)(encoded[0][:1], 0)
     assert batch["input_ids"].shape == (1, families.LONGEST)

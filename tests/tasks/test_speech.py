@@ -31,7 +31,7 @@ from llmtune.data.target_collators import whisper_collator
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.wer import make_normaliser
-from llmtune.model import load_model, load_processor, locate
+from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.task_losses import ctc_loss
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
@@ -332,7 +332,7 @@ def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp
 def speaking(folder, clips, tmp_path, speech):
     """A model with its tokenizer and recipe, as evaluation has it."""
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
-    place = locate(str(folder), recipe.model, quiet(), True)
+    place = resolve_model(str(folder), recipe.model, quiet(), True)
     task = choose_form(recipe, AutoConfig.from_pretrained(folder), str(folder))
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, task, processor, device="cpu", training=False).model, processor, recipe
@@ -451,7 +451,7 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
 
 def load(folder, clips, tmp_path, speech, /, **sections):
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
-    place = locate(str(folder), recipe.model, quiet(), True)
+    place = resolve_model(str(folder), recipe.model, quiet(), True)
     task = choose_form(recipe, AutoConfig.from_pretrained(folder), str(folder))
     return load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
 
