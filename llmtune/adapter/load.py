@@ -84,7 +84,8 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
         console.print(
-            f"[yellow]The adapter in {place} was trained on {made_for}, and goes on on {selected.model_ref.name}.[/yellow]"
+            f"[yellow]The adapter in {place} was trained on {made_for}; training goes on with "
+            f"{selected.model_ref.name}.[/yellow]"
         )
     config.lora_dropout = adapter.lora_dropout
     return attach(selected, config, place, trainable=True)

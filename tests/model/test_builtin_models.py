@@ -67,7 +67,8 @@ def cache(tmp_path_factory) -> Path:
     """A cache of its own, filled once by two processes at the same time."""
     folder = tmp_path_factory.mktemp("cache")
     code = (
-        "from rich.console import Console\nfrom llmtune.model import resolve_model\nfrom llmtune.recipe import ModelSection\n"
+        "from rich.console import Console\nfrom llmtune.model import resolve_model\n"
+        "from llmtune.recipe import ModelSection\n"
         f"print(resolve_model('{NAME}', ModelSection(name='{NAME}'), Console(stderr=True), True).content_hash)"
     )
     environment = {"LLMTUNE_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}

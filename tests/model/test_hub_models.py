@@ -22,7 +22,8 @@ from llmtune.errors import LlmtuneError
 from llmtune.model import resolve_model
 from llmtune.recipe import ModelSection
 try:
-    place = resolve_model(sys.argv[1], ModelSection.model_validate_json(sys.argv[2]), Console(stderr=True), sys.argv[3] == "1")
+    section = ModelSection.model_validate_json(sys.argv[2])
+    place = resolve_model(sys.argv[1], section, Console(stderr=True), sys.argv[3] == "1")
     print("OK", place.revision, place.path, *sorted(path.name for path in place.path.iterdir()))
 except LlmtuneError as error:
     print(type(error).__name__, error)
