@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+SITE := $(VENV)/.site
 MODEL := $(VENV)/.model
 MODELS := $(VENV)/.models
 LLAMA := $(VENV)/.llama
@@ -17,7 +18,7 @@ MEASURE = mkdir -p $(BENCH) && $(BIN)/python benchmarks/$(1).py --pairs $(PAIRS)
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu check format docs build bench clean
+.PHONY: help setup models demo test test-slow test-gpu check format docs site same build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -82,6 +83,17 @@ format: $(READY)  ## Bring the code into form
 docs: $(READY) $(MODELS)  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
+
+$(SITE): $(READY)
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+site: $(SITE)  ## The documentation as a site, in site/; a dead link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# About ten minutes a commit on two cores; what a commit gave is kept in build/same.
+same: $(READY) $(MODELS)  ## Run recipes at BASE and as they are now: do bytes and digits agree?
+	$(BIN)/python benchmarks/same.py --base $(BASE)
 
 # Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions.
 bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS and LLAMAFACTORY may be set

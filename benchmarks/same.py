@@ -24,7 +24,7 @@ FEW = ["train.max_steps=6", "train.num_train_epochs=null", "evaluate.gates=[]"]
 SHORT = [*FEW, "data.test=0.1"]
 RUNS: dict[str, tuple[str, list[str]]] = {
     **{f"quickstart-{method}": ("quickstart", [*FEW, f"adapter.method={method}"]) for method in ("lora", "qlora")},
-    "quickstart-full": ("quickstart", [*FEW, "adapter={method: full}", "train.learning_rate=1e-5"]),
+    "quickstart-full": ("quickstart", [*FEW, "adapter.method=full", "adapter.r=null", "adapter.lora_alpha=null"]),
     **{
         f"{task}-offline": (f"{task}-offline", SHORT)
         for task in ("classify", "token-classify", "qa", "translate", "summarize", "speech", "preference", "completion")

@@ -19,7 +19,12 @@ from llmtune.cli.app import app
 from llmtune.recipe import json_schema, recipe_reference
 
 ROOT = Path(__file__).resolve().parent.parent
-TREE_BEGINS, TREE_ENDS = "<!-- tree: made by `make docs` -->", "<!-- end of tree -->"
+PACKAGES_BEGIN, PACKAGES_END = "<!-- packages: made by `make docs` -->", "<!-- end of packages -->"
+CODE_HEAD = """\
+# Map of the code
+
+Made by `make docs` from the first line of each module; do not edit.
+"""
 HEAD = """\
 # Command line reference
 
@@ -46,6 +51,7 @@ def main() -> int:
     pages = {
         ROOT / "docs/recipe.md": recipe_reference(),
         ROOT / "docs/cli.md": command_reference(),
+        ROOT / "docs/code.md": code_map(),
         ROOT / "CONTRIBUTING.md": contributing(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
@@ -60,21 +66,29 @@ def main() -> int:
 
 
 def contributing() -> str:
-    """Return CONTRIBUTING.md with the tree between its two marks made anew."""
+    """Return CONTRIBUTING.md with the line a package between its two marks made anew."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(TREE_BEGINS)
-    _, _, after = rest.partition(TREE_ENDS)
-    return "\n".join([f"{before}{TREE_BEGINS}", "```", *tree(ROOT / "llmtune"), "```", f"{TREE_ENDS}{after}"])
+    before, _, rest = text.partition(PACKAGES_BEGIN)
+    _, _, after = rest.partition(PACKAGES_END)
+    modules = [path for path in sorted((ROOT / "llmtune").glob("*.py")) if not path.name.startswith("__")]
+    packages = sorted((ROOT / "llmtune").glob("*/__init__.py"))
+    lines = [f"{path.name:<14} {role(path)}" for path in modules]
+    lines += [f"{path.parent.name + '/':<14} {role(path)}" for path in packages]
+    return "\n".join([f"{before}{PACKAGES_BEGIN}", "```", *lines, "```", f"{PACKAGES_END}{after}"])
+
+
+def code_map() -> str:
+    """Return a page with a line for every module."""
+    return "\n".join([CODE_HEAD, "```", *tree(ROOT / "llmtune"), "```", ""])
 
 
 def tree(package: Path, depth: int = 0) -> Iterator[str]:
     """Yield a line for a package and for each module below it: its name, and the first line of its docstring."""
     indent = "  " * depth
-    yield f"{indent + package.name + '/':<22} {role(package / '__init__.py')}"
-    entries = sorted(package.iterdir(), key=lambda path: (path.is_dir(), path.name))
-    for entry in entries:
+    yield f"{indent + package.name + '/':<28} {role(package / '__init__.py')}"
+    for entry in sorted(package.iterdir(), key=lambda path: (path.is_dir(), path.name)):
         if entry.suffix == ".py" and entry.name != "__init__.py":
-            yield f"{indent + '  ' + entry.name:<22} {role(entry)}"
+            yield f"{indent + '  ' + entry.name:<28} {role(entry)}"
         elif (entry / "__init__.py").exists():
             yield from tree(entry, depth + 1)
 
