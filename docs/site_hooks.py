@@ -1,4 +1,4 @@
-"""What mkdocs needs to build one site of pages that lie beside docs/ as well: recipes, benchmarks, CI examples, changes."""
+"""What mkdocs needs for one site of pages that lie beside docs/ too: recipes, benchmarks, CI examples, changes."""
 
 from __future__ import annotations
 
