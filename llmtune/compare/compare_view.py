@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.report.charts import interval_chart
 from llmtune.report.metric_info import LOWER_IS_BETTER, NEAREST_TO_ONE, better_side, direction, note
 from llmtune.report.number_format import DASH, chance, count, duration, missing, score, signed, size
+from llmtune.report.old_charts import interval_chart
 from llmtune.report.slice_tables import ranked
 from llmtune.report.verdict import FEWEST_ROWS
 

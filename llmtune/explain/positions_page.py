@@ -11,7 +11,7 @@ import numpy as np
 from llmtune.explain.html_page import asset, fill, write_page
 from llmtune.explain.position_encodings import Array, Scheme, similarity, similarity_by_distance, spread
 from llmtune.explain.positions_picture import bias_lines
-from llmtune.report.charts import line_chart
+from llmtune.report.old_charts import line_chart
 
 if TYPE_CHECKING:
     from llmtune.explain.positions import Shown

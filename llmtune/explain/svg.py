@@ -15,7 +15,7 @@ FONT = 'font-family:system-ui,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",s
 
 def write_svg(path: Path, picture: Markup, style: str, *, scale: float = 1.0) -> Path:
     """Write a picture that was drawn for a page into a file of its own, in one step; returns its path."""
-    sheet = files("llmtune.report").joinpath("report.css").read_text(encoding="utf-8")
+    sheet = files("llmtune.report").joinpath("page.css").read_text(encoding="utf-8")
     colours = "".join(
         re.findall(r"^:root \{.*?^\}|^@media \(prefers-color-scheme: dark\) \{\n.*?^\}", sheet, re.M | re.S)
     )

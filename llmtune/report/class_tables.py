@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.report.charts import matrix_chart
 from llmtune.report.number_format import DASH, count, missing, score, share
+from llmtune.report.old_charts import matrix_chart
 
 Facts = Mapping[str, Any]
 SIDES = ("train", "validation", "test")

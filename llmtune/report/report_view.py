@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.report.charts import bar_chart, interval_chart, line_chart
 from llmtune.report.class_tables import SIDES, class_counts, class_scores, confusion
 from llmtune.report.contamination_section import overlap
 from llmtune.report.explain_links import inside
 from llmtune.report.metric_info import HEADLINES, LOWER_IS_BETTER, NEAREST_TO_ONE, better_side, direction, note
 from llmtune.report.number_format import DASH, chance, count, duration, missing, score, share, signed, size
+from llmtune.report.old_charts import bar_chart, interval_chart, line_chart
 from llmtune.report.sample_view import base_name, samples
 from llmtune.report.seed_table import spread_view
 from llmtune.report.slice_tables import flips, slices

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from llmtune.report.charts import svg
 from llmtune.report.metric_info import LOWER_IS_BETTER
 from llmtune.report.number_format import missing, score, signed
+from llmtune.report.old_charts import svg
 
 if TYPE_CHECKING:
     from rich.table import Table

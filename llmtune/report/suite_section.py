@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.report.charts import interval_chart
 from llmtune.report.number_format import DASH, chance, count, missing, score, signed
+from llmtune.report.old_charts import interval_chart
 
 Facts = Mapping[str, Any]
 KINDS = {1: "better", -1: "worse", 0: "unsure"}

@@ -1,0 +1,394 @@
+"""What a page, a Markdown file and the terminal show: tables, pictures and texts, before one of them renders them.
+
+A page of the report, of `compare` or of `explain` is a list of sections, and a section a list of blocks. Text is plain
+everywhere; in `Text` and `Bullets` a stretch between backticks is code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from llmtune.records import Difference
+from llmtune.report.number_format import DASH, chance, count, missing, score, signed
+
+Tone = Literal["", "better", "worse", "mixed", "unsure"]
+TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}
+FEWEST_ROWS = 10
+"""Below this many rows a difference has no interval."""
+TOO_FEW = "too few rows"
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its interval about zero, drawn so that better is on the right."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    better: int
+    """1 where more is better, -1 where less is."""
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Scores as dots on one line, and the base as a stroke across it."""
+
+    label: str
+    base: float
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """A bar that is filled by a share from 0 to 1."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table."""
+
+    text: str = ""
+    tone: Tone = ""
+    note: str = ""
+    """Small print below the text; pages only."""
+    code: bool = False
+    picture: Interval | Dots | Meter | None = None
+    """Pages only."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; numbers stand on the right, and pictures on pages only."""
+
+    heading: str
+    kind: Literal["text", "number", "picture"] = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; plain texts stand for columns and cells that have nothing beside their text."""
+
+    columns: Sequence[Column | str]
+    rows: Sequence[Sequence[Cell | str]]
+    title: str = ""
+    note: str = ""
+    scroll: bool = False
+    """Whether a page shows it in a box of limited height."""
+
+    @property
+    def heads(self) -> list[Column]:
+        """The columns, each with its kind."""
+        return [column if isinstance(column, Column) else Column(column) for column in self.columns]
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        """The rows, each with whole cells."""
+        return [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A metric (or a slice, or a run) of base and tuned model: one row of a `DifferenceTable`."""
+
+    name: str
+    base: float | None
+    tuned: float | None
+    difference: Difference | None
+    """Tuned minus base; None where only one of them was measured."""
+    better: int = 0
+    """1 where more is better, -1 where less is, 0 where neither is."""
+    note: str = ""
+
+    @property
+    def interval(self) -> str:
+        """Both ends of the interval with their signs, or why there is none."""
+        change = self.difference
+        if change is None:
+            return DASH
+        if not (missing(change.low) or missing(change.high)):
+            return f"{signed(change.low)} to {signed(change.high)}"
+        return TOO_FEW if change.n < FEWEST_ROWS else DASH
+
+    @property
+    def tone(self) -> Tone:
+        """Better or worse where the interval leaves zero out, else unsure; nothing without a difference."""
+        change = self.difference
+        return "" if change is None else TONES[self.better * direction(change)]
+
+    @property
+    def picture(self) -> Interval | None:
+        """The interval about zero, if there is one and one side of zero is better."""
+        change = self.difference
+        if change is None or not self.better or any(map(missing, (change.value, change.low, change.high))):
+            return None
+        label = f"{self.name}: {signed(change.value)}, 95 % interval {self.interval}"
+        return Interval(label, change.value, change.low, change.high, self.better)
+
+
+def direction(change: Difference) -> int:
+    """Return 1 where the interval of a difference lies above zero, -1 where it lies below, else 0."""
+    if missing(change.low) or missing(change.high):
+        return 0
+    return 1 if change.low > 0 else -1 if change.high < 0 else 0
+
+
+def difference_table(
+    rows: Sequence[Compared],
+    *,
+    title: str = "",
+    note: str = "",
+    heading: str = "metric",
+    base: str | None = "base",
+    difference: str = "difference",
+    unit: str = "rows",
+    code: bool = False,
+) -> Table:
+    """Return base, tuned, difference, interval, p and number of rows, a row for each of `rows`.
+
+    Args:
+        rows: what was compared.
+        title: heading of the table.
+        note: small print below it.
+        heading: what the first column names.
+        base: what stands beside the tuned model; None leaves both scores out.
+        difference: what the difference is called.
+        unit: what was counted.
+        code: whether the names of the first column are code.
+    """
+    scores = [] if base is None else [Column(base, "number"), Column("tuned", "number")]
+    changes = [Column(difference, "number"), Column("worse ← 0 → better", "picture"), Column("95 % interval", "number")]
+    columns = [Column(heading), *scores, *changes, Column("p", "number"), Column(unit, "number")]
+    cells: list[list[Cell]] = []
+    for row in rows:
+        change = row.difference
+        line = [Cell(row.name, note=row.note, code=code)]
+        line += [] if base is None else [Cell(score(row.base)), Cell(score(row.tuned))]
+        line += [Cell(signed(change.value if change else None), row.tone), Cell(picture=row.picture)]
+        line += [Cell(row.interval), Cell(chance(change.p if change else None))]
+        cells.append([*line, Cell(count(change.n if change else None))])
+    return Table(columns, cells, title, note)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of `Curves`; its style says which colour it has, the same on all pages."""
+
+    name: str
+    points: Sequence[Point]
+    style: str = "train"
+    """train, validation, other, or s0 to s5 for one of several alike."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over a common axis; points that are NaN or beyond 1e30 are left out."""
+
+    curves: Sequence[Curve]
+    label: str
+    """For those who do not see it."""
+    title: str = ""
+    axis: str = "step"
+    height: int = 240
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bars: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
+
+    edges: Sequence[float]
+    counts: Sequence[float]
+    label: str
+    title: str = ""
+    axis: str = ""
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """A matrix as tinted cells: positive values in the colour of what is tuned or right, negative ones in red."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    """From -1 to 1; None leaves a cell empty."""
+    label: str
+    title: str = ""
+    down: str = ""
+    """What the rows are."""
+    across: str = ""
+    texts: Sequence[Sequence[str]] = ()
+    """What stands in a cell: a line or two, parted by a line end; nothing by default."""
+    tips: Sequence[Sequence[str]] = ()
+    """What a pointer on a cell reads."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Parts of a whole as one bar in colours, with a list of them: name, size as text, share from 0 to 1."""
+
+    parts: Sequence[tuple[str, str, float]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+    style: Literal["", "soft", "note"] = ""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of sentences."""
+
+    items: Sequence[str]
+    soft: bool = False
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Names with their values."""
+
+    pairs: Sequence[tuple[str, str]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Links:
+    """Addresses, each with its text and what is found there."""
+
+    links: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text of a fixed width, such as a recipe."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Highlighted:
+    """A text in stretches, some of which are marked."""
+
+    pieces: Sequence[tuple[str, bool]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to a sample."""
+
+    name: str
+    text: str
+    right: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row with its reference and what the models said."""
+
+    prompt_name: str
+    prompt: str
+    reference_name: str
+    reference: str
+    answers: Sequence[Answer]
+    chosen: Sequence[Answer] = ()
+    """The likeliest of the possible answers."""
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows side by side."""
+
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Blocks that are folded away; pages only."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Blocks in two columns, where the page is wide enough."""
+
+    left: Sequence[Block]
+    right: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Html:
+    """A part that only a page can show, such as one that its script draws into."""
+
+    markup: Markup
+
+
+Block = (
+    Table
+    | Curves
+    | Histogram
+    | Heatmap
+    | Shares
+    | Text
+    | Bullets
+    | KeyValues
+    | Links
+    | Code
+    | Highlighted
+    | Samples
+    | Details
+    | Beside
+    | Html
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of a page; one without blocks is not shown."""
+
+    title: str
+    blocks: Sequence[Block]
+    link: str = ""
+    """Its name in the page's navigation; without it the title."""
+    anchor: str = ""
+    brief: bool = True
+    """Whether Markdown and terminal show it too."""
+
+    @property
+    def id(self) -> str:
+        """Its anchor, by default made of its title."""
+        return self.anchor or "-".join(self.title.lower().split())
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole page, Markdown file or print-out."""
+
+    title: str
+    sections: Sequence[Section]
+    chips: Sequence[tuple[str, str]] = ()
+    """A few facts that say what it is about."""
+    lead: str = ""
+    head: Markup = Markup("")  # noqa: RUF009 - immutable
+    """On pages, what stands above the navigation."""
+    footer: str = ""
+    navigation: bool = True
+    style: str = ""
+    """CSS beside the page's own, whose variables (`--ink`, `--page`, `--tuned`...) change with light and dark."""
+    script: str = ""
+    """JavaScript that runs when the page is there; it may not ask for anything: the page forbids it."""
+    data: object = None
+    """JSON values for the script, which finds them under the id `data`."""

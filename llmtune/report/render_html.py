@@ -1,0 +1,74 @@
+"""Pages as HTML: one file each that asks nothing of the network, in light and in dark."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from llmtune.report.blocks import Dots, Interval, Page
+from llmtune.report.charts import draw_curves, draw_dots, draw_heatmap, draw_histogram, draw_interval
+from llmtune.report.text_files import finite, replace_file
+
+PICTURES: dict[str, Callable[..., Markup]] = {
+    "Curves": draw_curves,
+    "Histogram": draw_histogram,
+    "Heatmap": draw_heatmap,
+    "Interval": draw_interval,
+    "Dots": draw_dots,
+}
+
+
+def write_page(path: Path, page: Page) -> Path:
+    """Write a page in one step and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, to_html(page))
+    return path
+
+
+def to_html(page: Page) -> str:
+    """Fill the page's template: all that stands in a page is escaped."""
+    shown = [section for section in page.sections if section.blocks]
+    data = None if page.data is None else embed_json(page.data)
+    style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
+    return (
+        templates()
+        .get_template("page.html.jinja")
+        .render(page=page, sections=shown, data=data, style=style, script=script)
+    )
+
+
+@cache
+def templates() -> jinja2.Environment:
+    """Return the templates of this package: what they are given is escaped, and what they lack is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("llmtune.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"kind": lambda block: type(block).__name__, "draw": draw, "prose": prose}
+    return environment
+
+
+def draw(block: Interval | Dots | object) -> Markup:
+    """Draw a picture of any kind."""
+    return PICTURES[type(block).__name__](block)
+
+
+def prose(text: str) -> Markup:
+    """Escape a text; what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
+
+
+def embed_json(data: object) -> Markup:
+    """Return JSON that can stand inside a script element: no end tag or comment can begin in it."""
+    text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Markup(safe)  # noqa: S704 - nothing in it can end the element

@@ -1,0 +1,132 @@
+"""Blocks as Markdown, for a README, a CI summary or a comment on a merge request.
+
+Free text stands in code spans or is escaped, so that it stays text; pictures and what is folded away stay on the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llmtune.report.blocks import Beside, Block, Bullets, Cell, Code, KeyValues, Page, Samples, Section, Table, Text
+
+LONGEST_TEXT = 300
+MOST_ROWS, MOST_SAMPLES = 30, 3
+WORDS = {"better": "better", "worse": "worse"}
+
+
+def to_markdown(page: Page) -> str:
+    """Return title, facts and sections, each part where there is one."""
+    parts = [
+        f"# {plain(page.title)}",
+        plain(page.lead),
+        " · ".join(f"{plain(name)} {code(value)}" for name, value in page.chips),
+        *map(render_section, page.sections),
+        page.footer,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_section(section: Section, level: int = 2) -> str:
+    """Return a section under its heading; nothing for one that is for pages alone, or has nothing to show."""
+    text = render_blocks(section.blocks) if section.brief else ""
+    return f"{'#' * level} {plain(section.title)}\n\n{text}" if text else ""
+
+
+def render_blocks(blocks: Sequence[Block]) -> str:
+    """Return the blocks that Markdown can show, with empty lines between them."""
+    return "\n\n".join(part for part in map(render_block, blocks) if part)
+
+
+def render_block(block: Block) -> str:
+    """Return one block; nothing for one that only a page can show."""
+    match block:
+        case Table():
+            return render_table(block)
+        case Text():
+            return sentence(block.text)
+        case Bullets():
+            return "\n".join(f"- {sentence(item)}" for item in block.items)
+        case KeyValues():
+            values = " · ".join(f"{plain(name)} {code(value)}" for name, value in block.pairs)
+            return f"{plain(block.title)}: {values}" if block.title and values else values
+        case Samples():
+            return render_samples(block)
+        case Beside():
+            return render_blocks([*block.left, *block.right])
+        case Code():
+            return "\n".join(f"    {line}" for line in block.text.splitlines())
+        case _:
+            return ""
+
+
+def render_table(block: Table) -> str:
+    """Return a table, its first rows if there are many; whether a row is better or worse stands in its last column."""
+    shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
+    toned = any(cell.tone in WORDS for row in block.cells for cell in row)
+    heads = [plain(block.heads[number].heading) for number in shown]
+    rows = [
+        [
+            *(code(row[n].text) if row[n].code else plain(row[n].text) for n in shown),
+            *([tone_word(row)] if toned else []),
+        ]
+        for row in block.cells[:MOST_ROWS]
+    ]
+    parts = [f"### {plain(block.title)}" if block.title else "", table([*heads, *([""] if toned else [])], rows)]
+    if left := len(block.rows) - len(rows):
+        parts.append(f"{left} more on the page.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def tone_word(row: Sequence[Cell]) -> str:
+    """Return `better` or `worse`, or a dash."""
+    return next((WORDS[cell.tone] for cell in row if cell.tone in WORDS), "–")
+
+
+def render_samples(block: Samples) -> str:
+    """Return the first few samples as a table."""
+    shown = [sample for sample in block.samples[:MOST_SAMPLES] if sample.answers]
+    if not shown:
+        return ""
+    heads = [shown[0].prompt_name, shown[0].reference_name, *(answer.name for answer in shown[0].answers)]
+    rows = [[one.prompt, one.reference, *(answer.text for answer in one.answers)] for one in shown]
+    return table(heads, [[code(text) for text in row] for row in rows])
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of cells that are safe already."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sentence(text: str) -> str:
+    """Return a text of our own, what stands between backticks as code."""
+    parts = re.sub(r"\s+", " ", text).split("`")
+    return "".join(code(part) if number % 2 else escape(part) for number, part in enumerate(parts)).strip()
+
+
+def code(value: object) -> str:
+    """Return free text as a code span that cannot end early, break a table row or run too long."""
+    text = printable(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ⏎ ", str(value)).strip())
+    if len(text) > LONGEST_TEXT:
+        text = text[:LONGEST_TEXT] + "…"
+    if not text:
+        return "(empty)"
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
+
+
+def plain(value: object) -> str:
+    """Return short text of our own, or a name, on one line."""
+    return escape(" ".join(str(value).split()))
+
+
+def escape(text: str) -> str:
+    """Escape every sign that means something in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!@&$])", r"\\\1", printable(text))
+
+
+def printable(text: str) -> str:
+    """Replace what cannot be printed."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from llmtune.records import Difference
+from llmtune.report.blocks import (
+    Beside,
+    Bullets,
+    Cell,
+    Code,
+    Column,
+    Compared,
+    Curve,
+    Curves,
+    Details,
+    Heatmap,
+    Highlighted,
+    KeyValues,
+    Links,
+    Meter,
+    Page,
+    Section,
+    Shares,
+    Table,
+    Text,
+    difference_table,
+)
+from llmtune.report.render_html import to_html
+from llmtune.report.render_markdown import code, table, to_markdown
+from llmtune.report.render_terminal import print_page
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+HOSTILE = (
+    "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "
+    "\x00\x1b[31m\u2028 # h [red]"
+)
+GAIN = Compared("exact_match", 0.1, 0.5, Difference(0.4, 0.3, 0.5, 0.001, 148), 1, "answer equals the reference")
+COST = Compared("loss", 1.5, 1.7, Difference(0.2, 0.1, 0.3, 0.01, 148), -1)
+FEW = Compared("f1", 0.5, 0.6, Difference(0.1, math.nan, math.nan, math.nan, 4), 1)
+ALONE = Compared("kl", None, 0.2, None)
+
+
+class Parsed(HTMLParser):
+    """Collects what a browser would see, and fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text, self.ids = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def page_of(text: str) -> Page:
+    blocks = [
+        Table([text, Column(text, "number"), Column("", "picture")], [[text, text, Cell(picture=Meter(0.5))]], text),
+        Curves([Curve(text, [(0, 1), (1, 2)]), Curve("b", [(0, 2)], "validation")], label=text, title=text),
+        Heatmap([text], [text], [[0.5]], text, texts=[[text]], tips=[[text]]),
+        Shares([(text, text, 0.5)], text),
+        Text(text),
+        Bullets([text]),
+        KeyValues([(text, text)], text),
+        Links([("#x", text, text)]),
+        Code(text),
+        Highlighted([(text, True), (text, False)], text),
+        Details(text, [Text(text)]),
+        Beside([Text(text)], [Text(text)]),
+    ]
+    return Page(text, [Section(text, blocks, anchor="one"), Section("Other", [Text(text)])], [(text, text)], text)
+
+
+def test_text_stays_text_in_a_page_in_markdown_and_on_the_terminal():
+    page = page_of(HOSTILE)
+    parsed = Parsed(to_html(page))
+    assert {tag for tag, _ in parsed.tags} & {"script", "img"} == set()
+    assert parsed.text.count("<script>alert(1)</script>") >= 15
+    assert "49" not in parsed.text.split("{{ 7*7 }}")[1][:5]
+    lines = [line for line in to_markdown(page).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines} == {2}
+    written = Console(file=io.StringIO(), width=1000)
+    print_page(page, written)
+    assert "[red]" in written.file.getvalue()
+
+
+def test_a_page_asks_nothing_of_the_network_and_has_a_script_only_where_it_brings_one():
+    text = to_html(page_of("words"))
+    for tag, attributes in Parsed(text).tags:
+        assert tag not in {"script", "iframe", "object", "embed", "base", "form", "img", "video", "audio"}
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert re.match(r"(#|data:,$)", attributes.get(name) or "#")
+    assert not re.search(r"@import|url\s*\(", text)
+    assert "default-src 'none'" in text
+    assert "script-src" not in text
+    scripted = to_html(Page("x", [], script="go()", data={"a": "</script><!--", "b": math.nan}))
+    assert "script-src 'unsafe-inline'" in scripted
+    assert '{"a":"\\u003c/script>\\u003c!--","b":null}' in scripted
+
+
+@pytest.mark.parametrize("render", [to_html, to_markdown])
+def test_the_row_of_a_difference_says_base_tuned_difference_interval_p_and_rows(render):
+    text = render(Page("p", [Section("Scores", [difference_table([GAIN, COST, FEW, ALONE], base="baseline")])]))
+    flat = " ".join(re.sub(r"<[^>]+>|\|", " ", text.replace("\\", "")).split())
+    assert "exact_match" in flat
+    assert re.search(r"0\.1000 0\.5000 \+0\.4000 (.*)?\+0\.3000 to \+0\.5000 0\.001 148", flat)
+    assert "too few rows" in flat
+    assert re.search(r"kl.* – 0\.2000 – – – –", flat)
+
+
+def test_a_difference_is_better_or_worse_by_its_interval_and_the_better_side():
+    assert [row.tone for row in (GAIN, COST, FEW, ALONE)] == ["better", "worse", "unsure", ""]
+    assert (GAIN.picture is not None, FEW.picture) == (True, None)
+    assert Compared("length_ratio", 1, 2, GAIN.difference).tone == "unsure"
+
+
+def test_markdown_shows_the_first_rows_of_a_long_table_and_nothing_that_is_folded_away():
+    rows = [[str(number)] for number in range(40)]
+    text = to_markdown(Page("p", [Section("A", [Table(["n"], rows), Details("more", [Text("hidden")])])]))
+    assert "10 more on the page." in text
+    assert "hidden" not in text
+    assert to_markdown(Page("p", [Section("A", [Text("x")], brief=False)])) == "# p\n"
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(text=st.text(st.characters(), max_size=60))
+def test_a_code_span_holds_any_text_in_one_table_cell(text):
+    span = code(text)
+    assert span.splitlines() == [span]
+    assert not re.search(r"(?<!\\)\|", span)
+    fence = re.match(r"`+", span)
+    if fence:
+        inside = span[len(fence[0]) : -len(fence[0])]
+        assert fence[0] not in re.findall(r"`+", inside)
+        assert span.endswith(fence[0])
+    assert len(table(["a"], [[span]]).splitlines()) == 3
