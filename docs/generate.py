@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from recipe_reference import recipe_reference
 
 from llmtune.cli.app import app
-from llmtune.recipe import json_schema, recipe_reference
+from llmtune.recipe import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES_BEGIN, PACKAGES_END = "<!-- packages: made by `make docs` -->", "<!-- end of packages -->"

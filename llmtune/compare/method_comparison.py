@@ -14,7 +14,7 @@ from rich.markup import escape
 from llmtune.compare.method_process import run_trial
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe import LoadedRecipe, load_recipe
-from llmtune.recipe.rules_tuning import LORA_KEYS, QUANTIZATION_KEYS
+from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST

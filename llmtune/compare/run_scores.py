@@ -13,7 +13,7 @@ from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeEr
 from llmtune.evaluate import load_evaluation
 from llmtune.evaluate.per_row_scores import Measures, load_measures
 from llmtune.recipe import Recipe
-from llmtune.recipe.provenance import walk
+from llmtune.recipe.source_map import walk
 from llmtune.records import Evaluation
 from llmtune.session import trained_name
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run

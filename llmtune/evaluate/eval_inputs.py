@@ -13,7 +13,6 @@ from llmtune.evaluate.metrics import CHOICE_METRIC
 from llmtune.evaluate.shared_prefix import Tree
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.recipe.rules_tasks import unmeasured
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS
 from llmtune.records import Examples, Row, Rows, Task
 
@@ -69,7 +68,7 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
     origins, questions, references, targets = read_questions(rows, set(numbers), task)
     metrics = wanted_metrics(recipe)
     own = TASK_FACTS[recipe.task].default_metrics
-    notes = {name: f"not measured: {why}" for name, why in unmeasured(recipe).items() if name in own}
+    notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in own}
     if task.compares(recipe) and recipe.adapter.start_from is not None:
         notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
     continues = task.predict is None

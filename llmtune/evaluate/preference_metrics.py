@@ -21,7 +21,6 @@ from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.preference_losses import kl_to_reference, row_scores, sequence_logps
-from llmtune.recipe.rules_tasks import unmeasured
 from llmtune.records import Advance, Batch, Example, Row
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def predict_preferences(
             for what, values in found.items()
             for k, name in enumerate(names)
         }
-        if "kl" not in unmeasured(recipe):
+        if "kl" not in recipe.variant.unmeasured:
             parts["kl"] = _kl(model, tensors if single else collate(batch, True))
         for row, i in enumerate(batch):
             said[i] = {name: float(values[row]) for name, values in parts.items()}

@@ -20,7 +20,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, cut_evenly
 from llmtune.evaluate.word_swaps import Swaps
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe.rules_fairness import UNSWAPPED
+from llmtune.recipe.eval_suites_section import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Advance, Difference, Row, StudyTable, Task
 

@@ -1,19 +1,14 @@
 """The recipe: its schema, how it is read, checked and written, and each task's facts; without torch or transformers."""
 
-from llmtune.recipe.builtin import Shipped, find_recipe, list_recipes
+from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, AdapterSection
+from llmtune.recipe.builtin import Shipped, find_recipe, list_recipes, new_recipe, recipes_folder
+from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.recipe.jsonschema import json_schema
 from llmtune.recipe.loader import LoadedRecipe, keep_origins, load_recipe
-from llmtune.recipe.recipe_reference import recipe_reference
-from llmtune.recipe.schema import (
-    DataSection,
-    EvaluateSection,
-    GenerationSection,
-    Recipe,
-    Source,
-)
-from llmtune.recipe.starter import new_recipe
-from llmtune.recipe.task_facts import TASK_FACTS, TaskFacts
+from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.schema import GenerationSection, Recipe, json_schema
+from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TaskFacts
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
@@ -24,9 +19,12 @@ from llmtune.recipe.task_sections import (
     TokenClassifySection,
     TranslateSection,
 )
-from llmtune.recipe.tuning_sections import AdapterSection, ModelSection, TrainSection
+from llmtune.recipe.train_section import TrainSection
 
 __all__ = [
+    "LORA_KEYS",
+    "PREDICTED",
+    "QUANTIZATION_KEYS",
     "TASK_FACTS",
     "AdapterSection",
     "ClassifySection",
@@ -55,5 +53,5 @@ __all__ = [
     "load_recipe",
     "new_recipe",
     "parse_gate",
-    "recipe_reference",
+    "recipes_folder",
 ]

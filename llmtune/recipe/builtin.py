@@ -1,4 +1,4 @@
-"""Finds recipes: a file by its path, or one that comes with llmtune by its name."""
+"""Finds recipes: a file by its path, one that comes with llmtune by its name, or one to start from by its task."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.recipe.compose import read_layers
+from llmtune.recipe.layers import read_layers
+from llmtune.recipe.source_map import SourceMap
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import label
-
-ENDINGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,18 @@ def recipes_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def shipped_files() -> dict[str, Path]:
-    """Return every shipped recipe file by name."""
-    folder = recipes_folder()
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))} if folder.is_dir() else {}
+def shipped_files(folder: Path) -> dict[str, Path]:
+    """Return the recipe files in a folder by name."""
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def list_recipes() -> list[Shipped]:
+    """List the shipped recipes, by name."""
+    recipes: list[Shipped] = []
+    for name, file in shipped_files(recipes_folder()).items():
+        task = SourceMap(read_layers(file)).find(["task"])[0].value
+        recipes.append(Shipped(name, str(task), describe_file(file), file))
+    return recipes
 
 
 def describe_file(file: Path) -> str:
@@ -47,15 +55,6 @@ def describe_file(file: Path) -> str:
     return ""
 
 
-def list_recipes() -> list[Shipped]:
-    """List the shipped recipes, by name."""
-    found: list[Shipped] = []
-    for name, file in shipped_files().items():
-        keys = read_layers(file).plain()
-        found.append(Shipped(name, str(keys.get("task", "")), describe_file(file), file))
-    return found
-
-
 def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """Return the file of a recipe, given by path or by the name of a shipped one.
 
@@ -63,21 +62,30 @@ def find_recipe(name_or_path: str | os.PathLike[str]) -> Path:
     """
     name = os.fspath(name_or_path)
     path = Path(os.path.expanduser(name))
+    shipped = shipped_files(recipes_folder())
     if os.path.exists(path) and not os.path.isdir(path):
         return path
-    if os.path.isdir(path) and name not in shipped_files():
+    if os.path.isdir(path) and name not in shipped:
         raise RecipeError.of("a folder, not a recipe file", label(path), "Name the YAML file in it.")
-    shipped = shipped_files()
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
     known = ", ".join(shipped) or "none"
-    if os.sep in name or name.endswith(ENDINGS):
+    if os.sep in name or name.endswith((".yaml", ".yml")):
         beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = nearest(path.name, beside) or nearest(bare, list(shipped))
         raise RecipeError.of(f"no such recipe file: {name}", None, f"Check the path.{hint} Shipped recipes: {known}.")
-    raise RecipeError.of(
-        f"no recipe file and no shipped recipe is called {name!r}",
-        None,
-        f"{nearest(name, list(shipped))} Shipped: {known}.".strip(),
-    )
+    fix = f"{nearest(name, list(shipped))} Shipped: {known}.".strip()
+    raise RecipeError.of(f"no recipe file and no shipped recipe is called {name!r}", None, fix)
+
+
+def new_recipe(task: str) -> str:
+    """Return the text of a recipe for `task` that passes the check, with `SET` where a person has to decide.
+
+    Raises RecipeError if there is no such task.
+    """
+    starters = shipped_files(recipes_folder() / "starters")
+    if task not in starters:
+        fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
+        raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
+    return starters[task].read_text(encoding="utf-8")

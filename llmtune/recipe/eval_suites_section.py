@@ -1,81 +1,211 @@
-"""The sections of `evaluate` that ask more of base and tuned model than the test rows do."""
+"""The sections of `evaluate` that measure more of base and tuned model than the test rows do."""
 
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import ClassVar
 
 from pydantic import Field
 
-from llmtune.recipe.base_section import Many, Section
+from llmtune.errors import nearest
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.gate_grammar import Gate
+from llmtune.recipe.section import REMOTE, Count, Many, Section, Text, absolute
+from llmtune.recipe.task_variant import TaskVariant
 
 OWN = "own"
 """What llmtune brings along, in place of a file."""
-STUDY_METRICS = {
-    "forgetting": ("perplexity", "bits_per_byte", "accuracy", "accuracy_norm"),
-    "fairness": ("gap", "stereotype", "stereotype_distance", "swap_changes", "lm_score", "icat"),
+TASK_FILES = (".yaml", ".yml")
+"""Endings of a benchmark's task file."""
+UNSWAPPED = {
+    "speech": "a recording has no words to swap",
+    "translate": "a translation may have to change with the group",
 }
-"""What each study measures, as gates call it behind the study's name; of benchmarks it is `TASK.METRIC`."""
-Place = Annotated[str, Field(min_length=1)]
+"""Tasks in whose rows words are not swapped, and why."""
+NO_LIKELIHOOD = ("classify", "token-classify", "speech")
+SUITE_KEYS = {
+    "forgetting": {
+        "perplexity": "texts",
+        "bits_per_byte": "texts",
+        "accuracy": "questions",
+        "accuracy_norm": "questions",
+    },
+    "fairness": {
+        "gap": "groups",
+        "stereotype": "pairs",
+        "stereotype_distance": "pairs",
+        "swap_changes": "swaps",
+        "lm_score": "pairs",
+        "icat": "pairs",
+    },
+}
+"""What each suite measures, as gates call it behind the suite's name, and the key that it comes from."""
+OF_STEREOSET = ("lm_score", "icat")
+
+
+def absolute_file(name: str, folder: Path) -> str:
+    """Make a file absolute; `own` and names on the hub stay."""
+    return name if name == OWN or name.startswith(REMOTE) else absolute(name, folder)
+
+
+def absolute_task(name: str, folder: Path) -> str:
+    """Make a benchmark's task file absolute; the name of a task of lm-eval stays."""
+    return absolute(name, folder) if name.endswith(TASK_FILES) else name
 
 
 class ForgettingSection(Section):
     """What the base model could do and the tuned one cannot: general text and general questions."""
 
-    texts: Many[Place] = Field(
-        default=(OWN,),
-        description="General text whose perplexity is taken before and after: `own` (public domain, comes with "
-        "llmtune), or text files. Default `own`: any text that the tuning is not about tells of forgetting.",
-    )
-    questions: Many[Place] = Field(
-        default=(OWN,),
-        description="Questions with a few answers to choose from, answered by likelihood: `own`, or JSON lines files "
-        "of `question`, `choices` and `answer`. Default `own`: common knowledge in plain words.",
-    )
+    texts: Many[Text] = (OWN,)
+    """General text whose perplexity is taken before and after: `own` (public domain, comes with llmtune), or text
+    files. Default `own`: any text that the tuning is not about tells of forgetting."""
+    questions: Many[Text] = (OWN,)
+    """Questions with a few answers to choose from, answered by likelihood: `own`, or JSON lines files of `question`,
+    `choices` and `answer`. Default `own`: common knowledge in plain words."""
+
+    paths: ClassVar = {"texts": absolute_file, "questions": absolute_file}
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report a suite that cannot be run with this task's models, measures nothing, or names something twice."""
+        key = "evaluate.forgetting"
+        if variant.without_decoder:
+            why, because = variant.without_decoder
+            what = f"'{key}' takes the likelihood of text, and {why}"
+            diagnostics.add(key, what, "Remove it; it is for decoder language models.", because)
+            return
+        if not self.texts and not self.questions:
+            diagnostics.add(key, f"'{key}' asks for nothing", "Give it texts or questions, or remove it.")
+        for name, files in (("texts", self.texts), ("questions", self.questions)):
+            diagnostics.repeated(f"{key}.{name}", files, "something")
+            for file in files:
+                if file.startswith(REMOTE):
+                    diagnostics.add(f"{key}.{name}", f"'{file}' is no file", "Give `own`, or files.")
 
 
 class FairnessSection(Section):
     """Whether groups of people are spoken of, or served, differently; base against tuned."""
 
-    pairs: Many[Place] = Field(
-        default=(OWN,),
-        description="Paired sentences that differ in a group alone: `own`, files in the form of CrowS-Pairs (CSV), "
-        "StereoSet (JSON) or JSON lines of `more` and `less`, or `hub:OWNER/NAME[/CONFIG]`; only for models of "
-        "language. Default `own`: a small set that comes with llmtune.",
-    )
-    swaps: Many[Place] = Field(
-        default=(OWN,),
-        description="Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test "
-        "rows: `own`, or CSV files of two columns without a head. Default `own`: English words for women and men.",
-    )
-    groups: Many[Place] = Field(
-        default=(),
-        description="Columns that say which group a test row is about: the gap of every metric between their values "
-        "is measured. Default none: rows seldom say so.",
-    )
+    pairs: Many[Text] = (OWN,)
+    """Paired sentences that differ in a group alone: `own`, files in the form of CrowS-Pairs (CSV), StereoSet (JSON) or
+    JSON lines of `more` and `less`, or `hub:OWNER/NAME[/CONFIG]`; only for models of language. Default `own`: a small
+    set that comes with llmtune."""
+    swaps: Many[Text] = (OWN,)
+    """Pairs of words for groups, such as woman and man, that are swapped in the prompts of the test rows: `own`, or CSV
+    files of two columns without a head. Default `own`: English words for women and men."""
+    groups: Many[Text] = ()
+    """Columns that say which group a test row is about: the gap of every metric between their values is measured.
+    Default none: rows seldom say so."""
+
+    paths: ClassVar = {"pairs": absolute_file, "swaps": absolute_file}
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant, has_test: bool) -> None:
+        """Report keys of the section that would have no effect, and what is named twice."""
+        key = "evaluate.fairness"
+        if not (self.pairs or self.swaps or self.groups):
+            diagnostics.add(key, f"'{key}' asks for nothing", "Give it pairs, swaps or groups, or remove it.")
+        for name in ("pairs", "swaps", "groups"):
+            diagnostics.repeated(f"{key}.{name}", getattr(self, name), "something")
+        for name, (why, fix) in fairness_without_effect(variant, has_test).items():
+            if getattr(self, name):
+                diagnostics.no_effect(f"{key}.{name}", why, fix, "task" if name != "groups" else "data.test")
+        for file in self.swaps:
+            if file.startswith(REMOTE):
+                diagnostics.add(f"{key}.swaps", f"'{file}' is no file", "Give `own`, or a CSV file of two columns.")
+        for file in self.pairs:
+            if file.startswith("hub:") and file.count("/") > 2:
+                fix = "Write hub:OWNER/NAME[/CONFIG]."
+                diagnostics.add(f"{key}.pairs", f"'{file}' is no name of a data set", fix)
+
+
+def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
+    """Return the keys of `fairness` that this task and these rows have no use for: why, and what to do."""
+    task, unused = variant.task, {}
+    if task in NO_LIKELIHOOD or variant.is_extractive or variant.is_reward:
+        fix = "Remove it; swaps and groups work here." if task != "speech" else "Remove it; groups work here."
+        unused["pairs"] = (f"with task: {task}: its model gives sentences no likelihood", fix)
+    if not has_test:
+        fix = "Give data.test a share of the rows or sources, or remove it."
+        unused |= dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
+    elif task in UNSWAPPED:
+        unused["swaps"] = (f"with task: {task}: {UNSWAPPED[task]}", "Remove it.")
+    return unused
 
 
 class BenchmarkSection(Section):
     """One benchmark of lm-evaluation-harness. A plain text stands for its `task`."""
 
-    task: Place = Field(
-        description="Name of a task, group or tag of lm-eval, or a task file (YAML) with rows of your own. Required."
-    )
-    num_fewshot: int | None = Field(
-        default=None, ge=0, le=100, description="Examples before each question. Default none: as the task says."
-    )
-    limit: int | None = Field(default=None, ge=1, description="Most questions. Default none: all; a limit saves time.")
-    apply_chat_template: bool = Field(
-        default=False,
-        description="Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of "
-        "its own command line.",
-    )
+    task: Text
+    """Name of a task, group or tag of lm-eval, or a task file (YAML) with rows of your own. Required."""
+    num_fewshot: int | None = Field(default=None, ge=0, le=100)
+    """Examples before each question. Default none: as the task says."""
+    limit: Count | None = None
+    """Most questions. Default none: all; a limit saves time."""
+    apply_chat_template: bool = False
+    """Put each question as a chat message. Default false, as in lm-eval, so that numbers are those of its own command
+    line."""
+
+    paths: ClassVar = {"task": absolute_task}
 
 
-def study_name(task: str) -> str:
+def check_benchmarks(diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSection, ...], variant: TaskVariant) -> None:
+    """Report benchmarks that this task's models cannot answer, and two whose scores could not be told apart."""
+    key = "evaluate.benchmarks"
+    if benchmarks and variant.without_decoder:
+        why, because = variant.without_decoder
+        diagnostics.add(key, f"'{key}' asks decoder language models, and {why}", "Remove it.", because)
+        return
+    names = [suite_name(benchmark.task) for benchmark in benchmarks]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            fix = "Name each once; for another number of examples, write a task file of another name that includes it."
+            diagnostics.add(f"{key}.{i}", f"the scores of two benchmarks would both be called {name}", fix)
+
+
+def check_suite_gate(
+    diagnostics: Diagnostics,
+    key: str,
+    gate: Gate,
+    suites: Mapping[str, Section | tuple[BenchmarkSection, ...] | None],
+    unused: dict[str, tuple[str, str]],
+) -> None:
+    """Report a gate about a suite that is not run, or about a metric that the suite does not measure here.
+
+    `suites` has every suite by name, `unused` the keys of `fairness` without effect.
+    """
+    name, _, metric = gate.metric.partition(".")
+    about = f"the gate {gate.text!r} is about"
+    suite, known = suites.get(name), SUITE_KEYS.get(name, {})
+    if name not in suites:
+        fix = f"{nearest(name, [*suites])} Studies: {', '.join(suites)}.".strip()
+        diagnostics.add(key, f"{about} an unknown study", fix)
+    elif not suite:
+        fix = f"State evaluate.{name}, or remove the gate."
+        diagnostics.add(key, f"{about} a study that is not made", fix, f"evaluate.{name}")
+    elif name == "benchmarks":
+        if "." not in metric:  # which tasks and metrics there are is known once lm-eval has read the tasks
+            fix = "Write benchmarks.TASK.METRIC, such as benchmarks.arc_easy.acc."
+            diagnostics.add(key, f"the gate {gate.text!r} names a task without a metric", fix)
+    elif metric not in known:
+        fix = f"{nearest(metric, [*known])} Metrics of evaluate.{name}: {', '.join(known)}.".strip()
+        diagnostics.add(key, f"{about} an unknown metric", fix)
+    else:
+        source = f"evaluate.{name}.{known[metric]}"
+        files = getattr(suite, known[metric])
+        if name == "fairness" and known[metric] in unused:
+            diagnostics.add(key, f"{about} a metric that is not measured here", "Remove it.", source)
+        elif not files:
+            fix = f"Give {source} something to measure, or remove the gate."
+            diagnostics.add(key, f"{about} a metric that is not measured", fix, source)
+        elif metric in OF_STEREOSET and files == (OWN,):
+            fix = f"Name a file in the form of StereoSet in {source}, or remove the gate."
+            diagnostics.add(key, f"{about} a metric of StereoSet alone", fix, source)
+
+
+def suite_name(task: str) -> str:
     """Return what the scores of a benchmark are called by: the task's name, of a task file its stem, made plain."""
-    return plain_name(PurePath(task).stem if task.endswith((".yaml", ".yml")) else task)
+    return plain_name(PurePath(task).stem if task.endswith(TASK_FILES) else task)
 
 
 def plain_name(name: str) -> str:

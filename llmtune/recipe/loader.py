@@ -1,4 +1,4 @@
-"""Loads a recipe: reads its layers, checks it whole, makes its paths absolute, and knows where each value came from."""
+"""Loads a recipe: the file, the files that it extends and `--set`, checked whole, with absolute paths and origins."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from llmtune.recipe.builtin import find_recipe
-from llmtune.recipe.check import check
-from llmtune.recipe.compose import apply_sets, read_layers
-from llmtune.recipe.path_resolution import make_absolute
-from llmtune.recipe.provenance import list_origins, restore_origins
-from llmtune.recipe.rules import find_all
-from llmtune.recipe.rules_tasks import default_metrics
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.layers import apply_sets, read_layers
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.source_map import Places
+from llmtune.recipe.section import Section
+from llmtune.recipe.source_map import SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.validation import validate
 from llmtune.recipe.yaml_writer import write_yaml
 
 
@@ -41,6 +40,37 @@ class LoadedRecipe:
         return write_yaml(self.recipe, self.origins, self.without_effect, with_origins)
 
 
+def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) -> LoadedRecipe:
+    """Load a recipe file, or a shipped recipe by name, with `KEY=VALUE` texts laid over it.
+
+    Raises RecipeError with every problem that was found, each with its place and what to do.
+    """
+    file = find_recipe(name_or_path)
+    root = apply_sets(read_layers(file), sets)
+    source_map = SourceMap(root)
+    written = validate(root, default_name(file))
+    recipe = fill_metrics(absolute_paths(written, source_map))
+    defaults = Diagnostics(source_map, assume_stated=True)
+    recipe.check(defaults)
+    return LoadedRecipe(
+        recipe=recipe,
+        origins=list_origins(recipe, source_map),
+        file=Path(os.path.abspath(file)),
+        fingerprint=fingerprint(written),
+        without_effect=frozenset(key for key in defaults.keys if not source_map.stated(key)),
+    )
+
+
+def keep_origins(loaded: LoadedRecipe, text: str) -> LoadedRecipe:
+    """Give values the origins that stand as comments in `text`, the resolved recipe that `loaded` was loaded from.
+
+    What `--set` changed keeps `--set`; a value without a comment keeps its place in the file.
+
+    Raises RecipeError if `text` is not YAML.
+    """
+    return replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
+
+
 def fingerprint(recipe: Recipe) -> str:
     """Hash what decides the trained model: seed, task and its section, data, model, adapter, train.
 
@@ -61,42 +91,26 @@ def default_name(file: Path) -> str:
     return "".join(letters).lstrip("._-")[:64] or "run"
 
 
-def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) -> LoadedRecipe:
-    """Load a recipe file, or a shipped recipe by name, with `KEY=VALUE` texts laid over it.
-
-    Raises RecipeError with every problem that was found, each with its place and what to do.
-    """
-    file = find_recipe(name_or_path)
-    root = apply_sets(read_layers(file), sets)
-    written = check(root, default_name(file))
-    places = Places(root)
-    recipe = fill_metrics(make_absolute(written, places))
-    return LoadedRecipe(
-        recipe=recipe,
-        origins=list_origins(recipe, places),
-        file=Path(os.path.abspath(file)),
-        fingerprint=fingerprint(written),
-        without_effect=frozenset(
-            finding.key
-            for finding in find_all(recipe, Places(root, everything=True))
-            if not places.stated(finding.key)  # a default, or taken back by null
-        ),
-    )
-
-
-def keep_origins(loaded: LoadedRecipe, text: str) -> LoadedRecipe:
-    """Give values the origins that stand as comments in `text`, the resolved recipe that `loaded` was loaded from.
-
-    What `--set` changed keeps `--set`; a value without a comment keeps its place in the file.
-
-    Raises RecipeError if `text` is not YAML.
-    """
-    return replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
-
-
 def fill_metrics(recipe: Recipe) -> Recipe:
     """Put the task's own choice of metrics where none are stated."""
-    if recipe.evaluate.metrics:
-        return recipe
-    evaluate = recipe.evaluate.model_copy(update={"metrics": default_metrics(recipe)})
-    return recipe.model_copy(update={"evaluate": evaluate})
+    metrics = recipe.evaluate.metrics or recipe.variant.default_metrics
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": metrics})})
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def absolute_paths(section: AnySection, source_map: SourceMap, prefix: str = "") -> AnySection:
+    """Return a section with absolute paths: they are relative to the file that states them, or the working folder."""
+    update: dict[str, object] = {}
+    for name, value in section:
+        key, to_absolute = f"{prefix}{name}", type(section).paths.get(name)
+        if isinstance(value, Section):
+            update[name] = absolute_paths(value, source_map, f"{key}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            update[name] = tuple(absolute_paths(item, source_map, f"{key}.{i}.") for i, item in enumerate(value))
+        elif to_absolute and isinstance(value, tuple):
+            update[name] = tuple(to_absolute(item, source_map.folder(f"{key}.{i}")) for i, item in enumerate(value))
+        elif to_absolute and value is not None:
+            update[name] = to_absolute(value, source_map.folder(key))
+    return section.model_copy(update=update)

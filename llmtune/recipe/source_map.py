@@ -1,63 +1,60 @@
-"""Where the value of a key stands: from a key path back to the file and line, or `--set`."""
+"""Where the value of a key comes from: a file and line, `--set`, or the key's default."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.recipe.base_section import BRANCHES
-from llmtune.recipe.yaml_reader import Stated
+from llmtune.recipe.section import BRANCHES, Section
+from llmtune.recipe.yaml_reader import Node, parse_yaml
 
 Key = Sequence[str | int]
 DEFAULT = "default"
+SET = "--set"
 
 
 @dataclass(frozen=True)
-class Places:
-    """The stated values of a recipe, to be asked by key path."""
+class SourceMap:
+    """The values that a recipe states, by key path."""
 
-    root: Stated
-    everything: bool = False
-    """Ask as if every key were stated: for telling which defaults have no effect."""
+    root: Node
 
-    def find(self, key: Key) -> tuple[Stated, bool]:
-        """Return the deepest stated value on the way to `key`, and whether the way was gone to its end.
+    def find(self, key: Key) -> tuple[Node, bool]:
+        """Return the deepest node on the way to `key`, and whether it stands at the end of the way.
 
         A source stands for a list of one, and a text for a source's `path`, so `data.train.0.path` finds both.
         """
-        at = self.root
+        node = self.root
         for step in key:
-            value = at.value
+            value = node.value
             if isinstance(value, dict) and str(step) in value:
-                at = value[str(step)]
+                node = value[str(step)]
             elif isinstance(value, list) and str(step).isdigit() and int(step) < len(value):
-                at = value[int(step)]
+                node = value[int(step)]
             elif step in BRANCHES or step == 0 or (step in ("path", "task") and isinstance(value, str)):
                 continue
             else:
-                return at, False
-        return at, True
+                return node, False
+        return node, True
 
     def stated(self, key: str) -> bool:
         """Whether a value other than null stands at a dotted key."""
-        if self.everything:
-            return True
-        at, found = self.find(split(key))
-        return found and at.value is not None
+        node, exists = self.find(split(key))
+        return exists and node.value is not None
 
-    def origin(self, key: str) -> str:
+    def origin(self, key: Key) -> str:
         """Return `file:line`, `--set` or `default`."""
-        at, found = self.find(split(key))
-        return at.origin if found else DEFAULT
+        node, exists = self.find(key)
+        return node.origin if exists else DEFAULT
 
     def where(self, key: Key) -> str:
         """Return the place to name in an error about `key`, stated or missing."""
         origin = self.find(key)[0].origin
-        return f"--set {dotted(key)}" if origin == "--set" else origin
+        return f"{SET} {dotted(key)}" if origin == SET else origin
 
     def folder(self, key: str) -> Path:
-        """Return what a path at `key` is relative to."""
+        """Return what a path at a dotted key is relative to."""
         return self.find(split(key))[0].folder
 
 
@@ -69,3 +66,46 @@ def split(key: str) -> list[str | int]:
 def dotted(key: Key) -> str:
     """Join a key path with dots, without names of union branches."""
     return ".".join(str(step) for step in key if step not in BRANCHES)
+
+
+def walk(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every dotted key that holds a value of its own: of sections and sources the keys in them."""
+    if isinstance(value, Section):
+        for name, inner in value:
+            yield from walk(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
+        for i, item in enumerate(value):
+            yield from walk(item, f"{key}.{i}")
+    else:
+        yield key, value
+
+
+def list_origins(recipe: Section, source_map: SourceMap) -> dict[str, str]:
+    """Return the origin of every value by its dotted key; the keys of a mapping have their own."""
+    origins: dict[str, str] = {}
+    for key, value in walk(recipe):
+        origins[key] = source_map.origin(split(key))
+        for name in value if isinstance(value, dict) else ():
+            node, exists = source_map.find([*key.split("."), name])
+            origins[f"{key}.{name}"] = node.origin if exists else origins[key]
+    return origins
+
+
+def restore_origins(origins: Mapping[str, str], recipe: Section, text: str) -> dict[str, str]:
+    """Return origins with those that stand as comments in `text`, a resolved recipe, but for what was set anew.
+
+    Raises RecipeError if `text` is not YAML.
+    """
+    lines = text.splitlines()
+    in_text = list_origins(recipe, SourceMap(parse_yaml(text, "", Path())))
+    comments: dict[str, str] = {}
+    for key, origin in in_text.items():
+        _, mark, comment = (
+            lines[int(origin.removeprefix(":")) - 1].rpartition("  # ") if origin != DEFAULT else ("",) * 3
+        )
+        if mark:
+            comments[key] = comment
+    for key, value in walk(recipe):
+        if isinstance(value, dict) and value and f"{key}.{[*value][-1]}" in comments:
+            comments[key] = comments[f"{key}.{[*value][-1]}"]  # a mapping has it behind its items
+    return {key: origin if origin == SET else comments.get(key, origin) for key, origin in origins.items()}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -45,10 +45,10 @@ NOT_FINITE = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))")
 
 
 @dataclass(frozen=True)
-class Stated:
-    """A value and where it stands: mappings hold `Stated` by key, lists hold `Stated`, everything else is a scalar."""
+class Node:
+    """A value and where it stands: mappings hold nodes by key, lists hold nodes, everything else is a scalar."""
 
-    value: dict[str, Stated] | list[Stated] | Scalar
+    value: dict[str, Node] | list[Node] | Scalar
     origin: str
     """`file:line` of its key or list item, or `--set`."""
     folder: Path
@@ -56,8 +56,8 @@ class Stated:
     overrides: bool = False
     """Whether it is a null that takes back what a recipe below states."""
 
-    def plain(self) -> Any:
-        """Return the value without places."""
+    def plain(self) -> object:
+        """Return the value without origins."""
         if isinstance(self.value, dict):
             return {key: item.plain() for key, item in self.value.items()}
         if isinstance(self.value, list):
@@ -80,26 +80,31 @@ def resolve_scalar(text: str) -> Scalar:
     return text
 
 
-@dataclass
 class Composer:
-    """Builds `Stated` values out of parser events, counting as it goes."""
+    """Builds nodes out of parser events, counting as it goes."""
 
-    label: str
-    folder: Path
-    events: Iterator[Event]
-    by_line: bool
-    problems: list[Problem] = field(default_factory=list)
-    anchors: dict[str, Stated] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    values: int = 0
+    def __init__(self, label: str, folder: Path, events: Iterator[Event], by_line: bool) -> None:
+        self.label = label
+        self.folder = folder
+        self.events = events
+        self.by_line = by_line
+        self.problems: list[Problem] = []
+        self.anchors: dict[str, tuple[Node, int]] = {}
+        """By anchor, its node and how many values are in it."""
+        self.values = 0
 
-    def place(self, event: Event) -> str:
+    def origin(self, event: Event) -> str:
         """Return `file:line` of an event, or the label alone where lines mean nothing."""
         return f"{self.label}:{event.start_mark.line + 1}" if self.by_line else self.label
 
+    def report(self, event: Event, what: str, fix: str) -> None:
+        """Note a problem and read on."""
+        self.problems.append(Problem(what, self.origin(event), fix))
+
     def refuse(self, event: Event, what: str, fix: str) -> NoReturn:
         """Stop reading: what follows cannot be trusted."""
-        raise RecipeError(*self.problems, Problem(what, self.place(event), fix))
+        self.report(event, what, fix)
+        raise RecipeError(*self.problems)
 
     def count(self, event: Event, more: int = 1) -> None:
         """Count values, those behind an alias every time it is used."""
@@ -107,112 +112,90 @@ class Composer:
         if self.values > MAX_VALUES:
             self.refuse(event, f"more than {MAX_VALUES:,} values", "A recipe is small; put rows into data files.")
 
-    def compose(self, event: Event, origin: str, depth: int) -> Stated:
+    def compose(self, event: Event, origin: str, depth: int) -> Node:
         """Build the value that starts with `event`."""
         if depth > MAX_DEPTH:
             self.refuse(event, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
         if isinstance(event, AliasEvent):
-            return self.alias(event, origin)
+            if event.anchor not in self.anchors:
+                self.refuse(event, f"the alias '*{event.anchor}' has no anchor before it", "Write the value out.")
+            target, size = self.anchors[event.anchor]
+            self.count(event, size)
+            return Node(target.value, origin, target.folder)
         assert isinstance(event, NodeEvent)
         before = self.values
         self.count(event)
         tag = getattr(event, "tag", None)
         if tag is not None and str(tag) not in ("!", ""):
-            self.problems.append(
-                Problem(
-                    f"the tag {str(tag)!r} is not allowed",
-                    self.place(event),
-                    "Write a plain value: a recipe makes no objects.",
-                )
-            )
-        value = self.content(event, depth)
-        stated = Stated(value, origin, self.folder)
+            fix = "Write a plain value: a recipe makes no objects."
+            self.report(event, f"the tag {str(tag)!r} is not allowed", fix)
+        node = Node(self.content(event, depth), origin, self.folder)
         if event.anchor is not None:
-            self.anchors[event.anchor] = stated
-            self.sizes[event.anchor] = self.values - before
-        return stated
+            self.anchors[event.anchor] = node, self.values - before
+        return node
 
-    def content(self, event: NodeEvent, depth: int) -> dict[str, Stated] | list[Stated] | Scalar:
+    def content(self, event: NodeEvent, depth: int) -> dict[str, Node] | list[Node] | Scalar:
         """Build what a node holds."""
         if isinstance(event, MappingStartEvent):
             return self.mapping(depth)
         if isinstance(event, SequenceStartEvent):
-            items: list[Stated] = []
+            items: list[Node] = []
             while not isinstance(item := next(self.events), SequenceEndEvent):
-                items.append(self.compose(item, self.place(item), depth + 1))
+                items.append(self.compose(item, self.origin(item), depth + 1))
             return items
         assert isinstance(event, ScalarEvent)
         return self.scalar(event)
 
-    def alias(self, event: AliasEvent, origin: str) -> Stated:
-        """Return the value of an anchor that is complete."""
-        stated = self.anchors.get(event.anchor)
-        if stated is None:
-            self.refuse(event, f"the alias '*{event.anchor}' has no anchor before it", "Write the value out.")
-        self.count(event, self.sizes[event.anchor])
-        return Stated(stated.value, origin, stated.folder)
-
-    def mapping(self, depth: int) -> dict[str, Stated]:
+    def mapping(self, depth: int) -> dict[str, Node]:
         """Build a mapping whose keys are text and stand once."""
-        found: dict[str, Stated] = {}
-        while not isinstance(key_event := next(self.events), MappingEndEvent):
-            place = self.place(key_event)
-            key = self.compose(key_event, place, depth + 1).value
-            item = self.compose(next(self.events), place, depth + 1)
-            if isinstance(key_event, ScalarEvent):
-                key = key_event.value
+        items: dict[str, Node] = {}
+        while not isinstance(event := next(self.events), MappingEndEvent):
+            origin = self.origin(event)
+            key = self.compose(event, origin, depth + 1).value
+            item = self.compose(next(self.events), origin, depth + 1)
+            if isinstance(event, ScalarEvent):
+                key = event.value
             if not isinstance(key, str):
-                self.problems.append(Problem("a key must be text", place, "Write `key: value`."))
-            elif key == "<<" and getattr(key_event, "style", None) is None:
-                self.problems.append(
-                    Problem(
-                        "merge keys (`<<`) are not part of YAML 1.2", place, "Use `extends` for a recipe to start from."
-                    )
-                )
-            elif key in found:
-                self.problems.append(
-                    Problem(f"the key '{key}' stands twice (first: {found[key].origin})", place, "Keep one of them.")
-                )
+                self.report(event, "a key must be text", "Write `key: value`.")
+            elif key == "<<" and getattr(event, "style", None) is None:
+                fix = "Use `extends` for a recipe to start from."
+                self.report(event, "merge keys (`<<`) are not part of YAML 1.2", fix)
+            elif key in items:
+                what = f"the key '{key}' stands twice (first: {items[key].origin})"
+                self.report(event, what, "Keep one of them.")
             else:
-                found[key] = item
-        return found
+                items[key] = item
+        return items
 
     def scalar(self, event: ScalarEvent) -> Scalar:
         """Give a scalar its value; a quoted one is text."""
         text: str = event.value
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
-            self.problems.append(
-                Problem("half a surrogate pair or a NUL is no text", self.place(event), "Write the character itself.")
-            )
+            self.report(event, "half a surrogate pair or a NUL is no text", "Write the character itself.")
             return ""
         if event.style is not None:
             return text
         if len(text) > MAX_DIGITS and INT.fullmatch(text):
-            self.problems.append(
-                Problem(f"a number of {len(text)} digits", self.place(event), "Write a smaller number.")
-            )
+            self.report(event, f"a number of {len(text)} digits", "Write a smaller number.")
             return 0
         value = resolve_scalar(text)
         if isinstance(value, int) and abs(value) > MAX_INT:
-            self.problems.append(Problem(f"{text} is too large", self.place(event), "Write a smaller number."))
+            self.report(event, f"{text} is too large", "Write a smaller number.")
             return 0
         return value
 
 
-def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Stated:
+def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Node:
     """Read one YAML document; an empty one is None.
 
     `label` names the source in origins and errors; with `by_line` the line is added. Raises RecipeError.
     """
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise RecipeError.of(
-            f"more than {MAX_BYTES // 1024} KiB", label, "A recipe is small; put rows into data files."
-        )
+    check_size(len(text.encode("utf-8", "surrogatepass")), label)
     events = YAML(typ="safe", pure=True).parse(text)
     composer = Composer(label, folder, events, by_line)
-    root = Stated(None, f"{label}:1" if by_line else label, folder)
+    root = Node(None, f"{label}:1" if by_line else label, folder)
+    documents = 0
     try:
-        documents = 0
         for event in events:
             if isinstance(event, DocumentStartEvent):
                 documents += 1
@@ -222,18 +205,22 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Sta
                 root = composer.compose(event, root.origin, 0)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{label}:{mark.line + 1}" if by_line and mark is not None else label
+        where = f"{label}:{mark.line + 1}" if by_line and mark is not None else label
         what = " ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(
-            *composer.problems, Problem(f"not valid YAML: {what}", place, "Mend the syntax at this line.")
-        ) from None
+        problem = Problem(f"not valid YAML: {what}", where, "Mend the syntax at this line.")
+        raise RecipeError(*composer.problems, problem) from None
     except (YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode
-        what = " ".join(str(error).split())
-        raise RecipeError(
-            *composer.problems, Problem(f"not valid YAML: {what}", label, "Remove what is not text.")
-        ) from None
+        problem = Problem(f"not valid YAML: {' '.join(str(error).split())}", label, "Remove what is not text.")
+        raise RecipeError(*composer.problems, problem) from None
     RecipeError.collect(composer.problems)
     return root
+
+
+def check_size(size_bytes: int, label: str) -> None:
+    """Raise RecipeError if a text is too large for a recipe."""
+    if size_bytes > MAX_BYTES:
+        fix = "A recipe is small; put rows into data files."
+        raise RecipeError.of(f"more than {MAX_BYTES // 1024} KiB", label, fix)
 
 
 def label(path: Path) -> str:
@@ -244,26 +231,20 @@ def label(path: Path) -> str:
 
 def read_text(path: Path) -> str:
     """Read a recipe file as UTF-8. Raises RecipeError if it is missing, unreadable, too large or not UTF-8."""
+    name = label(path)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError.of(
-            "no such recipe file", label(path), "Check the path, or see `llmtune recipes list`."
-        ) from None
+        fix = "Check the path, or see `llmtune recipes list`."
+        raise RecipeError.of("no such recipe file", name, fix) from None
     except IsADirectoryError:
-        raise RecipeError.of("a folder, not a recipe file", label(path), "Name the YAML file in it.") from None
+        raise RecipeError.of("a folder, not a recipe file", name, "Name the YAML file in it.") from None
     except (OSError, ValueError) as error:
-        raise RecipeError.of(f"cannot be read: {error}", label(path), "Check the path and its permissions.") from None
-    if len(raw) > MAX_BYTES:
-        raise RecipeError.of(
-            f"more than {MAX_BYTES // 1024} KiB", label(path), "A recipe is small; put rows into data files."
-        )
+        raise RecipeError.of(f"cannot be read: {error}", name, "Check the path and its permissions.") from None
+    check_size(len(raw), name)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        byte = raw[error.start]
-        raise RecipeError.of(
-            f"not UTF-8 (byte 0x{byte:02x})", f"{label(path)}:{line}", "Save the file as UTF-8."
-        ) from None
+        where = f"{name}:{raw.count(bytes([10]), 0, error.start) + 1}"
+        raise RecipeError.of(f"not UTF-8 (byte 0x{raw[error.start]:02x})", where, "Save the file as UTF-8.") from None

@@ -7,10 +7,9 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from llmtune.recipe.base_section import Section
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import Section
 from llmtune.recipe.source_map import DEFAULT
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.yaml_reader import resolve_scalar
@@ -21,7 +20,7 @@ SWITCHES = ("y", "n", "yes", "no", "on", "off")
 """Text that YAML 1.1 takes for true and false: quoted, so that any reader sees the same."""
 
 
-def scalar(value: Any) -> str:
+def scalar(value: object) -> str:
     """Write one value on one line: YAML's flow style, which is JSON but for what JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
@@ -73,7 +72,7 @@ class Writer:
                 continue
             yield from self.value(name, value, path, indent)
 
-    def value(self, name: str, value: Any, path: str, indent: str) -> Iterator[str]:
+    def value(self, name: str, value: object, path: str, indent: str) -> Iterator[str]:
         """Yield the lines of one key."""
         if isinstance(value, Section):
             yield f"{indent}{name}:"

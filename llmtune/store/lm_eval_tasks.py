@@ -16,7 +16,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem
-from llmtune.recipe.path_resolution import TASK_FILES
+from llmtune.recipe.eval_suites_section import TASK_FILES
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe

@@ -7,11 +7,9 @@ from llmtune.recipe import (
     list_recipes,
     load_recipe,
     new_recipe,
-    recipe_reference,
 )
-from llmtune.recipe.base_section import Section
-from llmtune.recipe.check import key_paths
 from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import Section
 from llmtune.recipe.task_facts import TASK_FACTS
 
 
@@ -66,16 +64,8 @@ def test_a_new_recipe_for_no_task_is_refused():
         new_recipe("chatt")
 
 
-def test_the_reference_has_every_key_and_every_task():
-    text = recipe_reference()
-    for path in key_paths():
-        assert f"| `{path.rpartition('.')[2]}` |" in text
-    for task in TASK_FACTS:
-        assert f"`{task}`" in text
-
-
 def sections(section: type[Section] = Recipe) -> list[type[Section]]:
-    from llmtune.recipe.check import find_section
+    from llmtune.recipe.section import find_section
 
     inner = [find_section(field.annotation) for field in section.model_fields.values()]
     return [section, *(deeper for found in inner if found for deeper in sections(found))]

@@ -7,9 +7,9 @@ import typing
 import pytest
 
 from llmtune.recipe import AdapterSection, GenerationSection, ModelSection, TrainSection
-from llmtune.recipe.rules_tuning import BETAS, EPSILON, LORA_KEYS, QUANTIZATION_KEYS, SCHEDULE_OPTIONS
+from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
 from llmtune.recipe.task_facts import COLUMNS, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS
-from llmtune.recipe.tuning_sections import Optimizer, Schedule, Tracker
+from llmtune.recipe.train_section import BETAS, EPSILON, SCHEDULE_OPTIONS, Optimizer, Schedule, Tracker
 
 OWN_TRAIN_KEYS = {"batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "seeds"}
 OWN_ADAPTER_KEYS = {"method", "start_from"}

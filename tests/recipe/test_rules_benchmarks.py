@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.errors import RecipeError
 from llmtune.recipe import load_recipe
-from llmtune.recipe.eval_suites_section import plain_name, study_name
+from llmtune.recipe.eval_suites_section import plain_name, suite_name
 from llmtune.recipe.gate_grammar import GATE
 
 RECIPE = """
@@ -29,7 +29,7 @@ def recipe(tmp_path, monkeypatch):
 def test_task_files_are_relative_to_the_recipe_and_names_stay(recipe, tmp_path):
     found = load_recipe(recipe).recipe.evaluate.benchmarks
     assert [one.task for one in found] == ["arc_easy", str(tmp_path / "own" / "colours.yaml")]
-    assert [study_name(one.task) for one in found] == ["arc_easy", "colours"]
+    assert [suite_name(one.task) for one in found] == ["arc_easy", "colours"]
 
 
 @pytest.mark.parametrize(

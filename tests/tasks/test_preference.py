@@ -26,7 +26,7 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.model import load_processor
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.recipe.rules_tasks import LOSS_METRICS
+from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
 from llmtune.train.accumulation import validation_loss

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.recipe.tuning_sections import Optimizer
+from llmtune.recipe.train_section import Optimizer
 from llmtune.train.optimizer import build_optimizer, build_schedule
 
 NAMES = [name for name in typing.get_args(Optimizer) if not name.startswith("paged_")]

@@ -19,7 +19,7 @@ from llmtune.evaluate.lm_eval_harness.tasks import ASKED_ERRORS, STUDY, Benchmar
 from llmtune.evaluate.metric import compare
 from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
 from llmtune.model import resolve_dtype
-from llmtune.recipe.eval_suites_section import study_name
+from llmtune.recipe.eval_suites_section import suite_name
 from llmtune.records import Difference, Study
 from llmtune.store.atomic_files import write_text
 
@@ -205,7 +205,7 @@ def save_results(path: Path, benchmarks: Sequence[Benchmark], found: Sequence[Ma
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge([study_name(one.section.task) for one in benchmarks], found)
+    merged = merge([suite_name(one.section.task) for one in benchmarks], found)
     write_text(path, json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
 
 

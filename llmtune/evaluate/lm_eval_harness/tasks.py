@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.evaluate.lm_eval_harness.quiet import quietly, replaced
-from llmtune.recipe.eval_suites_section import BenchmarkSection, plain_name, study_name
+from llmtune.recipe.eval_suites_section import BenchmarkSection, plain_name, suite_name
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.store.lm_eval_tasks import check_task_files, is_file, read_task_file, shipped_names
 from llmtune.store.process_environment import offline_switches
@@ -118,7 +118,7 @@ def load_benchmark(section: BenchmarkSection, manager: Any) -> Benchmark:
     grouped = {one.task_name for group in groups.values() for one in group.get_all_tasks()}
     asked = [group for name, group in groups.items() if name not in within]
     asked += [one for name, one in found["tasks"].items() if name not in grouped]
-    return Benchmark(study_name(section.task), section, tuple(asked), found["tasks"], groups)
+    return Benchmark(suite_name(section.task), section, tuple(asked), found["tasks"], groups)
 
 
 def call_name(task: str) -> str:

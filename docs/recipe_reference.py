@@ -7,14 +7,12 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from llmtune.recipe.base_section import Section
-from llmtune.recipe.check import find_section
+from llmtune.recipe import TASK_FACTS, Recipe, Source, json_schema
 from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.gate_grammar import FORMS
-from llmtune.recipe.jsonschema import EXTENDS, json_schema
-from llmtune.recipe.rules_tuning import SCHEDULE_OPTIONS
-from llmtune.recipe.schema import Recipe, Source
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.schema import EXTENDS
+from llmtune.recipe.section import Section, find_section
+from llmtune.recipe.train_section import SCHEDULE_OPTIONS
 from llmtune.recipe.yaml_writer import scalar
 
 HEAD = f"""\

@@ -1,8 +1,13 @@
-"""Names that other tools use for what a recipe calls something else."""
+"""Refuses keys that a recipe does not have: names the nearest key, and what other tools' keys are called here."""
 
 from __future__ import annotations
 
-FOREIGN = {
+from llmtune.errors import Problem, nearest
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import BRANCHES, Section, find_section, is_section
+from llmtune.recipe.source_map import Key, SourceMap, dotted
+
+ALIASES = {
     "per_device_train_batch_size": "Use 'train.batch_size': rows in one step over all processes.",
     "per_device_eval_batch_size": "Evaluation finds its own batches; leave it out.",
     "micro_batch_size": "Use 'train.batch_size'; micro-batches are cut by what fits into memory.",
@@ -53,4 +58,44 @@ FOREIGN = {
     "hub_token": "Keep tokens out of a recipe: log in, or set HF_TOKEN.",
     "token": "Keep tokens out of a recipe: log in, or set HF_TOKEN.",
 }
-"""Foreign key -> what to write here."""
+"""Keys of other tools -> what to write here."""
+
+
+def unknown_key(key: Key, source_map: SourceMap) -> Problem:
+    """Return the problem of an unknown key: what is near it, and which keys are allowed beside it."""
+    *parents, last = [step for step in key if step not in BRANCHES]
+    name = str(last)
+    section = section_at(parents)
+    allowed = sorted(section.model_fields) if section else []
+    elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == name]
+    if name in ALIASES:
+        hint = f" {ALIASES[name]}"
+    elif elsewhere:
+        hint = f" Did you mean '{elsewhere[0]}'?"
+    else:
+        hint = nearest(name, allowed)
+    if not parents:
+        allowed.append("extends")
+    fix = f"{hint} Allowed here: {', '.join(allowed)}.".strip()
+    return Problem(f"unknown key '{dotted(key)}'", source_map.where(key), fix)
+
+
+def section_at(key: Key) -> type[Section] | None:
+    """Return the section whose keys stand at a key path, or None where it is no section."""
+    section: type[Section] | None = Recipe
+    for step in key:
+        if step not in BRANCHES and not isinstance(step, int):
+            field = section.model_fields.get(step) if section else None
+            section = find_section(field.annotation) if field else None
+    return section
+
+
+def key_paths(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
+    """List the dotted paths of all keys of the schema."""
+    paths: list[str] = []
+    for key, field in section.model_fields.items():
+        paths.append(f"{prefix}{key}")
+        inner = field.annotation
+        if is_section(inner):
+            paths.extend(key_paths(inner, f"{prefix}{key}."))
+    return paths

@@ -1,0 +1,175 @@
+"""The section `data`: where the rows come from, how they are split, and what of them is learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, Tag
+
+from llmtune.errors import nearest
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.section import REMOTE, Count, Section, Text, absolute, by_type, sections_by
+from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS
+from llmtune.recipe.task_variant import TaskVariant
+
+CONTAINERS = ("jsonl", "json", "csv", "parquet")
+SPLITS = ("train", "validation", "test")
+Format = Literal[
+    "jsonl",
+    "json",
+    "csv",
+    "parquet",
+    "text",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt-completion",
+    "source-target",
+    "translation",
+    "document-summary",
+    "squad",
+    "question-answer",
+    "text-label",
+    "tokens-tags",
+    "text-spans",
+    "audio-text",
+    "audio-folder",
+    "chosen-rejected",
+    "conversation-pair",
+    "answer-thumb",
+    "conversation-thumb",
+]
+
+
+def absolute_source(path: str, folder: Path) -> str:
+    """Make a source's path absolute unless it is `hub:NAME` or `builtin:NAME`."""
+    return path if path.startswith(REMOTE) else absolute(path, folder, pattern=True)
+
+
+class Source(Section):
+    """Where rows come from. A plain text stands for its `path`."""
+
+    path: Text
+    """A file, a glob, a folder, `hub:NAME` or `builtin:NAME`. Relative to the file that states it."""
+    config: Text | None = None
+    """Configuration of a hub data set. Default none: the set's own default."""
+    split: Text | None = None
+    """Split of a hub data set. Default none: `train`, or the only one there is."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub data set. Default none: the newest. The lock file notices when it has changed; a
+    commit keeps it still."""
+    format: Format | None = None
+    """How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are (such as `messages` or
+    `text-label`; each task knows its own). Default none: found out by looking."""
+    columns: dict[str, str] = Field(default={})
+    """Names of columns: ours on the left, the file's on the right. Default none: the usual names."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often these rows count beside those of the other sources. Default 1: as they are."""
+    limit: Count | None = None
+    """Read at most so many rows. Default none: all of them."""
+
+    paths: ClassVar = {"path": absolute_source}
+
+    def check(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
+        """Report what is wrong with the source at `key`."""
+        kind, _, name = self.path.partition(":")
+        if self.path.startswith(REMOTE) and not name.strip():
+            diagnostics.add(f"{key}.path", f"'{key}.path' is {self.path!r}, without a name", f"Write {kind}:NAME.")
+        elif "://" in self.path:
+            what = f"'{key}.path' is {self.path!r}, an address"
+            diagnostics.add(f"{key}.path", what, "Use a file, a glob, a folder, hub:NAME or builtin:NAME.")
+        if kind != "hub":
+            fix = "Remove it, or name a hub data set."
+            hub_keys = ("config", "split", "revision")
+            diagnostics.none_has_effect(self, key, hub_keys, "but for hub:NAME", fix, f"{key}.path")
+        elif self.format in CONTAINERS:
+            fix = "Remove it, or name a row format."
+            diagnostics.no_effect(f"{key}.format", "for a hub data set", fix, f"{key}.path")
+        formats = variant.facts.formats
+        if self.format in ROW_FORMATS and self.format not in formats:
+            what = f"'{key}.format' is '{self.format}', which task: {variant.task} cannot use"
+            diagnostics.add(f"{key}.format", what, f"Row formats of this task: {', '.join(formats)}.", "task")
+        for column in self.columns:
+            if column not in COLUMNS:
+                what = f"'{key}.columns' maps '{column}', which is no column that llmtune knows"
+                fix = f"{nearest(column, COLUMNS)} Ours stand on the left: {', '.join(COLUMNS)}.".strip()
+                diagnostics.add(f"{key}.columns.{column}", what, fix)
+
+
+Sources = Annotated[
+    tuple[Source, ...],
+    Field(min_length=1),
+    BeforeValidator(sections_by("path"), json_schema_input_type=str | Source | list[str | Source]),
+]
+ShareOrSources = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("share")] | Annotated[Sources, Tag("sources")],
+    by_type({bool: "share", int: "share", float: "share"}, "sources"),
+]
+
+
+class DataSection(Section):
+    """The rows: where they come from, how they are split, and what of them is learned."""
+
+    train: Sources
+    """The rows to learn from: a source or a list of them. Required."""
+    validation: ShareOrSources = 0.05
+    """All that training may look at (its loss, early stopping, best checkpoint): a share of the rows, or sources. 0 is
+    none. Default 0.05: enough for a steady loss."""
+    test: ShareOrSources = 0.1
+    """Read by `evaluate` alone: a share of the rows, or sources. 0 is none. Default 0.1: enough rows for an interval,
+    few enough to keep rows for training."""
+    split_by: Text | None = None
+    """Column whose equal values stay on one side of the split. Default none: a row's own content decides."""
+    deduplicate: Literal["none", "exact", "near"] = "near"
+    """Drop rows that are equal, or nearly so. Default `near`: repeated rows are learned by heart, and a near copy in
+    test flatters the score."""
+    max_dropped: float = Field(default=0.05, ge=0, le=1)
+    """Highest share of bad rows, and of over-long ones unless `on_overlong` says drop. Default 0.05: more than that is
+    a mistake in the data or in the recipe."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which turns are learned: all of the assistant's, its last one, or every token. A message may say `train: false`.
+    Default `assistant`: what the model has to say."""
+    max_length: int = Field(default=1024, ge=8)
+    """Longest row in tokens. Default 1024: holds most chats; memory grows with it."""
+    on_overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """What becomes of a longer row. Default `error`: nothing is cut without being asked for."""
+    packing: bool = True
+    """Join rows of one step without padding; attention stays within each row. Encoders too, where that is proven for
+    the model; others are padded among rows of like length, and the run says why. Default true: the same loss, and no
+    work on padding."""
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report what is wrong with the rows and their split, and keys that the task does not read."""
+        if variant.task != "chat":
+            fix = "Remove it: what the row names as its answer is what is learned."
+            diagnostics.no_effect("data.train_on", f"with task: {variant.task}", fix, "task")
+        if not variant.facts.packs:
+            fix = "Remove it: these rows are padded."
+            diagnostics.no_effect("data.packing", f"with task: {variant.task}", fix, "task")
+        if self.on_overlong not in variant.on_overlong:
+            what = f"'data.on_overlong' is '{self.on_overlong}', which task: {variant.task} cannot do"
+            diagnostics.add("data.on_overlong", what, f"Allowed: {', '.join(variant.on_overlong)}.", "task")
+        for split in SPLITS:
+            for i, source in enumerate(self.sources(split)):
+                source.check(diagnostics, f"data.{split}.{i}", variant)
+                self._check_weight(diagnostics, split, f"data.{split}.{i}.weight")
+        share = sum(part for part in (self.validation, self.test) if isinstance(part, float))
+        if self.split_by is not None and not share:
+            fix = "Give data.validation or data.test a share of the rows, or remove it."
+            because = ("data.validation", "data.test")
+            diagnostics.no_effect("data.split_by", "where no rows are split off", fix, *because)
+        if share >= 1:
+            what = f"data.validation and data.test together take {share:g} of the rows"
+            diagnostics.add("data.test", what, "Leave some for training.", "data.validation")
+
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """Return the sources of a split; none where it is a share of the rows."""
+        value = getattr(self, split)
+        return value if isinstance(value, tuple) else ()
+
+    def _check_weight(self, diagnostics: Diagnostics, split: str, key: str) -> None:
+        if split != "train":
+            diagnostics.no_effect(key, "outside data.train", "Remove it: these rows are all used once.")
+        elif len(self.train) == 1:
+            diagnostics.no_effect(key, "with a single source", "Remove it, or add another source.", "data.train")

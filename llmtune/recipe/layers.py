@@ -1,0 +1,122 @@
+"""The layers of a recipe: the file, the files that it extends, and `--set`; what stands nearer wins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmtune.errors import Problem, RecipeError
+from llmtune.recipe.source_map import SET
+from llmtune.recipe.yaml_reader import MAX_DEPTH, Node, label, parse_yaml, read_text
+
+MAX_EXTENDS = 8
+SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
+
+
+def read_layers(path: Path, chain: tuple[Path, ...] = (), stated_at: str | None = None) -> Node:
+    """Read a recipe file and all that it extends; `stated_at` is where a file of the `chain` names it.
+
+    Raises RecipeError.
+    """
+    real = Path(os.path.realpath(path))
+    if real in chain:
+        circle = " -> ".join(label(file) for file in (*chain[chain.index(real) :], real))
+        raise RecipeError.of(f"`extends` goes in a circle: {circle}", stated_at, "Let one of them extend nothing.")
+    if len(chain) >= MAX_EXTENDS:
+        raise RecipeError.of(f"`extends` is more than {MAX_EXTENDS} files deep", stated_at, "Join some of the files.")
+    if stated_at is not None and not os.path.isfile(path):
+        fix = "Check the path; it is relative to this file."
+        raise RecipeError.of(f"the recipe to extend is not there: {path}", stated_at, fix)
+    folder = Path(os.path.abspath(path)).parent
+    root = parse_yaml(read_text(path), label(path), folder)
+    if root.value is None:
+        raise RecipeError.of("an empty recipe", label(path), "Start from `llmtune recipes new --task chat`.")
+    if not isinstance(root.value, dict):
+        fix = "Write `key: value` lines, e.g. `task: chat`."
+        raise RecipeError.of("a recipe is a mapping of keys", root.origin, fix)
+    keys = dict(root.value)
+    extends = keys.pop("extends", None)
+    own = Node(keys, root.origin, folder)
+    if extends is None or extends.value is None:
+        return own
+    if not isinstance(extends.value, str) or not extends.value:
+        what = "'extends' must be the path of one recipe file"
+        raise RecipeError.of(what, extends.origin, "Write `extends: base.yaml`.")
+    below = Path(os.path.join(folder, os.path.expanduser(extends.value)))
+    return merge(read_layers(below, (*chain, real), extends.origin), own)
+
+
+def merge(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
+    """Lay one value over another: mappings are merged key by key, all else is replaced; a source is one value."""
+    if not isinstance(below.value, dict) or not isinstance(above.value, dict) or key in SOURCE_KEYS:
+        overrides = above.value is None and (below.value is not None or below.overrides)
+        return Node(above.value, above.origin, above.folder, overrides)
+    merged = dict(below.value)
+    for name, item in above.value.items():
+        merged[name] = merge(merged[name], item, (*key, name)) if name in merged else item
+    return Node(merged, above.origin, above.folder)
+
+
+def apply_sets(root: Node, sets: Sequence[str]) -> Node:
+    """Lay every `KEY=VALUE` over the recipe, the last one on top. Raises RecipeError with all that are wrong."""
+    problems: list[Problem] = []
+    for text in sets:
+        try:
+            parts, value = split_set(text)
+            root = assign(root, parts, value)
+        except RecipeError as error:
+            problems.extend(error.problems)
+    RecipeError.collect(problems)
+    return root
+
+
+def split_set(text: str) -> tuple[list[str], Node]:
+    """Read one `KEY=VALUE`. Raises RecipeError."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        fix = "Write the key with dots, e.g. `--set train.learning_rate=1e-4`."
+        raise RecipeError.of(f"{text!r} is not KEY=VALUE", SET, fix)
+    if parts[0] == "extends":
+        raise RecipeError.of("'extends' cannot be set from outside", f"{SET} extends", "Write it in the recipe file.")
+    return parts, relabel(parse_yaml(value, f"{SET} {key.strip()}", Path.cwd(), by_line=False))
+
+
+def relabel(node: Node) -> Node:
+    """Give a value and all in it the origin `--set`."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: relabel(item) for key, item in value.items()}
+    elif isinstance(value, list):
+        value = [relabel(item) for item in value]
+    return Node(value, SET, node.folder)
+
+
+def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str, ...] = ()) -> Node:
+    """Lay a value over the one that stands at a dotted key; `key` is the way gone, `parts` the way to go.
+
+    Raises RecipeError if the way is blocked.
+    """
+    if not parts:
+        return above if below is None else merge(below, above, key)
+    name, rest = parts[0], parts[1:]
+    value = below.value if below else None
+    origin, folder = (below.origin, below.folder) if below else (SET, above.folder)
+    where = f"{SET} {'.'.join((*key, *parts))}"
+    is_source = key in SOURCE_KEYS or (key[:2] in SOURCE_KEYS and len(key) == 3 and key[2].isdigit())
+    if key in SOURCE_KEYS and name == "0" and isinstance(value, str | dict):
+        return assign(below, rest, above, key)  # a single source is a list of one
+    if is_source and isinstance(value, str) and below:
+        value = {"path": below}
+    if isinstance(value, list):
+        if not name.isascii() or not name.isdigit() or int(name[:9]) >= len(value):
+            raise RecipeError.of(f"'{'.'.join(key)}' is a list of {len(value)}", where, "Count from 0.")
+        items = [*value]
+        items[int(name)] = assign(items[int(name)], rest, above, (*key, name))
+        return Node(items, origin, folder)
+    if value is not None and not isinstance(value, dict):
+        raise RecipeError.of(f"'{'.'.join(key)}' is {value!r}, which has no keys", where, "Set it as a whole.")
+    keys = dict(value or {})
+    keys[name] = assign(keys.get(name), rest, above, (*key, name))
+    return Node(keys, origin, folder)

@@ -1,0 +1,111 @@
+"""The section `model`: the model to start from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute
+from llmtune.recipe.task_variant import TaskVariant
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+Attention = Annotated[
+    Annotated[Literal["auto", "eager", "sdpa"], Tag("switch")]
+    | Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?$"), Tag("text")],
+    Discriminator(lambda value: "text" if isinstance(value, str) and "/" in value else "switch"),
+]
+
+
+def is_folder(name: str, folder: Path) -> bool:
+    """Whether a model's name is a path: it looks like one, or a folder of that name is there."""
+    looks_local = name.startswith(("./", "../", "/", "~")) or name in (".", "..")
+    return not name.startswith(REMOTE) and (looks_local or os.path.isdir(os.path.join(folder, name)))
+
+
+def absolute_model(name: str, folder: Path) -> str:
+    """Make a model's name absolute if it is a folder; a name on the hub stays."""
+    return absolute(name, folder) if is_folder(name, folder) else name
+
+
+class ModelSection(Section):
+    """The model to start from: one by name, or candidates among which the best for the rows is chosen."""
+
+    name: Text | None = None
+    """A folder, a name on the hub (`owner/model`), or `builtin:NAME` for a packaged model. Required unless
+    `candidates` is given; no default, because the model is the first decision of a recipe."""
+    candidates: Many[Text] | None = Field(default=None, min_length=1)
+    """Models to choose from, in place of `name`: those that cannot do the task or do not fit are left out, the rest
+    are ranked by bits per byte on a sample of the rows. Default none: ranking loads every candidate."""
+    revision: Text = "main"
+    """Branch, tag or commit on the hub. Default `main`; the lock file pins the commit it stood for."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights and the computation. Default `auto`: bfloat16 where the device computes in it, else
+    float32, because float16 needs loss scaling."""
+    chat_template: Text | None = None
+    """File with a Jinja chat template that replaces the model's own. Default none: the template that the model was
+    trained with is the right one for it."""
+    chat_template_kwargs: dict[str, object] = Field(default={})
+    """Values handed to the chat template, e.g. `enable_thinking: false`; the same in training, evaluation and chat.
+    Default none: what a template does by itself."""
+    add_tokens: Many[Text] = ()
+    """Tokens to add to the vocabulary; their embeddings are trained with the adapter. Default none: new embeddings
+    start from nothing and make the adapter larger."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Default false: that code can do anything on the machine."""
+    use_safetensors: bool = True
+    """Load weights in the safetensors format only; false admits pickled weights. Default true: a pickle runs code when
+    it is loaded."""
+    attn_implementation: Attention = "auto"
+    """How attention is computed: `eager`, `sdpa`, or a kernel on the hub (`kernels-community/NAME`, which needs the
+    package `kernels` and the network). Default `auto`: exact packed attention in training, the fastest that the model
+    offers elsewhere."""
+    check_memory: bool = True
+    """Refuse a model whose lower bound of memory exceeds the device. Default true; false overrules a plan that is
+    known to be wrong."""
+
+    paths: ClassVar = {"name": absolute_model, "candidates": absolute_model, "chat_template": absolute}
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report a model that is not named, or named twice, and settings that it or the task does not read."""
+        both = ("model.name", "model.candidates")
+        if self.name is None and self.candidates is None:
+            diagnostics.add("model", "neither 'model.name' nor 'model.candidates' is given", "Name a model.", *both)
+        elif self.name is not None and self.candidates is not None:
+            fix = "Keep one of them; set the other to null if it comes from an extended recipe."
+            diagnostics.add("model.candidates", "both 'model.name' and 'model.candidates' are given", fix, *both)
+        names = {"model.name": self.name} if self.name is not None else {}
+        names |= {f"model.candidates.{i}": name for i, name in enumerate(self.candidates or ())}
+        locals_ = [_is_local(diagnostics, key, name) for key, name in names.items()]
+        diagnostics.repeated("model.candidates", self.candidates or (), "a model")
+        if locals_ and all(locals_):
+            diagnostics.no_effect("model.revision", "but for a model on the hub", "Remove it.", *both)
+        if not variant.facts.templated or variant.is_extractive:
+            template_keys = ("chat_template", "chat_template_kwargs")
+            why, fix = f"with task: {variant.task}", "Remove it, or use task: chat."
+            diagnostics.none_has_effect(self, "model", template_keys, why, fix, "task")
+        if self.candidates is not None and (not variant.facts.ranks or variant.is_masked):
+            what = f"'model.candidates' cannot be ranked for task: {variant.task}: its rows hold no text"
+            diagnostics.add("model.candidates", f"{what} that a model writes", "Name one model as model.name.", "task")
+
+
+def _is_local(diagnostics: Diagnostics, key: str, name: str) -> bool:
+    """Whether a model's name is a packaged model or a folder; one that can be no model's is reported."""
+    what, folder = f"'{key}' is {name!r}", diagnostics.source_map.folder(key)
+    if name.startswith("builtin:"):
+        if not name.removeprefix("builtin:").strip():
+            diagnostics.add(key, f"{what}, without a name", "Write builtin:NAME.")
+        return True
+    if is_folder(name, folder):
+        return True
+    if name.startswith("hub:"):
+        fix = f"Write a model on the hub without `hub:`: {name.removeprefix('hub:')}."
+        diagnostics.add(key, what, fix)
+    elif not HUB_NAME.fullmatch(name):
+        fix = f"There is no such folder in {folder}, and a model on the hub is called `owner/name`."
+        diagnostics.add(key, what, fix)
+    return False

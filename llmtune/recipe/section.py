@@ -1,0 +1,101 @@
+"""What every section of a recipe is made of: a frozen, closed model and the few shapes that its values have."""
+
+from __future__ import annotations
+
+import glob
+import os
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, TypeGuard, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+
+Item = TypeVar("Item")
+REMOTE = ("hub:", "builtin:")
+"""Beginnings of a name that is no path."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: its keys are a closed list, its values are never converted and never change.
+
+    The text below a key describes it: meaning, unit, and the reason of its default. What a key's type cannot say, such
+    as that another key leaves it without effect, stands in the section's method `check`.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    paths: ClassVar[Mapping[str, Callable[[str, Path], str]]] = {}
+    """Keys that hold paths -> how one is made absolute, seen from the folder of the file that states it."""
+
+
+def absolute(path: str, folder: Path, pattern: bool = False) -> str:
+    """Return `path` seen from `folder`; `~` is the home folder. With `pattern`, the folder is no part of a glob."""
+    path = os.path.expanduser(path)
+    joined = os.path.join(folder, path)
+    if pattern and glob.has_magic(path) and not os.path.lexists(joined) and not os.path.isabs(path):
+        joined = os.path.join(glob.escape(str(folder)), path)
+    normal = os.path.normpath(joined)
+    return normal if os.path.realpath(normal) == os.path.realpath(joined) else joined  # a link before `..` stays
+
+
+def as_tuple(value: object) -> object:
+    """Turn a list into a tuple and leave everything else to the validator."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def one_or_more(value: object) -> object:
+    """Turn a single text or mapping into a tuple of one."""
+    return (value,) if isinstance(value, str | Mapping) else as_tuple(value)
+
+
+def sections_by(key: str) -> Callable[[object], object]:
+    """Return a validator that turns one or more mappings into a tuple; a plain text is the value of `key`."""
+
+    def as_sections(value: object) -> object:
+        items = one_or_more(value)
+        if not isinstance(items, tuple):
+            return value
+        return tuple({key: item} if isinstance(item, str) else item for item in items)
+
+    return as_sections
+
+
+Many = Annotated[tuple[Item, ...], BeforeValidator(as_tuple)]
+"""A list in the recipe, a tuple in Python."""
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
+    """Choose a branch of a union by the type of the value, so that an error speaks of one branch only."""
+
+    def choose(value: object) -> str:
+        return next((tag for kind, tag in tags.items() if isinstance(value, kind)), otherwise)
+
+    return Discriminator(choose)
+
+
+BRANCHES = ("share", "sources", "text", "items", "switch", "number")
+"""Names of union branches: they stand in pydantic's locations, but not in a recipe."""
+
+
+def is_section(annotation: object) -> TypeGuard[type[Section]]:
+    """Whether a field's annotation is a section."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def find_section(annotation: object) -> type[Section] | None:
+    """Return the section type within a field's annotation, if there is one."""
+    if is_section(annotation):
+        return annotation
+    inner = (find_section(part) for part in typing.get_args(annotation))
+    return next((section for section in inner if section), None)

@@ -1,0 +1,203 @@
+"""The section `train`: how the training loop runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from llmtune.errors import nearest
+from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.data_section import DataSection
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.section import Count, Many, Section, Seed, one_or_more
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_8bit",
+    "paged_ademamix_32bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "adafactor",
+    "adagrad",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "sgd",
+]
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker])]
+Checkpointing = Annotated[
+    Annotated[bool, Tag("switch")] | Annotated[Literal["auto"], Tag("text")],
+    Discriminator(lambda value: "text" if value == "auto" else "switch"),
+]
+SCHEDULE_OPTIONS = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "constant": (),
+    "constant_with_warmup": (),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": ("num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"),
+}
+"""Options of each schedule in transformers that are numbers and not set by the loop itself."""
+
+BETAS = ("adamw", "paged_adamw", "ademamix", "paged_ademamix", "lion", "paged_lion")
+"""Beginnings of the optimisers that read `adam_beta1` and `adam_beta2`."""
+EPSILON = BETAS[:4]
+
+
+class TrainSection(Section):
+    """How the training loop runs, by the names of `TrainingArguments` where the meaning is the same."""
+
+    learning_rate: float = Field(default=2e-4, gt=0, le=10)
+    """Highest learning rate of the schedule. Default 2e-4: usual for LoRA; full fine-tuning wants about a tenth."""
+    num_train_epochs: float = Field(default=1.0, gt=0, le=100_000)
+    """How often the training rows are gone through. Default 1: look at the validation loss before more."""
+    max_steps: Count | None = None
+    """Optimiser steps in all, in place of `num_train_epochs`. Default none: epochs decide."""
+    batch_size: Count = 16
+    """Rows in one optimiser step over all processes, packed or not. Default 16: a steady gradient for most sets of a
+    thousand rows or more. Memory does not depend on it."""
+    batch_tokens: Count | None = None
+    """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
+    reason about."""
+    optim: Optimizer = "adamw_torch"
+    """Optimiser, by its name in transformers. Default `adamw_torch`: runs everywhere; `adamw_8bit` and
+    `paged_adamw_8bit` save memory on a GPU."""
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1000)
+    """How many times faster than `learning_rate` the B matrices of the adapter, and biases with them, learn (LoRA+),
+    e.g. 16. Default none: one rate for all, at which `learning_rate` is usually stated."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    """Decoupled weight decay, as a share per learning rate. Default 0: an adapter is small and starts at zero."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean. Default 0.9, as in the Adam paper."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean. Default 0.999, as in the Adam paper."""
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1)
+    """Added to Adam's denominator. Default 1e-8, as in the Adam paper."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients longer than this are scaled down to it; 0 switches that off. Default 1.0: guards against a single bad
+    step."""
+    lr_scheduler_type: Schedule = "linear"
+    """Course of the learning rate, by its name in transformers. Default `linear`: down to zero at the end, with nothing
+    to choose."""
+    lr_scheduler_kwargs: dict[str, float] = Field(default={})
+    """The schedule's own options, e.g. `num_cycles` or `min_lr_rate`. Default none: the library's values."""
+    warmup_steps: float = Field(default=0.03, ge=0, le=1_000_000_000)
+    """Steps over which the learning rate rises from zero; below 1 a share of all steps. Default 0.03: Adam's first
+    steps are its least certain."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Compute activations again in the backward pass to save memory; a fifth to a third slower, with the same result.
+    Default `auto`: only where the memory plan does not fit without it, and the run says so."""
+    logging_steps: Count = 10
+    """Optimiser steps between two lines of metrics. Default 10: smooth enough to read."""
+    eval_steps: Count | None = None
+    """Optimiser steps between two validations. Default none: at the end of each epoch."""
+    save_steps: Count | None = None
+    """Optimiser steps between two checkpoints. Default none: with each validation."""
+    save_total_limit: Count = 2
+    """Checkpoints that are kept, the best one apart. Default 2: one could be damaged by a bad disk."""
+    load_best_model_at_end: bool = True
+    """Take the checkpoint with the lowest validation loss as the result. Default true: the last step is often not the
+    best."""
+    early_stopping_patience: Count | None = None
+    """Stop after so many validations without a better loss. Default none: run to the end."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """How much lower a loss must be to count as better, in nats. Default 0: any gain counts."""
+    report_to: Trackers = ()
+    """Trackers that metrics are sent to. Default none: nothing leaves the machine unless it is asked to."""
+    torch_compile: bool = False
+    """Compile the model's layers before training, for rows of any length; needs a C++ compiler on a CPU and Triton on a
+    GPU. Default false: it takes seconds to minutes before step 1, and numbers differ in the last digits."""
+    use_liger_kernel: bool = False
+    """Use Liger's kernels for norms, rotary positions and gated layers in training, on a CUDA GPU with the package
+    `liger-kernel`; the loss stays llmtune's own. Default false: not every model type has them."""
+    seeds: Many[Seed] = ()
+    """Further seeds: the run trains once more with each, on the same rows, into `seeds/SEED/` of its folder, and the
+    report says how far the scores lie apart. Default none: each takes as long as the run itself."""
+
+    def check(self, diagnostics: Diagnostics, data: DataSection, adapter: AdapterSection, seed: int) -> None:
+        """Report settings of the loop that others leave without effect, and seeds that would train the same again."""
+        if self.batch_tokens is not None:
+            fix, because = "Keep one of them.", "train.batch_tokens"
+            diagnostics.no_effect("train.batch_size", "beside train.batch_tokens", fix, because)
+        if self.max_steps is not None:
+            fix, because = "Keep one of them.", "train.max_steps"
+            diagnostics.no_effect("train.num_train_epochs", "beside train.max_steps", fix, because)
+        self._check_validation(diagnostics, data)
+        self._check_optimizer(diagnostics, adapter)
+        self._check_schedule(diagnostics)
+        key = "train.seeds"
+        if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            what = f"'{key}' names a seed twice: {', '.join(map(str, repeated))}"
+            diagnostics.add(key, what, "Name each once.")
+        if seed in self.seeds:
+            fix = f"Remove it: these are further seeds, and the run trains with 'seed' ({seed}) as always."
+            diagnostics.add(key, f"'{key}' names the recipe's own seed, {seed}, again", fix, "seed")
+        diagnostics.repeated("train.report_to", self.report_to, "a tracker")
+
+    def _check_validation(self, diagnostics: Diagnostics, data: DataSection) -> None:
+        if not data.validation:
+            fix = "Give data.validation a share of the rows or sources, or remove it."
+            names = ["eval_steps", "early_stopping_patience", "early_stopping_threshold"]
+            names += ["load_best_model_at_end"] if self.load_best_model_at_end else []
+            diagnostics.none_has_effect(self, "train", names, "without validation rows", fix, "data.validation")
+        elif self.early_stopping_patience is None:
+            fix = "Set train.early_stopping_patience too, or remove it."
+            key, because = "train.early_stopping_threshold", "train.early_stopping_patience"
+            diagnostics.no_effect(key, "without a patience", fix, because)
+
+    def _check_optimizer(self, diagnostics: Diagnostics, adapter: AdapterSection) -> None:
+        if adapter.method == "full" and self.loraplus_lr_ratio is not None:
+            why, fix = "with adapter.method: full", "Remove it, or use lora or qlora."
+            diagnostics.no_effect("train.loraplus_lr_ratio", why, fix, "adapter.method")
+        readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
+        for name, beginnings in readers.items():
+            if not self.optim.startswith(beginnings):
+                why, fix = f"with train.optim: {self.optim}", "Remove it, or use an Adam."
+                diagnostics.no_effect(f"train.{name}", why, fix, "train.optim")
+
+    def _check_schedule(self, diagnostics: Diagnostics) -> None:
+        schedule, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        known = SCHEDULE_OPTIONS[schedule]
+        key, because = "train.lr_scheduler_kwargs", "train.lr_scheduler_type"
+        for name in options:
+            if name not in known:
+                fix = f"{nearest(name, known)} Options of {schedule}: {', '.join(known) or 'none'}.".strip()
+                what = f"'{key}.{name}' has no effect with {because}: {schedule}"
+                diagnostics.add(f"{key}.{name}", what, fix, because)
+        if schedule == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(options)) != 1:
+            fix = "Give one of them, e.g. lr_scheduler_kwargs: {min_lr_rate: 0.1}."
+            diagnostics.add(key, f"{schedule} needs either min_lr or min_lr_rate", fix, because)
+        if schedule == "warmup_stable_decay" and "num_decay_steps" not in options:
+            fix = "Write e.g. lr_scheduler_kwargs: {num_decay_steps: 100}."
+            diagnostics.add(key, f"{schedule} needs num_decay_steps", fix, because)
+        if schedule == "constant" and self.warmup_steps:
+            fix = "Use constant_with_warmup, or remove it."
+            diagnostics.no_effect("train.warmup_steps", f"with {because}: constant", fix, because)
+        if self.warmup_steps >= 1 and not self.warmup_steps.is_integer():
+            fix = "Below 1 it is a share of all steps, else a whole number of steps."
+            diagnostics.add("train.warmup_steps", f"'train.warmup_steps' is {self.warmup_steps:g}", fix)

@@ -1,0 +1,177 @@
+"""Checks a recipe against schema and rules, and reports all that is wrong at once, in a person's words."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterable, Sequence
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.section import Section, find_section, is_section
+from llmtune.recipe.source_map import Key, SourceMap, dotted
+from llmtune.recipe.unknown_keys import section_at, unknown_key
+from llmtune.recipe.yaml_reader import Node
+
+PLACEHOLDERS: dict[str, object] = {"task": "chat", "data": {"train": "rows.jsonl"}, "model": {"name": "model"}}
+"""Stand in for what is missing or wrong, so that the rest can be checked in the same go."""
+TYPES = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (`key: value`)",
+    "model_type": "a mapping (`key: value`)",
+}
+RANGES = {
+    "greater_than": ("above", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("below", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+PATTERNS = {
+    "model.attn_implementation": "A kernel is named `owner/name`, with `@revision` or `:function` behind it at most.",
+    "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
+    "adapter.init_lora_weights": "Allowed: true, false, gaussian, pissa, pissa_niter_N (N steps of a fast SVD), olora.",
+}
+
+
+def validate(root: Node, name: str) -> Recipe:
+    """Return the recipe, paths as written, called `name` unless it names itself.
+
+    Raises RecipeError with every problem.
+    """
+    source_map = SourceMap(root)
+    values = plain_values(root, Recipe)
+    values.setdefault("name", name)
+    problems: list[Problem] = []
+    broken: set[str] = set()
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        keys, problems = schema_problems(error.errors(include_url=False), source_map)
+        broken = replace_broken(values, keys)
+        recipe = Recipe.model_validate(values)
+    diagnostics = Diagnostics(source_map, broken)
+    recipe.check(diagnostics)
+    RecipeError.collect(sorted([*problems, *diagnostics.problems], key=file_and_line))
+    return recipe
+
+
+def plain_values(node: Node, section: type[Section]) -> dict[str, object]:
+    """Return plain values in which a null that is no value of its key stands for the default.
+
+    That is so for a section without lines, and for a null that takes back what the extended recipe states.
+    """
+    values: dict[str, object] = {}
+    for key, item in node.value.items() if isinstance(node.value, dict) else ():
+        field = section.model_fields.get(key)
+        annotation = field.annotation if field else None
+        inner = find_section(annotation)
+        if is_section(annotation) and item.value is None:
+            values[key] = {}
+        elif inner is not None and isinstance(item.value, dict):
+            values[key] = plain_values(item, inner)
+        elif not (field and item.overrides and type(None) not in typing.get_args(annotation)):
+            values[key] = item.plain()
+    return values
+
+
+def schema_problems(errors: Sequence[ErrorDetails], source_map: SourceMap) -> tuple[list[Key], list[Problem]]:
+    """Turn pydantic's errors into problems, each with its key; one that only follows from another is left out."""
+    keys: list[Key] = []
+    problems: list[Problem] = []
+    for error in errors:
+        key = error["loc"]
+        has_inner = any(other["loc"][: len(key)] == key and len(other["loc"]) > len(key) for other in errors)
+        if error["type"] == "too_short" and has_inner:
+            continue
+        keys.append(key)
+        if error["type"] == "extra_forbidden":
+            problems.append(unknown_key(key, source_map))
+        elif error["type"] == "missing":
+            problems.append(missing_key(key, source_map))
+        else:
+            problems.append(wrong_value(error, key, source_map))
+    return keys, problems
+
+
+def missing_key(key: Key, source_map: SourceMap) -> Problem:
+    """Return the problem of a required key that is not there, with what it means."""
+    section = section_at(key[:-1])
+    field = section.model_fields.get(str(key[-1])) if section else None
+    meaning = " ".join((field.description or "").split()) if field else ""
+    return Problem(f"the key '{dotted(key)}' is missing", source_map.where(key), meaning)
+
+
+def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem:
+    """Return what is wrong with a value, from pydantic's error."""
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    name = dotted(key)
+    what = f"'{name}' is {describe(value)}"
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", "")
+        fix = f"{nearest(str(value), allowed.replace(' or ', ', ').split(', '))} Allowed: {allowed}.".strip()
+    elif kind in TYPES:
+        fix = f"It must be {TYPES[kind]}.{type_hint(kind, value)}"
+    elif kind in RANGES:
+        word, bound = RANGES[kind]
+        fix = f"It must be {word} {context[bound]}."
+    elif kind in ("string_too_short", "too_short"):
+        what = what if value else f"'{name}' is empty"
+        fix = f"It needs at least {context['min_length']}; or leave the key out."
+    elif kind == "string_pattern_mismatch":
+        fix = PATTERNS.get(name, f"It must match {context['pattern']}.")
+    else:
+        what, fix = f"{what}: {error['msg']}", "See `llmtune recipes schema` for what is allowed."
+    return Problem(what, source_map.where(key), fix)
+
+
+def describe(value: object) -> str:
+    """Show a value as a person wrote it, cut to one line."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def type_hint(kind: str, value: object) -> str:
+    """Return why something that looks like a number or a switch is not one."""
+    if not isinstance(value, str):
+        return ""
+    if kind.startswith(("int", "float")) and value.strip().replace(".", "", 1).replace(",", "", 1).isdigit():
+        return " Write it without quotes, with a dot for decimals."
+    if kind == "bool_type" and value.lower() in ("yes", "no", "on", "off"):
+        return " YAML 1.2 knows `true` and `false` only."
+    return ""
+
+
+def replace_broken(values: dict[str, object], keys: Iterable[Key]) -> set[str]:
+    """Replace in place what is wrong at `keys` by a default or a placeholder; return the dotted keys replaced."""
+    broken: set[str] = set()
+    for key in keys:
+        top = str(key[0])
+        section = values.get(top)
+        if len(key) > 1 and isinstance(section, dict) and is_section(Recipe.model_fields[top].annotation):
+            name = str(key[1])
+            filler = {"train": "rows.jsonl"} if (top, name) == ("data", "train") else {}
+            values[top] = {inner: value for inner, value in section.items() if inner != name} | filler
+            broken.add(f"{top}.{name}")
+        else:
+            values.pop(top, None)
+            if top in PLACEHOLDERS:
+                values[top] = PLACEHOLDERS[top]
+            broken.add(top)
+    return broken
+
+
+def file_and_line(problem: Problem) -> tuple[str, int]:
+    """Sort problems by file, then by line."""
+    file, _, line = (problem.where or "").rpartition(":")
+    return (file, int(line)) if line.isdigit() else (problem.where or "", 0)
