@@ -98,8 +98,8 @@ def prepare(recipe: Recipe, asked: argparse.Namespace, folder: Path, device: str
     processor, task = load_processor(place, recipe.model), get_task(recipe.task)
     rows = prepare_rows(recipe, folder, console)
     taken = [row for side in ("test", "train") for row in read_rows(rows, side, range(rows.counts[side]))][: asked.rows]
-    assert task.render is not None, "a chat goes on from its prompt"
-    prompts = [[int(i) for i in task.render(task.prompt(row)[0], processor, recipe)] for row in taken]
+    assert task.prompt_ids is not None, "a chat goes on from its prompt"
+    prompts = [[int(i) for i in task.prompt_ids(task.split_answer(row)[0], processor, recipe)] for row in taken]
     selected = load_model(place, recipe, task, processor, device=device, training=False)
     model = inject(selected, recipe, console).model.eval() if asked.adapter else selected.model
     return model, processor, prompts

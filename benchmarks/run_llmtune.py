@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,14 @@ def train_counted(
         clock.count(batch["input_ids"].numel(), loss.count, loss.sum.detach())
         return loss
 
+    task = copy(context.task)
+    vars(task)["loss"] = counted
     adapted = make_adapted(context, place, load_processor(place, context.recipe.model))
     clock.loaded(adapted.model)
     train(
         adapted,
         examples,
-        replace(context.task, loss=counted),
+        task,
         context.recipe,
         context.folder.path,
         context.console,

@@ -107,7 +107,7 @@ def _run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trai
     if options.until == "prepare" and not context.recipe.model.name:
         return
     place = choose(context, rows)
-    context.settle(place, rows)
+    context.infer_labels(place, rows)
     processor = context.read_processor(place)
     if options.until == "run" and "gguf" in context.recipe.deploy:
         check_gguf(context, place)  # before training, not after it
@@ -208,7 +208,7 @@ def choose(context: RunContext, rows: Rows) -> ModelRef:
     if known is None or known["inputs"] != inputs:
         folder = context.folder.path / "model"
         ranking = rank_candidates(
-            context.recipe, context.choose_form, rows, context.console, folder, context.device, context.offline
+            context.recipe, context.choose_variant, rows, context.console, folder, context.device, context.offline
         )
         known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
         context.folder.note(ranking=known)
@@ -414,7 +414,7 @@ def rehearse(context: RunContext) -> dict[str, Any]:
                 raise
             console.print(f"{escape(name)} would be downloaded first")
             continue
-        context.form = context.choose_form(place)
+        context.variant = context.choose_variant(place)
         processor = load_processor(place, recipe.model)
         settled = settle_recipe(context, place, recipe.data.max_length)
         plan = plan_memory(place, settled, context.task, recipe.data.max_length, context.device)
@@ -422,7 +422,7 @@ def rehearse(context: RunContext) -> dict[str, Any]:
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
-            context.settle(place, rows)
+            context.infer_labels(place, rows)
             valid["encode"] = folder.is_valid("encode", examples_inputs(context.recipe, rows, place, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")

@@ -1,4 +1,4 @@
-"""What flows between the steps, frozen; and the Task record, which says what differs from task to task.
+"""What flows between the steps, frozen and typed.
 
 Nothing here imports torch or transformers: records that outlive a process are paths and numbers, and a live model
 stands only in `SelectedModel` and `AdaptedModel`.
@@ -6,7 +6,7 @@ stands only in `SelectedModel` and `AdaptedModel`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe import Recipe
 
 Row = dict[str, Any]
 """A row in canonical form; its keys are those of the task.
@@ -162,8 +160,12 @@ class SelectedModel:
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
     quantized: bool
-    task: Task
-    """The form of the task that it was loaded for."""
+    trains_head: bool = False
+    """Whether a head that the model's files need not hold is trained whole."""
+    peft_task_type: str | None = None
+    """PEFT's name for the task; None: `AutoPeftModel` loads the adapter."""
+    needs_reference_model: bool = False
+    """Whether training compares with the model as it was."""
     new_weights: tuple[str, ...] = ()
     """Parameters that the model's files do not hold: those of a new head, at random from the recipe's seed."""
     packs: bool = False
@@ -236,94 +238,6 @@ Batch = dict[str, Any]
 Collate = Callable[[Sequence[Example], int], Batch]
 """Makes a batch of examples; the number (0 in evaluation) is the draw of what is random in it, such as masks."""
 Advance = Callable[[int], None]
-
-
-def identity(recipe: Recipe, rows: Rows, config: Any) -> Recipe:
-    """Nothing of the recipe has to be settled by the rows."""
-    return recipe
-
-
-def always(about: Any) -> bool:
-    """Whatever the recipe, or the model, says."""
-    return True
-
-
-def never(recipe: Recipe) -> bool:
-    """Whatever the recipe says, no."""
-    return False
-
-
-@dataclass(frozen=True)
-class Task:
-    """What differs from task to task, as plain functions; put together in `llmtune.tasks`.
-
-    A task that models of several kinds can do has one of these for each kind, its forms.
-    """
-
-    name: str
-    auto_class: str
-    """Name of the transformers class that loads the model."""
-    peft_task_type: str | None
-    """PEFT's name for it, which says how its plain classes load the adapter; None: `AutoPeftModel`."""
-    encode: Callable[..., list[list[Example] | str]]
-    """encode(rows, processor, recipe) -> the examples of each row, or the reason why it has none."""
-    collator: Callable[..., Collate]
-    """collator(processor, recipe, packs) -> what makes micro-batches; `packs` as `SelectedModel` says. Without it rows
-    are padded, but for a decoder's, which are packed if the recipe says so."""
-    loss: Callable[..., Loss]
-    """loss(model, batch, by_row) -> `Loss`, of a model that PEFT or DDP may have wrapped."""
-    prompt: Callable[[Row], tuple[Row, str]]
-    """prompt(row) -> the row without its answer, and the answer as text."""
-    render: Callable[..., list[int]] | None = None
-    """render(prompt row, processor, recipe) -> token ids to generate from; the same ids in train, evaluate and chat.
-    None where an answer is no continuation of the prompt: then `predict` gives it."""
-    predict: Callable[..., list[Any]] | None = None
-    """predict(model, prompt rows, processor, recipe, device=, advance=) -> a JSON value a row."""
-    measure: Callable[..., Any] | None = None
-    """measure(metric, predictions, references, recipe, base=) -> `Measure` or None; without it answers are texts."""
-    reference: Callable[[Row], Any] | None = None
-    """reference(row) -> what predictions are held against; without it the answer's text."""
-    write: Callable[[Any], str] = str
-    """write(prediction) -> as a person reads it."""
-    baseline: Callable[..., tuple[str, list[Any]]] | None = None
-    """baseline(train references, prompt rows, recipe) -> the name and predictions of what stands for a base model
-    whose head is new."""
-    details: Callable[..., dict[str, Any]] | None = None
-    """details(predictions, references, recipe) -> what the report shows beside the scores."""
-    count_classes: Callable[[Rows, Recipe], dict[str, dict[str, int]]] | None = None
-    """count_classes(rows, recipe) -> by label, its rows (or entities) on each side."""
-    ask: Callable[[Mapping[str, str | None]], Row] | None = None
-    """ask(what a person gave) -> the prompt row; without it the prompt is the answer's beginning or a message."""
-    asks: Mapping[str, bool] = field(default_factory=lambda: {"prompt": True, "system": False})
-    """What a person gives to `generate` (prompt, system, context, pair, audio, answer), and whether it is needed."""
-    tell: Callable[[Any, Row], str] | None = None
-    """tell(prediction, prompt row) -> more than `write` says, for one answer on the terminal."""
-    settle: Callable[[Recipe, Rows, Any], Recipe] = identity
-    """settle(recipe, rows, model configuration) -> the recipe with what the rows decide, such as names of classes."""
-    shape_config: Callable[[Any, Recipe], None] | None = None
-    """shape_config(model configuration, recipe): set in place what the head's size depends on."""
-    pieces: Callable[..., list[tuple[str, bool]]] | None = None
-    """pieces(example, processor, recipe) -> stretches of text, and whether they are learned, for a person to see."""
-    survey: Callable[..., list[float]] | None = None
-    """survey(model, batch) -> sums that the loss needs of a whole step before it can be taken of a part of it."""
-    check: Callable[..., None] | None = None
-    """check(model, processor, recipe): refuse what would go wrong later; called once the model is loaded."""
-    admits: Callable[[Recipe], bool] = always
-    """Whether this form is what the recipe asks for."""
-    fits: Callable[[Any], bool] = always
-    """fits(model configuration): what the model must be beyond having the class."""
-    packs: bool = False
-    """Whether rows may stand end to end in one micro-batch, where the model keeps them apart."""
-    scores_rows: bool = True
-    """Whether the loss of a row can be taken by itself, in evaluation too."""
-    compares: Callable[[Recipe], bool] = never
-    """Whether training is held against the model as it was, which has to be kept beside what is trained."""
-    unit: str = "rows"
-    """What the loss is a mean over, where that is not tokens."""
-    by_token: bool = True
-    """Whether the loss is that of guessing tokens of the vocabulary."""
-    headed: bool = False
-    """Whether a head that the model does not bring is made new and trained whole."""
 
 
 @dataclass(frozen=True)

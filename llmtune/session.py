@@ -15,16 +15,16 @@ from rich.console import Console
 from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import list_sources, load_rows
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.eval_suites import check_form
+from llmtune.evaluate.eval_suites import check_variant
 from llmtune.model import load_model, load_processor, pick_device, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device
 from llmtune.recipe import Recipe
-from llmtune.records import AdaptedModel, ModelRef, Rows, SelectedModel, Task
+from llmtune.records import AdaptedModel, ModelRef, Rows, SelectedModel
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, check_pin, read_pins, write_lock
-from llmtune.tasks import choose_form, get_task
+from llmtune.tasks import AnyTask, choose_variant, get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,30 +67,30 @@ class RunContext:
     base: Path | None = None
     """The evaluation of another run, where what the base model said may be known from."""
     skipped: dict[str, bool] = field(default_factory=dict)
-    form: Task | None = None
+    variant: AnyTask | None = None
     processors: dict[Path, PreTrainedTokenizerBase] = field(default_factory=dict)
     """Those that have been read, by the folder of their model."""
 
     @property
-    def task(self) -> Task:
-        """The task's functions, in the form that the model can do once that is known."""
-        return self.form or get_task(self.recipe.task)
+    def task(self) -> AnyTask:
+        """The task's functions, in the variant that the model can do once that is known."""
+        return self.variant or get_task(self.recipe.task)
 
-    def choose_form(self, place: ModelRef) -> Task:
-        """Return the form of the task that a model can do; raises RecipeError where there is none."""
-        form = choose_form(self.recipe, read_model_config(place, self.recipe.model), place.name)
-        check_form(self.recipe, form, place.name)
-        return form
+    def choose_variant(self, place: ModelRef) -> AnyTask:
+        """Return the variant of the task that a model can do; raises RecipeError where there is none."""
+        variant = choose_variant(self.recipe, read_model_config(place, self.recipe.model), place.name)
+        check_variant(self.recipe, variant, place.name)
+        return variant
 
-    def settle(self, place: ModelRef, rows: Rows) -> None:
-        """Take the form of the task that this model does, and what of the recipe the rows decide, such as class names.
+    def infer_labels(self, place: ModelRef, rows: Rows) -> None:
+        """Choose the variant of the task that this model does, and infer what the rows decide, such as class names.
 
         Raises RecipeError or DataError where model, rows and recipe do not go together.
         """
         config = read_model_config(place, self.recipe.model)
-        self.form = choose_form(self.recipe, config, place.name)
-        check_form(self.recipe, self.form, place.name)
-        self.recipe = self.form.settle(self.recipe, rows, config)
+        self.variant = choose_variant(self.recipe, config, place.name)
+        check_variant(self.recipe, self.variant, place.name)
+        self.recipe = self.variant.infer_labels(self.recipe, rows, config)
 
     @cached_property
     def device(self) -> str:
@@ -136,7 +136,7 @@ class Models:
     def before(self) -> Iterator[torch.nn.Module]:
         """The base; where the task compares with what training started from, with the adapter of `start_from` on it."""
         start = self.context.recipe.adapter.start_from
-        if start is None or not self.context.task.compares(self.context.recipe):
+        if start is None or not self.context.task.needs_reference_model(self.context.recipe):
             with self.base() as model:
                 yield model
         else:
@@ -191,7 +191,7 @@ def open_finished(
     pins = read_pins(run / LOCK)
     context = RunContext(recipe or recipe_of_run(folder).recipe, folder, console, offline, pins, held=True)
     place = locate_pinned(context, pins.model)
-    context.settle(place, load_rows(run / "data" / "rows"))
+    context.infer_labels(place, load_rows(run / "data" / "rows"))
     return context, place
 
 

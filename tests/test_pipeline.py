@@ -118,7 +118,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) 
     plain = json.loads(done.stdout)
     context, place = open_finished(finished / "run", Console(quiet=True), offline=True)
     processor = load_processor(place, context.recipe.model)
-    ids = context.task.render(
+    ids = context.task.prompt_ids(
         {"messages": [{"role": "user", "content": "What comes after 5?"}]}, processor, context.recipe
     )
     assert ids == plain["ids"]

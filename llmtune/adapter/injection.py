@@ -43,7 +43,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     torch.manual_seed(recipe.seed)
     with enough_memory(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
-    if selected.task.compares(recipe) and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
+    if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
     if recipe.train.gradient_checkpointing is True:  # `auto` is settled by the step that plans memory
         enable_checkpointing(selected.model)
@@ -135,7 +135,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
     targets = [name for name in resolve_targets(selected.model, adapter) if not in_heads(name, whole)]
     RecipeError.collect([*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)])
     config = LoraConfig(
-        task_type=selected.task.peft_task_type,
+        task_type=selected.peft_task_type,
         r=adapter.r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
@@ -167,7 +167,7 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
     A layer of the body that starts at random (the pooling layer of an encoder that came without one) is one of them.
     """
     wanted = list(adapter.modules_to_save or ())
-    if selected.task.headed:
+    if selected.trains_head:
         heads = head_names(selected.model)
         fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
         wanted += [name for name in (*heads, *sorted(fresh)) if name not in wanted]
@@ -176,7 +176,7 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
 
 def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:
     """Find targets that name nothing but modules which are trained whole, and so would get no adapter."""
-    if not selected.task.headed or isinstance(adapter.target_modules, str):
+    if not selected.trains_head or isinstance(adapter.target_modules, str):
         return []
     names = [name for name, _ in selected.model.named_modules()]
     problems = []

@@ -162,7 +162,7 @@ def _compare(config: LoraConfig, adapter: AdapterSection, place: Path) -> Iterat
 def _compare_classes(selected: SelectedModel, place: Path) -> Iterator[Problem]:
     """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
     path = place / "config.json"
-    if not selected.task.headed or not path.is_file():
+    if not selected.trains_head or not path.is_file():
         return
     there = [str(name) for _, name in sorted(_read_names(path).items())]
     wanted = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]

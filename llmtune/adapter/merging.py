@@ -71,7 +71,7 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
             config=_config_of(inner, selected),
             dtype=dtype,
             local_files_only=True,
-            ignore_mismatched_sizes=selected.task.headed,  # a head for other classes, which the trained one replaces
+            ignore_mismatched_sizes=selected.trains_head,  # a head for other classes, which the trained one replaces
         )
     base.to(inner.device)
     if inner.main_input_name != "input_values":  # those that read waves have no embedding
@@ -88,7 +88,7 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
 def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> Any:
     """Read the model's configuration anew, with the outputs of a head of ours."""
     config: Any = type(inner.config).from_pretrained(str(selected.model_ref.path), local_files_only=True)
-    if selected.task.headed:
+    if selected.trains_head:
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
             if hasattr(inner.config, name):
                 setattr(config, name, getattr(inner.config, name))

@@ -93,7 +93,7 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
         save_file(dict(sorted(tensors.items())), str(folder / WEIGHTS), metadata={"format": "pt"})
     text = json.dumps(described, indent=2, sort_keys=True, default=_as_json)
     (folder / "adapter_config.json").write_text(text + "\n", "utf-8")
-    if adapted.selected.task.headed:
+    if adapted.selected.trains_head:
         _save_classes(adapted.selected, folder)
     share_file(folder / WEIGHTS, folder / "adapter_config.json")
 

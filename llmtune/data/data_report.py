@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.data.examples import ExampleReader
-from llmtune.records import Example, Examples, Rows, Task
+from llmtune.data.task_interface import TaskInterface
+from llmtune.records import Example, Examples, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,12 @@ Piece = tuple[str, bool]
 
 
 def describe_examples(
-    rows: Rows, examples: Examples, processor: PreTrainedTokenizerBase, console: Console, task: Task, recipe: Recipe
+    rows: Rows,
+    examples: Examples,
+    processor: PreTrainedTokenizerBase,
+    console: Console,
+    task: TaskInterface,
+    recipe: Recipe,
 ) -> dict[str, Any]:
     """Print the data report and return it as JSON can hold it.
 
@@ -44,8 +50,8 @@ def describe_examples(
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = (task.pieces or causal_pieces)(train[0], processor, recipe)
-    classes = {} if task.count_classes is None else task.count_classes(rows, recipe)
+    pieces = task.highlighted_text(train[0], processor, recipe)
+    classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
     console.print(_sides(rows, examples))
@@ -53,7 +59,7 @@ def describe_examples(
     console.print(_bars(edges, counts))
     if classes:
         console.print(_classes(classes))
-    if task.by_token:
+    if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
     console.print(Panel(_coloured(pieces), title="one example: green is learned", title_align="left"))
     return {
@@ -63,7 +69,7 @@ def describe_examples(
         "tokens": dict(examples.tokens),
         "supervised": dict(examples.supervised),
         "longest": dict(examples.longest),
-        "supervised_share": share if task.by_token else None,
+        "supervised_share": share if task.predicts_tokens else None,
         "dropped": dropped,
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],

@@ -23,9 +23,10 @@ from llmtune import __version__
 from llmtune.data.overlong import TOO_LONG
 from llmtune.data.preparation import iterate_texts
 from llmtune.data.rejected_rows import Add, listed
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import Example, Examples, ModelRef, Row, Rows, Task
+from llmtune.records import Example, Examples, ModelRef, Row, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 from llmtune.store.run_lock import package_versions
 
@@ -98,7 +99,7 @@ class _Tally:
 
 
 def encode_rows(
-    rows: Rows, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, console: Console
+    rows: Rows, task: TaskInterface, processor: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, console: Console
 ) -> Examples:
     """Encode all rows into one Arrow file a side in `folder`; `examples.json` beside them is written last.
 

@@ -11,7 +11,7 @@ from llmtune.data.labelled_rows import OUTSIDE
 from llmtune.data.overlong import Encoded, too_long
 from llmtune.data.target_collators import IGNORED
 from llmtune.errors import EnvironmentProblem
-from llmtune.records import Example, Row
+from llmtune.records import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ UNKNOWN = "label unknown"
 # Classes
 
 
-def encode_classes(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_classes(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return one example a row: the text (and its pair) with the number of its class, its classes, or its value."""
     limit = recipe.data.max_length
     encoded: list[Encoded] = []
@@ -43,7 +43,7 @@ def encode_classes(rows: Sequence[Row], processor: PreTrainedTokenizerBase, reci
     return encoded
 
 
-def read_texts(rows: Sequence[Row], processor: PreTrainedTokenizerBase, max_length: int | None = None) -> list[Example]:
+def read_texts(rows: Sequence[Any], processor: PreTrainedTokenizerBase, max_length: int | None = None) -> list[Example]:
     """Return what a model reads of each row's text (and its pair), cut to `max_length` tokens; by the row alone."""
     cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
     found: dict[int, Example] = {}
@@ -91,7 +91,7 @@ def tag_names(labels: Sequence[str]) -> list[str]:
     return [OUTSIDE, *(f"{place}-{label}" for label in labels for place in "BI")]
 
 
-def encode_tags(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_tags(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return one example a row: its words with their tags, each at the word's first token."""
     section = recipe.token_classify
     assert section is not None, "the rows have settled the section"
@@ -115,7 +115,7 @@ def encode_tags(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe:
     return encoded
 
 
-def place_words(rows: Sequence[Row], processor: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int | None]]]:
+def place_words(rows: Sequence[Any], processor: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int | None]]]:
     """Return, a row, the ids of its words with spaces between them, and where each word's first token stands.
 
     Raises EnvironmentProblem for a tokenizer that cannot say where in the text its tokens come from.
@@ -174,7 +174,7 @@ class Window:
     """Whether the context ends in it."""
 
 
-def cut_context(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
+def cut_context(row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
     """Return the windows of a question's context, each with the whole question; or why there are none."""
     question, context = row["question"].strip(), row["context"]
     room = recipe.data.max_length
@@ -217,7 +217,7 @@ def _stride(recipe: Recipe) -> int:
     return recipe.qa.stride if recipe.qa else 128
 
 
-def encode_windows(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_windows(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return an example for each window of a row; one that does not hold the answer points at `no answer`."""
     need_places(processor)
     encoded: list[Encoded] = []
@@ -274,7 +274,7 @@ def _no_window(windows: Sequence[Window], start: int, end: int) -> str:
 # Text whose words will be hidden
 
 
-def encode_masked(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_masked(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return examples of plain text, of which a share of the tokens is hidden when a batch is made.
 
     With `data.on_overlong: split` a long text becomes several; with `truncate` its first part.

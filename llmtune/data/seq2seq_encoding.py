@@ -29,7 +29,7 @@ class Pair:
     target_language: str | None = None
 
 
-ToPair = Callable[[Row, "Recipe"], Pair]
+ToPair = Callable[[Any, "Recipe"], Pair]
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 """How mBART (`en_XX`) and NLLB (`eng_Latn`) write languages."""
 
@@ -38,7 +38,7 @@ LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
 
 
 def encode_seq2seq(
-    rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair
+    rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair
 ) -> list[Encoded]:
     """Return one example a row: the source for the encoder, the target with its end for the decoder."""
     encoded: list[Encoded] = []
@@ -158,7 +158,7 @@ def nearest_code(code: str, codes: Sequence[str]) -> str:
 # Decoders, by prompt
 
 
-def by_prompt(row: Row, recipe: Recipe, processor: PreTrainedTokenizerBase, to_pair: ToPair) -> Row:
+def by_prompt(row: Any, recipe: Recipe, processor: PreTrainedTokenizerBase, to_pair: ToPair) -> Row:
     """Return a row of chat where the model has a chat template, else one of completion; the target may be empty."""
     pair = to_pair(row, recipe)
     if processor.chat_template:
@@ -168,14 +168,14 @@ def by_prompt(row: Row, recipe: Recipe, processor: PreTrainedTokenizerBase, to_p
 
 
 def encode_by_prompt(
-    rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair
+    rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair
 ) -> list[Encoded]:
     """Return one example a row: the prompt, and the target as the model's answer."""
     written = [by_prompt(row, recipe, processor, to_pair) for row in rows]
     return (encode_chat if processor.chat_template else encode_completion)(written, processor, recipe)
 
 
-def render_by_prompt(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair) -> list[int]:
+def render_by_prompt(row: Any, processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair) -> list[int]:
     """Return the token ids to generate the target from.
 
     With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a whole answer.

@@ -14,7 +14,7 @@ from llmtune.data.messages import RowError
 from llmtune.data.overlong import TOO_LONG, Encoded, too_long
 from llmtune.data.target_collators import feature_extractor
 from llmtune.errors import RecipeError, nearest
-from llmtune.records import Example, Row
+from llmtune.records import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ SPOKEN = "%&@#+"
 """Signs that Unicode calls punctuation and that are said as words."""
 
 
-def hear(row: Row, rate: int, longest: float) -> Samples | str:
+def hear(row: Any, rate: int, longest: float) -> Samples | str:
     """Return the samples of a row's recording at `rate` a second, or why it cannot be trained on."""
     try:
         samples = read_recording(Path(row["audio"]), rate)
@@ -55,7 +55,7 @@ def window_seconds(extract: Any, recipe: Recipe) -> float:
 # Whisper
 
 
-def encode_whisper(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_whisper(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return one example a row: the samples, and the transcript behind the tokens of language and task.
 
     Those are given at generation, so they are not learned.
@@ -147,7 +147,7 @@ def is_multilingual(processor: PreTrainedTokenizerBase) -> bool:
 # Letters
 
 
-def encode_ctc(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+def encode_ctc(rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
     """Return one example a row: the samples, and the letters of the transcript."""
     extract = feature_extractor(processor)
     longest = window_seconds(extract, recipe)
@@ -155,7 +155,7 @@ def encode_ctc(rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: 
     return [_encode_letters(row, processor, extract.sampling_rate, longest, config) for row in rows]
 
 
-def _encode_letters(row: Row, processor: PreTrainedTokenizerBase, rate: int, longest: float, config: Any) -> Encoded:
+def _encode_letters(row: Any, processor: PreTrainedTokenizerBase, rate: int, longest: float, config: Any) -> Encoded:
     letters = spell(row["text"], processor)
     if isinstance(letters, str):
         return letters

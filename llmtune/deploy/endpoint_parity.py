@@ -11,11 +11,12 @@ from rich.console import Console
 
 from llmtune.data.chat_template import clean
 from llmtune.deploy.endpoint import Endpoint, Reply
-from llmtune.deploy.parity import ANSWER_TOKENS, CONVERSING, Trace, list_questions, render_prompts, trace_answers
+from llmtune.deploy.parity import ANSWER_TOKENS, Trace, list_questions, render_prompts, trace_answers
 from llmtune.errors import GateFailed, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, decode_answer
-from llmtune.records import AdaptedModel, Row, Task
+from llmtune.records import AdaptedModel, Row
 from llmtune.store.atomic_files import explained, write_json
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ class EndpointCertificate:
 def certify_endpoint(
     adapted: AdaptedModel,
     recipe: Recipe,
-    task: Task,
+    task: AnyTask,
     endpoint: Endpoint,
     model: str,
     out: Path,
@@ -85,7 +86,7 @@ def certify_endpoint(
         GateFailed: the endpoint differs from what was trained by more than the limits.
         EnvironmentProblem: it does not answer.
     """
-    if task.name not in (*CONVERSING, "completion") or task.render is None:
+    if not task.free_prompt:
         fix = "Its answers are those of `llmtune generate`; merge and GGUF files have certificates of their own."
         raise RecipeError.of(f"an endpoint of task {task.name} has no prompts to compare", "--url", fix)
     processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
@@ -93,7 +94,7 @@ def certify_endpoint(
     asked = [row for row in rows if _holds_texts(row)]
     with console.status("asking the tuned model"):
         traces = trace_answers(tuned, processor, render_prompts(task, processor, recipe, asked))
-    by_messages = task.name in CONVERSING and bool(processor.chat_template)
+    by_messages = task.is_conversational and bool(processor.chat_template)
     questions = list_questions(task, asked)
     with console.status(f"asking {endpoint.url}"):
         replies = [_ask(endpoint, model, row, by_messages, recipe) for row in questions]

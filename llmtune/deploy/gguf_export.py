@@ -49,8 +49,9 @@ from llmtune.errors import GateFailed, Problem, RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
 from llmtune.model.oom import enough_memory
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import AdaptedModel, Row, Task
+from llmtune.records import AdaptedModel, Row
 from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json, write_text
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +135,7 @@ def check_model(config: Any, processor: PreTrainedTokenizerBase) -> None:
 def export_gguf(
     adapted: AdaptedModel,
     recipe: Recipe,
-    task: Task,
+    task: AnyTask,
     out: Path,
     console: Console,
     *,
@@ -189,7 +190,7 @@ def _check_place(out: Path) -> None:
 
 
 def _listen(
-    tuned: PreTrainedModel, processor: PreTrainedTokenizerBase, task: Task, recipe: Recipe, rows: Sequence[Row]
+    tuned: PreTrainedModel, processor: PreTrainedTokenizerBase, task: AnyTask, recipe: Recipe, rows: Sequence[Row]
 ) -> Heard:
     traces = trace_answers(tuned, processor, render_prompts(task, processor, recipe, rows))
     effect, base = measure_effect(tuned, traces), None
@@ -205,7 +206,7 @@ class _Export:
 
     adapted: AdaptedModel
     recipe: Recipe
-    task: Task
+    task: AnyTask
     folder: Path
     console: Console
     heard: Heard

@@ -11,7 +11,6 @@ from llmtune.data.chat_template import clean
 from llmtune.deploy.gguf_readers import Reader
 from llmtune.deploy.gguf_vocabulary import Vocabulary, build_tokenizer
 from llmtune.deploy.parity import (
-    CONVERSING,
     LIMITS,
     PROMPTS,
     Distance,
@@ -21,7 +20,8 @@ from llmtune.deploy.parity import (
     divergence,
     render_prompts,
 )
-from llmtune.records import Row, Task
+from llmtune.records import Row
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,15 +61,15 @@ def limits_of(number_format: str, base: str | None) -> Limits:
 
 
 def serve_from_file(
-    task: Task, vocabulary: Vocabulary, reader: Reader, recipe: Recipe, rows: Sequence[Row]
+    task: AnyTask, vocabulary: Vocabulary, reader: Reader, recipe: Recipe, rows: Sequence[Row]
 ) -> list[list[int]]:
     """Return the ids of parity's prompts, and of `rows`, as a server makes them that knows the file alone.
 
     It renders with the template in the file, and lets the reader write the start token where the file says so.
     """
-    if task.name == "completion":
-        texts = [*PROMPTS, *(str(task.prompt(row)[0]["prompt"]) for row in rows)]
-    elif task.name in CONVERSING:
+    if task.free_prompt and not task.is_conversational:
+        texts = [*PROMPTS, *(str(task.split_answer(row)[0]["prompt"]) for row in rows)]
+    elif task.is_conversational:
         texts = _render_chats(task, build_tokenizer(vocabulary), recipe, rows)
     else:  # who asks such a model writes its prompt himself
         tokenizer = build_tokenizer(vocabulary)
@@ -79,7 +79,7 @@ def serve_from_file(
     return [reader.encode(text.removeprefix(start)) for text in texts]
 
 
-def _render_chats(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rows: Sequence[Row]) -> list[str]:
+def _render_chats(task: AnyTask, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rows: Sequence[Row]) -> list[str]:
     questions: list[Row] = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
     return [
         cast(
@@ -92,7 +92,7 @@ def _render_chats(task: Task, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
                 **recipe.model.chat_template_kwargs,
             ),
         )
-        for row in [*questions, *(task.prompt(row)[0] for row in rows)]
+        for row in [*questions, *(task.split_answer(row)[0] for row in rows)]
     ]
 
 

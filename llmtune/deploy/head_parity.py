@@ -17,7 +17,8 @@ from llmtune.deploy.parity import Distance, divergence
 from llmtune.errors import DataError
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.task_losses import decoder_inputs, read_inputs, sound_pieces
-from llmtune.records import Batch, Row, Task
+from llmtune.records import Batch, Row
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,17 +45,14 @@ class Heard:
 class Asker:
     """Asks models of one task about the same rows."""
 
-    task: Task
+    task: AnyTask
     recipe: Recipe
     rows: Sequence[Row]
 
     @property
     def kind(self) -> Kind:
         """What the outputs are."""
-        section = self.recipe.classify
-        if self.task.name == "preference" or (section is not None and section.kind == "regression"):
-            return "number"
-        return "yes-no" if section is not None and section.kind == "multi" else "choice"
+        return self.task.output_kind(self.recipe)
 
     def listen(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, said: Sequence[Any]) -> Heard:
         """Ask the tuned model for its outputs; an encoder-decoder for those at each token of what it `said`.
@@ -66,12 +64,11 @@ class Asker:
             what = "none of the run's rows can be asked: there is nothing to compare two models by"
             raise DataError.of(what, "data.test", "Give test rows that fit into data.max_length.")
         logits = tuple(read_outputs(model, batch) for batch in batches)
-        return Heard(batches, logits, tuple(map(self.task.write, said)))
+        return Heard(batches, logits, tuple(map(self.task.format_prediction, said)))
 
     def predict(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> list[Any]:
         """Return what the task predicts of each row."""
-        assert self.task.predict is not None, "a model that goes on from a prompt is asked by its prompts"
-        questions = [self.task.prompt(row)[0] for row in self.rows]
+        questions = [self.task.split_answer(row)[0] for row in self.rows]
         with torch.inference_mode():
             return self.task.predict(model, questions, processor, self.recipe, device=str(model.device))
 
@@ -101,7 +98,7 @@ class Asker:
 
     def same_answers(self, heard: Heard, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> float:
         """Return the share of rows with the same prediction."""
-        said = [self.task.write(one) for one in self.predict(model, processor)]
+        said = [self.task.format_prediction(one) for one in self.predict(model, processor)]
         return sum(one == other for one, other in zip(said, heard.said, strict=True)) / len(said)
 
     def same_inputs(self, heard: Heard, processor: PreTrainedTokenizerBase, said: Sequence[Any]) -> bool:
@@ -110,10 +107,10 @@ class Asker:
         return len(made) == len(heard.batches) and all(map(_same_batch, made, heard.batches))
 
 
-def with_answer(task: Task, row: Row, said: Any) -> Row:
+def with_answer(task: AnyTask, row: Row, said: Any) -> Row:
     """Return a row whose answer, where it is one text, is what a model said."""
-    question, answer = task.prompt(row)
-    if not isinstance(said, str) or task.headed:
+    question, answer = task.split_answer(row)
+    if not isinstance(said, str) or task.trains_head:
         return row
     if "answers" in row:
         return {**row, "answers": [{"text": said, "start": None}] if said else []}

@@ -25,8 +25,9 @@ from llmtune.evaluate.task_predictions import decoder_settings
 from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.oom import enough_memory
-from llmtune.records import AdaptedModel, Row, Task
+from llmtune.records import AdaptedModel, Row
 from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ class Certificate:
 def merge_model(
     adapted: AdaptedModel,
     recipe: Recipe,
-    task: Task,
+    task: AnyTask,
     out: Path,
     console: Console,
     *,
@@ -210,7 +211,7 @@ def _settle_generation(merged: PreTrainedModel, processor: PreTrainedTokenizerBa
     return settings
 
 
-def _load_back(folder: Path, recipe: Recipe, task: Task, device: str, wanted: torch.dtype) -> PreTrainedModel:
+def _load_back(folder: Path, recipe: Recipe, task: AnyTask, device: str, wanted: torch.dtype) -> PreTrainedModel:
     """Load as a user would, without anything of llmtune."""
     on_cpu_half = device == "cpu" and wanted == torch.float16  # read as 16 bits, computed in 32
     try:

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from llmtune.data.chat_template import clean
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
-from llmtune.records import Row, Task
+from llmtune.records import Row
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +37,6 @@ PROMPTS = (
 CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
 """What the fixed prompts are asked about, where a task finds answers in a text."""
 ANSWER_TOKENS = 16
-CONVERSING = ("chat", "preference")
-"""Tasks whose models are asked by messages, which a server renders with the chat template."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +131,17 @@ base: a 4-bit adapter on the original weights."""
 
 
 def render_prompts(
-    task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row] = ()
+    task: AnyTask, processor: PreTrainedTokenizerBase, recipe: Recipe, rows: Sequence[Row] = ()
 ) -> list[list[int]]:
     """Return the ids of `PROMPTS`, and of `rows` without their answers, as the task makes them."""
-    assert task.render is not None, "only models that go on from a prompt are merged"
-    return [task.render(row, processor, recipe) for row in list_questions(task, rows)]
+    return [task.prompt_ids(row, processor, recipe) for row in list_questions(task, rows)]
 
 
-def serve_prompts(task: Task, folder: Path, recipe: Recipe, rows: Sequence[Row] = ()) -> list[list[int]]:
+def serve_prompts(task: AnyTask, folder: Path, recipe: Recipe, rows: Sequence[Row] = ()) -> list[list[int]]:
     """Return the same ids as a server makes them that knows the saved folder alone, by `apply_chat_template`."""
     trust = recipe.model.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-    if task.name not in CONVERSING or not tokenizer.chat_template:
+    if not task.is_conversational or not tokenizer.chat_template:
         return render_prompts(task, tokenizer, recipe, rows)  # who asks such a model writes its prompt himself
     texts = [
         tokenizer.apply_chat_template(
@@ -158,15 +156,10 @@ def serve_prompts(task: Task, folder: Path, recipe: Recipe, rows: Sequence[Row] 
     return [cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def list_questions(task: Task, rows: Sequence[Row]) -> list[Row]:
+def list_questions(task: AnyTask, rows: Sequence[Row]) -> list[Row]:
     """Return `PROMPTS` as rows of the task, and `rows` without their answers."""
-    if task.name == "completion":
-        fixed: list[Row] = [{"prompt": text, "completion": ""} for text in PROMPTS]
-    elif task.name in CONVERSING or task.ask is None:
-        fixed = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
-    else:
-        fixed = [task.ask({"prompt": text, "context": CONTEXT}) for text in PROMPTS]
-    return [*fixed, *(task.prompt(row)[0] for row in rows)]
+    fixed = [task.make_row({"prompt": text, "context": CONTEXT}) for text in PROMPTS]
+    return [*fixed, *(task.split_answer(row)[0] for row in rows)]
 
 
 def trace_answers(

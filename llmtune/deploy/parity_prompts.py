@@ -19,7 +19,8 @@ from llmtune.deploy.parity import (
     trace_answers,
 )
 from llmtune.model import compute_context, resolve_dtype
-from llmtune.records import AdaptedModel, Row, Task
+from llmtune.records import AdaptedModel, Row
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,9 +38,9 @@ class Exam(Protocol):
         """Hold a product against the tuned model: numbers, answers, and what `saved`, its processor, makes of rows."""
 
 
-def set_exam(adapted: AdaptedModel, recipe: Recipe, task: Task, rows: Sequence[Row]) -> Exam:
+def set_exam(adapted: AdaptedModel, recipe: Recipe, task: AnyTask, rows: Sequence[Row]) -> Exam:
     """Ask the tuned model the fixed prompts and `rows`, or, where its answers are no continuation, `rows` alone."""
-    if task.render is not None:
+    if task.continues_text:
         return TextExam(adapted, recipe, task, rows)
     return OutputExam(adapted, recipe, task, rows)
 
@@ -47,7 +48,7 @@ def set_exam(adapted: AdaptedModel, recipe: Recipe, task: Task, rows: Sequence[R
 class TextExam:
     """Of a model that goes on from a prompt: logits over prompts and greedy answers."""
 
-    def __init__(self, adapted: AdaptedModel, recipe: Recipe, task: Task, rows: Sequence[Row]) -> None:
+    def __init__(self, adapted: AdaptedModel, recipe: Recipe, task: AnyTask, rows: Sequence[Row]) -> None:
         self.recipe, self.task, self.rows = recipe, task, rows
         self.processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
         tuned = cast("PreTrainedModel", adapted.model)
@@ -68,7 +69,7 @@ class TextExam:
 class OutputExam:
     """Of a model with a head, an encoder-decoder, or one that hears: outputs and predictions on rows of the run."""
 
-    def __init__(self, adapted: AdaptedModel, recipe: Recipe, task: Task, rows: Sequence[Row]) -> None:
+    def __init__(self, adapted: AdaptedModel, recipe: Recipe, task: AnyTask, rows: Sequence[Row]) -> None:
         self.asker = Asker(task, recipe, rows)
         self.processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
         tuned = cast("PreTrainedModel", adapted.model)

@@ -171,7 +171,7 @@ def check_gguf(context: RunContext, place: ModelRef) -> PreTrainedTokenizerBase:
         RecipeError: the model does not go on from a text.
         EnvironmentProblem: the model or its tokenizer has no place in GGUF files.
     """
-    if context.task.render is None:
+    if not context.task.continues_text:
         what = f"a model of task {context.task.name} that does not go on from a text cannot be written as GGUF"
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
     processor = load_processor(place, context.recipe.model)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.shared_prefix import Tree, grow_tree
-from llmtune.records import Example, Row, Task
+from llmtune.records import Example, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,11 @@ def with_answer(prompt: Row, answer: str) -> Row:
 
 
 def grow_trees(
-    prompts: Sequence[Row], choices: Sequence[str], task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe
+    prompts: Sequence[Row],
+    choices: Sequence[str],
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
 ) -> list[Tree | None]:
     """Encode each prompt with each choice as the task encodes its rows; None where one of them is too long.
 

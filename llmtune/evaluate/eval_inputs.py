@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data import iterate_rows
 from llmtune.data.examples import ExampleReader
 from llmtune.evaluate.choice_likelihood import SIGNATURE, check_choices, find_choices, grow_trees
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metrics import CHOICE_METRIC
 from llmtune.evaluate.shared_prefix import Tree
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS
-from llmtune.records import Examples, Row, Rows, Task
+from llmtune.records import Examples, Row, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,9 @@ class Plan:
     """By column of `evaluate.fairness.groups`."""
 
 
-def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Plan:
+def make_plan(
+    rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> Plan:
     """Read the test rows that were encoded, render their prompts, look for choices.
 
     Raises DataError for choices that no reference answer is among, and for slices by columns that were not kept.
@@ -69,9 +72,9 @@ def make_plan(rows: Rows, examples: Examples, task: Task, processor: PreTrainedT
     metrics = wanted_metrics(recipe)
     own = TASK_FACTS[recipe.task].default_metrics
     notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in own}
-    if task.compares(recipe) and recipe.adapter.start_from is not None:
+    if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
         notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
-    continues = task.predict is None
+    continues = not task.predicts
     answerable = [
         i
         for i, (row, answer) in enumerate(zip(questions, references, strict=True))
@@ -116,26 +119,27 @@ def wanted_metrics(recipe: Recipe) -> tuple[str, ...]:
     return tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
 
 
-def render(task: Task, question: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+def render(task: EvaluatedTask, question: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     """Return the token ids to go on from."""
-    assert task.render is not None, "what does not predict goes on from a prompt"
-    return [int(token) for token in task.render(question, processor, recipe)]
+    return [int(token) for token in task.prompt_ids(question, processor, recipe)]
 
 
-def read_questions(rows: Rows, wanted: set[int], task: Task) -> tuple[list[str], list[Row], list[str], list[Any]]:
+def read_questions(
+    rows: Rows, wanted: set[int], task: EvaluatedTask
+) -> tuple[list[str], list[Row], list[str], list[Any]]:
     """Return origin, row without its answer, answer as text and answer as the task has it, of the wanted test rows."""
     origins, questions, references, targets = [], [], [], []
     for number, (origin, row) in enumerate(iterate_rows(rows, SIDE)):
         if number in wanted:
-            question, answer = task.prompt(row)
+            question, answer = task.split_answer(row)
             origins.append(origin)
             questions.append(question)
             references.append(answer)
-            targets.append(answer if task.reference is None else task.reference(row))
+            targets.append(task.reference(row))
     return origins, questions, references, targets
 
 
-def choose(rows: Rows, task: Task, recipe: Recipe, references: Sequence[str]) -> tuple[str, ...] | None:
+def choose(rows: Rows, task: EvaluatedTask, recipe: Recipe, references: Sequence[str]) -> tuple[str, ...] | None:
     """Return the answers to choose from: those that the recipe lists, or those that the rows show to be few."""
     stated = recipe.evaluate.choices
     if stated is None:
@@ -146,18 +150,18 @@ def choose(rows: Rows, task: Task, recipe: Recipe, references: Sequence[str]) ->
     return find_choices(every_answer(rows, task))
 
 
-def every_answer(rows: Rows, task: Task) -> Iterator[str]:
+def every_answer(rows: Rows, task: EvaluatedTask) -> Iterator[str]:
     """Yield the answer of each training and test row."""
     for side in ("train", SIDE):
         for _, row in iterate_rows(rows, side):
-            yield task.prompt(row)[1]
+            yield task.split_answer(row)[1]
 
 
 def plant(
     questions: Sequence[Row],
     answerable: Sequence[int],
     choices: Sequence[str],
-    task: Task,
+    task: EvaluatedTask,
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> dict[int, Tree]:

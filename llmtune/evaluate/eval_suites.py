@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.fairness import check_fairness, check_speaks, make_fairness
 from llmtune.evaluate.forgetting import check_forgetting, make_forgetting
 from llmtune.evaluate.lm_eval_harness import check_benchmarks, make_benchmarks
 from llmtune.evaluate.suite_runner import Inquiry, Setting
-from llmtune.records import Task
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -48,8 +48,8 @@ def check_inputs(recipe: Recipe) -> None:
     check_benchmarks(recipe)
 
 
-def check_form(recipe: Recipe, task: Task, model: str) -> None:
-    """Refuse studies that this form of the task cannot be asked; known once the model's configuration is.
+def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
+    """Refuse studies that this variant of the task cannot be asked; known once the model's configuration is.
 
     Raises RecipeError.
     """

@@ -15,6 +15,7 @@ from llmtune.evaluate.changed_predictions import find_flips
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SIDE, Plan, make_plan
 from llmtune.evaluate.eval_suites import make_inquiries
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import Answers, answer, measure
 from llmtune.evaluate.metrics import Measure, compare
@@ -27,7 +28,7 @@ from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.suite_runner import Scored, Setting
 from llmtune.evaluate.token_batches import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, Examples, Rows, Task
+from llmtune.records import Evaluation, Examples, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,7 @@ def evaluate(
     processor: PreTrainedTokenizerBase,
     rows: Rows,
     examples: Examples,
-    task: Task,
+    task: EvaluatedTask,
     recipe: Recipe,
     console: Console,
     *,
@@ -73,7 +74,7 @@ def evaluate(
     setting = Setting(recipe, task, processor, plan, device, console, folder)
     inquiries = make_inquiries(setting)
     stands_in, answers = None, dict[str, Answers]()
-    if plan is not None and headless and task.baseline is not None:
+    if plan is not None and headless:
         stands_in, answers["base"] = baseline(plan, rows, task, recipe)
         console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
     elif plan is not None and known is not None and known.answers is not None:
@@ -82,7 +83,7 @@ def evaluate(
     said = dict[str, dict[str, Any]]()
     for name in MODELS:
         wanted = plan if name not in answers else None
-        asking = () if name == "base" and headless and task.baseline is not None else inquiries
+        asking = () if name == "base" and headless else inquiries
         if wanted is None and not asking:
             continue
         with models[name]() as model:
@@ -114,23 +115,21 @@ def keep(folder: Path, plan: Plan, rows: Rows, answers: Mapping[str, Answers], s
     save_measures(folder, name_rows([ids[row] for row in plan.rows]), scored.base, scored.tuned)
 
 
-def baseline(plan: Plan, rows: Rows, task: Task, recipe: Recipe) -> tuple[str, Answers]:
+def baseline(plan: Plan, rows: Rows, task: EvaluatedTask, recipe: Recipe) -> tuple[str, Answers]:
     """Return the name of what stands for a base model without a head, and what it says."""
-    assert task.baseline is not None
-    known = [row for _, row in iterate_rows(rows, "train")]
-    learned = [task.prompt(row)[1] if task.reference is None else task.reference(row) for row in known]
+    learned = [task.reference(row) for _, row in iterate_rows(rows, "train")]
     name, said = task.baseline(learned, [plan.questions[i] for i in plan.asked], recipe)
     predictions = dict(zip(plan.asked, said, strict=True))
-    return name, Answers(None, {i: task.write(value) for i, value in predictions.items()}, {}, predictions)
+    return name, Answers(None, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions)
 
 
-def score_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task) -> Scored:
+def score_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: EvaluatedTask) -> Scored:
     """Measure the answers of both models."""
     return Scored(*(measure(plan, said, task, recipe, base) for said in (base, tuned)))
 
 
 def compare_answers(
-    plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: Task, scored: Scored
+    plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: EvaluatedTask, scored: Scored
 ) -> Evaluation:
     """Turn the answers of both models into scores, differences, samples, flips and slices."""
     base_measures, tuned_measures = scored.base, scored.tuned
@@ -154,15 +153,15 @@ def compare_answers(
     )
 
 
-def describe(plan: Plan, base: Answers, tuned: Answers, task: Task, recipe: Recipe) -> dict[str, Any]:
+def describe(plan: Plan, base: Answers, tuned: Answers, task: EvaluatedTask, recipe: Recipe) -> dict[str, Any]:
     """Return what the task shows beside the scores, of both models."""
-    if task.details is None:
-        return {}
-    return {
-        name: task.details(list(said.predictions.values()), [plan.targets[i] for i in said.predictions], recipe)
-        for name, said in (("base", base), ("tuned", tuned))
-        if said.predictions
-    }
+    tables = {}
+    for name, said in (("base", base), ("tuned", tuned)):
+        references = [plan.targets[i] for i in said.predictions]
+        table = task.class_table(list(said.predictions.values()), references, recipe) if references else None
+        if table is not None:
+            tables[name] = table
+    return tables
 
 
 def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:

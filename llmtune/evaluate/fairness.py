@@ -9,6 +9,7 @@ import torch
 
 from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.errors import RecipeError
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.group_gaps import METHOD, find_gaps, gap_tables, score_gap
 from llmtune.evaluate.inference import count, progress
 from llmtune.evaluate.paired_sentences import Pair, hub_source, read_pairs
@@ -35,7 +36,7 @@ from llmtune.evaluate.swapped_rows import (
 from llmtune.evaluate.word_swaps import read_swaps
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.recipe.eval_suites_section import OWN
-from llmtune.records import Difference, Study, StudyTable, Task
+from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def check_fairness(recipe: Recipe) -> None:
     read_swaps(section.swaps)
 
 
-def check_speaks(recipe: Recipe, task: Task, model: str) -> None:
+def check_speaks(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     """Refuse pairs that the recipe names for a model that gives sentences no likelihood. Raises RecipeError."""
     section = recipe.evaluate.fairness
     if section is not None and section.pairs not in ((), (OWN,)) and task.auto_class not in SPEAKS:
@@ -260,7 +261,7 @@ def find_changes(questions: Questions, base: Replies | None, tuned: Replies, fou
         found.difference[METRIC] = change
     found.signatures[METRIC] = f"{len(tuned.swapped)} of {made.said_of()}"
     most = questions.setting.recipe.evaluate.samples
-    table = show_changes(made, before, tuned.swapped, plan, questions.setting.task.write, most)
+    table = show_changes(made, before, tuned.swapped, plan, questions.setting.task.format_prediction, most)
     found.tables += [table] if table else []
     found.limits.append(LIMITS["swaps"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmtune.evaluate.choice_likelihood import most_likely
 from llmtune.evaluate.eval_inputs import Plan
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.generation import generate_texts
 from llmtune.evaluate.metrics import (
     CHOICE_METRIC,
@@ -28,7 +29,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batc
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.records import Advance, Collate, Task
+from llmtune.records import Advance, Collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +69,7 @@ def answer(
     model: torch.nn.Module,
     name: str,
     plan: Plan,
-    task: Task,
+    task: EvaluatedTask,
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     console: Console,
@@ -85,8 +86,8 @@ def answer(
     dtype = resolve_dtype(recipe.model.dtype, device)
     with torch.inference_mode(), compute_context(dtype, device), progress(console) as bars:
         sums = None
-        if task.scores_rows and any(metric in TOKEN_METRICS for metric in plan.metrics):
-            collate = task.collator(processor, recipe, *(() if packs is None else (packs,)))
+        if task.has_row_loss and any(metric in TOKEN_METRICS for metric in plan.metrics):
+            collate = task.collator(processor, recipe, packs)
             advance = count(bars, f"{name}: loss", len(plan.reader))
             sums = score_tokens(model, plan, task, collate, device, advance, bool(packs))
         scores: list[list[float]] = []
@@ -94,12 +95,14 @@ def answer(
             advance = count(bars, f"{name}: choices", len(trees))
             budget = budget_for(device, TOKEN_BUDGET)
             scores = score_trees(model, list(trees.values()), device=device, budget=budget, advance=advance)
-        if task.predict is not None:
+        if task.predicts:
             advance = count(bars, f"{name}: answers", len(plan.asked))
             asked = [plan.questions[i] for i in plan.asked]
             said = task.predict(model, asked, processor, recipe, device=device, advance=advance) if asked else []
             predictions = dict(zip(plan.asked, said, strict=True))
-            return Answers(sums, {i: task.write(value) for i, value in predictions.items()}, {}, predictions)
+            return Answers(
+                sums, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions
+            )
         texts: list[str] = []
         if prompts:
             advance = count(bars, f"{name}: answers", len(prompts))
@@ -117,7 +120,7 @@ def within(plan: Plan, limit: int, new_tokens: int) -> tuple[dict[int, list[int]
 def score_tokens(
     model: torch.nn.Module,
     plan: Plan,
-    task: Task,
+    task: EvaluatedTask,
     collate: Collate,
     device: str,
     advance: Advance = lambda rows: None,
@@ -165,7 +168,7 @@ def to_device(value: Any, device: str) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answers) -> dict[str, Measure]:
+def measure(plan: Plan, answers: Answers, task: EvaluatedTask, recipe: Recipe, base: Answers) -> dict[str, Measure]:
     """Turn answers into the plan's metrics; one without rows, or that means nothing here, is left out."""
     measures: dict[str, Measure] = {}
     said, every = tuple(answers.predictions or answers.texts), tuple(range(len(plan.rows)))
@@ -177,9 +180,9 @@ def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answ
             sums = answers.sums
             if sums is not None and (metric != "bits_per_byte" or sums.target_bytes.any()):
                 found = measure_tokens(metric, sums.nats, sums.correct, sums.tokens, sums.target_bytes)
-                told = found.signature if task.by_token else task_signature(metric, task, recipe)
+                told = found.signature if task.predicts_tokens else task_signature(metric, task, recipe)
                 measures[metric] = replace(found, signature=told, at=every)
-        elif task.measure is not None and task.predict is not None:
+        elif task.predicts:
             continue
         elif metric == CHOICE_METRIC:
             right = [answers.choice(i, plan.choices) == plan.references[i] for i in answers.scores]
@@ -195,29 +198,28 @@ def measure(plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answ
 
 
 def _measure_own(
-    metric: str, plan: Plan, answers: Answers, task: Task, recipe: Recipe, base: Answers
+    metric: str, plan: Plan, answers: Answers, task: EvaluatedTask, recipe: Recipe, base: Answers
 ) -> Measure | None:
     """Return a metric as the task itself measures it; None where it leaves that to what is common."""
     said: dict[int, Any] = answers.predictions or answers.texts
-    if task.measure is None or not said:
+    if not said:
         return None
     against = base.predictions or base.texts
-    found = task.measure(
+    return task.compute_metric(
         metric,
         list(said.values()),
         [plan.targets[i] for i in said],
         recipe,
         base=[against[i] for i in said] if all(i in against for i in said) else None,
     )
-    return cast("Measure | None", found)
 
 
-def task_signature(metric: str, task: Task, recipe: Recipe) -> str:
+def task_signature(metric: str, task: EvaluatedTask, recipe: Recipe) -> str:
     """Say what the loss of a task that does not guess tokens is a mean over."""
     if metric != "loss":
         return f"{metric} of what is predicted"
     weighted = recipe.classify is not None and recipe.classify.class_weights is not None
-    return f"mean of the {task.name} loss over {task.unit}{', weighed by class_weights' if weighted else ''}"
+    return f"mean of the {task.name} loss over {task.loss_unit}{', weighed by class_weights' if weighted else ''}"
 
 
 def progress(console: Console) -> Progress:

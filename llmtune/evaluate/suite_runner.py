@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llmtune.evaluate.eval_inputs import Plan
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metric import Measure
-from llmtune.records import Study, Task
+from llmtune.records import Study
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Setting:
     """What a study has to know before it asks."""
 
     recipe: Recipe
-    task: Task
+    task: EvaluatedTask
     processor: PreTrainedTokenizerBase
     plan: Plan | None
     """The test rows; None where there are none."""

@@ -12,6 +12,7 @@ import torch
 
 from llmtune.evaluate.choice_likelihood import grow_trees, most_likely
 from llmtune.evaluate.eval_inputs import Plan, render, show
+from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.generation import generate_texts
 from llmtune.evaluate.metric import Measure, measure_right
 from llmtune.evaluate.shared_prefix import Tree, score_trees
@@ -22,7 +23,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe.eval_suites_section import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Advance, Difference, Row, StudyTable, Task
+from llmtune.records import Advance, Difference, Row, StudyTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ class SwapPlan:
 
 
 def plan_swaps(
-    plan: Plan, swaps: Swaps, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe
+    plan: Plan, swaps: Swaps, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> SwapPlan | str:
     """Swap the words in the rows of the plan, or say why that makes no sense here."""
     if recipe.task in UNSWAPPED:
@@ -90,7 +91,7 @@ def plan_swaps(
     if TASK_FACTS[recipe.task].generates and not plan.trees:
         every = list(found)
         found = {every[at]: found[every[at]] for at in cut_evenly(len(every), recipe.evaluate.limit)}
-    if task.name == "preference":
+    if task.rates_answers:
         found = {i: one for i, one in found.items() if not isinstance(task.encode([one[0]], processor, recipe)[0], str)}
     questions = {i: row for i, (row, _) in found.items()}
     swapped = {i: words for i, (_, words) in found.items()}
@@ -99,10 +100,10 @@ def plan_swaps(
 
 
 def choose_manner(
-    made: SwapPlan, plan: Plan, task: Task, processor: PreTrainedTokenizerBase, recipe: Recipe
+    made: SwapPlan, plan: Plan, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
 ) -> SwapPlan:
     """Settle how answers are taken: predictions of tasks that predict, choices where there are any, else texts."""
-    if task.predict is not None:
+    if task.predicts:
         numbers = [float(value) for value in plan.targets if isinstance(value, float)]
         apart = MOVED * statistics.pstdev(numbers) if len(numbers) == len(plan.targets) and numbers else 0.0
         how = f"predictions compared, numbers by {apart:.3g}" if apart else "predictions compared"
@@ -122,9 +123,9 @@ def choose_manner(
     return replace(made, how="answers compared, generated greedily", prompts=prompts)
 
 
-def asks(question: Row, task: Task, processor: PreTrainedTokenizerBase) -> bool:
+def asks(question: Row, task: EvaluatedTask, processor: PreTrainedTokenizerBase) -> bool:
     """Whether a row asks anything that can be answered: a prompt, a mask, two answers to judge."""
-    if task.name == "preference":
+    if task.rates_answers:
         return "chosen" in question
     if task.auto_class == "AutoModelForMaskedLM":
         return str(processor.mask_token) in question["prompt"] + question["completion"]
@@ -162,7 +163,7 @@ def ask_swapped(
     model: torch.nn.Module,
     made: SwapPlan,
     plan: Plan,
-    task: Task,
+    task: EvaluatedTask,
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     device: str,
@@ -170,7 +171,7 @@ def ask_swapped(
 ) -> Said:
     """Put each row to a model as it stands and swapped, in one go: rounding then differs as little as can be."""
     limit = context_length(unwrap(model).config) or 1 << 60
-    if task.predict is not None:
+    if task.predicts:
         rows = list(made.questions)
         both = [plan.questions[i] for i in rows] + [made.questions[i] for i in rows]
         said = task.predict(model, both, processor, recipe, device=device, advance=advance) if both else []

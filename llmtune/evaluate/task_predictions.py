@@ -20,7 +20,7 @@ from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budg
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.model.task_losses import read_inputs
-from llmtune.records import Advance, Example, Row
+from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,13 +54,13 @@ def in_batches(
 
 def predict_classes(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
     device: str,
     advance: Advance = lambda rows: None,
-) -> list[dict[str, Any]]:
+) -> list[Any]:
     """Return `{label, scores}`: probabilities by class (`label` is a list where there are many), or one number."""
     section = recipe.classify
     assert section is not None
@@ -94,7 +94,7 @@ def name_of(scores_K: Any, kind: str, labels: Sequence[str]) -> str | float | li
 
 def fill_masks(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
@@ -135,7 +135,7 @@ def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple
 
 def predict_tags(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
@@ -179,13 +179,13 @@ def _cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int 
 
 def predict_ends(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
     device: str,
     advance: Advance = lambda rows: None,
-) -> list[dict[str, Any]]:
+) -> list[Any]:
     """Return `{text, start, end, score, null_score}`: the best stretch of the context over all windows.
 
     An empty text is `no answer`: where its score is above the best answer's by more than
@@ -247,7 +247,7 @@ def find_span(
 
 def write_texts(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     to_pair: ToPair,

@@ -18,7 +18,7 @@ from llmtune.evaluate.task_predictions import decoder_settings, generate
 from llmtune.evaluate.token_batches import run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.task_losses import sound_pieces
-from llmtune.records import Advance, Example, Row
+from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ WINDOWS = {"cpu": 8, "cuda": 64}
 """Windows that are heard at once."""
 
 
-def hear_windows(rows: Sequence[Row], extract: Any, recipe: Recipe) -> list[tuple[int, Samples]]:
+def hear_windows(rows: Sequence[Any], extract: Any, recipe: Recipe) -> list[tuple[int, Samples]]:
     """Return the windows of all recordings, each with the number of its row.
 
     Raises DataError for a recording that cannot be read.
@@ -56,7 +56,7 @@ def join_windows(rows: int, windows: Sequence[tuple[int, Any]], texts: Sequence[
 
 def transcribe_whisper(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,
@@ -94,7 +94,7 @@ def transcribe_whisper(
 
 def transcribe_ctc(
     model: torch.nn.Module,
-    rows: Sequence[Row],
+    rows: Sequence[Any],
     processor: PreTrainedTokenizerBase,
     recipe: Recipe,
     *,

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from llmtune.explain.token_text import Token, name_tokens
 from llmtune.model.memory_plan import context_length
 from llmtune.model.task_losses import decoder_inputs
 from llmtune.recipe import Recipe, SpeechSection
+from llmtune.tasks.text_to_text import EncoderDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,9 +169,8 @@ def _ids(subject: Subject, given: Given, recipe: Recipe) -> tuple[list[int], lis
 def _pair(subject: Subject, given: Given, recipe: Recipe) -> Pair:
     """Return what is read and written: of a run as its task puts it, with its prefix and languages."""
     task, processor = subject.task, subject.processor
-    to_pair = task.predict.keywords.get("to_pair") if task and isinstance(task.predict, partial) else None
-    if task is not None and to_pair is not None and task.ask is not None and "context" not in task.asks:
-        pair: Pair = to_pair(task.ask({"prompt": given.text}), recipe)
+    if isinstance(task, EncoderDecoder) and "context" not in task.inputs:
+        pair = task.pair(task.make_row({"prompt": given.text}), recipe)
         return replace(pair, target=given.target or "")
     own = [getattr(processor, name, None) for name in ("src_lang", "tgt_lang")]
     said = [part.strip() for part in given.language.split(",")] if given.language else own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +15,12 @@ from llmtune.data.seq2seq_encoding import Pair, first_token, source_ids
 from llmtune.data.speech_encoding import set_speech
 from llmtune.data.target_collators import feature_extractor, hear
 from llmtune.errors import Problem, RecipeError
-from llmtune.evaluate.task_predictions import fill_masks, write_texts
 from llmtune.evaluate.transcription import hear_windows
 from llmtune.explain.target import Subject
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe
-from llmtune.records import Row, Task
+from llmtune.tasks.completion import MaskedCompletion
+from llmtune.tasks.text_to_text import EncoderDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,12 +85,11 @@ def read_prompt(subject: Subject, given: Given) -> Prompt:
         prompt = _masked(str(given.prompt), subject, recipe)
     elif task is None:
         prompt = _plain(subject, given, recipe)
-    elif task.render is not None:
-        prompt = Prompt(task.render(_row(task, given), subject.processor, recipe), recipe)
+    elif task.continues_text:
+        prompt = Prompt(task.prompt_ids(task.make_row(given.named()), subject.processor, recipe), recipe)
     else:
-        assert isinstance(task.predict, partial), "who writes a text makes pairs of its rows"
-        assert task.ask is not None, "and says what it asks for"
-        pair = task.predict.keywords["to_pair"](task.ask(given.named()), recipe)
+        assert isinstance(task, EncoderDecoder), "who writes a text makes pairs of its rows"
+        pair = task.pair(task.make_row(given.named()), recipe)
         ids = source_ids(pair, subject.processor, recipe)
         prompt = Prompt(ids, recipe, first=first_token(pair, subject.processor))
     check_length(prompt.ids, subject)
@@ -107,7 +105,7 @@ def check_given(subject: Subject, given: Given) -> None:
     """Raise RecipeError for what is missing, empty or of no use here, and for a model that writes no text."""
     _check_writes(subject)
     if subject.task is not None:
-        asks: Mapping[str, bool] = subject.task.asks
+        asks: Mapping[str, bool] = subject.task.inputs
     else:
         templated = bool(subject.processor.chat_template) and subject.family == "decoder" and not given.plain
         asks = {"audio": True} if hears(subject) else {"prompt": True, **({"system": False} if templated else {})}
@@ -133,8 +131,7 @@ def _check_writes(subject: Subject) -> None:
         writes = hears(subject) or subject.family != "encoder" or masked
         what = f"this model predicts no words: it is a {named[0] if named else config.model_type}"
     else:
-        made = task.predict.func if isinstance(task.predict, partial) else task.predict
-        writes = hears(subject) or task.render is not None or made in (write_texts, fill_masks)
+        writes = hears(subject) or task.continues_text or isinstance(task, EncoderDecoder | MaskedCompletion)
         what = f"the model of this run predicts no words (task {task.name})"
     if not writes:
         fix = "`llmtune explain attention` and `llmtune explain model` look inside such a model."
@@ -158,15 +155,6 @@ def plain_recipe(subject: Subject, given: Given) -> Recipe:
         task = "chat"
     stated: dict[str, Any] = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
     return Recipe.model_validate({**stated, "model": {"name": subject.name}})
-
-
-def _row(task: Task, given: Given) -> Row:
-    """Return the row of what was given, as `llmtune generate` makes it."""
-    if task.ask is not None and task.name != "preference":
-        return task.ask(given.named())
-    if task.name == "completion":
-        return {"prompt": given.prompt, "completion": ""}
-    return {"messages": _messages(given)}
 
 
 def _messages(given: Given) -> list[dict[str, Any]]:

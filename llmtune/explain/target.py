@@ -23,7 +23,7 @@ from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.records import Task
+    from llmtune.tasks import AnyTask
 
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
@@ -49,7 +49,7 @@ class Subject:
     """Where pictures go unless a person says otherwise."""
     recipe: Recipe | None = None
     """The settled recipe of a run."""
-    task: Task | None = None
+    task: AnyTask | None = None
     """The task of a run, in the form that its model does."""
 
 

@@ -80,7 +80,7 @@ def train_run(run: str) -> dict[str, Any]:
     assert pins is not None, "the parent has written the lock"
     context = RunContext(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
     place = locate_pinned(context, pins.model)
-    context.settle(place, load_rows(folder.path / "data" / "rows"))
+    context.infer_labels(place, load_rows(folder.path / "data" / "rows"))
     adapted = make_adapted(context, place, load_processor(place, recipe.model))
     adapt = describe(adapted)
     trained = train(

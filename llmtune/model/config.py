@@ -11,8 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.records import ModelRef, Task
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection, Recipe
@@ -25,7 +26,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 """What transformers raises for files that are damaged or that it does not know."""
 
 
-def find_class(place: ModelRef, recipe: Recipe, task: Task) -> tuple[type[PreTrainedModel], Any]:
+def find_class(place: ModelRef, recipe: Recipe, task: TaskInterface) -> tuple[type[PreTrainedModel], Any]:
     """Return the class that loads this model for `task`, and the model's configuration, its head's size set.
 
     Raises RecipeError where the model cannot do the task, such as an encoder for chat.
@@ -34,8 +35,7 @@ def find_class(place: ModelRef, recipe: Recipe, task: Task) -> tuple[type[PreTra
     auto_class = getattr(transformers, task.auto_class)
     own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
     if own and recipe.model.trust_remote_code:
-        if task.shape_config is not None:
-            task.shape_config(config, recipe)
+        task.configure_head(config, recipe)
         return auto_class, config
     if not fits(config, task):
         described = describe_config(config)
@@ -44,8 +44,7 @@ def find_class(place: ModelRef, recipe: Recipe, task: Task) -> tuple[type[PreTra
             "model.name",
             NEEDS[task.auto_class],
         )
-    if task.shape_config is not None:
-        task.shape_config(config, recipe)
+    task.configure_head(config, recipe)
     return auto_class._model_mapping[type(config)], config
 
 
@@ -70,17 +69,17 @@ def describe_config(config: Any) -> str:
     return str(named[0]) if named else f"model type {config.model_type}"
 
 
-def fits(config: Any, task: Task) -> bool:
-    """Whether a model with this configuration can do the task in this form.
+def fits(config: Any, task: TaskInterface) -> bool:
+    """Whether a model with this configuration can do this variant of the task.
 
     Where the task brings a head of its own, any model of a kind that takes one does; else the model must have the head.
     """
     known = getattr(transformers, task.auto_class)._model_mapping
     fitting = known.get(type(config), None)
-    if fitting is None or not task.fits(config):
+    if fitting is None or not task.supports(config):
         return False
     named = list(getattr(config, "architectures", None) or [])
-    return task.headed or not named or fitting.__name__ in named or _is_relative(named, fitting.__name__)
+    return task.trains_head or not named or fitting.__name__ in named or _is_relative(named, fitting.__name__)
 
 
 def is_encoder(config: Any) -> bool:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, build_skeleton, find_class, head_names, in_heads
-from llmtune.records import ModelRef, Task
+from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,12 +44,12 @@ def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, re
     model.config.pad_token_id = processor.pad_token_id
 
 
-def head_is_new(place: ModelRef, recipe: Recipe, task: Task) -> bool:
+def head_is_new(place: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
     """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
 
     Of pickled weights it cannot be told without loading them: there the configuration's word is taken.
     """
-    if not task.headed:
+    if not task.trains_head:
         return False
     model_class, config = find_class(place, recipe, task)
     if getattr(config, OTHER_CLASSES, False):

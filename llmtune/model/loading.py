@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import take_loss_at_head
 from llmtune.model.config import (
@@ -32,7 +33,7 @@ from llmtune.model.packed_attention import PACKED, choose_attention, install_pac
 from llmtune.model.packed_pooling import pool_documents
 from llmtune.model.packing_check import prove_isolation, reads_apart
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import MemoryPlan, ModelRef, SelectedModel, Task
+from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -43,7 +44,7 @@ CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 def load_model(
     place: ModelRef,
     recipe: Recipe,
-    task: Task,
+    task: TaskInterface,
     processor: PreTrainedTokenizerBase,
     *,
     device: str,
@@ -67,7 +68,7 @@ def load_model(
 def _load(
     place: ModelRef,
     recipe: Recipe,
-    task: Task,
+    task: TaskInterface,
     processor: PreTrainedTokenizerBase,
     device: str,
     training: bool,
@@ -110,12 +111,22 @@ def _load(
     if reason and not decodes and console is not None:
         console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
     plan = plan or plan_memory(place, recipe, task, recipe.data.max_length, device)
-    if task.check is not None:
-        task.check(model, processor, recipe)
-    return SelectedModel(place, model, processor, plan, quantization is not None, task, new, packs)
+    task.check_model(model, processor, recipe)
+    return SelectedModel(
+        place,
+        model,
+        processor,
+        plan,
+        quantization is not None,
+        trains_head=task.trains_head,
+        peft_task_type=task.peft_task_type,
+        needs_reference_model=task.needs_reference_model(recipe),
+        new_weights=new,
+        packs=packs,
+    )
 
 
-def choose_packing(model_class: Any, config: Any, recipe: Recipe, task: Task) -> tuple[str | None, str | None]:
+def choose_packing(model_class: Any, config: Any, recipe: Recipe, task: TaskInterface) -> tuple[str | None, str | None]:
     """Return the attention to install (None: the model's own choice), and why rows are not packed by it.
 
     Without it those of a decoder stand in one line with a mask over them, and those of other models are padded.
@@ -132,13 +143,13 @@ def choose_packing(model_class: Any, config: Any, recipe: Recipe, task: Task) ->
 
 
 def _quantization(
-    recipe: Recipe, task: Task, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
+    recipe: Recipe, task: TaskInterface, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
 ) -> BitsAndBytesConfig:
     """Say which parts stay as they are: heads, and a pooling layer, which is made new where the files have none."""
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
     names = [name for name, _ in skeleton.named_modules()]
-    new = [name for name in names if task.headed and is_new_part(name, heads) and not in_heads(name, heads)]
+    new = [name for name in names if task.trains_head and is_new_part(name, heads) and not in_heads(name, heads)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.adapter.bnb_4bit_quant_type,
@@ -162,7 +173,7 @@ def _keep_quantized_format(model: PreTrainedModel) -> None:
 def _load_weights(
     place: ModelRef,
     recipe: Recipe,
-    task: Task,
+    task: TaskInterface,
     model_class: Any,
     config: Any,
     attention: str | None,
@@ -191,7 +202,7 @@ def _load_weights(
                 use_safetensors=recipe.model.use_safetensors,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=task.headed,  # a head for other classes
+                ignore_mismatched_sizes=task.trains_head,  # a head for other classes
                 **options,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -213,7 +224,9 @@ def _load_weights(
     return cast(PreTrainedModel, placed), tuple(sorted(new))
 
 
-def _account_for(model: PreTrainedModel, info: dict[str, Any], config: Any, task: Task, place: ModelRef) -> set[str]:
+def _account_for(
+    model: PreTrainedModel, info: dict[str, Any], config: Any, task: TaskInterface, place: ModelRef
+) -> set[str]:
     """Return the names of a new head's weights, and put a trained head's outputs in the recipe's order, in place.
 
     Raises EnvironmentProblem where other weights are missing in the files.
@@ -221,7 +234,7 @@ def _account_for(model: PreTrainedModel, info: dict[str, Any], config: Any, task
     other_size = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
     absent = set(info["missing_keys"]) | other_size
     heads = head_names(model)
-    new = {name for name in absent if task.headed and is_new_part(name, heads)}
+    new = {name for name in absent if task.trains_head and is_new_part(name, heads)}
     if getattr(config, OTHER_CLASSES, False) and not new & {
         n for n, _ in model.named_parameters() if in_heads(n, heads)
     }:

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
-from llmtune.records import MemoryPlan, ModelRef, Task
+from llmtune.records import MemoryPlan, ModelRef
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection, Recipe
@@ -48,7 +49,7 @@ class Shape:
     vocabulary: int
 
 
-def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device: str) -> MemoryPlan:
+def plan_memory(place: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str) -> MemoryPlan:
     """Estimate the bytes of training with `tokens` in a micro-batch.
 
     Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
@@ -70,7 +71,7 @@ def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device
         "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing is True),
         "logits": _logits_at_once(shape, task, tokens) * _logit_bytes(shape, weight_bytes),
     }
-    if task.compares(recipe) and (full or recipe.adapter.start_from is not None):
+    if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained
     lower_bound = _fixed(parts) + _logit_bytes(shape, weight_bytes)
     if recipe.train.optim.startswith("paged_"):
@@ -78,7 +79,7 @@ def plan_memory(place: ModelRef, recipe: Recipe, task: Task, tokens: int, device
     return MemoryPlan(parts, lower_bound, memory_limit(device), device)
 
 
-def resolve_checkpointing(place: ModelRef, recipe: Recipe, task: Task, longest: int, device: str) -> bool:
+def resolve_checkpointing(place: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> bool:
     """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
 
     Never for a model that cannot do it. Raises what `plan_memory` raises.
@@ -95,7 +96,7 @@ def _fixed(parts: Mapping[str, int]) -> int:
     return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
 
 
-def check_context(place: ModelRef, recipe: Recipe, task: Task, longest: int) -> None:
+def check_context(place: ModelRef, recipe: Recipe, task: TaskInterface, longest: int) -> None:
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
     _, config = find_class(place, recipe, task)
     context = context_length(config)
@@ -124,7 +125,7 @@ FROM_PADDING = (
 """Model types whose first position stands behind the padding token's number."""
 
 
-def read_sizes(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: Task) -> Shape:
+def read_sizes(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: TaskInterface) -> Shape:
     """Count parameters and read sizes from a model on the meta device."""
     text = config.get_text_config()
     linears = linear_shapes(skeleton)
@@ -132,14 +133,14 @@ def read_sizes(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, 
     inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
     kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
     hidden = getattr(text, "hidden_size", 0)
-    guesses = task.by_token or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
+    guesses = task.predicts_tokens or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
     adapted = _adapter_sizes(inner, adapter)
     own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return Shape(
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         quantizable=sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")}),
-        adapter=sum(adapted) + (sum(own) if task.headed else 0),
-        small=sum(size for size in (*adapted, *(own if task.headed else ())) if size < _SMALL),
+        adapter=sum(adapted) + (sum(own) if task.trains_head else 0),
+        small=sum(size for size in (*adapted, *(own if task.trains_head else ())) if size < _SMALL),
         layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
         hidden=hidden,
         intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
@@ -246,7 +247,7 @@ def _activation_bytes(shape: Shape, weight_bytes: int, checkpointing: bool) -> i
     return shape.layers * shape.hidden * weight_bytes + layer if checkpointing else shape.layers * layer
 
 
-def _logits_at_once(shape: Shape, task: Task, tokens: int) -> int:
+def _logits_at_once(shape: Shape, task: TaskInterface, tokens: int) -> int:
     """Return the tokens whose logits stand in memory together: of a decoder those of one chunk of its loss."""
     if task.auto_class != "AutoModelForCausalLM" or not shape.vocabulary:
         return tokens

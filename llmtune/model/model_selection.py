@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data import read_rows
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, resolve_dtype
@@ -25,12 +26,12 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, format_bytes, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows, Task
+from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
-ChooseTask = Callable[[ModelRef], Task]
+ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
 """Enough to tell models apart by more than a few per cent, few enough to take seconds."""
@@ -74,7 +75,7 @@ class _Entrant:
     """A candidate that can do the task and fits, with the sample in its own tokens."""
 
     place: ModelRef
-    task: Task
+    task: TaskInterface
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
     context: int | None

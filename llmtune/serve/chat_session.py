@@ -14,7 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from llmtune.errors import RecipeError
 from llmtune.evaluate.generation import decode_answer, generation_settings, only_these_settings
-from llmtune.records import Row, Task
+from llmtune.records import Row
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class ChatSession:
     """Answers prompts with one model, and remembers what was said where it is asked to.
 
-    Ids are made by `task.render`, as in training and evaluation, and generation follows `recipe.generation`. With
+    Ids are made by `task.prompt_ids`, as in training and evaluation, and generation follows `recipe.generation`. With
     `do_sample` the random draws start from the recipe's seed and the number of messages before the answer: the same
     conversation goes the same way again.
     """
@@ -38,7 +39,7 @@ class ChatSession:
         model: PreTrainedModel,
         processor: PreTrainedTokenizerBase,
         recipe: Recipe,
-        task: Task,
+        task: AnyTask,
         console: Console | None = None,
     ) -> None:
         self.model = model
@@ -67,7 +68,7 @@ class ChatSession:
             RecipeError: the task has no conversations, or the prompt has no room in the model's context.
             DataError: the chat template does not take these messages.
         """
-        if self.task.name == "completion":
+        if not self.task.is_conversational:
             if keep or system:
                 what = "this run goes on from a text (task completion): it knows no conversation"
                 raise RecipeError.of(what, fix="Use: llmtune generate RUN --prompt TEXT")
@@ -89,9 +90,8 @@ class ChatSession:
         room = context_length(self.model)
         new = self.recipe.generation.max_new_tokens
         ids: list[int] = []
-        assert self.task.render is not None, "whoever answers goes on from a prompt"
         for row in rows:
-            ids = self.task.render(row, self.processor, self.recipe)
+            ids = self.task.prompt_ids(row, self.processor, self.recipe)
             if room is None or len(ids) + new <= room:
                 self._note_forgotten(len(rows[0].get("messages", ())) - len(row.get("messages", ())))
                 return ids

@@ -298,7 +298,6 @@ class Engine:
         if not jobs:
             return
         served = batch.served
-        assert served.task.predict is not None
         dtype = resolve_dtype(served.recipe.model.dtype, served.model.device.type)
         rows = [job.row for job in jobs]
         try:

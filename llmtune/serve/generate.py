@@ -14,12 +14,10 @@ from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_processor, resolve_dtype
 from llmtune.model.heads import head_is_new
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import ModelRef, Task
+from llmtune.records import ModelRef
 from llmtune.serve.chat_session import ChatSession
 from llmtune.session import Models, RunContext, open_finished
-
-TALKING = ("chat", "completion", "preference")
-"""Tasks whose models answer in a conversation, or go on from a text."""
+from llmtune.tasks import AnyTask
 
 
 def answer_once(
@@ -49,34 +47,33 @@ def answer_once(
         raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
     session = load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)
     task, recipe = session.task, session.recipe
-    if task.ask is None or (task.name == "preference" and task.render is not None):
+    if task.free_prompt:
         text = "".join(session.answer(str(given["prompt"]), system=given.get("system")))
         return {"text": text, "prediction": text}
-    row, device = task.ask(given), str(session.model.device)
+    row, device = task.make_row(given), str(session.model.device)
     said: Any
-    if task.predict is None:
-        assert task.render is not None
-        ids = task.render(row, session.processor, recipe)
+    if not task.predicts:
+        ids = task.prompt_ids(row, session.processor, recipe)
         (said,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
     else:
         dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
         with torch.inference_mode(), compute_context(dtype, device):
             (said,) = task.predict(session.model, [row], session.processor, recipe, device=device)
-    return {"text": task.tell(said, row) if task.tell else task.write(said), "prediction": said}
+    return {"text": task.format_answer(said, row), "prediction": said}
 
 
-def check_given(task: Task, given: Mapping[str, str | None]) -> None:
+def check_given(task: AnyTask, given: Mapping[str, str | None]) -> None:
     """Raise RecipeError for what a task asks for and was not given, or was given and does not use."""
-    wanted = ", ".join(f"--{name}" for name in task.asks)
+    wanted = ", ".join(f"--{name}" for name in task.inputs)
     problems = [
         Problem(f"task {task.name} needs it", f"--{name}", f"Give {wanted}.")
-        for name, needed in task.asks.items()
+        for name, needed in task.inputs.items()
         if needed and not (given.get(name) or "").strip()
     ]
     problems += [
         Problem(f"task {task.name} has no use for it", f"--{name}", f"Leave it out; give {wanted}.")
         for name, value in given.items()
-        if value is not None and name not in task.asks
+        if value is not None and name not in task.inputs
     ]
     RecipeError.collect(problems)
 
@@ -86,7 +83,7 @@ def open_session(
 ) -> ChatSession:
     """Load the model of a finished run to talk to it."""
     context, place = open_finished(run, console, offline)
-    if context.task.name not in TALKING:
+    if not context.task.free_prompt:
         fix = "Use: llmtune generate RUN, which asks one thing at a time."
         raise RecipeError.of(f"a model of task {context.task.name} holds no conversation", str(run), fix)
     return load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)

@@ -45,7 +45,6 @@ STREAM = {"text/event-stream": {"example": "data: {...}\n\ndata: [DONE]\n\n"}}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": STREAM, "description": "The answer; with `stream: true` as server-sent events."}
 }
-TALKING = ("chat", "preference")
 
 
 def build_app(engine: Engine, rules: Rules) -> ASGIApp:
@@ -62,11 +61,11 @@ def build_app(engine: Engine, rules: Rules) -> ASGIApp:
     task = desk.first.task
     router = APIRouter()
     kind = "ask"
-    if desk.first.writes and task.name in TALKING:
+    if task.free_prompt and task.is_conversational:
         kind = "chat"
         _mount_chat(router, desk, meters)
         _mount_completions(router, desk, meters)
-    elif desk.first.writes and task.name == "completion":
+    elif task.free_prompt:
         kind = "completion"
         _mount_completions(router, desk, meters)
     else:

@@ -110,9 +110,8 @@ class Desk:
         """Queue a conversation up for its next answer."""
         served = self.find(asked.model)
         row, turn = read_messages(asked)
-        assert served.task.render is not None
         try:
-            ids = served.task.render(row, served.processor, served.recipe)
+            ids = served.task.prompt_ids(row, served.processor, served.recipe)
         except LlmtuneError as error:
             raise Refusal(400, "; ".join(problem.what for problem in error.problems), param="messages") from error
         return self._queue(served, ids, asked, asked.max_completion_tokens or asked.max_tokens, turn)
@@ -135,14 +134,12 @@ class Desk:
         """Queue up what a task asks for; returns the row beside the ticket."""
         served = self.find(name)
         task = served.task
-        assert task.ask is not None
-        row = task.ask(given)
-        if not served.writes or task.predict is not None:
+        row = task.make_row(given)
+        if task.predicts:
             job = Job(served, lambda event: None, row=row)
         else:
-            assert task.render is not None
             try:
-                ids = task.render(row, served.processor, served.recipe)
+                ids = task.prompt_ids(row, served.processor, served.recipe)
             except LlmtuneError as error:
                 raise as_refusal(error) from error
             job = self._written(served, ids, {}, None, served.recipe.seed)

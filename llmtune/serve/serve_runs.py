@@ -86,7 +86,7 @@ def serve_runs(
     except BaseException:
         taken.close()
         raise
-    speech = opened[0].context.task.name == "speech"
+    speech = opened[0].context.task.takes_audio
     body_bytes = options.max_body or (RECORDING_BYTES if speech else BODY_BYTES)
     hosts = LOOPBACK if key is None else None
     app = build_app(engine, Rules(body_bytes, digest(key) if key else None, hosts))
@@ -234,7 +234,7 @@ def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Cons
     opened = open_runs(runs, options, console)
     first = opened[0]
     recipe, task = first.context.recipe, first.context.task
-    if task.render is None or task.name not in ("chat", "completion", "preference"):
+    if not task.free_prompt:
         fix = "Leave --engine away: llmtune's own server has an endpoint for it."
         raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)
     whole = first.path / "merged" if options.merged else first.path / trained_name(recipe)

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from llmtune.evaluate.generation import answer_ends, decode_answer
 from llmtune.model.memory_plan import context_length
-from llmtune.records import Task
+from llmtune.tasks import AnyTask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Served:
     model: PreTrainedModel
     processor: PreTrainedTokenizerBase
     recipe: Recipe
-    task: Task
+    task: AnyTask
     adapter: str | None = None
     """The adapter's name in the PEFT model; None: the base with all of them switched off, or a model without any."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -51,7 +51,7 @@ class Served:
     @property
     def writes(self) -> bool:
         """Whether an answer is written token by token behind its prompt; else `task.predict` gives it."""
-        return self.task.render is not None
+        return self.task.continues_text
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

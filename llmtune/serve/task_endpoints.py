@@ -16,13 +16,13 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.records import Task
 from llmtune.serve.engine import End
 from llmtune.serve.prometheus import Meters
 from llmtune.serve.request_handler import Desk, Ticket
 from llmtune.serve.schemas import REFUSALS, Asked, Refusal, Text
 from llmtune.serve.served_model import Served
 from llmtune.serve.sse import given_up
+from llmtune.tasks import AnyTask
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class TaskAnswer(BaseModel):
     words: list[str] | None = Field(default=None, description="The words that the tags are of.")
 
 
-def mount(router: APIRouter, task: Task, desk: Desk, meters: Meters) -> str:
+def mount(router: APIRouter, task: AnyTask, desk: Desk, meters: Meters) -> str:
     """Put the endpoint of a task into `router`; returns its path."""
     endpoint = ENDPOINTS[task.name]
     fields: dict[str, Any] = {
-        endpoint.names[name][0]: _field(endpoint.names[name][1], needed) for name, needed in task.asks.items()
+        endpoint.names[name][0]: _field(endpoint.names[name][1], needed) for name, needed in task.inputs.items()
     }
     model: Any = (Text | None, Field(default=None, description="A name of `/v1/models`; the first one if left out."))
     shape = create_model(f"{task.name.title().replace('-', '')}Asked", __base__=Asked, model=model, **fields)
-    read = _read_recording if task.name == "speech" else _read_fields
+    read = _read_recording if task.takes_audio else _read_fields
     given_names = {field: name for name, (field, _) in endpoint.names.items()}
 
     async def answer(request: Request) -> Response:
@@ -129,9 +129,9 @@ def _field(about: str, needed: bool) -> Any:
     return (Text | None, Field(default=None, description=about))
 
 
-def _content(shape: type[Asked], task: Task) -> dict[str, Any]:
+def _content(shape: type[Asked], task: AnyTask) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": shape.model_json_schema()}}
-    if task.name == "speech":
+    if task.takes_audio:
         properties = {"file": {"type": "string", "format": "binary"}, "model": {"type": "string"}}
         form = {"type": "object", "properties": properties, "required": ["file"]}
         content["multipart/form-data"] = {"schema": form}
@@ -206,8 +206,8 @@ def _tell(served: Served, said: Any, row: dict[str, Any]) -> TaskAnswer:
     return TaskAnswer(
         model=served.name,
         task=task.name,
-        text=task.tell(said, row) if task.tell else task.write(said),
+        text=task.format_answer(said, row),
         prediction=said,
-        labels=list(section.labels or ()) or None if task.name == "classify" and section else None,
+        labels=list(section.labels or ()) or None if section else None,
         words=row.get("tokens"),
     )

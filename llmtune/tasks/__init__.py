@@ -1,16 +1,11 @@
-"""The table of tasks: each is a `Task` put together, in a file of its own, from functions of the packages below.
-
-A task has a form for each kind of model that can do it: an encoder points at an answer, a decoder writes it.
-"""
+"""The table of tasks, a file each; a task has a variant for each kind of model that can do it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.model.config import NEEDS, describe_config, fits
-from llmtune.recipe import Recipe
-from llmtune.records import Task
 from llmtune.tasks import (
     chat,
     classify,
@@ -22,44 +17,49 @@ from llmtune.tasks import (
     token_classify,
     translate,
 )
+from llmtune.tasks.base import AnyTask, Task
 
-__all__ = ["FORMS", "TASKS", "choose_form", "get_task"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from llmtune.recipe import Recipe
+
+__all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
 
 _FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference)
-FORMS: dict[str, tuple[Task, ...]] = {file.FORMS[0].name: file.FORMS for file in _FILES}
-"""By task, its forms; the first that the recipe admits and the model fits is taken."""
-TASKS: dict[str, Task] = {name: forms[0] for name, forms in FORMS.items()}
+VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
+"""By task, its variants; the first that the recipe asks for and the model supports is taken."""
 
 
-def get_task(name: str) -> Task:
-    """Return the task called `name`, in its first form.
+def get_task(name: str) -> AnyTask:
+    """Return the task called `name`, in its first variant.
 
     Raises:
         RecipeError: there is none.
     """
-    if name not in TASKS:
-        known = tuple(TASKS)
+    if name not in VARIANTS:
+        known = tuple(VARIANTS)
         raise RecipeError.of(
             f"unknown task {name!r}.{nearest(name, known)}", where="task", fix=f"Choose one of: {', '.join(known)}."
         )
-    return TASKS[name]
+    return VARIANTS[name][0]
 
 
-def choose_form(recipe: Recipe, config: Any, model: str) -> Task:
-    """Return the form of the recipe's task that a model with this configuration can do.
+def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyTask:
+    """Return the variant of the recipe's task that a model with this configuration can do.
 
     Raises:
         RecipeError: there is none; it says what the task needs.
     """
     get_task(recipe.task)
-    forms = [form for form in FORMS[recipe.task] if form.admits(recipe)]
+    variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}
-    for form in forms:
-        if fits(config, form) or (recipe.model.trust_remote_code and form.auto_class in own):
-            return form
-    wanted = " or ".join(dict.fromkeys(form.auto_class for form in forms))
+    for variant in variants:
+        if fits(config, variant) or (recipe.model.trust_remote_code and variant.auto_class in own):
+            return variant
+    needed = " or ".join(dict.fromkeys(variant.auto_class for variant in variants))
     raise RecipeError.of(
-        f"{model} is a {describe_config(config)}: it cannot be used for the task {recipe.task}, which needs {wanted}",
+        f"{model} is a {describe_config(config)}: it cannot be used for the task {recipe.task}, which needs {needed}",
         "model.name",
-        " Or: ".join(dict.fromkeys(NEEDS[form.auto_class] for form in forms)),
+        " Or: ".join(dict.fromkeys(NEEDS[variant.auto_class] for variant in variants)),
     )

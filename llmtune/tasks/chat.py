@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import causal_collator
+from llmtune.data.task_interface import Encoded
 from llmtune.model import causal_loss
-from llmtune.records import Row, Task
+from llmtune.records import Batch, Collate, Loss, Row
+from llmtune.tasks.base import Task
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
 
-def prompt(row: Row) -> tuple[Row, str]:
-    """Split a row at its last trained answer: the conversation before it, and the answer as text.
+class Chat(Task[Row, str]):
+    """A decoder that answers messages."""
 
-    Where no answer may be trained on (`train: false` on all), the last one is taken.
-    """
-    messages = row["messages"]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        return row, ""
-    last = [i for i in answers if messages[i].get("train", True)] or answers
-    return {**row, "messages": messages[: last[-1]]}, messages[last[-1]].get("content") or ""
+    name = "chat"
+    auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+    optional_inputs = ("system",)
+    packs = True
+    predicts = False
+    continues_text = True
+    free_prompt = True
+    is_conversational = True
+
+    def make_row(self, given: Mapping[str, str | None]) -> Row:
+        """Return the conversation of one question, after a system message if one was given."""
+        return {"messages": question_messages(given)}
+
+    def split_answer(self, row: Row) -> tuple[Row, str]:
+        """Split a row at its last trained answer: the conversation before it, and the answer as text.
+
+        Where no answer may be trained on (`train: false` on all), the last one is taken.
+        """
+        messages = row["messages"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return row, ""
+        last = [i for i in answers if messages[i].get("train", True)] or answers
+        return {**row, "messages": messages[: last[-1]]}, messages[last[-1]].get("content") or ""
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+        """Return the examples of each conversation."""
+        return encode_chat(rows, processor, recipe)
+
+    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
+        """Return what packs rows, or pads them."""
+        return causal_collator(processor, recipe, packs)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the cross entropy of the answers' tokens."""
+        return causal_loss(model, batch, by_row)
+
+    def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+        """Return the token ids of the rendered conversation, ready for the next answer."""
+        return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
 
 
-def render(row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return the token ids to generate an answer from."""
-    return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
+def question_messages(given: Mapping[str, str | None]) -> list[dict[str, str]]:
+    """Return the messages of a prompt, after those of a system message if one was given."""
+    head = [{"role": "system", "content": system}] if (system := given.get("system")) else []
+    return [*head, {"role": "user", "content": given["prompt"] or ""}]
 
 
-CHAT = Task(
-    name="chat",
-    auto_class="AutoModelForCausalLM",
-    peft_task_type="CAUSAL_LM",
-    encode=encode_chat,
-    collator=causal_collator,
-    loss=causal_loss,
-    prompt=prompt,
-    render=render,
-    packs=True,
-)
-FORMS = (CHAT,)
+VARIANTS = (Chat(),)

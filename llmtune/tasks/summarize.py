@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
-from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
-from llmtune.evaluate.task_predictions import write_texts
-from llmtune.records import Row, Task
-from llmtune.tasks import translate
-from llmtune.tasks.translate import fill
+from llmtune.data.seq2seq_encoding import Pair
+from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -20,45 +15,41 @@ PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""
 
 
-def template(recipe: Recipe, otherwise: str) -> str:
-    """Return the recipe's prompt, or what stands in its place."""
-    return recipe.summarize.prompt if recipe.summarize and recipe.summarize.prompt else otherwise
+class SummarizeRow(TypedDict):
+    """A text and its summary."""
+
+    document: str
+    summary: str
 
 
-def for_encoder(row: Row, recipe: Recipe) -> Pair:
-    """Return the document as an encoder reads it."""
-    return Pair(fill(template(recipe, "{document}"), document=row["document"]), row["summary"])
+class Summarize(TextToText[SummarizeRow]):
+    """The rows of summarize."""
+
+    name = "summarize"
+    default_prompt = "{document}"
+
+    def make_row(self, given: Mapping[str, str | None]) -> SummarizeRow:
+        """Return the row of a text to summarise."""
+        return {"document": given["prompt"] or "", "summary": ""}
+
+    def split_answer(self, row: SummarizeRow) -> tuple[SummarizeRow, str]:
+        """Return the row without its summary, and the summary."""
+        return {**row, "summary": ""}, row["summary"]
+
+    def pair(self, row: SummarizeRow, recipe: Recipe) -> Pair:
+        """Return the document, in its prompt, and the summary."""
+        template = recipe.summarize.prompt if recipe.summarize and recipe.summarize.prompt else self.default_prompt
+        return Pair(fill_template(template, document=row["document"]), row["summary"])
 
 
-def for_decoder(row: Row, recipe: Recipe) -> Pair:
-    """Return the document as a prompt."""
-    return Pair(fill(template(recipe, PROMPT), document=row["document"]), row["summary"])
+class SummarizeEncoderDecoder(Summarize, EncoderDecoder[SummarizeRow]):
+    """A model of two parts, which reads the document as it stands."""
 
 
-def prompt(row: Row) -> tuple[Row, str]:
-    """Return the row without its summary, and the summary."""
-    return {**row, "summary": ""}, row["summary"]
+class SummarizeDecoder(Summarize, PromptedDecoder[SummarizeRow]):
+    """A decoder that is told to summarise."""
+
+    default_prompt = PROMPT
 
 
-def ask(given: Mapping[str, str | None]) -> Row:
-    """Return the row of a text to summarise."""
-    return {"document": given["prompt"] or "", "summary": ""}
-
-
-SEQ2SEQ = replace(
-    translate.SEQ2SEQ,
-    name="summarize",
-    encode=partial(encode_seq2seq, to_pair=for_encoder),
-    prompt=prompt,
-    predict=partial(write_texts, to_pair=for_encoder),
-    ask=ask,
-)
-DECODER: Task = replace(
-    translate.DECODER,
-    name="summarize",
-    encode=partial(encode_by_prompt, to_pair=for_decoder),
-    prompt=prompt,
-    render=partial(render_by_prompt, to_pair=for_decoder),
-    ask=ask,
-)
-FORMS = (SEQ2SEQ, DECODER)
+VARIANTS = (SummarizeEncoderDecoder(), SummarizeDecoder())

@@ -164,9 +164,9 @@ def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: i
 def with_totals(training: Training, reader: ExampleReader, rows: Indexes) -> dict[str, Any]:
     """Make a batch that is looked at by itself, as if it were a whole step; no other process is asked."""
     batch = make_batch(training, reader, rows)
-    if training.task.survey is not None:
+    if training.task.has_step_statistics:
         with torch.no_grad(), training.compute():
-            batch["totals"] = training.task.survey(training.adapted.model, batch)
+            batch["totals"] = training.task.step_statistics(training.adapted.model, batch)
     return batch
 
 
@@ -202,8 +202,7 @@ def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes]
 
     Raises MicroBatchTooLarge if memory ran out.
     """
-    survey = training.task.survey
-    if survey is None:
+    if not training.task.has_step_statistics:
         return None
     if training.sharded:
         raise RecipeError.of(
@@ -216,7 +215,7 @@ def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes]
     def look(group: Indexes) -> None:
         batch = make_batch(training, reader, group, draw)
         with torch.no_grad(), training.compute():
-            found.append(survey(training.adapted.model, batch))
+            found.append(training.task.step_statistics(training.adapted.model, batch))
 
     mode = training.model.training
     training.model.eval()

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.adapter import save_adapter
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model import is_out_of_memory
-from llmtune.records import AdaptedModel, Examples, Task, TrainedRun
+from llmtune.records import AdaptedModel, Examples, TrainedRun
 from llmtune.store.profile import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
@@ -80,7 +81,7 @@ def _say_nothing(tokens: int) -> None:
 def train(
     adapted: AdaptedModel,
     examples: Examples,
-    task: Task,
+    task: TaskInterface,
     recipe: Recipe,
     folder: Path,
     console: Console,
@@ -399,8 +400,8 @@ def _padding(training: Training, state: TrainState) -> float:
     return padding_share(training.plan, state.step, state.budget, training.packed, processes, cost)
 
 
-def _guessing(adapted: AdaptedModel, task: Task) -> float:
+def _guessing(adapted: AdaptedModel, task: TaskInterface) -> float:
     """Return the loss of guessing every token at random; infinity for a task that does not predict tokens."""
-    if not task.by_token:
+    if not task.predicts_tokens:
         return math.inf
     return math.log(adapted.selected.model.config.get_text_config().vocab_size)

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from llmtune import __version__
 from llmtune.data.examples import ExampleReader
+from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.model import compute_context, resolve_dtype
-from llmtune.records import AdaptedModel, Collate, Examples, Task
+from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.optimizer import build_optimizer, build_schedule
@@ -40,7 +41,7 @@ class Training:
     """The trainable ones."""
     optimizer: Any
     schedule: Any
-    task: Task
+    task: TaskInterface
     recipe: Recipe
     plan: StepPlan
     examples: ExampleReader
@@ -120,7 +121,7 @@ def _settings(recipe: Recipe) -> dict[str, str | int | float | bool]:
 def set_up(
     adapted: AdaptedModel,
     examples: Examples,
-    task: Task,
+    task: TaskInterface,
     recipe: Recipe,
     folder: Path,
     console: Console,

@@ -41,7 +41,7 @@ def tokenizer(folders):
     return lambda family: AutoTokenizer.from_pretrained(folders[family])
 
 
-def encode(row, processor, recipe, form=translate.SEQ2SEQ):
+def encode(row, processor, recipe, form=translate.VARIANTS[0]):
     (found,) = form.encode([row], processor, recipe)
     return found if isinstance(found, str) else found[0]
 
@@ -112,8 +112,8 @@ def test_a_map_of_a_data_set_gives_way_to_the_codes_of_the_model(tokenizer):
     row = {**ROW, "languages": ["en", "fr"]}
     example = encode(row, tokenizer("nllb"), recipe_for(section=LANGUAGES["nllb"]))
     assert example.target_ids == encode(ROW, tokenizer("nllb"), recipe_for(section=LANGUAGES["nllb"])).target_ids
-    assert translate.languages(row, recipe_for()) == ("en", "fr")
-    assert translate.languages(row, recipe_for(section={"target_language": "French"})) == ("en", "French")
+    assert translate.languages_of(row, recipe_for()) == ("en", "fr")
+    assert translate.languages_of(row, recipe_for(section={"target_language": "French"})) == ("en", "French")
 
 
 @pytest.mark.parametrize("said", [("fr", "en"), ("fra_Latn", "eng_Latn"), ("French", "English")])
@@ -137,7 +137,7 @@ def test_an_mbart_whose_language_stands_behind_the_end_begins_its_answers_with_i
 @pytest.mark.parametrize(("family", "begins"), [("t5", None), ("mbart", False), ("nllb", False)])
 def test_only_tokenizers_with_languages_force_a_first_token(family, begins, tokenizer):
     processor = tokenizer(family)
-    pair = translate.for_encoder(ROW, recipe_for(section=LANGUAGES.get(family)))
+    pair = translate.VARIANTS[0].pair(ROW, recipe_for(section=LANGUAGES.get(family)))
     set_languages(pair, processor)
     first = first_token(pair, processor)
     assert (first is None) == (begins is None)
@@ -153,12 +153,12 @@ def test_words_of_the_recipe_stand_around_the_source(tokenizer):
     example = encode(ROW, processor, recipe_for(section=section))
     assert list(example.input_ids) == processor("translate English to French: The sky is blue.")["input_ids"]
     odd = {**ROW, "source": "what is {target_language} in {braces}?"}
-    assert translate.for_encoder(odd, recipe_for(section=section)).source.endswith(odd["source"])
+    assert translate.VARIANTS[0].pair(odd, recipe_for(section=section)).source.endswith(odd["source"])
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_long_document_is_cut_at_its_end_and_the_summary_never(family, tokenizer):
-    processor, form = tokenizer(family), summarize.SEQ2SEQ
+    processor, form = tokenizer(family), summarize.VARIANTS[0]
     whole = encode(DOCUMENT, processor, recipe_for("summarize", max_length=256), form)
     cut = encode(DOCUMENT, processor, recipe_for("summarize", max_length=24, on_overlong="truncate"), form)
     assert len(whole.input_ids) > 24 == len(cut.input_ids)
@@ -204,10 +204,10 @@ def test_a_decoder_learns_the_target_from_the_ids_that_it_is_asked_with(form, ta
     processor = tokenizer_with(CHATML)
     processor.chat_template = template
     recipe = recipe_for(task, NAMED if task == "translate" else None)
-    example = encode(row, processor, recipe, form.DECODER)
-    prompt, answer = form.DECODER.prompt(row)
+    example = encode(row, processor, recipe, form.VARIANTS[1])
+    prompt, answer = form.VARIANTS[1].split_answer(row)
     start, end = example.spans
-    assert form.DECODER.render(prompt, processor, recipe) == list(example.input_ids[:start])
+    assert form.VARIANTS[1].prompt_ids(prompt, processor, recipe) == list(example.input_ids[:start])
     assert processor.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
     assert end == len(example.input_ids)
     asked = processor.decode(example.input_ids[:start])
@@ -217,21 +217,21 @@ def test_a_decoder_learns_the_target_from_the_ids_that_it_is_asked_with(form, ta
 
 def test_a_decoder_is_told_the_languages_or_refuses():
     processor = tokenizer_with(CHATML)
-    example = encode(ROW, processor, recipe_for(section=NAMED), translate.DECODER)
+    example = encode(ROW, processor, recipe_for(section=NAMED), translate.VARIANTS[1])
     assert "Translate from English into French." in processor.decode(example.input_ids)
     with pytest.raises(RecipeError, match="the prompt names the language") as caught:
-        encode(ROW, processor, recipe_for(section={"source_language": "English"}), translate.DECODER)
+        encode(ROW, processor, recipe_for(section={"source_language": "English"}), translate.VARIANTS[1])
     assert caught.value.problems[0].where == "translate.target_language"
     own = recipe_for(section={"prompt": "In French, please: {source}"})
     assert "In French, please: The sky is blue." in processor.decode(
-        encode(ROW, processor, own, translate.DECODER).input_ids
+        encode(ROW, processor, own, translate.VARIANTS[1]).input_ids
     )
 
 
 def test_a_decoder_loses_the_start_of_a_long_document_and_keeps_the_instruction():
     processor = tokenizer_with(CHATML)
     recipe = recipe_for("summarize", max_length=96, on_overlong="truncate")
-    example = encode(DOCUMENT, processor, recipe, summarize.DECODER)
+    example = encode(DOCUMENT, processor, recipe, summarize.VARIANTS[1])
     start, end = example.spans
     assert len(example.input_ids) <= 96
     assert processor.decode(example.input_ids[start:end], skip_special_tokens=True) == DOCUMENT["summary"]

@@ -19,7 +19,7 @@ from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.recipe import load_recipe
-from llmtune.tasks import choose_form, get_task
+from llmtune.tasks import choose_variant, get_task
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_pat
     recipe = load_recipe(write_recipe(tmp_path / "pairs.yaml", model, rows, **sections)).recipe
     place = resolve_model(str(model), recipe.model, console, offline=True)
     processor = load_processor(place, recipe.model)
-    form = choose_form(recipe, read_model_config(place, recipe.model), "tiny")
+    form = choose_variant(recipe, read_model_config(place, recipe.model), "tiny")
     selected = load_model(place, recipe, form, processor, device="cpu", training=False)
     adapted = inject(selected, recipe, console)
     certificate = export_gguf(adapted, recipe, form, tmp_path / "gguf", console, rows=[pair])

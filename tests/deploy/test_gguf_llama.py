@@ -67,7 +67,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
     task = get_task(recipe.task)
     asked = [f"What is the capital of {country}?" for country in COUNTRIES.split()]
     asked += [f"What does the word {word} mean?" for word in WORDS.split()]
-    prompts = [task.render({"messages": [{"role": "user", "content": text}]}, processor, recipe) for text in asked]
+    prompts = [task.prompt_ids({"messages": [{"role": "user", "content": text}]}, processor, recipe) for text in asked]
     settings = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=processor.pad_token_id
     )

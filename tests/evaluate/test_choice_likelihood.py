@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from support.training import with_methods
 
 from llmtune.data import iterate_rows
 from llmtune.errors import DataError
@@ -49,23 +48,23 @@ def test_the_first_of_equals_is_most_likely():
 
 def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench):
     choices = ("blue", "red", "the colour of the sky")
-    prompts = [bench.task.prompt(row)[0] for _, row in iterate_rows(bench.rows, "test")]
+    prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")]
     trees = grow_trees(prompts, choices, bench.task, bench.processor, bench.recipe)
     for prompt, tree in zip(prompts, trees, strict=True):
         assert tree is not None
         for choice, branch, unscored in zip(choices, tree.branches, tree.unscored, strict=True):
             assert bench.processor.decode(branch[unscored:]) == f"{choice}<|im_end|>"
-        rendered = bench.task.render(prompt, bench.processor, bench.recipe)
+        rendered = bench.task.prompt_ids(prompt, bench.processor, bench.recipe)
         assert list(tree.prefix) == list(rendered)[: len(tree.prefix)]
 
 
 def test_a_row_that_is_too_long_with_one_of_the_choices_has_no_tree(bench):
-    prompts = [bench.task.prompt(row)[0] for _, row in iterate_rows(bench.rows, "test")][:1]
+    prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")][:1]
     assert grow_trees(prompts, ["red", "x " * 2000], bench.task, bench.processor, bench.recipe) == [None]
 
 
 def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
-    prompts = [bench.task.prompt(row)[0] for _, row in iterate_rows(bench.rows, "test")]
+    prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")]
     whole = grow_trees(prompts, ["red", "blue"], bench.task, bench.processor, bench.recipe)
     sizes = []
 
@@ -74,7 +73,7 @@ def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
         return bench.task.encode(rows, processor, recipe)
 
     monkeypatch.setattr(choices_module, "SLICE_CHARACTERS", 3 * 2 * len(str(prompts[0])) - 10)
-    task = replace(bench.task, encode=encode)
+    task = with_methods(bench.task, encode=encode)
     assert grow_trees(prompts, ["red", "blue"], task, bench.processor, bench.recipe) == whole
     assert sum(sizes) == 2 * len(prompts)
     assert max(sizes) <= 2 * 4
@@ -82,8 +81,8 @@ def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
 
 
 def test_an_answer_is_put_where_the_task_finds_it(bench):
-    question, answer = bench.task.prompt(next(row for _, row in iterate_rows(bench.rows, "test")))
-    assert bench.task.prompt(with_answer(question, answer)) == (question, answer)
+    question, answer = bench.task.split_answer(next(row for _, row in iterate_rows(bench.rows, "test")))
+    assert bench.task.split_answer(with_answer(question, answer)) == (question, answer)
     assert with_answer({"prompt": "a", "completion": ""}, "b") == {"prompt": "a", "completion": "b"}
 
 

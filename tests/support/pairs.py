@@ -17,7 +17,7 @@ from llmtune.model.config import read_model_config
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Models, Options, open_finished
-from llmtune.tasks import choose_form
+from llmtune.tasks import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import Training, set_up
 from support.rows import write_jsonl
@@ -74,7 +74,7 @@ def start_training(path: Path, folder: Path) -> Training:
     recipe = loaded.recipe
     assert recipe.model.name is not None
     place = resolve_model(recipe.model.name, recipe.model, quiet(), True)
-    task = choose_form(recipe, read_model_config(place, recipe.model), place.name)
+    task = choose_variant(recipe, read_model_config(place, recipe.model), place.name)
     selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
     adapted = inject(selected, recipe, quiet())
     examples = load_examples(folder / "data" / "examples")

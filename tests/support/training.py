@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
-from llmtune.tasks import get_task
+from llmtune.tasks import AnyTask, get_task
 from llmtune.train import train
 from support.runs import write_recipe
 
@@ -86,6 +87,13 @@ def run_training(
         resume=resume,
         inputs=inputs,
     )
+
+
+def with_methods(task: AnyTask, **methods: Callable[..., Any]) -> AnyTask:
+    """Return a copy of a task with other methods."""
+    changed = copy(task)
+    vars(changed).update(methods)
+    return changed
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -242,7 +242,13 @@ def test_the_ids_of_training_are_those_of_prediction(models, tmp_path):
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     with torch.no_grad():
-        predict_classes(model.eval(), [classify.prompt(row)[0] for row in canonical], tokenizer, recipe, device="cpu")
+        predict_classes(
+            model.eval(),
+            [classify.VARIANTS[0].split_answer(row)[0] for row in canonical],
+            tokenizer,
+            recipe,
+            device="cpu",
+        )
     handle.remove()
     wanted = [(e.input_ids, list(e.third_ids) or [0] * len(e.input_ids)) for e in encoded]
     assert sorted(seen) == sorted(wanted)

@@ -112,23 +112,21 @@ def test_pairs_of_a_csv_file_with_numbered_classes(models, tmp_path):
     ],
 )
 def test_the_kind_of_labels_is_told_by_all_of_them(labels, kind):
-    assert classify.find_kind(labels) == kind
+    assert classify.infer_kind(labels) == kind
 
 
 @pytest.mark.parametrize("labels", [["a", 2.5], ["a", ["b"]], [2.5, ["b"]], ["1", ["b"]]])
 def test_labels_of_several_kinds_are_told(labels):
     with pytest.raises(DataError, match="several kinds"):
-        classify.find_kind(labels)
+        classify.infer_kind(labels)
 
 
-def test_classes_are_as_stated_or_in_the_models_order_where_it_has_the_same_and_else_sorted():
+def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted():
     named = type("Config", (), {"id2label": {0: "b", 1: "c", 2: "a"}})()
-    assert classify.in_order({"a", "b", "c"}, named) == ["b", "c", "a"]
-    assert classify.in_order(("a", "b", "c"), named) == ["a", "b", "c"]
-    assert classify.in_order({"a", "b"}, named) == ["a", "b"]
-    assert classify.in_order(("b", "a"), named) == ["b", "a"]
-    assert classify.in_order({"10", "9", "-1"}, None) == ["-1", "9", "10"]
-    assert classify.in_order({"10", "9", "x"}, None) == ["10", "9", "x"]
+    assert classify.sort_names({"a", "b", "c"}, named) == ["b", "c", "a"]
+    assert classify.sort_names({"a", "b"}, named) == ["a", "b"]
+    assert classify.sort_names({"10", "9", "-1"}, None) == ["-1", "9", "10"]
+    assert classify.sort_names({"10", "9", "x"}, None) == ["10", "9", "x"]
 
 
 # What does not go together

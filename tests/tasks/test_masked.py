@@ -26,7 +26,7 @@ from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks import FORMS, choose_form
+from llmtune.tasks import VARIANTS, choose_variant
 from llmtune.train.setup import set_up
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
@@ -37,7 +37,7 @@ ROWS = [
     for thing in THINGS
     for colour in ("red", "green", "blue", "black", "white")
 ]
-MASKED = FORMS["completion"][1]
+MASKED = VARIANTS["completion"][1]
 
 
 def run_recipe(folder, model, rows=ROWS, **sections):
@@ -229,7 +229,7 @@ def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished, family):
     processor = load_processor(place, context.recipe.model)
     texts = [f"The quick {processor.mask_token} is red.", "The quick fox is red. ", ""]
     with Models(context, place, processor).tuned() as model, torch.no_grad():
-        rows = [MASKED.ask({"prompt": text}) for text in texts]
+        rows = [MASKED.make_row({"prompt": text}) for text in texts]
         filled, whole, nothing = fill_masks(model, rows, processor, context.recipe, device="cpu")
         logits = model(**processor(texts[0], return_tensors="pt")).logits[0]
     ids = processor(texts[0])["input_ids"]
@@ -244,7 +244,7 @@ def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finish
     processor = load_processor(place, context.recipe.model)
     text = f"The quick {processor.mask_token} is red. " * 40
     with Models(context, place, processor).tuned() as model, torch.no_grad():
-        (said,) = fill_masks(model, [MASKED.ask({"prompt": text})], processor, context.recipe, device="cpu")
+        (said,) = fill_masks(model, [MASKED.make_row({"prompt": text})], processor, context.recipe, device="cpu")
     left = said.count(processor.mask_token)
     assert 0 < left < 40
     assert said.endswith(f" {processor.mask_token} is red. ")
@@ -268,7 +268,7 @@ def test_a_decoder_and_an_encoder_without_its_head_are_refused(built, tiny_llama
     BertModel.from_pretrained(built("bert"), add_pooling_layer=False).save_pretrained(bare)
     AutoTokenizer.from_pretrained(built("bert")).save_pretrained(bare)
     assert "is a BertModel: it cannot be used for the task completion" in refusal(bare)
-    causal = choose_form(
+    causal = choose_variant(
         masked_recipe().model_copy(update={"completion": None}), AutoConfig.from_pretrained(tiny_llama), ""
     )
     assert causal.auto_class == "AutoModelForCausalLM"

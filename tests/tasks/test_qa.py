@@ -30,7 +30,7 @@ from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks import FORMS, TASKS, choose_form, qa
+from llmtune.tasks import VARIANTS, choose_variant, get_task, qa
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
@@ -255,7 +255,7 @@ def test_predictions_read_the_very_windows_of_training(finished, built, family):
     context, place = open_finished(run, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     rows, reader = load_rows(run / "data" / "rows"), ExampleReader(load_examples(run / "data" / "examples"), "test")
-    asked = [qa.prompt(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))]
+    asked = [qa.VARIANTS[0].split_answer(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))]
     seen = []
     with Models(context, place, processor).tuned() as model, torch.no_grad():
         model.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
@@ -400,7 +400,7 @@ def generative(**section):
 
 def test_an_encoder_decoder_reads_question_and_context_and_writes_words_for_no_answer(built):
     tokenizer = AutoTokenizer.from_pretrained(built("t5"))
-    form = FORMS["qa"][1]
+    form = VARIANTS["qa"][1]
     about = generative(no_answer="none at all")
     ((one,), (two,)) = form.encode([ROW, {**ROW, "answers": []}], tokenizer, about)
     assert tokenizer.decode(one.input_ids, skip_special_tokens=True) == "question: Which? context: The fox is blue."
@@ -412,11 +412,11 @@ def test_an_encoder_decoder_reads_question_and_context_and_writes_words_for_no_a
 
 
 def test_a_decoder_is_asked_with_the_ids_of_its_training(tiny_llama):
-    tokenizer, form, about = AutoTokenizer.from_pretrained(tiny_llama), FORMS["qa"][2], generative()
+    tokenizer, form, about = AutoTokenizer.from_pretrained(tiny_llama), VARIANTS["qa"][2], generative()
     for row, answer in ((ROW, "blue"), ({**ROW, "answers": []}, "unanswerable")):
         ((example,),) = form.encode([row], tokenizer, about)
         start, end = example.spans
-        assert form.render(form.prompt(row)[0], tokenizer, about) == example.input_ids[:start]
+        assert form.prompt_ids(form.split_answer(row)[0], tokenizer, about) == example.input_ids[:start]
         assert tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
         asked = tokenizer.decode(example.input_ids[:start])
         assert "The fox is blue." in asked
@@ -425,7 +425,7 @@ def test_a_decoder_is_asked_with_the_ids_of_its_training(tiny_llama):
 
 
 def test_braces_in_a_context_are_left_alone(built):
-    tokenizer, form = AutoTokenizer.from_pretrained(built("t5")), FORMS["qa"][1]
+    tokenizer, form = AutoTokenizer.from_pretrained(built("t5")), VARIANTS["qa"][1]
     row = {**ROW, "context": "{question} {x} {no_answer} is blue.", "answers": []}
     ((example,),) = form.encode([row], tokenizer, generative())
     read = tokenizer.decode(example.input_ids, skip_special_tokens=True)
@@ -435,9 +435,9 @@ def test_braces_in_a_context_are_left_alone(built):
 def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
     about = generative(no_answer="Unknown.")
     wanted = [[], [], ["blue"], ["unknown"]]
-    found = qa.measure("exact_match", ["unknown", "Unknown. ", "Unknown.", "blue"], wanted, about)
+    found = qa.VARIANTS[1].compute_metric("exact_match", ["unknown", "Unknown. ", "Unknown.", "blue"], wanted, about)
     assert found.value == 0.5
-    assert qa.measure("loss", [], [], about) is None
+    assert qa.VARIANTS[1].compute_metric("loss", [], [], about) is None
 
 
 # Who does what
@@ -445,7 +445,7 @@ def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
 
 def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(built, tiny_llama):
     def form(folder, **section):
-        return choose_form(generative(**section), AutoConfig.from_pretrained(folder), "this model").auto_class
+        return choose_variant(generative(**section), AutoConfig.from_pretrained(folder), "this model").auto_class
 
     assert form(built("bert")) == form(built("modernbert"), style="extractive") == "AutoModelForQuestionAnswering"
     assert form(built("t5")) == "AutoModelForSeq2SeqLM"
@@ -488,10 +488,14 @@ def test_rows_that_cannot_be_used_are_named_with_their_line(built, tmp_path):
 
 
 def test_a_task_says_its_rows_for_people():
-    task = TASKS["qa"]
-    prompt, answer = task.prompt(ROW)
+    task = get_task("qa")
+    prompt, answer = task.split_answer(ROW)
     assert (prompt["answers"], answer) == (None, "blue")
-    assert task.prompt({**ROW, "answers": []})[1] == "(no answer)"
+    assert task.split_answer({**ROW, "answers": []})[1] == "(no answer)"
     assert task.reference(ROW) == ["blue"]
-    assert task.write({"text": "", "start": None}) == "(no answer)"
-    assert task.ask({"prompt": "Which?", "context": "c"}) == {"question": "Which?", "context": "c", "answers": None}
+    assert task.format_prediction({"text": "", "start": None}) == "(no answer)"
+    assert task.make_row({"prompt": "Which?", "context": "c"}) == {
+        "question": "Which?",
+        "context": "c",
+        "answers": None,
+    }

@@ -39,8 +39,8 @@ from llmtune.recipe.builtin import recipes_folder
 from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks import choose_form
-from llmtune.tasks.speech import measure
+from llmtune.tasks import choose_variant
+from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
 
 WORDS = ("one", "two", "three", "four", "five", "six")
@@ -333,7 +333,7 @@ def speaking(folder, clips, tmp_path, speech):
     """A model with its tokenizer and recipe, as evaluation has it."""
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
     place = resolve_model(str(folder), recipe.model, quiet(), True)
-    task = choose_form(recipe, AutoConfig.from_pretrained(folder), str(folder))
+    task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
     processor = load_processor(place, recipe.model)
     return load_model(place, recipe, task, processor, device="cpu", training=False).model, processor, recipe
 
@@ -438,9 +438,9 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
     folder = build_whisper(tmp_path / "model", multilingual=False)
     speech = {"normalizer": "whisper"}
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
-    plain = measure("wer", ["The colour's grey"], ["the color is gray"], recipe)
+    plain = VARIANTS[0].compute_metric("wer", ["The colour's grey"], ["the color is gray"], recipe)
     (folder / "normalizer.json").write_text(json.dumps({"colour": "color", "grey": "gray"}))
-    unified = measure("wer", ["The colour's grey"], ["the color is gray"], recipe)
+    unified = VARIANTS[0].compute_metric("wer", ["The colour's grey"], ["the color is gray"], recipe)
     assert (plain.value, unified.value) == (0.5, 0)
     assert "whisper (English, spellings not unified)" in plain.signature
     assert "whisper (English)," in unified.signature
@@ -452,7 +452,7 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
 def load(folder, clips, tmp_path, speech, /, **sections):
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
     place = resolve_model(str(folder), recipe.model, quiet(), True)
-    task = choose_form(recipe, AutoConfig.from_pretrained(folder), str(folder))
+    task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
     return load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
 
 
@@ -487,7 +487,7 @@ def test_layers_are_not_dropped_whole(clips, tmp_path):
 def test_a_model_that_hears_something_else_or_nothing_is_refused(family, models, clips, tmp_path):
     recipe = load_recipe(str(recipe_file(tmp_path, models["letters"], clips, {}))).recipe
     with pytest.raises(RecipeError, match=r"Name a Whisper model\. Or: Name a wav2vec2 model"):
-        choose_form(recipe, AutoConfig.for_model(family), "m")
+        choose_variant(recipe, AutoConfig.for_model(family), "m")
 
 
 # The real model

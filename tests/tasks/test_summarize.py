@@ -89,11 +89,11 @@ def test_a_second_run_is_skipped(finished):
 def test_a_document_is_cut_for_an_answer_as_it_was_for_training(finished, t5):
     recipe = load_recipe(str(finished[0] / "recipe.yaml")).recipe
     processor, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
-    form, row = summarize.SEQ2SEQ, DOCUMENTS[0]
+    form, row = summarize.VARIANTS[0], DOCUMENTS[0]
     ((example,),) = form.encode([row], processor, recipe)
     seen = []
     model.get_encoder().register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    form.predict(model, [form.prompt(row)[0]], processor, recipe, device="cpu")
+    form.predict(model, [form.split_answer(row)[0]], processor, recipe, device="cpu")
     assert seen[0]["input_ids"].tolist() == [list(example.input_ids)]
     assert len(example.input_ids) == 16
 
@@ -120,8 +120,8 @@ def test_padding_does_not_change_the_loss_and_one_row_is_the_models_own(t5):
     recipe = recipe_for("summarize")
     processor, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5).eval()
     rows = [*DOCUMENTS[:3], {"document": "A fox.", "summary": "a longer summary of one two three four five words"}]
-    examples = [encoded[0] for encoded in summarize.SEQ2SEQ.encode(rows, processor, recipe)]
-    collate = summarize.SEQ2SEQ.collator(processor, recipe)
+    examples = [encoded[0] for encoded in summarize.VARIANTS[0].encode(rows, processor, recipe)]
+    collate = summarize.VARIANTS[0].collator(processor, recipe)
     together = seq2seq_loss(model, collate(examples, 0), by_row=True)
     own = []
     for row in rows:

@@ -8,12 +8,12 @@ from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.errors import RecipeError
-from llmtune.tasks import TASKS, get_task
+from llmtune.tasks import VARIANTS, get_task
 
 
 def test_a_task_is_found_by_its_name():
-    assert get_task("chat") is TASKS["chat"]
-    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
+    assert all(get_task(name) is variants[0] for name, variants in VARIANTS.items())
+    assert all(variant.name == name for name, variants in VARIANTS.items() for variant in variants)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest():
@@ -23,7 +23,7 @@ def test_an_unknown_task_is_refused_with_the_nearest():
 
 def test_a_chat_row_is_split_at_its_last_answer():
     row = {**conversation("one", "two", "three", "four", "five"), "tools": [{"type": "function"}]}
-    prompt, answer = TASKS["chat"].prompt(row)
+    prompt, answer = get_task("chat").split_answer(row)
     assert answer == "four"
     assert prompt == {"messages": row["messages"][:3], "tools": row["tools"]}
 
@@ -31,18 +31,21 @@ def test_a_chat_row_is_split_at_its_last_answer():
 def test_a_chat_row_is_split_at_the_last_answer_that_is_learned():
     row = conversation("one", "two", "three", "four")
     row["messages"][3]["train"] = False
-    assert TASKS["chat"].prompt(row) == ({"messages": row["messages"][:1]}, "two")
+    assert get_task("chat").split_answer(row) == ({"messages": row["messages"][:1]}, "two")
     row["messages"][1]["train"] = False
-    assert TASKS["chat"].prompt(row)[1] == "four"
+    assert get_task("chat").split_answer(row)[1] == "four"
 
 
 def test_a_chat_row_without_an_answer_is_all_prompt():
     row = conversation("one")
-    assert TASKS["chat"].prompt(row) == (row, "")
+    assert get_task("chat").split_answer(row) == (row, "")
 
 
 def test_a_completion_row_is_split_at_its_completion():
-    assert TASKS["completion"].prompt({"prompt": "a", "completion": "b"}) == ({"prompt": "a", "completion": ""}, "b")
+    assert get_task("completion").split_answer({"prompt": "a", "completion": "b"}) == (
+        {"prompt": "a", "completion": ""},
+        "b",
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,17 +53,17 @@ def test_a_completion_row_is_split_at_its_completion():
     [("chat", conversation("one two", "three")), ("completion", {"prompt": "one two", "completion": " three"})],
 )
 def test_a_row_is_generated_from_the_ids_that_its_example_begins_with(name, row):
-    task, tokenizer, recipe = TASKS[name], tokenizer_with(CHATML), recipe_for(name)
+    task, tokenizer, recipe = get_task(name), tokenizer_with(CHATML), recipe_for(name)
     ((example,),) = task.encode([row], tokenizer, recipe)
-    prompt, answer = task.prompt(row)
+    prompt, answer = task.split_answer(row)
     start, end = example.spans
-    assert task.render(prompt, tokenizer, recipe) == example.input_ids[:start]
+    assert task.prompt_ids(prompt, tokenizer, recipe) == example.input_ids[:start]
     assert tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_loss_is_that_of_the_model_on_what_is_learned(tiny_llama, packed):
-    task, recipe = TASKS["chat"], recipe_for()
+    task, recipe = get_task("chat"), recipe_for()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa").eval()
     ((example,),) = task.encode([conversation("one two", "three", "four", "five")], tokenizer, recipe)

@@ -26,7 +26,7 @@ from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks import TASKS, choose_form, token_classify
+from llmtune.tasks import choose_variant, get_task, token_classify
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
@@ -250,7 +250,9 @@ def test_predictions_read_the_ids_of_training(finished, family):
     context, place = open_finished(run, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     rows, reader = load_rows(run / "data" / "rows"), ExampleReader(load_examples(run / "data" / "examples"), "test")
-    asked = [token_classify.prompt(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))]
+    asked = [
+        token_classify.VARIANTS[0].split_answer(row)[0] for row in read_rows(rows, "test", range(rows.counts["test"]))
+    ]
     seen = []
     with Models(context, place, processor).tuned() as model, torch.no_grad():
         model.register_forward_pre_hook(lambda module, args, inputs: seen.append(inputs), with_kwargs=True)
@@ -290,11 +292,18 @@ def test_labels_are_those_of_the_rows_unless_the_recipe_names_them(built, tmp_pa
     config = AutoConfig.from_pretrained(built("bert"))
     run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), Options(out=tmp_path / "run", until="prepare"), quiet())
     rows = load_rows(tmp_path / "run" / "data" / "rows")
-    assert token_classify.settle(recipe, rows, config).token_classify.labels == ("COLOUR", "THING")
+    assert token_classify.VARIANTS[0].infer_labels(recipe, rows, config).token_classify.labels == ("COLOUR", "THING")
     named = Recipe.model_validate({**recipe.model_dump(), "token_classify": {"labels": ["THING", "COLOUR", "PLACE"]}})
-    assert token_classify.settle(named, rows, config).token_classify.labels == ("THING", "COLOUR", "PLACE")
+    assert token_classify.VARIANTS[0].infer_labels(named, rows, config).token_classify.labels == (
+        "THING",
+        "COLOUR",
+        "PLACE",
+    )
     config.id2label = dict(enumerate(["O", "B-THING", "I-THING", "B-COLOUR", "I-COLOUR"]))
-    assert token_classify.settle(recipe, rows, config).token_classify.labels == ("THING", "COLOUR")  # the model's order
+    assert token_classify.VARIANTS[0].infer_labels(recipe, rows, config).token_classify.labels == (
+        "THING",
+        "COLOUR",
+    )  # the model's order
 
 
 @pytest.mark.parametrize(
@@ -326,16 +335,16 @@ def test_rows_without_any_entity_are_refused(built, tmp_path):
 
 def test_an_encoder_decoder_is_refused_by_name(built):
     with pytest.raises(RecipeError, match="which needs AutoModelForTokenClassification") as caught:
-        choose_form(about(), AutoConfig.from_pretrained(built("bart")), "this model")
+        choose_variant(about(), AutoConfig.from_pretrained(built("bart")), "this model")
     assert caught.value.exit_code == 2
 
 
 def test_a_task_says_its_rows_for_people():
-    task, row = TASKS["token-classify"], ROWS[0]
-    prompt, answer = task.prompt(row)
+    task, row = get_task("token-classify"), ROWS[0]
+    prompt, answer = task.split_answer(row)
     assert prompt == {"tokens": row["tokens"], "tags": []}
     assert answer == "quick cat (THING), red (COLOUR)"
-    assert task.prompt({**row, "tags": ["O"] * 7})[1] == "(none)"
+    assert task.split_answer({**row, "tags": ["O"] * 7})[1] == "(none)"
     assert task.reference(row) == row["tags"]
-    assert task.ask({"prompt": "Ada (1815)"}) == {"tokens": ["Ada", "(", "1815", ")"], "tags": []}
-    assert task.tell(row["tags"], row) == answer
+    assert task.make_row({"prompt": "Ada (1815)"}) == {"tokens": ["Ada", "(", "1815", ")"], "tags": []}
+    assert task.format_answer(row["tags"], row) == answer

@@ -43,7 +43,7 @@ STILL = {"t5": {"dropout_rate": 0.0}, "mt5": {"dropout_rate": 0.0}}
 ROWS = [{**pair, "source_language": None, "target_language": None} for pair in PAIRS]
 ROWS[0]["source"] += " Nobody has seen it before today, and nobody will again."
 ROWS[1]["target"] += " et personne ne le voit"
-ASKED = [translate.SEQ2SEQ.prompt(row)[0] for row in ROWS[:5]]
+ASKED = [translate.VARIANTS[0].split_answer(row)[0] for row in ROWS[:5]]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
@@ -83,11 +83,11 @@ def talkative(folder, name, **generation):
 
 
 def examples_of(processor, recipe, count=5):
-    return [encoded[0] for encoded in translate.SEQ2SEQ.encode(ROWS[:count], processor, recipe)]
+    return [encoded[0] for encoded in translate.VARIANTS[0].encode(ROWS[:count], processor, recipe)]
 
 
 def batch_of(examples, processor, recipe):
-    return translate.SEQ2SEQ.collator(processor, recipe)(examples, 0)
+    return translate.VARIANTS[0].collator(processor, recipe)(examples, 0)
 
 
 # The loss
@@ -157,7 +157,7 @@ def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
     (example,) = examples_of(processor, recipe, 1)
     batch = batch_of([example], processor, recipe)
     given = decoder_inputs(model, batch["labels"])[:, : 1 + example.target_spans[0]]
-    first = first_token(translate.for_encoder(ROWS[0], recipe), processor)
+    first = first_token(translate.VARIANTS[0].pair(ROWS[0], recipe), processor)
     read = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with only_these_settings(model) as own:
         settings = decoder_settings(own, model, processor, recipe, first)
@@ -172,7 +172,7 @@ def test_answers_are_written_from_the_ids_of_training(name, folders):
     seen = []
     encoder = model.get_encoder()
     encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append({**kwargs}), with_kwargs=True)
-    texts = translate.SEQ2SEQ.predict(model, ASKED, processor, recipe, device="cpu")
+    texts = translate.VARIANTS[0].predict(model, ASKED, processor, recipe, device="cpu")
     assert len(texts) == len(ASKED)
     (given,) = seen
     masks = given["attention_mask"].bool()
@@ -185,7 +185,7 @@ def test_answers_are_written_from_the_ids_of_training(name, folders):
 @pytest.mark.parametrize("name", ["t5", "bart", "nllb"])
 def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, folders):
     model, processor, recipe = talkative(folders[name], name, num_beams=beams)
-    texts = translate.SEQ2SEQ.predict(model, ASKED, processor, recipe, device="cpu")
+    texts = translate.VARIANTS[0].predict(model, ASKED, processor, recipe, device="cpu")
     start = {"decoder_start_token_id": model.config.decoder_start_token_id}
     if name in LANGUAGES:
         start["forced_bos_token_id"] = processor.convert_tokens_to_ids("fra_Latn")
@@ -210,7 +210,7 @@ def test_answers_are_those_of_a_plain_generate_a_row_at_a_time(name, beams, fold
 def test_each_row_is_answered_in_its_own_language(folders):
     model, processor, recipe = talkative(folders["nllb"], "nllb")
     asked = [{**ASKED[0], "target_language": code} for code in ("fra_Latn", "deu_Latn", "fra_Latn")]
-    french, german, again = translate.SEQ2SEQ.predict(model, asked, processor, recipe, device="cpu")
+    french, german, again = translate.VARIANTS[0].predict(model, asked, processor, recipe, device="cpu")
     assert french == again != german
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.process import Watched, train_in_process
-from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import EnvironmentProblem, Stopped
 from llmtune.tasks import get_task
@@ -154,7 +153,7 @@ def test_a_line_that_is_written_after_a_stop_is_not_there_twice_after_a_kill(fin
             os.kill(os.getpid(), signal.SIGTERM)
         return task.loss(model, batch, by_row)
 
-    stopping = dataclasses.replace(task, loss=loss)
+    stopping = with_methods(task, loss=loss)
     with pytest.raises(Stopped, match="after step 7 of 16"):
         train(adapt(recipe), examples, stopping, recipe, run, Console(quiet=True), budget=128)
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods, write_examples
 
 from llmtune.errors import EnvironmentProblem, TrainingError
 from llmtune.tasks import get_task
@@ -243,7 +243,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(examples, tmp_path, t
         train(
             adapt(recipe),
             examples,
-            dataclasses.replace(task, loss=loss),
+            with_methods(task, loss=loss),
             recipe,
             tmp_path / "run",
             console,

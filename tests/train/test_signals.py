@@ -1,11 +1,10 @@
-import dataclasses
 import os
 import signal
 
 import pytest
 from rich.console import Console
 from support.process import Watched
-from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import Stopped
 from llmtune.tasks import get_task
@@ -56,7 +55,7 @@ def test_a_stop_during_validation_saves_at_once_and_validates_when_training_goes
         train(
             adapt(recipe),
             examples,
-            dataclasses.replace(task, loss=loss),
+            with_methods(task, loss=loss),
             recipe,
             tmp_path / "run",
             Console(quiet=True),

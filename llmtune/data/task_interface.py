@@ -1,0 +1,70 @@
+"""What the packages below `llmtune.tasks` know of a task; the tasks themselves are `llmtune.tasks.base.Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from llmtune.records import Batch, Collate, Example, Loss, Row, Rows
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+Encoded: TypeAlias = list[Example] | str
+"""The examples of a row, or the reason why it has none."""
+
+
+class TaskInterface(Protocol):
+    """What data, model and train need: how rows become examples, batches and a loss, and what loads the model."""
+
+    name: str
+    auto_class: str
+    """Name of the transformers class that loads the model."""
+    peft_task_type: str | None
+    """PEFT's name for the task, which says how its plain classes load the adapter; None: `AutoPeftModel`."""
+    packs: bool
+    """Whether rows may stand end to end in one micro-batch, where the model keeps them apart."""
+    predicts_tokens: bool
+    """Whether the loss is that of predicting tokens of the vocabulary."""
+    trains_head: bool
+    """Whether a head that the model does not bring is made new and trained whole."""
+    has_step_statistics: bool
+    """Whether the loss of a part of a step needs sums over the whole step."""
+
+    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+        """Return the examples of each row, or the reason why it has none."""
+
+    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
+        """Return what makes micro-batches; `packs` as in `SelectedModel`.
+
+        Without `packs`, rows of a decoder are packed if the recipe says so, and others are padded.
+        """
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Return the summed loss and its count, of a model that PEFT or DDP may have wrapped."""
+
+    def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
+        """Return sums that the loss needs of a whole step before it can be taken of a part of it."""
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model with this configuration will do, beyond having the class."""
+
+    def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Set in place what the size of the head depends on."""
+
+    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Refuse what would go wrong later; called once the model is loaded."""
+
+    def needs_reference_model(self, recipe: Recipe) -> bool:
+        """Whether training compares with the model as it was, which is kept beside what is trained."""
+
+    def highlighted_text(
+        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[tuple[str, bool]]:
+        """Return stretches of text, and whether they are learned, for a person to see."""
+
+    def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
+        """Return, by label, its rows (or entities) in each split; nothing for a task without labels."""

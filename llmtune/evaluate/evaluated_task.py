@@ -1,0 +1,78 @@
+"""What evaluation needs of a task beyond `TaskInterface`: prompts, predictions and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmtune.data.task_interface import TaskInterface
+from llmtune.evaluate.metric import Measure
+from llmtune.records import Advance, Row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+Prediction = Any
+"""What a task predicts of a row: a JSON value."""
+
+
+class EvaluatedTask(TaskInterface, Protocol):
+    """A task that is evaluated."""
+
+    loss_unit: str
+    """What the loss is a mean over, where that is not tokens."""
+    has_row_loss: bool
+    """Whether the loss of a row can be taken by itself."""
+    continues_text: bool
+    """Whether an answer is written token by token behind a prompt: `prompt_ids` gives it."""
+    predicts: bool
+    """Whether `predict` gives what is evaluated; else it is generated from `prompt_ids`."""
+    rates_answers: bool
+    """Whether a row brings answers, and a prediction rates them."""
+
+    def split_answer(self, row: Row) -> tuple[Row, str]:
+        """Return the row without its answer, and the answer as text."""
+
+    def reference(self, row: Row) -> Prediction:
+        """Return what predictions are compared with."""
+
+    def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+        """Return the token ids to generate from; the same in training, evaluation and chat."""
+
+    def predict(
+        self,
+        model: torch.nn.Module,
+        rows: Sequence[Row],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        *,
+        device: str,
+        advance: Advance = lambda rows: None,
+    ) -> list[Prediction]:
+        """Return a prediction for each prompt row."""
+
+    def format_prediction(self, prediction: Prediction) -> str:
+        """Write a prediction as a person reads it."""
+
+    def compute_metric(
+        self,
+        metric: str,
+        predictions: Sequence[Prediction],
+        references: Sequence[Prediction],
+        recipe: Recipe,
+        base: Sequence[Prediction] | None = None,
+    ) -> Measure | None:
+        """Return a metric that is the task's own; None for one that it has not. `base` are the base's predictions."""
+
+    def baseline(
+        self, references: Sequence[Prediction], prompts: Sequence[Row], recipe: Recipe
+    ) -> tuple[str, list[Prediction]]:
+        """Return name and predictions of what stands for a base model whose head is new, from training references."""
+
+    def class_table(
+        self, predictions: Sequence[Prediction], references: Sequence[Prediction], recipe: Recipe
+    ) -> dict[str, Any] | None:
+        """Return what the report shows beside the scores (classes, confusion); None for a task without classes."""

@@ -1,0 +1,182 @@
+"""What differs from task to task: a class with its facts and methods. A variant is for another kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from llmtune.data.data_report import causal_pieces
+from llmtune.data.task_interface import Encoded
+from llmtune.evaluate.metric import Measure
+from llmtune.records import Advance, Batch, Collate, Example, Loss, Rows
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+RowT = TypeVar("RowT")
+"""A row of the task: a TypedDict."""
+PredictionT = TypeVar("PredictionT")
+"""What the task predicts of a row: a JSON value."""
+
+
+class Task(Generic[RowT, PredictionT]):
+    """A task for one kind of model; the defaults are those of a task that answers in text behind a prompt.
+
+    `llmtune.data.task_interface` and `llmtune.evaluate.evaluated_task` say what the facts and methods mean that are not
+    explained here.
+    """
+
+    name: str
+    auto_class: str
+    peft_task_type: str | None = None
+    required_inputs: tuple[str, ...] = ("prompt",)
+    """What a person must give to `llmtune generate`: prompt, context, audio, answer."""
+    optional_inputs: tuple[str, ...] = ()
+    """What a person may give beside it: system, pair."""
+    packs: bool = False
+    predicts_tokens: bool = True
+    trains_head: bool = False
+    has_step_statistics: bool = False
+    has_row_loss: bool = True
+    loss_unit: str = "rows"
+    continues_text: bool = False
+    predicts: bool = True
+    rates_answers: bool = False
+    free_prompt: bool = False
+    """Whether a person's own words are the prompt, with no other text around them than the chat template's."""
+    is_conversational: bool = False
+    """Whether rows are conversations: lists of messages."""
+    takes_audio: bool = False
+
+    @property
+    def inputs(self) -> Mapping[str, bool]:
+        """What a person gives to `llmtune generate`, and whether it is needed."""
+        return {**dict.fromkeys(self.required_inputs, True), **dict.fromkeys(self.optional_inputs, False)}
+
+    # Which recipes and models
+
+    def matches(self, recipe: Recipe) -> bool:
+        """Whether this variant is what the recipe asks for."""
+        return True
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether a model with this configuration will do, beyond having the class."""
+        return True
+
+    def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
+        """Return the recipe with what the rows decide, such as names of classes."""
+        return recipe
+
+    def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
+        """Set in place what the size of the head depends on."""
+
+    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Refuse what would go wrong later; called once the model is loaded."""
+
+    def needs_reference_model(self, recipe: Recipe) -> bool:
+        """Whether training compares with the model as it was."""
+        return False
+
+    # Rows
+
+    def make_row(self, given: Mapping[str, str | None]) -> RowT:
+        """Return the prompt row of what a person gave, by the names of `inputs`."""
+        raise NotImplementedError
+
+    def split_answer(self, row: RowT) -> tuple[RowT, str]:
+        """Return the row without its answer, and the answer as text."""
+        raise NotImplementedError
+
+    def reference(self, row: RowT) -> Any:
+        """Return what predictions are compared with."""
+        return self.split_answer(row)[1]
+
+    def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
+        """Return, by label, its rows (or entities) in each split."""
+        return {}
+
+    # Training
+
+    def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+        """Return the examples of each row, or the reason why it has none."""
+        raise NotImplementedError
+
+    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
+        """Return what makes micro-batches."""
+        raise NotImplementedError
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Return the summed loss and its count."""
+        raise NotImplementedError
+
+    def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
+        """Return sums that the loss needs of a whole step."""
+        return []
+
+    def highlighted_text(
+        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[tuple[str, bool]]:
+        """Return stretches of text, and whether they are learned."""
+        return causal_pieces(example, processor, recipe)
+
+    # Answers
+
+    def prompt_ids(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+        """Return the token ids to generate from."""
+        raise NotImplementedError
+
+    def predict(
+        self,
+        model: torch.nn.Module,
+        rows: Sequence[RowT],
+        processor: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        *,
+        device: str,
+        advance: Advance = lambda rows: None,
+    ) -> list[PredictionT]:
+        """Return a prediction for each prompt row."""
+        raise NotImplementedError
+
+    def format_prediction(self, prediction: PredictionT) -> str:
+        """Write a prediction as a person reads it."""
+        return str(prediction)
+
+    def format_answer(self, prediction: PredictionT, row: RowT) -> str:
+        """Write the prediction of one prompt row for the terminal, with more detail where there is any."""
+        return self.format_prediction(prediction)
+
+    # Evaluation
+
+    def compute_metric(
+        self,
+        metric: str,
+        predictions: Sequence[PredictionT],
+        references: Sequence[Any],
+        recipe: Recipe,
+        base: Sequence[PredictionT] | None = None,
+    ) -> Measure | None:
+        """Return a metric that is the task's own."""
+        return None
+
+    def baseline(
+        self, references: Sequence[Any], prompts: Sequence[RowT], recipe: Recipe
+    ) -> tuple[str, list[PredictionT]]:
+        """Return name and predictions of what stands for a base model whose head is new."""
+        raise NotImplementedError
+
+    def class_table(
+        self, predictions: Sequence[PredictionT], references: Sequence[Any], recipe: Recipe
+    ) -> dict[str, Any] | None:
+        """Return what the report shows beside the scores; None for a task without classes."""
+        return None
+
+    def output_kind(self, recipe: Recipe) -> str:
+        """Return what the outputs of a head are: `choice` (one of K), `yes-no` (K questions) or `number`."""
+        return "choice"
+
+
+AnyTask: TypeAlias = Task[Any, Any]
