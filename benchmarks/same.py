@@ -19,7 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from commits import ROOT, git, work_tree
+
 FEW = ["train.max_steps=6", "train.num_train_epochs=null", "evaluate.gates=[]"]
 SHORT = [*FEW, "data.test=0.1"]
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -60,35 +61,18 @@ def measured(commit: str, names: list[str], jobs: int, out: Path) -> dict[str, A
     known = json.loads(known_file.read_text()) if commit != "." and known_file.is_file() else {}
     missing = [name for name in names if name not in known]
     if missing or "help" not in known:
-        with TemporaryDirectory(prefix="same-") as scratch:
-            tree = ROOT if commit == "." else check_out(commit, Path(scratch) / "tree")
-            try:
-                with ThreadPoolExecutor(jobs) as pool:
-                    made = pool.map(lambda name: run(tree, name, Path(scratch)), missing)
-                    known |= dict(zip(missing, made, strict=True))
-                known["help"] = help_texts(tree)
-            finally:
-                if commit != ".":
-                    git("worktree", "remove", "--force", str(tree))
+        with TemporaryDirectory(prefix="same-") as scratch, work_tree(commit) as tree, ThreadPoolExecutor(jobs) as pool:
+            made = pool.map(lambda name: run(tree, name, Path(scratch)), missing)
+            known |= dict(zip(missing, made, strict=True))
+            known["help"] = help_texts(tree)
         out.mkdir(parents=True, exist_ok=True)
         known_file.write_text(json.dumps(known, indent=1, sort_keys=True))
     return known
 
 
-def git(*arguments: str) -> str:
-    """Run git in this repository."""
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def revision(commit: str) -> str:
     """Return the name under which a commit's results are kept."""
     return "tree" if commit == "." else git("rev-parse", "--short=12", commit)
-
-
-def check_out(commit: str, tree: Path) -> Path:
-    """Check a commit out beside this tree."""
-    git("worktree", "add", "--detach", str(tree), commit)
-    return tree
 
 
 def llmtune(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,8 @@ optimiser, learning rate, and about the same number of real tokens a step; no ev
 kept. Packed tools have one pack in a micro-batch; llmtune also runs as it settles that by itself (on a CPU up to 2,048
 tokens). Each tool has a process of its own; they take turns, A B C A B C, so that a drift of the machine falls on all.
 What is timed are the steps after the first, by processor time and by the clock. LLaMA-Factory pins other versions of
-its libraries: name the python of an environment that has it, or it is left out.
+its libraries: name the python of an environment that has it, or it is left out. With `--base COMMIT` that commit of
+llmtune takes its turns too, by its own benchmark script.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from clock import Asked, write_asked
+from commits import work_tree
 from machine import describe_machine
 from workload import chat_rows
 
@@ -31,11 +33,15 @@ HERE = Path(__file__).resolve().parent
 SCRIPTS = {
     "llmtune": "run_llmtune.py",
     "llmtune-settled": "run_llmtune.py",
+    "base": "run_llmtune.py",
+    "base-settled": "run_llmtune.py",
     "trl-packed": "run_trl.py",
     "trl-padded": "run_trl.py",
     "trainer": "run_trainer.py",
     "llamafactory": "run_llamafactory.py",
 }
+OF_BASE = {"base": "llmtune", "base-settled": "llmtune-settled"}
+"""What another commit of llmtune runs, by the name that it has here."""
 MOST_ROWS = 1_000_000
 SURPLUS = 10
 """Rows for so many times the tokens that are trained on: no tool gets to the end of an epoch."""
@@ -43,9 +49,10 @@ SURPLUS = 10
 
 def main() -> int:
     options = read_options(__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, work_tree(options.base or ".") as base:
         asked = ask(options, Path(folder))
-        found = take_turns(asked, options.tools, options.pairs, options.llamafactory, Path(folder))
+        tools = [tool for tool in options.tools if options.base or tool not in OF_BASE]
+        found = take_turns(asked, tools, options.pairs, options.llamafactory, Path(folder), base)
     if options.losses:
         from losses import draw_losses
 
@@ -69,6 +76,7 @@ def read_options(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tools", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--base", help="a commit of llmtune that takes its turns too")
     parser.add_argument("--llamafactory", help="python of an environment with LLaMA-Factory")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--losses", type=Path, help="draw the losses of the first turn here, as SVG")
@@ -127,7 +135,7 @@ def find_model(name: str) -> Path:
 
 
 def take_turns(
-    asked: Asked, tools: Iterable[str], pairs: int, llamafactory: str | None, folder: Path
+    asked: Asked, tools: Iterable[str], pairs: int, llamafactory: str | None, folder: Path, base: Path = HERE.parent
 ) -> dict[str, Any]:
     """Run every tool `pairs` times, in turns; returns what was asked, and each tool's runs in their order."""
     chosen = [tool for tool in tools if tool != "llamafactory" or llamafactory]
@@ -135,7 +143,7 @@ def take_turns(
     for turn in range(pairs):
         for tool in chosen:
             python = llamafactory if tool == "llamafactory" and llamafactory else sys.executable
-            found = run_tool(replace(asked, tool=tool), python, folder)
+            found = run_tool(replace(asked, tool=tool), python, folder, base)
             runs[tool].append(found)
             rates = (
                 f"{found['tokens_per_cpu_second']:.0f} tokens a cpu-second, {found['tokens_per_second']:.0f} a second"
@@ -145,13 +153,15 @@ def take_turns(
     return {"asked": kept, "runs": runs, "machine": describe_machine()}
 
 
-def run_tool(asked: Asked, python: str, folder: Path) -> dict[str, Any]:
+def run_tool(asked: Asked, python: str, folder: Path, base: Path) -> dict[str, Any]:
     """Run one tool in a process of its own and return what it measured; what it printed is shown if it fails."""
-    question, found = write_asked(asked, folder / "asked.json"), folder / "found.json"
+    tree = base if asked.tool in OF_BASE else HERE.parent
+    own = replace(asked, tool=OF_BASE.get(asked.tool, asked.tool))
+    question, found = write_asked(own, folder / "asked.json"), folder / "found.json"
     done = subprocess.run(
-        [python, str(HERE / SCRIPTS[asked.tool]), str(question), str(found)],
+        [python, str(tree / "benchmarks" / SCRIPTS[asked.tool]), str(question), str(found)],
         cwd=folder,
-        env=environment(asked.threads),
+        env=environment(asked.threads) | {"PYTHONPATH": str(tree)},
         capture_output=True,
         text=True,
         check=False,
