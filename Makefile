@@ -52,6 +52,7 @@ $(LLAMA): $(READY)
 	@touch $@
 
 models: $(MODELS)  ## The packaged models of the recipes that end in -offline
+	$(BIN)/python recipes/models/convert_whisper.py
 
 demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what it learned
 	$(BIN)/llmtune run quickstart --out $(QUICKSTART)
@@ -62,7 +63,7 @@ demo: $(MODEL)  ## Fine-tune a packaged 135M model on real rows, and show what i
 test: $(READY)  ## The default suite: offline, on the CPU
 	$(BIN)/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile
 
-test-slow: $(READY) $(MODELS) $(LLAMA)  ## What takes longer, the packaged models included
+test-slow: $(READY) models $(LLAMA)  ## What takes longer, the packaged models included
 	$(BIN)/pytest -m 'slow and not gpu'
 
 test-gpu: $(READY)  ## What needs a CUDA device
@@ -80,7 +81,7 @@ format: $(READY)  ## Bring the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(READY) $(MODELS)  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
+docs: $(READY) models  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
 

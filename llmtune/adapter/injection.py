@@ -18,7 +18,7 @@ from llmtune.adapter.wiring_check import prove_wiring
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_names, in_heads, linear_shapes
 from llmtune.model.library_logging import hushed
-from llmtune.model.oom import enough_memory
+from llmtune.model.oom import explain_oom
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
 from llmtune.store.atomic_files import hash_folder, hash_value
 
@@ -41,7 +41,7 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     """
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
-    with enough_memory(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
+    with explain_oom(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
         adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)

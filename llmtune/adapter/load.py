@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.target_modules import are_transposed, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.device import is_out_of_memory
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors
+from llmtune.model.oom import is_out_of_memory
 from llmtune.records import SelectedModel
 
 if TYPE_CHECKING:

@@ -20,11 +20,9 @@ from llmtune.adapter.injection import wrap
 from llmtune.adapter.load import WEIGHTS, attach, find_adapter, read_config
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, first_line
-from llmtune.model.device import is_out_of_memory
-from llmtune.model.memory_plan import format_bytes
-from llmtune.model.model_cache import share_file
-from llmtune.model.model_files import read_config as read_model_config
-from llmtune.model.oom import enough_memory
+from llmtune.model.device import format_bytes
+from llmtune.model.model_files import read_config_file, share_file
+from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.processor import save_tokenizer
 from llmtune.records import AdaptedModel, SelectedModel
 
@@ -48,7 +46,7 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
 
     Raises EnvironmentProblem where the folder holds no adapter, or one for another model, or memory runs out.
     """
-    with enough_memory(f"loading what was trained onto {selected.model_ref.name}", str(selected.model.device)):
+    with explain_oom(f"loading what was trained onto {selected.model_ref.name}", str(selected.model.device)):
         if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
             return _load_model(selected, folder)
         place = find_adapter(folder)
@@ -164,7 +162,7 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
 
 def stored_dtype(selected: SelectedModel) -> torch.dtype:
     """Return the number format that the model's files are in, by its config.json; float32 where that says nothing."""
-    config = read_model_config(selected.model_ref.path)
+    config = read_config_file(selected.model_ref.path)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return cast(torch.dtype, getattr(torch, name, torch.float32))
 

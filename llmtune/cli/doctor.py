@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmtune import __version__
+from llmtune.store.atomic_files import find_cache
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_lock import hardware, package_versions
 
@@ -166,10 +167,10 @@ def _check_disk() -> Check:
 
 
 def _check_cache() -> list[Check]:
-    cache, packaged = _import("llmtune.model.model_cache"), _import("llmtune.model.builtin_models")
-    if cache is None or packaged is None:
+    packaged = _import("llmtune.model.builtin_models")
+    if packaged is None:
         return []
-    folder = cache.find_cache()
+    folder = find_cache()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         checks = [Check("cache", "good", str(folder))]

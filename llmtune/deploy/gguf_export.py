@@ -47,7 +47,7 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import GateFailed, Problem, RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
-from llmtune.model.oom import enough_memory
+from llmtune.model.oom import explain_oom
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import AdaptedModel, Row
 from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json, write_text
@@ -166,7 +166,7 @@ def export_gguf(
         tuned.float()  # so that sums are rounded once, to the format that is wanted
     with console.status("asking the tuned model"):
         heard = _listen(tuned, processor, task, recipe, rows)
-    memory = enough_memory(f"exporting {adapted.selected.model_ref.name}", str(tuned.device))
+    memory = explain_oom(f"exporting {adapted.selected.model_ref.name}", str(tuned.device))
     failed = out.with_name(f"{out.name}.failed.json")
     with explained(out), memory, staged(out) as folder:
         export = _Export(adapted, recipe, task, folder, console, heard, number_format, onto, rows)

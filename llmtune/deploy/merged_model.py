@@ -24,7 +24,7 @@ from llmtune.evaluate.generation import generation_settings
 from llmtune.evaluate.task_predictions import decoder_settings
 from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
-from llmtune.model.oom import enough_memory
+from llmtune.model.oom import explain_oom
 from llmtune.records import AdaptedModel, Row
 from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json
 from llmtune.tasks import AnyTask
@@ -93,7 +93,7 @@ def merge_model(
         exam = set_exam(adapted, recipe, task, rows)
     device = str(adapted.selected.model.device)
     failed = out.with_name(f"{out.name}.failed.json")
-    memory = enough_memory(f"merging {adapted.selected.model_ref.name}", device)
+    memory = explain_oom(f"merging {adapted.selected.model_ref.name}", device)
     with explained(out), memory, staged(out) as folder:
         other = _measure_other(adapted, onto, exam, console)
         with console.status("merging and saving"):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from llmtune.explain.architecture import Architecture, Blocks, Stack, branches_of
 from llmtune.explain.flops import PAIRS, Cost, Polynomial, choose_lengths
 from llmtune.explain.meta_model import Blueprint, UntraceableError
-from llmtune.model.device import is_out_of_memory, pick_device
+from llmtune.model import is_out_of_memory, pick_device
 
 LONGEST = 2048
 BUDGET_SECONDS = 10.0

@@ -15,7 +15,7 @@ from rich.console import Console
 from llmtune.errors import LlmtuneError
 from llmtune.model import load_processor, pick_device, resolve_model
 from llmtune.model.config import is_encoder, read_model_config
-from llmtune.model.plain_model import load_plain
+from llmtune.model.loading import load_plain
 from llmtune.recipe import ModelSection, Recipe
 from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run

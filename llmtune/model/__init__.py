@@ -2,7 +2,7 @@
 
 from llmtune.model import library_logging  # noqa: F401  # first: it mutes a library
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
-from llmtune.model.device import compute_context, is_out_of_memory, pick_device, resolve_dtype
+from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import (
@@ -13,6 +13,7 @@ from llmtune.model.memory_plan import (
     resolve_checkpointing,
 )
 from llmtune.model.model_selection import Ranking, rank_candidates
+from llmtune.model.oom import is_out_of_memory
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.model.resolve import resolve_model
 

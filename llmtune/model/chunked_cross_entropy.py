@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
+_FLOAT32_ELEMENTS = 1 << 22
+"""Whole logits of which a copy stands in float32 at a time: 16 MiB."""
 _PIECE_ELEMENTS = 1 << 19
 """Logits that stand in float32 at a time on a CPU: they stay in its cache."""
 _MARK = "_llmtune_head_loss"
@@ -68,9 +70,9 @@ def remove_head_loss(model: PreTrainedModel) -> None:
 
 
 def takes_head_loss(model: Any) -> bool:
-    """Say whether the model inside all wrappers takes its loss at the head, as things stand.
+    """Whether the model inside all wrappers takes its loss at the head, as things stand.
 
-    A head with an adapter of its own, or one that somebody listens to, is called as any other module.
+    A head with an adapter of its own, or one with a hook, is called as any other module.
     """
     if not getattr(model, _MARK, False):
         return False
@@ -118,7 +120,7 @@ class _HeadLoss(torch.autograd.Function):
         eager = hidden_SD.requires_grad and not trained
         gradient_SD = torch.empty_like(hidden_SD) if eager else None
         with torch.autocast(hidden_SD.device.type, enabled=False):
-            for part in _chunks(count, weight_VD.shape[0]):
+            for part in _chunks(count, weight_VD.shape[0], CHUNK_ELEMENTS):
                 logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
                 if choices:
                     correct_S[part] = logits_cV.argmax(1) == targets_S[part]
@@ -147,7 +149,7 @@ class _HeadLoss(torch.autograd.Function):
         dh_SD = torch.empty_like(hidden_SD)
         dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         db_V = None if bias_V is None else torch.zeros(len(bias_V), dtype=torch.float32, device=weight_VD.device)
-        for part in _chunks(len(targets_S), weight_VD.shape[0]):
+        for part in _chunks(len(targets_S), weight_VD.shape[0], CHUNK_ELEMENTS):
             logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
             losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
             slopes_c = _losses(logits_cV, targets_S[part], ctx.shape, losses_c, keep=True)
@@ -192,7 +194,44 @@ def _losses(
     return slopes_c
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // vocabulary)
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropy per token of whole logits in float32, a chunk at a time; what is kept are the logits and a sum.
+
+    Against `cross_entropy(logits.float(), targets)` it saves three float32 copies of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_SV: torch.Tensor, targets_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[S, V], [S] -> nats [S] float32, whether the target was the first choice [S] bool."""
+        losses_S = torch.empty(len(targets_S), dtype=torch.float32, device=logits_SV.device)
+        totals_S = torch.empty_like(losses_S)
+        correct_S = torch.empty(len(targets_S), dtype=torch.bool, device=logits_SV.device)
+        for part in _chunks(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
+            logits_cV, targets_c = logits_SV[part].to(torch.float32, copy=True), targets_S[part]
+            highest_c, choices_c = logits_cV.max(1)
+            logits_cV -= highest_c[:, None]  # a loss near zero keeps its digits
+            spread_c = logits_cV.logsumexp(1)
+            losses_S[part] = spread_c - logits_cV.gather(1, targets_c[:, None])[:, 0]
+            totals_S[part] = highest_c + spread_c
+            correct_S[part] = choices_c == targets_c
+        ctx.mark_non_differentiable(correct_S)
+        ctx.save_for_backward(logits_SV, targets_S, totals_S)
+        return losses_S, correct_S
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Gradient of each token's loss [S] -> of the logits [S, V]: softmax minus one at the target."""
+        logits_SV, targets_S, totals_S = ctx.saved_tensors
+        gradient_SV = torch.empty_like(logits_SV)
+        for part in _chunks(len(logits_SV), logits_SV.shape[1], _FLOAT32_ELEMENTS):
+            probabilities_cV = (logits_SV[part].float() - totals_S[part, None]).exp_()
+            targets_c1 = targets_S[part, None]
+            probabilities_cV.scatter_add_(1, targets_c1, torch.full_like(targets_c1, -1, dtype=torch.float32))
+            gradient_SV[part] = probabilities_cV.mul_(outputs[0][part, None])
+        return gradient_SV, None
+
+
+def _chunks(tokens: int, vocabulary: int, elements: int) -> Iterator[slice]:
+    step = max(1, elements // vocabulary)
     for start in range(0, tokens, step):
         yield slice(start, start + step)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.data.task_interface import TaskInterface
@@ -26,26 +26,26 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportEr
 """What transformers raises for files that are damaged or that it does not know."""
 
 
-def find_class(place: ModelRef, recipe: Recipe, task: TaskInterface) -> tuple[type[PreTrainedModel], Any]:
+def find_class(
+    model_ref: ModelRef, recipe: Recipe, task: TaskInterface
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """Return the class that loads this model for `task`, and the model's configuration, its head's size set.
 
-    Raises RecipeError where the model cannot do the task, such as an encoder for chat.
+    It is an Auto class for a model that brings its own code. Raises RecipeError where the model cannot do the task,
+    such as an encoder for chat.
     """
-    config = read_model_config(place, recipe.model)
+    config = read_model_config(model_ref, recipe.model)
     auto_class = getattr(transformers, task.auto_class)
-    own = (getattr(config, "auto_map", None) or {}).get(task.auto_class)
-    if own and recipe.model.trust_remote_code:
-        task.configure_head(config, recipe)
-        return auto_class, config
-    if not fits(config, task):
-        described = describe_config(config)
+    own_code = recipe.model.trust_remote_code and task.auto_class in (getattr(config, "auto_map", None) or {})
+    if not own_code and not fits(config, task):
         raise RecipeError.of(
-            f"{place.name} is a {described}: it cannot be used for the task {task.name}, which needs {task.auto_class}",
+            f"{model_ref.name} is a {describe_config(config)}: it cannot be used for the task {task.name}, which needs "
+            f"{task.auto_class}",
             "model.name",
             NEEDS[task.auto_class],
         )
     task.configure_head(config, recipe)
-    return auto_class._model_mapping[type(config)], config
+    return auto_class if own_code else auto_class._model_mapping[type(config)], config
 
 
 NEEDS = {
@@ -63,13 +63,17 @@ NEEDS = {
 """By Auto class, what to do where a model is none of it."""
 
 
-def describe_config(config: Any) -> str:
-    """Say what a model is, by its configuration."""
-    named = list(getattr(config, "architectures", None) or [])
-    return str(named[0]) if named else f"model type {config.model_type}"
+def describe_config(config: PreTrainedConfig) -> str:
+    """Name what a model is, by its configuration."""
+    named = _architectures(config)
+    return named[0] if named else f"model type {config.model_type}"
 
 
-def fits(config: Any, task: TaskInterface) -> bool:
+def _architectures(config: PreTrainedConfig) -> list[str]:
+    return list(getattr(config, "architectures", None) or [])
+
+
+def fits(config: PreTrainedConfig, task: TaskInterface) -> bool:
     """Whether a model with this configuration can do this variant of the task.
 
     Where the task brings a head of its own, any model of a kind that takes one does; else the model must have the head.
@@ -78,16 +82,15 @@ def fits(config: Any, task: TaskInterface) -> bool:
     fitting = known.get(type(config), None)
     if fitting is None or not task.supports(config):
         return False
-    named = list(getattr(config, "architectures", None) or [])
+    named = _architectures(config)
     return task.trains_head or not named or fitting.__name__ in named or _is_relative(named, fitting.__name__)
 
 
-def is_encoder(config: Any) -> bool:
+def is_encoder(config: PreTrainedConfig) -> bool:
     """Whether a model reads a text in both directions and writes none: BERT and its relatives."""
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False):
         return False
-    named = list(getattr(config, "architectures", None) or [])
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config)):
         return False
     return type(config) in transformers.AutoModelForMaskedLM._model_mapping
 
@@ -99,16 +102,24 @@ def _is_relative(named: list[str], fitting: str) -> bool:
     return decoder and any(name in (f"{family}Model", f"{family}ForConditionalGeneration") for name in named)
 
 
-def read_model_config(place: ModelRef, model: ModelSection) -> Any:
+def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """Return the class that a configuration names: one of transformers', or the Auto class of the model's own."""
+    own = sorted(getattr(config, "auto_map", None) or (), key=lambda name: name == "AutoModel")  # heads first
+    names = [name for name in own if trust_remote_code and name.startswith("AutoModel")]
+    known = [name for name in (*names, *_architectures(config)) if hasattr(transformers, name)]
+    return cast(type[PreTrainedModel], getattr(transformers, known[0] if known else "AutoModel"))
+
+
+def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedConfig:
     """Read the configuration as transformers' own class; raises EnvironmentProblem where it cannot."""
     try:
         return AutoConfig.from_pretrained(
-            str(place.path), trust_remote_code=model.trust_remote_code, local_files_only=True
+            str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except UNREADABLE as error:
         raise EnvironmentProblem.of(
             f"transformers {transformers.__version__} cannot read this configuration: {first_line(error)}",
-            str(place.path / "config.json"),
+            str(model_ref.path / "config.json"),
             "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers.",
         ) from error
 
@@ -134,7 +145,7 @@ def in_heads(name: str, heads: Iterable[str]) -> bool:
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
-def build_skeleton(model_class: Any, config: Any, recipe: Recipe) -> PreTrainedModel:
+def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         if hasattr(model_class, "from_config"):  # an Auto class, for a model with its own code
@@ -145,15 +156,15 @@ def build_skeleton(model_class: Any, config: Any, recipe: Recipe) -> PreTrainedM
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Return (inputs, outputs) of every linear module by its name, 4-bit ones too."""
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            found[name] = (module.in_features, module.out_features)
+            shapes[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            found[name] = (module.weight.shape[0], module.weight.shape[1])
-    return found
+            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+    return shapes
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says first."""
+    """Return the first line of a library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,18 +11,6 @@ import torch
 
 from llmtune.errors import RecipeError
 
-_ALLOCATOR_WORDS = (
-    "can't allocate memory",  # torch's CPU allocator
-    "cannot allocate memory",  # the system's word for ENOMEM
-    "not enough memory",
-    "out of memory",  # CUDA errors that are not torch.OutOfMemoryError, e.g. from cuBLAS
-    "bad allocation",
-    "bad_alloc",
-    "could not create a memory object",  # oneDNN
-    "could not create a primitive",
-    "failed to allocate",
-    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED
-)
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -42,7 +29,7 @@ def describe_device(device: str) -> dict[str, str]:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Say whether `device` multiplies bfloat16 faster than float32: Ampere and later, AVX512-BF16, AMX."""
+    """Whether `device` multiplies bfloat16 faster than float32: Ampere and later, AVX512-BF16, AMX."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability()[0] >= 8
     if device == "cpu":
@@ -71,19 +58,6 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
     return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether `error` means that memory ran out on the device or the host.
-
-    What to catch before asking: MemoryError, RuntimeError (torch.OutOfMemoryError is one) and OSError.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(words in text for words in _ALLOCATOR_WORDS)
-
-
 def memory_limit(device: str) -> int | None:
     """Return the bytes that `device` has in total, free or not; None where it cannot be known.
 
@@ -101,3 +75,8 @@ def memory_limit(device: str) -> int | None:
     if address_space != resource.RLIM_INFINITY:
         limits.append(address_space)
     return min(limits)
+
+
+def format_bytes(size: int) -> str:
+    """Write a size for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
 from rich.console import Console
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem
-from llmtune.model.causal_lm_loss import take_loss_at_head
+from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.model.config import (
     OTHER_CLASSES,
     OTHER_ORDER,
+    architecture_class,
     build_skeleton,
     find_class,
     first_line,
     head_names,
     in_heads,
-    is_encoder,
 )
-from llmtune.model.device import is_out_of_memory, resolve_dtype
+from llmtune.model.device import resolve_dtype
 from llmtune.model.fused_norms import fuse_norms
 from llmtune.model.kernels import apply_liger
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
-from llmtune.model.oom import enough_memory
+from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed
 from llmtune.model.packed_pooling import pool_documents
-from llmtune.model.packing_check import prove_isolation, reads_apart
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.model.self_checks import isolates_documents, take_loss_at_head
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe import ModelSection, Recipe
 
 CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_model(
-    place: ModelRef,
+    model_ref: ModelRef,
     recipe: Recipe,
     task: TaskInterface,
     processor: PreTrainedTokenizerBase,
@@ -61,63 +59,36 @@ def load_model(
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
         RecipeError: the model does not do this task, or cannot keep packed rows apart.
     """
-    with enough_memory(f"loading {place.name}", device):
-        return _load(place, recipe, task, processor, device, training, plan, console)
-
-
-def _load(
-    place: ModelRef,
-    recipe: Recipe,
-    task: TaskInterface,
-    processor: PreTrainedTokenizerBase,
-    device: str,
-    training: bool,
-    plan: MemoryPlan | None,
-    console: Console | None,
-) -> SelectedModel:
-    model_class, config = find_class(place, recipe, task)
-    packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
-    attention, reason = choose_packing(model_class, config, recipe, task)
-    if reason and decodes and console is not None:
-        console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
-    compute_dtype = dtype = resolve_dtype(recipe.model.dtype, device)
-    if recipe.adapter.method == "full" and training:
-        dtype = torch.float32
-    quantization = _quantization(recipe, task, model_class, config, dtype) if recipe.adapter.method == "qlora" else None
-    model, new = _load_weights(place, recipe, task, model_class, config, attention, dtype, quantization, device)
-    if quantization is not None:
-        _keep_quantized_format(model)
-    if recipe.train.use_liger_kernel and device.startswith("cuda"):
-        apply_liger(model)
-    if attention == PACKED:
-        install_packed(model)
-        if task.auto_class == CLASSES:
-            pool_documents(model)
-    _grow_embedding(model, processor, recipe)
-    _hand_whole_rows_to_head(model)
-    _settle_generation(model, processor)
-    _keep_every_layer(model)
-    model.config.use_cache = not training
-    if training:
-        fuse_norms(model)
-    model.eval()
-    if decodes and not take_loss_at_head(model, compute_dtype) and console is not None:
-        console.print("Loss: from whole logits, because the model's head is not a linear layer on top of its backbone.")
-    if packs and decodes:
-        prove_isolation(model, compute_dtype, place.name)
-    elif packs and attention == PACKED and not reads_apart(model, compute_dtype):
-        reason = f"{type(model).__name__} reads rows that stand in one line otherwise than each alone"
-    packs = packs and (decodes or reason is None)
-    if reason and not decodes and console is not None:
-        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
-    plan = plan or plan_memory(place, recipe, task, recipe.data.max_length, device)
+    console = console or Console(quiet=True)
+    with explain_oom(f"loading {model_ref.name}", device):
+        model_class, config = find_class(model_ref, recipe, task)
+        attention, reason = choose_attention(model_class, config, recipe, task)
+        if reason and task.auto_class == CAUSAL:
+            console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
+        model, new = _load_weights(model_ref, recipe, task, model_class, config, attention, training, device)
+        if recipe.train.use_liger_kernel and device.startswith("cuda"):
+            apply_liger(model)
+        if attention == PACKED:
+            install_packed(model)
+            if task.auto_class == CLASSES:
+                pool_documents(model)
+        _grow_embedding(model, processor, recipe)
+        _make_head_inputs_contiguous(model)
+        _align_generation_config(model, processor)
+        _disable_layerdrop(model)
+        model.config.use_cache = not training
+        if training:
+            fuse_norms(model)
+        model.eval()
+        packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
+        plan = plan or plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
     task.check_model(model, processor, recipe)
     return SelectedModel(
-        place,
+        model_ref,
         model,
         processor,
         plan,
-        quantization is not None,
+        quantized=recipe.adapter.method == "qlora",
         trains_head=task.trains_head,
         peft_task_type=task.peft_task_type,
         needs_reference_model=task.needs_reference_model(recipe),
@@ -126,26 +97,141 @@ def _load(
     )
 
 
-def choose_packing(model_class: Any, config: Any, recipe: Recipe, task: TaskInterface) -> tuple[str | None, str | None]:
-    """Return the attention to install (None: the model's own choice), and why rows are not packed by it.
+def _check_packing(
+    model: PreTrainedModel,
+    model_ref: ModelRef,
+    recipe: Recipe,
+    task: TaskInterface,
+    attention: str | None,
+    reason: str | None,
+    console: Console,
+) -> bool:
+    """Return whether rows are packed, once it is proven that this model keeps them apart; `reason` is why they are not.
 
-    Without it those of a decoder stand in one line with a mask over them, and those of other models are padded.
+    Raises RecipeError for a decoder that does not: a recurrent state or a private mask carries one row into the next.
     """
-    wanted = recipe.model.attn_implementation
-    if task.auto_class == CAUSAL:
-        return choose_attention(model_class, config, wanted, task.packs)
-    attention, reason = choose_attention(model_class, config, wanted, task.packs and recipe.data.packing, True)
-    if attention == PACKED and not is_encoder(config):
-        return None, "the class of a text is read at its last token, with a decoder"
-    if getattr(config, "is_encoder_decoder", False) and recipe.data.packing and TASK_FACTS[recipe.task].packs:
-        return attention, "the model has an encoder and a decoder"
-    return attention, reason
+    dtype = resolve_dtype(recipe.model.dtype, model.device.type)
+    packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
+    if decodes:
+        if not take_loss_at_head(model, dtype):
+            console.print(
+                "Loss: from whole logits, because the model's head is not a linear layer on top of its backbone."
+            )
+        if packs and not isolates_documents(model, dtype, decodes):
+            raise RecipeError.of(
+                f"in {model_ref.name} rows that are packed together see one another: its architecture keeps no border "
+                "between them",
+                "data.packing",
+                "Set data.packing: false.",
+            )
+        return packs
+    if packs and attention == PACKED and not isolates_documents(model, dtype, decodes):
+        reason = f"{type(model).__name__} reads rows that stand in one line otherwise than each alone"
+    if reason:
+        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
+    return packs and reason is None
+
+
+def load_plain(
+    model_ref: ModelRef, config: PreTrainedConfig, section: ModelSection, *, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """Load a model as its files have it, without a recipe, to look at it: with eager attention, in eval mode.
+
+    Raises:
+        EnvironmentProblem: the weights cannot be loaded, or memory runs out.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    with explain_oom(f"loading {model_ref.name}", device), unreported():
+        try:
+            model = architecture_class(config, section.trust_remote_code).from_pretrained(
+                str(model_ref.path),
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=section.use_safetensors,
+                local_files_only=True,
+                **({"trust_remote_code": True} if section.trust_remote_code else {}),
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise _not_loaded(model_ref, error) from error
+    return cast(PreTrainedModel, model.to(device).eval())
+
+
+def _not_loaded(model_ref: ModelRef, error: Exception) -> LlmtuneError:
+    return EnvironmentProblem.of(
+        f"the weights cannot be loaded: {first_line(error)}",
+        str(model_ref.path),
+        "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
+    )
+
+
+def _load_weights(
+    model_ref: ModelRef,
+    recipe: Recipe,
+    task: TaskInterface,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    attention: str | None,
+    training: bool,
+    device: str,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and the names of its parameters that the files do not hold."""
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    if recipe.adapter.method == "full" and training:
+        dtype = torch.float32
+    options: dict[str, object] = {} if attention is None else {"attn_implementation": attention}
+    if recipe.adapter.method == "qlora":
+        options["quantization_config"] = _quantization(recipe, task, model_class, config, dtype)
+        options["device_map"] = {"": device}
+    if device.startswith("cuda"):
+        options["device_map"] = {"": torch.cuda.current_device()}
+    if hasattr(model_class, "from_config"):
+        options["trust_remote_code"] = recipe.model.trust_remote_code
+    torch.manual_seed(recipe.seed)  # for a head that has no weights yet
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with unreported():
+            model, info = model_class.from_pretrained(
+                str(model_ref.path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=recipe.model.use_safetensors,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=task.trains_head,  # a head for other classes
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        if attention is not None and "/" in attention:
+            raise EnvironmentProblem.of(
+                f"the model cannot be loaded with the attention of {attention}: {first_line(error)}",
+                "model.attn_implementation",
+                "It must be on the hub for this device and this version of torch; or set it to auto.",
+            ) from error
+        raise _not_loaded(model_ref, error) from error
+    if "quantization_config" in options:
+        _keep_quantized_format(model)
+    absent = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
+    new = _initialize_head(model, absent, config, task)
+    if missing := sorted(absent - new):
+        raise EnvironmentProblem.of(
+            f"{len(missing)} weights are missing in the files, {missing[0]} for one: they would start at random",
+            str(model_ref.path),
+            "The folder is not whole, or it holds another kind of model than config.json says.",
+        )
+    return model if "device_map" in options else model.to(device), tuple(sorted(new))
 
 
 def _quantization(
-    recipe: Recipe, task: TaskInterface, model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype
+    recipe: Recipe,
+    task: TaskInterface,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
 ) -> BitsAndBytesConfig:
-    """Say which parts stay as they are: heads, and a pooling layer, which is made new where the files have none."""
+    """Leave heads as they are, and a pooling layer, which is made new where the files have none."""
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
     names = [name for name, _ in skeleton.named_modules()]
@@ -170,112 +256,46 @@ def _keep_quantized_format(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _load_weights(
-    place: ModelRef,
-    recipe: Recipe,
-    task: TaskInterface,
-    model_class: Any,
-    config: Any,
-    attention: str | None,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
-    device: str,
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, and the names of its parameters that the files do not hold."""
-    torch.manual_seed(recipe.seed)  # for a head that has no weights yet
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if device.startswith("cuda"):
-        options["device_map"] = {"": torch.cuda.current_device()}
-    elif quantization is not None:
-        options["device_map"] = {"": device}
-    if quantization is not None:
-        options["quantization_config"] = quantization
-    if hasattr(model_class, "from_config"):
-        options["trust_remote_code"] = recipe.model.trust_remote_code
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with unreported():
-            model, info = model_class.from_pretrained(
-                str(place.path),
-                config=config,
-                dtype=dtype,
-                use_safetensors=recipe.model.use_safetensors,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=task.trains_head,  # a head for other classes
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
-        if attention is not None and "/" in attention:
-            raise EnvironmentProblem.of(
-                f"the model cannot be loaded with the attention of {attention}: {first_line(error)}",
-                "model.attn_implementation",
-                "It must be on the hub for this device and this version of torch; or set it to auto.",
-            ) from error
-        raise EnvironmentProblem.of(
-            f"the weights cannot be loaded: {first_line(error)}",
-            str(place.path),
-            "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
-        ) from error
-    new = _account_for(model, info, config, task, place)
-    placed = model if "device_map" in options else model.to(device)
-    return cast(PreTrainedModel, placed), tuple(sorted(new))
-
-
-def _account_for(
-    model: PreTrainedModel, info: dict[str, Any], config: Any, task: TaskInterface, place: ModelRef
+def _initialize_head(
+    model: PreTrainedModel, absent: set[str], config: PreTrainedConfig, task: TaskInterface
 ) -> set[str]:
-    """Return the names of a new head's weights, and put a trained head's outputs in the recipe's order, in place.
+    """Return the names of a head's weights that start at random; put a trained head's outputs in order, in place.
 
-    Raises EnvironmentProblem where other weights are missing in the files.
+    `absent` are the weights that the files do not hold. A head that was trained for other classes is drawn anew; one
+    for the same classes gets the recipe's order.
     """
-    other_size = {str(entry[0]) for entry in info.get("mismatched_keys", ())}
-    absent = set(info["missing_keys"]) | other_size
     heads = head_names(model)
+    in_head = {name: p for name, p in model.named_parameters() if in_heads(name, heads)}
     new = {name for name in absent if task.trains_head and is_new_part(name, heads)}
-    if getattr(config, OTHER_CLASSES, False) and not new & {
-        n for n, _ in model.named_parameters() if in_heads(n, heads)
-    }:
-        new |= draw_anew(model, heads)
+    with torch.no_grad():
+        if getattr(config, OTHER_CLASSES, False) and not new & in_head.keys():
+            spread = float(getattr(config.get_text_config(), "initializer_range", 0.02))
+            for name, parameter in sorted(in_head.items()):
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)
+                else:
+                    parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
+            new |= in_head.keys()
     if order := getattr(config, OTHER_ORDER, None):
         put_in_order(model, heads, order)
-    missing = sorted(absent - new)
-    if missing:
-        raise EnvironmentProblem.of(
-            f"{len(missing)} weights are missing in the files, {missing[0]} for one: they would start at random",
-            str(place.path),
-            "The folder is not whole, or it holds another kind of model than config.json says.",
-        )
     return new
 
 
+@torch.no_grad()
 def put_in_order(model: PreTrainedModel, heads: Sequence[str], order: Sequence[int]) -> None:
     """Move the outputs of a trained head to the recipe's order of the same classes, in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if in_heads(name, heads) and parameter.shape[0] == len(order):
-                parameter.copy_(parameter[list(order)].clone())
+    for name, parameter in model.named_parameters():
+        if in_heads(name, heads) and parameter.shape[0] == len(order):
+            parameter.copy_(parameter[list(order)].clone())
     setattr(model.config, OTHER_ORDER, None)
 
 
-def draw_anew(model: PreTrainedModel, heads: Sequence[str]) -> set[str]:
-    """Give a head that was trained for other classes new weights at random, in place; return their names."""
-    spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
-    names = {name for name, _ in model.named_parameters() if in_heads(name, heads)}
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in sorted(names):
-            parameter = parameters[name]
-            if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float32) * spread)
-            else:
-                parameter.fill_(float("norm" in name.lower() and name.endswith("weight")))
-    return names
+def is_new_part(name: str, heads: Sequence[str]) -> bool:
+    """Whether a parameter that the files do not hold may start at random: a head, or the pooling layer before it."""
+    return in_heads(name, heads) or "pooler" in name.split(".")
 
 
-def _keep_every_layer(model: PreTrainedModel) -> None:
+def _disable_layerdrop(model: PreTrainedModel) -> None:
     """Switch layerdrop off, in place: a layer that is left out at random has no gradient, and DDP stops on that."""
     for module in model.modules():
         if isinstance(getattr(module, "layerdrop", None), float):
@@ -283,11 +303,6 @@ def _keep_every_layer(model: PreTrainedModel) -> None:
     for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
         if getattr(model.config, name, None):
             setattr(model.config, name, 0.0)
-
-
-def is_new_part(name: str, heads: Sequence[str]) -> bool:
-    """Whether a parameter that the files do not hold may start at random: a head, or the pooling layer before it."""
-    return in_heads(name, heads) or "pooler" in name.split(".")
 
 
 def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -310,7 +325,7 @@ def _grow_embedding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, 
         )
 
 
-def _hand_whole_rows_to_head(model: PreTrainedModel) -> None:
+def _make_head_inputs_contiguous(model: PreTrainedModel) -> None:
     """Make what generation hands to the output head contiguous; changes `model` in place, by a hook.
 
     It is the last position of each row, a slice. Without gradients torch.matmul does not fold a slice into one product
@@ -321,7 +336,7 @@ def _hand_whole_rows_to_head(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
-def _settle_generation(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
+def _align_generation_config(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
     """Let the model's generation settings name the tokenizer's tokens, and hold nothing that contradicts itself."""
     settings = getattr(model, "generation_config", None)
     if settings is None:

@@ -15,7 +15,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
-from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.device import format_bytes, memory_limit, resolve_dtype
 from llmtune.records import MemoryPlan, ModelRef
 
 if TYPE_CHECKING:
@@ -269,8 +269,3 @@ def _draw(plan: MemoryPlan) -> Table:
     table.add_row("lower bound", format_bytes(plan.lower_bound))
     table.add_row("device has", format_bytes(plan.limit) if plan.limit is not None else "unknown")
     return table
-
-
-def format_bytes(size: int) -> str:
-    """Write a size for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,40 +1,52 @@
-"""A model folder as it lies on disk: is everything there, whole, and safe to load; and what is its hash."""
+"""A model folder as it lies on disk: is everything there, whole, and safe to load."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import transformers
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
-from llmtune.store.atomic_files import list_model
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
 
-_PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+_PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 
 
-def check_folder(folder: Path, model: ModelSection) -> dict[str, Any]:
-    """Check that `folder` holds a whole model that may be loaded, reading headers only; return its configuration.
+def check_folder(folder: Path, model: ModelSection) -> None:
+    """Check that `folder` holds a whole model that may be loaded, reading headers only.
 
     Raises:
         EnvironmentProblem: a file is missing, damaged or cut.
         RecipeError: the model wants its own code run, or has pickled weights only, and the recipe does not allow it.
     """
-    config = read_config(folder)
+    config = read_config_file(folder)
     if not model.trust_remote_code:
         _refuse_remote_code(folder, config)
-    _check_weights(folder, model.use_safetensors)
-    return config
+    index = folder / "model.safetensors.index.json"
+    weights = sorted(folder.glob("*.safetensors"))
+    if index.is_file():
+        EnvironmentProblem.collect(_check_shards(folder, index))
+    elif weights:
+        EnvironmentProblem.collect(problem for path in weights for problem in check_safetensors(path))
+    elif pickled := sorted({path.name for pattern in _PICKLED for path in folder.glob(pattern)}):
+        if model.use_safetensors:
+            raise pickled_weights(pickled, str(folder))
+    else:
+        raise EnvironmentProblem.of(
+            "there is no weight file (*.safetensors) in this folder",
+            str(folder),
+            "Get the model again from where it comes from.",
+        )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json`, or raise EnvironmentProblem that says what the folder is instead."""
+def read_config_file(folder: Path) -> dict[str, object]:
+    """Read `config.json`; raises EnvironmentProblem that says what the folder is instead, or what is wrong with it."""
     path = folder / "config.json"
     if not path.is_file():
         raise EnvironmentProblem(_describe_missing_config(folder))
@@ -44,17 +56,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             "it names no model_type", str(path), "Get the file again from where the model comes from."
         )
     return config
-
-
-def hash_model(folder: Path) -> str:
-    """Return the sha256 over names and sha256 of all files that decide what the model computes.
-
-    A file of the hub's cache that is named by its own sha256 is not read again.
-    """
-    total = hashlib.sha256()
-    for name, found in list_model(folder).items():
-        total.update(f"{name}\0{found}\n".encode())
-    return total.hexdigest()
 
 
 def _describe_missing_config(folder: Path) -> Problem:
@@ -69,7 +70,7 @@ def _describe_missing_config(folder: Path) -> Problem:
     return Problem("there is no config.json in this folder", where, fix)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -85,61 +86,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_remote_code(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_remote_code(folder: Path, config: dict[str, object]) -> None:
     """Raise RecipeError if the model cannot be loaded without code of its own.
 
     A folder may name code for classes that transformers has itself by now, under the same names: those are taken.
     """
-    tokenizer_path = folder / "tokenizer_config.json"
-    tokenizer = _read_json(tokenizer_path) if tokenizer_path.is_file() else {}
-    problems = [
+    path = folder / "tokenizer_config.json"
+    tokenizer = _read_json(path) if path.is_file() else {}
+    RecipeError.collect(
         Problem(
-            f"the model wants code from its own folder to be run: {wanted}",
+            f"the model wants code from its own folder to be run: {code}",
             f"{folder / file}: auto_map",
             "Read that code, and set model.trust_remote_code: true if you trust it; or choose another model.",
         )
-        for file, wanted in [
-            ("config.json", _own_code(config.get("auto_map"))),
-            ("tokenizer_config.json", _own_code(tokenizer.get("auto_map"))),
-        ]
-        if wanted
-    ]
-    RecipeError.collect(problems)
+        for file, content in (("config.json", config), ("tokenizer_config.json", tokenizer))
+        if (code := ", ".join(_own_classes(content.get("auto_map"))))
+    )
 
 
-def _own_code(auto_map: object) -> str:
-    """Return the classes of `auto_map` that transformers does not have itself, or an empty string."""
-    import transformers
-
-    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map] if auto_map else []
-    flat = [
-        name for value in named for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
-    ]
-    return ", ".join(name for name in flat if not hasattr(transformers, name.rpartition(".")[2]))
-
-
-def _check_weights(folder: Path, use_safetensors: bool) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        EnvironmentProblem.collect(_check_shards(folder, index))
-        return
-    found = sorted(folder.glob("*.safetensors"))
-    if found:
-        EnvironmentProblem.collect(problem for path in found for problem in check_safetensors(path))
-        return
-    pickled = sorted({path.name for pattern in _PICKLED for path in folder.glob(pattern)})
-    if not pickled:
-        raise EnvironmentProblem.of(
-            "there is no weight file (*.safetensors) in this folder",
-            str(folder),
-            "Get the model again from where it comes from.",
-        )
-    if use_safetensors:
-        raise pickled_weights(pickled, str(folder))
+def _own_classes(auto_map: object) -> Iterator[str]:
+    """Yield the classes that `auto_map` names, in values and lists, and that transformers does not have itself."""
+    if isinstance(auto_map, str):
+        if not hasattr(transformers, auto_map.rpartition(".")[2]):
+            yield auto_map
+    elif isinstance(auto_map, dict | list):
+        for value in auto_map.values() if isinstance(auto_map, dict) else auto_map:
+            yield from _own_classes(value)
 
 
 def pickled_weights(files: list[str], where: str) -> LlmtuneError:
-    """Say that the weights are pickled files alone, and which key allows them."""
+    """Return the error for weights that are pickled files alone; it names the key that allows them."""
     return RecipeError.of(
         f"the weights are pickled ({', '.join(files[:3])}), and a pickle can run any code when it is loaded",
         where,
@@ -162,28 +138,32 @@ def _check_shards(folder: Path, index: Path) -> Iterator[Problem]:
 
 
 def check_safetensors(path: Path) -> Iterator[Problem]:
-    """Compare the header of a safetensors file with its size (https://github.com/huggingface/safetensors#format)."""
+    """Compare the header of a safetensors file with its size (https://github.com/huggingface/safetensors#format).
+
+    The library does so too, but maps the whole file into memory first.
+    """
     fix = "The file is damaged or its download was cut: get it again from where the model comes from."
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(b"version "):
+        if start == b"version ":
             yield Problem("is a Git LFS pointer, not the weights", str(path), "Run `git lfs pull` in that folder.")
             return
-        header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header_bytes = int.from_bytes(start, "little")
         if not 2 <= header_bytes <= min(_LONGEST_HEADER_BYTES, size - 8):
             yield Problem(f"is no safetensors file, or is cut: {size:,} bytes", str(path), fix)
             return
         header = file.read(header_bytes)
     try:
-        tensors = json.loads(header)
-        wanted = 8 + header_bytes + max(entry["data_offsets"][1] for name, entry in _tensors(tensors))
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + header_bytes + max(ends)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         yield Problem("has a header that cannot be read", str(path), fix)
         return
-    if wanted != size:
-        yield Problem(f"is cut: {size:,} bytes where its header wants {wanted:,}", str(path), fix)
+    if expected != size:
+        yield Problem(f"is cut: {size:,} bytes where its header wants {expected:,}", str(path), fix)
 
 
-def _tensors(header: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+def share_file(path: Path, like: Path) -> None:
+    """Give `path` the permissions of `like`: safetensors writes files that their owner alone can read."""
+    path.chmod(like.stat().st_mode)

@@ -21,9 +21,9 @@ from llmtune.data import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.model.config import find_class
-from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.device import compute_context, format_bytes, resolve_dtype
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import context_length, format_bytes, micro_batch_tokens, plan_memory
+from llmtune.model.memory_plan import context_length, micro_batch_tokens, plan_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows

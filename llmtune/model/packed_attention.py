@@ -1,5 +1,8 @@
 """Packed attention: several documents in one row, each attending to itself alone, without a dense mask.
 
+On CUDA it is flash attention over documents of different lengths (flash-attn if it is installed, torch's own
+otherwise), on a CPU `block_attention`, and SDPA a run of equal lengths at a time where neither can.
+
 Shapes: B batch (1 when packed), H heads, K key/value heads, T positions, L positions of one document, N documents of
 equal length side by side, D head width.
 """
@@ -7,28 +10,47 @@ equal length side by side, D head width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from itertools import groupby, pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llmtune.model.block_attention import attend_documents
-from llmtune.model.varlen_attention import attend_varlen, has_varlen
+from llmtune.model.config import is_encoder
+from llmtune.recipe.task_facts import TASK_FACTS
+
+if TYPE_CHECKING:
+    from llmtune.data.task_interface import TaskInterface
+    from llmtune.recipe import Recipe
 
 PACKED = "llmtune_packed"
 """The name under which transformers knows this attention."""
-
 LENGTHS = "document_lengths"
 """The name under which a model's body hands the lengths of the documents in a packed row to its layers."""
 documents_inside: ContextVar[list[int] | None] = ContextVar("documents_inside", default=None)
 """The same lengths, while the body runs on a packed row."""
+_TOLERANCE = 0.05
+"""Of the largest element; flash attention and SDPA round differently in half precision."""
+
+
+def _import(module: str, name: str) -> Callable[..., torch.Tensor] | None:
+    try:
+        return cast(Callable[..., torch.Tensor], getattr(import_module(module), name))
+    except (ImportError, AttributeError):  # not installed; torch before 2.10 lacks its own
+        return None
+
+
+flash_attn_varlen_func = _import("flash_attn", "flash_attn_varlen_func")
+varlen_attn = _import("torch.nn.attention.varlen", "varlen_attn")
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,66 @@ def attend_packed(
     return attend_runs(query, key, value, lengths, options), None
 
 
+def has_varlen(query: torch.Tensor, dropout: float, causal: bool = True) -> bool:
+    """Whether `attend_varlen` computes this: half precision on CUDA, no dropout, and proven right on this card."""
+    if not query.is_cuda or dropout > 0 or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return _agrees_with_sdpa(query.shape[-1], query.dtype, causal, torch.cuda.current_device())
+
+
+def attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """Attend within each document by flash attention: [1, H, T, D], [1, K, T, D] -> [1, T, H, D].
+
+    `starts` is int32 [documents + 1]: where each document begins, and the end of the last. A query sees
+    `sliding_window` keys up to its own when causal, else those less than that many positions away on either side.
+    """
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+    back = -1 if sliding_window is None else sliding_window - 1
+    window = (back, 0 if causal else back)
+    if flash_attn_varlen_func is not None:
+        options = {"softmax_scale": scaling, "causal": causal, "window_size": window}
+        options["deterministic"] = True  # the backward pass, at a few per cent of its time
+        return flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, **options)[None]
+    assert varlen_attn is not None, "has_varlen found one of them"
+    options = {"scale": scaling, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None]
+
+
+@cache
+def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, card: int) -> bool:
+    """Compare outputs and gradients with SDPA's on two short documents, once for a head width, format and card."""
+    if flash_attn_varlen_func is None and varlen_attn is None:
+        return False
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, heads, 24, width) for heads in (4, 2, 2)]
+    q, k, v = leaves = [
+        torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for shape in shapes
+    ]
+    starts = torch.tensor([0, 7, 24], dtype=torch.int32, device="cuda")
+    for window in (None, 5):
+        outputs: list[list[torch.Tensor]] = []
+        with torch.enable_grad():
+            try:
+                flash = attend_varlen(q, k, v, starts, 17, None, window, causal)
+                outputs.append([flash, *torch.autograd.grad(flash.square().sum(), leaves)])
+            except (RuntimeError, TypeError, ValueError, NotImplementedError):  # what this card or this width lacks
+                return False
+            sdpa = attend_runs(q, k, v, [7, 17], Options(window=window, causal=causal))
+            outputs.append([sdpa, *torch.autograd.grad(sdpa.square().sum(), leaves)])
+        if any((a - b).abs().max() > _TOLERANCE * b.abs().max() for a, b in zip(*outputs, strict=True)):
+            return False
+    return True
+
+
 def attend_runs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], options: Options
 ) -> torch.Tensor:
@@ -95,38 +177,33 @@ def attend_runs(
     runs = [(length, len([*same])) for length, same in groupby(lengths)]
     sizes = [length * count for length, count in runs]
     split = zip(*(torch.split(part[0].transpose(0, 1), sizes) for part in (query, key, value)), strict=True)
-    plain = options.softcap is None and options.sinks is None
-    attend = attend_document if plain else attend_scores_in_document
-    found = []
+    outputs = []
     for (length, count), parts in zip(runs, split, strict=True):
         q, k, v = (part.reshape(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
-        found.append(attend(q, k, v, options).transpose(1, 2).flatten(0, 1))
-    return torch.cat(found)[None]
+        outputs.append(_attend_run(q, k, v, options).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
 
 
-def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
-    """Attend within documents of one length: [N, H, L, D], [N, K, L, D] -> [N, H, L, D]."""
-    length = query.shape[2]
-    fits = options.window is None or length <= options.window
+def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
+    """Attend within documents of one length: [N, H, L, D], [N, K, L, D] -> [N, H, L, D].
+
+    Scores are written out where they are capped or have sinks.
+    """
+    length, plain = query.shape[2], options.softcap is None and options.sinks is None
+    whole = plain and (options.window is None or length <= options.window)
+    mask = None if whole else band(length, length, options.window, options.causal, query.device)
+    if not plain:
+        return attend_scores(query, key, value, mask, options)
     return scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if fits else band(length, length, options.window, options.causal, query.device),
+        attn_mask=mask,
         dropout_p=options.dropout,
-        is_causal=fits and options.causal,
+        is_causal=whole and options.causal,
         scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def attend_scores_in_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options
-) -> torch.Tensor:
-    """Do the same with scores written out, where they are capped or have sinks."""
-    length = query.shape[2]
-    mask = band(length, length, options.window, options.causal, query.device)
-    return attend_scores(query, key, value, mask, options)
 
 
 def attend_scores(
@@ -166,12 +243,9 @@ def band(queries: int, keys: int, window: int | None, causal: bool, device: torc
     return seen if window is None else seen & (distance.abs() < window)
 
 
-def packed_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def packed_mask(*args: object, **kwargs: object) -> torch.Tensor | None:
     """Build no mask for a packed row, SDPA's mask for anything else (padding, generation, a custom 4-D mask)."""
-    if documents_inside.get() is not None:
-        return None
-    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
+    return None if documents_inside.get() is not None else sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(PACKED, attend_packed)
@@ -179,23 +253,37 @@ AttentionMaskInterface.register(PACKED, packed_mask)
 
 
 def choose_attention(
-    model_class: Any, config: Any, wanted: str, packs: bool = True, both_ways: bool = False
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe, task: TaskInterface
 ) -> tuple[str | None, str | None]:
-    """Return the attention to install (None: the model's own choice), and why where it is not the packed one.
-
-    Where rows are padded (`packs` is false), it is the model's own choice.
+    """Return the attention to install (None: the model's own choice), and why it is not the packed one.
 
     Packed attention needs a model that hands window, scale and the like to transformers' attention interface, which
-    those that support flash attention through it do. Without it a decoder can mask a packed row; a model that looks
-    `both_ways` cannot.
+    those that support flash attention through it do. Without it rows of a decoder stand in one line with a mask over
+    them, and those of other models are padded.
     """
-    if wanted != "auto":
-        return wanted, "model.attn_implementation names another attention" if packs and both_ways else None
-    if not packs:
-        return None, None
+    decodes = task.auto_class == "AutoModelForCausalLM"
+    packs = task.packs and (decodes or recipe.data.packing)
+    attention, reason = None, None
+    if recipe.model.attn_implementation != "auto":
+        attention = recipe.model.attn_implementation
+        reason = "model.attn_implementation names another attention" if packs and not decodes else None
+    elif packs:
+        attention, reason = _find_attention(model_class, config, decodes)
+    if decodes:
+        return attention, reason
+    if attention == PACKED and not is_encoder(config):
+        return None, "the class of a text is read at its last token, with a decoder"
+    if getattr(config, "is_encoder_decoder", False) and recipe.data.packing and TASK_FACTS[recipe.task].packs:
+        return attention, "the model has an encoder and a decoder"
+    return attention, reason
+
+
+def _find_attention(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, decodes: bool
+) -> tuple[str | None, str | None]:
     if not issubclass(model_class, PreTrainedModel):  # an Auto class: the model brings its own code
         return None, "the model comes with its own code"
-    plain = None if both_ways else "sdpa" if model_class._supports_sdpa else "eager"
+    plain = None if not decodes else "sdpa" if model_class._supports_sdpa else "eager"
     if not (model_class._supports_flash_attn and model_class._supports_attention_backend):
         return plain, f"{model_class.__name__} does not use transformers' attention interface throughout"
     if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
@@ -212,8 +300,8 @@ def install_packed(model: PreTrainedModel) -> None:
     first, counts = first_position(body), "position_ids" in inspect.signature(type(body).forward).parameters
 
     def enter(
-        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[object, ...], dict[str, Any]]:
         starts = kwargs.get("cu_seq_lens_q")
         if starts is None or kwargs.get("attention_mask") is not None:
             documents_inside.set(None)
@@ -222,27 +310,21 @@ def install_packed(model: PreTrainedModel) -> None:
         lengths = [end - start for start, end in pairwise(starts.tolist())]
         documents_inside.set(lengths)
         if counts:
-            given = kwargs.get("position_ids")  # PEFT drops them on the way to a model that points at answers
-            places_1T = positions(lengths, starts.device) if given is None else given
-            kwargs = {**kwargs, "position_ids": places_1T + first}
+            positions_1T = kwargs.get("position_ids")  # PEFT drops them on the way to a model that points at answers
+            if positions_1T is None:
+                positions_1T = torch.cat([torch.arange(length, device=starts.device) for length in lengths])[None]
+            kwargs = {**kwargs, "position_ids": positions_1T + first}
         return args, {**kwargs, LENGTHS: lengths}
 
+    def leave(*_: object) -> None:
+        documents_inside.set(None)
+
     body.register_forward_pre_hook(enter, with_kwargs=True)
-    body.register_forward_hook(_leave_packed, with_kwargs=True, always_call=True)
+    body.register_forward_hook(leave, always_call=True)
 
 
 def first_position(body: torch.nn.Module) -> int:
     """Return the number that a model gives to a text's first position: RoBERTa and its relatives leave some out."""
-    embeddings: Any = getattr(body, "embeddings", None)
-    if not hasattr(embeddings, "create_position_ids_from_input_ids"):
-        return 0
-    return int(embeddings.padding_idx) + 1
-
-
-def positions(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Count the positions of each document from zero: [1, T]."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
-def _leave_packed(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    documents_inside.set(None)
+    embeddings = getattr(body, "embeddings", None)
+    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
+    return int(getattr(embeddings, "padding_idx", 0)) + 1 if counts_from_padding else 0

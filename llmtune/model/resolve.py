@@ -1,30 +1,45 @@
-"""Where a model is: a folder, a packaged model, or the hub; found, checked and hashed before anything heavy."""
+"""A model reference resolved: a folder, a packaged model or a hub name becomes a local folder, checked and hashed."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from rich.console import Console
 
-from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model.builtin_models import unpack_packaged
-from llmtune.model.hub_models import download_model
-from llmtune.model.model_files import check_folder, hash_model
+from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
+from llmtune.model.builtin_models import resolve_builtin
+from llmtune.model.model_files import check_folder, pickled_weights
 from llmtune.records import ModelRef
+from llmtune.store.atomic_files import list_model
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_PICKLED = ("pytorch_model", "model.ckpt")
+_NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
+"""The error of the HTTP library that this version of the hub library stands on (httpx, or httpx2)."""
 
 
 def resolve_model(name: str, model: ModelSection, console: Console, offline: bool = False) -> ModelRef:
     """Find the model `name` (a folder, `builtin:NAME` or a hub name), bring it here and check its files.
 
-    Network is used for a hub name alone, and not at all if `offline`.
+    Only a hub name uses the network, and not with `offline`.
 
     Raises:
         EnvironmentProblem: not found, not allowed, not whole.
@@ -32,26 +47,27 @@ def resolve_model(name: str, model: ModelSection, console: Console, offline: boo
     """
     revision: str | None = None
     if name.startswith("builtin:"):
-        path = unpack_packaged(name.removeprefix("builtin:"), console)
+        path = resolve_builtin(name.removeprefix("builtin:"), console)
     elif Path(name).expanduser().is_dir():
         path = Path(name).expanduser().resolve()
     elif Path(name).expanduser().is_file():
         raise RecipeError.of(
             f"{name} is a file", "model.name", "Name the folder that holds config.json and the weights."
         )
-    elif _looks_like_path(name):
-        raise EnvironmentProblem.of(f"there is no folder {name}", "model.name", _suggest(name))
+    elif name.startswith(("/", "./", "../", "~")) or not _HUB_NAME.fullmatch(name):
+        raise EnvironmentProblem.of(f"there is no folder {name}", "model.name", _nearest_folder(name))
     else:
-        path, revision = download_model(name, model, console, offline, _suggest(name))
+        path = _download(name, model, offline or is_offline_mode())
+        revision = path.name
+        console.print(f"Model {name} at commit {revision}", highlight=False)
     check_folder(path, model)
-    return ModelRef(name, path, revision, hash_model(path))
+    total = hashlib.sha256()
+    for file, content_hash in list_model(path).items():
+        total.update(f"{file}\0{content_hash}\n".encode())
+    return ModelRef(name, path, revision, total.hexdigest())
 
 
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or not _HUB_NAME.fullmatch(name)
-
-
-def _suggest(name: str) -> str:
+def _nearest_folder(name: str) -> str:
     """Name the folder nearest to `name` among its would-be siblings, if there is one like it."""
     path = Path(name).expanduser()
     try:
@@ -60,3 +76,70 @@ def _suggest(name: str) -> str:
         return f"The folder {path.parent} does not exist either. Check the path."
     close = get_close_matches(path.name, folders, n=1, cutoff=0.5)
     return f"Did you mean {path.parent / close[0]}?" if close else "Check the path."
+
+
+def _download(name: str, model: ModelSection, offline: bool) -> Path:
+    """Return the local snapshot of hub model `name` at `model.revision`, a folder that is named by its commit.
+
+    What is missing is downloaded: no pickled weights and no code unless the recipe allows them, and no copies of the
+    weights in other formats.
+    """
+    patterns = [
+        *_PATTERNS,
+        *(["*.py"] if model.trust_remote_code else []),
+        *([] if model.use_safetensors else ["pytorch_model*.bin"]),
+    ]
+    try:
+        if not offline and model.use_safetensors:
+            _refuse_pickles(name, model.revision)
+        folder = snapshot_download(
+            name,
+            revision=model.revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=offline,
+        )
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, _NO_ANSWER) as error:
+        raise _explain(error, name, model.revision, offline) from error
+    return Path(folder)
+
+
+def _refuse_pickles(name: str, revision: str) -> None:
+    """Look at the list of files before any is fetched; without network the hub's local cache is what there is."""
+    try:
+        info = HfApi().model_info(name, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except _NO_ANSWER:
+        return
+    files = [entry.rfilename for entry in info.siblings or [] if "/" not in entry.rfilename]
+    pickled = [file for file in files if file.startswith(_PICKLED) and not file.endswith(".json")]
+    if pickled and not any(file.endswith(".safetensors") for file in files):
+        raise pickled_weights(pickled, f"hub model {name}")
+
+
+def _explain(error: Exception, name: str, revision: str, offline: bool) -> LlmtuneError:
+    """Turn the hub library's error into ours; the order matters, as its errors inherit from one another."""
+    where, nearest = "model.name", _nearest_folder(name)
+    if isinstance(error, HFValidationError):
+        return EnvironmentProblem.of(f"'{name}' is neither a folder nor a hub name", where, nearest)
+    if isinstance(error, GatedRepoError):
+        fix = f"Ask for access at https://huggingface.co/{name}, then log in with `hf auth login`."
+        return EnvironmentProblem.of(f"the hub model '{name}' is gated, and this machine has no access", where, fix)
+    if isinstance(error, RevisionNotFoundError):
+        fix = "Name a branch, tag or commit that the model's page lists."
+        return RecipeError.of(f"the hub model '{name}' has no revision '{revision}'", "model.revision", fix)
+    if isinstance(error, RepositoryNotFoundError):
+        fix = f"{nearest} A private model needs `hf auth login`."
+        return EnvironmentProblem.of(f"there is no folder and no public hub model '{name}'", where, fix)
+    if offline or isinstance(error, OfflineModeIsEnabled):
+        fix = (
+            f"{nearest} Without --offline and HF_HUB_OFFLINE it is downloaded once; a local folder or builtin:NAME "
+            "needs no network."
+        )
+        return EnvironmentProblem.of(f"'{name}' is no local folder and not in the hub's local cache", where, fix)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else "no"
+        return EnvironmentProblem.of(f"the hub answered for '{name}' with status {status}", where, "Try again later.")
+    fix = f"{nearest} A local folder or builtin:NAME needs no network; HTTPS_PROXY names a proxy."
+    return EnvironmentProblem.of(f"'{name}' is no local folder, and the hub cannot be reached", where, fix)

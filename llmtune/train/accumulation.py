@@ -13,11 +13,10 @@ import torch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import RecipeError, TrainingError
-from llmtune.model import is_out_of_memory
+from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import add_up, any_process
-from llmtune.train.memory_usage import MEMORY_ERRORS, release
 from llmtune.train.setup import Training
 
 
@@ -131,16 +130,11 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
 
 
 def try_memory(training: Training, work: Callable[[], object]) -> bool:
-    """Do `work`; return False, with memory given back, if there is not enough of it."""
-    try:
-        work()
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
-    else:
+    """Do `work`; return False if memory ran out in it, with gradients dropped and memory given back."""
+    if fits_in_memory(work):
         return True
     training.optimizer.zero_grad(set_to_none=True)
-    release(training.device)
+    release_memory(training.device)
     return False
 
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from llmtune.adapter import save_adapter
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
-from llmtune.model import is_out_of_memory
+from llmtune.model.oom import fits_in_memory
 from llmtune.records import AdaptedModel, Examples, TrainedRun
 from llmtune.store.profile import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
@@ -37,10 +37,9 @@ from llmtune.train.checkpoint import (
 from llmtune.train.distributed import add_up, on_main
 from llmtune.train.divergence import Divergence
 from llmtune.train.failure_report import diverged, not_a_number, ruined, weights_are_numbers, where_to_go_on
-from llmtune.train.memory_usage import MEMORY_ERRORS, peak_bytes, reset_peak
 from llmtune.train.metrics_log import METRICS, Display, Line, append_line, cut_back, show
 from llmtune.train.preflight import put_checkpoint, rehearse, save, shrink
-from llmtune.train.setup import Training, deterministic, set_up
+from llmtune.train.setup import Training, deterministic, peak_bytes, set_up
 from llmtune.train.signals import StopRequest, catch_signals
 from llmtune.train.train_state import TrainState
 
@@ -119,7 +118,8 @@ def train(
                 rehearse(training, state, console, on_budget)
             rehearsed = time.perf_counter() - rehearsed
             on_budget(state.budget)
-            reset_peak(training.device)
+            if training.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(training.device)
             with show(console, state.step, training.plan.total_steps) as display:
                 run = Run(training, state, divergence, request, display, console, on_budget, rehearsed)
                 _run_steps(run)
@@ -189,17 +189,13 @@ def _gradients(run: Run, step: int) -> StepLoss:
 
 def _update(run: Run, step: int) -> None:
     training = run.training
-    try:
-        training.optimizer.step()
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
+    if not fits_in_memory(training.optimizer.step):
         # Half of the weights may have moved: the step cannot be done again.
         raise TrainingError.of(
             f"out of memory in the update of step {step}, for which the rehearsal had found room",
             str(run.training.device),
             f"Another program took memory. {where_to_go_on(run.training.folder)}",
-        ) from error
+        )
     training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
     if 1 < run.state.loss_scale < FIRST_SCALE and step % SCALE_GROWS == 0:

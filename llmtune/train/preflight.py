@@ -25,8 +25,7 @@ from llmtune.train.checkpoint import (
     write_checkpoint,
 )
 from llmtune.train.distributed import any_process, on_main
-from llmtune.train.memory_usage import peak_bytes
-from llmtune.train.setup import Training
+from llmtune.train.setup import Training, peak_bytes
 from llmtune.train.train_state import TrainState
 
 

@@ -22,6 +22,7 @@ from llmtune.errors import EnvironmentProblem, Problem
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
+from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.optimizer import build_optimizer, build_schedule
 
@@ -190,6 +191,11 @@ def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> s
             recipe.train.model_dump(mode="json"),
         ]
     )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes in use so far: of the GPU's allocator, or else of the process (resident)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak_bytes()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from llmtune.deploy.gguf_file import write_model
 from llmtune.deploy.gguf_readers import LlamaReader
 from llmtune.deploy.gguf_vocabulary import describe_vocabulary
 from llmtune.evaluate.generation import answer_ends, generate_batch
-from llmtune.model.builtin_models import PACKAGED, unpack_packaged
+from llmtune.model.builtin_models import PACKAGED, resolve_builtin
 from llmtune.tasks import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
@@ -96,7 +96,7 @@ def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
     package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
     fields = GGUFReader(str(package.locate_file(PACKAGED[SMOLLM2].file))).fields
     theirs = {name.removeprefix(DESCRIBED): f.contents() for name, f in fields.items() if name.startswith(DESCRIBED)}
-    tokenizer = AutoTokenizer.from_pretrained(unpack_packaged(SMOLLM2, Console()))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_builtin(SMOLLM2, Console()))
     ours = describe_vocabulary(tokenizer, len(theirs["tokens"]), [[1, 9690]], [2])
     assert (ours.model, ours.pre, ours.add_bos) == (theirs["model"], theirs["pre"], theirs["add_bos_token"])
     assert [*ours.tokens] == theirs["tokens"]

@@ -477,7 +477,7 @@ def test_scores_are_those_of_lm_evals_command_line(done: Path, name: str, adapte
 
 @pytest.mark.slow
 def test_scores_of_the_packaged_model_are_those_of_lm_evals_command_line(tmp_path: Path) -> None:
-    from llmtune.model.builtin_models import unpack_packaged
+    from llmtune.model.builtin_models import resolve_builtin
 
     write_tasks(tmp_path)
     recipe = write_recipe(
@@ -491,7 +491,7 @@ def test_scores_of_the_packaged_model_are_those_of_lm_evals_command_line(tmp_pat
     )
     quiet = Console(file=io.StringIO())
     run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", offline=True), quiet)
-    model = unpack_packaged("smollm2-135m-instruct", quiet)
+    model = resolve_builtin("smollm2-135m-instruct", quiet)
     names = "chosen_colours,written_colours,read_colours"
     for name, adapter in (("base", []), ("tuned", ["peft=run/adapter"])):
         told = without_resampled(command_line(tmp_path, f"pretrained={model}", *adapter, tasks=names))

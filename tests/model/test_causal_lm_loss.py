@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter import inject, trainable_parameters
-from llmtune.model import causal_lm_loss as loss_module
 from llmtune.model import causal_loss, compute_context, predicted_logits
+from llmtune.model import chunked_cross_entropy as chunked
 from llmtune.model.chunked_cross_entropy import remove_head_loss
 
 LENGTHS = [9, 4, 17, 6, 12, 5, 8, 10]
@@ -122,9 +122,9 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch, dtype):
     wanted = cross_entropy(reference.float(), targets, reduction="none")
     (wanted * weights).sum().backward()
     for elements in (1 << 22, 101 * 5, 1):
-        monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunked, "_FLOAT32_ELEMENTS", elements)
         ours = logits.clone().requires_grad_()
-        losses, correct = loss_module._CrossEntropy.apply(ours, targets)
+        losses, correct = chunked.CrossEntropy.apply(ours, targets)
         (losses * weights).sum().backward()
         torch.testing.assert_close(losses, wanted, atol=1e-6, rtol=1e-6)
         tolerance = 1e-6 if dtype == torch.float32 else 2**-8

