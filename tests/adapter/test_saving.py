@@ -150,7 +150,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tiny_llama, tmp_path):
 
     adapted = train_a_little(tiny_llama)
     place = dataclasses.replace(adapted.selected.model_ref, name="owner/model", revision="c" * 40)
-    selected = dataclasses.replace(adapted.selected, place=place)
+    selected = dataclasses.replace(adapted.selected, model_ref=place)
     save_adapter(dataclasses.replace(adapted, selected=selected), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "c" * 40)
