@@ -89,7 +89,7 @@ def test_a_merge_with_one_weight_matrix_disturbed_fails(tune, tmp_path, console,
 def test_a_qlora_merge_into_another_model_of_the_same_shape_fails(tune, tmp_path, console, onto):
     adapted, recipe = tune(adapter={"method": "qlora"})
     other = replace(adapted.selected.model_ref, path=build_llama(tmp_path / "other", seed=9))
-    swapped = replace(adapted, selected=replace(adapted.selected, place=other))
+    swapped = replace(adapted, selected=replace(adapted.selected, model_ref=other))
     with pytest.raises(GateFailed, match="mean KL"):
         merge((swapped, recipe), tmp_path / "merged", console, onto=onto)
     assert not (tmp_path / "merged").exists()

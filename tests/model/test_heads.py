@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from support import families
 from support.adapting import quiet
 from support.models import build_gpt2, build_llama
+from support.training import with_methods
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from llmtune.adapter import inject
@@ -266,4 +266,4 @@ def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
 
 def test_a_task_without_a_head_of_its_own_has_no_new_head(built):
     place = resolve_model(str(built("llama")), recipe_of(built("llama")).model, quiet())
-    assert not head_is_new(place, recipe_of(built("llama")), dataclasses.replace(CLASSIFY, headed=False))
+    assert not head_is_new(place, recipe_of(built("llama")), with_methods(CLASSIFY, trains_head=False))

@@ -1,4 +1,3 @@
-import dataclasses
 import random
 import shutil
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from support.process import train_in_process
-from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, write_examples
+from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods, write_examples
 
 from llmtune.errors import TrainingError
 from llmtune.model import is_out_of_memory
@@ -28,7 +27,7 @@ def chat_with_memory_for(tokens, when=lambda model: True):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return CHAT.loss(model, batch, by_row)
 
-    return dataclasses.replace(CHAT, loss=loss)
+    return with_methods(CHAT, loss=loss)
 
 
 def run(folder, recipe, examples, task, console, budget=320):
@@ -172,6 +171,6 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(tmp_path, tiny_llama
             tmp_path / "run",
             make_recipe(tmp_path, tiny_llama),
             examples,
-            dataclasses.replace(CHAT, loss=loss),
+            with_methods(CHAT, loss=loss),
             Console(quiet=True),
         )
