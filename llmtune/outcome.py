@@ -12,12 +12,13 @@ from llmtune.model import pick_device
 from llmtune.recipe import Recipe
 from llmtune.records import Evaluation
 from llmtune.report import assemble, find_explanations
+from llmtune.report.report_record import Report
 from llmtune.store.run_folder import RunFolder
 from llmtune.store.run_lock import hardware, package_versions
 
 
-def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> dict[str, Any]:
-    """Everything that a run found out, as one dictionary (design: report.json)."""
+def make_report(folder: RunFolder, recipe: Recipe, skipped: dict[str, bool]) -> Report:
+    """Everything that a run found out."""
     curve = _curve(folder.path / "metrics.jsonl")
     evaluation = _evaluation(folder)
     gates = check_gates(recipe.evaluate.gates, evaluation) if evaluation else ()

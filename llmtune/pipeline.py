@@ -49,7 +49,8 @@ from llmtune.model.model_selection import rank_candidates
 from llmtune.outcome import make_report
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import AdaptedModel, Examples, MemoryPlan, ModelRef, Rows
-from llmtune.report import write_report
+from llmtune.report import redact_all, write_report
+from llmtune.report.assembly import report_json
 from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_file, hash_folder, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
@@ -155,16 +156,14 @@ def evaluate_run(
 def conclude(context: RunContext, *, gated: bool) -> dict[str, Any]:
     """Write the report and return it; a gate that failed is raised after that."""
     path = context.folder.path
-    report = make_report(context.folder, context.recipe, context.skipped)
+    report = redact_all(make_report(context.folder, context.recipe, context.skipped))
     write_report(report, path)
     seeds.print_spread(report, context.console)
     if gated:
         context.console.print(f"report: {escape(str(path / 'report.html'))}")
-        failed = [gate for gate in report["gates"] if not gate["passed"]]
-        GateFailed.collect(
-            Problem(f"gate failed: wanted {gate['wanted']}, got {gate['got']}", gate["name"]) for gate in failed
-        )
-    return report
+        failed = [gate for gate in report.gates if not gate.passed]
+        GateFailed.collect(Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in failed)
+    return report_json(report)
 
 
 def prepare_inputs(context: RunContext) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from rich.console import Console
 from llmtune.evaluate import load_evaluation
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.records import Evaluation
-from llmtune.report.seed_table import spread_table
+from llmtune.report.render_terminal import make_table
+from llmtune.report.report_record import Report, Seeds
+from llmtune.report.score_sections import seed_table
 from llmtune.report.seed_variance import describe_spread
 from llmtune.session import Options, RunContext
 from llmtune.store.atomic_files import explained, hash_value, read_json, staged, write_json
@@ -115,7 +117,7 @@ def is_done(run: Path, step: str) -> bool:
     return done
 
 
-def collect(run: Path, recipe: Recipe, own: Evaluation | None) -> dict[str, Any] | None:
+def collect(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
     """Return what the scores of all seeds come to, for the report; None without further seeds or without scores.
 
     `own` is the evaluation of the run itself.
@@ -132,9 +134,8 @@ def collect(run: Path, recipe: Recipe, own: Evaluation | None) -> dict[str, Any]
     return describe_spread(found, missing)
 
 
-def print_spread(report: Mapping[str, Any], console: Console) -> None:
+def print_spread(report: Report, console: Console) -> None:
     """Print the scores of all seeds, if the report has some."""
-    seeds = (report.get("evaluation") or {}).get("seeds")
-    if seeds:
-        console.print(spread_table(seeds))
-        console.print(seeds["told"], highlight=False)
+    if report.seeds:
+        console.print(make_table(seed_table(report.seeds)))
+        console.print(report.seeds.told, highlight=False)

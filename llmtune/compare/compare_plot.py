@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmtune.report.metric_info import better_side
+from llmtune.compare.comparison import RunSummary
+from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import MINUS, count, duration, missing, score, size
-from llmtune.report.slice_tables import ranked
 
-Facts = Mapping[str, Any]
-BARS = (
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BARS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("train_seconds", "Training time", duration),
     ("peak_bytes", "Peak memory", size),
     ("trainable", "Trained parameters", count),
@@ -26,87 +28,82 @@ MOST_SCORES = 2
 """Panels of scores: the metrics that say most."""
 ROOM = 1.75
 """Of the longest bar: the width of a panel, for the number behind the bar."""
+SETTINGS: Any = {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "comparison", "text.parse_math": False}
 
 
-def draw_comparison(path: Path, made: Facts) -> list[Path]:
+def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
     """Draw the comparison into `path` with .png and .svg."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs = made["runs"]
     metrics = shown_metrics(runs)
     panels = len(BARS) + len(metrics)
-    left = LETTER_IN * max(len(run["name"]) for run in runs) + 0.25
+    left = LETTER_IN * max(len(run.name) for run in runs) + 0.25
     width, tall = left + panels * PANEL_IN + 0.1, ROW_IN * len(runs)
     height = tall + 0.95
-    settings: Any = {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "comparison", "text.parse_math": False}
-    with mpl.rc_context(settings):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height), facecolor="white")
         FigureCanvasAgg(figure)
         for number in range(panels):
-            place = ((left + number * PANEL_IN) / width, 0.5 / height, (PANEL_IN - 0.2) / width, tall / height)
-            axes = figure.add_axes(place)
+            bounds = ((left + number * PANEL_IN) / width, 0.5 / height, (PANEL_IN - 0.2) / width, tall / height)
+            axes = figure.add_axes(bounds)
             if number < len(BARS):
                 draw_bars(axes, runs, *BARS[number])
             else:
                 draw_gains(axes, runs, metrics[number - len(BARS)])
-            frame(axes, [run["name"] for run in runs] if number == 0 else [""] * len(runs))
-        paths = [path.with_suffix(".png"), path.with_suffix(".svg")]
-        figure.savefig(paths[0], dpi=DPI, metadata={"Software": None})
-        figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    return paths
+            frame(axes, [run.name for run in runs] if number == 0 else [""] * len(runs))
+        figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def shown_metrics(runs: Sequence[Facts]) -> list[str]:
+def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
     """Return the metrics that say most and have a better side, of those that every run has with an interval."""
-    found = [
-        metric
-        for metric in ranked(list(runs[0]["difference"]))
-        if better_side(metric) and not any(missing(end) for run in runs for end in gain(run, metric))
-    ]
-    return found[:MOST_SCORES]
+    metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
+    known = [metric for metric in metrics if all(metric in run.difference for run in runs)]
+    return [metric for metric in known if not any(map(missing, ends_of(runs, metric)))][:MOST_SCORES]
 
 
-def gain(run: Facts, metric: str) -> tuple[Any, Any, Any]:
-    """Return the gain over the base, and the ends of its interval; missing where there are none."""
-    change = run["difference"].get(metric) or {"value": None, "interval": (None, None)}
-    return (change["value"], *change["interval"])
+def ends_of(runs: Sequence[RunSummary], metric: str) -> list[float]:
+    """Return gains and ends of their intervals of all runs."""
+    changes = [run.difference[metric] for run in runs]
+    return [end for change in changes for end in (change.value, change.low, change.high)]
 
 
-def draw_bars(axes: Any, runs: Sequence[Facts], name: str, title: str, written: Any) -> None:
+def draw_bars(
+    axes: Axes, runs: Sequence[RunSummary], name: str, title: str, written: Callable[[float | None], str]
+) -> None:
     """Draw one cost as a bar a run, with its number behind it."""
-    values = [0.0 if missing(run[name]) else float(run[name]) for run in runs]
+    known: list[float | None] = [getattr(run, name) for run in runs]
+    values = [float(value or 0) for value in known]
     longest = max(values) or 1.0
     axes.barh(range(len(runs)), values, height=0.56, color=[COLOURS[i % len(COLOURS)] for i in range(len(runs))])
-    for at, run in enumerate(runs):
-        axes.text(values[at] + 0.04 * longest, at, written(run[name]), va="center", fontsize=7.5)
+    for at, value in enumerate(known):
+        axes.text(values[at] + 0.04 * longest, at, written(value), va="center", fontsize=7.5)
     axes.set_xlim(0, ROOM * longest)
     axes.set_xticks([])
     axes.set_title(title, fontsize=8.5, weight="bold", loc="left", pad=6)
 
 
-def draw_gains(axes: Any, runs: Sequence[Facts], metric: str) -> None:
+def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
     """Draw what each run gained over its base by one metric, with its 95 % interval; better is on the right."""
-    side = better_side(metric)
     axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
     for at, run in enumerate(runs):
-        value, low, high = gain(run, metric)
-        colour = COLOURS[at % len(COLOURS)]
-        axes.plot([low, high], [at, at], color=colour, linewidth=4, alpha=0.4, solid_capstyle="round")
-        axes.plot([value], [at], marker="o", markersize=5, color=colour)
+        change, colour = run.difference[metric], COLOURS[at % len(COLOURS)]
+        axes.plot([change.low, change.high], [at, at], color=colour, linewidth=4, alpha=0.4, solid_capstyle="round")
+        axes.plot([change.value], [at], marker="o", markersize=5, color=colour)
         axes.annotate(
-            f"{score(run['base'].get(metric))} → {score(run['tuned'].get(metric))}",
-            (value, at),
+            f"{score(run.base.get(metric))} → {score(run.tuned.get(metric))}",
+            (change.value, at),
             (0, 6),
             textcoords="offset points",
             ha="center",
             fontsize=6.5,
             color=MUTED,
         )
-    ends = [0.0, *(end for run in runs for end in gain(run, metric))]
+    ends = [0.0, *ends_of(runs, metric)]
     room = 0.22 * ((max(ends) - min(ends)) or 1.0)
-    axes.set_xlim(*((min(ends) - room, max(ends) + room)[::side]))
+    axes.set_xlim(*((min(ends) - room, max(ends) + room)[:: better_side(metric)]))
     axes.locator_params(axis="x", nbins=3)
     axes.xaxis.set_major_formatter(lambda number, at: tick(number))
     axes.set_title(metric.replace("_", " "), fontsize=8.5, weight="bold", loc="left", pad=6)
@@ -118,7 +115,7 @@ def tick(number: float) -> str:
     return "0" if math.isclose(number, 0, abs_tol=1e-12) else f"{number:+.3g}".replace("-", MINUS)
 
 
-def frame(axes: Any, names: Sequence[str]) -> None:
+def frame(axes: Axes, names: Sequence[str]) -> None:
     """Name the runs down the side, the first on top, and leave out lines that say nothing."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.65)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from llmtune.compare.method_process import run_trial
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe import LoadedRecipe, load_recipe
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
+from llmtune.records import GateResult
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
@@ -189,23 +190,24 @@ def check_folder(out: Path) -> None:
 
 def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> dict[str, Any]:
     """Compare the runs that are there now; the libraries that this needs are loaded only here."""
-    from llmtune.compare.run_comparison import describe, finish
+    from llmtune.compare.comparison import describe
+    from llmtune.compare.run_comparison import finish
     from llmtune.compare.run_pairs import check_alike
     from llmtune.compare.run_scores import open_runs
 
     runs = open_runs([out / trial.method for trial in trials])
     check_alike(runs)
-    made = describe(runs)
-    for run, trial in zip(made["runs"], trials, strict=True):
-        run |= {"rate": trial.rate, "gates": gates(out / trial.method)}
-    made["notes"] = budget(runs, trials) + made["notes"]
-    return finish({"kind": "methods", "name": loaded.recipe.name, **made}, out, console)
+    made = describe(runs, "methods", loaded.recipe.name)
+    summaries = [
+        replace(run, rate=trial.rate, gates=read_gates(out / trial.method))
+        for run, trial in zip(made.runs, trials, strict=True)
+    ]
+    return finish(replace(made, runs=summaries, notes=[*budget(runs, trials), *made.notes]), out, console)
 
 
-def gates(run: Path) -> list[dict[str, Any]]:
+def read_gates(run: Path) -> list[GateResult]:
     """Return what became of the gates of a run."""
-    found: list[dict[str, Any]] = json.loads((run / "report.json").read_text("utf-8"))["gates"]
-    return found
+    return [GateResult(**gate) for gate in json.loads((run / "report.json").read_text("utf-8"))["gates"]]
 
 
 def budget(runs: Sequence[OpenedRun], trials: Sequence[Trial]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from llmtune.evaluate.metric import Measure, compare, ratio
 from llmtune.evaluate.per_row_scores import reorder
 from llmtune.recipe import TASK_FACTS
 from llmtune.recipe.task_facts import PREDICTED
-from llmtune.records import Difference
+from llmtune.records import Difference, Evaluation
 from llmtune.report import verdict
-from llmtune.report.assembly import difference_json
+from llmtune.report.report_record import Verdict
 
 WORDS = {"helped": "better", "harmed": "worse", "mixed": "mixed"}
 UNKNOWN = "can't tell"
@@ -27,6 +27,19 @@ CHANCE = ("seed", "train.seeds")
 TOLD = ("train.logging_steps", "train.report_to", "train.save_total_limit")
 """Keys that leave what is trained as it is."""
 OTHER_UNITS = "counted in other units by row, such as tokens of another tokenizer"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same rows: paired differences, second minus first."""
+
+    first: str
+    second: str
+    difference: Mapping[str, Difference]
+    left_out: Mapping[str, str]
+    """By metric, why it could not be compared."""
+    verdict: Verdict
+    """better, worse, mixed or can't tell: of the second run."""
 
 
 def check_alike(runs: Sequence[OpenedRun]) -> None:
@@ -107,19 +120,19 @@ def rows_of(run: OpenedRun, found: Measure) -> set[str]:
     return {run.measures.rows[at] for at in found.at}
 
 
-def differing(first: OpenedRun, second: OpenedRun) -> dict[str, tuple[Any, Any]]:
+def differing(first: OpenedRun, second: OpenedRun) -> dict[str, tuple[object, object]]:
     """Return the keys whose values differ between two recipes, with both values."""
     keys = dict.fromkeys([*first.settings, *second.settings])
     pairs = {key: (first.settings.get(key), second.settings.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def compare_pairs(runs: Sequence[OpenedRun]) -> list[dict[str, Any]]:
+def compare_pairs(runs: Sequence[OpenedRun]) -> list[Pair]:
     """Compare each two runs; the later one minus the earlier one."""
     return [compare_pair(first, second) for first, second in combinations(runs, 2)]
 
 
-def compare_pair(first: OpenedRun, second: OpenedRun) -> dict[str, Any]:
+def compare_pair(first: OpenedRun, second: OpenedRun) -> Pair:
     """Return paired differences, second minus first, with the verdict and what had to be left out."""
     difference: dict[str, Difference] = {}
     left_out = {}
@@ -135,13 +148,7 @@ def compare_pair(first: OpenedRun, second: OpenedRun) -> dict[str, Any]:
             left_out[metric] = OTHER_UNITS
         else:
             difference[metric] = compare(before, after, first.recipe.seed)
-    return {
-        "first": first.name,
-        "second": second.name,
-        "difference": {metric: difference_json(found) for metric, found in difference.items()},
-        "left_out": left_out,
-        "verdict": judge(first, second, difference),
-    }
+    return Pair(first.name, second.name, difference, left_out, judge(first, second, difference))
 
 
 def joined(run: OpenedRun, metric: str) -> Measure:
@@ -157,24 +164,23 @@ def counted_otherwise(before: Measure, after: Measure) -> bool:
     return same and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1])
 
 
-def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> dict[str, str]:
-    """Return `word` (better, worse, mixed, can't tell: of the second run) and `reason`.
+def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:
+    """Return one word (better, worse, mixed, can't tell: of the second run) and the reason.
 
     The same tuned model twice, and two trainings of one recipe on the same rows, cannot be better or worse, whatever
     rounding, seed or the order of rows make of their scores.
     """
     if first.identity == second.identity and first.identity[0]:
-        return {"word": UNKNOWN, "reason": "Both are one and the same model, byte for byte."}
-    changes = {metric: difference_json(found) for metric, found in difference.items()}
-    found = verdict({"evaluation": {"difference": changes, "tuned": second.evaluation.tuned}})
-    word = WORDS.get(found["word"], UNKNOWN)
+        return Verdict(UNKNOWN, "Both are one and the same model, byte for byte.")
+    found = verdict(Evaluation({}, second.evaluation.tuned, difference, (), (), 0))
+    word = WORDS.get(found.word, UNKNOWN)
     if is_repetition(first, second):
         reason = (
             "These are two trainings of one recipe on the same rows, which differ in their seed or in the order of rows"
         )
-        moved = "" if word == UNKNOWN else f" Between these two: {found['reason'][0].lower()}{found['reason'][1:]}"
-        return {"word": UNKNOWN, "reason": f"{reason}: what lies between them is the chance of training.{moved}"}
-    return {"word": word, "reason": found["reason"]}
+        moved = "" if word == UNKNOWN else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
+        return Verdict(UNKNOWN, f"{reason}: what lies between them is the chance of training.{moved}")
+    return Verdict(word, found.reason)
 
 
 def is_repetition(first: OpenedRun, second: OpenedRun) -> bool:

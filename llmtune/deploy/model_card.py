@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmtune.report.metric_info import METRIC_NOTES
-from llmtune.report.report_markdown import code, gates, plain, scores, seeds, studies, table
-from llmtune.report.report_view import make_view
+from llmtune.report.render_markdown import code, plain, render_section, table
+from llmtune.report.report_reader import read_sections
 
 UNKNOWN = "unknown"
 """The hub's word for a licence that nobody stated."""
@@ -202,7 +202,6 @@ def _beside(subject: Subject) -> str:
 def _measured(subject: Subject) -> list[str]:
     """Return what was measured: scores against the base with intervals, gates, several seeds, other studies."""
     report = subject.report
-    view = make_view(report)
     rows = (report.get("evaluation") or {}).get("rows")
     known = [name for name in _numbers(report) if name in METRIC_NOTES]
     about = [f"- {code(name)}: {plain(METRIC_NOTES[name])}" for name in known]
@@ -211,8 +210,8 @@ def _measured(subject: Subject) -> list[str]:
         head += (
             " Scores are those of the adapter on its training base; how near this merge is to it stands under Parity."
         )
-    parts = [head, scores(view), "\n".join(about), gates(view), seeds(view), studies(view)]
-    return [re.sub(r"^## (?!What was)", "### ", part, flags=re.MULTILINE) for part in parts if part]
+    scores, *rest = (render_section(section, level=3) for section in read_sections(report))
+    return [part for part in (head, scores, "\n".join(about), *rest) if part]
 
 
 def _data(subject: Subject) -> str:

@@ -21,7 +21,7 @@ from llmtune.explain.rollout import Matrix
 from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_text import label
 from llmtune.report.number_format import signed
-from llmtune.report.write import replace_file
+from llmtune.report.text_files import replace_file
 
 EDGES_PER_WORD = 1.5
 """About how many edges are left where a person names no threshold."""

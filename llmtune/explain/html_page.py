@@ -10,7 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llmtune.report.write import finite, open_templates, replace_file
+from llmtune.report.render_html import open_templates
+from llmtune.report.text_files import as_json, replace_file
 
 
 def write_page(
@@ -53,6 +54,6 @@ def asset(name: str) -> str:
 
 def embedded(data: Any) -> Markup:
     """Return JSON that can stand inside a script element: no end tag or comment can begin in it."""
-    text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(as_json(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

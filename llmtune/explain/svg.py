@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from llmtune.report.write import replace_file
+from llmtune.report.text_files import replace_file
 
 FONT = 'font-family:system-ui,"Segoe UI",Roboto,"Helvetica Neue","DejaVu Sans",sans-serif'
 

@@ -1,14 +1,21 @@
-"""Put the report together from what a run folder knows: manifest, recipe, metrics, evaluation."""
+"""Put the report together from what a run folder knows, and write it down as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from llmtune import __version__
 from llmtune.recipe import Recipe
-from llmtune.records import Contamination, Difference, Evaluation, GateResult, Slice, StepTiming, Study
+from llmtune.records import Evaluation, GateResult, StepTiming
+from llmtune.report.report_record import Report, Seeds
+from llmtune.report.text_files import as_json
+from llmtune.report.verdict import verdict
+
+DATA_KEYS = ("dropped", "examples", "tokens", "supervised_share", "longest", "example")
+"""Of the facts of `encode`; what it dropped includes the rows that `prepare` did."""
+RENAMED = {"total": "all", "adapter_bytes": "bytes"}
+"""Facts of the adapter that the report has under another name."""
 
 
 def assemble(
@@ -17,14 +24,14 @@ def assemble(
     *,
     recipe_yaml: str,
     timings: Sequence[StepTiming],
-    curve: Sequence[Mapping[str, Any]],
+    curve: Sequence[Mapping[str, object]],
     evaluation: Evaluation | None,
     gates: Sequence[GateResult],
-    hardware: Mapping[str, Any],
+    hardware: Mapping[str, object],
     explanations: Sequence[str] = (),
-    seeds: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Build the dictionary that becomes report.json; parts that a stopped run has not reached are None.
+    seeds: Seeds | None = None,
+) -> Report:
+    """Return the report; parts that a stopped run has not reached are None.
 
     Args:
         recipe: the recipe, resolved.
@@ -38,92 +45,42 @@ def assemble(
         explanations: names of the pages that look inside its model.
         seeds: what the scores of several seeds come to.
     """
-    steps = manifest["steps"]
-    prepare, encode = _facts(steps, "prepare"), _facts(steps, "encode")
-    select, trained = _facts(steps, "select"), _facts(steps, "train")
-    return {
-        "llmtune": __version__,
-        "name": recipe.name,
-        "task": recipe.task,
-        "recipe": recipe.model_dump(mode="json"),
-        "recipe_yaml": recipe_yaml,
-        "fingerprint": manifest["fingerprint"],
-        "hardware": dict(hardware),
-        "steps": [asdict(timing) for timing in timings],
-        "data": _data(prepare, encode) if prepare else None,
-        "model": select,
-        "adapter": _adapter(_facts(steps, "adapt")),
-        "train": {**trained, "curve": list(curve)} if trained else None,
-        "evaluation": {**_scores(evaluation), "seeds": seeds} if evaluation else None,
-        "gates": [asdict(gate) for gate in gates],
-        "deploy": _facts(steps, "deploy"),
-        "explanations": list(explanations),
-    }
+    done: dict[str, Any] = {name: step["facts"] for name, step in manifest["steps"].items() if step["state"] == "done"}
+    prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
+    data: Any = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None
+    if data and encoded:
+        data |= {key: encoded[key] for key in DATA_KEYS}
+        data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
+        data |= {"classes": encoded.get("classes") or {}}
+    train: Any = {**trained, "curve": curve} if trained else None
+    adapter: Any = {RENAMED.get(key, key): value for key, value in adapted.items()} if adapted else None
+    return Report(
+        llmtune=__version__,
+        name=recipe.name,
+        task=recipe.task,
+        verdict=verdict(evaluation, seeds),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_yaml=recipe_yaml,
+        fingerprint=manifest["fingerprint"],
+        hardware=hardware,
+        steps=timings,
+        data=data,
+        model=done.get("select"),
+        adapter=adapter,
+        train=train,
+        evaluation=evaluation,
+        seeds=seeds,
+        gates=gates,
+        deploy=done.get("deploy"),
+        explanations=explanations,
+    )
 
 
-def _facts(steps: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    entry = steps.get(name)
-    return dict(entry["facts"]) if entry and entry["state"] == "done" else None
-
-
-def _data(prepare: Mapping[str, Any], encode: Mapping[str, Any] | None) -> dict[str, Any]:
-    about_rows = {key: prepare[key] for key in ("rows_in", "kept", "dropped")}
-    if encode is None:
-        return about_rows
-    return {
-        **about_rows,
-        "dropped": encode["dropped"],  # of rows and of examples together
-        "examples": encode["examples"],
-        "tokens": encode["tokens"],
-        "supervised_tokens": encode["supervised"],
-        "supervised_share": encode["supervised_share"],
-        "longest": encode["longest"],
-        "lengths": encode["histogram"],
-        "example": encode["example"],
-        "classes": encode.get("classes") or {},
-    }
-
-
-def _adapter(facts: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if facts is None:
-        return None
-    renamed = {"total": "all", "adapter_bytes": "bytes"}
-    return {renamed.get(key, key): value for key, value in facts.items()}
-
-
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "base": evaluation.base,
-        "tuned": evaluation.tuned,
-        "baseline": evaluation.baseline,
-        "difference": {metric: difference_json(value) for metric, value in evaluation.difference.items()},
-        "samples": list(evaluation.samples),
-        "signatures": evaluation.signatures,
-        "rows": evaluation.rows,
-        "details": evaluation.details,
-        "flips": {metric: asdict(found) for metric, found in evaluation.flips.items()},
-        "studies": {name: _study(one) for name, one in evaluation.studies.items()},
-        "slices": {column: [_slice(one) for one in parts] for column, parts in evaluation.slices.items()},
-        "contamination": _contamination(evaluation.contamination) if evaluation.contamination else None,
-    }
-
-
-def _study(found: Study) -> dict[str, Any]:
-    changes = {metric: difference_json(value) for metric, value in found.difference.items()}
-    return {**asdict(found), "difference": changes}
-
-
-def _contamination(found: Contamination) -> dict[str, Any]:
-    return {**asdict(found), "scores": [_slice(one) for one in found.scores]}
-
-
-def _slice(found: Slice) -> dict[str, Any]:
-    changes = {metric: difference_json(value) for metric, value in found.difference.items()}
-    return {**asdict(found), "difference": changes}
-
-
-def difference_json(difference: Difference) -> dict[str, Any]:
-    """`{value, interval: [low, high], p, n, test}`."""
-    interval = [difference.low, difference.high]
-    about = {"p": difference.p, "n": difference.n, "test": difference.test}
-    return {"value": difference.value, "interval": interval, **about}
+def report_json(report: Report) -> dict[str, Any]:
+    """Return what report.json holds: the fields of the report, the seeds among the scores."""
+    values: dict[str, Any] = as_json(report)
+    seeds, verdict = values.pop("seeds"), values.pop("verdict")
+    if values["evaluation"]:
+        del values["evaluation"]["gates"]  # they stand beside it
+        values["evaluation"]["seeds"] = seeds
+    return values | {"verdict": verdict}

@@ -14,11 +14,10 @@ from markupsafe import Markup
 
 from llmtune.records import Difference
 from llmtune.report.number_format import DASH, chance, count, missing, score, signed
+from llmtune.report.verdict import FEWEST_ROWS
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
 TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}
-FEWEST_ROWS = 10
-"""Below this many rows a difference has no interval."""
 TOO_FEW = "too few rows"
 Point = tuple[float, float]
 
@@ -72,11 +71,15 @@ class Column:
     kind: Literal["text", "number", "picture"] = "text"
 
 
+Columns = Sequence[Column | str]
+Rows = list[list[Cell | str]]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; plain texts stand for columns and cells that have nothing beside their text."""
 
-    columns: Sequence[Column | str]
+    columns: Columns
     rows: Sequence[Sequence[Cell | str]]
     title: str = ""
     note: str = ""
@@ -116,6 +119,12 @@ class Compared:
         if not (missing(change.low) or missing(change.high)):
             return f"{signed(change.low)} to {signed(change.high)}"
         return TOO_FEW if change.n < FEWEST_ROWS else DASH
+
+    @property
+    def p(self) -> str:
+        """The p-value, where there is an interval."""
+        change = self.difference
+        return DASH if change is None or missing(change.low) or missing(change.high) else chance(change.p)
 
     @property
     def tone(self) -> Tone:
@@ -172,7 +181,7 @@ def difference_table(
         line = [Cell(row.name, note=row.note, code=code)]
         line += [] if base is None else [Cell(score(row.base)), Cell(score(row.tuned))]
         line += [Cell(signed(change.value if change else None), row.tone), Cell(picture=row.picture)]
-        line += [Cell(row.interval), Cell(chance(change.p if change else None))]
+        line += [Cell(row.interval), Cell(row.p)]
         cells.append([*line, Cell(count(change.n if change else None))])
     return Table(columns, cells, title, note)
 
@@ -356,6 +365,21 @@ Block = (
 
 
 @dataclass(frozen=True)
+class VerdictCard:
+    """Whether the tuning helped: the word, as a title, why, how many gates hold, and the one score that says most."""
+
+    word: str
+    title: str
+    tone: Tone
+    reason: str
+    gates: str = ""
+    gates_tone: Tone = ""
+    headline: Compared | None = None
+    baseline: str = ""
+    """What stands in the place of a base model that has no head."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A titled part of a page; one without blocks is not shown."""
 
@@ -382,8 +406,7 @@ class Page:
     chips: Sequence[tuple[str, str]] = ()
     """A few facts that say what it is about."""
     lead: str = ""
-    head: Markup = Markup("")  # noqa: RUF009 - immutable
-    """On pages, what stands above the navigation."""
+    verdict: VerdictCard | None = None
     footer: str = ""
     navigation: bool = True
     style: str = ""

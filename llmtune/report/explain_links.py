@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
+
+from llmtune.report.blocks import Links, Section, Text
 
 FOLDER = "explain"
 """In the run folder."""
@@ -18,7 +19,6 @@ MEANINGS = {
     "adapter": ("Adapter", "how far each layer moved: where the tuning went"),
 }
 """By the first word of a page's name: its title, and what it shows."""
-COMMAND = "llmtune explain generation RUN --prompt TEXT"
 
 
 def find_explanations(run: Path) -> list[str]:
@@ -28,20 +28,20 @@ def find_explanations(run: Path) -> list[str]:
     return sorted(names, key=lambda name: (order.index(kind_of(name)) if kind_of(name) in order else len(order), name))
 
 
-def inside(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the page shows of them: links, or where there are none the command to type; None before training."""
-    names: Sequence[str] = report.get("explanations") or []
-    if not names and not report.get("train"):
-        return None
-    return {"links": [link(name) for name in names], "command": COMMAND}
+def explain_section(names: Sequence[str], *, trained: bool) -> Section:
+    """Links to the pages, or where there are none the command to type; nothing before training."""
+    told = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
+    told += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
+    shown = [Links([link(name) for name in names])] if names else [Text(told)] if trained else []
+    return Section("Look inside", shown, anchor="inside", brief=False)
 
 
-def link(name: str) -> dict[str, str]:
+def link(name: str) -> tuple[str, str, str]:
     """Return address, title and meaning of a page."""
     kind = kind_of(name)
     title, meaning = MEANINGS.get(kind, (name, ""))
     rest = name.removeprefix(kind).strip("-").replace("-", " ")
-    return {"href": f"{FOLDER}/{quote(name)}.html", "title": f"{title}: {rest}" if rest else title, "meaning": meaning}
+    return f"{FOLDER}/{quote(name)}.html", f"{title}: {rest}" if rest else title, meaning
 
 
 def kind_of(name: str) -> str:

@@ -1,9 +1,10 @@
-"""What each metric means, which way it is better, and how much it says to a person."""
+"""What each metric means, which way it is better, and how much it tells a reader."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterable
+
+from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
@@ -15,7 +16,7 @@ COSTS = frozenset({"kl"})
 """What a gain is paid with: worse in these alone is no harm."""
 
 METRIC_NOTES = {
-    "loss": "nats a token of the reference",
+    "loss": "nats per token of the reference",
     "perplexity": "exp of the loss",
     "bits_per_byte": "loss in bits by bytes of text",
     "accuracy": "token predicted first",
@@ -44,20 +45,20 @@ METRIC_NOTES = {
     "cer": "wrong characters by reference characters",
     "margin": "how far better answers are above worse ones",
     "likelihood_accuracy": "better answer is the likelier one",
-    "kl": "how far from the base model, nats a token; a cost",
+    "kl": "how far from the base model, nats per token; a cost",
     CHOICE: "reference is the likeliest answer; does not depend on wording",
 }
 TASK_NOTES = {
-    ("qa", "loss"): "nats of the right answer, by its ends or a token",
-    ("classify", "loss"): "loss a row, as in training",
+    ("qa", "loss"): "nats of the right answer, by its ends or per token",
+    ("classify", "loss"): "loss per row, as in training",
     ("classify", "accuracy"): "label is right; of many, all of them",
-    ("token-classify", "loss"): "nats a tag",
+    ("token-classify", "loss"): "nats per tag",
     ("token-classify", "accuracy"): "tag is right; most words lie outside",
     ("token-classify", "f1"): "entities found whole: precision and recall in one",
     ("token-classify", "precision"): "share of entities found that are right",
     ("token-classify", "recall"): "share of the right entities that were found",
     ("speech", "loss"): "nats of the right transcript, by its tokens",
-    ("preference", "loss"): "loss a pair, as in training",
+    ("preference", "loss"): "loss per pair, as in training",
     ("preference", "accuracy"): "better answer has the higher reward",
 }
 """Where a name means something else in one task."""
@@ -70,15 +71,19 @@ HEADLINES = (
 """Metrics by how much they say to a person."""
 
 
-def note(metric: str, task: str | None) -> str:
-    """Say in a few words what a metric of a task is; nothing for one that is not known."""
+def metric_note(metric: str, task: str | None) -> str:
+    """Return in a few words what a metric of a task is; nothing for one that is not known."""
     return TASK_NOTES.get((task or "", metric)) or METRIC_NOTES.get(metric, "")
 
 
-def direction(metric: str, interval: Any) -> int:
+def rank_metrics(metrics: Iterable[str]) -> list[str]:
+    """Put metrics in order of how much they say to a person."""
+    return sorted(metrics, key=lambda name: HEADLINES.index(name) if name in HEADLINES else len(HEADLINES))
+
+
+def direction(metric: str, change: Difference) -> int:
     """Return 1 where the interval lies wholly on the better side of zero, -1 on the worse, 0 otherwise."""
-    low, high = (math.nan if end is None else float(end) for end in interval)
-    sign = 1 if low > 0 else -1 if high < 0 else 0
+    sign = 1 if change.low > 0 else -1 if change.high < 0 else 0
     return sign * better_side(metric)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
+T = TypeVar("T")
 REMOVED = "[removed]"
 SECRET_KEY = re.compile(
     r"(?:.*[_-])?(?:api[_-]?key|password|passwd|secret|secret[_-]key|access[_-]token|auth[_-]token|hf[_-]token"
@@ -46,19 +49,22 @@ def redact(text: str) -> str:
     return ASSIGNED.sub(lambda found: (found["head"] or found["head2"]) + REMOVED, text)
 
 
-def redact_all(value: Any) -> Any:
-    """Redact every text in a JSON-able value, and whole values whose key says that they are secret."""
+def redact_all(value: T) -> T:
+    """Redact every text in a value, all the way down, and whole values whose key says that they are secret."""
+    redacted: Any = value
     if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(str(key)): hide(str(key), item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact_all(item) for item in value]
-    return value
+        redacted = redact(value)
+    elif isinstance(value, Mapping):
+        redacted = {redact(str(key)): hide(str(key), item) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        redacted = [redact_all(item) for item in value]
+    elif is_dataclass(value) and not isinstance(value, type):
+        redacted = replace(
+            value, **{field.name: hide(field.name, getattr(value, field.name)) for field in fields(value)}
+        )
+    return cast(T, redacted)
 
 
-def hide(key: str, value: Any) -> Any:
+def hide(key: str, value: object) -> object:
     """Redact the value of one key."""
-    if SECRET_KEY.fullmatch(key) and isinstance(value, str) and value:
-        return REMOVED
-    return redact_all(value)
+    return REMOVED if SECRET_KEY.fullmatch(key) and isinstance(value, str) and value else redact_all(value)

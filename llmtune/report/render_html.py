@@ -11,9 +11,10 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from llmtune.report.blocks import Dots, Interval, Page
+from llmtune.report.blocks import Dots, Interval, Page, Section
 from llmtune.report.charts import draw_curves, draw_dots, draw_heatmap, draw_histogram, draw_interval
-from llmtune.report.text_files import finite, replace_file
+from llmtune.report.number_format import score, signed
+from llmtune.report.text_files import as_json, replace_file
 
 PICTURES: dict[str, Callable[..., Markup]] = {
     "Curves": draw_curves,
@@ -36,24 +37,28 @@ def to_html(page: Page) -> str:
     shown = [section for section in page.sections if section.blocks]
     data = None if page.data is None else embed_json(page.data)
     style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
-    return (
-        templates()
-        .get_template("page.html.jinja")
-        .render(page=page, sections=shown, data=data, style=style, script=script)
-    )
+    template = open_templates("llmtune.report").get_template("page.html.jinja")
+    return template.render(page=page, sections=shown, data=data, style=style, script=script)
+
+
+def render_section(section: Section) -> str:
+    """Return one section as it stands on a page."""
+    macros = open_templates("llmtune.report").get_template("blocks.html.jinja").make_module()
+    return str(macros.card(section)).strip()  # type: ignore[attr-defined]
 
 
 @cache
-def templates() -> jinja2.Environment:
-    """Return the templates of this package: what they are given is escaped, and what they lack is an error."""
+def open_templates(*packages: str) -> jinja2.Environment:
+    """Return the templates that lie in `packages`: what they are given is escaped, and what they lack is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("llmtune.report", ""),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in packages]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"kind": lambda block: type(block).__name__, "draw": draw, "prose": prose}
+    environment.filters |= {"draw": draw, "prose": prose, "score": score, "signed": signed}
+    environment.filters["kind"] = lambda block: type(block).__name__
     return environment
 
 
@@ -69,6 +74,6 @@ def prose(text: str) -> Markup:
 
 def embed_json(data: object) -> Markup:
     """Return JSON that can stand inside a script element: no end tag or comment can begin in it."""
-    text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(as_json(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

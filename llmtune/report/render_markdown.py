@@ -12,17 +12,19 @@ from llmtune.report.blocks import Beside, Block, Bullets, Cell, Code, KeyValues,
 
 LONGEST_TEXT = 300
 MOST_ROWS, MOST_SAMPLES = 30, 3
-WORDS = {"better": "better", "worse": "worse"}
+SIGNS = {"better": "✅", "worse": "❌"}
 
 
 def to_markdown(page: Page) -> str:
     """Return title, facts and sections, each part where there is one."""
+    verdict = page.verdict
+    failed = f", {plain(verdict.gates)}" if verdict and verdict.gates_tone == "worse" else ""
     parts = [
-        f"# {plain(page.title)}",
-        plain(page.lead),
+        f"# {plain(page.title)}{f': {plain(verdict.word)}{failed}' if verdict else ''}",
+        plain(verdict.reason if verdict else page.lead),
         " · ".join(f"{plain(name)} {code(value)}" for name, value in page.chips),
         *map(render_section, page.sections),
-        page.footer,
+        sentence(page.footer),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -44,7 +46,7 @@ def render_block(block: Block) -> str:
         case Table():
             return render_table(block)
         case Text():
-            return sentence(block.text)
+            return "" if block.style == "soft" else sentence(block.text)
         case Bullets():
             return "\n".join(f"- {sentence(item)}" for item in block.items)
         case KeyValues():
@@ -61,26 +63,20 @@ def render_block(block: Block) -> str:
 
 
 def render_table(block: Table) -> str:
-    """Return a table, its first rows if there are many; whether a row is better or worse stands in its last column."""
+    """Return a table, its first rows if there are many; better and worse have a sign before them."""
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
-    toned = any(cell.tone in WORDS for row in block.cells for cell in row)
     heads = [plain(block.heads[number].heading) for number in shown]
-    rows = [
-        [
-            *(code(row[n].text) if row[n].code else plain(row[n].text) for n in shown),
-            *([tone_word(row)] if toned else []),
-        ]
-        for row in block.cells[:MOST_ROWS]
-    ]
-    parts = [f"### {plain(block.title)}" if block.title else "", table([*heads, *([""] if toned else [])], rows)]
+    rows = [[render_cell(row[number]) for number in shown] for row in block.cells[:MOST_ROWS]]
+    parts = [f"### {plain(block.title)}" if block.title else "", table(heads, rows)]
     if left := len(block.rows) - len(rows):
         parts.append(f"{left} more on the page.")
     return "\n\n".join(part for part in parts if part)
 
 
-def tone_word(row: Sequence[Cell]) -> str:
-    """Return `better` or `worse`, or a dash."""
-    return next((WORDS[cell.tone] for cell in row if cell.tone in WORDS), "–")
+def render_cell(cell: Cell) -> str:
+    """Return the text of a cell."""
+    text = code(cell.text) if cell.code else plain(cell.text)
+    return f"{SIGNS[cell.tone]} {text}" if cell.tone in SIGNS else text
 
 
 def render_samples(block: Samples) -> str:

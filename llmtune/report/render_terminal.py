@@ -1,4 +1,4 @@
-"""Blocks on the terminal, by rich: tables and texts; pictures and what is folded away stay on the pages."""
+"""Blocks on the terminal, by rich: tables and texts; pictures, small print and folded parts stay on the pages."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Table, Text
+from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
 
 STYLES = {"better": "green", "worse": "red"}
-TEXT_STYLES = {"soft": "dim", "note": "yellow"}
 
 
 def print_page(page: Page, console: Console) -> None:
     """Print the sections of a page that are not for pages alone."""
-    for section in page.sections:
-        if section.brief:
+    print_sections(page.sections, console)
+
+
+def print_sections(sections: Sequence[Section], console: Console) -> None:
+    """Print sections, each under its title."""
+    for section in sections:
+        if section.brief and any(isinstance(block, Table | Text | Bullets | KeyValues) for block in section.blocks):
+            console.print(section.title, style="bold", highlight=False, markup=False)
             print_blocks(section.blocks, console)
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
     """Print tables and texts, one below the other."""
     for block in blocks:
-        if isinstance(block, Table):
-            console.print(make_table(block))
-        elif isinstance(block, Text | Code):
-            style = TEXT_STYLES.get(block.style) if isinstance(block, Text) else None
-            console.print(block.text.replace("`", ""), style=style, highlight=False, markup=False)
-        elif isinstance(block, Bullets):
-            for item in block.items:
-                console.print(item.replace("`", ""), highlight=False, markup=False)
-        elif isinstance(block, KeyValues):
-            if block.title:
-                console.print(f"[bold]{escape(block.title)}[/]", highlight=False)
-            for name, value in block.pairs:
-                console.print(f"[dim]{escape(name)}[/] {escape(value)}", highlight=False)
-        elif isinstance(block, Beside):
-            print_blocks([*block.left, *block.right], console)
+        match block:
+            case Table():
+                console.print(make_table(block))
+            case Text() if block.style != "soft":
+                style = "yellow" if block.style == "note" else None
+                console.print(block.text.replace("`", ""), style=style, highlight=False, markup=False)
+            case Code():
+                console.print(block.text, highlight=False, markup=False)
+            case Bullets():
+                for item in block.items:
+                    console.print(item.replace("`", ""), highlight=False, markup=False)
+            case KeyValues():
+                for name, value in block.pairs:
+                    console.print(f"[dim]{escape(name)}[/] {escape(value)}", highlight=False)
+            case Beside():
+                print_blocks([*block.left, *block.right], console)
 
 
 def make_table(block: Table) -> RichTable:

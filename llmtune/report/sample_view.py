@@ -1,9 +1,11 @@
-"""Sample rows made ready for the page: each task's prompt, reference and answers as a person reads them."""
+"""Sample rows made ready to be read: each task's prompt, reference and answers as a person reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+
+from llmtune.records import Evaluation
+from llmtune.report.blocks import Answer, Sample
 
 PROMPT_NAMES = {
     "translate": "source",
@@ -18,51 +20,38 @@ LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Characters of a text that is shown whole, and what of a longer one is."""
 
 
-def samples(evaluation: Mapping[str, Any] | None, task: str | None) -> list[dict[str, Any]]:
-    """Rows side by side, each answer marked right where it is the reference."""
-    return [sample_view(sample, evaluation or {}, task) for sample in (evaluation or {}).get("samples") or []]
+def read_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, task: str | None) -> list[Sample]:
+    """Return rows with what either model answered, each answer marked right where it is the reference."""
+    names = {"base": "baseline" if evaluation.baseline else "base", "tuned": "tuned"}
+    return [read_sample(sample, names, task) for sample in samples]
 
 
-def sample_view(sample: Mapping[str, Any], evaluation: Mapping[str, Any], task: str | None) -> dict[str, Any]:
-    """Make one row ready: prompt, reference, and what either model said."""
+def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str | None) -> Sample:
+    """Return one row; `names` are those of the two models."""
     reference, prompt = str(sample.get("reference", "")), str(sample.get("prompt", ""))
-    names = {"base": base_name(evaluation), "tuned": "tuned"}
     answers = []
-    for who in (side for side in names if side in sample):
-        said = read_tags(prompt, str(sample[who])) if task == "token-classify" else str(sample[who])
-        right = task != "preference" and same(said, reference, task)
-        answers.append({"who": names[who], "text": cut(said), "right": right})
+    for model in (name for name in names if name in sample):
+        text = read_tags(prompt, str(sample[model])) if task == "token-classify" else str(sample[model])
+        right = task != "preference" and is_same(text, reference, task)
+        answers.append(Answer(names[model], cut(text), right))
     chosen = [
-        {"who": names[who], "text": str(sample[f"{who}_choice"]), "right": sample[f"{who}_choice"] == reference}
-        for who in names
-        if sample.get(f"{who}_choice")
+        Answer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
+        for model in names
+        if sample.get(f"{model}_choice")
     ]
-    return {
-        "origin": str(sample.get("origin", "")).rsplit("/", 1)[-1],
-        "prompt_name": PROMPT_NAMES.get(task or "", "prompt"),
-        "prompt": cut(prompt),
-        "reference_name": judged(sample) if task == "preference" else "reference",
-        "reference": cut(reference),
-        "answers": answers,
-        "chosen": chosen,
-    }
+    reference_name = "reference"
+    if task == "preference":  # the better of two, or the only one
+        reference_name = "chosen answer" if str(sample.get("tuned", "")).startswith("chosen") else "judged answer"
+    origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]
+    prompt_name = PROMPT_NAMES.get(task or "", "prompt")
+    return Sample(prompt_name, cut(prompt), reference_name, cut(reference), answers, chosen, origin)
 
 
-def base_name(evaluation: Mapping[str, Any]) -> str:
-    """What the column beside the tuned model is called: nobody is to take a trivial baseline for the base model."""
-    return "baseline" if evaluation.get("baseline") else "base"
-
-
-def judged(sample: Mapping[str, Any]) -> str:
-    """Say what the shown answer of a preference row is: the better of two, or the only one."""
-    return "chosen answer" if str(sample.get("tuned", "")).startswith("chosen") else "judged answer"
-
-
-def same(said: str, reference: str, task: str | None) -> bool:
+def is_same(text: str, reference: str, task: str | None) -> bool:
     """Whether an answer is the reference; of several labels the order does not count."""
     if task == "classify":
-        return sorted(said.split(", ")) == sorted(reference.split(", "))
-    return said.strip() == reference.strip()
+        return sorted(text.split(", ")) == sorted(reference.split(", "))
+    return text.strip() == reference.strip()
 
 
 def read_tags(text: str, tags: str) -> str:
@@ -73,15 +62,15 @@ def read_tags(text: str, tags: str) -> str:
     words, marks = text.split(" "), tags.split(" ")
     if len(words) != len(marks):
         return tags
-    found: list[tuple[str, list[str]]] = []
+    entities: list[tuple[str, list[str]]] = []
     before = "O"
     for word, tag in zip(words, marks, strict=True):
         if tag.startswith("I-") and before[2:] == tag[2:]:
-            found[-1][1].append(word)
+            entities[-1][1].append(word)
         elif tag != "O":
-            found.append((tag[2:], [word]))
+            entities.append((tag[2:], [word]))
         before = tag
-    return ", ".join(f"{' '.join(entity)} ({kind})" for kind, entity in found) or "(none)"
+    return ", ".join(f"{' '.join(entity)} ({kind})" for kind, entity in entities) or "(none)"
 
 
 def cut(text: str) -> str:

@@ -6,7 +6,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+from llmtune.records import Difference
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -21,15 +25,23 @@ def replace_file(path: Path, text: str) -> None:
 
 def to_json(value: object) -> str:
     """Write JSON that any parser takes."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(value: object) -> object:
-    """Turn NaN and infinities into None and paths into text, all the way down."""
+def as_json(value: object) -> Any:
+    """Return what JSON can hold, all the way down: records by their fields, NaN and infinities as None, paths as text.
+
+    A difference is `{value, interval: [low, high], p, n, test}`.
+    """
+    if isinstance(value, Difference):
+        middle, low, high, p = map(as_json, (value.value, value.low, value.high, value.p))
+        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, "test": value.test}
+    if is_dataclass(value):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
     return str(value) if isinstance(value, Path) else value

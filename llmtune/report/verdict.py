@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from llmtune.records import Difference, Evaluation
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
-from llmtune.report.seed_variance import warn
+from llmtune.report.number_format import missing
+from llmtune.report.report_record import Seeds, Verdict
+from llmtune.report.seed_variance import join_names, warn_of_spread
 
 SAME_FINDING = (("loss", "bits_per_byte", "perplexity"),)
 """One number in several units."""
@@ -16,38 +18,39 @@ CHANCE = 0.05
 TWINS = ("accuracy", "f1_micro")
 """One number under two names where a row has one label; then, and only then, both changes are equal."""
 FEWEST_ROWS = 10
+Differences = Mapping[str, Difference]
 HELPED, HARMED, MIXED, UNKNOWN = "helped", "harmed", "mixed", "can't tell"
 PRICE = "The price: the tuned model is farther from the base model (kl)."
 
 
-def verdict(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return `word` (helped, harmed, mixed, can't tell) and `reason`, one sentence or a few.
+def verdict(evaluation: Evaluation | None, seeds: Seeds | None = None) -> Verdict:
+    """Return one word (helped, harmed, mixed, can't tell) and the reason, one sentence or a few.
 
-    It is told by the metrics that speak. Where answers were also compared by likelihood (`choice_accuracy`) and that
+    It is given by the metrics that speak. Where answers were also compared by likelihood (`choice_accuracy`) and that
     did not move, a gain elsewhere may be answer format alone, and the verdict is that one can't tell. A cost (`kl`) is
-    told and decides nothing. Where a trivial baseline stands for the base model, the reason names it.
+    named and decides nothing. Where a trivial baseline stands for the base model, the reason names it.
     """
-    evaluation = report.get("evaluation") or {}
-    found = evaluation.get("difference")
-    if not found:
-        return {"word": UNKNOWN, "reason": _nothing_compared(evaluation)}
-    changes = countable(found)
+    if evaluation is None or not evaluation.difference:
+        measured = evaluation is not None and evaluation.tuned
+        alone = "Only the tuned model has scores: there is nothing to hold them against."
+        return Verdict(UNKNOWN, alone if measured else "Nothing was measured on held-out rows.")
+    changes = countable(evaluation.difference)
     if not changes:
-        rows = max(change["n"] for change in found.values())
-        return {"word": UNKNOWN, "reason": f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed."}
-    word, reason = _weigh(changes, evaluation.get("baseline"))
-    paid = any(direction(metric, changes[metric]["interval"]) < 0 for metric in COSTS & changes.keys())
+        rows = max(change.n for change in evaluation.difference.values())
+        return Verdict(UNKNOWN, f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed.")
+    found = weigh(changes, evaluation.baseline)
+    paid = any(direction(metric, changes[metric]) < 0 for metric in COSTS & changes.keys())
     gained = [metric for metric, sign in speaking(changes).items() if sign > 0]
-    parts = [reason, warn(evaluation, gained), PRICE if paid else ""]
-    return {"word": word, "reason": " ".join(part for part in parts if part)}
+    parts = [found.reason, warn_of_spread(seeds, gained), PRICE if paid else ""]
+    return Verdict(found.word, " ".join(part for part in parts if part))
 
 
-def countable(found: Mapping[str, Any]) -> dict[str, Any]:
+def countable(differences: Differences) -> dict[str, Difference]:
     """Return the differences that enough rows were measured for."""
-    return {metric: change for metric, change in found.items() if change["n"] >= FEWEST_ROWS}
+    return {metric: change for metric, change in differences.items() if change.n >= FEWEST_ROWS}
 
 
-def speaking(found: Mapping[str, Any]) -> dict[str, int]:
+def speaking(differences: Differences) -> dict[str, int]:
     """Return the metrics that changed beyond chance: 1 for the better, -1 for the worse.
 
     The 95 % interval leaves zero out, at least ten rows were measured, and p holds for all metrics together, so that
@@ -55,11 +58,11 @@ def speaking(found: Mapping[str, Any]) -> dict[str, int]:
     Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that say the same in other units count once.
     Costs (`kl`) and what has no better side do not speak.
     """
-    changes = countable(found)
-    signs = {metric: direction(metric, change["interval"]) for metric, change in changes.items() if metric not in COSTS}
+    changes = countable(differences)
+    signs = {metric: direction(metric, change) for metric, change in changes.items() if metric not in COSTS}
     signs = {metric: sign for metric, sign in signs.items() if better_side(metric)}
     counted = distinct(list(signs), changes)
-    held = holm({metric: 1.0 if (p := changes[metric]["p"]) is None else p for metric in counted})
+    held = holm({metric: 1.0 if missing(p := changes[metric].p) else p for metric in counted})
     groups = (*SAME_FINDING, TWINS)
     held |= {
         metric for metric in signs.keys() - counted if any(metric in group and held & {*group} for group in groups)
@@ -67,33 +70,27 @@ def speaking(found: Mapping[str, Any]) -> dict[str, int]:
     return {metric: sign for metric, sign in signs.items() if sign and metric in held}
 
 
-def _nothing_compared(evaluation: Mapping[str, Any]) -> str:
-    if evaluation.get("tuned"):
-        return "Only the tuned model has scores: there is nothing to hold them against."
-    return "Nothing was measured on held-out rows."
-
-
-def _weigh(changes: Mapping[str, Any], baseline: str | None) -> tuple[str, str]:
+def weigh(changes: Differences, baseline: str | None) -> Verdict:
     """Return word and reason by those metrics that are no cost."""
     signs = speaking(changes)
     better = distinct([metric for metric, sign in signs.items() if sign > 0], changes, ALIKE)
     worse = distinct([metric for metric, sign in signs.items() if sign < 0], changes, ALIKE)
     than = f" than {baseline}" if baseline else ""
     if better and worse:
-        reason = f"Better in {listed(better)}{than}, worse in {listed(worse)}."
-        return MIXED, f"{reason} Read the samples before you decide."
+        reason = f"Better in {join_names(better)}{than}, worse in {join_names(worse)}."
+        return Verdict(MIXED, f"{reason} Read the samples before you decide.")
     if worse:
-        return HARMED, f"Worse in {listed(worse)}{than}, and better in nothing that was measured."
+        return Verdict(HARMED, f"Worse in {join_names(worse)}{than}, and better in nothing that was measured.")
     if not better:
         moved = f"No score is better or worse{than} beyond chance"
-        moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric]["interval"])]
+        moved_alone = [metric for metric in changes.keys() - COSTS if direction(metric, changes[metric])]
         if moved_alone:
-            moved += f" (the interval of {listed(sorted(moved_alone))} leaves zero out, as one of many metrics may)"
-        return UNKNOWN, f"{moved}: more held-out rows, or more training, would tell."
+            moved += f" (the interval of {join_names(sorted(moved_alone))} leaves zero out, as one of many metrics may)"
+        return Verdict(UNKNOWN, f"{moved}: more held-out rows, or more training, would tell.")
     if CHOICE in changes and CHOICE not in better:
-        reason = f"Better in {listed(better)}, but choosing among the possible answers did not change beyond chance"
-        return UNKNOWN, f"{reason}: what was learned may be the format of answers alone."
-    return HELPED, f"Better in {listed(better)}{than}, and worse in nothing that was measured."
+        reason = f"Better in {join_names(better)}, but choosing among the possible answers did not change beyond chance"
+        return Verdict(UNKNOWN, f"{reason}: what was learned may be the format of answers alone.")
+    return Verdict(HELPED, f"Better in {join_names(better)}{than}, and worse in nothing that was measured.")
 
 
 def holm(ps: Mapping[str, float]) -> set[str]:
@@ -106,19 +103,11 @@ def holm(ps: Mapping[str, float]) -> set[str]:
     return held
 
 
-def distinct(
-    metrics: list[str], changes: Mapping[str, Any], groups: Sequence[tuple[str, ...]] = SAME_FINDING
-) -> list[str]:
+def distinct(metrics: list[str], changes: Differences, groups: Sequence[tuple[str, ...]] = SAME_FINDING) -> list[str]:
     """Keep one of the metrics that say the same in other units or under another name."""
     left_out = {metric for group in groups for metric in [one for one in group if one in metrics][1:]}
     if all(metric in metrics for metric in TWINS):
-        first, second = (changes[metric]["value"] for metric in TWINS)
-        if first is not None and second is not None and abs(first - second) < 1e-9:  # rounding of two ways to the same
+        first, second = (changes[metric].value for metric in TWINS)
+        if abs(first - second) < 1e-9:  # rounding of two ways to the same
             left_out.add(TWINS[1])
     return [metric for metric in metrics if metric not in left_out]
-
-
-def listed(names: list[str]) -> str:
-    """Join metric names into words."""
-    words = [name.replace("_", " ") for name in names]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

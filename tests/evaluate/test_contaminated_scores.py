@@ -5,8 +5,6 @@ import json
 import pytest
 
 from llmtune.evaluate import load_evaluation, save_evaluation
-from llmtune.report.assembly import _scores
-from llmtune.report.contamination_section import overlap
 
 COLOURS = ("red", "green", "blue")
 RECIPE = """
@@ -56,10 +54,6 @@ def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(c
     assert "clean rows" in shown
     save_evaluation(found, tmp_path)
     assert load_evaluation(tmp_path) == found
-    view = overlap(json.loads(json.dumps(_scores(found))))
-    assert [row["value"] for row in view["tables"][0]["rows"]] == ["all rows", "clean rows", "overlapping rows"]
-    assert view["kinds"][1] | {"kind": ""} == {"kind": "", "rows": "12", "of": "24", "share": "50.0 %"}
-    assert view["examples"][0]["test"] == "test.jsonl:2"
 
 
 def test_clean_rows_say_so_and_what_was_left_out_before(bench):
@@ -82,4 +76,3 @@ def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_ben
 
 def test_without_test_rows_there_is_nothing_to_compare(make_bench):
     assert make_bench(test=0.0).evaluate().contamination is None
-    assert overlap({"contamination": None}) is None

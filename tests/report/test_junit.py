@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from junitparser import Failure
 from junitparser.xunit2 import JUnitXml
 
+from llmtune.records import Contamination, Study
 from llmtune.report.junit import to_junit
-
-VERDICT = {"verdict": {"word": "mixed", "reason": "Better here, worse there."}}
 
 
 def read(report):
-    xml = JUnitXml.fromstring(to_junit(report | VERDICT).encode())
+    xml = JUnitXml.fromstring(to_junit(report).encode())
     (suite,) = list(xml)
     return xml, suite
 
@@ -37,23 +38,25 @@ def named(element):
     return {one.name: one.value for one in element.properties()}
 
 
-def test_verdict_and_scores_are_properties_of_the_suite(report):
-    report["evaluation"]["studies"] = {"forgetting": {"base": {"perplexity": 20.0}, "tuned": {"perplexity": 21.5}}}
-    report["evaluation"]["contamination"] = {"overlapping": 3, "rows": 148}
-    found = named(read(report)[1])
-    assert found["verdict"] == "mixed: Better here, worse there."
+def test_verdict_and_scores_are_properties_of_the_suite(report, headed):
+    suite = Study("Forgetting", {"perplexity": 20.0}, {"perplexity": 21.5}, {}, {}, {})
+    overlap = Contamination(148, 9, 0, 0, 0, 0, 0, 3, 0, {}, (), ())
+    evaluation = replace(report.evaluation, studies={"forgetting": suite}, contamination=overlap)
+    found = named(read(replace(report, evaluation=evaluation))[1])
+    assert found["verdict"].startswith("helped: Better in")
     assert (found["base.exact_match"], found["tuned.exact_match"]) == ("0.0000", "0.8000")
     assert (found["base.forgetting.perplexity"], found["tuned.forgetting.perplexity"]) == ("20.00", "21.50")
     assert found["overlapping_test_rows"] == "3 of 148"
+    assert named(read(headed)[1])["baseline"] == "the most frequent class"
 
 
 def test_a_run_without_gates_is_a_suite_without_cases(report):
-    xml, suite = read(report | {"gates": [], "evaluation": None})
+    xml, suite = read(replace(report, gates=(), evaluation=None))
     assert (xml.tests, list(suite)) == (0, [])
 
 
 def test_signs_that_xml_does_not_know_or_gives_a_meaning_come_through(report):
-    report["gates"][1] |= {"name": 'a<b & \x00\ufffe "c" > base', "got": "]]>"}
-    failed = list(read(report)[1])[1]
+    gate = replace(report.gates[1], name='a<b & \x00\ufffe "c" > base', got="]]>")
+    (failed,) = list(read(replace(report, gates=(gate,)))[1])
     assert failed.name == 'a<b & \ufffd\ufffd "c" > base'
     assert failed.result[0].message.endswith("got ]]>")

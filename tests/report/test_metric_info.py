@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import Difference
 from llmtune.report.metric_info import (
     HEADLINES,
     LOWER_IS_BETTER,
@@ -13,7 +14,7 @@ from llmtune.report.metric_info import (
     TASK_NOTES,
     better_side,
     direction,
-    note,
+    metric_note,
 )
 
 EVERY = [(task, metric) for task, facts in TASK_FACTS.items() for metric in facts.metrics]
@@ -27,7 +28,7 @@ HIGHER = {
 
 @pytest.mark.parametrize(("task", "metric"), EVERY)
 def test_every_metric_of_every_task_has_a_note_a_direction_and_a_rank(task, metric):
-    assert note(metric, task)
+    assert metric_note(metric, task)
     assert metric in HEADLINES
     assert [metric in side for side in (HIGHER, LOWER_IS_BETTER, NEAREST_TO_ONE)].count(True) == 1
     assert better_side(metric) == (metric in HIGHER) - (metric in LOWER_IS_BETTER)
@@ -42,10 +43,12 @@ def test_no_metric_is_explained_that_no_task_has():
 
 
 def test_a_name_that_two_tasks_share_is_explained_for_each():
-    assert note("accuracy", "classify") != note("accuracy", "preference") != note("accuracy", "chat")
+    assert (
+        metric_note("accuracy", "classify") != metric_note("accuracy", "preference") != metric_note("accuracy", "chat")
+    )
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("wer", -1), ("bleu", 1), ("length_ratio", 0)])
 def test_an_interval_above_zero_is_good_bad_or_neither(metric, sign):
-    assert direction(metric, (0.1, 0.2)) == sign
-    assert direction(metric, (-0.1, 0.2)) == 0
+    assert direction(metric, Difference(0.15, 0.1, 0.2, 0.01, 50)) == sign
+    assert direction(metric, Difference(0.05, -0.1, 0.2, 0.5, 50)) == 0

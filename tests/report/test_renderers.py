@@ -3,12 +3,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.page import Page as ParsedPage
 
 from llmtune.records import Difference
 from llmtune.report.blocks import (
@@ -37,7 +37,6 @@ from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
 from llmtune.report.render_terminal import print_page
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "
     "\x00\x1b[31m\u2028 # h [red]"
@@ -46,29 +45,6 @@ GAIN = Compared("exact_match", 0.1, 0.5, Difference(0.4, 0.3, 0.5, 0.001, 148), 
 COST = Compared("loss", 1.5, 1.7, Difference(0.2, 0.1, 0.3, 0.01, 148), -1)
 FEW = Compared("f1", 0.5, 0.6, Difference(0.1, math.nan, math.nan, math.nan, 4), 1)
 ALONE = Compared("kl", None, 0.2, None)
-
-
-class Parsed(HTMLParser):
-    """Collects what a browser would see, and fails on tags that do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text, self.ids = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for key, value in attrs if key == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def page_of(text: str) -> Page:
@@ -91,7 +67,7 @@ def page_of(text: str) -> Page:
 
 def test_text_stays_text_in_a_page_in_markdown_and_on_the_terminal():
     page = page_of(HOSTILE)
-    parsed = Parsed(to_html(page))
+    parsed = ParsedPage(to_html(page))
     assert {tag for tag, _ in parsed.tags} & {"script", "img"} == set()
     assert parsed.text.count("<script>alert(1)</script>") >= 15
     assert "49" not in parsed.text.split("{{ 7*7 }}")[1][:5]
@@ -104,7 +80,7 @@ def test_text_stays_text_in_a_page_in_markdown_and_on_the_terminal():
 
 def test_a_page_asks_nothing_of_the_network_and_has_a_script_only_where_it_brings_one():
     text = to_html(page_of("words"))
-    for tag, attributes in Parsed(text).tags:
+    for tag, attributes in ParsedPage(text).tags:
         assert tag not in {"script", "iframe", "object", "embed", "base", "form", "img", "video", "audio"}
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             assert re.match(r"(#|data:,$)", attributes.get(name) or "#")
@@ -121,7 +97,7 @@ def test_the_row_of_a_difference_says_base_tuned_difference_interval_p_and_rows(
     text = render(Page("p", [Section("Scores", [difference_table([GAIN, COST, FEW, ALONE], base="baseline")])]))
     flat = " ".join(re.sub(r"<[^>]+>|\|", " ", text.replace("\\", "")).split())
     assert "exact_match" in flat
-    assert re.search(r"0\.1000 0\.5000 \+0\.4000 (.*)?\+0\.3000 to \+0\.5000 0\.001 148", flat)
+    assert re.search(r"0\.1000 0\.5000 (✅ )?\+0\.4000 \+0\.3000 to \+0\.5000 0\.001 148", flat)
     assert "too few rows" in flat
     assert re.search(r"kl.* – 0\.2000 – – – –", flat)
 

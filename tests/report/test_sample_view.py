@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from llmtune.report.sample_view import LONGEST_SHOWN, cut, read_tags, samples
+from llmtune.records import Evaluation
+from llmtune.report.sample_view import LONGEST_SHOWN, cut, read_samples, read_tags
 
 
 def shown(task, baseline=None, **sample):
-    return samples({"samples": [{"origin": "rows.jsonl:1", **sample}], "baseline": baseline}, task)[0]
+    evaluation = Evaluation({}, {}, {}, (), (), 1, baseline=baseline)
+    return read_samples([{"origin": "rows.jsonl:1", **sample}], evaluation, task)[0]
 
 
 def rights(found):
-    return [answer["right"] for answer in found["answers"]]
+    return [answer.right for answer in found.answers]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +37,7 @@ def test_entities_that_are_the_reference_are_marked_right():
         base="O O O O",
         tuned="B-person O O B-place",
     )
-    assert [answer["text"] for answer in found["answers"]] == ["(none)", "Ada (person), Paris (place)"]
+    assert [answer.text for answer in found.answers] == ["(none)", "Ada (person), Paris (place)"]
     assert rights(found) == [False, True]
 
 
@@ -46,20 +48,20 @@ def test_labels_are_right_in_any_order():
 def test_what_is_judged_and_not_written_is_never_marked_right():
     found = shown("preference", prompt="Hi", reference="chosen 1", base="chosen 1", tuned="chosen 1, rejected 0")
     assert rights(found) == [False, False]
-    assert found["reference_name"] == "chosen answer"
-    assert shown("preference", prompt="Hi", reference="x", tuned="answer -3")["reference_name"] == "judged answer"
+    assert found.reference_name == "chosen answer"
+    assert shown("preference", prompt="Hi", reference="x", tuned="answer -3").reference_name == "judged answer"
 
 
 @pytest.mark.parametrize(("baseline", "name"), [(None, "base"), ("an empty transcript", "baseline")])
 def test_a_baseline_is_not_called_the_base_model(baseline, name):
     found = shown("speech", baseline, prompt="a.wav", reference="hello", base="", tuned="hello")
-    assert [answer["who"] for answer in found["answers"]] == [name, "tuned"]
-    assert found["prompt_name"] == "recording"
+    assert [answer.name for answer in found.answers] == [name, "tuned"]
+    assert found.prompt_name == "recording"
 
 
 def test_a_long_context_is_cut_and_says_by_how_much():
     text = "who?\n" + "x" * 10_000 + " the end"
-    found = shown("qa", prompt=text, reference="x", tuned="x")["prompt"]
+    found = shown("qa", prompt=text, reference="x", tuned="x").prompt
     assert len(found) < LONGEST_SHOWN
     assert found.startswith("who?")
     assert found.endswith("the end")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
 
 import pytest
 
 from llmtune.records import Difference, Evaluation
-from llmtune.report.seed_table import spread_table, spread_view
-from llmtune.report.seed_variance import describe_spread, spread, tell, warn
+from llmtune.report.report_record import SeedRun, Seeds, Spread
+from llmtune.report.seed_variance import describe_gain, describe_spread, spread, warn_of_spread
 from llmtune.report.verdict import verdict
 
 
@@ -23,11 +22,11 @@ def scored(loss: float, match: float, **others: float) -> Evaluation:
 def test_mean_deviation_and_ends_are_those_of_the_scores() -> None:
     scores = [0.3, 0.5, 0.1]
     found = spread("exact_match", scores, 0.05)
-    assert found["mean"] == pytest.approx(sum(scores) / 3)
-    assert found["deviation"] == pytest.approx(statistics.stdev(scores))
-    assert (found["lowest"], found["highest"], found["spread"]) == (0.1, 0.5, pytest.approx(0.4))
-    assert found["gain"] == pytest.approx(0.25)
-    assert (found["larger"], found["better"]) == (False, True)
+    assert found.mean == pytest.approx(sum(scores) / 3)
+    assert found.deviation == pytest.approx(statistics.stdev(scores))
+    assert (found.lowest, found.highest, found.spread) == (0.1, 0.5, pytest.approx(0.4))
+    assert found.gain == pytest.approx(0.25)
+    assert (found.larger, found.better) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -46,22 +45,23 @@ def test_a_gain_is_held_against_the_spread_where_both_are_there(
     metric: str, scores: list[float], base: float | None, larger: bool | None, better: bool | None
 ) -> None:
     found = spread(metric, scores, base)
-    assert (found["larger"], found["better"]) == (larger, better)
+    assert (found.larger, found.better) == (larger, better)
 
 
 def test_the_report_has_each_seed_and_what_is_missing() -> None:
     found = describe_spread({7: scored(1.0, 0.5, rougeL=0.2), 8: scored(1.2, 0.6), 9: scored(0.9, 0.55)}, [10])
-    assert [run["seed"] for run in found["runs"]] == [7, 8, 9]
-    assert found["runs"][1]["tuned"] == {"loss": 1.2, "exact_match": 0.6}
-    assert found["runs"][1]["interval"]["exact_match"] == [pytest.approx(0.45), pytest.approx(0.55)]
-    assert found["metrics"]["loss"]["scores"] == [1.0, 1.2, 0.9]
-    assert "rougeL" not in found["metrics"], "not every seed has it"
-    assert found["missing"] == [10]
-    assert found["told"].endswith("Not there yet: seed 10.")
+    assert [run.seed for run in found.runs] == [7, 8, 9]
+    assert found.runs[1].tuned == {"loss": 1.2, "exact_match": 0.6}
+    assert found.runs[1].interval["exact_match"] == (pytest.approx(0.45), pytest.approx(0.55))
+    assert found.metrics["loss"].scores == [1.0, 1.2, 0.9]
+    assert "rougeL" not in found.metrics, "not every seed has it"
+    assert found.missing == [10]
+    assert found.told.endswith("Not there yet: seed 10.")
 
 
-def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Any]:
-    return {name: {"larger": larger, "better": better} for name, (larger, better) in metrics.items()}
+def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Spread]:
+    unknown = (None,) * 7
+    return {name: Spread((), *unknown, larger, better) for name, (larger, better) in metrics.items()}
 
 
 @pytest.mark.parametrize(
@@ -81,32 +81,16 @@ def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Any]:
         (judged(kl=(True, False), loss=(None, True)), "There is no spread to hold the gain over the base against."),
     ],
 )
-def test_one_sentence_says_whether_the_gain_is_larger_than_the_spread(metrics: dict[str, Any], told: str) -> None:
-    assert tell(metrics, 3, []) == told
-
-
-def evaluation(larger: bool) -> dict[str, Any]:
-    change = {"value": 0.1, "interval": [0.05, 0.15], "p": 0.001, "n": 100, "test": ""}
-    seeds = {"runs": [{}, {}, {}], "metrics": {"accuracy": {"larger": larger, "better": True}}}
-    return {"difference": {"accuracy": change}, "tuned": {"accuracy": 0.5}, "seeds": seeds}
+def test_one_sentence_says_whether_the_gain_is_larger_than_the_spread(metrics: dict[str, Spread], told: str) -> None:
+    assert describe_gain(metrics, 3, []) == told
 
 
 def test_the_verdict_mentions_a_gain_that_is_within_the_spread_and_no_other() -> None:
-    found = verdict({"evaluation": evaluation(larger=False)})
-    assert found["word"] == "helped"
-    assert "3 seeds lie as far apart as the gain is large" in found["reason"]
-    assert "seed" not in verdict({"evaluation": evaluation(larger=True)})["reason"]
-    assert warn({}, ["accuracy"]) == ""
-    assert warn(evaluation(larger=False), ["loss"]) == ""
-
-
-def test_table_and_page_show_each_seed() -> None:
-    found = describe_spread({7: scored(1.0, 0.5), 8: scored(1.25, 0.6)}, [])
-    view = spread_view({"seeds": found})
-    assert view is not None
-    (loss, match) = view["rows"]
-    assert (loss["each"], loss["kind"], loss["range"]) == (["1.000", "1.250"], "better", "1.000 to 1.250")
-    assert 'aria-label="exact_match: base 0.1000, seeds 0.5000, 0.6000"' in match["picture"]
-    assert match["picture"].count("<circle") == 2
-    assert spread_view({"seeds": None}) is None
-    assert spread_table(found).row_count == 2
+    runs = [SeedRun(seed, {}, {}) for seed in (1, 2, 3)]
+    within, beyond = (Seeds(runs, (), judged(exact_match=(larger, True)), "") for larger in (False, True))
+    found = verdict(scored(1.0, 0.5), within)
+    assert found.word == "helped"
+    assert "3 seeds lie as far apart as the gain is large" in found.reason
+    assert "seed" not in verdict(scored(1.0, 0.5), beyond).reason
+    assert warn_of_spread(None, ["accuracy"]) == ""
+    assert warn_of_spread(within, ["loss"]) == ""

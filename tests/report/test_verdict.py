@@ -5,18 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.report import verdict
+from llmtune.records import Difference, Evaluation
+from llmtune.report.verdict import verdict
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
+def judge_changes(baseline=None, **changes):
+    return verdict(Evaluation({}, {}, changes, (), (), 100, baseline=baseline))
+
+
 def judge(n=100, baseline=None, **intervals):
     changes = {
-        metric: {"value": 0.0, "interval": list(ends), "p": 0.5 if ends in (OPEN, UNKNOWN) else 0.001, "n": n}
+        metric: Difference(0.0, *ends, 0.5 if ends in (OPEN, UNKNOWN) else 0.001, n)
         for metric, ends in intervals.items()
     }
-    return verdict({"evaluation": {"difference": changes, "baseline": baseline}})
+    return judge_changes(baseline, **changes)
 
 
 @pytest.mark.parametrize(
@@ -38,33 +43,32 @@ def judge(n=100, baseline=None, **intervals):
         ({"kl": MORE, "accuracy": BETTER, "margin": BETTER}, "helped"),
         ({"kl": MORE, "accuracy": WORSE}, "harmed"),
         ({"exact_match": UNKNOWN}, "can't tell"),
-        ({"exact_match": (None, None)}, "can't tell"),
     ],
 )
 def test_the_verdict_follows_the_intervals(intervals, word):
-    assert judge(**intervals)["word"] == word
+    assert judge(**intervals).word == word
 
 
 def test_a_gain_that_choices_do_not_share_may_be_format_alone():
     found = judge(exact_match=BETTER, loss=LESS, choice_accuracy=OPEN)
-    assert found["word"] == "can't tell"
-    assert "format" in found["reason"]
+    assert found.word == "can't tell"
+    assert "format" in found.reason
 
 
 def test_too_few_rows_tell_nothing():
     found = judge(n=9, exact_match=BETTER)
-    assert found["word"] == "can't tell"
-    assert "9 held-out rows" in found["reason"]
+    assert found.word == "can't tell"
+    assert "9 held-out rows" in found.reason
 
 
 def test_one_finding_in_three_units_is_named_once():
-    assert judge(loss=LESS, bits_per_byte=LESS, perplexity=LESS)["reason"].startswith("Better in loss, and")
+    assert judge(loss=LESS, bits_per_byte=LESS, perplexity=LESS).reason.startswith("Better in loss, and")
 
 
 def test_a_cost_is_told_and_decides_nothing():
     found = judge(kl=MORE, accuracy=BETTER)
-    assert found["reason"].endswith("The price: the tuned model is farther from the base model (kl).")
-    assert "kl" not in judge(kl=OPEN, accuracy=BETTER)["reason"]
+    assert found.reason.endswith("The price: the tuned model is farther from the base model (kl).")
+    assert "kl" not in judge(kl=OPEN, accuracy=BETTER).reason
 
 
 @pytest.mark.parametrize(
@@ -80,56 +84,54 @@ def test_a_cost_is_told_and_decides_nothing():
     ],
 )
 def test_the_sentence_names_what_stands_for_the_base_model(intervals, start):
-    assert judge(baseline="the most frequent class", **intervals)["reason"].startswith(start)
+    assert judge(baseline="the most frequent class", **intervals).reason.startswith(start)
 
 
 def test_wrong_words_and_wrong_characters_are_one_finding():
-    assert judge(wer=LESS, cer=LESS)["reason"].startswith("Better in wer, and")
-    assert judge(wer=OPEN, cer=LESS)["reason"].startswith("Better in cer, and")
+    assert judge(wer=LESS, cer=LESS).reason.startswith("Better in wer, and")
+    assert judge(wer=OPEN, cer=LESS).reason.startswith("Better in cer, and")
 
 
 @pytest.mark.parametrize(("micro", "named"), [(0.25, "accuracy"), (0.31, "accuracy and f1 micro")])
 def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro, named):
-    changes = {"accuracy": 0.25, "f1_micro": micro}
-    found = {metric: {"value": value, "interval": BETTER, "p": 0.001, "n": 50} for metric, value in changes.items()}
-    assert verdict({"evaluation": {"difference": found}})["reason"].startswith(f"Better in {named}, and")
+    values = {"accuracy": 0.25, "f1_micro": micro}
+    changes = {metric: Difference(value, *BETTER, 0.001, 50) for metric, value in values.items()}
+    assert judge_changes(**changes).reason.startswith(f"Better in {named}, and")
 
 
 def test_scores_of_the_tuned_model_alone_tell_nothing():
-    found = verdict({"evaluation": {"base": {}, "tuned": {"loss": 1.0}, "difference": {}}})
-    assert found["word"] == "can't tell"
-    assert "nothing to hold them against" in found["reason"]
+    found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), (), 100))
+    assert found.word == "can't tell"
+    assert "nothing to hold them against" in found.reason
 
 
-@pytest.mark.parametrize("report", [{}, {"evaluation": None}, {"evaluation": {"difference": {}}}])
-def test_without_an_evaluation_one_cannot_tell(report):
-    assert verdict(report)["word"] == "can't tell"
+@pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), (), 0)])
+def test_without_an_evaluation_one_cannot_tell(evaluation):
+    assert verdict(evaluation).word == "can't tell"
 
 
 def looked_at(**ps):
-    changes = {metric: {"value": 0.1, "interval": list(BETTER), "p": p, "n": 80} for metric, p in ps.items()}
-    return verdict({"evaluation": {"difference": changes}})
+    return judge_changes(**{metric: Difference(0.1, *BETTER, p, 80) for metric, p in ps.items()})
 
 
 def test_one_of_many_metrics_that_moves_a_little_is_chance():
     others = dict.fromkeys(["rouge1", "rouge2", "rougeL", "chrf", "bleu"], 0.6)
-    assert looked_at(exact_match=0.03)["word"] == "helped"
+    assert looked_at(exact_match=0.03).word == "helped"
     found = looked_at(exact_match=0.03, **others)
-    assert found["word"] == "can't tell"
-    assert "as one of many metrics may" in found["reason"]
-    assert looked_at(exact_match=0.004, **others)["reason"].startswith("Better in exact match, and")
+    assert found.word == "can't tell"
+    assert "as one of many metrics may" in found.reason
+    assert looked_at(exact_match=0.004, **others).reason.startswith("Better in exact match, and")
 
 
 def test_each_metric_that_holds_makes_it_easier_for_the_next():
-    assert looked_at(exact_match=0.01, rougeL=0.03)["reason"].startswith("Better in exact match and rougeL")
-    assert looked_at(exact_match=0.03, rougeL=0.04)["word"] == "can't tell"
+    assert looked_at(exact_match=0.01, rougeL=0.03).reason.startswith("Better in exact match and rougeL")
+    assert looked_at(exact_match=0.03, rougeL=0.04).word == "can't tell"
 
 
 def test_one_number_in_three_units_counts_as_one_comparison():
-    units = {"loss": {"p": 0.04, "value": -0.1, "interval": list(LESS), "n": 80}}
-    units |= {"bits_per_byte": units["loss"], "perplexity": units["loss"]}
-    assert verdict({"evaluation": {"difference": units}})["word"] == "helped"
-    assert verdict({"evaluation": {"difference": units | {"wer": units["loss"]}}})["word"] == "can't tell"
+    units = dict.fromkeys(["loss", "bits_per_byte", "perplexity"], Difference(-0.1, *LESS, 0.04, 80))
+    assert judge_changes(**units).word == "helped"
+    assert judge_changes(**units, wer=units["loss"]).word == "can't tell"
 
 
 def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at():
@@ -140,8 +142,7 @@ def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at(
     def word(ps):
         ends = [BETTER if p < 0.05 else OPEN for p in ps]
         told = zip(names, ps, ends, strict=True)
-        changes = {name: {"value": 0.1, "interval": list(end), "p": p, "n": 80} for name, p, end in told}
-        return verdict({"evaluation": {"difference": changes}})["word"]
+        return judge_changes(**{name: Difference(0.1, *end, p, 80) for name, p, end in told}).word
 
     false = sum(word(ps) != "can't tell" for ps in draws.tolist()) / len(draws)
     assert 0.03 < false < 0.07

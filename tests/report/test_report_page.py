@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from llmtune.report import verdict
-from llmtune.report.report_view import make_view
+from llmtune.records import Difference, Evaluation
+from llmtune.report.report_page import headline
+from llmtune.report.verdict import verdict
 
 BETTER, WORSE, OPEN = (0.1, 0.3), (-0.3, -0.1), (-0.07, 0.17)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
 
 
-def view_of(n=100, **intervals):
+def first_shown(rows=100, **intervals):
     changes = {
-        metric: {"value": 0.05, "interval": list(ends), "p": 0.5 if ends == OPEN else 0.001, "n": n}
-        for metric, ends in intervals.items()
+        metric: Difference(0.05, *ends, 0.5 if ends == OPEN else 0.001, rows) for metric, ends in intervals.items()
     }
-    found = {"evaluation": {"base": {}, "tuned": {}, "difference": changes, "rows": n}}
-    return make_view({**found, "verdict": verdict(found)})
+    evaluation = Evaluation({}, {}, changes, (), (), rows)
+    return headline(evaluation, verdict(evaluation).word)
 
 
 @pytest.mark.parametrize(
-    ("intervals", "metric", "kind"),
+    ("intervals", "metric", "tone"),
     [
         ({"loss": LESS, "exact_match": OPEN}, "loss", "better"),
         ({"loss": LESS, "exact_match": BETTER}, "exact match", "better"),
@@ -38,19 +38,15 @@ def view_of(n=100, **intervals):
         ({"length_ratio": BETTER, "rouge1": OPEN}, "rouge1", "unsure"),
     ],
 )
-def test_the_headline_bears_the_verdict_out(intervals, metric, kind):
-    found = view_of(**intervals)["headline"]
-    assert (found["metric"], found["kind"]) == (metric, kind)
+def test_the_headline_bears_the_verdict_out(intervals, metric, tone):
+    row = first_shown(**intervals)
+    assert (row.name, row.tone) == (metric, tone)
 
 
 def test_a_gain_on_too_few_rows_is_not_what_the_verdict_stands_on():
-    found = {"exact_match": {"value": 0.2, "interval": BETTER, "p": 0.1, "n": 4}}
-    found["loss"] = {"value": -0.2, "interval": LESS, "p": 0.01, "n": 50}
-    report = {"evaluation": {"base": {}, "tuned": {}, "difference": found, "rows": 50}}
-    view = make_view({**report, "verdict": verdict(report)})
-    assert view["verdict"]["word"] == "helped"
-    assert view["headline"]["metric"] == "loss"
+    changes = {"exact_match": Difference(0.2, *BETTER, 0.1, 4), "loss": Difference(-0.2, *LESS, 0.01, 50)}
+    assert headline(Evaluation({}, {}, changes, (), (), 50), "helped").name == "loss"
 
 
 def test_without_differences_there_is_no_headline():
-    assert make_view({"evaluation": {"difference": {}}, "verdict": verdict({})})["headline"] is None
+    assert first_shown() is None

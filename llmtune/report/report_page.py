@@ -1,0 +1,87 @@
+"""The report as a page: the verdict first, then what was measured, then how the run went."""
+
+from __future__ import annotations
+
+from llmtune.records import Evaluation
+from llmtune.report.blocks import TONES, Compared, Page, Tone, VerdictCard
+from llmtune.report.explain_links import explain_section
+from llmtune.report.metric_info import rank_metrics
+from llmtune.report.number_format import DASH, count
+from llmtune.report.report_record import Report
+from llmtune.report.run_sections import (
+    adapter_section,
+    data_section,
+    method_section,
+    model_section,
+    recipe_section,
+    step_section,
+    training_section,
+)
+from llmtune.report.score_sections import compare_metric, gate_section, score_sections
+from llmtune.report.verdict import HARMED, HELPED, MIXED, speaking
+
+TITLES: dict[str, tuple[str, Tone]] = {
+    HELPED: ("The tuning helped", "better"),
+    HARMED: ("The tuning did harm", "worse"),
+    MIXED: ("Better here, worse there", "mixed"),
+}
+BEARING = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
+"""Directions of a difference that bear a verdict out."""
+
+
+def make_page(report: Report) -> Page:
+    """Return the page of a report; sections that the run has not reached are empty."""
+    evaluation, task = report.evaluation, report.task
+    sections = [
+        gate_section(report.gates),
+        *(score_sections(evaluation, task, report.seeds) if evaluation else []),
+        explain_section(report.explanations, trained=report.train is not None),
+        training_section(report.train),
+        data_section(report.data, task),
+        model_section(report.model),
+        adapter_section(report.adapter, report.deploy),
+        step_section(report.steps, report.hardware),
+        method_section(evaluation, task),
+        recipe_section(report.recipe_yaml),
+    ]
+    footer = f"Made by llmtune {report.llmtune}. `report.html` is whole in itself and asks nothing of the network."
+    return Page(report.name, sections, chips(report), verdict=verdict_card(report), footer=footer)
+
+
+def chips(report: Report) -> list[tuple[str, str]]:
+    """The few facts that say which run this is."""
+    facts = [
+        ("task", report.task),
+        ("model", report.model.get("name") if report.model else None),
+        ("method", report.adapter.get("method") if report.adapter else None),
+        ("test rows", count(report.evaluation.rows if report.evaluation else None)),
+    ]
+    return [(name, value) for name, value in facts if value and value != DASH]
+
+
+def verdict_card(report: Report) -> VerdictCard:
+    """Return the verdict, how many gates hold, and the one score that says most."""
+    gates = report.gates
+    failed = sum(not gate.passed for gate in gates)
+    noun = "gate" if len(gates) == 1 else "gates"
+    note = f"{failed} of {len(gates)} {noun} failed" if failed else f"{len(gates)} {noun} passed" if gates else ""
+    title, tone = TITLES.get(report.verdict.word, ("Can’t tell", "unsure"))
+    evaluation = report.evaluation
+    return VerdictCard(
+        word=report.verdict.word,
+        title=title,
+        tone=tone,
+        reason=report.verdict.reason,
+        gates=note,
+        gates_tone=TONES[-1 if failed else 1],
+        headline=headline(evaluation, report.verdict.word) if evaluation else None,
+        baseline=(evaluation.baseline if evaluation else None) or "",
+    )
+
+
+def headline(evaluation: Evaluation, word: str) -> Compared | None:
+    """Return the one score that says most: one of those that bear the verdict `word` out, if there are any."""
+    ranked, signs = rank_metrics(evaluation.difference), speaking(evaluation.difference)
+    telling = [name for name in ranked if signs.get(name) in BEARING.get(word, ())]
+    metric = next(iter(telling or ranked), None)
+    return compare_metric(metric, evaluation, metric.replace("_", " ")) if metric else None

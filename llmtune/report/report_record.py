@@ -1,0 +1,165 @@
+"""What a report is made of, key by key as in report.json; parts that a stopped run has not reached are None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from llmtune.records import Evaluation, GateResult, StepTiming
+
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`helped`, `harmed`, `mixed` or `can't tell`, and why."""
+
+    word: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """The scores of one seed, and the ends of their intervals."""
+
+    seed: int
+    tuned: Mapping[str, Number]
+    interval: Mapping[str, Sequence[Number]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One metric over all seeds; numbers are None where there is nothing to say."""
+
+    scores: Sequence[Number]
+    base: Number
+    mean: Number
+    deviation: Number
+    """Standard deviation of the sample."""
+    lowest: Number
+    highest: Number
+    spread: Number
+    """Highest minus lowest."""
+    gain: Number
+    """Of the mean over the base."""
+    larger: bool | None
+    """Whether the gain, for better or worse, is larger than the spread."""
+    better: bool | None
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What the scores of several seeds come to, and which seeds have none yet."""
+
+    runs: Sequence[SeedRun]
+    missing: Sequence[int]
+    metrics: Mapping[str, Spread]
+    told: str
+
+
+class Lengths(TypedDict):
+    """A histogram: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class DataFacts(TypedDict, total=False):
+    """Rows in, kept and dropped by reason; examples and tokens by split."""
+
+    rows_in: int
+    kept: dict[str, int]
+    dropped: dict[str, int]
+    examples: dict[str, int]
+    tokens: dict[str, int]
+    supervised_tokens: dict[str, int]
+    supervised_share: Number
+    longest: dict[str, int]
+    lengths: Lengths
+    example: list[tuple[str, bool]]
+    classes: dict[str, dict[str, int]]
+
+
+class Plan(TypedDict, total=False):
+    """Bytes that training needs, part by part; the fields are those of `records.MemoryPlan`."""
+
+    parts: dict[str, int]
+    lower_bound: int
+    limit: int | None
+    device: str
+
+
+class Candidate(TypedDict, total=False):
+    """A model that was ranked, or why it was left out."""
+
+    name: str
+    bits_per_byte: Number
+    lower_bound: Number
+    reason: str | None
+
+
+class ModelFacts(TypedDict, total=False):
+    """The model, its memory plan, and the ranking it comes from."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    ranking: dict[str, list[Candidate]] | None
+    plan: Plan
+
+
+class AdapterFacts(TypedDict, total=False):
+    """What was put in, and how much of the model is trained."""
+
+    method: str
+    trainable: int
+    all: int
+    matched_modules: int
+    targets: dict[str, int]
+    bytes: int
+    r: int
+    lora_alpha: float
+
+
+class TrainFacts(TypedDict, total=False):
+    """The fields of `records.TrainedRun`, and the lines of metrics.jsonl."""
+
+    first_loss: Number
+    train_loss: Number
+    validation_loss: Number
+    steps: int
+    epochs: Number
+    best_step: int | None
+    tokens: int
+    padding_share: Number
+    tokens_per_second: Number
+    wall_seconds: Number
+    peak_bytes: Number
+    stopped_early: str | None
+    resumed_from: int | None
+    curve: Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run found out."""
+
+    llmtune: str
+    name: str
+    task: str
+    verdict: Verdict
+    recipe: Mapping[str, object]
+    recipe_yaml: str
+    fingerprint: str
+    hardware: Mapping[str, object]
+    steps: Sequence[StepTiming] = ()
+    data: DataFacts | None = None
+    model: ModelFacts | None = None
+    adapter: AdapterFacts | None = None
+    train: TrainFacts | None = None
+    evaluation: Evaluation | None = None
+    seeds: Seeds | None = None
+    gates: Sequence[GateResult] = ()
+    deploy: Mapping[str, object] | None = None
+    explanations: Sequence[str] = ()

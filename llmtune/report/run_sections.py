@@ -1,0 +1,247 @@
+"""The sections of the report that say how a run went, as blocks: training, data, model, adapter, time, recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llmtune.records import Evaluation, StepTiming
+from llmtune.report.blocks import (
+    Beside,
+    Block,
+    Bullets,
+    Cell,
+    Code,
+    Column,
+    Columns,
+    Curve,
+    Curves,
+    Details,
+    Highlighted,
+    Histogram,
+    KeyValues,
+    Meter,
+    Point,
+    Rows,
+    Section,
+    Shares,
+    Table,
+    Text,
+)
+from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
+from llmtune.report.report_record import AdapterFacts, DataFacts, Lengths, ModelFacts, TrainFacts
+from llmtune.report.score_sections import signatures
+
+SPLITS = ("train", "validation", "test")
+PART_NAMES = {"optimizer": "optimizer state"}
+WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
+"""Metrics that reward wording."""
+WRITING_TASKS = frozenset({"chat", "completion", "translate", "summarize", "qa"})
+
+
+def known(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
+    """Leave out what is not known."""
+    return [(name, text) for name, text in pairs if text and not text.startswith(DASH)]
+
+
+def training_section(train: TrainFacts | None) -> Section:
+    """Losses, curves and speed."""
+    if not train:
+        return Section("Training", [])
+    curve = [line for line in train.get("curve", []) if not missing(line.get("step"))]
+    padding = train.get("padding_share")
+    facts = [
+        ("first loss", score(train.get("first_loss"))),
+        ("last training loss", score(train.get("train_loss"))),
+        ("validation loss", score(train.get("validation_loss"))),
+        ("steps", count(train.get("steps"))),
+        ("epochs", score(train.get("epochs"))),
+        ("best step", count(train.get("best_step"))),
+        ("tokens", count(train.get("tokens"))),
+        ("padding", None if padding is None else f"{100 * padding:.1f} %"),
+        ("speed", f"{count(train.get('tokens_per_second'))} tokens/s"),
+        ("time", duration(train.get("wall_seconds"))),
+        ("peak memory", size(train.get("peak_bytes"))),
+        ("stopped early", train.get("stopped_early")),
+        ("resumed from step", count(train.get("resumed_from"))),
+    ]
+    losses = [
+        Curve("training loss", points(curve, "loss")),
+        Curve("validation loss", points(curve, "validation_loss"), "validation"),
+    ]
+    drawn = Curves(losses, "training and validation loss by step", height=300)
+    rate, norm = (
+        Curves([Curve(title, points(curve, key), "other")], f"{title.lower()} by step", title, height=150)
+        for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm"))
+    )
+    return Section("Training", [Beside([drawn], [KeyValues(known(facts))]), Beside([rate], [norm])])
+
+
+def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:
+    """The points of one column of the metrics."""
+    found = []
+    for line in curve:
+        step, value = line.get("step"), line.get(key)
+        if isinstance(step, int | float) and isinstance(value, int | float):
+            found.append((float(step), float(value)))
+    return found
+
+
+def data_section(data: DataFacts | None, task: str | None) -> Section:
+    """Rows in, kept and dropped; tokens and what of them is learned; classes; one example."""
+    if not data:
+        return Section("Data", [])
+    kept, tokens, supervised = data.get("kept", {}), data.get("tokens", {}), data.get("supervised_tokens", {})
+    dropped = data.get("dropped", {})
+    by_token = data.get("supervised_share", 1) is not None
+    columns = [Column(name, "number") for name in ("rows", "tokens", "learned" if by_token else "predictions")]
+    rows = []
+    for split in (name for name in SPLITS if name in kept):
+        learned = share(supervised.get(split), tokens.get(split)) if by_token else count(supervised.get(split))
+        rows.append([split, count(kept.get(split)), count(tokens.get(split)), learned])
+    left: list[Block] = [Table(["split", *columns], rows)]
+    reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
+    title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
+    left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
+    blocks: list[Block] = [Beside(left, lengths_chart(data.get("lengths")))]
+    if classes := data.get("classes"):
+        blocks.append(class_counts(classes, "entities" if task == "token-classify" else "rows"))
+    if example := data.get("example"):
+        learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
+        told = "One training example as the model sees it: what is marked is learned, the rest is only read."
+        told += f" {learned} of all tokens are learned." if learned else ""
+        blocks.append(Highlighted([(str(text), bool(marked)) for text, marked in example], told))
+    return Section("Data", blocks)
+
+
+def lengths_chart(lengths: Lengths | None) -> list[Block]:
+    """The histogram of row lengths, if there is one."""
+    if not lengths:
+        return []
+    label, title = "training examples by length in tokens", "Training examples by length"
+    return [Histogram(lengths["edges"], lengths["counts"], label, title, "tokens")]
+
+
+def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
+    """How often each class stands in each split, the most frequent first; those never seen in training are marked."""
+    trained = {label: splits.get("train") or 0 for label, splits in classes.items()}
+    total, most = sum(trained.values()), max(trained.values()) or 1
+    heads = [Column(name, "number") for name in (*SPLITS, "of train")]
+    rows: Rows = []
+    for label, number in sorted(trained.items(), key=lambda item: -item[1]):
+        counts = [count(classes[label].get(split)) for split in SPLITS]
+        part = Cell(share(number, total or None), "" if number else "worse")
+        name = Cell(str(label), note="" if number else "not in training")
+        rows.append([name, *counts, part, Cell(picture=Meter(number / most))])
+    heading, title = ("kind", "Kinds of entities") if unit == "entities" else ("class", "Classes")
+    columns = [Column(heading), *heads, Column("", "picture")]
+    return Table(columns, rows, f"{title}: {class_spread(trained, unit)}", scroll=True)
+
+
+def class_spread(trained: Mapping[str, int], unit: str) -> str:
+    """Say how uneven the classes are in training."""
+    seen = [number for number in trained.values() if number]
+    if unseen := [label for label, number in trained.items() if not number]:
+        return f"{len(unseen)} of {len(trained)} have no training {unit}: {', '.join(map(str, unseen[:30]))}"
+    ratio = max(seen) / min(seen)
+    return "evenly spread" if ratio < 1.1 else f"the largest has {ratio:.3g} times the {unit} of the smallest"
+
+
+def model_section(model: ModelFacts | None) -> Section:
+    """Name, revision, memory plan and ranking."""
+    if not model:
+        return Section("Model and memory plan", [])
+    plan = model.get("plan") or {}
+    parts = plan.get("parts", {})
+    limit, total = plan.get("limit"), sum(parts.values())
+    facts = [("name", model.get("name")), ("revision", model.get("revision")), ("sha256", model.get("sha256"))]
+    blocks: list[Block] = [KeyValues(known(facts))]
+    if total:
+        title = f"Planned: {size(total)}{f' of {size(limit)}' if limit else ''} on {plan.get('device')}, "
+        title += f"at least {size(plan.get('lower_bound'))}"
+        whole = max(total, limit or 0)
+        named = [(PART_NAMES.get(name, name), size(part), part / whole) for name, part in parts.items() if part]
+        blocks.append(Shares(named, title))
+    ranking = model.get("ranking") or {}
+    if candidates := ranking.get("candidates"):
+        rows: Rows = [
+            [
+                Cell(row["name"], note=f"left out: {row['reason']}" if row.get("reason") else ""),
+                score(row.get("bits_per_byte")),
+                size(row.get("lower_bound")),
+            ]
+            for row in candidates
+        ]
+        columns: Columns = ["model", Column("bits per byte", "number"), Column("needs", "number")]
+        blocks.append(Table(columns, rows, "Candidates, ranked on the rows"))
+    return Section("Model and memory plan", blocks, "Model", "model", brief=False)
+
+
+def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] | None) -> Section:
+    """Method, share that is trained, where it sits; and what was made of it."""
+    if not adapter:
+        return Section("Adapter", [])
+    trainable, whole = adapter.get("trainable"), adapter.get("all")
+    facts = [
+        ("method", adapter.get("method")),
+        ("rank", count(adapter.get("r"))),
+        ("alpha", count(adapter.get("lora_alpha"))),
+        ("trained", f"{count(trainable)} of {count(whole)} parameters"),
+        ("share", share(trainable, whole, 2)),
+        ("on disk", size(adapter.get("bytes"))),
+        ("modules", count(adapter.get("matched_modules"))),
+    ]
+    blocks: list[Block] = [KeyValues(known(facts))]
+    if targets := adapter.get("targets"):
+        rows: Rows = [[Cell(ending, code=True), f"{count(times)} ×"] for ending, times in targets.items()]
+        blocks.append(Details("where it sits", [Table(["", Column("", "number")], rows)]))
+    if deploy:
+        flat = [(key.replace("_", " "), str(made)) for key, made in deploy.items() if not isinstance(made, dict | list)]
+        blocks.append(KeyValues(flat, "Deployment"))
+    return Section("Adapter", blocks)
+
+
+def step_section(steps: Sequence[StepTiming], hardware: Mapping[str, object]) -> Section:
+    """Time and memory of each step, and where it ran, packages last."""
+    longest = max((step.seconds for step in steps), default=0) or 1
+    rows: Rows = []
+    for step in steps:
+        name = Cell(step.name, note="unchanged, skipped" if step.skipped else "")
+        meter = Cell(picture=Meter(step.seconds / longest))
+        rows.append([name, meter, duration(step.seconds), size(step.peak_bytes)])
+    columns: Columns = ["step", Column("", "picture"), Column("time", "number"), Column("peak memory", "number")]
+    facts = [(key, str(value)) for key, value in hardware.items() if not isinstance(value, dict) and value]
+    packages = hardware.get("packages")
+    facts += [(name, str(version)) for name, version in packages.items()] if isinstance(packages, dict) else []
+    blocks = [Beside([Table(columns, rows)], [KeyValues(facts)])] if rows else []
+    return Section("Time and memory by step", blocks, "Time and memory", "steps", brief=False)
+
+
+def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
+    """How each number came about, and what the numbers cannot show."""
+    limits = [
+        "Test rows are kept out of training: a row stands on one side only, and training rows that repeat a test row "
+        "are dropped.",
+        "The intervals are about other rows of this kind. They say nothing of other data, other seeds or other uses of "
+        "the model.",
+        "Each interval stands for itself: of twenty that are true, about one misses. Decide beforehand which metric "
+        "counts, and make it a gate.",
+    ]
+    if evaluation and task in WRITING_TASKS and WORDED & evaluation.tuned.keys():
+        limits.append(
+            "Exact match, ROUGE and chrF reward wording; choice accuracy compares the possible answers by likelihood "
+            "and does not depend on it."
+        )
+    if evaluation is None or "forgetting" not in evaluation.studies:
+        limits.append(
+            "What the base model could do before is not measured here, unless it is in the test rows; "
+            "`evaluate.forgetting` asks a part of it."
+        )
+    found = list(signatures(evaluation).items()) if evaluation else []
+    blocks: list[Block] = [*([KeyValues(found)] if found else []), Bullets(limits, soft=True)]
+    return Section("Method and limits", blocks, anchor="method", brief=False)
+
+
+def recipe_section(recipe_yaml: str) -> Section:
+    """The resolved recipe."""
+    told = Text("Resolved: every value, and where it comes from.", "soft")
+    return Section("Recipe", [told, Code(recipe_yaml)] if recipe_yaml else [], brief=False)

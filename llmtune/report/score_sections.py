@@ -1,0 +1,344 @@
+"""The sections of the report that say what was measured, as blocks: for page, Markdown and terminal alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from llmtune.records import Contamination, Evaluation, GateResult, Slice
+from llmtune.report.blocks import (
+    TONES,
+    Block,
+    Cell,
+    Column,
+    Columns,
+    Compared,
+    Details,
+    Dots,
+    Heatmap,
+    Meter,
+    Rows,
+    Samples,
+    Section,
+    Table,
+    Text,
+    difference_table,
+)
+from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
+from llmtune.report.number_format import count, missing, score, share, signed
+from llmtune.report.report_record import Seeds, Spread
+from llmtune.report.sample_view import read_samples
+
+MOST_CLASSES, MOST_PAIRS = 20, 15
+"""Classes of a confusion matrix that can still be read, and pairs of classes that are listed."""
+BETTER_NOTES = {1: "", -1: "lower is better", 0: "neither more nor less is better"}
+
+
+def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None = None) -> list[Section]:
+    """Return all that an evaluation found, that which says most first; a section without blocks has nothing to say."""
+    base = base_name(evaluation)
+    return [
+        score_section(evaluation, task),
+        seed_section(seeds, base),
+        class_section(evaluation.details, base, entities=task == "token-classify"),
+        slice_section(evaluation.slices, base),
+        *suite_sections(evaluation),
+        overlap_section(evaluation),
+        flip_section(evaluation, task),
+        sample_section(evaluation, task),
+    ]
+
+
+def base_name(evaluation: Evaluation) -> str:
+    """Return what the column beside the tuned model is called: nobody is to take a trivial baseline for a model."""
+    return "baseline" if evaluation.baseline else "base"
+
+
+def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note: str = "") -> Compared:
+    """Return the row of one metric, under a name of its own."""
+    base, tuned, change = scored.base.get(metric), scored.tuned.get(metric), scored.difference.get(metric)
+    return Compared(name or metric, base, tuned, change, better_side(metric), note)
+
+
+def gate_section(gates: Sequence[GateResult]) -> Section:
+    """What became of each gate."""
+    rows: Rows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
+    return Section("Gates", [Table(["gate", "wanted", "got", "result"], rows)] if rows else [])
+
+
+def passed_cell(gate: GateResult) -> Cell:
+    """Return a green or a red word."""
+    return Cell("passed", "better") if gate.passed else Cell("failed", "worse")
+
+
+def score_section(evaluation: Evaluation, task: str | None) -> Section:
+    """A row a metric; one that only the tuned model has stands there without a difference."""
+    changes, baseline = evaluation.difference, evaluation.baseline
+    rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
+    told = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
+    told += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
+    told += "that were looked at (Holm’s correction of p)."
+    if exact := [name for name, change in changes.items() if change.test == "McNemar exact"]:
+        told += f" p of {words(exact)}: McNemar’s exact test; of all else: the bootstrap that gives the intervals."
+    if evaluation.tuned.keys() - changes.keys():
+        told += " A dash: measured of the tuned model alone."
+    blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
+    if baseline:
+        why = "and no model: before tuning, the base model has no trained head for this task"
+        blocks.append(Text(f"The baseline is `{baseline}`, {why}.", "note"))
+    blocks.append(Text(told, "soft"))
+    return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
+
+
+def full_note(metric: str, task: str | None) -> str:
+    """Return what a metric is, and whether less of it is better."""
+    return "; ".join(part for part in (metric_note(metric, task), lower_note(metric)) if part)
+
+
+def lower_note(metric: str) -> str:
+    """Return `lower is better` where it is so."""
+    return "lower is better" if metric in LOWER_IS_BETTER else ""
+
+
+def words(metrics: Iterable[str]) -> str:
+    """Join names of metrics as a person writes them."""
+    return ", ".join(metrics).replace("_", " ")
+
+
+def seed_section(seeds: Seeds | None, base: str) -> Section:
+    """The scores of several seeds, and what their spread says of the gain."""
+    if not seeds:
+        return Section("Seeds", [])
+    told = "Each seed draws another beginning of the adapter, another order of the rows and another dropout; rows, "
+    told += "split and all else are the same. Green and red: the gain of the mean is larger than what lies between the "
+    told += "lowest and the highest seed. Scores, intervals and samples elsewhere on this page are those of seed "
+    told += f"{seeds.runs[0].seed}; the others have a report each in `seeds/`."
+    blocks: list[Block] = [Text(seeds.told), seed_table(seeds, base), Text(told, "soft")]
+    return Section(f"The same recipe with {len(seeds.runs)} seeds", blocks, "Seeds", "seeds")
+
+
+def seed_table(seeds: Seeds, base: str = "base") -> Table:
+    """A row a metric: the base, each seed's score, mean, deviation, ends, and the gain of the mean."""
+    names = [base, *(f"seed {run.seed}" for run in seeds.runs)]
+    names += ["mean", "deviation", "lowest to highest", "gain of the mean"]
+    rows: Rows = []
+    for metric, found in seeds.metrics.items():
+        scores = [score(one) for one in (found.base, *found.scores, found.mean, found.deviation)]
+        tone = TONES[(1 if found.better else -1) if found.larger else 0]
+        ends, gain = f"{score(found.lowest)} to {score(found.highest)}", Cell(signed(found.gain), tone)
+        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain, seed_dots(metric, found)])
+    return Table(["metric", *(Column(name, "number") for name in names), Column("┆ base  ● a seed", "picture")], rows)
+
+
+def seed_dots(metric: str, found: Spread) -> Cell:
+    """Each seed's score as a dot, where all of them are numbers."""
+    base, scores = found.base, [one for one in found.scores if one is not None]
+    if base is None or len(scores) < len(found.scores):
+        return Cell()
+    return Cell(picture=Dots(f"{metric}: base {score(base)}, seeds {', '.join(map(score, scores))}", base, scores))
+
+
+def class_section(details: Mapping[str, Any], base: str, *, entities: bool) -> Section:
+    """A row a class, of the tuned model, the most frequent first; and what classes are taken for."""
+    title, unit, kind = ("Kinds of entities", "entities", "kind") if entities else ("Classes", "rows", "class")
+    tuned = details.get("tuned", {})
+    if not tuned.get("classes"):
+        return Section(title, [])
+    base_f1 = {row["label"]: row["f1"] for row in details.get("base", {}).get("classes", [])}
+    names = [unit, "precision", "recall", *([f"F1 of {base}"] if base_f1 else []), "F1"]
+    rows: Rows = []
+    for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
+        before = [base_f1.get(row["label"])] if base_f1 else []
+        numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
+        meter = Cell(picture=Meter(0.0 if missing(row["f1"]) else row["f1"]))
+        rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
+    columns: Columns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
+    table = Table(columns, rows, "By class, the most frequent first", scroll=True)
+    confusion = tuned.get("confusion")
+    blocks = confusion_blocks(confusion["labels"], confusion["counts"]) if confusion else []
+    return Section(f"{title} on held-out rows, tuned model", [*blocks, table], title, "classes")
+
+
+def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> list[Block]:
+    """The confusion matrix as a picture where it can be read, and its largest errors as pairs."""
+    labels, size = list(map(str, labels)), range(len(labels))
+    rows, right = sum(map(sum, counts)), sum(counts[i][i] for i in size)
+    told = f"{count(right)} of {count(rows)} rows right"
+    errors = [(i, k) for i in size for k in size if i != k and counts[i][k]]
+    errors.sort(key=lambda at: -counts[at[0]][at[1]])
+    pairs: Rows = [[labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors]
+    columns: Columns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
+    listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {told}", scroll=True)] if pairs else []
+    if not labels or len(labels) > MOST_CLASSES:
+        return [*listed]
+    shares = [[number / (sum(row) or 1) for number in row] for row in counts]
+    heatmap = Heatmap(
+        labels,
+        labels,
+        [[shares[i][k] if i == k else -shares[i][k] for k in size] for i in size],
+        f"confusion matrix of {len(labels)} classes: {right} of {rows} rows right",
+        f"Confusion matrix: {told}",
+        "right class",
+        "predicted",
+        [[field_text(counts[i][k], shares[i][k], len(labels)) for k in size] for i in size],
+        [[f"{confused(labels, i, k)}: {counts[i][k]:,} rows, {shares[i][k]:.1%}" for k in size] for i in size],
+    )
+    note = Text("A row is a right class; the percentages are shares of it. Blue is right, red is wrong.", "soft")
+    return [heatmap, note, *listed]
+
+
+def confused(labels: Sequence[str], i: int, k: int) -> str:
+    """Return what a field of the confusion matrix counts."""
+    return f"{labels[i]} found" if i == k else f"{labels[i]} taken for {labels[k]}"
+
+
+def field_text(number: int, part: float, classes: int) -> str:
+    """Return a count that fits into a field of the confusion matrix, and below it its share of the row."""
+    if not number:
+        return ""
+    most = 1000 if classes > 10 else 10_000
+    short = f"{number:,}" if number < most else f"{number / 1000:,.{0 if number >= 9950 else 1}f}k"
+    return f"{short}\n{f'{100 * part:.0f} %' if part >= 0.005 else '< 1 %'}"
+
+
+def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
+    """By column a table a metric: that which says most, and the others folded away."""
+    blocks = [block for column, parts in slices.items() for block in slice_tables(column, parts, base)]
+    told = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
+    told += "looks changed: a slice is a question to look into, and the verdict does not count it."
+    return Section("Scores by slice", [*blocks, Text(told, "soft")] if blocks else [], "Slices", "slices")
+
+
+def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
+    """A table a metric that both models have on some slice, the first open and the others folded away."""
+    tables = []
+    metrics = rank_metrics(dict.fromkeys(metric for part in parts for metric in part.difference))
+    for metric in metrics:
+        rows = [compare_metric(metric, part, part.value) for part in parts if metric in part.difference]
+        title = ", ".join(part for part in (f"{words([metric])} by {column}", lower_note(metric)) if part)
+        tables.append(difference_table(rows, title=title, heading=column, base=base, code=True))
+    return [*tables[:1], *([Details(f"{column}: {words(metrics[1:])}", tables[1:])] if tables[1:] else [])]
+
+
+def suite_sections(evaluation: Evaluation) -> list[Section]:
+    """What both models were asked beyond the test rows, a section each: scores, limits, and tables folded away."""
+    sections = []
+    for name, suite in evaluation.studies.items():
+        rows = []
+        for metric, tuned in suite.tuned.items():
+            better = suite.better.get(metric, 0)
+            note = "; ".join(part for part in (suite.meanings.get(metric), BETTER_NOTES[better]) if part)
+            scores = suite.base.get(metric), tuned, suite.difference.get(metric)
+            rows.append(Compared(f"{name}.{metric}", *scores, better, note))
+        blocks: list[Block] = [difference_table(rows, unit="n", code=True)] if rows else []
+        blocks += [Text(suite.limits, "note")] if suite.limits else []
+        blocks += [
+            Details(one.title, [Table(one.heads, [[*row] for row in one.rows], scroll=True)]) for one in suite.tables
+        ]
+        sections.append(Section(suite.title, blocks, anchor=name))
+    return sections
+
+
+def overlap_section(evaluation: Evaluation) -> Section:
+    """Test rows that stand in the training rows, and the scores without them; nothing without test rows."""
+    found = evaluation.contamination
+    if not found or not found.rows:
+        return Section("Overlap", [])
+    blocks: list[Block] = [Text(overlap_sentence(found))]
+    if found.overlapping:
+        whole = Slice("all rows", evaluation.rows, evaluation.base, evaluation.tuned, evaluation.difference)
+        tables = slice_tables("overlap", [whole, *found.scores], base_name(evaluation)) if found.scores else []
+        examples: Rows = [
+            [one["kind"], file_line(one["test"]), file_line(one["train"]), one["words"]] for one in found.examples
+        ]
+        heads = ["how", "test row", "training row", "what they share"]
+        some = Details(f"{len(examples)} of them", [Table(heads, examples, scroll=True)])
+        blocks += [overlap_table(found), *tables, some]
+    told = "Compared are prompts and answers, without system messages and texts that questions are about. "
+    if found.common:
+        told += f"{count(found.common)} runs of 13 words stand in more than ten training rows and were left out: "
+        told += "they are boilerplate, or the template of all rows. "
+    told += "What a model read before this tuning is not known here, and rows that say the same in other words are "
+    told += "not found."
+    return Section("Overlap with training data", [*blocks, Text(told, "soft")], "Overlap", "overlap")
+
+
+def overlap_table(found: Contamination) -> Table:
+    """How many test rows overlap in each way, and of how many."""
+    kinds = [
+        ("equal", found.equal, found.rows),
+        ("nearly equal (80 % of their word triples in common)", found.near, found.rows),
+        ("13 words in a row in common, of rows that are so long", found.shared, found.rows - found.short),
+        ("the same words in the same order, of shorter rows", found.worded, found.short),
+    ]
+    columns = [Column("test rows that are like a training row")]
+    columns += [Column(name, "number") for name in ("rows", "of", "share")]
+    return Table(columns, [[kind, count(part), count(whole), share(part, whole)] for kind, part, whole in kinds])
+
+
+def overlap_sentence(found: Contamination) -> str:
+    """Return how many test rows overlap, how, and how many were left out before for that reason."""
+    number = found.overlapping
+    kinds = (
+        (found.equal, "equal"),
+        (found.near, "nearly equal"),
+        (found.shared, "with 13 words in a row in common"),
+        (found.worded, "short, with the same words"),
+    )
+    if number:
+        parts = ", ".join(f"{count(part)} {name}" for part, name in kinds if part)
+        verb = "overlaps" if number == 1 else "overlap"
+        told = f"{count(number)} of {count(found.rows)} test rows ({share(number, found.rows)}) {verb} with a training "
+        told += f"row: {parts}."
+    else:
+        how = "equal, nearly equal, 13 words in a row"
+        told = f"None of the {count(found.rows)} test rows overlaps with a training row ({how})."
+    if left := sum(found.dropped.values()):
+        were = "row was" if left == 1 else "rows were"
+        told += f" {count(left)} other {were} kept out of training for that, or out of validation."
+    return told
+
+
+def file_line(origin: str) -> str:
+    """Return where a row stands, without the folder."""
+    return origin.rsplit("/", 1)[-1]
+
+
+def flip_section(evaluation: Evaluation, task: str | None) -> Section:
+    """How many rows changed sides each way, by right-or-wrong metric, and some of them folded away."""
+    gained, lost = "wrong before, right now", "right before, wrong now"
+    rows: Rows = []
+    folded: list[Block] = []
+    for metric in rank_metrics(evaluation.flips):
+        flips = evaluation.flips[metric]
+        better = Cell(count(flips.gained), "better" if flips.gained else "")
+        worse = Cell(count(flips.lost), "worse" if flips.lost else "")
+        rows.append([Cell(metric, code=True), better, worse, count(flips.rows)])
+        for title, some, number in ((gained, flips.gained_rows, flips.gained), (lost, flips.lost_rows, flips.lost)):
+            if some:
+                part = f"{len(some)} of " if len(some) != number else ""
+                samples = Samples(read_samples(some, evaluation, task))
+                folded.append(Details(f"{words([metric])}, {title}: {part}{count(number)}", [samples]))
+    columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
+    who = "the baseline" if evaluation.baseline else "the base model"
+    told = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
+    told += "all of them."
+    return Section("What flipped", [Table(columns, rows), *folded, Text(told, "soft")] if rows else [], anchor="flips")
+
+
+def sample_section(evaluation: Evaluation, task: str | None) -> Section:
+    """Rows with their reference and what either model said."""
+    samples = read_samples(evaluation.samples, evaluation, task)
+    judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
+    told = judged if task == "preference" else ""
+    told += "Spread evenly over the test rows, not chosen by how they look. All of them: "
+    told += "`evaluation/predictions.jsonl`."
+    return Section("Samples", [Samples(samples), Text(told, "soft")] if samples else [])
+
+
+def signatures(evaluation: Evaluation) -> dict[str, str]:
+    """Return how each number came about, those of the suites by the names that gates use."""
+    found = dict(evaluation.signatures)
+    for name, suite in evaluation.studies.items():
+        found |= {f"{name}.{metric}": text for metric, text in suite.signatures.items()}
+    return found

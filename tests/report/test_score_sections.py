@@ -1,0 +1,205 @@
+"""What was measured, as page, as Markdown and on the terminal."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from llmtune.records import Contamination, Difference, Evaluation, Flips, Slice, Study, StudyTable
+from llmtune.report.blocks import Details, Heatmap, Page, Table
+from llmtune.report.render_html import to_html
+from llmtune.report.render_markdown import to_markdown
+from llmtune.report.render_terminal import print_sections
+from llmtune.report.score_sections import (
+    MOST_CLASSES,
+    class_section,
+    confusion_blocks,
+    overlap_sentence,
+    overlap_table,
+    score_sections,
+    seed_table,
+)
+from llmtune.report.seed_variance import describe_spread
+
+FORGOT = Study(
+    title="Forgetting",
+    base={"perplexity": 20.0, "accuracy": 0.6},
+    tuned={"perplexity": 26.0, "accuracy": 0.61},
+    difference={
+        "perplexity": Difference(6.0, 4.0, 8.0, 0.0004, 40, "paired bootstrap"),
+        "accuracy": Difference(0.01, -0.03, 0.05, 0.7, 90, "McNemar exact"),
+    },
+    meanings={"perplexity": "of general text", "accuracy": "of general questions"},
+    better={"perplexity": -1, "accuracy": 1},
+    limits="A few pages of text cannot show all.",
+    tables=(StudyTable("By genre", ("genre", "base"), (("<b>law</b>", "21"),)),),
+)
+EXAMPLE = {
+    "kind": "13 words in a row",
+    "test": "/home/ada/data/test.jsonl:4",
+    "train": "/home/ada/data/train.jsonl:9",
+    "words": "late <b>parcel</b>",
+}
+
+
+def part(value: str, rows: int, tuned: float, *ends: float) -> Slice:
+    change = Difference(tuned - 0.1, *(ends or (float("nan"),) * 2), 0.01, rows, "McNemar exact")
+    return Slice(value, rows, {"choice_accuracy": 0.1}, {"choice_accuracy": tuned}, {"choice_accuracy": change})
+
+
+OVERLAP = Contamination(
+    rows=148,
+    train_rows=1290,
+    equal=0,
+    near=3,
+    short=20,
+    worded=1,
+    shared=9,
+    overlapping=12,
+    common=210,
+    dropped={"near a test row": 17},
+    examples=(EXAMPLE,),
+    scores=(part("clean rows", 136, 0.75, 0.5, 0.8), part("overlapping rows", 12, 1.0, 0.7, 1.0)),
+)
+
+
+def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:
+    """The sections as page, as Markdown and as a terminal shows them."""
+    sections = score_sections(evaluation, task)
+    console = Console(file=io.StringIO(), width=130)
+    print_sections(sections, console)
+    assert isinstance(console.file, io.StringIO)
+    return to_html(Page("p", sections)), to_markdown(Page("p", sections)), console.file.getvalue()
+
+
+def test_a_trivial_baseline_is_never_called_the_base_model(headed, evaluation):
+    page, text, terminal = shown(headed.evaluation, "classify")
+    assert '<th class="number">baseline</th>' in page
+    assert "The baseline is <code>the most frequent class</code>, and no model" in page
+    assert ">base<" not in page
+    assert "| metric | baseline | tuned |" in text
+    assert "The baseline is the most frequent class, and no model" in terminal
+    page, *others = shown(evaluation)
+    assert "The baseline is" not in page
+    assert "baseline" not in "".join(others)
+
+
+def test_a_metric_of_the_tuned_model_alone_stands_with_dashes(headed):
+    page, text, terminal = shown(headed.evaluation, "classify")
+    assert "| `loss` | – | 0.5200 | – | – | – | – |" in text
+    assert "A dash: measured of the tuned model alone" in page
+    (line,) = [line.split() for line in terminal.splitlines() if line.split()[:1] == ["loss"]]
+    assert line == ["loss", "–", "0.5200", "–", "–", "–", "–"]
+
+
+def test_classes_and_their_confusion_are_shown_the_most_frequent_first(headed):
+    page, text, _ = shown(headed.evaluation, "classify")
+    assert 'aria-label="confusion matrix of 3 classes: 83 of 100 rows right"' in page
+    assert "<title>delivery taken for billing: 11 rows, 25.6%</title>" in page
+    assert "| `billing` | 43 | 0.8000 | 0.9000 | 0.6000 | 0.8500 |" in text
+    assert "| delivery | billing | 11 | 25.6 % |" in text
+    assert class_section(headed.evaluation.details, "base", entities=True).title.startswith("Kinds of entities")
+
+
+def test_more_classes_than_can_be_read_are_shown_as_pairs():
+    def blocks(size):
+        labels = [f"class {k}" for k in range(size)]
+        counts = [[9 if i == k else int(k == (i + 1) % size) * (i + 1) for k in range(size)] for i in range(size)]
+        return confusion_blocks(labels, counts)
+
+    assert isinstance(blocks(MOST_CLASSES)[0], Heatmap)
+    (pairs,) = blocks(MOST_CLASSES + 1)
+    assert pairs.rows[0] == ["class 20", "class 0", "21", "70.0 %"]
+    assert [int(row[2]) for row in pairs.rows] == list(range(21, 6, -1))
+
+
+def test_a_slice_is_coloured_by_its_own_interval_and_few_rows_say_so(evaluation):
+    parts = (part("e-mail | post", 60, 0.8, 0.2, 0.4), part("<i>fax</i>", 40, 0.0, -0.3, -0.1), part("phone", 8, 0.3))
+    page, text, terminal = shown(replace(evaluation, slices={"channel": parts}))
+    assert r"| `e-mail \| post` | 0.1000 | 0.8000 | ✅ +0.7000 | +0.2000 to +0.4000 | 0.010 | 60 |" in text
+    assert "❌ −0.1000" in text
+    assert "| `phone` | 0.1000 | 0.3000 | +0.2000 | too few rows | – | 8 |" in text
+    assert "&lt;i&gt;fax&lt;/i&gt;" in page
+    assert "too few rows" in terminal
+
+
+def test_flips_are_counted_each_way_with_some_of_them_to_read(evaluation):
+    sample = {**evaluation.samples[0], "prompt": "<b>Where</b> is my parcel?"}
+    flips = {"exact_match": Flips(0, 0, 148), "choice_accuracy": Flips(50, 1, 148, (sample,), (sample,))}
+    page, text, _ = shown(replace(evaluation, flips=flips))
+    assert "| `choice_accuracy` | ✅ 50 | ❌ 1 | 148 |" in text
+    assert text.index("| `choice_accuracy` | ✅ 50") < text.index("| `exact_match` | 0 | 0 |")
+    assert "<summary>choice accuracy, wrong before, right now: 1 of 50</summary>" in page
+    assert "&lt;b&gt;Where&lt;/b&gt; is my parcel?" in page
+
+
+def test_a_suite_is_shown_by_the_names_that_gates_use_with_its_better_side(evaluation):
+    page, text, terminal = shown(replace(evaluation, studies={"forgetting": FORGOT}))
+    assert 'href="#forgetting"' in page
+    assert 'id="forgetting"' in page
+    assert "of general text; lower is better" in page
+    assert "A few pages of text cannot show all." in page
+    assert "&lt;b&gt;law&lt;/b&gt;" in page
+    assert "## Forgetting" in text
+    assert "| `forgetting.perplexity` | 20.00 | 26.00 | ❌ +6.000 | +4.000 to +8.000 | &lt;" not in text
+    assert "| `forgetting.perplexity` | 20.00 | 26.00 | ❌ +6.000 | +4.000 to +8.000 |" in text
+    assert "forgetting.accuracy" in terminal
+
+
+def test_test_rows_that_overlap_are_counted_and_scored_apart(evaluation):
+    page, text, terminal = shown(replace(evaluation, contamination=OVERLAP))
+    for shown_text in (page, text, " ".join(terminal.split())):
+        assert "12 of 148 test rows (8.1 %) overlap with a training row" in shown_text
+    assert "3 nearly equal, 9 with 13 words in a row in common, 1 short, with the same words. 17 other rows" in page
+    assert "210 runs of 13 words stand in more than ten training rows" in page
+    assert "test.jsonl:4" in page
+    assert "/home/ada/data/test.jsonl" not in page
+    assert "late &lt;b&gt;parcel&lt;/b&gt;" in page
+    assert "| `clean rows` | 0.1000 | 0.7500 | ✅ +0.6500 | +0.5000 to +0.8000 | 0.010 | 136 |" in text
+    assert "| `all rows` | 0.5200 | 0.8000 |" in text
+    assert [row[1:] for row in overlap_table(OVERLAP).rows] == [
+        ["0", "148", "0.0 %"],
+        ["3", "148", "2.0 %"],
+        ["9", "128", "7.0 %"],
+        ["1", "20", "5.0 %"],
+    ]
+
+
+def test_without_any_overlap_one_sentence_says_so(evaluation):
+    none = replace(OVERLAP, equal=0, near=0, worded=0, shared=0, overlapping=0, scores=(), examples=(), dropped={})
+    page, text, _ = shown(replace(evaluation, contamination=none))
+    assert "None of the 148 test rows overlaps with a training row" in page
+    assert "what they share" not in page
+    assert "clean rows" not in text
+    one = replace(OVERLAP, overlapping=1, near=0, worded=0, shared=1, dropped={"near a test row": 1})
+    assert "1 of 148 test rows (0.7 %) overlaps with a training row" in overlap_sentence(one)
+    assert "1 other row was kept out" in overlap_sentence(one)
+
+
+def test_what_was_not_measured_has_no_section(evaluation):
+    page, text, _ = shown(replace(evaluation, samples=()))
+    for anchor in ("seeds", "classes", "slices", "overlap", "flips", "samples"):
+        assert f'id="{anchor}"' not in page
+    assert text.count("## ") == 1
+
+
+def test_the_table_of_seeds_has_each_seed_and_dots(evaluation):
+    other = replace(evaluation, tuned={**evaluation.tuned, "loss": 0.5})
+    table = seed_table(describe_spread({7: evaluation, 8: other}, []))
+    assert [column.heading for column in table.heads][2:4] == ["seed 7", "seed 8"]
+    loss = table.cells[0]
+    assert [cell.text for cell in loss[:4]] == ["loss", "1.480", "0.4400", "0.5000"]
+    assert (loss[6].text, loss[7].tone) == ("0.4400 to 0.5000", "better")
+    assert loss[-1].picture.label == "loss: base 1.480, seeds 0.4400, 0.5000"
+
+
+@pytest.mark.parametrize("task", ["chat", "preference"])
+def test_samples_say_how_they_were_chosen(evaluation, task):
+    page, text, _ = shown(evaluation, task)
+    assert "tickets.jsonl:118" in page
+    assert "/home/ada" not in page + text
+    assert ("log-likelihoods of the answers" in page) == (task == "preference")
+    assert not any(isinstance(block, Details | Table) for block in score_sections(evaluation, task)[-1].blocks)
