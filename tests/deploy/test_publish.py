@@ -146,7 +146,7 @@ def test_a_failed_gate_stops_it_unless_that_is_wanted_and_then_the_card_shows_it
     assert raised.value.exit_code == 6
     assert not (tmp_path / "hub").exists()
     publish(run, tmp_path / "hub", console, despite_gates=True)
-    assert "❌ failed | `accuracy >= 1`" in (tmp_path / "hub/README.md").read_text()
+    assert "| `accuracy >= 1` | accuracy \\>= 1 | 0.3 | ❌ failed |" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_weights_that_are_not_those_evaluated_are_refused(run, tmp_path, console):
