@@ -96,7 +96,14 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
         named = adapted.model.named_parameters()
         start.update({name: weight.detach().clone() for name, weight in named if weight.requires_grad})
         train(
-            adapted, examples, context.task, context.recipe, context.folder.path, context.console, budget=4 * asked.pack
+            adapted,
+            examples,
+            context.task,
+            context.recipe,
+            context.folder.path,
+            context.console,
+            budget=4 * asked.pack,
+            inputs="benchmark",
         )
 
     run = folder / "run"

@@ -100,6 +100,7 @@ def train_counted(
         context.console,
         budget=asked.pack if asked.tool == "llmtune" else context.folder.findings["micro_batch_tokens"],
         on_budget=lambda _: clock.restart(),
+        inputs="benchmark",
     )
     return adapted.model
 

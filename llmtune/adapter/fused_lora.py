@@ -28,7 +28,7 @@ def fuse_products(model: torch.nn.Module) -> int:
 class FusedLinear(Linear):  # type: ignore[misc]
     """PEFT's LoRA layer; one adapter at work on ordinary weights takes the short way, all else PEFT's own."""
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """[..., I] -> [..., O]."""
         name = self._short_way(x) if not args and not kwargs else None
         if name is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.load import continue_adapter, find_adapter
 from llmtune.adapter.reference_model import keep_reference, switches_off
-from llmtune.adapter.target_modules import are_transposed, group_by_ending, resolve_targets, shorten
+from llmtune.adapter.target_modules import are_transposed, ends_with, group_by_ending, resolve_targets, shorten
 from llmtune.adapter.wiring_check import prove_wiring
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_names, in_heads, linear_shapes
@@ -42,10 +42,10 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
     with explain_oom(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
-        adapted = _open_all(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
+        adapted = wrap_full(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
     if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
-    if recipe.train.gradient_checkpointing is True:  # `auto` is settled by the step that plans memory
+    if recipe.train.gradient_checkpointing is True:  # `auto` is resolved by the step that plans memory
         enable_checkpointing(selected.model)
     adapted.model.eval()
     show_adapter(adapted, console)
@@ -65,8 +65,8 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def describe(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return what the report says about the adapter, ready for JSON."""
+def describe(adapted: AdaptedModel) -> dict[str, object]:
+    """Return what the report shows of the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
     shape = {} if config is None else {"r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}
     return {
@@ -107,8 +107,8 @@ def _is_saved(name: str) -> bool:
     return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta"))
 
 
-def _open_all(selected: SelectedModel) -> AdaptedModel:
-    """Train all that the model's class does not hold still itself, such as tables of sine positions."""
+def wrap_full(selected: SelectedModel) -> AdaptedModel:
+    """Count and describe a model that is trained whole, but for what its class holds still, such as sine tables."""
     model = selected.model
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trainable_parameters(model))
@@ -166,25 +166,24 @@ def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
 
     A layer of the body that starts at random (the pooling layer of an encoder that came without one) is one of them.
     """
-    wanted = list(adapter.modules_to_save or ())
+    names = list(adapter.modules_to_save or ())
     if selected.trains_head:
         heads = head_names(selected.model)
         fresh = {name.rpartition(".")[0] for name in selected.new_weights if not in_heads(name, heads)}
-        wanted += [name for name in (*heads, *sorted(fresh)) if name not in wanted]
-    return wanted
+        names += [name for name in (*heads, *sorted(fresh)) if name not in names]
+    return names
 
 
 def _find_heads(adapter: AdapterSection, whole: list[str], selected: SelectedModel) -> list[Problem]:
     """Find targets that name nothing but modules which are trained whole, and so would get no adapter."""
     if not selected.trains_head or isinstance(adapter.target_modules, str):
         return []
-    names = [name for name, _ in selected.model.named_modules()]
     problems = []
     for entry in adapter.target_modules:
-        hit = [name for name in names if name == entry or name.endswith(f".{entry}")]
-        if hit and all(in_heads(name, whole) for name in hit):
+        matched = ends_with([name for name, _ in selected.model.named_modules()], entry)
+        if matched and all(in_heads(name, whole) for name in matched):
             what = f"{entry!r} is a head: it is trained whole, and never given a LoRA"
-            problems.append(Problem(what, "adapter.target_modules", "Leave it out."))
+            problems.append(Problem(what, "adapter.target_modules", "Omit it."))
     return problems
 
 
@@ -217,7 +216,7 @@ def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: l
 
 
 def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, list[int]] | None:
-    """Say which rows of the embedding (and of a head of its own) are trained: those of the tokens that were added."""
+    """Return the rows of the embedding (and of an untied head) that are trained: those of the added tokens."""
     if not recipe.model.add_tokens:
         return None
     ids = sorted(selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens)))
@@ -228,7 +227,7 @@ def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, lis
     return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
-def adapter_settings(recipe: Recipe) -> list[Any]:
+def adapter_settings(recipe: Recipe) -> list[object]:
     """Return what an adapter is made from: its section, the number format, and the content of `start_from`."""
     start = recipe.adapter.start_from
     content = hash_folder(find_adapter(Path(start))) if start else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
-from llmtune.adapter.target_modules import are_transposed, resolve_targets
+from llmtune.adapter.target_modules import are_transposed, ends_with, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors
@@ -37,13 +37,13 @@ def find_adapter(folder: Path) -> Path:
         EnvironmentProblem: there is none, or its weights are missing, damaged or cut.
         RecipeError: its weights are pickled.
     """
-    for place in (folder, folder / "adapter"):
-        if (place / "adapter_config.json").is_file():
-            _check_weights(place)
-            return place
+    for source in (folder, folder / "adapter"):
+        if (source / "adapter_config.json").is_file():
+            _check_weights(source)
+            return source
     if (folder / "weights" / "config.json").is_file():
         what = "this run trained all weights (method: full): it has no adapter"
-        fix = f"Set model.name to {folder / 'weights'} and leave adapter.start_from out."
+        fix = f"Set model.name to {folder / 'weights'} and omit adapter.start_from."
         raise EnvironmentProblem.of(what, str(folder), fix)
     raise EnvironmentProblem.of(
         "there is no adapter here" if folder.is_dir() else "there is no such folder",
@@ -52,20 +52,20 @@ def find_adapter(folder: Path) -> Path:
     )
 
 
-def _check_weights(place: Path) -> None:
-    path = place / WEIGHTS
+def _check_weights(source: Path) -> None:
+    path = source / WEIGHTS
     if path.is_file():
         EnvironmentProblem.collect(check_safetensors(path))
-    elif (place / _PICKLED).is_file():
+    elif (source / _PICKLED).is_file():
         raise RecipeError.of(
             f"its weights are pickled ({_PICKLED}), and a pickle can run any code when it is loaded",
-            str(place),
+            str(source),
             f"Where you trust it, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}.",
         )
     else:
         raise EnvironmentProblem.of(
             f"the adapter's weights are missing: there is no {WEIGHTS}",
-            str(place),
+            str(source),
             "The folder is not whole: get it again, or train again.",
         )
 
@@ -75,30 +75,30 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
 
     Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
     """
-    place = find_adapter(folder)
-    config = read_config(place)
-    problems = [*_compare(config, adapter, place), *_compare_classes(selected, place)]
+    source = find_adapter(folder)
+    config = read_config(source)
+    problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
-        problems = list(_compare_targets(config, selected, adapter, place))
+        problems = list(_compare_targets(config, selected, adapter, source))
     RecipeError.collect(problems)
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
         console.print(
-            f"[yellow]The adapter in {place} was trained on {made_for}; training goes on with "
+            f"[yellow]The adapter in {source} was trained on {made_for}; training goes on with "
             f"{selected.model_ref.name}.[/yellow]"
         )
     config.lora_dropout = adapter.lora_dropout
-    return attach(selected, config, place, trainable=True)
+    return attach(selected, config, source, trainable=True)
 
 
-def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainable: bool) -> PeftModel:
-    """Build the adapter that `config` describes and fill it from `place`.
+def attach(selected: SelectedModel, config: LoraConfig, source: Path, *, trainable: bool) -> PeftModel:
+    """Build the adapter that `config` describes and fill it from `source`.
 
     Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
     """
     try:
         model = put_adapter(selected.model, config, trainable=trainable)
-        weights = load_peft_weights(str(place), device="cpu")
+        weights = load_peft_weights(str(source), device="cpu")
         result = set_peft_model_state_dict(model, weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
@@ -106,7 +106,7 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise EnvironmentProblem.of(
             f"the adapter cannot be loaded onto {selected.model_ref.name}: {first}",
-            str(place),
+            str(source),
             "It is damaged, or it was made for another model.",
         ) from error
     own = {name for name, _ in model.named_parameters() if any(part in name for part in SAVED)}
@@ -115,7 +115,7 @@ def attach(selected: SelectedModel, config: LoraConfig, place: Path, *, trainabl
     if wrong:
         raise EnvironmentProblem.of(
             f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one",
-            str(place),
+            str(source),
             "It is damaged, or it was made for another model.",
         )
     fuse_products(model)
@@ -131,11 +131,11 @@ def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) 
         return cast(PeftModel, get_peft_model(model, config))
 
 
-def read_config(place: Path) -> LoraConfig:
+def read_config(source: Path) -> LoraConfig:
     """Read `adapter_config.json`; raises EnvironmentProblem for another kind of adapter or a damaged file."""
-    path = place / "adapter_config.json"
+    path = source / "adapter_config.json"
     try:
-        config: Any = PeftConfig.from_pretrained(str(place))
+        config = PeftConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
     if not isinstance(config, LoraConfig):
@@ -145,31 +145,31 @@ def read_config(place: Path) -> LoraConfig:
     return config
 
 
-def _compare(config: LoraConfig, adapter: AdapterSection, place: Path) -> Iterator[Problem]:
+def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:
     stated = adapter.model_fields_set
     for key in _SHAPE_KEYS:
-        wanted, there = getattr(adapter, key), getattr(config, key)
-        if key in stated and wanted != there:
-            fix = f"Set it to {there!r} or leave it out: an adapter keeps its shape."
+        expected, actual = getattr(adapter, key), getattr(config, key)
+        if key in stated and expected != actual:
+            fix = f"Set it to {actual!r} or omit it: an adapter keeps its shape."
             yield Problem(
-                f"the recipe says {wanted!r}, and the adapter in {place} has {there!r}", f"adapter.{key}", fix
+                f"the recipe says {expected!r}, and the adapter in {source} has {actual!r}", f"adapter.{key}", fix
             )
     if "init_lora_weights" in stated and adapter.init_lora_weights is not True:
         what = "has no effect, because training goes on from an adapter that is there already"
-        yield Problem(what, "adapter.init_lora_weights", "Leave it out.")
+        yield Problem(what, "adapter.init_lora_weights", "Omit it.")
 
 
-def _compare_classes(selected: SelectedModel, place: Path) -> Iterator[Problem]:
+def _compare_classes(selected: SelectedModel, source: Path) -> Iterator[Problem]:
     """Hold the names of the head's outputs, which lie beside a headed adapter, against those of now, in their order."""
-    path = place / "config.json"
+    path = source / "config.json"
     if not selected.trains_head or not path.is_file():
         return
-    there = [str(name) for _, name in sorted(_read_names(path).items())]
-    wanted = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]
-    if there and there != wanted:
-        what = f"its head was trained for {', '.join(there)}, in this order, and the rows have {', '.join(wanted)}"
+    actual = [str(name) for _, name in sorted(_read_names(path).items())]
+    expected = [str(name) for _, name in sorted((selected.model.config.id2label or {}).items())]
+    if actual and actual != expected:
+        what = f"its head was trained for {', '.join(actual)}, in this order, and the rows have {', '.join(expected)}"
         fix = "State the labels of the adapter in its order; a head cannot be given other outputs."
-        yield Problem(f"{what} ({place})", "adapter.start_from", fix)
+        yield Problem(f"{what} ({source})", "adapter.start_from", fix)
 
 
 def _read_names(path: Path) -> dict[int, str]:
@@ -182,12 +182,12 @@ def _read_names(path: Path) -> dict[int, str]:
 
 
 def _compare_targets(
-    config: LoraConfig, selected: SelectedModel, adapter: AdapterSection, place: Path
+    config: LoraConfig, selected: SelectedModel, adapter: AdapterSection, source: Path
 ) -> Iterator[Problem]:
-    wanted = set(resolve_targets(selected.model, adapter))
+    expected = set(resolve_targets(selected.model, adapter))
     named = config.target_modules or set()
     names = [name for name, _ in selected.model.named_modules()]
-    there = {name for name in names if any(name == entry or name.endswith(f".{entry}") for entry in named)}
-    if not isinstance(named, str) and wanted != there:
-        what = f"the recipe matches {len(wanted)} modules, and the adapter in {place} has {len(there)}"
-        yield Problem(what, "adapter.target_modules", "Leave it out: an adapter keeps its shape.")
+    actual = {name for entry in named for name in ends_with(names, entry)}
+    if not isinstance(named, str) and expected != actual:
+        what = f"the recipe matches {len(expected)} modules, and the adapter in {source} has {len(actual)}"
+        yield Problem(what, "adapter.target_modules", "Omit it: an adapter keeps its shape.")

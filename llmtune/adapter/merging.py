@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, PeftModelForQuestionAnswering, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapter.load import put_adapter
-from llmtune.errors import EnvironmentProblem, LlmtuneError
+from llmtune.errors import EnvironmentProblem
 from llmtune.model.library_logging import unreported
 from llmtune.records import AdaptedModel, SelectedModel
 
@@ -34,7 +34,11 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT found a NaN
-        raise _not_finite(adapted) from error
+        raise EnvironmentProblem.of(
+            f"the merged weights of {adapted.selected.model_ref.name} are not finite",
+            None,
+            "The adapter is damaged: train again.",
+        ) from error
     if isinstance(model, PeftModelForQuestionAnswering):
         _level_token_types(merged)
     if hasattr(merged.config, "use_cache"):
@@ -51,14 +55,6 @@ def _level_token_types(merged: torch.nn.Module) -> None:
     for name, module in merged.named_modules():
         if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
             module.weight.copy_(module.weight[:1].expand_as(module.weight))
-
-
-def _not_finite(adapted: AdaptedModel) -> LlmtuneError:
-    return EnvironmentProblem.of(
-        f"the merged weights of {adapted.selected.model_ref.name} are not finite",
-        None,
-        "The adapter is damaged: train again.",
-    )
 
 
 def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:
@@ -85,9 +81,9 @@ def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: s
     return model
 
 
-def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> Any:
+def _config_of(inner: PreTrainedModel, selected: SelectedModel) -> PreTrainedConfig:
     """Read the model's configuration anew, with the outputs of a head of ours."""
-    config: Any = type(inner.config).from_pretrained(str(selected.model_ref.path), local_files_only=True)
+    config = type(inner.config).from_pretrained(str(selected.model_ref.path), local_files_only=True)
     if selected.trains_head:
         for name in ("id2label", "label2id", "problem_type", "pad_token_id"):
             if hasattr(inner.config, name):
@@ -101,5 +97,5 @@ def _copy_dequantized(quantized: torch.nn.Module, base: torch.nn.Module) -> None
     for name, module in names.items():
         if isinstance(module, Linear4bit):
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            target: Any = base.get_submodule(name)
+            target = cast(torch.nn.Linear | Conv1D, base.get_submodule(name))
             target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)

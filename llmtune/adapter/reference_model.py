@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -35,7 +35,7 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
     With a fresh adapter that is the adapter switched off; with one that training went on from, or with all weights
     trained, the weights that were kept. A model that is neither is its own reference.
     """
-    inner: Any = getattr(model, "module", model)
+    inner = cast(torch.nn.Module, getattr(model, "module", model))
     kept = getattr(inner, KEPT, None)
     if kept is not None:
         return _put_back(inner, kept)

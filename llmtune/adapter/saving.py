@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from llmtune.adapter.injection import wrap
+from llmtune.adapter.injection import wrap, wrap_full
 from llmtune.adapter.load import WEIGHTS, attach, find_adapter, read_config
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, first_line
@@ -49,16 +49,16 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
     with explain_oom(f"loading what was trained onto {selected.model_ref.name}", str(selected.model.device)):
         if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
             return _load_model(selected, folder)
-        place = find_adapter(folder)
+        source = find_adapter(folder)
         selected.model.requires_grad_(False)
-        model = attach(selected, read_config(place), place, trainable=False)
+        model = attach(selected, read_config(source), source, trainable=False)
     model.eval()
     return wrap(selected, model, "qlora" if selected.quantized else "lora")
 
 
 @contextmanager
 def writing_weights(folder: Path) -> Iterator[None]:
-    """Turn what safetensors says of a disk that takes no more into an error of ours: it is no OSError.
+    """Turn the error of safetensors for a full disk, which is no OSError, into one of ours.
 
     Raises EnvironmentProblem.
     """
@@ -97,7 +97,7 @@ def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
 
 
 def _save_classes(selected: SelectedModel, folder: Path) -> None:
-    """Write the model's configuration, which says what its head's outputs are called."""
+    """Write the model's configuration, which names its head's outputs."""
     content = selected.model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", OTHER_CLASSES, OTHER_ORDER):
         content.pop(key, None)
@@ -105,7 +105,7 @@ def _save_classes(selected: SelectedModel, folder: Path) -> None:
     (folder / "config.json").write_text(text + "\n", "utf-8")
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return value.value if hasattr(value, "value") else str(value)
@@ -113,10 +113,10 @@ def _as_json(value: Any) -> Any:
 
 def _name_base(selected: SelectedModel) -> dict[str, str | None]:
     """Name the base as PEFT will look for it: the hub's name and commit, or the folder."""
-    place = selected.model_ref
-    if place.revision is not None:
-        return {"base_model_name_or_path": place.name, "revision": place.revision}
-    return {"base_model_name_or_path": str(place.path), "revision": None}
+    source = selected.model_ref
+    if source.revision is not None:
+        return {"base_model_name_or_path": source.name, "revision": source.revision}
+    return {"base_model_name_or_path": str(source.path), "revision": None}
 
 
 def _subtract_start(tensors: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def _subtract_start(tensors: dict[str, torch.Tensor], start: dict[str, torch.Ten
     return converted
 
 
-def _double_rank(config: LoraConfig) -> dict[str, Any]:
+def _double_rank(config: LoraConfig) -> dict[str, object]:
     """Double ranks and keep each scale: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     factor = math.sqrt(2) if config.use_rslora else 2
     return {
@@ -161,7 +161,7 @@ def _save_model(adapted: AdaptedModel, folder: Path) -> None:
 
 
 def stored_dtype(selected: SelectedModel) -> torch.dtype:
-    """Return the number format that the model's files are in, by its config.json; float32 where that says nothing."""
+    """Return the number format that the model's files are in, by its config.json; float32 where it has none."""
     config = read_config_file(selected.model_ref.path)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return cast(torch.dtype, getattr(torch, name, torch.float32))
@@ -171,11 +171,10 @@ def _load_model(selected: SelectedModel, folder: Path) -> AdaptedModel:
     model = selected.model
     if selected.model_ref.path.resolve() != folder.resolve():  # else the weights are those already
         _read_weights(model, folder)
+    adapted = wrap_full(selected)
     model.requires_grad_(False)
     model.eval()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return AdaptedModel(selected, model, "full", total, total, (), size)
+    return adapted
 
 
 def _read_weights(model: PreTrainedModel, folder: Path) -> None:

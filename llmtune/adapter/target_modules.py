@@ -31,12 +31,12 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
     linears = list(linear_shapes(model))
     heads = set(head_names(model))
-    wanted = adapter.target_modules
+    patterns = adapter.target_modules
     problems: list[Problem] = []
-    if wanted == "all-linear":
+    if patterns == "all-linear":
         targets = [name for name in linears if not in_heads(name, heads)]
     else:
-        targets, problems = _match("adapter.target_modules", wanted, names, linears)
+        targets, problems = _match("adapter.target_modules", patterns, names, linears)
     excluded: list[str] = []
     if adapter.exclude_modules:
         excluded, more = _match("adapter.exclude_modules", adapter.exclude_modules, names, linears)
@@ -44,7 +44,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     every = [name for name, _ in model.named_modules() if name]
     if adapter.modules_to_save:
         whole, more = _match("adapter.modules_to_save", adapter.modules_to_save, every, every)
-        excluded += [name for name in names if any(name == part or name.startswith(f"{part}.") for part in whole)]
+        excluded += [name for name in names if in_heads(name, whole)]
         problems += more
     if adapter.layers_to_transform is not None:
         targets, more = _keep_layers(targets, adapter.layers_to_transform)
@@ -77,22 +77,27 @@ def group_by_ending(names: Iterable[str]) -> dict[str, int]:
     return counts
 
 
+def ends_with(names: Iterable[str], ending: str) -> list[str]:
+    """Return the names that are `ending` or end with it after a dot: how PEFT reads an entry of a list."""
+    return [name for name in names if name == ending or name.endswith(f".{ending}")]
+
+
 def are_transposed(model: torch.nn.Module) -> bool:
-    """Say whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
+    """Whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def _match(
-    key: str, wanted: str | Sequence[str], names: Sequence[str], known: Sequence[str]
+    key: str, patterns: str | Sequence[str], names: Sequence[str], known: Sequence[str]
 ) -> tuple[list[str], list[Problem]]:
-    """Return the names that `wanted` matches, and a problem for each part of it that matches none."""
-    if isinstance(wanted, str):
+    """Return the names that `patterns` matches, and a problem for each part of it that matches none."""
+    if isinstance(patterns, str):
         try:
-            found = [name for name in names if re.fullmatch(wanted, name)]
+            found = [name for name in names if re.fullmatch(patterns, name)]
         except re.error as error:
-            return [], [Problem(f"{wanted!r} is no regular expression: {error}", key)]
-        return found, [] if found else [_no_match(wanted, key, known)]
-    matched = {entry: [name for name in names if name == entry or name.endswith(f".{entry}")] for entry in wanted}
+            return [], [Problem(f"{patterns!r} is no regular expression: {error}", key)]
+        return found, [] if found else [_no_match(patterns, key, known)]
+    matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for found in matched.values() for name in found}
     return [name for name in names if name in hits], [
         _no_match(e, key, known) for e, found in matched.items() if not found
@@ -112,10 +117,10 @@ def _list_linears(linears: Sequence[str]) -> str:
 
 
 def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[str], list[Problem]]:
-    wanted = {layers} if isinstance(layers, int) else set(layers)
+    chosen = {layers} if isinstance(layers, int) else set(layers)
     numbers = {name: int(found.group(1)) for name in targets if (found := _LAYER.match(name))}
-    absent = sorted(wanted - set(numbers.values()))
-    kept = [name for name in targets if numbers.get(name) in wanted]
+    absent = sorted(chosen - set(numbers.values()))
+    kept = [name for name in targets if numbers.get(name) in chosen]
     if not absent:
         return kept, []
     there = f"Layers here: 0 to {max(numbers.values())}." if numbers else "This model has no numbered layers."
@@ -147,4 +152,4 @@ def _writes(model: torch.nn.Module) -> bool:
 
 def _tied_head(name: str) -> Problem:
     what = f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart"
-    return Problem(what, "adapter.target_modules", "Leave the head out.")
+    return Problem(what, "adapter.target_modules", "Omit the head.")

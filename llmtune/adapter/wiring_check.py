@@ -80,7 +80,7 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
 
 
 def _scores(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return all that the head says, as one row of numbers."""
+    """Return all outputs of the head as one row of numbers."""
     found = model(**inputs, **_without_cache(model))
     parts = [found.logits] if "logits" in found else [found.start_logits, found.end_logits]
     return torch.cat([part.reshape(-1) for part in parts])

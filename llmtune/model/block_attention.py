@@ -153,8 +153,8 @@ def _unseen(
 
     `ahead` keys stand before the first query's own.
     """
-    places_Q1 = torch.arange(queries, device=device)[:, None] + ahead
-    distance_QN = places_Q1 - torch.arange(keys, device=device)[None, :]
+    positions_Q1 = torch.arange(queries, device=device)[:, None] + ahead
+    distance_QN = positions_Q1 - torch.arange(keys, device=device)[None, :]
     hidden_QN = torch.zeros_like(distance_QN, dtype=torch.bool)
     if causal:
         hidden_QN |= distance_QN < 0

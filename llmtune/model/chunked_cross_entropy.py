@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
@@ -49,10 +49,16 @@ def install_head_loss(model: PreTrainedModel) -> bool:
     own = type(model).forward
 
     @wraps(own)
-    def forward(self: Any, *args: Any, targets_S: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: object,
+        targets_S: torch.Tensor | None = None,
+        predict_S: torch.Tensor | None = None,
+        choices: bool = False,
+        **kwargs: object,
+    ) -> object:
         if targets_S is None:
             return own(self, *args, **kwargs)
-        predict_S, choices = kwargs.pop("predict_S"), kwargs.pop("choices", False)
         hidden_BTD = self.base_model(*args, **kwargs)[0]
         hidden_SD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[predict_S]
         return head_loss(hidden_SD, self.get_output_embeddings(), targets_S, logit_shape(self.config), choices)
@@ -69,7 +75,7 @@ def remove_head_loss(model: PreTrainedModel) -> None:
         setattr(model, _MARK, False)
 
 
-def takes_head_loss(model: Any) -> bool:
+def takes_head_loss(model: PreTrainedModel) -> bool:
     """Whether the model inside all wrappers takes its loss at the head, as things stand.
 
     A head with an adapter of its own, or one with a hook, is called as any other module.
@@ -80,7 +86,7 @@ def takes_head_loss(model: Any) -> bool:
     return type(head) is torch.nn.Linear and not head._forward_hooks and not hasattr(head.weight, "ds_id")
 
 
-def logit_shape(config: Any) -> LogitShape:
+def logit_shape(config: PreTrainedConfig) -> LogitShape:
     """Read from a model's configuration what it does to its logits (Cohere and Granite scale, Gemma 2 caps)."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)

@@ -25,37 +25,27 @@ def check_kernels(recipe: Recipe, device: str) -> None:
 
 
 def _find_missing(recipe: Recipe, device: str) -> Iterator[Problem]:
-    train, attention = recipe.train, recipe.model.attn_implementation
-    if train.torch_compile and (lack := _lacks_compiler(device)):
-        yield Problem(*lack)
-    if train.use_liger_kernel:
+    attention, on_gpu = recipe.model.attn_implementation, device.startswith("cuda")
+    if recipe.train.torch_compile:
+        where, compilers = "train.torch_compile", [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+        if device == "mps":
+            yield Problem("compiled layers are not tested on mps", where, "Remove it.")
+        elif on_gpu and find_spec("triton") is None:
+            yield Problem("torch.compile needs the package triton", where, "pip install triton, or remove it.")
+        elif not on_gpu and not any(map(shutil.which, compilers)):
+            what = f"torch.compile needs a C++ compiler on a CPU, and there is no {' or '.join(compilers)}"
+            fix = "Install g++ (Debian: apt install g++), name one in the variable CXX, or remove it."
+            yield Problem(what, where, fix)
+    if recipe.train.use_liger_kernel:
         where = "train.use_liger_kernel"
-        if not device.startswith("cuda"):
-            yield Problem(
-                f"Liger's kernels run on a CUDA GPU, and this machine computes on {device}", where, "Remove it."
-            )
+        if not on_gpu:
+            what = f"Liger's kernels run on a CUDA GPU, and this machine computes on {device}"
+            yield Problem(what, where, "Remove it.")
         elif find_spec("liger_kernel") is None:
             yield Problem("the package liger-kernel is not installed", where, "pip install liger-kernel, or remove it.")
     if "/" in attention and find_spec("kernels") is None:
         what = f"{attention} is a kernel on the hub, and the package that fetches it, kernels, is not installed"
         yield Problem(what, "model.attn_implementation", "pip install kernels, or set it to auto.")
-
-
-def _lacks_compiler(device: str) -> tuple[str, str, str] | None:
-    """Say what torch.compile would miss: problem, place and cure; None if all is there."""
-    where = "train.torch_compile"
-    if device == "mps":
-        return "compiled layers are not tested on mps", where, "Remove it."
-    if device.startswith("cuda"):
-        missing = find_spec("triton") is None
-        return (
-            ("torch.compile needs the package triton", where, "pip install triton, or remove it.") if missing else None
-        )
-    wanted = os.environ.get("CXX")
-    if any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
-        return None
-    what = f"torch.compile needs a C++ compiler on a CPU, and there is no {wanted or 'g++ or clang++'}"
-    return what, where, "Install g++ (Debian: apt install g++), name one in the variable CXX, or remove it."
 
 
 def apply_liger(model: PreTrainedModel) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection, Recipe
 
 _OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
-"""State bytes a trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
+"""State bytes per trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
 _SMALL = 4096
 """Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
 _QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
-"""Bytes a 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
+"""Bytes per 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
 _USABLE = 0.85
 """Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
 _CPU_TOKENS = 2048
@@ -34,60 +34,47 @@ _CPU_TOKENS = 2048
 _CUDA_TOKENS = 32768
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that a plan is made from."""
-
-    parameters: int
-    quantizable: int
-    adapter: int
-    small: int
-    """Those of the adapter's parameters whose matrices are too small for an optimiser in 8 bits."""
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-
-
-def plan_memory(place: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str) -> MemoryPlan:
+def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str) -> MemoryPlan:
     """Estimate the bytes of training with `tokens` in a micro-batch.
 
     Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
     """
-    model_class, config = find_class(place, recipe, task)
+    model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    shape = read_sizes(skeleton, config, recipe.adapter, task)
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
+    inner, trained = _trained_sizes(skeleton, recipe, task)
+    trained_total = sum(trained)
+    vocabulary = _vocabulary(config, task)
+    logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
     full = recipe.adapter.method == "full"
-    trained = shape.parameters if full else shape.adapter
-    small = 0 if full else shape.small
-    optimizer = (trained - small) * optimizer_bytes(recipe.train.optim)
+    small = 0 if full else sum(size for size in trained if size < _SMALL)
+    optimizer = (trained_total - small) * optimizer_bytes(recipe.train.optim)
     optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
     parts = {
-        "weights": _count_weights(shape, recipe.adapter, weight_bytes),
-        "adapter": 0 if full else 4 * shape.adapter,
-        "gradients": 4 * trained,
+        "weights": _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes),
+        "adapter": 0 if full else 4 * trained_total,
+        "gradients": 4 * trained_total,
         "optimizer": int(optimizer),
-        "activations": tokens * _activation_bytes(shape, weight_bytes, recipe.train.gradient_checkpointing is True),
-        "logits": _logits_at_once(shape, task, tokens) * _logit_bytes(shape, weight_bytes),
+        "activations": tokens * weight_bytes * _kept_activations(config, inner, recipe.train.gradient_checkpointing),
+        "logits": _logits_at_once(task, vocabulary, tokens) * logit_bytes,
     }
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
-        parts["reference"] = 4 * trained
-    lower_bound = _fixed(parts) + _logit_bytes(shape, weight_bytes)
+        parts["reference"] = 4 * trained_total
+    lower_bound = _fixed(parts) + logit_bytes
     if recipe.train.optim.startswith("paged_"):
         lower_bound -= parts["optimizer"]  # moves to the host where it must
     return MemoryPlan(parts, lower_bound, memory_limit(device), device)
 
 
-def resolve_checkpointing(place: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> bool:
+def resolve_checkpointing(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> bool:
     """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
 
     Never for a model that cannot do it. Raises what `plan_memory` raises.
     """
-    model_class, _ = find_class(place, recipe, task)
+    model_class, _ = find_class(model_ref, recipe, task)
     if not getattr(model_class, "supports_gradient_checkpointing", True):
         return False
-    plan = plan_memory(place, recipe, task, longest, device)
+    plan = plan_memory(model_ref, recipe, task, longest, device)
     return plan.limit is not None and plan.total > _USABLE * plan.limit
 
 
@@ -96,18 +83,18 @@ def _fixed(parts: Mapping[str, int]) -> int:
     return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
 
 
-def check_context(place: ModelRef, recipe: Recipe, task: TaskInterface, longest: int) -> None:
+def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int) -> None:
     """Raise DataError if a row of `longest` tokens is longer than the model's context."""
-    _, config = find_class(place, recipe, task)
+    _, config = find_class(model_ref, recipe, task)
     context = context_length(config)
     if context is not None and longest > context:
-        what = f"a row has {longest:,} tokens, and the context of {place.name} is {context:,}"
+        what = f"a row has {longest:,} tokens, and the context of {model_ref.name} is {context:,}"
         fix = f"Set data.max_length: {context} and say in data.on_overlong what becomes of longer rows."
         raise DataError.of(what, "data.max_length", fix)
 
 
-def context_length(config: Any) -> int | None:
-    """Return how many tokens a model's positions reach; None where they have no end, or none that it says.
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model's positions reach; None where they have no end, or it is not stated.
 
     RoBERTa and its relatives count positions from behind the padding token's number.
     """
@@ -125,27 +112,23 @@ FROM_PADDING = (
 """Model types whose first position stands behind the padding token's number."""
 
 
-def read_sizes(skeleton: torch.nn.Module, config: Any, adapter: AdapterSection, task: TaskInterface) -> Shape:
-    """Count parameters and read sizes from a model on the meta device."""
-    text = config.get_text_config()
-    linears = linear_shapes(skeleton)
-    heads = set(head_names(skeleton))
-    inner = {name: shape for name, shape in linears.items() if not in_heads(name, heads)}
-    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
-    hidden = getattr(text, "hidden_size", 0)
-    guesses = task.predicts_tokens or task.auto_class == "AutoModelForCausalLM"  # preferences are of likelihoods
-    adapted = _adapter_sizes(inner, adapter)
-    own = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
-    return Shape(
-        parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        quantizable=sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")}),
-        adapter=sum(adapted) + (sum(own) if task.trains_head else 0),
-        small=sum(size for size in (*adapted, *(own if task.trains_head else ())) if size < _SMALL),
-        layers=getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0),
-        hidden=hidden,
-        intermediate=max((max(shape) for shape in inner.values()), default=4 * hidden),
-        vocabulary=getattr(text, "vocab_size", 0) if guesses else 0,
-    )
+def _trained_sizes(
+    skeleton: PreTrainedModel, recipe: Recipe, task: TaskInterface
+) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """Return the linear shapes outside the heads, and the sizes of all trained matrices."""
+    heads = head_names(skeleton)
+    inner = {name: shape for name, shape in linear_shapes(skeleton).items() if not in_heads(name, heads)}
+    if recipe.adapter.method == "full":
+        return inner, [parameter.numel() for parameter in skeleton.parameters()]
+    adapter = _adapter_sizes(inner, recipe.adapter)
+    head = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
+    return inner, [*adapter, *(head if task.trains_head else [])]
+
+
+def _vocabulary(config: PreTrainedConfig, task: TaskInterface) -> int:
+    """Return the logits a token has; preferences are of likelihoods, a classifier's few logits do not count."""
+    predicts_tokens = task.predicts_tokens or task.auto_class == "AutoModelForCausalLM"
+    return int(getattr(config.get_text_config(), "vocab_size", 0)) if predicts_tokens else 0
 
 
 def optimizer_bytes(optim: str, small: bool = False) -> float:
@@ -216,47 +199,51 @@ def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
     return max(longest, min(cap, room // per_token))
 
 
-def _count_weights(shape: Shape, adapter: AdapterSection, weight_bytes: int) -> int:
+def _weight_bytes(
+    skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]], adapter: AdapterSection, weight_bytes: int
+) -> int:
+    parameters: int = sum(parameter.numel() for parameter in skeleton.parameters())
     if adapter.method == "full":
-        return 4 * shape.parameters
+        return 4 * parameters
     if adapter.method == "lora":
-        return weight_bytes * shape.parameters
-    packed = int(shape.quantizable * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
-    return packed + weight_bytes * (shape.parameters - shape.quantizable)
+        return weight_bytes * parameters
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
+    quantized = sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")})
+    packed = int(quantized * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
+    return packed + weight_bytes * (parameters - quantized)
 
 
 def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
-    """Return the sizes of the low-rank matrices; what the target names exactly is settled when the adapter is made."""
-    wanted = adapter.target_modules
-    if wanted == "all-linear":
+    """Return the sizes of the low-rank matrices; targets are resolved exactly when the adapter is made."""
+    targeted = adapter.target_modules
+    if targeted == "all-linear":
         targets = list(inner.values())
-    elif isinstance(wanted, str):
+    elif isinstance(targeted, str):
         try:
-            targets = [shape for name, shape in inner.items() if re.fullmatch(wanted, name)]
-        except re.error:  # told with its place when the adapter is made
+            targets = [shape for name, shape in inner.items() if re.fullmatch(targeted, name)]
+        except re.error:  # reported when the adapter is made
             targets = []
     else:
-        targets = [shape for name, shape in inner.items() if name.split(".")[-1] in wanted or name in wanted]
+        targets = [shape for name, shape in inner.items() if name.split(".")[-1] in targeted or name in targeted]
     rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(("pissa", "olora")) else 1)
     return [rank * size for shape in targets for size in shape]
 
 
-def _activation_bytes(shape: Shape, weight_bytes: int, checkpointing: bool) -> int:
-    """Estimate what the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
-    layer = (10 * shape.hidden + 4 * shape.intermediate) * weight_bytes
-    return shape.layers * shape.hidden * weight_bytes + layer if checkpointing else shape.layers * layer
+def _kept_activations(config: PreTrainedConfig, inner: dict[str, tuple[int, int]], checkpointing: bool | str) -> int:
+    """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
+    text = config.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0))
+    hidden = int(getattr(text, "hidden_size", 0))
+    intermediate = max((max(shape) for shape in inner.values()), default=4 * hidden)
+    layer = 10 * hidden + 4 * intermediate
+    return layers * hidden + layer if checkpointing is True else layers * layer
 
 
-def _logits_at_once(shape: Shape, task: TaskInterface, tokens: int) -> int:
+def _logits_at_once(task: TaskInterface, vocabulary: int, tokens: int) -> int:
     """Return the tokens whose logits stand in memory together: of a decoder those of one chunk of its loss."""
-    if task.auto_class != "AutoModelForCausalLM" or not shape.vocabulary:
+    if task.auto_class != "AutoModelForCausalLM" or not vocabulary:
         return tokens
-    return min(tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-
-
-def _logit_bytes(shape: Shape, weight_bytes: int) -> int:
-    """Logits, the gradient kept for them and the one handed on."""
-    return 3 * shape.vocabulary * weight_bytes
+    return min(tokens, max(1, CHUNK_ELEMENTS // vocabulary))
 
 
 def _draw(plan: MemoryPlan) -> Table:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -19,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llmtune.data import read_rows
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, format_bytes, resolve_dtype
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, micro_batch_tokens, plan_memory
+from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
@@ -51,21 +51,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All candidates, the best first and those left out last, and the place of the best."""
+    """All candidates, the best first and those left out last, and the best."""
 
     chosen: ModelRef
     candidates: tuple[Candidate, ...]
     rows: int
     """Rows that every candidate was measured on."""
-    side: str
+    split: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return what the report shows, ready for JSON."""
         return {
             "chosen": self.chosen.name,
             "revision": self.chosen.revision,
             "rows": self.rows,
-            "side": self.side,
+            "side": self.split,
             "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
         }
 
@@ -74,7 +74,7 @@ class Ranking:
 class _Entrant:
     """A candidate that can do the task and fits, with the sample in its own tokens."""
 
-    place: ModelRef
+    model_ref: ModelRef
     task: TaskInterface
     processor: PreTrainedTokenizerBase
     plan: MemoryPlan
@@ -93,32 +93,39 @@ def rank_candidates(
         RecipeError, EnvironmentProblem: a candidate is not found or damaged; or none is left.
     """
     assert recipe.model.candidates, "the recipe names candidates"
-    places = _locate_all(recipe, console, offline)
-    side, sample = _draw_sample(rows, recipe.seed)
+    split = "validation" if rows.counts.get("validation", 0) else "train"
+    count = rows.counts[split]
+    indexes = sorted(random.Random(recipe.seed).sample(range(count), min(count, _SAMPLE_ROWS)))  # noqa: S311
+    sample = dict(zip(indexes, read_rows(rows, split, indexes), strict=True))
     entrants: list[_Entrant] = []
     out: list[Candidate] = []
-    for place in places:
-        found = _admit(place, recipe, choose, sample, device)
-        (entrants if isinstance(found, _Entrant) else out).append(found)  # type: ignore[arg-type]
-    shared = set.intersection(*(set(entrant.examples) for entrant in entrants)) if entrants else set()
+    for model_ref in _resolve_all(recipe, console, offline):
+        entrant = _admit(model_ref, recipe, choose, sample, device)
+        if isinstance(entrant, _Entrant):
+            entrants.append(entrant)
+        else:
+            out.append(entrant)
+    shared = sorted(set.intersection(*(set(entrant.examples) for entrant in entrants))) if entrants else []
     if not shared:
-        raise _nothing_left(out, entrants)
-    measured = []
+        problems = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
+        problems += [Problem("there is no row that all candidates can encode")] if entrants else []
+        raise EnvironmentProblem(Problem("no candidate is left", "model.candidates", "Name other models."), *problems)
+    measured: list[tuple[float, Candidate, ModelRef]] = []
     for entrant in entrants:
-        bits = _measure(entrant, sorted(shared), recipe, device, console)
-        candidate = Candidate(entrant.place.name, bits, None, entrant.plan.lower_bound, entrant.context)
-        measured.append((candidate, entrant.place))
-    measured.sort(key=lambda pair: (math.isnan(pair[0].bits_per_byte or 0), pair[0].bits_per_byte))
-    ranking = Ranking(measured[0][1], (*(candidate for candidate, _ in measured), *out), len(shared), side)
-    console.print(draw_ranking(ranking))
+        bits = _bits_per_byte(entrant, shared, recipe, device, console)
+        candidate = Candidate(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context)
+        measured.append((bits, candidate, entrant.model_ref))
+    measured.sort(key=lambda entry: (math.isnan(entry[0]), entry[0]))
+    ranking = Ranking(measured[0][2], (*(candidate for _, candidate, _ in measured), *out), len(shared), split)
+    console.print(_draw(ranking))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ranking.json").write_text(json.dumps(ranking.to_dict(), indent=2) + "\n", "utf-8")
     return ranking
 
 
-def draw_ranking(ranking: Ranking) -> Table:
-    """Draw the table that says why the first was taken."""
-    title = f"Candidates by bits per byte on {ranking.rows} {ranking.side} rows (lower knows the rows better)"
+def _draw(ranking: Ranking) -> Table:
+    """Draw the table that shows why the first was taken."""
+    title = f"Candidates by bits per byte on {ranking.rows} {ranking.split} rows (lower knows the rows better)"
     table = Table(title=title, title_justify="left")
     for column in ("", "model", "bits per byte", "needs at least", "context", "left out because"):
         table.add_column(
@@ -136,70 +143,56 @@ def draw_ranking(ranking: Ranking) -> Table:
     return table
 
 
-def _locate_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelRef]:
-    """Find every candidate first, so that all that is wrong with their names is told at once."""
-    places, problems, kind = [], [], RecipeError
+def _resolve_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelRef]:
+    """Find every candidate first, so that all that is wrong with their names is reported at once."""
+    refs, problems, kind = [], [], RecipeError
     for name in recipe.model.candidates or ():
         try:
-            places.append(resolve_model(name, recipe.model, console, offline))
+            refs.append(resolve_model(name, recipe.model, console, offline))
         except (RecipeError, EnvironmentProblem) as error:
             kind = type(error)  # type: ignore[assignment]
             problems += [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
     kind.collect(problems)
-    return places
-
-
-def _draw_sample(rows: Rows, seed: int) -> tuple[str, dict[int, Row]]:
-    side = "validation" if rows.counts.get("validation", 0) else "train"
-    count = rows.counts[side]
-    indexes = sorted(random.Random(seed).sample(range(count), min(count, _SAMPLE_ROWS)))  # noqa: S311 - not for secrets
-    return side, dict(zip(indexes, read_rows(rows, side, indexes), strict=True))
+    return refs
 
 
 def _admit(
-    place: ModelRef, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
+    model_ref: ModelRef, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
 ) -> _Entrant | Candidate:
     """Return the candidate ready to be measured, or left out with the reason."""
     try:
-        task = choose(place)
-        _, config = find_class(place, recipe, task)
-        processor = load_processor(place, recipe.model)
-        plan = plan_memory(place, recipe, task, recipe.data.max_length, device)
-        limit = plan.limit
+        task = choose(model_ref)
+        _, config = find_class(model_ref, recipe, task)
+        processor = load_processor(model_ref, recipe.model)
+        plan = plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
         context = context_length(config)
-        if recipe.model.check_memory and limit is not None and plan.lower_bound > limit:
-            reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(limit)}"
-            return Candidate(place.name, None, reason, plan.lower_bound, context)
+        out = Candidate(model_ref.name, None, None, plan.lower_bound, context)
+        if recipe.model.check_memory and plan.limit is not None and plan.lower_bound > plan.limit:
+            reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(plan.limit)}"
+            return dataclasses.replace(out, reason=reason)
         encoded = task.encode(list(sample.values()), processor, recipe)
     except (RecipeError, DataError, EnvironmentProblem) as error:
-        return Candidate(place.name, None, error.problems[0].what)
+        return Candidate(model_ref.name, None, error.problems[0].what)
     examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
     longest = max((example.reach for row in examples.values() for example in row), default=0)
     if context is not None and longest > context:
         reason = f"its context of {context:,} tokens is shorter than a row of {longest:,}"
-        return Candidate(place.name, None, reason, plan.lower_bound, context)
+        return dataclasses.replace(out, reason=reason)
     if not examples:
         reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
-        return Candidate(place.name, None, reason, plan.lower_bound, context)
-    return _Entrant(place, task, processor, plan, context, examples)
+        return dataclasses.replace(out, reason=reason)
+    return _Entrant(model_ref, task, processor, plan, context, examples)
 
 
-def _nothing_left(out: Sequence[Candidate], entrants: Sequence[_Entrant]) -> LlmtuneError:
-    problems = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
-    if entrants:
-        problems.append(Problem("there is no row that all candidates can encode"))
-    return EnvironmentProblem(Problem("no candidate is left", "model.candidates", "Name other models."), *problems)
-
-
-def _measure(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
+def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:
     """Return bits per byte of the supervised text: the cost of its end markers counts, their bytes do not."""
     task = entrant.task
     collate = task.collator(entrant.processor, recipe)
     examples = [example for index in shared for example in entrant.examples[index]]
     longest = max(example.tokens for example in examples)
     budget = micro_batch_tokens(entrant.plan, recipe.data.max_length, longest)
-    selected = load_model(
-        entrant.place,
+    model = load_model(
+        entrant.model_ref,
         recipe,
         task,
         entrant.processor,
@@ -207,18 +200,15 @@ def _measure(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: s
         training=False,
         plan=entrant.plan,
         console=console,
-    )
+    ).model
     nats = 0.0
-    dtype = resolve_dtype(recipe.model.dtype, device)
-    with torch.inference_mode(), compute_context(dtype, device):
+    with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
         for group in _group(examples, budget):
             batch = collate(group, 0)
             batch = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
-            nats += float(task.loss(selected.model, batch, False).sum)
-    del selected
-    gc.collect()  # a model's modules refer to one another
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+            nats += float(task.loss(model, batch, False).sum)
+    del model
+    release_memory(torch.device(device))
     return nats / math.log(2) / max(1, sum(example.target_bytes for example in examples))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -21,7 +21,7 @@ _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 
-def load_processor(place: ModelRef, model: ModelSection) -> PreTrainedTokenizerBase:
+def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied, and the template's date fixed.
 
     The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
@@ -31,29 +31,43 @@ def load_processor(place: ModelRef, model: ModelSection) -> PreTrainedTokenizerB
         EnvironmentProblem: the folder holds no tokenizer that can be read.
         RecipeError: the template file cannot be read, or a token to add is there already.
     """
-    read_model_config(place, model)  # a damaged configuration is told as such
+    read_model_config(model_ref, model)  # a damaged configuration is reported as such
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(place.path), trust_remote_code=model.trust_remote_code, local_files_only=True
+            str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except UNREADABLE as error:
         raise EnvironmentProblem.of(
             f"the tokenizer cannot be loaded: {first_line(error)}",
-            str(place.path),
+            str(model_ref.path),
             "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json.",
         ) from error
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:  # encoders end in [SEP]
         raise EnvironmentProblem.of(
             "the tokenizer has no end token (eos_token): answers could not end",
-            str(place.path / "tokenizer_config.json"),
+            str(model_ref.path / "tokenizer_config.json"),
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     if model.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(model.chat_template))
-    tokenizer.chat_template = _with_fixed_date(tokenizer.chat_template)
+        try:
+            tokenizer.chat_template = Path(model.chat_template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"the chat template {model.chat_template} cannot be read: {error}"
+            raise RecipeError.of(what, "model.chat_template", "Name a Jinja file in UTF-8.") from None
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several that go by name
+        tokenizer.chat_template = {name: fix_date(text) for name, text in template.items()}
+    elif template is not None:
+        tokenizer.chat_template = fix_date(template)
     if model.add_tokens:
-        _add_tokens(tokenizer, list(model.add_tokens))
+        known = tokenizer.get_vocab()
+        RecipeError.collect(
+            Problem(f"the tokenizer has the token {token!r} already", "model.add_tokens", "Omit it.")
+            for token in model.add_tokens
+            if token in known
+        )
+        tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -64,7 +78,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    config: dict[str, object] = json.loads(path.read_text("utf-8"))
     if config.get("tokenizer_class") in _WRITTEN_BY_5_ALONE and (folder / "tokenizer.json").is_file():
         config["tokenizer_class"] = _FAST
     extra = config.get("extra_special_tokens")
@@ -77,29 +91,3 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     source = Path(str(tokenizer.name_or_path)) / PREPROCESSOR
     if source.is_file() and source.parent.resolve() != folder.resolve():  # what turns sound into what the model reads
         (folder / PREPROCESSOR).write_bytes(source.read_bytes())
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError.of(
-            f"the chat template {path} cannot be read: {error}", "model.chat_template", "Name a Jinja file in UTF-8."
-        ) from None
-
-
-def _with_fixed_date(template: str | dict[str, str] | None) -> str | dict[str, str] | None:
-    """Fix the date in the template, or in each of several that go by name."""
-    if isinstance(template, dict):
-        return {name: fix_date(text) for name, text in template.items()}
-    return template if template is None else fix_date(template)
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    known = tokenizer.get_vocab()
-    RecipeError.collect(
-        Problem(f"the tokenizer has the token {token!r} already", "model.add_tokens", "Leave it out.")
-        for token in tokens
-        if token in known
-    )
-    tokenizer.add_tokens(tokens)

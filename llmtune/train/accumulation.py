@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ import torch
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import RecipeError, TrainingError
 from llmtune.model.oom import fits_in_memory, release_memory
-from llmtune.records import Loss
+from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
-from llmtune.train.distributed import add_up, any_process
-from llmtune.train.setup import Training
+from llmtune.train.distributed import any_process, sum_over_processes
+from llmtune.train.setup import TrainContext
 
 
 class MicroBatchTooLarge(Exception):
@@ -44,7 +43,7 @@ class StepLoss:
         return math.isfinite(self.mean) and math.isfinite(self.grad_norm)
 
 
-def step_gradients(training: Training, step: int, budget: int, loss_scale: float) -> StepLoss:
+def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: float) -> StepLoss:
     """Leave the clipped gradient of `step` in the parameters, the same whatever `budget` and the number of processes.
 
     Each micro-batch's summed loss is divided by the count that is expected for the whole step, so that gradients keep
@@ -60,7 +59,7 @@ def step_gradients(training: Training, step: int, budget: int, loss_scale: float
     scale = loss_scale * accelerator.num_processes / expected
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
-    totals = _survey(training, training.examples, groups[:real], step)
+    totals = _sum_step_statistics(training, training.examples, groups[:real], step)
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
@@ -83,7 +82,7 @@ def step_gradients(training: Training, step: int, budget: int, loss_scale: float
     if not fits:
         raise MicroBatchTooLarge
     sums = [float(loss.sum) for loss in losses[:real]]
-    total, count = add_up(accelerator, [sum(sums), sum(loss.count for loss in losses[:real])])
+    total, count = sum_over_processes(accelerator, [sum(sums), sum(loss.count for loss in losses[:real])])
     count = max(1, int(count))
     norm = _finish_gradients(training, expected / (count * loss_scale))
     bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
@@ -97,8 +96,8 @@ def step_gradients(training: Training, step: int, budget: int, loss_scale: float
     )
 
 
-def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = lambda: False) -> float | None:
-    """Return the loss over all validation examples, in nats per supervised token; None if `stop` said so in between.
+def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool] = lambda: False) -> float | None:
+    """Return the loss over all validation examples, in nats per supervised token; None if `stop` returned true.
 
     Raises:
         MicroBatchTooLarge: memory ran out.
@@ -109,7 +108,7 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own = cut[accelerator.process_index]
     sums: list[tuple[float, int]] = []
-    totals = _survey(training, reader, own, 0)
+    totals = _sum_step_statistics(training, reader, own, 0)
     training.model.eval()
     try:
         for turn in range(max(len(groups) for groups in cut)):
@@ -118,18 +117,18 @@ def validation_loss(training: Training, budget: int, stop: Callable[[], bool] = 
             fits = True
             if real or training.sharded:
                 fits = try_memory(training, partial(_forward, training, group, real, sums, totals))
-            stopped, failed = add_up(accelerator, [float(stop()), float(not fits)])
+            stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
             if failed:
                 raise MicroBatchTooLarge
             if stopped:
                 return None
     finally:
         training.model.train()
-    total, count = add_up(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
+    total, count = sum_over_processes(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
     return total / max(1, count)
 
 
-def try_memory(training: Training, work: Callable[[], object]) -> bool:
+def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
     """Do `work`; return False if memory ran out in it, with gradients dropped and memory given back."""
     if fits_in_memory(work):
         return True
@@ -138,7 +137,7 @@ def try_memory(training: Training, work: Callable[[], object]) -> bool:
     return False
 
 
-def seed_micro_batch(training: Training, step: int, index: int) -> None:
+def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
     """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
     words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
     seed = np.random.SeedSequence(words)
@@ -146,7 +145,7 @@ def seed_micro_batch(training: Training, step: int, index: int) -> None:
     np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # SpecAugment draws from it
 
 
-def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: int = 0) -> dict[str, Any]:
+def make_batch(training: TrainContext, reader: ExampleReader, rows: Indexes, draw: int = 0) -> Batch:
     """Collate examples and put their tensors on the device; `draw` is the step, by which masks are drawn."""
     batch = training.collate([reader[int(row)] for row in rows], draw)
     return {
@@ -155,8 +154,8 @@ def make_batch(training: Training, reader: ExampleReader, rows: Indexes, draw: i
     }
 
 
-def with_totals(training: Training, reader: ExampleReader, rows: Indexes) -> dict[str, Any]:
-    """Make a batch that is looked at by itself, as if it were a whole step; no other process is asked."""
+def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexes) -> Batch:
+    """Make a batch that is looked at by itself, as if it were a whole step, without the other processes."""
     batch = make_batch(training, reader, rows)
     if training.task.has_step_statistics:
         with torch.no_grad(), training.compute():
@@ -164,20 +163,20 @@ def with_totals(training: Training, reader: ExampleReader, rows: Indexes) -> dic
     return batch
 
 
-def guilty_rows(training: Training, suspects: Indexes) -> list[int]:
+def find_guilty_rows(training: TrainContext, suspects: Indexes) -> list[int]:
     """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is."""
     guilty = []
     training.model.eval()
     with torch.no_grad(), training.compute():
         for row in suspects:
-            batch = with_totals(training, training.examples, np.asarray([row]))
+            batch = make_whole_batch(training, training.examples, np.asarray([row]))
             if not math.isfinite(float(training.task.loss(training.adapted.model, batch, False).sum)):
                 guilty.append(int(row))
     training.model.train()
     return guilty or suspects.tolist()
 
 
-def _own_groups(training: Training, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
+def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[list[Indexes], int]:
     """Return this process's micro-batches of a step, and how many of them count.
 
     The others have weight zero: every process synchronises once, and under sharding all run the same number.
@@ -186,12 +185,14 @@ def _own_groups(training: Training, rows: Indexes, budget: int) -> tuple[list[In
     shares = divide(rows, lengths, accelerator.num_processes)
     cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
     own = cut[accelerator.process_index]
-    wanted = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
+    count = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
     idle = rows[[int(lengths[rows].argmin())]]
-    return own + [idle] * (wanted - len(own)), len(own)
+    return own + [idle] * (count - len(own)), len(own)
 
 
-def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes], draw: int) -> list[float] | None:
+def _sum_step_statistics(
+    training: TrainContext, reader: ExampleReader, groups: Sequence[Indexes], draw: int
+) -> list[float] | None:
     """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
 
     Raises MicroBatchTooLarge if memory ran out.
@@ -219,13 +220,13 @@ def _survey(training: Training, reader: ExampleReader, groups: Sequence[Indexes]
         training.model.train(mode)
     if any_process(training.accelerator, not fits):
         raise MicroBatchTooLarge
-    width, having = add_up(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
+    width, having = sum_over_processes(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
     nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
     sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
-    return add_up(training.accelerator, sums)
+    return sum_over_processes(training.accelerator, sums)
 
 
-def _backward(training: Training, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
+def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
     batch = make_batch(training, training.examples, rows, step) | ({} if totals is None else {"totals": totals})
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
@@ -234,7 +235,7 @@ def _backward(training: Training, rows: Indexes, weight: float, step: int, total
 
 
 def _forward(
-    training: Training, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
+    training: TrainContext, rows: Indexes, real: bool, sums: list[tuple[float, int]], totals: list[float] | None
 ) -> None:
     """Add the loss's sum and count to `sums`, if it is a `real` one."""
     assert training.validation is not None
@@ -249,7 +250,7 @@ def _shortest(reader: ExampleReader) -> Indexes:
     return np.asarray([int(reader.lengths.argmin())])
 
 
-def _finish_gradients(training: Training, factor: float) -> float:
+def _finish_gradients(training: TrainContext, factor: float) -> float:
     """Multiply the gradients by `factor`, clip them in place, and return their length before clipping."""
     if factor != 1:
         for parameter in training.parameters:

@@ -63,8 +63,8 @@ class StepPlan:
     def rows(self, step: int) -> Indexes:
         """Return the indexes of the training examples of `step`."""
         assert step >= 1, "steps are counted from 1"
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        return self._epoch(epoch)[place]
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        return self._epoch(epoch)[position]
 
     def ends_epoch(self, step: int) -> bool:
         """Say whether `step` is the last one of its epoch."""
@@ -96,9 +96,9 @@ def best_fit(lengths: Sequence[int] | npt.NDArray[np.int32], capacity: int) -> l
     open_bins: list[tuple[int, int]] = []  # (room left, bin), sorted
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
-        place = bisect_left(open_bins, (size, -1))
-        if place < len(open_bins):
-            room, bin_number = open_bins.pop(place)
+        position = bisect_left(open_bins, (size, -1))
+        if position < len(open_bins):
+            room, bin_number = open_bins.pop(position)
             bins[bin_number].append(index)
         else:
             room, bin_number = capacity, len(bins)
@@ -112,10 +112,10 @@ def divide(rows: Indexes, lengths: npt.NDArray[np.int32], processes: int) -> lis
     """Divide the rows of a step over processes so that each gets about the same number of tokens; some may get none."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     loads = [0] * processes
-    for place in np.argsort(-lengths[rows].astype(np.int64), kind="stable").tolist():
+    for position in np.argsort(-lengths[rows].astype(np.int64), kind="stable").tolist():
         lightest = loads.index(min(loads))
-        shares[lightest].append(int(rows[place]))
-        loads[lightest] += int(lengths[rows[place]])
+        shares[lightest].append(int(rows[position]))
+        loads[lightest] += int(lengths[rows[position]])
     return [np.asarray(share, dtype=np.int64) for share in shares]
 
 
@@ -150,8 +150,8 @@ def _cuts(falling: npt.NDArray[np.int32], budget: int, pass_tokens: int) -> list
         while start < end - 1 and sizes[start] * (end - start) > budget:
             start += 1
         sums = least[start:end] + sizes[start:end] * np.arange(end - start, 0, -1) + pass_tokens
-        place = int(sums.argmin())
-        least[end], begins[end] = sums[place], start + place
+        position = int(sums.argmin())
+        least[end], begins[end] = sums[position], start + position
     ends: list[int] = []
     end = len(sizes)
     while end:

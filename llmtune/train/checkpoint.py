@@ -14,9 +14,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.store.atomic_files import hash_file
+from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
-from llmtune.train.train_state import TrainState
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
@@ -45,6 +45,46 @@ _DISK_WORDS = (
 )
 
 
+@dataclass
+class TrainState:
+    """Counters and findings of a training so far; changed by the loop, saved with each checkpoint."""
+
+    budget: int
+    """Tokens in a micro-batch."""
+    step: int = 0
+    """Optimiser steps done."""
+    closed: int = 0
+    """The last step that was logged, validated and saved as the recipe wants; behind `step` after a stop in between."""
+    tokens: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, without validation and saving."""
+    first_loss: float | None = None
+    learning_rate: float = 0.0
+    """Of the last step, like the gradient's length."""
+    grad_norm: float = 0.0
+    log_sum: float = 0.0
+    log_count: int = 0
+    log_tokens: int = 0
+    log_seconds: float = 0.0
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale_validations: int = 0
+    """Validations in a row that were not better by `early_stopping_threshold`."""
+    stopped_early: str | None = None
+    loss_scale: float = 1.0
+    """Factor of the loss in float16; 1 in every other format."""
+    divergence: LossHistory = field(default_factory=LossHistory)
+
+
+class OptimizerState(TypedDict):
+    """The state dictionaries of optimiser and schedule."""
+
+    optimizer: dict[str, object]
+    schedule: dict[str, object]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds, read and found whole."""
@@ -52,8 +92,9 @@ class Checkpoint:
     folder: Path
     state: TrainState
     weights: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
-    fingerprint: str
+    optimizer: OptimizerState
+    inputs: str
+    """Hash of what training depended on."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +114,7 @@ def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def put_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def load_trainable(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy `weights` into the trainable parameters of `model`, in place; the names must be the same."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert parameters.keys() == weights.keys(), "a checkpoint holds exactly the trainable parameters"
@@ -85,22 +126,22 @@ def put_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> 
 def write_checkpoint(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
-    optimizer: Mapping[str, Any],
+    optimizer: OptimizerState,
     state: TrainState,
-    fingerprint: str,
+    inputs: str,
 ) -> Path:
     """Write the checkpoint `folder`, replacing one of the same name.
 
     Raises EnvironmentProblem if the disk is full or does not let us write; what was there before is then untouched.
     """
 
-    def fill(place: Path) -> None:
-        save_file(dict(weights), place / WEIGHTS)
-        with (place / OPTIMIZER).open("wb") as file:
+    def fill(target: Path) -> None:
+        save_file(dict(weights), target / WEIGHTS)
+        with (target / OPTIMIZER).open("wb") as file:
             torch.save(dict(optimizer), file)
-        hashes = {name: hash_file(place / name) for name in (WEIGHTS, OPTIMIZER)}
-        content = {"format": 1, "fingerprint": fingerprint, "files": hashes, "state": state.save()}
-        (place / STATE).write_text(json.dumps(content, indent=1))
+        hashes = {name: hash_file(target / name) for name in (WEIGHTS, OPTIMIZER)}
+        content = {"format": 1, "fingerprint": inputs, "files": hashes, "state": asdict(state)}
+        (target / STATE).write_text(json.dumps(content, indent=1))
 
     write_folder(folder, fill)
     return folder
@@ -111,20 +152,20 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
     Raises EnvironmentProblem as `write_checkpoint` does.
     """
-    place = folder.with_name(f".tmp-{folder.name}")
+    target = folder.with_name(f".tmp-{folder.name}")
     with _disk_problems(folder):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
         try:
-            fill(place)
-            for file in sorted(place.rglob("*")):
+            fill(target)
+            for file in sorted(target.rglob("*")):
                 _flush(file)
-            _flush(place)
+            _flush(target)
             if folder.exists():
                 remove_folder(folder)
-            place.rename(folder)
+            target.rename(folder)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
         _flush(folder.parent)
 
 
@@ -147,8 +188,8 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
     """Read a checkpoint onto the CPU, or say why it cannot be used; nothing pickled beyond tensors is loaded."""
     try:
         content = json.loads((folder / STATE).read_text())
-        for name, wanted in content["files"].items():
-            if hash_file(folder / name) != wanted:
+        for name, expected in content["files"].items():
+            if hash_file(folder / name) != expected:
                 return Damage(folder, f"{name} is not what was written")
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         weights = load_file(folder / WEIGHTS)
@@ -169,11 +210,11 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_checkpoint(checkpoints: Path, fingerprint: str, console: Console) -> Checkpoint | None:
+def newest_checkpoint(checkpoints: Path, inputs: str, console: Console) -> Checkpoint | None:
     """Return the newest checkpoint that is whole.
 
     A damaged one that is passed over is moved to `damaged-step-N`, those of other data or settings to `other-...`;
-    both are said aloud. What then bears the name of a checkpoint is what training goes on from, or older.
+    both are printed. What then bears the name of a checkpoint is what training resumes from, or older.
     """
     for folder in list_checkpoints(checkpoints):
         found = read_checkpoint(folder)
@@ -184,8 +225,8 @@ def newest_checkpoint(checkpoints: Path, fingerprint: str, console: Console) -> 
                 "and the one before it is used.[/]"
             )
             continue
-        if found.fingerprint != fingerprint:
-            _put_aside(checkpoints, found.fingerprint, console)
+        if found.inputs != inputs:
+            _put_aside(checkpoints, found.inputs, console)
             return None
         return found
     return None
@@ -198,8 +239,8 @@ def rotate(checkpoints: Path, limit: int, best_step: int | None) -> None:
             remove_folder(folder)
 
 
-def _put_aside(checkpoints: Path, fingerprint: str, console: Console) -> None:
-    aside = checkpoints / f"other-{fingerprint[:8]}"
+def _put_aside(checkpoints: Path, inputs: str, console: Console) -> None:
+    aside = checkpoints / f"other-{inputs[:8]}"
     with _disk_problems(aside):
         aside.mkdir(exist_ok=True)
     metrics = checkpoints.parent / METRICS
@@ -211,11 +252,11 @@ def _put_aside(checkpoints: Path, fingerprint: str, console: Console) -> None:
     )
 
 
-def _move(path: Path, place: Path) -> Path:
-    """Rename a file or folder to `place`, which is replaced."""
+def _move(path: Path, target: Path) -> Path:
+    """Rename a file or folder to `target`, which is replaced."""
     with _disk_problems(path):
-        shutil.rmtree(place, ignore_errors=True)
-        return path.rename(place)
+        shutil.rmtree(target, ignore_errors=True)
+        return path.rename(target)
 
 
 def _flush(path: Path) -> None:
@@ -232,26 +273,24 @@ def _disk_problems(folder: Path) -> Iterator[None]:
     """Turn what a full or forbidden disk raises into an EnvironmentProblem that names `folder`."""
     try:
         yield
-    except OSError as error:
-        raise _disk_problem(folder, error.errno, error.strerror or str(error)) from error
-    except (SafetensorError, RuntimeError) as error:
-        # safetensors and torch's zip writer hide the system's error in their text.
-        full = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-        if not full and not any(words in str(error).lower() for words in _DISK_WORDS):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        number = error.errno if isinstance(error, OSError) else _find_errno(str(error))
+        if number is None:
             raise
-        known = errno.EACCES if "denied" in str(error).lower() else errno.ENOSPC
-        raise _disk_problem(folder, known, os.strerror(known)) from error
+        fix = "Give the run a folder that can be written with --out."
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            existing = next((parent for parent in folder.parents if parent.exists()), Path("/"))
+            fix = (
+                f"{shutil.disk_usage(existing).free / 1e6:.0f} MB are free. Make room, lower train.save_total_limit, "
+                "or choose another disk with --out; the same command then goes on from the last checkpoint."
+            )
+        what = f"{folder.name} could not be written: {os.strerror(number)}"
+        raise EnvironmentProblem.of(what, str(folder), fix) from error
 
 
-def _disk_problem(folder: Path, number: int | None, reason: str) -> EnvironmentProblem:
-    fix = "Give the run a folder that can be written with --out."
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        place = next((parent for parent in folder.parents if parent.exists()), Path("/"))
-        free = shutil.disk_usage(place).free
-        fix = (
-            f"{free / 1e6:.0f} MB are free. Make room, lower train.save_total_limit, or choose another disk with "
-            "--out; the same command then goes on from the last checkpoint."
-        )
-    problem = EnvironmentProblem.of(f"{folder.name} could not be written: {reason}", str(folder), fix)
-    assert isinstance(problem, EnvironmentProblem)
-    return problem
+def _find_errno(text: str) -> int | None:
+    """Find the system's error, which safetensors and torch's zip writer hide in their text; None for another one."""
+    full = "PytorchStreamWriter" in text or "unexpected pos" in text
+    if not full and not any(words in text.lower() for words in _DISK_WORDS):
+        return None
+    return errno.EACCES if "denied" in text.lower() else errno.ENOSPC

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +11,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from llmtune.errors import LlmtuneError
 
+T = TypeVar("T")
 
-def add_up(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+
+def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
     """Return the sums of `values` over all processes, in double precision where the device has it."""
     if accelerator.num_processes == 1:
         return [float(value) for value in values]
@@ -24,22 +26,22 @@ def add_up(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Say whether `flag` is set in any process; all of them get the same answer."""
-    return add_up(accelerator, [float(flag)])[0] > 0
+    return sum_over_processes(accelerator, [float(flag)])[0] > 0
 
 
-def from_main(accelerator: Accelerator, value: Any) -> Any:
+def broadcast(accelerator: Accelerator, value: T) -> T:
     """Return the main process's `value` in every process."""
     if accelerator.num_processes == 1:
         return value
-    return broadcast_object_list([value])[0]
+    return cast(T, broadcast_object_list([value])[0])
 
 
-def gather(accelerator: Accelerator, values: list[Any]) -> list[Any]:
+def gather_lists(accelerator: Accelerator, values: list[T]) -> list[T]:
     """Return the lists of all processes joined, in order of rank."""
     return values if accelerator.num_processes == 1 else list(gather_object(values))
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+def run_on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Do `work` in the main process alone, once all have come here, since it may change files that others still read.
 
     Every process gets its result, or raises the LlmtuneError that it raised.
@@ -47,15 +49,18 @@ def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     if accelerator.num_processes == 1:
         return work()
     accelerator.wait_for_everyone()
-    result, failure = None, None
+    result: T | None = None
+    failure: LlmtuneError | None = None
     if accelerator.is_main_process:
         try:
             result = work()
         except LlmtuneError as error:
             failure = error
-    kind, problems, result = from_main(accelerator, (type(failure), failure.problems if failure else (), result))
+    # An error as its parts: exceptions lose their problems when they are pickled.
+    kind, problems, result = broadcast(accelerator, (type(failure), failure.problems if failure else (), result))
     if failure is not None:
         raise failure
     if problems:
+        assert issubclass(kind, LlmtuneError)
         raise kind(*problems)
-    return result
+    return cast(T, result)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TypedDict
 
 WINDOW = 10
 """Steps whose median is looked at: one bad batch, or four, do not count."""
 LEAST_RISE = 4.0
 """Nats above the best so far that a loss must stay; e^4: each token is held 50 times less likely."""
+
+
+class LossHistory(TypedDict, total=False):
+    """What a checkpoint keeps of a `Divergence`; nothing before the first step."""
+
+    first: float | None
+    best: float | None
+    recent: list[float]
 
 
 @dataclass
@@ -50,10 +58,11 @@ class Divergence:
         self.best = min(self.best, now)
         return None
 
-    def save(self) -> dict[str, float | list[float] | None]:
+    def save(self) -> LossHistory:
         """Return what a checkpoint must keep."""
         return {"first": self.first, "best": self.best, "recent": list(self.recent)}
 
-    def restore(self, first: float | None, best: float | None, recent: Sequence[float]) -> None:
+    def restore(self, history: LossHistory) -> None:
         """Go on from what `save` returned."""
-        self.first, self.best, self.recent = first, best, deque(recent, maxlen=WINDOW)
+        self.first, self.best = history["first"], history["best"]
+        self.recent = deque(history["recent"], maxlen=WINDOW)

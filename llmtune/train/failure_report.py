@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 
 from llmtune.errors import Problem, TrainingError
-from llmtune.train.accumulation import StepLoss, guilty_rows
+from llmtune.train.accumulation import StepLoss, find_guilty_rows
 from llmtune.train.checkpoint import list_checkpoints
-from llmtune.train.distributed import any_process, gather
-from llmtune.train.setup import Training
+from llmtune.train.distributed import any_process, gather_lists
+from llmtune.train.setup import TrainContext
 
 SHOWN_ROWS = 10
 
 
-def not_a_number(training: Training, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
+def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning_rate: float) -> TrainingError:
     """Explain a loss or gradient that is no number, with the training examples that make it so; asks all processes."""
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
     if not weights_are_numbers(training):
@@ -25,30 +25,34 @@ def not_a_number(training: Training, step: int, loss: StepLoss, learning_rate: f
     if math.isfinite(loss.mean):
         what = f"the gradient is {loss.grad_norm} in step {step}, though the loss is {loss.mean:.4f}"
         return _explain(training, step, figures, what, training.plan.rows(step).tolist())
-    guilty = gather(training.accelerator, guilty_rows(training, loss.suspects) if len(loss.suspects) else [])
+    guilty = gather_lists(training.accelerator, find_guilty_rows(training, loss.suspects) if len(loss.suspects) else [])
     return _explain(training, step, figures, f"the loss is {loss.mean} in step {step}", guilty)
 
 
-def weights_are_numbers(training: Training) -> bool:
+def weights_are_numbers(training: TrainContext) -> bool:
     """Say whether all trained weights are finite, in every process."""
     # The extremes rather than every weight: both carry NaN on, and neither needs memory of the model's size.
     finite = all(bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()) for weight in training.parameters)
     return not any_process(training.accelerator, not finite)
 
 
-def ruined(training: Training, step: int, loss: float, grad_norm: float, learning_rate: float) -> TrainingError:
+def ruined_weights_error(
+    training: TrainContext, step: int, loss: float, grad_norm: float, learning_rate: float
+) -> TrainingError:
     """Explain weights that the update of `step` has made no numbers; `loss` and `grad_norm` are those before it."""
     what = f"the trained weights are no numbers after the update of step {step}: it was too large"
     return _explain(training, step, _figures(loss, grad_norm, learning_rate), what, [])
 
 
-def diverged(training: Training, step: int, loss: StepLoss, learning_rate: float, what: str) -> TrainingError:
+def divergence_error(
+    training: TrainContext, step: int, loss: StepLoss, learning_rate: float, what: str
+) -> TrainingError:
     """Explain a loss that left the ground it started from."""
     figures = _figures(loss.mean, loss.grad_norm, learning_rate)
     return _explain(training, step, figures, f"{what}, in step {step}", [])
 
 
-def where_to_go_on(folder: Path) -> str:
+def name_last_checkpoint(folder: Path) -> str:
     """Name the newest checkpoint of a run."""
     found = list_checkpoints(folder / "checkpoints")
     return f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint yet."
@@ -58,7 +62,7 @@ def _figures(loss: float, grad_norm: float, learning_rate: float) -> str:
     return f"loss {loss:.4f}, learning rate {learning_rate:.2e}, gradient norm {grad_norm:.3g}"
 
 
-def _explain(training: Training, step: int, figures: str, what: str, guilty: list[int]) -> TrainingError:
+def _explain(training: TrainContext, step: int, figures: str, what: str, guilty: list[int]) -> TrainingError:
     train = training.recipe.train
     ways = [f"lower train.learning_rate (now {train.learning_rate:g})"]
     if not 0 < train.max_grad_norm <= 1:
@@ -67,7 +71,9 @@ def _explain(training: Training, step: int, figures: str, what: str, guilty: lis
         ways.append("set train.warmup_steps: 0.03")
     if training.dtype == torch.float16:
         ways.append("set model.dtype: bfloat16 or float32")
-    problems = [Problem(what, f"step {step}: {figures}", f"{where_to_go_on(training.folder)} Try: {'; '.join(ways)}.")]
+    problems = [
+        Problem(what, f"step {step}: {figures}", f"{name_last_checkpoint(training.folder)} Try: {'; '.join(ways)}.")
+    ]
     if guilty:
         rows = sorted({int(training.examples.rows[index]) for index in guilty})
         shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")

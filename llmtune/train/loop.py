@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 
 from llmtune.adapter import save_adapter
 from llmtune.data.task_interface import TaskInterface
@@ -25,23 +22,26 @@ from llmtune.store.profile import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
-    Checkpoint,
     Damage,
-    newest_checkpoint,
-    put_weights,
+    TrainState,
+    load_trainable,
     read_checkpoint,
     rotate,
-    sweep,
     write_folder,
 )
-from llmtune.train.distributed import add_up, on_main
+from llmtune.train.distributed import run_on_main, sum_over_processes
 from llmtune.train.divergence import Divergence
-from llmtune.train.failure_report import diverged, not_a_number, ruined, weights_are_numbers, where_to_go_on
-from llmtune.train.metrics_log import METRICS, Display, Line, append_line, cut_back, show
-from llmtune.train.preflight import put_checkpoint, rehearse, save, shrink
-from llmtune.train.setup import Training, deterministic, peak_bytes, set_up
+from llmtune.train.failure_report import (
+    divergence_error,
+    name_last_checkpoint,
+    non_finite_error,
+    ruined_weights_error,
+    weights_are_numbers,
+)
+from llmtune.train.metrics_log import METRICS, Display, Line, append_line, show_progress
+from llmtune.train.preflight import resume, run_preflight, save, shrink_budget
+from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.signals import StopRequest, catch_signals
-from llmtune.train.train_state import TrainState
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -57,7 +57,7 @@ SCALE_GROWS = 1000
 class Run:
     """A training under way."""
 
-    training: Training
+    training: TrainContext
     state: TrainState
     divergence: Divergence
     request: StopRequest
@@ -66,15 +66,6 @@ class Run:
     on_budget: Callable[[int], None]
     rehearsal_seconds: float = 0.0
     seconds_to_first_step: float | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are."""
-        return self.training.folder / "checkpoints"
-
-
-def _say_nothing(tokens: int) -> None:
-    pass
 
 
 def train(
@@ -85,18 +76,16 @@ def train(
     folder: Path,
     console: Console,
     *,
-    accelerator: Accelerator | None = None,
     budget: int,
-    on_budget: Callable[[int], None] = _say_nothing,
-    resume: bool = True,
-    inputs: str | None = None,
+    inputs: str,
+    on_budget: Callable[[int], None] = lambda tokens: None,
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
-    `budget` is the number of tokens in a micro-batch to begin with; `on_budget` is told what it becomes.
-    With `resume` the newest whole checkpoint is gone on from; the result is the same to the last bit. `inputs` is the
-    hash of everything that training depends on (None: of what is known here); what other inputs have left is put aside,
-    and a trained adapter stays until the new one takes its place at the end.
+    `budget` is the number of tokens in a micro-batch to begin with; `on_budget` gets what it becomes. Training resumes
+    from the newest whole checkpoint; the result is the same to the last bit. `inputs` is the hash of everything that
+    training depends on: what other inputs have left is put aside, and a trained adapter stays until the new one takes
+    its place at the end.
 
     Raises:
         Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
@@ -105,22 +94,22 @@ def train(
         RecipeError: the schedule or `batch_tokens` cannot be.
     """
     with deterministic():
-        training = set_up(adapted, examples, task, recipe, folder, console, accelerator, inputs)
+        training = set_up(adapted, examples, task, recipe, folder, console, inputs)
         if not training.accelerator.is_main_process:
-            console, on_budget = Console(quiet=True), _say_nothing
+            console, on_budget = Console(quiet=True), lambda tokens: None
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
         divergence = Divergence(_guessing(adapted, task))
-        resumed = _go_on(training, _prepare_folder(training, resume, console), state, divergence, console)
+        resumed = resume(training, state, divergence, console)
         rehearsed = time.perf_counter()
         with catch_signals(console) as request:
             if state.step < training.plan.total_steps and not state.stopped_early:
-                rehearse(training, state, console, on_budget)
+                run_preflight(training, state, console, on_budget)
             rehearsed = time.perf_counter() - rehearsed
             on_budget(state.budget)
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(training.device)
-            with show(console, state.step, training.plan.total_steps) as display:
+            with show_progress(console, state.step, training.plan.total_steps) as display:
                 run = Run(training, state, divergence, request, display, console, on_budget, rehearsed)
                 _run_steps(run)
             adapter = _finish(run)
@@ -152,10 +141,10 @@ def _take_step(run: Run) -> None:
     loss = _gradients(run, step)
     state.learning_rate, state.grad_norm = training.optimizer.param_groups[0]["lr"], loss.grad_norm
     if not loss.finite:
-        raise not_a_number(training, step, loss, state.learning_rate)
+        raise non_finite_error(training, step, loss, state.learning_rate)
     wrong = run.divergence.observe(loss.mean)
     if wrong is not None:
-        raise diverged(training, step, loss, state.learning_rate, wrong)
+        raise divergence_error(training, step, loss, state.learning_rate, wrong)
     _update(run, step)
     seconds = time.perf_counter() - started
     if run.seconds_to_first_step is None:
@@ -179,7 +168,7 @@ def _gradients(run: Run, step: int) -> StepLoss:
         try:
             loss = step_gradients(training, step, state.budget, state.loss_scale)
         except MicroBatchTooLarge:
-            shrink(training, state, run.console, run.on_budget, f"step {step}")
+            shrink_budget(training, state, run.console, run.on_budget, f"step {step}")
         else:
             if loss.finite or state.loss_scale <= 1 or not math.isfinite(loss.mean):
                 return loss
@@ -194,7 +183,7 @@ def _update(run: Run, step: int) -> None:
         raise TrainingError.of(
             f"out of memory in the update of step {step}, for which the rehearsal had found room",
             str(run.training.device),
-            f"Another program took memory. {where_to_go_on(run.training.folder)}",
+            f"Another program took memory. {name_last_checkpoint(run.training.folder)}",
         )
     training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
@@ -216,7 +205,7 @@ def _close_step(run: Run) -> None:
         loss = _validate(run)
         if loss is None:
             return  # stopped in between: done again when training goes on
-        improved = _judge(run, loss)
+        improved = _record_validation(run, loss)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
     state.closed = step
@@ -231,18 +220,18 @@ def _validate(run: Run) -> float | None:
         try:
             loss = validation_loss(training, state.budget, lambda: run.request.signal_number is not None)
         except MicroBatchTooLarge:
-            shrink(training, state, run.console, run.on_budget, "validation")
+            shrink_budget(training, state, run.console, run.on_budget, "validation")
             continue
         if loss is not None and not math.isfinite(loss):
             raise TrainingError.of(
                 f"the validation loss is {loss} after step {state.step}, though the training loss is a number",
                 "validation",
-                f"Lower train.learning_rate. {where_to_go_on(training.folder)}",
+                f"Lower train.learning_rate. {name_last_checkpoint(training.folder)}",
             )
         return loss
 
 
-def _judge(run: Run, loss: float) -> bool:
+def _record_validation(run: Run, loss: float) -> bool:
     """Note the validation loss, say whether it is the best so far, and decide on stopping early."""
     state, train = run.state, run.training.recipe.train
     before = math.inf if state.best_loss is None else state.best_loss
@@ -274,7 +263,7 @@ def _log(run: Run, validated: bool) -> None:
     if validated:
         line["validation_loss"] = state.validation_loss
     state.log_sum, state.log_count, state.log_tokens, state.log_seconds = 0.0, 0, 0, 0.0
-    on_main(training.accelerator, lambda: append_line(training.folder / METRICS, line))
+    run_on_main(training.accelerator, lambda: append_line(training.folder / METRICS, line))
     if training.recipe.train.report_to:
         values = {key: value for key, value in line.items() if key != "step"}
         training.accelerator.log(values, step=state.step)
@@ -284,19 +273,23 @@ def _log(run: Run, validated: bool) -> None:
 def _checkpoint(run: Run) -> Path:
     training, state = run.training, run.state
     if not weights_are_numbers(training):
-        raise ruined(training, state.step, run.divergence.recent[-1], state.grad_norm, state.learning_rate)
+        raise ruined_weights_error(
+            training, state.step, run.divergence.recent[-1], state.grad_norm, state.learning_rate
+        )
     state.divergence = run.divergence.save()
-    folder = run.checkpoints / f"step-{state.step}"
+    folder = training.checkpoints / f"step-{state.step}"
     save(training, state, folder)
     best = state.best_step if training.recipe.train.load_best_model_at_end else None
-    on_main(training.accelerator, lambda: rotate(run.checkpoints, training.recipe.train.save_total_limit, best))
+    run_on_main(
+        training.accelerator, lambda: rotate(training.checkpoints, training.recipe.train.save_total_limit, best)
+    )
     return folder
 
 
 def _stop_if_asked(run: Run) -> None:
     """Save and raise Stopped if any process got a signal."""
-    asked = run.request.signal_number
-    interrupts, terminations = add_up(run.training.accelerator, [float(asked == 2), float(asked == 15)])
+    number = run.request.signal_number
+    interrupts, terminations = sum_over_processes(run.training.accelerator, [float(number == 2), float(number == 15)])
     if not interrupts and not terminations:
         return
     total = run.training.plan.total_steps
@@ -304,64 +297,25 @@ def _stop_if_asked(run: Run) -> None:
     if run.state.step == 0:
         what, where = f"stopped by {name} before step 1", None
     else:
-        saved = run.checkpoints / f"step-{run.state.step}"
+        saved = run.training.checkpoints / f"step-{run.state.step}"
         where = str(_checkpoint(run) if not saved.exists() else saved)
         what = f"stopped by {name} after step {run.state.step} of {total}; a checkpoint is saved"
     raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
-
-
-def _prepare_folder(training: Training, resume: bool, console: Console) -> Checkpoint | None:
-    """Clean up after an interrupted run; return the newest whole checkpoint, in every process."""
-    checkpoints = training.folder / "checkpoints"
-    own: list[Checkpoint] = []
-
-    def prepare() -> Path | None:
-        if not resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-        sweep(checkpoints)
-        sweep(training.folder)
-        found = newest_checkpoint(checkpoints, training.fingerprint, console)
-        # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
-        cut_back(training.folder / METRICS, found.state.closed if found else 0)
-        own.extend([found] if found else [])
-        return found.folder if found else None
-
-    folder = on_main(training.accelerator, prepare)
-    if folder is None or own:
-        return own[0] if own else None
-    read = read_checkpoint(folder)
-    assert isinstance(read, Checkpoint), "it was whole a moment ago"
-    return read
-
-
-def _go_on(
-    training: Training, found: Checkpoint | None, state: TrainState, divergence: Divergence, console: Console
-) -> int | None:
-    """Put a checkpoint into model, optimiser, `state` and `divergence`; return its step."""
-    if found is None:
-        return None
-    put_checkpoint(training, found)
-    budget = min(state.budget, found.state.budget)
-    vars(state).update(vars(found.state))
-    state.budget = max(budget, training.longest)
-    divergence.restore(**found.state.divergence)
-    console.print(f"Going on from {found.folder.name} of {training.plan.total_steps} ({escape(str(found.folder))}).")
-    return state.step
 
 
 def _finish(run: Run) -> Path:
     """Put the best weights back if the recipe wants them, and save the adapter (or the weights)."""
     training, state = run.training, run.state
     if training.recipe.train.load_best_model_at_end and state.best_step not in (None, state.step):
-        best = read_checkpoint(run.checkpoints / f"step-{state.best_step}")
+        best = read_checkpoint(training.checkpoints / f"step-{state.best_step}")
         if isinstance(best, Damage):
             run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); the last step is taken.[/]")
         else:
-            put_weights(training.adapted.model, best.weights)
+            load_trainable(training.adapted.model, best.weights)
     folder = training.folder / ("weights" if training.adapted.method == "full" else "adapter")
-    on_main(
+    run_on_main(
         training.accelerator,
-        lambda: write_folder(folder, lambda place: save_adapter(training.adapted, place)),
+        lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target)),
     )
     return folder
 
@@ -390,7 +344,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
     )
 
 
-def _padding(training: Training, state: TrainState) -> float:
+def _padding(training: TrainContext, state: TrainState) -> float:
     """Return the share of positions that were padding, as the steps are cut by the budget that training ended with."""
     processes, cost = training.accelerator.num_processes, training.pass_tokens
     return padding_share(training.plan, state.step, state.budget, training.packed, processes, cost)

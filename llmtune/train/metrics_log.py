@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,7 +18,18 @@ from llmtune.store.atomic_files import explained, plain, write_text
 METRICS = "metrics.jsonl"
 """In the run folder: a line a log step."""
 
-Line = dict[str, Any]
+
+class Line(TypedDict):
+    """A line of metrics.jsonl: figures since the line before."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    peak_bytes: int
+    validation_loss: NotRequired[float | None]
 
 
 @dataclass
@@ -52,7 +63,7 @@ class Display:
 
 
 @contextmanager
-def show(console: Console, done: int, total: int) -> Iterator[Display]:
+def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
     """Show progress from step `done` on inside the block."""
     if not console.is_terminal:
         yield Display(console, None, None, total)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import get_scheduler
@@ -14,6 +15,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _UNPAGED = {"adamw_32bit": "adamw_torch", "ademamix_32bit": "ademamix"}
 
@@ -57,11 +59,15 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
     return optimizer
 
 
-def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, dict[str, object]]:
     """Return the class that `train.optim` names in transformers, and the options that it takes from the recipe."""
     train = recipe.train
     if train.optim in _TORCH_ADAMW:
-        options = {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2), "eps": train.adam_epsilon}
+        options: dict[str, object] = {
+            "lr": train.learning_rate,
+            "betas": (train.adam_beta1, train.adam_beta2),
+            "eps": train.adam_epsilon,
+        }
         return torch.optim.AdamW, options | ({"fused": True} if train.optim == "adamw_torch_fused" else {})
     from transformers import Trainer  # brings datasets and pandas along, for which most trainings need not wait
 
@@ -74,9 +80,7 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[type[torch.opti
         adam_epsilon=train.adam_epsilon,
     )
     try:
-        found: tuple[type[torch.optim.Optimizer], dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(
-            arguments, model
-        )
+        found: tuple[MakeOptimizer, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except ImportError as error:
         fix = "pip install bitsandbytes, or set train.optim to adamw_torch."
         raise EnvironmentProblem.of(f"{train.optim} is not to be had here: {error}", "train.optim", fix) from error

@@ -1,4 +1,4 @@
-"""Before step 1: the largest micro-batch, a validation batch, a save and reload; then all is put back."""
+"""Before step 1: resume from a checkpoint, and try the largest micro-batch, a validation batch, a save and reload."""
 
 from __future__ import annotations
 
@@ -11,25 +11,32 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.device import memory_limit
-from llmtune.train.accumulation import seed_micro_batch, try_memory, with_totals
+from llmtune.train.accumulation import make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
     Checkpoint,
     Damage,
-    put_weights,
+    TrainState,
+    load_trainable,
+    newest_checkpoint,
     read_checkpoint,
+    sweep,
     trainable_weights,
     write_checkpoint,
 )
-from llmtune.train.distributed import any_process, on_main
-from llmtune.train.setup import Training, peak_bytes
-from llmtune.train.train_state import TrainState
+from llmtune.train.distributed import any_process, run_on_main
+from llmtune.train.divergence import Divergence
+from llmtune.train.metrics_log import METRICS, cut_back
+from llmtune.train.setup import TrainContext, peak_bytes
 
 
-def rehearse(training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None]) -> None:
+def run_preflight(
+    training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
+) -> None:
     """Try the heaviest work of the training, shrink `state.budget` until it fits, and put everything back bit by bit.
 
     Raises:
@@ -38,12 +45,12 @@ def rehearse(training: Training, state: TrainState, console: Console, on_budget:
             are to be compiled cannot be.
     """
     if training.recipe.train.torch_compile:
-        from llmtune.train.torch_compile import rehearse_compiled  # imports the compiler, which takes a second
+        from llmtune.train.torch_compile import check_compiled  # imports the compiler, which takes a second
 
-        with rehearse_compiled(console):
-            _rehearse(training, state, console, on_budget)
+        with check_compiled(console):
+            _try_heaviest_work(training, state, console, on_budget)
     else:
-        _rehearse(training, state, console, on_budget)
+        _try_heaviest_work(training, state, console, on_budget)
     if training.accelerator.is_main_process:
         console.print(
             f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
@@ -51,15 +58,16 @@ def rehearse(training: Training, state: TrainState, console: Console, on_budget:
         )
 
 
-def _rehearse(training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None]) -> None:
-    checkpoints = training.folder / "checkpoints"
-    before, after = checkpoints / ".tmp-before", checkpoints / ".tmp-after"
+def _try_heaviest_work(
+    training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
+) -> None:
+    before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
     with _random_states():
         save(training, state, before)
         try:
             while not _fits(training, state.budget):
                 _put_back(training, before)
-                shrink(training, state, console, on_budget, "the rehearsal")
+                shrink_budget(training, state, console, on_budget, "the rehearsal")
             save(training, state, after)
             _put_back(training, after)
             _put_back(training, before)
@@ -67,11 +75,11 @@ def _rehearse(training: Training, state: TrainState, console: Console, on_budget
             if training.accelerator.is_main_process:
                 _discard(before, after)
             raise
-        on_main(training.accelerator, lambda: _discard(before, after))
+        run_on_main(training.accelerator, lambda: _discard(before, after))
 
 
-def shrink(
-    training: Training, state: TrainState, console: Console, on_budget: Callable[[int], None], occasion: str
+def shrink_budget(
+    training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None], occasion: str
 ) -> None:
     """Halve the token budget, down to the longest example at least, and say so.
 
@@ -85,7 +93,7 @@ def shrink(
         console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
 
 
-def _fits(training: Training, budget: int) -> bool:
+def _fits(training: TrainContext, budget: int) -> bool:
     """Run the heaviest micro-batches through a whole step, and the heaviest validation batch, in every process."""
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
@@ -99,7 +107,7 @@ def _fits(training: Training, budget: int) -> bool:
     def validate() -> None:
         assert held_out is not None
         for rows in heaviest(held_out.lengths, held_out.supervised, budget, training.packed, len(held_out)):
-            batch = with_totals(training, held_out, rows)
+            batch = make_whole_batch(training, held_out, rows)
             with torch.no_grad(), training.compute():
                 training.task.loss(training.model, batch, False)
 
@@ -113,31 +121,31 @@ def _fits(training: Training, budget: int) -> bool:
     return not any_process(training.accelerator, not fits)
 
 
-def _train_on(training: Training, rows: Indexes) -> None:
-    batch = with_totals(training, training.examples, rows)
+def _train_on(training: TrainContext, rows: Indexes) -> None:
+    batch = make_whole_batch(training, training.examples, rows)
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
     training.accelerator.backward(loss.sum / max(1, loss.count))
 
 
-def save(training: Training, state: TrainState, folder: Path) -> None:
+def save(training: TrainContext, state: TrainState, folder: Path) -> None:
     """Write a checkpoint of the training as it stands; every process waits for it.
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
-    on_main(
+    run_on_main(
         training.accelerator,
         lambda: write_checkpoint(
             folder,
             trainable_weights(training.adapted.model),
             {"optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict()},
             state,
-            training.fingerprint,
+            training.inputs,
         ),
     )
 
 
-def _put_back(training: Training, folder: Path) -> None:
+def _put_back(training: TrainContext, folder: Path) -> None:
     found = read_checkpoint(folder)
     if isinstance(found, Damage):
         raise EnvironmentProblem.of(
@@ -145,19 +153,49 @@ def _put_back(training: Training, folder: Path) -> None:
             str(folder.parent),
             "The disk or its driver loses data: give the run another folder with --out.",
         )
-    put_checkpoint(training, found)
+    restore_checkpoint(training, found)
 
 
-def put_checkpoint(training: Training, found: Checkpoint) -> None:
+def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     """Make weights, optimiser and schedule what they were when `found` was written, in place."""
-    put_weights(training.adapted.model, found.weights)
+    load_trainable(training.adapted.model, found.weights)
     training.optimizer.optimizer.state.clear()  # before the new one is taken in: it can be as large as the model
     training.optimizer.load_state_dict(found.optimizer["optimizer"])
     training.schedule.load_state_dict(found.optimizer["schedule"])
     training.optimizer.zero_grad(set_to_none=True)
 
 
-def _does_not_fit(training: Training) -> LlmtuneError:
+def resume(training: TrainContext, state: TrainState, divergence: Divergence, console: Console) -> int | None:
+    """Clean up after an interrupted run, and put the newest whole checkpoint into all that it was made of.
+
+    Returns the step of the checkpoint; None without one.
+    """
+    found: Checkpoint | Damage | None = None
+
+    def prepare() -> Path | None:
+        nonlocal found
+        sweep(training.checkpoints)
+        sweep(training.folder)
+        found = newest = newest_checkpoint(training.checkpoints, training.inputs, console)
+        # A stop saves a step before its line is written: what goes on writes it, for the second time after a kill.
+        cut_back(training.folder / METRICS, newest.state.closed if newest else 0)
+        return newest.folder if newest else None
+
+    folder = run_on_main(training.accelerator, prepare)
+    if folder is None:
+        return None
+    found = found or read_checkpoint(folder)  # the other processes read it too
+    assert isinstance(found, Checkpoint), "it was whole a moment ago"
+    restore_checkpoint(training, found)
+    budget = min(state.budget, found.state.budget)
+    vars(state).update(vars(found.state))
+    state.budget = max(budget, training.longest)
+    divergence.restore(found.state.divergence)
+    console.print(f"Going on from {folder.name} of {training.plan.total_steps} ({escape(str(folder))}).")
+    return state.step
+
+
+def _does_not_fit(training: TrainContext) -> LlmtuneError:
     reader, device = training.examples, training.device
     limit = memory_limit(str(device))
     has = f": {limit / 1e9:.2f} GB" if limit else " is full"

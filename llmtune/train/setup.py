@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from rich.console import Console
+from torch.optim.lr_scheduler import LRScheduler
 
 from llmtune import __version__
 from llmtune.data.examples import ExampleReader
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainContext:
     """The parts of one training. The model is trained in place; nothing else here changes."""
 
     adapted: AdaptedModel
@@ -40,8 +42,8 @@ class Training:
     """As Accelerate prepared it: wrapped when there are several processes."""
     parameters: tuple[torch.nn.Parameter, ...]
     """The trainable ones."""
-    optimizer: Any
-    schedule: Any
+    optimizer: AcceleratedOptimizer
+    schedule: LRScheduler
     task: TaskInterface
     recipe: Recipe
     plan: StepPlan
@@ -50,8 +52,13 @@ class Training:
     dtype: torch.dtype
     collate: Collate
     folder: Path
-    fingerprint: str
-    """What a checkpoint must agree with to be gone on from."""
+    inputs: str
+    """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.folder / "checkpoints"
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +91,7 @@ class Training:
         return compute_context(self.dtype, self.device.type)
 
 
-def open_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
+def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Accelerator:
     """Make the Accelerator that the loop runs on; the number format is ours (its own turns all outputs into float32).
 
     Raises EnvironmentProblem for a tracker that is not installed.
@@ -126,10 +133,9 @@ def set_up(
     recipe: Recipe,
     folder: Path,
     console: Console,
-    accelerator: Accelerator | None,
-    inputs: str | None = None,
-) -> Training:
-    """Put together what training works with.
+    inputs: str,
+) -> TrainContext:
+    """Put together what training works with; `inputs` as `train` takes them.
 
     Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
     """
@@ -145,7 +151,7 @@ def set_up(
         max_steps=train.max_steps,
     )
     device = next(adapted.model.parameters()).device
-    accelerator = accelerator or open_accelerator(recipe, folder, device)
+    accelerator = build_accelerator(recipe, folder, device)
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
 
@@ -159,7 +165,7 @@ def set_up(
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, optimizer = accelerator.prepare(adapted.model, optimizer)
     processor = adapted.selected.processor
-    return Training(
+    return TrainContext(
         adapted=adapted,
         accelerator=accelerator,
         model=model,
@@ -174,22 +180,7 @@ def set_up(
         dtype=resolve_dtype(recipe.model.dtype, device.type),
         collate=task.collator(processor, recipe, adapted.selected.packs),
         folder=folder,
-        fingerprint=inputs or _fingerprint(adapted, examples, recipe),
-    )
-
-
-def _fingerprint(adapted: AdaptedModel, examples: Examples, recipe: Recipe) -> str:
-    """Hash what training depends on, as far as it is known here: not what lies in `adapter.start_from`."""
-    return hash_value(
-        [
-            examples.content_hash,
-            adapted.selected.model_ref.content_hash,
-            recipe.seed,
-            recipe.data.packing,
-            recipe.model.dtype,
-            recipe.adapter.model_dump(mode="json"),
-            recipe.train.model_dump(mode="json"),
-        ]
+        inputs=inputs,
     )
 
 

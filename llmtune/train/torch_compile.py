@@ -21,8 +21,8 @@ def compile_parts(model: torch.nn.Module, inner: PreTrainedModel) -> int:
     """Have parts of the layers of `model` compiled at their first call, for rows of any length; return their number.
 
     Parts are those that work on tensors alone: norms, gated layers, outputs. Attention takes the lengths of documents,
-    for each number of which it would be compiled anew. Changes `model` in place. What a layer is the model says itself,
-    by what it must not be split within; raises RecipeError if it says nothing.
+    for each number of which it would be compiled anew. Changes `model` in place. Layers are those that the
+    model must not be split within (`_no_split_modules`); raises RecipeError if it names none.
     """
     names = set(getattr(inner, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
@@ -51,7 +51,7 @@ def _closed_parts(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 @contextmanager
-def rehearse_compiled(console: Console) -> Iterator[None]:
+def check_compiled(console: Console) -> Iterator[None]:
     """See to it that layers are compiled in the block, say what that took, and explain what the compiler stumbles over.
 
     Raises EnvironmentProblem if it fails, or if nothing came of it.

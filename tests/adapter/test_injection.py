@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
+from support.adapting import build_family, documents, logits, open_model, packed, quiet, recipe_with
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter import describe, inject, save_adapter, trainable_parameters
@@ -28,11 +28,6 @@ METHODS = {
 def adapt(folder, console=None, train=None, model=None, **adapter):
     recipe = recipe_with(folder, adapter={"r": 8, **adapter}, train=train or {}, model=model or {})
     return inject(open_model(recipe), recipe, console or quiet())
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,18 +78,16 @@ def test_what_is_trained_is_float32_on_a_bfloat16_base(tiny_llama, method):
     assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in trained)
 
 
-def test_base_weights_are_not_trained(tiny_llama):
+def test_only_the_adapter_is_trained_and_with_full_every_weight(tiny_llama):
     adapted = adapt(tiny_llama)
-    names = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
-    assert names
-    assert all(".lora_" in name for name in names)
+    trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
     assert adapted.trainable == sum(parameter.numel() for parameter in trainable_parameters(adapted.model))
-
-
-def test_full_trains_every_weight(tiny_llama):
-    adapted = adapt(tiny_llama, method="full")
-    assert adapted.trainable == adapted.total == sum(p.numel() for p in adapted.model.parameters())
-    assert adapted.matched_modules == ()
+    assert adapt(tiny_llama, method="qlora").total == adapted.total, "weights in 4 bits are counted, not their bytes"
+    full = adapt(tiny_llama, method="full")
+    assert full.trainable == full.total == sum(parameter.numel() for parameter in full.model.parameters())
+    assert full.matched_modules == ()
 
 
 def test_matched_modules_share_and_size_are_printed(tiny_llama, console):
@@ -109,15 +102,9 @@ def test_matched_modules_share_and_size_are_printed(tiny_llama, console):
     assert described["r"] == 8
 
 
-def test_a_quantised_model_counts_its_weights_not_its_bytes(tiny_llama):
-    assert adapt(tiny_llama, method="qlora").total == adapt(tiny_llama).total
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_checkpointing_changes_memory_and_not_gradients(tiny_llama, checkpointing):
-    kept = []
-    gradients = []
-    for on in (False, checkpointing):
+def test_checkpointing_changes_memory_and_not_gradients(tiny_llama):
+    kept, gradients = [], []
+    for on in (False, True):
         adapted = adapt(tiny_llama, train={"gradient_checkpointing": on})
         adapted.model.train()
         sizes = []
@@ -127,7 +114,7 @@ def test_checkpointing_changes_memory_and_not_gradients(tiny_llama, checkpointin
         kept.append(sum(sizes))
         gradients.append(torch.cat([p.grad.flatten() for p in trainable_parameters(adapted.model)]))
     torch.testing.assert_close(*gradients)
-    assert (kept[1] < 0.6 * kept[0]) == checkpointing
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_qlora_learns_on_a_cpu(tmp_path):
@@ -192,12 +179,6 @@ def test_added_tokens_are_trained_and_nothing_else_of_the_embedding(tiny_llama, 
     assert all("lora_" in name or "trainable_tokens" in name for name in changed)
     with torch.no_grad():
         assert not torch.equal(model(input_ids=torch.tensor([[new]]), use_cache=False).logits[0], start)
-
-
-def test_a_module_can_be_trained_whole(tiny_gpt2):
-    adapted = adapt(tiny_gpt2, target_modules=["c_attn"], modules_to_save=["ln_f"])
-    trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
-    assert any("ln_f.modules_to_save" in name for name in trained)
 
 
 def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):

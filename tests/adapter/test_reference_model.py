@@ -45,23 +45,24 @@ def move(model):
 @pytest.mark.parametrize("kind", [*FRESH, *COPIED])
 def test_the_reference_is_the_model_before_training_and_leaves_what_was_trained_as_it_is(kind, tiny_llama, tiny_gpt2):
     model = adapt(tiny_gpt2 if kind == "bias" else tiny_llama, **{**FRESH, **COPIED}[kind])  # Llama has no biases
+    assert switches_off(model) is (kind in FRESH)
+    assert hasattr(model, KEPT) is (kind in COPIED), "weights are kept only where they have to be"
     before = logits(model)
     move(model)
     after = logits(model)
     assert not torch.allclose(after, before, atol=1e-2)
     weights = [parameter.detach().clone() for parameter in trainable_parameters(model)]
-    with reference_of(model):
-        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+    def fail_inside():
+        with reference_of(model):
+            torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):  # an error puts the weights back too
+        fail_inside()
     assert torch.equal(logits(model), after)
     for parameter, weight in zip(trainable_parameters(model), weights, strict=True):
         assert torch.equal(parameter, weight)
-
-
-@pytest.mark.parametrize("kind", [*FRESH, *COPIED])
-def test_weights_are_kept_only_where_switching_the_adapter_off_is_not_enough(kind, tiny_llama):
-    model = adapt(tiny_llama, **{**FRESH, **COPIED}[kind])
-    assert switches_off(model) is (kind in FRESH)
-    assert hasattr(model, KEPT) is (kind in COPIED)
 
 
 def test_an_adapter_that_training_goes_on_from_is_the_reference_itself(tiny_llama, tmp_path):
@@ -79,15 +80,6 @@ def test_an_adapter_that_training_goes_on_from_is_the_reference_itself(tiny_llam
 @pytest.mark.parametrize(("loss", "has_one"), LOSSES.items())
 def test_a_loss_without_a_reference_keeps_no_copy(loss, has_one, tiny_llama):
     assert hasattr(adapt(tiny_llama, loss, method="full"), KEPT) is has_one
-
-
-def test_an_error_inside_puts_the_weights_back_too(tiny_llama):
-    model = adapt(tiny_llama, method="full")
-    move(model)
-    after = logits(model)
-    with pytest.raises(ValueError, match="inside"), reference_of(model):
-        raise ValueError("inside")
-    assert torch.equal(logits(model), after)
 
 
 def test_a_gradient_is_that_of_the_policy_though_the_reference_stood_in_between(tiny_llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,62 +99,35 @@ def test_a_qlora_adapter_comes_back_on_the_same_quantised_base(tiny_llama, tmp_p
     assert torch.equal(logits(again.model), logits(adapted.model))
 
 
-def test_added_tokens_come_back_with_plain_peft(tiny_llama, tmp_path):
-    adapted = train_a_little(tiny_llama, model={"add_tokens": ["<tool>", "</tool>"]})
-    save_adapter(adapted, tmp_path)
-    wanted = logits(adapted.model)
-    assert wanted.shape[1] == 427
-    torch.testing.assert_close(plain_peft(tmp_path), wanted, atol=1e-6, rtol=0)
-    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("<tool>") == ["<tool>"]
-
-
-def test_added_tokens_of_a_head_of_its_own_come_back_too(tmp_path):
-    folder = build_family(tmp_path / "m", "llama", tie_word_embeddings=False)
-    adapted = train_a_little(folder, model={"add_tokens": ["<tool>"]})
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_tokens_come_back_with_plain_peft(tmp_path, tied):
+    folder = build_family(tmp_path / "m", "llama", tie_word_embeddings=tied)
+    adapted = train_a_little(folder, model={"add_tokens": ["<tool>", "</tool>"]})
     save_adapter(adapted, tmp_path / "a")
-    torch.testing.assert_close(plain_peft(tmp_path / "a"), logits(adapted.model), atol=1e-5, rtol=0)
+    expected = logits(adapted.model)
+    assert expected.shape[1] == 427
+    torch.testing.assert_close(plain_peft(tmp_path / "a"), expected, atol=1e-5, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").tokenize("<tool>") == ["<tool>"]
 
 
-def test_a_converted_start_is_plain_lora_of_twice_the_rank(tiny_llama, tmp_path):
-    save_adapter(train_a_little(tiny_llama, init_lora_weights="pissa"), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (16, 64, True)
-
-
-def test_saving_changes_nothing_and_can_be_done_again(tiny_llama, tmp_path):
+def test_saving_changes_nothing_names_the_base_and_doubles_the_rank_of_pissa(tiny_llama, tmp_path):
     adapted = train_a_little(tiny_llama, init_lora_weights="pissa")
     before = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}
-    for name in ("a", "b"):
-        save_adapter(adapted, tmp_path / name)
+    hub = replace(adapted.selected.model_ref, name="owner/model", revision="c" * 40)
+    save_adapter(adapted, tmp_path / "a")
+    save_adapter(replace(adapted, selected=replace(adapted.selected, model_ref=hub)), tmp_path / "b")
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.model.state_dict().items())
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-def test_the_folder_names_its_base_and_is_readable_by_others(tiny_llama, tmp_path):
-    save_adapter(train_a_little(tiny_llama), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_llama)
-    assert config["inference_mode"] is True
-    assert (tmp_path / "adapter_model.safetensors").stat().st_mode == (tmp_path / "adapter_config.json").stat().st_mode
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
+    ours, of_hub = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in "ab")
+    assert (ours["base_model_name_or_path"], ours["revision"]) == (str(tiny_llama), None)
+    assert (of_hub["base_model_name_or_path"], of_hub["revision"]) == ("owner/model", "c" * 40)
+    assert (ours["r"], ours["lora_alpha"], ours["init_lora_weights"], ours["inference_mode"]) == (16, 64, True, True)
+    weights = [tmp_path / name / "adapter_model.safetensors" for name in "ab"]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].stat().st_mode == weights[0].with_name("adapter_config.json").stat().st_mode, "others can read it"
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json"),
     }
-
-
-def test_a_model_of_the_hub_is_named_with_its_commit(tiny_llama, tmp_path):
-    import dataclasses
-
-    adapted = train_a_little(tiny_llama)
-    place = dataclasses.replace(adapted.selected.model_ref, name="owner/model", revision="c" * 40)
-    selected = dataclasses.replace(adapted.selected, model_ref=place)
-    save_adapter(dataclasses.replace(adapted, selected=selected), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/model", "c" * 40)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -204,43 +178,31 @@ def load_damaged(folder: Path, adapter: Path) -> str:
     return str(caught.value)
 
 
-def test_an_adapter_with_a_missing_weight_is_no_silent_loss(tiny_llama, tmp_path):
+@pytest.fixture
+def adapter(tiny_llama, tmp_path) -> Path:
+    """An adapter to damage: its weights."""
     save_adapter(train_a_little(tiny_llama), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if "lora_B" in name)
-    del tensors[name]
-    save_file(tensors, path)
-    assert "have no counterpart" in load_damaged(tiny_llama, tmp_path)
+    return tmp_path / "adapter_model.safetensors"
 
 
-def test_an_adapter_whose_names_match_nothing_does_not_load_as_a_no_op(tiny_llama, tmp_path):
-    save_adapter(train_a_little(tiny_llama), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    save_file({name.replace("layers", "blocks"): tensor for name, tensor in load_file(path).items()}, path)
-    assert "have no counterpart" in load_damaged(tiny_llama, tmp_path)
+def test_an_adapter_whose_names_match_nothing_does_not_load_as_a_no_op(tiny_llama, adapter):
+    tensors = load_file(adapter)
+    save_file({name.replace("layers", "blocks"): tensor for name, tensor in tensors.items()}, adapter)
+    assert "have no counterpart" in load_damaged(tiny_llama, adapter.parent)
+    del tensors[next(name for name in tensors if "lora_B" in name)]
+    save_file(tensors, adapter)
+    assert "have no counterpart" in load_damaged(tiny_llama, adapter.parent)
 
 
-def test_a_cut_adapter_is_told(tiny_llama, tmp_path):
-    save_adapter(train_a_little(tiny_llama), tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert str(tmp_path) in load_damaged(tiny_llama, tmp_path)
-
-
-def test_an_adapter_for_another_model_is_told(tiny_llama, tmp_path):
+def test_an_adapter_for_another_model_and_a_folder_without_one_are_refused(tiny_llama, tmp_path):
     other = build_family(tmp_path / "other", "llama", intermediate_size=32)
     save_adapter(train_a_little(other), tmp_path / "a")
     assert "made for another model" in load_damaged(tiny_llama, tmp_path / "a")
+    assert "no adapter here" in load_damaged(tiny_llama, tmp_path)
+    assert "no such folder" in load_damaged(tiny_llama, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("content", ["{", '{"peft_type": "IA3", "task_type": "CAUSAL_LM"}', '{"r": 8}'])
-def test_a_damaged_adapter_config_is_told(tiny_llama, tmp_path, content):
-    save_adapter(train_a_little(tiny_llama), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(content)
-    assert "adapter_config.json" in load_damaged(tiny_llama, tmp_path)
-
-
-def test_a_folder_without_an_adapter_is_told(tiny_llama, tmp_path):
-    assert "no adapter here" in load_damaged(tiny_llama, tmp_path)
-    assert "no such folder" in load_damaged(tiny_llama, tmp_path / "gone")
+def test_a_damaged_adapter_config_is_refused(tiny_llama, adapter, content):
+    adapter.with_name("adapter_config.json").write_text(content)
+    assert "adapter_config.json" in load_damaged(tiny_llama, adapter.parent)

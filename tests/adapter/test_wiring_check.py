@@ -17,19 +17,13 @@ def adapted_and_recipe(folder, **adapter):
     return inject(open_model(recipe), recipe, quiet()), recipe
 
 
-def test_an_adapter_that_does_nothing_is_found(tiny_llama):
+@pytest.mark.parametrize("broken", ["does nothing", "cannot be switched off"])
+def test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found(tiny_llama, broken):
     adapted, recipe = adapted_and_recipe(tiny_llama)
     for module in adapted.model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and broken == "does nothing":
             module.scaling["default"] = 0.0
-    with pytest.raises(NotWiredError):
-        prove_wiring(adapted.model, adapted.selected, recipe)
-
-
-def test_an_adapter_that_is_switched_off_is_found(tiny_llama):
-    adapted, recipe = adapted_and_recipe(tiny_llama)
-    for module in adapted.model.modules():
-        if isinstance(module, LoraLayer):
+        elif isinstance(module, LoraLayer):
             module._disable_adapters = True
             module.enable_adapters = lambda enabled: None
     with pytest.raises(NotWiredError):

@@ -16,7 +16,7 @@ from llmtune.model import causal_lm_loss as loss
 from llmtune.model import causal_loss, predicted_logits
 from llmtune.model import chunked_cross_entropy as head_loss
 from llmtune.model.causal_lm_loss import token_losses
-from llmtune.model.chunked_cross_entropy import LogitShape, install_head_loss, remove_head_loss, takes_head_loss
+from llmtune.model.chunked_cross_entropy import LogitShape, remove_head_loss, takes_head_loss
 from llmtune.model.library_logging import hushed
 from llmtune.model.self_checks import take_loss_at_head
 
@@ -171,13 +171,3 @@ def test_a_model_that_does_more_before_its_head_takes_its_loss_from_logits(tiny_
     assert not take_loss_at_head(model, torch.float32)
     assert "forward" not in vars(model)
     loss.accepted_arguments.cache_clear()
-
-
-def test_a_class_of_its_own_is_left_alone(tiny_llama):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-
-    class Own(type(model)):
-        pass
-
-    model.__class__ = Own
-    assert not install_head_loss(model)

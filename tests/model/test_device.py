@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmtune.errors import RecipeError
-from llmtune.model import compute_context, pick_device, resolve_dtype
+from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.device import has_fast_bfloat16, memory_limit
 
 
@@ -47,7 +47,3 @@ def test_the_address_space_that_ulimit_allows_is_a_limit():
     limited = f'ulimit -v 8000000; {sys.executable} -c "{code}"'
     said = subprocess.run(["/bin/bash", "-c", limited], capture_output=True, text=True, timeout=120, check=True).stdout
     assert int(said) == min(8000000 * 1024, memory_limit("cpu"))
-
-
-def test_a_device_is_picked():
-    assert pick_device() in ("cpu", "cuda", "mps")

@@ -34,16 +34,18 @@ def test_a_recipe_without_kernels_lacks_nothing(folder, monkeypatch):
     check_kernels(recipe_with(folder), "cuda")
 
 
-def test_liger_is_refused_on_a_cpu_by_name(folder):
-    (problem,) = lacking(folder, "cpu", train={"use_liger_kernel": True})
-    assert (problem.where, problem.fix) == ("train.use_liger_kernel", "Remove it.")
-    assert "this machine computes on cpu" in problem.what
-
-
-def test_liger_on_a_gpu_wants_its_package(folder, monkeypatch):
-    without(monkeypatch, "liger_kernel")
-    (problem,) = lacking(folder, "cuda", train={"use_liger_kernel": True})
-    assert "pip install liger-kernel" in problem.fix
+@pytest.mark.parametrize(
+    ("device", "key", "fix"),
+    [
+        ("cpu", "use_liger_kernel", "Remove it."),
+        ("cuda", "use_liger_kernel", "pip install liger-kernel, or remove it."),
+        ("cuda", "torch_compile", "pip install triton, or remove it."),
+    ],
+)
+def test_a_kernel_wants_a_gpu_and_its_package(folder, monkeypatch, device, key, fix):
+    without(monkeypatch, "liger_kernel", "triton")
+    (problem,) = lacking(folder, device, train={key: True})
+    assert (problem.where, problem.fix) == (f"train.{key}", fix)
 
 
 def test_compiling_on_a_cpu_wants_a_compiler(folder, monkeypatch):
@@ -55,12 +57,6 @@ def test_compiling_on_a_cpu_wants_a_compiler(folder, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     (problem,) = lacking(folder, "cpu", train={"torch_compile": True})
     assert "apt install g++" in problem.fix
-
-
-def test_compiling_on_a_gpu_wants_triton(folder, monkeypatch):
-    without(monkeypatch, "triton")
-    (problem,) = lacking(folder, "cuda", train={"torch_compile": True})
-    assert "pip install triton" in problem.fix
 
 
 def test_all_that_is_lacking_is_said_at_once(folder, monkeypatch):

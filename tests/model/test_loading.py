@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import causal_loss
-from llmtune.model.config import head_names
 
 SMALL = {"vocab_size": 425, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL["intermediate_size"] = 32
@@ -68,17 +67,6 @@ def test_qlora_holds_four_bits_a_weight_in_memory(tmp_path, double):
     }
 
 
-def test_a_head_of_its_own_is_not_quantised(tmp_path):
-    train_tokenizer().save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SMALL, tie_word_embeddings=False)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = open_model(recipe_with(tmp_path, adapter={"method": "qlora"})).model
-    assert type(model.lm_head) is torch.nn.Linear
-    assert model.lm_head.weight.dtype == torch.float32
-    assert head_names(model) == ["lm_head"]
-
-
 def test_an_evaluation_in_between_leaves_gradients_of_a_quantised_model_right(tmp_path):
     """bitsandbytes repacks weights at the first forward pass in eval mode, into a format without a gradient."""
     selected = open_model(recipe_with(build_llama(tmp_path), adapter={"method": "qlora"}))
@@ -97,14 +85,6 @@ def test_an_evaluation_in_between_leaves_gradients_of_a_quantised_model_right(tm
     with torch.no_grad():
         causal_loss(model, batch)
     assert torch.equal(gradient(), before)
-
-
-def test_loading_twice_gives_the_same_quantised_weights(tmp_path):
-    folder = build_llama(tmp_path)
-    recipe = recipe_with(folder, adapter={"method": "qlora"})
-    first, second = (dict(open_model(recipe).model.state_dict()) for _ in range(2))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_added_tokens_get_a_row_that_is_the_mean_of_the_others(tiny_llama):

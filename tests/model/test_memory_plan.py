@@ -18,7 +18,7 @@ from llmtune.model import (
     resolve_checkpointing,
     resolve_model,
 )
-from llmtune.model.memory_plan import optimizer_bytes, suggest_recipe
+from llmtune.model.memory_plan import suggest_recipe
 from llmtune.records import MemoryPlan
 from llmtune.tasks import get_task
 from llmtune.train.optimizer import build_optimizer
@@ -93,16 +93,7 @@ def test_planned_activations_are_of_the_size_that_the_backward_pass_keeps(folder
     assert 0.4 * planned < found < 1.3 * planned or (checkpointing and found < planned)
 
 
-@pytest.mark.parametrize(
-    ("optim", "wanted"),
-    [("adamw_torch", 8), ("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("lion_32bit", 4), ("sgd", 0), ("ademamix", 12)],
-)
-def test_an_optimizers_state_is_known_by_its_name(optim, wanted):
-    scales = 1 + 4 / 256 if "8bit" in optim else 1
-    assert optimizer_bytes(optim) == wanted * scales
-
-
-@pytest.mark.parametrize("r", [4, 16, 64])
+@pytest.mark.parametrize("r", [4, 64])
 @pytest.mark.parametrize(
     "optim", ["adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit", "lion_32bit", "ademamix"]
 )
@@ -182,25 +173,16 @@ def test_what_a_refusal_names_does_fit(folder, dtype, method):
     assert followed == ({"adamw_8bit", "lora", "qlora"} if method == "full" else {"qlora"})
 
 
-def test_a_total_above_the_limit_is_a_warning_only(folder, console):
+def test_the_plan_is_printed_and_what_may_still_fit_or_is_overruled_is_a_warning(folder, console):
     recipe = recipe_with(folder)
     plan = plan_for(recipe, tokens=4096)
     check_memory(dataclasses.replace(plan, limit=plan.lower_bound + 1), recipe, console)
-    assert "exceeds the memory" in console.file.getvalue()
-
-
-def test_check_memory_false_overrules(folder, console):
-    recipe = recipe_with(folder, model={"check_memory": False})
-    check_memory(dataclasses.replace(plan_for(recipe), limit=1), recipe, console)
-    assert "going on" in console.file.getvalue()
-
-
-def test_the_plan_is_printed_with_every_part(folder, console):
-    recipe = recipe_with(folder)
-    check_memory(plan_for(recipe), recipe, console)
     said = console.file.getvalue()
     for part in ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "lower bound", "total"):
         assert part in said
+    assert "exceeds the memory" in said
+    check_memory(dataclasses.replace(plan, limit=1), recipe_with(folder, model={"check_memory": False}), console)
+    assert "going on" in console.file.getvalue()
 
 
 def test_the_first_budget_follows_from_total_memory_and_holds_the_longest_row(folder):

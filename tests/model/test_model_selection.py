@@ -14,7 +14,7 @@ from support.models import build_llama, train_tokenizer
 from support.rows import chat, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from llmtune.data import prepare_rows
+from llmtune.data import iterate_rows, load_rows, prepare_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import rank_candidates
 from llmtune.recipe import Recipe
@@ -78,30 +78,25 @@ def rank(recipe: Recipe, folder: Path, console=None, rows: Rows | None = None):
 
 def test_the_model_that_knows_the_rows_best_is_taken(taught, disturbed, rows_file, tmp_path, console):
     fresh = build_llama(tmp_path / "fresh", seed=1)
-    ranking = rank(recipe_for(rows_file, fresh, disturbed, taught), tmp_path, console)
+    recipe = recipe_for(rows_file, fresh, disturbed, taught)
+    ranking = rank(recipe, tmp_path, console)
     assert [Path(candidate.name) for candidate in ranking.candidates] == [taught, disturbed, fresh]
     assert ranking.chosen.path == taught
     bits = [candidate.bits_per_byte for candidate in ranking.candidates]
     assert bits == sorted(bits)
     assert bits[0] < 0.8 * bits[2]
-    assert (ranking.side, ranking.rows) == ("validation", prepare_count(tmp_path))
+    assert (ranking.split, ranking.rows) == ("validation", load_rows(tmp_path / "data").counts["validation"])
+    assert json.loads((tmp_path / "model" / "ranking.json").read_text()) == ranking.to_dict()
+    assert rank(recipe, tmp_path).to_dict() == ranking.to_dict()
     said = console.file.getvalue()
     assert "bits per byte" in said
     assert f"{bits[0]:.4f}" in said
-
-
-def prepare_count(folder: Path) -> int:
-    from llmtune.data import load_rows
-
-    return load_rows(folder / "data").counts["validation"]
 
 
 def test_bits_per_byte_are_those_of_the_textbook(taught, rows_file, tmp_path):
     """Against a plain model, row by row, with the byte count of the answers."""
     recipe = recipe_for(rows_file, taught)
     ranking = rank(recipe, tmp_path)
-    from llmtune.data import iterate_rows, load_rows
-
     tokenizer = AutoTokenizer.from_pretrained(taught)
     plain = AutoModelForCausalLM.from_pretrained(taught, attn_implementation="eager").eval()
     nats, size = 0.0, 0
@@ -116,25 +111,13 @@ def test_bits_per_byte_are_those_of_the_textbook(taught, rows_file, tmp_path):
     assert ranking.candidates[0].bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
-def test_the_ranking_is_written_and_the_same_each_time(taught, disturbed, rows_file, tmp_path):
-    recipe = recipe_for(rows_file, disturbed, taught)
-    first = rank(recipe, tmp_path)
-    written = json.loads((tmp_path / "model" / "ranking.json").read_text())
-    assert written == first.to_dict()
-    assert written["chosen"] == str(taught)
-    assert rank(recipe, tmp_path).to_dict() == written
-
-
 def test_test_rows_are_never_read(taught, rows_file, tmp_path):
     recipe = recipe_for(rows_file, taught)
     rows = prepare_rows(recipe, tmp_path / "data", quiet())
     rows.files["test"].unlink()
     assert rank(recipe, tmp_path, rows=rows).rows > 0
-
-
-def test_without_validation_rows_the_sample_is_of_train(taught, rows_file, tmp_path):
-    ranking = rank(recipe_for(rows_file, taught, data={"validation": 0}), tmp_path)
-    assert ranking.side == "train"
+    without = recipe_for(rows_file, taught, data={"validation": 0})
+    assert rank(without, tmp_path / "without").split == "train"
 
 
 def test_those_that_cannot_be_used_are_left_out_with_the_reason(taught, rows_file, tmp_path, console):

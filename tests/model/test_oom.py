@@ -11,7 +11,7 @@ import torch
 from support.adapting import build_family
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.oom import explain_oom
+from llmtune.model.oom import explain_oom, is_out_of_memory
 
 LIMITED = """
 import resource, sys
@@ -65,3 +65,25 @@ def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path
     assert f"out of memory while loading {large}" in found.stdout
     assert "out of memory while putting the adapter into" in found.stdout
     assert found.stdout.count("adapter.method: qlora") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Cannot allocate memory (12)"), True),
+        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Permission denied (13)"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
+    assert is_out_of_memory(error) is is_memory

@@ -19,7 +19,7 @@ from llmtune.recipe import load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.tasks import choose_variant
 from llmtune.train.accumulation import step_gradients
-from llmtune.train.setup import Training, set_up
+from llmtune.train.setup import TrainContext, set_up
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
@@ -67,7 +67,7 @@ def tuned_logits(run: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**batch, use_cache=False).logits
 
 
-def start_training(path: Path, folder: Path) -> Training:
+def start_training(path: Path, folder: Path) -> TrainContext:
     """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
@@ -78,10 +78,10 @@ def start_training(path: Path, folder: Path) -> Training:
     selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
     adapted = inject(selected, recipe, quiet())
     examples = load_examples(folder / "data" / "examples")
-    return set_up(adapted, examples, task, recipe, folder, quiet(), None)
+    return set_up(adapted, examples, task, recipe, folder, quiet(), "inputs")
 
 
-def gradient(training: Training, budget: int) -> tuple[float, torch.Tensor]:
+def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:
     """The loss of the first step and its gradient, with micro-batches of so many tokens."""
     training.optimizer.zero_grad(set_to_none=True)
     found = step_gradients(training, 1, budget, 1.0)

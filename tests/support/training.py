@@ -18,6 +18,7 @@ from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
+from llmtune.store.atomic_files import hash_value
 from llmtune.tasks import AnyTask, get_task
 from llmtune.train import train
 from support.runs import write_recipe
@@ -70,22 +71,21 @@ def run_training(
     budget: int = 128,
     console: Console | None = None,
     adapted: AdaptedModel | None = None,
+    task: AnyTask | None = None,
     on_budget: Callable[[int], None] = lambda tokens: None,
-    resume: bool = True,
     inputs: str | None = None,
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
     return train(
         adapted or adapt(recipe),
         examples,
-        get_task(recipe.task),
+        task or get_task(recipe.task),
         recipe,
         folder,
         console or Console(file=io.StringIO(), width=200),
         budget=budget,
         on_budget=on_budget,
-        resume=resume,
-        inputs=inputs,
+        inputs=inputs or hash_value([recipe.model_dump(mode="json"), examples.content_hash]),
     )
 
 

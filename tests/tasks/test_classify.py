@@ -270,7 +270,7 @@ def test_micro_batches_of_one_row_give_the_gradient_of_one_large_batch(models, t
     path = recipe_for(tmp_path / "r.yaml", models(family), rows, classify=section, train={"batch_size": 8})
     (recipe, examples), console = prepared(path), Console(file=io.StringIO(), width=200)
     adapted = adapt(recipe)
-    training = set_up(adapted, examples, get_task("classify"), recipe, tmp_path / "t", console, None)
+    training = set_up(adapted, examples, get_task("classify"), recipe, tmp_path / "t", console, "inputs")
     training.model.train()
     found = []
     for budget in (1, 10_000):

@@ -202,7 +202,7 @@ def test_micro_batches_of_one_give_the_gradient_of_one_batch(built, tmp_path, fa
     processor = load_processor(place, loaded.recipe.model)
     selected = load_model(place, loaded.recipe, MASKED, processor, device="cpu", training=True)
     adapted, examples = inject(selected, loaded.recipe, quiet()), load_examples(tmp_path / "run" / "data" / "examples")
-    training = set_up(adapted, examples, MASKED, loaded.recipe, tmp_path / "run", quiet(), None)
+    training = set_up(adapted, examples, MASKED, loaded.recipe, tmp_path / "run", quiet(), "inputs")
     loss_one, one = gradient(training, 1)
     loss_all, together = gradient(training, 8 * 64)
     assert loss_one == pytest.approx(loss_all, rel=1e-5)

@@ -52,6 +52,6 @@ def test_what_is_saved_goes_on_as_if_nothing_had_happened():
     first = Divergence(GUESSING)
     got = [first.observe(loss) for loss in losses[:18]]
     second = Divergence(GUESSING)
-    second.restore(**json.loads(json.dumps(first.save())))
+    second.restore(json.loads(json.dumps(first.save())))
     assert got + [second.observe(loss) for loss in losses[18:]] == expected
     assert expected[-1]

@@ -9,12 +9,10 @@ from support.process import train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods, write_examples
 
 from llmtune.errors import TrainingError
-from llmtune.model import is_out_of_memory
 from llmtune.tasks import get_task
-from llmtune.train.loop import train
-from llmtune.train.preflight import rehearse
+from llmtune.train.checkpoint import TrainState
+from llmtune.train.preflight import run_preflight
 from llmtune.train.setup import set_up
-from llmtune.train.train_state import TrainState
 
 CHAT = get_task("chat")
 
@@ -32,9 +30,8 @@ def chat_with_memory_for(tokens, when=lambda model: True):
 
 def run(folder, recipe, examples, task, console, budget=320):
     budgets = []
-    adapted = adapt(recipe)
-    trained = train(adapted, examples, task, recipe, folder, console, budget=budget, on_budget=budgets.append)
-    return trained, budgets
+    report = {"console": console, "on_budget": budgets.append}
+    return run_training(folder, recipe, examples, task=task, budget=budget, **report), budgets
 
 
 def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_were(
@@ -42,12 +39,12 @@ def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_
 ):
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"lora_dropout": 0.1})
     adapted = adapt(recipe)
-    training = set_up(adapted, examples, CHAT, recipe, tmp_path / "run", console, None)
+    training = set_up(adapted, examples, CHAT, recipe, tmp_path / "run", console, "inputs")
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     rates = training.schedule.get_last_lr()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    rehearse(training, TrainState(budget=128), console, lambda tokens: None)
+    run_preflight(training, TrainState(budget=128), console, lambda tokens: None)
     assert all(torch.equal(old, new) for old, new in zip(before, training.model.parameters(), strict=True))
     assert not training.optimizer.state_dict()["state"]
     assert training.schedule.get_last_lr() == rates
@@ -138,28 +135,6 @@ def test_a_batch_that_can_never_fit_under_a_limited_address_space_ends_with_code
     assert "out of memory: the longest row" in done.stderr
     assert "lower data.max_length".lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
-            True,
-        ),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (OSError(12, "Cannot allocate memory"), True),
-        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Cannot allocate memory (12)"), True),
-        (RuntimeError("unable to mmap 134515008 bytes from file <x>: Permission denied (13)"), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
-        (OSError(28, "No space left on device"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_running_out_of_memory_is_told_from_other_errors(error, is_memory):
-    assert is_out_of_memory(error) is is_memory
 
 
 def test_an_error_that_is_not_about_memory_is_not_swallowed(tmp_path, tiny_llama, examples):

@@ -4,11 +4,10 @@ import signal
 import pytest
 from rich.console import Console
 from support.process import Watched
-from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods
+from support.training import make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import Stopped
 from llmtune.tasks import get_task
-from llmtune.train import train
 from llmtune.train.signals import catch_signals
 
 
@@ -52,15 +51,7 @@ def test_a_stop_during_validation_saves_at_once_and_validates_when_training_goes
         return task.loss(model, batch, by_row)
 
     with pytest.raises(Stopped, match="after step 5 of 16"):
-        train(
-            adapt(recipe),
-            examples,
-            with_methods(task, loss=loss),
-            recipe,
-            tmp_path / "run",
-            Console(quiet=True),
-            budget=128,
-        )
+        run_training(tmp_path / "run", recipe, examples, task=with_methods(task, loss=loss))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     run_training(tmp_path / "run", recipe, examples)
     assert trained_bytes(tmp_path / "run") == trained_bytes(folder)

@@ -8,7 +8,7 @@ from rich.console import Console
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.train.torch_compile import compile_parts, rehearse_compiled
+from llmtune.train.torch_compile import check_compiled, compile_parts
 
 pytestmark = [  # of the compiler itself, and seen only where warnings are errors
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
@@ -60,7 +60,7 @@ def test_a_torch_that_compiles_nothing_is_found_out():
     torch._dynamo.utils.counters.clear()
     with (
         pytest.raises(EnvironmentProblem, match="made nothing of them"),
-        rehearse_compiled(Console(file=io.StringIO())),
+        check_compiled(Console(file=io.StringIO())),
     ):
         pass
 
@@ -69,7 +69,7 @@ def test_a_compiler_that_fails_is_an_error_that_names_the_key(tmp_path):
     def breaks(graph, inputs):
         raise ValueError("no such kernel")
 
-    with pytest.raises(EnvironmentProblem) as caught, rehearse_compiled(Console(file=io.StringIO())):
+    with pytest.raises(EnvironmentProblem) as caught, check_compiled(Console(file=io.StringIO())):
         torch.compile(lambda x: x.sin() + 1, backend=breaks)(torch.ones(3))
     (problem,) = caught.value.problems
     assert problem.where == "train.torch_compile"
