@@ -29,7 +29,7 @@ from llmtune.deploy.products import check_gguf, make_gguf, merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, save_evaluation
 from llmtune.evaluate.eval_suites import check_inputs
-from llmtune.evaluate.lm_eval_harness import load_benchmarks
+from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.step_inputs import base_inputs, evaluation_inputs
 from llmtune.model import (

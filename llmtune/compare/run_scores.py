@@ -11,7 +11,7 @@ from typing import Any
 from llmtune.data import iterate_ids, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.evaluate import load_evaluation
-from llmtune.evaluate.per_row_scores import Measures, load_measures
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.records import Evaluation
@@ -30,7 +30,7 @@ class OpenedRun:
     folder: RunFolder
     recipe: Recipe
     evaluation: Evaluation
-    measures: Measures
+    measures: PerRowScores
 
     @property
     def path(self) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.shared_prefix import Tree, grow_tree
+from llmtune.evaluate.shared_prefix import Tree, make_tree
 from llmtune.records import Example, Row
 
 if TYPE_CHECKING:
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 MOST_CHOICES = 20
 LONGEST_CHOICE = 80
 """Characters of an answer that still counts as one of a few."""
-SLICE_CHARACTERS = 1_000_000
+ENCODED_CHARACTERS = 1_000_000
 """What is encoded at once: the tokenizer's offsets take 50 times the text."""
 ROWS_A_CHOICE = 2
 """Answers that appear less often than this on average are not a list of choices."""
 SIGNATURE = "the likeliest of {count} answers: sum of log-probabilities, end-of-turn included, not divided by length"
 
 
-def find_choices(answers: Iterable[str]) -> tuple[str, ...] | None:
-    """Return the distinct answers, sorted, if they are few, short and repeated; None (and stop reading) if not."""
+def find_choices(answers: Iterable[str]) -> tuple[str, ...]:
+    """Return the distinct answers, sorted, if they are few, short and repeated; none (and stop reading) if not."""
     found: set[str] = set()
     rows = 0
     for answer in answers:
         rows += 1
         found.add(answer)
         if len(found) > MOST_CHOICES or not answer.strip() or len(answer) > LONGEST_CHOICE:
-            return None
-    return tuple(sorted(found)) if 2 <= len(found) <= rows / ROWS_A_CHOICE else None
+            return ()
+    return tuple(sorted(found)) if 2 <= len(found) <= rows / ROWS_A_CHOICE else ()
 
 
 def check_choices(choices: Sequence[str], references: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def with_answer(prompt: Row, answer: str) -> Row:
     return {**prompt, "completion": answer}
 
 
-def grow_trees(
+def choice_trees(
     prompts: Sequence[Row],
     choices: Sequence[str],
     task: EvaluatedTask,
@@ -69,31 +69,18 @@ def grow_trees(
     The scored tokens are those of the last supervised span: with `train_on: last`, exactly the answer.
     """
     last = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
-    width = len(choices)
+    width, longest = len(choices), max((len(str(prompt)) for prompt in prompts), default=1)
+    step = max(1, ENCODED_CHARACTERS // (width * longest))
     trees: list[Tree | None] = []
-    for part in _slices(prompts, width):
-        rows = [with_answer(prompt, choice) for prompt in part for choice in choices]
+    for start in range(0, len(prompts), step):
+        rows = [with_answer(prompt, choice) for prompt in prompts[start : start + step] for choice in choices]
         encoded = task.encode(rows, processor, last)
         assert len(encoded) == len(rows)
-        trees += [grow_one(encoded[start : start + width]) for start in range(0, len(rows), width)]
+        trees += [join_choices(encoded[first : first + width]) for first in range(0, len(rows), width)]
     return trees
 
 
-def _slices(prompts: Sequence[Row], width: int) -> Iterator[list[Row]]:
-    """Cut prompts into parts that, each written `width` times, keep memory flat."""
-    part: list[Row] = []
-    characters = 0
-    for prompt in prompts:
-        part.append(prompt)
-        characters += width * len(str(prompt))
-        if characters > SLICE_CHARACTERS:
-            yield part
-            part, characters = [], 0
-    if part:
-        yield part
-
-
-def grow_one(encoded: Sequence[list[Example] | str]) -> Tree | None:
+def join_choices(encoded: Sequence[list[Example] | str]) -> Tree | None:
     """Join the encodings of one prompt with each of its choices."""
     examples: list[Example] = []
     for parts in encoded:
@@ -104,7 +91,7 @@ def grow_one(encoded: Sequence[list[Example] | str]) -> Tree | None:
     texts = [example.input_ids[: example.spans[-1]] for example in examples]
     if len({text[0] for text in texts}) > 1:
         return None
-    return grow_tree([[int(token) for token in text] for text in texts], starts)
+    return make_tree([[int(token) for token in text] for text in texts], starts)
 
 
 def most_likely(scores: Sequence[float], choices: Sequence[str]) -> str:

@@ -1,45 +1,45 @@
-"""The studies that a recipe asks for, and whether they can be made: told before anything heavy is done."""
+"""The evaluation suites that a recipe names, and whether they can run: checked before anything heavy is done."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.benchmarks import BenchmarkSuite
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.fairness import check_fairness, check_speaks, make_fairness
-from llmtune.evaluate.forgetting import check_forgetting, make_forgetting
-from llmtune.evaluate.lm_eval_harness import check_benchmarks, make_benchmarks
-from llmtune.evaluate.suite_runner import Inquiry, Setting
+from llmtune.evaluate.fairness import FairnessSuite, check_fairness, check_likelihoods
+from llmtune.evaluate.forgetting import ForgettingSuite, check_forgetting
+from llmtune.evaluate.lm_eval import check_benchmarks
+from llmtune.evaluate.suite import EvalSuite
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
+SUITES: dict[str, type[EvalSuite]] = {
+    "forgetting": ForgettingSuite,
+    "fairness": FairnessSuite,
+    "benchmarks": BenchmarkSuite,
+}
+"""By key of `evaluate`."""
 DECODER = "AutoModelForCausalLM"
 OF_DECODERS = {
     "forgetting": "the likelihood of general text and of answers to general questions",
     "benchmarks": "the likelihood of answers, or answers that are written behind a prompt",
 }
-"""Studies that only a decoder language model can be asked, and what they take of it."""
+"""Suites that only a decoder language model can run, and what they take of it."""
 
 
-def make_inquiries(setting: Setting) -> tuple[Inquiry, ...]:
-    """Return the studies that the recipe asks for, their own inputs read and checked before a model is loaded.
+def make_suites(context: EvalContext) -> tuple[EvalSuite, ...]:
+    """Return the suites that the recipe names, their own inputs read and checked before a model is loaded.
 
     Raises DataError for inputs that cannot be read or used.
     """
-    evaluate = setting.recipe.evaluate
-    found: list[Inquiry] = []
-    if evaluate.forgetting:
-        found.append(make_forgetting(setting))
-    if evaluate.fairness:
-        found.append(make_fairness(setting))
-    if evaluate.benchmarks:
-        found.append(make_benchmarks(setting))
-    return tuple(found)
+    return tuple(suite(context) for name, suite in SUITES.items() if getattr(context.recipe.evaluate, name))
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Read what studies read besides the rows, at the beginning of a run: a missing file is told before training.
+    """Read what suites read besides the rows, at the beginning of a run: a missing file shows before training.
 
     Raises DataError for inputs that cannot be read or used.
     """
@@ -49,16 +49,16 @@ def check_inputs(recipe: Recipe) -> None:
 
 
 def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
-    """Refuse studies that this variant of the task cannot be asked; known once the model's configuration is.
+    """Refuse suites that this variant of the task cannot run; known once the model's configuration is.
 
     Raises RecipeError.
     """
-    check_speaks(recipe, task, model)
+    check_likelihoods(recipe, task, model)
     if task.auto_class == DECODER:
         return
     RecipeError.collect(
         Problem(
-            f"{model} is no decoder language model, and this study takes {taken}",
+            f"{model} is no decoder language model, and this suite takes {taken}",
             f"evaluate.{name}",
             f"Remove evaluate.{name}, or set model.name to a decoder, such as a Llama or a Qwen.",
         )

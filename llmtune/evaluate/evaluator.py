@@ -6,26 +6,24 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llmtune.data import iterate_ids, iterate_rows
-from llmtune.evaluate.changed_predictions import find_flips
+from llmtune.evaluate.changed_predictions import find_flips, pick_samples
 from llmtune.evaluate.contaminated_scores import find_contamination
-from llmtune.evaluate.eval_inputs import SIDE, Plan, make_plan
-from llmtune.evaluate.eval_suites import make_inquiries
+from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
+from llmtune.evaluate.eval_suites import make_suites
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.inference import Answers, answer, measure
-from llmtune.evaluate.metrics import Measure, compare
+from llmtune.evaluate.inference import Answers, measure, predict
+from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
-from llmtune.evaluate.per_row_scores import name_rows, save_measures
+from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measures
 from llmtune.evaluate.results import BaseAnswers, save_base, save_predictions
-from llmtune.evaluate.sample_rows import pick_samples
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.slices import score_slices
-from llmtune.evaluate.suite_runner import Scored, Setting
 from llmtune.evaluate.token_batches import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-MODELS = ("base", "tuned")
 
 
 def evaluate(
@@ -59,123 +55,101 @@ def evaluate(
     With `headless` the base model has no trained head: the task's trivial baseline stands in its place, and it is not
     entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
     None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
-    `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model said is
-    kept there, and it is not asked again where that is known already. Without test rows the evaluation holds what the
-    studies found, and no model is entered where the recipe asks for none.
+    `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model answered
+    is kept there, and it does not run again where that is known already. Without test rows the evaluation holds what
+    the suites measured, and no model is entered where the recipe names none.
 
     Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
     were not kept, EnvironmentProblem where a single row does not fit in memory.
     """
-    plan = None
-    if examples.counts.get(SIDE):
-        plan = make_plan(rows, examples, task, processor, recipe)
-    else:
+    inputs = make_inputs(rows, examples, task, processor, recipe) if examples.counts.get(SPLIT) else None
+    if inputs is None:
         console.print("evaluate: there are no test rows (data.test), so nothing is measured on rows")
-    setting = Setting(recipe, task, processor, plan, device, console, folder)
-    inquiries = make_inquiries(setting)
-    stands_in, answers = None, dict[str, Answers]()
-    if plan is not None and headless:
-        stands_in, answers["base"] = baseline(plan, rows, task, recipe)
-        console.print(f"base: the model has no trained head for this, so {stands_in} stands in its place")
-    elif plan is not None and known is not None and known.answers is not None:
+    context = EvalContext(recipe, task, processor, inputs, device, console, folder)
+    suites = make_suites(context)
+    stand_in, answers = None, dict[str, Answers]()
+    if inputs is not None and headless:
+        stand_in, answers["base"] = predict_baseline(context, inputs, rows)
+        console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
+    elif inputs is not None and known is not None and known.answers is not None:
         answers["base"] = known.answers
-        console.print("base: what it said to these rows is known from this run's first seed")
-    said = dict[str, dict[str, Any]]()
-    for name in MODELS:
-        wanted = plan if name not in answers else None
-        asking = () if name == "base" and headless else inquiries
-        if wanted is None and not asking:
+        console.print("base: what it answered to these rows is known from this run's first seed")
+    for name in ("base", "tuned"):
+        predicts = inputs is not None and name not in answers
+        running = () if name == "base" and headless else suites
+        if not predicts and not running:
             continue
         with models[name]() as model:
-            if wanted is not None:
-                answers[name] = answer(model, name, wanted, task, processor, recipe, console, device, packs())
-            said[name] = {inquiry.name: inquiry.ask(name, model) for inquiry in asking}
+            if predicts:
+                answers[name] = predict(model, name, context, packs())
+            for suite in running:
+                suite.run(name, model)
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
-    scored = Scored() if plan is None else score_answers(plan, answers["base"], answers["tuned"], recipe, task)
-    if folder is not None and plan is not None:
-        keep(folder, plan, rows, answers, scored)
-        if known is not None and stands_in is None:
-            save_base(folder, answers["base"], known.inputs)
-    evaluation = Evaluation({}, {}, {}, (), (), 0)
-    if plan is not None:
-        evaluation = compare_answers(plan, answers["base"], answers["tuned"], recipe, task, scored)
-        evaluation = replace(evaluation, contamination=find_contamination(rows, plan, scored, recipe, console))
-    told = said.get("base", {})
-    studies = {one.name: one.compare(told.get(one.name), said["tuned"][one.name], scored) for one in inquiries}
-    evaluation = with_gates(replace(evaluation, baseline=stands_in, studies=studies), recipe)
+    evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
+    if inputs is not None:
+        base, tuned = answers["base"], answers["tuned"]
+        measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
+        if folder is not None:
+            save_predictions(folder, inputs, base, tuned)
+            ids = list(iterate_ids(rows, SPLIT))
+            save_measures(
+                folder, PerRowScores(measures.base, measures.tuned, name_rows([ids[row] for row in inputs.rows]))
+            )
+            if known is not None and stand_in is None:
+                save_base(folder, base, known.inputs)
+        evaluation = compare_answers(context, inputs, base, tuned, measures)
+        evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
+    studies = {suite.name: suite.compare(measures) for suite in suites}
+    evaluation = replace(evaluation, baseline=stand_in, studies=studies)
+    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
     print_scores(evaluation, console)
     return evaluation
 
 
-def keep(folder: Path, plan: Plan, rows: Rows, answers: Mapping[str, Answers], scored: Scored) -> None:
-    """Write what either model said to each row, and each row's part in the scores."""
-    save_predictions(folder, plan, answers["base"], answers["tuned"])
-    ids = list(iterate_ids(rows, SIDE))
-    save_measures(folder, name_rows([ids[row] for row in plan.rows]), scored.base, scored.tuned)
-
-
-def baseline(plan: Plan, rows: Rows, task: EvaluatedTask, recipe: Recipe) -> tuple[str, Answers]:
-    """Return the name of what stands for a base model without a head, and what it says."""
-    learned = [task.reference(row) for _, row in iterate_rows(rows, "train")]
-    name, said = task.baseline(learned, [plan.questions[i] for i in plan.asked], recipe)
-    predictions = dict(zip(plan.asked, said, strict=True))
+def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tuple[str, Answers]:
+    """Return the name of what stands for a base model without a head, and its predictions."""
+    task = context.task
+    references = [task.reference(row) for _, row in iterate_rows(rows, "train")]
+    name, values = task.baseline(references, [inputs.questions[i] for i in inputs.answered], context.recipe)
+    predictions = dict(zip(inputs.answered, values, strict=True))
     return name, Answers(None, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions)
 
 
-def score_answers(plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: EvaluatedTask) -> Scored:
-    """Measure the answers of both models."""
-    return Scored(*(measure(plan, said, task, recipe, base) for said in (base, tuned)))
-
-
 def compare_answers(
-    plan: Plan, base: Answers, tuned: Answers, recipe: Recipe, task: EvaluatedTask, scored: Scored
+    context: EvalContext, inputs: EvalInputs, base: Answers, tuned: Answers, measures: PairedMeasures
 ) -> Evaluation:
     """Turn the answers of both models into scores, differences, samples, flips and slices."""
-    base_measures, tuned_measures = scored.base, scored.tuned
-    scores = [{metric: found.value for metric, found in side.items()} for side in (base_measures, tuned_measures)]
-    difference = {
-        metric: compare(base_measures[metric], found, recipe.seed)
-        for metric, found in tuned_measures.items()
-        if metric in base_measures
-    }
+    task, recipe = context.task, context.recipe
+    samples, seed = recipe.evaluate.samples, recipe.seed
+    base_scores, tuned_scores = measures.scores()
+    details = {}
+    for name, answers in (("base", base), ("tuned", tuned)):
+        references = [inputs.targets[i] for i in answers.predictions]
+        table = task.class_table(list(answers.predictions.values()), references, recipe) if references else None
+        if table is not None:
+            details[name] = table
     return Evaluation(
-        base=scores[0],
-        tuned=scores[1],
-        difference=difference,
+        base=base_scores,
+        tuned=tuned_scores,
+        difference=measures.differences(seed),
         gates=(),
-        samples=pick_samples(plan, base, tuned, recipe.evaluate.samples),
-        rows=len(plan.rows),
-        signatures=sign(tuned_measures, plan, tuned, recipe),
-        details=describe(plan, base, tuned, task, recipe),
-        flips=find_flips(base_measures, tuned_measures, plan, base, tuned, recipe.evaluate.samples),
-        slices=score_slices(plan.slices, base_measures, tuned_measures, recipe.seed),
+        samples=pick_samples(inputs, base, tuned, samples),
+        rows=len(inputs.rows),
+        signatures=signatures(measures.tuned, inputs, tuned, recipe),
+        details=details,
+        flips=find_flips(measures, inputs, base, tuned, samples),
+        slices=score_slices(inputs.slices, measures, seed),
     )
 
 
-def describe(plan: Plan, base: Answers, tuned: Answers, task: EvaluatedTask, recipe: Recipe) -> dict[str, Any]:
-    """Return what the task shows beside the scores, of both models."""
-    tables = {}
-    for name, said in (("base", base), ("tuned", tuned)):
-        references = [plan.targets[i] for i in said.predictions]
-        table = task.class_table(list(said.predictions.values()), references, recipe) if references else None
-        if table is not None:
-            tables[name] = table
-    return tables
-
-
-def with_gates(evaluation: Evaluation, recipe: Recipe) -> Evaluation:
-    """Check the recipe's gates."""
-    return replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
-
-
-def sign(measures: Mapping[str, Measure], plan: Plan, answers: Answers, recipe: Recipe) -> dict[str, str]:
-    """Say how each metric was computed, and what was left out."""
-    signatures = dict.fromkeys(plan.metrics, "not measured: these rows do not have what it is made of")
-    signatures |= {metric: found.signature for metric, found in measures.items()} | {"intervals": METHOD} | plan.notes
+def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Answers, recipe: Recipe) -> dict[str, str]:
+    """Describe how each metric was computed, and what was left out."""
+    by_metric = dict.fromkeys(inputs.metrics, "not measured: these rows do not have what it is made of")
+    by_metric |= {metric: one.signature for metric, one in measures.items()} | {"intervals": METHOD} | inputs.notes
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)
-        signatures["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
-    if outside := max(0, len(plan.prompt_ids) - len(answers.texts)):
-        signatures["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
-    return signatures
+        by_metric["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
+    if outside := max(0, len(inputs.prompt_ids) - len(answers.texts)):
+        by_metric["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
+    return by_metric

@@ -1,20 +1,23 @@
-"""The study `fairness`: paired sentences, swapped words and gaps between groups, of base and tuned model."""
+"""Fairness: paired sentences, swapped words and gaps between groups, of base and tuned model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.errors import RecipeError
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.group_gaps import METHOD, find_gaps, gap_tables, score_gap
-from llmtune.evaluate.inference import count, progress
+from llmtune.evaluate.inference import add_bar, inference_on
+from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.paired_sentences import Pair, hub_source, read_pairs
 from llmtune.evaluate.sentence_scores import (
-    Encoded,
+    EncodedPair,
     Scores,
     count_texts,
     encode_pairs,
@@ -22,19 +25,10 @@ from llmtune.evaluate.sentence_scores import (
     score_by_encoder,
 )
 from llmtune.evaluate.shared_prefix import Tree
-from llmtune.evaluate.stereotypes import compare_pairs, judge, pair_tables
-from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
-from llmtune.evaluate.swapped_rows import (
-    METRIC,
-    Said,
-    SwapPlan,
-    ask_swapped,
-    compare_changes,
-    plan_swaps,
-    show_changes,
-)
+from llmtune.evaluate.stereotypes import keep_scored, measure_pairs, pair_tables
+from llmtune.evaluate.suite import EvalSuite
+from llmtune.evaluate.swapped_rows import METRIC, SwapAnswers, SwappedRows, swap_rows
 from llmtune.evaluate.word_swaps import read_swaps
-from llmtune.model import compute_context, resolve_dtype
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS
@@ -42,10 +36,10 @@ from llmtune.report.verdict import FEWEST_ROWS
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
-NAME = "fairness"
-SPEAKS = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+MASKED = "AutoModelForMaskedLM"
+WITH_LIKELIHOODS = ("AutoModelForCausalLM", MASKED)
 """Models that give a sentence a likelihood."""
-SILENT = "gives a sentence by itself no likelihood"
+WITHOUT = "gives a sentence by itself no likelihood"
 MEANINGS = {
     "gap": "between best and worst served group",
     "stereotype": "pairs whose stereotypical sentence is likelier; 0.5 is neutral",
@@ -66,136 +60,42 @@ LIMITS = {
 }
 
 
-@dataclass
-class Questions:
-    """What is asked, read and encoded before a model is loaded."""
-
-    setting: Setting
-    pairs: list[Pair] = field(default_factory=list)
-    encoded: list[Encoded] = field(default_factory=list)
-    swaps: SwapPlan | None = None
-    notes: dict[str, str] = field(default_factory=dict)
-    """By metric, why it is not measured."""
-
-    @property
-    def masked(self) -> bool:
-        """Whether the model guesses masked words."""
-        return self.setting.task.auto_class == "AutoModelForMaskedLM"
-
-
-@dataclass(frozen=True)
-class Replies:
-    """What one model said."""
-
-    pairs: list[Scores | None]
-    swapped: Said
-
-
 def check_fairness(recipe: Recipe) -> None:
-    """Read the files that the study reads, and ask the hub for its data sets; nothing else is needed for that.
+    """Read the files that the suite reads, and look its data sets up on the hub; nothing else is needed for that.
 
     Raises:
-        DataError: files or data sets that are not there or cannot be used.
+        DataError: files or data sets that are missing or cannot be used.
         EnvironmentProblem: the hub cannot be reached.
     """
     section = recipe.evaluate.fairness
     if section is None:
         return
-    read_pairs([place for place in section.pairs if not place.startswith(HUB)])
-    for place in section.pairs:
-        if place.startswith(HUB):
-            resolve_commit(hub_source(place).path.removeprefix(HUB), None)
+    read_pairs([source for source in section.pairs if not source.startswith(HUB)])
+    for source in section.pairs:
+        if source.startswith(HUB):
+            resolve_commit(hub_source(source).path.removeprefix(HUB), None)
     read_swaps(section.swaps)
 
 
-def check_speaks(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
+def check_likelihoods(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
     """Refuse pairs that the recipe names for a model that gives sentences no likelihood. Raises RecipeError."""
     section = recipe.evaluate.fairness
-    if section is not None and section.pairs not in ((), (OWN,)) and task.auto_class not in SPEAKS:
+    if section is not None and section.pairs not in ((), (OWN,)) and task.auto_class not in WITH_LIKELIHOODS:
         fix = "Remove it (`pairs: []`); swaps and groups work here."
-        raise RecipeError.of(f"{model}, as a {task.auto_class}, {SILENT}", "evaluate.fairness.pairs", fix)
+        raise RecipeError.of(f"{model}, as a {task.auto_class}, {WITHOUT}", "evaluate.fairness.pairs", fix)
 
 
-def make_fairness(setting: Setting) -> Inquiry:
-    """Read and encode what the study asks.
+@dataclass(frozen=True)
+class Outputs:
+    """What one model makes of pairs and swapped rows."""
 
-    Raises:
-        DataError: files that cannot be read or used.
-        EnvironmentProblem: the hub cannot be reached, or the tokenizer lacks what the pairs need.
-    """
-    questions = Questions(setting)
-    add_pairs(questions)
-    add_swaps(questions)
-    for note, about in questions.notes.items():
-        setting.console.print(f"fairness.{note}: {about}", style="dim", highlight=False)
-    return Inquiry(
-        NAME,
-        lambda name, model: ask(questions, name, model),
-        lambda base, tuned, scored: compare(questions, base, tuned, scored),
-    )
-
-
-def add_pairs(questions: Questions) -> None:
-    """Read the paired sentences, if the model can say how likely they are."""
-    setting = questions.setting
-    section, task = setting.recipe.evaluate.fairness, setting.task
-    assert section is not None
-    if not section.pairs:
-        return
-    if task.auto_class not in SPEAKS:
-        questions.notes["stereotype"] = f"not measured: a model of the class {task.auto_class} {SILENT}"
-        return
-    questions.pairs = read_pairs(section.pairs)
-    questions.encoded = encode_pairs(questions.pairs, setting.processor, questions.masked)
-
-
-def add_swaps(questions: Questions) -> None:
-    """Swap words in the test rows, if there are any."""
-    setting = questions.setting
-    section = setting.recipe.evaluate.fairness
-    assert section is not None
-    if not section.swaps:
-        return
-    swaps = read_swaps(section.swaps)
-    if setting.plan is None:
-        questions.notes[METRIC] = "not measured: there are no test rows"
-        return
-    made = plan_swaps(setting.plan, swaps, setting.task, setting.processor, setting.recipe)
-    if isinstance(made, str):
-        questions.notes[METRIC] = f"not measured: {made}"
-    elif made.questions:
-        questions.swaps = made
-    else:
-        questions.notes[METRIC] = f"not measured on {made.said_of()}"
-
-
-def ask(questions: Questions, name: str, model: torch.nn.Module) -> Replies:
-    """Put all questions to one model; sets it to evaluation mode."""
-    setting = questions.setting
-    model.eval()
-    dtype = resolve_dtype(setting.recipe.model.dtype, setting.device)
-    scores: list[Scores | None] = []
-    said: Said = {}
-    with torch.inference_mode(), compute_context(dtype, setting.device), progress(setting.console) as bars:
-        if questions.pairs:
-            advance = count(bars, f"{name}: fairness, pairs", count_texts(questions.encoded))
-            trees = [one for one in questions.encoded if isinstance(one, Tree)]
-            masked = [one for one in questions.encoded if not isinstance(one, Tree)]
-            if masked:
-                scores = score_by_encoder(model, masked, setting.processor, setting.device, advance)
-            else:
-                scores = score_by_decoder(model, questions.pairs, trees, setting.device, advance)
-        if questions.swaps is not None:
-            assert setting.plan is not None
-            advance = count(bars, f"{name}: fairness, swaps", 2 * len(questions.swaps.questions))
-            about = (setting.plan, setting.task, setting.processor, setting.recipe, setting.device)
-            said = ask_swapped(model, questions.swaps, *about, advance)
-    return Replies(scores, said)
+    pairs: Sequence[Scores | None]
+    swapped: SwapAnswers
 
 
 @dataclass
-class Findings:
-    """The parts of the study, put together one after the other."""
+class Results:
+    """The parts of the suite, put together one after the other."""
 
     base: dict[str, float] = field(default_factory=dict)
     tuned: dict[str, float] = field(default_factory=dict)
@@ -204,86 +104,136 @@ class Findings:
     tables: list[StudyTable] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
 
-
-def compare(questions: Questions, base: Any, tuned: Any, scored: Scored) -> Study:
-    """Turn what both models said into the study."""
-    found = Findings(signatures=dict(questions.notes))
-    find_stereotypes(questions, base, tuned, found)
-    find_changes(questions, base, tuned, found)
-    find_group_gaps(questions, scored, found)
-    measured = [metric for metric in MEANINGS if metric in found.tuned]
-    return Study(
-        title="Fairness",
-        base={metric: found.base[metric] for metric in measured if metric in found.base},
-        tuned={metric: found.tuned[metric] for metric in measured},
-        difference={metric: found.difference[metric] for metric in measured if metric in found.difference},
-        meanings={metric: MEANINGS[metric] for metric in measured},
-        better={metric: BETTER[metric] for metric in measured},
-        signatures=found.signatures,
-        limits=" ".join(found.limits),
-        tables=tuple(found.tables),
-    )
+    def add(self, measures: PairedMeasures, seed: int) -> None:
+        """Add scores and differences."""
+        base, tuned = measures.scores()
+        self.base |= base
+        self.tuned |= tuned
+        self.difference |= measures.differences(seed, FEWEST_ROWS)
+        self.signatures |= {metric: one.signature for metric, one in measures.tuned.items()}
 
 
-def find_stereotypes(questions: Questions, base: Replies | None, tuned: Replies, found: Findings) -> None:
-    """Add what the paired sentences say."""
-    if not questions.pairs:
-        return
-    seed = questions.setting.recipe.seed
-    judged = judge(questions.pairs, None if base is None else base.pairs, tuned.pairs)
-    if not judged.pairs:
-        found.signatures["stereotype"] = "not measured: every pair is longer than the model's context"
-        return
-    before, after, changes = compare_pairs(judged, questions.masked, seed)
-    found.base |= {metric: one.value for metric, one in (before or {}).items()}
-    found.tuned |= {metric: one.value for metric, one in after.items()}
-    found.difference |= changes
-    found.signatures |= {metric: one.signature for metric, one in after.items()}
-    found.tables += pair_tables(judged, seed)
-    sources = "the words of the sets that you chose"
-    own = all(pair.source == OWN for pair in judged.pairs)
-    found.limits.append(LIMITS["pairs"].format("English of a few sentences" if own else sources))
+class FairnessSuite(EvalSuite):
+    """Pairs and swapped rows, read and encoded before a model is loaded; gaps come from the scores of the rows."""
 
+    name = "fairness"
 
-def find_changes(questions: Questions, base: Replies | None, tuned: Replies, found: Findings) -> None:
-    """Add how often answers change with the group."""
-    made, plan = questions.swaps, questions.setting.plan
-    if made is None or plan is None:
-        return
-    before = None if base is None else base.swapped
-    if not tuned.swapped:
-        found.signatures[METRIC] = "not measured: prompts and answers exceed the model's context"
-        return
-    value, found.tuned[METRIC], change = compare_changes(made, before, tuned.swapped, questions.setting.recipe.seed)
-    if value is not None:
-        found.base[METRIC] = value
-    if change is not None:
-        found.difference[METRIC] = change
-    found.signatures[METRIC] = f"{len(tuned.swapped)} of {made.said_of()}"
-    most = questions.setting.recipe.evaluate.samples
-    table = show_changes(made, before, tuned.swapped, plan, questions.setting.task.format_prediction, most)
-    found.tables += [table] if table else []
-    found.limits.append(LIMITS["swaps"])
+    def __init__(self, context: EvalContext) -> None:
+        super().__init__(context)
+        self.outputs: dict[str, Outputs] = {}
+        self.pairs: list[Pair] = []
+        self.encoded: list[EncodedPair] = []
+        self.swapped: SwappedRows | None = None
+        self.notes: dict[str, str] = {}
+        """By metric, why it is not measured."""
+        self.masked = context.task.auto_class == MASKED
+        """Whether the model guesses masked words."""
+        section = context.recipe.evaluate.fairness
+        assert section is not None
+        if section.pairs and context.task.auto_class in WITH_LIKELIHOODS:
+            self.pairs = read_pairs(section.pairs)
+            self.encoded = encode_pairs(self.pairs, context.processor, self.masked)
+        elif section.pairs:
+            self.notes["stereotype"] = f"not measured: a model of the class {context.task.auto_class} {WITHOUT}"
+        if section.swaps:
+            swapped = swap_rows(context, read_swaps(section.swaps))
+            if isinstance(swapped, str):
+                self.notes[METRIC] = f"not measured: {swapped}"
+            elif swapped.questions:
+                self.swapped = swapped
+            else:
+                self.notes[METRIC] = f"not measured on {swapped.signature}"
+        for note, why in self.notes.items():
+            context.console.print(f"fairness.{note}: {why}", style="dim", highlight=False)
 
+    def run(self, name: str, model: torch.nn.Module) -> None:
+        """Score the pairs and answer the swapped rows with one model."""
+        device = self.context.device
+        scores: list[Scores | None] = []
+        answers: SwapAnswers = {}
+        with inference_on(model, self.context) as bars:
+            if self.pairs:
+                advance = add_bar(bars, f"{name}: fairness, pairs", count_texts(self.encoded))
+                trees = [one for one in self.encoded if isinstance(one, Tree)]
+                options = [one for one in self.encoded if not isinstance(one, Tree)]
+                if options:
+                    scores = score_by_encoder(model, options, self.context.processor, device, advance)
+                else:
+                    scores = score_by_decoder(model, self.pairs, trees, device, advance)
+            if self.swapped is not None:
+                advance = add_bar(bars, f"{name}: fairness, swaps", 2 * len(self.swapped.questions))
+                answers = self.swapped.answers_of(model, advance)
+        self.outputs[name] = Outputs(scores, answers)
 
-def find_group_gaps(questions: Questions, scored: Scored, found: Findings) -> None:
-    """Add the gaps between groups."""
-    plan = questions.setting.plan
-    if plan is None or not plan.groups:
-        return
-    gaps = find_gaps(plan.groups, scored.base, scored.tuned, questions.setting.recipe.seed)
-    without = [column for column in plan.groups if column not in {gap.column for gap in gaps}]
-    few = f"no two groups of {' or '.join(without)} have {FEWEST_ROWS} rows" if without else ""
-    if not gaps:
-        found.signatures["gap"] = f"not measured: {few}"
-        return
-    headline = gaps[0].metric
-    score = score_gap([gap for gap in gaps if gap.metric == headline])
-    found.base["gap"], found.tuned["gap"], found.difference["gap"] = score.base, score.tuned, score.difference
-    columns = ", ".join(dict.fromkeys(gap.column for gap in gaps))
-    by_chance = f"groups of these sizes drawn by lot have a gap of {score.chance:.3g} on average"
-    as_large = f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
-    told = (f"{headline} by {columns}", METHOD, f"{by_chance}, {as_large}", few)
-    found.signatures["gap"] = "; ".join(part for part in told if part)
-    found.tables += gap_tables(gaps, plan.groups)
-    found.limits.append(f"{LIMITS['groups']} Here {by_chance}, {as_large}.")
+    def compare(self, measures: PairedMeasures) -> Study:
+        """Compare both models on pairs, swapped rows and groups."""
+        base, tuned = self.outputs.get("base"), self.outputs["tuned"]
+        results = Results(signatures=dict(self.notes))
+        self.compare_pairs(base, tuned, results)
+        self.compare_swaps(base, tuned, results)
+        self.compare_groups(measures, results)
+        measured = [metric for metric in MEANINGS if metric in results.tuned]
+        return Study(
+            title="Fairness",
+            base={metric: results.base[metric] for metric in measured if metric in results.base},
+            tuned={metric: results.tuned[metric] for metric in measured},
+            difference={metric: results.difference[metric] for metric in measured if metric in results.difference},
+            meanings={metric: MEANINGS[metric] for metric in measured},
+            better={metric: BETTER[metric] for metric in measured},
+            signatures=results.signatures,
+            limits=" ".join(results.limits),
+            tables=tuple(results.tables),
+        )
+
+    def compare_pairs(self, base: Outputs | None, tuned: Outputs, results: Results) -> None:
+        """Add how often the stereotypical sentence is the likelier."""
+        if not self.pairs:
+            return
+        scored = keep_scored(self.pairs, None if base is None else base.pairs, tuned.pairs)
+        if not scored.pairs:
+            results.signatures["stereotype"] = "not measured: every pair is longer than the model's context"
+            return
+        measures, seed = measure_pairs(scored, self.masked), self.context.recipe.seed
+        results.add(measures, seed)
+        results.tables += pair_tables(scored, measures, seed)
+        own = all(pair.source == OWN for pair in scored.pairs)
+        language = "English of a few sentences" if own else "the words of the sets that you chose"
+        results.limits.append(LIMITS["pairs"].format(language))
+
+    def compare_swaps(self, base: Outputs | None, tuned: Outputs, results: Results) -> None:
+        """Add how often answers change with the group."""
+        if self.swapped is None:
+            return
+        before = None if base is None else base.swapped
+        if not tuned.swapped:
+            results.signatures[METRIC] = "not measured: prompts and answers exceed the model's context"
+            return
+        results.add(self.swapped.measure(before, tuned.swapped), self.context.recipe.seed)
+        results.signatures[METRIC] = f"{len(tuned.swapped)} of {self.swapped.signature}"
+        results.tables += self.swapped.table(before, tuned.swapped)
+        results.limits.append(LIMITS["swaps"])
+
+    def compare_groups(self, measures: PairedMeasures, results: Results) -> None:
+        """Add the gaps between groups."""
+        inputs = self.context.inputs
+        if inputs is None or not inputs.groups:
+            return
+        gaps = find_gaps(inputs.groups, measures, self.context.recipe.seed)
+        without = [column for column in inputs.groups if column not in {gap.column for gap in gaps}]
+        few = f"no two groups of {' or '.join(without)} have {FEWEST_ROWS} rows" if without else ""
+        if not gaps:
+            results.signatures["gap"] = f"not measured: {few}"
+            return
+        metric = gaps[0].metric
+        score = score_gap([gap for gap in gaps if gap.metric == metric])
+        results.base["gap"], results.tuned["gap"] = score.base, score.tuned
+        results.difference["gap"] = score.difference
+        columns = ", ".join(dict.fromkeys(gap.column for gap in gaps))
+        by_chance = (
+            f"groups of these sizes drawn by lot have a gap of {score.chance:.3g} on average, "
+            f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
+        )
+        parts = (f"{metric} by {columns}", METHOD, by_chance, few)
+        results.signatures["gap"] = "; ".join(part for part in parts if part)
+        results.tables += gap_tables(gaps)
+        results.limits.append(f"{LIMITS['groups']} Here {by_chance}.")

@@ -6,29 +6,26 @@ Shapes: U paragraphs of all texts, Q questions.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from llmtune.evaluate.inference import count, progress
-from llmtune.evaluate.metric import Measure, columns, compare, measure_right, ratio
-from llmtune.evaluate.metrics import exponential_ratio
-from llmtune.evaluate.multiple_choice import Question, pick, plant, read_quiz
+from llmtune.evaluate.changed_predictions import flipped_rows
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.inference import add_bar, context_limit, inference_on
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_right, ratio
+from llmtune.evaluate.multiple_choice import pick, question_tree, read_questions
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.perplexity import Passages, make_passages, read_texts, score_passages
-from llmtune.evaluate.shared_prefix import Tree, score_trees
-from llmtune.evaluate.suite_runner import Inquiry, Scored, Setting
+from llmtune.evaluate.shared_prefix import score_trees
+from llmtune.evaluate.slices import rows_by
+from llmtune.evaluate.suite import EvalSuite
+from llmtune.evaluate.text_metrics import exponential_ratio
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
-from llmtune.model import compute_context, resolve_dtype
-from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_length
 from llmtune.records import Study, StudyTable
-from llmtune.report.number_format import score
+from llmtune.report.number_format import DASH, count, score
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -52,192 +49,142 @@ LIMITS = (
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one model made of the texts and questions."""
+class Likelihoods:
+    """What one model makes of the texts and questions."""
 
     nats: Floats
     """[U]"""
-    likelihoods: tuple[tuple[float, ...], ...]
+    choices: list[list[float]]
     """[Q] log-likelihood of each choice, nats."""
 
 
-class Material:
-    """Texts and questions as one model's tokens, made when the first model is there to say how far it can read."""
+class ForgettingSuite(EvalSuite):
+    """General texts and questions, as one model's tokens once the first model shows how far it can read."""
 
-    def __init__(self, setting: Setting) -> None:
-        section = setting.recipe.evaluate.forgetting
+    name = "forgetting"
+
+    def __init__(self, context: EvalContext) -> None:
+        super().__init__(context)
+        self.outputs: dict[str, Likelihoods] = {}
+        section = context.recipe.evaluate.forgetting
         assert section is not None
-        self.setting = setting
         self.texts = read_texts(section.texts)
-        self.questions = read_quiz(section.questions)
-        self.trees = plant(self.questions, setting.processor)
+        self.questions = read_questions(section.questions)
+        self.trees = [question_tree(question, context.processor) for question in self.questions]
         self.passages: Passages | None = None
         self.too_long = 0
         """Questions that the model's context does not hold; they are left out."""
 
-    def fit(self, context: int | None) -> Passages:
+    def fit(self, limit: int) -> Passages:
         """Lay windows over the texts, and leave out questions that are longer than a model's context."""
         if self.passages is None:
-            self.passages = make_passages(self.texts, self.setting.processor, context)
-            limit = context or 1 << 60
-            kept = [i for i, tree in enumerate(self.trees) if longest_branch(tree) <= limit]
+            self.passages = make_passages(self.texts, self.context.processor, limit)
+            kept = [i for i, tree in enumerate(self.trees) if tree.longest <= limit]
             self.too_long = len(self.trees) - len(kept)
             self.questions = tuple(self.questions[i] for i in kept)
             self.trees = [self.trees[i] for i in kept]
         return self.passages
 
-    def ask(self, name: str, model: torch.nn.Module) -> Said:
-        """Put texts and questions to one model; sets it to evaluation mode."""
-        model.eval()
-        setting, passages = self.setting, self.fit(context_length(unwrap(model).config))
-        device, dtype = setting.device, resolve_dtype(setting.recipe.model.dtype, setting.device)
-        with torch.inference_mode(), compute_context(dtype, device), progress(setting.console) as bars:
-            advance = count(bars, f"{name}: general text", len(passages.windows))
+    def run(self, name: str, model: torch.nn.Module) -> None:
+        """Read the texts and questions with one model."""
+        passages, device = self.fit(context_limit(model)), self.context.device
+        with inference_on(model, self.context) as bars:
+            advance = add_bar(bars, f"{name}: general text", len(passages.windows))
             nats = score_passages(model, passages, device=device, advance=advance)
-            advance = count(bars, f"{name}: general questions", len(self.trees))
+            advance = add_bar(bars, f"{name}: general questions", len(self.trees))
             budget = budget_for(device, TOKEN_BUDGET)
-            likelihoods = score_trees(model, self.trees, device=device, budget=budget, advance=advance)
-        return Said(nats, tuple(map(tuple, likelihoods)))
+            choices = score_trees(model, self.trees, device=device, budget=budget, advance=advance)
+        self.outputs[name] = Likelihoods(nats, choices)
 
+    def compare(self, measures: PairedMeasures) -> Study:
+        """Turn what both models made of texts and questions into scores, differences and tables."""
+        base, tuned = self.outputs.get("base"), self.outputs["tuned"]
+        measured = PairedMeasures({} if base is None else self.measure(base), self.measure(tuned))
+        base_scores, tuned_scores = measured.scores()
+        return Study(
+            title="Forgetting",
+            base=base_scores,
+            tuned=tuned_scores,
+            difference=measured.differences(self.context.recipe.seed),
+            meanings={metric: MEANINGS[metric] for metric in tuned_scores},
+            better={metric: BETTER[metric] for metric in tuned_scores},
+            signatures={metric: one.signature for metric, one in measured.tuned.items()},
+            limits=LIMITS.format(amount=self.amount()),
+            tables=tuple(self.tables(measured)),
+        )
 
-def make_forgetting(setting: Setting) -> Inquiry:
-    """Return the study that `evaluate.forgetting` asks for.
+    def measure(self, outputs: Likelihoods) -> dict[str, Measure]:
+        """Measure one model; rows are paragraphs and questions."""
+        passages, found = self.passages, list[Measure]()
+        assert passages is not None
+        if passages.texts:
+            longest = max(len(window.ids) for window in passages.windows)
+            how = f"windows of at most {longest} tokens, each token scored once; intervals over paragraphs"
+            sums = columns(outputs.nats, passages.tokens)
+            signature = f"exp(nats / tokens) of plain text; {how}"
+            found.append(Measure("perplexity", sums, exponential_ratio, signature=signature))
+            sums = columns(outputs.nats / math.log(2), passages.sizes)
+            signature = f"bits by UTF-8 bytes of plain text; {how}"
+            found.append(Measure("bits_per_byte", sums, ratio, signature=signature))
+        if self.questions:
+            how = "'Question: ...\\nAnswer:' and ' CHOICE', no chat template"
+            how += f"; {self.too_long} questions longer than the model's context are left out" if self.too_long else ""
+            for metric, by_length, signature in (
+                ("accuracy", False, f"the choice of the highest log-likelihood, as lm-eval's acc; {how}"),
+                ("accuracy_norm", True, f"log-likelihoods divided by characters, as lm-eval's acc_norm; {how}"),
+            ):
+                pairs = zip(outputs.choices, self.questions, strict=True)
+                right = [pick(values, one, by_length=by_length) == one.right for values, one in pairs]
+                found.append(measure_right(right, metric, signature))
+        return {one.metric: replace(one, at=tuple(range(len(one.sums_NK)))) for one in found}
 
-    Raises DataError for texts and questions that cannot be read.
-    """
-    material = Material(setting)
-    return Inquiry("forgetting", material.ask, partial(compare_answers, material))
+    def amount(self) -> str:
+        """Write how much was read."""
+        passages = self.passages
+        texts = [f"{passages.sizes.sum() / 1000:.0f} kB of text"] if passages and passages.texts else []
+        return " and ".join([*texts, *([f"{len(self.questions)} questions"] if self.questions else [])])
+
+    def tables(self, measured: PairedMeasures) -> Iterator[StudyTable]:
+        """Show the perplexity of each text, the right answers by topic, and the questions that got lost."""
+        assert self.passages is not None
+        texts = [(self.passages.texts[number].name, rows) for number, rows in rows_by(self.passages.text_of).items()]
+        if len(texts) > 1:
+            rows = part_rows("perplexity", texts, measured, lambda one: score(one.value))
+            yield StudyTable("Perplexity of each text", ("text", "paragraphs", "base", "tuned"), rows)
+        topics = list(rows_by([question.topic or "(none)" for question in self.questions]).items())
+        if len(topics) > 1:
+            rows = part_rows("accuracy", topics, measured, lambda one: count(one.sums_NK[:, 0].sum()))
+            yield StudyTable("Questions answered right, by topic", ("topic", "questions", "base", "tuned"), rows)
+        if "accuracy" not in measured.base:
+            return
+        _, lost = flipped_rows(measured.base["accuracy"], measured.tuned["accuracy"])
+        shown = f", {SHOWN_QUESTIONS} of {len(lost)}" if len(lost) > SHOWN_QUESTIONS else ""
+        if lost:
+            rows = tuple(map(self.lost, lost[:SHOWN_QUESTIONS]))
+            heads = ("question", "right answer", "tuned model's answer")
+            yield StudyTable(f"Right before, wrong now{shown}", heads, rows)
+
+    def lost(self, number: int) -> tuple[str, ...]:
+        """Return a question, its right answer and that of the tuned model."""
+        question = self.questions[number]
+        answer = pick(self.outputs["tuned"].choices[number], question, by_length=False)
+        return question.question, question.choices[question.right], question.choices[answer]
 
 
 def check_forgetting(recipe: Recipe) -> None:
-    """Read what the study reads. Raises DataError where that cannot be done."""
+    """Read what the suite reads. Raises DataError where that cannot be done."""
     section = recipe.evaluate.forgetting
     if section is not None:
         read_texts(section.texts)
-        read_quiz(section.questions)
+        read_questions(section.questions)
 
 
-def compare_answers(material: Material, base: Said | None, tuned: Said, scored: Scored) -> Study:
-    """Turn what both models said into scores, differences and tables."""
-    passages, questions, seed = material.passages, material.questions, material.setting.recipe.seed
-    assert passages is not None, "the tuned model was asked"
-    measures = {
-        side: measure_said(said, passages, questions, material.too_long)
-        for side, said in (("base", base), ("tuned", tuned))
-        if said is not None
-    }
-    before, after = measures.get("base", {}), measures["tuned"]
-    tables = [by_text(passages, base, tuned), by_topic(questions, base, tuned), lost_questions(questions, base, tuned)]
-    return Study(
-        title="Forgetting",
-        base={metric: found.value for metric, found in before.items()},
-        tuned={metric: found.value for metric, found in after.items()},
-        difference={metric: compare(before[metric], found, seed) for metric, found in after.items() if before},
-        meanings={metric: MEANINGS[metric] for metric in after},
-        better={metric: BETTER[metric] for metric in after},
-        signatures={metric: found.signature for metric, found in after.items()},
-        limits=LIMITS.format(amount=amount(passages, questions)),
-        tables=tuple(table for table in tables if table is not None),
+def part_rows(
+    metric: str, parts: Sequence[tuple[str, set[int]]], measures: PairedMeasures, write: Callable[[Measure], str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return name, size and both models' scores of each part of a metric's rows."""
+    models = (measures.base.get(metric), measures.tuned.get(metric))
+    return tuple(
+        (name, count(len(rows)), *(DASH if one is None else write(one.subset(rows)) for one in models))
+        for name, rows in parts
     )
-
-
-def amount(passages: Passages, questions: Sequence[Question]) -> str:
-    """Say how much was asked."""
-    parts = [f"{passages.sizes.sum() / 1000:.0f} kB of text"] if passages.texts else []
-    return " and ".join([*parts, *([f"{len(questions)} questions"] if questions else [])])
-
-
-def longest_branch(tree: Tree) -> int:
-    """Return how many tokens the longest of a question's choices has, with the question."""
-    return len(tree.prefix) + max(map(len, tree.branches))
-
-
-def measure_said(
-    said: Said, passages: Passages, questions: Sequence[Question], too_long: int = 0
-) -> dict[str, Measure]:
-    """Measure what one model said; rows are paragraphs and questions."""
-    found: dict[str, Measure] = {}
-    if passages.texts:
-        read = (
-            f"windows of at most {max(len(window.ids) for window in passages.windows)} tokens, each token scored once"
-        )
-        told = f"exp(nats / tokens) of plain text; {read}; intervals over paragraphs"
-        sums = columns(said.nats, passages.tokens)
-        found["perplexity"] = Measure("perplexity", sums, exponential_ratio, signature=told)
-        told = f"bits by UTF-8 bytes of plain text; {read}; intervals over paragraphs"
-        sums = columns(said.nats / math.log(2), passages.sizes)
-        found["bits_per_byte"] = Measure("bits_per_byte", sums, ratio, signature=told)
-    if questions:
-        form = "'Question: ...\\nAnswer:' and ' CHOICE', no chat template"
-        form += f"; {too_long} questions longer than the model's context are left out" if too_long else ""
-        for metric, by_length, told in (
-            ("accuracy", False, f"the choice of the highest log-likelihood, as lm-eval's acc; {form}"),
-            ("accuracy_norm", True, f"log-likelihoods divided by characters, as lm-eval's acc_norm; {form}"),
-        ):
-            found[metric] = measure_right(right(said, questions, by_length=by_length), metric, told)
-    return found
-
-
-def right(said: Said, questions: Sequence[Question], *, by_length: bool = False) -> list[bool]:
-    """Say of each question [Q] whether its right answer was picked."""
-    return [
-        pick(values, question, by_length=by_length) == question.answer
-        for values, question in zip(said.likelihoods, questions, strict=True)
-    ]
-
-
-def by_text(passages: Passages, base: Said | None, tuned: Said) -> StudyTable | None:
-    """Give the perplexity of each text, where there are several."""
-    if len(passages.texts) < 2:
-        return None
-    text_of = np.asarray(passages.text_of)
-
-    def perplexity(said: Said | None, place: int) -> str:
-        if said is None:
-            return score(None)
-        inside = text_of == place
-        with np.errstate(over="ignore"):
-            return score(float(np.exp(said.nats[inside].sum() / passages.tokens[inside].sum())))
-
-    rows = tuple(
-        (text.name, f"{len(text.paragraphs):,}", perplexity(base, place), perplexity(tuned, place))
-        for place, text in enumerate(passages.texts)
-    )
-    return StudyTable("Perplexity of each text", ("text", "paragraphs", "base", "tuned"), rows)
-
-
-def by_topic(questions: Sequence[Question], base: Said | None, tuned: Said) -> StudyTable | None:
-    """Count the right answers by topic, where the questions have topics."""
-    totals = Counter(question.topic for question in questions)
-    if len(totals) < 2:
-        return None
-    sides = [count_right(questions, said) for said in (base, tuned)]
-    rows = tuple(
-        (topic or "(none)", f"{total:,}", *(score(None) if side is None else f"{side[topic]:,}" for side in sides))
-        for topic, total in totals.items()
-    )
-    return StudyTable("Questions answered right, by topic", ("topic", "questions", "base", "tuned"), rows)
-
-
-def count_right(questions: Sequence[Question], said: Said | None) -> Mapping[str, int] | None:
-    """Count the right answers of one model by topic."""
-    if said is None:
-        return None
-    return Counter(question.topic for question, hit in zip(questions, right(said, questions), strict=True) if hit)
-
-
-def lost_questions(questions: Sequence[Question], base: Said | None, tuned: Said) -> StudyTable | None:
-    """List questions that the base got right and the tuned model wrong."""
-    if base is None:
-        return None
-    sides = zip(questions, tuned.likelihoods, right(base, questions), right(tuned, questions), strict=True)
-    lost = [
-        (question.text, question.choices[question.answer], question.choices[pick(values, question, by_length=False)])
-        for question, values, before, after in sides
-        if before and not after
-    ]
-    if not lost:
-        return None
-    shown = f", {SHOWN_QUESTIONS} of {len(lost)}" if len(lost) > SHOWN_QUESTIONS else ""
-    heads = ("question", "right answer", "tuned model's answer")
-    return StudyTable(f"Right before, wrong now{shown}", heads, tuple(lost[:SHOWN_QUESTIONS]))

@@ -6,8 +6,8 @@ Shapes: N rows, M of them, K sums a row, R resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from llmtune.evaluate.paired_statistics import (
     Weighted,
     difference,
     difference_weighted,
+    unknown,
 )
 from llmtune.records import Difference
 
@@ -35,7 +36,7 @@ class Measure:
     signature: str = ""
     weighted: Weighted | None = None
     at: tuple[int, ...] = ()
-    """[N] indexes of these rows into those of the plan."""
+    """[N] indexes of these rows into the evaluated rows."""
 
     @property
     def value(self) -> float:
@@ -43,23 +44,23 @@ class Measure:
         if len(self.sums_NK) == 0:
             return math.nan
         if self.weighted is not None:
-            return float(self.drawn(np.ones((1, len(self.sums_NK))))[0])
+            return float(self.resampled(np.ones((1, len(self.sums_NK))))[0])
         assert self.formula is not None
         return float(self.formula(self.sums_NK.sum(0)))
 
-    def drawn(self, counts_RN: Floats) -> Floats:
+    def resampled(self, counts_RN: Floats) -> Floats:
         """Return the metric [R] of rows that are drawn counts_RN[r, n] times."""
         if self.weighted is not None:
             return self.weighted(counts_RN)
         assert self.formula is not None
         return self.formula(counts_RN @ self.sums_NK)
 
-    def of(self, chosen: Collection[int]) -> Measure:
-        """Return the metric of those rows alone whose index into the plan is `chosen`."""
-        kept = [n for n, row in enumerate(self.at) if row in chosen]
+    def subset(self, rows: Collection[int]) -> Measure:
+        """Return the metric of those rows alone whose index is in `rows`."""
+        kept = [n for n, row in enumerate(self.at) if row in rows]
         weighted, total = self.weighted, len(self.sums_NK)
 
-        def spread(counts_RM: Floats) -> Floats:
+        def of_kept(counts_RM: Floats) -> Floats:
             assert weighted is not None
             values = []
             for part_RM in np.array_split(counts_RM, -(-counts_RM.shape[0] * total // CHUNK_CELLS) or 1):
@@ -71,9 +72,38 @@ class Measure:
         return replace(
             self,
             sums_NK=self.sums_NK[kept],
-            weighted=None if weighted is None else spread,
+            weighted=None if weighted is None else of_kept,
             at=tuple(self.at[n] for n in kept),
         )
+
+
+@dataclass(frozen=True)
+class PairedMeasures:
+    """The measures of base and tuned model on the same rows, by metric; the base may have none."""
+
+    base: Mapping[str, Measure] = field(default_factory=dict)
+    tuned: Mapping[str, Measure] = field(default_factory=dict)
+
+    def subset(self, rows: Collection[int]) -> PairedMeasures:
+        """Return the measures of some rows, by index; a metric without any of them is left out."""
+        parts = [{metric: one.subset(rows) for metric, one in side.items()} for side in (self.base, self.tuned)]
+        base, tuned = ({metric: one for metric, one in part.items() if len(one.sums_NK)} for part in parts)
+        return PairedMeasures(base, tuned)
+
+    def scores(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the scores of base and tuned model."""
+        base, tuned = ({metric: one.value for metric, one in side.items()} for side in (self.base, self.tuned))
+        return base, tuned
+
+    def differences(self, seed: int, fewest: int = 0) -> dict[str, Difference]:
+        """Return tuned minus base by metric; without an interval where there are fewer than `fewest` rows."""
+        return {
+            metric: compare(self.base[metric], tuned, seed)
+            if len(tuned.sums_NK) >= fewest
+            else unknown(tuned.value - self.base[metric].value, len(tuned.sums_NK))
+            for metric, tuned in self.tuned.items()
+            if metric in self.base
+        }
 
 
 def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
@@ -86,7 +116,7 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
         return difference(base.sums_NK, tuned.sums_NK, tuned.formula, right_wrong=tuned.right_wrong, seed=seed)
     if rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)
-    return difference_weighted(base.drawn, tuned.drawn, rows, seed=seed)
+    return difference_weighted(base.resampled, tuned.resampled, rows, seed=seed)
 
 
 def ratio(sums: Floats) -> Floats:
@@ -99,15 +129,13 @@ def measure_right(
     right: Sequence[bool], metric: str, signature: str = "texts equal once outer white space is stripped"
 ) -> Measure:
     """Build a right-or-wrong metric from one answer a row."""
-    values = np.asarray(right, dtype=np.float64)
-    return Measure(metric, columns(values, np.ones(len(values))), ratio, right_wrong=True, signature=signature)
+    return replace(measure_means(metric, [float(one) for one in right], signature), right_wrong=True)
 
 
 def measure_means(metric: str, values: Sequence[float], signature: str) -> Measure:
     """Build a metric that is the mean of one number a row."""
-    return Measure(
-        metric, columns(np.asarray(values, dtype=np.float64), np.ones(len(values))), ratio, signature=signature
-    )
+    numbers = np.asarray(values, dtype=np.float64)
+    return Measure(metric, columns(numbers, np.ones(len(numbers))), ratio, signature=signature)
 
 
 def columns(*parts: Floats) -> Floats:

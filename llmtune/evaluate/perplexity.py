@@ -8,20 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from llmtune.data.chat_template import encode_texts
-from llmtune.errors import DataError, Problem
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, pad_right, run_in_batches
 from llmtune.model import causal_loss
 from llmtune.recipe.eval_suites_section import OWN
+from llmtune.records import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,35 +66,21 @@ class Passages:
     """[U] which text each paragraph is from."""
 
 
-def read_texts(places: Sequence[str]) -> tuple[Text, ...]:
+def read_texts(sources: Sequence[str]) -> tuple[Text, ...]:
     """Read text files, and for `own` those that come with llmtune; paths are absolute.
 
-    Raises DataError for files that are missing, empty or no UTF-8: all of them at once.
+    Raises DataError for files that are missing, empty or not UTF-8: all of them at once.
     """
-    found: list[Text] = []
-    problems: list[Problem] = []
-    for place in places:
-        if place == OWN:
-            found += own_texts()
-            continue
-        try:
-            found.append(make_text(Path(place).name, Path(place).read_bytes().decode("utf-8-sig")))
-        except OSError as error:
-            problems.append(Problem(f"cannot be read: {error.strerror}", place, FIX))
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            problems.append(Problem(f"is no UTF-8: byte {error.object[error.start]:#04x}", f"{place}:{line}", FIX))
-        else:
-            if not found[-1].paragraphs:
-                problems.append(Problem("there is no text in it", place, FIX))
-    DataError.collect(problems)
-    return tuple(found)
+    return tuple(read_sources(sources, read_source, "text", FIX))
 
 
-def own_texts() -> list[Text]:
-    """Return the texts that come with llmtune; their origin is told beside them."""
-    folder = resources.files("llmtune.evaluate") / "general"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+def read_source(source: str) -> list[Text]:
+    """Read one text file, or for `own` those that come with llmtune, whose origin stands beside them."""
+    if source != OWN:
+        text = make_text(Path(source).name, read_utf8(Path(source), FIX))
+        return [text] if text.paragraphs else []
+    files = [file for file in OWN_FILES.joinpath("general").iterdir() if file.name.endswith(".txt")]
+    files.sort(key=lambda file: file.name)
     return [make_text(file.name.removesuffix(".txt"), file.read_text("utf-8")) for file in files]
 
 
@@ -191,9 +177,7 @@ def score_passages(
     nats = np.zeros(len(passages.tokens))
 
     def work(batch: list[int]) -> None:
-        tensors = collate([windows[i] for i in batch], len(nats))
-        moved = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in tensors.items()}
-        loss = causal_loss(model, moved, True)
+        loss = causal_loss(model, move_to(device, collate([windows[i] for i in batch], len(nats))), True)
         assert loss.row_sums is not None
         nats[:] += loss.row_sums.double().cpu().numpy()
         advance(len(batch))
@@ -202,21 +186,17 @@ def score_passages(
     return nats
 
 
-def collate(windows: Sequence[Window], paragraphs: int) -> dict[str, Any]:
+def collate(windows: Sequence[Window], paragraphs: int) -> Batch:
     """Put windows side by side, padded on the right; the rows that losses are summed by are paragraphs."""
-    width = max(len(window.ids) for window in windows)
-    ids_BT = torch.zeros((len(windows), width), dtype=torch.int64)
-    mask_BT = torch.zeros((len(windows), width), dtype=torch.int64)
-    for row, window in enumerate(windows):
-        ids_BT[row, : len(window.ids)] = torch.tensor(window.ids)
-        mask_BT[row, : len(window.ids)] = 1
-    spots = [(row, i) for row, window in enumerate(windows) for i in range(window.first, len(window.ids))]
+    ids_BT, mask_BT = pad_right([window.ids for window in windows])
+    width = ids_BT.shape[1]
+    scored = [(row, i) for row, window in enumerate(windows) for i in range(window.first, len(window.ids))]
     return {
         "input_ids": ids_BT,
         "attention_mask": mask_BT,
         "position_ids": torch.arange(width).expand(len(windows), width),
-        "predict_S": torch.tensor([row * width + i - 1 for row, i in spots]),
-        "targets_S": torch.tensor([windows[row].ids[i] for row, i in spots]),
-        "rows_S": torch.tensor([place for window in windows for place in window.paragraphs]),
+        "predict_S": torch.tensor([row * width + i - 1 for row, i in scored]),
+        "targets_S": torch.tensor([windows[row].ids[i] for row, i in scored]),
+        "rows_S": torch.tensor([paragraph for window in windows for paragraph in window.paragraphs]),
         "n_rows": paragraphs,
     }

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from llmtune.evaluate.token_batches import run_in_batches
+from llmtune.evaluate.token_batches import pad_right, run_in_batches
 from llmtune.model import is_out_of_memory
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
+from llmtune.records import Batch
 
 PREFIX, PADDING = 0, -1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.005, torch.bfloat16: 0.02}
@@ -39,8 +39,13 @@ class Tree:
         """Positions that the tree takes up: the last token of a branch is predicted, but predicts nothing."""
         return len(self.prefix) + sum(len(branch) - 1 for branch in self.branches)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the prefix with the longest branch."""
+        return len(self.prefix) + max(map(len, self.branches))
 
-def grow_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tree:
+
+def make_tree(texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tree:
     """Join C encoded texts; `starts` says where the scored tokens of each begin (1 or later)."""
     shared = min(starts)
     first = texts[0]
@@ -87,7 +92,7 @@ def cost(tree: Tree, score: Callable[..., object]) -> int:
     """Positions that scoring a tree takes."""
     if score is score_as_trees:
         return tree.length
-    return len(tree.branches) * (len(tree.prefix) + max(map(len, tree.branches)))
+    return len(tree.branches) * tree.longest
 
 
 def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
@@ -136,13 +141,8 @@ def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -
             positions_BT[place], branch_BT[place] = torch.arange(size, size + inside), number
             predict += [last, *range(row * width + at, row * width + at + inside)][unscored:]
             at += inside
-    batch = {
-        "input_ids": ids_BT.to(device),
-        "position_ids": positions_BT.to(device),
-        "attention_mask": tree_mask(branch_BT.to(device), model),
-        "predict_S": torch.tensor(predict, device=device),
-    }
-    return sum_branches(predicted_logits(model, batch), trees)
+    mask = tree_mask(branch_BT.to(device), model)
+    return score_branches(model, trees, ids_BT, positions_BT, mask, predict, device)
 
 
 def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
@@ -165,28 +165,37 @@ def tree_mask(branch_BT: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 def score_as_rows(model: torch.nn.Module, trees: Sequence[Tree], device: str) -> list[list[float]]:
     """Score every branch as a row of its own, padded on the right: what trees are held against."""
     texts = [tree.prefix + branch[:-1] for tree in trees for branch in tree.branches]
-    width = max(map(len, texts))
-    ids_BT = torch.zeros((len(texts), width), dtype=torch.int64)
-    mask_BT = torch.zeros((len(texts), width), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        ids_BT[row, : len(text)] = torch.tensor(text)
-        mask_BT[row, : len(text)] = 1
+    ids_BT, mask_BT = pad_right(texts)
+    width = ids_BT.shape[1]
     predict = [
         row * width + column
         for row, (tree, c) in enumerate((tree, c) for tree in trees for c in range(len(tree.branches)))
         for column in range(len(tree.prefix) - 1 + tree.unscored[c], len(tree.prefix) - 1 + len(tree.branches[c]))
     ]
-    batch: dict[str, Any] = {
+    positions_BT = torch.arange(width).expand(len(texts), width)
+    return score_branches(model, trees, ids_BT, positions_BT, mask_BT.to(device), predict, device)
+
+
+def score_branches(
+    model: torch.nn.Module,
+    trees: Sequence[Tree],
+    ids_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
+    mask: torch.Tensor,
+    predict: Sequence[int],
+    device: str,
+) -> list[list[float]]:
+    """Add up the log-probabilities of each branch's scored tokens.
+
+    `predict` are the positions that predict them, in order of trees and branches, in the flattened batch.
+    """
+    batch: Batch = {
         "input_ids": ids_BT.to(device),
-        "position_ids": torch.arange(width, device=device).expand(len(texts), width),
-        "attention_mask": mask_BT.to(device),
+        "position_ids": positions_BT.to(device),
+        "attention_mask": mask,
         "predict_S": torch.tensor(predict, device=device),
     }
-    return sum_branches(predicted_logits(model, batch), trees)
-
-
-def sum_branches(logits_SV: torch.Tensor, trees: Sequence[Tree]) -> list[list[float]]:
-    """Add up the log-probabilities of each branch's scored tokens; `logits_SV` is in order of trees and branches."""
+    logits_SV = predicted_logits(model, batch)
     answers = [b[u:] for tree in trees for b, u in zip(tree.branches, tree.unscored, strict=True)]
     targets_S = torch.tensor([token for answer in answers for token in answer], device=logits_SV.device)
     logs_S = -torch.nn.functional.cross_entropy(logits_SV.float(), targets_S, reduction="none")

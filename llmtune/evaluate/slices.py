@@ -1,4 +1,4 @@
-"""Scores by slice: the test rows apart by what a column says, and both models on each part.
+"""Scores by slice: the test rows parted by the values of a column, and both models on each part.
 
 A difference on a slice is about the rows of that slice alone, with an interval of its own. Shapes: N test rows,
 Q inner edges.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
 from llmtune.data import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
-from llmtune.evaluate.metric import Measure, compare
-from llmtune.evaluate.paired_statistics import unknown
-from llmtune.records import Difference, Rows, Slice
+from llmtune.evaluate.metric import PairedMeasures
+from llmtune.records import Rows, Slice
 from llmtune.report.verdict import FEWEST_ROWS
 
 MOST_VALUES = 12
@@ -28,6 +27,7 @@ LONGEST_VALUE = 80
 LONGEST_WHOLE = 1e12
 OTHER, MISSING = "(other)", "(none)"
 QUARTERS = (0.25, 0.5, 0.75)
+Name = TypeVar("Name", int, str)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,15 @@ class Parts:
     by_row: tuple[str, ...]
     """[N] the name of each row's slice."""
 
+    def indexes(self, name: str) -> frozenset[int]:
+        """Return the indexes of the rows in one slice."""
+        return frozenset(n for n, own in enumerate(self.by_row) if own == name)
+
 
 def read_slices(
-    rows: Rows, columns: Sequence[str], wanted: Sequence[int], key: str = "evaluate.slices"
+    rows: Rows, columns: Sequence[str], numbers: Sequence[int], key: str = "evaluate.slices"
 ) -> dict[str, Parts]:
-    """Take the `wanted` test rows (ascending numbers) apart by each column, which the recipe names in `key`.
+    """Part the test rows of these ascending `numbers` by each column, which the recipe names in `key`.
 
     Raises DataError for columns that were not kept when the rows were prepared.
     """
@@ -59,24 +63,24 @@ def read_slices(
         for name in columns
         if name not in rows.columns
     )
-    chosen = frozenset(wanted)
-    found = [values for number, values in enumerate(iterate_columns(rows, "test")) if number in chosen]
-    return {name: take_apart([values.get(name) for values in found]) for name in columns}
+    chosen = frozenset(numbers)
+    cells = [values for number, values in enumerate(iterate_columns(rows, "test")) if number in chosen]
+    return {name: split_by_value([values.get(name) for values in cells]) for name in columns}
 
 
-def take_apart(values: Sequence[Any]) -> Parts:
+def split_by_value(values: Sequence[object]) -> Parts:
     """Put each row into the slice of its value [N], of a range of numbers, or of the rest.
 
     Numbers of more than twelve values are put into four ranges of about as many rows each. Of other values the twelve
     most frequent stand alone.
     """
     names = [write_value(value) for value in values]
-    known = [value for value in values if value is not None]
-    numeric = all(map(is_number, known))
+    numbers = [value for value in values if is_number(value)]
+    numeric = len(numbers) == sum(value is not None for value in values)
     if len({*names} - {MISSING}) > MOST_VALUES and numeric:
-        edges_Q = sorted({float(edge) for edge in np.quantile(known, QUARTERS, method="lower")})
+        edges_Q = sorted({float(edge) for edge in np.quantile(numbers, QUARTERS, method="lower")})
         ranges = name_ranges(edges_Q)
-        names = [MISSING if value is None else ranges[int(np.searchsorted(edges_Q, value))] for value in values]
+        names = [ranges[int(np.searchsorted(edges_Q, value))] if is_number(value) else MISSING for value in values]
         return Parts(tuple(name for name in dict.fromkeys((*ranges, MISSING)) if name in names), tuple(names))
     counted = Counter(names)
     frequent = sorted(counted.keys() - {MISSING}, key=lambda name: (-counted[name], name))[:MOST_VALUES]
@@ -93,49 +97,41 @@ def name_ranges(edges_Q: Sequence[float]) -> list[str]:
     return [f"up to {texts[0]}", *inner, f"above {texts[-1]}"]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def write_value(value: Any) -> str:
+def write_value(value: object) -> str:
     """Write a value on one line, shortened."""
     if value is None or value == "":
         return MISSING
-    text = " ".join((value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).split())
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), LONGEST_VALUE)
 
 
-def score_slices(
-    columns: Mapping[str, Parts], bases: Mapping[str, Measure], tunes: Mapping[str, Measure], seed: int
-) -> dict[str, tuple[Slice, ...]]:
+def one_line(text: str, longest: int) -> str:
+    """Write a text on one line, cut to `longest` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def rows_by(names: Sequence[Name]) -> dict[Name, set[int]]:
+    """Return the rows of each name, in the order in which the names appear."""
+    rows: dict[Name, set[int]] = {}
+    for number, name in enumerate(names):
+        rows.setdefault(name, set()).add(number)
+    return rows
+
+
+def score_slices(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> dict[str, tuple[Slice, ...]]:
     """Score both models on every slice of every column."""
     return {
-        column: tuple(
-            score_slice(name, {row for row, own in enumerate(parts.by_row) if own == name}, bases, tunes, seed)
-            for name in parts.names
-        )
+        column: tuple(score_slice(name, parts.indexes(name), measures, seed) for name in parts.names)
         for column, parts in columns.items()
     }
 
 
-def score_slice(
-    value: str, rows: set[int], bases: Mapping[str, Measure], tunes: Mapping[str, Measure], seed: int
-) -> Slice:
-    """Score both models on some rows, by index into the plan; a metric without any of them is left out."""
-    base = {metric: found for metric, one in bases.items() if len((found := one.of(rows)).at)}
-    tuned = {metric: found for metric, one in tunes.items() if len((found := one.of(rows)).at)}
-    return Slice(
-        value,
-        len(rows),
-        {metric: found.value for metric, found in base.items()},
-        {metric: found.value for metric, found in tuned.items()},
-        {metric: difference_of(base[metric], found, seed) for metric, found in tuned.items() if metric in base},
-    )
-
-
-def difference_of(base: Measure, tuned: Measure, seed: int) -> Difference:
-    """Compare two models on a slice; without an interval where the rows are too few."""
-    if len(tuned.at) < FEWEST_ROWS:
-        return unknown(tuned.value - base.value, len(tuned.at))
-    return compare(base, tuned, seed)
+def score_slice(value: str, rows: Collection[int], measures: PairedMeasures, seed: int) -> Slice:
+    """Score both models on some rows, by index; a metric without any of them is left out."""
+    part = measures.subset(rows)
+    return Slice(value, len(rows), *part.scores(), part.differences(seed, FEWEST_ROWS))

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from llmtune.evaluate.choice_likelihood import grow_trees, most_likely
-from llmtune.evaluate.eval_inputs import Plan, render, show
-from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.choice_likelihood import choice_trees, most_likely
+from llmtune.evaluate.eval_inputs import EvalContext, render, write_prompt
 from llmtune.evaluate.generation import generate_texts
-from llmtune.evaluate.metric import Measure, measure_right
+from llmtune.evaluate.inference import context_limit
+from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import Tree, score_trees
-from llmtune.evaluate.slices import difference_of, write_value
+from llmtune.evaluate.slices import write_value
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, cut_evenly
 from llmtune.evaluate.word_swaps import Swaps
-from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_length
 from llmtune.recipe.eval_suites_section import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Advance, Difference, Row, StudyTable
+from llmtune.records import Advance, Row, StudyTable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from llmtune.recipe import Recipe
 
 TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")
@@ -36,100 +32,176 @@ MOVED = 0.1
 """Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
 METRIC = "swap_changes"
 NO_ANSWERS = "no test row asks for an answer that could change: a prompt, a mask, the better of two"
+CHANGED = {True: "yes", False: "no"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-Said = dict[int, tuple[Any, Any]]
-"""By row of the plan, the answer to it as it stands and with the words swapped."""
+SwapAnswers = dict[int, tuple[object, object]]
+"""By index of the evaluated row, the answer to it as it stands and with the words swapped."""
 
 
 @dataclass(frozen=True)
-class SwapPlan:
-    """Rows of the test side with words swapped, and how answers to them are taken."""
+class SwappedRows:
+    """Test rows with words swapped, and how answers to them are taken."""
 
+    context: EvalContext
     swaps: Swaps
     questions: dict[int, Row]
-    """Index into the rows of the plan -> the row without its answer, swapped."""
+    """By index of the evaluated row, the row without its answer, swapped."""
     words: dict[int, tuple[str, ...]]
-    ambiguous: int
-    """Rows left out for a word with several partners."""
-    without: int
-    """Rows without any of the words."""
-    how: str
+    left_out: str
+    """How many rows were not swapped, and why."""
+    how: str = ""
     """What is compared: the likeliest of the choices, generated texts, or predictions."""
-    trees: dict[int, tuple[Tree, Tree]]
-    prompts: dict[int, tuple[list[int], list[int]]]
-    apart: float = 0.0
+    trees: dict[int, tuple[Tree, Tree]] = field(default_factory=dict)
+    prompts: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
+    tolerance: float = 0.0
     """Of predicted numbers: from where on two of them differ."""
     labels: tuple[str, ...] = ()
     """What answers are chosen from; empty where they are free."""
 
-    def said_of(self) -> str:
-        """Say how many rows were swapped, and why others were not."""
-        left_out = f"{self.without} without any of the words"
-        if self.ambiguous:
-            left_out += f", {self.ambiguous} with an ambiguous one"
-        return f"{len(self.questions)} test rows ({left_out}): {self.how}"
+    @property
+    def signature(self) -> str:
+        """How many rows were swapped, why others were not, and what is compared."""
+        return f"{len(self.questions)} test rows ({self.left_out}): {self.how}"
+
+    def answers_of(self, model: torch.nn.Module, advance: Advance) -> SwapAnswers:
+        """Answer each row as it stands and swapped, in one go: rounding then differs as little as can be."""
+        context, inputs, limit = self.context, self.context.inputs, context_limit(model)
+        assert inputs is not None
+        processor, recipe, device, task = context.processor, context.recipe, context.device, context.task
+        if task.predicts:
+            rows = list(self.questions)
+            both = [inputs.questions[i] for i in rows] + [self.questions[i] for i in rows]
+            answers = task.predict(model, both, processor, recipe, device=device, advance=advance) if both else []
+        elif self.trees:
+            rows = [i for i, pair in self.trees.items() if all(tree.longest <= limit for tree in pair)]
+            trees = [self.trees[i][n] for n in (0, 1) for i in rows]
+            budget = budget_for(device, TOKEN_BUDGET)
+            scores = score_trees(model, trees, device=device, budget=budget, advance=advance)
+            answers = [most_likely(one, inputs.choices) for one in scores]
+        else:
+            new = recipe.generation.max_new_tokens
+            rows = [i for i, pair in self.prompts.items() if all(len(ids) + new <= limit for ids in pair)]
+            prompts = [self.prompts[i][n] for n in (0, 1) for i in rows]
+            answers = generate_texts(model, prompts, processor, greedy(recipe), device=device, advance=advance)
+        return dict(zip(rows, zip(answers[: len(rows)], answers[len(rows) :], strict=True), strict=True))
+
+    def has_changed(self, before: object, after: object) -> bool:
+        """Whether the answer is another one. A word for a group in it is expected to be swapped as in the prompt."""
+        if isinstance(before, dict) and isinstance(after, dict):
+            if "rejected" in before:
+                return prefers_chosen(before) != prefers_chosen(after)
+            key = "label" if "label" in before else "text"
+            return self.has_changed(before[key], after[key])
+        if isinstance(before, float) and isinstance(after, float):
+            return abs(after - before) > self.tolerance
+        if isinstance(before, list) and isinstance(after, list) and self.labels:
+            return sorted(map(self.expected_label, before)) != sorted(after)
+        if isinstance(before, str) and isinstance(after, str):
+            if self.labels:
+                return self.expected_label(before) != after
+            return not self.swaps.is_swapped(before.strip(), after.strip())
+        return before != after
+
+    def expected_label(self, label: str) -> str:
+        """Return the label that is right once the words are swapped: another one only if it names a group."""
+        swapped = self.swaps.swap(label).text
+        return swapped if swapped in self.labels else label
+
+    def measure(self, base: SwapAnswers | None, tuned: SwapAnswers) -> PairedMeasures:
+        """Measure the share of rows whose answer changes, on the rows that both models answered."""
+        rows = [i for i in tuned if base is None or i in base]
+
+        def measure(answers: SwapAnswers) -> dict[str, Measure]:
+            changed = measure_right([self.has_changed(*answers[i]) for i in rows], METRIC, self.signature)
+            return {METRIC: replace(changed, at=tuple(rows))}
+
+        return PairedMeasures({} if base is None else measure(base), measure(tuned))
+
+    def table(self, base: SwapAnswers | None, tuned: SwapAnswers) -> list[StudyTable]:
+        """Show a few rows whose answer changes in the tuned model; nothing where there are none."""
+        inputs, most = self.context.inputs, self.context.recipe.evaluate.samples
+        assert inputs is not None
+        rows = [i for i, answers in tuned.items() if self.has_changed(*answers)]
+        cells = []
+        for i in (rows[at] for at in cut_evenly(len(rows), most)):
+            words = ", ".join(f"{word} → {self.swaps.swap(word).text}" for word in dict.fromkeys(self.words[i]))
+            answers = [write_value(write_answer(one, self.context)) for one in tuned[i]]
+            too = [CHANGED[self.has_changed(*base[i])] if i in base else ""] if base else []
+            cells.append((inputs.origins[i], words, *answers, *too))
+        heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
+        title = "Answers that change with the group alone: a few of them"
+        return [StudyTable(title, heads, tuple(cells))] if cells else []
 
 
-def plan_swaps(
-    plan: Plan, swaps: Swaps, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
-) -> SwapPlan | str:
-    """Swap the words in the rows of the plan, or say why that makes no sense here."""
+def swap_rows(context: EvalContext, swaps: Swaps) -> SwappedRows | str:
+    """Swap the words in the test rows, or return why that makes no sense here."""
+    inputs, task, processor, recipe = context.inputs, context.task, context.processor, context.recipe
+    if inputs is None:
+        return "there are no test rows"
     if recipe.task in UNSWAPPED:
         return UNSWAPPED[recipe.task]
-    found: dict[int, tuple[Row, tuple[str, ...]]] = {}
+    rows: dict[int, tuple[Row, tuple[str, ...]]] = {}
     counts: Counter[str] = Counter()
-    for i, question in enumerate(plan.questions):
-        if not asks(question, task, processor):
+    for i, question in enumerate(inputs.questions):
+        if not is_answerable(question, context):
             continue
         row, words, ambiguous = swap_row(question, swaps)
         kind = "ambiguous" if ambiguous else "swapped" if words else "without"
         counts[kind] += 1
         if kind == "swapped":
-            found[i] = row, words
+            rows[i] = row, words
     if not counts:
         return NO_ANSWERS
-    if TASK_FACTS[recipe.task].generates and not plan.trees:
-        every = list(found)
-        found = {every[at]: found[every[at]] for at in cut_evenly(len(every), recipe.evaluate.limit)}
+    if TASK_FACTS[recipe.task].generates and not inputs.trees:
+        every = list(rows)
+        rows = {every[at]: rows[every[at]] for at in cut_evenly(len(every), recipe.evaluate.limit)}
     if task.rates_answers:
-        found = {i: one for i, one in found.items() if not isinstance(task.encode([one[0]], processor, recipe)[0], str)}
-    questions = {i: row for i, (row, _) in found.items()}
-    swapped = {i: words for i, (_, words) in found.items()}
-    made = SwapPlan(swaps, questions, swapped, counts["ambiguous"], counts["without"], "", {}, {})
-    return choose_manner(made, plan, task, processor, recipe)
-
-
-def choose_manner(
-    made: SwapPlan, plan: Plan, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
-) -> SwapPlan:
-    """Settle how answers are taken: predictions of tasks that predict, choices where there are any, else texts."""
+        rows = {i: one for i, one in rows.items() if not isinstance(task.encode([one[0]], processor, recipe)[0], str)}
+    left_out = f"{counts['without']} without any of the words"
+    left_out += f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
+    questions = {i: row for i, (row, _) in rows.items()}
+    swapped = SwappedRows(context, swaps, questions, {i: words for i, (_, words) in rows.items()}, left_out)
     if task.predicts:
-        numbers = [float(value) for value in plan.targets if isinstance(value, float)]
-        apart = MOVED * statistics.pstdev(numbers) if len(numbers) == len(plan.targets) and numbers else 0.0
-        how = f"predictions compared, numbers by {apart:.3g}" if apart else "predictions compared"
-        labels = tuple(recipe.classify.labels or ()) if recipe.classify else ()
-        return replace(made, how=how, apart=apart, labels=labels)
-    if plan.trees:
-        asked = [i for i in made.questions if i in plan.trees]
-        grown = grow_trees([made.questions[i] for i in asked], plan.choices, task, processor, recipe)
-        trees = {i: (plan.trees[i], tree) for i, tree in zip(asked, grown, strict=True) if tree is not None}
-        kept = {i: made.questions[i] for i in trees}
-        how = f"the likeliest of {len(plan.choices)} answers compared"
-        return replace(made, questions=kept, how=how, trees=trees, labels=plan.choices)
+        return compare_predictions(swapped, inputs.targets)
+    if inputs.trees:
+        return compare_choices(swapped)
     prompts = {
-        i: (render(task, plan.questions[i], processor, recipe), render(task, row, processor, recipe))
-        for i, row in made.questions.items()
+        i: (render(task, inputs.questions[i], processor, recipe), render(task, row, processor, recipe))
+        for i, row in questions.items()
     }
-    return replace(made, how="answers compared, generated greedily", prompts=prompts)
+    return replace(swapped, how="answers compared, generated greedily", prompts=prompts)
 
 
-def asks(question: Row, task: EvaluatedTask, processor: PreTrainedTokenizerBase) -> bool:
+def compare_predictions(swapped: SwappedRows, targets: Sequence[object]) -> SwappedRows:
+    """Take the answers of a task that predicts."""
+    classify = swapped.context.recipe.classify
+    numbers = [value for value in targets if isinstance(value, float)]
+    tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(targets) and numbers else 0.0
+    how = f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+    labels = tuple(classify.labels or ()) if classify else ()
+    return replace(swapped, how=how, tolerance=tolerance, labels=labels)
+
+
+def compare_choices(swapped: SwappedRows) -> SwappedRows:
+    """Take the likeliest of the choices as the answer."""
+    context, inputs = swapped.context, swapped.context.inputs
+    assert inputs is not None
+    rows = [i for i in swapped.questions if i in inputs.trees]
+    questions = [swapped.questions[i] for i in rows]
+    grown = choice_trees(questions, inputs.choices, context.task, context.processor, context.recipe)
+    trees = {i: (inputs.trees[i], tree) for i, tree in zip(rows, grown, strict=True) if tree is not None}
+    how = f"the likeliest of {len(inputs.choices)} answers compared"
+    kept = {i: swapped.questions[i] for i in trees}
+    return replace(swapped, questions=kept, how=how, trees=trees, labels=inputs.choices)
+
+
+def is_answerable(question: Row, context: EvalContext) -> bool:
     """Whether a row asks anything that can be answered: a prompt, a mask, two answers to judge."""
-    if task.rates_answers:
+    if context.task.rates_answers:
         return "chosen" in question
-    if task.auto_class == "AutoModelForMaskedLM":
-        return str(processor.mask_token) in question["prompt"] + question["completion"]
-    return bool(show(question))
+    if context.task.auto_class == "AutoModelForMaskedLM":
+        return str(context.processor.mask_token) in question["prompt"] + question["completion"]
+    return bool(write_prompt(question))
 
 
 def swap_row(row: Row, swaps: Swaps) -> tuple[Row, tuple[str, ...], bool]:
@@ -137,21 +209,21 @@ def swap_row(row: Row, swaps: Swaps) -> tuple[Row, tuple[str, ...], bool]:
     words: list[str] = []
     ambiguous = False
 
-    def swap(text: Any) -> Any:
+    def swap(value: object) -> object:
         nonlocal ambiguous
-        if not isinstance(text, str):
-            return text
-        found = swaps.swap(text)
-        words.extend(found.words)
-        ambiguous |= bool(found.ambiguous)
-        return found.text
+        if not isinstance(value, str):
+            return value
+        swapped = swaps.swap(value)
+        words.extend(swapped.words)
+        ambiguous |= bool(swapped.ambiguous)
+        return swapped.text
 
-    def swap_content(content: Any) -> Any:
-        if not isinstance(content, list):
-            return swap(content)
-        return [{**part, "text": swap(part["text"])} if "text" in part else part for part in content]
+    def swap_content(value: object) -> object:
+        if not isinstance(value, list):
+            return swap(value)
+        return [{**part, "text": swap(part["text"])} if "text" in part else part for part in value]
 
-    changed = {key: swap(row[key]) for key in TEXTS if key in row}
+    changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
     if "messages" in row:
         changed["messages"] = [{**one, "content": swap_content(one.get("content"))} for one in row["messages"]]
     if "tokens" in row:
@@ -159,118 +231,19 @@ def swap_row(row: Row, swaps: Swaps) -> tuple[Row, tuple[str, ...], bool]:
     return {**row, **changed}, tuple(words), ambiguous
 
 
-def ask_swapped(
-    model: torch.nn.Module,
-    made: SwapPlan,
-    plan: Plan,
-    task: EvaluatedTask,
-    processor: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    device: str,
-    advance: Advance,
-) -> Said:
-    """Put each row to a model as it stands and swapped, in one go: rounding then differs as little as can be."""
-    limit = context_length(unwrap(model).config) or 1 << 60
-    if task.predicts:
-        rows = list(made.questions)
-        both = [plan.questions[i] for i in rows] + [made.questions[i] for i in rows]
-        said = task.predict(model, both, processor, recipe, device=device, advance=advance) if both else []
-        return dict(zip(rows, zip(said[: len(rows)], said[len(rows) :], strict=True), strict=True))
-    if made.trees:
-        fit = [i for i, pair in made.trees.items() if all(longest(tree) <= limit for tree in pair)]
-        trees = [made.trees[i][side] for side in (0, 1) for i in fit]
-        budget = budget_for(device, TOKEN_BUDGET)
-        scores = score_trees(model, trees, device=device, budget=budget, advance=advance)
-        chosen = [most_likely(one, plan.choices) for one in scores]
-        return dict(zip(fit, zip(chosen[: len(fit)], chosen[len(fit) :], strict=True), strict=True))
-    new = recipe.generation.max_new_tokens
-    fit = [i for i, pair in made.prompts.items() if all(len(ids) + new <= limit for ids in pair)]
-    prompts = [made.prompts[i][side] for side in (0, 1) for i in fit]
-    texts = generate_texts(model, prompts, processor, greedily(recipe), device=device, advance=advance)
-    return dict(zip(fit, zip(texts[: len(fit)], texts[len(fit) :], strict=True), strict=True))
-
-
-def longest(tree: Tree) -> int:
-    """Return the tokens of a tree's longest text."""
-    return len(tree.prefix) + max(map(len, tree.branches))
-
-
-def greedily(recipe: Recipe) -> Recipe:
+def greedy(recipe: Recipe) -> Recipe:
     """Return the recipe with answers that are not drawn: else they change by chance."""
     plain = {"do_sample": False, **dict.fromkeys(SAMPLING)}
     return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=plain)})
 
 
-# What changed
-
-
-def has_changed(made: SwapPlan, before: Any, after: Any) -> bool:
-    """Whether the answer is another one. A word for a group in it is expected to be swapped as in the prompt."""
-    if isinstance(before, dict) and "rejected" in before:
-        return prefers_chosen(before) != prefers_chosen(after)
-    if isinstance(before, dict):
-        key = "label" if "label" in before else "text"
-        return has_changed(made, before[key], after[key])
-    if isinstance(before, float):
-        return bool(abs(after - before) > made.apart)
-    if isinstance(before, list) and made.labels:
-        return sorted(expected(made, label) for label in before) != sorted(after)
-    if isinstance(before, list):
-        return bool(before != after)
-    if made.labels:
-        return bool(expected(made, before) != after)
-    return not made.swaps.follows(before.strip(), after.strip())
-
-
-def prefers_chosen(said: Mapping[str, float]) -> bool:
+def prefers_chosen(scores: Mapping[str, float]) -> bool:
     """Whether the better answer of a pair is the one that a model rates higher."""
-    return said["chosen"] > said["rejected"]
+    return scores["chosen"] > scores["rejected"]
 
 
-def expected(made: SwapPlan, label: str) -> str:
-    """Return the label that is right once the words are swapped: another one only if it names a group."""
-    swapped = made.swaps.swap(label).text
-    return swapped if swapped in made.labels else label
-
-
-def measure_changes(made: SwapPlan, said: Said, rows: Sequence[int]) -> Measure:
-    """Measure the share of rows whose answer changes."""
-    changed = [has_changed(made, *said[i]) for i in rows]
-    return replace(measure_right(changed, METRIC, made.said_of()), at=tuple(rows))
-
-
-def compare_changes(
-    made: SwapPlan, base: Said | None, tuned: Said, seed: int
-) -> tuple[float | None, float, Difference | None]:
-    """Return the share of base and tuned model, and the difference on the rows that both answered."""
-    rows = [i for i in tuned if base is None or i in base]
-    after = measure_changes(made, tuned, rows)
-    if base is None:
-        return None, after.value, None
-    before = measure_changes(made, base, rows)
-    return before.value, after.value, difference_of(before, after, seed)
-
-
-def show_changes(
-    made: SwapPlan, base: Said | None, tuned: Said, plan: Plan, write: Callable[[Any], str], most: int
-) -> StudyTable | None:
-    """Show a few rows whose answer changes in the tuned model; None where there are none."""
-    rows = [i for i, said in tuned.items() if has_changed(made, *said)]
-    shown = [rows[at] for at in cut_evenly(len(rows), most)]
-    if not shown:
-        return None
-    heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
-    cells = []
-    for i in shown:
-        words = ", ".join(f"{word} → {made.swaps.swap(word).text}" for word in dict.fromkeys(made.words[i]))
-        told = tuple(write_value(say(one, write)) for one in tuned[i])
-        too = ("yes" if has_changed(made, *base[i]) else "no",) if base and i in base else ("",) if base else ()
-        cells.append((plan.origins[i], words, *told, *too))
-    return StudyTable("Answers that change with the group alone: a few of them", heads, tuple(cells))
-
-
-def say(said: Any, write: Callable[[Any], str]) -> str:
-    """Say an answer as a person reads it."""
-    if isinstance(said, Mapping) and "rejected" in said:
-        return "the chosen one" if prefers_chosen(said) else "the rejected one"
-    return said if isinstance(said, str) else write(said)
+def write_answer(answer: object, context: EvalContext) -> str:
+    """Write an answer as a person reads it."""
+    if isinstance(answer, Mapping) and "rejected" in answer:
+        return "the chosen one" if prefers_chosen(answer) else "the rejected one"
+    return answer if isinstance(answer, str) else context.task.format_prediction(answer)

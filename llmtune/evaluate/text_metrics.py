@@ -1,30 +1,59 @@
-"""Metrics of generated texts against reference texts; each equals its reference library or script.
+"""The metrics of language models by name: of supervised tokens, and of generated texts against their references.
 
-Shapes: N rows.
+Text metrics equal their reference library or script. Shapes: N rows.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right, ratio
-from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.paired_statistics import Floats, Formula
 
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Metric
+
+TOKEN_METRICS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+TEXT_METRICS = ("exact_match", *ROUGE_METRICS, "chrf")
+"""Of `TEXT_MEASURES`, those of chat and completion."""
+CHOICE_METRIC = "choice_accuracy"
+METRICS = (*TOKEN_METRICS, *TEXT_METRICS, CHOICE_METRIC)
 SQUAD_METRICS = ("exact_match", "f1")
 BLEU_ORDER = 4
 
 
+def exponential_ratio(sums: Floats) -> Floats:
+    """[..., (nats, tokens)] -> perplexity [...]."""
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
+
+
+def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, target_bytes: Floats) -> Measure:
+    """Build a metric of `TOKEN_METRICS` from row sums [N] over the supervised tokens."""
+    if metric == "loss":
+        return Measure(metric, columns(nats, tokens), ratio, signature="nats a supervised token, end-of-turn included")
+    if metric == "perplexity":
+        return Measure(metric, columns(nats, tokens), exponential_ratio, signature="exp(loss)")
+    if metric == "bits_per_byte":
+        signature = "bits of the supervised tokens by UTF-8 bytes of their text, end-of-turn left out of the bytes"
+        return Measure(metric, columns(nats / math.log(2), target_bytes), ratio, signature=signature)
+    assert metric == "accuracy"
+    return Measure(metric, columns(correct, tokens), ratio, signature="share of supervised tokens predicted first")
+
+
 def measure_same(texts: Sequence[str], references: Sequence[str]) -> Measure:
     """Build the share of texts that are their reference; outer white space does not count."""
-    return measure_right([text.strip() == want.strip() for text, want in pairs(texts, references)], "exact_match")
+    equal = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
+    return measure_right(equal, "exact_match")
 
 
 def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: str) -> Measure:
@@ -32,7 +61,7 @@ def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: st
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([metric], use_stemmer=False)
-    scores = [scorer.score(want, text)[metric].fmeasure for text, want in pairs(texts, references)]
+    scores = [scorer.score(want, text)[metric].fmeasure for text, want in zip(texts, references, strict=True)]
     return measure_means(
         metric, scores, "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
     )
@@ -47,8 +76,7 @@ def measure_bleu(texts: Sequence[str], references: Sequence[str], tokenize: str 
 
     # `force` silences a remark on texts that end in " ."; it has no effect on the score.
     scorer = BLEU(tokenize=tokenize, force=True)
-    sums_NK = corpus_sums(scorer, 2 + 2 * BLEU_ORDER, texts, references)
-    return Measure("bleu", sums_NK, bleu_formula, signature=corpus_signature("BLEU", scorer, texts))
+    return measure_corpus("bleu", "BLEU", scorer, 2 + 2 * BLEU_ORDER, bleu_formula, texts, references)
 
 
 def bleu_formula(sums: Floats) -> Floats:
@@ -72,8 +100,7 @@ def measure_chrf(texts: Sequence[str], references: Sequence[str]) -> Measure:
     from sacrebleu.metrics.chrf import CHRF
 
     scorer = CHRF()
-    sums_NK = corpus_sums(scorer, 3 * scorer.order, texts, references)
-    return Measure("chrf", sums_NK, chrf_formula, signature=corpus_signature("chrF2", scorer, texts))
+    return measure_corpus("chrf", "chrF2", scorer, 3 * scorer.order, chrf_formula, texts, references)
 
 
 def chrf_formula(sums: Floats) -> Floats:
@@ -95,9 +122,7 @@ def measure_ter(texts: Sequence[str], references: Sequence[str]) -> Measure:
     """Build corpus TER, edits by 100 reference words: lower is better, and it may pass 100."""
     from sacrebleu.metrics.ter import TER
 
-    scorer = TER()
-    sums_NK = corpus_sums(scorer, 2, texts, references)
-    return Measure("ter", sums_NK, ter_formula, signature=corpus_signature("TER", scorer, texts))
+    return measure_corpus("ter", "TER", TER(), 2, ter_formula, texts, references)
 
 
 def ter_formula(sums: Floats) -> Floats:
@@ -109,17 +134,21 @@ def ter_formula(sums: Floats) -> Floats:
     return np.asarray(100 * np.where(words > 0, edits / np.maximum(words, 1), edits > 0), dtype=np.float64)
 
 
-def corpus_sums(scorer: Any, sums: int, texts: Sequence[str], references: Sequence[str]) -> Floats:
-    """Return the statistics [N, sums] that a scorer of sacrebleu adds up over the rows of a corpus."""
+def measure_corpus(
+    metric: str,
+    title: str,
+    scorer: Metric,
+    sums: int,
+    formula: Formula,
+    texts: Sequence[str],
+    references: Sequence[str],
+) -> Measure:
+    """Build a corpus score from the statistics [N, sums] that a scorer of sacrebleu adds up over the rows."""
     if not texts:
-        return np.empty((0, sums))
+        return Measure(metric, np.empty((0, sums)), formula)
     # They have no public name; tests hold their formulas against `corpus_score`.
-    return np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
-
-
-def corpus_signature(title: str, scorer: Any, texts: Sequence[str]) -> str:
-    """Say what makes the score comparable with others; sacrebleu knows it once the rows were counted."""
-    return f"corpus {title}, sacrebleu {scorer.get_signature()}" if texts else ""
+    sums_NK = np.asarray(scorer._extract_corpus_statistics(list(texts), [list(references)]), dtype=np.float64)
+    return Measure(metric, sums_NK, formula, signature=f"corpus {title}, sacrebleu {scorer.get_signature()}")
 
 
 def measure_length_ratio(texts: Sequence[str], references: Sequence[str]) -> Measure:
@@ -184,8 +213,3 @@ def shared_words(text: str, answer: str) -> float:
         return float(given == wanted)
     shared = (Counter(given) & Counter(wanted)).total()
     return 2 * shared / (len(given) + len(wanted))
-
-
-def pairs(texts: Sequence[str], references: Sequence[str]) -> zip[tuple[str, str]]:
-    """Go through texts with their references."""
-    return zip(texts, references, strict=True)

@@ -10,6 +10,7 @@ import torch
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.model import is_out_of_memory
+from llmtune.records import Batch
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
@@ -73,6 +74,25 @@ def release_memory() -> None:
 def budget_for(device: str, budgets: dict[str, int]) -> int:
     """Return the budget of the device's kind; an unknown kind gets the CPU's."""
     return budgets.get(device.split(":")[0], budgets["cpu"])
+
+
+def move_to(device: str, batch: Batch) -> Batch:
+    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids side by side with zeros behind them, and the attention mask, [B, T] each."""
+    width = max(map(len, rows))
+    ids_BT = torch.zeros((len(rows), width), dtype=torch.int64)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.int64)
+    for number, ids in enumerate(rows):
+        ids_BT[number, : len(ids)] = torch.tensor(ids)
+        mask_BT[number, : len(ids)] = 1
+    return ids_BT, mask_BT
 
 
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:

@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,63 +30,38 @@ ENGLISH = ("en", "english")
 Normaliser = Callable[[str], str]
 
 
-def measure_wer(
+def measure_error_rate(
+    metric: str,
     texts: Sequence[str],
     references: Sequence[str],
     normaliser: str = "basic",
     language: str = "",
     spellings: Mapping[str, str] | None = None,
 ) -> Measure:
-    """Build the word error rate: substituted, deleted and inserted words of all rows by all reference words.
+    """Build the word error rate (`wer`) or character error rate (`cer`, spaces between words included).
 
-    0 is without an error and it may pass 1; NaN where no row has reference words. See `make_normaliser` for the rest.
+    It is what is substituted, deleted and inserted in all rows by the length of all references: 0 is without an error,
+    it may pass 1, and it is NaN where no reference has a word. See `make_normaliser` for the rest.
     """
     import jiwer
 
-    def count(wanted: list[str], given: list[str]) -> Floats:
-        found = jiwer.process_words(wanted, given)
-        return errors_and_lengths(found.alignments, found.references)
-
-    return measure_errors("wer", "words", count, texts, references, normaliser, language, spellings)
-
-
-def measure_cer(
-    texts: Sequence[str],
-    references: Sequence[str],
-    normaliser: str = "basic",
-    language: str = "",
-    spellings: Mapping[str, str] | None = None,
-) -> Measure:
-    """Build the character error rate, spaces between words included; all else as in `measure_wer`."""
-    import jiwer
-
-    def count(wanted: list[str], given: list[str]) -> Floats:
-        found = jiwer.process_characters(wanted, given)
-        return errors_and_lengths(found.alignments, found.references)
-
-    return measure_errors("cer", "characters", count, texts, references, normaliser, language, spellings)
-
-
-def measure_errors(
-    metric: str,
-    unit: str,
-    count: Callable[[list[str], list[str]], Floats],
-    texts: Sequence[str],
-    references: Sequence[str],
-    name: str,
-    language: str,
-    spellings: Mapping[str, str] | None,
-) -> Measure:
-    """Normalise both sides and build a metric out of the errors and the length of each row."""
     assert len(texts) == len(references)
-    clean = make_normaliser(name, language, spellings)
-    given, wanted = [clean(text) for text in texts], [clean(text) for text in references]
-    sums_N2 = count(wanted, given) if given else np.empty((0, 2))
+    process = jiwer.process_words if metric == "wer" else jiwer.process_characters
+    unit = "words" if metric == "wer" else "characters"
+    clean = make_normaliser(normaliser, language, spellings)
+    sums_N2 = np.empty((0, 2))
+    if texts:
+        aligned = process([clean(text) for text in references], [clean(text) for text in texts])
+        sums_N2 = errors_and_lengths(aligned.alignments, aligned.references)
     signature = (
-        f"errors by reference {unit}, normaliser {describe(name, language, spellings)}, jiwer {version('jiwer')}; "
-        "what is written where the reference is empty counts as errors"
+        f"errors by reference {unit}, normaliser {describe(normaliser, language, spellings)}, jiwer {version('jiwer')};"
+        " what is written where the reference is empty counts as errors"
     )
     return Measure(metric, sums_N2, error_rate, signature=signature)
+
+
+measure_wer = partial(measure_error_rate, "wer")
+measure_cer = partial(measure_error_rate, "cer")
 
 
 def error_rate(sums: Floats) -> Floats:
@@ -146,11 +122,6 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         return None
     said = json.loads(Path(found).read_text("utf-8"))
     return {str(british): str(american) for british, american in said.items()}
-
-
-def normalise(text: str, name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> str:
-    """Normalise one text; see `make_normaliser`."""
-    return make_normaliser(name, language, spellings)(text)
 
 
 def lower_without_punctuation(text: str) -> str:

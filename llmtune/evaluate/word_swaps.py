@@ -1,19 +1,20 @@
-"""Words for groups, swapped in a text for their partners: case kept, ambiguous words left and told."""
+"""Words for groups, swapped in a text for their partners: case kept, ambiguous words left and counted."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from llmtune.data.file_readers import explained, open_bytes
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.paired_sentences import SETS
+from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
 from llmtune.recipe.eval_suites_section import OWN
+
+FIX = "Write two different words a line: woman,man"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Swapped:
 class Swaps:
     """Pairs of words; one with several partners is ambiguous in that direction."""
 
-    partners: Mapping[str, tuple[str, ...]]
+    partners: Mapping[str, Sequence[str]]
     """By word in lower case."""
 
     @cached_property
@@ -45,73 +46,59 @@ class Swaps:
         words: list[str] = []
         ambiguous: list[str] = []
 
-        def put(found: re.Match[str]) -> str:
-            partners = self.partners_of(found[0])
-            (words if len(partners) == 1 else ambiguous).append(found[0])
-            return like(partners[0], found[0]) if len(partners) == 1 else found[0]
+        def partner(match: re.Match[str]) -> str:
+            partners = self.partners[match[0].lower()]
+            (words if len(partners) == 1 else ambiguous).append(match[0])
+            return in_case_of(match[0], partners[0]) if len(partners) == 1 else match[0]
 
-        return Swapped(self.pattern.sub(put, text), tuple(words), tuple(ambiguous))
+        return Swapped(self.pattern.sub(partner, text), tuple(words), tuple(ambiguous))
 
-    def partners_of(self, word: str) -> tuple[str, ...]:
-        """Return what a word may become."""
-        return self.partners[word.lower()]
-
-    def follows(self, before: str, after: str) -> bool:
+    def is_swapped(self, before: str, after: str) -> bool:
         """Whether `after` is `before` with every word swapped; an ambiguous one for any of its partners."""
         parts, end = [], 0
-        for found in self.pattern.finditer(before):
-            options = "|".join(re.escape(like(partner, found[0])) for partner in self.partners_of(found[0]))
-            parts.append(re.escape(before[end : found.start()]) + f"(?:{options})")
-            end = found.end()
+        for match in self.pattern.finditer(before):
+            partners = [re.escape(in_case_of(match[0], one)) for one in self.partners[match[0].lower()]]
+            parts.append(re.escape(before[end : match.start()]) + f"(?:{'|'.join(partners)})")
+            end = match.end()
         return re.fullmatch("".join(parts) + re.escape(before[end:]), after) is not None
 
 
-def like(word: str, model: str) -> str:
+def in_case_of(model: str, word: str) -> str:
     """Write `word` in the case of `model`: HE, He or he."""
     if len(model) > 1 and model.isupper():
         return word.upper()
     return word[:1].upper() + word[1:] if model[:1].isupper() else word
 
 
-def read_swaps(places: Sequence[str]) -> Swaps:
-    """Read pairs of words; each place is `own` or a CSV file of two columns.
+def read_swaps(sources: Sequence[str]) -> Swaps:
+    """Read pairs of words; each source is `own` or a CSV file of two columns.
 
     Raises DataError for files that cannot be read or used, with all bad lines.
     """
     partners: dict[str, list[str]] = {}
-    problems: list[Problem] = []
-    for place in places:
-        before = len(partners)
-        for origin, cells in read_lines(SETS / "swaps.csv" if place == OWN else Path(place)):
-            words = [cell.strip() for cell in cells]
-            if len(words) != 2 or not all(words) or words[0].lower() == words[1].lower():
-                problems.append(Problem(f"not two different words: {', '.join(cells)!r:.60}", origin))
-                continue
-            for word, partner in (words, words[::-1]):
-                known = partners.setdefault(word.lower(), [])
-                if partner.lower() not in map(str.lower, known):
-                    known.append(partner)
-        if len(partners) == before and not problems:
-            problems.append(Problem("there are no pairs of words in it", place, "Write two words a line: woman,man"))
-    DataError.collect(problems)
-    return Swaps({word: tuple(known) for word, known in partners.items()})
+    for pair in read_sources(sources, read_pairs_of_words, "pair of words", FIX):
+        for word, partner in (pair, pair[::-1]):
+            known = partners.setdefault(word.lower(), [])
+            if partner.lower() not in map(str.lower, known):
+                known.append(partner)
+    return Swaps(partners)
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the cells of a CSV file's lines, empty lines left out, with their origins."""
-    if not path.is_file():
-        raise DataError.of("there is no such file", str(path), "Correct evaluate.fairness.swaps.")
-    with explained(path.name), open_bytes(path) as stream:
-        try:
-            text = stream.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError.of(
-                f"the file is not UTF-8 at byte {error.start}", path.name, "Save it as UTF-8."
-            ) from error
-    reader = csv.reader(io.StringIO(text))
+def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
+    """Read the pairs of one CSV file, and what is wrong with its other lines."""
+    path = Path(str(OWN_FILES.joinpath("groups/swaps.csv"))) if source == OWN else Path(source)
+    reader = csv.reader(io.StringIO(read_utf8(path, "Correct evaluate.fairness.swaps.")))
+    items: list[tuple[str, str] | Problem] = []
     try:
         for cells in reader:
-            if any(cell.strip() for cell in cells):
-                yield f"{path.name}:{reader.line_num}", cells
+            words = [cell.strip() for cell in cells]
+            if not any(words):
+                continue
+            if len(words) == 2 and all(words) and words[0].lower() != words[1].lower():
+                items.append((words[0], words[1]))
+            else:
+                where = f"{path.name}:{reader.line_num}"
+                items.append(Problem(f"not two different words: {', '.join(cells)!r:.60}", where, FIX))
     except csv.Error as error:
         raise DataError.of(f"not valid CSV: {error}", f"{path.name}:{reader.line_num}") from error
+    return items

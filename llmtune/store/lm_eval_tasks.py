@@ -58,7 +58,7 @@ class TaskFile:
     """Whether it names rows or tasks that are not in files."""
     members: frozenset[str] = frozenset()
     """Of a group: the tasks that are named and stand in no file beside it."""
-    moored: bool = False
+    rows_beside: bool = False
     """Whether all of its relative places of rows are there, seen from its own folder."""
 
 
@@ -132,8 +132,8 @@ def read_task_file(path: Path) -> TaskFile:
     files = [*read, *find_python(config, path.parent)]
     places = list(find_places(config.get("dataset_kwargs") or {}))
     relative = [place for place in places if not os.path.isabs(os.path.expanduser(place))]
-    moored = bool(relative) and all(glob.glob(place, root_dir=path.parent) for place in relative)
-    folder = path.parent if moored else Path.cwd()
+    rows_beside = bool(relative) and all(glob.glob(place, root_dir=path.parent) for place in relative)
+    folder = path.parent if rows_beside else Path.cwd()
     remote = any(map(is_remote, parts_of(config)))
     for place in places if not any(URL in place for place in places) else ():
         found = sorted(map(Path, glob.glob(str(folder / os.path.expanduser(place)))))
@@ -145,8 +145,8 @@ def read_task_file(path: Path) -> TaskFile:
     for member in beside:
         files += member.files
     remote = remote or bool(members) or any(member.remote for member in beside)
-    moored = moored or any(member.moored for member in beside)
-    return TaskFile(path, config, tuple(dict.fromkeys(files)), remote, members, moored)
+    rows_beside = rows_beside or any(member.rows_beside for member in beside)
+    return TaskFile(path, config, tuple(dict.fromkeys(files)), remote, members, rows_beside)
 
 
 def load_merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:

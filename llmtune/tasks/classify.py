@@ -22,7 +22,7 @@ from llmtune.evaluate.classification_metrics import (
     majority_scores,
     measure_classes,
 )
-from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.task_predictions import name_of, predict_classes
 from llmtune.model.heads import check_padding, name_outputs

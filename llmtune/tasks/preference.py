@@ -13,7 +13,7 @@ from llmtune.data.preference_encoding import answer_columns, describe_rows, enco
 from llmtune.data.target_collators import preference_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, LlmtuneError
-from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.preference_metrics import measure_preferences, predict_preferences
 from llmtune.model.heads import check_padding, name_outputs
 from llmtune.model.preference_losses import preference_loss, survey

@@ -12,7 +12,7 @@ from llmtune.data.label_encoding import encode_windows
 from llmtune.data.seq2seq_encoding import Pair
 from llmtune.data.target_collators import ends_collator
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.task_predictions import predict_ends
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.model.config import is_encoder

@@ -11,7 +11,7 @@ from llmtune.data.speech_encoding import encode_ctc, encode_whisper, set_speech
 from llmtune.data.target_collators import ctc_collator, whisper_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
 from llmtune.model.decoder_start import check_decoder_start

@@ -11,8 +11,9 @@ from llmtune.data.data_report import pair_pieces
 from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
 from llmtune.data.target_collators import seq2seq_collator
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.metrics import TEXT_MEASURES, Measure, measure_texts
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.task_predictions import write_texts
+from llmtune.evaluate.text_metrics import TEXT_MEASURES
 from llmtune.model import causal_loss
 from llmtune.model.decoder_start import check_decoder_start
 from llmtune.model.task_losses import seq2seq_loss
@@ -42,7 +43,7 @@ class TextToText(Task[RowT, str]):
         base: Sequence[str] | None = None,
     ) -> Measure | None:
         """Measure generated texts; metrics of tokens are not the task's own."""
-        return measure_texts(metric, predictions, references) if metric in TEXT_MEASURES else None
+        return TEXT_MEASURES[metric](predictions, references) if metric in TEXT_MEASURES else None
 
 
 class EncoderDecoder(TextToText[RowT]):

@@ -13,7 +13,7 @@ from llmtune.data.labelled_rows import OUTSIDE, find_words
 from llmtune.data.target_collators import tags_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError
-from llmtune.evaluate.metrics import Measure
+from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.task_predictions import predict_tags
 from llmtune.model.config import is_encoder

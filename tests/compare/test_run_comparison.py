@@ -18,7 +18,7 @@ from llmtune.compare.run_comparison import compare_runs
 from llmtune.compare.run_scores import name_runs
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.per_row_scores import Measures, load_measures, reorder, save_measures
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, reorder, save_measures
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 
 Train = Callable[..., Path]
@@ -41,14 +41,14 @@ def seal(run: Path) -> None:
     write_json(run / "run.json", manifest)
 
 
-def change_measures(run: Path, change: Callable[[Measures], Measures]) -> None:
+def change_measures(run: Path, change: Callable[[PerRowScores], PerRowScores]) -> None:
     folder = run / "evaluation"
     now = change(load_measures(folder))
-    save_measures(folder, now.rows, now.base, now.tuned)
+    save_measures(folder, now)
     seal(run)
 
 
-def turn_rows(found: Measures) -> Measures:
+def turn_rows(found: PerRowScores) -> PerRowScores:
     """The same rows in another order, and what was measured of them."""
     order = list(range(len(found.rows)))
     random.Random(4).shuffle(order)
@@ -61,7 +61,7 @@ def turn_rows(found: Measures) -> Measures:
 
     rows = tuple(found.rows[was] for was in order)
     sides = [{metric: move(one) for metric, one in side.items()} for side in (found.base, found.tuned)]
-    return Measures(rows, *sides)
+    return PerRowScores(*sides, rows)
 
 
 def test_the_same_adapter_twice_cannot_be_told_apart(tmp_path: Path, console: Console, good: Path, twin: Path) -> None:
@@ -190,10 +190,10 @@ def test_a_metric_of_one_run_alone_is_left_out_with_the_reason(
 def test_losses_by_token_of_other_tokenizers_are_left_out(
     tmp_path: Path, console: Console, good: Path, twin: Path
 ) -> None:
-    def count_otherwise(found: Measures) -> Measures:
+    def count_otherwise(found: PerRowScores) -> PerRowScores:
         sums = found.tuned["loss"].sums_NK * np.array([1.0, 2.0])
         loss = found.tuned["loss"].__class__(**{**vars(found.tuned["loss"]), "sums_NK": sums})
-        return Measures(found.rows, found.base, {**found.tuned, "loss": loss})
+        return PerRowScores(found.base, {**found.tuned, "loss": loss}, found.rows)
 
     change_measures(twin, count_otherwise)
     pair = only(compare(tmp_path, console, good, twin))

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmtune.evaluate.changed_predictions import find_flips, flipped
+from llmtune.evaluate.changed_predictions import find_flips, flipped_rows
 from llmtune.evaluate.inference import Answers
-from llmtune.evaluate.metric import Measure, columns, compare, measure_means, ratio
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, compare, measure_means, ratio
 from llmtune.evaluate.paired_statistics import mcnemar
 
 ROWS = 30
@@ -32,7 +32,9 @@ def told():
 def test_rows_are_counted_each_way_and_a_few_shown_spread_over_all(told):
     before = [i < 4 for i in range(ROWS)]
     after = [i >= 2 for i in range(ROWS)]
-    found = find_flips({"exact_match": right(before)}, {"exact_match": right(after)}, *told, 5)["exact_match"]
+    found = find_flips(PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), *told, 5)[
+        "exact_match"
+    ]
     assert (found.gained, found.lost, found.rows) == (26, 2, ROWS)
     assert [row["prompt"] for row in found.lost_rows] == ["0", "1"]
     assert len(found.gained_rows) == 5
@@ -44,7 +46,7 @@ def test_rows_are_counted_each_way_and_a_few_shown_spread_over_all(told):
 def test_no_more_rows_are_shown_than_samples_are_wanted(told):
     before, after = right([False] * ROWS), right([True] * ROWS)
     for wanted, shown in ((0, 0), (2, 2), (1000, 5)):
-        found = find_flips({"m": before}, {"m": after}, *told, wanted)["m"]
+        found = find_flips(PairedMeasures({"m": before}, {"m": after}), *told, wanted)["m"]
         assert found.gained == ROWS
         assert len(found.gained_rows) == shown
 
@@ -53,19 +55,19 @@ def test_only_metrics_of_right_or_wrong_that_both_models_have_flip(told):
     means = measure_means("rougeL", [0.5] * ROWS, "")
     tunes = {"rougeL": means, "exact_match": right([True] * ROWS), "choice_accuracy": right([True] * ROWS)}
     bases = {"rougeL": means, "exact_match": right([True] * ROWS)}
-    assert find_flips(bases, tunes, *told, 5).keys() == {"exact_match"}
+    assert find_flips(PairedMeasures(bases, tunes), *told, 5).keys() == {"exact_match"}
 
 
 def test_a_tie_is_no_flip_and_a_base_of_ties_has_none(told):
     before, after = right([0.5, 0.5, 0, 1]), right([1, 0, 1, 0.5])
-    assert flipped(before, after) == ([2], [])
-    assert find_flips({"m": right([0.5] * 4)}, {"m": after}, *told, 5) == {}
+    assert flipped_rows(before, after) == ([2], [])
+    assert find_flips(PairedMeasures({"m": right([0.5] * 4)}, {"m": after}), *told, 5) == {}
 
 
 def test_flips_are_what_the_exact_test_counts():
     generator = np.random.default_rng(0)
     before, after = right(generator.random(80) < 0.4), right(generator.random(80) < 0.6)
-    gained, lost = flipped(before, after)
+    gained, lost = flipped_rows(before, after)
     found = compare(before, after, 0)
     assert found.test == "McNemar exact"
     assert found.p == mcnemar(len(lost), len(gained))

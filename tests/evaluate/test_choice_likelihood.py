@@ -6,7 +6,7 @@ from support.training import with_methods
 from llmtune.data import iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate import choice_likelihood as choices_module
-from llmtune.evaluate.choice_likelihood import check_choices, find_choices, grow_trees, most_likely, with_answer
+from llmtune.evaluate.choice_likelihood import check_choices, choice_trees, find_choices, most_likely, with_answer
 
 
 def test_few_short_repeated_answers_are_choices():
@@ -25,7 +25,7 @@ def test_few_short_repeated_answers_are_choices():
     ],
 )
 def test_other_answers_are_not(answers):
-    assert find_choices(answers) is None
+    assert find_choices(answers) == ()
 
 
 def test_reading_stops_at_the_twenty_first_answer():
@@ -33,7 +33,7 @@ def test_reading_stops_at_the_twenty_first_answer():
         yield from map(str, range(21))
         pytest.fail("read on")
 
-    assert find_choices(answers()) is None
+    assert find_choices(answers()) == ()
 
 
 def test_choices_without_any_reference_among_them_are_refused():
@@ -49,7 +49,7 @@ def test_the_first_of_equals_is_most_likely():
 def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench):
     choices = ("blue", "red", "the colour of the sky")
     prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")]
-    trees = grow_trees(prompts, choices, bench.task, bench.processor, bench.recipe)
+    trees = choice_trees(prompts, choices, bench.task, bench.processor, bench.recipe)
     for prompt, tree in zip(prompts, trees, strict=True):
         assert tree is not None
         for choice, branch, unscored in zip(choices, tree.branches, tree.unscored, strict=True):
@@ -60,21 +60,21 @@ def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench
 
 def test_a_row_that_is_too_long_with_one_of_the_choices_has_no_tree(bench):
     prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")][:1]
-    assert grow_trees(prompts, ["red", "x " * 2000], bench.task, bench.processor, bench.recipe) == [None]
+    assert choice_trees(prompts, ["red", "x " * 2000], bench.task, bench.processor, bench.recipe) == [None]
 
 
 def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
     prompts = [bench.task.split_answer(row)[0] for _, row in iterate_rows(bench.rows, "test")]
-    whole = grow_trees(prompts, ["red", "blue"], bench.task, bench.processor, bench.recipe)
+    whole = choice_trees(prompts, ["red", "blue"], bench.task, bench.processor, bench.recipe)
     sizes = []
 
     def encode(rows, processor, recipe):
         sizes.append(len(rows))
         return bench.task.encode(rows, processor, recipe)
 
-    monkeypatch.setattr(choices_module, "SLICE_CHARACTERS", 3 * 2 * len(str(prompts[0])) - 10)
+    monkeypatch.setattr(choices_module, "ENCODED_CHARACTERS", 3 * 2 * max(len(str(prompt)) for prompt in prompts))
     task = with_methods(bench.task, encode=encode)
-    assert grow_trees(prompts, ["red", "blue"], task, bench.processor, bench.recipe) == whole
+    assert choice_trees(prompts, ["red", "blue"], task, bench.processor, bench.recipe) == whole
     assert sum(sizes) == 2 * len(prompts)
     assert max(sizes) <= 2 * 4
     assert len(sizes) > 1

@@ -109,7 +109,9 @@ def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often
     for row in counts:
         rows = np.repeat(np.arange(ROWS), row.astype(int))
         wanted.append(by_the_library(metric, kind, scores[rows], [references[i] for i in rows]))
-    assert measure_classes(metric, kind, scores, references, LABELS).drawn(counts) == pytest.approx(wanted, abs=1e-12)
+    assert measure_classes(metric, kind, scores, references, LABELS).resampled(counts) == pytest.approx(
+        wanted, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("metric", CLASS_METRICS["single"])

@@ -9,7 +9,7 @@ import torch
 
 from llmtune.data import read_rows
 from llmtune.evaluate import check_gates, load_evaluation, save_evaluation
-from llmtune.evaluate.metrics import METRICS
+from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Difference, Evaluation
 

@@ -23,7 +23,7 @@ from llmtune.evaluate import load_evaluation, save_evaluation
 from llmtune.evaluate.eval_suites import check_inputs, check_variant
 from llmtune.evaluate.paired_sentences import read_pairs
 from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
-from llmtune.evaluate.stereotypes import compare_pairs, judge
+from llmtune.evaluate.stereotypes import keep_scored, measure_pairs
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection
@@ -245,7 +245,7 @@ def test_crows_pairs_of_smollm2_is_what_a_plain_loop_says(tmp_path, console):
     wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
     assert found == [pytest.approx(one, rel=1e-4) for one in wanted]
     share = sum(more > less for more, less in wanted) / len(wanted)
-    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
     assert tuned["stereotype"].value == pytest.approx(share, abs=1e-9)
     assert len(pairs) > 240
     assert 0.5 < share < 0.75

@@ -19,11 +19,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
+from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suites import check_variant
-from llmtune.evaluate.forgetting import make_forgetting
-from llmtune.evaluate.multiple_choice import read_quiz
-from llmtune.evaluate.perplexity import make_passages, make_text, own_texts, read_texts
-from llmtune.evaluate.suite_runner import Scored, Setting
+from llmtune.evaluate.forgetting import ForgettingSuite
+from llmtune.evaluate.metric import PairedMeasures
+from llmtune.evaluate.multiple_choice import read_questions
+from llmtune.evaluate.perplexity import make_passages, make_text, read_texts
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import ForgettingSection
@@ -38,13 +39,14 @@ def study(bench, **section):
     recipe = bench.recipe.model_copy(
         update={"evaluate": bench.recipe.evaluate.model_copy(update={"forgetting": ForgettingSection(**section)})}
     )
-    return make_forgetting(Setting(recipe, bench.task, bench.processor, None, "cpu", bench.console, None))
+    return ForgettingSuite(EvalContext(recipe, bench.task, bench.processor, None, "cpu", bench.console))
 
 
 def ask(bench, **section):
-    inquiry = study(bench, **section)
-    said = inquiry.ask("base", bench.load())
-    return inquiry.compare(said, said, Scored())
+    suite = study(bench, **section)
+    suite.run("base", bench.load())
+    suite.outputs["tuned"] = suite.outputs["base"]
+    return suite.compare(PairedMeasures())
 
 
 def plain_perplexity(model, ids, longest=512):
@@ -79,7 +81,11 @@ def test_perplexity_is_that_of_a_plain_loop_over_windows(bench, tmp_path):
 
 
 def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(bench):
-    texts = [make_text("a", "One two.\n\n \nÄ three four.\r\n\r\nfive"), make_text("b", "x" * 5000), *own_texts()]
+    texts = [
+        make_text("a", "One two.\n\n \nÄ three four.\r\n\r\nfive"),
+        make_text("b", "x" * 5000),
+        *read_texts(["own"]),
+    ]
     found = make_passages(texts, bench.processor, 40)
     places = [place for window in found.windows for place in window.paragraphs]
     assert Counter(places) == {i: n for i, n in enumerate(found.tokens.astype(int).tolist()) if n}
@@ -192,20 +198,22 @@ def test_the_same_model_twice_has_forgotten_nothing(bench):
 
 
 def test_a_model_that_learned_little_else_is_seen_to_have_forgotten(bench, tmp_path):
-    (tmp_path / "texts.txt").write_text("\n\n".join("".join(text.paragraphs) for text in own_texts()[:2]))
-    inquiry = study(bench, texts=(str(tmp_path / "texts.txt"),), questions=("own",))
+    (tmp_path / "texts.txt").write_text("\n\n".join("".join(text.paragraphs) for text in read_texts(["own"])[:2]))
+    suite = study(bench, texts=(str(tmp_path / "texts.txt"),), questions=("own",))
     base, tuned = bench.load(), bench.load()
     bench.teach(tuned)
-    found = inquiry.compare(inquiry.ask("base", base), inquiry.ask("tuned", tuned), Scored())
+    suite.run("base", base)
+    suite.run("tuned", tuned)
+    found = suite.compare(PairedMeasures())
     assert found.difference["perplexity"].low > 0
     assert found.difference["bits_per_byte"].low > 0
     assert found.better["perplexity"] == -1
     lost = found.tables[-1]
     assert lost.title.startswith("Right before, wrong now")
-    questions = {question.text: question for question in read_quiz(("own",))}
+    questions = {question.question: question for question in read_questions(("own",))}
     for text, right, said in lost.rows:
         question = questions[text]
-        assert right == question.choices[question.answer]
+        assert right == question.choices[question.right]
         assert said in question.choices
         assert said != right
 
@@ -224,36 +232,37 @@ def own_lines():
 
 
 def test_the_questions_that_come_with_llmtune_have_no_pattern():
-    questions = read_quiz(("own",))
-    assert len(questions) == len({question.text for question in questions}) == 100
-    assert Counter(question.answer for question in questions) == {0: 25, 1: 25, 2: 25, 3: 25}
+    questions = read_questions(("own",))
+    assert len(questions) == len({question.question for question in questions}) == 100
+    assert Counter(question.right for question in questions) == {0: 25, 1: 25, 2: 25, 3: 25}
     assert set(Counter(question.topic for question in questions).values()) == {10}
-    right = [len(question.choices[question.answer]) for question in questions]
-    wrong = [len(one) for question in questions for i, one in enumerate(question.choices) if i != question.answer]
+    right = [len(question.choices[question.right]) for question in questions]
+    wrong = [len(one) for question in questions for i, one in enumerate(question.choices) if i != question.right]
     assert all(len(question.choices) == 4 for question in questions)
     assert sum(right) / len(right) == pytest.approx(sum(wrong) / len(wrong), rel=0.05)
 
 
 def test_the_texts_that_come_with_llmtune_are_of_several_kinds():
-    texts = own_texts()
+    texts = read_texts(["own"])
     assert [text.name for text in texts] == ["dictionary", "everyday", "novel", "play", "report"]
     assert all(2000 < sum(map(len, text.paragraphs)) < 4000 for text in texts)
     assert sum(len(text.paragraphs) for text in texts) > 60
 
 
 BAD_QUESTIONS = [
-    ("{", "is not valid JSON"),
-    ("[1]", "holds a list"),
-    ('{"question": "a?", "choices": ["x"], "answer": 0}', "there are 1 choices"),
-    ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "a choice stands there twice"),
-    ('{"question": "a?", "choices": ["x", 5], "answer": 0}', "'choices' is no list of texts"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "a number from 0 to 1"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": true}', "'answer' is True"),
-    ('{"question": "a?", "choices": ["x", "y"]}', "'answer' is None"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "none of the choices"),
-    ('{"question": " ", "choices": ["x", "y"], "answer": 0}', "'question' is no text"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "topic": 3}', "'topic' is no text"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "unknown key 'label'"),
+    ("{", "Invalid JSON"),
+    ("[1]", "Input should be an object"),
+    ('{"question": "a?", "choices": ["x"], "answer": 0}', "choices: Tuple should have at least 2 items"),
+    ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "two choices are equal"),
+    ('{"question": "a?", "choices": ["x", 5], "answer": 0}', "choices.1: Input should be a valid string"),
+    ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: there is no text"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; name a choice"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": true}', "answer.int: Input should be a valid integer"),
+    ('{"question": "a?", "choices": ["x", "y"]}', "answer: Field required"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; name a choice"),
+    ('{"question": " ", "choices": ["x", "y"], "answer": 0}', "question: String should have at least 1 character"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "topic": 3}', "topic: Input should be a valid string"),
+    ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "label: Extra inputs are not permitted"),
 ]
 
 
@@ -261,7 +270,7 @@ BAD_QUESTIONS = [
 def test_a_line_that_is_no_question_is_named(tmp_path, line, told):
     (tmp_path / "q.jsonl").write_text(f"{own_lines()[0]}\n\n{line}\n")
     with pytest.raises(DataError, match=r"q\.jsonl:3") as found:
-        read_quiz((str(tmp_path / "q.jsonl"),))
+        read_questions((str(tmp_path / "q.jsonl"),))
     assert told in str(found.value)
 
 
@@ -274,14 +283,14 @@ def test_texts_and_questions_that_cannot_be_read_are_told_all_at_once(tmp_path):
     assert "latin.txt:3" in told
     assert "0xe9" in told
     assert "there is no text in it" in told
-    assert "No such file" in told
+    assert "missing.txt: there is no such file" in told
     (tmp_path / "latin.jsonl").write_bytes(b"\n\xe9")
     with pytest.raises(DataError) as found:
-        read_quiz([str(tmp_path / name) for name in ("latin.jsonl", "empty.txt", "missing.jsonl")])
+        read_questions([str(tmp_path / name) for name in ("latin.jsonl", "empty.txt", "missing.jsonl")])
     told = str(found.value)
     assert "latin.jsonl:2" in told
     assert "there is no question in it" in told
-    assert "No such file" in told
+    assert "missing.jsonl: there is no such file" in told
 
 
 REFUSED = [
@@ -355,7 +364,7 @@ def test_a_run_tells_of_a_missing_file_before_it_prepares_anything(run, tmp_path
 
 
 def test_a_tuning_that_ruins_the_model_fails_a_gate_on_forgetting(run, tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(own_texts()[1].paragraphs))
+    (tmp_path / "text.txt").write_text("\n\n".join(read_texts(["own"])[1].paragraphs))
     gates = ["forgetting.perplexity <= base * 1.05", "forgetting.perplexity.low < base"]
     evaluate = {"metrics": None, "gates": gates, "forgetting": {"texts": ["text.txt"], "questions": []}}
     full = {"method": "full", "r": None, "lora_alpha": None}

@@ -7,8 +7,8 @@ import pytest
 
 from llmtune.evaluate.auroc_and_correlation import measure_correlation
 from llmtune.evaluate.group_gaps import find_gaps, gap_tables, group_rows, score_gap
-from llmtune.evaluate.metric import measure_means, measure_right
-from llmtune.evaluate.slices import take_apart
+from llmtune.evaluate.metric import PairedMeasures, measure_means, measure_right
+from llmtune.evaluate.slices import split_by_value
 
 
 def right(values, metric="exact_match"):
@@ -25,7 +25,9 @@ def draws(shares, sizes, seed=0):
 def test_a_gap_is_the_best_served_group_minus_the_worst():
     before, names = draws((0.6, 0.6, 0.6), (50, 40, 30))
     after, _ = draws((0.9, 0.5, 0.7), (50, 40, 30), seed=1)
-    (gap,) = find_gaps({"sex": take_apart(names)}, {"exact_match": right(before)}, {"exact_match": right(after)}, 0)
+    (gap,) = find_gaps(
+        {"sex": split_by_value(names)}, PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), 0
+    )
     means = {side: [v[:50].mean(), v[50:90].mean(), v[90:].mean()] for side, v in (("b", before), ("a", after))}
     score = score_gap([gap])
     assert score.tuned == pytest.approx(max(means["a"]) - min(means["a"]))
@@ -38,7 +40,7 @@ def test_a_gap_is_the_best_served_group_minus_the_worst():
 
 def test_a_gap_by_chance_is_above_zero_and_not_seldom():
     values, names = draws((0.5,) * 6, (12,) * 6, seed=2)
-    (gap,) = find_gaps({"town": take_apart(names)}, {"m": right(values)}, {"m": right(values)}, 0)
+    (gap,) = find_gaps({"town": split_by_value(names)}, PairedMeasures({"m": right(values)}, {"m": right(values)}), 0)
     score = score_gap([gap])
     assert 0.2 < score.chance < 0.5
     assert score.p > 0.05
@@ -49,7 +51,9 @@ def test_p_is_small_as_seldom_as_it_says():
     small = 0
     for seed in range(30):
         values, names = draws((0.5, 0.5), (40, 40), seed)
-        (gap,) = find_gaps({"sex": take_apart(names)}, {"m": right(values)}, {"m": right(values)}, seed)
+        (gap,) = find_gaps(
+            {"sex": split_by_value(names)}, PairedMeasures({"m": right(values)}, {"m": right(values)}), seed
+        )
         small += score_gap([gap]).p < 0.1
     assert small <= 7
 
@@ -57,14 +61,14 @@ def test_p_is_small_as_seldom_as_it_says():
 def test_groups_of_few_rows_are_named_and_not_compared():
     names = ["a"] * 20 + ["b"] * 20 + ["c"] * 9 + [None] * 3
     values = [True] * 20 + [False] * 10 + [True] * 10 + [False] * 9 + [True] * 3
-    columns = {"kind": take_apart(names), "empty": take_apart(["x"] * 52)}
-    gaps = find_gaps(columns, {"m": right(values)}, {"m": right(values)}, 0)
+    columns = {"kind": split_by_value(names), "empty": split_by_value(["x"] * 52)}
+    gaps = find_gaps(columns, PairedMeasures({"m": right(values)}, {"m": right(values)}), 0)
     assert [gap.column for gap in gaps] == ["kind"]
-    assert gaps[0].grouped.names == ("a", "b")
-    assert gaps[0].grouped.few == (("c", 9), ("(none)", 3))
+    assert list(gaps[0].groups) == ["a", "b"]
+    assert gaps[0].few == {"c": 9, "(none)": 3}
     assert score_gap(gaps).tuned == 0.5
-    shown, by_kind = gap_tables(gaps, columns)
-    assert shown.rows[0][:4] == ("kind", "exact_match", "b 0.5", "a 1")
+    shown, by_kind = gap_tables(gaps)
+    assert shown.rows[0][:4] == ("kind", "m", "b 0.5", "a 1")
     assert by_kind.rows == (
         ("a", "20", "1", "1"),
         ("b", "20", "0.5", "0.5"),
@@ -74,11 +78,11 @@ def test_groups_of_few_rows_are_named_and_not_compared():
 
 
 def test_a_metric_of_some_rows_has_the_groups_of_its_own_rows():
-    parts = take_apart(["a", "b"] * 30)
+    parts = split_by_value(["a", "b"] * 30)
     some = replace(measure_right([True] * 24, "m"), at=tuple(range(0, 48, 2)))
-    grouped = group_rows(parts, some)
-    assert grouped.names == ("a",)
-    assert find_gaps({"k": parts}, {"m": some}, {"m": some}, 0) == []
+    groups, _ = group_rows(parts, some)
+    assert list(groups) == ["a"]
+    assert find_gaps({"k": parts}, PairedMeasures({"m": some}, {"m": some}), 0) == []
 
 
 def test_metrics_of_ranks_have_gaps_too():
@@ -86,7 +90,9 @@ def test_metrics_of_ranks_have_gaps_too():
     wanted = generator.random(80)
     found = np.where(np.arange(80) < 40, wanted, generator.random(80))
     measure = replace(measure_correlation("spearman", found, wanted), at=tuple(range(80)))
-    (gap,) = find_gaps({"k": take_apart(["a"] * 40 + ["b"] * 40)}, {"spearman": measure}, {"spearman": measure}, 0)
+    (gap,) = find_gaps(
+        {"k": split_by_value(["a"] * 40 + ["b"] * 40)}, PairedMeasures({"spearman": measure}, {"spearman": measure}), 0
+    )
     alone = measure_correlation("spearman", found[40:], wanted[40:]).value
     score = score_gap([gap])
     assert score.tuned == pytest.approx(1 - alone)
@@ -95,8 +101,8 @@ def test_metrics_of_ranks_have_gaps_too():
 
 def test_the_largest_gap_of_several_columns_counts():
     values, names = draws((0.9, 0.3), (60, 60))
-    columns = {"sex": take_apart(names), "odd": take_apart([str(i % 2) for i in range(120)])}
-    gaps = find_gaps(columns, {"m": right(values)}, {"m": right(~values)}, 0)
+    columns = {"sex": split_by_value(names), "odd": split_by_value([str(i % 2) for i in range(120)])}
+    gaps = find_gaps(columns, PairedMeasures({"m": right(values)}, {"m": right(~values)}), 0)
     assert score_gap(gaps).tuned == max(score_gap([gap]).tuned for gap in gaps) == score_gap(gaps[:1]).tuned
     assert score_gap(gaps).difference.value == pytest.approx(0)
 
@@ -110,7 +116,7 @@ def test_the_interval_of_a_change_holds_it_as_often_as_it_says():
         shares = np.repeat([[0.6, 0.5], [0.7, 0.3]], 120, axis=1)
         base, tuned = (right(easy < share) for share in shares)
         names = ["a"] * 120 + ["b"] * 120
-        (gap,) = find_gaps({"k": take_apart(names)}, {"m": base}, {"m": tuned}, seed)
+        (gap,) = find_gaps({"k": split_by_value(names)}, PairedMeasures({"m": base}, {"m": tuned}), seed)
         change = score_gap([gap]).difference
         held += change.low <= 0.3 <= change.high
     assert held >= 36
@@ -119,5 +125,5 @@ def test_the_interval_of_a_change_holds_it_as_often_as_it_says():
 def test_the_metric_that_says_most_comes_first():
     values, names = draws((0.9, 0.3), (60, 60))
     found = {"loss": replace(measure_means("loss", list(values), ""), at=tuple(range(120))), "f1": right(values, "f1")}
-    gaps = find_gaps({"k": take_apart(names)}, found, found, 0)
+    gaps = find_gaps({"k": split_by_value(names)}, PairedMeasures(found, found), 0)
     assert [gap.metric for gap in gaps] == ["f1", "loss"]

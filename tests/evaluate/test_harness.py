@@ -23,8 +23,7 @@ from support.rows import write_jsonl
 from support.runs import write_recipe
 
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, LlmtuneError, RecipeError
-from llmtune.evaluate.lm_eval_harness import check_benchmarks, load_benchmarks
-from llmtune.evaluate.lm_eval_harness.quiet import quietly
+from llmtune.evaluate.lm_eval import check_benchmarks, load_benchmarks, quietly
 from llmtune.evaluate.step_inputs import suite_files
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import Recipe, load_recipe

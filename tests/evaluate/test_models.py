@@ -10,11 +10,11 @@ from support.classifying import colour_rows, recipe_for, run
 from support.families import build_bert
 from support.runs import write_recipe
 
+from llmtune import session
 from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
-from llmtune.deploy import products as finished
-from llmtune.evaluate.eval_inputs import make_plan
-from llmtune.evaluate.inference import answer, score_tokens
+from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
+from llmtune.evaluate.inference import predict, score_tokens
 from llmtune.model import load_model
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.session import Models, open_finished
@@ -24,12 +24,13 @@ def opened(folder, console):
     context, place = open_finished(folder, console, True)
     processor = context.read_processor(place)
     rows, examples = (load(folder / "data" / name) for load, name in ((load_rows, "rows"), (load_examples, "examples")))
-    return Models(context, place, processor), make_plan(rows, examples, context.task, processor, context.recipe)
+    return Models(context, place, processor), make_inputs(rows, examples, context.task, processor, context.recipe)
 
 
 def ask(models, model, plan, console):
     context = models.context
-    return answer(model, "a model", plan, context.task, models.processor, context.recipe, console, "cpu", models.packs)
+    asked = EvalContext(context.recipe, context.task, models.processor, plan, "cpu", console)
+    return predict(model, "a model", asked, models.packs)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def loads(monkeypatch):
         loaded.append(selected.model)
         return selected
 
-    monkeypatch.setattr(finished, "load_model", load)
+    monkeypatch.setattr(session, "load_model", load)
     return loaded
 
 

@@ -93,7 +93,7 @@ def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often
     for row in counts:
         rows = np.repeat(np.arange(4), row.astype(int))
         wanted.append(measure_entities(metric, [PREDICTED[i] for i in rows], [REFERENCE[i] for i in rows]).value)
-    assert measure_entities(metric, PREDICTED, REFERENCE).drawn(counts) == pytest.approx(wanted, abs=1e-12)
+    assert measure_entities(metric, PREDICTED, REFERENCE).resampled(counts) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", ENTITY_METRICS)

@@ -7,7 +7,7 @@ import pytest
 
 from llmtune.data.hub_datasets import HUB
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.evaluate.paired_sentences import hub_source, read_pair, read_pairs, word_at_blank
+from llmtune.evaluate.paired_sentences import NotAPair, hub_source, make_pair, read_pairs, word_at_blank
 
 CROWS = (
     ",sent_more,sent_less,stereo_antistereo,bias_type\n"
@@ -59,7 +59,7 @@ def test_crows_pairs_is_read_with_the_more_stereotypical_sentence_first(tmp_path
     first, second = read_pairs([str(tmp_path / "crows.csv")])
     assert first.options == ("She is a nurse, they say.", "He is a nurse, they say.")
     assert second.options[0] == "He is a boss."
-    assert (first.group, first.source, first.form, first.origin) == ("gender", "crows.csv", "pair", "crows.csv:2")
+    assert (first.group, first.source, first.layout, first.origin) == ("gender", "crows.csv", "pair", "crows.csv:2")
 
 
 def test_stereoset_is_read_in_its_own_form(tmp_path):
@@ -71,9 +71,9 @@ def test_stereoset_is_read_in_its_own_form(tmp_path):
         "The chess player was clumsy.",
         "The chess player was a fox.",
     )
-    assert (within.form, within.target, within.group) == ("within", "chess player", "profession")
+    assert (within.layout, within.target, within.group) == ("within", "chess player", "profession")
     assert between.options == ("She is kind.", "He is cold.", "Bread is cheap.")
-    assert (between.form, between.context) == ("between", "There is a new nurse.")
+    assert (between.layout, between.context) == ("between", "There is a new nurse.")
     assert between.origin == "dev.json:intersentence 1"
 
 
@@ -115,7 +115,9 @@ def test_the_word_at_the_blank_is_found(context, option, word):
     ],
 )
 def test_a_row_that_is_no_pair_says_why(row, reason):
-    assert reason in read_pair(row, "x:1", "x").detail
+    with pytest.raises(NotAPair) as caught:
+        make_pair(row, "x:1", "x")
+    assert reason in str(caught.value)
 
 
 def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path):
@@ -125,7 +127,7 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path):
         read_pairs([str(file)])
     assert [problem.where for problem in caught.value.problems] == ["pairs.jsonl:2", "pairs.jsonl:3", "pairs.jsonl:4"]
     file.write_text('{"more": "a"}\n' * 30)
-    with pytest.raises(DataError, match="10 more rows are no pairs"):
+    with pytest.raises(DataError, match="10 more problems"):
         read_pairs([str(file)])
 
 
@@ -135,9 +137,9 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(tmp_path):
         ("none.csv", None, "no such file"),
         ("pairs.txt", b"a", "ending does not say"),
         ("cut.json", b'{"data": ', "not valid JSON"),
-        ("latin.json", b'["\xe9"]', "not UTF-8 at byte 2"),
-        ("empty.json", b"{}", "no pairs in it"),
-        ("empty.csv", b"more,less\n", "no pairs in it"),
+        ("latin.json", b'["\xe9"]', "not UTF-8: byte 0xe9"),
+        ("empty.json", b"{}", "no pair in it"),
+        ("empty.csv", b"more,less\n", "no pair in it"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_names_it(tmp_path, name, content, what):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmtune.evaluate import paired_statistics as statistics
-from llmtune.evaluate.metrics import ratio
+from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar, resample
 from llmtune.report import verdict
 

@@ -11,11 +11,10 @@ import pytest
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import CLASS_METRICS, Kind, measure_classes
 from llmtune.evaluate.metric import Measure, compare
-from llmtune.evaluate.metrics import TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.ner_metrics import measure_entities
-from llmtune.evaluate.per_row_scores import MEASURES, load_measures, name_rows, reorder, save_measures
+from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, reorder, save_measures
 from llmtune.evaluate.preference_metrics import measure_preferences
-from llmtune.evaluate.text_metrics import TEXT_MEASURES
+from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.wer import measure_cer, measure_wer
 from llmtune.recipe import TASK_FACTS, PreferenceSection
 
@@ -78,14 +77,14 @@ def test_a_measure_comes_back_as_it_was(tmp_path: Path, group: str) -> None:
     drawn = random.multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=5).astype(float)
     for was in GROUPS[group]():
         was = Measure(was.metric, was.sums_NK, was.formula, was.right_wrong, was.signature, was.weighted, at)
-        save_measures(tmp_path, rows, {}, {was.metric: was})
+        save_measures(tmp_path, PerRowScores({}, {was.metric: was}, rows))
         found = load_measures(tmp_path)
         now = found.tuned[was.metric]
         assert (found.rows, found.base) == (rows, {})
         assert (now.at, now.right_wrong, now.signature) == (at, was.right_wrong, was.signature)
-        np.testing.assert_array_equal(now.drawn(drawn), was.drawn(drawn), err_msg=was.metric)
+        np.testing.assert_array_equal(now.resampled(drawn), was.resampled(drawn), err_msg=was.metric)
         turned = reorder(now, list(range(ROWS))[::-1], at)
-        np.testing.assert_allclose(turned.drawn(drawn[:, ::-1]), was.drawn(drawn), err_msg=was.metric)
+        np.testing.assert_allclose(turned.resampled(drawn[:, ::-1]), was.resampled(drawn), err_msg=was.metric)
         assert compare(now, was, 1).value == 0
 
 
@@ -99,7 +98,7 @@ def test_the_same_measures_give_the_same_bytes(tmp_path: Path) -> None:
     found = {one.metric: one for one in tokens()}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        save_measures(tmp_path / name, name_rows(["x"] * ROWS), found, found)
+        save_measures(tmp_path / name, PerRowScores(found, found, name_rows(["x"] * ROWS)))
     assert (tmp_path / "a" / MEASURES).read_bytes() == (tmp_path / "b" / MEASURES).read_bytes()
 
 
@@ -109,7 +108,7 @@ def test_equal_rows_are_counted() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"PK not a zip", None])
 def test_scores_that_are_damaged_or_gone_are_an_error_with_what_to_do(tmp_path: Path, damage: bytes | None) -> None:
-    save_measures(tmp_path, ("a-1",), {}, {})
+    save_measures(tmp_path, PerRowScores(rows=("a-1",)))
     if damage is None:
         (tmp_path / MEASURES).unlink()
     else:
@@ -120,7 +119,7 @@ def test_scores_that_are_damaged_or_gone_are_an_error_with_what_to_do(tmp_path: 
 
 def test_scores_that_were_cut_short_are_an_error(tmp_path: Path) -> None:
     found = {one.metric: one for one in tokens()}
-    save_measures(tmp_path, name_rows(["x"] * ROWS), found, found)
+    save_measures(tmp_path, PerRowScores(found, found, name_rows(["x"] * ROWS)))
     whole = (tmp_path / MEASURES).read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 5):
         (tmp_path / MEASURES).write_bytes(whole[:size])

@@ -13,22 +13,22 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.paired_sentences import Pair, read_pairs
 from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder, score_by_encoder
-from llmtune.evaluate.stereotypes import compare_pairs, judge, measure_stereoset, pair_tables
+from llmtune.evaluate.stereotypes import keep_scored, measure_pairs, measure_stereoset, pair_tables
 
 BETWEEN = ("She is kind.", "He is cold.", "Bread is cheap.")
 
 
-def stereoset(form="within"):
+def stereoset(layout="within"):
     """Ten examples about three terms."""
     words = [("clever", "clumsy", "bread"), ("big red", "little", "seven"), ("kind", "cold", "a house")]
     found = []
     for i in range(10):
-        if form == "within":
+        if layout == "within":
             context = f"The {i} dogs were BLANK today."
             options = tuple(context.replace("BLANK", word) for word in words[i % 3])
         else:
             context, options = f"There are {i} dogs in the house.", tuple(f"{i} {text}" for text in BETWEEN)
-        found.append(Pair(options, f"x:{i}", "x", f"domain {i % 2}", form, context, f"term {i % 3}"))
+        found.append(Pair(options, f"x:{i}", "x", f"domain {i % 2}", layout, context, f"term {i % 3}"))
     return found
 
 
@@ -64,7 +64,7 @@ def test_a_decoder_scores_the_own_set_as_one_forward_pass_a_sentence_does(decode
     wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
     assert found == [pytest.approx(one, rel=1e-5) for one in wanted]
     share = sum(more > less for more, less in wanted) / len(wanted)
-    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
     assert tuned["stereotype"].value == pytest.approx(share)
     assert tuned["stereotype_distance"].value == pytest.approx(abs(share - 0.5))
 
@@ -87,10 +87,10 @@ def test_words_that_differ_are_seen_and_not_scored(encoder):
 
 def test_stereoset_is_scored_a_token_by_decoders(decoder):
     model, tokenizer = decoder
-    for form in ("within", "between"):
-        pairs = stereoset(form)
+    for layout in ("within", "between"):
+        pairs = stereoset(layout)
         for pair, found in zip(pairs, scores(*decoder, pairs, False), strict=True):
-            context = pair.context if form == "between" else ""
+            context = pair.context if layout == "between" else ""
             wanted = [decoder_log(model, tokenizer, option, context) for option in pair.options]
             assert found == pytest.approx([total / count for total, count in wanted], rel=1e-5)
 
@@ -135,11 +135,12 @@ def test_scores_that_are_known_give_the_scores_that_are_known():
 
 def test_equally_likely_sentences_count_as_a_half_and_are_told():
     pairs = [Pair(("a", "b"), "x:1", "x", group) for group in "uv"]
-    base, tuned, changes = compare_pairs(judge(pairs, [[1.0, 0.0]] * 2, [[1.0, 1.0001], [0.0, 1.0]]), False, 0)
-    assert (base["stereotype"].value, tuned["stereotype"].value) == (1.0, 0.25)
-    assert "1 equally likely, counted as a half" in tuned["stereotype"].signature
-    assert changes["stereotype"].value == -0.75
-    (table,) = pair_tables(judge(pairs, None, [[1.0, 0.0], [0.0, 1.0]]), 0)
+    measures = measure_pairs(keep_scored(pairs, [[1.0, 0.0]] * 2, [[1.0, 1.0001], [0.0, 1.0]]))
+    assert (measures.base["stereotype"].value, measures.tuned["stereotype"].value) == (1.0, 0.25)
+    assert "1 equally likely, counted as a half" in measures.tuned["stereotype"].signature
+    assert measures.differences(0)["stereotype"].value == -0.75
+    scored = keep_scored(pairs, None, [[1.0, 0.0], [0.0, 1.0]])
+    (table,) = pair_tables(scored, measure_pairs(scored), 0)
     assert table.rows == (("u", "1", "1.000"), ("v", "1", "0.000"))
 
 
@@ -148,7 +149,7 @@ def test_pairs_beyond_the_models_context_are_left_out_and_counted(decoder):
     found = scores(*decoder, pairs, False)
     assert found[0] is not None
     assert found[1] is None
-    _, tuned, _ = compare_pairs(judge(pairs, None, found), False, 0)
+    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
     assert "1 pairs are longer than the model's context; left out" in tuned["stereotype"].signature
 
 

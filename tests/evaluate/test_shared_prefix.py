@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from llmtune.evaluate.shared_prefix import grow_tree, score_as_rows, score_as_trees, score_trees, takes_trees
+from llmtune.evaluate.shared_prefix import make_tree, score_as_rows, score_as_trees, score_trees, takes_trees
 from llmtune.model.packed_attention import PACKED, install_packed
 
 END = 2
@@ -25,7 +25,7 @@ def make_trees(count=7):
             [7, 8],
             [11, 12, 13, 14, 15, 16],
         ]  # common beginnings, one inside another
-        trees.append(grow_tree([[*prompt, *answer, END] for answer in answers], [len(prompt)] * len(answers)))
+        trees.append(make_tree([[*prompt, *answer, END] for answer in answers], [len(prompt)] * len(answers)))
     return trees
 
 
@@ -95,7 +95,7 @@ def test_a_model_that_takes_no_trees_is_scored_row_by_row(model):
 
 
 def test_a_tree_holds_the_common_beginning_once():
-    tree = grow_tree([[1, 5, 6, 7, END], [1, 5, 6, 8, 9, END]], [3, 3])
+    tree = make_tree([[1, 5, 6, 7, END], [1, 5, 6, 8, 9, END]], [3, 3])
     assert tree.prefix == (1, 5, 6)
     assert tree.branches == ((7, END), (8, 9, END))
     assert tree.unscored == (0, 0)
@@ -103,7 +103,7 @@ def test_a_tree_holds_the_common_beginning_once():
 
 
 def test_tokens_before_the_answer_are_not_scored_where_the_texts_differ_early():
-    tree = grow_tree([[1, 5, 6, 7], [1, 4, 6, 7]], [3, 3])
+    tree = make_tree([[1, 5, 6, 7], [1, 4, 6, 7]], [3, 3])
     assert tree.prefix == (1,)
     assert tree.unscored == (2, 2)
 

@@ -10,8 +10,8 @@ from llmtune.data import load_rows, prepare_rows
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate import load_evaluation, save_evaluation
 from llmtune.evaluate.auroc_and_correlation import measure_correlation
-from llmtune.evaluate.metric import Measure, compare, measure_right
-from llmtune.evaluate.slices import Parts, read_slices, score_slices, take_apart
+from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
+from llmtune.evaluate.slices import Parts, read_slices, score_slices, split_by_value
 from llmtune.recipe import load_recipe
 
 ROWS = 40
@@ -39,14 +39,14 @@ def rows_of_two_kinds(extra=()):
 
 
 def test_a_value_is_a_slice_the_most_frequent_first_and_what_is_missing_last():
-    parts = take_apart(["b", None, "a", "b", "", "c", "a", "b"])
+    parts = split_by_value(["b", None, "a", "b", "", "c", "a", "b"])
     assert parts.names == ("b", "a", "c", "(none)")
     assert parts.by_row == ("b", "(none)", "a", "b", "(none)", "c", "a", "b")
 
 
 def test_of_many_values_the_twelve_most_frequent_stand_alone():
     values = [f"v{i:02}" for i in range(20)] + ["v07", "v07", "v19"]
-    parts = take_apart(values)
+    parts = split_by_value(values)
     assert parts.names[:3] == ("v07", "v19", "v00")
     assert parts.names[-1] == "(other)"
     assert len(parts.names) == 13
@@ -54,30 +54,30 @@ def test_of_many_values_the_twelve_most_frequent_stand_alone():
 
 
 def test_numbers_of_many_values_are_put_into_four_ranges_of_as_many_rows():
-    parts = take_apart([*range(100, 200), None])
+    parts = split_by_value([*range(100, 200), None])
     assert parts.names == ("up to 124", "above 124, up to 149", "above 149, up to 174", "above 174", "(none)")
     assert [parts.by_row.count(name) for name in parts.names] == [25, 25, 25, 25, 1]
-    assert take_apart([i * 1_000_000 for i in range(16)]).names[0] == "up to 3000000"
-    assert take_apart([i / 64 for i in range(16)]).names[0] == "up to 0.046875"
+    assert split_by_value([i * 1_000_000 for i in range(16)]).names[0] == "up to 3000000"
+    assert split_by_value([i / 64 for i in range(16)]).names[0] == "up to 0.046875"
     assert parts.by_row[24:26] == ("up to 124", "above 124, up to 149")
 
 
 def test_ranges_without_a_row_are_left_out_and_every_row_has_one():
     values = [0] * 90 + list(range(1, 20))
-    parts = take_apart(values)
+    parts = split_by_value(values)
     assert len(parts.by_row) == len(values)
     assert set(parts.by_row) == set(parts.names)
 
 
 def test_numbers_of_few_values_truth_values_and_lists_are_values_as_any():
-    assert take_apart([30, 4, 30]).names == ("4", "30")
-    assert take_apart([True, False, True]).names == ("true", "false")
-    assert take_apart([["a", "é"], ["a", "é"]]).names == ('["a", "é"]',)
-    assert take_apart([math.nan, 1.0, *range(20)]).names[-1] == "(other)"
+    assert split_by_value([30, 4, 30]).names == ("4", "30")
+    assert split_by_value([True, False, True]).names == ("true", "false")
+    assert split_by_value([["a", "é"], ["a", "é"]]).names == ('["a", "é"]',)
+    assert split_by_value([math.nan, 1.0, *range(20)]).names[-1] == "(other)"
 
 
 def test_a_long_value_stands_on_one_line_and_shortened():
-    (name,) = take_apart(["word \n" * 50]).names
+    (name,) = split_by_value(["word \n" * 50]).names
     assert len(name) == 80
     assert name.startswith("word word ")
     assert name.endswith("…")
@@ -87,7 +87,9 @@ def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
     generator = np.random.default_rng(0)
     before, after = generator.random(60) < 0.4, generator.random(60) < 0.8
     parts = Parts(("a", "b"), tuple("ab"[i % 2] for i in range(60)))
-    found = score_slices({"kind": parts}, {"exact_match": right(before)}, {"exact_match": right(after)}, 7)["kind"]
+    found = score_slices(
+        {"kind": parts}, PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), 7
+    )["kind"]
     assert [(one.value, one.rows) for one in found] == [("a", 30), ("b", 30)]
     for start, one in enumerate(found):
         assert one.base["exact_match"] == pytest.approx(before[start::2].mean())
@@ -98,7 +100,7 @@ def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
 def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
     parts = Parts(("a", "b"), ("a", "b", "a", "b"))
     some = right([True, False], at=(0, 2))
-    (a, b) = score_slices({"kind": parts}, {"exact_match": some}, {"exact_match": some}, 0)["kind"]
+    (a, b) = score_slices({"kind": parts}, PairedMeasures({"exact_match": some}, {"exact_match": some}), 0)["kind"]
     assert (a.rows, a.difference["exact_match"].n, a.tuned["exact_match"]) == (2, 2, 0.5)
     assert (b.rows, b.tuned, b.difference) == (2, {}, {})
 
@@ -108,7 +110,7 @@ def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
     wanted, found = generator.random(40), generator.random(40)
     whole = measure_correlation("spearman", found, wanted)
     part = measure_correlation("spearman", found[::2], wanted[::2])
-    sliced = Measure(whole.metric, whole.sums_NK, None, weighted=whole.weighted, at=tuple(range(40))).of(
+    sliced = Measure(whole.metric, whole.sums_NK, None, weighted=whole.weighted, at=tuple(range(40))).subset(
         range(0, 40, 2)
     )
     assert sliced.value == pytest.approx(part.value)
@@ -117,7 +119,7 @@ def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
 
 def test_a_slice_of_few_rows_has_scores_and_no_interval():
     parts = Parts(("a",), ("a",) * 9)
-    (one,) = score_slices({"k": parts}, {"m": right([False] * 9)}, {"m": right([True] * 9)}, 0)["k"]
+    (one,) = score_slices({"k": parts}, PairedMeasures({"m": right([False] * 9)}, {"m": right([True] * 9)}), 0)["k"]
     change = one.difference["m"]
     assert (change.value, change.n) == (1, 9)
     assert math.isnan(change.low)

@@ -83,7 +83,7 @@ def test_corpus_scores_are_those_of_sacrebleu_for_any_texts(pairs):
 def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
     build = TEXT_MEASURES[metric]
     wanted = [build(repeated(TEXTS, counts), repeated(REFERENCES, counts)).value for counts in COUNTS]
-    assert build(TEXTS, REFERENCES).drawn(COUNTS) == pytest.approx(wanted, abs=1e-9)
+    assert build(TEXTS, REFERENCES).resampled(COUNTS) == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", TEXT_MEASURES)

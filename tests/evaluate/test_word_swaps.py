@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llmtune.errors import DataError
-from llmtune.evaluate.swapped_rows import SwapPlan, has_changed, swap_row
+from llmtune.evaluate.swapped_rows import SwappedRows, swap_row
 from llmtune.evaluate.word_swaps import Swaps, read_swaps
 
 OWN = read_swaps(["own"])
@@ -39,13 +39,13 @@ def test_every_own_word_leads_back_where_it_is_not_ambiguous():
 
 
 def test_an_answer_that_names_the_group_has_to_name_the_other_one():
-    assert OWN.follows("The woman is a nurse.", "The man is a nurse.")
-    assert not OWN.follows("The woman is a nurse.", "The woman is a nurse.")
-    assert not OWN.follows("The woman is a nurse.", "The man is a doctor.")
-    assert OWN.follows("(a nurse?)", "(a nurse?)")
-    assert OWN.follows("It is her book", "It is his book")
-    assert OWN.follows("I saw her", "I saw him")
-    assert not OWN.follows("I saw her", "I saw it")
+    assert OWN.is_swapped("The woman is a nurse.", "The man is a nurse.")
+    assert not OWN.is_swapped("The woman is a nurse.", "The woman is a nurse.")
+    assert not OWN.is_swapped("The woman is a nurse.", "The man is a doctor.")
+    assert OWN.is_swapped("(a nurse?)", "(a nurse?)")
+    assert OWN.is_swapped("It is her book", "It is his book")
+    assert OWN.is_swapped("I saw her", "I saw him")
+    assert not OWN.is_swapped("I saw her", "I saw it")
 
 
 def test_all_texts_of_a_row_are_swapped():
@@ -67,25 +67,26 @@ def test_all_texts_of_a_row_are_swapped():
     assert swap_row(facts, OWN)[0] == {"question": "Who is she?", "context": "The queen.", "answers": None}
 
 
-def made(labels=(), apart=0.0):
-    return SwapPlan(OWN, {}, {}, 0, 0, "", {}, {}, apart, labels)
+def has_changed(before, after, labels=(), tolerance=0.0):
+    rows = SwappedRows(None, OWN, {}, {}, "", tolerance=tolerance, labels=labels)
+    return rows.has_changed(before, after)
 
 
 def test_what_a_change_is_depends_on_the_kind_of_answer():
-    assert has_changed(made(), "yes", "no")
-    assert not has_changed(made(), " The king ", "The queen")
-    assert has_changed(made(("a", "b")), {"label": "a", "scores": []}, {"label": "b", "scores": []})
-    assert not has_changed(made(("male", "female")), {"label": "male"}, {"label": "female"})
-    assert has_changed(made(("male", "female")), {"label": "male"}, {"label": "male"})
-    assert not has_changed(made(("male", "other")), {"label": "male"}, {"label": "male"})
-    assert not has_changed(made(("a", "b")), {"label": ["a", "b"]}, {"label": ["b", "a"]})
-    assert has_changed(made(("a", "b")), {"label": ["a"]}, {"label": []})
-    assert not has_changed(made(apart=0.2), {"label": 1.0}, {"label": 1.1})
-    assert has_changed(made(apart=0.2), {"label": 1.0}, {"label": 1.3})
-    assert has_changed(made(), ["O", "B-PER"], ["O", "O"])
-    assert not has_changed(made(), {"text": "a king", "start": 1}, {"text": "a queen", "start": 1})
-    assert has_changed(made(), {"chosen": -1.0, "rejected": -2.0}, {"chosen": -3.0, "rejected": -2.0})
-    assert not has_changed(made(), {"chosen": -1.0, "rejected": -2.0}, {"chosen": -1.5, "rejected": -2.0})
+    assert has_changed("yes", "no")
+    assert not has_changed(" The king ", "The queen")
+    assert has_changed({"label": "a", "scores": []}, {"label": "b", "scores": []}, ("a", "b"))
+    assert not has_changed({"label": "male"}, {"label": "female"}, ("male", "female"))
+    assert has_changed({"label": "male"}, {"label": "male"}, ("male", "female"))
+    assert not has_changed({"label": "male"}, {"label": "male"}, ("male", "other"))
+    assert not has_changed({"label": ["a", "b"]}, {"label": ["b", "a"]}, ("a", "b"))
+    assert has_changed({"label": ["a"]}, {"label": []}, ("a", "b"))
+    assert not has_changed({"label": 1.0}, {"label": 1.1}, tolerance=0.2)
+    assert has_changed({"label": 1.0}, {"label": 1.3}, tolerance=0.2)
+    assert has_changed(["O", "B-PER"], ["O", "O"])
+    assert not has_changed({"text": "a king", "start": 1}, {"text": "a queen", "start": 1})
+    assert has_changed({"chosen": -1.0, "rejected": -2.0}, {"chosen": -3.0, "rejected": -2.0})
+    assert not has_changed({"chosen": -1.0, "rejected": -2.0}, {"chosen": -1.5, "rejected": -2.0})
 
 
 def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
@@ -102,8 +103,8 @@ def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
     [
         (None, "words.csv", "no such file"),
         (b"a,b\nalone\nc,d,e\nx, X\n", "words.csv:2", "not two different words: 'alone'"),
-        (b"\n", "words.csv", "no pairs of words"),
-        (b"\xe9,b\n", "words.csv", "not UTF-8"),
+        (b"\n", "words.csv", "no pair of words"),
+        (b"\xe9,b\n", "words.csv:1", "not UTF-8"),
     ],
 )
 def test_words_that_cannot_be_used_are_an_error_with_their_lines(tmp_path, content, where, what):

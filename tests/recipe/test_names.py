@@ -109,7 +109,7 @@ def test_row_formats_and_columns_are_those_that_step_1_reads():
 
 
 def test_metrics_are_those_that_step_5_computes():
-    from llmtune.evaluate.metrics import METRICS, TEXT_METRICS, TOKEN_METRICS
+    from llmtune.evaluate.text_metrics import METRICS, TEXT_METRICS, TOKEN_METRICS
 
     assert set(GENERATED) == set(TEXT_METRICS)
     assert set(LANGUAGE) == set(TOKEN_METRICS)

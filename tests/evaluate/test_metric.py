@@ -5,20 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.metrics import (
-    METRICS,
-    TEXT_MEASURES,
-    TEXT_METRICS,
-    compare,
-    measure_right,
-    measure_texts,
-    measure_tokens,
-)
+from llmtune.evaluate.metric import Measure, compare, measure_right
+from llmtune.evaluate.text_metrics import METRICS, TEXT_MEASURES, TEXT_METRICS, measure_tokens
 
 
 def test_exact_match_strips_outer_white_space_and_nothing_else():
-    found = measure_texts("exact_match", [" yes\n", "Yes", "yes.", "a  b"], ["yes", "yes", "yes", "a b"])
+    found = TEXT_MEASURES["exact_match"]([" yes\n", "Yes", "yes.", "a  b"], ["yes", "yes", "yes", "a b"])
     assert found.value == 0.25
 
 
@@ -41,7 +33,7 @@ def test_a_difference_is_tuned_minus_base():
 
 
 def test_a_metric_without_rows_is_not_a_number():
-    assert math.isnan(measure_texts("chrf", [], []).value)
+    assert math.isnan(TEXT_MEASURES["chrf"]([], []).value)
     assert math.isnan(measure_right([], "exact_match").value)
 
 
@@ -49,7 +41,7 @@ def test_the_text_metrics_are_among_those_that_have_a_measure():
     assert set(TEXT_METRICS) <= set(TEXT_MEASURES)
     assert {"bleu", "ter", "length_ratio"} <= set(TEXT_MEASURES) - set(METRICS)
     for metric in TEXT_MEASURES:
-        assert measure_texts(metric, ["a b", "c"], ["a b", "d"]).metric == metric
+        assert TEXT_MEASURES[metric](["a b", "c"], ["a b", "d"]).metric == metric
 
 
 def largest(numbers):
@@ -60,7 +52,7 @@ def largest(numbers):
 
 def test_a_measure_by_rows_has_the_value_of_every_row_drawn_once():
     assert largest([1, 5, 2]).value == 5
-    assert largest([1, 5, 2]).drawn(np.array([[2.0, 0, 1], [0, 3, 0]])).tolist() == [2, 5]
+    assert largest([1, 5, 2]).resampled(np.array([[2.0, 0, 1], [0, 3, 0]])).tolist() == [2, 5]
     assert math.isnan(largest([]).value)
 
 

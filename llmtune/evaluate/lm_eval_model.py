@@ -1,0 +1,138 @@
+"""A loaded model as lm-eval takes one: its own class for transformers, fed in batches of our token budgets.
+
+Shapes: B rows of a batch, T positions, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
+from llmtune.model import compute_context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_WINDOWS = 512
+"""Windows of a long text that lm-eval hands over at a time; they are cut into batches here."""
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the longest answer."""
+TokenRequest = tuple[object, list[int], list[int]]
+"""What it is called by, tokens of the context, tokens of what follows."""
+Answer = TypeVar("Answer")
+
+
+class LmEvalRequest(Protocol):
+    """A request of lm-eval: a context with what follows it, or with settings of generation."""
+
+    args: tuple[str, Mapping[str, int]]
+
+
+class InferenceModel:
+    """A model that runs as in evaluation: in the recipe's number format, and never changed.
+
+    It is no torch module, so that lm-eval does not tie the weights of an adapted model anew; and the number format is
+    set here, since lm-eval switches autocast off around each call.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, device: str) -> None:
+        self.model, self.compute_dtype, self.compute_device = model.eval(), dtype, device
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Return the model's output, with logits [B, T, V]."""
+        with torch.inference_mode(), compute_context(self.compute_dtype, self.compute_device):
+            return self.model(*args, **kwargs)
+
+    def generate(self, **kwargs: object) -> object:
+        """Return token ids [B, T]."""
+        with torch.inference_mode(), compute_context(self.compute_dtype, self.compute_device):
+            return self.model.generate(**kwargs)  # type: ignore[operator]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)
+
+
+class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
+    """lm-eval's transformers model around one that is loaded already."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: str,
+        expect: Callable[[int], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        """`expect` gets the number of requests to come, `advance` that of requests done."""
+        tokenizer = copy.deepcopy(processor)  # lm-eval sets its padding
+        inner = InferenceModel(model, dtype, device)
+        super().__init__(pretrained=inner, backend="causal", tokenizer=tokenizer, batch_size=MOST_WINDOWS)
+        self.where, self.expect, self.advance = device, expect, advance
+        self.truncated = 0
+        """Requests whose beginning was left out, since they are longer than the model's context."""
+
+    def loglikelihood(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Return (nats, whether each token is the likeliest) for each pair of a context and what follows."""
+        pairs: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return pairs
+
+    def loglikelihood_rolling(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[float]:
+        """Return the nats of whole texts."""
+        nats: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return nats
+
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: object) -> list[tuple[float, bool]]:
+        """Answer in batches; requests that differ in their last token alone stay together, since one pass does all."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, (_name, context, following) in enumerate(requests):
+            alike.setdefault((*context, *following[:-1]), []).append(i)
+        groups = list(alike.values())
+
+        def answer(batch: list[int]) -> dict[int, tuple[float, bool]]:
+            rows = [i for group in batch for i in groups[group]]
+            answers = super(BatchedLM, self)._loglikelihood_tokens([requests[i] for i in rows], disable_tqdm=True)
+            return dict(zip(rows, answers, strict=True))
+
+        self.truncated += sum(len(group) for ids, group in alike.items() if len(ids) > self.max_length)
+        lengths = [min(len(ids), self.max_length) for ids in alike]
+        return self._answer(len(requests), lengths, budget_for(self.where, TOKEN_BUDGET), answer)
+
+    def generate_until(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[str]:
+        """Return generated texts, in batches."""
+
+        def answer(batch: list[int]) -> dict[int, str]:
+            self.batch_size_per_gpu = len(batch)
+            texts = super(BatchedLM, self).generate_until([requests[i] for i in batch], disable_tqdm=True)
+            return dict(zip(batch, texts, strict=True))
+
+        lengths = [len(self.tok_encode(one.args[0])) + self._new_tokens(one.args[1]) for one in requests]
+        self.truncated += sum(length > self.max_length for length in lengths)
+        try:
+            return self._answer(len(requests), lengths, budget_for(self.where, GENERATION_BUDGET), answer)
+        finally:
+            self.batch_size_per_gpu = MOST_WINDOWS
+
+    def _answer(
+        self, count: int, lengths: Sequence[int], budget: int, answer: Callable[[list[int]], dict[int, Answer]]
+    ) -> list[Answer]:
+        """Answer requests in batches of a token budget; `answer` gives those of one batch by their numbers."""
+        self.expect(count)
+        answers: dict[int, Answer] = {}
+
+        def work(batch: list[int]) -> None:
+            done = answer(batch)
+            answers.update(done)
+            self.advance(len(done))
+
+        run_in_batches(lengths, budget, work)
+        return [answers[i] for i in range(count)]
+
+    def _new_tokens(self, settings: Mapping[str, int]) -> int:
+        """Return the longest answer that a request asks for, in tokens."""
+        return int(next((settings[name] for name in NEW_TOKENS if settings.get(name)), self.max_gen_toks))
