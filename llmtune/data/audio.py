@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.chat_rows import filled
-from llmtune.data.file_readers import describe
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError, describe, nonempty_text
 from llmtune.records import Row
 from llmtune.store.atomic_files import hash_recording
 
@@ -57,7 +55,7 @@ def _speech(row: Mapping[str, Any], column: str) -> Row:
         raise RowError("wrong type", f"'{column}' is {describe(row[column])}; it must be the name of a file")
     path = Path(name)
     check_recording(path)
-    return {"audio": str(path), "content": hash_recording(path), "text": filled(row, "text")}
+    return {"audio": str(path), "content": hash_recording(path), "text": nonempty_text(row, "text")}
 
 
 def check_recording(path: Path) -> None:

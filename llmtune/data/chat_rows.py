@@ -1,79 +1,296 @@
-"""Rows of chat and completion: conversations, instructions, prompts with their completions, bare text."""
+"""Rows of chat and completion: messages checked and brought into one dialect, prompts with completions, bare text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
-from llmtune.data.messages import RowError, canonical_messages, text_of
-from llmtune.records import Row
+from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
+from llmtune.errors import nearest
+
+ROLES = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name; templates know only `system`
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "train", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
+)
 
 
-def chat_from_messages(row: Mapping[str, Any]) -> Row:
+class Function(TypedDict):
+    """The function that a tool call names, with its arguments."""
+
+    name: str
+    arguments: dict[str, object]
+
+
+class ToolCall(TypedDict):
+    """A call of a tool, as chat templates expect it."""
+
+    type: str
+    function: Function
+    id: NotRequired[str]
+
+
+class Tool(TypedDict):
+    """The description of a tool, in OpenAI's form."""
+
+    type: str
+    function: dict[str, object]
+
+
+class Message(TypedDict):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+    train: NotRequired[bool]
+    """Whether an answer is learned (yes, where it is missing)."""
+    tool_calls: NotRequired[list[ToolCall]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class ChatRow(TypedDict):
+    """A conversation, and the tools that it may call."""
+
+    messages: list[Message]
+    tools: NotRequired[list[Tool]]
+
+
+class CompletionRow(TypedDict):
+    """A prompt, which may be empty, and the text that goes on from it."""
+
+    prompt: str
+    completion: str
+
+
+def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
     """Read `messages`, and `tools` (or `functions`) and `system` if they are there."""
     tools = row.get("tools")
     return canonical_messages(row["messages"], tools if tools is not None else row.get("functions"), row.get("system"))
 
 
-def chat_from_sharegpt(row: Mapping[str, Any]) -> Row:
+def chat_from_sharegpt(row: Mapping[str, object]) -> ChatRow:
     """Read `conversations`."""
     return canonical_messages(row["conversations"], row.get("tools"), row.get("system"))
 
 
-def chat_from_alpaca(row: Mapping[str, Any]) -> Row:
+def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
     """Read `instruction`, `input`, `output` and the turns before them in `history`."""
     history = row.get("history") or []
     if not (isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history)):
         raise RowError("wrong type", "'history' must be a list of [question, answer] pairs")
-    turns = [*(turn for pair in history for turn in pair), _alpaca_prompt(row), filled(row, "output")]
+    turns = [*(turn for pair in history for turn in pair), _alpaca_prompt(row), nonempty_text(row, "output")]
     return _conversation(turns, row)
 
 
-def completion_from_alpaca(row: Mapping[str, Any]) -> Row:
+def completion_from_alpaca(row: Mapping[str, object]) -> CompletionRow:
     """Read an instruction as text to go on from."""
     system = row.get("system")
     head = f"{text_of(system, repr('system'))}\n\n" if system else ""
-    return {"prompt": f"{head}{_alpaca_prompt(row)}\n\n", "completion": filled(row, "output")}
+    return {"prompt": f"{head}{_alpaca_prompt(row)}\n\n", "completion": nonempty_text(row, "output")}
 
 
-def chat_from_pair(row: Mapping[str, Any]) -> Row:
+def chat_from_pair(row: Mapping[str, object]) -> ChatRow:
     """Read `prompt` and `completion`, texts or lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return canonical_messages([*asked, *completion], row.get("tools"), row.get("system"))
-    return _conversation([filled(row, "prompt"), filled(row, "completion")], row)
+        context = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
+        return canonical_messages([*context, *completion], row.get("tools"), row.get("system"))
+    return _conversation([nonempty_text(row, "prompt"), nonempty_text(row, "completion")], row)
 
 
-def completion_from_pair(row: Mapping[str, Any]) -> Row:
+def completion_from_pair(row: Mapping[str, object]) -> CompletionRow:
     """Read `prompt` (may be empty) and `completion`."""
-    return {"prompt": text_of(row["prompt"], "'prompt'"), "completion": filled(row, "completion")}
+    return {"prompt": text_of(row["prompt"], "'prompt'"), "completion": nonempty_text(row, "completion")}
 
 
-def completion_from_text(row: Mapping[str, Any]) -> Row:
+def completion_from_text(row: Mapping[str, object]) -> CompletionRow:
     """Read `text`."""
-    return {"prompt": "", "completion": filled(row, "text")}
+    return {"prompt": "", "completion": nonempty_text(row, "text")}
 
 
-def filled(row: Mapping[str, Any], column: str) -> str:
-    """Return the text of a column that must not be empty; raises RowError."""
-    value = row.get(column)
-    text = "" if value is None else text_of(value, f"'{column}'")
-    if not text.strip():
-        answer = column in ("completion", "output", "target", "summary", "chosen", "rejected")
-        raise RowError("no answer" if answer else "empty content", f"'{column}' is empty")
-    return text
-
-
-def _alpaca_prompt(row: Mapping[str, Any]) -> str:
+def _alpaca_prompt(row: Mapping[str, object]) -> str:
     extra = row.get("input")
-    parts = [filled(row, "instruction")]
-    if extra is not None and text_of(extra, "'input'").strip():
-        parts.append(extra)
-    return "\n\n".join(parts)
+    instruction = nonempty_text(row, "instruction")
+    if extra is not None and (text := text_of(extra, "'input'")).strip():
+        return f"{instruction}\n\n{text}"
+    return instruction
 
 
-def _conversation(turns: Sequence[object], row: Mapping[str, Any]) -> Row:
+def _conversation(turns: Sequence[object], row: Mapping[str, object]) -> ChatRow:
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": turn} for number, turn in enumerate(turns)]
     return canonical_messages(messages, row.get("tools"), row.get("system"))
+
+
+def canonical_messages(value: object, tools: object = None, system: object = None) -> ChatRow:
+    """Check a conversation and return the canonical chat row.
+
+    Args:
+        value: A list of messages, `role`/`content` (OpenAI) or `from`/`value` (ShareGPT), or the same as JSON text.
+        tools: A list of function descriptions, bare or wrapped in OpenAI's `{"type": "function", ...}`, or JSON text.
+        system: A system message that stands outside the list.
+
+    Raises:
+        RowError: The row cannot be trained on.
+    """
+    turns = _parse_json(value, "messages")
+    if not isinstance(turns, list):
+        raise RowError("wrong type", f"'messages' is {describe(turns)}; it must be a list of messages")
+    if not turns:
+        raise RowError("no messages", "the list of messages is empty")
+    messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
+    if system not in (None, ""):
+        messages.insert(0, {"role": "system", "content": text_of(system, "'system'")})
+    _check_order(messages)
+    row: ChatRow = {"messages": messages}
+    if described := _tools(tools):
+        row["tools"] = described
+    return row
+
+
+def _message(turn: object, number: int) -> Message:
+    where = f"message {number}"
+    if not isinstance(turn, dict):
+        raise RowError("wrong type", f"{where} is {describe(turn)}; it must be an object with 'role' and 'content'")
+    stated = turn.get("role", turn.get("from"))
+    role = ROLES.get(stated.strip().lower()) if isinstance(stated, str) else None
+    if role is None:
+        raise _role_error(stated, where)
+    content = turn.get("content", turn.get("value"))
+    calls = _tool_calls(turn, where)
+    if stated == "function_call":
+        calls, content = [_call(_parse_json(content, f"{where}: the function call"), where)], ""
+    message: Message = {"role": role, "content": _content(content, where, role, bool(calls))}
+    train = turn.get("train", turn.get("weight"))  # OpenAI's fine-tuning format says weight: 0 or 1
+    if train is not None:
+        if train not in (0, 1):
+            raise RowError("wrong type", f"{where}: 'train' is {train!r}; it must be true or false")
+        message["train"] = bool(train)
+    if calls:
+        message["tool_calls"] = calls
+    if turn.get("tool_call_id") is not None:
+        message["tool_call_id"] = text_of(turn["tool_call_id"], f"{where}: 'tool_call_id'")
+    if turn.get("name") is not None:
+        message["name"] = text_of(turn["name"], f"{where}: 'name'")
+    return message
+
+
+def _role_error(stated: object, where: str) -> RowError:
+    if stated is None:
+        return RowError("unknown role", f"{where} has no 'role'")
+    if not isinstance(stated, str):
+        return RowError("wrong type", f"{where}: 'role' is {describe(stated)}; it must be text")
+    known = ("system", "developer", "user", "assistant", "tool")
+    return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{nearest(stated, known)}")
+
+
+def _content(content: object, where: str, role: str, calls: bool) -> str:
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise RowError("wrong type", f"{where}: 'content' is {describe(content)}; it must be text")
+    if not content.strip() and role in ("user", "assistant") and not calls:
+        raise RowError("empty content", f"{where} ({role}) says nothing")
+    return content
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError("wrong type", f"{where}: a part of 'content' is {describe(part)}")
+    kind = part.get("type", "text")
+    if kind not in ("text", "input_text", "output_text"):
+        raise RowError(
+            "content that is not text", f"{where}: a part of type {kind!r}; only text can be trained on so far"
+        )
+    return text_of(part.get("text"), f"{where}: 'text' of a part")
+
+
+def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
+    calls = _parse_json(turn.get("tool_calls"), f"{where}: 'tool_calls'")
+    if not calls and turn.get("function_call"):
+        calls = [_parse_json(turn["function_call"], f"{where}: 'function_call'")]
+    if not calls:
+        return []
+    if not isinstance(calls, list):
+        raise RowError("wrong type", f"{where}: 'tool_calls' is {describe(calls)}; it must be a list")
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: object, where: str) -> ToolCall:
+    """Return a call with its arguments as an object, which is what chat templates expect."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError("malformed tool call", f"{where}: a tool call needs a function with a 'name' and 'arguments'")
+    arguments = _parse_json(function.get("arguments") or {}, f"{where}: the arguments of {function['name']!r}")
+    if not isinstance(arguments, dict):
+        raise RowError(
+            "malformed tool call", f"{where}: the arguments of {function['name']!r} are {describe(arguments)}"
+        )
+    named: Function = {"name": function["name"], "arguments": arguments}
+    if isinstance(call, dict) and isinstance(call.get("id"), str):
+        return {"id": call["id"], "type": "function", "function": named}
+    return {"type": "function", "function": named}
+
+
+def _tools(tools: object) -> list[Tool]:
+    described = _parse_json(tools, "'tools'")
+    if not described:
+        return []
+    if not isinstance(described, list):
+        raise RowError("wrong type", f"'tools' is {describe(described)}; it must be a list of function descriptions")
+    return [_tool(tool, number) for number, tool in enumerate(described, 1)]
+
+
+def _tool(tool: object, number: int) -> Tool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError("malformed tool", f"tool {number} has no function with a 'name'")
+    return {"type": "function", "function": function}
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if roles.count("system") > 1:
+        second = [number for number, role in enumerate(roles, 1) if role == "system"][1]
+        raise RowError("two system messages", f"message {second} is a second one; join them")
+    if "system" in roles and roles[0] != "system":
+        raise RowError("system message not first", f"it is message {roles.index('system') + 1}")
+    if "assistant" not in roles:
+        raise RowError("no assistant answer", "no message is from the assistant, so there is nothing to learn")
+    if roles[-1] != "assistant":
+        raise RowError("does not end with an answer", f"the last message is from {roles[-1]}; cut it or add the answer")
+    if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
+        raise RowError("no assistant answer", "every assistant message says train: false")
+
+
+def _parse_json(value: object, what: str) -> object:
+    """Read JSON text where tables have it in place of a list or object."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        parsed: object = json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError("wrong type", f"{what} is text, and not JSON") from None
+    return parsed

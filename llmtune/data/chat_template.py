@@ -2,8 +2,8 @@
 
 A turn is found by difference. The prompt of the assistant's turn i is the rendering of the messages before it with
 `add_generation_prompt`, which is what the model is given when it answers; its target is what the rendering of one
-message more adds to that, up to and including the token that ends a turn. So a model is trained on what it will be
-asked for, whatever the template does to earlier turns. A template that writes something else is refused.
+message more adds to that, up to and including the token that ends a turn. So a model is trained on the prompts that it
+will see, whatever the template does to earlier turns. A template that writes something else is refused.
 
 Ids are those of `apply_chat_template(tokenize=True)`: the tokenizer adds no special token to what the template wrote.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import jinja2
 
-from llmtune.data.template_cache import Form, as_form, blank, writes_as_said
+from llmtune.data.chat_rows import Message, Tool, ToolCall
+from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem
 
 if TYPE_CHECKING:
@@ -27,24 +28,22 @@ if TYPE_CHECKING:
 
     from llmtune.recipe import Recipe
 
-Message = dict[str, Any]
-Messages = Sequence[Message]
-Tools = list[dict[str, Any]] | None
+Conversation = Sequence[Mapping[str, object]]
+"""Messages of whatever origin; `clean` makes those that templates take."""
+Tools = Sequence[Tool] | None
 
-TODAY = datetime(2024, 7, 26)
-"""What templates that write today's date are told, so that a run can be repeated: the date of Llama 3.1's template."""
+FIXED_DATE = datetime(2024, 7, 26)
+"""What stands for today where a template writes the date, so that a run can be repeated: as in Llama 3.1's template."""
 
-_TODAYS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _ANSWER = "The answer of the probe is 4217."
-_PROBE: Messages = ({"role": "user", "content": "What is the probe?"}, {"role": "assistant", "content": _ANSWER})
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-_CURE = "Set model.chat_template to a Jinja file that"
-WORTH_A_FORM = 8
-"""Conversations below which each is rendered by itself."""
-MOST_FORMS = 4096
-_forms: dict[tuple[str, str, bool, tuple[str, ...]], Form | None] = {}
-"""By template, what is given to it besides messages, whether an answer is asked for, and roles."""
+_PROBE: Conversation = (
+    {"role": "user", "content": "What is the probe?"},
+    {"role": "assistant", "content": _ANSWER},
+)
+_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_FIX = "Set model.chat_template to a Jinja file that"
 
 
 class TemplateRefusal(Exception):
@@ -71,9 +70,9 @@ class ChatTemplate:
     """A tokenizer's template, and how it ends the assistant's turns."""
 
     processor: PreTrainedTokenizerBase
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     name: str
-    """How messages to people call it."""
+    """What messages to people call it."""
     tail: str = ""
     """What follows the text of an answer, e.g. `<|im_end|>` and a line break."""
     end: str = ""
@@ -81,9 +80,9 @@ class ChatTemplate:
     special: tuple[str, ...] = ()
     """The tokens that are no ordinary text, longest first."""
     marked: bool = False
-    """Whether it says itself what is an answer, where there are no tools."""
+    """Whether it marks answers itself, where there are no tools."""
 
-    def render(self, messages: Messages, tools: Tools = None, answer_next: bool = False) -> str:
+    def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
         """Render messages as text; `answer_next` adds what stands before an answer.
 
         Raises:
@@ -100,51 +99,14 @@ class ChatTemplate:
                 tokenize=False,
                 **self.kwargs,
             )
-        except _REFUSALS as error:
+        except _RENDER_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses it: {error}") from error
         return cast(str, text)
 
-    def render_all(self, conversations: Sequence[Messages], answer_next: bool = False) -> list[str | TemplateRefusal]:
-        """Render conversations without tools, each as `render` does: those of the same roles once, if that is the same.
-
-        What is left is rendered in one call where none of it is refused.
-        """
-        found: list[str | TemplateRefusal | None] = [*self._fill_forms(conversations, answer_next)]
-        left = [k for k, text in enumerate(found) if text is None]
-        for k, text in zip(left, self._render_each([conversations[k] for k in left], answer_next), strict=True):
-            found[k] = text
-        return cast(list[str | TemplateRefusal], found)
-
-    def _fill_forms(self, conversations: Sequence[Messages], answer_next: bool) -> Sequence[str | None]:
-        """Return each conversation as its form says, None where that is not proven; two are rendered to see."""
-        nothing = [None] * len(conversations)
-        kind = writes_as_said(self.text())
-        if kind is None or len(conversations) < WORTH_A_FORM:
-            return nothing
-        names = (self.text(), repr((self.kwargs, self.processor.special_tokens_map)), answer_next)
-        filled: list[str | None] = []
-        for messages in conversations:
-            contents = [message["content"] for message in messages if len(message) == len(_PROBE[0])]
-            said = all(contents) and (kind == "all" or all(text == text.strip() for text in contents))
-            form = self._form(names, tuple(m["role"] for m in messages)) if said else None
-            whole = form is not None and len(contents) == len(messages)
-            filled.append(form.fill(contents) if form is not None and whole else None)
-        checked = [k for k, text in enumerate(filled) if text is not None][:2]
-        rendered = self._render_each([conversations[k] for k in checked], answer_next)
-        return filled if rendered == [filled[k] for k in checked] else nothing
-
-    def _form(self, names: tuple[str, str, bool], roles: tuple[str, ...]) -> Form | None:
-        """Return how conversations of these roles are written; None where the template refuses them."""
-        key = (*names, roles)
-        if key not in _forms:
-            if len(_forms) >= MOST_FORMS:
-                _forms.clear()
-            messages = [{"role": role, "content": blank(k)} for k, role in enumerate(roles)]
-            text = self._render_or_refuse(messages, names[-1])
-            _forms[key] = as_form(text) if isinstance(text, str) else None
-        return _forms[key]
-
-    def _render_each(self, conversations: Sequence[Messages], answer_next: bool) -> list[str | TemplateRefusal]:
+    def render_batch(
+        self, conversations: Sequence[Conversation], answer_next: bool = False
+    ) -> list[str | TemplateRefusal]:
+        """Render conversations without tools, each as `render` does; in one call where none of them is refused."""
         if not conversations:
             return []
         try:
@@ -157,11 +119,11 @@ class ChatTemplate:
                 tokenize=False,
                 **self.kwargs,
             )
-        except _REFUSALS:
+        except _RENDER_ERRORS:
             return [self._render_or_refuse(messages, answer_next) for messages in conversations]
         return list(cast(list[str], texts))
 
-    def _render_or_refuse(self, messages: Messages, answer_next: bool) -> str | TemplateRefusal:
+    def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> str | TemplateRefusal:
         try:
             return self.render(messages, None, answer_next)
         except TemplateRefusal as refusal:
@@ -179,42 +141,40 @@ class ChatTemplate:
 
 
 def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
-    """Look at the template with a probe conversation.
+    """Return the template with how it ends turns, which a probe conversation shows.
 
     Raises:
         EnvironmentProblem: there is no template, or it cannot be split into turns.
     """
-    template = _unread(processor, recipe)
+    template = _without_probe(processor, recipe)
     if "strftime_now(" in template.text():
         what = "the template writes the day's date, so its prompts differ from day to day"
-        raise EnvironmentProblem.of(what, template.name, f"{_CURE} has a date in its place.")
+        raise EnvironmentProblem.of(what, template.name, f"{_FIX} has a date in its place.")
     try:
         prompt = template.render(_PROBE[:1], answer_next=True)
         bare = template.render(_PROBE[:1])
         whole = template.render(_PROBE)
     except TemplateRefusal as refusal:
-        raise EnvironmentProblem.of(
-            str(refusal), template.name, f"{_CURE} takes a question and an answer."
-        ) from refusal
+        raise EnvironmentProblem.of(str(refusal), template.name, f"{_FIX} takes a question and an answer.") from refusal
     difference = _difference(template, prompt, whole)
     header, _, tail = difference.partition(_ANSWER)
     if prompt == bare and header.strip():
         what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {header!r}"
-        raise EnvironmentProblem.of(what, template.name, f"{_CURE} ends with that where add_generation_prompt is set.")
-    special = specials(processor)
+        raise EnvironmentProblem.of(what, template.name, f"{_FIX} ends with that where add_generation_prompt is set.")
+    special = special_tokens(processor)
     end = _first_special(tail, special)
     if end is None:
         what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
-        fix = f"{_CURE} writes {processor.eos_token!r} after each answer"
+        fix = f"{_FIX} writes {processor.eos_token!r} after each answer"
         fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
         raise EnvironmentProblem.of(what, template.name, fix)
     _refuse_doubled_start(template, whole)
-    marked = has_marks(template.text())
+    marked = marks_answers(template.text())
     return ChatTemplate(processor, template.kwargs, template.name, tail, end, special, marked)
 
 
 def render_prompt(
-    messages: Messages, processor: PreTrainedTokenizerBase, recipe: Recipe, tools: Tools = None
+    messages: Conversation, processor: PreTrainedTokenizerBase, recipe: Recipe, tools: Tools = None
 ) -> list[int]:
     """Return the token ids to generate an answer to `messages` from: the one place where they are made.
 
@@ -222,7 +182,7 @@ def render_prompt(
         DataError: the template does not take these messages.
         EnvironmentProblem: there is no template.
     """
-    template = _unread(processor, recipe)
+    template = _without_probe(processor, recipe)
     try:
         text = template.render(clean(messages), tools, answer_next=True)
     except TemplateRefusal as refusal:
@@ -241,35 +201,19 @@ def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     return read_template(processor, recipe).end_ids
 
 
-def tokenize(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Turn rendered texts into ids; nothing is added to what the template wrote."""
-    return cast(list[list[int]], encode_texts(processor, texts)["input_ids"])
-
-
-def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> Any:
-    """Tokenize texts in one call, with offsets where the tokenizer has them (`.encodings`)."""
-    return processor(
-        list(texts),
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning about lengths: data.max_length is checked by us
-    )
-
-
-def clean(messages: Messages) -> list[Message]:
+def clean(messages: Conversation) -> list[Message]:
     """Return messages as templates take them: without our `train`, with text for content and arguments as objects."""
     cleaned = []
     for message in messages:
-        message = {key: value for key, value in message.items() if key != "train"}
-        message["content"] = message.get("content") or ""
-        if message.get("tool_calls"):
-            message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
-        cleaned.append(message)
+        copy = cast(Message, {key: value for key, value in message.items() if key != "train"})
+        copy["content"] = copy.get("content") or ""
+        if calls := copy.get("tool_calls"):
+            copy["tool_calls"] = [_with_arguments(call) for call in calls]
+        cleaned.append(copy)
     return cleaned
 
 
-def cut_turn(template: ChatTemplate, messages: Messages, tools: Tools, index: int) -> Turn:
+def cut_turn(template: ChatTemplate, messages: Sequence[Message], tools: Tools, index: int) -> Turn:
     """Cut the assistant's turn `index` out of a conversation (as `clean` returns it).
 
     Raises:
@@ -279,8 +223,8 @@ def cut_turn(template: ChatTemplate, messages: Messages, tools: Tools, index: in
     return split_turn(template, messages, index, prompt, template.render(messages[: index + 1], tools))
 
 
-def split_turn(template: ChatTemplate, messages: Messages, index: int, prompt: str, whole: str) -> Turn:
-    """Take the turn `index` out of the renderings up to it (`prompt`, which asks for an answer) and with it.
+def split_turn(template: ChatTemplate, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Turn:
+    """Take the turn `index` out of the renderings up to it (`prompt`, ready for an answer) and with it.
 
     Raises:
         TemplateRefusal: this turn cannot be told from what is before it.
@@ -300,30 +244,30 @@ def split_turn(template: ChatTemplate, messages: Messages, index: int, prompt: s
     return Turn(index, prompt, body + end, len(learned.encode()))
 
 
-def has_marks(template: str) -> bool:
+def marks_answers(template: str) -> bool:
     """Whether a template has `{% generation %}` marks around what is an answer."""
     return bool(_GENERATION.search(template))
 
 
 def fix_date(template: str) -> str:
-    """Write the date of `TODAY` where a template asks for today's.
+    """Replace calls for today's date in a template by `FIXED_DATE`.
 
     So it is part of the template, wherever that is saved, and the same on every day and in every program.
     """
-    return _TODAYS.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+    return _DATE_CALL.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
 
 
-def specials(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def special_tokens(processor: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the tokens that are no ordinary text, longest first."""
     known = {*processor.all_special_tokens, *processor.get_added_vocab()}
     return tuple(sorted((token for token in known if token.strip()), key=lambda token: (-len(token), token)))
 
 
-def _unread(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
+def _without_probe(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
     """Return the template without a look at how it ends turns."""
     where = recipe.model.chat_template or f"{processor.name_or_path or 'the tokenizer'} (chat_template)"
     if not processor.chat_template:
-        fix = f"{_CURE} suits the model, name a model that has one (often called Instruct), or use task: completion."
+        fix = f"{_FIX} suits the model, name a model that has one (often called Instruct), or use task: completion."
         raise EnvironmentProblem.of("the tokenizer has no chat template", str(where), fix)
     return ChatTemplate(processor, recipe.model.chat_template_kwargs, str(where))
 
@@ -335,11 +279,11 @@ def _difference(template: ChatTemplate, prompt: str, whole: str) -> str:
         start = max(0, same - 20)
         what = f"the template cannot be split into turns: it asks for an answer with {prompt[start:]!r}"
         what += f" but writes one as {whole[start:]!r}"
-        raise EnvironmentProblem.of(what, template.name, f"{_CURE} begins an answer as it asks for one.")
+        raise EnvironmentProblem.of(what, template.name, f"{_FIX} begins an answer as it asks for one.")
     difference = whole[len(prompt) :]
     if difference.count(_ANSWER) != 1:
         what = f"the template cannot be split into turns: an answer is written as {difference!r}, not as given"
-        raise EnvironmentProblem.of(what, template.name, f"{_CURE} writes an answer once and unchanged.")
+        raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes an answer once and unchanged.")
     return difference
 
 
@@ -360,24 +304,24 @@ def _split_end(template: ChatTemplate, difference: str) -> tuple[str, str]:
 
 def _first_special(text: str, special: Sequence[str]) -> str | None:
     """Return the token in `text`, of those that are no ordinary text, that stands first."""
-    found = [(text.index(token), -len(token), token) for token in special if token in text]
-    return min(found)[2] if found else None
+    present = [(text.index(token), -len(token), token) for token in special if token in text]
+    return min(present)[2] if present else None
 
 
 def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:
     start = template.processor.bos_token_id
     if start is not None and tokenize(template.processor, [whole])[0][:2] == [start, start]:
         what = f"the template writes {template.processor.bos_token!r} twice at the start"
-        raise EnvironmentProblem.of(what, template.name, f"{_CURE} writes it once.")
+        raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes it once.")
 
 
-def _with_arguments(call: Any) -> Any:
+def _with_arguments(call: ToolCall) -> ToolCall:
     """Return a tool call with its arguments as an object, as templates take them; OpenAI's format has JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(cast(str, function["arguments"]))
     except ValueError:
         return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    return cast(ToolCall, {**call, "function": {**function, "arguments": arguments}})

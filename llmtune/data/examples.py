@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmtune import __version__
-from llmtune.data.overlong import TOO_LONG
+from llmtune.data.overlong import TOO_LONG, Encoded
 from llmtune.data.preparation import iterate_texts
-from llmtune.data.rejected_rows import Add, listed
+from llmtune.data.rejected_rows import listed
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import Example, Examples, ModelRef, Row, Rows
+from llmtune.records import Example, Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 from llmtune.store.run_lock import package_versions
 
@@ -43,7 +44,7 @@ SHOWN = 20
 RECORD = "examples.json"
 LEFT_OUT = "left_out.jsonl"
 AGAIN = "Run the recipe again: what is missing is made again."
-LISTS = {
+LISTS: dict[str, type[np.generic]] = {
     "input_ids": np.int32,
     "spans": np.int32,
     "target_ids": np.int32,
@@ -53,7 +54,7 @@ LISTS = {
     "audio": np.int16,
 }
 """Columns of lists, by the names of `Example`."""
-FIRST = ("input_ids", "spans")
+Numbers = npt.NDArray[np.int32 | np.float32 | np.int16]
 NUMBERS = ("target_bytes", "supervised", "tokens", "reach")
 SCHEMA = pa.schema(
     {
@@ -63,27 +64,68 @@ SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class _RowBatch:
+    """Rows that are encoded at a time."""
+
+    side: str
+    first: int
+    """The number of the first of them on its side."""
+    rows: list[tuple[str, str]]
+    """Origin and JSON of each."""
+
+
+@dataclass(frozen=True)
+class _EncodedBatch:
+    side: str
+    rows: int
+    examples: pa.RecordBatch | None
+    """None where no row could be used."""
+    refused: list[tuple[str, str]]
+    """Origin and reason of each row that was not."""
+
+
+@dataclass(frozen=True)
+class _BatchEncoder:
+    """Encodes a batch; it is pickled for the workers."""
+
+    encode: Callable[..., list[Encoded]]
+    processor: PreTrainedTokenizerBase
+    recipe: Recipe
+
+    def __call__(self, batch: _RowBatch) -> _EncodedBatch:
+        results = self.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
+        kept: list[tuple[int, Example]] = []
+        refused: list[tuple[str, str]] = []
+        for number, ((origin, _), result) in enumerate(zip(batch.rows, results, strict=True), batch.first):
+            if isinstance(result, str):
+                refused.append((origin, result))
+            else:
+                kept += [(number, example) for example in result]
+        return _EncodedBatch(batch.side, len(batch.rows), record_batch(kept) if kept else None, refused)
+
+
 @dataclass
 class _Tally:
     """What is counted while rows are encoded."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    supervised: dict[str, int] = field(default_factory=dict)
-    longest: dict[str, int] = field(default_factory=dict)
-    reach: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    supervised: Counter[str] = field(default_factory=Counter)
+    longest: Counter[str] = field(default_factory=Counter)
+    reach: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     long_rows: list[Problem] = field(default_factory=list)
     """The first rows that are too long."""
     bad_rows: list[Problem] = field(default_factory=list)
     """The first rows that cannot be used for another reason."""
-    digest: Any = field(default_factory=hashlib.sha256)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def begin(self, side: str) -> None:
         for counted in (self.counts, self.tokens, self.supervised, self.longest, self.reach):
             counted[side] = 0
 
-    def add(self, side: str, batch: Any) -> None:
+    def add(self, side: str, batch: pa.RecordBatch) -> None:
         """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
         self.digest.update(f"{side} {batch.num_rows}\n".encode())
         for column in batch.columns:
@@ -97,38 +139,54 @@ class _Tally:
         self.longest[side] = max(self.longest[side], int(costs.max()))
         self.reach[side] = max(self.reach[side], int(reaches.max()))
 
+    def refuse(self, origin: str, reason: str) -> None:
+        """Count a row that was left out; without the length, which differs."""
+        too_long = reason.startswith(TOO_LONG)
+        self.dropped[TOO_LONG if too_long else reason] += 1
+        shown = self.long_rows if too_long else self.bad_rows
+        if len(shown) < SHOWN:
+            shown.append(Problem(reason, origin))
+
 
 def encode_rows(
-    rows: Rows, task: TaskInterface, processor: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, console: Console
+    rows: Rows,
+    task: TaskInterface,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    pool: Callable[..., WorkerPool[_RowBatch, _EncodedBatch]] = WorkerPool,
 ) -> Examples:
     """Encode all rows into one Arrow file a side in `folder`; `examples.json` beside them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
     and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
-    same `row`.
+    same `row`. All cores are used where that pays; what is written does not depend on their number.
 
     Raises:
         DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
             `data.max_dropped` allows are bad; or a side is left without a row.
         EnvironmentProblem: the chat template cannot be split into turns; the disk is full; the folder is read-only.
     """
-    tally = _Tally()
+    tally, total = _Tally(), sum(rows.counts.values())
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         with _progress(console) as progress, listed(folder.parent / LEFT_OUT) as left_out:
-            bar = progress.add_task("encode", total=sum(rows.counts.values()))
-            for side in rows.files:
+            bar = progress.add_task("encode", total=total)
+            batches = (batch for side in rows.files for batch in _batches(side, iterate_texts(rows, side)))
+            encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
+            for side, results in groupby(encoded, key=lambda result: result.side):
+                tally.begin(side)
                 with _written(folder / f"{side}.arrow") as write:
-                    tally.begin(side)
-                    for first, batch in _batches(iterate_texts(rows, side)):
-                        results = task.encode([row for _, row in batch], processor, recipe)
-                        kept = _sort_out(tally, first, batch, results, left_out)
-                        if kept:
-                            made = record_batch(kept)
-                            tally.add(side, made)
-                            write(made)
-                        progress.advance(bar, len(batch))
+                    for result in results:
+                        for origin, reason in result.refused:
+                            left_out({"where": origin, "reason": reason})
+                            tally.refuse(origin, reason)
+                        if result.examples is not None:
+                            tally.add(side, result.examples)
+                            write(result.examples)
+                        progress.advance(bar, result.rows)
         _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
         examples = _examples(tally, rows, folder)
         _save(examples)
@@ -174,15 +232,17 @@ class ExampleReader:
         index %= len(self)
         number = bisect_right(self._starts, index) - 1
         batch, offset = self._batches[number], index - self._starts[number]
-        lists: dict[str, Any] = {name: np.from_dlpack(batch.column(name)[offset].values) for name in LISTS}
+        lists = {name: np.from_dlpack(batch.column(name)[offset].values) for name in LISTS}
         numbers = {name: batch.column(name)[offset].as_py() for name in NUMBERS}
         return Example(
-            **{
-                name: part if name == "audio" else part.tolist()
-                for name, part in lists.items()
-                if name in FIRST or len(part)
-            },
+            input_ids=lists["input_ids"].tolist(),
+            spans=lists["spans"].tolist(),
             target_bytes=numbers["target_bytes"],
+            target_ids=lists["target_ids"].tolist() or (),
+            target_spans=lists["target_spans"].tolist() or (),
+            third_ids=lists["third_ids"].tolist() or (),
+            values=lists["values"].tolist() or (),
+            audio=cast(Sequence[int], lists["audio"]) if len(lists["audio"]) else (),
             counted=numbers["supervised"],
             cost=numbers["tokens"],
         )
@@ -201,30 +261,29 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _batches(texts: Iterator[tuple[str, str]]) -> Iterator[tuple[int, list[tuple[str, Row]]]]:
-    """Yield the number of the first row, and rows up to a count and a size that keep memory flat.
+def _batches(side: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]:
+    """Cut the rows of a side into batches of a count and a size that keep memory flat.
 
     The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
     """
     first, characters = 0, 0
-    batch: list[tuple[str, Row]] = []
+    batch: list[tuple[str, str]] = []
     ahead = next(texts, None)
+    most = BATCH_RECORDINGS if ahead is not None and "audio" in json.loads(ahead[1]) else BATCH_ROWS
     while ahead is not None:
-        (origin, text), ahead = ahead, next(texts, None)
-        row: Row = json.loads(text)
-        batch.append((origin, row))
-        characters += len(text)
-        most = BATCH_RECORDINGS if "audio" in row else BATCH_ROWS
+        row, ahead = ahead, next(texts, None)
+        batch.append(row)
+        characters += len(row[1])
         if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
             kept = batch[:-1] if len(batch) > 1 else batch
-            yield first, kept
+            yield _RowBatch(side, first, kept)
             first, batch, characters = first + len(kept), batch[len(kept) :], 0
     if batch:
-        yield first, batch
+        yield _RowBatch(side, first, batch)
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[Callable[[Any], None]]:
+def _written(path: Path) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """Give a function that appends record batches to an Arrow file, which has its name only once it is whole."""
     partial = path.with_suffix(".partial")
     try:
@@ -235,7 +294,7 @@ def _written(path: Path) -> Iterator[Callable[[Any], None]]:
         partial.unlink(missing_ok=True)
 
 
-def record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
+def record_batch(examples: Sequence[tuple[int, Example]]) -> pa.RecordBatch:
     """Return examples, each with the number of its row, as they stand in the file."""
     lists = [_lists([getattr(example, name) for _, example in examples], kind) for name, kind in LISTS.items()]
     numbers = [[getattr(example, name) for _, example in examples] for name in NUMBERS]
@@ -244,7 +303,7 @@ def record_batch(examples: Sequence[tuple[int, Example]]) -> Any:
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _lists(parts: Sequence[Any], kind: Any) -> Any:
+def _lists(parts: Sequence[Sequence[float] | Numbers], kind: type[np.generic]) -> pa.ListArray:
     """Put lists of numbers end to end, as Arrow keeps a column of lists."""
     borders = np.zeros(len(parts) + 1, dtype=np.int32)
     np.cumsum([len(part) for part in parts], out=borders[1:])
@@ -253,24 +312,6 @@ def _lists(parts: Sequence[Any], kind: Any) -> Any:
     else:
         values = np.fromiter(chain.from_iterable(parts), dtype=kind, count=int(borders[-1]))
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(values))
-
-
-def _sort_out(
-    tally: _Tally, first: int, batch: Sequence[tuple[str, Row]], results: Sequence[list[Example] | str], left_out: Add
-) -> list[tuple[int, Example]]:
-    """Return the examples with the numbers of their rows; count and list the rows that were refused."""
-    kept = []
-    for number, ((origin, _), result) in enumerate(zip(batch, results, strict=True), start=first):
-        if not isinstance(result, str):
-            kept += [(number, example) for example in result]
-            continue
-        left_out({"where": origin, "reason": result})
-        too_long = result.startswith(TOO_LONG)
-        tally.dropped[TOO_LONG if too_long else result] += 1  # counted without the length, which differs
-        shown = tally.long_rows if too_long else tally.bad_rows
-        if len(shown) < SHOWN:
-            shown.append(Problem(result, origin))
-    return kept
 
 
 def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
@@ -310,13 +351,13 @@ def _examples(tally: _Tally, rows: Rows, folder: Path) -> Examples:
     return Examples(
         folder=folder,
         files={side: folder / f"{side}.arrow" for side in rows.files},
-        counts=tally.counts,
-        tokens=tally.tokens,
-        supervised=tally.supervised,
-        longest=tally.longest,
+        counts=dict(tally.counts),
+        tokens=dict(tally.tokens),
+        supervised=dict(tally.supervised),
+        longest=dict(tally.longest),
         dropped=dict(sorted((+tally.dropped).items())),
         content_hash=tally.digest.hexdigest(),
-        reach=tally.reach,
+        reach=dict(tally.reach),
     )
 
 

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmtune.data.file_readers import Unreadable
-from llmtune.data.messages import RowError
-from llmtune.data.rejected_rows import Add, listed
+from llmtune.data.rejected_rows import Add, RowError, listed
 from llmtune.data.row_formats import canonicalise, rename
 from llmtune.data.row_hash import hash_content, to_json
 from llmtune.data.row_store import Spool

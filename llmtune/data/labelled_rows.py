@@ -9,9 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtune.data.chat_rows import filled
-from llmtune.data.file_readers import describe
-from llmtune.data.messages import RowError, text_of
+from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.records import Row
 
 OUTSIDE = "O"
@@ -23,7 +21,7 @@ def classified(row: Mapping[str, Any]) -> Row:
     """Read `text` (and `pair`, a second text) with `label`: a text, a number, or a list of texts."""
     pair = row.get("pair")
     return {
-        "text": filled(row, "text"),
+        "text": nonempty_text(row, "text"),
         "pair": None if pair is None or pair == "" else text_of(pair, "'pair'"),
         "label": _label(row["label"]),
     }
@@ -79,7 +77,7 @@ def _checked_tags(tags: Sequence[Any]) -> list[str]:
 
 def tagged_spans(row: Mapping[str, Any]) -> Row:
     """Read `text` and `spans`, each `{start, end, label}` in characters; words are those of `find_words`."""
-    text, spans = filled(row, "text"), _parsed_list(row["spans"])
+    text, spans = nonempty_text(row, "text"), _parsed_list(row["spans"])
     if not isinstance(spans, list):
         raise RowError("wrong type", "'spans' must be a list of {start, end, label}")
     words = find_words(text)
@@ -119,7 +117,7 @@ def _span(span: Any, text: str) -> tuple[int, int, str]:
     start, end = span["start"], span["end"]
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)):
         raise RowError("span outside the text", f"characters {start} to {end} of {len(text)}")
-    return start, end, filled(span, "label")
+    return start, end, nonempty_text(span, "label")
 
 
 def question_squad(row: Mapping[str, Any]) -> Row:
@@ -152,7 +150,7 @@ def _part(answer: Any, *names: str) -> Any:
 
 
 def _question(row: Mapping[str, Any], pairs: Sequence[tuple[Any, Any]]) -> Row:
-    context = filled(row, "context")
+    context = nonempty_text(row, "context")
     answers = []
     for said, start in pairs:
         text = text_of(said, "an answer")
@@ -165,7 +163,7 @@ def _question(row: Mapping[str, Any], pairs: Sequence[tuple[Any, Any]]) -> Row:
             there = "" if start is None else f" at character {start}"
             raise RowError("answer not in the context", f"{text[:60]!r} does not stand in it{there}")
         answers.append({"text": text, "start": place})
-    return {"question": filled(row, "question"), "context": context, "answers": answers}
+    return {"question": nonempty_text(row, "question"), "context": context, "answers": answers}
 
 
 def _parsed_list(value: Any) -> Any:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from llmtune.records import Example, Row
+from llmtune.data.chat_rows import ChatRow, Message
+from llmtune.records import Example
 
 TOO_LONG = "too long"
 """How the reason begins for a row that is left out because of its length."""
@@ -22,8 +23,8 @@ NOTHING = "nothing to learn"
 """How the reason begins for a row without a supervised token."""
 
 Encoded = list[Example] | str
-Encode = Callable[[Row], Encoded]
-"""Encode one row whatever its length: its examples, or the reason why not."""
+Encode = Callable[[ChatRow], Encoded]
+"""Encode one conversation whatever its length: its examples, or the reason why not."""
 
 _TRIES = 6
 
@@ -39,7 +40,7 @@ def too_long(tokens: int, max_length: int, why: str = "") -> str:
 
 
 def fit_chat(
-    row: Row,
+    row: ChatRow,
     examples: list[Example],
     encode: Encode,
     *,
@@ -60,10 +61,10 @@ def fit_chat(
     return too_long(longest(examples), max_length)
 
 
-def _exchanges(messages: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """Split a conversation into its system messages and its exchanges: from a user's turn up to the next."""
     start = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
-    exchanges: list[list[Row]] = []
+    exchanges: list[list[Message]] = []
     for i, message in enumerate(messages[start:], start):
         begins = message["role"] == "user" and (i == start or messages[i - 1]["role"] == "assistant")
         if begins or not exchanges:
@@ -73,7 +74,7 @@ def _exchanges(messages: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
 
 
 def _truncate_chat(
-    row: Row, tokens: int, encode: Encode, max_length: int, shorten: Callable[[str, int], str]
+    row: ChatRow, tokens: int, encode: Encode, max_length: int, shorten: Callable[[str, int], str]
 ) -> Encoded:
     system, exchanges = _exchanges(row["messages"])
     for first in range(1, len(exchanges)):
@@ -97,7 +98,7 @@ def _truncate_chat(
     return too_long(tokens, max_length, ", and its last answer does not fit with any of its question")
 
 
-def _split_chat(row: Row, tokens: int, encode: Encode, max_length: int) -> Encoded:
+def _split_chat(row: ChatRow, tokens: int, encode: Encode, max_length: int) -> Encoded:
     """Fill parts with exchanges from the first to the last."""
     system, exchanges = _exchanges(row["messages"])
     parts: list[Example] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmtune.data.chat_encoding import encode_chat, encode_completion, prompt_ids
+from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
+from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.overlong import Encoded
 from llmtune.records import Example, Row
 
@@ -54,7 +55,7 @@ def encode_answers(
     """Return one example a row: its prompt with one answer, which alone is supervised; or the reason why not."""
     data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
     alone = recipe.model_copy(update={"data": data})
-    written = [with_answer(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
+    written: list[Any] = [with_answer(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
     return (encode_chat if processor.chat_template else encode_completion)(written, processor, alone)
 
 

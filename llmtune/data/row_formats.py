@@ -9,6 +9,7 @@ from typing import Any
 
 from llmtune.data.audio import find_recording, speech_from_columns, speech_from_folder
 from llmtune.data.chat_rows import (
+    MESSAGE_KEYS,
     chat_from_alpaca,
     chat_from_messages,
     chat_from_pair,
@@ -18,7 +19,7 @@ from llmtune.data.chat_rows import (
     completion_from_text,
 )
 from llmtune.data.labelled_rows import classified, question_answer, question_squad, tagged_spans, tagged_tokens
-from llmtune.data.messages import MESSAGE_KEYS, RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.text_pair_rows import (
     preference_from_conversation,
     preference_from_pair,
@@ -29,9 +30,8 @@ from llmtune.data.text_pair_rows import (
     translation_from_pair,
 )
 from llmtune.errors import Problem, nearest
-from llmtune.records import Row
 
-Reader = Callable[[Mapping[str, Any]], Row]
+Reader = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown or "(none)"
 
 
-def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str, folder: Path | None = None) -> Row:
+def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str, folder: Path | None = None) -> Mapping[str, Any]:
     """Return the canonical row.
 
     Args:

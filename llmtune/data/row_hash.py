@@ -9,14 +9,14 @@ from typing import Any
 
 import xxhash
 
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.records import Row
 
 _write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
 
-def to_json(row: Row) -> str:
+def to_json(row: Mapping[str, Any]) -> str:
     """Write a canonical row as it stands in the Arrow file.
 
     Raises:
@@ -32,7 +32,7 @@ def to_json(row: Row) -> str:
     return text
 
 
-def hash_content(row: Row) -> bytes:
+def hash_content(row: Mapping[str, Any]) -> bytes:
     """Hash what a row says: 16 bytes, equal for rows that differ in Unicode composition or outer white space alone."""
     text = _write_sorted(_stripped(row))
     if not text.isascii():

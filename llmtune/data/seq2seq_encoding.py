@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmtune.data.chat_encoding import encode_chat, encode_completion, prompt_ids, shortener
+from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
+from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.overlong import Encoded, too_long
+from llmtune.data.tokenization import cut_start
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.records import Example, Row
 
@@ -171,7 +173,7 @@ def encode_by_prompt(
     rows: Sequence[Any], processor: PreTrainedTokenizerBase, recipe: Recipe, to_pair: ToPair
 ) -> list[Encoded]:
     """Return one example a row: the prompt, and the target as the model's answer."""
-    written = [by_prompt(row, recipe, processor, to_pair) for row in rows]
+    written: list[Any] = [by_prompt(row, recipe, processor, to_pair) for row in rows]
     return (encode_chat if processor.chat_template else encode_completion)(written, processor, recipe)
 
 
@@ -201,8 +203,9 @@ def _render(written: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) ->
 
 def _shortened(written: Row, tokens: int, processor: PreTrainedTokenizerBase) -> Row:
     """Cut so many tokens from the start of a prompt."""
-    shorten = shortener(processor)
     if "messages" in written:
         (asked,) = written["messages"]
-        return {"messages": [{**asked, "content": shorten(asked["content"], tokens) or asked["content"][-1:]}]}
-    return {**written, "prompt": shorten(written["prompt"], tokens)}
+        return {
+            "messages": [{**asked, "content": cut_start(processor, asked["content"], tokens) or asked["content"][-1:]}]
+        }
+    return {**written, "prompt": cut_start(processor, written["prompt"], tokens)}

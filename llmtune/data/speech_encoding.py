@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.data.audio import Samples, read_recording
-from llmtune.data.messages import RowError
 from llmtune.data.overlong import TOO_LONG, Encoded, too_long
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.target_collators import feature_extractor
 from llmtune.errors import RecipeError, nearest
 from llmtune.records import Example

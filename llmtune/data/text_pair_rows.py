@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.data.chat_rows import filled
-from llmtune.data.file_readers import describe
-from llmtune.data.messages import ROLES, RowError, canonical_messages, text_of
+from llmtune.data.chat_rows import ROLES, canonical_messages
+from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.records import Row
 
 THUMBS = {
@@ -21,8 +20,8 @@ THUMBS = {
 def translation_from_pair(row: Mapping[str, Any]) -> Row:
     """Read `source`, `target` and the languages of this row, if they are there."""
     return {
-        "source": filled(row, "source"),
-        "target": filled(row, "target"),
+        "source": nonempty_text(row, "source"),
+        "target": nonempty_text(row, "target"),
         "source_language": _language(row, "source_language"),
         "target_language": _language(row, "target_language"),
     }
@@ -39,8 +38,8 @@ def translation_from_map(row: Mapping[str, Any]) -> Row:
     (source, said), (target, written) = texts.items()
     pair = {"source": said, "target": written}
     return {
-        "source": filled(pair, "source"),
-        "target": filled(pair, "target"),
+        "source": nonempty_text(pair, "source"),
+        "target": nonempty_text(pair, "target"),
         "source_language": None,
         "target_language": None,
         "languages": [source, target],
@@ -56,7 +55,7 @@ def _language(row: Mapping[str, Any], column: str) -> str | None:
 
 def summary_from_pair(row: Mapping[str, Any]) -> Row:
     """Read `document` and `summary`."""
-    return {"document": filled(row, "document"), "summary": filled(row, "summary")}
+    return {"document": nonempty_text(row, "document"), "summary": nonempty_text(row, "summary")}
 
 
 def preference_from_pair(row: Mapping[str, Any]) -> Row:
@@ -151,7 +150,7 @@ def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list
         if isinstance(answer, dict):
             turn = answer if _role(answer) else {"role": "assistant", **answer}
         else:
-            turn = {"role": "assistant", "content": filled(row, column)}
+            turn = {"role": "assistant", "content": nonempty_text(row, column)}
         return [*_asked(prompt), turn]
     if not answer:
         raise RowError("no answer", f"'{column}' is an empty list")
@@ -164,7 +163,11 @@ def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list
 
 
 def _asked(prompt: Any) -> list[Any]:
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": filled({"prompt": prompt}, "prompt")}]
+    return (
+        prompt
+        if isinstance(prompt, list)
+        else [{"role": "user", "content": nonempty_text({"prompt": prompt}, "prompt")}]
+    )
 
 
 def _holds(turns: list[Any], prompt: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from llmtune.data.chat_encoding import prompt_ids
+from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import Problem
 from llmtune.evaluate.shared_prefix import Tree, make_tree
 from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8

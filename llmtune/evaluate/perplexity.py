@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmtune.data.chat_template import encode_texts
+from llmtune.data.tokenization import encode_texts
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, pad_right, run_in_batches

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmtune.data.audio import Samples, cut_windows, read_recording
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.speech_encoding import count_frames, set_speech, window_seconds
 from llmtune.data.target_collators import ctc_collator, feature_extractor, hear
 from llmtune.errors import DataError

@@ -16,7 +16,7 @@ import torch
 
 from llmtune.data.audio import Samples, read_recording
 from llmtune.data.chat_template import render_prompt
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.seq2seq_encoding import Pair, knows_languages, source_ids, target_ids
 from llmtune.data.speech_encoding import DEFAULT_SECONDS, count_frames, is_multilingual, set_speech
 from llmtune.data.target_collators import feature_extractor, hear

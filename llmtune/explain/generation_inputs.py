@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.chat_encoding import prompt_ids
 from llmtune.data.chat_template import render_prompt
+from llmtune.data.completion_encoding import prompt_ids
 from llmtune.data.seq2seq_encoding import Pair, first_token, source_ids
 from llmtune.data.speech_encoding import set_speech
 from llmtune.data.target_collators import feature_extractor, hear

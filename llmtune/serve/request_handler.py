@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from llmtune.data.chat_encoding import prompt_ids
-from llmtune.data.messages import RowError, canonical_messages
+from llmtune.data.chat_rows import canonical_messages
+from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
 from llmtune.serve.engine import Closing, End, Engine, Event, Job, OutOfMemory, QueueFull
 from llmtune.serve.sampling import SETTINGS, wish_for
@@ -182,7 +183,7 @@ def read_messages(asked: ChatAsked) -> tuple[dict[str, Any], int]:
     row["messages"] = row["messages"][:-1]
     if all(message["role"] == "system" for message in row["messages"]):
         raise Refusal(400, "messages: there is no question, only a system message.", param="messages")
-    return row, sum(message["role"] != "system" for message in row["messages"])
+    return dict(row), sum(message["role"] != "system" for message in row["messages"])
 
 
 def text_ids(text: str, served: Served) -> list[int]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import causal_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.model import causal_loss
-from llmtune.records import Batch, Collate, Loss, Row
+from llmtune.records import Batch, Collate, Loss
 from llmtune.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 
-class Chat(Task[Row, str]):
+class Chat(Task[ChatRow, str]):
     """A decoder that answers messages."""
 
     name = "chat"
@@ -33,11 +34,11 @@ class Chat(Task[Row, str]):
     free_prompt = True
     is_conversational = True
 
-    def make_row(self, given: Mapping[str, str | None]) -> Row:
+    def make_row(self, given: Mapping[str, str | None]) -> ChatRow:
         """Return the conversation of one question, after a system message if one was given."""
         return {"messages": question_messages(given)}
 
-    def split_answer(self, row: Row) -> tuple[Row, str]:
+    def split_answer(self, row: ChatRow) -> tuple[ChatRow, str]:
         """Split a row at its last trained answer: the conversation before it, and the answer as text.
 
         Where no answer may be trained on (`train: false` on all), the last one is taken.
@@ -49,7 +50,7 @@ class Chat(Task[Row, str]):
         last = [i for i in answers if messages[i].get("train", True)] or answers
         return {**row, "messages": messages[: last[-1]]}, messages[last[-1]].get("content") or ""
 
-    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+    def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation."""
         return encode_chat(rows, processor, recipe)
 
@@ -61,14 +62,14 @@ class Chat(Task[Row, str]):
         """Sum the cross entropy of the answers' tokens."""
         return causal_loss(model, batch, by_row)
 
-    def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""
         return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
 
 
-def question_messages(given: Mapping[str, str | None]) -> list[dict[str, str]]:
+def question_messages(given: Mapping[str, str | None]) -> list[Message]:
     """Return the messages of a prompt, after those of a system message if one was given."""
-    head = [{"role": "system", "content": system}] if (system := given.get("system")) else []
+    head: list[Message] = [{"role": "system", "content": system}] if (system := given.get("system")) else []
     return [*head, {"role": "user", "content": given["prompt"] or ""}]
 
 

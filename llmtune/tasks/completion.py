@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llmtune.data.chat_encoding import encode_completion, prompt_ids
+from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.collators import causal_collator
+from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.label_encoding import encode_masked
 from llmtune.data.target_collators import masked_collator
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.task_predictions import fill_masks
 from llmtune.model import causal_loss
-from llmtune.records import Advance, Batch, Collate, Loss, Row
+from llmtune.records import Advance, Batch, Collate, Loss
 from llmtune.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 
-class Completion(Task[Row, str]):
+class Completion(Task[CompletionRow, str]):
     """A decoder that goes on from a text."""
 
     name = "completion"
@@ -37,15 +38,17 @@ class Completion(Task[Row, str]):
         """Whether the next token is predicted."""
         return not is_masked(recipe)
 
-    def make_row(self, given: Mapping[str, str | None]) -> Row:
+    def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
         """Return the row of a text to go on from."""
         return {"prompt": given["prompt"] or "", "completion": ""}
 
-    def split_answer(self, row: Row) -> tuple[Row, str]:
+    def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
         """Return the row without its completion, and the completion."""
         return {**row, "completion": ""}, row["completion"]
 
-    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+    def encode(
+        self, rows: Sequence[CompletionRow], processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Encoded]:
         """Return the examples of each text."""
         return encode_completion(rows, processor, recipe)
 
@@ -57,7 +60,7 @@ class Completion(Task[Row, str]):
         """Sum the cross entropy of the tokens that are learned."""
         return causal_loss(model, batch, by_row)
 
-    def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    def prompt_ids(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate a completion from."""
         return prompt_ids(row["prompt"], processor)
 
@@ -75,11 +78,13 @@ class MaskedCompletion(Completion):
         """Whether masked tokens are predicted."""
         return is_masked(recipe)
 
-    def split_answer(self, row: Row) -> tuple[Row, str]:
+    def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
         """Return the row itself: a text has no answer of its own."""
         return row, ""
 
-    def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
+    def encode(
+        self, rows: Sequence[CompletionRow], processor: PreTrainedTokenizerBase, recipe: Recipe
+    ) -> list[Encoded]:
         """Return examples of plain text, of which a share of the tokens is hidden when a batch is made."""
         return encode_masked(rows, processor, recipe)
 
@@ -90,7 +95,7 @@ class MaskedCompletion(Completion):
     def predict(
         self,
         model: torch.nn.Module,
-        rows: Sequence[Row],
+        rows: Sequence[CompletionRow],
         processor: PreTrainedTokenizerBase,
         recipe: Recipe,
         *,

@@ -21,7 +21,7 @@ from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
 from llmtune.data import hash_sources
 from llmtune.data.audio import check_recording, cut_windows, read_recording, to_float
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 
 RATE = 16_000

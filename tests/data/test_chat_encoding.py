@@ -23,8 +23,9 @@ from support.templates import (
     tokenizer_with,
 )
 
-from llmtune.data.chat_encoding import encode_chat, prompt_ids
+from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt, stop_ids
+from llmtune.data.completion_encoding import prompt_ids
 
 CHAT = conversation("one two", "three", "four five", "six")
 
@@ -396,7 +397,6 @@ def test_rows_of_other_tokenizers_encoded_together_are_those_encoded_one_by_one(
 def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_by_one():
     from rich.console import Console
 
-    from llmtune.data.word_cache import open_words
     from llmtune.model import load_processor, resolve_model
     from llmtune.recipe import Recipe
 
@@ -411,6 +411,5 @@ def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_b
     )
     place = resolve_model(recipe.model.name, recipe.model, Console(stderr=True), True)
     tokenizer = load_processor(place, recipe.model)
-    assert open_words(tokenizer.backend_tokenizer) is not None
     rows = [conversation(f"Say {k}:\n\nthe LORD's {k**3} ways", f"“Yes” – {k}½ … it's\n\n{k}") for k in range(300)]
     assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]

@@ -29,10 +29,10 @@ from llmtune.data.chat_template import (
     fix_date,
     read_template,
     render_prompt,
-    specials,
+    special_tokens,
     stop_ids,
-    tokenize,
 )
+from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem
 
 CHAT = conversation("one two", "three", "four five", "six")
@@ -157,6 +157,6 @@ def test_messages_are_cleaned_without_a_change_to_the_row():
 
 
 def test_special_tokens_come_longest_first():
-    lengths = [len(token) for token in specials(tokenizer_with(CHATML))]
+    lengths = [len(token) for token in special_tokens(tokenizer_with(CHATML))]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths

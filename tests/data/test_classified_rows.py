@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from llmtune.data.label_encoding import encode_classes, read_texts
 from llmtune.data.labelled_rows import classified
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 from llmtune.recipe import Recipe
 

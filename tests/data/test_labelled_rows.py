@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.rows import prepare, rows_of, write_jsonl
 
 from llmtune.data.labelled_rows import find_words
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, canonicalise, detect
 from llmtune.errors import DataError
 

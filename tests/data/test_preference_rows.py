@@ -10,8 +10,8 @@ from support.models import train_tokenizer
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 from support.templates import CHATML, tokenizer_with
 
-from llmtune.data.messages import RowError
 from llmtune.data.preference_encoding import encode_answers, encode_preference, render_preference
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, canonicalise, detect
 from llmtune.errors import DataError
 from llmtune.recipe import PreferenceSection

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import chat
 
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, canonicalise, detect, rename, unused_keys
 from llmtune.data.row_hash import hash_content, spoken_text, to_json
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.rows import prepare, rows_of, write_jsonl
 
-from llmtune.data.messages import RowError
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, canonicalise, detect
 from llmtune.errors import DataError
 

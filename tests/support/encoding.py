@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokenizers.processors import TemplateProcessing
 
-from llmtune.data.chat_encoding import encode_chat, encode_completion
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.completion_encoding import encode_completion
 from support.templates import recipe_for
 
 

@@ -1,4 +1,4 @@
-"""Ids of many texts read by pieces, against those of each text read whole."""
+"""Ids of many texts joined from their pieces, against those of each text tokenized whole."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from support.models import CHATML
 from support.templates import OWN_TOKENS, tokenizer_with
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from llmtune.data import token_cache as pieces
-from llmtune.data.chat_template import tokenize
+from llmtune.data.tokenization import tokenize, tokenize_by_pieces
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *OWN_TOKENS]
-PARTS = st.one_of(st.text(max_size=12), st.sampled_from([*TOKENS, "<|im_", "end|>", "user\n", " the sky", "'s", "12"]))
+PARTS = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from([*TOKENS, "<|im_", "end|>", "user\n", " the sky", "'s", "12", " Of", ". so", "\u0301"]),
+)
 BATCH = st.lists(st.lists(PARTS, max_size=8).map("".join), min_size=16, max_size=24)
 ASSORTED = [f"<|im_start|>user\nquestion {k}<|im_end|>\n<|im_start|>assistant\n家 {k}" for k in range(20)]
 LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -28,11 +31,6 @@ KINDS = {
 }
 
 
-def read_pieces(tokenizer, texts):
-    read = pieces.read_pieces(tokenizer, texts)
-    return None if read is None else [ids.tolist() for ids in read]
-
-
 def tokenizer_of(kind):
     tokenizer = tokenizer_with(CHATML)
     if KINDS[kind] is not None:
@@ -45,7 +43,7 @@ def tokenizer_of(kind):
 @given(texts=BATCH)
 def test_pieces_have_the_ids_of_the_whole_text(kind, texts):
     tokenizer = tokenizer_of(kind)
-    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend("▁")])
@@ -53,17 +51,17 @@ def test_a_text_that_is_brought_into_a_form_first_has_the_same_ids(normalizer):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizer
     texts = [f"{text} e\u0301 É" for text in ASSORTED]
-    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
 
 
 def test_tokens_that_are_added_later_are_seen():
     tokenizer = tokenizer_with(CHATML)
-    before = read_pieces(tokenizer, ASSORTED)
+    before = tokenize_by_pieces(tokenizer, ASSORTED)
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     texts = [text.replace("question", "<|new|>") for text in ASSORTED]
-    assert read_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
-    assert read_pieces(tokenizer, ASSORTED) == before
-    assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in read_pieces(tokenizer, texts))
+    assert tokenize_by_pieces(tokenizer, texts) == tokenize(tokenizer, texts)
+    assert tokenize_by_pieces(tokenizer, ASSORTED) == before
+    assert any(tokenizer.convert_tokens_to_ids("<|new|>") in ids for ids in tokenize_by_pieces(tokenizer, texts))
 
 
 @pytest.mark.parametrize(
@@ -78,31 +76,32 @@ def test_tokens_that_are_added_later_are_seen():
 def test_a_tokenizer_whose_tokens_reach_beyond_themselves_reads_texts_whole(token):
     tokenizer = tokenizer_with(CHATML)
     tokenizer.add_tokens([token])
-    assert read_pieces(tokenizer, ASSORTED) is None
+    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
 
 
 def test_a_tokenizer_that_marks_the_first_word_of_a_text_reads_texts_whole():
     tokenizer = tokenizer_with(CHATML)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    assert read_pieces(tokenizer, ASSORTED) is None
+    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
 
 
 def test_settings_that_another_caller_left_do_not_matter():
     tokenizer = tokenizer_with(CHATML)
     wanted = tokenize(tokenizer, ASSORTED)
     tokenizer(ASSORTED, padding=True, truncation=True, max_length=4)
-    assert read_pieces(tokenizer, ASSORTED) == wanted
+    assert tokenize_by_pieces(tokenizer, ASSORTED) == wanted
 
 
 def test_few_texts_are_left_to_the_tokenizer():
-    assert read_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
+    assert tokenize_by_pieces(tokenizer_with(CHATML), ASSORTED[:3]) is None
 
 
-def test_a_reader_that_does_not_agree_with_the_tokenizer_is_not_used_again():
-    tokenizer = tokenizer_with(CHATML)
-    assert read_pieces(tokenizer, ASSORTED) is not None
-    reader = pieces._opened[tokenizer]
-    reader.ids["<|im_start|>"] = reader.ids["<|im_end|>"]
-    assert read_pieces(tokenizer, ASSORTED) is None
-    reader.ids["<|im_start|>"] = b""
-    assert not reader.trusted
+def test_a_tokenizer_that_does_not_agree_with_its_pieces_has_whole_texts():
+    class Cleaning(PreTrainedTokenizerFast):
+        def __call__(self, texts, **settings):
+            return super().__call__([text.replace("家", "?") for text in texts], **settings)
+
+    tokenizer = Cleaning(tokenizer_object=tokenizer_with(CHATML).backend_tokenizer)
+    assert tokenize_by_pieces(tokenizer, ASSORTED) is None
+    tokenizer = Cleaning(tokenizer_object=tokenizer_with(CHATML).backend_tokenizer)
+    assert tokenize_by_pieces(tokenizer, [text.replace("家", "?") for text in ASSORTED]) is not None

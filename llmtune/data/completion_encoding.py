@@ -1,0 +1,111 @@
+"""Prompts with completions, and plain text, into token ids and supervised spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from llmtune.data.chat_rows import CompletionRow
+from llmtune.data.overlong import NOTHING, Encoded, fit_completion
+from llmtune.data.tokenization import continue_ids, decode, encode_texts
+from llmtune.errors import EnvironmentProblem
+from llmtune.records import Example
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+
+def encode_completion(
+    rows: Sequence[CompletionRow], processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Encoded]:
+    """Return the examples of each row of `prompt` and `completion`, or the reason why it has none.
+
+    The completion and the end token after it are learned; of plain text (no prompt) everything is, from token 1.
+    """
+    if processor.eos_token_id is None:
+        raise EnvironmentProblem.of("the tokenizer has no end token", str(processor.name_or_path), "Set its eos_token.")
+    joint = encode_texts(processor, [row["prompt"] + row["completion"] for row in rows], special=True)
+    encodings = getattr(joint, "encodings", None) or [None] * len(rows)
+    return [
+        _encode_row(row, ids, encoding, processor, recipe)
+        for row, ids, encoding in zip(rows, joint["input_ids"], encodings, strict=True)
+    ]
+
+
+def prompt_ids(prompt: str, processor: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids to complete `prompt` from: with the tokenizer's own start token, without an end token.
+
+    An empty prompt is the start token, or where there is none the end token, as GPT-2 was trained.
+    """
+    ids = _plain_ends(encode_texts(processor, [prompt], special=True)["input_ids"][0], processor)
+    if ids:
+        return ids
+    return [processor.bos_token_id if processor.bos_token_id is not None else processor.eos_token_id]
+
+
+def _encode_row(
+    row: CompletionRow,
+    joint: list[int],
+    encoding: Encoding | None,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> Encoded:
+    """Encode one prompt (may be empty) and its completion."""
+    text, completion = row["prompt"], row["completion"]
+    if not completion.strip():
+        return "the completion is empty" if text else "the text is empty"
+    prompt = prompt_ids(text, processor) if text else []
+    ids = _plain_ends(joint, processor)
+    if ids[: len(prompt)] != prompt:
+        target = continue_ids(processor, prompt, text, completion)
+        if target is None:
+            return "the tokenizer joins the end of the prompt and the start of the completion in one token"
+        ids, encoding = [*prompt, *target], None
+    elif ids != joint[: len(ids)]:
+        encoding = None  # its offsets count a start token that was taken away
+    starts = int(_starts_with_special(ids, processor))
+    first = len(prompt) or 1
+    byte_at = _byte_counter(text + completion, ids, encoding, processor)
+    learned = len(completion.encode()) if text else byte_at(len(ids)) - byte_at(first)
+    if learned <= 0:
+        return f"{NOTHING}: the text is a single token or character"
+    example = Example([*ids, processor.eos_token_id], [first, len(ids) + 1], learned)
+    data = recipe.data
+    return fit_completion(
+        example, len(prompt), byte_at, on_overlong=data.on_overlong, max_length=data.max_length, start=starts
+    )
+
+
+def _plain_ends(ids: list[int], processor: PreTrainedTokenizerBase) -> list[int]:
+    """Take away the end token that some tokenizers add, and a start token that stands there twice."""
+    end, start = processor.eos_token_id, processor.bos_token_id
+    while ids and ids[-1] == end and len(ids) > 1:
+        ids = ids[:-1]
+    return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+
+def _starts_with_special(ids: list[int], processor: PreTrainedTokenizerBase) -> bool:
+    return bool(ids) and ids[0] == processor.bos_token_id
+
+
+def _byte_counter(
+    text: str, ids: list[int], encoding: Encoding | None, processor: PreTrainedTokenizerBase
+) -> Callable[[int], int]:
+    """Return a function that counts the bytes of `text` in the first k tokens."""
+    shift = 1 if _starts_with_special(ids, processor) else 0
+
+    def by_text(tokens: int) -> int:
+        return len(decode(processor, ids[shift : min(tokens, len(ids))]).encode())
+
+    if encoding is None:
+        return by_text
+    offsets = encoding.token_to_chars
+
+    def by_offset(tokens: int) -> int:
+        span = offsets(min(tokens, len(ids)) - 1) if tokens > 0 else None
+        return len(text[: span[1]].encode()) if span else 0
+
+    return by_offset

@@ -1,0 +1,274 @@
+"""Texts into token ids, many at a time; what several texts share is tokenized once.
+
+Tokenizers cut a text at their added tokens (such as `<|im_end|>`) first, and each piece between them is tokenized by
+itself. So the ids of a text are those of its pieces, one after the other: a conversation of n turns costs n and not n²
+turns. Byte-level tokenizers also cut before each word, so a piece may be as short as a word with its space; few are
+new after the first texts. Both are held against the tokenizer itself, on probes and on some texts of every call.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+LOCAL_PRE_TOKENIZERS = frozenset(
+    {
+        "BertPreTokenizer",
+        "ByteLevel",
+        "CharDelimiterSplit",
+        "Digits",
+        "Metaspace",
+        "Punctuation",
+        "Sequence",
+        "Split",
+        "UnicodeScripts",
+        "Whitespace",
+        "WhitespaceSplit",
+    }
+)
+"""Pre-tokenizers that see one piece at a time; `Metaspace` does unless it marks the first word of a text."""
+CHECKED_TEXTS = 8
+"""Texts of a call that are tokenized whole as well, to see that both ways agree."""
+FEWEST_TEXTS = 16
+"""Below this nothing is gained by pieces."""
+MOST_PIECES = 2**17
+"""Pieces whose ids are kept; then all are forgotten: some 30 MB."""
+WORD_START = r" (?<=[A-Za-z,.;:!?] )(?=[A-Za-z])"
+"""A space where byte-level tokenizers cut: it belongs to the word behind it."""
+PROBE_PARTS = (
+    *(
+        "a",
+        "B",
+        "é",
+        "ß",
+        "家",
+        "'s",
+        "'RE",
+        "'ll",
+        "'",
+        "1",
+        "20",
+        "½",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "\xa0",
+        "\u0301",
+    ),
+    *(
+        ".",
+        ",",
+        "!?",
+        ";",
+        ":",
+        "_",
+        "-",
+        "(",
+        "“",
+        "’",
+        "–",
+        "…",
+        "$",
+        "Word",
+        " the",
+        " Of",
+        " x",
+        "a b",
+        ". So",
+        ", it",
+    ),
+)
+PROBES = 1000
+
+
+def encode_texts(processor: PreTrainedTokenizerBase, texts: Sequence[str], special: bool = False) -> BatchEncoding:
+    """Tokenize texts in one call, with offsets where the tokenizer has them (`.encodings`)."""
+    return processor(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # no warning about lengths: data.max_length is checked by us
+    )
+
+
+def tokenize(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text; no special token is added to it."""
+    return cast(list[list[int]], encode_texts(processor, texts)["input_ids"])
+
+
+def tokenize_distinct(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, list[int]]:
+    """Return the ids of each text as `tokenize` does, and spend little on what the texts share."""
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    ids = tokenize_by_pieces(processor, distinct) or tokenize(processor, distinct)
+    return dict(zip(distinct, ids, strict=True))
+
+
+def tokenize_by_pieces(processor: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]] | None:
+    """Return the ids of each text, joined from those of its pieces; None where this tokenizer needs whole texts.
+
+    A tokenizer whose parts may look beyond a piece is left alone, and some texts are tokenized whole as a check.
+    """
+    if not processor.is_fast or len(texts) < FEWEST_TEXTS:
+        return None
+    step = max(1, len(texts) // CHECKED_TEXTS)
+    expected = tokenize(processor, texts[::step])  # also resets what another caller may have set: truncation, padding
+    pieces = _pieces_of(processor)
+    joined = pieces.join(texts) if pieces.usable else None
+    if joined is not None and joined[::step] != expected:
+        pieces.usable = False
+        return None
+    return joined
+
+
+class _Pieces:
+    """The ids of pieces of texts, by one tokenizer as it was when this was made."""
+
+    def __init__(self, backend: Tokenizer, state: object) -> None:
+        self.state = state
+        self.usable = _tokenizes_pieces_alone(backend)
+        self._backend = backend
+        added = backend.get_added_tokens_decoder().items()
+        self._added = {token.content: _to_bytes([number]) for number, token in added}
+        longest_first = sorted(self._added, key=lambda content: (-len(content), content))
+        self._cut_added = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)").split
+        words = self.usable and _cuts_before_words(backend)
+        self._cut_words = re.compile(WORD_START if words else "(?!)").split
+        self._first: dict[str, bytes] = {"": b""}
+        """Ids of what a piece begins with, as int32 in bytes, which join fast and are nothing to the collector."""
+        self._word: dict[str, bytes] = {}
+        """Ids of a word with the space before it, by the word without."""
+
+    def join(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+        cut = [self._cut_added(text) for text in texts]
+        pieces = {piece: self._cut_words(piece) for parts in cut for piece in parts[::2]}
+        self._learn(list(pieces.values()))
+        first, word = self._first, self._word.__getitem__
+        ids = {piece: first[words[0]] + b"".join(map(word, words[1:])) for piece, words in pieces.items()} | self._added
+        joined = (b"".join([ids[part] for part in parts]) for parts in cut)
+        return [memoryview(text_ids).cast("i").tolist() for text_ids in joined]
+
+    def _learn(self, pieces: list[list[str]]) -> None:
+        """Tokenize the words that are new."""
+        if len(self._first) + len(self._word) > MOST_PIECES:
+            self._first, self._word = {"": b""}, {}
+        starts = {words[0] for words in pieces} - self._first.keys()
+        others = set(chain.from_iterable(words[1:] for words in pieces)) - self._word.keys()
+        new = [*starts, *(f" {word}" for word in others)]
+        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        ids = [_to_bytes(encoding.ids) for encoding in encodings]
+        self._first.update(zip(starts, ids, strict=False))
+        self._word.update(zip(others, ids[len(starts) :], strict=True))
+
+
+def _to_bytes(ids: Sequence[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+_pieces: WeakKeyDictionary[PreTrainedTokenizerBase, _Pieces] = WeakKeyDictionary()
+
+
+def _pieces_of(processor: PreTrainedTokenizerBase) -> _Pieces:
+    """Return what is known of a tokenizer's pieces; nothing once the tokenizer has changed."""
+    backend = processor.backend_tokenizer
+    parts = (backend.normalizer, backend.pre_tokenizer)
+    state = (id(backend), backend.get_vocab_size(), len(backend.get_added_tokens_decoder()), *map(_state_of, parts))
+    known = _pieces.get(processor)
+    if known is None or known.state != state:
+        known = _pieces[processor] = _Pieces(backend, state)
+    return known
+
+
+def _state_of(part: object) -> str | None:
+    """Return a part of a tokenizer as it stands in `tokenizer.json`; None for none."""
+    return None if part is None else cast(bytes, part.__getstate__()).decode()
+
+
+def _tokenizes_pieces_alone(backend: Tokenizer) -> bool:
+    """Whether nothing in a tokenizer looks beyond a piece between two added tokens."""
+    for token in backend.get_added_tokens_decoder().values():
+        if not token.content or token.normalized or token.lstrip or token.rstrip or token.single_word:
+            return False
+    if (
+        backend.encode_special_tokens
+        or backend.truncation
+        or backend.padding
+        or getattr(backend.model, "dropout", None)
+    ):
+        return False
+    state = _state_of(backend.pre_tokenizer)
+    return state is None or _is_local(json.loads(state))
+
+
+def _cuts_before_words(backend: Tokenizer) -> bool:
+    """Whether a tokenizer always cuts before a space and a letter that follow a letter or a sign, as probes show."""
+    state, normalizer = _state_of(backend.pre_tokenizer), _state_of(backend.normalizer)
+    if state is None or '"ByteLevel"' not in state or normalizer not in (None, '{"type":"NFC"}'):
+        return False
+    draw = random.Random(0)  # noqa: S311 - not for secrets
+    for _ in range(PROBES):
+        text = "".join(draw.choices(PROBE_PARTS, k=draw.randint(2, 12)))
+        borders = {start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(text)}
+        if any(match.start() not in borders for match in re.finditer(WORD_START, text)):
+            return False
+    return True
+
+
+def _is_local(pre_tokenizer: Mapping[str, object]) -> bool:
+    """Whether a pre-tokenizer (as `tokenizer.json` has it) looks at nothing beyond the piece that it cuts."""
+    if pre_tokenizer["type"] not in LOCAL_PRE_TOKENIZERS or pre_tokenizer.get("prepend_scheme") == "first":
+        return False
+    steps = cast(list[Mapping[str, object]], pre_tokenizer.get("pretokenizers", []))
+    return all(_is_local(step) for step in steps)
+
+
+def decode(processor: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of ids, special tokens included."""
+    return str(processor.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def cut_start(processor: PreTrainedTokenizerBase, text: str, tokens: int) -> str:
+    """Cut at least so many tokens from the start of a text."""
+    encoded = encode_texts(processor, [text])
+    if not processor.is_fast:
+        return decode(processor, encoded["input_ids"][0][tokens:])
+    offsets = encoded.encodings[0].offsets[tokens:]
+    return text[offsets[0][0] :].lstrip() if offsets else ""
+
+
+def continue_ids(processor: PreTrainedTokenizerBase, prompt_ids: list[int], prompt: str, text: str) -> list[int] | None:
+    """Return ids of `text` that go on from those of the prompt as if they had been generated; None if there are none.
+
+    Some tokenizers put a space before every text; after a line break they do not.
+    """
+    line, alone, after_line, before, both = tokenize(processor, ["\n", text, f"\n{text}", prompt, prompt + text])
+    expected = _added_text(processor, before, both)
+    if expected is None:
+        return None
+    candidates = [alone]
+    if after_line[: len(line)] == line:
+        candidates.append(after_line[len(line) :])
+    return next(
+        (ids for ids in candidates if _added_text(processor, prompt_ids, [*prompt_ids, *ids]) == expected), None
+    )
+
+
+def _added_text(processor: PreTrainedTokenizerBase, before: list[int], both: list[int]) -> str | None:
+    """Return the text of ids beyond the text of those before."""
+    start, whole = decode(processor, before), decode(processor, both)
+    return whole[len(start) :] if whole.startswith(start) else None

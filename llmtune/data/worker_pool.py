@@ -1,0 +1,96 @@
+"""Batches through a function on every core that this process may use; results come in order, whatever the workers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from typing import Generic, TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+FIRST_SECONDS = 0.3
+"""How long the work goes on in this process before what is left is estimated: the first batches load things."""
+WORTH_SECONDS = 8.0
+"""Work that a worker saves us must be more than its start (imports, its copy of the tokenizer) costs."""
+AHEAD = 2
+"""Batches a worker that wait for it."""
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use: by affinity and control group, and no more than `--threads`."""
+    from joblib import cpu_count
+
+    return min(int(cpu_count()), int(os.environ.get("RAYON_NUM_THREADS") or 2**16))
+
+
+class WorkerPool(Generic[In, Out]):
+    """Maps a function over batches: in this process first, on the other cores as well once that is worth it.
+
+    Workers are fresh processes that are given a pickled copy of the function. This process works with them.
+    """
+
+    def __init__(self, function: Callable[[In], Out], *, cores: int | None = None, eager: bool = False) -> None:
+        """Take a function that can be pickled; `eager` starts the workers at once."""
+        self._function = function
+        self._workers = (count_cores() if cores is None else cores) - 1
+        self._eager = eager
+
+    def map(self, batches: Iterable[In], size: Callable[[In], int], total: int) -> Iterator[Out]:
+        """Yield the result of each batch in order; sizes add up to `total`, by which the work left is estimated."""
+        began, done = time.monotonic(), 0
+        batches = iter(batches)
+        if not self._eager or self._workers < 1:
+            for batch in batches:
+                yield self._function(batch)
+                done += size(batch)
+                elapsed = time.monotonic() - began
+                worth = elapsed > FIRST_SECONDS and elapsed * (total / max(done, 1) - 1) > WORTH_SECONDS
+                if worth and self._workers > 0:
+                    break
+        yield from self._spread(batches)
+
+    def _spread(self, batches: Iterator[In]) -> Iterator[Out]:
+        first = next(batches, None)
+        if first is None:
+            return
+        from joblib.externals.loky import ProcessPoolExecutor  # its workers do not run the user's script again
+
+        with ExitStack() as stack:
+            settings = {"initializer": _start_worker, "initargs": (pickle.dumps(self._function),)}
+            pool = ProcessPoolExecutor(self._workers, **settings)
+            stack.callback(pool.shutdown, wait=True, kill_workers=True)
+            waiting: deque[Future[Out]] = deque([pool.submit(_work, first)])
+            for batch in batches:
+                if sum(not future.done() for future in waiting) < AHEAD * self._workers:
+                    waiting.append(pool.submit(_work, batch))
+                else:
+                    waiting.append(Future())
+                    waiting[-1].set_result(self._function(batch))
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+_function: Callable[[object], object]
+"""In a worker: what it was started with."""
+
+
+def _start_worker(pickled: bytes) -> None:
+    global _function
+    gc.freeze()  # what was imported is not looked through again
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a core
+    _function = pickle.loads(pickled)  # noqa: S301 - our own, from the parent process
+
+
+def _work(batch: object) -> object:
+    return _function(batch)

@@ -1,0 +1,73 @@
+"""Work on several cores: results in order, whatever the number of workers."""
+
+from __future__ import annotations
+
+import operator
+import os
+import pickle
+from functools import partial
+
+import pytest
+from support.models import CHATML
+from support.rows import write_jsonl
+from support.templates import conversation, recipe_for, tokenizer_with
+
+from llmtune.data import prepare_rows
+from llmtune.data.examples import encode_rows
+from llmtune.data.worker_pool import WorkerPool, count_cores
+from llmtune.errors import DataError
+from llmtune.tasks import VARIANTS, get_task
+
+BATCHES = [[number, number + 1] for number in range(40)]
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_results_come_in_order_whatever_the_number_of_cores(cores):
+    pool = WorkerPool(sum, cores=cores, eager=True)
+    assert list(pool.map(BATCHES, len, 80)) == [sum(batch) for batch in BATCHES]
+
+
+def test_small_work_stays_in_this_process():
+    pool = WorkerPool(operator.methodcaller("append", os.getpid()), cores=2)
+    batches = [[], []]
+    assert list(pool.map(batches, len, 2)) == [None, None]
+    assert batches == [[os.getpid()], [os.getpid()]]
+
+
+def test_no_more_cores_are_used_than_threads_were_given(monkeypatch):
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    assert count_cores() == 1
+
+
+def encode_file(folder, rows, console, tokenizer, **pool):
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    keys = {"validation": 0.2, "test": 0, "deduplicate": "none", "on_overlong": "drop", "max_length": 64}
+    recipe = recipe_for(train=str(path), **keys)
+    prepared = prepare_rows(recipe, folder / "rows", console)
+    make = partial(WorkerPool, **pool)
+    return encode_rows(prepared, get_task("chat"), tokenizer, recipe, folder / "examples", console, make)
+
+
+def test_the_same_bytes_are_written_whatever_the_number_of_cores(tmp_path, console):
+    rows = [conversation(f"question {k}", f"answer {'cat ' * (k % 70)}{k}") for k in range(1500)]
+    tokenizer = tokenizer_with(CHATML)
+    alone = encode_file(tmp_path / "one", rows, console, tokenizer, cores=1)
+    spread = encode_file(tmp_path / "two", rows, console, tokenizer, cores=2, eager=True)
+    assert alone.dropped
+    assert (alone.content_hash, alone.dropped) == (spread.content_hash, spread.dropped)
+    for side in ("train", "validation"):
+        assert spread.files[side].read_bytes() == alone.files[side].read_bytes()
+    lists = [(tmp_path / name / "left_out.jsonl").read_text().replace(f"/{name}/", "/") for name in ("one", "two")]
+    assert lists[0] == lists[1]
+
+
+def test_an_error_in_a_worker_is_the_error_of_the_run():
+    with pytest.raises(ValueError, match="invalid literal"):
+        list(WorkerPool(int, cores=2, eager=True).map(["x"], len, 1))
+    error = pickle.loads(pickle.dumps(DataError.of("bad", "rows.jsonl:3", "mend it")))
+    assert error.problems == DataError.of("bad", "rows.jsonl:3", "mend it").problems
+
+
+@pytest.mark.parametrize("variant", [variant for variants in VARIANTS.values() for variant in variants])
+def test_every_variant_can_be_sent_to_a_worker(variant):
+    assert pickle.loads(pickle.dumps(variant.encode)).__func__ is type(variant).encode
