@@ -97,14 +97,11 @@ def show_adapter(adapted: AdaptedModel, console: Console) -> None:
 def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel:
     """Count and describe a model with its adapter in place."""
     trainable, total = model.get_nb_trainable_parameters()
-    saved = [parameter for name, parameter in model.named_parameters() if _is_saved(name)]
+    parts = (".lora_", ".modules_to_save.", ".trainable_tokens_delta")
+    saved = [parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)]
     matched = tuple(model.targeted_module_names)
     size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     return AdaptedModel(selected, model, method, trainable, total, matched, size)
-
-
-def _is_saved(name: str) -> bool:
-    return any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta"))
 
 
 def wrap_full(selected: SelectedModel) -> AdaptedModel:

@@ -51,7 +51,15 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
         problems += more
     problems += _check_patterns(adapter, targets)
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _writes(model):
-        problems += [_tied_head(name) for name in targets if in_heads(name, heads)]
+        problems += [
+            Problem(
+                f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart",
+                "adapter.target_modules",
+                "Omit the head.",
+            )
+            for name in targets
+            if in_heads(name, heads)
+        ]
     RecipeError.collect(problems)
     kept = [name for name in targets if name not in set(excluded)]
     if not kept:
@@ -148,8 +156,3 @@ def _writes(model: torch.nn.Module) -> bool:
     """Whether a model has an output layer over its vocabulary: a classifier's head is tied to nothing."""
     output = getattr(model, "get_output_embeddings", None)
     return output is None or output() is not None
-
-
-def _tied_head(name: str) -> Problem:
-    what = f"{name!r} shares its weight with the embedding, which an adapter on it alone would pull apart"
-    return Problem(what, "adapter.target_modules", "Omit the head.")

@@ -81,14 +81,10 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
 
 def _scores(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return all outputs of the head as one row of numbers."""
-    found = model(**inputs, **_without_cache(model))
-    parts = [found.logits] if "logits" in found else [found.start_logits, found.end_logits]
+    takes_cache = "use_cache" in inspect.signature(type(model.get_base_model()).forward).parameters
+    output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
+    parts = [output.logits] if "logits" in output else [output.start_logits, output.end_logits]
     return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _without_cache(model: PeftModel) -> dict[str, bool]:
-    forward = inspect.signature(type(model.get_base_model()).forward).parameters
-    return {"use_cache": False} if "use_cache" in forward else {}
 
 
 def _probe(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:

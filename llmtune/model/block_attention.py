@@ -153,16 +153,23 @@ def _unseen(
 
     `ahead` keys stand before the first query's own.
     """
-    positions_Q1 = torch.arange(queries, device=device)[:, None] + ahead
-    distance_QN = positions_Q1 - torch.arange(keys, device=device)[None, :]
-    hidden_QN = torch.zeros_like(distance_QN, dtype=torch.bool)
-    if causal:
-        hidden_QN |= distance_QN < 0
-    if window is not None:
-        hidden_QN |= (distance_QN if causal else distance_QN.abs()) >= window
-    if not hidden_QN.any():
+    seen_QN = band(queries, keys, window, causal, device, ahead)
+    if seen_QN.all():
         return None
-    return torch.zeros(hidden_QN.shape, dtype=dtype, device=device).masked_fill_(hidden_QN, -torch.inf)
+    return torch.zeros(seen_QN.shape, dtype=dtype, device=device).masked_fill_(~seen_QN, -torch.inf)
+
+
+def band(
+    queries: int, keys: int, window: int | None, causal: bool, device: torch.device, ahead: int = 0
+) -> torch.Tensor:
+    """Return the mask [queries, keys] of keys that are seen: none outside the window, and no later ones if causal.
+
+    A window reaches back, and forth as well where a query looks both ways. `ahead` keys stand before the first query's
+    own.
+    """
+    distance_QN = torch.arange(queries, device=device)[:, None] + ahead - torch.arange(keys, device=device)[None, :]
+    seen_QN = distance_QN >= 0 if causal else torch.ones_like(distance_QN, dtype=torch.bool)
+    return seen_QN if window is None else seen_QN & (distance_QN.abs() < window)
 
 
 def _heads_last(found_KQE: torch.Tensor, groups: int) -> torch.Tensor:

@@ -44,7 +44,11 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     inner, trained = _trained_sizes(skeleton, recipe, task)
     trained_total = sum(trained)
-    vocabulary = _vocabulary(config, task)
+    causal, text = task.auto_class == "AutoModelForCausalLM", config.get_text_config()
+    # Preferences are of likelihoods; the few logits of a classifier do not count.
+    vocabulary = int(getattr(text, "vocab_size", 0)) if causal or task.predicts_tokens else 0
+    # Of a decoder those of one chunk of its loss stand in memory together.
+    logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
     logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
     full = recipe.adapter.method == "full"
     small = 0 if full else sum(size for size in trained if size < _SMALL)
@@ -55,8 +59,8 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
         "adapter": 0 if full else 4 * trained_total,
         "gradients": 4 * trained_total,
         "optimizer": int(optimizer),
-        "activations": tokens * weight_bytes * _kept_activations(config, inner, recipe.train.gradient_checkpointing),
-        "logits": _logits_at_once(task, vocabulary, tokens) * logit_bytes,
+        "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe.train.gradient_checkpointing),
+        "logits": logits_at_once * logit_bytes,
     }
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained_total
@@ -123,12 +127,6 @@ def _trained_sizes(
     adapter = _adapter_sizes(inner, recipe.adapter)
     head = [parameter.numel() for name, parameter in skeleton.named_parameters() if in_heads(name, heads)]
     return inner, [*adapter, *(head if task.trains_head else [])]
-
-
-def _vocabulary(config: PreTrainedConfig, task: TaskInterface) -> int:
-    """Return the logits a token has; preferences are of likelihoods, a classifier's few logits do not count."""
-    predicts_tokens = task.predicts_tokens or task.auto_class == "AutoModelForCausalLM"
-    return int(getattr(config.get_text_config(), "vocab_size", 0)) if predicts_tokens else 0
 
 
 def optimizer_bytes(optim: str, small: bool = False) -> float:
@@ -229,21 +227,13 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
     return [rank * size for shape in targets for size in shape]
 
 
-def _kept_activations(config: PreTrainedConfig, inner: dict[str, tuple[int, int]], checkpointing: bool | str) -> int:
+def _kept_activations(text: PreTrainedConfig, inner: dict[str, tuple[int, int]], checkpointing: bool | str) -> int:
     """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
-    text = config.get_text_config()
     layers = int(getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0))
     hidden = int(getattr(text, "hidden_size", 0))
     intermediate = max((max(shape) for shape in inner.values()), default=4 * hidden)
     layer = 10 * hidden + 4 * intermediate
     return layers * hidden + layer if checkpointing is True else layers * layer
-
-
-def _logits_at_once(task: TaskInterface, vocabulary: int, tokens: int) -> int:
-    """Return the tokens whose logits stand in memory together: of a decoder those of one chunk of its loss."""
-    if task.auto_class != "AutoModelForCausalLM" or not vocabulary:
-        return tokens
-    return min(tokens, max(1, CHUNK_ELEMENTS // vocabulary))
 
 
 def _draw(plan: MemoryPlan) -> Table:

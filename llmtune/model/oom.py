@@ -67,16 +67,13 @@ def explain_oom(doing: str, device: str) -> Iterator[None]:
     except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
+        if device.startswith("cuda"):
+            free, total = torch.cuda.mem_get_info()
+            memory = f"{format_bytes(total)}, of which {format_bytes(free)} are free"
+        else:
+            memory = format_bytes(limit) if (limit := memory_limit(device)) else "too little"
         raise EnvironmentProblem.of(
-            f"out of memory while {doing}: {_describe_memory(device)}",
+            f"out of memory while {doing}: {device} has {memory}",
             "model.name",
             "End other programs that use this memory, name a smaller model, or set adapter.method: qlora.",
         ) from error
-
-
-def _describe_memory(device: str) -> str:
-    if device.startswith("cuda"):
-        free, total = torch.cuda.mem_get_info()
-        return f"{device} has {format_bytes(total)}, of which {format_bytes(free)} are free"
-    limit = memory_limit(device)
-    return f"{device} has {format_bytes(limit)}" if limit else f"{device} has too little"

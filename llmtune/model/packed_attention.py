@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llmtune.model.block_attention import attend_documents
+from llmtune.model.block_attention import attend_documents, band
 from llmtune.model.config import is_encoder
 from llmtune.recipe.task_facts import TASK_FACTS
 
@@ -233,16 +233,6 @@ def attend_scores(
     return weights @ value.repeat_interleave(groups, 1)
 
 
-def band(queries: int, keys: int, window: int | None, causal: bool, device: torch.device) -> torch.Tensor:
-    """Return the mask [queries, keys] of positions that are seen: none outside the window, and no later ones if causal.
-
-    A window reaches back, and forth as well where a query looks both ways.
-    """
-    distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
-
-
 def packed_mask(*args: object, **kwargs: object) -> torch.Tensor | None:
     """Build no mask for a packed row, SDPA's mask for anything else (padding, generation, a custom 4-D mask)."""
     return None if documents_inside.get() is not None else sdpa_mask(*args, **kwargs)
@@ -297,7 +287,10 @@ def install_packed(model: PreTrainedModel) -> None:
     Changes `model` in place: two hooks on its body, which a wrapper (PEFT, DDP) leaves alone.
     """
     body = model.base_model
-    first, counts = first_position(body), "position_ids" in inspect.signature(type(body).forward).parameters
+    counts = "position_ids" in inspect.signature(type(body).forward).parameters
+    embeddings, first = getattr(body, "embeddings", None), 0
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa and its relatives leave some numbers out
+        first = int(getattr(embeddings, "padding_idx", 0)) + 1
 
     def enter(
         module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
@@ -321,10 +314,3 @@ def install_packed(model: PreTrainedModel) -> None:
 
     body.register_forward_pre_hook(enter, with_kwargs=True)
     body.register_forward_hook(leave, always_call=True)
-
-
-def first_position(body: torch.nn.Module) -> int:
-    """Return the number that a model gives to a text's first position: RoBERTa and its relatives leave some out."""
-    embeddings = getattr(body, "embeddings", None)
-    counts_from_padding = hasattr(embeddings, "create_position_ids_from_input_ids")
-    return int(getattr(embeddings, "padding_idx", 0)) + 1 if counts_from_padding else 0

@@ -36,11 +36,11 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
     """
     window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
     documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
-    read = _next_token_logits if decodes else _class_logits
+    read = predicted_logits if decodes else _class_logits
     with torch.inference_mode(), compute_context(dtype, model.device.type):
         with _own_attention(model):
-            alone = torch.cat([read(model, _pack([document], model.device)) for document in documents])
-        together = read(model, _pack(documents, model.device))
+            alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
+        together = read(model, _pack(documents, model.device)).float()
     if together.shape != alone.shape:
         return False
     spread = alone.std() if decodes else alone.std(0).mean()
@@ -67,15 +67,11 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     return False
 
 
-def _next_token_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return predicted_logits(model, batch).float()
-
-
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return what the head gives: [documents or tokens, V]."""
     output = model(**read_inputs(model, batch))
     logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
-    return logits.flatten(0, -2).float()
+    return logits.flatten(0, -2)
 
 
 def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:

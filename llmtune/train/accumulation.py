@@ -113,7 +113,7 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     try:
         for turn in range(max(len(groups) for groups in cut)):
             real = turn < len(own)
-            group = own[turn] if real else _shortest(reader)
+            group = own[turn] if real else np.asarray([int(reader.lengths.argmin())])
             fits = True
             if real or training.sharded:
                 fits = try_memory(training, partial(_forward, training, group, real, sums, totals))
@@ -244,10 +244,6 @@ def _forward(
         loss = training.task.loss(training.model, batch, False)
     if real:
         sums.append((float(loss.sum), loss.count))
-
-
-def _shortest(reader: ExampleReader) -> Indexes:
-    return np.asarray([int(reader.lengths.argmin())])
 
 
 def _finish_gradients(training: TrainContext, factor: float) -> float:

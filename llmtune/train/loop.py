@@ -99,7 +99,8 @@ def train(
             console, on_budget = Console(quiet=True), lambda tokens: None
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
-        divergence = Divergence(_guessing(adapted, task))
+        vocabulary = adapted.selected.model.config.get_text_config().vocab_size if task.predicts_tokens else None
+        divergence = Divergence(math.log(vocabulary) if vocabulary else math.inf)
         resumed = resume(training, state, divergence, console)
         rehearsed = time.perf_counter()
         with catch_signals(console) as request:
@@ -340,18 +341,12 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
         resumed_from=resumed,
         rehearsal_seconds=run.rehearsal_seconds,
         seconds_to_first_step=run.seconds_to_first_step,
-        padding_share=_padding(training, state),
+        padding_share=padding_share(
+            training.plan,
+            state.step,
+            state.budget,  # that training ended with
+            training.packed,
+            training.accelerator.num_processes,
+            training.pass_tokens,
+        ),
     )
-
-
-def _padding(training: TrainContext, state: TrainState) -> float:
-    """Return the share of positions that were padding, as the steps are cut by the budget that training ended with."""
-    processes, cost = training.accelerator.num_processes, training.pass_tokens
-    return padding_share(training.plan, state.step, state.budget, training.packed, processes, cost)
-
-
-def _guessing(adapted: AdaptedModel, task: TaskInterface) -> float:
-    """Return the loss of guessing every token at random; infinity for a task that does not predict tokens."""
-    if not task.predicts_tokens:
-        return math.inf
-    return math.log(adapted.selected.model.config.get_text_config().vocab_size)

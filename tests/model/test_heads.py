@@ -88,27 +88,25 @@ def save_classifier(folder: Path, source: Path, names: list[str], seed: int = 1)
     return folder
 
 
-def test_outputs_get_their_names_number_and_kind():
-    config = BertConfig()
-    name_outputs(config, ("x", "y", "z"), "single_label_classification")
-    assert config.num_labels == 3
-    assert config.id2label == {0: "x", 1: "y", 2: "z"}
-    assert config.label2id == {"x": 0, "y": 1, "z": 2}
-    assert config.problem_type == "single_label_classification"
-    assert getattr(config, OTHER_CLASSES)
-
-
-def test_the_same_names_are_the_same_classes_in_any_order_and_others_are_not():
-    for names, other, order in (
-        (("x", "y"), False, None),
-        (("y", "x"), False, [1, 0]),
-        (("x", "z"), True, None),
-        (("x", "y", "z"), True, None),
-    ):
-        config = BertConfig(id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
-        name_outputs(config, names, None)
-        assert getattr(config, OTHER_CLASSES) is other
-        assert getattr(config, OTHER_ORDER) == order
+@pytest.mark.parametrize(
+    ("own", "names", "other", "order"),
+    [
+        (("x", "y"), ("x", "y"), False, None),
+        (("x", "y"), ("y", "x"), False, [1, 0]),
+        (("x", "y"), ("x", "z"), True, None),
+        (("x", "y"), ("x", "y", "z"), True, None),
+        (("LABEL_0", "LABEL_1"), ("x", "y"), True, None),
+        (("LABEL_0",), ("value",), False, None),  # a number needs no name
+    ],
+)
+def test_outputs_get_their_names_and_a_head_for_other_classes_or_in_another_order_is_known(own, names, other, order):
+    config = BertConfig(id2label=dict(enumerate(own)), label2id={name: k for k, name in enumerate(own)})
+    name_outputs(config, names, "single_label_classification")
+    assert (config.num_labels, config.problem_type) == (len(names), "single_label_classification")
+    assert config.id2label == dict(enumerate(names))
+    assert config.label2id == {name: k for k, name in enumerate(names)}
+    assert getattr(config, OTHER_CLASSES) is other
+    assert getattr(config, OTHER_ORDER) == order
 
 
 def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_path):
@@ -132,15 +130,6 @@ def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_
     assert after == pytest.approx(before)
 
 
-def test_classes_without_names_say_nothing_but_a_number_needs_none():
-    config = BertConfig(num_labels=1)
-    name_outputs(config, ("value",), "regression")
-    assert not getattr(config, OTHER_CLASSES)
-    config = BertConfig(num_labels=2)
-    name_outputs(config, ("x", "y"), None)
-    assert getattr(config, OTHER_CLASSES)
-
-
 @pytest.mark.parametrize("family", BUILDERS)
 def test_a_head_is_found_is_new_trained_whole_and_given_no_lora(built, family):
     recipe = recipe_of(built(family), r=4)
@@ -156,20 +145,17 @@ def test_a_head_is_found_is_new_trained_whole_and_given_no_lora(built, family):
     assert all(".modules_to_save." in name for name in trained)
 
 
-def test_a_pooling_layer_that_the_files_lack_is_trained_whole(built):
-    adapted = adapt(recipe_of(built("bert"), r=4))
-    assert "bert.pooler.dense.weight" in adapted.selected.new_weights
-    trained = [name for name, p in adapted.model.named_parameters() if p.requires_grad]
-    assert [name for name in trained if "pooler.dense.modules_to_save" in name]
-    assert not [name for name in trained if "pooler" in name and "lora" in name]
-
-
-def test_a_pooling_layer_that_the_files_have_gets_a_lora_like_the_rest(built, tmp_path):
+def test_a_pooling_layer_is_trained_whole_where_the_files_lack_it_and_else_gets_a_lora(built, tmp_path):
+    new = adapt(recipe_of(built("bert"), r=4))
+    assert "bert.pooler.dense.weight" in new.selected.new_weights
+    trained = [name for name, p in new.model.named_parameters() if p.requires_grad and "pooler" in name]
+    assert trained
+    assert all("pooler.dense.modules_to_save" in name for name in trained)
     families.build_bert(tmp_path)
     save_classifier(tmp_path, built("bert"), ["a", "b", "c"])
-    adapted = adapt(recipe_of(tmp_path, r=4))
-    assert adapted.selected.new_weights == ()
-    assert [name for name in adapted.matched_modules if name.endswith("pooler.dense")]
+    known = adapt(recipe_of(tmp_path, r=4))
+    assert known.selected.new_weights == ()
+    assert [name for name in known.matched_modules if name.endswith("pooler.dense")]
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -190,12 +176,9 @@ def test_a_target_that_is_a_head_is_refused_by_name(built):
         adapt(recipe_of(built("bert"), r=4, target_modules=["query", "classifier"]))
     with pytest.raises(RecipeError, match="'out_proj' is a head"):
         adapt(recipe_of(built("roberta"), r=4, target_modules=["out_proj"]))
-
-
-def test_an_ending_that_a_head_has_too_adapts_the_body_alone(built):
-    adapted = adapt(recipe_of(built("roberta"), r=4, target_modules=["dense"]))
-    assert len(adapted.matched_modules) == 6
-    assert not [name for name in adapted.matched_modules if "classifier" in name]
+    body = adapt(recipe_of(built("roberta"), r=4, target_modules=["dense"]))  # an ending that the head has too
+    assert len(body.matched_modules) == 6
+    assert not [name for name in body.matched_modules if "classifier" in name]
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta", "llama"])

@@ -138,18 +138,10 @@ def test_auto_that_is_not_settled_yet_is_planned_as_off(folder):
 def test_a_model_that_cannot_fit_is_refused_with_what_fits(folder):
     recipe = recipe_with(folder, adapter={"method": "full"})
     plan = plan_for(recipe)
-    weights = plan.parts["weights"]
-    for limit, wanted in (
-        (3 * weights, "train.optim: adamw_8bit"),
-        (2 * weights, "adapter.method: lora"),
-        (weights // 2, "adapter.method: qlora"),
-    ):
-        with pytest.raises(EnvironmentProblem) as caught:
-            check_memory(dataclasses.replace(plan, limit=limit), recipe, quiet())
-        assert wanted in str(caught.value)
-        assert "model.check_memory: false" in str(caught.value)
-    with pytest.raises(EnvironmentProblem, match="Choose a smaller model"):
-        check_memory(dataclasses.replace(plan, limit=weights // 50), recipe, quiet())
+    with pytest.raises(EnvironmentProblem) as caught:
+        check_memory(dataclasses.replace(plan, limit=2 * plan.parts["weights"]), recipe, quiet())
+    assert "adapter.method: lora" in str(caught.value)
+    assert "model.check_memory: false" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

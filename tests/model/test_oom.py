@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from support.adapting import build_family
+from support.adapting import build_family, load_without_room
+from support.process import run_in_child
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.oom import explain_oom, is_out_of_memory
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-import psutil
-from support.adapting import open_model, quiet, recipe_with
-from llmtune.adapter import inject
-from llmtune.errors import EnvironmentProblem
-
-def limit(more):
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + more, resource.RLIM_INFINITY))
-
-small, large = sys.argv[1:]
-selected = open_model(recipe_with(small))  # with everything imported and its threads started
-for attempt in (
-    lambda: open_model(recipe_with(large)),
-    lambda: inject(selected, recipe_with(small, adapter={"r": 4096}), quiet()),
-):
-    limit(20_000_000)
-    try:
-        attempt()
-    except EnvironmentProblem as error:
-        print(error)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-"""
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
@@ -56,15 +28,12 @@ def test_other_errors_pass(error):
 
 
 def test_a_model_or_an_adapter_without_room_is_no_traceback(tiny_llama, tmp_path):
-    large = build_family(tmp_path, "llama", hidden_size=1024, intermediate_size=2048)
-    words = [sys.executable, "-c", LIMITED, str(tiny_llama), str(large)]
-    found = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": "tests"}
-    )
-    assert found.returncode == 0, found.stderr
-    assert f"out of memory while loading {large}" in found.stdout
-    assert "out of memory while putting the adapter into" in found.stdout
-    assert found.stdout.count("adapter.method: qlora") == 2
+    large = build_family(tmp_path / "large", "llama", hidden_size=1024, intermediate_size=2048)
+    done = run_in_child(load_without_room, tmp_path / "child", str(tiny_llama), str(large))
+    assert done.returncode == 0, done.stderr
+    assert f"out of memory while loading {large}" in done.stdout
+    assert "out of memory while putting the adapter into" in done.stdout
+    assert done.stdout.count("adapter.method: qlora") == 2
 
 
 @pytest.mark.parametrize(

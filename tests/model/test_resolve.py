@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from support.adapting import quiet, recipe_with
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model import resolve_model
+from llmtune.recipe import ModelSection
 
 COMMIT = "a" * 40
 NOWHERE = "http://127.0.0.1:9"
-CODE = """
-import json, sys
-from rich.console import Console
-from llmtune.errors import LlmtuneError
-from llmtune.model import resolve_model
-from llmtune.recipe import ModelSection
-for offline, section in json.loads(sys.argv[1]):
-    try:
-        ref = resolve_model(section["name"], ModelSection(**section), Console(stderr=True), offline)
-        print(json.dumps(["OK", ref.revision, *sorted(path.name for path in ref.path.iterdir())]))
-    except LlmtuneError as error:
-        print(json.dumps([type(error).__name__, str(error)]))
-"""
 
 
 def resolve(name: str):
@@ -117,29 +102,9 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def resolve_all(hub_url: str, home: Path, *sections: dict[str, object], offline: bool = False, switch: str = ""):
-    """Resolve in a process of its own: the hub library reads its address when it is imported."""
-    environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
-    environment |= {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_OFFLINE": switch} if switch else {}
-    words = [sys.executable, "-c", CODE, json.dumps([[offline, section] for section in sections])]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-REFUSALS = {
-    "owner/gated": ({}, ["EnvironmentProblem", "is gated", "hf auth login"]),
-    "owner/nothing": ({}, ["EnvironmentProblem", "no public hub model 'owner/nothing'"]),
-    "owner/model": ({"revision": "no-such-branch"}, ["RecipeError", "model.revision", "no-such-branch"]),
-    "owner/broken": ({}, ["EnvironmentProblem", "status 500"]),
-    "owner/pickled": ({}, ["RecipeError", "model.use_safetensors: false"]),
-    "owner/cut": ({}, ["EnvironmentProblem", "model-00002-of-00002.safetensors"]),
-}
-
-
 @pytest.fixture(scope="module")
 def hub(tiny_llama):
-    """A hub on this machine, and what a download from it and its refusals gave."""
+    """A hub on this machine."""
     files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
     files |= {"pytorch_model.bin": b"pickle", "modeling_x.py": b"raise SystemExit", "onnx/model.safetensors": b"x"}
     kind = type("Served", (Hub,), {"files": files, "requests": []})
@@ -153,35 +118,69 @@ def hub(tiny_llama):
     thread.join()
 
 
-def test_a_download_pins_the_commit_and_leaves_pickles_and_code_there(hub, tmp_path):
-    section = {"name": "owner/model"}
-    (found,) = resolve_all(hub.url, tmp_path, section)
-    assert found[:2] == ["OK", COMMIT]
-    assert {"model.safetensors", "chat_template.jinja"} <= set(found[2:])
-    assert not {"pytorch_model.bin", "modeling_x.py", "onnx"} & set(found[2:])
-    assert resolve_all(NOWHERE, tmp_path, section, offline=True) == [found]
-    again, other = resolve_all(NOWHERE, tmp_path, section, {"name": "owner/other"})
-    assert again == found
-    assert other[0] == "EnvironmentProblem"
-    assert "cannot be reached" in other[1]
+@pytest.fixture
+def connect(tmp_path, monkeypatch):
+    """Let the hub library speak to an address, with a cache of the test's own, or with its own switch to no network."""
+
+    def set_address(url: str, offline: bool = False) -> None:
+        for name, value in {
+            "ENDPOINT": url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return set_address
 
 
-def test_each_refusal_of_the_hub_is_explained(hub, tmp_path):
-    sections = [{"name": name, **section} for name, (section, _) in REFUSALS.items()]
-    for answer, (_, expected) in zip(resolve_all(hub.url, tmp_path, *sections), REFUSALS.values(), strict=True):
-        assert [part for part in expected if part not in " ".join(answer)] == [], answer
+def resolve_hub(name: str, offline: bool = False, **section: object):
+    return resolve_model(name, ModelSection(name=name, **section), quiet(), offline)
+
+
+def test_a_download_pins_the_commit_and_leaves_pickles_and_code_there(hub, connect):
+    connect(hub.url)
+    ref = resolve_hub("owner/model")
+    assert ref.revision == COMMIT
+    names = {path.name for path in ref.path.iterdir()}
+    assert {"model.safetensors", "chat_template.jinja"} <= names
+    assert not {"pytorch_model.bin", "modeling_x.py", "onnx"} & names
+    connect(NOWHERE)
+    assert resolve_hub("owner/model", offline=True) == resolve_hub("owner/model") == ref
+    with pytest.raises(EnvironmentProblem, match="cannot be reached"):
+        resolve_hub("owner/other")
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "error", "parts"),
+    [
+        ("owner/gated", {}, EnvironmentProblem, ["is gated", "hf auth login"]),
+        ("owner/nothing", {}, EnvironmentProblem, ["no public hub model 'owner/nothing'"]),
+        ("owner/model", {"revision": "no-such-branch"}, RecipeError, ["model.revision", "no-such-branch"]),
+        ("owner/broken", {}, EnvironmentProblem, ["status 500"]),
+        ("owner/pickled", {}, RecipeError, ["model.use_safetensors: false"]),
+        ("owner/cut", {}, EnvironmentProblem, ["model-00002-of-00002.safetensors"]),
+    ],
+)
+def test_each_refusal_of_the_hub_is_explained(hub, connect, name, section, error, parts):
+    connect(hub.url)
+    with pytest.raises(error) as caught:
+        resolve_hub(name, **section)
+    assert [part for part in parts if part not in str(caught.value)] == []
     assert not [path for path in hub.requests if "pickled/resolve/" in path], "nothing of it was fetched"
 
 
-def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub, tiny_llama, tmp_path):
+def test_the_hub_librarys_own_switch_takes_the_local_cache_and_sends_nothing(hub, connect, tiny_llama, tmp_path):
     cache = tmp_path / "hub" / "models--owner--model"
     shutil.copytree(tiny_llama, cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
     hub.requests.clear()
-    cached, other = resolve_all(hub.url, tmp_path, {"name": "owner/model"}, {"name": "owner/other"}, switch="1")
-    assert cached[:2] == ["OK", COMMIT]
-    assert other[0] == "EnvironmentProblem"
-    assert "not in the hub's local cache" in other[1]
-    assert "HF_HUB_OFFLINE" in other[1]
+    connect(hub.url, offline=True)
+    assert resolve_hub("owner/model").revision == COMMIT
+    with pytest.raises(EnvironmentProblem) as caught:
+        resolve_hub("owner/other")
+    assert "not in the hub's local cache" in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value)
     assert hub.requests == []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.data.collators import collate_packed, collate_padded
+from llmtune.errors import EnvironmentProblem
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel
@@ -101,3 +104,21 @@ def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits[0]
+
+
+def load_without_room(small: str, large: str) -> None:
+    """Print the errors of loading a large model, and of a large adapter, where 20 MB of address space are left."""
+    selected = open_model(recipe_with(small))  # with everything imported and its threads started
+    recipe = recipe_with(small, adapter={"r": 4096})
+    attempts: list[Callable[[], object]] = [
+        lambda: open_model(recipe_with(large)),
+        lambda: inject(selected, recipe, quiet()),
+    ]
+    for attempt in attempts:
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + 20_000_000, resource.RLIM_INFINITY))
+        try:
+            attempt()
+        except EnvironmentProblem as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

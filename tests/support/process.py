@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["llmtune.tasks", "llmtune.train", "llmtune.recipe"])
 
 
 class Watched(io.TextIOBase):
@@ -37,7 +41,7 @@ class Watched(io.TextIOBase):
         return len(text)
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     from llmtune.errors import LlmtuneError
     from llmtune.recipe import load_recipe
     from support.training import adapt, read_examples, run_training
@@ -49,7 +53,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int)
     parser.add_argument("--fill", nargs=2)
     parser.add_argument("--budget", type=int, default=128)
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     event, _, text = asked.kill.partition(":")
     recipe = load_recipe(str(asked.folder / "recipe.yaml")).recipe
     adapted = adapt(recipe)
@@ -94,16 +98,29 @@ def _kill_at(name: str, args: tuple[object, ...], event: str, text: str) -> None
 
 
 def train_in_process(folder: Path, run: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    """Run this module; the recipe and the examples are in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "support.process", str(folder), str(run), *map(str, options)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """Run `main`; the recipe and the examples are in `folder`."""
+    return run_in_child(_exit_with_main, run, [str(folder), str(run), *map(str, options)])
+
+
+def _exit_with_main(words: list[str]) -> None:
+    sys.exit(main(words))
+
+
+def run_in_child(work: Callable[..., None], outputs: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Do `work` in a child of a server that has imported everything; its output goes into files beside `outputs`."""
+    paths = outputs.with_name(f"{outputs.name}.stdout"), outputs.with_name(f"{outputs.name}.stderr")
+    process = SERVER.Process(target=_redirect, args=(paths, work, arguments))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, "it takes too long"
+    return subprocess.CompletedProcess([], process.exitcode, *(path.read_text() for path in paths))
+
+
+def _redirect(paths: Sequence[Path], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    for stream, path in enumerate(paths, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
+    work(*arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

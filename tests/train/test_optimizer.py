@@ -94,14 +94,10 @@ def test_lora_plus_groups_are_those_of_peft(tmp_path, tiny_llama, adapter, optim
     assert [(g["lr"], g["weight_decay"], [*map(id, g["params"])]) for g in groups] == [
         (g["lr"], g["weight_decay"], [*map(id, g["params"])]) for g in theirs
     ]
-    rates = {name: group["lr"] for group in groups for p in group["params"] for name in [names(model)[id(p)]]}
-    assert {rate for name, rate in rates.items() if ".lora_A." in name or ".lora_embedding_" in name} == {1e-3}
-    assert {rate for name, rate in rates.items() if ".lora_B." in name} == {8e-3}
-    assert len(rates) == sum(p.requires_grad for p in model.parameters())
-
-
-def names(model):
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    trained = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert {rate for name, rate in trained.items() if ".lora_A." in name or ".lora_embedding_" in name} == {1e-3}
+    assert {rate for name, rate in trained.items() if ".lora_B." in name} == {8e-3}
 
 
 @pytest.mark.parametrize(
