@@ -42,5 +42,5 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 
 
 def _evaluation(folder: RunFolder) -> Evaluation | None:
-    done = folder.manifest["steps"].get("evaluate", {}).get("state") == "done"
+    done = folder.is_done("evaluate")
     return load_evaluation(folder.path / "evaluation") if done else None

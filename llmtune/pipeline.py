@@ -121,7 +121,7 @@ def _run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trai
     if options.until == "adapt":
         adapt(context, place, processor, adapter_inputs(context.recipe, place, examples))
         return
-    if options.until != "train" and context.folder.manifest["steps"].get("train", {}).get("state") != "done":
+    if options.until != "train" and not context.folder.is_done("train"):
         load_benchmarks(context.recipe, context.console)  # what it refuses, it refuses before hours of training
     fit(context, loaded, place, examples, plan, trainer)
     if options.until == "train":
@@ -183,11 +183,11 @@ def prepare(context: RunContext) -> Rows:
     """Step 1, first half: read, check, deduplicate and split the rows."""
     inputs = prepare_inputs(context)
     target = context.folder.path / "data" / "rows"
-    if not context.skip("prepare", inputs):
-        with context.folder.step("prepare", inputs, ["data/rows"]) as facts:
+    with context.step("prepare", inputs, ["data/rows"]) as step:
+        if not step.skipped:
             with staged(target) as folder:
                 made = prepare_rows(context.recipe, folder, context.console)
-            facts |= {"rows_in": made.rows_in, "kept": made.counts, "dropped": made.dropped}
+            step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
     return load_rows(target)
 
 
@@ -218,10 +218,12 @@ def encode(context: RunContext, rows: Rows, place: ModelRef, processor: PreTrain
     """Step 1, second half: token ids and masks, which depend on the model's tokenizer and template."""
     inputs = examples_inputs(context.recipe, rows, place, processor)
     target = context.folder.path / "data" / "examples"
-    if not context.skip("encode", inputs):
-        with context.folder.step("encode", inputs, ["data/examples"]) as facts, staged(target) as folder:
-            made = encode_rows(rows, context.task, processor, context.recipe, folder, context.console)
-            facts |= describe_examples(rows, made, processor, context.console, context.task, context.recipe)
+    with context.step("encode", inputs, ["data/examples"]) as step:
+        if not step.skipped:
+            with staged(target) as folder:
+                made = encode_rows(rows, context.task, processor, context.recipe, folder, context.console)
+                described = describe_examples(rows, made, processor, context.console, context.task, context.recipe)
+            step.facts.update(described)
     return load_examples(target)
 
 
@@ -240,13 +242,18 @@ def select(context: RunContext, place: ModelRef, examples: Examples) -> MemoryPl
     plan = replace(plan_memory(place, recipe, context.task, min(budget, step_tokens), context.device), tokens=budget)
     settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, place.content_hash, settings])
-    if not context.skip("select", inputs):
-        with context.folder.step("select", inputs) as facts:
+    with context.step("select", inputs) as step:
+        if not step.skipped:
             check_memory(plan, recipe, context.console)
             ranking = context.folder.findings.get("ranking", {}).get("ranking")
-            facts |= {"name": place.name, "revision": place.revision, "sha256": place.content_hash, "ranking": ranking}
-            facts |= {"plan": {**asdict(plan), "total": plan.total}}
-            facts |= {"gradient_checkpointing": recipe.train.gradient_checkpointing}
+            step.facts.update(
+                name=place.name,
+                revision=place.revision,
+                sha256=place.content_hash,
+                ranking=ranking,
+                plan={**asdict(plan), "total": plan.total},
+                gradient_checkpointing=recipe.train.gradient_checkpointing,
+            )
     return plan
 
 
@@ -283,9 +290,9 @@ def settled_recipe(context: RunContext) -> Recipe:
 
 def adapt(context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase, inputs: str) -> None:
     """Step 3 alone: put the adapter in, prove it and say what it is; training makes it again from the same seed."""
-    if not context.skip("adapt", inputs):
-        with context.folder.step("adapt", inputs) as facts:
-            facts |= describe(make_adapted(context, place, processor))
+    with context.step("adapt", inputs) as step:
+        if not step.skipped:
+            step.facts.update(describe(make_adapted(context, place, processor)))
 
 
 def make_adapted(context: RunContext, place: ModelRef, processor: PreTrainedTokenizerBase) -> AdaptedModel:
@@ -309,14 +316,13 @@ def fit(
         return
     for step in ("evaluate", "deploy"):
         steps.pop(step, None)  # of another training
-    if steps.get("train", {}).get("inputs") != inputs:
+    if "train" not in steps or steps["train"]["inputs"] != inputs:
         context.folder.findings["micro_batch_tokens"] = context.settled.get("micro_batch_tokens", plan.tokens)
         shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
     context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
     context.folder.manifest.pop("lock", None)
     context.folder.write()
     lock_run(context, place, loaded.fingerprint)
-    context.begin("adapt")
     trainer(context, place, examples, adapt_inputs, inputs)
     context.folder.manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
     context.folder.write()
@@ -325,11 +331,10 @@ def fit(
 def train_here(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
     """Adapt and train in this process."""
     processor = context.read_processor(place)
-    with context.folder.step("adapt", adapt_inputs) as facts:
+    with context.step("adapt", adapt_inputs, always=True) as step:
         adapted = make_adapted(context, place, processor)
-        facts |= describe(adapted)
-    context.begin("train")
-    with context.folder.step("train", inputs, [trained_name(context.recipe)]) as facts:
+        step.facts.update(describe(adapted))
+    with context.step("train", inputs, [trained_name(context.recipe)], always=True) as step:
         trained = train(
             adapted,
             examples,
@@ -341,7 +346,7 @@ def train_here(context: RunContext, place: ModelRef, examples: Examples, adapt_i
             on_budget=lambda tokens: context.folder.note(micro_batch_tokens=tokens),
             inputs=inputs,
         )
-        facts |= {**trained.as_facts(), "processes": 1}
+        step.facts.update(trained.as_facts(), processes=1)
     del adapted
     gc.collect()  # the model is in reference cycles; evaluation loads its own
 
@@ -352,36 +357,37 @@ def score(
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
     inputs = evaluation_inputs(context.recipe, trained_hash(context), place, rows, examples)
     target = context.folder.path / "evaluation"
-    if context.skip("evaluate", inputs):
-        evaluation = load_evaluation(target)
-        if evaluation is not None:
-            print_scores(
-                replace(evaluation, gates=check_gates(context.recipe.evaluate.gates, evaluation)), context.console
+    with context.step("evaluate", inputs, ["evaluation"]) as step:
+        if step.skipped:
+            evaluation = load_evaluation(target)
+            if evaluation is not None:
+                print_scores(
+                    replace(evaluation, gates=check_gates(context.recipe.evaluate.gates, evaluation)), context.console
+                )
+            return
+        with staged(target) as folder:
+            models = Models(context, place, processor)
+            settings = adapter_settings(context.recipe)
+            base = base_inputs(context.recipe, settings, place, rows, examples, context.device)
+            contexts = {"base": models.before, "tuned": models.tuned}
+            task, recipe, console = context.task, context.recipe, context.console
+            evaluation = evaluate(
+                contexts,
+                processor,
+                rows,
+                examples,
+                task,
+                recipe,
+                console,
+                device=context.device,
+                folder=folder,
+                headless=head_is_new(place, recipe, task),
+                packs=lambda: models.packs,
+                known=load_base(context.base or folder, base),
             )
-        return
-    with context.folder.step("evaluate", inputs, ["evaluation"]) as facts, staged(target) as folder:
-        models = Models(context, place, processor)
-        settings = adapter_settings(context.recipe)
-        base = base_inputs(context.recipe, settings, place, rows, examples, context.device)
-        contexts = {"base": models.before, "tuned": models.tuned}
-        task, recipe, console = context.task, context.recipe, context.console
-        evaluation = evaluate(
-            contexts,
-            processor,
-            rows,
-            examples,
-            task,
-            recipe,
-            console,
-            device=context.device,
-            folder=folder,
-            headless=head_is_new(place, recipe, task),
-            packs=lambda: models.packs,
-            known=load_base(context.base or folder, base),
-        )
-        save_evaluation(evaluation, folder)
-        facts |= {"trained": hash_folder(context.folder.path / trained_name(recipe))}
-        facts |= {"recipe": hash_keys(context.folder.path / "recipe.yaml", judging=True)}
+            save_evaluation(evaluation, folder)
+        trained = hash_folder(context.folder.path / trained_name(recipe))
+        step.facts.update(trained=trained, recipe=hash_keys(context.folder.path / "recipe.yaml", judging=True))
 
 
 def deploy(context: RunContext, place: ModelRef) -> None:
@@ -390,14 +396,14 @@ def deploy(context: RunContext, place: ModelRef) -> None:
     settings = context.recipe.generation.model_dump(mode="json")
     products = context.recipe.deploy
     inputs = hash_value([__version__, trained, place.content_hash, settings, sorted(products)])
-    if not context.skip("deploy", inputs):
-        made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
-        with context.folder.step("deploy", inputs, [made[name] for name in products]) as facts:
+    made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
+    with context.step("deploy", inputs, [made[name] for name in products]) as step:
+        if not step.skipped:
             if "merged" in products:
-                facts |= merge(context, place, context.folder.path / "merged", onto=None, dtype="auto")
+                step.facts.update(merge(context, place, context.folder.path / "merged", onto=None, dtype="auto"))
             if "gguf" in products:
                 written = make_gguf(context, place)
-                facts |= {"gguf": written, "gguf_file": written["file"], "gguf_read_by": written["reader"]}
+                step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])
 
 
 def rehearse(context: RunContext) -> dict[str, Any]:

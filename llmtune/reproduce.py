@@ -27,7 +27,7 @@ from llmtune.store.diff_runs import (
     compare_scores,
     far_apart,
     find_differences,
-    same_but_places,
+    same_but_paths,
 )
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
@@ -107,8 +107,7 @@ def refuse_changed(verification: Verification) -> None:
 
 def is_evaluated(folder: RunFolder) -> bool:
     """Whether the run has scores."""
-    done: bool = folder.manifest["steps"].get("evaluate", {}).get("state") == "done"
-    return done
+    return folder.is_done("evaluate")
 
 
 def move_recipe(loaded: LoadedRecipe, lock: Mapping[str, Any], run: Path) -> LoadedRecipe:
@@ -221,14 +220,14 @@ def compare_trained(folder: RunFolder, now: Path, lock: Mapping[str, Any], train
         equal = known.get(name) == found.get(name)
         intact = before.is_file() and hash_file(before) == known.get(name)
         if not equal and intact and after.is_file():
-            equal = name.endswith(".json") and same_but_places(before, after)
+            equal = name.endswith(".json") and same_but_paths(before, after)
         files.append({"name": f"{trained}/{name}", "was": known.get(name), "now": found.get(name), "equal": equal})
     return files
 
 
 def device_of(folder: RunFolder, lock: Mapping[str, Any]) -> str:
     """What the run was trained on."""
-    plan = folder.manifest["steps"].get("select", {}).get("facts", {}).get("plan", {})
+    plan = folder.facts("select").get("plan", {})
     return str(lock["hardware"].get("device") or plan.get("device") or "cpu")
 
 
@@ -246,7 +245,7 @@ def differing_settings(folder: RunFolder, lock: Mapping[str, Any], now: Path) ->
 
 def processes_of(folder: RunFolder) -> int:
     """How many processes trained."""
-    return int(folder.manifest["steps"].get("train", {}).get("facts", {}).get("processes", 1))
+    return int(folder.facts("train").get("processes", 1))
 
 
 def explain(result: Mapping[str, Any]) -> Problem:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llmtune.adapter import find_adapter, load_adapter
 from llmtune.data import list_sources, load_rows
+from llmtune.data.sources import SourceFile
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.eval_suites import check_variant
 from llmtune.model import load_model, load_processor, pick_device, resolve_model
@@ -22,8 +23,8 @@ from llmtune.model.device import describe_device
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, ModelRef, Rows, SelectedModel
 from llmtune.store.atomic_files import hash_folder, hash_value
-from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
-from llmtune.store.run_lock import LOCK, Pins, check_pin, read_pins, write_lock
+from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
+from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, read_pins, write_lock
 from llmtune.tasks import AnyTask, choose_variant, get_task
 
 if TYPE_CHECKING:
@@ -103,11 +104,12 @@ class RunContext:
             self.processors[place.path] = load_processor(place, self.recipe.model)
         return self.processors[place.path]
 
-    def skip(self, step: str, inputs: str) -> bool:
-        """Whether `step` need not run; says so."""
-        skipped = self.folder.is_valid(step, inputs)
-        self.begin(step, skipped)
-        return skipped
+    @contextmanager
+    def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[Step]:
+        """Announce a step, and run it unless nothing changed; see `RunFolder.step`."""
+        begin = partial(self.begin, name)
+        with self.folder.step(name, inputs, outputs, always=always, on_begin=begin) as step:
+            yield step
 
     def begin(self, step: str, skipped: bool = False) -> None:
         """Say which step comes now, and whether it is skipped."""
@@ -225,10 +227,16 @@ def lock_run(context: RunContext, place: ModelRef, fingerprint: str) -> None:
         seed=recipe.seed,
         threads=torch.get_num_threads(),
         model=place.path,
-        sources=[{"source": file.source, "path": file.path, file.kind: file.hash} for file in files],
+        sources=[_source_record(file) for file in files],
         start_from=find_adapter(Path(start)) if start else None,
         device=describe_device(context.device),
     )
+
+
+def _source_record(file: SourceFile) -> SourceRecord:
+    record = SourceRecord(source=file.source, path=str(file.path) if file.path else None)
+    record[file.kind] = file.hash
+    return record
 
 
 def trained_name(recipe: Recipe) -> str:

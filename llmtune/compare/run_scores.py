@@ -62,8 +62,7 @@ class OpenedRun:
 
     def facts(self, step: str) -> dict[str, Any]:
         """What a step left in the manifest; nothing where it did not run."""
-        facts: dict[str, Any] = self.folder.manifest["steps"].get(step, {}).get("facts", {})
-        return facts
+        return self.folder.facts(step)
 
     @property
     def disk_bytes(self) -> int:
@@ -94,12 +93,13 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
     """Open one run; raises as `open_runs` does."""
     folder = read_run(path)
     folder.require_trained()
-    entry = folder.manifest["steps"].get("evaluate", {})
     fix = f"Score it first: llmtune evaluate {path}"
-    if entry.get("state") != "done":
+    if not folder.is_done("evaluate"):
         raise RecipeError.of("this run has no scores yet", str(path), fix)
     place = path / "evaluation"
-    evaluation = load_evaluation(place) if folder.is_valid("evaluate", entry["inputs"]) else None
+    evaluation = (
+        load_evaluation(place) if folder.is_valid("evaluate", folder.manifest["steps"]["evaluate"]["inputs"]) else None
+    )
     if evaluation is None:
         what = "damaged: the scores are not what the run left there"
         raise EnvironmentProblem.of(what, str(place), f"Score it again: llmtune evaluate {path}")

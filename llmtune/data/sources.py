@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
@@ -256,7 +256,7 @@ class SourceFile:
     name: str
     path: Path | None
     """None for a data set of the hub."""
-    kind: str
+    kind: Literal["sha256", "xxh3_128", "commit"]
     """sha256; xxh3_128 for a recording; commit for a data set of the hub."""
     hash: str
 

@@ -257,7 +257,8 @@ def _describe(
         notes=tuple(notes),
     )
     places = [folder.path.absolute(), folder.path.resolve(), Path.home(), Path.cwd(), Path(lock["model"]["folder"])]
-    return subject, [*places, *(Path(file["path"]).parent for file in lock["data"]["files"] if is_place(file["path"]))]
+    files = [file["path"] for file in lock["data"]["files"]]
+    return subject, [*places, *(Path(file).parent for file in files if file and is_place(file))]
 
 
 def _name_base(lock: Mapping[str, Any], wishes: Wishes, console: Console) -> tuple[str | None, str, list[str]]:

@@ -45,8 +45,8 @@ def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
     """Return what the pipeline trains with: adapt and train in `processes` workers, all else stays in the parent."""
 
     def trainer(context: RunContext, place: ModelRef, examples: Examples, adapt_inputs: str, train_inputs: str) -> None:
-        context.begin("train")
-        with context.folder.step("train", train_inputs, [trained_name(context.recipe)]) as facts:
+        context.begin("adapt")
+        with context.step("train", train_inputs, [trained_name(context.recipe)], always=True) as step:
             found = launch_local(
                 [str(context.folder.path)],
                 processes,
@@ -55,9 +55,9 @@ def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:
                 on_notes=lambda notes: context.folder.note(**notes),
             )
             # Inside: once training counts as done, nothing would note adapt any more.
-            with context.folder.step("adapt", adapt_inputs) as adapted:
-                adapted |= found["adapt"]
-            facts |= {**found["train"], "processes": processes}
+            with context.folder.step("adapt", adapt_inputs, always=True) as adapted:
+                adapted.facts.update(found["adapt"])
+            step.facts.update(found["train"], processes=processes)
 
     return trainer
 

@@ -5,7 +5,7 @@ from llmtune.recipe.builtin import Shipped, find_recipe, list_recipes, new_recip
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.recipe.loader import LoadedRecipe, keep_origins, load_recipe
+from llmtune.recipe.loader import LoadedRecipe, load_recipe, reload_recipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import GenerationSection, Recipe, json_schema
 from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TaskFacts
@@ -48,10 +48,10 @@ __all__ = [
     "TranslateSection",
     "find_recipe",
     "json_schema",
-    "keep_origins",
     "list_recipes",
     "load_recipe",
     "new_recipe",
     "parse_gate",
     "recipes_folder",
+    "reload_recipe",
 ]

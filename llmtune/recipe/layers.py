@@ -120,3 +120,13 @@ def assign(below: Node | None, parts: Sequence[str], above: Node, key: tuple[str
     keys = dict(value or {})
     keys[name] = assign(keys.get(name), rest, above, (*key, name))
     return Node(keys, origin, folder)
+
+
+def without(node: Node, key: Sequence[str]) -> Node:
+    """Return a value without what stands at a key path in it."""
+    if not isinstance(node.value, dict) or key[0] not in node.value:
+        return node
+    items = {name: item for name, item in node.value.items() if name != key[0]}
+    if len(key) > 1:
+        items[key[0]] = without(node.value[key[0]], key[1:])
+    return Node(items, node.origin, node.folder)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from llmtune.recipe.builtin import find_recipe
 from llmtune.recipe.diagnostics import Diagnostics
-from llmtune.recipe.layers import apply_sets, read_layers
+from llmtune.recipe.layers import apply_sets, read_layers, without
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section
-from llmtune.recipe.source_map import SourceMap, list_origins, restore_origins
+from llmtune.recipe.source_map import DEFAULT, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.validation import validate
+from llmtune.recipe.yaml_reader import Node, read_text
 from llmtune.recipe.yaml_writer import write_yaml
 
 
@@ -46,7 +47,11 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     Raises RecipeError with every problem that was found, each with its place and what to do.
     """
     file = find_recipe(name_or_path)
-    root = apply_sets(read_layers(file), sets)
+    return resolve(apply_sets(read_layers(file), sets), file)
+
+
+def resolve(root: Node, file: Path) -> LoadedRecipe:
+    """Check what a recipe states and fill in the rest. Raises RecipeError with every problem."""
     source_map = SourceMap(root)
     written = validate(root, default_name(file))
     recipe = fill_metrics(absolute_paths(written, source_map))
@@ -61,14 +66,24 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     )
 
 
-def keep_origins(loaded: LoadedRecipe, text: str) -> LoadedRecipe:
-    """Give values the origins that stand as comments in `text`, the resolved recipe that `loaded` was loaded from.
+def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[str] = ()) -> LoadedRecipe:
+    """Load the resolved recipe of a run: values have the origins that stand as comments behind them.
 
-    What `--set` changed keeps `--set`; a value without a comment keeps its place in the file.
+    What `--set` changes has `--set`, a value without a comment its line. What was a default in one of the `changeable`
+    sections counts as not stated beside `sets`, so that it does not stand in the way of what is set.
 
-    Raises RecipeError if `text` is not YAML.
+    Raises RecipeError.
     """
-    return replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
+    text, root = read_text(file), read_layers(file)
+    loaded = resolve(root, file)
+    loaded = replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
+    if sets:
+        for key, origin in loaded.origins.items():
+            if origin == DEFAULT and key.split(".")[0] in changeable:
+                root = without(root, key.split("."))
+        changed = resolve(apply_sets(root, sets), file)
+        loaded = replace(changed, origins=restore_origins(changed.origins, changed.recipe, text))
+    return loaded
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import xxhash
 
 from llmtune.errors import EnvironmentProblem
 
-BLOCK_BYTES = 1 << 20
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
@@ -44,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON; numbers that JSON cannot hold (NaN, infinities) become null."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -95,11 +94,8 @@ def hash_file(path: Path) -> str:
 
 def hash_recording(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hex: recordings are many and large."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def list_folder(folder: Path) -> dict[str, str]:
@@ -112,7 +108,12 @@ def hash_folder(folder: Path) -> str:
     return hash_listing(list_folder(folder)) if folder.is_dir() else ""
 
 
-def hash_listing(files: dict[str, str]) -> str:
+def hash_path(path: Path) -> str:
+    """sha256 of a file, or of all files in a folder; empty text if there is neither."""
+    return hash_file(path) if path.is_file() else hash_folder(path)
+
+
+def hash_listing(files: Mapping[str, str]) -> str:
     """sha256 of a folder of which the files are listed."""
     return hashlib.sha256("\n".join(f"{name} {found}" for name, found in files.items()).encode()).hexdigest()
 
@@ -123,15 +124,15 @@ def list_model(folder: Path) -> dict[str, str]:
     A file of the hub's cache that is named by its own sha256 is not read again.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in MODEL_ENDINGS)
-    return {path.name: _stored_hash(path) or hash_file(path) for path in files}
+    hashes: dict[str, str] = {}
+    for path in files:
+        blob = path.resolve()
+        is_named_by_hash = path.is_symlink() and blob.parent.name == "blobs" and len(blob.name) == 64
+        hashes[path.name] = blob.name if is_named_by_hash else hash_file(path)
+    return hashes
 
 
-def _stored_hash(path: Path) -> str | None:
-    stored = path.resolve()
-    return stored.name if path.is_symlink() and stored.parent.name == "blobs" and len(stored.name) == 64 else None
-
-
-def hash_value(value: Any) -> str:
+def hash_value(value: object) -> str:
     """sha256 of a JSON-able value, in hex; the order of keys does not count."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -143,7 +144,8 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_SPACE:
-            free = shutil.disk_usage(_existing(path)).free
+            existing = next(candidate for candidate in (path, *path.parents) if candidate.exists())
+            free = shutil.disk_usage(existing).free
             what = f"the disk is full: {free / 1e6:.0f} MB free"
             raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
         if error.errno in NO_PLACE:
@@ -151,7 +153,3 @@ def explained(path: Path) -> Iterator[None]:
             fix = "change its permissions, or choose another place (--out)"
             raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
         raise
-
-
-def _existing(path: Path) -> Path:
-    return next(candidate for candidate in (path, *path.parents) if candidate.exists())

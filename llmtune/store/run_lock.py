@@ -6,10 +6,11 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from ruamel.yaml import YAML
 
@@ -20,21 +21,70 @@ LOCK = "llmtune.lock"
 LOCK_VERSION = 2
 """Version 1 had no number, and no list of files."""
 PACKAGES = (
-    "llmtune-cli",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "bitsandbytes",
-    "safetensors",
-    "numpy",
+    *("llmtune-cli", "torch", "transformers", "peft", "accelerate"),
+    *("datasets", "tokenizers", "bitsandbytes", "safetensors", "numpy"),
 )
-
-
 JUDGING_KEYS = ("evaluate", "generation")
 """Keys of a recipe that decide how what was trained is judged."""
+
+
+class SourceRecord(TypedDict):
+    """A file of the data, or a data set of the hub at a commit."""
+
+    source: str
+    """As the recipe has it."""
+    path: str | None
+    """None for a data set of the hub."""
+    sha256: NotRequired[str]
+    xxh3_128: NotRequired[str]
+    """Hash of a recording."""
+    commit: NotRequired[str]
+
+
+class LockedModel(TypedDict):
+    """The model that training started from."""
+
+    name: str
+    revision: str | None
+    sha256: str
+    folder: NotRequired[str]
+    files: NotRequired[dict[str, str]]
+
+
+class LockedData(TypedDict):
+    """The data, as a whole and file by file."""
+
+    sha256: str
+    files: NotRequired[list[SourceRecord]]
+
+
+class LockedFolder(TypedDict):
+    """A folder with the hash of each file in it."""
+
+    folder: str
+    files: dict[str, str]
+
+
+class Lock(TypedDict):
+    """What llmtune.lock holds; what version 1 does not have is not required."""
+
+    lock_version: NotRequired[int]
+    fingerprint: str
+    folder: NotRequired[str]
+    """Where the run folder was."""
+    recipe: NotRequired[dict[str, str]]
+    """Hash of each key that decides what is trained."""
+    model: LockedModel
+    data: LockedData
+    start_from: NotRequired[LockedFolder | None]
+    template: dict[str, str]
+    packages: dict[str, str | None]
+    seed: int
+    threads: int
+    hardware: dict[str, object]
+    git_commit: NotRequired[str | None]
+    trained: NotRequired[dict[str, dict[str, str]]]
+    """The subfolder with what was trained, file by file; added once it is."""
 
 
 @dataclass(frozen=True)
@@ -56,42 +106,43 @@ def write_lock(
     seed: int,
     threads: int,
     model: Path,
-    sources: Sequence[Mapping[str, Any]] = (),
+    sources: Sequence[SourceRecord] = (),
     start_from: Path | None = None,
-    device: Mapping[str, Any] | None = None,
+    device: Mapping[str, object] | None = None,
 ) -> None:
     """Write llmtune.lock into the run folder, which holds recipe.yaml already.
 
-    `model` is the model's folder; `sources` has an entry a file of the data: `source` as the recipe has it, `path`, and
-    its hash by its kind; `start_from` is the adapter that training goes on from; `device` says what computes.
+    `model` is the model's folder, `start_from` the adapter that training goes on from, `device` what computes.
     """
-    lock = {
-        "lock_version": LOCK_VERSION,
-        "fingerprint": fingerprint,
-        "folder": str(folder.absolute()),
-        "recipe": hash_keys(folder / "recipe.yaml"),
-        "model": {
+    lock = Lock(
+        lock_version=LOCK_VERSION,
+        fingerprint=fingerprint,
+        folder=str(folder.absolute()),
+        recipe=hash_keys(folder / "recipe.yaml"),
+        model={
             "name": pins.model,
             "revision": pins.revision,
             "sha256": pins.model_hash,
             "folder": str(model),
             "files": list_model(model),
         },
-        "data": {"sha256": pins.data_hash, "files": list(sources)},
-        "start_from": start_from and {"folder": str(start_from), "files": list_folder(start_from)},
-        "template": {"sha256": template_hash},
-        "packages": package_versions(),
-        "seed": seed,
-        "threads": threads,
-        "hardware": {**hardware(), **(device or {})},
-        "git_commit": git_commit(),
-    }
+        data={"sha256": pins.data_hash, "files": list(sources)},
+        start_from={"folder": str(start_from), "files": list_folder(start_from)} if start_from else None,
+        template={"sha256": template_hash},
+        packages=package_versions(),
+        seed=seed,
+        threads=threads,
+        hardware={**hardware(), **(device or {})},
+        git_commit=git_commit(),
+    )
     write_json(folder / LOCK, lock)
 
 
 def note_trained(folder: Path, name: str) -> str:
     """Add to the lock what was trained: the hash of each file in the subfolder `name`; return the hash of the lock."""
-    write_json(folder / LOCK, read_lock(folder / LOCK) | {"trained": {name: list_folder(folder / name)}})
+    lock = read_lock(folder / LOCK)
+    lock["trained"] = {name: list_folder(folder / name)}
+    write_json(folder / LOCK, lock)
     return hash_file(folder / LOCK)
 
 
@@ -102,31 +153,31 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
     what is trained with further seeds has a lock of its own.
     """
     content = YAML(typ="safe").load(recipe.read_text(encoding="utf-8")) or {}
-    own = {"recipe_version", "name", "deploy", *JUDGING_KEYS}
-    names = [key for key in content if (key in JUDGING_KEYS if judging else key not in own)]
-    return {name: hash_value(_placeless(content[name])) for name in names}
+    others = {"recipe_version", "name", "deploy", *JUDGING_KEYS}
+    names = [key for key in content if (key in JUDGING_KEYS if judging else key not in others)]
+    return {name: hash_value(_without_folders(content[name])) for name in names}
 
 
-def _placeless(value: Any) -> Any:
+def _without_folders(value: object) -> object:
     if isinstance(value, dict):
-        return {key: [] if key == "seeds" else _placeless(item) for key, item in value.items() if key != "gates"}
+        return {key: [] if key == "seeds" else _without_folders(item) for key, item in value.items() if key != "gates"}
     if isinstance(value, list):
-        return [_placeless(item) for item in value]
+        return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
-def read_lock(path: Path) -> dict[str, Any]:
+def read_lock(path: Path) -> Lock:
     """Read a lock, of this version or an older one, which has fewer keys.
 
     Raises:
         RecipeError: the file is missing, not a lock, or written by a later llmtune.
     """
-    lock = read_json(path)
+    lock: Lock | None = read_json(path)
     if not isinstance(lock, dict) or not {"model", "data"} <= lock.keys():
         what = "not a readable llmtune.lock" if path.exists() else "no such lock file"
         raise RecipeError.of(what, str(path), "name the llmtune.lock of a run folder")
-    if (found := lock.get("lock_version", 1)) > LOCK_VERSION:
-        what = f"a lock of version {found}, and this llmtune reads up to {LOCK_VERSION}"
+    if (version := lock.get("lock_version", 1)) > LOCK_VERSION:
+        what = f"a lock of version {version}, and this llmtune reads up to {LOCK_VERSION}"
         raise RecipeError.of(what, str(path), "update llmtune")
     return lock
 
@@ -143,42 +194,37 @@ def own_pins(folder: Path) -> Pins | None:
     return read_pins(folder / LOCK) if (folder / LOCK).exists() else None
 
 
-def check_pin(what: str, wanted: str, found: str) -> None:
-    """Raise EnvironmentProblem if what was found is not what a lock holds."""
-    if wanted != found:
+def check_pin(what: str, locked: str, actual: str) -> None:
+    """Raise EnvironmentProblem if a hash is not the one that a lock holds."""
+    if locked != actual:
         fix = "put back what it was; a run without that lock starts from what is here"
-        raise EnvironmentProblem.of(f"{what} differs from the lock: {wanted[:12]} there, {found[:12]} here", LOCK, fix)
+        what = f"{what} differs from the lock: {locked[:12]} there, {actual[:12]} here"
+        raise EnvironmentProblem.of(what, LOCK, fix)
 
 
 def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Installed versions; None where a package is missing."""
-    return {name: _version(name) for name in names}
+    versions: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def hardware() -> dict[str, Any]:
+def hardware() -> dict[str, object]:
     """Processor, cores and operating system; no host name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        processor = platform.processor()
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def git_commit() -> str | None:

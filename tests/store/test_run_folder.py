@@ -1,31 +1,44 @@
-"""The run folder: refusals, the step cache, the lock against a second process."""
+"""The run folder: refusals, the step cache, the lock against a second process, folders of an older version."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.store.run_folder import open_run, read_run
+from llmtune.errors import RecipeError
+from llmtune.evaluate import load_evaluation
+from llmtune.store.run_folder import RunFolder, open_run, read_run, recipe_of_run
+from llmtune.store.verification import verify
 
 
-def test_a_step_is_valid_only_with_the_same_inputs_and_untouched_outputs(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", "aa") as run:
-        with run.step("prepare", "inputs", ["data"]) as facts:
-            (run.path / "data").mkdir()
+def prepare(run: RunFolder, inputs: str = "inputs") -> bool:
+    """Run a step that writes a file; returns whether it was skipped."""
+    with run.step("prepare", inputs, ["data"]) as step:
+        if not step.skipped:
+            (run.path / "data").mkdir(exist_ok=True)
             (run.path / "data" / "rows").write_text("one")
-            facts["rows"] = 1
-        assert run.is_valid("prepare", "inputs")
-        assert not run.is_valid("prepare", "other inputs")
+            step.facts["rows"] = 1
+    return step.skipped
+
+
+def test_a_step_is_skipped_only_with_the_same_inputs_and_untouched_outputs(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", "aa") as run:
+        assert not prepare(run)
+    with open_run(tmp_path / "run", "aa") as run:
+        assert prepare(run)
+        assert run.facts("prepare") == {"rows": 1}
         (run.path / "data" / "rows").write_text("two")
-        assert not run.is_valid("prepare", "inputs")
+        assert not prepare(run)
+        assert not prepare(run, "other inputs")
+        with run.step("prepare", "other inputs", always=True) as step:
+            assert not step.skipped
 
 
-def test_a_step_that_failed_is_not_valid(tmp_path: Path) -> None:
+def test_a_step_that_failed_runs_again(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "aa") as run:
         with pytest.raises(ValueError, match="stop"), run.step("train", "inputs"):
             raise ValueError("stop")
@@ -33,28 +46,30 @@ def test_a_step_that_failed_is_not_valid(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run").manifest["steps"]["train"]["state"] == "failed"
 
 
-def test_the_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", "aaaaaaaa00"):
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("of-another-recipe", {}, r"another recipe \(bbbbbbbb, not aaaaaaaa\)"),
+        ("with-other-files", {}, r"thesis\.tex"),
+        ("new", {"resume": True}, "nothing to resume"),
+    ],
+)
+def test_a_folder_that_is_not_this_run_is_refused_and_left_alone(
+    tmp_path: Path, name: str, options: dict[str, bool], words: str
+) -> None:
+    with open_run(tmp_path / "of-another-recipe", "bbbbbbbb00"):
         pass
-    with pytest.raises(RecipeError, match="another recipe"), open_run(tmp_path / "run", "bbbbbbbb00"):
+    (tmp_path / "with-other-files").mkdir()
+    (tmp_path / "with-other-files" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RecipeError, match=words), open_run(tmp_path / name, "aaaaaaaa00", **options):
         pass
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RecipeError, match=r"thesis\.tex"), open_run(tmp_path, "aa"):
-        pass
-    assert (tmp_path / "thesis.tex").exists()
-
-
-def test_resume_without_anything_to_resume_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="nothing to resume"), open_run(tmp_path / "run", "aa", resume=True):
-        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", "aa") as run, run.step("prepare", "inputs", ["data"]):
-        (run.path / "data").mkdir()
+    with open_run(tmp_path / "run", "aa") as run:
+        prepare(run)
     with open_run(tmp_path / "run", "aa", fresh=True) as run:
         assert not (run.path / "data").exists()
         assert not run.is_valid("prepare", "inputs")
@@ -66,17 +81,38 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "aa"):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another llmtune process" in other.stderr
-    assert EnvironmentProblem.exit_code == 4
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="not a run folder"):
+@pytest.mark.parametrize(("manifest", "words"), [(None, "not a run folder"), ('{"steps": ', "not a run folder")])
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, manifest: str | None, words: str) -> None:
+    if manifest:
+        (tmp_path / "run.json").write_text(manifest)
+    with pytest.raises(RecipeError, match=words):
         read_run(tmp_path)
     with pytest.raises(RecipeError, match="no such run folder"):
         read_run(tmp_path / "missing")
 
 
-def test_a_damaged_manifest_is_not_taken_for_a_run(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"steps": {}})[:-3])
-    with pytest.raises(RecipeError, match="not a run folder"):
-        read_run(tmp_path)
+def test_a_run_folder_of_version_0_1_0_is_read(tmp_path: Path) -> None:
+    run = shutil.copytree(Path(__file__).parent / "run-0.1.0", tmp_path / "run")
+    folder = read_run(run)
+    assert folder.manifest["llmtune"] == "0.1.0"
+    assert folder.is_valid("evaluate", folder.manifest["steps"]["evaluate"]["inputs"])
+    assert [timing.name for timing in folder.timings({})] == [
+        "prepare",
+        "encode",
+        "select",
+        "adapt",
+        "train",
+        "evaluate",
+    ]
+    loaded = recipe_of_run(folder, ["generation.max_new_tokens=5"])
+    assert loaded.recipe.generation.max_new_tokens == 5
+    assert (loaded.origins["adapter.r"], loaded.origins["train.optim"]) == ("tiny.yaml:1", "default")
+    assert loaded.fingerprint == folder.manifest["fingerprint"]
+    evaluation = load_evaluation(run / "evaluation")
+    assert evaluation is not None
+    assert evaluation.tuned["loss"] < evaluation.base["loss"]
+    states = {(finding.kind, finding.state) for finding in verify(run).findings}
+    assert {("lock", "same"), ("recipe", "same"), ("evaluation", "same"), ("adapter", "missing")} <= states
+    assert ("recipe", "changed") not in states
