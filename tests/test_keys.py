@@ -1,12 +1,17 @@
-"""Every key of the recipe does something: each is flipped, and what the pipeline makes must change."""
+"""Every key of the recipe does something: each is flipped, and what is resolved from the recipe must change.
+
+Nothing goes through the pipeline: each key is looked for in the object that its step makes of it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,19 @@ from support.audio import write_tone
 from support.models import build_llama
 from support.runs import write_recipe
 
+from llmtune.adapter import inject
+from llmtune.data import prepare_rows
+from llmtune.data.examples import encode_rows
 from llmtune.errors import LlmtuneError
-from llmtune.pipeline import run_pipeline
+from llmtune.evaluate import evaluate
+from llmtune.model import check_memory, load_model, resolve_model
+from llmtune.model.kernels import check_kernels
 from llmtune.recipe import Recipe, Source, load_recipe
-from llmtune.session import Options
-from llmtune.store.atomic_files import hash_folder
+from llmtune.session import RunContext
+from llmtune.store.run_folder import default_path, look_at_run
+from llmtune.train import train
+from llmtune.train.accumulation import step_gradients, validation_loss
+from llmtune.train.setup import set_up
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"validation": 0.2, "test": 0.2},
@@ -32,147 +45,265 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "generation": {"max_new_tokens": 6},
     "evaluate": {"metrics": ["loss", "exact_match", "choice_accuracy"], "samples": 2, "choices": ["red", "green"]},
 }
-SAMPLING = ("generation.do_sample=true",)
-QLORA = ("adapter.method=qlora",)
-QUIZ = ("evaluate.benchmarks.task=quiz.yaml",)
-MOST = "deliberately high"
-COMPILED = "compiled"
+QUIET = Console(quiet=True)
+BUDGET = 512
+
+
+class Resolved:
+    """What each step makes of a recipe, made when it is looked at."""
+
+    def __init__(self, recipe_file: str, sets: tuple[str, ...], folder: Path) -> None:
+        loaded = load_recipe(recipe_file, sets)
+        self.recipe, self.folder, self.fingerprint = loaded.recipe, folder, loaded.fingerprint
+
+    @cached_property
+    def made_rows(self) -> Any:
+        return prepare_rows(self.recipe, self.folder / "rows", QUIET)
+
+    @cached_property
+    def context(self) -> RunContext:
+        context = RunContext(self.recipe, look_at_run(self.folder, "none"), QUIET, offline=True)
+        context.infer_labels(self.model_ref, self.made_rows)
+        return context
+
+    @cached_property
+    def model_ref(self) -> Any:
+        return resolve_model(self.recipe.model.name, self.recipe.model, QUIET, offline=True)
+
+    @cached_property
+    def made_examples(self) -> Any:
+        context, processor = self.context, self.context.read_processor(self.model_ref)
+        return encode_rows(self.made_rows, context.task, processor, context.recipe, self.folder / "examples", QUIET)
+
+    @cached_property
+    def selected(self) -> Any:
+        context, processor = self.context, self.context.read_processor(self.model_ref)
+        return load_model(self.model_ref, context.recipe, context.task, processor, device="cpu", training=True)
+
+    @cached_property
+    def adapted(self) -> Any:
+        return inject(self.selected, self.context.recipe, QUIET)
+
+    @cached_property
+    def training(self) -> Any:
+        context = self.context
+        return set_up(self.adapted, self.made_examples, context.task, context.recipe, self.folder, QUIET, "inputs")
+
+    def name(self) -> object:
+        return str(default_path(self.recipe.name, self.fingerprint))
+
+    def rows(self) -> object:
+        rows = self.made_rows
+        return [rows.content_hash, rows.counts, rows.dropped, rows.columns_hash]
+
+    def examples(self) -> object:
+        return [self.made_examples.content_hash, self.made_examples.counts, self.made_examples.dropped]
+
+    def model(self) -> object:
+        model = self.selected.model
+        weights = [self.model_ref.content_hash, str(next(model.parameters()).dtype), len(self.selected.processor)]
+        return [*weights, str(self.context.task), str(model.config._attn_implementation)]
+
+    def memory(self) -> object:
+        return check_memory(self.selected.plan, self.recipe, QUIET)
+
+    def kernels(self) -> object:
+        return check_kernels(self.recipe, "cpu")
+
+    def adapter(self) -> object:
+        model = self.adapted.model
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        digest = hashlib.sha256(b"".join(value.detach().float().numpy().tobytes() for value in trained.values()))
+        config = {name: str(value) for name, value in model.peft_config["default"].to_dict().items()}
+        quantization = str(getattr(self.selected.model.config, "quantization_config", None))
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        return [[*trained], digest.hexdigest(), config, quantization, checkpointing]
+
+    def optimizer(self) -> object:
+        training, total = self.training, self.training.plan.total_steps
+        groups = [
+            {key: str(group[key]) for key in group if key != "params"} for group in training.optimizer.param_groups
+        ]
+        rates = [training.schedule.lr_lambdas[0](step) for step in range(total)]
+        steps = [training.plan.rows(step).tolist() for step in range(1, total + 1)]
+        trackers = [tracker.name for tracker in training.accelerator.trackers]
+        return [str(type(training.optimizer.optimizer)), groups, rates, steps, training.packed, trackers]
+
+    def gradients(self) -> object:
+        step_gradients(self.training, 1, BUDGET, 1.0)
+        return [float(parameter.grad.norm()) for parameter in self.training.parameters if parameter.grad is not None]
+
+    def loss(self) -> object:
+        return validation_loss(self.training, BUDGET)
+
+    def events(self) -> object:
+        """When the loop validates, logs, saves and stops: only the loop itself reads these keys."""
+        task, recipe = self.context.task, self.context.recipe
+        train(self.adapted, self.made_examples, task, recipe, self.folder, QUIET, budget=BUDGET, inputs="inputs")
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        curve = [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
+        adapter = hashlib.sha256((self.folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+        return [curve, sorted(path.name for path in (self.folder / "checkpoints").iterdir()), adapter]
+
+    def evaluation(self) -> object:
+        """The untrained model stands for base and tuned model."""
+        context, processor = self.context, self.selected.processor
+        models = {name: partial(nullcontext, self.selected.model.eval()) for name in ("base", "tuned")}
+        found = evaluate(
+            models, processor, self.made_rows, self.made_examples, context.task, context.recipe, QUIET, device="cpu"
+        )
+        return asdict(found)
 
 
 @dataclass(frozen=True)
 class Flip:
-    """One key, another value, and what else the recipe must say for it to count."""
+    """One key, another value, what is looked at, and what else the recipe must say for it to count."""
 
     value: str
-    also: tuple[str, ...] = field(default=())
+    look: str
+    also: tuple[str, ...] = ()
     recipe: str = "tiny.yaml"
 
 
+QLORA = ("adapter.method=qlora",)
+SAMPLING = ("generation.do_sample=true",)
+QUIZ = ("evaluate.benchmarks.task=quiz.yaml",)
+COSINE = ("train.lr_scheduler_type=cosine",)
+HIGH_RATE = ("train.learning_rate=3.0", "train.max_grad_norm=0")
+RANDOM = ("adapter.init_lora_weights=false",)
+REWARD = ("preference.loss=reward",)
+ENGLISH = ("speech.language=en",)
+
 FLIPS = {
-    "name": Flip("other"),
-    "task": Flip("completion", ("data.train=pairs.jsonl",)),
-    "seed": Flip("8"),
-    "data.train": Flip("pairs.jsonl"),
-    "data.train.format": Flip("text", ("data.train.path=pairs.jsonl", "task=completion")),
-    "data.train.columns": Flip("{prompt: completion, completion: prompt}", ("data.train.path=pairs.jsonl",)),
-    "data.train.weight": Flip("2.0", ("data.train=[{path: pairs.jsonl, weight: 1}, {path: rows.jsonl}]",)),
-    "data.train.limit": Flip("30", ("data.train.path=rows.jsonl",)),
-    "data.validation": Flip("0.4"),
-    "data.test": Flip("0.4"),
-    "data.split_by": Flip("group"),
-    "data.deduplicate": Flip("none", ("data.train=twice.jsonl",)),
-    "data.max_dropped": Flip("0.0", ("data.train=holes.jsonl",)),
-    "data.train_on": Flip("all"),
-    "data.max_length": Flip("20"),
-    "data.on_overlong": Flip("drop", ("data.max_length=44",)),
-    "data.packing": Flip("false"),
-    "model.name": Flip("other-model"),
-    "model.candidates": Flip("[model]", ("model.name=null", "model.candidates=[other-model]")),
-    "model.dtype": Flip("bfloat16"),
-    "model.chat_template": Flip("other.jinja"),
-    "model.chat_template_kwargs": Flip("{shout: true}", ("model.chat_template=other.jinja",)),
-    "model.add_tokens": Flip("['<colour>']"),
-    "model.trust_remote_code": Flip("true", ("model.name=remote-code",)),
-    "model.use_safetensors": Flip("false", ("model.name=pickled",)),
-    "model.attn_implementation": Flip("eager"),
-    "model.check_memory": Flip("false", (MOST,)),
-    "adapter.method": Flip("qlora"),
-    "adapter.r": Flip("2"),
-    "adapter.lora_alpha": Flip("4"),
-    "adapter.lora_dropout": Flip("0.5"),
-    "adapter.target_modules": Flip("[q_proj]"),
-    "adapter.exclude_modules": Flip("[q_proj]"),
-    "adapter.modules_to_save": Flip("[norm]"),
-    "adapter.layers_to_transform": Flip("[1]", ("adapter.target_modules=[q_proj]",)),
-    "adapter.bias": Flip("all"),
-    "adapter.use_dora": Flip("true"),
-    "adapter.use_rslora": Flip("true"),
-    "adapter.init_lora_weights": Flip("pissa"),
-    "adapter.rank_pattern": Flip("{q_proj: 2}"),
-    "adapter.alpha_pattern": Flip("{q_proj: 2}"),
-    "adapter.bnb_4bit_quant_type": Flip("fp4", QLORA),
-    "adapter.bnb_4bit_use_double_quant": Flip("false", QLORA),
-    "adapter.start_from": Flip("start"),
-    "train.learning_rate": Flip("1e-3"),
-    "train.num_train_epochs": Flip("0.5", ("train.max_steps=null", "train.num_train_epochs=1")),
-    "train.max_steps": Flip("3"),
-    "train.batch_size": Flip("2"),
-    "train.batch_tokens": Flip("300", ("train.batch_size=null",)),
-    "train.optim": Flip("sgd"),
-    "train.loraplus_lr_ratio": Flip("16"),
-    "train.weight_decay": Flip("0.5"),
-    "train.adam_beta1": Flip("0.5"),
-    "train.adam_beta2": Flip("0.5"),
-    "train.adam_epsilon": Flip("0.1"),
-    "train.max_grad_norm": Flip("0.001"),
-    "train.lr_scheduler_type": Flip("cosine"),
-    "train.lr_scheduler_kwargs": Flip("{num_cycles: 2}", ("train.lr_scheduler_type=cosine",)),
-    "train.warmup_steps": Flip("3"),
-    "train.gradient_checkpointing": Flip("true"),
-    "train.logging_steps": Flip("2"),
-    "train.eval_steps": Flip("1"),
-    "train.save_steps": Flip("1"),
-    "train.save_total_limit": Flip("1", ("train.save_steps=1",)),
-    "train.load_best_model_at_end": Flip("false", ("train.learning_rate=3.0", "train.max_grad_norm=0")),
-    "train.early_stopping_patience": Flip("1", ("train.learning_rate=3.0", "train.eval_steps=1")),
-    "train.early_stopping_threshold": Flip("5.0", ("train.early_stopping_patience=1", "train.eval_steps=1")),
-    "train.report_to": Flip("[tensorboard]"),
-    "train.torch_compile": Flip("true", (COMPILED,)),
-    "train.use_liger_kernel": Flip("true"),
-    "train.seeds": Flip("[8]"),
-    "generation.max_new_tokens": Flip("2"),
-    "generation.do_sample": Flip("true"),
-    "generation.temperature": Flip("5.0", SAMPLING),
-    "generation.top_k": Flip("2", SAMPLING),
-    "generation.top_p": Flip("0.1", SAMPLING),
-    "generation.min_p": Flip("0.9", SAMPLING),
-    "generation.repetition_penalty": Flip("50.0"),
-    "generation.num_beams": Flip("3"),
-    "evaluate.metrics": Flip("[loss, exact_match, rougeL]"),
-    "evaluate.gates": Flip("['loss < base']"),
-    "evaluate.limit": Flip("3"),
-    "evaluate.choices": Flip("[red, green, blue]"),
-    "evaluate.samples": Flip("1"),
-    "evaluate.slices": Flip("[group]"),
-    "evaluate.forgetting.texts": Flip("[other.jinja]", ("evaluate.forgetting.questions=[]",)),
-    "evaluate.forgetting.questions": Flip("[quiz.jsonl]", ("evaluate.forgetting.texts=[other.jinja]",)),
-    "evaluate.fairness.pairs": Flip("[sentences.jsonl]", ("evaluate.fairness={swaps: []}",)),
-    "evaluate.fairness.swaps": Flip("[words.csv]", ("evaluate.fairness={pairs: []}",)),
-    "evaluate.fairness.groups": Flip("[group]", ("evaluate.fairness={pairs: []}",)),
-    "evaluate.benchmarks.task": Flip("quiz.yaml"),
-    "evaluate.benchmarks.num_fewshot": Flip("2", QUIZ),
-    "evaluate.benchmarks.limit": Flip("3", QUIZ),
-    "evaluate.benchmarks.apply_chat_template": Flip("true", QUIZ),
-    "deploy": Flip("[merged]"),
-    "completion.objective": Flip("causal", recipe="masked.yaml"),
-    "completion.mask_probability": Flip("0.5", recipe="masked.yaml"),
-    "translate.source_language": Flip("French", recipe="translate.yaml"),
-    "translate.target_language": Flip("French", recipe="translate.yaml"),
-    "translate.prompt": Flip("'Say in German: {source}'", recipe="translate.yaml"),
-    "summarize.prompt": Flip("'In short: {document}'", recipe="summarize.yaml"),
-    "qa.style": Flip("generative", recipe="qa.yaml"),
-    "qa.stride": Flip("8", recipe="qa.yaml"),
-    "qa.max_answer_length": Flip("1", recipe="qa.yaml"),
-    "qa.null_score_diff_threshold": Flip("-100.0", recipe="qa.yaml"),
-    "qa.prompt": Flip("'{question} {context}'", recipe="answers.yaml"),
-    "qa.no_answer": Flip("nothing", recipe="answers.yaml"),
-    "classify.kind": Flip("multi", recipe="classify.yaml"),
-    "classify.labels": Flip("[green, red, blue, black]", recipe="classify.yaml"),
-    "classify.class_weights": Flip("{red: 5.0}", recipe="classify.yaml"),
-    "token_classify.labels": Flip("[THING, COLOUR]", recipe="tags.yaml"),
-    "speech.language": Flip("fr", ("speech.language=en",), "speech.yaml"),
-    "speech.task": Flip("translate", ("speech.language=en",), "speech.yaml"),
-    "speech.normalizer": Flip("none", ("speech.language=en", "train.max_steps=1"), "speech.yaml"),
-    "speech.window_seconds": Flip("0.1", ("speech.language=en",), "speech.yaml"),
-    "preference.loss": Flip("ipo", recipe="preference.yaml"),
-    "preference.beta": Flip("0.5", recipe="preference.yaml"),
-    "preference.label_smoothing": Flip("0.3", recipe="preference.yaml"),
-    "preference.desirable_weight": Flip("3.0", recipe="thumbs.yaml"),
-    "preference.undesirable_weight": Flip("3.0", recipe="thumbs.yaml"),
-    "preference.center_rewards_coefficient": Flip("0.5", ("preference.loss=reward",), "preference.yaml"),
+    "name": Flip("other", "name"),
+    "task": Flip("completion", "rows", ("data.train=pairs.jsonl",)),
+    "seed": Flip("8", "adapter"),
+    "data.train": Flip("pairs.jsonl", "rows"),
+    "data.train.format": Flip("text", "rows", ("data.train.path=pairs.jsonl", "task=completion")),
+    "data.train.columns": Flip("{prompt: completion, completion: prompt}", "rows", ("data.train.path=pairs.jsonl",)),
+    "data.train.weight": Flip("2.0", "rows", ("data.train=[{path: pairs.jsonl, weight: 1}, {path: rows.jsonl}]",)),
+    "data.train.limit": Flip("30", "rows", ("data.train.path=rows.jsonl",)),
+    "data.validation": Flip("0.4", "rows"),
+    "data.test": Flip("0.4", "rows"),
+    "data.split_by": Flip("group", "rows"),
+    "data.deduplicate": Flip("none", "rows", ("data.train=twice.jsonl",)),
+    "data.max_dropped": Flip("0.0", "rows", ("data.train=holes.jsonl",)),
+    "data.train_on": Flip("all", "examples"),
+    "data.max_length": Flip("20", "examples"),
+    "data.on_overlong": Flip("drop", "examples", ("data.max_length=50",)),
+    "data.packing": Flip("false", "optimizer"),
+    "model.name": Flip("other-model", "model"),
+    "model.dtype": Flip("bfloat16", "model"),
+    "model.chat_template": Flip("other.jinja", "examples"),
+    "model.chat_template_kwargs": Flip("{shout: true}", "examples", ("model.chat_template=other.jinja",)),
+    "model.add_tokens": Flip("['<colour>']", "model"),
+    "model.trust_remote_code": Flip("true", "model", ("model.name=remote-code",)),
+    "model.use_safetensors": Flip("false", "model", ("model.name=pickled",)),
+    "model.attn_implementation": Flip("eager", "model"),
+    "model.check_memory": Flip("false", "memory"),
+    "adapter.method": Flip("qlora", "adapter"),
+    "adapter.r": Flip("2", "adapter"),
+    "adapter.lora_alpha": Flip("4", "adapter"),
+    "adapter.lora_dropout": Flip("0.5", "adapter"),
+    "adapter.target_modules": Flip("[q_proj]", "adapter"),
+    "adapter.exclude_modules": Flip("[q_proj]", "adapter"),
+    "adapter.modules_to_save": Flip("[norm]", "adapter"),
+    "adapter.layers_to_transform": Flip("[1]", "adapter", ("adapter.target_modules=[q_proj]",)),
+    "adapter.bias": Flip("all", "adapter"),
+    "adapter.use_dora": Flip("true", "adapter"),
+    "adapter.use_rslora": Flip("true", "adapter"),
+    "adapter.init_lora_weights": Flip("pissa", "adapter"),
+    "adapter.rank_pattern": Flip("{q_proj: 2}", "adapter"),
+    "adapter.alpha_pattern": Flip("{q_proj: 2}", "adapter"),
+    "adapter.bnb_4bit_quant_type": Flip("fp4", "adapter", QLORA),
+    "adapter.bnb_4bit_use_double_quant": Flip("false", "adapter", QLORA),
+    "adapter.start_from": Flip("start", "adapter"),
+    "train.learning_rate": Flip("1e-3", "optimizer"),
+    "train.num_train_epochs": Flip("0.5", "optimizer", ("train.max_steps=null", "train.num_train_epochs=1")),
+    "train.max_steps": Flip("3", "optimizer"),
+    "train.batch_size": Flip("2", "optimizer"),
+    "train.batch_tokens": Flip("300", "optimizer", ("train.batch_size=null",)),
+    "train.optim": Flip("sgd", "optimizer"),
+    "train.loraplus_lr_ratio": Flip("16", "optimizer"),
+    "train.weight_decay": Flip("0.5", "optimizer"),
+    "train.adam_beta1": Flip("0.5", "optimizer"),
+    "train.adam_beta2": Flip("0.5", "optimizer"),
+    "train.adam_epsilon": Flip("0.1", "optimizer"),
+    "train.max_grad_norm": Flip("0.001", "gradients"),
+    "train.lr_scheduler_type": Flip("cosine", "optimizer"),
+    "train.lr_scheduler_kwargs": Flip("{num_cycles: 2}", "optimizer", COSINE),
+    "train.warmup_steps": Flip("3", "optimizer"),
+    "train.gradient_checkpointing": Flip("true", "adapter"),
+    "train.logging_steps": Flip("2", "events"),
+    "train.eval_steps": Flip("1", "events"),
+    "train.save_steps": Flip("1", "events"),
+    "train.save_total_limit": Flip("1", "events", ("train.save_steps=1",)),
+    "train.load_best_model_at_end": Flip("false", "events", HIGH_RATE),
+    "train.early_stopping_patience": Flip("1", "events", (*HIGH_RATE, "train.eval_steps=1")),
+    "train.early_stopping_threshold": Flip("5.0", "events", ("train.early_stopping_patience=1", "train.eval_steps=1")),
+    "train.report_to": Flip("[tensorboard]", "optimizer"),
+    "train.torch_compile": Flip("true", "kernels"),
+    "train.use_liger_kernel": Flip("true", "kernels"),
+    "generation.max_new_tokens": Flip("2", "evaluation"),
+    "generation.do_sample": Flip("true", "evaluation"),
+    "generation.temperature": Flip("5.0", "evaluation", SAMPLING),
+    "generation.top_k": Flip("2", "evaluation", SAMPLING),
+    "generation.top_p": Flip("0.1", "evaluation", SAMPLING),
+    "generation.min_p": Flip("0.9", "evaluation", SAMPLING),
+    "generation.repetition_penalty": Flip("50.0", "evaluation"),
+    "generation.num_beams": Flip("3", "evaluation"),
+    "evaluate.metrics": Flip("[loss, exact_match, rougeL]", "evaluation"),
+    "evaluate.gates": Flip("['loss < base']", "evaluation"),
+    "evaluate.limit": Flip("3", "evaluation"),
+    "evaluate.choices": Flip("[red, green, blue]", "evaluation"),
+    "evaluate.samples": Flip("1", "evaluation"),
+    "evaluate.slices": Flip("[group]", "evaluation"),
+    "evaluate.forgetting.texts": Flip("[other.jinja]", "evaluation", ("evaluate.forgetting.questions=[]",)),
+    "evaluate.forgetting.questions": Flip("[quiz.jsonl]", "evaluation", ("evaluate.forgetting.texts=[other.jinja]",)),
+    "evaluate.fairness.pairs": Flip("[sentences.jsonl]", "evaluation", ("evaluate.fairness={swaps: []}",)),
+    "evaluate.fairness.swaps": Flip("[words.csv]", "evaluation", ("evaluate.fairness={pairs: []}",)),
+    "evaluate.fairness.groups": Flip("[group]", "evaluation", ("evaluate.fairness={pairs: []}",)),
+    "evaluate.benchmarks.task": Flip("quiz.yaml", "evaluation"),
+    "evaluate.benchmarks.num_fewshot": Flip("2", "evaluation", QUIZ),
+    "evaluate.benchmarks.limit": Flip("3", "evaluation", QUIZ),
+    "evaluate.benchmarks.apply_chat_template": Flip("true", "evaluation", QUIZ),
+    "completion.objective": Flip("causal", "model", recipe="masked.yaml"),
+    "completion.mask_probability": Flip("0.5", "loss", recipe="masked.yaml"),
+    "translate.source_language": Flip("French", "examples", recipe="translate.yaml"),
+    "translate.target_language": Flip("French", "examples", recipe="translate.yaml"),
+    "translate.prompt": Flip("'Say in German: {source}'", "examples", recipe="translate.yaml"),
+    "summarize.prompt": Flip("'In short: {document}'", "examples", recipe="summarize.yaml"),
+    "qa.style": Flip("generative", "model", recipe="qa.yaml"),
+    "qa.stride": Flip("8", "examples", recipe="qa.yaml"),
+    "qa.max_answer_length": Flip("1", "evaluation", recipe="qa.yaml"),
+    "qa.null_score_diff_threshold": Flip("-100.0", "evaluation", recipe="qa.yaml"),
+    "qa.prompt": Flip("'{question} {context}'", "examples", recipe="answers.yaml"),
+    "qa.no_answer": Flip("nothing", "examples", recipe="answers.yaml"),
+    "classify.kind": Flip("multi", "examples", recipe="classify.yaml"),
+    "classify.labels": Flip("[green, red, blue, black]", "examples", recipe="classify.yaml"),
+    "classify.class_weights": Flip("{red: 5.0}", "loss", recipe="classify.yaml"),
+    "token_classify.labels": Flip("[THING, COLOUR]", "examples", recipe="tags.yaml"),
+    "speech.language": Flip("fr", "examples", ENGLISH, "speech.yaml"),
+    "speech.task": Flip("translate", "examples", ENGLISH, "speech.yaml"),
+    "speech.normalizer": Flip("none", "evaluation", ENGLISH, "speech.yaml"),
+    "speech.window_seconds": Flip("0.1", "examples", ENGLISH, "speech.yaml"),
+    "preference.loss": Flip("ipo", "loss", recipe="preference.yaml"),
+    "preference.beta": Flip("0.5", "loss", RANDOM, "preference.yaml"),
+    "preference.label_smoothing": Flip("0.3", "loss", RANDOM, "preference.yaml"),
+    "preference.desirable_weight": Flip("3.0", "loss", recipe="thumbs.yaml"),
+    "preference.undesirable_weight": Flip("3.0", "loss", recipe="thumbs.yaml"),
+    "preference.center_rewards_coefficient": Flip("0.5", "loss", REWARD, "preference.yaml"),
 }
-HUB_ONLY = {"model.revision", "data.train.config", "data.train.split", "data.train.revision"}
-"""They name a place on a hub; `tests/model/test_catalogue.py` and `tests/data/test_sources.py` hold them."""
+ELSEWHERE = {
+    "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
+    "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
+    "data.train.config": "data/test_hub_datasets.py::test_rows_are_those_of_the_commit_that_was_hashed",
+    "data.train.split": "data/test_hub_datasets.py::test_a_split_that_is_not_there",
+    "data.train.revision": "data/test_hub_datasets.py::test_rows_of_another_commit_are_refused_offline",
+    "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
+    "deploy": "deploy/test_gguf_run.py::test_",
+}
+"""Keys that need a hub, several trainings or a trained model, each with the test that holds it."""
 ONE_VALUE = {"recipe_version"}
 
 
@@ -189,60 +320,37 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_no_key_of_the_schema_is_left_out() -> None:
     known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
     sources = {f"data.train.{name}" for name in Source.model_fields if name != "path"}
-    assert known | sources | {"data.train"} == FLIPS.keys() | HUB_ONLY | ONE_VALUE
+    assert known | sources | {"data.train"} == FLIPS.keys() | ELSEWHERE.keys() | ONE_VALUE
+    for file, _, name in (test.partition("::") for test in ELSEWHERE.values()):
+        assert f"def {name}" in (Path(__file__).parent / file).read_text(), name
 
 
 @pytest.mark.parametrize("key", FLIPS)
-def test_a_flipped_key_changes_what_is_made(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flip = FLIPS[key]
-    if MOST in flip.also:
+def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")  # that there is work for a compiler counts
+    if key == "model.check_memory":
         monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
-    if COMPILED in flip.also:  # the numbers may be the same to the last bit: that there is work for a compiler counts
-        monkeypatch.setenv("CXX", "no-such-compiler")
-    context = tuple(item for item in flip.also if item not in (MOST, COMPILED))
-    plain = outcome(place, context, flip.recipe, cached=MOST not in flip.also)
-    assert flip.recipe == "tiny.yaml" or not plain.startswith("RecipeError"), plain
-    assert plain != outcome(place, (*context, f"{key}={flip.value}"), flip.recipe)
+    flip = FLIPS[key]
+    plain = look(place, flip, flip.also)
+    flipped = look(place, flip, (*flip.also, f"{key}={flip.value}"))
+    assert plain != flipped
+    assert not (plain.startswith("refused") and flipped.startswith("refused")), (plain, flipped)
 
 
-OUTCOMES: dict[tuple[str, ...], str] = {}
+LOOKED: dict[tuple[str, ...], str] = {}
 
 
-def outcome(place: Path, sets: tuple[str, ...], recipe: str = "tiny.yaml", cached: bool = False) -> str:
-    """What a run with these settings makes, as text without times and sizes of this machine."""
-    if cached and (recipe, *sets) in OUTCOMES:
-        return OUTCOMES[recipe, *sets]
-    try:
-        loaded = load_recipe(recipe, list(sets))
-        report = run_pipeline(loaded, Options(out=place / f"run-{len(list(place.iterdir()))}"), Console(quiet=True))
-    except LlmtuneError as error:
-        return f"{type(error).__name__}: {error}"
-    run = sorted(place.glob("run-*"), key=lambda path: path.stat().st_mtime_ns)[-1]
-    made = json.dumps([report["name"], digest(run, report)], sort_keys=True)
-    if cached:
-        OUTCOMES[recipe, *sets] = made
-    return made
-
-
-def digest(run: Path, report: dict[str, Any]) -> list[Any]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    curve = [{key: line[key] for key in line if key not in {"tokens_per_second", "peak_bytes"}} for line in lines]
-    rows = json.loads((run / "data" / "rows" / "rows.json").read_text())
-    examples = json.loads((run / "data" / "examples" / "examples.json").read_text())
-    return [
-        [rows["content_hash"], rows["counts"], examples["content_hash"]],
-        [report["model"]["plan"]["parts"], report["model"]["ranking"] and report["model"]["ranking"]["chosen"]],
-        [report["adapter"], hash_folder(run / "adapter"), curve],
-        sorted(path.name for path in (run / "checkpoints").iterdir()),
-        [_evaluated(run), report["gates"], report["evaluation"]["samples"], report["evaluation"]["seeds"]],
-        (run / "merged").exists(),
-        sorted(path.name.split(".")[0] for path in run.rglob("events.out.*")),
-    ]
-
-
-def _evaluated(run: Path) -> str:
-    """What the evaluation says, but for the places of files."""
-    return (run / "evaluation" / "evaluation.json").read_text().replace(str(run.parent), "")
+def look(place: Path, flip: Flip, sets: tuple[str, ...]) -> str:
+    """What the recipe with these settings resolves to, as text."""
+    known = (flip.recipe, flip.look, *sets)
+    if known not in LOOKED or flip.look == "memory":
+        folder = place / f"look-{len(LOOKED)}"
+        try:
+            resolved = getattr(Resolved(flip.recipe, sets, folder), flip.look)()
+            LOOKED[known] = json.dumps(resolved, sort_keys=True, default=str).replace(str(folder), "")
+        except LlmtuneError as error:
+            LOOKED[known] = f"refused: {error}".replace(str(folder), "")
+    return LOOKED[known]
 
 
 @pytest.fixture(scope="module")
@@ -379,5 +487,7 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     if not (folder / "tiny.yaml").exists():
         write_recipe(folder / "tiny.yaml", "./model", "rows.jsonl", **SECTIONS)
-        run_pipeline(load_recipe("tiny.yaml"), Options(out=folder / "start", until="train"), Console(quiet=True))
+        Resolved("tiny.yaml", ("adapter.init_lora_weights=false",), folder / "first").adapted.model.save_pretrained(
+            folder / "start"
+        )
     return folder

@@ -1,15 +1,9 @@
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import (
-    find_recipe,
-    json_schema,
-    list_recipes,
-    load_recipe,
-    new_recipe,
-)
+from llmtune.recipe import find_recipe, json_schema, list_recipes, load_recipe, new_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import Section
+from llmtune.recipe.section import Section, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
 
 
@@ -43,20 +37,14 @@ def test_a_missing_file_is_refused_with_the_nearest_one_beside_it(write):
 
 
 @pytest.mark.parametrize("task", TASK_FACTS)
-def test_a_new_recipe_passes_the_check_and_marks_what_must_be_set(write, task):
+def test_a_new_recipe_passes_the_check_with_the_gates_that_it_proposes_and_marks_what_must_be_set(write, task):
     text = new_recipe(task)
-    loaded = load_recipe(write(text, whole=True))
-    assert loaded.recipe.task == task
+    proposed = text.rsplit("e.g. ", 1)[1].strip()
+    loaded = load_recipe(write(text, whole=True), [f"evaluate.gates={proposed}"])
+    assert (loaded.recipe.task, bool(loaded.recipe.evaluate.gates)) == (task, True)
     for key in ("name: my-", "train: data", "max_length:", "gates:"):
         (line,) = [line for line in text.splitlines() if line.strip().startswith(key)]
         assert "# SET" in line
-
-
-def test_the_gates_that_a_new_recipe_proposes_can_be_used(write):
-    for task in TASK_FACTS:
-        text = new_recipe(task)
-        proposed = text.rsplit("e.g. ", 1)[1].strip()
-        assert load_recipe(write(text, whole=True), [f"evaluate.gates={proposed}"]).recipe.evaluate.gates
 
 
 def test_a_new_recipe_for_no_task_is_refused():
@@ -65,8 +53,6 @@ def test_a_new_recipe_for_no_task_is_refused():
 
 
 def sections(section: type[Section] = Recipe) -> list[type[Section]]:
-    from llmtune.recipe.section import find_section
-
     inner = [find_section(field.annotation) for field in section.model_fields.values()]
     return [section, *(deeper for found in inner if found for deeper in sections(found))]
 

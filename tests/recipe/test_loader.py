@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,11 +23,6 @@ def test_a_recipe_cannot_be_changed(write):
         recipe.seed = 3
 
 
-def test_an_exponent_without_a_dot_is_a_number(write):
-    recipe = load_recipe(write("train: {learning_rate: 1e-4}\n")).recipe
-    assert recipe.train.learning_rate == 1e-4
-
-
 def test_values_of_the_nearer_file_win_and_mappings_are_merged(write):
     write("seed: 1\nadapter: {r: 4, lora_alpha: 8}\nevaluate: {gates: ['loss < base']}\n", "base.yaml", whole=True)
     write("extends: base.yaml\nadapter: {r: 5}\nseed: 2\n", "middle.yaml", whole=True)
@@ -39,15 +32,10 @@ def test_values_of_the_nearer_file_win_and_mappings_are_merged(write):
 
 
 def test_lists_and_sources_are_replaced_as_a_whole(write):
-    write(
-        "data: {train: {path: a.csv, columns: {prompt: q}}}\nevaluate: {metrics: [loss, chrf]}\n",
-        "base.yaml",
-        whole=True,
-    )
-    text = (
-        "extends: base.yaml\ntask: chat\ndata: {train: {path: b.csv}}\nmodel: {name: m}\nevaluate: {metrics: [chrf]}\n"
-    )
-    recipe = load_recipe(write(text, whole=True)).recipe
+    base = "data: {train: {path: a.csv, columns: {prompt: q}}}\nevaluate: {metrics: [loss, chrf]}\n"
+    write(base, "base.yaml", whole=True)
+    text = "extends: base.yaml\ntask: chat\ndata: {train: {path: b.csv}}\nmodel: {name: m}\n"
+    recipe = load_recipe(write(f"{text}evaluate: {{metrics: [chrf]}}\n", whole=True)).recipe
     assert recipe.data.train == (Source(path=str(Path.cwd() / "b.csv")),)
     assert recipe.evaluate.metrics == ("chrf",)
 
@@ -72,6 +60,12 @@ def test_set_reaches_into_sources(write):
     assert loaded.origins["data.train.0.path"] == "recipe.yaml:2"
 
 
+def test_a_null_that_takes_nothing_back_is_a_wrong_type_and_a_section_without_lines_has_its_defaults(refuse, write):
+    (problem,) = refuse("adapter: {r: null}\n")
+    assert problem.what == "'adapter.r' is null"
+    assert load_recipe(write("train:\nadapter:\n")).recipe.train.batch_size == 16
+
+
 def test_null_takes_back_what_an_extended_recipe_states(write):
     write("model: {candidates: [a/b, c/d]}\nadapter: {r: 4}\ntrain: {seeds: [1]}\n", "base.yaml", whole=True)
     text = "extends: base.yaml\ntask: chat\ndata: {train: a}\nmodel: {name: m, candidates: null}\ntrain: null\n"
@@ -79,15 +73,6 @@ def test_null_takes_back_what_an_extended_recipe_states(write):
     assert loaded.recipe.model.candidates is None
     assert loaded.recipe.adapter.r == 16
     assert loaded.recipe.train.seeds == ()
-
-
-def test_null_that_takes_nothing_back_is_a_wrong_type(refuse):
-    (problem,) = refuse("adapter: {r: null}\n")
-    assert problem.what == "'adapter.r' is null"
-
-
-def test_a_section_without_lines_is_a_section_of_defaults(write):
-    assert load_recipe(write("train:\nadapter:\n")).recipe.train.batch_size == 16
 
 
 def test_every_value_has_an_origin(write):
@@ -121,23 +106,6 @@ def test_the_written_recipe_shows_each_origin_and_loads_to_the_same(write):
     bare = load_recipe(write(loaded.to_yaml(with_origins=False), "bare/recipe.yaml", whole=True))
     assert bare.recipe == loaded.recipe
     assert "#" not in loaded.to_yaml(with_origins=False)
-
-
-@pytest.mark.parametrize(
-    "sets",
-    [
-        ["task=completion", "data.test=0"],
-        ["adapter.method=qlora", "train.optim=sgd", "train.lr_scheduler_type=constant"],
-        ["train.batch_tokens=500", "data.validation=v.jsonl", "data.test=[t.jsonl, hub:x]"],
-        ["adapter.start_from=run", "adapter.r=4"],
-        ["evaluate.metrics=[loss]", "data.split_by=null"],
-        ["model.name=./here"],
-    ],
-)
-def test_any_resolved_recipe_can_be_loaded_again(write, sets):
-    loaded = load_recipe(write(), sets)
-    again = load_recipe(write(loaded.to_yaml(), "again/recipe.yaml", whole=True))
-    assert again.recipe == loaded.recipe
 
 
 def test_paths_are_relative_to_the_file_that_states_them_and_set_to_the_working_folder(write, tmp_path):
@@ -177,13 +145,8 @@ def test_a_glob_in_a_folder_with_brackets_stays_a_glob_of_its_own_part(write):
 
 def test_the_fingerprint_ignores_name_gates_metrics_and_generation_only(write):
     plain = load_recipe(write()).fingerprint
-    kept = [
-        "name=x",
-        "evaluate.gates=['loss < 3']",
-        "evaluate.metrics=[loss]",
-        "generation.max_new_tokens=5",
-        "deploy=merged",
-    ]
+    kept = ["name=x", "evaluate.gates=['loss < 3']", "evaluate.metrics=[loss]", "generation.max_new_tokens=5"]
+    kept += ["deploy=merged", "train.seeds=[1, 2]"]
     assert {load_recipe(write(), [text]).fingerprint for text in kept} == {plain}
     changed = [
         "seed=1",
@@ -244,18 +207,3 @@ def test_a_set_that_cannot_be_read_is_refused_by_name(write, text, words):
         load_recipe(write("seed: 4\ndeploy: []\n"), [text])
     assert words in str(caught.value)
     assert all((problem.where or "").startswith("--set") for problem in caught.value.problems)
-
-
-def test_all_wrong_sets_are_named_at_once(write):
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(write(), ["seed", "a..b=1"])
-    assert len(caught.value.problems) == 2
-
-
-def test_reading_recipes_imports_no_heavy_library(write):
-    code = (
-        "import sys; from llmtune.recipe import load_recipe; load_recipe(sys.argv[1]);"
-        "print([m for m in ('torch', 'transformers', 'numpy', 'peft', 'datasets') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(write())], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

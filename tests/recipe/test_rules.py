@@ -115,6 +115,14 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["train.warmup_steps=1.5"], "'train.warmup_steps' is 1.5", "share"),
         (["train.lr_scheduler_type=cosine_with_min_lr"], "needs either min_lr or min_lr_rate", "min_lr_rate"),
         (["train.lr_scheduler_type=warmup_stable_decay"], "needs num_decay_steps", "num_decay_steps"),
+        (["model.attn_implementation=kernels-community/a/b"], "'model.attn_implementation' is", "named `owner/name`"),
+        (["model.attn_implementation=flash"], "'model.attn_implementation' is 'flash'", "auto, eager or sdpa."),
+        (["train.seeds=[1, 2, 1]"], "names a seed twice: 1", "once"),
+        (["train.seeds=[1, 42]"], "names the recipe's own seed, 42, again", "further seeds"),
+        (["train.seeds=3"], "'train.seeds' is 3", "a list"),
+        (["train.seeds=[-1]"], "'train.seeds.0' is -1", "at least 0"),
+        ([f"train.seeds=[{2**32}]"], "'train.seeds.0'", "below"),
+        (["train.seeds=[1.5]"], "'train.seeds.0' is 1.5", "a whole number"),
         (["train.report_to=[wandb, wandb]"], "twice", "once"),
         (["evaluate.metrics=[los]"], "unknown metric 'los'", "Did you mean 'loss'?"),
         (["evaluate.metrics=[]"], "is empty", "leave the key out"),
@@ -134,12 +142,6 @@ def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):
     assert what in problem.what
     assert fix in problem.fix
     assert problem.where.startswith("--set ") or problem.where == "recipe.yaml:3"
-
-
-def test_a_lora_key_under_full_fine_tuning_says_where_it_stands(refuse):
-    (problem,) = refuse("adapter:\n  method: full\n  r: 8\n")
-    assert problem.where == "recipe.yaml:6"
-    assert problem.what == "'adapter.r' has no effect with adapter.method: full"
 
 
 def test_an_early_stop_needs_validation_rows_but_its_defaults_are_no_mistake(write):

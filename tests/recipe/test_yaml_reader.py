@@ -87,21 +87,10 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path):
         load_recipe(path)
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path):
-    path = tmp_path / "bom.yaml"
-    path.write_bytes(b"\xef\xbb\xbftask: chat\ndata: {train: a}\nmodel: {name: b}\n")
-    assert load_recipe(path).recipe.task == "chat"
-
-
-def test_anchors_may_be_used_within_bounds(write):
-    text = "task: chat\ndata: {train: &rows [a.jsonl], test: *rows}\nmodel: {name: m}\n"
+def test_a_byte_order_mark_and_anchors_within_bounds_are_no_mistake(write):
+    text = "\ufefftask: chat\ndata: {train: &rows [a.jsonl], test: *rows}\nmodel: {name: m}\n"
     loaded = load_recipe(write(text, whole=True))
     assert loaded.recipe.data.test == loaded.recipe.data.train
-
-
-def test_a_folder_is_no_recipe(tmp_path):
-    with pytest.raises(RecipeError, match="a folder, not a recipe file"):
-        load_recipe(tmp_path)
 
 
 def load_or_refuse(path: Path, raw: bytes, sets: list[str]) -> None:
@@ -116,26 +105,20 @@ def load_or_refuse(path: Path, raw: bytes, sets: list[str]) -> None:
     assert said
 
 
-@settings(max_examples=2500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(), setting=st.text(max_size=30))
 def test_free_text_is_loaded_or_refused_and_nothing_else(tmp_path_factory, text, setting):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     load_or_refuse(path, text.encode("utf-8", "surrogatepass"), [setting])
 
 
-@settings(max_examples=500, deadline=None)
-@given(raw=st.binary(max_size=200))
-def test_free_bytes_are_loaded_or_refused_and_nothing_else(tmp_path_factory, raw):
-    load_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw, [])
-
-
 YAMLISH = st.text(alphabet="abc:-[]{}&*!|>'\"%@`#,?~ \n\t\\0123.eE_<=xuU", max_size=60)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(text=YAMLISH)
-def test_text_of_yaml_signs_is_loaded_or_refused_and_nothing_else(tmp_path_factory, text):
-    load_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", text.encode(), [])
+@settings(max_examples=600, deadline=None)
+@given(raw=st.binary(max_size=200) | YAMLISH.map(str.encode))
+def test_free_bytes_and_yaml_signs_are_loaded_or_refused_and_nothing_else(tmp_path_factory, raw):
+    load_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw, [])
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
@@ -146,7 +129,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(value=VALUES)
 def test_a_value_that_is_written_is_read_as_the_same(value):
     assert repr(parse_yaml(scalar(value), "value", Path()).plain()) == repr(value)

@@ -1,0 +1,122 @@
+"""The suites of `evaluate`: refused where this task's models have no answer to them, and gates on what they measure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from llmtune.recipe import load_recipe
+from llmtune.recipe.eval_suites_section import plain_name, suite_name
+from llmtune.recipe.gate_grammar import GATE
+
+FAIR = "evaluate.fairness={}"
+HARNESS = "evaluate.benchmarks=[arc_easy, own/colours.yaml]"
+PAIRS = "evaluate.fairness.pairs=[own]"
+SWAPS = "evaluate.fairness.swaps=[own]"
+
+
+@pytest.mark.parametrize("suite", ["evaluate.benchmarks=[arc_easy]", "evaluate.forgetting={}"])
+@pytest.mark.parametrize(
+    ("sets", "why"),
+    [
+        (["task=classify"], "models of task: classify"),
+        (["task=speech"], "models of task: speech"),
+        (["task=completion", "completion.objective=masked"], "only fills in words"),
+        (["task=qa", "qa.style=extractive"], "points at answers"),
+        (["task=preference", "preference.loss=reward"], "only gives scores"),
+    ],
+)
+def test_a_suite_for_decoders_is_refused_with_tasks_whose_models_are_none(refuse, suite, sets, why):
+    key = suite.partition("=")[0]
+    assert [problem for problem in refuse(sets=[*sets, suite]) if f"'{key}'" in problem.what and why in problem.what]
+
+
+@pytest.mark.parametrize(
+    ("sets", "key"),
+    [
+        ([PAIRS, "task=classify"], "pairs"),
+        (["evaluate.fairness.pairs=[x.csv]", "task=token-classify"], "pairs"),
+        ([PAIRS, "task=preference", "preference.loss=reward"], "pairs"),
+        ([PAIRS, "task=qa", "qa.style=extractive"], "pairs"),
+        ([SWAPS, "task=speech"], "swaps"),
+        ([SWAPS, "task=translate"], "swaps"),
+        ([SWAPS, "data.test=0"], "swaps"),
+        (["evaluate.fairness.groups=[sex]", "data.test=0"], "groups"),
+    ],
+)
+def test_a_part_that_this_task_or_these_rows_have_no_use_for_is_refused(refuse, sets, key):
+    assert [problem for problem in refuse(sets=sets) if f"'evaluate.fairness.{key}' has no effect" in problem.what]
+
+
+@pytest.mark.parametrize("task", ["chat", "classify", "token-classify", "speech", "translate", "qa", "preference"])
+def test_what_is_not_stated_is_left_to_the_suite(write, task):
+    for test in (0, 0.2):
+        recipe = load_recipe(write(), [FAIR, f"task={task}", f"data.test={test}"]).recipe
+        assert recipe.evaluate.fairness.pairs == ("own",)
+
+
+@pytest.mark.parametrize(
+    ("sets", "what", "fix"),
+    [
+        (["evaluate.fairness={pairs: [], swaps: []}"], "asks for nothing", "groups"),
+        (["evaluate.forgetting={texts: [], questions: []}"], "asks for nothing", "texts or questions"),
+        (["evaluate.fairness.groups=[a, a]"], "names something twice", "once"),
+        (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is no file", "files"),
+        (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is no file", "CSV"),
+        (["evaluate.fairness.pairs=['hub:a/b/c/d']"], "no name of a data set", "hub:OWNER/NAME[/CONFIG]"),
+        (["evaluate.benchmarks=[own/a.yaml, other/a.yml]"], "would both be called a", "Name each once"),
+        (["evaluate.gates=['fairness.gap > 1']"], "a study that is not made", "State evaluate.fairness"),
+        (["evaluate.gates=['farness.gap > 1']"], "an unknown study", "Did you mean 'fairness'?"),
+        ([FAIR, "evaluate.gates=['fairness.gap <= 0.05']"], "not measured", "evaluate.fairness.groups"),
+        ([FAIR, "evaluate.gates=['fairness.icat > 60']"], "of StereoSet alone", "StereoSet"),
+        ([FAIR, "evaluate.gates=['fairness.swap_changes < base']", "data.test=0"], "not measured here", "Remove it"),
+        ([FAIR, "evaluate.gates=['fairness.gpa < 1']"], "unknown metric", "Did you mean"),
+        ([FAIR, "evaluate.gates=['fairness.stereotype < 1']", "task=classify"], "not measured here", "Remove it"),
+        ([HARNESS, "evaluate.gates=['benchmarks.arc_easy > 0.5']"], "names a task without a metric", "TASK.METRIC"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(refuse, sets, what, fix):
+    (problem,) = refuse(sets=sets)
+    assert what in problem.what
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("suite", "gate"),
+    [
+        (HARNESS, "benchmarks.arc_easy.acc > base"),
+        (HARNESS, "benchmarks.gsm8k.exact_match.strict-match.low > base"),
+        (FAIR, "fairness.stereotype_distance <= base + 0.05"),
+        ("evaluate.forgetting={}", "forgetting.perplexity <= base * 1.05"),
+    ],
+)
+def test_gates_on_suites_hold_without_test_rows_too(write, suite, gate):
+    recipe = load_recipe(write(), [suite, "data.test=0", f"evaluate.gates=['{gate}']"]).recipe
+    assert recipe.evaluate.gates == (gate,)
+
+
+@pytest.mark.parametrize(
+    "name", ["arc_easy", "20_newsgroups", "longproc_html_0.5k", "mmlu_(general)", "maj@64", "low", "a--b", "v1.1-x"]
+)
+def test_whatever_lm_eval_calls_its_tasks_a_gate_can_name_them(name):
+    assert GATE.fullmatch(f"benchmarks.{plain_name(name)}.{plain_name(name)} > 0.5")
+
+
+def test_files_are_relative_to_the_recipe_and_names_stay(write, tmp_path):
+    write("evaluate: {fairness: {pairs: [own, x/p.csv, 'hub:a/b'], swaps: [w.csv]}}\n")
+    evaluate = load_recipe("recipe.yaml", [HARNESS]).recipe.evaluate
+    assert evaluate.fairness.pairs == ("own", str(tmp_path / "x" / "p.csv"), "hub:a/b")
+    assert evaluate.fairness.swaps == (str(tmp_path / "w.csv"),)
+    assert [one.task for one in evaluate.benchmarks] == ["arc_easy", str(tmp_path / "own" / "colours.yaml")]
+    assert [suite_name(one.task) for one in evaluate.benchmarks] == ["arc_easy", "colours"]
+
+
+def test_checking_a_recipe_imports_no_heavy_library(write):
+    code = (
+        "import sys; from llmtune.recipe import load_recipe; load_recipe(sys.argv[1], [sys.argv[2]]);"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'peft', 'datasets', 'lm_eval') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(write()), HARNESS]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
