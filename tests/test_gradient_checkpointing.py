@@ -1,0 +1,67 @@
+"""`gradient_checkpointing: auto` is decided once, said aloud, kept in run.json, and what a run goes on with."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from support.rows import chat, write_jsonl
+from support.runs import write_recipe
+
+from llmtune.adapter import inject
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.session import Options
+
+SAID = "train.gradient_checkpointing: auto computes activations again"
+WIDE, NARROW = 1 << 40, 1000
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_llama):
+    place = tmp_path_factory.mktemp("settled")
+    rows = write_jsonl(place / "rows.jsonl", [chat(f"What comes after {i}?", str(i + 1)) for i in range(40)])
+    train = {"num_train_epochs": None, "max_steps": 2}
+    return write_recipe(place / "tiny.yaml", tiny_llama, rows, train=train, model={"check_memory": False})
+
+
+def run(recipe, folder, limit, until="train", sets=()):
+    """Run on a device of `limit` bytes; return what was said, and whether activations were computed again."""
+    console, enabled = Console(file=io.StringIO(), width=200), []
+    enable = inject.__globals__["enable_checkpointing"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: limit)
+        patch.setitem(inject.__globals__, "enable_checkpointing", lambda model: enabled.append(1) or enable(model))
+        run_pipeline(load_recipe(recipe, sets), Options(out=folder, until=until), console)
+    return console.file.getvalue(), bool(enabled)
+
+
+def test_auto_is_on_only_where_memory_asks_for_it_and_stays_what_it_was(recipe, tmp_path):
+    folder = tmp_path / "run"
+    said, enabled = run(recipe, tmp_path / "wide", WIDE)
+    assert (SAID in said, enabled) == (False, False)
+    said, enabled = run(recipe, folder, NARROW, until="select")
+    assert SAID in said
+    said, enabled = run(recipe, folder, WIDE)  # where there is more memory, the run goes on as it has begun
+    assert (SAID in said, enabled) == (True, True)
+    kept = json.loads((folder / "run.json").read_text())
+    assert kept["findings"]["gradient_checkpointing"]["on"] is True
+    assert kept["steps"]["select"]["facts"]["gradient_checkpointing"] is True
+    facts = kept["steps"]["train"]["facts"]
+    assert facts["seconds_to_first_step"] > facts["wall_seconds"] / facts["steps"] / 10
+    assert facts["rehearsal_seconds"] > 0
+    said, enabled = run(recipe, folder, WIDE)
+    assert not enabled  # nothing is trained again
+    assert "train unchanged, skipped" in said
+
+
+def test_computing_again_changes_no_byte_of_the_result_and_what_is_stated_is_done_whatever_the_memory(recipe, tmp_path):
+    made = {}
+    for stated, limit in {"false": NARROW, "true": WIDE}.items():
+        # The same micro-batches for both: how many rows stand in one is another question of memory.
+        sets = ["train.batch_size=1", f"train.gradient_checkpointing={stated}"]
+        said, enabled = run(recipe, tmp_path / stated, limit, sets=sets)
+        assert enabled is (stated == "true")
+        assert SAID not in said
+        made[stated] = (tmp_path / stated / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert made["true"] == made["false"]
