@@ -26,7 +26,7 @@ value out of range and a key that would have no effect are errors.
 
 `extends`: {EXTENDS}
 Mappings are merged key by key; lists and sources are replaced as a whole; `null` takes a value back, so that its
-default holds. `--set` wins over all files. `llmtune recipes show NAME --origin` says where each value came from.
+default holds. `--set` wins over all files. `llmtune recipes show NAME --origin` shows where each value came from.
 """
 
 
@@ -76,7 +76,7 @@ def show_default(default: Any) -> str:
 
 
 def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """Say in words what a part of the JSON Schema admits."""
+    """Return in words what a part of the JSON Schema allows."""
     for union in ("anyOf", "oneOf", "allOf"):
         if union in schema:
             parts = list(dict.fromkeys(kind(part, definitions) for part in schema[union]))
@@ -96,7 +96,7 @@ def kind(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def bounds(schema: Mapping[str, Any]) -> str:
-    """Say which numbers are admitted."""
+    """Return which numbers are allowed."""
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     found = [
         f"{sign} {schema[name]:,g}" if schema[name] < 1000 else f"{sign} {schema[name]:,}"

@@ -97,7 +97,7 @@ class AdapterSection(Section):
         start = self.init_lora_weights
         if self.method == "qlora" and isinstance(start, str) and start.startswith(("pissa", "olora")):
             what = f"'adapter.init_lora_weights' is '{start}', which needs weights that are not quantised"
-            fix = "Use adapter.method: lora with it, or leave it out."
+            fix = "Use adapter.method: lora with it, or omit it."
             diagnostics.add("adapter.init_lora_weights", what, fix, "adapter.method")
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
@@ -105,7 +105,7 @@ class AdapterSection(Section):
                 try:
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
-                    what = f"'adapter.{name}' has {pattern!r}, which is no regular expression: {error}"
+                    what = f"'adapter.{name}' has {pattern!r}, which is not a regular expression: {error}"
                     diagnostics.add(f"adapter.{name}", what, "For a name ending, write a list: [q_proj].")
 
 

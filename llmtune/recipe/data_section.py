@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Tag
 
@@ -13,33 +13,13 @@ from llmtune.recipe.section import REMOTE, Count, Section, Text, absolute, by_ty
 from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS
 from llmtune.recipe.task_variant import TaskVariant
 
-CONTAINERS = ("jsonl", "json", "csv", "parquet")
 SPLITS = ("train", "validation", "test")
-Format = Literal[
-    "jsonl",
-    "json",
-    "csv",
-    "parquet",
-    "text",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt-completion",
-    "source-target",
-    "translation",
-    "document-summary",
-    "squad",
-    "question-answer",
-    "text-label",
-    "tokens-tags",
-    "text-spans",
-    "audio-text",
-    "audio-folder",
-    "chosen-rejected",
-    "conversation-pair",
-    "answer-thumb",
-    "conversation-thumb",
-]
+Container = Literal["jsonl", "json", "csv", "parquet"]
+ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
+PairFormat = Literal["source-target", "translation", "document-summary", "squad", "question-answer"]
+LabelFormat = Literal["text-label", "tokens-tags", "text-spans", "audio-text", "audio-folder"]
+PreferenceFormat = Literal["chosen-rejected", "conversation-pair", "answer-thumb", "conversation-thumb"]
+Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, PreferenceFormat]
 
 
 def absolute_source(path: str, folder: Path) -> str:
@@ -82,8 +62,8 @@ class Source(Section):
         if kind != "hub":
             fix = "Remove it, or name a hub data set."
             hub_keys = ("config", "split", "revision")
-            diagnostics.none_has_effect(self, key, hub_keys, "but for hub:NAME", fix, f"{key}.path")
-        elif self.format in CONTAINERS:
+            diagnostics.none_has_effect(self, key, hub_keys, "except for hub:NAME", fix, f"{key}.path")
+        elif self.format in get_args(Container):
             fix = "Remove it, or name a row format."
             diagnostics.no_effect(f"{key}.format", "for a hub data set", fix, f"{key}.path")
         formats = variant.facts.formats
@@ -92,7 +72,7 @@ class Source(Section):
             diagnostics.add(f"{key}.format", what, f"Row formats of this task: {', '.join(formats)}.", "task")
         for column in self.columns:
             if column not in COLUMNS:
-                what = f"'{key}.columns' maps '{column}', which is no column that llmtune knows"
+                what = f"'{key}.columns' maps '{column}', which is not a column that llmtune knows"
                 fix = f"{nearest(column, COLUMNS)} Ours stand on the left: {', '.join(COLUMNS)}.".strip()
                 diagnostics.add(f"{key}.columns.{column}", what, fix)
 

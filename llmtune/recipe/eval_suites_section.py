@@ -76,12 +76,12 @@ class ForgettingSection(Section):
             diagnostics.add(key, what, "Remove it; it is for decoder language models.", because)
             return
         if not self.texts and not self.questions:
-            diagnostics.add(key, f"'{key}' asks for nothing", "Give it texts or questions, or remove it.")
+            diagnostics.add(key, f"'{key}' measures nothing", "Give it texts or questions, or remove it.")
         for name, files in (("texts", self.texts), ("questions", self.questions)):
             diagnostics.repeated(f"{key}.{name}", files, "something")
             for file in files:
                 if file.startswith(REMOTE):
-                    diagnostics.add(f"{key}.{name}", f"'{file}' is no file", "Give `own`, or files.")
+                    diagnostics.add(f"{key}.{name}", f"'{file}' is not a file", "Give `own`, or files.")
 
 
 class FairnessSection(Section):
@@ -104,7 +104,7 @@ class FairnessSection(Section):
         """Report keys of the section that would have no effect, and what is named twice."""
         key = "evaluate.fairness"
         if not (self.pairs or self.swaps or self.groups):
-            diagnostics.add(key, f"'{key}' asks for nothing", "Give it pairs, swaps or groups, or remove it.")
+            diagnostics.add(key, f"'{key}' measures nothing", "Give it pairs, swaps or groups, or remove it.")
         for name in ("pairs", "swaps", "groups"):
             diagnostics.repeated(f"{key}.{name}", getattr(self, name), "something")
         for name, (why, fix) in fairness_without_effect(variant, has_test).items():
@@ -112,11 +112,11 @@ class FairnessSection(Section):
                 diagnostics.no_effect(f"{key}.{name}", why, fix, "task" if name != "groups" else "data.test")
         for file in self.swaps:
             if file.startswith(REMOTE):
-                diagnostics.add(f"{key}.swaps", f"'{file}' is no file", "Give `own`, or a CSV file of two columns.")
+                diagnostics.add(f"{key}.swaps", f"'{file}' is not a file", "Give `own`, or a CSV file of two columns.")
         for file in self.pairs:
             if file.startswith("hub:") and file.count("/") > 2:
                 fix = "Write hub:OWNER/NAME[/CONFIG]."
-                diagnostics.add(f"{key}.pairs", f"'{file}' is no name of a data set", fix)
+                diagnostics.add(f"{key}.pairs", f"'{file}' is not the name of a data set", fix)
 
 
 def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
@@ -154,7 +154,7 @@ def check_benchmarks(diagnostics: Diagnostics, benchmarks: tuple[BenchmarkSectio
     key = "evaluate.benchmarks"
     if benchmarks and variant.without_decoder:
         why, because = variant.without_decoder
-        diagnostics.add(key, f"'{key}' asks decoder language models, and {why}", "Remove it.", because)
+        diagnostics.add(key, f"'{key}' runs on decoder language models, and {why}", "Remove it.", because)
         return
     names = [suite_name(benchmark.task) for benchmark in benchmarks]
     for i, name in enumerate(names):

@@ -106,7 +106,7 @@ class EvaluateSection(Section):
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, known = "evaluate.metrics", variant.facts.metrics
         if not self.metrics and diagnostics.stated(key):
-            fix = "Name a metric, or leave the key out for the task's own choice of them."
+            fix = "Name a metric, or omit the key for the task's own choice."
             diagnostics.add(key, f"'{key}' is empty", fix)
         for i, metric in enumerate(self.metrics):
             if metric not in known:

@@ -53,23 +53,23 @@ class Gate:
 
 def parse_gate(text: str) -> Gate:
     """Read one gate. Raises RecipeError, with the forms there are, if it is not one."""
-    found = GATE.fullmatch(text)
-    if not found:
+    match = GATE.fullmatch(text)
+    if not match:
         raise RecipeError.of(f"{text!r} is not a gate", None, f"Write one like {FORMS}.")
-    sign, operand = found["sign"], float(found["operand"] or 0)
-    part = cast("Part | None", found["part"])
-    if part and found["number"] is not None:
+    sign, operand = match["sign"], float(match["operand"] or 0)
+    part = cast("Part | None", match["part"])
+    if part and match["number"] is not None:
         raise RecipeError.of(
             f"{text!r} compares the {part} end of a difference from the base with a number",
             None,
-            f"Write `{found['metric']}.{part} {found['op']} base`, or leave out `.{part}`.",
+            f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
         )
     return Gate(
         text=" ".join(text.split()),
-        metric=found["metric"],
+        metric=match["metric"],
         part=part,
-        op=cast("Operator", found["op"]),
-        number=None if found["number"] is None else float(found["number"]),
+        op=cast("Operator", match["op"]),
+        number=None if match["number"] is None else float(match["number"]),
         factor=operand if sign == "*" else 1.0,
         offset=-operand if sign == "-" else operand if sign == "+" else 0.0,
     )

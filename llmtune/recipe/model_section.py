@@ -83,7 +83,7 @@ class ModelSection(Section):
         locals_ = [_is_local(diagnostics, key, name) for key, name in names.items()]
         diagnostics.repeated("model.candidates", self.candidates or (), "a model")
         if locals_ and all(locals_):
-            diagnostics.no_effect("model.revision", "but for a model on the hub", "Remove it.", *both)
+            diagnostics.no_effect("model.revision", "except for a model on the hub", "Remove it.", *both)
         if not variant.facts.templated or variant.is_extractive:
             template_keys = ("chat_template", "chat_template_kwargs")
             why, fix = f"with task: {variant.task}", "Remove it, or use task: chat."

@@ -39,7 +39,9 @@ def check_prompt(diagnostics: Diagnostics, key: str, prompt: str | None, fields:
     """Report a prompt that does not hold one of a row's texts."""
     missing = [name for name in fields if prompt is not None and f"{{{name}}}" not in prompt]
     if missing:
-        diagnostics.add(key, f"'{key}' does not say where the {missing[0]} stands", f"Put {{{missing[0]}}} into it.")
+        diagnostics.add(
+            key, f"'{key}' does not contain {{{missing[0]}}}", f"Put {{{missing[0]}}} where the text belongs."
+        )
 
 
 class CompletionSection(TaskSection):

@@ -12,39 +12,15 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.section import Count, Many, Section, Seed, one_or_more
 
-Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "adamw_bnb_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "ademamix",
-    "ademamix_8bit",
-    "paged_ademamix_8bit",
-    "paged_ademamix_32bit",
-    "lion_32bit",
-    "lion_8bit",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "adafactor",
-    "adagrad",
-    "rmsprop",
-    "rmsprop_bnb",
-    "rmsprop_bnb_8bit",
-    "sgd",
-]
-Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-]
+AdamW = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"]
+PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]
+AdEMAMix = Literal["ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"]
+Lion = Literal["lion_32bit", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit"]
+OtherOptimizer = Literal["adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "sgd"]
+Optimizer = Literal[AdamW, PagedAdamW, AdEMAMix, Lion, OtherOptimizer]
+Cosine = Literal["cosine", "cosine_with_restarts", "cosine_with_min_lr"]
+Constant = Literal["constant", "constant_with_warmup"]
+Schedule = Literal["linear", Cosine, "polynomial", Constant, "inverse_sqrt", "warmup_stable_decay"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(one_or_more, json_schema_input_type=Tracker | list[Tracker])]
 Checkpointing = Annotated[

@@ -127,7 +127,7 @@ def wrong_value(error: ErrorDetails, key: Key, source_map: SourceMap) -> Problem
         fix = f"It must be {word} {context[bound]}."
     elif kind in ("string_too_short", "too_short"):
         what = what if value else f"'{name}' is empty"
-        fix = f"It needs at least {context['min_length']}; or leave the key out."
+        fix = f"It needs at least {context['min_length']}; or omit the key."
     elif kind == "string_pattern_mismatch":
         fix = PATTERNS.get(name, f"It must match {context['pattern']}.")
     else:

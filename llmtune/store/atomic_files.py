@@ -48,7 +48,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Turn paths into text, tuples into lists and numbers that JSON cannot hold into None, all the way down."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -115,7 +115,7 @@ def hash_path(path: Path) -> str:
 
 def hash_listing(files: Mapping[str, str]) -> str:
     """sha256 of a folder of which the files are listed."""
-    return hashlib.sha256("\n".join(f"{name} {found}" for name, found in files.items()).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in files.items()).encode()).hexdigest()
 
 
 def list_model(folder: Path) -> dict[str, str]:
@@ -150,6 +150,6 @@ def explained(path: Path) -> Iterator[None]:
             raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
         if error.errno in NO_PLACE:
             what = f"cannot be read or written: {error.strerror}"
-            fix = "change its permissions, or choose another place (--out)"
+            fix = "change its permissions, or choose another folder (--out)"
             raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
         raise

@@ -75,12 +75,12 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
     trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
     if trackers:
         what = f"{', '.join(trackers)} would send numbers over the network, which --offline forbids"
-        fix = "leave it out (--set train.report_to=[]) or --offline away"
+        fix = "omit it (--set train.report_to=[]), or omit --offline"
         problems.append(Problem(what, "train.report_to", fix))
     attention = recipe.model.attn_implementation
     if "/" in attention:
         what = f"the kernel {attention} is fetched from the hub, which --offline forbids"
-        fix = "set it to auto (--set model.attn_implementation=auto) or leave --offline away"
+        fix = "set it to auto (--set model.attn_implementation=auto) or omit --offline"
         problems.append(Problem(what, "model.attn_implementation", fix))
     EnvironmentProblem.collect(problems)
 
@@ -88,8 +88,8 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
 def names_remote(recipe: Recipe) -> bool:
     """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
-    sides = (recipe.data.train, recipe.data.validation, recipe.data.test)
-    sources = [source for side in sides if isinstance(side, tuple) for source in side]
+    splits = (recipe.data.train, recipe.data.validation, recipe.data.test)
+    sources = [source for sources in splits if isinstance(sources, tuple) for source in sources]
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation
     remote_data = any(map(_is_remote_source, sources)) or studies_remote(recipe)

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import psutil
 
@@ -51,6 +51,7 @@ def resident_peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _cuda() -> Any:
+def _cuda() -> ModuleType | None:
+    """Return torch.cuda if a GPU is in use; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -62,7 +62,7 @@ class Finding:
         """Return what is wrong and what to do."""
         was, now = ((value or "unknown")[:12] for value in (self.was, self.now))
         if self.state == "added":
-            return Problem(f"{self.kind}: it was not there when the run was made", self.name, "take it away")
+            return Problem(f"{self.kind}: it was not there when the run was made", self.name, "remove it")
         if self.state == "missing":
             fix = "put it back, or run the recipe again"
             return Problem(f"{self.kind}: it is missing; its hash was {was}", self.name, fix)

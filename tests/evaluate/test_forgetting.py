@@ -311,9 +311,9 @@ def test_tasks_without_a_decoder_are_refused_by_name(tmp_path, task, section, to
 
 
 BAD_SECTIONS = [
-    ({"texts": [], "questions": []}, "asks for nothing"),
+    ({"texts": [], "questions": []}, "measures nothing"),
     ({"texts": ["own", "own"]}, "names something twice"),
-    ({"questions": ["hub:some/set"]}, "is no file"),
+    ({"questions": ["hub:some/set"]}, "is not a file"),
 ]
 
 

@@ -60,12 +60,12 @@ def test_what_is_not_stated_is_left_to_the_suite(write, task):
 @pytest.mark.parametrize(
     ("sets", "what", "fix"),
     [
-        (["evaluate.fairness={pairs: [], swaps: []}"], "asks for nothing", "groups"),
-        (["evaluate.forgetting={texts: [], questions: []}"], "asks for nothing", "texts or questions"),
+        (["evaluate.fairness={pairs: [], swaps: []}"], "measures nothing", "groups"),
+        (["evaluate.forgetting={texts: [], questions: []}"], "measures nothing", "texts or questions"),
         (["evaluate.fairness.groups=[a, a]"], "names something twice", "once"),
-        (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is no file", "files"),
-        (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is no file", "CSV"),
-        (["evaluate.fairness.pairs=['hub:a/b/c/d']"], "no name of a data set", "hub:OWNER/NAME[/CONFIG]"),
+        (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is not a file", "files"),
+        (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is not a file", "CSV"),
+        (["evaluate.fairness.pairs=['hub:a/b/c/d']"], "not the name of a data set", "hub:OWNER/NAME[/CONFIG]"),
         (["evaluate.benchmarks=[own/a.yaml, other/a.yml]"], "would both be called a", "Name each once"),
         (["evaluate.gates=['fairness.gap > 1']"], "a study that is not made", "State evaluate.fairness"),
         (["evaluate.gates=['farness.gap > 1']"], "an unknown study", "Did you mean 'fairness'?"),

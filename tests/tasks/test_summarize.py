@@ -111,7 +111,7 @@ def test_a_long_document_is_refused_by_default_and_a_long_summary_always(t5, tmp
 
 def test_a_prompt_without_the_document_is_refused(t5, tmp_path):
     recipe = recipe_of(tmp_path, t5, DOCUMENTS, "summarize", summarize={"prompt": "Summarize this."})
-    with pytest.raises(RecipeError, match=r"'summarize.prompt' does not say where the document stands"):
+    with pytest.raises(RecipeError, match=r"'summarize.prompt' does not contain {document}"):
         load_recipe(str(recipe))
 
 
