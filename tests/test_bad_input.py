@@ -38,8 +38,8 @@ def expect(result: Result, code: int, *words: str) -> None:
         assert word in shown, shown
 
 
-def run_with(rows: Path, model: Path, *arguments: str, command: str = "run", **sections: Any) -> Result:
-    write_recipe(Path("tiny.yaml"), model, rows, **sections)
+def run_with(rows: Path, model_folder: Path, *arguments: str, command: str = "run", **sections: Any) -> Result:
+    write_recipe(Path("tiny.yaml"), model_folder, rows, **sections)
     return invoke(command, "tiny.yaml", "--out", "run", *arguments)
 
 
