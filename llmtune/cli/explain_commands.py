@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,8 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.store.process_environment import at_once, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
-    from llmtune.explain.target import Subject
+    from llmtune.explain.explanation import Explanation
+    from llmtune.explain.target import Target
 
 app = typer.Typer(
     help="Look inside a model: the base, the tuned one, and the difference between the two.", no_args_is_help=True
@@ -91,24 +91,16 @@ def attention(
     """Show which words look at which: every layer and head, as heatmap and as graph; base, tuned and difference."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with at_once():
-        from rich.console import Console
-
-        from llmtune.explain.attention import explain_attention
-        from llmtune.explain.attention_inputs import Given
-        from llmtune.explain.attention_selection import Wishes
-        from llmtune.explain.attention_table import print_attention
-        from llmtune.explain.target import open_subject
+        from llmtune.explain.attention_explainer import explain_attention
+        from llmtune.explain.attention_view import AttentionOptions
+        from llmtune.explain.inputs import AttentionRequest
+        from llmtune.explain.target import open_target
 
     console = stderr_console()
-    subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    given = Given(text, target, pair, audio, language, chat, words, max_tokens, cut)
-    wishes = Wishes(kind, layer, head, view.value, threshold, special)
-    told, written = explain_attention(subject, given, wishes, out or subject.folder, console)
-    if as_json:
-        print_json({**told, "files": written})
-    else:
-        print_attention(told, Console(highlight=False))
-    _tell(written, subject)
+    looked = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
+    request = AttentionRequest(text, target, pair, audio, language, chat, words, max_tokens, cut)
+    options = AttentionOptions(kind, layer, head, view.value, threshold, special)
+    _show(explain_attention(looked, request, options, out or looked.folder, console), looked, as_json)
 
 
 @app.command()
@@ -146,23 +138,15 @@ def generation(
     """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with at_once():
-        from rich.console import Console
-
-        from llmtune.explain.generation import Wishes, explain_generation
-        from llmtune.explain.generation_inputs import Given
-        from llmtune.explain.generation_table import print_generation
-        from llmtune.explain.target import open_subject
+        from llmtune.explain.generation_explainer import GenerationOptions, explain_generation
+        from llmtune.explain.inputs import PromptRequest
+        from llmtune.explain.target import open_target
 
     console = stderr_console()
-    subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    given = Given(prompt, system, context, audio, plain)
-    wishes = Wishes(max_new_tokens, temperature, top_p, top_k, sample, seed)
-    told, written = explain_generation(subject, given, wishes, out or subject.folder, console)
-    if as_json:
-        print_json({**told, "files": written})
-    else:
-        print_generation(told, Console(highlight=False), top)
-    _tell(written, subject)
+    target = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
+    request = PromptRequest(prompt, system, context, audio, plain)
+    options = GenerationOptions(max_new_tokens, temperature, top_p, top_k, sample, seed)
+    _show(explain_generation(target, request, options, out or target.folder, console, top=top), target, as_json)
 
 
 @app.command()
@@ -191,22 +175,15 @@ def positions(
     """Show how a model knows the order of words: sines, a learned table, rotations (RoPE), biases by distance (T5)."""
     prepare_environment(network=run is not None and is_remote_model(run) and not offline, threads=threads)
     with at_once():
-        from rich.console import Console
-
-        from llmtune.explain.positions import Asked, explain_positions
-        from llmtune.explain.positions_table import print_positions
-        from llmtune.explain.target import open_subject
+        from llmtune.explain.positions_explainer import PositionsRequest, explain_positions
+        from llmtune.explain.target import open_target
 
     console = stderr_console()
-    options = {"offline": offline, "trust_remote_code": trust_remote_code}
-    subject = None if run is None else open_subject(run, console, **options)
-    folder = out or (subject.folder if subject else Path("explain") / "sinusoidal")
-    shown, told, written = explain_positions(Asked(text, length, dimension, base), subject, folder, console)
-    if as_json:
-        print_json({**told, "files": written})
-    else:
-        print_positions(shown, Console(highlight=False))
-    _tell(written, subject)
+    trusted = {"offline": offline, "trust_remote_code": trust_remote_code}
+    target = None if run is None else open_target(run, console, **trusted)
+    folder = out or (target.folder if target else Path("explain") / "sinusoidal")
+    request = PositionsRequest(text, length, dimension, base)
+    _show(explain_positions(request, target, folder, console), target, as_json)
 
 
 @app.command()
@@ -225,20 +202,12 @@ def model(
     """Draw the architecture: parts, shapes, parameters, residual paths, what was trained, and what a text costs."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with at_once():
-        from rich.console import Console
-
-        from llmtune.explain.model import explain_model
-        from llmtune.explain.model_table import print_model
-        from llmtune.explain.target import open_subject
+        from llmtune.explain.model_explainer import explain_model
+        from llmtune.explain.target import open_target
 
     console = stderr_console()
-    subject = open_subject(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    portrait, told, written = explain_model(subject, out or subject.folder, console, measure=measure)
-    if as_json:
-        print_json({**told, "files": written})
-    else:
-        print_model(portrait, Console(highlight=False))
-    _tell(written, subject)
+    target = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
+    _show(explain_model(target, out or target.folder, console, measure=measure), target, as_json)
 
 
 @app.command()
@@ -253,32 +222,32 @@ def adapter(
     """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from rich.console import Console
-
-        from llmtune.explain.adapter import explain_adapter, require_run
-        from llmtune.explain.adapter_table import print_moves
-        from llmtune.explain.target import open_subject
+        from llmtune.explain.adapter_explainer import explain_adapter, require_run
+        from llmtune.explain.target import open_target
 
     console = stderr_console()
     require_run(run)
-    subject = open_subject(str(run), console, offline=offline)
-    found, told, written = explain_adapter(subject, out or subject.folder, console)
-    if as_json:
-        print_json({**told, "files": written})
-    else:
-        print_moves(found, Console(highlight=False))
-    _tell(written, subject)
+    target = open_target(str(run), console, offline=offline)
+    _show(explain_adapter(target, out or target.folder, console), target, as_json)
 
 
-def _tell(written: Sequence[Path], subject: Subject | None = None) -> None:
-    """Say which files were written; a run's report is written anew, with links to the pages in the run's own folder."""
+def _show(explanation: Explanation, target: Target | None, as_json: bool) -> None:
+    """Print what was found and which files were written; a run's report gets links to the pages in its own folder."""
+    from rich.console import Console
     from rich.markup import escape
 
     from llmtune.report import link_explanations
+    from llmtune.report.render_terminal import print_page
 
+    if as_json:
+        print_json({**explanation.values, "files": explanation.files})
+    else:
+        print_page(explanation.page, Console(highlight=False))
     console = stderr_console()
-    for path in written:
+    for path in explanation.files:
         console.print(f"written: {escape(str(path))}")
-    own = subject is not None and subject.recipe is not None and any(path.parent == subject.folder for path in written)
-    if subject is not None and own and link_explanations(subject.folder.parent):
-        console.print(f"linked from: {escape(str(subject.folder.parent / 'report.html'))}")
+    if target is None or target.recipe is None:
+        return
+    own = any(path.parent == target.folder for path in explanation.files)
+    if own and link_explanations(target.folder.parent):
+        console.print(f"linked from: {escape(str(target.folder.parent / 'report.html'))}")

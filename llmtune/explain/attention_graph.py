@@ -10,21 +10,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import networkx  # type: ignore[import-untyped]
 import numpy as np
-from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
 
-from llmtune.explain.attention_summary import Line, Mask
-from llmtune.explain.rollout import Matrix
+from llmtune.explain.attention_summary import Line, Mask, Matrix
+from llmtune.explain.attention_view import DIFFERENCE, TITLES
+from llmtune.explain.figures import BLUE, GREY, INK, ORANGE, WARN, figure_settings, label_width, save_figure
 from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_text import label
 from llmtune.report.number_format import signed
 from llmtune.report.text_files import replace_file
 
 EDGES_PER_WORD = 1.5
-"""About how many edges are left where a person names no threshold."""
+"""About how many edges are left where no threshold is given."""
 LOWEST = 0.01
 MOST_DRAWN = 600
 """Edges of one picture; those that are left out are the weakest."""
@@ -32,20 +35,13 @@ FAINT = 0.02
 """Share of the strongest edge of a picture from which on an edge is drawn."""
 MOST_WRITTEN = 200_000
 """Edges of one GraphML or JSON file."""
-ROW, TOP, LETTER, ARC, CROSSING = 22, 56, 8.2, 150, 210
-"""Pixels: a row's height, the head, a letter, the space for arcs, the space between two columns of words."""
-STYLE = Markup("""
-svg { background: #fff; font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-text { fill: #1b1f26; unicode-bidi: plaintext; } .special { fill: #8a5a00; font-style: italic; }
-.title { font-size: 15px; font-weight: 600; } .soft { fill: #5c6470; font-size: 12px; }
-path { fill: none; stroke: #2563c9; stroke-linecap: round; } .base path { stroke: #7d8593; }
-path.more { stroke: #c9621a; } path.less { stroke: #2b6fc2; }
-""")
+ROW_IN, ARC_IN, GAP_IN = 0.21, 1.5, 2.2
+"""Inches: a row's height, the space for arcs, the space between two columns of words."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Who looks at what, and how strongly: a weight a side."""
+    """Who looks at what, and how strongly: a weight for each model."""
 
     start: int
     end: int
@@ -53,9 +49,9 @@ class Edge:
     layer: int
     head: str
 
-
-Shown = list[tuple[Edge, float]]
-"""Edges with their weights in one picture, the weakest first."""
+    def strength(self, model: str) -> float:
+        """Return the weight of a model; of the difference tuned minus base."""
+        return self.weights[TUNED] - self.weights[BASE] if model == DIFFERENCE else self.weights[model]
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Graph:
     rows: Line
     columns: Line
     edges: Sequence[Edge]
-    about: Mapping[str, Any]
-    """What the edges are: model, kind of attention, layer, head, threshold."""
+    about: Mapping[str, str | float]
+    """What the edges are: model, kind of attention, threshold."""
 
     @property
     def crosses(self) -> bool:
@@ -81,44 +77,37 @@ class Graph:
         return replace(self, edges=[edge for edge in self.edges if edge.end not in parked or edge.start == edge.end])
 
 
-def find_threshold(weights_QT: Matrix, telling_QT: Mask) -> float:
-    """Return a threshold that leaves about EDGES_PER_WORD edges a word among those that tell something."""
-    told = weights_QT[telling_QT] if telling_QT.any() else weights_QT.ravel()
-    wanted = min(told.size, math.ceil(EDGES_PER_WORD * len(weights_QT)))
-    strongest = np.partition(told, -wanted)[-wanted]
+def find_threshold(weights_QT: Matrix, words_QT: Mask) -> float:
+    """Return a threshold that leaves about EDGES_PER_WORD edges a word among those between words."""
+    between = weights_QT[words_QT] if words_QT.any() else weights_QT.ravel()
+    count = min(between.size, math.ceil(EDGES_PER_WORD * len(weights_QT)))
+    strongest = np.partition(between, -count)[-count]
     return max(LOWEST, round(float(strongest), 3))
 
 
-def find_edges(sides: Mapping[str, Matrix], threshold: float, layer: int, head: str) -> list[Edge]:
-    """Return the edges that are at least `threshold` on one of the sides, the strongest first."""
-    strongest_QT = np.max(list(sides.values()), axis=0)
+def find_edges(maps: Mapping[str, Matrix], threshold: float, layer: int, head: str) -> list[Edge]:
+    """Return the edges that are at least `threshold` in one of the models, the strongest first."""
+    strongest_QT = np.max(list(maps.values()), axis=0)
     found = np.argwhere((strongest_QT >= threshold) & (strongest_QT > 0))
     order = np.argsort(-strongest_QT[tuple(found.T)], kind="stable")
     return [
-        Edge(int(i), int(k), {side: float(weights[i, k]) for side, weights in sides.items()}, layer, head)
+        Edge(int(i), int(k), {model: float(weights[i, k]) for model, weights in maps.items()}, layer, head)
         for i, k in found[order]
     ]
 
 
 def to_networkx(graph: Graph) -> networkx.MultiDiGraph:
-    """Return it as networkx has it: nodes with their text and place, edges with `weight` (of a run the tuned one's)."""
+    """Return it for networkx: nodes with their text and place, edges with `weight` (of a run the tuned model's)."""
     made = networkx.MultiDiGraph(**graph.about)
-    lines = (("t", graph.columns), ("q", graph.rows)) if graph.crosses else (("t", graph.rows),)
-    for prefix, line in lines:
+    lines = (("t", graph.columns, "source"), ("q", graph.rows, "target"))
+    for prefix, line, name in lines if graph.crosses else (("t", graph.rows, "text"),):
         for place, token in enumerate(line.tokens):
-            side = {"t": "source", "q": "target"}[prefix] if graph.crosses else "text"
-            made.add_node(
-                f"{prefix}{place}",
-                label=label(token, 80),
-                place=place,
-                line=side,
-                special=token.special,
-                token=token.id,
-            )
+            text = {"label": label(token, 80), "place": place, "line": name}
+            made.add_node(f"{prefix}{place}", **text, special=token.special, token=token.id)
     first = "q" if graph.crosses else "t"
     for edge in graph.edges[:MOST_WRITTEN]:
-        weights = {side: round(weight, 6) for side, weight in edge.weights.items()}
-        numbers: dict[str, Any] = {"weight": weights[TUNED] if TUNED in weights else next(iter(weights.values()))}
+        weights = {model: round(weight, 6) for model, weight in edge.weights.items()}
+        numbers = {"weight": weights[TUNED] if TUNED in weights else next(iter(weights.values()))}
         if TUNED in weights:
             numbers |= {"base": weights[BASE], "difference": round(weights[TUNED] - weights[BASE], 6)}
         made.add_edge(f"{first}{edge.start}", f"t{edge.end}", **numbers, layer=edge.layer, head=edge.head)
@@ -136,106 +125,66 @@ def write_graph(stem: Path, graph: Graph) -> list[Path]:
     return paths
 
 
-def draw_graph(path: Path, graph: Graph, panels: Sequence[tuple[str, str]], title: str) -> Path:
-    """Draw it as SVG.
-
-    Args:
-        path: the file.
-        graph: of one layer and head.
-        panels: what stands side by side, each with its title: a side, or `difference`.
-        title: stands above.
-    """
-    words = _width(graph.rows, graph.columns)
-    width = (2 * words + CROSSING if graph.crosses else words + 2 * ARC) + 24
-    height = TOP + ROW * max(len(graph.rows), len(graph.columns)) + 20
-    parts = [Markup('<text class="title" x="12" y="22">{}</text>').format(title)]
-    draw = _draw_crossing if graph.crosses else _draw_arcs
-    for number, (side, name) in enumerate(panels):
-        shown = _shown(graph, side)
-        if side == "difference" and shown:
-            name += f" (up to {signed(shown[-1][1])})"
-        inner = [Markup('<text class="soft" x="12" y="42">{}</text>').format(name), *draw(graph, side, words, shown)]
-        group = Markup('<g class="{}" transform="translate({} 0)">{}</g>')
-        parts.append(group.format(side, width * number, Markup("").join(inner)))
-    whole = width * len(panels)
-    svg = Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0:.0f} {1}" width="{0:.0f}" height="{1}"'
-    ).format(max(whole, 10.2 * len(title) + 24), height)
-    label_ = Markup(' role="img" aria-label="{}"><style>{}</style>{}</svg>\n')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, svg + label_.format(title, STYLE, Markup("").join(parts)))
-    return path
+def draw_graph(stem: Path, graph: Graph, models: Sequence[str], title: str) -> list[Path]:
+    """Draw it as SVG, the models (or DIFFERENCE) side by side; all edges are of one layer and head."""
+    labels = [label(token) for line in (graph.rows, graph.columns) for token in line.tokens]
+    words = label_width(labels) + 0.15
+    wide = 2 * words + GAP_IN if graph.crosses else words + 2 * ARC_IN
+    rows = max(len(graph.rows), len(graph.columns))
+    with figure_settings([*labels, title], stem.name):
+        width = max(wide * len(models), 1.25 * label_width([title]))
+        figure = Figure(figsize=(width, ROW_IN * rows + 0.9))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+        figure.subplots_adjust(left=0, right=1, bottom=0.02, top=1 - 0.65 / figure.get_figheight(), wspace=0)
+        for model, axes in zip(models, figure.subplots(1, len(models), squeeze=False)[0], strict=True):
+            axes.set(xlim=(0, width / len(models)), ylim=(rows - 0.5, -0.5))
+            axes.axis("off")
+            _draw_panel(axes, graph, model, (width / len(models), GAP_IN if graph.crosses else words))
+        return save_figure(figure, stem, ("svg",))
 
 
-def _width(*lines: Line) -> float:
-    return max(_wide(label(token)) for line in lines for token in line.tokens) + 14
+def _draw_panel(axes: Axes, graph: Graph, model: str, widths: tuple[float, float]) -> None:
+    edges = strongest_edges(graph, model)
+    most = abs(edges[-1].strength(model)) if edges else 1.0
+    name = TITLES[model]
+    if model == DIFFERENCE and edges:
+        name += f" (up to {signed(edges[-1].strength(model))})"
+    axes.set_title(name, fontsize=9.5, loc="left", color=GREY)
+    middle = widths[0] / 2
+    left, right = middle - widths[1] / 2, middle + widths[1] / 2
+    for edge in edges:
+        weight = edge.strength(model)
+        size = min(1.0, abs(weight) / (most if model == DIFFERENCE else 1))
+        colour = GREY if model == BASE else ORANGE if model == DIFFERENCE and weight > 0 else BLUE
+        outline = _cross(edge, left, right) if graph.crosses else _arc(edge, left, right)
+        line = PathPatch(outline, fill=False, edgecolor=colour, linewidth=0.5 + 4 * size, alpha=0.15 + 0.8 * size**0.5)
+        line.set_gid(f"{model}-{edge.start}-{edge.end}")
+        axes.add_patch(line)
+    sides = ((graph.rows, left - 0.05, "right"), (graph.columns, right + 0.05, "left"))
+    for line_of, x, anchor in sides if graph.crosses else ((graph.rows, middle, "center"),):
+        for at, token in enumerate(line_of.tokens):
+            colour, style = (WARN, "italic") if token.special else (INK, "normal")
+            axes.text(x, at, label(token), ha=anchor, va="center", color=colour, fontstyle=style)
 
 
-def _wide(text: str) -> float:
-    return LETTER * sum(1.7 if ord(letter) >= 0x1100 else 1 for letter in text)
+def strongest_edges(graph: Graph, model: str) -> list[Edge]:
+    """Return the edges of one picture, the weakest first, so that the strongest lie on top."""
+    edges = sorted(graph.edges, key=lambda edge: abs(edge.strength(model)))[-MOST_DRAWN:]
+    least = FAINT * abs(edges[-1].strength(model)) if edges else 0
+    return [edge for edge in edges if abs(edge.strength(model)) > least]
 
 
-def strength(edge: Edge, side: str) -> float:
-    """Return an edge's weight on a side; of the difference tuned minus base."""
-    return edge.weights[TUNED] - edge.weights[BASE] if side == "difference" else edge.weights[side]
+def _cross(edge: Edge, left: float, right: float) -> Outline:
+    """Lead from a word on the left to one on the right."""
+    middle = (left + right) / 2
+    points = [(left, edge.start), (middle, edge.start), (middle, edge.end), (right, edge.end)]
+    return Outline(points, [Outline.MOVETO, *[Outline.CURVE4] * 3])
 
 
-def _shown(graph: Graph, side: str) -> Shown:
-    """Return the edges of one picture with their weights there, the weakest first, so that the strongest lie on top."""
-    found = [(edge, strength(edge, side)) for edge in graph.edges]
-    found.sort(key=lambda pair: abs(pair[1]))
-    seen = FAINT * abs(found[-1][1]) if found else 0
-    return [(edge, weight) for edge, weight in found[-MOST_DRAWN:] if abs(weight) > seen]
-
-
-def _path(place: str, weight: float, most: float, side: str, told: str) -> Markup:
-    """Draw an edge; differences are as wide as they are beside the largest one, weights as they are."""
-    kind = "" if side != "difference" else "more" if weight > 0 else "less"
-    size = min(1.0, abs(weight) / (most if side == "difference" else 1))
-    return Markup(
-        '<path class="{}" d="{}" stroke-width="{:.2f}" stroke-opacity="{:.2f}"><title>{}</title></path>'
-    ).format(kind, place, 0.6 + 5 * size, 0.15 + 0.8 * size**0.5, told)
-
-
-def _told(graph: Graph, edge: Edge, weight: float, side: str) -> str:
-    number = signed(weight) if side == "difference" else f"{weight:.3f}"
-    return f"{label(graph.rows.tokens[edge.start])} → {label(graph.columns.tokens[edge.end])}: {number}"
-
-
-def _words(line: Line, x: float, anchor: str) -> list[Markup]:
-    drawn = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return [
-        drawn.format("special" if token.special else "", x, TOP + ROW * (i + 0.5) + 4.5, anchor, label(token))
-        for i, token in enumerate(line.tokens)
-    ]
-
-
-def _draw_arcs(graph: Graph, side: str, words: float, shown: Shown) -> list[Markup]:
-    """Draw one column of words: arcs on the left lead back to earlier words, those on the right on to later ones."""
-    middle = 12 + ARC + words / 2
-    edges = [_wide(label(token)) / 2 + 5 for token in graph.rows.tokens]
-    parts = []
-    for edge, weight in shown:
-        start, end = (TOP + ROW * (at + 0.5) for at in (edge.start, edge.end))
-        turn = -1 if edge.end <= edge.start else 1
-        near, far = (middle + turn * edges[at] for at in (edge.start, edge.end))
-        if edge.start == edge.end:
-            place = f"M{near:.1f},{start - 4:.1f} c-13,-5 -13,13 0,8"
-        else:
-            reach = 1.3 * min(ARC, 14 + 9 * abs(edge.start - edge.end) ** 0.8)
-            over = turn * (words / 2 + reach) + middle
-            place = f"M{near:.1f},{start:.1f} C{over:.1f},{start:.1f} {over:.1f},{end:.1f} {far:.1f},{end:.1f}"
-        parts.append(_path(place, weight, abs(shown[-1][1]), side, _told(graph, edge, weight, side)))
-    return [*parts, *_words(graph.rows, middle, "middle")]
-
-
-def _draw_crossing(graph: Graph, side: str, words: float, shown: Shown) -> list[Markup]:
-    """Draw two columns: who looks on the left, what is looked at on the right."""
-    left, right = 12 + words, 12 + words + CROSSING
-    parts = []
-    for edge, weight in shown:
-        start, end = (TOP + ROW * (at + 0.5) for at in (edge.start, edge.end))
-        middle = (left + right) / 2
-        place = f"M{left:.1f},{start:.1f} C{middle:.1f},{start:.1f} {middle:.1f},{end:.1f} {right:.1f},{end:.1f}"
-        parts.append(_path(place, weight, abs(shown[-1][1]), side, _told(graph, edge, weight, side)))
-    return [*parts, *_words(graph.rows, left - 6, "end"), *_words(graph.columns, right + 6, "start")]
+def _arc(edge: Edge, left: float, right: float) -> Outline:
+    """Lead back to an earlier word on the left, or on to a later one on the right; a word to itself by a loop."""
+    near, turn = (left, -1) if edge.end <= edge.start else (right, 1)
+    span = abs(edge.start - edge.end)
+    over = near + turn * min(1.28 * ARC_IN, 0.18 + 0.12 * span**0.8)
+    start, end = (edge.start - 0.2, edge.end + 0.2) if not span else (edge.start, edge.end)
+    return Outline([(near, start), (over, start), (over, end), (near, end)], [Outline.MOVETO, *[Outline.CURVE4] * 3])

@@ -1,28 +1,25 @@
 """The page of `llmtune explain attention`: any layer and head by choice, as heatmap and as graph, in one file.
 
-Shapes: Q rows (who looks), T columns (what is looked at).
+Shapes: Q queries (rows), T keys (columns).
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from llmtune.explain.attention_pictures import AXES, SIDES
-from llmtune.explain.attention_selection import Seen
-from llmtune.explain.attention_summary import MEAN, ROLLOUT, Head, Line, title_of
-from llmtune.explain.capture import MASKED, Kind
-from llmtune.explain.colours import DIFFERENCE as DIFFERENCE_COLOURS
-from llmtune.explain.colours import WEIGHT
-from llmtune.explain.html_page import asset, fill, write_page
-from llmtune.explain.rollout import Matrix
+from llmtune.explain.attention_capture import MASKED, Kind
+from llmtune.explain.attention_figures import AXES
+from llmtune.explain.attention_summary import MEAN, ROLLOUT, Head, Line, Matrix, title_of
+from llmtune.explain.attention_view import TITLES, AttentionView
+from llmtune.explain.explanation import asset
+from llmtune.explain.figures import DIFFERENCE, WEIGHT
 from llmtune.explain.token_text import label
+from llmtune.report.blocks import Html, Page, Section, Text
 
 MOST_NUMBERS = 12_000_000
 """Weights in one page, 2.7 bytes each: 32 MB. Where there are more, heads are left out first."""
@@ -34,29 +31,8 @@ LEAD = (
 )
 
 
-def write_attention_page(path: Path, seen: Seen, thresholds: Mapping[Kind, float]) -> Path:
-    """Write the page with as many heads as there is room for: of all layers, of the one that is drawn, or of none."""
-    wanted = next((room for room in ROOMS if _count(seen, room) <= MOST_NUMBERS), ROOMS[-1])
-    kinds = [_describe(seen, kind, thresholds[kind], wanted) for kind in seen.layers]
-    data = {
-        "kinds": kinds,
-        "sides": [{"name": side, "title": SIDES[side] or "weights"} for side in seen.sides],
-        "colours": {"weight": WEIGHT, "difference": DIFFERENCE_COLOURS},
-        "full": FULL,
-    }
-    return write_page(
-        path,
-        title=f"Attention in {seen.subject.name}",
-        lead=LEAD,
-        body=_body(seen, wanted),
-        data=data,
-        script=asset("attention.js"),
-        style=asset("attention.css"),
-    )
-
-
 @dataclass(frozen=True)
-class Room:
+class Content:
     """Of which layers a page has the means, the heads and the rollout: of `all`, of the `drawn` one, or of `none`."""
 
     means: str
@@ -64,60 +40,90 @@ class Room:
     rollouts: str
 
 
-ROOMS = (
-    Room("all", "all", "all"),
-    Room("all", "drawn", "drawn"),
-    Room("all", "none", "drawn"),
-    Room("drawn", "drawn", "drawn"),
-    Room("drawn", "none", "drawn"),
+CONTENTS = (
+    Content("all", "all", "all"),
+    Content("all", "drawn", "drawn"),
+    Content("all", "none", "drawn"),
+    Content("drawn", "drawn", "drawn"),
+    Content("drawn", "none", "drawn"),
 )
 """What a page has, the fuller the better: the first that is small enough, or the last."""
 
 
-def _channels(seen: Seen, kind: Kind, room: Room) -> Iterator[tuple[int, Head]]:
-    """Return the layers and heads that stand in the page."""
-    layers = next(iter(seen.sides.values())).layers[kind]
-    for number in seen.numbers(kind):
-        here = ("all", "drawn") if number == seen.layers[kind] else ("all",)
-        if room.means in here:
+def attention_page(view: AttentionView, tables: Sequence[Section]) -> Page:
+    """Return the page with as many heads as there is room for: of all layers, of the one that is drawn, or of none."""
+    content = next((one for one in CONTENTS if _count(view, one) <= MOST_NUMBERS), CONTENTS[-1])
+    maps, graph, overview, reading = (
+        Html(Markup(part))  # noqa: S704 - the program's own
+        for part in asset("attention.html").split("<!-- section -->\n")
+    )
+    note = _missing_heads(view, content)
+    return Page(
+        f"Attention in {view.target.name}",
+        [
+            Section("", [maps, *([Text(note, "note")] if note else [])], brief=False),
+            Section("Graph", [graph], brief=False),
+            Section("All layers and heads", [overview], brief=False),
+            *tables,
+            Section("How to read it", [reading], brief=False),
+        ],
+        lead=LEAD,
+        navigation=False,
+        style=asset("attention.css"),
+        script=asset("attention.js"),
+        data={
+            "kinds": [_describe(view, kind, content) for kind in view.layers],
+            "sides": [{"name": model, "title": TITLES[model] or "weights"} for model in view.maps],
+            "colours": {"weight": WEIGHT, "difference": DIFFERENCE},
+            "full": FULL,
+        },
+    )
+
+
+def _channels(view: AttentionView, kind: Kind, content: Content) -> Iterator[tuple[int, Head]]:
+    """Return the layers and heads that are in the page."""
+    layers = next(iter(view.maps.values())).layers[kind]
+    for number in view.numbers(kind):
+        here = ("all", "drawn") if number == view.layers[kind] else ("all",)
+        if content.means in here:
             yield number, MEAN
-        if room.rollouts in here and layers[number].rollout is not None:
+        if content.rollouts in here and layers[number].rollout is not None:
             yield number, ROLLOUT
-        if room.heads in here and layers[number].heads is not None:
+        if content.heads in here and layers[number].heads is not None:
             yield from ((number, head) for head in range(layers[number].count))
 
 
-def _count(seen: Seen, room: Room) -> int:
-    """Return how many weights stand in the page; of masked attention half of them are left out."""
+def _count(view: AttentionView, content: Content) -> int:
+    """Return how many weights are in the page; of masked attention half of them are left out."""
     numbers = 0
-    for kind in seen.layers:
-        rows, columns = (len(line) for line in seen.lines.of(kind))
+    for kind in view.layers:
+        rows, columns = (len(line) for line in view.lines.of(kind))
         one = rows * (rows + 1) // 2 if kind == MASKED else rows * columns
-        numbers += one * sum(1 for _ in _channels(seen, kind, room))
-    return len(seen.sides) * numbers
+        numbers += one * sum(1 for _ in _channels(view, kind, content))
+    return len(view.maps) * numbers
 
 
-def _describe(seen: Seen, kind: Kind, threshold: float, room: Room) -> dict[str, Any]:
-    rows, columns = seen.lines.of(kind)
-    channels = list(_channels(seen, kind, room))
+def _describe(view: AttentionView, kind: Kind, content: Content) -> dict[str, object]:
+    rows, columns = view.lines.of(kind)
+    channels = list(_channels(view, kind, content))
     values: dict[str, str] = {}
-    for side in seen.sides:
+    for model in view.maps:
         for layer, head in channels:
-            weights_QT = seen.weights(side, kind, layer, head)
+            weights_QT = view.weights(model, kind, layer, head)
             assert weights_QT is not None, "channels are what was kept"
-            values[f"{side}/{layer}/{head}"] = pack(weights_QT, masked=kind == MASKED)
+            values[f"{model}/{layer}/{head}"] = pack(weights_QT, masked=kind == MASKED)
     return {
         "name": kind,
-        "title": title_of(kind, seen.subject.family),
+        "title": title_of(kind, view.target.family),
         "rows": _tokens(rows),
         "columns": _tokens(columns),
         "same": rows is columns,
         "masked": kind == MASKED,
         "axes": AXES[kind],
         "layers": sorted({layer for layer, _ in channels}),
-        "heads": seen.heads(kind),
-        "shown": {"layer": seen.layers[kind], "head": str(seen.choice.head)},
-        "threshold": threshold,
+        "heads": view.heads(kind),
+        "shown": {"layer": view.layers[kind], "head": str(view.selection.head)},
+        "threshold": view.thresholds[kind],
         "values": values,
     }
 
@@ -129,15 +135,14 @@ def pack(weights_QT: Matrix, *, masked: bool) -> str:
     return base64.b64encode(rounded.tobytes()).decode()
 
 
-def _tokens(line: Line) -> list[dict[str, Any]]:
+def _tokens(line: Line) -> list[dict[str, object]]:
     return [{"text": label(token), "whole": label(token, 80), "special": token.special} for token in line.tokens]
 
 
-def _body(seen: Seen, room: Room) -> Markup:
-    note = ""
-    there = {kind: set(_channels(seen, kind, room)) for kind in seen.layers}
-    if not all((number, 0) in there[kind] for kind in seen.layers for number in seen.numbers(kind)):
-        some = any((number, 0) in there[kind] for kind, number in seen.layers.items())
-        which = "of one layer" if some else "of no layer"
-        note = f"The text is long: this page has the heads {which}. --layer names one; a shorter text has room for all."
-    return fill("attention.html.jinja", {"note": note})
+def _missing_heads(view: AttentionView, content: Content) -> str:
+    there = {kind: set(_channels(view, kind, content)) for kind in view.layers}
+    if all((number, 0) in there[kind] for kind in view.layers for number in view.numbers(kind)):
+        return ""
+    some = any((number, 0) in there[kind] for kind, number in view.layers.items())
+    which = "of one layer" if some else "of no layer"
+    return f"The text is long: this page has the heads {which}. --layer names one; a shorter text has room for all."

@@ -1,6 +1,6 @@
-"""What is kept of a model's attention: a layer's mean, its rollout, and its heads where there is room for them.
+"""What is kept of a model's attention: of each layer the mean, the rollout, and the heads where memory allows.
 
-Shapes: H heads, Q rows (who looks), T columns (what is looked at), both in tokens or in groups of tokens.
+Shapes: H heads, Q queries (rows), T keys (columns), both in tokens or in groups of tokens.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.explain.capture import CROSS, MASKED, SELF, Attended, Kind
-from llmtune.explain.rollout import Matrix, roll
+from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, Kind
 from llmtune.explain.target import Family
 from llmtune.explain.token_text import Token, joined
 
+Matrix = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 MEAN, ROLLOUT = "mean", "rollout"
 Head = int | str
@@ -26,7 +25,7 @@ Head = int | str
 
 @dataclass(frozen=True)
 class Line:
-    """A text (or a recording) as it stands beside a picture: a token a row, or several positions that make one."""
+    """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
 
     tokens: tuple[Token, ...]
     sizes: tuple[int, ...]
@@ -50,11 +49,6 @@ class Line:
                 sizes.append(size)
         return Line(tuple(tokens), tuple(sizes))
 
-    @property
-    def positions(self) -> int:
-        """How many of the model's positions it covers."""
-        return sum(self.sizes)
-
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -67,13 +61,13 @@ class Lines:
     target: Line | None = None
 
     def of(self, kind: Kind) -> tuple[Line, Line]:
-        """Return who looks and what is looked at."""
+        """Return the queries and the keys."""
         if self.target is None or kind == SELF:
             return self.source, self.source
         return (self.target, self.source) if kind == CROSS else (self.target, self.target)
 
 
-def merge(weights: np.ndarray[Any, Any], rows: Line, columns: Line) -> Matrix:
+def merge(weights: Matrix, rows: Line, columns: Line) -> Matrix:
     """Bring [..., positions, positions] to [..., Q, T]: columns of a group are added, its rows averaged.
 
     So rows go on summing to 1 (Clark et al., "What Does BERT Look At?", 2019, section 4.1).
@@ -85,6 +79,17 @@ def merge(weights: np.ndarray[Any, Any], rows: Line, columns: Line) -> Matrix:
     summed = np.add.reduceat(added, starts_Q, axis=-2)
     merged: Matrix = (summed / np.asarray(rows.sizes)[:, None]).astype(np.float32)
     return merged
+
+
+def roll(before_TT: Matrix | None, mean_TT: Matrix) -> Matrix:
+    """Add a layer to the attention rollout: half of each position is its own (the residual), half its heads' mean.
+
+    Rows of the result sum to 1 where those of `mean_TT` do. `before_TT` is the rollout up to the layer before, None
+    before the first. Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, section 3, where W_att is
+    the mean over heads.
+    """
+    mixed_TT = 0.5 * mean_TT + 0.5 * np.eye(len(mean_TT), dtype=np.float32)
+    return mixed_TT if before_TT is None else mixed_TT @ before_TT
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Layer:
     """How many heads there are."""
 
     def of(self, head: Head) -> Matrix | None:
-        """Return the weights [Q, T] of one head, the mean over all, or the rollout; None where that is not kept."""
+        """Return the weights [Q, T] of a head, the mean or the rollout; None where that is not kept."""
         if head == MEAN:
             return self.mean
         if head == ROLLOUT:
@@ -111,8 +116,8 @@ class Layer:
 
 
 @dataclass
-class Gathered:
-    """The attention of one side (base or tuned): by kind and layer; `see` takes it in while the model runs."""
+class AttentionMaps:
+    """The attention of one model by kind and layer; `add` takes it in while the model runs."""
 
     lines: Lines
     keep: Callable[[Kind, int], bool]
@@ -121,8 +126,8 @@ class Gathered:
     layers: dict[Kind, dict[int, Layer]] = field(default_factory=dict)
     _rolled: dict[Kind, Matrix] = field(default_factory=dict)
 
-    def see(self, seen: Attended) -> None:
-        """Keep what is wanted of one layer."""
+    def add(self, seen: Attended) -> None:
+        """Keep mean and rollout of one layer, and its heads if `keep` says so."""
         rows, columns = self.lines.of(seen.kind)
         weights_HQT = seen.weights.cpu().numpy()
         mean_QT = weights_HQT.mean(axis=0)
@@ -137,7 +142,7 @@ class Gathered:
 
 
 def title_of(kind: Kind, family: Family) -> str:
-    """Name a kind of attention as people do."""
+    """Return the heading of a kind of attention."""
     if kind == CROSS:
         return "Cross-attention: the decoder looks at what the encoder read"
     if kind == MASKED:
@@ -146,7 +151,7 @@ def title_of(kind: Kind, family: Family) -> str:
     return f"Self-attention{whose}: each token looks at all of them"
 
 
-def plainest(layers: Mapping[int, Layer], base: Mapping[int, Layer] | None, telling_QT: Mask) -> int:
+def most_telling_layer(layers: Mapping[int, Layer], base: Mapping[int, Layer] | None, words_QT: Mask) -> int:
     """Return the layer that shows most: where single words look at single words, or where that was moved most.
 
     Much of what a model attends to is the first token, special ones, the word itself, or some token that all others
@@ -157,18 +162,18 @@ def plainest(layers: Mapping[int, Layer], base: Mapping[int, Layer] | None, tell
     Args:
         layers: of the model, or of the tuned one.
         base: of the base, beside the tuned one.
-        telling_QT: see `among_words`.
+        words_QT: see `among_words`.
     """
-    if not telling_QT.any():
+    if not words_QT.any():
         return max(layers)
 
-    rows_T = np.maximum(telling_QT.sum(axis=0), 1)
+    rows_T = np.maximum(words_QT.sum(axis=0), 1)
 
     def shows(layer: int) -> float:
-        weights_QT = layers[layer].mean * telling_QT
+        weights_QT = layers[layer].mean * words_QT
         if base is not None:
-            return float(np.abs(weights_QT - base[layer].mean * telling_QT).sum())
-        above_QT = np.maximum(weights_QT - weights_QT.sum(axis=0) / rows_T, 0) * telling_QT
+            return float(np.abs(weights_QT - base[layer].mean * words_QT).sum())
+        above_QT = np.maximum(weights_QT - weights_QT.sum(axis=0) / rows_T, 0) * words_QT
         return float((above_QT**2).sum())
 
     return max(layers, key=shows)
@@ -180,7 +185,7 @@ def among_words(rows: Line, columns: Line, kind: Kind) -> Mask:
     to_T = np.array([not token.special for token in columns.tokens])
     if kind != CROSS:
         to_T[0] = False
-    telling_QT: Mask = from_Q[:, None] & to_T[None, :]
+    words_QT: Mask = from_Q[:, None] & to_T[None, :]
     if kind != CROSS:
-        np.fill_diagonal(telling_QT, False)
-    return telling_QT
+        np.fill_diagonal(words_QT, False)
+    return words_QT

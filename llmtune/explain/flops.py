@@ -1,31 +1,31 @@
 """What a forward pass costs: floating-point operations by part, exact at every length.
 
-A trace on shapes counts them at three lengths; the cost of each part is the polynomial through these, a + b L + c L²:
-products with weights grow with L, those of attention with L². A fourth length must agree. A product of [M, K] with
-[K, N] costs 2 M K N, as torch's FlopCounterMode counts; sums, norms and softmax are left out, as is usual. Attention is
-counted over all pairs of positions, those that a mask hides as well.
+torch's FlopCounterMode counts them at three lengths, on shapes; the cost of each part is the polynomial through these,
+a + b L + c L²: products with weights grow with L, those of attention with L². A fourth length must agree. A product of
+[M, K] with [K, N] costs 2 M K N; sums, norms and softmax are left out, as is usual. Attention is counted over all pairs
+of positions, those that a mask hides as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import takewhile
-from typing import Any
 
-from llmtune.explain.architecture import Architecture, branches_of
-from llmtune.explain.meta_model import Blueprint, UntraceableError
-from llmtune.explain.op_trace import Operation, Trace
+from llmtune.explain.architecture import Architecture, Blocks
+from llmtune.explain.meta_model import FlopCounts, MetaModel, UntraceableError
 
 COUNTED, CHECKED = (16, 23, 41), 1021
 """Lengths in tokens at which products are counted, and at which the formula is held against the count; odd
 ones, which blocks of a fixed size do not divide."""
 PAIRS = ("attention", "cross-attention")
 """Parts that multiply activations with one another: queries with keys, weights with values."""
+PROJECTIONS = {"attention": "projections", "cross-attention": "cross-projections"}
 Polynomial = tuple[int, int, int]
 """a, b and c of a + b L + c L²."""
-NOTHING: Polynomial = (0, 0, 0)
 
 
 class UncountableError(Exception):
@@ -39,15 +39,15 @@ class Cost:
     parts: dict[str, dict[str, Polynomial]]
     """By stack and part: attention and cross-attention are products of activations, all others have weights."""
 
-    def sum(self, stack: str | None = None, *, pairs: bool | None = None) -> Polynomial:
-        """Add up parts: of one stack or all, of attention's own products, of all others, or both."""
+    def sum(self, *, pairs: bool | None = None) -> Polynomial:
+        """Add up all parts: attention's own products, all others, or both."""
         chosen = [
             polynomial
-            for name, parts in self.parts.items()
+            for parts in self.parts.values()
             for part, polynomial in parts.items()
-            if stack in (None, name) and pairs in (None, part in PAIRS)
+            if pairs in (None, part in PAIRS)
         ]
-        a, b, c = (sum(values) for values in zip(NOTHING, *chosen, strict=True))
+        a, b, c = (sum(values) for values in zip((0, 0, 0), *chosen, strict=True))
         return a, b, c
 
     def crossing(self) -> int | None:
@@ -55,21 +55,16 @@ class Cost:
         pairs, others = self.sum(pairs=True), self.sum(pairs=False)
         if value(pairs, 1) >= value(others, 1) or not pairs[2]:
             return None
-        low, high = 1, 2
-        while value(pairs, high) < value(others, high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if value(pairs, middle) < value(others, middle) else (low, middle)
-        return high
+        return 1 + bisect_left(range(1, 2**62), True, key=lambda length: value(pairs, length) >= value(others, length))
 
-    def as_facts(self, lengths: Sequence[int]) -> dict[str, Any]:
+    def to_json(self, lengths: Sequence[int]) -> dict[str, object]:
         """Return all of it as JSON values, with numbers at some lengths."""
         total, pairs = self.sum(), self.sum(pairs=True)
         return {
             "formula": "a + b L + c L^2 floating-point operations over L tokens",
             "parts": {
-                stack: {part: list(found) for part, found in parts.items()} for stack, parts in self.parts.items()
+                stack: {part: list(polynomial) for part, polynomial in parts.items()}
+                for stack, parts in self.parts.items()
             },
             "total": list(total),
             "crossing": self.crossing(),
@@ -91,26 +86,24 @@ def value(polynomial: Polynomial, tokens: int) -> int:
     return a + b * tokens + c * tokens * tokens
 
 
-def count_cost(blueprint: Blueprint, architecture: Architecture) -> Cost:
+def count_cost(meta: MetaModel, architecture: Architecture) -> Cost:
     """Count what the model costs.
 
     Raises UncountableError where it cannot be run on shapes, or where the count at a fourth length is another than the
     formula says, as with attention within blocks of a fixed size.
     """
-    known = name_parts(architecture)
     longest = min(CHECKED, architecture.context or CHECKED)
     lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
     try:
-        counts = [_count(blueprint.run(tokens), known) for tokens in lengths]
-        check = _count(blueprint.run(longest), known)
+        counts = [count_parts(meta.count_flops(tokens), architecture) for tokens in (*lengths, longest)]
     except UntraceableError as error:
         raise UncountableError(str(error)) from error
     parts: dict[str, dict[str, Polynomial]] = {}
-    for stack, part in dict.fromkeys(key for count in (*counts, check) for key in count):
-        found = fit(lengths, [count.get((stack, part), 0) for count in counts])
-        if found is None or value(found, longest) != check.get((stack, part), 0):
+    for stack, part in dict.fromkeys(key for count in counts for key in count):
+        polynomial = fit(lengths, [count[stack, part] for count in counts[:3]])
+        if polynomial is None or value(polynomial, longest) != counts[3][stack, part]:
             raise UncountableError(f"the cost of {part} is no polynomial of the length")
-        parts.setdefault(stack, {})[part] = found
+        parts.setdefault(stack, {})[part] = polynomial
     return Cost(parts)
 
 
@@ -126,66 +119,51 @@ def fit(lengths: Sequence[int], counts: Sequence[int]) -> Polynomial | None:
     return int(a), int(b), int(c)
 
 
-def name_parts(architecture: Architecture) -> dict[str, tuple[str, str]]:
-    """Return stack and part by the name of a module: of a block, of a layer in it, of a part beside the blocks."""
-    known: dict[str, tuple[str, str]] = {}
+def count_parts(counts: FlopCounts, architecture: Architecture) -> Counter[tuple[str, str]]:
+    """Return operations by stack and part, out of those by module."""
+    found: Counter[tuple[str, str]] = Counter()
     for stack in architecture.stacks:
-        for piece in stack.before:
-            known[piece.name] = (stack.name, "entry")
-        for piece in stack.behind:
-            known[piece.name] = (stack.name, "head")
+        found[stack.name, "entry"] += sum(_total(counts, piece.name) for piece in stack.before)
+        found[stack.name, "head"] += sum(_total(counts, piece.name) for piece in stack.behind)
         for group in stack.blocks:
-            for number in group.numbers:
-                block = f"{group.first.rpartition('.')[0]}.{number}"
-                known[block] = (stack.name, "blocks")
-                for branch in branches_of(group):
-                    part = {"attention": "projections", "cross-attention": "cross-projections"}.get(branch.kind)
-                    known |= {f"{block}.{name}": (stack.name, part or branch.kind) for name in branch.modules}
-    return known
+            for block in group.names():
+                parts = _count_block(counts, block, group)
+                parts["blocks"] = _total(counts, block) - parts.total()
+                found.update({(stack.name, part): size for part, size in parts.items()})
+    found["model", "other"] = _total(counts, "") - found.total()
+    return +found
 
 
-def _count(trace: Trace, known: Mapping[str, tuple[str, str]]) -> dict[tuple[str, str], int]:
-    counts: dict[tuple[str, str], int] = {}
-    for step in trace.operations:
-        if step.flops:
-            key = _attribute(trace, step, known)
-            counts[key] = counts.get(key, 0) + step.flops
-    return counts
+def _count_block(counts: FlopCounts, block: str, group: Blocks) -> Counter[str]:
+    parts: Counter[str] = Counter()
+    known = [name for branch in group.branches() for name in branch.modules]
+    for branch in group.branches():
+        parts[PROJECTIONS.get(branch.kind, branch.kind)] += sum(_total(counts, f"{block}.{n}") for n in branch.modules)
+        if branch.kind in PAIRS:  # what its module computes beside the layers in it
+            owner = common_owner(branch.modules)
+            if owner in branch.modules:
+                raise UncountableError(f"{owner} multiplies by weights that are in no layer of their own")
+            whole = _total(counts, f"{block}.{owner}" if owner else block)
+            inside = [name for name in known if not owner or name.startswith(f"{owner}.")]
+            parts[branch.kind] += whole - sum(_total(counts, f"{block}.{name}") for name in inside)
+    return parts
 
 
-def _attribute(trace: Trace, step: Operation, known: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
-    """Say which part a product belongs to: by the module that computes it, the innermost that is known."""
-    path = [trace.calls[call].module for call in trace.path(step.call)]
-    owners = [name.rpartition(".")[0] for name in step.weights]
-    names = [name for name in (*path[:1], *owners, *path, *_outer(path[0])) if name in known]
-    if not names:
-        return "model", "other"
-    stack, part = known[names[0]]
-    if step.product == "activations":
-        block = next((name for name in path if known.get(name, ("", ""))[1] == "blocks"), "")
-        return stack, _name_attention(path[0], {n: p for n, (_, p) in known.items() if n.startswith(f"{block}.")})
-    return stack, part
+def _total(counts: FlopCounts, name: str) -> int:
+    """Return the operations of a module; of a list of modules, which is never called, those of its members."""
+    if name in counts:
+        return sum(counts[name].values())
+    members = (member for member in counts if member.rpartition(".")[0] == name)
+    return sum(sum(counts[member].values()) for member in members) if name else 0
 
 
-def _outer(module: str) -> Iterator[str]:
-    """Yield the names of what a module lies in: lists are never called."""
-    while "." in module:
-        module = module.rpartition(".")[0]
-        yield module
-
-
-def _name_attention(module: str, parts: Mapping[str, str]) -> str:
-    """Tell self-attention from cross-attention by the projections that lie nearest."""
-    near = {"projections": 0, "cross-projections": 0}
-    for name, part in parts.items():
-        if part in near:
-            shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(module, name, strict=False)))
-            near[part] = max(near[part], shared)
-    return "cross-attention" if near["cross-projections"] > near["projections"] else "attention"
+def common_owner(modules: Sequence[str]) -> str:
+    """Return the innermost module that holds all of some; empty where that is the block itself."""
+    columns = zip(*(name.split(".") for name in modules), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))
 
 
 def choose_lengths(context: int | None, longest: int = 8192) -> list[int]:
-    """Return lengths to tell of: powers of two from 64 up to the model's context."""
+    """Return the lengths that are shown: powers of two from 64 up to the model's context."""
     most = min(context or longest, longest)
-    lengths: Iterable[int] = (64 * 2**i for i in range(20))
-    return [tokens for tokens in lengths if tokens <= most] or [most]
+    return [tokens for tokens in (64 * 2**i for i in range(20)) if tokens <= most] or [most]

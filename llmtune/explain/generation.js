@@ -3,8 +3,9 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const SHOWN = 12, SUREST = 62;
 const at = (id) => document.getElementById(id);
-const word = (number) => data.words[number];
-const sides = Object.keys(data.sides);
+const word = (token) => data.labels[token.text];
+const steps = () => data.traces[side].steps;
+const sides = Object.keys(data.traces);
 let side = sides[sides.length - 1], step = 0;
 
 const tops = [...new Set([...Array.from({ length: 20 }, (_, i) => (i + 1) / 20), data.choice.top_p])].sort((a, b) => a - b);
@@ -26,9 +27,9 @@ function percent(value) {
 // What temperature, top-k and top-p leave of the listed words, in this order, as sampling does; min-p comes last.
 function keep(now, temperature, topP) {
   const { choice } = data;
-  if (temperature === choice.temperature && topP === choice.top_p) return { shares: now.c.map((one) => one[2]), count: now.k, more: false };
-  const z = now.z[data.temperatures.indexOf(temperature)];
-  let shares = now.c.map(([, p]) => (p > 0 ? Math.exp(Math.log(p) / temperature - z) : 0));
+  if (temperature === choice.temperature && topP === choice.top_p) return { shares: now.candidates.map((one) => one.kept), count: now.kept_tokens, more: false };
+  const z = now.partitions[data.temperatures.indexOf(temperature)];
+  let shares = now.candidates.map(({ probability: p }) => (p > 0 ? Math.exp(Math.log(p) / temperature - z) : 0));
   const k = choice.top_k;
   if (k) {
     const first = shares.slice(0, k), sum = first.reduce((a, b) => a + b, 0);
@@ -50,14 +51,14 @@ function keep(now, temperature, topP) {
 function drawSteps() {
   const box = at("step-chips");
   box.replaceChildren();
-  data.sides[side].forEach((now, i) => {
+  steps().forEach((now, i) => {
     const label = element("label");
     const input = element("input");
     Object.assign(input, { type: "radio", name: "step", value: i, checked: i === step });
     input.addEventListener("change", () => choose(i));
-    const text = element("span", word(now.w));
-    text.title = percent(now.p);
-    text.style.background = `color-mix(in srgb, var(${side === "base" ? "--base" : "--tuned"}) ${(now.p * 45).toFixed(0)}%, transparent)`;
+    const text = element("span", word(now.token));
+    text.title = percent(now.probability);
+    text.style.background = `color-mix(in srgb, var(${side === "base" ? "--base" : "--tuned"}) ${(now.probability * 45).toFixed(0)}%, transparent)`;
     label.append(input, text);
     if (data.parting === i) { label.classList.add("parts"); label.title = "here base and tuned part"; }
     box.append(label);
@@ -65,8 +66,8 @@ function drawSteps() {
 }
 
 function drawGrid() {
-  const steps = data.sides[side], grid = at("grid");
-  const readable = steps.length > 0 && steps.every((now) => now.l);
+  const shown = steps(), grid = at("grid");
+  const readable = shown.length > 0 && shown.every((now) => now.layers);
   at("no-lens").hidden = readable;
   at("grid-frame").hidden = !readable;
   grid.className = `lens ${side}`;
@@ -74,18 +75,18 @@ function drawGrid() {
   if (!readable) return;
   const head = element("tr"), body = element("tbody");
   head.append(element("th", "layer"));
-  steps.forEach((now, i) => {
-    const name = element("th", word(now.w));
+  shown.forEach((now, i) => {
+    const name = element("th", word(now.token));
     name.dataset.step = i;
     head.append(name);
   });
-  for (let layer = steps[0].l.length - 1; layer >= 0; layer--) {
+  for (let layer = shown[0].layers.length - 1; layer >= 0; layer--) {
     const row = element("tr");
     row.append(element("th", String(layer)));
-    steps.forEach((now, i) => {
-      const [first, p] = now.l[layer][0][0];
-      const cell = element("td", word(first), data.ids[first] === data.ids[now.w] ? "agrees" : "");
-      cell.style.setProperty("--sure", (p * SUREST).toFixed(1) + "%");
+    shown.forEach((now, i) => {
+      const first = now.layers[layer].says[0];
+      const cell = element("td", word(first), first.id === now.token.id ? "agrees" : "");
+      cell.style.setProperty("--sure", (first.probability * SUREST).toFixed(1) + "%");
       Object.assign(cell.dataset, { step: i, layer });
       cell.title = told(now, layer);
       row.append(cell);
@@ -98,13 +99,13 @@ function drawGrid() {
 }
 
 function told(now, layer) {
-  const [says, chosen] = now.l[layer];
-  const list = says.map(([w, p]) => `${word(w)} ${percent(p)}`).join(", ");
-  return `layer ${layer} would say ${list}; “${word(now.w)}” ${percent(chosen)}`;
+  const { says, chosen } = now.layers[layer];
+  const list = says.map((one) => `${word(one)} ${percent(one.probability)}`).join(", ");
+  return `layer ${layer} would predict ${list}; “${word(now.token)}” ${percent(chosen)}`;
 }
 
 function drawBars() {
-  const now = data.sides[side][step], bars = at("bars");
+  const now = steps()[step], bars = at("bars");
   const temperature = data.temperatures[at("t").value], topP = tops[at("p").value];
   at("t-value").textContent = temperature.toFixed(2).replace(/0$/, "");
   at("p-value").textContent = topP.toFixed(2);
@@ -112,13 +113,13 @@ function drawBars() {
   if (!now) { at("summary").textContent = "There is no such step."; return; }
   const { shares, count, more } = keep(now, temperature, topP);
   const kept = topP >= 1 && !data.choice.top_k && !data.choice.min_p ? "all words" : more ? `more than ${count} words` : count === 1 ? "one word" : `${count} words`;
-  at("summary").textContent = `“${word(now.w)}” was chosen, at ${percent(now.p)}. Undecided by ${now.b.toFixed(2)} bits: as between ${(2 ** now.b).toFixed(1)} equally likely words. Temperature ${at("t-value").textContent} and top-p ${at("p-value").textContent} would keep ${kept}.`;
-  const list = now.c.map((one, i) => [...one, i]).slice(0, SHOWN);
-  const chosen = now.c.findIndex(([w]) => data.ids[w] === data.ids[now.w]);
-  if (chosen >= SHOWN) list.push([...now.c[chosen], chosen]);
-  for (const [w, p, , i] of list) {
-    const row = element("tr", undefined, [data.ids[w] === data.ids[now.w] && "said", !shares[i] && "cut"].filter(Boolean).join(" "));
-    const name = element("th", word(w));
+  at("summary").textContent = `“${word(now.token)}” was chosen, at ${percent(now.probability)}. Undecided by ${now.entropy_bits.toFixed(2)} bits: as between ${(2 ** now.entropy_bits).toFixed(1)} equally likely words. Temperature ${at("t-value").textContent} and top-p ${at("p-value").textContent} would keep ${kept}.`;
+  const list = now.candidates.map((one, i) => [one, one.probability, i]).slice(0, SHOWN);
+  const chosen = now.candidates.findIndex((one) => one.id === now.token.id);
+  if (chosen >= SHOWN) list.push([now.candidates[chosen], now.candidates[chosen].probability, chosen]);
+  for (const [one, p, i] of list) {
+    const row = element("tr", undefined, [one.id === now.token.id && "said", !shares[i] && "cut"].filter(Boolean).join(" "));
+    const name = element("th", word(one));
     name.scope = "row";
     row.append(name, bar(p), element("td", percent(p), "num"), bar(shares[i]), element("td", shares[i] ? percent(shares[i]) : "cut off", "num"));
     bars.append(row);
@@ -139,11 +140,11 @@ function bar(share) {
 }
 
 function drawOutput() {
-  at("so-far").replaceChildren(...data.sides[side].map((now, i) => element("span", word(now.w), "chip" + (i === step ? " now" : i > step && !data.masked ? " later" : ""))));
+  at("so-far").replaceChildren(...steps().map((now, i) => element("span", word(now.token), "chip" + (i === step ? " now" : i > step && !data.masked ? " later" : ""))));
 }
 
 function choose(i) {
-  step = Math.max(0, Math.min(i, data.sides[side].length - 1));
+  step = Math.max(0, Math.min(i, steps().length - 1));
   const input = document.querySelector(`input[name=step][value="${step}"]`);
   if (input) input.checked = true;
   for (const cell of at("grid").querySelectorAll("[data-step]")) cell.classList.toggle("now", Number(cell.dataset.step) === step);
@@ -173,7 +174,7 @@ at("grid").addEventListener("click", (event) => {
   const cell = event.target.closest("[data-step]");
   if (!cell) return;
   choose(Number(cell.dataset.step));
-  if (cell.dataset.layer !== undefined) at("cell").textContent = told(data.sides[side][step], Number(cell.dataset.layer));
+  if (cell.dataset.layer !== undefined) at("cell").textContent = told(steps()[step], Number(cell.dataset.layer));
 });
 step = data.parting || 0;
 chooseSide(side);

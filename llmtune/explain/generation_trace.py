@@ -1,8 +1,8 @@
-"""How an answer comes about: at each step what could come next, how likely it was, and what each layer would have said.
+"""An answer step by step: what could come next, how likely it was, and what each layer would have predicted.
 
 The answer is made by transformers' own `generate`, so that it is the one that the model gives elsewhere; a logits
-processor that changes nothing and hooks at the layers look on. Shapes: V vocabulary, T tokens, L layers and the
-embeddings before them, P masked places.
+processor that changes nothing and hooks at the layers record it. Shapes: V vocabulary, T tokens, L layers and the
+embeddings before them, P masked positions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -24,25 +24,25 @@ from transformers.generation.utils import GenerationMixin
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.task_predictions import decoder_settings
-from llmtune.explain.logit_lens import Watch, read_lens
+from llmtune.explain.logit_lens import HiddenStates, read_lens
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.explain.generation_inputs import Prompt
+    from llmtune.explain.inputs import ModelInputs
     from llmtune.recipe import Recipe
 
 LISTED = 40
 """Tokens of a step that are listed, the likeliest first."""
-SPOKEN = 3
+LENS_TOKENS = 3
 """Tokens of a layer that are listed."""
 TEMPERATURES = tuple(round(0.1 * i, 1) for i in range(1, 21))
 Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class Sampling:
     """How a token is chosen, or would be: `sample` draws from what is kept, else the likeliest is taken."""
 
     max_new_tokens: int
@@ -60,8 +60,8 @@ class Choice:
         return sorted({*TEMPERATURES, self.temperature})
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with this choice in place of its own."""
-        changed: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "num_beams": 1}
+        """Return the recipe with this sampling in place of its own."""
+        changed: dict[str, object] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.sample, "num_beams": 1}
         changed |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         if self.sample:
             changed |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k or None}
@@ -70,17 +70,16 @@ class Choice:
 
     def warp(self, scores_1V: torch.Tensor) -> torch.Tensor:
         """Return the scores as sampling would draw from them: -inf for what is not kept."""
-        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else [])
         warpers += [TopKLogitsWarper(self.top_k)] if self.top_k else []
         warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
         warpers += [MinPLogitsWarper(self.min_p)] if self.min_p else []
-        for warper in warpers:
-            scores_1V = warper(torch.zeros((1, 0), dtype=torch.int64, device=scores_1V.device), scores_1V)
-        return scores_1V
+        no_ids = torch.zeros((1, 0), dtype=torch.int64, device=scores_1V.device)
+        return cast(torch.Tensor, warpers(no_ids, scores_1V))
 
 
 @dataclass(frozen=True)
-class Distribution:
+class NextTokens:
     """What could come next: the likeliest tokens, and how the others are spread."""
 
     ids: list[int]
@@ -90,12 +89,12 @@ class Distribution:
     kept_tokens: int
     entropy_bits: float
     partitions: list[float]
-    """For each temperature of the choice: log of the sum over the vocabulary of probability ^ (1 / temperature)."""
+    """For each temperature: log of the sum over the vocabulary of probability ^ (1 / temperature)."""
 
 
 @dataclass(frozen=True)
-class Saying:
-    """What one layer would say: its likeliest tokens, and how likely it found the one that was chosen in the end."""
+class LayerPrediction:
+    """What one layer would predict: its likeliest tokens, and how likely the token is that was chosen in the end."""
 
     ids: list[int]
     probabilities: list[float]
@@ -109,8 +108,8 @@ class Step:
     id: int
     probability: float
     """Before temperature, top-k and top-p."""
-    could: Distribution
-    layers: list[Saying] | None
+    next_tokens: NextTokens
+    layers: list[LayerPrediction] | None
     """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
 
 
@@ -118,7 +117,7 @@ class Step:
 class Trace:
     """An answer, step by step."""
 
-    begun: list[int]
+    prefix: list[int]
     """What the decoder had before its first step: the prompt, or the start of an encoder-decoder's answer."""
     steps: list[Step]
     text: str
@@ -133,132 +132,134 @@ class Trace:
 
 @dataclass
 class Recorder(LogitsProcessor):  # type: ignore[misc]
-    """Notes what could come next at each step, and changes nothing."""
+    """Records what could come next at each step, and changes nothing."""
 
-    choice: Choice
+    sampling: Sampling
     advance: Advance
-    distributions: list[Distribution] = field(default_factory=list)
+    next_tokens: list[NextTokens] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     """Of the tokens that were chosen, but for the last one."""
     last: torch.Tensor | None = None
-    """Log-probabilities [V] of the step that is not settled yet."""
+    """Log-probabilities [V] of the step whose token is not chosen yet."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take note of `scores` [1, V]: after what the model may not write was ruled out, before any temperature."""
-        self.settle(int(input_ids[0, -1]))
+        """Record the scores: what the model may not write was ruled out, before any temperature."""
+        self.add_chosen(int(input_ids[0, -1]))
         self.last = scores[0].float().log_softmax(-1)
-        self.distributions.append(describe(self.last, self.choice))
+        self.next_tokens.append(list_next_tokens(self.last, self.sampling))
         self.advance()
         return scores
 
-    def settle(self, token: int) -> None:
-        """Note which token was chosen at the last step, if there was one."""
+    def add_chosen(self, token: int) -> None:
+        """Record which token was chosen at the last step, if there was one."""
         if self.last is not None:
             self.probabilities.append(math.exp(float(self.last[token])))
 
 
-def describe(logs_V: torch.Tensor, choice: Choice) -> Distribution:
-    """Return what of log-probabilities [V] is shown."""
+def list_next_tokens(logs_V: torch.Tensor, sampling: Sampling) -> NextTokens:
+    """Return what is shown of log-probabilities [V]."""
     top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
-    warped_V = choice.warp(logs_V[None])[0]
+    warped_V = sampling.warp(logs_V[None])[0]
     kept_V = warped_V.softmax(-1)
-    return Distribution(
+    return NextTokens(
         ids=top.indices.tolist(),
         probabilities=top.values.exp().tolist(),
         kept=kept_V[top.indices].tolist(),
         kept_tokens=int(warped_V.isfinite().sum()),
         entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
-        partitions=[float((logs_V / temperature).logsumexp(-1)) for temperature in choice.temperatures],
+        partitions=[float((logs_V / temperature).logsumexp(-1)) for temperature in sampling.temperatures],
     )
 
 
 def trace_answer(
     model: torch.nn.Module,
-    prompt: Prompt,
+    prompt: ModelInputs,
     processor: PreTrainedTokenizerBase,
-    choice: Choice,
+    sampling: Sampling,
     advance: Advance = lambda: None,
 ) -> Trace:
-    """Let the model answer and look on; `advance` is called after each step."""
-    inner, recipe = unwrap(model), choice.recipe(prompt.recipe)
-    recorder = Recorder(choice, advance)
-    with torch.random.fork_rng(), only_these_settings(model) as own, Watch(model, [-1]) as watch:
-        torch.manual_seed(choice.seed)
+    """Let the model answer and record it; `advance` is called after each step."""
+    inner, recipe = unwrap(model), sampling.recipe(prompt.recipe)
+    recorder = Recorder(sampling, advance)
+    with torch.random.fork_rng(), only_these_settings(model) as own, HiddenStates(model, [-1]) as states:
+        torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
             settings = decoder_settings(own, model, processor, recipe, prompt.first)
         else:
             settings = generation_settings(model, processor, recipe)
-        settings.max_new_tokens = choice.max_new_tokens
-        ids = generate(inner, prompt, settings, recorder)
-    written = len(recorder.distributions)
-    begun, answer = ids[:-written], ids[-written:]
-    recorder.settle(answer[-1])
+        settings.max_new_tokens = sampling.max_new_tokens
+        ids = generate_ids(inner, prompt, settings, recorder)
+    written = len(recorder.next_tokens)
+    prefix, answer = ids[:-written], ids[-written:]
+    recorder.add_chosen(answer[-1])
     ends = settings.eos_token_id or []
     stops = set(ends if isinstance(ends, list) else [ends])
     return Trace(
-        begun=begun,
-        steps=list(join(answer, recorder.probabilities, recorder.distributions, watch)),
+        prefix=prefix,
+        steps=list(join_steps(answer, recorder.probabilities, recorder.next_tokens, states)),
         text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
         ended=answer[-1] in stops,
     )
 
 
-def generate(inner: Any, prompt: Prompt, settings: GenerationConfig, recorder: Recorder) -> list[int]:
+def generate_ids(
+    inner: PreTrainedModel, prompt: ModelInputs, settings: GenerationConfig, recorder: Recorder
+) -> list[int]:
     """Run transformers' own loop; return all tokens of the decoder."""
-    inputs = dict(prompt.inputs)
-    if prompt.ids:
-        ids_1T = torch.tensor([prompt.ids])
-        inputs |= {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
-    if prompt.begun:
-        inputs["decoder_input_ids"] = torch.tensor([prompt.begun])
-    inputs = {name: fit(part, inner) for name, part in inputs.items()}
+    inputs = prompt.text_tensors
+    if prompt.decoder_ids:
+        inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids])
+    inputs = {name: move(part, inner) for name, part in inputs.items()}
     processors = LogitsProcessorList([recorder])
     out_1T = GenerationMixin.generate(inner, **inputs, generation_config=settings, logits_processor=processors)
     return cast(list[int], out_1T[0].tolist())
 
 
-def fit(part: torch.Tensor, inner: Any) -> torch.Tensor:
-    """Bring an input to the model's place and, if it is no token, to its number format."""
+def move(part: torch.Tensor, inner: PreTrainedModel) -> torch.Tensor:
+    """Bring an input to the model's device and, if it is no token, to its number format."""
     return part.to(inner.device, inner.dtype) if part.is_floating_point() else part.to(inner.device)
 
 
-def trace_masks(model: torch.nn.Module, prompt: Prompt, processor: PreTrainedTokenizerBase, choice: Choice) -> Trace:
+def trace_masks(
+    model: torch.nn.Module, prompt: ModelInputs, processor: PreTrainedTokenizerBase, sampling: Sampling
+) -> Trace:
     """Let an encoder fill in each mask of a text, all at once; a mask is a step."""
     inner = unwrap(model)
-    ids_1T = torch.tensor([prompt.ids], device=inner.device)
-    with torch.inference_mode(), Watch(model, prompt.places) as watch:
-        model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
-    assert watch.last is not None
-    logs_PV = watch.last.log_softmax(-1)
+    inputs = {name: part.to(inner.device) for name, part in prompt.text_tensors.items()}
+    with torch.inference_mode(), HiddenStates(model, prompt.masks) as states:
+        model(**inputs)
+    assert states.last is not None
+    logs_PV = states.last.log_softmax(-1)
     answer = logs_PV.argmax(-1).tolist()
     likely = logs_PV.max(-1).values.exp().tolist()
     filled = list(prompt.ids)
-    for place, token in zip(prompt.places, answer, strict=True):
-        filled[place] = token
-    steps = list(join(answer, likely, [describe(logs_V, choice) for logs_V in logs_PV], watch))
+    for at, token in zip(prompt.masks, answer, strict=True):
+        filled[at] = token
+    next_tokens = [list_next_tokens(logs_V, sampling) for logs_V in logs_PV]
+    steps = list(join_steps(answer, likely, next_tokens, states))
     return Trace(prompt.ids, steps, str(processor.decode(filled, skip_special_tokens=True)), True)
 
 
-def join(
-    answer: Sequence[int], probabilities: Sequence[float], distributions: Sequence[Distribution], watch: Watch
+def join_steps(
+    answer: Sequence[int], probabilities: Sequence[float], next_tokens: Sequence[NextTokens], states: HiddenStates
 ) -> Iterator[Step]:
-    """Put the steps together from what was noted and what the layers left behind."""
-    lens = read_lens(watch)
-    for token, likely, could in zip(answer, probabilities, distributions, strict=True):
-        yield Step(token, likely, could, None if lens is None else listen(next(lens), token))
+    """Join what was recorded of each step with what its layers would predict."""
+    lens = read_lens(states)
+    for token, likely, listed in zip(answer, probabilities, next_tokens, strict=True):
+        yield Step(token, likely, listed, None if lens is None else list_layers(next(lens), token))
 
 
-def listen(logits_LV: torch.Tensor, token: int) -> list[Saying]:
-    """Return what each layer would say by its logits [L, V]."""
+def list_layers(logits_LV: torch.Tensor, token: int) -> list[LayerPrediction]:
+    """Return what each layer would predict by its logits [L, V]."""
     shares_LV = logits_LV.softmax(-1)
-    top = shares_LV.topk(SPOKEN)
-    said = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
-    return [Saying(ids, shares, chosen) for ids, shares, chosen in said]
+    top = shares_LV.topk(LENS_TOKENS)
+    columns = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
+    return [LayerPrediction(ids, shares, chosen) for ids, shares, chosen in columns]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How likely one token of a given answer is, and what the model would have said in its place."""
+class TokenScore:
+    """How likely one token of a given answer is, and what the model would have predicted in its place."""
 
     probability: float
     rank: int
@@ -268,23 +269,23 @@ class Reading:
 
 
 @torch.inference_mode()
-def read_answer(model: torch.nn.Module, prompt: Prompt, begun: Sequence[int], answer: Sequence[int]) -> list[Reading]:
-    """Return what the model makes of each token of an answer that is given to it (teacher forcing)."""
+def score_answer(
+    model: torch.nn.Module, prompt: ModelInputs, prefix: Sequence[int], answer: Sequence[int]
+) -> list[TokenScore]:
+    """Score each token of an answer that is given to the model (teacher forcing)."""
     inner = unwrap(model)
-    ids_1T = torch.tensor([[*begun, *answer[:-1]]], device=inner.device)
-    inputs: dict[str, Any] = {name: fit(part, inner) for name, part in prompt.inputs.items()}
+    ids_1T = torch.tensor([[*prefix, *answer[:-1]]], device=inner.device)
+    inputs: dict[str, object] = {}
     if inner.config.is_encoder_decoder:
+        inputs = {name: move(part, inner) for name, part in prompt.text_tensors.items()}
         inputs["decoder_input_ids"] = ids_1T
-        if prompt.ids:
-            inputs["input_ids"] = torch.tensor([prompt.ids], device=inner.device)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     else:
-        inputs |= {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
-    if "logits_to_keep" in accepted_arguments(type(inner)):  # type: ignore[arg-type]
+        inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    if "logits_to_keep" in accepted_arguments(inner.__class__):
         inputs["logits_to_keep"] = len(answer)
     logs_AV = model(**inputs).logits[0, -len(answer) :].float().log_softmax(-1)
     chosen_A1 = torch.tensor(answer, device=logs_AV.device)[:, None]
     own_A1 = logs_AV.gather(-1, chosen_A1)
     best = logs_AV.max(-1)
     columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
-    return [Reading(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    return [TokenScore(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from llmtune.explain.adapter_weights import Carrier, Carriers
-from llmtune.explain.architecture import Architecture, Blocks, Piece, Stack
-from llmtune.explain.block_structure import Branch
-from llmtune.explain.orders import BIASES
+from llmtune.explain.architecture import BIASES, Architecture, Blocks, Piece, Stack
+from llmtune.explain.block_wiring import Branch
+from llmtune.explain.trained_modules import TrainedModule, TrainedModules
 from llmtune.report.number_format import count
 
 TITLES = {
@@ -20,6 +19,7 @@ TITLES = {
     "convolution": "Convolution",
 }
 UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+HEADS = ("lm_head", "score", "classifier", "qa_outputs", "proj_out", "decoder", "vocab_projector", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,25 @@ def briefly(number: float) -> str:
 
 def operations(number: float) -> str:
     """Write a number of floating-point operations."""
-    told = briefly(number)
-    return f"{told}FLOPs" if told[-1].isalpha() else f"{told} FLOPs"
+    text = briefly(number)
+    return f"{text}FLOPs" if text[-1].isalpha() else f"{text} FLOPs"
 
 
 def brief_size(number: float) -> str:
-    """Write a number of parameters in three digits; a thousand million is B, as people say of models."""
+    """Write a number of parameters in three digits; a thousand million is B, as usual for models."""
     return briefly(number).replace("G", "B")
 
 
 def title_branch(branch: Branch, stack: Stack) -> str:
     """Name a branch."""
-    if branch.kind == "attention" and stack.causal:
-        return "Masked self-attention"
-    return TITLES[branch.kind]
+    return "Masked self-attention" if branch.kind == "attention" and stack.causal else TITLES[branch.kind]
 
 
 def describe_branch(branch: Branch, group: Blocks, stack: Stack) -> list[str]:
-    """Say in a few words a line what a branch does."""
+    """Describe in a few words a line what a branch does."""
     if branch.kind in ("attention", "cross-attention"):
         return list(_describe_attention(branch, stack))
-    words = [f"{branch.activation}" if branch.activation else "", "gated" if branch.gated else ""]
+    words = [branch.activation or "", "gated" if branch.gated else ""]
     shapes = [shape for name in branch.modules for shape in _shapes(name, group)]
     if branch.kind == "experts":
         experts = next((shape[0] for shape in shapes if len(shape) == 3), None)
@@ -90,38 +88,34 @@ def _describe_attention(branch: Branch, stack: Stack) -> Iterator[str]:
         yield stack.window
 
 
-def rows_of(names: Sequence[str], group: Blocks, carriers: Carriers | None) -> list[Row]:
+def rows_of(names: Sequence[str], group: Blocks, trained: TrainedModules | None) -> list[Row]:
     """Return a row for each module of a block."""
-    owner = group.first.rpartition(".")[0]
     rows = []
     for name in names:
-        told = mark([f"{owner}.{number}.{name}" for number in group.numbers], carriers)
-        short = shorten(name, names)
+        trained_at = mark(group.names(name), trained)
         if name in group.shapes or not _shapes(name, group):
             shape = _write(group.shapes[name]) if name in group.shapes else ""
-            rows.append(Row(short, shape, group.sizes.get(name, 0), told))
+            rows.append(Row(shorten(name, names), shape, group.sizes.get(name, 0), trained_at))
             continue
         for key, shape_of in group.shapes.items():
             if key.startswith(f"{name}."):
-                rows.append(Row(key.removeprefix(f"{name}."), _write(shape_of), math.prod(shape_of), told))
+                rows.append(Row(key.removeprefix(f"{name}."), _write(shape_of), math.prod(shape_of), trained_at))
     return rows
 
 
-def mark(names: Sequence[str], carriers: Carriers | None) -> str:
-    """Say what was trained at modules that stand for one another in equal blocks; empty where nothing was."""
-    if carriers is None or not carriers.modules:
-        return ""
-    found = [carriers.modules[name] for name in names if name in carriers.modules]
+def mark(names: Sequence[str], trained: TrainedModules | None) -> str:
+    """Return what was trained at modules that stand for one another in equal blocks; empty where nothing was."""
+    found = [trained.modules[name] for name in names if name in trained.modules] if trained else []
     if not found:
         return ""
-    kinds = {_name_carrier(carrier) for carrier in found}
+    kinds = {_describe_trained(module) for module in found}
     word = kinds.pop() if len(kinds) == 1 else found[0].kind
     return word if len(found) == len(names) else f"{word} in {len(found)} of {len(names)}"
 
 
-def _name_carrier(carrier: Carrier) -> str:
+def _describe_trained(module: TrainedModule) -> str:
     words = {"whole": "trained whole", "tokens": "new rows trained", "bias": "bias trained"}
-    return words.get(carrier.kind) or f"{carrier.kind} r {carrier.rank}"
+    return words.get(module.kind) or f"{module.kind} r {module.rank}"
 
 
 def _shapes(name: str, group: Blocks) -> list[tuple[int, ...]]:
@@ -150,26 +144,21 @@ def shorten(name: str, names: Sequence[str]) -> str:
 def title_piece(piece: Piece) -> str:
     """Name a part beside the blocks."""
     last = piece.name.rpartition(".")[2]
-    if piece.kind == "norm":
-        return piece.about
-    if piece.kind == "positions":
-        return "Positions"
+    titles = {"positions": "Positions", "convolutions": piece.about.capitalize()}
     if piece.kind == "embedding":
         return "Token types" if "type" in last else "Embedding"
-    if piece.kind == "convolutions":
-        return piece.about.capitalize()
-    return "Head" if piece.kind == "linear" and last in HEADS else piece.about
-
-
-HEADS = ("lm_head", "score", "classifier", "qa_outputs", "proj_out", "decoder", "vocab_projector", "out_proj")
+    if piece.kind == "linear" and last in HEADS:
+        return "Head"
+    return titles.get(piece.kind, piece.about)
 
 
 def describe_piece(piece: Piece) -> str:
-    """Say of a part beside the blocks what shape it has, and whose weights it uses."""
+    """Return the shape of a part beside the blocks, and whose weights it uses."""
     shape = ""
-    if piece.kind == "linear" or (piece.kind == "convolutions" and piece.shape):
-        ends = piece.shape if piece.kind == "linear" else (piece.shape[1], piece.shape[0])
-        shape = _write(ends)
+    if piece.kind == "linear":
+        shape = _write(piece.shape)
+    elif piece.kind == "convolutions" and piece.shape:
+        shape = _write((piece.shape[1], piece.shape[0]))
     elif piece.kind in ("embedding", "positions") and len(piece.shape) == 2:
         shape = f"{piece.shape[0]:,} × {piece.shape[1]:,}"
     if piece.once:
@@ -177,36 +166,35 @@ def describe_piece(piece: Piece) -> str:
     return f"{shape}, {'embedding’s' if piece.kind == 'linear' else 'same'} weights" if piece.tied_to else shape
 
 
-def tell_inputs(architecture: Architecture, stack: Stack) -> str:
-    """What goes into a stack."""
+def describe_inputs(architecture: Architecture, stack: Stack) -> str:
+    """Return what goes into a stack."""
     if any(piece.kind == "convolutions" for piece in stack.before):
         return "recording"
     return "words written so far" if architecture.family == "encoder-decoder" and stack.causal else "words"
 
 
-def tell_outputs(architecture: Architecture, stack: Stack) -> str:
-    """What comes out of a stack."""
+def describe_outputs(architecture: Architecture, stack: Stack) -> str:
+    """Return what comes out of a stack; empty where another stack reads it."""
     last = next((piece for piece in reversed(stack.behind) if piece.kind == "linear"), None)
     if last is not None and len(last.shape) == 2 and last.shape[1] == architecture.vocabulary:
         return f"a score for each of {last.shape[1]:,} tokens"
     if last is not None and len(last.shape) == 2 and last.shape[1] != architecture.width:
         return f"{last.shape[1]:,} scores for {'the text' if architecture.scores_text else 'each token'}"
-    if architecture.family == "encoder-decoder" and stack is not architecture.stacks[-1]:
-        return ""
-    if not architecture.width:
+    inner = architecture.family == "encoder-decoder" and stack is not architecture.stacks[-1]
+    if inner or not architecture.width:
         return ""
     both = ", and as many for the text" if last is not None and last.once else ""
     return f"{architecture.width:,} numbers for each word{both}"
 
 
 def number_blocks(group: Blocks) -> str:
-    """Say which blocks a group is."""
+    """Return which blocks a group is."""
     first, last = group.numbers[0], group.numbers[-1]
     return f"block {first}" if first == last else f"blocks {first} to {last}"
 
 
-def tell_extras(group: Blocks) -> str:
-    """Say what only some of a group's blocks hold; empty where they are all alike."""
+def describe_extras(group: Blocks) -> str:
+    """Return what only some of a group's blocks hold; empty where they are all alike."""
     names = list(dict.fromkeys(name.rpartition(".")[2] for name in group.extras))
     if not names:
         return ""

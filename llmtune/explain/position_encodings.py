@@ -1,4 +1,4 @@
-"""How a model knows the order of words: a table of sines, a learned table, rotations, or a bias by distance.
+"""Position encodings: a table of sines, a learned table, rotations, or a bias by distance.
 
 Shapes: L positions, D dimensions, F frequencies, H heads, N distances.
 """
@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from llmtune.model.causal_lm_loss import unwrap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.models.t5.modeling_t5 import T5Attention
 
 Array = npt.NDArray[np.float64]
 Kind = Literal["sinusoidal", "learned", "rotary", "bias", "slopes"]
@@ -48,12 +53,12 @@ class Scheme:
 
     @property
     def title(self) -> str:
-        """Say what it is, and of which half of the model."""
+        """What it is, and of which half of the model."""
         half = next((half for half in ("encoder", "decoder") if f".{half}." in f".{self.name}."), "")
         return f"{TITLES[self.kind]}{f' of the {half}' if half else ''}"
 
     def equals(self, other: Scheme) -> bool:
-        """Whether two sides of a run have the same."""
+        """Whether two models have the same."""
         return self.name == other.name and np.array_equal(self.values, other.values)
 
     def table(self, length: int) -> Array:
@@ -61,6 +66,13 @@ class Scheme:
         if self.kind == "rotary":
             return np.cos(np.arange(length)[:, None] * self.values)
         return self.values[:length]
+
+    def added(self, length: int) -> tuple[list[int], Array]:
+        """Return distances, and of biases and slopes what each head adds to its scores there, [H, N]."""
+        if self.kind == "bias":
+            return list(self.distances), self.values
+        distances = list(range(-min(length, REACH), 1))
+        return distances, self.values[:, None] * np.array(distances)
 
 
 def sinusoidal_encoding(length: int, dimension: int, base: float) -> Array:
@@ -115,7 +127,7 @@ def find_schemes(model: nn.Module) -> list[Scheme]:
     return [*found, *_slopes(inner.config)]
 
 
-def _tables(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
+def _tables(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[Scheme]:
     """Find a table of positions: an embedding, or sines that were written into a buffer."""
     last = name.rsplit(".", 1)[-1]
     if "Positional" not in type(module).__name__ and last not in TABLES:
@@ -137,17 +149,16 @@ def _tables(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
 
 def effective_weight(module: nn.Module) -> torch.Tensor | None:
     """Return the table of an embedding, with what an adapter adds to it; None where there is none."""
-    inner: Any = module
-    weight = getattr(inner, "weight", None)
+    weight = getattr(module, "weight", None)
     if weight is None:
-        weight = getattr(inner, "weights", None)  # M2M100 keeps its sines in a buffer
-    if isinstance(weight, torch.Tensor) and hasattr(inner, "get_delta_weight"):
-        for adapter in inner.active_adapters:
-            weight = weight + inner.get_delta_weight(adapter)
+        weight = getattr(module, "weights", None)  # M2M100 keeps its sines in a buffer
+    if isinstance(module, LoraLayer) and isinstance(weight, torch.Tensor):
+        for adapter in module.active_adapters:
+            weight = weight + module.get_delta_weight(adapter)
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def first_row(module: nn.Module, config: Any) -> int:
+def first_row(module: nn.Module, config: PretrainedConfig) -> int:
     """Return the row of the first position: BART's tables begin at 2, RoBERTa's behind the padding token's number."""
     offset = getattr(module, "offset", None)
     if isinstance(offset, int):
@@ -157,17 +168,16 @@ def first_row(module: nn.Module, config: Any) -> int:
     return padding + 1 if padding is not None and not sines else 0
 
 
-def _rotations(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
+def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[Scheme]:
     """Find angles of rotations, in the modules that compute them: of each kind of layer, if they differ."""
     text = config.get_text_config()
     for key, buffer in module.named_buffers(recurse=False):
         if not key.endswith("inv_freq") or key.endswith("original_inv_freq"):
             continue
         layers = key.removesuffix("inv_freq").strip("_")
-        own: Any = module
-        kind = getattr(own, "rope_type", "default")
+        kind = getattr(module, "rope_type", "default")
         kind = kind.get(layers, "default") if isinstance(kind, dict) else kind
-        scaling = getattr(own, f"{layers}_attention_scaling" if layers else "attention_scaling", 1.0)
+        scaling = getattr(module, f"{layers}_attention_scaling" if layers else "attention_scaling", 1.0)
         angles = buffer.detach().float().cpu().numpy().astype(np.float64)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         facts = {
@@ -189,19 +199,19 @@ def _rotations(name: str, module: nn.Module, config: Any) -> Iterator[Scheme]:
 
 def _biases(name: str, module: nn.Module) -> Iterator[Scheme]:
     """Find biases by distance as T5 has them, computed by the module itself."""
-    own: Any = module
-    if not hasattr(own, "compute_bias") or getattr(own, "relative_attention_bias", None) is None:
+    if not hasattr(module, "compute_bias") or getattr(module, "relative_attention_bias", None) is None:
         return
-    ahead = 0 if own.is_decoder else REACH
+    attention = cast("T5Attention", module)
+    ahead = 0 if attention.is_decoder else REACH
     with torch.inference_mode():
-        bias_HQT = own.compute_bias(REACH + ahead + 1, REACH + ahead + 1)[0]
+        bias_HQT = attention.compute_bias(REACH + ahead + 1, REACH + ahead + 1)[0]
     values = bias_HQT[:, REACH].float().cpu().numpy().astype(np.float64)[:, : REACH + ahead + 1]
-    facts = {"heads": f"{len(values)}", "buckets": f"{own.relative_attention_num_buckets}"}
-    facts["one bucket from"] = f"{own.relative_attention_max_distance} tokens on"
+    facts = {"heads": f"{len(values)}", "buckets": f"{attention.relative_attention_num_buckets}"}
+    facts["one bucket from"] = f"{attention.relative_attention_max_distance} tokens on"
     yield Scheme("bias", name, values, tuple(range(-REACH, ahead + 1)), facts)
 
 
-def _slopes(config: Any) -> Iterator[Scheme]:
+def _slopes(config: PretrainedConfig) -> Iterator[Scheme]:
     """Return the slopes of linear biases (Press et al. 2022), as Bloom computes them."""
     if config.model_type not in SLOPED and not getattr(config, "alibi", False):
         return

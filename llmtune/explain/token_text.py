@@ -1,4 +1,4 @@
-"""Tokens as a person reads them: their text, where a word goes on, which are special."""
+"""Tokens as text to read: what each stands for, where a word continues, which tokens are special."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import regex  # type: ignore[import-untyped]
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,11 +22,11 @@ class Token:
 
     id: int
     text: str
-    """What it stands for. Bytes that are no whole character are shown as `<0xE2>`; spaces at the front stay."""
+    """What it stands for. Bytes that are no whole character are shown as `<0xE2>`; leading spaces stay."""
     special: bool
     """[CLS], </s>, <|im_start|>: not of the text itself."""
     continues: bool
-    """Whether it goes on with the word of the token before."""
+    """Whether it continues the word of the token before."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class _Piece:
     content: bytes
     special: bool = False
     continues: bool | None = None
-    """Whether the vocabulary itself says that it goes on, as WordPiece does by `##`; others tell by their spaces."""
+    """What the vocabulary itself says, as WordPiece does by `##`; None where the spaces decide."""
 
 
 LONGEST = 16
@@ -45,25 +48,35 @@ MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
 SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "␣", "\u00a0": "⍽"}
 """What stands for white space that a label would not show."""
 JOINERS = ("\u200c", "\u200d")
-APOSTROPHES = ("'", "’")
-UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO")
-"""Scripts without spaces between words, by how Unicode names their letters."""
+_LETTER = r"[[\p{L}\p{N}\p{M}\u200c\u200d]--[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}]]"
+WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
+"""Letters and the apostrophes between them. Ideographs and kana are words by themselves: no spaces part them."""
 
 
 def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Token]:
     """Return the tokens of `ids`, one each."""
     pieces = _read_pieces(tokenizer, [int(i) for i in ids])
-    read = _decode([piece.content for piece in pieces])
+    decoded = _decode([piece.content for piece in pieces])
+    inside = _inside_words(
+        [("\n" if piece.special else shown.letters) for piece, shown in zip(pieces, decoded, strict=True)]
+    )
     tokens: list[Token] = []
-    for at, (i, piece, shown) in enumerate(zip(ids, pieces, read, strict=True)):
+    for at, (i, piece, shown) in enumerate(zip(ids, pieces, decoded, strict=True)):
         continues = False
         if at > 0 and not piece.special and not pieces[at - 1].special:
-            after = read[at + 1].letters if at + 1 < len(read) and not pieces[at + 1].special else ""
-            before = read[at - 1].letters
-            told = goes_on(before, shown.letters, after, tokens[-1].continues)
-            continues = shown.inside or (told if piece.continues is None else piece.continues)
+            continues = shown.inside or (inside[at] if piece.continues is None else piece.continues)
         tokens.append(Token(int(i), shown.text, piece.special, continues))
     return tokens
+
+
+def _inside_words(texts: Sequence[str]) -> list[bool]:
+    """Return of each text whether it begins within a word of all texts joined."""
+    within = {at for word in WORD.finditer("".join(texts)) for at in range(word.start() + 1, word.end())}
+    starts, at = [], 0
+    for text in texts:
+        starts.append(bool(text) and at in within)
+        at += len(text)
+    return starts
 
 
 def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Piece]:
@@ -89,7 +102,7 @@ def _read_pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[_Pi
     return pieces
 
 
-def _reader(tokenizer: Any) -> Callable[[str], _Piece]:
+def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], _Piece]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)
     stated = decoder.__getstate__().decode() if decoder is not None else ""
@@ -99,7 +112,7 @@ def _reader(tokenizer: Any) -> Callable[[str], _Piece]:
 
 
 def _read_byte_level(piece: str) -> _Piece:
-    table = byte_table()
+    table = byte_of_letter()
     known = all(character in table for character in piece)
     return _Piece(bytes(table[character] for character in piece) if known else piece.encode())
 
@@ -114,19 +127,14 @@ def _read_sentence_piece(piece: str) -> _Piece:
 
 
 @cache
-def byte_table() -> dict[str, int]:
-    """Return the byte behind each letter of a byte-level vocabulary.
-
-    Printable bytes are themselves, the others letters from U+0100 on (GPT-2, `encoder.py`, `bytes_to_unicode`).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+def byte_of_letter() -> dict[str, int]:
+    """Return the byte behind each letter of a byte-level vocabulary (GPT-2)."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 @dataclass
 class _Shown:
-    """A piece as text; `letters` are all characters that it has a part of, `inside` says that it starts within one."""
+    """A piece as text; `letters` are all characters that it has a part of, `inside` whether it starts within one."""
 
     text: str = ""
     letters: str = ""
@@ -134,7 +142,7 @@ class _Shown:
 
 
 def _decode(contents: Sequence[bytes]) -> list[_Shown]:
-    """Decode bytes that stand side by side: what is no whole character within one piece becomes `<0xE2>`."""
+    """Decode bytes side by side: what is no whole character within one piece becomes `<0xE2>`."""
     whole = b"".join(contents)
     owner = [number for number, content in enumerate(contents) for _ in content]
     shown, at = [_Shown() for _ in contents], 0
@@ -147,10 +155,10 @@ def _decode(contents: Sequence[bytes]) -> list[_Shown]:
             shown[owners[0]].text += letter
             shown[owners[0]].letters += letter
         else:
-            for place, number in zip(range(at, end), owners, strict=True):
-                shown[number].text += f"<0x{whole[place]:02X}>"
-            for number in dict.fromkeys(owners):
-                shown[number].letters += letter
+            for byte, number in zip(whole[at:end], owners, strict=True):
+                shown[number].text += f"<0x{byte:02X}>"
+            shown[owners[0]].letters += letter
+            for number in owners:
                 shown[number].inside |= number != owners[0]
         at = end
     return shown
@@ -167,43 +175,22 @@ def _character_size(content: bytes, at: int) -> int:
     return 0
 
 
-def goes_on(before: str, text: str, after: str = "", going: bool = False) -> bool:
-    """Whether a text goes on with the word that `before` ends in: letters on both sides, and no space between.
-
-    An apostrophe belongs to a word that goes on behind it: `after` is what comes next, `going` says whether `before`
-    went on itself. Ideographs and kana are words by themselves, as there are no spaces to tell.
-    """
-    if text in APOSTROPHES:
-        return bool(before and after) and _in_word(before[-1]) and _in_word(after[0])
-    if before in APOSTROPHES:
-        return bool(text) and going and _in_word(text[0])
-    inner = text[1:] if text[:1] in APOSTROPHES else text
-    outer = before[:-1] if before[-1:] in APOSTROPHES else before
-    return bool(outer and inner) and _in_word(outer[-1]) and _in_word(inner[0])
-
-
-def _in_word(character: str) -> bool:
-    if unicodedata.category(character)[0] == "M" or character in JOINERS:
-        return True
-    return character.isalnum() and not unicodedata.name(character, "").startswith(UNSPACED)
-
-
 def joined(token: Token, piece: Token) -> Token:
-    """Return a token with a piece that goes on with it put behind; bytes that make a character together become it."""
-    return replace(token, text=BYTES.sub(_whole, token.text + piece.text))
+    """Return a token with a piece that continues it appended; bytes that make a character together become it."""
+    return replace(token, text=BYTES.sub(_decode_match, token.text + piece.text))
 
 
-def _whole(found: re.Match[str]) -> str:
+def _decode_match(match: re.Match[str]) -> str:
     try:
-        return bytes(int(number, 16) for number in ONE_BYTE.findall(found[0])).decode()
+        return bytes(int(number, 16) for number in ONE_BYTE.findall(match[0])).decode()
     except UnicodeDecodeError:
-        return found[0]
+        return match[0]
 
 
 def label(token: Token, longest: int = LONGEST) -> str:
-    """Return what to write beside a row: one line, cut where it is long, `·` in front where a word goes on.
+    """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
 
-    White space is shown by signs, and characters that would turn or hide the text around them by their numbers.
+    Signs stand for white space, and numbers for characters that would turn or hide the text around them.
     """
     text = token.text
     if text.strip(" ") and not token.special:
@@ -214,6 +201,14 @@ def label(token: Token, longest: int = LONGEST) -> str:
     return ("·" if token.continues else "") + _cut(shown, longest)
 
 
+def word_label(token: Token, longest: int = 14) -> str:
+    """Return a token as a word by itself: on one line, with a sign for a leading space, cut where it is long."""
+    text = token.text
+    if text.startswith(" ") and text.strip():
+        text = SIGNS[" "] + text[1:]
+    return label(Token(token.id, text, token.special, continues=False), longest) or "∅"
+
+
 def _visible(character: str) -> str:
     if character in SIGNS:
         return SIGNS[character]
@@ -222,7 +217,7 @@ def _visible(character: str) -> str:
 
 
 def _cut(text: str, longest: int) -> str:
-    """Leave out the end of a long text, never between a letter and its marks."""
+    """Cut the end of a long text, never between a letter and its marks."""
     if len(text) <= longest:
         return text
     end = longest - 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,14 +19,13 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from llmtune.explain.architecture import Architecture, Blocks, branches_of, describe_model
-from llmtune.explain.drawing import draw_architecture
-from llmtune.explain.html_page import asset
-from llmtune.explain.labels import briefly, describe_branch, describe_piece, rows_of, shorten, tell_outputs
-from llmtune.explain.meta_model import Blueprint, draw_blueprint
-from llmtune.explain.model import count_parts
-from llmtune.explain.svg import write_svg
-from llmtune.explain.target import open_subject
+from llmtune.explain.architecture import Architecture, describe_model
+from llmtune.explain.architecture_figure import draw_architecture
+from llmtune.explain.labels import briefly, describe_branch, describe_outputs, describe_piece, mark, rows_of, shorten
+from llmtune.explain.meta_model import MetaModel, build_meta_model
+from llmtune.explain.model_explainer import count_parts
+from llmtune.explain.target import open_target
+from llmtune.explain.trained_modules import TrainedModule, TrainedModules
 
 BUILDERS: dict[str, Callable[..., Path]] = {
     "llama": build_llama,
@@ -50,10 +50,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: build(root / name) for name, build in BUILDERS.items()}
 
 
-def describe(folder: Path) -> tuple[Architecture, Blueprint]:
-    subject = open_subject(str(folder), quiet(), offline=True)
-    blueprint = draw_blueprint(subject)
-    return describe_model(subject, blueprint), blueprint
+def describe(folder: Path) -> tuple[Architecture, MetaModel]:
+    subject = open_target(str(folder), quiet(), offline=True)
+    meta = build_meta_model(subject)
+    return describe_model(subject, meta), meta
 
 
 def add_up(architecture: Architecture) -> int:
@@ -64,12 +64,12 @@ def add_up(architecture: Architecture) -> int:
 
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_every_parameter_is_counted_once(built: dict[str, Path], family: str):
-    architecture, blueprint = describe(built[family])
-    with open_subject(str(built[family]), quiet(), offline=True).open_side("model") as model:
+    architecture, meta = describe(built[family])
+    with open_target(str(built[family]), quiet(), offline=True).open_model("model") as model:
         assert architecture.parameters == model.num_parameters()
     assert add_up(architecture) == architecture.parameters
     assert sum(count_parts(architecture).values()) == architecture.parameters
-    assert all(parameter.is_meta for parameter in blueprint.model.parameters())
+    assert all(parameter.is_meta for parameter in meta.model.parameters())
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
@@ -87,11 +87,11 @@ def test_heads_and_blocks_count_as_the_config_says(built: dict[str, Path], famil
         assert stack.causal is (stack.name == "decoder")
         for group in stack.blocks:
             assert group.unknown is None
-            kinds = [branch.kind for branch in branches_of(group)]
+            kinds = [branch.kind for branch in group.branches()]
             crossed = config.is_encoder_decoder and stack.name == "decoder"
             assert kinds == ["attention", *(["cross-attention"] if crossed else []), "feed-forward"]
-            assert branches_of(group)[0].heads == 4
-            assert branches_of(group)[0].head_size == 16
+            assert group.branches()[0].heads == 4
+            assert group.branches()[0].head_size == 16
 
 
 def test_grouped_keys_are_told(built: dict[str, Path]):
@@ -100,8 +100,8 @@ def test_grouped_keys_are_told(built: dict[str, Path]):
     (group,) = stack.blocks
     assert stack.kv_heads == 2
     assert group.shapes["self_attn.k_proj"] == (64, 32)
-    assert describe_branch(branches_of(group)[0], group, stack)[0] == "4 heads of 16, 2 for keys and values"
-    assert describe_branch(branches_of(group)[1], group, stack) == ["128 wide, SiLU, gated"]
+    assert describe_branch(group.branches()[0], group, stack)[0] == "4 heads of 16, 2 for keys and values"
+    assert describe_branch(group.branches()[1], group, stack) == ["128 wide, SiLU, gated"]
 
 
 @pytest.mark.parametrize(
@@ -141,25 +141,17 @@ def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
     """T5's configuration says that they are, in any case; loading looks at the files."""
     folder = families.build_t5(tmp_path / "t5", feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     architecture, _ = describe(folder)
-    with open_subject(str(folder), quiet(), offline=True).open_side("model") as model:
+    with open_target(str(folder), quiet(), offline=True).open_model("model") as model:
         assert model.lm_head.weight is not model.shared.weight
         assert architecture.parameters == model.num_parameters()
     assert architecture.stacks[-1].behind[-1].parameters > 0
-
-
-def test_a_table_that_one_block_holds_for_all_is_told(built: dict[str, Path]):
-    architecture, _ = describe(built["t5"])
-    (group,) = architecture.stacks[0].blocks
-    assert group.extras == ("layer.0.SelfAttention.relative_attention_bias",)
-    assert group.parameters == 2 * group.typical + 32 * 4
-    assert count_parts(architecture)["Positions"] == 2 * 32 * 4
 
 
 def test_blocks_that_differ_are_drawn_apart(built: dict[str, Path]):
     """ModernBERT's first block has no norm before its attention, and its attention reaches 8 tokens in two of three."""
     (stack,) = describe(built["modernbert"])[0].stacks
     assert [group.numbers for group in stack.blocks] == [(0,), (1, 2)]
-    assert [bool(branches_of(group)[0].before) for group in stack.blocks] == [False, True]
+    assert [bool(group.branches()[0].before) for group in stack.blocks] == [False, True]
     assert stack.window == "window 8 each way in 2 of 3 layers"
 
 
@@ -172,16 +164,16 @@ def describe_config(kind: type, family: str, **config: object) -> Architecture:
         model = kind.from_config(settings, attn_implementation="eager").eval()
     if getattr(settings, "_experts_implementation", None) is not None:
         model.set_experts_implementation("batched_mm")
-    return describe_model(Stand, Blueprint(model, lambda: model))
+    return describe_model(Stand, MetaModel(model, lambda: model))
 
 
-def test_weights_that_are_used_again_and_again_are_counted_once():
+def test_weights_that_are_used_again_and_again_are_counted_once(tmp_path: Path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "embedding_size": 16}
     architecture = describe_config(AutoModelForMaskedLM, "albert", num_hidden_layers=5, **sizes)
     (group,) = architecture.stacks[0].blocks
     assert (group.numbers, group.runs) == ((0,), 5)
     assert add_up(architecture) == architecture.parameters
-    assert "× 5" in draw_architecture(architecture, None)
+    assert "× 5" in texts_of(draw_architecture(tmp_path / "model", architecture, None)[0])
 
 
 def test_experts_and_their_router_are_told():
@@ -191,7 +183,7 @@ def test_experts_and_their_router_are_told():
     )
     (stack,) = architecture.stacks
     (group,) = stack.blocks
-    branch = branches_of(group, "experts")[0]
+    branch = group.branches("experts")[0]
     assert describe_branch(branch, group, stack) == ["3 experts, a router, SiLU, gated"]
     rows = {row.name: row.shape for row in rows_of(branch.modules, group, None)}
     assert rows == {"gate": "32 → 3", "gate_up_proj": "3 × (96 × 32)", "down_proj": "3 × (32 × 48)"}
@@ -210,52 +202,43 @@ def test_a_model_that_looks_at_numbers_is_traced_all_the_same():
 
     with torch.device("meta"):
         model = build()
-    architecture = describe_model(Stand, Blueprint(model, build))
+    architecture = describe_model(Stand, MetaModel(model, build))
     assert architecture.untraced is None
-    assert [branch.kind for branch in branches_of(architecture.stacks[0].blocks[0])] == ["attention", "feed-forward"]
+    assert [branch.kind for branch in architecture.stacks[0].blocks[0].branches()] == ["attention", "feed-forward"]
 
 
-def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, Path]):
-    architecture, blueprint = describe(built["llama"])
+def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, Path], tmp_path: Path):
+    architecture, meta = describe(built["llama"])
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("cannot be run")
 
-    blueprint.model.forward = broken
-    subject = open_subject(str(built["llama"]), quiet(), offline=True)
-    drawn = describe_model(subject, Blueprint(blueprint.model, lambda: blueprint.model))
+    meta.model.forward = broken
+    subject = open_target(str(built["llama"]), quiet(), offline=True)
+    drawn = describe_model(subject, MetaModel(meta.model, lambda: meta.model))
     assert drawn.untraced == "cannot be run"
     (group,) = drawn.stacks[0].blocks
     assert (group.wiring, group.parameters) == (None, architecture.stacks[0].blocks[0].parameters)
     assert add_up(drawn) == drawn.parameters
-    picture = draw_architecture(drawn, None)
-    assert "Order of parts not known" in picture
-    assert "rail" not in picture  # no residual path is drawn
+    shown = texts_of(draw_architecture(tmp_path / "model", drawn, None)[0])
+    assert "Order of parts not known" in shown
+    assert "+" not in shown  # no residual path is drawn
+
+
+def texts_of(path: Path) -> list[str | None]:
+    return [text.text for text in ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "whisper", "t5"])
-def test_a_drawing_is_whole_and_stands_alone(built: dict[str, Path], tmp_path: Path, family: str):
+def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: dict[str, Path], tmp_path: Path, family):
     architecture, _ = describe(built[family])
-    path = write_svg(tmp_path / "model.svg", draw_architecture(architecture, None), asset("drawing.css"))
-    root = ElementTree.parse(path).getroot()
-    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("× 2") == len(architecture.stacks)
-    for stack in architecture.stacks:
-        norms = sum(_count_norms(group) for group in stack.blocks)
-        assert norms > 0
-    assert "http" not in path.read_text().replace("http://www.w3.org/2000/svg", "")
-    left, top, wide, tall = map(float, root.attrib["viewBox"].split())
-    for text in root.iter("{http://www.w3.org/2000/svg}text"):
-        x, y = float(text.attrib["x"]), float(text.attrib["y"])
-        assert left <= x <= left + wide
-        assert top <= y <= top + tall
-
-
-def _count_norms(group: Blocks) -> int:
-    assert group.wiring is not None
-    return sum(len(branch.before) + len(branch.after) for branch in branches_of(group)) + sum(
-        len(sublayer.behind) for sublayer in group.wiring.sublayers
-    )
+    (path,) = draw_architecture(tmp_path / "model", architecture, None)
+    shown = texts_of(path)
+    assert shown.count("× 2") == len(architecture.stacks)
+    sublayers = [sublayer for stack in architecture.stacks for g in stack.blocks for sublayer in g.wiring.sublayers]
+    added = {"llama": 0, "bert": 2, "whisper": 2, "t5": 0}[family]  # positions, token types
+    assert shown.count("+") == len(sublayers) + added
+    assert set(re.findall(r'(?:href|src)="([^"#][^"]*)"', path.read_text())) == set()
 
 
 def test_a_layer_that_works_once_for_a_text_is_told():
@@ -265,14 +248,21 @@ def test_a_layer_that_works_once_for_a_text_is_told():
     (stack,) = architecture.stacks
     assert [(piece.name, piece.once) for piece in stack.behind] == [("pooler.dense", True)]
     assert describe_piece(stack.behind[0]) == "32 → 32, once for the text"
-    assert tell_outputs(architecture, stack) == "32 numbers for each word, and as many for the text"
+    assert describe_outputs(architecture, stack) == "32 numbers for each word, and as many for the text"
     marked = describe_config(AutoModelForTokenClassification, "bert", num_labels=5, **sizes)
-    assert tell_outputs(marked, marked.stacks[0]) == "5 scores for each token"
+    assert describe_outputs(marked, marked.stacks[0]) == "5 scores for each token"
     classed = describe_config(AutoModelForSequenceClassification, "bert", num_labels=5, **sizes)
-    assert tell_outputs(classed, classed.stacks[0]) == "5 scores for the text"
+    assert describe_outputs(classed, classed.stacks[0]) == "5 scores for the text"
     sizes |= {"num_key_value_heads": 2, "num_attention_heads": 4, "vocab_size": 50, "num_labels": 5}
     judge = describe_config(AutoModelForSequenceClassification, "llama", **sizes)  # it scores all, and takes the last
-    assert tell_outputs(judge, judge.stacks[0]) == "5 scores for the text"
+    assert describe_outputs(judge, judge.stacks[0]) == "5 scores for the text"
+
+
+def test_what_was_trained_is_marked_with_how_many_blocks_have_it():
+    trained = TrainedModules("lora", {"layers.2.q_proj": TrainedModule("LoRA", 10, 4)})
+    assert mark([f"layers.{number}.q_proj" for number in range(3)], trained) == "LoRA r 4 in 1 of 3"
+    assert mark(["layers.2.q_proj"], trained) == "LoRA r 4"
+    assert mark(["layers.2.k_proj"], trained) == mark(["layers.2.q_proj"], None) == ""
 
 
 def test_numbers_and_names_are_short():

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain.architecture import describe_model
 from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost, fit, value
-from llmtune.explain.meta_model import draw_blueprint, make_inputs
-from llmtune.explain.target import open_subject
+from llmtune.explain.meta_model import build_meta_model, make_inputs
+from llmtune.explain.target import open_target
 
 BUILDERS: dict[str, Callable[..., Path]] = {
     "llama": build_llama,
@@ -29,16 +29,16 @@ BUILDERS: dict[str, Callable[..., Path]] = {
 
 
 def count(folder: Path) -> Cost:
-    subject = open_subject(str(folder), quiet(), offline=True)
-    blueprint = draw_blueprint(subject)
-    return count_cost(blueprint, describe_model(subject, blueprint))
+    subject = open_target(str(folder), quiet(), offline=True)
+    meta = build_meta_model(subject)
+    return count_cost(meta, describe_model(subject, meta))
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_the_formula_is_what_torch_counts_at_other_lengths(tmp_path: Path, family: str):
     folder = BUILDERS[family](tmp_path / family)
     cost = count(folder)
-    with open_subject(str(folder), quiet(), offline=True).open_side("model") as model:
+    with open_target(str(folder), quiet(), offline=True).open_model("model") as model:
         for tokens in (1, 13, 77):
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(**make_inputs(model, tokens))
@@ -96,7 +96,7 @@ def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: 
 
 def test_facts_hold_numbers_at_lengths(tiny_llama: Path):
     cost = count(tiny_llama)
-    facts = cost.as_facts([64, 128])
+    facts = cost.to_json([64, 128])
     assert facts["total"] == list(cost.sum())
     assert [row["flops"] for row in facts["at"]] == [value(cost.sum(), 64), value(cost.sum(), 128)]
     assert facts["at"][1]["attention_share"] == pytest.approx(512 * 128 * 128 / value(cost.sum(), 128))

@@ -16,11 +16,11 @@ from transformers import (
     GenerationConfig,
 )
 
-from llmtune.explain.generation_inputs import Prompt
-from llmtune.explain.generation_trace import LISTED, Choice, describe, read_answer, trace_answer, trace_masks
+from llmtune.explain.generation_trace import Sampling, list_next_tokens, score_answer, trace_answer, trace_masks
+from llmtune.explain.inputs import ModelInputs
 from llmtune.recipe import Recipe
 
-GREEDY = Choice(max_new_tokens=6, temperature=0.7, top_p=0.9)
+GREEDY = Sampling(max_new_tokens=6, temperature=0.7, top_p=0.9)
 
 
 def recipe(task: str) -> Recipe:
@@ -33,11 +33,11 @@ def llama(tiny_llama) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def prompt_for(tokenizer: Any, text: str = "The quick brown fox", task: str = "completion") -> Prompt:
-    return Prompt(list(tokenizer(text)["input_ids"]), recipe(task))
+def prompt_for(tokenizer: Any, text: str = "The quick brown fox", task: str = "completion") -> ModelInputs:
+    return ModelInputs(list(tokenizer(text)["input_ids"]), recipe(task))
 
 
-def generated(model: Any, prompt: Prompt, **settings: Any) -> list[int]:
+def generated(model: Any, prompt: ModelInputs, **settings: Any) -> list[int]:
     ids = torch.tensor([prompt.ids])
     config = GenerationConfig(max_new_tokens=6, use_cache=True, **settings)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -49,23 +49,23 @@ def test_a_greedy_answer_is_the_one_that_the_model_gives(llama):
     prompt = prompt_for(tokenizer)
     trace = trace_answer(model, prompt, tokenizer, GREEDY)
     wanted = generated(model, prompt, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    assert trace.begun + trace.ids == wanted
-    assert trace.begun == prompt.ids
-    assert all(step.id == step.could.ids[0] for step in trace.steps)
+    assert trace.prefix + trace.ids == wanted
+    assert trace.prefix == prompt.ids
+    assert all(step.id == step.next_tokens.ids[0] for step in trace.steps)
 
 
 def test_a_drawn_answer_is_the_one_of_the_same_seed(llama):
     model, tokenizer = llama
     prompt = prompt_for(tokenizer)
-    choice = Choice(max_new_tokens=6, temperature=1.3, top_p=0.95, top_k=20, sample=True, seed=5)
+    choice = Sampling(max_new_tokens=6, temperature=1.3, top_p=0.95, top_k=20, sample=True, seed=5)
     trace = trace_answer(model, prompt, tokenizer, choice)
     torch.manual_seed(5)
     drawn = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "top_k": 20}
     wanted = generated(model, prompt, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **drawn)
-    assert trace.begun + trace.ids == wanted
+    assert trace.prefix + trace.ids == wanted
     assert trace.ids != trace_answer(model, prompt, tokenizer, GREEDY).ids
     for step in trace.steps:
-        assert dict(zip(step.could.ids, step.could.kept, strict=True))[step.id] > 0
+        assert dict(zip(step.next_tokens.ids, step.next_tokens.kept, strict=True))[step.id] > 0
 
 
 def test_probabilities_are_those_of_a_plain_forward_pass(llama):
@@ -73,11 +73,11 @@ def test_probabilities_are_those_of_a_plain_forward_pass(llama):
     prompt = prompt_for(tokenizer)
     trace = trace_answer(model, prompt, tokenizer, GREEDY)
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([trace.begun + trace.ids])).logits[0, len(prompt.ids) - 1 : -1]
+        logits = model(input_ids=torch.tensor([trace.prefix + trace.ids])).logits[0, len(prompt.ids) - 1 : -1]
     for step, row in zip(trace.steps, logits.double().softmax(-1), strict=True):
         assert step.probability == pytest.approx(float(row[step.id]), rel=1e-4)
-        assert step.could.probabilities == pytest.approx(row[step.could.ids].tolist(), rel=1e-4)
-        assert step.could.entropy_bits == pytest.approx(-float((row * row.log2()).sum()), rel=1e-4)
+        assert step.next_tokens.probabilities == pytest.approx(row[step.next_tokens.ids].tolist(), rel=1e-4)
+        assert step.next_tokens.entropy_bits == pytest.approx(-float((row * row.log2()).sum()), rel=1e-4)
 
 
 def test_the_last_layer_says_what_the_model_says_and_there_is_one_more_than_layers(llama):
@@ -86,7 +86,7 @@ def test_the_last_layer_says_what_the_model_says_and_there_is_one_more_than_laye
     for step in trace.steps:
         assert step.layers is not None
         assert len(step.layers) == model.config.num_hidden_layers + 1
-        assert step.layers[-1].ids[0] == step.could.ids[0]
+        assert step.layers[-1].ids[0] == step.next_tokens.ids[0]
         assert step.layers[-1].chosen == pytest.approx(step.probability, rel=1e-3)
         assert all(sum(layer.probabilities) <= 1.0001 for layer in step.layers)
 
@@ -95,7 +95,7 @@ def test_the_last_layer_says_what_the_model_says_and_there_is_one_more_than_laye
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 5), (0.8, 10)])
 def test_what_is_kept_is_what_sorting_and_adding_up_leaves(temperature, top_p, top_k):
     logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 3
-    found = describe(logits.log_softmax(-1), Choice(1, temperature, top_p, top_k))
+    found = list_next_tokens(logits.log_softmax(-1), Sampling(1, temperature, top_p, top_k))
     shares = np.exp(np.log(torch.softmax(logits.double(), -1).numpy()) / temperature)
     shares /= shares.sum()
     order = np.argsort(-shares)
@@ -109,8 +109,8 @@ def test_what_is_kept_is_what_sorting_and_adding_up_leaves(temperature, top_p, t
 
 def test_a_page_can_work_out_every_temperature_exactly():
     logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 4
-    choice = Choice(1, 0.33, 1.0)
-    found = describe(logits.log_softmax(-1), choice)
+    choice = Sampling(1, 0.33, 1.0)
+    found = list_next_tokens(logits.log_softmax(-1), choice)
     assert 0.33 in choice.temperatures
     for temperature, log_sum in zip(choice.temperatures, found.partitions, strict=True):
         wanted = (logits.double() / temperature).softmax(-1)[found.ids].tolist()
@@ -121,7 +121,7 @@ def test_a_page_can_work_out_every_temperature_exactly():
 def test_words_that_may_not_be_written_are_not_listed(llama):
     logs = torch.full((100,), -torch.inf)
     logs[3] = 0.0
-    found = describe(logs.log_softmax(-1), GREEDY)
+    found = list_next_tokens(logs.log_softmax(-1), GREEDY)
     assert (found.ids, found.probabilities, found.kept, found.kept_tokens) == ([3], [1.0], [1.0], 1)
     assert found.entropy_bits == 0
 
@@ -141,9 +141,9 @@ def test_an_encoder_decoder_answers_as_it_does_by_itself(build, tmp_path):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=0,
     )
-    assert trace.begun + trace.ids == wanted
-    assert trace.begun == [start]
-    readings = read_answer(model, prompt, trace.begun, trace.ids)
+    assert trace.prefix + trace.ids == wanted
+    assert trace.prefix == [start]
+    readings = score_answer(model, prompt, trace.prefix, trace.ids)
     assert [reading.probability for reading in readings] == pytest.approx(
         [s.probability for s in trace.steps], rel=1e-3
     )
@@ -156,9 +156,9 @@ def test_marian_never_writes_its_own_start(tmp_path):
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     trace = trace_answer(model, prompt_for(tokenizer, "The sky is blue.", "translate"), tokenizer, GREEDY)
-    assert trace.begun == [tokenizer.pad_token_id]
+    assert trace.prefix == [tokenizer.pad_token_id]
     for step in trace.steps:
-        assert tokenizer.pad_token_id not in step.could.ids
+        assert tokenizer.pad_token_id not in step.next_tokens.ids
 
 
 def test_an_answer_that_is_read_has_the_ranks_of_its_words(llama):
@@ -166,11 +166,11 @@ def test_an_answer_that_is_read_has_the_ranks_of_its_words(llama):
     prompt = prompt_for(tokenizer)
     with torch.inference_mode():
         order = model(input_ids=torch.tensor([prompt.ids])).logits[0, -1].argsort(descending=True).tolist()
-    readings = read_answer(model, prompt, prompt.ids, [order[0]])
+    readings = score_answer(model, prompt, prompt.ids, [order[0]])
     assert readings[0].rank == 1
     assert readings[0].likeliest_probability == readings[0].probability
-    assert read_answer(model, prompt, prompt.ids, [order[41]])[0].rank == 42
-    assert read_answer(model, prompt, prompt.ids, [order[41]])[0].likeliest == order[0]
+    assert score_answer(model, prompt, prompt.ids, [order[41]])[0].rank == 42
+    assert score_answer(model, prompt, prompt.ids, [order[41]])[0].likeliest == order[0]
 
 
 def test_a_mask_is_filled_with_the_likeliest_word(tmp_path):
@@ -178,7 +178,7 @@ def test_a_mask_is_filled_with_the_likeliest_word(tmp_path):
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     ids = list(tokenizer("The [MASK] is [MASK].")["input_ids"])
     places = tuple(at for at, token in enumerate(ids) if token == tokenizer.mask_token_id)
-    trace = trace_masks(model, Prompt(ids, recipe("completion"), places=places), tokenizer, GREEDY)
+    trace = trace_masks(model, ModelInputs(ids, recipe("completion"), masks=places), tokenizer, GREEDY)
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0, list(places)]
     assert trace.ids == logits.argmax(-1).tolist()
@@ -204,12 +204,5 @@ def test_looking_leaves_the_random_numbers_as_they_were(llama):
     torch.manual_seed(11)
     wanted = torch.rand(3)
     torch.manual_seed(11)
-    trace_answer(model, prompt_for(tokenizer), tokenizer, Choice(2, 1.0, 1.0, sample=True, seed=3))
+    trace_answer(model, prompt_for(tokenizer), tokenizer, Sampling(2, 1.0, 1.0, sample=True, seed=3))
     assert torch.equal(torch.rand(3), wanted)
-
-
-def test_no_more_tokens_are_listed_than_there_are(llama):
-    model, tokenizer = llama
-    trace = trace_answer(model, prompt_for(tokenizer), tokenizer, GREEDY)
-    assert {len(step.could.ids) for step in trace.steps} == {LISTED}
-    assert len(describe(torch.randn(7).log_softmax(-1), GREEDY).ids) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -40,8 +41,11 @@ def test_a_command_of_the_page_runs_and_writes_its_picture(models: dict[str, Pat
     monkeypatch.chdir(ROOT)  # the page names a recording of the repository
     words = [str(models.get(word, word)) for word in shlex.split(line)[1:]]
     quick = ["--no-measure"] if words[1] == "model" and "model-time" not in picture_of(line) else []
-    result = CliRunner().invoke(app, [*words, *quick, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, [*words, *quick, "--out", str(tmp_path), "--json"])
     assert result.exit_code == 0, (result.stderr, result.exception)
+    assert {Path(name).name for name in json.loads(result.stdout)["files"]} == {
+        file.name for file in tmp_path.iterdir()
+    }
     if picture_of(line):
         assert (tmp_path / picture_of(line)).stat().st_size > 500
 

@@ -1,0 +1,168 @@
+"""A model's attention weights, a layer at a time while it runs: its own eager computation, nothing recomputed.
+
+Shapes: H heads, Q queries, T keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.explain.target import Family
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Kind = Literal["self", "masked-self", "cross"]
+SELF: Kind = "self"
+MASKED: Kind = "masked-self"
+CROSS: Kind = "cross"
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention of one layer, as the model has just computed it; copy what you keep."""
+
+    kind: Kind
+    layer: int
+    """Counted from 0 within its half of the model, as in the names of its modules."""
+    weights: torch.Tensor
+    """[H, Q, T] float32; each row sums to 1, but for models with a sink (gpt-oss), where the rest goes there."""
+
+
+Look = Callable[[Attended], None]
+
+
+def attend(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], family: Family, look: Look) -> None:
+    """Run `model` (PEFT may have wrapped it) once on one text, and give each layer's attention to `look`, in order.
+
+    A layer's weights are freed before the next one's are made, unless `look` keeps them. Models that do not compute
+    their attention through transformers' interface (DeBERTa) give all layers at once, after the pass.
+
+    Raises:
+        EnvironmentProblem: the model does not show its attention.
+    """
+    inner = unwrap(model)
+    body = inner.base_model
+    accepted = accepted_arguments(body.__class__)
+    options: dict[str, object] = {key: part.to(inner.device) for key, part in inputs.items() if key in accepted}
+    if "use_cache" in accepted:
+        options["use_cache"] = False
+    capture = _Capture(inner, family, look)
+    with torch.inference_mode(), _capturing(capture):
+        body(**options)
+        if not capture.layers:
+            _read_outputs(body, options, family, look)
+
+
+@dataclass
+class _Capture:
+    """Which modules are looked at, and which layers were seen so far."""
+
+    model: PreTrainedModel
+    family: Family
+    look: Look
+    layers: dict[Kind, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.own = {id(module) for module in self.model.modules()}
+        encoder = self.model.get_encoder() if self.family == "encoder-decoder" else None
+        self.encoder = set() if encoder in (None, self.model) else {id(module) for module in encoder.modules()}
+
+    def add(self, module: torch.nn.Module, weights_HQT: torch.Tensor) -> None:
+        kind = self.kind_of(module, weights_HQT)
+        before = self.layers.setdefault(kind, [])
+        own = getattr(module, "layer_idx", None)
+        layer = own if isinstance(own, int) and own not in before else len(before)  # ALBERT's layers are all the same
+        before.append(layer)
+        self.look(Attended(kind, layer, weights_HQT))
+
+    def kind_of(self, module: torch.nn.Module, weights_HQT: torch.Tensor) -> Kind:
+        """Tell the three apart: by the half of the model, and by whether any query sees a later key."""
+        queries, keys = weights_HQT.shape[1:]
+        if id(module) in self.encoder:
+            return SELF
+        causal = bool(getattr(module, "is_causal", False))
+        if queries == keys > 1:
+            causal = not bool(weights_HQT.triu(1).any())
+        return MASKED if causal else CROSS if self.encoder else SELF
+
+
+@contextmanager
+def _capturing(capture: _Capture) -> Iterator[None]:
+    """Stand between the model and its own eager attention.
+
+    transformers looks up the name of the attention in its interface before it falls back on the model's own function,
+    which `eager` has no entry for: with one, the model still believes that it is eager, as it is.
+    """
+
+    def attention(
+        module: torch.nn.Module, *args: object, **options: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        eager = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+        output, weights = eager(module, *args, **options)
+        if id(module) in capture.own and weights is not None:
+            capture.add(module, weights[0].float())
+        return output, weights
+
+    assert EAGER not in ALL_ATTENTION_FUNCTIONS, "attention is captured already"
+    ALL_ATTENTION_FUNCTIONS[EAGER] = attention
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[EAGER]
+
+
+def _read_outputs(body: PreTrainedModel, options: Mapping[str, object], family: Family, look: Look) -> None:
+    """Let the model return all of its attention at once."""
+    outputs = body(**options, output_attentions=True) if _returns_attentions(body) else None
+    own: Kind = MASKED if family == "decoder" else SELF
+    names: dict[str, Kind] = {"attentions": own, "encoder_attentions": SELF, "decoder_attentions": MASKED}
+    seen = [
+        Attended(kind, layer, weights[0].float())
+        for name, kind in {**names, "cross_attentions": CROSS}.items()
+        for layer, weights in enumerate(getattr(outputs, name, None) or ())
+        if weights is not None and weights.dim() == 4
+    ]
+    if not seen:
+        what = f"{type(body).__name__} does not show its attention weights"
+        fix = "It computes its attention in a way of its own; models of the usual kinds do show theirs."
+        raise EnvironmentProblem.of(what, getattr(body, "name_or_path", None) or None, fix)
+    for attended in seen:
+        look(attended)
+
+
+def _returns_attentions(body: PreTrainedModel) -> bool:
+    return "output_attentions" in accepted_arguments(body.__class__)
+
+
+def shape_of(config: PretrainedConfig, family: Family) -> dict[Kind, tuple[int, int]]:
+    """Return how many layers and heads each kind of attention has, as the configuration says."""
+    if family != "encoder-decoder":
+        text = config.get_text_config()
+        kind = MASKED if family == "decoder" else SELF
+        return {kind: (int(text.num_hidden_layers), int(text.num_attention_heads))}
+    encoder, decoder = (
+        (
+            _first(half, f"{name}_layers", *others, "num_hidden_layers"),
+            _first(half, f"{name}_attention_heads", "num_heads", "num_attention_heads"),
+        )
+        for name, half, others in (
+            ("encoder", getattr(config, "encoder", config), ["num_layers"]),
+            ("decoder", getattr(config, "decoder", config), ["num_decoder_layers"]),
+        )
+    )
+    return {SELF: encoder, MASKED: decoder, CROSS: decoder}
+
+
+def _first(config: PretrainedConfig, *names: str) -> int:
+    return next(int(value) for name in names if (value := getattr(config, name, None)) is not None)

@@ -1,0 +1,399 @@
+"""What the model reads: a text, a chat message, a pair of texts or a recording, as token ids and tensors.
+
+Shape: T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmtune.data.audio import Samples, read_recording
+from llmtune.data.chat_template import render_prompt
+from llmtune.data.completion_encoding import prompt_ids
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.seq2seq_encoding import Pair, first_token, knows_languages, source_ids, target_ids
+from llmtune.data.speech_encoding import DEFAULT_SECONDS, count_frames, is_multilingual, set_speech
+from llmtune.data.target_collators import feature_extractor, hear
+from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.evaluate.transcription import hear_windows
+from llmtune.explain.attention_summary import Line
+from llmtune.explain.target import Target
+from llmtune.explain.token_text import Token
+from llmtune.model.memory_plan import context_length
+from llmtune.recipe import Recipe, SpeechSection
+from llmtune.tasks.completion import MaskedCompletion
+from llmtune.tasks.text_to_text import EncoderDecoder
+
+if TYPE_CHECKING:
+    from transformers import FeatureExtractionMixin
+
+LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
+LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
+MOST_STRETCHES = 60  # rows that a recording is shown in
+FRAMES = 5  # of a recording in one row at least: a tenth of a second
+MASKED_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+SOUND_FILE = "Give a wav, flac, mp3 or ogg file."
+NO_WORDS_FIX = "`llmtune explain attention` and `llmtune explain model` look inside such a model."
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """The options of `explain attention` that say what is read; None is not given."""
+
+    text: str | None = None
+    target: str | None = None
+    pair: str | None = None
+    audio: Path | None = None
+    language: str | None = None
+    """Of a plain model: what is spoken, or both languages of a translator, with a comma between."""
+    chat: bool = False
+    """Whether the text goes into the model's chat template, as a user's message."""
+    words: bool = False
+    """Whether the pieces of a word share a row."""
+    max_tokens: int = 512
+    cut: bool = False
+    """Whether a text that is too long is cut instead of refused."""
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """The options of `explain generation` that say what is continued; None is not given."""
+
+    prompt: str | None = None
+    system: str | None = None
+    context: str | None = None
+    audio: Path | None = None
+    plain: bool = False
+    """Whether the prompt of a plain model goes without its chat template."""
+
+    def named(self) -> dict[str, str | None]:
+        """Return it by the names of the options."""
+        audio = str(self.audio) if self.audio else None
+        return {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A request as the model reads it."""
+
+    ids: list[int]
+    """Its tokens; none where it is sound."""
+    recipe: Recipe
+    """The run's, or one of defaults."""
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What goes into the model beside the tokens."""
+    pair: Pair | None = None
+    """What an encoder-decoder reads and writes; its target may be empty still."""
+    frames: Line | None = None
+    """The rows of a recording."""
+    decoder_ids: list[int] = field(default_factory=list)
+    """What the decoder begins with, where that is more than its start token."""
+    first: int | None = None
+    """The language token that a translation begins with."""
+    masks: tuple[int, ...] = ()
+    """Positions of the mask tokens, which an encoder predicts."""
+    note: str = ""
+    """What a reader has to know about how it was made."""
+
+    @property
+    def text_tensors(self) -> dict[str, torch.Tensor]:
+        """All inputs of the model but for the decoder's."""
+        if not self.ids:
+            return dict(self.tensors)
+        ids_1T = torch.tensor([self.ids])
+        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **self.tensors}
+
+
+def takes_audio(target: Target) -> bool:
+    """Whether the model reads sound."""
+    return is_whisper(target) or hasattr(target.config, "conv_kernel")
+
+
+def is_whisper(target: Target) -> bool:
+    """Whether the model writes down speech by an encoder and a decoder."""
+    return bool(target.config.model_type == "whisper")
+
+
+def default_recipe(target: Target, *, chat: bool = True) -> Recipe:
+    """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
+    task = "speech" if takes_audio(target) else "summarize" if target.family == "encoder-decoder" else "completion"
+    if task == "completion" and target.family == "decoder" and target.processor.chat_template and chat:
+        task = "chat"
+    stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
+    return Recipe.model_validate({**stated, "model": {"name": target.name}})
+
+
+def unused_options(given: Mapping[str, object], useful: Sequence[str]) -> list[Problem]:
+    """Return a problem for each option that is given and that this model has no use for."""
+    fix = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
+    return [
+        Problem("this model has no use for it", f"--{name}", fix)
+        for name, value in given.items()
+        if value is not None and name not in useful
+    ]
+
+
+def make_pair(target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None) -> Pair:
+    """Return source and target of an encoder-decoder: of a run as its task words them, with prefix and languages."""
+    task, recipe, processor = target.task, target.recipe, target.processor
+    worded = isinstance(task, EncoderDecoder) and ("context" not in task.inputs or given.get("context") is not None)
+    if isinstance(task, EncoderDecoder) and recipe is not None and worded:
+        return replace(task.pair(task.make_row(given), recipe), target=written)
+    languages = [getattr(processor, name, None) for name in ("src_lang", "tgt_lang")]
+    if language:
+        languages = [part.strip() for part in language.split(",")]
+    return Pair(str(given["prompt"]), written, languages[0], languages[-1])
+
+
+# Attention
+
+
+def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
+    """Make the inputs that attention is shown on, before any weights are read.
+
+    Raises:
+        RecipeError: an option that this model needs is missing, or one has no use.
+        DataError: the text is empty or too long, or the recording cannot be read.
+    """
+    check_text_options(target, request)
+    recipe = target.recipe or default_recipe(target)
+    if takes_audio(target):
+        return _read_recording(target, request, recipe)
+    text, processor, tensors = str(request.text), target.processor, {}
+    pair, kinds = None, None
+    if target.family == "encoder-decoder":
+        pair = make_pair(target, {"prompt": text}, request.target or "", request.language)
+        with _language_errors(target):
+            whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_overlong": "error"})})
+            ids = source_ids(pair, processor, whole)
+        if pair.target:
+            fit_tokens(target_ids(pair, processor)[0], "--target", target, request)
+    elif request.chat:
+        ids = render_prompt([{"role": "user", "content": text}], processor, recipe)
+    else:
+        encoded = processor(text, request.pair, verbose=False)
+        ids, kinds = list(encoded["input_ids"]), encoded.get("token_type_ids")
+        if not ids:
+            raise DataError.of("the tokenizer makes nothing of it", "--text", "Give at least one word.")
+    ids = fit_tokens(ids, "--text", target, request)
+    if kinds is not None:
+        tensors["token_type_ids"] = torch.tensor([kinds[: len(ids)]])
+    return ModelInputs(ids, recipe, tensors, pair)
+
+
+def check_text_options(target: Target, request: AttentionRequest) -> None:
+    """Raise for what is missing, empty or of no use to this model: RecipeError and DataError."""
+    writes, sound = target.family == "encoder-decoder", takes_audio(target)
+    needed = "audio" if sound else "text"
+    named = is_whisper(target) or (writes and knows_languages(target.processor))
+    options = {"target": writes, "pair": target.family == "encoder", "language": named and target.recipe is None}
+    useful = [needed, *(name for name, used in options.items() if used)]
+    given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
+    problems = unused_options(given, useful)
+    if request.chat and not (target.family == "decoder" and target.processor.chat_template):
+        problems.append(Problem("the model has no chat template", "--chat", "Omit it."))
+    if given[needed] is None:
+        what = "this model reads recordings" if sound else "it is needed"
+        problems.append(Problem(what, f"--{needed}", SOUND_FILE if sound else "Give a text in quotes."))
+    RecipeError.collect(problems)
+    DataError.collect(
+        Problem("the text is empty", f"--{name}", "Give at least one word.")
+        for name in ("text", "target", "pair")
+        if given[name] is not None and not given[name].strip()
+    )
+
+
+@contextmanager
+def _language_errors(target: Target) -> Iterator[None]:
+    """Name the option for languages where a plain model lacks them: there is no recipe."""
+    try:
+        yield
+    except RecipeError as error:
+        if target.recipe is not None:
+            raise
+        fix = "Give what is spoken, such as en, or both languages of a translator, such as eng_Latn,fra_Latn."
+        raise RecipeError.of(error.problems[0].what, "--language", fix) from None
+
+
+def fit_tokens(ids: Sequence[int], where: str, target: Target, request: AttentionRequest) -> list[int]:
+    """Return tokens that fit into the model and into a figure, cut with --cut, an end token kept.
+
+    Raises DataError for too many of them.
+    """
+    context = context_length(target.config)
+    room = min(context or request.max_tokens, request.max_tokens)
+    if len(ids) <= room:
+        return list(ids)
+    if request.cut:
+        ends = target.family != "decoder" and ids[-1] in target.processor.all_special_ids
+        return [*ids[: room - 1], ids[-1]] if ends else list(ids[:room])
+    cut = f"or add --cut to look at the first {room:,} alone"
+    if context and len(ids) > context:
+        what = f"it has {len(ids):,} tokens, and {target.name} has positions for {context:,}"
+        raise DataError.of(what, where, f"Shorten it, {cut}.")
+    what = f"it has {len(ids):,} tokens, and figures are drawn of {room:,} at most"
+    more = f"raise --max-tokens to {len(ids)}, " if len(ids) <= LARGEST_FIGURE else ""
+    raise DataError.of(what, where, f"Shorten it, {more}{cut}.")
+
+
+def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
+    extract = feature_extractor(target.processor)
+    try:
+        samples = read_recording(Path(str(request.audio)), extract.sampling_rate)
+    except RowError as error:
+        raise DataError.of(str(error), "--audio", SOUND_FILE) from None
+    seconds = float(getattr(extract, "chunk_length", None) or DEFAULT_SECONDS)
+    if len(samples) > seconds * extract.sampling_rate:
+        if not request.cut:
+            what = f"it lasts {len(samples) / extract.sampling_rate:.1f} s, and the model reads {seconds:g} s at once"
+            raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:g} s alone.")
+        samples = samples[: int(seconds * extract.sampling_rate)]
+    tensors = dict(hear(extract, [samples]))
+    if not is_whisper(target):
+        frames = count_frames(len(samples), target.config)
+        if not frames:
+            raise DataError.of("it is too short for a single frame", "--audio", "Give a longer recording.")
+        line = time_line(samples, extract, frames, frames)
+        return ModelInputs([], recipe, {"input_values": tensors["input_values"]}, frames=line)
+    section = recipe.speech or SpeechSection()
+    language = request.language or section.language
+    guessed = language is None and is_multilingual(target.processor)
+    section = section.model_copy(update={"language": "en" if guessed else language})
+    recipe = recipe.model_copy(update={"speech": section})
+    with _language_errors(target):
+        set_speech(target.processor, recipe)
+    pair = Pair("", (request.target or "").strip())
+    if pair.target:
+        fit_tokens(transcript_ids(pair, target), "--target", target, request)
+    frames = int(target.config.max_source_positions)
+    filled = math.ceil(len(samples) / extract.sampling_rate / seconds * frames)
+    line = time_line(samples, extract, max(1, min(frames, filled)), frames)
+    note = "taken as English; set another language with --language" if guessed else ""
+    return ModelInputs([], recipe, {"input_features": tensors["input_features"]}, pair, line, note=note)
+
+
+def time_line(samples: Samples, extract: FeatureExtractionMixin, filled: int, frames: int) -> Line:
+    """Name stretches of frames by when they begin; those behind the end of the recording are one, called silence."""
+    size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
+    starts = range(0, filled, size)
+    second = len(samples) / extract.sampling_rate / filled
+    digits = 1 if size * second >= 0.1 else 2
+    tokens = [Token(-1, f"{start * second:.{digits}f}s", special=False, continues=False) for start in starts]
+    sizes = [min(size, filled - start) for start in starts]
+    if frames > filled:
+        tokens.append(Token(-1, "silence", special=True, continues=False))
+        sizes.append(frames - filled)
+    return Line(tuple(tokens), tuple(sizes))
+
+
+def transcript_ids(pair: Pair, target: Target) -> list[int]:
+    """Return what Whisper's decoder reads: the tokens of language and task, and the transcript."""
+    processor = target.processor
+    text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []
+    return [*processor.prefix_tokens, *text]
+
+
+# Generation
+
+
+def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
+    """Make the token ids of a prompt: the same as in training and evaluation, or a plain model's own.
+
+    Raises:
+        RecipeError: it is empty or too long; an option has no use; the model writes no text.
+        DataError: the chat template does not take the messages, or a recording cannot be read.
+    """
+    check_prompt_options(target, request)
+    recipe = target.recipe or default_recipe(target, chat=not request.plain)
+    task, processor = target.task, target.processor
+    if is_whisper(target):
+        return _read_first_window(target, request, recipe)
+    if target.family == "encoder":
+        inputs = _read_masked(str(request.prompt), target, recipe)
+    elif task is not None and task.continues_text:
+        inputs = ModelInputs(task.prompt_ids(task.make_row(request.named()), processor, recipe), recipe)
+    elif task is not None or target.family == "encoder-decoder":
+        pair = make_pair(target, request.named())
+        inputs = ModelInputs(source_ids(pair, processor, recipe), recipe, first=first_token(pair, processor))
+    elif recipe.task == "chat":
+        inputs = ModelInputs(render_prompt(_messages(request), processor, recipe), recipe)
+    else:
+        inputs = ModelInputs(prompt_ids(str(request.prompt), processor), recipe)
+    limit = min(context_length(target.config) or LONGEST_PROMPT, LONGEST_PROMPT)
+    if len(inputs.ids) > limit:
+        known = f"the most is {limit:,}" if limit == LONGEST_PROMPT else f"the model has {limit:,} positions"
+        raise RecipeError.of(f"it has {len(inputs.ids):,} tokens, and {known}", "--prompt", "Shorten it.")
+    return inputs
+
+
+def check_prompt_options(target: Target, request: PromptRequest) -> None:
+    """Raise RecipeError for what is missing, empty or of no use here, and for a model that writes no text."""
+    _check_writes(target)
+    task, has_template = target.task, bool(target.processor.chat_template)
+    if task is not None:
+        options = dict(task.inputs)
+    elif is_whisper(target):
+        options = {"audio": True}
+    else:
+        templated = has_template and target.family == "decoder" and not request.plain
+        options = {"prompt": True, **({"system": False} if templated else {})}
+    given = request.named()
+    problems = unused_options(given, list(options))
+    for name in (name for name, needed in options.items() if needed and not (given.get(name) or "").strip()):
+        what = "it is needed" if given.get(name) is None else "it is empty"
+        problems.append(Problem(what, f"--{name}", f"Give {'a recording' if name == 'audio' else 'a text'}."))
+    if request.plain and (task is not None or not has_template):
+        what = "the prompt of a run is made as in its training" if task else "the model has no chat template"
+        problems.append(Problem(what, "--plain", "Omit it."))
+    RecipeError.collect(problems)
+
+
+def _check_writes(target: Target) -> None:
+    task, config = target.task, target.config
+    named = list(getattr(config, "architectures", None) or [])
+    if task is None:
+        writes = is_whisper(target) or target.family != "encoder" or any(n.endswith(MASKED_HEADS) for n in named)
+        what = f"this model predicts no words: it is a {named[0] if named else config.model_type}"
+    else:
+        writes = is_whisper(target) or task.continues_text or isinstance(task, EncoderDecoder | MaskedCompletion)
+        what = f"the model of this run predicts no words (task {task.name})"
+    if not writes:
+        raise RecipeError.of(what, target.name, NO_WORDS_FIX)
+
+
+def _messages(request: PromptRequest) -> list[dict[str, str | None]]:
+    user: dict[str, str | None] = {"role": "user", "content": request.prompt}
+    return [{"role": "system", "content": request.system}, user] if request.system else [user]
+
+
+def _read_masked(text: str, target: Target, recipe: Recipe) -> ModelInputs:
+    processor = target.processor
+    mask = processor.mask_token
+    if mask is None or mask not in text:
+        what = f"an encoder fills in what is masked, and there is no {mask or 'mask token'} in the prompt"
+        fix = f"Write {mask or 'the mask token'} where a word is to be predicted: The sky is {mask or '[MASK]'}."
+        raise RecipeError.of(what, "--prompt", fix)
+    ids = list(processor(text, verbose=False)["input_ids"])
+    return ModelInputs(ids, recipe, masks=tuple(at for at, i in enumerate(ids) if i == processor.mask_token_id))
+
+
+def _read_first_window(target: Target, request: PromptRequest, recipe: Recipe) -> ModelInputs:
+    processor = target.processor
+    extract = feature_extractor(processor)
+    set_speech(processor, recipe)
+    windows = hear_windows([{"audio": str(Path(str(request.audio)).absolute())}], extract, recipe)
+    if not windows:
+        raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
+    features = hear(extract, [windows[0][1]])["input_features"]
+    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
+    seconds = len(windows[0][1]) / extract.sampling_rate
+    note = f"Only the first {seconds:.0f} s of the recording are heard." if len(windows) > 1 else ""
+    tensors = {"input_features": features, "attention_mask": all_1T}
+    return ModelInputs([], recipe, tensors, decoder_ids=list(processor.prefix_tokens), note=note)

@@ -1,0 +1,358 @@
+"""`llmtune explain positions`: the sinusoidal encoding of any length, or how a model knows the order of words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from llmtune.errors import Problem, RecipeError
+from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block
+from llmtune.explain.figures import BLUE, LINE, MUTED, Panel, Ticks, draw_heatmap, figure_settings, save_figure
+from llmtune.explain.position_encodings import (
+    Scheme,
+    doubling,
+    find_schemes,
+    frequencies,
+    similarity_by_distance,
+    sinusoidal_encoding,
+    spread,
+)
+from llmtune.explain.target import TUNED, Target
+from llmtune.explain.token_text import label, name_tokens
+from llmtune.model.memory_plan import context_length
+from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Table, Text
+from llmtune.report.render_html import write_page
+from llmtune.store.atomic_files import explained, write_json
+
+LONGEST, WIDEST = 4096, 4096
+"""Positions and dimensions of an encoding: more than that is no table any more."""
+MOST_CELLS = 1 << 20
+"""Of one encoding."""
+FIRST = 512
+"""Positions of a model that are shown where no text and no length is given."""
+DEFAULT_LENGTH, DEFAULT_DIMENSION, DEFAULT_BASE = 64, 64, 10_000.0
+ROWS, COLUMNS, PAIRS, HEADS = 40, 8, 12, 8
+"""Of a table: those of a longer or a wider one are the first and the last."""
+LABELLED = 40
+"""Words beside the rows of a heatmap; there is no room for more."""
+WIDTH_IN, HEIGHT_IN = 11.0, 4.2
+LEAD = (
+    "Attention by itself does not know the order of words: every word looks at all the others at once. Something has "
+    "to tell it which word stands where, and how far apart two of them are."
+)
+NONE_FOUND = (
+    "No table, rotation or bias of positions was found in this model: it knows the order of words in another way "
+    "(convolutions, recurrence), or in one that is not known here."
+)
+MEANINGS = {
+    "sinusoidal": "Each row is a position; each wavelength has a column of sines and one of cosines. Short waves tell "
+    "neighbours apart, long ones tell near from far. The row is added to the word’s embedding.",
+    "learned": "Each row is a position, learned in training like a word’s embedding and added to it. There is no row, "
+    "and so no position, behind the last one.",
+    "rotary": "Each pair of dimensions of a query and of a key is turned by an angle that grows with the position. "
+    "What two words make of one another then depends on how far apart they are, not on where they stand.",
+    "bias": "Each head adds a number to its scores, which depends only on how far the word that is looked at lies "
+    "behind or ahead. Distances share a number in buckets that grow wider with the distance.",
+    "slopes": "Each head takes off its scores what it takes for one position of distance, times the distance: steep "
+    "heads look at what is near.",
+}
+
+
+@dataclass(frozen=True)
+class PositionsRequest:
+    """The options of the command; None is not given."""
+
+    text: str | None = None
+    length: int | None = None
+    dimension: int | None = None
+    base: float | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How positions are known, over how many of them, and which words stand at them."""
+
+    name: str
+    """Of the model; empty for an encoding by itself."""
+    schemes: list[Scheme]
+    length: int
+    words: list[str]
+    """Empty where there is no text."""
+    base: float | None = None
+    tuned: str = ""
+    """Of a run, what the tuning did to its positions."""
+
+
+def explain_positions(request: PositionsRequest, target: Target | None, folder: Path, console: Console) -> Explanation:
+    """Write page, figures and numbers into `folder`.
+
+    Raises:
+        RecipeError: a text that is empty or longer than the model's positions; an option out of range or of no use.
+    """
+    positions = encode(request) if target is None else read_positions(request, target, console)
+    values = to_json(positions)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = draw_schemes(positions, folder / "positions") if positions.schemes else []
+        page = make_page(positions, figures)
+        written = [write_page(folder / "positions.html", page), *figures, folder / "positions.json"]
+        write_json(folder / "positions.json", values)
+    return Explanation(values, page, written)
+
+
+def encode(request: PositionsRequest) -> Positions:
+    """Compute the sinusoidal encoding of a text's words, which are cut at spaces, or of a number of positions."""
+    words = request.text.split() if request.text is not None else []
+    length = len(words) if request.text is not None else request.length or DEFAULT_LENGTH
+    dimension = DEFAULT_DIMENSION if request.dimension is None else request.dimension
+    base = DEFAULT_BASE if request.base is None else request.base
+    problems = _text_problems(request, bool(words))
+    if length > LONGEST:
+        option = "--length" if request.text is None else "--text"
+        problems.append(Problem(f"{length:,} positions are too many", option, f"The most is {LONGEST:,}."))
+    if dimension < 2 or dimension % 2 or dimension > WIDEST:
+        fix = f"Give an even number from 2 to {WIDEST:,}."
+        problems.append(Problem(f"{dimension:,}: dimensions come in pairs of sine and cosine", "--dimension", fix))
+    elif length * dimension > MOST_CELLS and length <= LONGEST:
+        what = f"{length:,} × {dimension:,} numbers are too many for a figure"
+        problems.append(Problem(what, "--dimension", f"The most is {MOST_CELLS:,}."))
+    if not (math.isfinite(base) and base > 1):
+        problems.append(Problem(f"{base:g}: waves would not grow longer", "--base", "Give a number above 1."))
+    RecipeError.collect(problems)
+    table = sinusoidal_encoding(length, dimension, base)
+    waves = 2 * np.pi / frequencies(dimension, base)
+    facts = {"positions": f"{length:,}", "dimensions": f"{dimension:,}", "base n": f"{base:,g}"}
+    facts["waves"] = f"{waves[0]:.2f} to {waves[-1]:,.2f} positions"
+    return Positions("", [Scheme("sinusoidal", "", table, facts=facts)], length, words, base)
+
+
+def _text_problems(request: PositionsRequest, some: bool) -> list[Problem]:
+    problems = []
+    if request.text is not None and not some:
+        problems.append(Problem("it is empty", "--text", "Give at least one word."))
+    if request.text is not None and request.length is not None:
+        problems.append(Problem("the text says how many positions there are", "--length", "Omit it."))
+    return problems
+
+
+def read_positions(request: PositionsRequest, target: Target, console: Console) -> Positions:
+    """Find how a model knows positions; of a run, whether the tuning changed that, and then the tuned model's."""
+    ids = list(target.processor(request.text, verbose=False)["input_ids"]) if (request.text or "").strip() else []
+    problems = _text_problems(request, bool(ids))
+    for name, value in (("dimension", request.dimension), ("base", request.base)):
+        if value is not None:
+            problems.append(Problem("a model has its own", f"--{name}", "Omit it, or name no model."))
+    limit = context_length(target.config)
+    most = min(limit or LONGEST, LONGEST)
+    asked = len(ids) or request.length or 0
+    if asked > most:
+        where = "--text" if ids else "--length"
+        known = "the model has" if limit == most else "the most that is shown is"
+        problems.append(Problem(f"{asked:,} positions, and {known} {most:,}", where, "Give a shorter one."))
+    RecipeError.collect(problems)
+    by_model: dict[str, list[Scheme]] = {}
+    for name in target.models:
+        with console.status("loading the model"), target.open_model(name) as model:
+            by_model[name] = find_schemes(model)
+    schemes = by_model[target.models[-1]]
+    tables = [len(scheme.values) for scheme in schemes if scheme.kind in ("sinusoidal", "learned")]
+    length = asked or min(max([*tables, 0 if tables else most]), FIRST)
+    words = [label(token) for token in name_tokens(target.processor, ids)]
+    tuned = _compare(*by_model.values()) if TUNED in by_model else ""
+    return Positions(target.short_name, schemes, length, words, tuned=tuned)
+
+
+def _compare(base: Sequence[Scheme], tuned: Sequence[Scheme]) -> str:
+    """Return whether the tuning changed how the model knows positions, as a sentence."""
+    if len(base) == len(tuned) and all(old.equals(new) for old, new in zip(base, tuned, strict=True)):
+        return "Unchanged by the tuning."
+    changed = [new.name for new in tuned if not any(old.equals(new) for old in base)]
+    return f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's."
+
+
+def to_json(positions: Positions) -> dict[str, object]:
+    """Return it as JSON values; a model's own tables are too large, of those it is how alike positions are."""
+    return {
+        "model": positions.name or None,
+        "length": positions.length,
+        "words": positions.words,
+        "base": positions.base,
+        "tuned": positions.tuned or None,
+        "schemes": [
+            {
+                "kind": scheme.kind,
+                "title": scheme.title,
+                "module": scheme.name or None,
+                "facts": scheme.facts,
+                **_numbers(scheme, positions),
+            }
+            for scheme in positions.schemes
+        ],
+    }
+
+
+def _numbers(scheme: Scheme, positions: Positions) -> dict[str, object]:
+    if scheme.kind == "bias":
+        return {"distances": list(scheme.distances), "bias": scheme.values.tolist()}
+    if scheme.kind == "slopes":
+        return {"slopes": scheme.values.tolist()}
+    alike = {"similarity_by_distance": similarity_by_distance(scheme, positions.length).tolist()}
+    if scheme.kind == "rotary":
+        return {"angles": scheme.values.tolist(), **alike}
+    return {"encoding": scheme.values.tolist(), **alike} if not positions.name else alike
+
+
+# Page
+
+
+def make_page(positions: Positions, figures: Sequence[Path]) -> Page:
+    """Return what was found, a section for each way to know positions."""
+    sections = [Section(scheme.title, _describe(scheme, positions)) for scheme in positions.schemes]
+    if not positions.schemes:
+        sections.append(Section("", [Text(NONE_FOUND, "note")]))
+    if positions.tuned:
+        sections.append(Section("", [Text(positions.tuned)]))
+    svg = next((path for path in figures if path.suffix == ".svg"), None)
+    if svg is not None:
+        sections.insert(0, Section("", [figure_block(svg, "Position tables and how alike positions are")], brief=False))
+    title = f"Positions: {positions.name}" if positions.name else "Positions: sinusoidal encoding"
+    return Page(title, sections, lead=LEAD, navigation=False, style=FIGURE_STYLE)
+
+
+def _describe(scheme: Scheme, positions: Positions) -> list[Block]:
+    facts = {"module": scheme.name, **scheme.facts} if scheme.name else scheme.facts
+    blocks: list[Block] = [Text(MEANINGS[scheme.kind]), KeyValues(list(facts.items()))]
+    if scheme.kind in ("bias", "slopes"):
+        return [*blocks, _bias_table(scheme) if scheme.kind == "bias" else _slope_table(scheme)]
+    if scheme.kind == "rotary":
+        blocks.append(_wave_table(scheme, positions.length))
+    elif not positions.name or positions.words:
+        blocks.append(_encoding_table(scheme, positions))
+    alike = similarity_by_distance(scheme, positions.length)
+    chosen = doubling(len(alike))[:11]
+    heads = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
+    return [*blocks, Table(heads, [["alike", *(number(alike[distance]) for distance in chosen)]])]
+
+
+def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
+    """Return a row a position: its word, and its numbers with two decimals."""
+    values = scheme.table(positions.length)
+    shown = ends(values.shape[1], COLUMNS)
+    words = positions.words
+    heads = [Column("position", "number"), *([Column("word")] if words else [])]
+    heads += [Column("…" if column is None else str(column), "number") for column in shown]
+    rows = []
+    for row in ends(len(values), ROWS):
+        cells = ["…" if row is None or column is None else number(values[row, column]) for column in shown]
+        first = ["…", *([""] if words else [])] if row is None else [str(row), *([words[row]] if words else [])]
+        rows.append([*first, *cells])
+    return Table(heads, rows)
+
+
+def ends(size: int, most: int) -> list[int | None]:
+    """Return the numbers below `size`, or the first and last few of them with None between."""
+    if size <= most:
+        return list(range(size))
+    last = most // 4
+    return [*range(most - last), None, *range(size - last, size)]
+
+
+def number(value: float) -> str:
+    """Write it with two decimals; there is no -0.00."""
+    return f"{round(float(value), 2) + 0.0:.2f}"
+
+
+def _wave_table(scheme: Scheme, length: int) -> Table:
+    """Return some pairs of dimensions: the angle of a position, the length of the wave, and turns over the text."""
+    rows = []
+    for pair in spread(len(scheme.values), PAIRS):
+        angle = float(scheme.values[pair])
+        turn = f"{2 * np.pi / angle:,.1f}" if angle else "∞"
+        rows.append([str(pair), f"{angle:.6f}", turn, f"{length * angle / (2 * np.pi):,.2f}"])
+    names = ("pair", "radians per position", "positions per turn", f"turns in {length:,}")
+    return Table([Column(name, "number") for name in names], rows)
+
+
+def _bias_table(scheme: Scheme) -> Table:
+    """Return the bias of some heads at some distances; below zero is behind."""
+    chosen = [d for d in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if d in scheme.distances]
+    rows = [
+        [str(head), *(number(scheme.values[head, scheme.distances.index(distance)]) for distance in chosen)]
+        for head in range(min(len(scheme.values), HEADS))
+    ]
+    if len(scheme.values) > HEADS:
+        rows.append(["…", *[""] * len(chosen)])
+    names = ["head", *(f"{distance:+d}" if distance else "0" for distance in chosen)]
+    return Table([Column(name, "number") for name in names], rows)
+
+
+def _slope_table(scheme: Scheme) -> Table:
+    """Return what each head takes off its scores for each position of distance."""
+    rows = [[str(head), f"{slope:.4f}"] for head, slope in enumerate(scheme.values[: 2 * HEADS])]
+    return Table([Column("head", "number"), Column("taken off per position", "number")], rows)
+
+
+# Figures
+
+
+def draw_schemes(positions: Positions, stem: Path) -> list[Path]:
+    """Draw all ways to know positions, one below the other, into `stem` with .png and .svg."""
+    count = len(positions.schemes)
+    with figure_settings(positions.words, "positions"):
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * count), layout="constrained")
+        for row, scheme in enumerate(positions.schemes):
+            if scheme.kind in ("bias", "slopes"):
+                _draw_added(figure.add_subplot(count, 1, row + 1), scheme, positions.length)
+            else:
+                _draw_table(figure, figure.add_subplot(count, 2, 2 * row + 1), scheme, positions)
+                _draw_similarity(figure.add_subplot(count, 2, 2 * row + 2), scheme, positions.length)
+        return save_figure(figure, stem)
+
+
+def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, positions: Positions) -> None:
+    """Draw a row a position and a column a dimension (of rotations: a pair of them)."""
+    table = scheme.table(positions.length)
+    rows, columns = table.shape
+    clipped = np.quantile(np.abs(table), 0.995) if scheme.kind == "learned" else 1.0
+    small = columns <= 16 and rows <= 12
+    panel = Panel(scheme.title, np.clip(table, -clipped, clipped), True, gamma=1.0, written=".2f" if small else "")
+    words = positions.words if len(positions.words) <= LABELLED else []
+    down = [f"{word}  {at}" for at, word in enumerate(words)] or [str(at) for at in range(rows)]
+    name = "pair of dimensions (cosine of its angle)" if scheme.kind == "rotary" else "dimension"
+    cell = (0.4 * WIDTH_IN / columns, 0.75 * HEIGHT_IN / rows)
+    draw_heatmap(figure, axes, panel, Ticks("position", down), Ticks(name, [str(k) for k in range(columns)]), cell)
+
+
+def _draw_similarity(axes: Axes, scheme: Scheme, length: int) -> None:
+    """Draw how alike positions are by how far they are apart."""
+    alike = similarity_by_distance(scheme, length)
+    axes.plot(alike, color=BLUE, linewidth=1.4, marker="o" if len(alike) <= 16 else None, markersize=4)
+    axes.axhline(0, color=LINE, linewidth=1, zorder=0)
+    axes.set_title("How alike two positions are", fontsize=9.5, loc="left", color=MUTED)
+    axes.set(xlabel="positions apart", ylabel="mean cosine", ylim=(min(-0.1, float(alike.min()) - 0.05), 1.05))
+    if len(alike) <= 16:
+        axes.set_xticks(range(len(alike)))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_added(axes: Axes, scheme: Scheme, length: int) -> None:
+    """Draw a line a head: what is added to its scores by distance."""
+    distances, values = scheme.added(length)
+    for head, line in enumerate(values):
+        colour = colormaps["viridis"](0.9 * head / max(1, len(values) - 1))
+        style = "steps-mid" if scheme.kind == "bias" else "default"
+        axes.plot(distances, line, color=colour, linewidth=1.2, drawstyle=style, label=f"head {head}")
+    axes.axvline(0, color=LINE, linewidth=1, zorder=0)
+    axes.set_title(scheme.title, fontsize=9.5, loc="left", color=MUTED)
+    axes.set(xlabel="distance of the word that is looked at (left: behind)", ylabel="added to the score")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(values) <= 16:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

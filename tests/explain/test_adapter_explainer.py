@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support.classifying import colour_rows, recipe_for
+from support.explaining import expect, explain, open_quietly, quiet
+from support.families import build_bert
+from support.finished import finish_run
+from support.models import build_llama
+
+from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter, measure, together
+from llmtune.explain.trained_modules import find_trained, read_adapter
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.session import Options
+
+QUICK = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    return finish_run(folder, build_llama(folder / "llama", layers=3), **QUICK)
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    adapter = {"method": "full", "r": None, "lora_alpha": None}
+    return finish_run(folder, build_llama(folder / "llama"), adapter=adapter, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classes")
+    sections = {"adapter": {"r": 4, "lora_alpha": 8, "bias": "lora_only"}, "train": {"num_train_epochs": 1}}
+    recipe = recipe_for(folder / "classes.yaml", build_bert(folder / "bert"), colour_rows(), **sections)
+    run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
+    return folder / "run"
+
+
+def look(run: Path) -> MoveMap:
+    return measure(open_quietly(run), quiet())
+
+
+def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
+    found = look(chat_run)
+    weights = load_file(chat_run / "adapter" / "adapter_model.safetensors")
+    base = load_file(chat_run.parent.parent / "llama" / "model.safetensors")
+    assert found.rows == ("0", "1", "2")
+    assert found.columns == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(found.cells) == 21
+    assert found.beside == ()
+    for (row, column), move in found.cells.items():
+        assert f".{row}." in move.module
+        assert move.module.endswith(column)
+        low = {side: weights[f"base_model.model.{move.module}.lora_{side}.weight"] for side in "AB"}
+        expected = float((2.0 * low["B"].double() @ low["A"].double()).norm())  # lora_alpha / r = 8 / 4
+        assert move.change == pytest.approx(expected, rel=1e-4)
+        assert move.weight == pytest.approx(float(base[f"{move.module}.weight"].norm()), rel=1e-5)
+        assert move.rank == 4
+
+
+def test_the_command_writes_page_pictures_and_numbers(chat_run: Path, tmp_path: Path):
+    result = explain("adapter", chat_run, "--out", tmp_path)
+    expect(result, 0, "adapter.html", "adapter.png", "adapter.svg", "adapter.json")
+    for word in ("The 21 modules", "q_proj", "of 4", "layer 0 to 2", "What moved most"):
+        assert word in result.stdout, word
+    told = json.loads((tmp_path / "adapter.json").read_text())
+    assert len(told["moves"]) == 21
+    assert told["relative"] == pytest.approx(together(look(chat_run).moves))
+    assert set(told["by_layer"]) == {"0", "1", "2"}
+    with Image.open(tmp_path / "adapter.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    ElementTree.parse(tmp_path / "adapter.svg")
+    page = (tmp_path / "adapter.html").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://", page)
+    assert page.count("<title>") >= 1 + 21
+
+
+def test_without_out_the_pages_lie_in_the_run_and_its_report_links_to_them(chat_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(chat_run, run)
+    expect(explain("adapter", run), 0, "linked from:")
+    expect(explain("model", run, "--no-measure"), 0, "linked from:")
+    report = (run / "report.html").read_text()
+    assert 'href="explain/adapter.html"' in report
+    assert 'href="explain/model.html"' in report
+
+
+def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path):
+    found = look(full_run)
+    tuned = load_file(full_run / "weights" / "model.safetensors")
+    base = load_file(full_run.parent.parent / "llama" / "model.safetensors")
+    assert {move.module for move in found.moves} == {name.removesuffix(".weight") for name in base}
+    for move in found.moves:
+        old, new = base[f"{move.module}.weight"].double(), tuned[f"{move.module}.weight"].double()
+        assert move.change == pytest.approx(float((new - old).norm()), rel=1e-5)
+        assert move.change > 0
+        if old.ndim == 2:
+            singular = torch.linalg.svdvals(new - old)
+            shares = singular / singular.sum()
+            assert move.effective_rank == pytest.approx(
+                float(torch.exp(-torch.special.xlogy(shares, shares).sum())), rel=1e-3
+            )
+    assert [move.module for move in found.beside] == ["model.embed_tokens", "model.norm"]
+    assert "input_layernorm" in found.columns
+
+
+def test_a_head_and_biases_are_told_beside_the_adapter(class_run: Path, tmp_path: Path):
+    explain_adapter(open_quietly(class_run), tmp_path, quiet())
+    found = look(class_run)
+    kinds = {kind: [move for move in found.moves if move.kind == kind] for kind in ("LoRA", "bias", "whole")}
+    assert len(kinds["LoRA"]) == 12
+    assert len(kinds["bias"]) == 12
+    assert all(move.module.endswith(".bias") for move in kinds["bias"])
+    assert "query.bias" in found.columns
+    assert [move.module for move in kinds["whole"]][-1] == "classifier"
+    assert found.new_head
+    assert "from a random start" in (tmp_path / "adapter.html").read_text()
+
+
+def test_carriers_are_what_the_run_says_it_trained(chat_run: Path, class_run: Path, full_run: Path, tmp_path: Path):
+    for run in (chat_run, class_run):
+        carriers = find_trained(open_quietly(run))
+        report = json.loads((run / "report.json").read_text())
+        assert carriers.parameters == report["adapter"]["trainable"]
+    lora = read_adapter(chat_run / "adapter")["model.layers.0.mlp.down_proj"]
+    assert (lora.kind, lora.rank, lora.parameters) == ("LoRA", 4, 4 * (64 + 128))
+    head = read_adapter(class_run / "adapter")["classifier"]
+    assert (head.kind, head.parameters) == ("whole", 3 * 64 + 3)
+    told = json.loads(explain("model", full_run, "--out", tmp_path, "--no-measure", "--json").stdout)
+    assert told["trained"] == {"method": "full", "modules": {}, "parameters": 0}
+
+
+def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
+    result = explain("model", class_run, "--out", tmp_path, "--no-measure")
+    expect(result, 0)
+    drawing = (tmp_path / "model.svg").read_text()
+    assert drawing.count("LoRA r 4") == 6
+    assert drawing.count("trained whole") >= 1
+    assert "LoRA on 12 modules" in result.stdout
+
+
+def test_moves_of_two_halves_have_rows_of_their_own(chat_run: Path):
+    subject = open_quietly(chat_run)
+    from llmtune.explain.weight_delta import Move
+
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q", "lm_head"]
+    found = arrange(subject, [Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
+    assert found.rows == ("encoder 0", "decoder 0")
+    assert found.columns == ("q",)
+    assert [move.module for move in found.beside] == ["lm_head"]
+
+
+def test_a_plain_model_has_no_adapter(tiny_llama: Path, tmp_path: Path):
+    expect(explain("adapter", tiny_llama), 2, "a model by itself has no adapter", "runs/<name>-<hash>")
+    expect(explain("adapter", "builtin:minilm-l6-v2"), 2, "a model by itself has no adapter")
+    expect(explain("adapter", tmp_path), 2, "it has no run.json")
+
+
+def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(chat_run, run)
+    text = (run / "recipe.yaml").read_text()
+    gone = text.replace(str(chat_run.parent.parent / "llama"), str(tmp_path / "gone"))
+    assert gone != text
+    (run / "recipe.yaml").write_text(gone)
+    lock = (run / "llmtune.lock").read_text()
+    (run / "llmtune.lock").write_text(lock.replace(str(chat_run.parent.parent / "llama"), str(tmp_path / "gone")))
+    for command in ("adapter", "model"):
+        expect(explain(command, run), 4, "gone")
+
+
+def test_a_damaged_adapter_is_named(chat_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(chat_run, run)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in ("adapter", "model"):
+        expect(explain(command, run), 4, "adapter_model.safetensors", "is cut")
+    shutil.rmtree(run / "adapter")
+    expect(explain("adapter", run), 4, "there is no adapter here")
+
+
+def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    (run / "weights" / "model.safetensors").unlink()
+    expect(explain("adapter", run), 4, "weights are gone")

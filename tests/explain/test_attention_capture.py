@@ -1,0 +1,256 @@
+"""Shapes: H heads, Q queries, T keys."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.families import (
+    build_bart,
+    build_bert,
+    build_deberta,
+    build_modernbert,
+    build_t5,
+    build_wav2vec2,
+    build_whisper,
+)
+from support.models import build_gpt2, build_llama
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmtune.errors import EnvironmentProblem
+from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, attend, shape_of
+from llmtune.explain.attention_summary import (
+    AttentionMaps,
+    Layer,
+    Line,
+    Lines,
+    among_words,
+    merge,
+    most_telling_layer,
+    roll,
+)
+from llmtune.explain.target import family_of
+from llmtune.explain.token_text import Token
+from llmtune.model.library_logging import hushed
+from llmtune.model.loading import load_plain
+from llmtune.recipe import ModelSection
+from llmtune.records import ModelRef
+
+BUILD: dict[str, Callable[[Path], Path]] = {
+    "bert": build_bert,
+    "gpt2": build_gpt2,
+    "llama": build_llama,
+    "t5": build_t5,
+    "bart": build_bart,
+    "whisper": build_whisper,
+    "deberta": build_deberta,
+    "wav2vec2": build_wav2vec2,
+}
+KINDS = {"encoder": {SELF}, "decoder": {MASKED}, "encoder-decoder": {SELF, MASKED, CROSS}}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Loads a family's model as `explain` does."""
+    folders: dict[str, Path] = {}
+
+    def load(name: str) -> Any:
+        if name not in folders:
+            folders[name] = BUILD[name](tmp_path_factory.mktemp(name))
+        place = ModelRef(name, folders[name], None, "")
+        config = AutoConfig.from_pretrained(str(folders[name]))
+        settings = ModelSection(name=str(folders[name]))
+        return load_plain(place, config, settings, dtype=torch.float32, device="cpu")
+
+    return load
+
+
+def inputs_for(name: str) -> dict[str, torch.Tensor]:
+    ids_1T = torch.tensor([[10, 40, 41, 12, 60, 33, 20]])
+    generator = torch.Generator().manual_seed(0)
+    if name == "whisper":
+        return {"input_features": torch.randn((1, 80, 200), generator=generator), "decoder_input_ids": ids_1T}
+    if name == "wav2vec2":
+        return {"input_values": torch.randn((1, 8000), generator=generator)}
+    text = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    return text | ({"decoder_input_ids": ids_1T[:, :5]} if name in ("t5", "bart") else {})
+
+
+def see(model: Any, name: str) -> list[Attended]:
+    seen: list[Attended] = []
+    attend(model, inputs_for(name), family_of(model.config), seen.append)
+    return seen
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_rows_sum_to_one_masked_entries_are_zero_and_layers_and_heads_are_those_of_the_configuration(load, name):
+    model = load(name)
+    seen, family = see(model, name), family_of(model.config)
+    assert {one.kind for one in seen} == KINDS[family]
+    for kind, (layers, heads) in shape_of(model.config, family).items():
+        own = [one for one in seen if one.kind == kind]
+        assert [one.layer for one in own] == list(range(layers)) == [0, 1]
+        for one in own:
+            assert one.weights.shape[0] == heads == 4
+            assert one.weights.dtype == torch.float32
+            assert (one.weights.sum(-1) - 1).abs().max() < 1e-5
+            hidden = one.weights.triu(1)
+            assert bool(hidden.any()) == (kind != MASKED)
+    if name == "whisper":
+        shapes = {one.kind: tuple(one.weights.shape[1:]) for one in seen}
+        assert shapes == {SELF: (100, 100), MASKED: (7, 7), CROSS: (7, 100)}
+
+
+@pytest.mark.parametrize("name", list(BUILD))
+def test_weights_are_those_that_the_model_gives_out_itself(load, name):
+    model = load(name)
+    seen = see(model, name)
+    with torch.inference_mode():
+        output = model(**inputs_for(name), output_attentions=True)
+    halves = {SELF: "encoder_attentions", MASKED: "decoder_attentions", CROSS: "cross_attentions"}
+    for kind in {one.kind for one in seen}:
+        wanted = getattr(output, halves[kind] if "decoder_input_ids" in inputs_for(name) else "attentions")
+        own = [one.weights for one in seen if one.kind == kind]
+        assert len(own) == len(wanted)
+        for weights_HQT, whole_1HQT in zip(own, wanted, strict=True):
+            assert torch.equal(weights_HQT, whole_1HQT[0])
+
+
+def test_a_window_hides_what_is_too_far_back():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=100, sliding_window=3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for one in see(model, "mistral"):
+        assert one.kind == MASKED
+        assert not one.weights.tril(-3).any()
+        assert one.weights.tril(-2).any()
+        assert (one.weights.sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(tmp_path):
+    folder = build_modernbert(tmp_path)
+    config = AutoConfig.from_pretrained(str(folder))
+    place, settings = ModelRef("modernbert", folder, None, ""), ModelSection(name=str(folder))
+    model = load_plain(place, config, settings, dtype=torch.float32, device="cpu")
+    seen: list[Attended] = []
+    attend(model, {"input_ids": torch.arange(10, 40)[None]}, "encoder", seen.append)
+    assert [one.kind for one in seen] == [SELF] * 3
+    assert seen[0].weights.tril(-9).any()
+    assert not seen[1].weights.tril(-9).any()
+    assert not seen[1].weights.triu(9).any()
+
+
+def test_a_single_token_is_masked_in_a_decoder_and_not_in_an_encoder(load):
+    for name, kind in (("llama", MASKED), ("bert", SELF)):
+        seen: list[Attended] = []
+        model = load(name)
+        attend(model, {"input_ids": torch.tensor([[10]])}, family_of(model.config), seen.append)
+        assert {one.kind for one in seen} == {kind}
+
+
+def test_the_weights_of_one_layer_are_gone_before_the_next_ones_are_seen(load):
+    model = load("llama")
+    alive: list[int] = []
+
+    def look(seen: Attended) -> None:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        alive.append(len({t.untyped_storage().data_ptr() for t in tensors if t.shape[-3:] == (4, 7, 7)}))
+
+    attend(model, inputs_for("llama"), "decoder", look)
+    assert alive == [1, 1]
+
+
+def test_an_adapter_changes_what_is_seen(load):
+    base = see(load("llama"), "llama")
+    with hushed():
+        tuned = get_peft_model(load("llama"), LoraConfig(target_modules="all-linear")).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    with_it = see(tuned, "llama")
+    assert not torch.allclose(base[1].weights, with_it[1].weights, atol=1e-3)
+    with tuned.disable_adapter():
+        assert torch.equal(see(tuned, "llama")[1].weights, base[1].weights)
+
+
+def test_a_look_that_fails_leaves_transformers_as_it_was(load):
+    def fail(seen: Attended) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attend(load("bert"), inputs_for("bert"), "encoder", fail)
+    assert "eager" not in ALL_ATTENTION_FUNCTIONS
+    assert len(see(load("bert"), "bert")) == 2
+
+
+def test_a_model_that_shows_no_attention_is_an_error(load):
+    model = load("bert")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(EnvironmentProblem, match="does not show its attention"):
+        attend(model, inputs_for("bert"), "encoder", lambda seen: None)
+
+
+# What is kept of it
+
+
+def line(*sizes: int) -> Line:
+    return Line(tuple(Token(i, f"w{i}", special=False, continues=False) for i in range(len(sizes))), sizes)
+
+
+def test_grouped_rows_are_means_and_grouped_columns_sums_so_that_rows_sum_to_one():
+    weights_TT = np.random.default_rng(0).dirichlet(np.ones(6), size=6).astype(np.float32)
+    merged = merge(weights_TT, line(1, 2, 3), line(2, 4))
+    assert merged.shape == (3, 2)
+    assert np.allclose(merged.sum(-1), 1)
+    assert merged[1, 1] == pytest.approx((weights_TT[1, 2:].sum() + weights_TT[2, 2:].sum()) / 2, rel=1e-5)
+
+
+def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
+    first, second = np.random.default_rng(0).dirichlet(np.ones(4), size=(2, 4)).astype(np.float32)
+    rolled = roll(roll(None, first), second)
+    wanted = (0.5 * second + 0.5 * np.eye(4)) @ (0.5 * first + 0.5 * np.eye(4))
+    assert np.allclose(rolled, wanted, atol=1e-6)
+    assert np.allclose(rolled.sum(-1), 1, atol=1e-6)
+
+
+def test_what_is_gathered_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
+    seven = line(*[1] * 7)
+    gathered = AttentionMaps(Lines(seven), keep=lambda kind, layer: layer == 1)
+    model, seen = load("llama"), see(load("llama"), "llama")
+    attend(model, inputs_for("llama"), "decoder", gathered.add)
+    layers = gathered.layers[MASKED]
+    assert layers[0].heads is None
+    assert np.allclose(layers[1].heads, seen[1].weights.numpy())
+    assert np.allclose(layers[1].of("mean"), seen[1].weights.mean(0).numpy(), atol=1e-6)
+    assert np.allclose(layers[1].of("rollout"), roll(roll(None, layers[0].mean), layers[1].mean), atol=1e-6)
+    assert not np.triu(layers[1].rollout, 1).any()
+
+
+def test_words_that_are_merged_stay_masked(load):
+    by_word = line(1, 3, 1, 2)
+    gathered = AttentionMaps(Lines(by_word), keep=lambda kind, layer: True)
+    attend(load("llama"), inputs_for("llama"), "decoder", gathered.add)
+    for layer in gathered.layers[MASKED].values():
+        assert layer.heads.shape == (4, 4, 4)
+        assert np.allclose(layer.heads.sum(-1), 1, atol=1e-5)
+        assert not np.triu(layer.heads, 1).any()
+
+
+def test_a_layer_where_all_look_at_one_word_does_not_count_as_words_looking_at_words():
+    words = line(1, 1, 1, 1)
+    telling = among_words(words, words, SELF)
+    sink = np.full((4, 4), [0.3, 0.1, 0.5, 0.1], dtype=np.float32)
+    pairs = np.array([[0.7, 0.1, 0.1, 0.1], [0.6, 0, 0.4, 0], [0.6, 0, 0, 0.4], [0.6, 0.4, 0, 0]], dtype=np.float32)
+    layers = {0: Layer(sink, None, None, 1), 1: Layer(pairs, None, None, 1), 2: Layer(sink, None, None, 1)}
+    assert most_telling_layer(layers, None, telling) == 1
+    moved = {**layers, 2: Layer(pairs, None, None, 1)}
+    assert most_telling_layer(moved, layers, telling) == 2

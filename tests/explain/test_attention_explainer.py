@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from support.audio import write_tone
+from support.browser import asked_of_the_network, browse, browser, with_script
+from support.explaining import expect, explain, open_quietly, page_data, quiet, train, values_of
+from support.families import build_bert, build_nllb, build_t5, build_whisper
+from support.models import build_llama
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from llmtune.explain import attention_explainer, attention_page
+from llmtune.explain.attention_explainer import explain_attention
+from llmtune.explain.attention_view import AttentionOptions
+from llmtune.explain.inputs import AttentionRequest
+from llmtune.recipe import load_recipe
+
+TEXT = "Which colour has the cat? The cat is blue."
+CHAT = [
+    {"messages": [{"role": "user", "content": f"Is {i} red?"}, {"role": "assistant", "content": "blue"}]}
+    for i in range(24)
+]
+PAIRS = [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]
+QUICK = {"train": {"num_train_epochs": 2}, "evaluate": {"metrics": ["loss"]}}
+FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-heads.png", "attention-heads.svg"}
+GRAPHS = {"attention-graph.svg", "attention-graph.graphml", "attention-graph.json"}
+NAMESPACES = {
+    "http://www.w3.org/2000/svg",
+    "http://www.w3.org/1999/xlink",
+    "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    return train(folder, build_llama(folder / "model"), CHAT, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a BERT, a T5, a Whisper and a recording in it."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, build in {"bert": build_bert, "t5": build_t5, "whisper": build_whisper, "llama": build_llama}.items():
+        build(folder / name)
+    write_tone(folder / "tone.wav", 1.3)
+    return folder
+
+
+def names(out: Path) -> set[str]:
+    return {path.name for path in out.iterdir()}
+
+
+def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray:
+    """Return what the page has of a map, [rows, columns]."""
+    numbers = np.frombuffer(base64.b64decode(kind["values"][f"{side}/{layer}/{head}"]), "<u2") / 65535
+    shape = (len(kind["rows"]), len(kind["columns"]))
+    if not kind["masked"]:
+        return numbers.reshape(shape)
+    whole = np.zeros(shape)
+    whole[np.tril_indices(shape[0])] = numbers
+    return whole
+
+
+def test_a_run_shows_base_tuned_and_difference_in_all_files(run, tmp_path):
+    found = values_of(explain("attention", run, "--text", TEXT, "--out", tmp_path, "--json"))
+    assert names(tmp_path) == FIGURES | GRAPHS | {"attention.html"} == {Path(file).name for file in found["files"]}
+    assert found["sides"] == ["base", "tuned"]
+    kind = found["attention"]["masked-self"]
+    assert (kind["layers"], kind["heads"]) == (2, 4)
+    assert [layer["layer"] for layer in kind["by_layer"]] == [0, 1]
+    assert all(layer["mean_change"] > 0 for layer in kind["by_layer"])
+    page = page_data(tmp_path / "attention.html")["kinds"][0]
+    base, tuned = (unpack(page, side, 1, "mean") for side in ("base", "tuned"))
+    assert np.abs(base.sum(-1) - 1).max() < 1e-3
+    assert np.abs(base - tuned).max() > 1e-3
+    change = np.abs(tuned - base).sum() / 2 / len(base)
+    assert change == pytest.approx(kind["by_layer"][1]["mean_change"], abs=1e-3)
+    assert "".join(token["text"] for token in found["tokens"]["source"]) == TEXT
+
+
+def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    values_of(explain("attention", run, "--text", TEXT, "--out", tmp_path, "--json"))
+    page = page_data(tmp_path / "attention.html")["kinds"][0]
+    name = str(load_recipe(str(run / "recipe.yaml")).recipe.model.name)
+    ids = AutoTokenizer.from_pretrained(name)(TEXT, return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
+    for side, model in (("base", base), ("tuned", base)):
+        if side == "tuned":
+            from llmtune.model.library_logging import hushed
+
+            with hushed():
+                model = PeftModel.from_pretrained(base, run / "adapter").eval()
+        with torch.inference_mode():
+            seen = model(**ids, output_attentions=True).attentions
+        for layer in (0, 1):
+            for head in range(4):
+                wanted = seen[layer][0, head].numpy()
+                assert np.abs(unpack(page, side, layer, head) - wanted).max() < 2e-5
+
+
+def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(models, tmp_path):
+    asked = ("--text", "The sky is blue", "--target", "Der Himmel", "--out", tmp_path, "--json")
+    found = values_of(explain("attention", models / "t5", *asked))
+    assert list(found["attention"]) == ["self", "masked-self", "cross"]
+    kinds = {kind["name"]: kind for kind in page_data(tmp_path / "attention.html")["kinds"]}
+    source, target = (len(found["tokens"][side]) for side in ("source", "target"))
+    shapes = {name: (len(kind["rows"]), len(kind["columns"])) for name, kind in kinds.items()}
+    assert shapes == {"self": (source, source), "masked-self": (target, target), "cross": (target, source)}
+    assert found["tokens"]["target"][0]["text"] == "<pad>"
+    assert "".join(token["text"] for token in found["tokens"]["target"] if not token["special"]).strip() == "Der Himmel"
+    assert "cross/0/rollout" not in str(kinds["cross"]["values"].keys())
+    for kind in ("self", "masked-self", "cross"):
+        for name in FIGURES | GRAPHS:
+            stem, ending = name.split(".")
+            assert f"{stem}-{kind}.{ending}" in names(tmp_path)
+        assert f"attention, layer {found['attention'][kind]['shown']['layer']}" in (
+            tmp_path / f"attention-graph-{kind}.svg"
+        ).read_text("utf-8")
+
+
+def test_without_a_target_an_encoder_decoder_writes_its_own_answer(models, tmp_path):
+    result = explain("attention", models / "t5", "--text", "The sky is blue", "--out", tmp_path, "--json")
+    found = values_of(result)
+    tokenizer = AutoTokenizer.from_pretrained(str(models / "t5"))
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(models / "t5")).eval()
+    ids = tokenizer("The sky is blue", return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=64, do_sample=False, num_beams=1)
+    assert found["target"] == tokenizer.decode(written[0], skip_special_tokens=True).strip()
+    assert "own answer; --target gives another" in " ".join(result.stderr.split())
+
+
+def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
+    run = train(
+        tmp_path,
+        build_t5(tmp_path / "model"),
+        PAIRS,
+        **QUICK,
+        task="translate",
+        translate={"prompt": "to blue: {source}"},
+        generation={"max_new_tokens": 4},
+    )
+    found = values_of(explain("attention", run, "--text", "number 3 is red", "--target", "blue", "--json"))
+    read = "".join(token["text"] for token in found["tokens"]["source"] if not token["special"])
+    assert read.strip() == "to blue: number 3 is red"
+    assert all(layer["mean_change"] > 0 for layer in found["attention"]["cross"]["by_layer"])
+    assert (run / "explain" / "attention.html").is_file()
+
+
+def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one(models, tmp_path):
+    asked = ("--audio", models / "tone.wav", "--target", "blue", "--language", "de", "--out", tmp_path, "--json")
+    found = values_of(explain("attention", models / "whisper", *asked))
+    source = [token["text"] for token in found["tokens"]["source"]]
+    assert source == [*(f"{tenth / 10:.1f}s" for tenth in range(13)), "silence"]
+    assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
+    cross = page_data(tmp_path / "attention.html")["kinds"][2]
+    for head in range(4):
+        assert np.abs(unpack(cross, "model", 1, head).sum(-1) - 1).max() < 1e-3
+
+
+def test_languages_of_a_plain_translator_are_named_by_an_option(tmp_path):
+    build_nllb(tmp_path / "nllb")
+    asked = (tmp_path / "nllb", "--text", "The sky is blue", "--target", "Le ciel", "--out", tmp_path / "out", "--json")
+    found = values_of(explain("attention", *asked, "--language", "eng_Latn,deu_Latn"))
+    assert "deu_Latn" in [token["text"] for token in found["tokens"]["target"]]
+    expect(explain("attention", *asked, "--language", "eng_Latn,xx"), 2, "--language", "'xx'", "eng_Latn,fra_Latn")
+
+
+def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_path):
+    found = values_of(explain("attention", run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
+    read = [token["text"] for token in found["tokens"]["source"]]
+    assert "".join(read) == "<|im_start|>user\nIs 3 red?<|im_end|>\n<|im_start|>assistant\n"
+    assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
+
+
+def test_pieces_of_a_word_share_a_row_if_asked(models, tmp_path):
+    found = values_of(
+        explain("attention", models / "bert", "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json")
+    )
+    assert [token["text"] for token in found["tokens"]["source"]] == ["[CLS]", "jumpsuit", "is", "[SEP]"]
+    kind = page_data(tmp_path / "attention.html")["kinds"][0]
+    assert np.abs(unpack(kind, "model", 0, 2).sum(-1) - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize(("view", "wanted"), [("heatmap", FIGURES), ("graph", GRAPHS), ("both", FIGURES | GRAPHS)])
+def test_a_view_draws_its_own_files_beside_the_page(models, tmp_path, view, wanted):
+    values_of(explain("attention", models / "bert", "--text", TEXT, "--view", view, "--out", tmp_path, "--json"))
+    assert names(tmp_path) == wanted | {"attention.html"}
+
+
+def test_layer_and_head_choose_what_is_drawn(models, tmp_path):
+    for asked, files in {
+        ("--layer", "1", "--head", "3"): {"attention-heatmap.png", "attention-heatmap.svg"},
+        ("--layer", "0", "--head", "all"): {"attention-heads.png", "attention-heads.svg"},
+        ("--layer", "all", "--head", "rollout"): {"attention-heads.png", "attention-heads.svg"},
+    }.items():
+        out = tmp_path / "-".join(asked)
+        found = values_of(explain("attention", models / "bert", "--text", TEXT, *asked, "--out", out, "--json"))
+        assert names(out) == files | GRAPHS | {"attention.html"}
+        if "3" in asked:
+            assert found["attention"]["self"]["shown"]["layer"] == 1
+            assert "layer 1, head 3" in (out / "attention-heatmap.svg").read_text("utf-8")
+
+
+def test_brighter_is_stronger_and_what_is_hidden_is_blank(models, tmp_path):
+    values_of(
+        explain("attention", models / "llama", "--text", "one two three four five six", "--out", tmp_path, "--json")
+    )
+    picture = matplotlib.image.imread(tmp_path / "attention-heatmap.png")[..., :3]
+    page = page_data(tmp_path / "attention.html")["kinds"][0]
+    weights = unpack(page, "model", page["shown"]["layer"], "mean")
+    light = picture.sum(-1)
+    blank = np.isclose(picture, np.array([0xE9, 0xEB, 0xEF]) / 255, atol=0.01).all(-1)
+    rows, columns = (np.flatnonzero(blank.sum(axis) > 40) for axis in (1, 0))
+    top, left = rows[0], columns[0]
+    size = len(columns) / (
+        len(weights) - 1
+    )  # from the second column to the last, and the first row to the last but one
+    assert size == pytest.approx(len(rows) / (len(weights) - 1), abs=1)
+    centre = lambda i, k: light[int(top + (i + 0.5) * size), int(left + (k - 0.5) * size)]  # noqa: E731
+    shown = [(weights[i, k], centre(i, k)) for i in range(len(weights)) for k in range(i + 1)]
+    ordered = [brightness for _, brightness in sorted(shown)]
+    assert all(later >= earlier - 0.02 for earlier, later in pairwise(ordered))
+    assert ordered[-1] > ordered[0] + 0.5
+
+
+def test_text_of_any_script_is_text_in_the_svg_which_asks_for_nothing(models, tmp_path):
+    values_of(explain("attention", models / "bert", "--text", "the cat", "--out", tmp_path, "--json"))
+    for name in ("attention-heatmap.svg", "attention-graph.svg", "attention-heads.svg"):
+        drawn = (tmp_path / name).read_text("utf-8")
+        assert (">cat</text>" in drawn) == (name != "attention-heads.svg")
+        assert set(re.findall(r'https?://[^"< ]*', drawn)) <= NAMESPACES
+
+
+def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
+    from llmtune.explain.figures import fonts_for
+
+    families, missing = fonts_for(["cat שלום", "\U0001fbc5", "\U0001fbc5 a"])
+    assert missing == "\U0001fbc5"
+    assert families[0] == "DejaVu Sans"
+
+
+# Limits and mistakes
+
+
+def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(models, tmp_path):
+    long = "cat dog " * 200
+    expect(
+        explain("attention", models / "bert", "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut"
+    )
+    expect(
+        explain("attention", models / "llama", "--text", long, "--max-tokens", 30),
+        3,
+        "figures are drawn of 30",
+        "--max-tokens",
+    )
+    expect(
+        explain("attention", models / "t5", "--text", "cat", "--target", long, "--max-tokens", 30),
+        3,
+        "--target",
+        "--cut",
+    )
+    cut = ("--cut", "--max-tokens", 30, "--out", tmp_path, "--json")
+    found = values_of(explain("attention", models / "bert", "--text", long, *cut))
+    read = [token["text"] for token in found["tokens"]["source"]]
+    assert (len(read), read[0], read[-1]) == (30, "[CLS]", "[SEP]")
+
+
+def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(models):
+    expect(explain("attention", models / "llama", "--text", "  "), 3, "--text: the text is empty", "at least one word")
+    expect(explain("attention", models / "llama"), 2, "--text: it is needed")
+    expect(
+        explain("attention", models / "llama", "--text", "a", "--target", "b"),
+        2,
+        "--target: this model has no use for it",
+    )
+    expect(explain("attention", models / "bert", "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
+    expect(explain("attention", models / "whisper", "--text", "a"), 2, "--audio: this model reads recordings")
+    expect(explain("attention", models / "whisper", "--audio", models / "none.wav"), 3, "--audio", "there is no file")
+
+
+def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(models):
+    asked = (models / "llama", "--text", "a b")
+    expect(
+        explain("attention", *asked, "--layer", "2"),
+        2,
+        "--layer: there is no layer 2: the model has 2",
+        "from 0 to 1, or all",
+    )
+    expect(
+        explain("attention", *asked, "--head", "4"),
+        2,
+        "--head: there is no head 4",
+        "from 0 to 3, mean, rollout or all",
+    )
+    expect(explain("attention", *asked, "--head", "-1"), 2, "--head: '-1' is no head")
+    expect(explain("attention", *asked, "--head", "meen"), 2, "Did you mean 'mean'?")
+    expect(explain("attention", *asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
+    expect(
+        explain("attention", models / "t5", "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout"
+    )
+
+
+def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, models, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    name = Path(str(load_recipe(str(run / "recipe.yaml")).recipe.model.name))
+    away = name.rename(tmp_path / "away")
+    try:
+        expect(explain("attention", copy, "--text", "a"), 4, name.name)
+    finally:
+        away.rename(name)
+    expect(explain("attention", models / "nothing", "--text", "a", "--offline"), 4, "nothing")
+
+
+def test_where_there_is_no_room_for_heads_the_page_has_means_and_says_so(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_page, "MOST_NUMBERS", 1500)
+    explain_attention(
+        open_quietly(models / "bert"), AttentionRequest(text=TEXT), AttentionOptions(layer="1"), tmp_path, quiet()
+    )
+    kind = page_data(tmp_path / "attention.html")["kinds"][0]
+    assert {"model/0/mean", "model/1/mean", "model/1/0"} <= set(kind["values"])
+    assert "model/0/0" not in kind["values"]
+    assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
+
+
+def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_explainer, "KEPT_BYTES", 100)
+    console, subject = quiet(), open_quietly(models / "bert")
+    with pytest.raises(attention_explainer.RecipeError, match="too many to keep"):
+        explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
+    explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
+    assert names(tmp_path / "means") == {"attention.html", "attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS
+    assert "attention-heads: left out" in console.file.getvalue()
+    explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(layer="1", head="2"), tmp_path, quiet())
+    kind = page_data(tmp_path / "attention.html")["kinds"][0]
+    assert "model/1/2" in kind["values"]
+    assert "model/0/2" not in kind["values"]
+
+
+# The page in a browser
+
+
+def picture(shown: str) -> str:
+    found = re.search(r'<image[^>]* href="(data:image/png[^"]*)"', shown)
+    assert found is not None
+    return found[1]
+
+
+CHOOSE = """
+const choose = (id, value) => {
+  const select = document.getElementById(id);
+  select.value = value;
+  select.dispatchEvent(new Event("change"));
+};
+"""
+
+
+@browser
+def test_choosing_a_head_changes_the_picture(models, tmp_path):
+    values_of(explain("attention", models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
+    before = browse(tmp_path / "attention.html")
+    after = browse(with_script(tmp_path / "attention.html", CHOOSE + 'choose("layer", "1"); choose("head", "2");'))
+    assert picture(before) != picture(after)
+    assert "Layer 1, head 2." in after
+    assert "head 2." not in before
+    assert ">[CLS]<title>" in before.replace("\n", "")
+
+
+@browser
+def test_no_request_leaves_the_page_whatever_runs_in_it(models, tmp_path):
+    values_of(explain("attention", models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
+    reach = 'new Image().src = "http://127.0.0.1:9/image"; fetch("http://127.0.0.1:9/fetch").catch(() => 0);'
+    page, log = with_script(tmp_path / "attention.html", CHOOSE + 'choose("head", "2");' + reach), tmp_path / "net.json"
+    browse(page, log)
+    assert asked_of_the_network(log) == set()
+    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", page.read_text("utf-8")), "utf-8")
+    browse(page, log)  # the same without the rule: it would be seen
+    assert asked_of_the_network(log) == {"http://127.0.0.1:9/image", "http://127.0.0.1:9/fetch"}
+
+
+@browser
+def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(run, tmp_path):
+    values_of(explain("attention", run, "--text", "one two three four", "--out", tmp_path, "--json"))
+    script = CHOOSE + 'choose("side", "all"); const slider = document.getElementById("threshold"); '
+    edges = {}
+    for value in ("0.01", "0.99"):
+        move = f'slider.value = "{value}"; slider.dispatchEvent(new Event("input")); point(2, 1);'
+        shown = browse(with_script(tmp_path / "attention.html", script + move))
+        edges[value] = shown.count('class="edge ')
+        assert shown.count("<image ") == 3
+        assert re.search(r"looks at <bdi>.*?</bdi>: base 0\.\d{3}, tuned 0\.\d{3}, difference [+−]?0\.\d{3}", shown)
+    assert edges["0.01"] > edges["0.99"]

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.audio import write_tone
+from support.explaining import expect, explain, train, values_of
+from support.families import build_bert, build_whisper
+from support.models import build_llama
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.data.chat_template import render_prompt
+from llmtune.explain.generation_explainer import slug
+from llmtune.explain.generation_page import find_parting
+from llmtune.explain.generation_trace import Sampling, score_answer
+from llmtune.explain.inputs import ModelInputs, PromptRequest
+from llmtune.recipe import load_recipe
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Which colour has number {i}?"},
+            {"role": "assistant", "content": "blue"},
+        ]
+    }
+    for i in range(40)
+]
+QUESTION = "Which colour has number 7?"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has learned to answer `blue`, and its base model beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    longer = {"num_train_epochs": 12}
+    return train(folder, build_llama(folder / "model"), ROWS, train=longer, evaluate={"metrics": ["loss"]})
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may write into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_base_and_tuned_answers_part_and_what_moved_is_told(run):
+    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json"))
+    base, tuned = (told["traces"][side]["steps"] for side in ("base", "tuned"))
+    assert "blue" in told["traces"]["tuned"]["text"]
+    assert "blue" not in told["traces"]["base"]["text"]
+    at = told["parting"]
+    assert [s["token"]["id"] for s in base[:at]] == [s["token"]["id"] for s in tuned[:at]]
+    assert base[at]["token"]["id"] != tuned[at]["token"]["id"]
+    assert told["comparison"][0]["tuned"] > 2 * told["comparison"][0]["base"]
+    assert [row["id"] for row in told["comparison"]] == [step["token"]["id"] for step in tuned]
+    for row, step in zip(told["comparison"], tuned, strict=True):
+        assert row["tuned"] == pytest.approx(step["probability"], rel=1e-3)
+
+
+def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(run):
+    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json"))
+    loaded = load_recipe(str(run / "recipe.yaml")).recipe
+    model = AutoModelForCausalLM.from_pretrained(str(loaded.model.name)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(loaded.model.name))
+    ids = render_prompt([{"role": "user", "content": QUESTION}], tokenizer, loaded)
+    assert [token["id"] for token in told["tokens"]] == ids
+    answer = [step["token"]["id"] for step in told["traces"]["tuned"]["steps"]]
+    wanted = score_answer(model, ModelInputs(ids, loaded), ids, answer)
+    assert [row["base"] for row in told["comparison"]] == pytest.approx([w.probability for w in wanted], rel=1e-3)
+    assert [row["base_rank"] for row in told["comparison"]] == [w.rank for w in wanted]
+    with torch.inference_mode():
+        first = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+    assert told["traces"]["base"]["steps"][0]["probability"] == pytest.approx(float(first.max()), rel=1e-3)
+
+
+def test_a_run_that_trained_all_weights_has_a_base_of_its_own(tmp_path):
+    run = train(
+        tmp_path,
+        build_llama(tmp_path / "model"),
+        ROWS,
+        adapter={"method": "full", "r": None, "lora_alpha": None},
+        train={"num_train_epochs": 1},
+        evaluate={"metrics": ["loss"]},
+    )
+    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json", "--max-new-tokens", 3))
+    first = told["comparison"][0]
+    assert first["tuned"] > first["base"]
+    if told["parting"] == 0:
+        assert first["base_says"]["id"] == told["traces"]["base"]["steps"][0]["token"]["id"]
+
+
+def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
+    before = json.loads((run / "report.json").read_text())
+    assert before["explanations"] == []
+    assert "llmtune explain generation RUN" in (run / "report.html").read_text()
+    expect(explain("generation", run, "--prompt", QUESTION), 0, "linked from:", "report.html")
+    name = "generation-which-colour-has-number-7"
+    assert {path.name for path in (run / "explain").iterdir()} == {f"{name}.html", f"{name}.json"}
+    assert f'href="explain/{name}.html"' in (run / "report.html").read_text()
+    assert json.loads((run / "report.json").read_text()) == {**before, "explanations": [name]}
+
+
+def test_the_terminal_shows_the_four_stages_and_where_they_part(run, tmp_path):
+    shown = explain("generation", run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
+    stages = ["Where base and tuned part", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
+    stages.append("4 Output so far")
+    at = [shown.index(stage) for stage in stages]
+    assert at == sorted(at)
+    assert "<|im_start|>│user│⏎│" in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+
+
+def test_beams_that_are_not_followed_are_told(tiny_llama, tmp_path):
+    generation = {"num_beams": 3, "max_new_tokens": 4}
+    searched = train(tmp_path, tiny_llama, ROWS, generation=generation, evaluate={"metrics": ["loss"]})
+    result = explain("generation", searched, "--prompt", QUESTION, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "not the run's 3 beams" in result.stderr
+
+
+def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    expect(explain("generation", tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
+    (page,) = tmp_path.glob("*.html")
+    text = page.read_text()
+    assert len(re.findall(r"<script", text)) == 2  # the data and the page's own
+    assert "<img" not in text
+    assert not re.search(r"(src|href)=[\"']?(?!data:,)[^\"'#]*(http|//)", text)
+
+
+def test_a_plain_model_goes_by_its_template_unless_told_otherwise(tiny_llama, tmp_path):
+    short = ("--max-new-tokens", 1, "--json", "--out", tmp_path)
+    with_template = values_of(explain("generation", tiny_llama, "--prompt", "red", "--system", "Be short.", *short))
+    assert "".join(token["text"] for token in with_template["tokens"]).startswith("<|im_start|>system\nBe short.")
+    plain = values_of(explain("generation", tiny_llama, "--prompt", "red", "--plain", *short))
+    assert "".join(token["text"] for token in plain["tokens"]) == "red"
+    assert list(plain["traces"]) == ["model"]
+    assert plain["parting"] is None
+
+
+def test_an_encoder_fills_its_masks(tmp_path):
+    told = values_of(
+        explain(
+            "generation", build_bert(tmp_path / "bert"), "--prompt", "The [MASK] is blue.", "--json", "--out", tmp_path
+        )
+    )
+    assert told["masked"]
+    (step,) = told["traces"]["model"]["steps"]
+    assert len(step["layers"]) == 3
+    assert "blue" in told["traces"]["model"]["text"]
+
+
+def test_what_whisper_writes_down_is_traced(tmp_path):
+    model, sound = build_whisper(tmp_path / "whisper", multilingual=False), write_tone(tmp_path / "tone.wav", 3.0)
+    told = values_of(explain("generation", model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
+    assert [token["special"] for token in told["tokens"]] == [True] * len(told["tokens"])
+    assert told["note"] == "Only the first 2 s of the recording are heard."
+    assert told["traces"]["model"]["lens"]
+    expect(explain("generation", model, "--prompt", "x", "--out", tmp_path), 2, "--prompt", "--audio")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("--prompt", "needed")),
+        (("--prompt", " \n"), ("--prompt", "empty")),
+        (("--prompt", "word " * 3000), ("--prompt", "2,048 positions", "Shorten")),
+        (("--prompt", "fox " * 1900, "--max-new-tokens", "256"), ("--max-new-tokens", "2,048")),
+        (("--prompt", "x", "--context", "y"), ("--context", "no use")),
+        (("--prompt", "x", "--plain", "--system", "y"), ("--system", "no use")),
+        (("--audio", "tone.wav"), ("--audio", "--prompt")),
+    ],
+)
+def test_what_a_model_cannot_go_on_from_is_refused_with_place_and_cure(tiny_llama, tmp_path, arguments, words):
+    expect(explain("generation", tiny_llama, *arguments, "--out", tmp_path), 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_predict_no_words_are_told_so(tmp_path, tiny_gpt2):
+    bert = build_bert(tmp_path / "bert")
+    expect(explain("generation", bert, "--prompt", "The sky is blue.", "--out", tmp_path), 2, "[MASK]", "--prompt")
+    AutoModel.from_pretrained(bert).save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "headless")
+    expect(
+        explain("generation", tmp_path / "headless", "--prompt", "The [MASK].", "--out", tmp_path),
+        2,
+        "BertModel",
+        "predicts no words",
+    )
+    AutoModel.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "body")
+    AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "body")
+    expect(
+        explain("generation", tmp_path / "body", "--prompt", "x", "--out", tmp_path),
+        2,
+        "GPT2Model",
+        "predicts no words",
+    )
+    expect(
+        explain("generation", tiny_gpt2, "--prompt", "x", "--plain", "--out", tmp_path),
+        2,
+        "--plain",
+        "no chat template",
+    )
+
+
+def test_a_run_whose_model_is_gone_is_an_error_of_the_environment(trained, run):
+    model = trained.parent / "model"
+    model.rename(trained.parent / "elsewhere")
+    try:
+        expect(explain("generation", run, "--prompt", "x"), 4, str(model))
+    finally:
+        (trained.parent / "elsewhere").rename(model)
+    assert not (run / "explain").exists()
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
+def test_answers_part_behind_what_they_have_in_common(base, tuned):
+    at = find_parting(base, tuned)
+    if at is None:
+        assert base == tuned
+    else:
+        assert base[:at] == tuned[:at]
+        assert base[at : at + 1] != tuned[at : at + 1]
+
+
+def test_prompts_that_read_alike_have_names_of_their_own():
+    long = "why is the sky so very blue today and not at all green"
+    assert slug(PromptRequest(prompt="Why is the sky blue?")) == "why-is-the-sky-blue"
+    assert slug(PromptRequest(prompt=long)) != slug(PromptRequest(prompt=f"{long}?"))
+    assert slug(PromptRequest(prompt="空は青い")) != slug(PromptRequest(prompt="海は青い"))
+
+
+def test_a_choice_leaves_the_recipes_penalty_and_takes_its_sampling_away(trained):
+    recipe = load_recipe(str(trained / "recipe.yaml")).recipe
+    own = recipe.generation.model_copy(
+        update={"repetition_penalty": 1.3, "num_beams": 4, "do_sample": True, "top_k": 5}
+    )
+    changed = Sampling(9, 0.7, 0.9).recipe(recipe.model_copy(update={"generation": own})).generation
+    assert (changed.max_new_tokens, changed.num_beams, changed.do_sample, changed.top_k) == (9, 1, False, None)
+    assert changed.repetition_penalty == 1.3
+
+
+def test_pages_of_another_training_do_not_stay(tmp_path):
+    model = build_llama(tmp_path / "model")
+    short = {"train": {"max_steps": 1, "num_train_epochs": None}, "evaluate": {"metrics": ["loss"]}}
+    run = train(tmp_path, model, ROWS, **short)
+    expect(explain("generation", run, "--prompt", QUESTION), 0)
+    assert train(tmp_path, model, ROWS, **short) == run  # the same again: nothing is trained
+    assert len(json.loads((run / "report.json").read_text())["explanations"]) == 1
+    train(tmp_path, model, ROWS[:-1], **short)
+    assert json.loads((run / "report.json").read_text())["explanations"] == []
+    assert not (run / "explain").exists()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+from support.explaining import expect, explain
+from support.families import build_bert, build_t5
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all lines."""
+    return [line.split() for line in text.splitlines()]
+
+
+def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
+    result = explain("positions", "--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path)
+    expect(result, 0, "written:", "positions.html", "positions.png", "positions.svg", "positions.json")
+    found = rows(result.stdout)
+    assert ["0", "I", "0.00", "1.00", "0.00", "1.00"] in found
+    assert ["1", "am", "0.84", "0.54", "0.10", "1.00"] in found
+    assert ["2", "a", "0.91", "-0.42", "0.20", "0.98"] in found
+    assert ["3", "robot", "0.14", "-0.99", "0.30", "0.96"] in found
+
+
+def test_the_files_are_whole(tmp_path):
+    expect(explain("positions", "--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path), 0)
+    told = json.loads((tmp_path / "positions.json").read_text())
+    assert told["words"] == ["I", "am", "a", "robot"]
+    assert told["schemes"][0]["encoding"][1][0] == pytest.approx(0.8414709848)
+    with Image.open(tmp_path / "positions.png") as picture:
+        assert picture.size[0] > 900
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    ElementTree.parse(tmp_path / "positions.svg")
+    page = (tmp_path / "positions.html").read_text()
+    assert "-0.42" in page
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--text", "  "), ("--text", "empty", "at least one word")),
+        (("--dimension", "5"), ("--dimension", "pairs", "even")),
+        (("--dimension", "0"), ("--dimension",)),
+        (("--dimension", "-2"), ("--dimension",)),
+        (("--base", "1"), ("--base", "above 1")),
+        (("--base", "nan"), ("--base",)),
+        (("--base", "inf"), ("--base",)),
+        (("--length", "5000"), ("--length", "5,000", "4,096")),
+        (("--length", "4096", "--dimension", "4096"), ("--dimension", "too many")),
+        (("--text", "word " * 4097), ("--text", "4,097")),
+        (("--text", "a b", "--length", "3"), ("--length", "Omit it")),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused_with_place_and_cure(tmp_path, arguments, words):
+    expect(explain("positions", *arguments, "--out", tmp_path), 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    expect(
+        explain("positions", "--text", "", "--dimension", 3, "--base", 0.5, "--out", tmp_path),
+        2,
+        "--text",
+        "--dimension",
+        "--base",
+    )
+
+
+def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(tmp_path):
+    result = explain(
+        "positions", build_bert(tmp_path / "bert"), "--text", "The sky is blue.", "--out", tmp_path / "out"
+    )
+    expect(result, 0)
+    assert "Learned position table" in result.stdout
+    assert ["0", "[CLS]"] in [line[:2] for line in rows(result.stdout)]
+    assert "apart by" in result.stdout
+    assert "[CLS]" in (tmp_path / "out" / "positions.html").read_text()
+
+
+def test_the_heads_of_t5_have_a_line_each(tmp_path):
+    result = explain("positions", build_t5(tmp_path / "t5"), "--out", tmp_path / "out")
+    expect(result, 0)
+    assert (tmp_path / "out" / "positions.svg").read_text().count(">head ") == 8
+    assert "Relative position bias of the encoder" in result.stdout
+    assert "Relative position bias of the decoder" in result.stdout
+
+
+def test_rotations_are_a_row_a_pair(tiny_llama, tmp_path):
+    result = explain("positions", tiny_llama, "--length", 32, "--out", tmp_path)
+    expect(result, 0)
+    assert ["0", "1.000000", "6.3", "5.09"] in rows(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--text", "fox " * 300), ("--text", "256")),
+        (("--length", "257"), ("--length", "257", "256")),
+        (("--text", ""), ("--text", "empty")),
+        (("--dimension", "4"), ("--dimension", "name no model")),
+        (("--base", "100"), ("--base", "name no model")),
+    ],
+)
+def test_what_a_model_cannot_show_is_refused(tmp_path, arguments, words):
+    expect(explain("positions", build_bert(tmp_path / "bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
+    assert not (tmp_path / "out").exists()
