@@ -24,8 +24,8 @@ from llmtune.data import hash_sources, load_rows, prepare_rows
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples
 from llmtune.data.preparation import rows_inputs
-from llmtune.deploy.gguf_export import DEFAULT_FORMAT
-from llmtune.deploy.products import check_gguf, make_gguf, merge
+from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
+from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate import check_gates, evaluate, load_base, load_evaluation, save_evaluation
 from llmtune.evaluate.eval_suites import check_inputs

@@ -40,7 +40,7 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.deploy.products import merge_run
+        from llmtune.deploy.merged_model import merge_run
 
     certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
     if as_json:
@@ -68,16 +68,12 @@ def gguf(
     """Write a GGUF file for llama.cpp and an Ollama Modelfile; read back and certified, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.deploy.products import gguf_run
+        from llmtune.deploy.gguf_export import make_gguf
+        from llmtune.session import open_finished
 
-    certificate = gguf_run(
-        run,
-        out=out,
-        number_format=number_format.lower(),
-        adapter_only=adapter_only,
-        onto=onto,
-        offline=offline,
-        console=stderr_console(),
+    context, model_ref = open_finished(run, stderr_console(), offline)
+    certificate = make_gguf(
+        context, model_ref, out, number_format=number_format.lower(), adapter_only=adapter_only, onto=onto
     )
     if as_json:
         print_json(certificate)
@@ -110,9 +106,10 @@ def publish(
     """Publish to a folder or to the hub: model, model card, certificate, lock and recipe, without places or secrets."""
     prepare_environment(network=repo is not None and not offline)
     with at_once():
-        from llmtune.deploy.publish import Wishes, publish_run
+        from llmtune.deploy.model_card import PublishOptions
+        from llmtune.deploy.publish import publish_run
 
-    wishes = Wishes(
+    options = PublishOptions(
         to=to,
         repo=repo,
         private=private,
@@ -126,7 +123,7 @@ def publish(
         data_license=data_license,
         languages=tuple(language or ()),
     )
-    published = publish_run(run, wishes, stderr_console())
+    published = publish_run(run, options, stderr_console())
     if as_json:
         print_json(published)
 
@@ -147,7 +144,7 @@ def certify(
     """Hold a served OpenAI-compatible endpoint against what was trained; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with at_once():
-        from llmtune.deploy.products import certify_run
+        from llmtune.deploy.endpoint_parity import certify_run
 
     certificate = certify_run(
         run, url=url, model=model, key_file=api_key_file, offline=offline, console=stderr_console()

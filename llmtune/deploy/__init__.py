@@ -1,1 +1,1 @@
-"""After training: merge with a certificate, chat, generate."""
+"""After training: merged models, GGUF files and publications, each certified against what was trained."""

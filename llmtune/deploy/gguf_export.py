@@ -3,110 +3,134 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from llmtune.adapter import merge
+from llmtune.adapter import merge as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
-from llmtune.deploy.gguf_architectures import find_family
 from llmtune.deploy.gguf_file import FORMATS, find_quantizer, has_llama, write_model
-from llmtune.deploy.gguf_parity import (
-    find_lost_adapter,
-    limits_of,
-    mean_divergence,
-    measure_reader,
-    serve_from_file,
-)
-from llmtune.deploy.gguf_readers import Reader, check_reader, open_file
+from llmtune.deploy.gguf_readers import GgufReader, check_reader, open_gguf
+from llmtune.deploy.gguf_tensors import find_architecture
 from llmtune.deploy.gguf_vocabulary import (
     Vocabulary,
+    build_tokenizer,
     describe_vocabulary,
-    find_cut,
-    read_description,
+    find_pre_tokenizer,
+    read_tokenizer,
     read_vocabulary,
 )
-from llmtune.deploy.ollama_modelfile import describe_chat, write_modelfile
+from llmtune.deploy.ollama_modelfile import MODELFILE, split_template, write_modelfile
 from llmtune.deploy.parity import (
     ANSWER_TOKENS,
+    LIMITS,
     PROMPTS,
+    Certificate,
     Limits,
-    Parity,
-    Trace,
+    Onto,
+    TextReference,
+    TransformersReader,
+    TunedModel,
+    check_output,
+    compare_outputs,
+    describe_parity,
     find_breaches,
-    logits_over,
-    measure_effect,
+    list_questions,
+    load_tuned,
+    render_chats,
     render_prompts,
-    trace_answers,
+    training_base,
+    write_certificate,
 )
-from llmtune.errors import GateFailed, Problem, RecipeError, nearest
+from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model import load_processor
+from llmtune.model.config import read_model_config
 from llmtune.model.oom import explain_oom
 from llmtune.recipe import TASK_FACTS
-from llmtune.records import AdaptedModel, Row
-from llmtune.store.atomic_files import explained, hash_file, read_json, staged, write_json, write_text
-from llmtune.tasks import AnyTask
+from llmtune.session import RunContext
+from llmtune.store.atomic_files import explained, hash_file, staged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.records import ModelRef
 
-CERTIFICATE = "certificate.json"
-MODELFILE = "Modelfile"
 DEFAULT_FORMAT = "f16"
+FORMAT_LIMITS = {
+    "f32": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
+    "f16": Limits(kl_floor=1e-3, kl_cap=1e-3, top1=0.98, noise=1e-4),
+    "bf16": Limits(kl_floor=1e-2, kl_cap=2e-2, top1=0.95, noise=1e-3),
+    "q8_0": Limits(kl_floor=3e-2, kl_cap=3e-2, top1=0.9),
+    "q4_k_m": Limits(kl_floor=2.5e-1, kl_cap=2.5e-1, top1=0.75),
+}
+"""What the rounding of a format may do: twice what it does to SmolLM2 of 135M or more, since small models suffer most.
+There mean KL by llama.cpp is 5e-6 in F16, 2e-4 in BF16, 0.011 in Q8_0 (0.003 by the weights, the rest by the inputs of
+products, which llama.cpp rounds as well) and 0.11 in Q4_K_M. F32 has F16's limits, since llama.cpp keeps keys and
+values in F16 and takes functions from tables. `find_lost_adapter` checks whether there is an adapter at all."""
+NEGLIGIBLE = 100
+"""An effect of tuning that is smaller than the rounding by this factor is not looked for."""
 
 
-@dataclass(frozen=True)
-class GgufCertificate:
-    """What a GGUF file was held to, what it was read with, and what was measured."""
+def make_gguf(
+    context: RunContext,
+    model_ref: ModelRef,
+    out: Path | None = None,
+    *,
+    number_format: str = DEFAULT_FORMAT,
+    adapter_only: bool = False,
+    onto: str | None = None,
+) -> Certificate:
+    """Write the model of a run, or its adapter alone, as a GGUF file; without `out`, into `gguf/FORMAT` of the run.
 
-    passed: bool
-    breaches: tuple[str, ...]
-    base: str
-    revision: str | None
-    base_sha256: str
-    trained_sha256: str | None
-    """Of the trained folder that it was made from; None where that is in memory alone."""
-    method: str
-    onto: str
-    file: str
-    file_bytes: int
-    file_sha256: str
-    number_format: str
-    reader: str
-    limits: dict[str, float]
-    measured: Parity | None
-    kl_from_base: float | None
-    """Mean KL of the file from the base model over the fixed prompts, which must be more than from what was trained."""
-    adapter: dict[str, Any] | None
-    """Of an adapter: how many modules, and how far the products of the file are from what was trained."""
-    modelfile_template: bool
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What the tuned model said before it was taken apart, and what ends its answers."""
-
-    traces: list[Trace]
-    effect: float | None
-    base: list[torch.Tensor] | None
-    """The base model's logits over the fixed prompts and their answers; None where no adapter can be switched off."""
-    stops: list[int]
-
-    @property
-    def length(self) -> int:
-        """Room for the longest prompt and answer."""
-        return max(len(trace.prompt) for trace in self.traces) + 2 * ANSWER_TOKENS
+    Raises:
+        RecipeError: an option that does not fit, or a task whose models cannot be GGUF files.
+        EnvironmentProblem: a model or tokenizer that GGUF files cannot hold.
+        GateFailed: the file differs from what was trained by more than the limits.
+    """
+    check_format(number_format, adapter_only)
+    if onto is not None and (adapter_only or context.recipe.adapter.method != "qlora"):
+        what = "an adapter alone is put onto nothing" if adapter_only else "the base was not quantised in training"
+        raise RecipeError.of(what, "--onto", "Omit --onto.")
+    if onto is not None and onto not in ("original", "dequantized"):
+        raise RecipeError.of(f"{onto!r} is neither original nor dequantized", "--onto")
+    processor = check_gguf(context, model_ref)
+    return export_gguf(
+        load_tuned(context, model_ref, processor),
+        out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format),
+        context.console,
+        number_format=number_format,
+        onto=onto or training_base(context.recipe),
+        adapter_only=adapter_only,
+    )
 
 
-def check_export(number_format: str, adapter_only: bool) -> None:
+def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerBase:
+    """Check, without loading weights, that a model can be written; returns the tokenizer.
+
+    Raises:
+        RecipeError: the model does not continue a text.
+        EnvironmentProblem: GGUF files cannot hold the model or its tokenizer.
+    """
+    if not context.task.continues_text:
+        what = f"a model of task {context.task.name} that does not continue a text cannot be written as GGUF"
+        raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
+    processor, config = (
+        load_processor(model_ref, context.recipe.model),
+        read_model_config(model_ref, context.recipe.model),
+    )
+    find_architecture(config)
+    find_pre_tokenizer(read_tokenizer(processor))
+    check_reader(config.model_type)
+    return processor
+
+
+def check_format(number_format: str, adapter_only: bool) -> None:
     """Refuse a format that is unknown, or that nothing here can make, before anything is loaded.
 
     Raises:
@@ -118,249 +142,200 @@ def check_export(number_format: str, adapter_only: bool) -> None:
         kind = "an adapter" if adapter_only else "a GGUF file"
         what = f"{number_format!r} is no number format of {kind}.{nearest(number_format, known)}"
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
-    if FORMATS[number_format].written_as:
+    if FORMATS[number_format].quantized_from:
         find_quantizer()
 
 
-def check_model(config: Any, processor: PreTrainedTokenizerBase) -> None:
-    """Refuse a model or tokenizer that GGUF files have no place for, or that nothing here could read back.
-
-    Raises EnvironmentProblem.
-    """
-    find_family(config)
-    find_cut(read_description(processor))
-    check_reader(config.model_type)
-
-
 def export_gguf(
-    adapted: AdaptedModel,
-    recipe: Recipe,
-    task: AnyTask,
+    tuned: TunedModel,
     out: Path,
     console: Console,
     *,
     number_format: str = DEFAULT_FORMAT,
     onto: str = "original",
     adapter_only: bool = False,
-    rows: Sequence[Row] = (),
-    trained_sha256: str | None = None,
-) -> dict[str, Any]:
+) -> Certificate:
     """Write `<name>-<FORMAT>.gguf`, a Modelfile and a certificate into the folder `out`.
 
-    `adapted` is used up. `rows`, if any, are asked beside the fixed prompts. Returns the certificate as it is in
-    certificate.json. Where it fails nothing is left in `out`; the certificate stands beside it as `<out>.failed.json`.
+    `tuned` is used up. Returns the certificate; where it fails nothing is left in `out`.
 
     Raises:
-        RecipeError: `out` holds something else, or the adapter has what llama.cpp's adapters have no place for.
+        RecipeError: `out` holds something else, or the adapter has what llama.cpp's adapters cannot hold.
         GateFailed: the file, read back, differs from what was trained by more than the limits.
         EnvironmentProblem: the model cannot be written or read back; no room on disk or in memory.
     """
-    check_export(number_format, adapter_only)
-    _check_place(out)
-    processor = cast("PreTrainedTokenizerBase", adapted.selected.processor)
-    tuned = cast(PreTrainedModel, adapted.model)
-    check_model(adapted.selected.model.config, processor)
+    RecipeError.collect(check_output(out))
+    selected = tuned.adapted.selected
     if adapter_only:
-        check_adapter(tuned)
-    if not adapted.selected.quantized:
-        tuned.float()  # so that sums are rounded once, to the format that is wanted
+        check_adapter(tuned.model)
+    if not selected.quantized:
+        tuned.model.float()  # so that sums are rounded once, to the target format
     with console.status("asking the tuned model"):
-        heard = _listen(tuned, processor, task, recipe, rows)
-    memory = explain_oom(f"exporting {adapted.selected.model_ref.name}", str(tuned.device))
-    failed = out.with_name(f"{out.name}.failed.json")
+        export = _Export(tuned, console, number_format)
+    memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))
     with explained(out), memory, staged(out) as folder:
-        export = _Export(adapted, recipe, task, folder, console, heard, number_format, onto, rows)
-        certificate = export.make_adapter() if adapter_only else export.make_model()
-        written = {**asdict(certificate), "trained_sha256": trained_sha256}
-        if not certificate.passed:
-            write_json(failed, written)
-            raise _failure(certificate, failed)
-        write_json(folder / CERTIFICATE, written)
-    failed.unlink(missing_ok=True)
-    _show(certificate, out, console)
-    return written
+        certificate = export.write_adapter(folder) if adapter_only else export.write_model(folder, cast(Onto, onto))
+        fix = "" if number_format in ADAPTER_FORMATS else "Round less: --type f16. "
+        write_certificate(certificate, folder, out, "the GGUF file", fix)
+    _print_summary(certificate, out, console)
+    return certificate
 
 
-def _check_place(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and read_json(out / CERTIFICATE) is None:
-        raise RecipeError.of("the folder holds something else", str(out), "Choose another folder with --out.")
-    inside = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not inside.is_dir():
-        raise RecipeError.of("a file stands where a folder is needed", str(inside), "Choose another --out.")
-
-
-def _listen(
-    tuned: PreTrainedModel, processor: PreTrainedTokenizerBase, task: AnyTask, recipe: Recipe, rows: Sequence[Row]
-) -> Heard:
-    traces = trace_answers(tuned, processor, render_prompts(task, processor, recipe, rows))
-    effect, base = measure_effect(tuned, traces), None
-    if effect is not None:
-        with cast(PeftModel, tuned).disable_adapter():
-            base = [logits_over(tuned, [*trace.prompt, *trace.answer]) for trace in traces[: len(PROMPTS)]]
-    return Heard(traces, effect, base, answer_ends(tuned, processor))
-
-
-@dataclass(frozen=True)
 class _Export:
-    """One export at work in its new folder."""
+    """One export: what the tuned model answered before it is taken apart, and the files made from it."""
 
-    adapted: AdaptedModel
-    recipe: Recipe
-    task: AnyTask
-    folder: Path
-    console: Console
-    heard: Heard
-    number_format: str
-    onto: str
-    rows: Sequence[Row]
+    def __init__(self, tuned: TunedModel, console: Console, number_format: str) -> None:
+        self.tuned, self.console, self.number_format = tuned, console, number_format
+        self.name = re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
+        self.reference = TextReference(tuned)
+        self.fixed = self.reference.traces[: len(PROMPTS)]
+        self.base_logits: list[torch.Tensor] | None = None
+        """Of the base model over the fixed prompts; None where no adapter can be switched off."""
+        if self.reference.effect is not None:
+            reader = TransformersReader(tuned.model)
+            with cast(PeftModel, tuned.model).disable_adapter():
+                self.base_logits = [reader.logits(trace.ids) for trace in self.fixed]
 
-    @property
-    def name(self) -> str:
-        """What the file is called, without its ending."""
-        return re.sub(r"[^A-Za-z0-9._-]", "-", self.recipe.name)
-
-    @property
-    def processor(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as the model was trained with it."""
-        return cast("PreTrainedTokenizerBase", self.adapted.selected.processor)
-
-    def make_model(self) -> GgufCertificate:
+    def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
-        file = self.folder / f"{self.name}-{self.number_format.upper()}.gguf"
+        file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
         with self.console.status("merging and writing"):
-            merged = merge(self.adapted, cast(Any, self.onto))
-            vocabulary = self.describe(merged)
+            merged = merge_weights(self.tuned.adapted, onto)
+            vocabulary = self._describe_vocabulary(merged)
             write_model(merged, vocabulary, file, self.number_format, self.name)
         config = merged.config
         del merged
-        templated = self.write_modelfile(file, vocabulary, [])
-        base = None
-        if self.adapted.selected.quantized:
-            base = "rounded" if self.onto == "dequantized" else "other base"
-        certificate = self.certificate(file, templated)
-        return self.certify(certificate, file, config, limits_of(self.number_format, base))
+        limits = FORMAT_LIMITS[self.number_format]
+        if self.tuned.adapted.selected.quantized:
+            limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
+        facts = {**self._file_facts(file, onto), "modelfile_template": self._write_modelfile(file, vocabulary)}
+        return {**facts, **self._certify(file, config, limits)}
 
-    def make_adapter(self) -> GgufCertificate:
+    def write_adapter(self, folder: Path) -> Certificate:
         """Write the adapter, and read it back; with llama.cpp also on the base, where that is not in 4 bits."""
-        file = self.folder / f"{self.name}-lora-{self.number_format.upper()}.gguf"
-        model = cast(PeftModel, self.adapted.model)
+        file = folder / f"{self.name}-lora-{self.number_format.upper()}.gguf"
+        model, selected = cast(PeftModel, self.tuned.model), self.tuned.adapted.selected
         with self.console.status("writing the adapter"):
             write_adapter(model, file, self.number_format, self.name)
             compared = compare_adapter(model, file, self.number_format)
-        config: Any = model.config
-        vocabulary = self.describe(cast(PreTrainedModel, model.get_base_model()))
-        notes = [f"An adapter. Put its base beside it as base.gguf: {self.adapted.selected.model_ref.name}"]
-        templated = self.write_modelfile(file, vocabulary, notes, adapter=True)
-        certificate = self.certificate(file, templated, adapter=compared)
-        if not has_llama() or self.adapted.selected.quantized:
-            return certificate
-        whole = self.folder / "base.gguf"
+        base = cast(PreTrainedModel, model.get_base_model())
+        vocabulary = self._describe_vocabulary(base)
+        note = f"An adapter. Put its base beside it as base.gguf: {selected.model_ref.name}"
+        template = self._write_modelfile(file, vocabulary, note, adapter=True)
+        facts = {**self._file_facts(file, "none"), "adapter": compared, "modelfile_template": template}
+        if not has_llama() or selected.quantized:
+            return facts
+        whole, config = folder / "base.gguf", base.config
         write_model(cast(PreTrainedModel, model.unload()), vocabulary, whole, "f32", self.name)
         try:
-            return self.certify(certificate, whole, config, limits_of(self.number_format, None), adapter=file)
+            return {**facts, **self._certify(whole, config, FORMAT_LIMITS[self.number_format], adapter=file)}
         finally:
             whole.unlink()
 
-    def describe(self, model: PreTrainedModel) -> Vocabulary:
-        """Return the vocabulary for a model with so many rows in its embedding."""
-        size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-        return describe_vocabulary(
-            self.processor, size, [trace.prompt for trace in self.heard.traces], self.ends(model)
-        )
+    def _answer_ends(self, model: PreTrainedModel) -> list[int]:
+        """Return the ids that end an answer, including those of the chat template."""
+        return answer_ends(model, self.tuned.processor, self.tuned.recipe)
 
-    def ends(self, model: PreTrainedModel) -> list[int]:
-        """Return the ids that end an answer, those of the chat template with them."""
-        return answer_ends(model, self.processor, self.recipe)
+    def _describe_vocabulary(self, model: PreTrainedModel) -> Vocabulary:
+        size = int(model.get_input_embeddings().weight.shape[0])
+        prompts = [trace.prompt for trace in self.reference.traces]
+        return describe_vocabulary(self.tuned.processor, size, prompts, self._answer_ends(model))
 
-    def write_modelfile(self, file: Path, vocabulary: Vocabulary, notes: Sequence[str], adapter: bool = False) -> bool:
+    def _write_modelfile(self, file: Path, vocabulary: Vocabulary, *notes: str, adapter: bool = False) -> bool:
         """Write the Modelfile; returns whether it has a template."""
-        pieces = None
-        notes = list(notes)
-        if TASK_FACTS[self.task.name].templated and self.processor.chat_template:
-            pieces = describe_chat(self.processor, self.recipe, vocabulary.add_bos)
-            if pieces is None:
-                notes.append("The chat template does more than a Go template can: Ollama is left to find its own.")
-                self.console.print("Modelfile: this chat template has no equal in Go, so TEMPLATE is left out.")
-        stops = [vocabulary.tokens[index] for index in self.ends(self.adapted.selected.model)]
-        text = write_modelfile(file.name, pieces, stops, self.recipe, notes, adapter)
-        write_text(self.folder / MODELFILE, text)
-        return pieces is not None
+        tuned, parts = self.tuned, None
+        if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
+            parts = split_template(tuned.processor, tuned.recipe, vocabulary.add_bos)
+            if parts is None:
+                notes += ("The chat template does more than a Go template can: Ollama is left to find its own.",)
+                self.console.print("Modelfile: this chat template has no equal in Go, so TEMPLATE is omitted.")
+        stops = [vocabulary.tokens[index] for index in self._answer_ends(tuned.adapted.selected.model)]
+        write_modelfile(file, parts, stops, tuned.recipe, notes, adapter)
+        return parts is not None
 
-    def certificate(self, file: Path, templated: bool, adapter: dict[str, Any] | None = None) -> GgufCertificate:
+    def _file_facts(self, file: Path, onto: str) -> Certificate:
         """Return the certificate of a file that no program has read yet."""
-        place = self.adapted.selected.model_ref
-        return GgufCertificate(
-            passed=True,
-            breaches=(),
-            base=place.name,
-            revision=place.revision,
-            base_sha256=place.content_hash,
-            trained_sha256=None,
-            method=self.adapted.method,
-            onto="none" if adapter else self.onto,
-            file=file.name,
-            file_bytes=file.stat().st_size,
-            file_sha256=hash_file(file),
-            number_format=self.number_format,
-            reader="its own arithmetic",
-            limits={},
-            measured=None,
-            kl_from_base=None,
-            adapter=adapter,
-            modelfile_template=templated,
-        )
+        return {
+            **self.tuned.certificate([]),
+            "method": self.tuned.adapted.method,
+            "onto": onto,
+            "file": file.name,
+            "file_bytes": file.stat().st_size,
+            "file_sha256": hash_file(file),
+            "number_format": self.number_format,
+            "reader": "its own arithmetic",
+            "limits": {},
+            "measured": None,
+            "kl_from_base": None,
+            "adapter": None,
+        }
 
-    def certify(
-        self, certificate: GgufCertificate, whole: Path, config: Any, limits: Limits, adapter: Path | None = None
-    ) -> GgufCertificate:
-        """Read `whole` back, with `adapter` on it, and hold it against what was heard."""
-        vocabulary = read_vocabulary(whole)
+    def _certify(
+        self, whole: Path, config: PretrainedConfig, limits: Limits, adapter: Path | None = None
+    ) -> Certificate:
+        """Read `whole` back, with `adapter` on it, and compare it with the tuned model; returns what was measured."""
+        vocabulary, effect = read_vocabulary(whole), self.reference.effect
+        length = max(len(trace.prompt) for trace in self.reference.traces) + 2 * ANSWER_TOKENS
         with (
             self.console.status("asking the GGUF file"),
-            open_file(whole, vocabulary, config, self.heard.length, adapter) as reader,
+            open_gguf(whole, vocabulary, config, length, adapter) as reader,
         ):
-            made = serve_from_file(self.task, vocabulary, reader, self.recipe, self.rows)
-            parity = measure_reader(self.heard.traces, reader, made, self.heard.stops, self.heard.effect)
-            near, far = self.measure_nearness(reader)
-        breaches = (*find_breaches(parity, limits), *find_lost_adapter(near, far, self.heard.effect))
-        return replace(
-            certificate,
-            passed=not breaches,
-            breaches=breaches,
-            reader=reader.name,
-            limits={"kl_mean": limits.kl(parity.effect_kl), "top1_agreement": limits.top1},
-            measured=parity,
-            kl_from_base=far,
-        )
-
-    def measure_nearness(self, reader: Reader) -> tuple[float, float | None]:
-        """Return how far the file is from what was trained, and from the base, over the fixed prompts."""
-        traces = self.heard.traces[: len(PROMPTS)]
-        got = [reader.logits([*trace.prompt, *trace.answer]) for trace in traces]
-        base = None if self.heard.base is None else mean_divergence(self.heard.base, got)
-        return mean_divergence([trace.logits for trace in traces], got), base
+            parity = self.reference.parity_of(
+                reader.logits, reader.answer, [served_prompts(self.tuned, vocabulary, reader)]
+            )
+            logits = [reader.logits(trace.ids) for trace in self.fixed]
+        trained_kl = compare_outputs([trace.logits for trace in self.fixed], logits).kl_mean
+        base_kl = compare_outputs(self.base_logits, logits).kl_mean if self.base_logits else None
+        breaches = [*find_breaches(parity, limits), *find_lost_adapter(trained_kl, base_kl, effect)]
+        return {
+            "passed": not breaches,
+            "breaches": breaches,
+            "reader": reader.name,
+            "limits": {"kl_mean": limits.kl(effect), "top1_agreement": limits.top1},
+            "measured": asdict(parity),
+            "kl_from_base": base_kl,
+        }
 
 
-def _failure(certificate: GgufCertificate, failed: Path) -> GateFailed:
-    fix = f"Nothing was kept; the numbers are in {failed}."
-    if certificate.number_format not in ADAPTER_FORMATS:
-        fix = f"Round less: --type f16. {fix}"
-    return GateFailed(*(Problem(f"the GGUF file differs: {breach}", None, fix) for breach in certificate.breaches))
+def _wider(one: Limits, other: Limits) -> Limits:
+    return Limits(max(one.kl_floor, other.kl_floor), max(one.kl_cap, other.kl_cap), min(one.top1, other.top1))
 
 
-def _show(certificate: GgufCertificate, out: Path, console: Console) -> None:
-    size = f"{certificate.file_bytes / 1e6:,.1f} MB, {certificate.number_format.upper()}"
-    console.print(f"GGUF: {out / certificate.file} ({size})", highlight=False, soft_wrap=True)
-    if certificate.adapter is not None:
-        compared = certificate.adapter
-        said = f"largest difference {compared['largest_difference']:.2g} of its size"
-        console.print(f"adapter, read back: {compared['modules']} modules, {said}", highlight=False)
-    if (parity := certificate.measured) is not None:
-        moved = "" if parity.effect_kl is None else f" (tuning had moved it by {parity.effect_kl:.2g})"
-        console.print(
-            f"parity with what was trained, read by {certificate.reader}, over {parity.positions} positions: mean KL "
-            f"{parity.kl_mean:.2g}{moved}, same first choice {parity.top1_agreement:.1%}, same answers "
-            f"{parity.answer_agreement:.0%}",
-            highlight=False,
-        )
+def served_prompts(tuned: TunedModel, vocabulary: Vocabulary, reader: GgufReader) -> list[list[int]]:
+    """Return the ids of the prompts as a server makes them that knows the file alone.
+
+    It renders with the template in the file, and lets the reader write the start token where the file says so.
+    """
+    tokenizer = build_tokenizer(vocabulary)
+    texts = render_chats(tuned, tokenizer)
+    if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
+        texts = [str(row["prompt"]) for row in list_questions(tuned.task, tuned.rows)]
+    elif texts is None:  # a client of such a model writes its prompt himself
+        texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
+        texts = [text.removeprefix(" ") for text in texts] if vocabulary.add_space else texts
+    start = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
+    return [reader.encode(text.removeprefix(start)) for text in texts]
+
+
+def find_lost_adapter(trained_kl: float, base_kl: float | None, effect: float | None) -> list[str]:
+    """Return a breach if a file is nearer to the base than to what was trained, by mean KL, however coarse it is.
+
+    With its adapter a file is nearer to what was trained by the `effect` of tuning, and without it farther by as much;
+    an effect that is far below the rounding cannot be told from it.
+    """
+    if base_kl is None or effect is None or effect < trained_kl / NEGLIGIBLE or trained_kl - base_kl <= effect / 2:
+        return []
+    numbers = f"mean KL {base_kl:.2g} nats per position, and {trained_kl:.2g} to what was trained"
+    return [f"the file is nearer to the base model ({numbers}): the adapter is lost"]
+
+
+def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:
+    size = f"{certificate['file_bytes'] / 1e6:,.1f} MB, {certificate['number_format'].upper()}"
+    console.print(f"GGUF: {out / certificate['file']} ({size})", highlight=False, soft_wrap=True)
+    if compared := certificate["adapter"]:
+        largest = f"largest difference {compared['largest_difference']:.2g} of its size"
+        console.print(f"adapter, read back: {compared['modules']} modules, {largest}", highlight=False)
+    if measured := certificate["measured"]:
+        line = f"parity with what was trained, read by {certificate['reader']}, {describe_parity(measured)}"
+        console.print(line, highlight=False)
     console.print(f"Ollama: ollama create NAME -f {out / MODELFILE}", highlight=False, soft_wrap=True)

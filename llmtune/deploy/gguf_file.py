@@ -25,7 +25,7 @@ from gguf import (
 from gguf.quants import quantize
 from transformers import PreTrainedModel
 
-from llmtune.deploy.gguf_architectures import find_family, list_tensors, write_shape
+from llmtune.deploy.gguf_tensors import find_architecture, list_tensors, write_shape
 from llmtune.deploy.gguf_vocabulary import Vocabulary, write_vocabulary
 from llmtune.errors import EnvironmentProblem
 
@@ -37,9 +37,9 @@ LARGEST_F16 = float(np.finfo(np.float16).max)
 class Format:
     """A number format of weights: as the file is marked, and as matrices are stored."""
 
-    marked: LlamaFileType
-    stored: GGMLQuantizationType
-    written_as: str | None = None
+    file_type: LlamaFileType
+    tensor_type: GGMLQuantizationType
+    quantized_from: str | None = None
     """For formats that llama.cpp's own program makes: the format of the file that it starts from."""
 
 
@@ -48,46 +48,46 @@ FORMATS = {
     "f16": Format(LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
     "bf16": Format(LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16),
     "q8_0": Format(LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
-    "q4_k_m": Format(LlamaFileType.MOSTLY_Q4_K_M, GGMLQuantizationType.Q4_K, written_as="f32"),
+    "q4_k_m": Format(LlamaFileType.MOSTLY_Q4_K_M, GGMLQuantizationType.Q4_K, quantized_from="f32"),
 }
 
 
 def write_model(model: PreTrainedModel, vocabulary: Vocabulary, file: Path, number_format: str, name: str) -> None:
-    """Write a whole model; vectors and norms stay in float32, as llama.cpp wants them.
+    """Write a whole model; vectors and norms stay in float32, as llama.cpp expects.
 
     Raises:
-        EnvironmentProblem: its kind is not known, a weight is too large for F16, or a program to quantise is missing.
+        EnvironmentProblem: its type is not known, a weight is too large for F16, or a program to quantise is missing.
     """
-    wanted = FORMATS[number_format]
-    if wanted.written_as is not None:
+    target = FORMATS[number_format]
+    if target.quantized_from is not None:
         quantizer = find_quantizer()
         whole = file.with_name(f"{file.name}.whole")
-        write_model(model, vocabulary, whole, wanted.written_as, name)
-        _quantize_file(quantizer, whole, file, wanted.marked)
+        write_model(model, vocabulary, whole, target.quantized_from, name)
+        _quantize_file(quantizer, whole, file, target.file_type)
         whole.unlink()
         return
-    family = find_family(model.config)
-    writer = GGUFWriter(file, family.name)
+    architecture = find_architecture(model.config)
+    writer = GGUFWriter(file, architecture.name)
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     parameters = sum(weight.numel() for weight in model.parameters())
     writer.add_size_label(size_label(parameters, parameters, 0, 0))
-    writer.add_file_type(wanted.marked)
+    writer.add_file_type(target.file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_shape(writer, model.config, family, len(vocabulary.tokens))
+    write_shape(writer, model.config, architecture, len(vocabulary.tokens))
     write_vocabulary(writer, vocabulary)
-    write_tensors(writer, lambda: list_tensors(model, family), wanted.stored)
+    write_tensors(writer, lambda: list_tensors(model, architecture), target.tensor_type)
 
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Names and weights, made anew at each call: once for their shapes, once to be written one at a time."""
 
 
-def write_tensors(writer: GGUFWriter, tensors: Tensors, wanted: GGMLQuantizationType) -> None:
+def write_tensors(writer: GGUFWriter, tensors: Tensors, target: GGMLQuantizationType) -> None:
     """Write all `tensors` and close the file."""
     stored = {}
     for name, weight in tensors():
-        stored[name] = kind = _store_as(name, weight.shape, wanted)
+        stored[name] = kind = _tensor_type(name, weight.shape, target)
         shape = tuple(weight.shape)
         plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind)
         if plain is None:
@@ -104,12 +104,12 @@ def write_tensors(writer: GGUFWriter, tensors: Tensors, wanted: GGMLQuantization
         writer.close()
 
 
-def _store_as(name: str, shape: torch.Size, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def _tensor_type(name: str, shape: torch.Size, target: GGMLQuantizationType) -> GGMLQuantizationType:
     """Return how one weight is stored: rows that do not divide into blocks stay in F16."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return GGMLQuantizationType.F32
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+    block, _ = GGML_QUANT_SIZES[target]
+    return target if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
 def _encode(name: str, weight: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
@@ -138,21 +138,21 @@ def find_quantizer() -> str:
     raise EnvironmentProblem.of("nothing is installed that makes files of type q4_k_m", "--type", fix)
 
 
-def _quantize_file(quantizer: str, whole: Path, file: Path, marked: LlamaFileType) -> None:
+def _quantize_file(quantizer: str, whole: Path, file: Path, file_type: LlamaFileType) -> None:
     if quantizer == "llama_cpp":
         import llama_cpp
 
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype = int(marked)
+        settings.ftype = int(file_type)
         settings.nthread = torch.get_num_threads()
-        failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), settings)
-        said = f"code {failed}"
+        code = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), settings)
+        reason = f"code {code}"
     else:
-        kind = marked.name.removeprefix("MOSTLY_")
+        kind = file_type.name.removeprefix("MOSTLY_")
         done = subprocess.run(  # noqa: S603 - the program was looked up by its name
             [quantizer, str(whole), str(file), kind], capture_output=True, text=True, errors="replace", check=False
         )
-        failed, said = done.returncode, (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
-    if failed:
-        raise EnvironmentProblem.of(f"llama.cpp could not quantise the model: {said}", str(file), "Use: --type q8_0.")
+        code, reason = done.returncode, (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+    if code:
+        raise EnvironmentProblem.of(f"llama.cpp could not quantise the model: {reason}", str(file), "Use: --type q8_0.")

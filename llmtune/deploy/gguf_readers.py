@@ -1,4 +1,4 @@
-"""Programs that read a GGUF file, to hear what it says: llama.cpp where it is installed, else transformers.
+"""Programs that read a GGUF file back, to prove it: llama.cpp where it is installed, else transformers.
 
 Shapes: T positions, V vocabulary.
 """
@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmtune.deploy.gguf_file import has_llama
 from llmtune.deploy.gguf_vocabulary import Vocabulary, build_tokenizer
-from llmtune.deploy.parity import ANSWER_TOKENS, logits_over
+from llmtune.deploy.parity import ANSWER_TOKENS, TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed
-from llmtune.evaluate.generation import generate_batch, only_these_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,23 +30,8 @@ NOT_READ = (
     "final_logit_softcapping",
     "layer_types",
 )
-"""What transformers 5 does not take from GGUF files of some model types, and takes from the model here."""
+"""What transformers 5 does not read from GGUF files of some model types, and takes from the model here."""
 READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
-
-
-class Reader(Protocol):
-    """A program that has read a GGUF file."""
-
-    name: str
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the start token before it if the file says so."""
-
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits [T, V] of every position, on the CPU in float32."""
-
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Return the first `tokens` ids of the greedy answer, up to one of `stops` with it."""
 
 
 def check_reader(model_type: str) -> None:
@@ -57,29 +41,8 @@ def check_reader(model_type: str) -> None:
         raise EnvironmentProblem.of(what, None, "Run: pip install llama-cpp-python")
 
 
-@contextmanager
-def open_file(
-    file: Path, vocabulary: Vocabulary, config: PretrainedConfig, length: int, adapter: Path | None = None
-) -> Iterator[Reader]:
-    """Read `file` (and `adapter` on it, which llama.cpp alone can) for texts of up to `length` tokens.
-
-    Raises:
-        EnvironmentProblem: the file cannot be read.
-        GateFailed: weights are missing in it.
-    """
-    if has_llama():
-        reader = LlamaReader(file, length, adapter)
-        try:
-            yield reader
-        finally:
-            reader.llm.close()
-    else:
-        assert adapter is None
-        yield TransformersReader(file, vocabulary, config)
-
-
 class LlamaReader:
-    """llama.cpp, as a user has it; on the CPU, so that the same file says the same everywhere."""
+    """llama.cpp, as a user has it; on the CPU, so that the same file gives the same numbers everywhere."""
 
     name = "llama.cpp"
 
@@ -87,7 +50,7 @@ class LlamaReader:
         import llama_cpp
 
         try:
-            self.llm: Any = llama_cpp.Llama(
+            self.llm = llama_cpp.Llama(
                 str(file),
                 lora_path=str(adapter) if adapter else None,
                 n_ctx=length,
@@ -102,17 +65,17 @@ class LlamaReader:
             raise EnvironmentProblem.of(f"llama.cpp cannot read the GGUF file: {error}", str(file)) from error
 
     def encode(self, text: str) -> list[int]:
-        """See `Reader`."""
+        """Return the ids of `text`, with the start token before it if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """See `Reader`."""
+        """Return the logits [T, V] of every position, in float32."""
         self.llm.reset()
         self.llm.eval(list(ids))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
     def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """See `Reader`."""
+        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         self.llm.reset()
         self.llm.eval(list(prompt))
         answer: list[int] = []
@@ -123,31 +86,43 @@ class LlamaReader:
         return answer
 
 
-class TransformersReader:
-    """transformers, in float32; text is cut by what the file says of its tokenizer."""
+class TransformersGgufReader(TransformersReader):
+    """transformers, in float32; text is split as the file describes its tokenizer."""
 
     name = "transformers"
 
     def __init__(self, file: Path, vocabulary: Vocabulary, config: PretrainedConfig) -> None:
+        super().__init__(_load(file, config))
         self.tokenizer = build_tokenizer(vocabulary)
         self.start = [vocabulary.special["bos"]] if vocabulary.add_bos else []
-        self.model = _load(file, config)
 
     def encode(self, text: str) -> list[int]:
-        """See `Reader`."""
+        """Return the ids of `text`, with the start token before it if the file adds one."""
         return [*self.start, *cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])]
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """See `Reader`."""
-        return logits_over(self.model, ids)
 
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """See `Reader`."""
-        settings = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
-        )
-        with only_these_settings(self.model):
-            return generate_batch(self.model, [prompt], settings, "cpu")[0]
+GgufReader = LlamaReader | TransformersGgufReader
+
+
+@contextmanager
+def open_gguf(
+    file: Path, vocabulary: Vocabulary, config: PretrainedConfig, length: int, adapter: Path | None = None
+) -> Iterator[GgufReader]:
+    """Read `file` (and `adapter` on it, which llama.cpp alone can) for texts of up to `length` tokens.
+
+    Raises:
+        EnvironmentProblem: the file cannot be read.
+        GateFailed: weights are missing in it.
+    """
+    if has_llama():
+        reader = LlamaReader(file, length, adapter)
+        try:
+            yield reader
+        finally:
+            reader.llm.close()
+    else:
+        assert adapter is None
+        yield TransformersGgufReader(file, vocabulary, config)
 
 
 def _load(file: Path, known: PretrainedConfig) -> PreTrainedModel:

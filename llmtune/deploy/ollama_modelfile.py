@@ -1,18 +1,20 @@
 """Ollama's Modelfile: the chat template as a Go template that is proven to write the same, stop tokens, sampling.
 
 A chat template is taken apart by what it writes between messages: before the first one, from a system message to a
-question, from a question to its answer and so on. Where texts put together from these pieces are, letter by letter,
-what the chat template writes for a set of conversations, the pieces become a Go template; else none is written.
+question, from a question to its answer and so on. Where texts put together from these parts are, letter by letter, what
+the chat template writes for a set of conversations, the parts become a Go template; else none is written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from llmtune.data.chat_template import TemplateRefusal, read_template
+from llmtune.store.atomic_files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[dict[str, str]]
 
+MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
     ("user",),
     ("system", "user"),
@@ -30,26 +33,26 @@ SAMPLES: tuple[tuple[str, ...], ...] = (
     ("system", "user", "assistant", "user", "assistant", "user"),
 )
 """Roles of the conversations on which a Go template must write what the chat template writes."""
-_SAID = ("Name the capital of {}.", "It's 7 \"o'clock\"\nin {{ place }} {}!", "{} \\ <ok> 4.2 % ünïcode 12")
+_TEXTS = ("Name the capital of {}.", "It's 7 \"o'clock\"\nin {{ place }} {}!", "{} \\ <ok> 4.2 % ünïcode 12")
 
 
 @dataclass(frozen=True)
-class Pieces:
+class TemplateParts:
     """What a chat template writes around the texts of messages, up to where an answer begins."""
 
     start: str
-    """Before the first question where nothing else is said before; a default system message stands in it."""
+    """Before the first question without a system message; a default system message stands in it."""
     system: str | None
     """Before a system message; None where the template takes none."""
     system_to_user: str
     user_to_assistant: str
     """Before an answer that was given."""
     assistant_to_user: str
-    ask: str
+    generation_prompt: str
     """Before an answer that is to come."""
 
 
-def describe_chat(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: bool) -> Pieces | None:
+def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: bool) -> TemplateParts | None:
     """Take the chat template apart; None where it does more than to write something between messages.
 
     With `add_bos` the start token is left out, since programs that read the file write it by themselves.
@@ -61,71 +64,71 @@ def describe_chat(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: b
         return template.render(messages, answer_next=True).removeprefix(bos)
 
     try:
-        pieces = _take_apart(render)
-        samples = [_converse(roles) for roles in SAMPLES if pieces.system is not None or roles[0] != "system"]
-        same = all(render(messages) == write_chat(pieces, messages) for messages in samples)
+        parts = _probe(render)
+        samples = sample_conversations(parts)
+        same = all(render(messages) == write_chat(parts, messages) for messages in samples)
     except (TemplateRefusal, ValueError):
         return None
-    return pieces if same else None
+    return parts if same else None
 
 
-def _converse(roles: Sequence[str]) -> Messages:
-    return [{"role": role, "content": _SAID[k % 3].replace("{}", f"({k})")} for k, role in enumerate(roles)]
+def sample_conversations(parts: TemplateParts) -> list[Messages]:
+    """Return the conversations of `SAMPLES` that the template takes."""
+    return [
+        [{"role": role, "content": _TEXTS[k % 3].replace("{}", f"({k})")} for k, role in enumerate(roles)]
+        for roles in SAMPLES
+        if parts.system is not None or roles[0] != "system"
+    ]
 
 
-def _take_apart(render: Any) -> Pieces:
+def _probe(render: Callable[[Messages], str]) -> TemplateParts:
     """Raises ValueError where a message is not in what is written, or not once."""
     roles = ("user", "assistant", "user")
-    start, answer, question, ask = _between(render, roles)
+    start, answer, question, generation_prompt = _between(render, roles)
     try:
         system, first, *_ = _between(render, ("system", *roles))
     except TemplateRefusal:
-        return Pieces(start, None, "", answer, question, ask)
-    return Pieces(start, system, first, answer, question, ask)
+        return TemplateParts(start, None, "", answer, question, generation_prompt)
+    return TemplateParts(start, system, first, answer, question, generation_prompt)
 
 
-def _between(render: Any, roles: Sequence[str]) -> list[str]:
+def _between(render: Callable[[Messages], str], roles: Sequence[str]) -> list[str]:
     """Return what stands before, between and after messages of these roles."""
     marks = [f"Message {k} of the probe." for k in range(len(roles))]
-    left = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
-    found = []
+    rest = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+    between = []
     for mark in marks:
-        before, there, left = left.partition(mark)
-        if not there or mark in left:
+        before, present, rest = rest.partition(mark)
+        if not present or mark in rest:
             raise ValueError(mark)
-        found.append(before)
-    return [*found, left]
+        between.append(before)
+    return [*between, rest]
 
 
-def write_chat(pieces: Pieces, messages: Messages) -> str:
+def write_chat(parts: TemplateParts, messages: Messages) -> str:
     """Write a conversation that ends with a question, as `go_template` does in Ollama."""
-    text, before = "", None
+    text, previous = "", None
     for message in messages:
-        text += _before(pieces, before, message["role"]) + message["content"]
-        before = message["role"]
-    return text + pieces.ask
+        before = {
+            "system": parts.system or "",
+            "assistant": parts.user_to_assistant,
+            "user": {None: parts.start, "system": parts.system_to_user}.get(previous, parts.assistant_to_user),
+        }
+        text += before[message["role"]] + message["content"]
+        previous = message["role"]
+    return text + parts.generation_prompt
 
 
-def _before(pieces: Pieces, before: str | None, role: str) -> str:
-    if role == "system":
-        return pieces.system or ""
-    if role == "assistant":
-        return pieces.user_to_assistant
-    return {None: pieces.start, "system": pieces.system_to_user}.get(before, pieces.assistant_to_user)
-
-
-def go_template(pieces: Pieces) -> str:
-    """Return the pieces as Ollama's template; it joins messages of one role, so questions and answers alternate."""
-    put = {name: "{{ " + _quote(text) + " }}" for name, text in vars(pieces).items() if text is not None}
+def go_template(parts: TemplateParts) -> str:
+    """Return the parts as Ollama's template; it joins messages of one role, so questions and answers alternate."""
+    put = {name: "{{ " + _quote(text) + " }}" for name, text in vars(parts).items() if text is not None}
     system = '{{ if eq .Role "system" }}' + put.get("system", "") + "{{ .Content }}{{ end }}"
-    first = "{{ if eq $i 0 }}" + put["start"]
-    if pieces.system is None:
+    first = "{{ if eq $i 0 }}" + put["start"] + "{{ else if and (eq $i 1) $.System }}" + put["system_to_user"]
+    if parts.system is None:
         system = ""
         first = "{{ if or (eq $i 0) (and (eq $i 1) $.System) }}" + put["start"]
-    else:
-        first += "{{ else if and (eq $i 1) $.System }}" + put["system_to_user"]
     user = '{{ if eq .Role "user" }}' + first + "{{ else }}" + put["assistant_to_user"] + "{{ end }}{{ .Content }}"
-    last = "{{ if eq (len (slice $.Messages $i)) 1 }}" + put["ask"] + "{{ end }}{{ end }}"
+    last = "{{ if eq (len (slice $.Messages $i)) 1 }}" + put["generation_prompt"] + "{{ end }}{{ end }}"
     answer = '{{ if eq .Role "assistant" }}' + put["user_to_assistant"] + "{{ .Content }}{{ end }}"
     return "{{ range $i, $_ := .Messages }}" + system + user + last + answer + "{{ end }}"
 
@@ -136,33 +139,27 @@ def _quote(text: str) -> str:
 
 
 def write_modelfile(
-    file: str,
-    pieces: Pieces | None,
-    stops: Sequence[str],
-    recipe: Recipe,
-    notes: Sequence[str],
-    adapter: bool,
-) -> str:
-    """Return the text of a Modelfile for a GGUF file that lies beside it: a whole model, or an adapter."""
-    source = ["FROM ./base.gguf", f"ADAPTER ./{file}"] if adapter else [f"FROM ./{file}"]
-    lines = [*(f"# {note}" for note in notes), *source]
-    if pieces is not None:
-        lines.append(f'TEMPLATE """{go_template(pieces)}"""')
-    lines += [f"PARAMETER {name} {value}" for name, value in sampling(recipe).items()]
+    file: Path, parts: TemplateParts | None, stops: Sequence[str], recipe: Recipe, notes: Sequence[str], adapter: bool
+) -> None:
+    """Write a Modelfile beside a GGUF file: a whole model, or an adapter."""
+    lines = [f"# {note}" for note in notes]
+    lines += ["FROM ./base.gguf", f"ADAPTER ./{file.name}"] if adapter else [f"FROM ./{file.name}"]
+    if parts is not None:
+        lines.append(f'TEMPLATE """{go_template(parts)}"""')
+    lines += [f"PARAMETER {name} {value}" for name, value in sampling_parameters(recipe).items()]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    return "\n".join(lines) + "\n"
+    write_text(file.with_name(MODELFILE), "\n".join(lines) + "\n")
 
 
-def sampling(recipe: Recipe) -> dict[str, float]:
+def sampling_parameters(recipe: Recipe) -> dict[str, float]:
     """Return the recipe's generation settings by Ollama's names; all of them, since Ollama has defaults of its own."""
-    wanted = recipe.generation
-    settings: dict[str, float] = {"repeat_penalty": wanted.repetition_penalty or 1.0}
-    if not wanted.do_sample:
-        return {"temperature": 0.0, **settings}
-    return {
-        "temperature": wanted.temperature or 1.0,
-        "top_k": wanted.top_k or 0,
-        "top_p": wanted.top_p or 1.0,
-        "min_p": wanted.min_p or 0.0,
-        **settings,
-    }
+    generation = recipe.generation
+    settings = {"temperature": 0.0}
+    if generation.do_sample:
+        settings = {
+            "temperature": generation.temperature or 1.0,
+            "top_k": generation.top_k or 0,
+            "top_p": generation.top_p or 1.0,
+            "min_p": generation.min_p or 0.0,
+        }
+    return {**settings, "repeat_penalty": generation.repetition_penalty or 1.0}

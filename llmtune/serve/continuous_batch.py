@@ -1,4 +1,4 @@
-"""Answers written side by side: prompts join at any step, and leave when their answer ends.
+"""Answers generated side by side: prompts join at any step, and leave when their answer ends.
 
 Shapes: B rows, N rows that join, T columns, V vocabulary. All rows end in the same column, whenever they came.
 """
@@ -19,7 +19,7 @@ HEADROOM = 128
 
 
 class LiveRows:
-    """The keys and values of answers that are being written; a row is named by its place, 0 to B - 1."""
+    """The keys and values of answers that are being generated; a row is named by its slot, 0 to B - 1."""
 
     def __init__(self, model: torch.nn.Module, device: str) -> None:
         self.model, self.device = model, device
@@ -31,7 +31,7 @@ class LiveRows:
         return len(self.lengths)
 
     def join(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Read prompts, which take the places behind those that are there; return the logits [N, V] that follow."""
+        """Read prompts, which take the slots behind those that are there; return the logits [N, V] that follow."""
         reading = Writing(self.model, prompts, 1, self.device)
         logits_NV = reading.read(0, budget_for(self.device, TOKEN_BUDGET))
         first, sizes = len(self), [len(prompt) for prompt in prompts]
@@ -44,11 +44,11 @@ class LiveRows:
                 self.columns.kept[number] = replace(read, keys=parts[0], values=parts[1])
             here = self.columns.kept[number]
             for row, i in enumerate(reading.order):
-                place, size = first + i, sizes[i]
-                here.keys[place, :, end - size : end] = read.keys[row, :, reading.width - size :]
-                here.values[place, :, end - size : end] = read.values[row, :, reading.width - size :]
-        places = torch.tensor(reading.order, device=logits_NV.device).argsort()
-        return logits_NV[places]
+                slot, size = first + i, sizes[i]
+                here.keys[slot, :, end - size : end] = read.keys[row, :, reading.width - size :]
+                here.values[slot, :, end - size : end] = read.values[row, :, reading.width - size :]
+        slots = torch.tensor(reading.order, device=logits_NV.device).argsort()
+        return logits_NV[slots]
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Write a token to each row; return the logits [B, V] of what follows."""
@@ -66,21 +66,21 @@ class LiveRows:
         return logits_BV
 
     def leave(self, ended: Sequence[int]) -> list[int]:
-        """Let rows go, by their places; return the places from which the rows that stay come, in their new order."""
+        """Let rows go, by their slots; return the slots from which the rows that stay come, in their new order."""
         stays, gone = len(self) - len(ended), set(ended)
-        holes = [place for place in sorted(gone) if place < stays]
-        last = [place for place in range(stays, len(self)) if place not in gone]
+        holes = [slot for slot in sorted(gone) if slot < stays]
+        last = [slot for slot in range(stays, len(self)) if slot not in gone]
         self.columns.first = self.columns.end - max(self.lengths)
         self.columns.move(holes, last)
         moved = dict(zip(holes, last, strict=True))
-        taken = [moved.get(place, place) for place in range(stays)]
-        self.lengths = [self.lengths[place] for place in taken]
+        taken = [moved.get(slot, slot) for slot in range(stays)]
+        self.lengths = [self.lengths[slot] for slot in taken]
         if not taken:
             self.columns = Columns(0, 0)  # what was reserved is given back
         return taken
 
     def _make_room(self, before: int) -> None:
-        """See to it that all rows have a place and that the longest ends where they all do; `before` are there."""
+        """Give all rows a slot, and room for the longest where they all end; the first `before` are there already."""
         columns = self.columns
         if len(self) > columns.rows or max(self.lengths) > columns.end or columns.end == columns.width:
             self._lay(before, 1 << (len(self) - 1).bit_length())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,57 +21,57 @@ from llmtune.tasks import AnyTask
 
 def answer_once(
     run: Path,
-    given: Mapping[str, str | None],
+    inputs: Mapping[str, str | None],
     console: Console,
     *,
     base: bool = False,
     max_new_tokens: int | None = None,
     offline: bool = False,
-) -> dict[str, Any]:
-    """Let the model of a finished run answer what a person gives, whatever its task.
+) -> dict[str, object]:
+    """Let the model of a finished run answer `inputs`, whatever its task.
 
     Returns:
         `text`, as a person reads it, and `prediction`, as the task has it.
 
     Raises:
-        RecipeError: something is not given, or given and not used by this task; the base has no head to answer with.
-        DataError: what is given cannot be used: an empty text, a recording that cannot be read.
+        RecipeError: an input is missing, or not used by this task; the base has no head to answer with.
+        DataError: an input cannot be used: an empty text, a recording that cannot be read.
     """
-    context, place = open_finished(run, console, offline)
-    check_given(context.task, given)
+    context, model_ref = open_finished(run, console, offline)
+    check_inputs(context.task, inputs)
     if max_new_tokens is not None and not TASK_FACTS[context.recipe.task].generates:
-        raise RecipeError.of("this run's model writes no text", "--max-new-tokens", "Leave it out.")
-    if base and head_is_new(place, context.recipe, context.task):
-        fix = "Leave --base out: the head was made and trained by this run."
+        raise RecipeError.of("this run's model generates no text", "--max-new-tokens", "Omit it.")
+    if base and head_is_new(model_ref, context.recipe, context.task):
+        fix = "Omit --base: the head was made and trained by this run."
         raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
-    session = load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)
+    session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
     task, recipe = session.task, session.recipe
     if task.free_prompt:
-        text = "".join(session.answer(str(given["prompt"]), system=given.get("system")))
+        text = "".join(session.answer(str(inputs["prompt"]), system=inputs.get("system")))
         return {"text": text, "prediction": text}
-    row, device = task.make_row(given), str(session.model.device)
-    said: Any
+    row, device = task.make_row(inputs), str(session.model.device)
+    prediction: object
     if not task.predicts:
         ids = task.prompt_ids(row, session.processor, recipe)
-        (said,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
+        (prediction,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
     else:
         dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
         with torch.inference_mode(), compute_context(dtype, device):
-            (said,) = task.predict(session.model, [row], session.processor, recipe, device=device)
-    return {"text": task.format_answer(said, row), "prediction": said}
+            (prediction,) = task.predict(session.model, [row], session.processor, recipe, device=device)
+    return {"text": task.format_answer(prediction, row), "prediction": prediction}
 
 
-def check_given(task: AnyTask, given: Mapping[str, str | None]) -> None:
-    """Raise RecipeError for what a task asks for and was not given, or was given and does not use."""
-    wanted = ", ".join(f"--{name}" for name in task.inputs)
+def check_inputs(task: AnyTask, inputs: Mapping[str, str | None]) -> None:
+    """Raise RecipeError for the inputs of a task that are missing, and for those that it does not use."""
+    accepted = ", ".join(f"--{name}" for name in task.inputs)
     problems = [
-        Problem(f"task {task.name} needs it", f"--{name}", f"Give {wanted}.")
-        for name, needed in task.inputs.items()
-        if needed and not (given.get(name) or "").strip()
+        Problem(f"task {task.name} needs it", f"--{name}", f"Give {accepted}.")
+        for name, required in task.inputs.items()
+        if required and not (inputs.get(name) or "").strip()
     ]
     problems += [
-        Problem(f"task {task.name} has no use for it", f"--{name}", f"Leave it out; give {wanted}.")
-        for name, value in given.items()
+        Problem(f"task {task.name} does not use it", f"--{name}", f"Omit it; give {accepted}.")
+        for name, value in inputs.items()
         if value is not None and name not in task.inputs
     ]
     RecipeError.collect(problems)
@@ -82,22 +81,22 @@ def open_session(
     run: Path, console: Console, *, base: bool = False, max_new_tokens: int | None = None, offline: bool = False
 ) -> ChatSession:
     """Load the model of a finished run to talk to it."""
-    context, place = open_finished(run, console, offline)
+    context, model_ref = open_finished(run, console, offline)
     if not context.task.free_prompt:
         fix = "Use: llmtune generate RUN, which asks one thing at a time."
         raise RecipeError.of(f"a model of task {context.task.name} holds no conversation", str(run), fix)
-    return load_session(context, place, console, base=base, max_new_tokens=max_new_tokens)
+    return load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
 
 
 def load_session(
-    context: RunContext, place: ModelRef, console: Console, *, base: bool, max_new_tokens: int | None
+    context: RunContext, model_ref: ModelRef, console: Console, *, base: bool, max_new_tokens: int | None
 ) -> ChatSession:
     """Load the base or the tuned model of an opened run."""
     recipe = context.recipe
     if max_new_tokens is not None:
-        longer = recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
-        recipe = recipe.model_copy(update={"generation": longer})
-    processor = load_processor(place, recipe.model)
-    models = Models(context, place, processor)
+        generation = recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
+        recipe = recipe.model_copy(update={"generation": generation})
+    processor = load_processor(model_ref, recipe.model)
+    models = Models(context, model_ref, processor)
     with models.base() if base else models.tuned() as model:
         return ChatSession(model, processor, recipe, context.task, console)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -14,20 +14,20 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmtune.serve.prometheus import Meters
-from llmtune.serve.schemas import Refusal
+from llmtune.serve.prometheus import Metrics
+from llmtune.serve.schemas import ApiError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
-OPEN = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
-"""Paths that need no key: they say nothing that the documentation does not."""
+PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
+"""Paths that need no key: they tell nothing that the documentation does not."""
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
-DRAINED = 8
-"""So many times the limit is read, and thrown away, before a body is refused: many clients read no answer sooner."""
+DRAIN_FACTOR = 8
+"""This many times the limit is read, and thrown away, before a body is refused: many clients read no answer sooner."""
 
 
 @dataclass(frozen=True)
-class Rules:
+class AccessRules:
     """Who may ask, and how much."""
 
     body_bytes: int
@@ -44,17 +44,17 @@ def digest(key: str) -> bytes:
 
 
 class Gateway:
-    """ASGI middleware around the application."""
+    """ASGI middleware around the application; `paths` are those that are counted by name."""
 
-    def __init__(self, app: ASGIApp, *, rules: Rules, meters: Meters, paths: Mapping[str, str]) -> None:
-        self.app, self.rules, self.meters, self.paths = app, rules, meters, paths
+    def __init__(self, app: ASGIApp, *, rules: AccessRules, metrics: Metrics, paths: Collection[str]) -> None:
+        self.app, self.rules, self.metrics, self.paths = app, rules, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
         if scope["type"] != "http":
             return
-        began, status = time.monotonic(), 0
-        endpoint = self.paths.get(scope["path"], "other")
+        started, status = time.monotonic(), 499  # until an answer starts, a client may hang up
+        endpoint = scope["path"] if scope["path"] in self.paths else "other"
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -64,80 +64,66 @@ class Gateway:
             await send(message)
 
         try:
-            try:
-                self._check(scope)
-                body = await self._read(scope, receive)
-            except Refusal as refusal:
-                await respond(refusal)(scope, receive, counted)
-                return
-            except _HungUp:
-                return
-            await self.app(scope, _replay(body, receive), counted)
+            self._check(scope)
+            body = await self._read(receive)
+            if body is not None:
+                await self.app(scope, _replay(body, receive), counted)
+        except ApiError as error:
+            await error_response(error)(scope, receive, counted)
         finally:
-            self.meters.requests.labels(endpoint, str(status or 499)).inc()
-            self.meters.latency.labels(endpoint).observe(time.monotonic() - began)
+            self.metrics.requests.labels(endpoint, str(status)).inc()
+            self.metrics.latency.labels(endpoint).observe(time.monotonic() - started)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        host = urlsplit(f"//{headers.get('host', '')}")
-        if self.rules.hosts is not None and _name_of(host.netloc) not in self.rules.hosts:
-            raise Refusal(403, f"This server is not asked under the name {host.netloc!r}.", code="foreign_host")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host.netloc:
-            raise Refusal(403, "Pages of other origins may not ask this server.", code="foreign_origin")
-        if self.rules.key_digest is None or scope["path"] in OPEN:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if self.rules.hosts is not None and name.lower() not in self.rules.hosts:
+            raise ApiError(403, f"This server is not asked under the name {host!r}.", code="foreign_host")
+        if origin is not None and urlsplit(origin).netloc != host:
+            raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
+        if self.rules.key_digest is None or scope["path"] in PUBLIC_PATHS:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = digest(key.strip()) if scheme.lower() == "bearer" else b""
         if not hmac.compare_digest(given, self.rules.key_digest):
-            said = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
-            raise Refusal(401, said, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            message = "The API key is wrong." if given else "An API key is needed: Authorization: Bearer KEY."
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """Read the whole body, up to the limit; what is beyond is read too, up to a point, and thrown away."""
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Read the whole body, up to the limit; what is beyond is read too, up to a point, and thrown away.
+
+        None where the client hung up before its request was whole.
+        """
         limit, parts, size = self.rules.body_bytes, [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _HungUp
+                        return None
                     size += len(message.get("body", b""))
                     if size <= limit:
                         parts.append(message.get("body", b""))
-                    if not message.get("more_body", False) or size > DRAINED * limit:
+                    if not message.get("more_body", False) or size > DRAIN_FACTOR * limit:
                         break
         except TimeoutError:
-            raise Refusal(408, f"The body did not arrive within {BODY_SECONDS} s.", code="timeout") from None
+            raise ApiError(408, f"The body did not arrive within {BODY_SECONDS} s.", code="timeout") from None
         if size > limit:
-            raise Refusal(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
+            raise ApiError(413, f"The body is larger than {limit:,} bytes.", code="request_too_large")
         return b"".join(parts)
 
 
-class _HungUp(Exception):
-    """The client was gone before its request was whole."""
-
-
-def respond(refusal: Refusal) -> JSONResponse:
-    """Return the answer that says no."""
-    return JSONResponse(refusal.content(), refusal.status, headers=refusal.headers)
-
-
-def _name_of(netloc: str) -> str:
-    """Return the host without its port."""
-    name = netloc.rpartition(":")[0] if netloc.rpartition(":")[2].isdigit() else netloc
-    return name.lower()
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the response that says what is wrong."""
+    return JSONResponse(error.content(), error.status, headers=error.headers)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Give the application the body that was read, and then what follows."""
-    given = False
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return again
+    return replay

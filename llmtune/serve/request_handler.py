@@ -1,195 +1,177 @@
-"""Between HTTP and the engine: a request becomes a job, and what the model's thread says reaches the event loop."""
+"""Between HTTP and the engine: a request becomes a job, and its events reach the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING
 
 from llmtune.data.chat_rows import canonical_messages
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
-from llmtune.serve.engine import Closing, End, Engine, Event, Job, OutOfMemory, QueueFull
-from llmtune.serve.sampling import SETTINGS, wish_for
-from llmtune.serve.schemas import ChatAsked, CompletionAsked, Refusal, Written
-from llmtune.serve.served_model import Served
+from llmtune.serve.request_queue import End, Event, Job
+from llmtune.serve.sampling import SETTINGS, sampling_params
+from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest
 
-LONGEST = 1 << 15
+if TYPE_CHECKING:
+    from llmtune.records import Row
+    from llmtune.serve.engine import Engine
+    from llmtune.serve.served_model import ServedModel
+
+MAX_POSITIONS = 1 << 15
 """Tokens of prompt and answer where a model does not say how far its positions reach."""
 
 
-class Ticket:
-    """One request in the engine, as the event loop sees it."""
+class PendingAnswer:
+    """One job in the engine, as the event loop sees it.
+
+    Raises ApiError where there is no room in the queue, or the server is about to stop.
+    """
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self.engine, self.job = engine, job
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
-        job.deliver = self._put
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
-    def _put(self, event: Event) -> None:
-        """Hand an event over from the model's thread."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    def submit(self) -> None:
-        """Queue up.
+        job.deliver = deliver
+        engine.submit(job)
 
-        Raises Refusal where there is no room, or the server is about to stop.
-        """
-        try:
-            self.engine.submit(self.job)
-        except (QueueFull, Closing) as error:
-            raise as_refusal(error) from error
-
-    async def events(self) -> AsyncIterator[list[int] | End]:
-        """Yield new token ids, all that are there at a time, and the end; raises Refusal for what went wrong."""
+    async def stream(self) -> AsyncIterator[list[int] | End]:
+        """Yield new token ids, all that are there at a time, and the end; raises ApiError for what went wrong."""
         while True:
             ids: list[int] = []
-            event = await self.queue.get()
+            event = await self.events.get()
             while isinstance(event, list):
                 ids += event
-                if self.queue.empty():
+                if self.events.empty():
                     break
-                event = self.queue.get_nowait()
+                event = self.events.get_nowait()
             if ids:
                 yield ids
             if isinstance(event, BaseException):
-                raise as_refusal(event) from event
+                raise as_api_error(event) from event
             if isinstance(event, End):
                 yield event
                 return
 
     def cancel(self) -> None:
         """Give the answer up; does nothing where it is complete."""
-        self.engine.cancel(self.job)
+        self.engine.queue.cancel(self.job)
 
 
-def as_refusal(error: BaseException) -> Refusal:
-    """Say to a client what went wrong in the engine."""
-    if isinstance(error, Refusal):
+def as_api_error(error: BaseException) -> ApiError:
+    """Return what a client is told of an error in the engine."""
+    if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFull):
-        message = f"The queue is full: ask again in {error.seconds} s."
-        return Refusal(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(error.seconds)})
-    if isinstance(error, Closing):
-        return Refusal(503, "The server is about to stop.", code="stopping", headers={"Retry-After": "5"})
-    if isinstance(error, OutOfMemory):
-        message = "Out of memory: the answer was given up. Ask for a shorter one, or again."
-        return Refusal(503, message, code="out_of_memory", headers={"Retry-After": "1"})
-    if isinstance(error, DataError | RecipeError):
-        return Refusal(400, "; ".join(problem.what for problem in error.problems))
     if isinstance(error, LlmtuneError):
-        return Refusal(503, "; ".join(problem.what for problem in error.problems), code="environment")
-    return Refusal(500, "Something went wrong in the server; its log says what.", code="internal_error")
+        message = "; ".join(problem.what for problem in error.problems)
+        if isinstance(error, DataError | RecipeError):
+            return ApiError(400, message)
+        return ApiError(503, message, code="environment")
+    return ApiError(500, "Something went wrong in the server; see its log.", code="internal_error")
 
 
-class Desk:
+class RequestHandler:
     """Takes requests for the models of one engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.models: Mapping[str, Served] = engine.models
-
-    @property
-    def first(self) -> Served:
+        self.default = next(iter(engine.models.values()))
         """The model that is asked where a request names none."""
-        return next(iter(self.models.values()))
 
-    def find(self, name: str | None) -> Served:
-        """Return the model of a name; raises Refusal where there is none."""
-        if name is None:
-            return self.first
-        if name not in self.models:
-            known = ", ".join(self.models)
-            message = f"There is no model {name!r}.{nearest(name, tuple(self.models))} Models: {known}."
-            raise Refusal(404, message, param="model", code="model_not_found")
-        return self.models[name]
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of a name; raises ApiError where there is none."""
+        models = self.engine.models
+        if name is not None and name not in models:
+            message = f"There is no model {name!r}.{nearest(name, tuple(models))} Models: {', '.join(models)}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.default if name is None else models[name]
 
-    def chat(self, asked: ChatAsked) -> Ticket:
-        """Queue a conversation up for its next answer."""
-        served = self.find(asked.model)
-        row, turn = read_messages(asked)
+    def chat(self, request: ChatRequest) -> PendingAnswer:
+        """Queue a conversation for its next answer."""
+        served = self.find(request.model)
+        row, turn = read_messages(request)
         try:
             ids = served.task.prompt_ids(row, served.processor, served.recipe)
         except LlmtuneError as error:
-            raise Refusal(400, "; ".join(problem.what for problem in error.problems), param="messages") from error
-        return self._queue(served, ids, asked, asked.max_completion_tokens or asked.max_tokens, turn)
+            raise ApiError(400, as_api_error(error).message, param="messages") from error
+        return self._generate(served, ids, request, request.max_completion_tokens or request.max_tokens, turn)
 
-    def complete(self, asked: CompletionAsked) -> Ticket:
-        """Queue a text up to be gone on from."""
-        served = self.find(asked.model)
-        first = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
+    def complete(self, request: CompletionRequest) -> PendingAnswer:
+        """Queue a text to be continued."""
+        served = self.find(request.model)
+        first = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
         if isinstance(first, str):
             ids = text_ids(first, served)
         else:
-            ids = [token for token in asked.prompt if isinstance(token, int)]
-            wrong = [token for token in ids if token >= served.vocabulary]
-            if wrong:
-                message = f"Token {wrong[0]} is outside of the vocabulary, which has {served.vocabulary}."
-                raise Refusal(400, message, param="prompt")
-        return self._queue(served, ids, asked, asked.max_tokens, 0)
+            ids = [token for token in request.prompt if isinstance(token, int)]
+            outside = [token for token in ids if token >= served.vocabulary]
+            if outside:
+                message = f"Token {outside[0]} is outside of the vocabulary, which has {served.vocabulary}."
+                raise ApiError(400, message, param="prompt")
+        return self._generate(served, ids, request, request.max_tokens, 0)
 
-    def ask(self, name: str | None, given: Mapping[str, str | None]) -> tuple[Ticket, Served, dict[str, Any]]:
-        """Queue up what a task asks for; returns the row beside the ticket."""
+    def predict(self, name: str | None, inputs: Mapping[str, str | None]) -> tuple[PendingAnswer, Row]:
+        """Queue the inputs of a task; returns the row beside the answer."""
         served = self.find(name)
         task = served.task
-        row = task.make_row(given)
+        row = task.make_row(inputs)
         if task.predicts:
-            job = Job(served, lambda event: None, row=row)
-        else:
-            try:
-                ids = task.prompt_ids(row, served.processor, served.recipe)
-            except LlmtuneError as error:
-                raise as_refusal(error) from error
-            job = self._written(served, ids, {}, None, served.recipe.seed)
-        return self._submit(job), served, row
+            return PendingAnswer(self.engine, Job(served, row=row)), row
+        try:
+            ids = task.prompt_ids(row, served.processor, served.recipe)
+        except LlmtuneError as error:
+            raise as_api_error(error) from error
+        return PendingAnswer(self.engine, _make_job(served, ids, {}, None, served.recipe.seed)), row
 
-    def _queue(self, served: Served, ids: list[int], asked: Written, wanted: int | None, turn: int) -> Ticket:
-        stated = {name: getattr(asked, name) for name in SETTINGS}
-        seed = served.recipe.seed + turn if asked.seed is None else asked.seed
-        return self._submit(self._written(served, ids, stated, wanted, seed))
-
-    def _written(
-        self, served: Served, ids: Sequence[int], stated: dict[str, Any], wanted: int | None, seed: int
-    ) -> Job:
-        room = (served.context or LONGEST) - len(ids)
-        if room < (wanted or 1):
-            asked = f" and the answer may have {wanted}" if wanted else ""
-            message = f"The prompt has {len(ids)} tokens{asked}, but the model's context holds {room + len(ids)}."
-            raise Refusal(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
-        new = wanted or min(room, served.recipe.generation.max_new_tokens)
-        return Job(served, lambda event: None, ids=ids, wish=wish_for(served.recipe, stated, new, seed))
-
-    def _submit(self, job: Job) -> Ticket:
-        ticket = Ticket(self.engine, job)
-        ticket.submit()
-        return ticket
+    def _generate(
+        self, served: ServedModel, ids: list[int], request: GenerationRequest, max_tokens: int | None, turn: int
+    ) -> PendingAnswer:
+        stated = {name: getattr(request, name) for name in SETTINGS}
+        seed = served.recipe.seed + turn if request.seed is None else request.seed
+        return PendingAnswer(self.engine, _make_job(served, ids, stated, max_tokens, seed))
 
 
-def read_messages(asked: ChatAsked) -> tuple[dict[str, Any], int]:
+def _make_job(
+    served: ServedModel, ids: list[int], stated: Mapping[str, float | None], max_tokens: int | None, seed: int
+) -> Job:
+    room = (served.context or MAX_POSITIONS) - len(ids)
+    if room < (max_tokens or 1):
+        answer = f" and the answer may have {max_tokens}" if max_tokens else ""
+        message = f"The prompt has {len(ids)} tokens{answer}, but the model's context holds {room + len(ids)}."
+        raise ApiError(400, message, param="max_tokens" if room > 0 else None, code="context_length_exceeded")
+    new_tokens = max_tokens or min(room, served.recipe.generation.max_new_tokens)
+    return Job(served, ids=ids, sampling=sampling_params(served.recipe, stated, new_tokens, seed))
+
+
+def read_messages(request: ChatRequest) -> tuple[Row, int]:
     """Return the row of a conversation that wants an answer, and how many messages it has without the system's.
 
-    They are checked as rows are; so is their order, behind which an answer is put for that alone.
+    They are checked as rows are, and so is their order: for that alone an answer is put behind them.
     """
-    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
     if messages[-1]["role"] == "assistant":
-        raise Refusal(400, "The last message is the assistant's: there is nothing to answer.", param="messages")
+        raise ApiError(400, "The last message is the assistant's: there is nothing to answer.", param="messages")
     try:
         row = canonical_messages([*messages, {"role": "assistant", "content": "-"}])
     except RowError as error:
-        raise Refusal(400, f"messages: {error}", param="messages") from error
+        raise ApiError(400, f"messages: {error}", param="messages") from error
     row["messages"] = row["messages"][:-1]
-    if all(message["role"] == "system" for message in row["messages"]):
-        raise Refusal(400, "messages: there is no question, only a system message.", param="messages")
-    return dict(row), sum(message["role"] != "system" for message in row["messages"])
+    turn = sum(message["role"] != "system" for message in row["messages"])
+    if not turn:
+        raise ApiError(400, "messages: there is no question, only a system message.", param="messages")
+    return dict(row), turn
 
 
-def text_ids(text: str, served: Served) -> list[int]:
-    """Return the ids of a text to go on from, as task completion makes them.
+def text_ids(text: str, served: ServedModel) -> list[int]:
+    """Return the ids of a text to continue, as task completion makes them.
 
-    A text that begins with the start token, such as a rendered chat template, is not given a second one.
+    A text that begins with the start token, such as a rendered chat template, gets no second one.
     """
     start = served.processor.bos_token
     if start and text.startswith(str(start)):

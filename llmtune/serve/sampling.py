@@ -1,16 +1,17 @@
-"""What a request asks of its answer, and how each next token is chosen: as transformers does, but row by row.
+"""How each next token is chosen: as transformers does, but row by row.
 
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -26,8 +27,8 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How one answer is to be written; None means that a setting does nothing."""
+class SamplingParams:
+    """How one answer is generated; None means that a setting does nothing."""
 
     new_tokens: int
     seed: int
@@ -38,7 +39,6 @@ class Wish:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    num_beams: int = 1
 
     @property
     def greedy(self) -> bool:
@@ -46,70 +46,71 @@ class Wish:
         return not self.do_sample and self.repetition_penalty in (None, 1.0)
 
 
-def wish_for(recipe: Recipe, stated: dict[str, Any], new_tokens: int, seed: int) -> Wish:
+def sampling_params(recipe: Recipe, stated: Mapping[str, float | None], new_tokens: int, seed: int) -> SamplingParams:
     """Return the recipe's generation settings with what a request states in their place.
 
-    A temperature of 0 takes the likeliest token each time; stating anything else that draws are made by draws.
+    A temperature of 0 takes the likeliest token each time; stating any other setting of random draws draws.
     """
-    known = {name: getattr(recipe.generation, name) for name in SETTINGS}
-    draws = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
-    drawn = recipe.generation.do_sample or any(stated.get(name) not in (None, off) for name, off in draws.items())
-    known |= {name: value for name, value in stated.items() if value is not None}
-    if known["temperature"] == 0:
-        drawn = False
+    settings = {name: getattr(recipe.generation, name) for name in SETTINGS}
+    neutral = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}
+    drawn = recipe.generation.do_sample or any(stated.get(name) not in (None, off) for name, off in neutral.items())
+    settings |= {name: value for name, value in stated.items() if value is not None}
+    drawn = drawn and settings["temperature"] != 0
     if not drawn:
-        known |= dict.fromkeys(SETTINGS[:4])
-    beams = recipe.generation.num_beams
-    return Wish(new_tokens=new_tokens, seed=seed, do_sample=drawn, num_beams=beams, **known)
+        settings |= dict.fromkeys(neutral)
+    return SamplingParams(new_tokens=new_tokens, seed=seed, do_sample=drawn, **settings)
 
 
-class Chooser:
+def recipe_for(recipe: Recipe, params: SamplingParams) -> Recipe:
+    """Return the recipe with `params` as its generation settings."""
+    settings = {name: getattr(params, name) for name in ("do_sample", *SETTINGS)}
+    section = recipe.generation.model_copy(update={**settings, "max_new_tokens": params.new_tokens})
+    return recipe.model_copy(update={"generation": section})
+
+
+class TokenSampler:
     """Chooses the tokens of one answer: the draws of two answers do not touch each other."""
 
-    def __init__(self, wish: Wish, prompt: Sequence[int], device: str) -> None:
-        self.wish, self.ids = wish, list(prompt)
-        self.steps = LogitsProcessorList(_steps_of(wish))
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], device: str) -> None:
+        self.params, self.ids = params, list(prompt)
+        self.processors = LogitsProcessorList(_processors(params))
         self.generator = torch.Generator(device)
-        self.generator.manual_seed(wish.seed)
+        self.generator.manual_seed(params.seed)
 
-    def choose(self, logits_V: torch.Tensor) -> int:
+    def sample(self, logits_V: torch.Tensor) -> int:
         """Return the next token from its logits."""
         scores_1V = logits_V[None].float()
-        if self.steps:
+        if self.processors:
             ids_1T = torch.tensor([self.ids], device=logits_V.device)
-            scores_1V = cast(torch.Tensor, self.steps(ids_1T, scores_1V.clone()))
-        if not self.wish.do_sample:
+            scores_1V = cast(torch.Tensor, self.processors(ids_1T, scores_1V.clone()))
+        if not self.params.do_sample:
             return int(scores_1V.argmax())
         return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self.generator))
 
-    def note(self, token: int) -> None:
-        """Remember a token that was written."""
-        self.ids.append(token)
 
-
-def _steps_of(wish: Wish) -> list[Any]:
+def _processors(params: SamplingParams) -> list[LogitsProcessor]:
     """Return what changes the scores before a choice, in the order in which `generate` does it."""
-    steps: list[Any] = []
-    if wish.repetition_penalty not in (None, 1.0):
-        steps.append(RepetitionPenaltyLogitsProcessor(wish.repetition_penalty))
-    if not wish.do_sample:
-        return steps
-    if wish.temperature not in (None, 1.0):
-        steps.append(TemperatureLogitsWarper(float(wish.temperature)))
-    if wish.top_k:
-        steps.append(TopKLogitsWarper(wish.top_k))
-    if wish.top_p is not None and wish.top_p < 1:
-        steps.append(TopPLogitsWarper(wish.top_p))
-    if wish.min_p is not None:
-        steps.append(MinPLogitsWarper(wish.min_p))
-    return steps
+    processors: list[LogitsProcessor] = []
+    if params.repetition_penalty not in (None, 1.0):
+        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if not params.do_sample:
+        return processors
+    if params.temperature not in (None, 1.0):
+        processors.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        processors.append(TopKLogitsWarper(params.top_k))
+    if params.top_p is not None and params.top_p < 1:
+        processors.append(TopPLogitsWarper(params.top_p))
+    if params.min_p is not None:
+        processors.append(MinPLogitsWarper(params.min_p))
+    return processors
 
 
-def choose_tokens(logits_BV: torch.Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def sample_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
     """Return each row's next token."""
     likeliest = logits_BV.argmax(-1).tolist()
     tokens = []
-    for row, chooser in enumerate(choosers):
-        tokens.append(likeliest[row] if chooser.wish.greedy else chooser.choose(logits_BV[row]))
-        chooser.note(tokens[-1])
+    for row, sampler in enumerate(samplers):
+        tokens.append(likeliest[row] if sampler.params.greedy else sampler.sample(logits_BV[row]))
+        sampler.ids.append(tokens[-1])
     return tokens

@@ -1,12 +1,13 @@
-"""What is asked and answered over HTTP, by OpenAI's names; and what is refused."""
+"""Requests and responses over HTTP, by OpenAI's names; and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from openai.types import Model
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -25,107 +26,104 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
 """Parameters of OpenAI's that are not supported, and the values by which they ask for nothing."""
-COLDEST = 0.01
+MIN_TEMPERATURE = 0.01
 """Temperatures below it are as good as 0, and numbers overflow."""
 
 
-def _whole(text: str) -> str:
+def _no_surrogates(text: str) -> str:
     """Refuse halves of characters, which JSON can hold (`\\ud800`) and no tokenizer reads."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError("half of a character (a lone surrogate)")
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_no_surrogates)]
+FilledText = Annotated[Text, Field(min_length=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 
 
-class Asked(BaseModel):
-    """What a client may say; anything else is refused by name."""
+class RequestModel(BaseModel):
+    """What a client may send; anything else is refused by name."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_neutral_out(cls, value: Any) -> Any:
+    def _drop_neutral(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        own = cls.model_fields
-        return {key: one for key, one in value.items() if key in own or not _is_neutral(key, one)}
+        return {key: one for key, one in value.items() if key in cls.model_fields or not _is_neutral(key, one)}
 
 
-def _is_neutral(key: str, value: Any) -> bool:
+def _is_neutral(key: str, value: object) -> bool:
     """Whether a parameter that is not supported asks for nothing."""
     return value is None or any(type(value) is type(off) and value == off for off in NEUTRAL.get(key, ()))
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestModel):
     """`stream_options`."""
 
-    include_usage: bool | None = Field(default=None, description="Send the usage counts in a last chunk.")
+    include_usage: bool | None = None
+    """Send the usage counts in a last chunk."""
 
 
-class Written(Asked):
-    """What can be asked of every answer that is written token by token."""
+class GenerationRequest(RequestModel):
+    """Parameters of every answer that is generated token by token."""
 
-    model: Text | None = Field(default=None, description="A name of `/v1/models`; the first one if left out.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Longest answer in tokens; the recipe's `generation.max_new_tokens` if left out."
-    )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        default=None, description="0 takes the likeliest token each time; else at least 0.01. Default: the recipe's."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Draw among tokens that make up this probability."
-    )
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
-        default=None, description="Draw among so many of the likeliest tokens; 0: all. (Not in OpenAI's API.)"
-    )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="Draw among tokens at least so likely, relative to the likeliest. (Not in OpenAI's.)"
-    )
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = Field(
-        default=None, description="Above 1 makes repeated tokens less likely. (Not in OpenAI's API.)"
-    )
-    stop: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = Field(default=None, description="A text, or up to four, before which the answer ends.")
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
-        default=None, description="Where random draws start from; the recipe's seed if left out: the same each time."
-    )
-    n: Annotated[int, Field(ge=1, le=1)] | None = Field(default=None, description="Answers: one.")
-    stream: bool | None = Field(default=None, description="Send the answer in pieces as it is written.")
-    stream_options: StreamOptions | None = Field(default=None, description="Only with `stream`.")
-    return_token_ids: bool | None = Field(
-        default=None, description="Also give the token ids of prompt and answer. (Not in OpenAI's API.)"
-    )
-    user: Text | None = Field(default=None, description="Whom the request is for: taken, and kept nowhere.")
+    model: Text | None = None
+    """A name of `/v1/models`; default: the first one."""
+    max_tokens: PositiveInt | None = None
+    """Longest answer in tokens; default: the recipe's `generation.max_new_tokens`."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the likeliest token each time; else at least 0.01. Default: the recipe's."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among tokens that make up this probability."""
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """Draw among this many of the likeliest tokens; 0: all. (Not in OpenAI's API.)"""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Draw among tokens at least this likely, relative to the likeliest. (Not in OpenAI's API.)"""
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    """Above 1 makes repeated tokens less likely. (Not in OpenAI's API.)"""
+    stop: FilledText | Annotated[list[FilledText], Field(max_length=4)] | None = None
+    """A text, or up to four, before which the answer ends."""
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """Where random draws start from; default: the recipe's seed, so the same each time."""
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    """Answers: one."""
+    stream: bool | None = None
+    """Send the answer in pieces as it is generated."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    return_token_ids: bool | None = None
+    """Also return the token ids of prompt and answer. (Not in OpenAI's API.)"""
+    user: Text | None = None
+    """Whom the request is for: accepted, and kept nowhere."""
 
     @model_validator(mode="after")
-    def _check(self) -> Written:
-        if self.temperature is not None and 0 < self.temperature < COLDEST:
-            raise ValueError(f"temperature is 0, or at least {COLDEST}")
+    def _check(self) -> GenerationRequest:
+        if self.temperature is not None and 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature is 0, or at least {MIN_TEMPERATURE}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed with stream: true alone")
         return self
 
 
-class TextPart(Asked):
+class TextPart(RequestModel):
     """A part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class FunctionCall(Asked):
+class FunctionCall(RequestModel):
     """Which function an earlier answer called."""
 
     name: Text
-    arguments: Text = Field(description="As JSON text.")
+    arguments: Text
+    """As JSON text."""
 
 
-class ToolCall(Asked):
+class ToolCall(RequestModel):
     """A call that an earlier answer made."""
 
     id: Text | None = None
@@ -133,7 +131,7 @@ class ToolCall(Asked):
     function: FunctionCall
 
 
-class Message(Asked):
+class Message(RequestModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -143,100 +141,36 @@ class Message(Asked):
     tool_call_id: Text | None = None
 
 
-class ChatAsked(Written):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="OpenAI's newer name of `max_tokens`."
-    )
+    max_completion_tokens: PositiveInt | None = None
+    """OpenAI's newer name of `max_tokens`."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> ChatAsked:
+    def _one_length(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are the same setting, and here they differ")
         return self
 
 
-class CompletionAsked(Written):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=1)]
         | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    ) = Field(description="One text, or one list of token ids, to go on from.")
+    )
+    """One text, or one list of token ids, to continue."""
 
 
-class Usage(BaseModel):
-    """Counts of tokens; the one that ended the answer is among them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Said(BaseModel):
-    """The answer's message."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-Finish = Literal["stop", "length"]
-
-
-class ChatChoice(BaseModel):
-    """The answer: there is one."""
-
-    index: int = 0
-    message: Said
-    logprobs: None = None
-    finish_reason: Finish
-    token_ids: list[int] | None = None
-
-
-class ChatAnswer(BaseModel):
-    """`chat.completion`."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | None = None
-
-
-class TextChoice(BaseModel):
-    """What follows the prompt: there is one."""
-
-    index: int = 0
-    text: str
-    logprobs: None = None
-    finish_reason: Finish
-    token_ids: list[int] | None = None
-
-
-class TextAnswer(BaseModel):
-    """`text_completion`."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | None = None
-
-
-class ModelCard(BaseModel):
+class ModelCard(Model):
     """One model that can be asked."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "llmtune"
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     task: str
     """What it was tuned for."""
     max_model_len: int | None = None
@@ -259,8 +193,8 @@ class ErrorDetail(BaseModel):
     code: str | None = None
 
 
-class ErrorAnswer(BaseModel):
-    """Every answer that is not a 200."""
+class ErrorResponse(BaseModel):
+    """Every response that is not a 200."""
 
     error: ErrorDetail
 
@@ -271,8 +205,8 @@ class Health(BaseModel):
     status: Literal["ok", "stopping"]
 
 
-class Refusal(Exception):
-    """A request that is not answered: status, and what is said about it in OpenAI's shape."""
+class ApiError(Exception):
+    """A request that is refused or failed: status and message, sent in OpenAI's shape."""
 
     def __init__(
         self,
@@ -287,22 +221,25 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """Return the body."""
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
-        return ErrorAnswer(error=detail).model_dump()
+        return ErrorResponse(error=detail).model_dump()
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorAnswer, "description": "A parameter is wrong, unknown or not supported: the message names it."},
-    401: {"model": ErrorAnswer, "description": "The API key is missing or wrong."},
-    403: {"model": ErrorAnswer, "description": "Asked by a page of another origin, or under a foreign host name."},
-    404: {"model": ErrorAnswer, "description": "No such model."},
-    408: {"model": ErrorAnswer, "description": "The body did not arrive in time."},
-    413: {"model": ErrorAnswer, "description": "The body is larger than this server takes."},
-    429: {"model": ErrorAnswer, "description": "The queue is full; `Retry-After` says when to ask again."},
-    503: {"model": ErrorAnswer, "description": "The server is about to stop, or out of memory."},
+ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "A parameter is wrong, unknown or not supported: the message names it.",
+        401: "The API key is missing or wrong.",
+        403: "Asked by a page of another origin, or under a foreign host name.",
+        404: "No such model.",
+        408: "The body did not arrive in time.",
+        413: "The body is larger than this server takes.",
+        429: "The queue is full; `Retry-After` says when to ask again.",
+        503: "The server is about to stop, or out of memory.",
+    }.items()
 }
-"""What any endpoint may answer instead; for the OpenAPI page."""
+"""What any endpoint may respond instead; for the OpenAPI document."""

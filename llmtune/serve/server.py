@@ -13,14 +13,14 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.engine import Engine
 
 SPARE_SECONDS = 5
-"""How long the server waits, beyond the time of grace, for connections to be closed."""
-MOST_CONNECTIONS = 1000
+"""How long the server waits, beyond the time of grace, for connections to close."""
+MAX_CONNECTIONS = 1000
 IDLE_SECONDS = 75
-"""When a connection that says nothing is closed: later than clients do it, so that none asks on one just closed."""
+"""When an idle connection is closed: later than clients do it, so that none asks on one just closed."""
 
 
-def take_socket(host: str, port: int) -> socket.socket:
-    """Bind an address before anything heavy is loaded; nobody is let in yet.
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Bind an address before anything heavy is loaded; nothing is accepted yet.
 
     Raises:
         RecipeError: there is no such host.
@@ -30,38 +30,38 @@ def take_socket(host: str, port: int) -> socket.socket:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise RecipeError.of(f"there is no host {host!r}", "--host", "Name an address of this machine.") from error
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind(address)
+        bound.bind(address)
     except OSError as error:
-        made.close()
+        bound.close()
         what = f"cannot listen on {host}, port {port}: {error.strerror or error}"
         fix = "Choose another port; 0 takes a free one."
         raise EnvironmentProblem.of(what, "--port", fix) from error
-    return made
+    return bound
 
 
 class _Server(uvicorn.Server):
     """uvicorn, whose stop begins with the engine's."""
 
-    def __init__(self, config: uvicorn.Config, begin_stop: Callable[[], None], say_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None], on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self.begin_stop, self.say_ready = begin_stop, say_ready
+        self.on_stop, self.on_ready = on_stop, on_ready
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop taking requests, and let those that are being answered end."""
-        self.begin_stop()
+        self.on_stop()
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
-        self.say_ready()
+        self.on_ready()
 
 
 def run_server(
-    app: ASGIApp, engine: Engine, taken: socket.socket, grace_seconds: float, say_ready: Callable[[], None]
+    app: ASGIApp, engine: Engine, bound: socket.socket, grace_seconds: float, on_ready: Callable[[], None]
 ) -> None:
     """Answer requests until SIGINT or SIGTERM, whose own handlers run once all is ended."""
     config = uvicorn.Config(
@@ -71,15 +71,15 @@ def run_server(
         lifespan="off",
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(grace_seconds) + SPARE_SECONDS,
         ws="none",
     )
-    server = _Server(config, lambda: engine.stop(grace_seconds), say_ready)
+    server = _Server(config, lambda: engine.queue.stop(grace_seconds), on_ready)
     try:
-        server.run(sockets=[taken])
+        server.run(sockets=[bound])
     finally:
-        engine.stop(0)
+        engine.queue.stop(0)
         engine.thread.join(SPARE_SECONDS)
-        taken.close()
+        bound.close()

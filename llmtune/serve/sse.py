@@ -1,4 +1,4 @@
-"""Answers that are written, sent in OpenAI's two ways: whole, or in pieces as server-sent events."""
+"""Generated answers in OpenAI's two ways: whole, or in pieces as server-sent events."""
 
 from __future__ import annotations
 
@@ -8,182 +8,174 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Message
 
-from llmtune.serve.detokenizer import Wording
-from llmtune.serve.engine import End
-from llmtune.serve.prometheus import Meters
-from llmtune.serve.request_handler import Ticket
-from llmtune.serve.schemas import ChatAnswer, ChatChoice, Refusal, Said, TextAnswer, TextChoice, Usage, Written
+from llmtune.serve.detokenizer import Detokenizer
+from llmtune.serve.request_queue import End
+from llmtune.serve.schemas import ApiError, GenerationRequest
+
+if TYPE_CHECKING:
+    from llmtune.serve.prometheus import Metrics
+    from llmtune.serve.request_handler import PendingAnswer
+
+NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+Body = dict[str, object]
 
 
-class Answer:
+class GeneratedAnswer:
     """One answer on its way out: its text as it grows, and what is counted of it."""
 
-    def __init__(self, ticket: Ticket, asked: Written, meters: Meters, chat: bool) -> None:
-        self.ticket, self.asked, self.meters, self.chat = ticket, asked, meters, chat
-        self.served = ticket.job.served
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        self.wording = Wording(self.served.decode, stops)
+    def __init__(self, pending: PendingAnswer, request: GenerationRequest, metrics: Metrics, *, chat: bool) -> None:
+        self.pending, self.request, self.metrics, self.chat = pending, request, metrics, chat
+        self.served, self.prompt = pending.job.served, list(pending.job.ids)
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        self.detokenizer = Detokenizer(self.served.decode, stops)
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.began, self.created = time.monotonic(), int(time.time())
-        self.finish = "stop"
-        meters.prompt_tokens.labels(self.served.name).inc(len(ticket.job.ids))
+        self.started, self.created = time.monotonic(), int(time.time())
+        self.finish_reason = "stop"
+        self.wants_usage = bool(request.stream_options and request.stream_options.include_usage)
+        metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt))
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[int]]]:
-        """Yield what is added to the text and the ids that it came by; afterwards `finish` and `usage` hold.
+        """Yield what is added to the text and its ids; afterwards `finish_reason` and `usage` hold.
 
-        Raises Refusal for what went wrong.
+        Raises ApiError for what went wrong.
         """
-        told = 0
+        sent, detokenizer = 0, self.detokenizer
         try:
-            async for event in self.ticket.events():
+            async for event in self.pending.stream():
                 if isinstance(event, End):
-                    self.finish = event.reason
+                    self.finish_reason = event.reason
                     break
-                if not told:
-                    self.meters.first_token.observe(time.monotonic() - self.began)
-                piece = self.wording.take(event)
-                yield piece, self.wording.ids[told:]
-                told = len(self.wording.ids)
-                if self.wording.stopped:
-                    self.finish = "stop"
+                if not sent:
+                    self.metrics.first_token.observe(time.monotonic() - self.started)
+                piece = detokenizer.add(event)
+                yield piece, detokenizer.ids[sent:]
+                sent = len(detokenizer.ids)
+                if detokenizer.stopped:
+                    self.finish_reason = "stop"
                     break
-            if rest := self.wording.close():
+            if rest := detokenizer.close():
                 yield rest, []
         finally:
-            self.ticket.cancel()
-            self.meters.answer_tokens.labels(self.served.name).inc(len(self.wording.ids))
+            self.pending.cancel()
+            self.metrics.answer_tokens.labels(self.served.name).inc(len(detokenizer.ids))
 
     @property
-    def usage(self) -> Usage:
-        """How many tokens it took."""
-        prompt, answer = len(self.ticket.job.ids), len(self.wording.ids)
-        return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+    def usage(self) -> dict[str, int]:
+        """How many tokens it took; the one that ended the answer is among them."""
+        prompt, answer = len(self.prompt), len(self.detokenizer.ids)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
-    def whole(self) -> dict[str, Any]:
+    def body(self) -> Body:
         """Return the body of an answer that is sent at once."""
-        prompt = list(self.ticket.job.ids) if self.asked.return_token_ids else None
-        ids = self.wording.ids if self.asked.return_token_ids else None
-        about: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.served.name}
-        about |= {"usage": self.usage, "prompt_token_ids": prompt}
-        ended: dict[str, Any] = {"finish_reason": self.finish, "token_ids": ids}
-        text = self.wording.text
-        made: ChatAnswer | TextAnswer
-        if self.chat:
-            made = ChatAnswer(**about, choices=[ChatChoice(message=Said(content=text), **ended)])
-        else:
-            made = TextAnswer(**about, choices=[TextChoice(text=text, **ended)])
-        return made.model_dump(exclude={} if self.asked.return_token_ids else _IDS)
+        text = self.detokenizer.text
+        content: Body = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        choice = self._choice(content, self.detokenizer.ids, self.finish_reason)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._envelope(kind, [choice], with_prompt=True) | {"usage": self.usage}
 
     def chunk(self, piece: str | None, ids: list[int], *, finish: str | None = None, first: bool = False) -> str:
         """Return one event of a stream."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        content: Body = {"text": piece or ""}
         if self.chat:
             role = {"role": "assistant"} if first else {}
-            choice["delta"] = role | ({} if piece is None else {"content": piece})
-        else:
-            choice["text"] = piece or ""
-        if self.asked.return_token_ids:
-            choice["token_ids"] = ids
-        content = self._about() | {"choices": [choice]}
-        if self.asked.return_token_ids and first:
-            content["prompt_token_ids"] = list(self.ticket.job.ids)
-        if self._wants_usage:
-            content["usage"] = None
-        return event(content)
+            content = {"delta": role | ({} if piece is None else {"content": piece})}
+        usage: Body = {"usage": None} if self.wants_usage else {}
+        return event(self._envelope(self._chunk_kind, [self._choice(content, ids, finish)], first) | usage)
 
     def last_chunk(self) -> str:
         """Return what ends a stream: the usage if it was asked for, and the mark."""
-        usage = event(self._about() | {"choices": [], "usage": self.usage.model_dump()}) if self._wants_usage else ""
+        usage = event(self._envelope(self._chunk_kind, []) | {"usage": self.usage}) if self.wants_usage else ""
         return f"{usage}data: [DONE]\n\n"
 
     @property
-    def _wants_usage(self) -> bool:
-        return bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _about(self) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+    def _choice(self, content: Body, ids: list[int], finish: str | None) -> Body:
+        choice: Body = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+        return choice | ({"token_ids": ids} if self.request.return_token_ids else {})
+
+    def _envelope(self, kind: str, choices: list[Body], with_prompt: bool = False) -> Body:
+        body: Body = {"id": self.id, "object": kind, "created": self.created, "model": self.served.name}
+        prompt: Body = {"prompt_token_ids": self.prompt} if with_prompt and self.request.return_token_ids else {}
+        return body | {"choices": choices} | prompt
 
 
-_IDS: Any = {"prompt_token_ids": True, "choices": {"__all__": {"token_ids"}}}
-
-
-def event(content: dict[str, Any]) -> str:
+def event(content: Body) -> str:
     """Return a server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-async def send_answer(answer: Answer, request: Request) -> Response:
-    """Answer a request in the way that it asks for; raises Refusal for what goes wrong before the first token."""
+async def send_answer(answer: GeneratedAnswer, request: Request) -> Response:
+    """Answer a request in the way that it asks for; raises ApiError for what goes wrong before the first token."""
     pieces = answer.pieces()
-    if not answer.asked.stream:
-        async with given_up(answer.ticket, request, answer.meters):
+    async with until_disconnect(answer.pending, request, answer.metrics):
+        if answer.request.stream:
+            first = await anext(pieces)
+        else:
             async for _ in pieces:
                 pass
-        return JSONResponse(answer.whole())
-    async with given_up(answer.ticket, request, answer.meters):
-        first = await anext(pieces)
-    return StreamingResponse(_stream(answer, first, pieces), media_type="text/event-stream", headers=_UNCACHED)
-
-
-_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return JSONResponse(answer.body())
+    return StreamingResponse(_stream(answer, first, pieces), media_type="text/event-stream", headers=NO_CACHE)
 
 
 async def _stream(
-    answer: Answer, first: tuple[str, list[int]], rest: AsyncIterator[tuple[str, list[int]]]
+    answer: GeneratedAnswer, first: tuple[str, list[int]], rest: AsyncIterator[tuple[str, list[int]]]
 ) -> AsyncIterator[str]:
-    whole = False
+    complete = False
     try:
         yield answer.chunk(first[0], first[1], first=True)
         async for piece, ids in rest:
-            if piece or (ids and answer.asked.return_token_ids):
+            if piece or (ids and answer.request.return_token_ids):
                 yield answer.chunk(piece, ids)
-        yield answer.chunk(None, [], finish=answer.finish)
+        yield answer.chunk(None, [], finish=answer.finish_reason)
         yield answer.last_chunk()
-        whole = True
-    except Refusal as refusal:
-        whole = True
-        yield event(refusal.content())
+        complete = True
+    except ApiError as error:
+        complete = True
+        yield event(error.content())
     finally:
-        answer.ticket.cancel()
-        if not whole:
-            answer.meters.hung_up.inc()
+        answer.pending.cancel()
+        if not complete:
+            answer.metrics.disconnects.inc()
+
+
+class ClientDisconnected(Exception):
+    """The client hung up: nobody reads an answer."""
 
 
 @asynccontextmanager
-async def given_up(ticket: Ticket, request: Request, meters: Meters) -> AsyncIterator[None]:
-    """Let the answer go, within the block, as soon as the client hangs up; the block is then left by ClientGone."""
+async def until_disconnect(pending: PendingAnswer, request: Request, metrics: Metrics) -> AsyncIterator[None]:
+    """Cancel the answer as soon as the client hangs up; the block then ends by ClientDisconnected."""
     task = asyncio.current_task()
-    assert task is not None
-    gone = False
+    assert task is not None, "requests are answered in tasks"
+    disconnected = False
 
-    async def watch(receive: Callable[[], Awaitable[Any]]) -> None:
-        nonlocal gone
+    async def watch(receive: Callable[[], Awaitable[Message]]) -> None:
+        nonlocal disconnected
         while (await receive())["type"] != "http.disconnect":
             pass
-        gone = True
+        disconnected = True
         task.cancel()
 
     watcher = asyncio.create_task(watch(request.receive))
     try:
         yield
     except asyncio.CancelledError:
-        ticket.cancel()
-        if not gone:
+        pending.cancel()
+        if not disconnected:
             raise
         task.uncancel()
-        meters.hung_up.inc()
-        raise ClientGone from None
+        metrics.disconnects.inc()
+        raise ClientDisconnected from None
     finally:
         watcher.cancel()
         with suppress(asyncio.CancelledError):
             await watcher
-
-
-class ClientGone(Exception):
-    """The client hung up: nobody reads an answer."""

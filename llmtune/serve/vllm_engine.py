@@ -15,8 +15,8 @@ KEY_VARIABLE = "VLLM_API_KEY"
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A run as vLLM is told of it."""
+class VllmRun:
+    """A run as it is passed to vLLM."""
 
     name: str
     path: Path
@@ -28,7 +28,7 @@ class Tuned:
 def vllm_command(
     base: Path,
     base_name: str,
-    runs: Sequence[Tuned],
+    runs: Sequence[VllmRun],
     *,
     host: str,
     port: int,
@@ -39,7 +39,7 @@ def vllm_command(
 ) -> list[str]:
     """Return the command that serves `runs` on `base`; the first run's folder has the tokenizer and chat template.
 
-    `generation` are the settings that hold where a request says nothing.
+    `generation` are the settings that hold where a request does not state them.
     """
     first = runs[0]
     whole = first.rank is None
@@ -61,7 +61,7 @@ def vllm_command(
 
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
-"""What vLLM takes for --max-lora-rank; a higher one is left for it to refuse."""
+"""What vLLM accepts for --max-lora-rank; a higher one is left for it to refuse."""
 
 
 def hand_over(command: Sequence[str], key: str | None) -> None:
@@ -78,6 +78,6 @@ def require_vllm() -> str:
     """Return where vLLM's command is; raises EnvironmentProblem where it is not installed."""
     program = shutil.which("vllm")
     if program is None:
-        fix = "Install it (pip install vllm; it wants a GPU), or leave --engine away: llmtune's own server needs none."
+        fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own server needs none."
         raise EnvironmentProblem.of("vLLM is not installed: there is no command vllm", "--engine", fix)
     return program

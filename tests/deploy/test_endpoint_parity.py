@@ -4,18 +4,16 @@ import io
 import json
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
 from rich.console import Console
 from support.finished import finish_run
 from support.runs import llmtune
 
-from llmtune.deploy.endpoint import Endpoint
-from llmtune.deploy.endpoint_parity import Measured, find_breaches
-from llmtune.deploy.products import certify_run
+from llmtune.deploy.endpoint_parity import Endpoint, EndpointParity, certify_run, find_endpoint_breaches
+from llmtune.deploy.parity import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import load_processor
 from llmtune.session import Models, open_finished
@@ -39,13 +37,12 @@ def served(finished):
     return Models(context, place, processor).adapted.model, processor
 
 
-class Served:
+class FakeServer:
     """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
 
     def __init__(self, model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
-        self.model, self.processor, self.knows = model, processor, set(knows)
+        self.reader, self.processor, self.knows = TransformersReader(model), processor, set(knows)
         self.start, self.base, self.usage, self.busy, self.key = start, base, usage, busy, key
-        self.asked = []
 
     def answer(self, body):
         unknown = set(body) - {"model", "temperature", "max_tokens", "messages", *self.knows}
@@ -54,72 +51,58 @@ class Served:
         if self.busy:
             self.busy -= 1
             return 429, {"error": {"message": "busy"}}
-        self.asked.append(body)
         text = self.processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
         ids = self.processor(text, add_special_tokens=False)["input_ids"]
         ids = [self.processor.bos_token_id, *ids] if self.start else ids
-        written = self.generate(torch.tensor([ids]), body["max_tokens"])
+        with self.reader.model.disable_adapter() if self.base else nullcontext():
+            written = self.reader.answer(ids, [self.processor.eos_token_id], body["max_tokens"])
         choice = {"message": {"content": self.processor.decode(written, skip_special_tokens=True)}}
         if "logprobs" in body:
-            choice["logprobs"] = {"content": self.logprobs(ids, written)}
-        said = {"choices": [choice]}
-        if self.usage:
-            said["usage"] = {"prompt_tokens": len(ids), "completion_tokens": len(written)}
+            logprobs = self.reader.logits([*ids, *written])[len(ids) - 1 : -1].log_softmax(-1)
+            pairs = zip(written, logprobs, strict=True)
+            tokens = [{"token": self.processor.decode([token]), "logprob": float(row[token])} for token, row in pairs]
+            choice["logprobs"] = {"content": tokens}
+        usage = {"usage": {"prompt_tokens": len(ids), "completion_tokens": len(written)}} if self.usage else {}
         if "return_token_ids" in body:
-            said["prompt_token_ids"], choice["token_ids"] = ids, written
-        return 200, said
-
-    def generate(self, ids_BT, new):
-        settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": self.processor.pad_token_id}
-        with torch.no_grad():
-            if self.base:
-                with self.model.disable_adapter():
-                    out = self.model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
-            else:
-                out = self.model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **settings)
-        return out[0, ids_BT.shape[1] :].tolist()
-
-    def logprobs(self, ids, written):
-        with torch.no_grad():
-            found = self.model(input_ids=torch.tensor([[*ids, *written]])).logits[0].log_softmax(-1)
-        places = range(len(ids) - 1, len(ids) + len(written) - 1)
-        return [
-            {"token": self.processor.decode([token]), "logprob": float(found[at, token])}
-            for at, token in zip(places, written, strict=True)
-        ]
+            return 200, {"choices": [{**choice, "token_ids": written}], "prompt_token_ids": ids, **usage}
+        return 200, {"choices": [choice], **usage}
 
 
 @contextmanager
+def listening(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 def at_work(server):
     class Handler(BaseHTTPRequestHandler):
-        def say(self, status, content):
+        def send(self, status, content):
             self.send_response(status)
             self.send_header("Retry-After", "0")
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 
         def do_GET(self):
-            self.say(200, {"data": [{"id": "other"}, {"id": "tiny"}]})
+            self.send(200, {"data": [{"id": "other"}, {"id": "tiny"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-                self.say(401, {"error": {"message": "no key"}})
+                self.send(401, {"error": {"message": "no key"}})
             else:
-                self.say(*server.answer(body))
+                self.send(*server.answer(body))
 
         def log_message(self, *about):
             pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.server_address[1]}"
-    finally:
-        listening.shutdown()
-        listening.server_close()
-        thread.join()
+    return listening(Handler)
 
 
 def certify(run, url, console, **options):
@@ -136,7 +119,7 @@ ALL = ("return_token_ids", "repetition_penalty", "logprobs", "top_logprobs")
     [(ALL, ("ids", True)), (ALL[:2], ("ids", False)), (ALL[2:], ("count", True)), ((), ("count", False))],
 )
 def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, console, knows, told):
-    with at_work(Served(*served, knows=knows)) as url:
+    with at_work(FakeServer(*served, knows=knows)) as url:
         certificate = certify(run, url, console)
     measured = certificate["measured"]
     assert certificate["passed"]
@@ -150,28 +133,28 @@ def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, 
 
 @pytest.mark.parametrize(("knows", "said"), [(ALL, "other token ids"), ((), "another number of tokens")])
 def test_an_endpoint_with_an_extra_start_token_fails(run, served, console, knows, said):
-    with at_work(Served(*served, knows=knows, start=True)) as url, pytest.raises(GateFailed, match=said) as raised:
+    with at_work(FakeServer(*served, knows=knows, start=True)) as url, pytest.raises(GateFailed, match=said) as raised:
         certify(run, url, console)
     assert raised.value.exit_code == 6
     assert not json.loads((run / "endpoint.certificate.json").read_text())["passed"]
 
 
 def test_an_endpoint_of_the_base_model_fails(run, served, console):
-    with at_work(Served(*served, base=True)) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
+    with at_work(FakeServer(*served, base=True)) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
         certify(run, url, console)
 
 
 def test_an_endpoint_that_tells_nothing_of_its_prompts_is_unproven(run, served, console):
-    with at_work(Served(*served, usage=False)) as url, pytest.raises(GateFailed, match="template is unproven"):
+    with at_work(FakeServer(*served, usage=False)) as url, pytest.raises(GateFailed, match="template is unproven"):
         certify(run, url, console)
 
 
 def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_far_off_do_not():
-    good = Measured(16, "ids", 1.0, 1.0, 2, 40, 0.01, 0.05)
-    assert find_breaches(good) == []
-    far = Measured(16, "ids", 1.0, 1.0, 0, 40, 0.4, 2.0)
-    assert "off by 0.4 nats" in find_breaches(far)[0]
-    assert len(find_breaches(Measured(16, "ids", 1.0, 1.0, 0, 40, float("nan"), 0.0))) == 1
+    good = EndpointParity(16, "ids", 1.0, 1.0, 2, 40, 0.01, 0.05)
+    assert find_endpoint_breaches(good) == []
+    far = EndpointParity(16, "ids", 1.0, 1.0, 0, 40, 0.4, 2.0)
+    assert "off by 0.4 nats" in find_endpoint_breaches(far)[0]
+    assert len(find_endpoint_breaches(EndpointParity(16, "ids", 1.0, 1.0, 0, 40, float("nan"), 0.0))) == 1
 
 
 def test_our_own_server_passes(run, served, console):
@@ -187,7 +170,7 @@ def test_our_own_server_passes(run, served, console):
 
 def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, tmp_path):
     (tmp_path / "key").write_text("open-sesame\n")
-    with at_work(Served(*served, knows=ALL, busy=2, key="open-sesame")) as url:
+    with at_work(FakeServer(*served, knows=ALL, busy=2, key="open-sesame")) as url:
         assert certify(run, url, console, key_file=tmp_path / "key")["passed"]
         with pytest.raises(EnvironmentProblem, match="wants another key"):
             certify(run, url, console)
@@ -196,7 +179,7 @@ def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, 
 
 def test_mistakes_are_told(run, console, tmp_path):
     for url in ("127.0.0.1:8000", "ftp://x", "http://a:b@c", "http://"):
-        with pytest.raises(RecipeError, match="no address of an endpoint"):
+        with pytest.raises(RecipeError, match="not the address of an endpoint"):
             certify(run, url, console)
     with pytest.raises(EnvironmentProblem, match="--offline forbids"):
         certify(run, "https://api.example.com", console)
@@ -204,7 +187,7 @@ def test_mistakes_are_told(run, console, tmp_path):
         certify(run, "http://127.0.0.1:9", console)
     with pytest.raises(RecipeError, match="key cannot be read"):
         certify(run, "http://127.0.0.1:9", console, key_file=tmp_path / "none")
-    with at_work(Served(None, None)) as url, pytest.raises(RecipeError, match="has no model 'mine'"):
+    with at_work(FakeServer(None, None)) as url, pytest.raises(RecipeError, match="has no model 'mine'"):
         certify(run, url, console, model="mine")
 
 
@@ -218,19 +201,14 @@ def test_an_address_that_sends_elsewhere_is_not_followed():
         def log_message(self, *about):
             pass
 
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listening.serve_forever, daemon=True).start()
-    try:
-        endpoint = Endpoint(f"http://127.0.0.1:{listening.server_address[1]}", "key", offline=True)
-        with pytest.raises(EnvironmentProblem, match="status 307"):
-            endpoint.ask("/completions", {}, [{}])
-    finally:
-        listening.shutdown()
-        listening.server_close()
+    with listening(Handler) as url:
+        endpoint = Endpoint(url, "key", offline=True)
+        with endpoint.client, pytest.raises(EnvironmentProblem, match="status 307"):
+            endpoint.ask("tiny", {"prompt": "Once"}, False, [{}])
 
 
 def test_the_command_ends_with_6_where_the_endpoint_differs(run, served):
-    with at_work(Served(*served, start=True)) as url:
+    with at_work(FakeServer(*served, start=True)) as url:
         done = llmtune("deploy", "certify", run, "--url", url, "--offline", "--json", cwd=run.parent)
     assert done.returncode == 6
     assert "start token too many" in done.stderr

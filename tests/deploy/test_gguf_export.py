@@ -9,12 +9,13 @@ from support.models import CHATML
 from support.runs import write_recipe
 
 import llmtune.deploy.gguf_adapter as gguf_adapter
-import llmtune.deploy.gguf_architectures as gguf_shapes
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
+import llmtune.deploy.gguf_tensors as gguf_shapes
 from llmtune.adapter import inject
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
+from llmtune.deploy.parity import TunedModel
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
@@ -31,10 +32,10 @@ def read_by_transformers(monkeypatch):
 
 def export(tuned, out, console, **options):
     adapted, recipe = tuned
-    return export_gguf(adapted, recipe, get_task(recipe.task), out, console, **options)
+    return export_gguf(TunedModel(adapted, recipe, get_task(recipe.task)), out, console, **options)
 
 
-@pytest.mark.parametrize("number_format", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("number_format", ["f16", "q8_0"])
 def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_format):
     out = tmp_path / "gguf"
     certificate = export(tune(), out, console, number_format=number_format)
@@ -46,14 +47,6 @@ def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_
     assert measured["same_ids"]
     assert json.loads((out / "certificate.json").read_text()) == json.loads(json.dumps(certificate))
     assert "read by transformers" in console.file.getvalue()
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_other_families_are_certified_too(tune, tmp_path, console, family):
-    model = build_family(family, tmp_path / "model")
-    certificate = export(tune(model, strength=0.02), tmp_path / "gguf", console)
-    assert certificate["measured"]["kl_mean"] < 1e-4
-    assert certificate["measured"]["effect_kl"] > 1e-3
 
 
 def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_is_missing(monkeypatch):
@@ -81,12 +74,13 @@ def test_a_template_without_an_equal_in_go_is_left_out_and_that_is_said(tune, tm
     assert "no equal in Go" in console.file.getvalue()
 
 
-def test_completion_has_no_template_in_its_modelfile(tune, tmp_path, console):
+def test_completion_of_another_family_is_certified_without_a_template_in_its_modelfile(tune, tmp_path, console):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
-    model = build_family("qwen2", tmp_path / "model")
+    model = build_family("gemma3", tmp_path / "model")
     certificate = export(tune(model, 0.02, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console)
-    assert certificate["passed"]
+    assert certificate["measured"]["kl_mean"] < 1e-4
+    assert certificate["measured"]["effect_kl"] > 1e-3
     assert "TEMPLATE" not in (tmp_path / "gguf/Modelfile").read_text()
 
 
@@ -108,7 +102,7 @@ def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_pat
     form = choose_variant(recipe, read_model_config(place, recipe.model), "tiny")
     selected = load_model(place, recipe, form, processor, device="cpu", training=False)
     adapted = inject(selected, recipe, console)
-    certificate = export_gguf(adapted, recipe, form, tmp_path / "gguf", console, rows=[pair])
+    certificate = export_gguf(TunedModel(adapted, recipe, form, [pair]), tmp_path / "gguf", console)
     assert certificate["measured"]["same_ids"]
     assert certificate["measured"]["prompts"] == 9
 
@@ -127,29 +121,19 @@ def fails(tuned, out, console, said, **options):
     return out.with_name(f"{out.name}.failed.json")
 
 
-def test_a_file_with_another_template_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch):
+@pytest.mark.parametrize("wrong", [{"chat_template": CHATML.replace("assistant", "helper")}, {"add_bos": True}])
+def test_a_file_with_another_template_or_start_token_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch, wrong):
     describe = exporting.describe_vocabulary
-
-    def describe_wrongly(*given):
-        vocabulary = describe(*given)
-        return replace(vocabulary, chat_template=vocabulary.chat_template.replace("assistant", "helper"))
-
-    monkeypatch.setattr(exporting, "describe_vocabulary", describe_wrongly)
+    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: replace(describe(*given), **wrong))
     certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
     assert not certificate["passed"]
     assert not certificate["measured"]["same_ids"]
 
 
-def test_a_file_that_writes_the_start_token_where_training_had_none_fails(tune, tmp_path, console, monkeypatch):
-    describe = exporting.describe_vocabulary
-    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: replace(describe(*given), add_bos=True))
-    fails(tune(), tmp_path / "gguf", console, "other token ids")
-
-
 def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, console, monkeypatch):
     number_format = "q8_0"
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "merge", lambda adapted, onto: adapted.model.unload())
+        patch.setattr(exporting, "merge_weights", lambda adapted, onto: adapted.model.unload())
         failed = fails(tune(), tmp_path / "gguf", console, "the adapter is lost", number_format=number_format)
     assert json.loads(failed.read_text())["kl_from_base"] < 1e-4
     assert export(tune(), tmp_path / "gguf", console, number_format=number_format)["passed"]
@@ -175,13 +159,13 @@ def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
 
 
 def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console, monkeypatch):
-    list_pairs = gguf_adapter.list_pairs
+    lora_tensors = gguf_adapter.lora_tensors
 
-    def halved(model, family):
-        for pair in list_pairs(model, family):
-            yield replace(pair, b=pair.b / 2) if "blk.1.attn_q" in pair.name else pair
+    def halved(model):
+        for name, weight in lora_tensors(model):
+            yield name, weight / 2 if name == "blk.1.attn_q.weight.lora_b" else weight
 
-    monkeypatch.setattr(gguf_adapter, "list_pairs", halved)
+    monkeypatch.setattr(gguf_adapter, "lora_tensors", halved)
     with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from what was trained by 0\.5"):
         export(tune(), tmp_path / "lora", console, adapter_only=True)
     assert not (tmp_path / "lora").exists()
@@ -201,41 +185,6 @@ def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tu
 
 
 def test_an_adapter_on_the_embedding_is_refused(tune, tmp_path, console):
-    model = build_family("llama", tmp_path / "model")
-    tuned = tune(model, adapter={"target_modules": ["q_proj", "embed_tokens"]})
+    tuned = tune(build_family("llama", tmp_path / "model"), adapter={"target_modules": ["q_proj", "embed_tokens"]})
     with pytest.raises(RecipeError, match="an adapter on the embedding"):
         export(tuned, tmp_path / "lora", console, adapter_only=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"number_format": "q8"}, r"'q8' is no number format(?s:.*)q8_0"),
-        ({"number_format": "q8_0", "adapter_only": True}, "no number format of an adapter"),
-    ],
-)
-def test_unknown_formats_are_told_with_those_there_are(tune, tmp_path, console, options, said):
-    with pytest.raises(RecipeError, match=said):
-        export(tune(), tmp_path / "gguf", console, **options)
-
-
-def test_a_place_that_is_taken_is_left_alone(tune, tmp_path, console):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("do not lose me")
-    with pytest.raises(RecipeError, match="holds something else"):
-        export(tune(), tmp_path / "mine", console)
-    with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
-        export(tune(), tmp_path / "mine/thesis.txt", console)
-    assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
-
-
-def test_a_model_of_another_kind_is_refused(tune, tiny_gpt2, tmp_path, console):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "The quick brown fox."}\n')
-    with pytest.raises(EnvironmentProblem, match="'gpt2' cannot be written as GGUF"):
-        export(tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console)
-
-
-def test_no_hidden_folder_is_left(tune, tmp_path, console):
-    export(tune(), tmp_path / "one", console)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 import llmtune.deploy.gguf_file as gguf_file
-from llmtune.deploy.gguf_architectures import find_family
 from llmtune.deploy.gguf_file import find_quantizer, write_model
-from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersReader
+from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersGgufReader
+from llmtune.deploy.gguf_tensors import find_architecture
 from llmtune.deploy.gguf_vocabulary import build_tokenizer, describe_vocabulary, read_vocabulary
 from llmtune.errors import EnvironmentProblem
 
@@ -37,7 +37,7 @@ def logits_of(model, ids):
 def test_a_file_in_float32_gives_the_models_logits_in_transformers(name, tmp_path):
     tokenizer, model = write(name, tmp_path / "model.gguf")
     ids = tokenizer(TRICKY)["input_ids"]
-    reader = TransformersReader(tmp_path / "model.gguf", read_vocabulary(tmp_path / "model.gguf"), model.config)
+    reader = TransformersGgufReader(tmp_path / "model.gguf", read_vocabulary(tmp_path / "model.gguf"), model.config)
     wanted = logits_of(model, ids)
     assert wanted.std() > 1
     torch.testing.assert_close(reader.logits(ids), wanted, atol=1e-5, rtol=0)
@@ -53,7 +53,7 @@ def test_each_format_stores_what_it_says_and_rounds_no_more(tmp_path):
         stored = tensors["blk.0.ffn_up.weight"]
         assert stored.tensor_type.name.lower() == number_format
         assert tensors["blk.0.attn_norm.weight"].tensor_type == GGMLQuantizationType.F32
-        reader = TransformersReader(file, read_vocabulary(file), model.config)
+        reader = TransformersGgufReader(file, read_vocabulary(file), model.config)
         wanted = model.model.layers[0].mlp.up_proj.weight.detach()
         got = reader.model.model.layers[0].mlp.up_proj.weight.detach()
         difference = float((wanted - got).abs().max() / wanted.abs().max())
@@ -136,7 +136,7 @@ def test_more_tokens_than_the_model_has_are_told():
 
 def test_a_model_type_that_is_not_known_is_refused_with_those_that_are():
     with pytest.raises(EnvironmentProblem, match=r"'gpt2' cannot be written(?s:.*)qwen2"):
-        find_family(GPT2Config())
+        find_architecture(GPT2Config())
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_model_type_that_is_not_known_is_refused_with_those_that_are():
 def test_what_a_reader_would_take_for_something_else_is_refused(name, changes, said):
     config_class, _, own = FAMILIES[name]
     with pytest.raises(EnvironmentProblem, match=said):
-        find_family(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
+        find_architecture(config_class(**{"num_hidden_layers": 4, "hidden_size": 64, **own, **changes}))
 
 
 def test_weights_beyond_f16_are_told_with_the_format_that_holds_them(tmp_path):

@@ -16,6 +16,7 @@ from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_file import write_model
 from llmtune.deploy.gguf_readers import LlamaReader
 from llmtune.deploy.gguf_vocabulary import describe_vocabulary
+from llmtune.deploy.parity import TunedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch
 from llmtune.model.builtin_models import PACKAGED, resolve_builtin
 from llmtune.tasks import get_task
@@ -41,7 +42,7 @@ DESCRIBED = "tokenizer.ggml."
 
 def export(tuned, out, console, **options):
     adapted, recipe = tuned
-    return export_gguf(adapted, recipe, get_task(recipe.task), out, console, **options)
+    return export_gguf(TunedModel(adapted, recipe, get_task(recipe.task)), out, console, **options)
 
 
 @pytest.fixture

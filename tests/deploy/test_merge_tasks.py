@@ -14,8 +14,8 @@ from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter import merge as really_merge
-from llmtune.deploy.head_parity import measure
-from llmtune.deploy.products import merge_run
+from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.parity import compare_outputs
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
@@ -159,7 +159,7 @@ def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too
         return merged
 
     for wrong in (forget, disturb):
-        monkeypatch.setattr(merging, "merge", wrong)
+        monkeypatch.setattr(merging, "merge_weights", wrong)
         with pytest.raises(GateFailed, match="the merged model differs"):
             merge(run, console)
         assert not (run / "merged").exists()
@@ -175,13 +175,14 @@ def test_a_recipe_of_another_task_makes_its_merged_model_at_the_end(tmp_path):
 
 def test_numbers_and_several_labels_are_compared_by_what_they_are():
     ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
-    assert float(measure(ones, [one + 1 for one in ones], "number").kls.mean()) == pytest.approx(0.5)
-    assert measure(ones, ones, "number").agreed.all()
-    assert not measure(ones, [one + 1 for one in ones], "number").agreed.any()
+    moved = compare_outputs(ones, [one + 1 for one in ones], "number")
+    assert moved.kl_mean == pytest.approx(0.5)
+    assert moved.top1_agreement == 0
+    assert compare_outputs(ones, ones, "number").top1_agreement == 1
     scores = [torch.tensor([[2.0, -2.0]])]
-    assert float(measure(scores, scores, "yes-no").kls) == 0
-    assert not measure(scores, [-scores[0]], "yes-no").agreed.any()
+    assert compare_outputs(scores, scores, "yes-no").kl_mean == 0
+    assert compare_outputs(scores, [-scores[0]], "yes-no").top1_agreement == 0
     other = torch.tensor([[1.0, -2.0]])
     p, q = scores[0].sigmoid(), other.sigmoid()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert float(measure(scores, [other], "yes-no").kls) == pytest.approx(float(wanted), rel=1e-4)
+    assert compare_outputs(scores, [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)

@@ -9,7 +9,13 @@ from support.models import CHATML, train_tokenizer
 from support.runs import write_recipe
 from support.templates import EMPTY_THOUGHTS
 
-from llmtune.deploy.ollama_modelfile import SAMPLES, _converse, describe_chat, go_template, sampling, write_chat
+from llmtune.deploy.ollama_modelfile import (
+    go_template,
+    sample_conversations,
+    sampling_parameters,
+    split_template,
+    write_chat,
+)
 from llmtune.recipe import load_recipe
 
 DEFAULT_SYSTEM = (
@@ -89,20 +95,16 @@ def describe(tmp_path, chat_rows):
         processor = train_tokenizer(template)
         sections = {"generation": generation, "model": model or {}}
         recipe = load_recipe(write_recipe(tmp_path / "r.yaml", "model", chat_rows, **sections)).recipe
-        return describe_chat(processor, recipe, add_bos), processor, recipe
+        return split_template(processor, recipe, add_bos), processor, recipe
 
     (tmp_path / "model").mkdir()
     return look
 
 
-def conversations(pieces):
-    return [_converse(roles) for roles in SAMPLES if pieces.system is not None or roles[0] != "system"]
-
-
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_pieces_write_what_the_chat_template_writes(describe, name):
     pieces, processor, _ = describe(TEMPLATES[name])
-    for messages in conversations(pieces):
+    for messages in sample_conversations(pieces):
         wanted = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert write_chat(pieces, messages) == wanted
     assert (pieces.system is None) == (name == "Gemma 2")
@@ -120,14 +122,14 @@ def test_the_start_token_is_left_to_the_program_that_writes_it_by_itself(describ
 
 def test_before_an_answer_to_come_may_stand_more_than_before_one_that_was_given(describe):
     pieces = describe(EMPTY_THOUGHTS, model={"chat_template_kwargs": {"enable_thinking": False}})[0]
-    assert pieces.ask == pieces.user_to_assistant + "<think>\n\n</think>\n\n"
+    assert pieces.generation_prompt == pieces.user_to_assistant + "<think>\n\n</think>\n\n"
 
 
 def test_sampling_says_all_that_ollama_has_other_defaults_for(describe):
-    assert sampling(describe(CHATML)[2]) == {"temperature": 0.0, "repeat_penalty": 1.0}
+    assert sampling_parameters(describe(CHATML)[2]) == {"temperature": 0.0, "repeat_penalty": 1.0}
     drawn = describe(CHATML, do_sample=True, top_p=0.9, repetition_penalty=1.2)[2]
     wanted = {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.2}
-    assert sampling(drawn) == wanted
+    assert sampling_parameters(drawn) == wanted
 
 
 @pytest.mark.slow
@@ -136,7 +138,7 @@ def test_gos_own_engine_writes_what_the_chat_templates_write(describe, tmp_path)
     asked, wanted = [], []
     for template in TEMPLATES.values():
         pieces, processor, _ = describe(template)
-        for messages in conversations(pieces):
+        for messages in sample_conversations(pieces):
             asked.append({"Template": go_template(pieces), "Messages": messages})
             wanted.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     (tmp_path / "main.go").write_text(GO)

@@ -18,10 +18,12 @@ from support.hub import hub_at_work
 from support.models import build_llama
 from support.runs import llmtune
 
-from llmtune.deploy.products import merge_run
-from llmtune.deploy.publish import Wishes, publish_run
+from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.model_card import PublishOptions
+from llmtune.deploy.publish import publish_run
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.library_logging import hushed
+from llmtune.store.atomic_files import hash_file, hash_folder
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, base):
-    run = finish_run(tmp_path_factory.mktemp("publish"), base, evaluate={"gates": ["loss < base"]}, deploy=["merged"])
-    assert (run / "merged").is_dir()
-    return run
+    return finish_run(tmp_path_factory.mktemp("publish"), base, evaluate={"gates": ["loss < base"]}, deploy=["merged"])
 
 
 @pytest.fixture
@@ -41,32 +41,41 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def publish(run, to, console, **wishes):
-    return publish_run(run, Wishes(to=to, **wishes), console)
+def publish(run, to, console, **options):
+    return publish_run(run, PublishOptions(to=to, **options), console)
 
 
-def code_of(folder):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    return snippet
+def refuse(run, to, console, error, match, **options):
+    with pytest.raises(error, match=match) as raised:
+        publish(run, to, console, **options)
+    assert not to.exists()
+    return raised.value
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def run_snippet(folder, base=None):
-    """Run the code of a card as a reader would who has both on his disk."""
-    code = code_of(folder)
+    """Run the code of a card as a reader would who has both on disk; returns the code and what it prints."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     stated = re.search(r'^(base, )?tuned = "([^"]+)"(?:, "([^"]+)")?', code, flags=re.MULTILINE)
     names = f'base, tuned = "{base}", "{folder}"' if stated[1] else f'tuned = "{folder}"'
     assert "llmtune" not in code
-    with contextlib.redirect_stdout(io.StringIO()) as said, hushed():
+    with contextlib.redirect_stdout(io.StringIO()) as printed, hushed():
         exec(code.replace(stated[0], names), {})
-    return said.getvalue()
+    return code, printed.getvalue()
 
 
 def test_a_published_adapter_is_a_folder_that_the_hubs_library_reads_and_its_card_loads(run, base, tmp_path, console):
-    told = publish(run, tmp_path / "hub", console, base_model="example/tiny-llama", license="mit", languages=("en",))
+    published = publish(
+        run, tmp_path / "hub", console, base_model="example/tiny-llama", license="mit", languages=("en",)
+    )
     folder = tmp_path / "hub"
     names = {path.name for path in folder.iterdir()}
-    wanted = {"README.md", "certificate.json", "llmtune.lock", "recipe.yaml", "adapter_model.safetensors"}
-    assert {*wanted, "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= names == set(told["files"])
+    expected = {"README.md", "certificate.json", "llmtune.lock", "recipe.yaml", "adapter_model.safetensors"}
+    assert {*expected, "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert names == set(published["files"])
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("example/tiny-llama", "adapter")
@@ -80,16 +89,13 @@ def test_a_published_adapter_is_a_folder_that_the_hubs_library_reads_and_its_car
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "example/tiny-llama"
     assert json.loads((folder / "certificate.json").read_text())["passed"]
     text = (folder / "README.md").read_text()
-    assert "byte for byte" in text
-    assert "mean KL" in text
-    assert "| seed | `7` |" in text
+    assert all(part in text for part in ("byte for byte", "mean KL", "| seed | `7` |"))
     run_snippet(folder, base)
 
 
-def test_a_published_merge_loads_without_its_base_and_says_its_parity(run, tmp_path, console):
+def test_a_published_merge_loads_without_its_base_and_has_its_parity(run, tmp_path, console):
     publish(run, tmp_path / "hub", console, merged=True)
-    data = ModelCard.load(tmp_path / "hub/README.md").data
-    assert data.library_name == "transformers"
+    assert ModelCard.load(tmp_path / "hub/README.md").data.library_name == "transformers"
     assert not (tmp_path / "hub/adapter_config.json").exists()
     measured = json.loads((tmp_path / "hub/certificate.json").read_text())["measured"]
     text = (tmp_path / "hub/README.md").read_text()
@@ -100,83 +106,66 @@ def test_a_published_merge_loads_without_its_base_and_says_its_parity(run, tmp_p
     assert "--data-license" in console.file.getvalue()
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_nothing_that_is_published_names_a_place_a_person_or_a_secret(tmp_path, base, console, merged, monkeypatch):
+def test_nothing_that_is_published_names_a_place_a_person_or_a_secret(tmp_path, base, console):
     secret = "hf_" + "a1B2" * 8
     run = finish_run(tmp_path / "home" / "ann", base, name=f"tuned-{secret}", train={"report_to": []})
-    if merged:
-        merge_run(run, out=None, onto=None, dtype="auto", offline=True, console=console)
-    publish(run, tmp_path / "hub", console, merged=merged)
-    for path in (tmp_path / "hub").iterdir():
-        content = path.read_bytes().decode("utf-8", "replace")
-        for private in (str(tmp_path), str(base), "/home/", "ann/", secret, str(Path.home())):
-            assert private not in content, path.name
-        if path.suffix in {".json", ".md", ".lock"} and getpass.getuser() not in {"user", "root"}:
-            assert getpass.getuser() not in content, path.name
-    assert not re.search(r'"/[a-z]', (tmp_path / "hub/llmtune.lock").read_text())
+    merge_run(run, out=None, onto=None, dtype="auto", offline=True, console=console)
+    for merged in (False, True):
+        publish(run, tmp_path / "hub", console, merged=merged)
+        for path in (tmp_path / "hub").iterdir():
+            content = path.read_bytes().decode("utf-8", "replace")
+            for private in (str(tmp_path), str(base), "/home/", "ann/", secret, str(Path.home())):
+                assert private not in content, path.name
+            if path.suffix in {".json", ".md", ".lock"} and getpass.getuser() not in {"user", "root"}:
+                assert getpass.getuser() not in content, path.name
+        assert not re.search(r'"/[a-z]', (tmp_path / "hub/llmtune.lock").read_text())
 
 
 def test_a_template_that_names_a_place_is_refused(run, tmp_path, console):
     lock = json.loads((run / "llmtune.lock").read_text())
     (run / "adapter/chat_template.jinja").write_text(f"{{# of {lock['model']['folder']} #}}")
-    forget_hash(run)
-    with pytest.raises(EnvironmentProblem, match="names a place on this machine"):
-        publish(run, tmp_path / "hub", console)
-    assert not (tmp_path / "hub").exists()
-
-
-def forget_hash(run):
-    """Have the run believe that it evaluated what it holds now."""
-    from llmtune.store.atomic_files import hash_folder
-
     manifest = json.loads((run / "run.json").read_text())
     manifest["steps"]["evaluate"]["facts"]["trained"] = hash_folder(run / "adapter")
     (run / "run.json").write_text(json.dumps(manifest))
-
-
-def change_report(run, **changes):
-    report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps(report | changes))
+    refuse(run, tmp_path / "hub", console, EnvironmentProblem, "names a place on this machine")
 
 
 def test_a_failed_gate_stops_it_unless_that_is_wanted_and_then_the_card_shows_it(run, tmp_path, console):
-    change_report(run, gates=[{"name": "accuracy >= 1", "wanted": "accuracy >= 1", "got": "0.3", "passed": False}])
-    with pytest.raises(GateFailed, match="gate failed") as raised:
-        publish(run, tmp_path / "hub", console)
-    assert raised.value.exit_code == 6
-    assert not (tmp_path / "hub").exists()
+    gate = {"name": "accuracy >= 1", "wanted": "accuracy >= 1", "got": "0.3", "passed": False}
+    change_json(run / "report.json", gates=[gate])
+    assert refuse(run, tmp_path / "hub", console, GateFailed, "gate failed").exit_code == 6
     publish(run, tmp_path / "hub", console, despite_gates=True)
     assert "| `accuracy >= 1` | accuracy \\>= 1 | 0.3 | ❌ failed |" in (tmp_path / "hub/README.md").read_text()
 
 
-def test_weights_that_are_not_those_evaluated_are_refused(run, tmp_path, console):
+def test_only_what_was_evaluated_is_published(run, tmp_path, console):
     weights = run / "adapter/adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuse(run, tmp_path / "hub", console, GateFailed, "not what was evaluated")
     weights.write_bytes(content)
-    with pytest.raises(GateFailed, match="not what was evaluated"):
-        publish(run, tmp_path / "hub", console)
+    change_json(run / "report.json", evaluation=None)
+    refuse(run, tmp_path / "hub", console, RecipeError, "was not evaluated")
 
 
 def test_a_merge_that_changed_or_failed_or_is_missing_is_refused(run, tmp_path, console):
-    certificate = json.loads((run / "merged/certificate.json").read_text())
-    (name,) = certificate["files_sha256"]
+    (name,) = json.loads((run / "merged/certificate.json").read_text())["files_sha256"]
     with (run / "merged" / name).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(GateFailed, match="changed since it was certified"):
-        publish(run, tmp_path / "hub", console, merged=True)
-    (run / "merged/certificate.json").write_text(json.dumps(certificate | {"trained_sha256": "0"}))
-    with pytest.raises(GateFailed, match="made of other weights"):
-        publish(run, tmp_path / "hub", console, merged=True)
+    refuse(run, tmp_path / "hub", console, GateFailed, "changed since it was certified", merged=True)
+    change_json(run / "merged/certificate.json", trained_sha256="0")
+    refuse(run, tmp_path / "hub", console, GateFailed, "made of other weights", merged=True)
     shutil.rmtree(run / "merged")
-    with pytest.raises(RecipeError, match="no merged model"):
-        publish(run, tmp_path / "hub", console, merged=True)
+    refuse(run, tmp_path / "hub", console, RecipeError, "no merged model", merged=True)
     (run / "merged.failed.json").write_text(json.dumps({"breaches": ["mean KL is 3"]}))
-    with pytest.raises(GateFailed, match="mean KL is 3"):
-        publish(run, tmp_path / "hub", console, merged=True)
+    refuse(run, tmp_path / "hub", console, GateFailed, "mean KL is 3", merged=True)
 
 
 def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_left_alone(run, tmp_path, console):
+    listed = publish(run, tmp_path / "hub", console, dry_run=True)
+    assert "README.md" in listed["files"]
+    assert "README.md" in console.file.getvalue()
+    assert not (tmp_path / "hub").exists()
     publish(run, tmp_path / "hub", console)
     (tmp_path / "hub/stale.txt").write_text("old")
     publish(run, tmp_path / "hub", console)
@@ -188,19 +177,12 @@ def test_an_older_publication_is_replaced_and_a_folder_with_something_else_is_le
     assert (tmp_path / "mine/thesis.txt").read_text() == "do not lose me"
 
 
-def test_a_dry_run_lists_the_files_and_writes_none(run, tmp_path, console):
-    told = publish(run, tmp_path / "hub", console, dry_run=True)
-    assert "README.md" in told["files"]
-    assert "README.md" in console.file.getvalue()
-    assert not (tmp_path / "hub").exists()
-
-
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "message"),
     [
         ({}, "one of --to FOLDER and --repo"),
         ({"to": Path("x"), "repo": "a/b"}, "one of --to FOLDER and --repo"),
-        ({"repo": "no-owner"}, "does not say whose it is"),
+        ({"repo": "no-owner"}, "has no owner"),
         ({"repo": "a/b/c"}, "no name on the hub"),
         ({"to": Path("x"), "private": True}, "a folder has no --private"),
         ({"to": Path("x"), "license": "Apache 2"}, "none of the hub's licences"),
@@ -208,83 +190,67 @@ def test_a_dry_run_lists_the_files_and_writes_none(run, tmp_path, console):
         ({"to": Path("x"), "base_model": "a//b"}, "no name on the hub"),
     ],
 )
-def test_options_that_do_not_go_together_are_told(run, console, wishes, said):
-    with pytest.raises(RecipeError, match=said):
-        publish_run(run, Wishes(**wishes), console)
-
-
-def test_a_run_without_an_evaluation_is_not_published(run, tmp_path, console):
-    change_report(run, evaluation=None)
-    with pytest.raises(RecipeError, match="was not evaluated"):
-        publish(run, tmp_path / "hub", console)
+def test_options_that_do_not_go_together_are_refused(finished, console, options, message):
+    with pytest.raises(RecipeError, match=message):
+        publish_run(finished, PublishOptions(**options), console)
 
 
 def test_a_gguf_file_goes_along_with_its_certificate_alone(run, tmp_path, console):
-    from llmtune.store.atomic_files import hash_file, hash_folder
-
     file = tmp_path / "gguf/tiny-F16.gguf"
     file.parent.mkdir()
     file.write_bytes(b"GGUF and so on")
-    with pytest.raises(GateFailed, match="without a certificate"):
-        publish(run, tmp_path / "hub", console, gguf=file)
+    refuse(run, tmp_path / "hub", console, GateFailed, "without a certificate", gguf=file)
     report = json.loads((run / "report.json").read_text())
     numbers = {"positions": 9, "kl_mean": 1e-6, "largest_logit_difference": 0.01, "top1_agreement": 1.0}
     numbers |= {"answer_agreement": 1.0, "same_ids": True}
     certificate = {"passed": True, "file_sha256": hash_file(file), "base_sha256": report["model"]["sha256"]}
     certificate |= {"number_format": "f16", "reader": "transformers", "measured": numbers}
     (file.parent / "certificate.json").write_text(json.dumps(certificate))
-    with pytest.raises(GateFailed, match="another training"):
-        publish(run, tmp_path / "hub", console, gguf=file)
-    certificate["trained_sha256"] = hash_folder(run / "adapter")
-    (file.parent / "certificate.json").write_text(json.dumps(certificate))
+    refuse(run, tmp_path / "hub", console, GateFailed, "another training", gguf=file)
+    change_json(file.parent / "certificate.json", trained_sha256=hash_folder(run / "adapter"))
     publish(run, tmp_path / "hub", console, gguf=file)
     card = ModelCard.load(tmp_path / "hub/README.md")
     assert "gguf" in card.data.tags
     assert "GGUF (f16, read by transformers)" in card.text
     assert (tmp_path / "hub/tiny-F16.gguf").read_bytes() == b"GGUF and so on"
     file.write_bytes(b"another")
-    with pytest.raises(GateFailed, match="changed since it was certified"):
-        publish(run, tmp_path / "hub", console, gguf=file)
+    refuse(run, tmp_path / "new", console, GateFailed, "changed since it was certified", gguf=file)
 
 
-def test_an_upload_without_network_or_token_is_refused_before_anything_is_done(run, console, monkeypatch, tmp_path):
+def test_an_upload_without_network_or_token_is_refused_before_anything_is_done(
+    finished, console, monkeypatch, tmp_path
+):
     with pytest.raises(EnvironmentProblem, match="--offline forbids"):
-        publish_run(run, Wishes(repo="ann/tiny", offline=True), console)
+        publish_run(finished, PublishOptions(repo="ann/tiny", offline=True), console)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(EnvironmentProblem, match="no token") as raised:
-        publish_run(run, Wishes(repo="ann/tiny"), console)
-    assert "hf auth login" in str(raised.value)
+    with pytest.raises(EnvironmentProblem, match=r"no token(?s:.*)hf auth login"):
+        publish_run(finished, PublishOptions(repo="ann/tiny"), console)
 
 
 def publish_by_command(run, hub, *options):
     switches = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), "0")
-    return llmtune(
-        *("deploy", "publish", run, "--repo", "ann/tiny", "--license", "mit", *options),
-        cwd=run.parent,
-        HF_ENDPOINT=hub.url,
-        HF_TOKEN="hf_token_of_ann",
-        HF_HUB_DISABLE_XET="1",
-        **switches,
-    )
+    token = {"HF_TOKEN": "hf_token_of_ann", "HF_HUB_DISABLE_XET": "1"}
+    command = ("deploy", "publish", run, "--repo", "ann/tiny", "--license", "mit", *options)
+    return llmtune(*command, cwd=run.parent, HF_ENDPOINT=hub.url, **token, **switches)
 
 
-def test_an_upload_arrives_whole_at_a_hub(run):
+def test_an_upload_arrives_whole_at_a_hub(finished):
     with hub_at_work() as hub:
-        done = publish_by_command(run, hub, "--private", "--json")
+        done = publish_by_command(finished, hub, "--private", "--json")
     assert done.returncode == 0, done.stderr
     assert hub.repos == {"ann/tiny": True}
     assert hub.tokens == {"Bearer hf_token_of_ann"} | (hub.tokens & {""})  # files go to a storage that needs none
     assert set(hub.files) == set(json.loads(done.stdout)["files"])
-    assert hub.files["adapter_model.safetensors"] == (run / "adapter/adapter_model.safetensors").read_bytes()
+    assert hub.files["adapter_model.safetensors"] == (finished / "adapter/adapter_model.safetensors").read_bytes()
     assert b"ann/tiny" in hub.files["README.md"]
     assert b"hf_token_of_ann" not in b"".join(hub.files.values())
 
 
-def test_a_hub_that_refuses_the_token_is_told_without_a_traceback(run):
+def test_a_hub_that_refuses_the_token_is_told_without_a_traceback(finished):
     with hub_at_work(refuses=403) as hub:
-        done = publish_by_command(run, hub)
+        done = publish_by_command(finished, hub)
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "may not write to ann/tiny" in done.stderr
@@ -293,11 +259,9 @@ def test_a_hub_that_refuses_the_token_is_told_without_a_traceback(run):
 def test_cards_of_a_quantised_base_and_of_a_classifier_load_too(tmp_path, base, console):
     run = finish_run(tmp_path / "q", base, adapter={"method": "qlora"})
     publish(run, tmp_path / "hub-q", console)
-    assert "load_in_4bit=True" in code_of(tmp_path / "hub-q")
-    run_snippet(tmp_path / "hub-q", base)
+    assert "load_in_4bit=True" in run_snippet(tmp_path / "hub-q", base)[0]
     bert = build_bert(tmp_path / "bert")
     _, run = classifying.run(classifying.recipe_for(tmp_path / "c.yaml", bert, classifying.colour_rows()))
     publish(run, tmp_path / "hub-c", console)
-    data = ModelCard.load(tmp_path / "hub-c/README.md").data
-    assert data.pipeline_tag == "text-classification"
-    assert "green" in run_snippet(tmp_path / "hub-c", bert)
+    assert ModelCard.load(tmp_path / "hub-c/README.md").data.pipeline_tag == "text-classification"
+    assert "green" in run_snippet(tmp_path / "hub-c", bert)[1]

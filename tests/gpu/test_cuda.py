@@ -19,6 +19,7 @@ from support.training import make_recipe, run_training, write_examples
 
 from llmtune.adapter import inject, load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
+from llmtune.deploy.parity import TunedModel
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
@@ -104,9 +105,8 @@ def test_a_quantised_base_is_in_4_bits_and_its_adapter_reloads_on_it(tiny_llama:
     save_adapter(adapted, tmp_path / "saved")
     again = load_adapter(select(recipe, training=False), tmp_path / "saved")
     torch.testing.assert_close(logits_of(again), wanted, atol=1e-2, rtol=1e-2)
-    certificate = merge_model(
-        again, recipe, get_task("chat"), tmp_path / "merged", Console(file=io.StringIO()), onto="dequantized"
-    )
+    tuned = TunedModel(again, recipe, get_task("chat"))
+    certificate = merge_model(tuned, tmp_path / "merged", Console(file=io.StringIO()), onto="dequantized")
     assert certificate["passed"]
 
 

@@ -93,14 +93,8 @@ def test_a_message_that_the_template_refuses_is_a_data_error(tune):
         list(session.answer("Hello"))
 
 
-def test_completion_goes_on_from_a_text_and_holds_no_conversation(tune, tiny_gpt2, tmp_path):
+def test_completion_holds_no_conversation(tune, tiny_gpt2, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
-    adapted, recipe = tune(tiny_gpt2, task="completion", data={"train": str(rows)})
-    task = get_task("completion")
-    session = ChatSession(adapted.model, adapted.selected.processor, recipe, task)
-    text = "".join(session.answer("The quick brown"))
-    ids = task.prompt_ids({"prompt": "The quick brown", "completion": ""}, adapted.selected.processor, recipe)
-    assert [text] == generate_texts(adapted.model, [ids], adapted.selected.processor, recipe, device="cpu")
     with pytest.raises(RecipeError, match="no conversation"):
-        list(session.answer("Hello", keep=True))
+        list(session_of(tune(tiny_gpt2, task="completion", data={"train": str(rows)})).answer("Hello", keep=True))

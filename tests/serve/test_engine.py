@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 
 import pytest
@@ -9,8 +8,9 @@ import torch
 from support.serving import served_of, wait_until
 
 from llmtune.serve.chat_session import ChatSession
-from llmtune.serve.engine import Closing, End, Engine, Job, OutOfMemory, QueueFull
-from llmtune.serve.sampling import wish_for
+from llmtune.serve.engine import Engine, OutOfMemory
+from llmtune.serve.request_queue import End, Job, Stopping
+from llmtune.serve.sampling import sampling_params
 
 QUESTIONS = [f"Which colour has the {thing} number {n}?" for n, thing in enumerate(["cat", "dog", "fox", "fish", "x"])]
 
@@ -23,9 +23,9 @@ class Client:
         row = {"messages": [{"role": "user", "content": question}]}
         ids = served.task.prompt_ids(row, served.processor, served.recipe)
         new = stated.pop("new_tokens", served.recipe.generation.max_new_tokens)
-        wish = wish_for(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
+        sampling = sampling_params(served.recipe, stated, new, stated.pop("seed", served.recipe.seed + 1))
         self.engine, self.served = engine, served
-        self.job = Job(served, self.events.put, ids=ids, wish=wish)
+        self.job = Job(served, ids=ids, sampling=sampling, deliver=self.events.put)
         self.ids = []
         engine.submit(self.job)
 
@@ -47,15 +47,15 @@ class Client:
 def start():
     engines = []
 
-    def build(*models, most_rows=4, max_queue=64):
-        engine = Engine({served.name: served for served in models}, most_rows=most_rows, max_queue=max_queue)
+    def build(*models, max_batch=4, max_queue=64):
+        engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
         engine.start()
         engines.append(engine)
         return engine
 
     yield build
     for engine in engines:
-        engine.stop(0)
+        engine.queue.stop(0)
         engine.thread.join(20)
         assert not engine.thread.is_alive()
 
@@ -77,7 +77,7 @@ def as_generate(tuned, question):
 def test_answers_are_those_of_generate_whatever_they_were_batched_with(tune, start, generation):
     tuned = tune(generation=generation)
     wanted = [as_generate(tuned, question) for question in QUESTIONS]
-    engine, served = start(served := served_of(tuned), most_rows=3), served
+    engine, served = start(served := served_of(tuned), max_batch=3), served
     clients = []
     for question in QUESTIONS:
         clients.append(Client(engine, served, question))
@@ -100,17 +100,17 @@ def test_models_that_share_a_base_take_turns_and_stay_apart(tune, start):
     def ask(engine):
         return [Client(engine, served, question) for question in QUESTIONS for served in models]
 
+    expected = [as_generate(tuned, question) for question in QUESTIONS]
     alone = []
     for served in models:
         engine = start(served)
         alone.append([Client(engine, served, question).text() for question in QUESTIONS])
-        engine.stop(5)
+        engine.queue.stop(5)
         engine.thread.join(5)
     texts = [client.text() for client in ask(start(*models))]
     assert [texts[at::3] for at in range(3)] == alone
     assert alone[0] != alone[1] != alone[2] != alone[0]
-    model.set_adapter("default")
-    assert alone[0] == [as_generate(tuned, question) for question in QUESTIONS]
+    assert alone[0] == expected
 
 
 def test_an_answer_ends_at_its_end_token_or_at_its_length(tune, start):
@@ -125,30 +125,18 @@ def test_an_answer_ends_at_its_end_token_or_at_its_length(tune, start):
     assert again.ids == client.ids[: client.ids.index(client.ids[6]) + 1]
 
 
-def test_a_full_queue_says_when_to_try_again(tune, start):
-    served = served_of(tune())
-    engine = start(served, most_rows=1, max_queue=2)
-    first = Client(engine, served, "one", new_tokens=1500).first()
-    waiting = [Client(engine, served, "two"), Client(engine, served, "three")]
-    with pytest.raises(QueueFull) as full:
-        Client(engine, served, "four")
-    assert 1 <= full.value.seconds <= 60
-    engine.cancel(first.job)
-    assert all(isinstance(client.end(), End) for client in waiting)
-
-
 def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tune, start):
     tuned = tune(generation={"max_new_tokens": 30})
     served = served_of(tuned)
     wanted = [as_generate(tuned, question) for question in QUESTIONS[:2]]
-    engine = start(served, most_rows=3)
+    engine = start(served, max_batch=3)
     endless = Client(engine, served, "tell me everything", new_tokens=1900).first()
     clients = [Client(engine, served, question).first() for question in QUESTIONS[:2]]
     queued = Client(engine, served, "me too")
-    engine.cancel(endless.job)
-    engine.cancel(queued.job)
+    engine.queue.cancel(endless.job)
+    engine.queue.cancel(queued.job)
     assert [client.text() for client in clients] == wanted
-    wait_until(lambda: (engine.running, engine.waiting) == (0, 0))
+    wait_until(lambda: (engine.queue.running, len(engine.queue)) == (0, 0))
     assert endless.events.qsize() < 1800
     assert queued.events.empty()
 
@@ -156,30 +144,21 @@ def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tu
 @pytest.mark.parametrize("beams", [1, 2])
 def test_stopping_turns_away_what_waits_and_ends_the_rest_in_time(tune, start, beams):
     served = served_of(tune(generation={"num_beams": beams}))
-    engine = start(served, most_rows=1)
+    engine = start(served, max_batch=1)
     short, endless, queued = (Client(engine, served, "one", new_tokens=n) for n in (40, 1900, 5))
     if beams == 1:
         short.first()
-    wait_until(lambda: engine.running)
+    wait_until(lambda: engine.queue.running)
     began = time.monotonic()
-    engine.stop(1.0)
-    with pytest.raises(Closing):
+    engine.queue.stop(1.0)
+    with pytest.raises(Stopping):
         Client(engine, served, "late")
-    assert isinstance(queued.end(), Closing)
-    assert isinstance(endless.end(), Closing)
+    assert isinstance(queued.end(), Stopping)
+    assert isinstance(endless.end(), Stopping)
     assert isinstance(short.end(), End)
     engine.thread.join(10)
     assert time.monotonic() - began < 8
     assert not engine.ready
-
-
-def test_the_time_of_grace_ends_an_endless_answer(tune, start):
-    served = served_of(tune())
-    engine = start(served)
-    endless = Client(engine, served, "one", new_tokens=2000).first()
-    engine.stop(0.2)
-    assert isinstance(endless.end(), Closing)
-    assert len(endless.ids) < 2000
 
 
 class Broken(torch.nn.Module):
@@ -209,25 +188,6 @@ def test_an_error_in_the_model_is_told_to_those_it_costs_and_the_next_is_served(
     assert isinstance(client.end(), told)
     broken.armed = False
     assert Client(engine, served, QUESTIONS[0]).text() == as_generate(tuned, QUESTIONS[0])
-    assert engine.running == 0
+    assert engine.queue.running == 0
     assert ("ZeroDivisionError" in capsys.readouterr().err) == (told is ZeroDivisionError)
-    assert engine.batches[served].most == (1 if told is OutOfMemory else 4)
-
-
-def test_many_threads_ask_at_once_and_nothing_is_lost(tune, start):
-    tuned = tune(generation={"max_new_tokens": 6})
-    served = served_of(tuned)
-    wanted = {question: as_generate(tuned, question) for question in QUESTIONS}
-    engine, found = start(served, most_rows=8, max_queue=200), []
-
-    def work(number):
-        question = QUESTIONS[number % len(QUESTIONS)]
-        found.append((question, Client(engine, served, question).text()))
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(60)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert len(found) == 60
-    assert all(text == wanted[question] for question, text in found)
+    assert engine.batches[served].max_rows == (1 if told is OutOfMemory else 4)

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.serve.continuous_batch import LiveRows
-from llmtune.serve.sampling import Chooser, choose_tokens, wish_for
+from llmtune.serve.sampling import TokenSampler, sample_tokens, sampling_params
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -33,15 +33,15 @@ def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
     adapted, recipe = tune()
     model, new = adapted.model.eval(), 12
     prompts = [[5, 9, 30 + i, 7][: 2 + i % 3] for i in range(len(SETTINGS))]
-    wishes = [wish_for(recipe, stated, new, 100 + i) for i, stated in enumerate(SETTINGS)]
-    choosers = [Chooser(wish, ids, "cpu") for wish, ids in zip(wishes, prompts, strict=True)]
+    params = [sampling_params(recipe, stated, new, 100 + i) for i, stated in enumerate(SETTINGS)]
+    samplers = [TokenSampler(params, ids, "cpu") for params, ids in zip(params, prompts, strict=True)]
     with torch.inference_mode():
         rows = LiveRows(model, "cpu")
-        tokens = choose_tokens(rows.join(prompts), choosers)
+        tokens = sample_tokens(rows.join(prompts), samplers)
         for _ in range(new - 1):
-            tokens = choose_tokens(rows.step(torch.tensor(tokens)), choosers)
-    for i, (chooser, ids) in enumerate(zip(choosers, prompts, strict=True)):
-        assert chooser.ids[len(ids) :] == by_transformers(model, ids, SETTINGS[i], 100 + i, new), SETTINGS[i]
+            tokens = sample_tokens(rows.step(torch.tensor(tokens)), samplers)
+    for i, (sampler, ids) in enumerate(zip(samplers, prompts, strict=True)):
+        assert sampler.ids[len(ids) :] == by_transformers(model, ids, SETTINGS[i], 100 + i, new), SETTINGS[i]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,6 @@ def test_rows_of_one_batch_draw_what_each_draws_alone_by_transformers(tune):
 )
 def test_a_request_overrules_the_recipe_and_nothing_else(tune, section, stated, drawn, temperature):
     _, recipe = tune(generation=section)
-    wish = wish_for(recipe, stated, 5, 1)
-    assert (wish.do_sample, wish.temperature) == (drawn, temperature)
-    assert wish.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)
+    params = sampling_params(recipe, stated, 5, 1)
+    assert (params.do_sample, params.temperature) == (drawn, temperature)
+    assert params.top_p == (stated.get("top_p", section.get("top_p")) if drawn else None)

@@ -18,8 +18,8 @@ import uvicorn
 
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
-from llmtune.serve.middleware import Rules
-from llmtune.serve.served_model import Served
+from llmtune.serve.middleware import AccessRules
+from llmtune.serve.served_model import ServedModel
 
 
 class Process:
@@ -64,13 +64,13 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*models: Served, most_rows: int = 8, max_queue: int = 64, **rules: Any) -> Iterator[str]:
+def serving(*models: ServedModel, max_batch: int = 8, max_queue: int = 64, **rules: Any) -> Iterator[str]:
     """Serve in this process; gives the address."""
-    engine = Engine({served.name: served for served in models}, most_rows=most_rows, max_queue=max_queue)
+    engine = Engine({served.name: served for served in models}, max_batch=max_batch, max_queue=max_queue)
     engine.start()
-    with running(build_app(engine, Rules(**{"body_bytes": 2**20, **rules}))) as url:
+    with running(build_app(engine, AccessRules(**{"body_bytes": 2**20, **rules}))) as url:
         yield url
-    engine.stop(0)
+    engine.queue.stop(0)
     engine.thread.join(10)
     assert not engine.thread.is_alive()
 
@@ -93,13 +93,13 @@ def running(app: Any) -> Iterator[str]:
         thread.join(10)
 
 
-def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> Served:
+def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> ServedModel:
     """What a server offers of an adapted model and its recipe."""
     from llmtune.tasks import get_task
 
     adapted, recipe = tuned
     about = {"adapter": "default", **changes}
-    return Served(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)
+    return ServedModel(name, adapted.model.eval(), adapted.selected.processor, recipe, get_task(recipe.task), **about)
 
 
 def wait_until(holds: Any, seconds: float = 10) -> None:

@@ -1,10 +1,9 @@
-"""What llama.cpp calls the parts of a model: its architecture, the numbers of its shape, the names of its tensors."""
+"""Tensors and shape of a model as llama.cpp names them; the names are those of `gguf.get_tensor_name_map`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from gguf import (
@@ -14,9 +13,10 @@ from gguf import (
     TENSOR_NAMES,
     GGUFWriter,
     RopeScalingType,
+    TensorNameMap,
     get_tensor_name_map,
 )
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem, Problem, nearest
@@ -25,56 +25,60 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that are written; others would be read without their scaling."""
 LARGEST_GEMMA = (46, 62)
 """Layers of the 27B models of Gemma 2 and 3, where llama.cpp scales queries by another size than that of a head."""
+MERGE_INSTEAD = "Use: llmtune deploy merge RUN."
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """How one `model_type` of transformers is written for llama.cpp."""
 
     arch: MODEL_ARCH
     permuted: bool = False
     """Whether rows of q and k stand in pairs: llama.cpp turns neighbours where transformers turns halves."""
     norm_offset: float = 0.0
-    """What a norm adds to its weight when it computes; llama.cpp wants the sum."""
+    """What a norm adds to its weight when it computes; llama.cpp expects the sum."""
+    full_attention_period: int | None = None
+    """Every n-th layer sees everything; llama.cpp gives the others a sliding window."""
 
     @property
     def name(self) -> str:
-        """The architecture as it is named in files."""
+        """The architecture's name in files."""
         return MODEL_ARCH_NAMES[self.arch]
 
 
-FAMILIES = {
-    "llama": Family(MODEL_ARCH.LLAMA, permuted=True),
-    "smollm3": Family(MODEL_ARCH.SMOLLM3, permuted=True),
-    "qwen2": Family(MODEL_ARCH.QWEN2),
-    "qwen3": Family(MODEL_ARCH.QWEN3),
-    "gemma2": Family(MODEL_ARCH.GEMMA2, norm_offset=1.0),
-    "gemma3_text": Family(MODEL_ARCH.GEMMA3, norm_offset=1.0),
+ARCHITECTURES = {
+    "llama": Architecture(MODEL_ARCH.LLAMA, permuted=True),
+    "smollm3": Architecture(MODEL_ARCH.SMOLLM3, permuted=True),
+    "qwen2": Architecture(MODEL_ARCH.QWEN2),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "gemma2": Architecture(MODEL_ARCH.GEMMA2, norm_offset=1.0, full_attention_period=2),
+    "gemma3_text": Architecture(MODEL_ARCH.GEMMA3, norm_offset=1.0, full_attention_period=6),
 }
+"""By `model_type`."""
 
 
-def find_family(config: Any) -> Family:
+def find_architecture(config: PretrainedConfig) -> Architecture:
     """Return how a model of this configuration is written.
 
     Raises:
-        EnvironmentProblem: its kind is not known, or it has something that llama.cpp does not read from the file.
+        EnvironmentProblem: its type is not known, or it has something that llama.cpp does not read from the file.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(FAMILIES)
-        meant = nearest(config.model_type, list(FAMILIES))
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        meant = nearest(config.model_type, list(ARCHITECTURES))
         what = f"a model of type {config.model_type!r} cannot be written as GGUF.{meant}"
-        raise EnvironmentProblem.of(what, "model.name", f"Types that can: {known}. Any type: llmtune deploy merge RUN.")
-    problems = [Problem(what, "model.name", "Use: llmtune deploy merge RUN.") for what in _unread(config, family)]
+        fix = f"Types that can: {', '.join(ARCHITECTURES)}. Any type: llmtune deploy merge RUN."
+        raise EnvironmentProblem.of(what, "model.name", fix)
+    problems = [Problem(what, "model.name", MERGE_INSTEAD) for what in _find_unreadable(config, architecture)]
     EnvironmentProblem.collect(problems)
-    return family
+    return architecture
 
 
-def _unread(config: Any, family: Family) -> Iterator[str]:
+def _find_unreadable(config: PretrainedConfig, architecture: Architecture) -> Iterator[str]:
     """Yield what this configuration has and a reader would take for something else."""
-    kind = rope_of(config).get("rope_type", "default")
+    kind = _rope(config).get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        yield f"GGUF files of this model type have no place for rotary embeddings of type {kind!r}"
+        yield f"GGUF files of this model type cannot hold rotary embeddings of type {kind!r}"
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is not None:
         largest = config.num_hidden_layers in LARGEST_GEMMA
@@ -84,26 +88,24 @@ def _unread(config: Any, family: Family) -> Iterator[str]:
     no_rope = getattr(config, "no_rope_layers", None)
     if no_rope and list(no_rope) != [int((i + 1) % 4 != 0) for i in range(len(no_rope))]:
         yield "layers without positions are others than each fourth, which is what llama.cpp computes with"
-    layers = getattr(config, "layer_types", None) or []
-    period = {MODEL_ARCH.GEMMA2: 2, MODEL_ARCH.GEMMA3: 6}.get(family.arch)
-    sliding = [i for i, layer in enumerate(layers) if layer == "sliding_attention"]
-    wanted = [i for i in range(len(layers)) if period and (i + 1) % period]
-    if sliding != wanted:
+    layers, period = getattr(config, "layer_types", None) or [], architecture.full_attention_period
+    sliding = [layer == "sliding_attention" for layer in layers]
+    if sliding != [bool(period and (i + 1) % period) for i in range(len(layers))]:
         yield "layers with a sliding window are others than those that llama.cpp takes for them"
 
 
-def rope_of(config: Any) -> dict[str, Any]:
+def _rope(config: PretrainedConfig) -> dict[str, float | str]:
     """Return the rotary parameters of layers that see everything."""
     parameters = dict(config.rope_parameters or {})
-    return cast(dict[str, Any], parameters.get("full_attention", parameters))
+    return dict(parameters.get("full_attention", parameters))
 
 
-def head_size(config: Any) -> int:
+def head_size(config: PretrainedConfig) -> int:
     """Return the width of one attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def write_shape(writer: GGUFWriter, config: Any, family: Family, vocabulary_size: int) -> None:
+def write_shape(writer: GGUFWriter, config: PretrainedConfig, architecture: Architecture, vocabulary_size: int) -> None:
     """Write the numbers that a reader builds the model from."""
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -115,7 +117,7 @@ def write_shape(writer: GGUFWriter, config: Any, family: Family, vocabulary_size
     writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(vocabulary_size)
-    if family.permuted:
+    if architecture.permuted:
         writer.add_rope_dimension_count(head_size(config))
     _write_rope(writer, config)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -125,66 +127,66 @@ def write_shape(writer: GGUFWriter, config: Any, family: Family, vocabulary_size
         writer.add_sliding_window(config.sliding_window)
 
 
-def _write_rope(writer: GGUFWriter, config: Any) -> None:
-    rope = rope_of(config)
-    writer.add_rope_freq_base(rope["rope_theta"])
+def _write_rope(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    rope = _rope(config)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
     local = dict(config.rope_parameters or {}).get("sliding_attention")
     if local is not None:
         writer.add_rope_freq_base_swa(local["rope_theta"])
     kind = rope.get("rope_type", "default")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(kind))
-        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_factor(float(rope["factor"]))
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_orig_ctx_len(int(original))
 
 
-def list_tensors(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, torch.Tensor]]:
+def tensor_names(config: PretrainedConfig, architecture: Architecture) -> TensorNameMap:
+    """Return llama.cpp's names of this model's modules."""
+    return get_tensor_name_map(architecture.arch, config.num_hidden_layers)
+
+
+def tensor_name(name: str, names: TensorNameMap) -> str:
+    """Return llama.cpp's name of a weight or a bias; raises EnvironmentProblem where it has none."""
+    module, _, suffix = name.rpartition(".")
+    mapped = names.get_name(module)
+    if mapped is None:
+        what = f"GGUF files of this model type cannot hold the weight {name}"
+        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
+    return f"{mapped}.{suffix}"
+
+
+def list_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every weight by llama.cpp's name, in its layout, in float32 on the CPU; one at a time.
 
     Raises:
         EnvironmentProblem: a weight has no name there.
     """
-    config: Any = model.config
-    names = get_tensor_name_map(family.arch, config.num_hidden_layers)
+    config = model.config
+    names = tensor_names(config, architecture)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and _is_tied(model):
             continue
-        yield name_tensor(name, names), arrange(weight, name, config, family)
-    if rope_of(config).get("rope_type") == "llama3":
+        yield tensor_name(name, names), to_layout(weight, name, config, architecture)
+    if _rope(config).get("rope_type") == "llama3":
         yield f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight", _rope_factors(config)
 
 
-def name_tensor(name: str, names: Any) -> str:
-    """Return llama.cpp's name of a weight or a bias."""
-    module, _, suffix = name.rpartition(".")
-    found = names.get_name(module)
-    if found is None:
-        what = f"GGUF files of this model type have no place for the weight {name}"
-        raise EnvironmentProblem.of(what, None, "Use: llmtune deploy merge RUN.")
-    return f"{found}.{suffix}"
-
-
-def arrange(weight: torch.Tensor, name: str, config: Any, family: Family) -> torch.Tensor:
-    """Return a weight as llama.cpp wants it, in float32 on the CPU."""
+def to_layout(weight: torch.Tensor, name: str, config: PretrainedConfig, architecture: Architecture) -> torch.Tensor:
+    """Return a weight as llama.cpp expects it, in float32 on the CPU."""
     weight = weight.detach().float().cpu()
-    heads = _heads_of(name, config)
-    if family.permuted and heads:
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module)
+    if architecture.permuted and heads:
         return pair_rows(weight, heads)
-    if family.norm_offset and name.endswith("norm.weight"):
-        return weight + family.norm_offset
+    if architecture.norm_offset and name.endswith("norm.weight"):
+        return weight + architecture.norm_offset
     return weight
 
 
-def _heads_of(name: str, config: Any) -> int | None:
-    """Return the number of heads in rows that positions turn, None for other weights."""
-    module = name.rpartition(".")[0].rpartition(".")[2]
-    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module)
-
-
 def pair_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return the rows of each head so that those stand side by side which positions turn together."""
+    """Return the rows of each head so that those which positions turn together stand next to each other."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -193,8 +195,10 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return out is not None and bool(out.weight is into.weight)
 
 
-def _rope_factors(config: Any) -> torch.Tensor:
+def _rope_factors(config: PretrainedConfig) -> torch.Tensor:
     """Return by how much each frequency is slowed down; llama.cpp reads Llama 3's scaling from a tensor."""
+    scaled: torch.Tensor
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    plain = rope_of(config)["rope_theta"] ** (-torch.arange(0, head_size(config), 2).float() / head_size(config))
-    return cast(torch.Tensor, plain / scaled)
+    exponents = torch.arange(0, head_size(config), 2).float() / head_size(config)
+    plain = torch.pow(float(_rope(config)["rope_theta"]), -exponents)
+    return plain / scaled
