@@ -36,7 +36,7 @@ from watch import describe_training, watch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.model import load_processor
-from llmtune.pipeline import make_adapted, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.records import Example, Examples, ModelRef
 from llmtune.session import Options, RunContext
@@ -92,7 +92,7 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
             max_steps=settings.max_steps,
         )
         steps.extend([reader[int(row)] for row in plan.rows(step + 1)] for step in range(plan.total_steps))
-        adapted = make_adapted(context, place, load_processor(place, context.recipe.model))
+        adapted = context.make_adapted(place, load_processor(place, context.recipe.model))
         named = adapted.model.named_parameters()
         start.update({name: weight.detach().clone() for name, weight in named if weight.requires_grad})
         train(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmtune.report.old_charts import LEFT, TOP, WIDTH, line_chart
+from llmtune.report.blocks import Curve, Curves
+from llmtune.report.charts import LEFT, TOP, WIDTH, draw_curves
 
 COLOURS = ("#0b7285", "#c2410c", "#7c3aed", "#15803d", "#b45309", "#be185d")
 STYLE = """
@@ -18,8 +19,8 @@ text { fill: #444 }
 
 def draw_losses(curves: Mapping[str, Sequence[float]]) -> str:
     """Draw one line a tool; steps count from 1. Returns the text of an SVG file."""
-    series = [(f"tool{k}", list(enumerate(losses, 1))) for k, losses in enumerate(curves.values())]
-    chart = str(line_chart(series, label="Loss of every step, a line a tool", height=300))
+    lines = [Curve(name, list(enumerate(losses, 1)), f"tool{k}") for k, (name, losses) in enumerate(curves.items())]
+    chart = str(draw_curves(Curves(lines, "Loss of every step, a line a tool", height=300)))
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(curves))]
     rules = [f".tool{k} {{ stroke: {colour} }} circle.tool{k} {{ fill: {colour} }}" for k, colour in enumerate(colours)]
     names = [

@@ -17,7 +17,7 @@ from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
 from llmtune.model import load_processor
-from llmtune.pipeline import make_adapted, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.records import Examples, Loss, ModelRef
 from llmtune.session import Options, RunContext
@@ -89,7 +89,7 @@ def train_counted(
 
     task = copy(context.task)
     vars(task)["loss"] = counted
-    adapted = make_adapted(context, place, load_processor(place, context.recipe.model))
+    adapted = context.make_adapted(place, load_processor(place, context.recipe.model))
     clock.loaded(adapted.model)
     train(
         adapted,

@@ -15,16 +15,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Json = dict[str, Any]
+"""A JSON object, as it stands in a file."""
 Row = dict[str, Any]
-"""A row in canonical form; its keys are those of the task.
-
-chat: `messages` (and `tools`). completion: `prompt` (may be empty), `completion`. translate: `source`, `target`,
-`source_language`, `target_language` (may be None; `languages` are what a data set calls them). summarize: `document`,
-`summary`. qa: `question`, `context`, `answers` (a list of `{text, start}`, empty where there is none). classify:
-`text`, `pair` (may be None), `label` (text, number or a list of texts). token-classify: `tokens`, `tags`. speech:
-`audio` (a file), `content` (its hash), `text`. preference: `messages` (the prompt), `chosen`, `rejected`; or
-`messages`, `answer`, `good`.
-"""
+"""A row in canonical form; its keys are those of the TypedDict of its task (`llmtune.tasks`)."""
 
 SIDES = ("train", "validation", "test")
 
@@ -212,7 +206,7 @@ class TrainedRun:
     seconds_to_first_step: float | None = None
     """From the start of the process to the end of its first optimiser step, without the rehearsal; None without one."""
 
-    def as_facts(self) -> dict[str, Any]:
+    def as_facts(self) -> Json:
         """Return what the manifest keeps: JSON values, the adapter by the name of its folder in the run."""
         return {**asdict(self), "adapter": self.adapter.name}
 
@@ -234,7 +228,7 @@ class Loss:
 
 
 Batch = dict[str, Any]
-"""The tensors of one micro-batch by name; numbers and settings may stand beside them."""
+"""The tensors of one micro-batch by name, and numbers and settings."""
 Collate = Callable[[Sequence[Example], int], Batch]
 """Makes a batch of examples; the number (0 in evaluation) is the draw of what is random in it, such as masks."""
 Advance = Callable[[int], None]
@@ -351,11 +345,11 @@ class Contamination:
     common: int
     """Runs of 13 words of the test rows that were left out, since more than ten training rows have them."""
     dropped: dict[str, int]
-    """Rows that were left out when rows were prepared since they were too like a test row, by reason."""
+    """Rows that were left out before, by reason, since they were too like a test row."""
     examples: tuple[dict[str, str], ...]
     """A few that overlap: kind, where the test row and the training row stand, what they share."""
     scores: tuple[Slice, ...]
-    """Both models on the clean rows and on those that overlap; empty where none does."""
+    """Both models on clean and on overlapping rows; empty where none overlaps."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +367,7 @@ class Evaluation:
     """How a metric was computed, e.g. sacrebleu's signature."""
     baseline: str | None = None
     """Where the base model has no trained head: what stands in its place, by name."""
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Json = field(default_factory=dict)
     """What a task shows beside the scores, of base and tuned: a table of classes, a confusion matrix."""
     flips: dict[str, Flips] = field(default_factory=dict)
     """By right-or-wrong metric."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from llmtune.data import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model import pick_device
 from llmtune.model.device import describe_device
-from llmtune.pipeline import Trainer, run_pipeline
+from llmtune.pipeline import KEPT, Trainer, run_pipeline
 from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
-from llmtune.seeds import without_seeds
+from llmtune.records import Json
 from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json
 from llmtune.store.diff_runs import (
@@ -30,14 +30,13 @@ from llmtune.store.diff_runs import (
     same_but_paths,
 )
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
-from llmtune.store.run_lock import LOCK, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
+from llmtune.store.seed_runs import without_seeds
 from llmtune.store.verification import Verification, moved, split_pattern, verify
 
 RESULT = "reproduction.json"
 DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")
 """What of the hardware decides the last bits of a result."""
-KEPT = ("micro_batch_tokens", "gradient_checkpointing")
-"""Findings of a run that its reproduction keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def reproduce(
     offline: bool = False,
     tolerances: Tolerances | None = None,
     trainer: Trainer | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Run the resolved recipe of `run` again with all that its lock holds, and compare; returns what was found.
 
     Raises:
@@ -84,7 +83,7 @@ def reproduce(
         offline=offline,
         until="evaluate" if is_evaluated(folder) else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
-        settled={name: folder.findings[name] for name in KEPT if name in folder.findings},
+        findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
     loaded = without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock)))
     try:
@@ -110,7 +109,7 @@ def is_evaluated(folder: RunFolder) -> bool:
     return folder.is_done("evaluate")
 
 
-def move_recipe(loaded: LoadedRecipe, lock: Mapping[str, Any], run: Path) -> LoadedRecipe:
+def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     """Return the recipe with each path that is gone replaced by where the same lies now, seen from the run folder."""
     then = lock.get("folder")
 
@@ -143,7 +142,7 @@ def change_sources(data: DataSection, change: Callable[[Source], Source]) -> Dat
     return data.model_copy(update=update)
 
 
-def at_commits(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
+def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
     """Return the recipe with data sets of the hub at the commits that the lock holds."""
     commits = {entry["source"]: entry["commit"] for entry in lock["data"].get("files", []) if "commit" in entry}
     if not commits:
@@ -155,7 +154,7 @@ def at_commits(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"data": change_sources(recipe.data, pin)})
 
 
-def hold(pins: Pins, recipe: Recipe, lock: Mapping[str, Any], run: Path) -> Pins:
+def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
     """Return what to hold still: the lock's pins, seen from here."""
     if os.path.isabs(pins.model):
         pins = replace(pins, model=str(moved(pins.model, lock.get("folder"), run)))
@@ -165,9 +164,7 @@ def hold(pins: Pins, recipe: Recipe, lock: Mapping[str, Any], run: Path) -> Pins
     return pins
 
 
-def compare(
-    folder: RunFolder, now: Path, lock: Mapping[str, Any], verification: Verification, tolerances: Tolerances
-) -> dict[str, Any]:
+def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification, tolerances: Tolerances) -> Json:
     """Hold the reproduction against the run: by bytes where they can be the same, else by losses and scores."""
     was = folder.path
     trained = next(name for name in ("adapter", "weights") if name in folder.manifest["steps"]["train"]["outputs"])
@@ -199,18 +196,18 @@ def compare(
     }
 
 
-def judge(found: tuple[str, Any, Any], tolerance: float) -> dict[str, Any]:
+def judge(found: tuple[str, Any, Any], tolerance: float) -> Json:
     """Say of two numbers whether they are equal, and near enough."""
     name, was, now = found
     return {"name": name, "was": was, "now": now, "equal": was == now, "within": not far_apart(was, now, tolerance)}
 
 
-def first_cause(differences: list[Difference]) -> dict[str, Any] | None:
+def first_cause(differences: list[Difference]) -> Json | None:
     """Return the earliest of the differences."""
     return differences[0].to_dict() | {"told": str(differences[0])} if differences else None
 
 
-def compare_trained(folder: RunFolder, now: Path, lock: Mapping[str, Any], trained: str) -> list[dict[str, Any]]:
+def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> list[Json]:
     """Hold each file of what was trained against its hash of then; where the base model lies does not count."""
     known = lock.get("trained", {}).get(trained) or list_folder(folder.path / trained)
     found = list_folder(now / trained)
@@ -225,13 +222,13 @@ def compare_trained(folder: RunFolder, now: Path, lock: Mapping[str, Any], train
     return files
 
 
-def device_of(folder: RunFolder, lock: Mapping[str, Any]) -> str:
+def device_of(folder: RunFolder, lock: Lock) -> str:
     """What the run was trained on."""
     plan = folder.facts("select").get("plan", {})
     return str(lock["hardware"].get("device") or plan.get("device") or "cpu")
 
 
-def differing_settings(folder: RunFolder, lock: Mapping[str, Any], now: Path) -> list[dict[str, Any]]:
+def differing_settings(folder: RunFolder, lock: Lock, now: Path) -> list[Json]:
     """Say which versions, hardware, threads and processes differ from the lock's: why bytes may differ."""
     machine = hardware() | describe_device(pick_device())
     then = dict(lock["packages"]) | {name: lock["hardware"][name] for name in DECISIVE if name in lock["hardware"]}
@@ -248,7 +245,7 @@ def processes_of(folder: RunFolder) -> int:
     return int(folder.facts("train").get("processes", 1))
 
 
-def explain(result: Mapping[str, Any]) -> Problem:
+def explain(result: Json) -> Problem:
     """Say what differs first, and why it may."""
     settings = [f"{setting['name']} was {setting['was']}, is {setting['now']}" for setting in result["settings"]]
     first = result["first_difference"]

@@ -1,31 +1,50 @@
-"""A run: what was asked for, its folder, its model (RunContext); and a finished run opened again (open_finished)."""
+"""A run at work: its options, folder and models (RunContext, Models); a finished run opened again (open_finished)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
-from llmtune.adapter import find_adapter, load_adapter
-from llmtune.data import list_sources, load_rows
+from llmtune.adapter import describe, find_adapter, inject, load_adapter
+from llmtune.adapter.injection import adapter_settings
+from llmtune.data import hash_sources, list_sources, load_rows
+from llmtune.data.preparation import rows_inputs
 from llmtune.data.sources import SourceFile
 from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate import check_gates, load_evaluation
 from llmtune.evaluate.eval_suites import check_variant
-from llmtune.model import load_model, load_processor, pick_device, resolve_model
+from llmtune.model import load_model, load_processor, pick_device, resolve_checkpointing, resolve_model
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device
 from llmtune.recipe import Recipe
-from llmtune.records import AdaptedModel, ModelRef, Rows, SelectedModel
+from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
+from llmtune.report import assemble, find_explanations
+from llmtune.report.report_record import Report, Seeds
+from llmtune.report.seed_variance import describe_spread
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
-from llmtune.store.run_lock import LOCK, Pins, SourceRecord, check_pin, read_pins, write_lock
+from llmtune.store.run_lock import (
+    LOCK,
+    Pins,
+    SourceRecord,
+    check_pin,
+    hardware,
+    package_versions,
+    read_pins,
+    write_lock,
+)
+from llmtune.store.seed_runs import is_done, seed_folder
 from llmtune.tasks import AnyTask, choose_variant, get_task
+from llmtune.train import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +64,7 @@ class Options:
     """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
     pins: Pins | None = None
     """What to hold still instead of what `lock` says."""
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    findings: Mapping[str, object] = field(default_factory=dict)
     """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
     base: Path | None = None
     """The evaluation of another run: what the base model said there counts here where it was asked the same."""
@@ -63,7 +82,7 @@ class RunContext:
     """What a lock holds still: the one named with --lock, else the run's own of an earlier start."""
     held: bool = False
     """Whether the lock was named with --lock: then it also says which of the candidates is taken."""
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    findings: Mapping[str, object] = field(default_factory=dict)
     """What another run found out, and this one keeps."""
     base: Path | None = None
     """The evaluation of another run, where what the base model said may be known from."""
@@ -77,32 +96,43 @@ class RunContext:
         """The task's functions, in the variant that the model can do once that is known."""
         return self.variant or get_task(self.recipe.task)
 
-    def choose_variant(self, place: ModelRef) -> AnyTask:
+    def choose_variant(self, model_ref: ModelRef) -> AnyTask:
         """Return the variant of the task that a model can do; raises RecipeError where there is none."""
-        variant = choose_variant(self.recipe, read_model_config(place, self.recipe.model), place.name)
-        check_variant(self.recipe, variant, place.name)
+        variant = choose_variant(self.recipe, read_model_config(model_ref, self.recipe.model), model_ref.name)
+        check_variant(self.recipe, variant, model_ref.name)
         return variant
 
-    def infer_labels(self, place: ModelRef, rows: Rows) -> None:
+    def infer_labels(self, model_ref: ModelRef, rows: Rows) -> None:
         """Choose the variant of the task that this model does, and infer what the rows decide, such as class names.
 
         Raises RecipeError or DataError where model, rows and recipe do not go together.
         """
-        config = read_model_config(place, self.recipe.model)
-        self.variant = choose_variant(self.recipe, config, place.name)
-        check_variant(self.recipe, self.variant, place.name)
-        self.recipe = self.variant.infer_labels(self.recipe, rows, config)
+        self.variant = self.choose_variant(model_ref)
+        self.recipe = self.variant.infer_labels(self.recipe, rows, read_model_config(model_ref, self.recipe.model))
 
     @cached_property
     def device(self) -> str:
         """cuda, mps or cpu."""
         return pick_device()
 
-    def read_processor(self, place: ModelRef) -> PreTrainedTokenizerBase:
+    @property
+    def rows_inputs(self) -> str:
+        """The hash of what rows depend on; raises EnvironmentProblem where a named lock holds other data."""
+        recipe = self.recipe
+        if self.held and self.pins is not None:
+            check_pin("the data's content", self.pins.data_hash, hash_sources(recipe.data, recipe.task))
+        return rows_inputs(recipe)
+
+    @property
+    def trained_hash(self) -> str:
+        """The hash of what was trained, file by file."""
+        return hash_folder(self.folder.path / trained_name(self.recipe))
+
+    def read_processor(self, model_ref: ModelRef) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer as the recipe wants it, read once for all steps; it is not to be changed."""
-        if place.path not in self.processors:
-            self.processors[place.path] = load_processor(place, self.recipe.model)
-        return self.processors[place.path]
+        if model_ref.path not in self.processors:
+            self.processors[model_ref.path] = load_processor(model_ref, self.recipe.model)
+        return self.processors[model_ref.path]
 
     @contextmanager
     def step(self, name: str, inputs: str, outputs: Sequence[str] = (), *, always: bool = False) -> Iterator[Step]:
@@ -116,13 +146,78 @@ class RunContext:
         self.skipped[step] = skipped
         self.console.print(f"[bold cyan]{step}[/]{' [dim]unchanged, skipped[/]' if skipped else ''}")
 
+    def resolve_checkpointing(self, model_ref: ModelRef, longest: int) -> None:
+        """Decide `gradient_checkpointing: auto`, and keep the decision for as long as it is asked.
+
+        It stays what it was when the run goes on where there is more memory, or less: one run, one way.
+        """
+        recipe = self.recipe
+        if recipe.train.gradient_checkpointing != "auto":
+            return
+        inputs = hash_value([model_ref.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
+        known = self.folder.findings.get("gradient_checkpointing")
+        if known is None or known["inputs"] != inputs:
+            on = resolve_checkpointing(model_ref, recipe, self.task, longest, self.device)
+            self.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
+        if known["on"]:
+            self.console.print(
+                "train.gradient_checkpointing: auto computes activations again in the backward pass: the longest row "
+                f"({longest:,} tokens) does not fit into the memory of {self.device} otherwise.",
+                highlight=False,
+            )
+
+    @property
+    def resolved_recipe(self) -> Recipe:
+        """The recipe with what `resolve_checkpointing` decided."""
+        known = self.folder.findings.get("gradient_checkpointing")
+        if self.recipe.train.gradient_checkpointing != "auto" or known is None:
+            return self.recipe
+        decided = self.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
+        return self.recipe.model_copy(update={"train": decided})
+
+    def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase) -> AdaptedModel:
+        """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one."""
+        self.recipe = self.resolved_recipe
+        with self.console.status("loading the model"):
+            selected = load_model(model_ref, self.recipe, self.task, processor, device=self.device, training=True)
+        return inject(selected, self.recipe, self.console)
+
+    def train_here(self, model_ref: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
+        """Adapt and train in this process, as two steps."""
+        with self.step("adapt", adapt_inputs, always=True) as step:
+            adapted = self.make_adapted(model_ref, self.read_processor(model_ref))
+            step.facts.update(describe(adapted))
+        with self.step("train", inputs, [trained_name(self.recipe)], always=True) as step:
+            note = self.folder.note
+            trained = self.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
+            step.facts.update(trained, processes=1)
+        del adapted
+        gc.collect()  # the model is in reference cycles; evaluation loads its own
+
+    def train_adapted(
+        self, adapted: AdaptedModel, examples: Examples, inputs: str, on_budget: Callable[[int], None]
+    ) -> dict[str, object]:
+        """Train, from the last checkpoint of the same inputs if there is one; return the facts of the step."""
+        trained = train(
+            adapted,
+            examples,
+            self.task,
+            self.recipe,
+            self.folder.path,
+            self.console,
+            budget=self.folder.findings["micro_batch_tokens"],
+            on_budget=on_budget,
+            inputs=inputs,
+        )
+        return trained.as_facts()
+
 
 @dataclass
 class Models:
     """Base and tuned model of a run, each loaded from disk as its user would load it; adapters share their base."""
 
     context: RunContext
-    place: ModelRef
+    model_ref: ModelRef
     processor: PreTrainedTokenizerBase
     packs: bool | None = None
     """Whether the model that was loaded last reads rows that stand end to end; None before there is one."""
@@ -142,12 +237,12 @@ class Models:
             with self.base() as model:
                 yield model
         else:
-            place = find_adapter(Path(start))
+            adapter = find_adapter(Path(start))
             known = self.context.folder.findings.get("start_from")
-            if known is not None and known != hash_folder(place):
+            if known is not None and known != hash_folder(adapter):
                 what = "the adapter that training started from is another one now: there is nothing to compare with"
-                raise EnvironmentProblem.of(what, str(place), "Put it back, or run the recipe again.")
-            yield load_adapter(self._load(self.place), place).model
+                raise EnvironmentProblem.of(what, str(adapter), "Put it back, or run the recipe again.")
+            yield load_adapter(self._load(self.model_ref), adapter).model
 
     @contextmanager
     def tuned(self) -> Iterator[PreTrainedModel]:
@@ -159,7 +254,7 @@ class Models:
         """The tuned model, read back."""
         trained = self.context.folder.path / trained_name(self.context.recipe)
         if self.context.recipe.adapter.method == "full":
-            selected = self._load(replace(self.place, path=trained))
+            selected = self._load(replace(self.model_ref, path=trained))
             if selected.new_weights:
                 what = "the head in these weights is for other classes than the rows have now"
                 raise EnvironmentProblem.of(what, str(trained), "Run the recipe again: it trains anew.")
@@ -168,12 +263,12 @@ class Models:
 
     @cached_property
     def _selected(self) -> SelectedModel:
-        return self._load(self.place)
+        return self._load(self.model_ref)
 
-    def _load(self, place: ModelRef) -> SelectedModel:
+    def _load(self, model_ref: ModelRef) -> SelectedModel:
         context = self.context
         selected = load_model(
-            place, context.recipe, context.task, self.processor, device=context.device, training=False
+            model_ref, context.recipe, context.task, self.processor, device=context.device, training=False
         )
         self.packs = selected.packs
         return selected
@@ -192,9 +287,9 @@ def open_finished(
     folder.require_trained()
     pins = read_pins(run / LOCK)
     context = RunContext(recipe or recipe_of_run(folder).recipe, folder, console, offline, pins, held=True)
-    place = locate_pinned(context, pins.model)
-    context.infer_labels(place, load_rows(run / "data" / "rows"))
-    return context, place
+    model_ref = locate_pinned(context, pins.model)
+    context.infer_labels(model_ref, load_rows(run / "data" / "rows"))
+    return context, model_ref
 
 
 def locate_pinned(context: RunContext, name: str) -> ModelRef:
@@ -208,25 +303,25 @@ def locate_pinned(context: RunContext, name: str) -> ModelRef:
         return resolve_model(name, model, context.console, context.offline)
     if pins.revision:
         model = model.model_copy(update={"revision": pins.revision})
-    place = resolve_model(name, model, context.console, context.offline)
+    model_ref = resolve_model(name, model, context.console, context.offline)
     if context.held:
-        check_pin("the model's content", pins.model_hash, place.content_hash)
-    return place
+        check_pin("the model's content", pins.model_hash, model_ref.content_hash)
+    return model_ref
 
 
-def lock_run(context: RunContext, place: ModelRef, fingerprint: str) -> None:
+def lock_run(context: RunContext, model_ref: ModelRef, fingerprint: str) -> None:
     """Write llmtune.lock: all that training starts from, file by file."""
     recipe = context.recipe
     data_hash, files = list_sources(recipe.data, recipe.task)
     start = recipe.adapter.start_from
     write_lock(
         context.folder.path,
-        Pins(place.name, place.revision, place.content_hash, data_hash),
+        Pins(model_ref.name, model_ref.revision, model_ref.content_hash, data_hash),
         fingerprint=fingerprint,
-        template_hash=hash_value(context.read_processor(place).chat_template),
+        template_hash=hash_value(context.read_processor(model_ref).chat_template),
         seed=recipe.seed,
         threads=torch.get_num_threads(),
-        model=place.path,
+        model=model_ref.path,
         sources=[_source_record(file) for file in files],
         start_from=find_adapter(Path(start)) if start else None,
         device=describe_device(context.device),
@@ -237,6 +332,38 @@ def _source_record(file: SourceFile) -> SourceRecord:
     record = SourceRecord(source=file.source, path=str(file.path) if file.path else None)
     record[file.kind] = file.hash
     return record
+
+
+def make_report(context: RunContext) -> Report:
+    """Put together everything that a run found out."""
+    folder, recipe = context.folder, context.recipe
+    curve = folder.path / "metrics.jsonl"
+    evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
+    return assemble(
+        recipe,
+        folder.manifest,
+        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        timings=folder.timings(context.skipped),
+        curve=[json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else [],
+        evaluation=evaluation,
+        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
+        hardware={**hardware(), "device": context.device, "packages": package_versions()},
+        explanations=find_explanations(folder.path),
+        seeds=collect_seeds(folder.path, recipe, evaluation),
+    )
+
+
+def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
+    """Return what the scores of all seeds come to; None without further seeds or without scores of the run's own."""
+    if not recipe.train.seeds or own is None or not own.tuned:
+        return None
+    scored = {recipe.seed: own}
+    for seed in recipe.train.seeds:
+        folder = seed_folder(run, seed)
+        evaluation = load_evaluation(folder / "evaluation") if is_done(folder, "evaluate") else None
+        if evaluation is not None:
+            scored[seed] = evaluation
+    return describe_spread(scored, [seed for seed in recipe.train.seeds if seed not in scored])
 
 
 def trained_name(recipe: Recipe) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -39,13 +38,6 @@ def console() -> Console:
 @pytest.fixture
 def chat_rows(tmp_path: Path) -> Path:
     """Forty chat rows, all different, in OpenAI's messages form."""
-    path = tmp_path / "chat.jsonl"
-    colours = ["red", "green", "blue", "black", "white"]
-    things = ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone"]
-    with path.open("w") as file:
-        for i, thing in enumerate(things):
-            for j, colour in enumerate(colours):
-                question = f"Which colour has the {thing} number {i * 7 + j * 13}?"
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": colour}]
-                file.write(json.dumps({"messages": turns}) + "\n")
-    return path
+    from support.runs import write_colours
+
+    return write_colours(tmp_path / "chat.jsonl")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.models import build_llama
-from support.runs import write_recipe
+from support.runs import write_colours, write_recipe
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
@@ -16,18 +16,53 @@ from llmtune.cli.app import app
 FAST = {"max_steps": 2, "num_train_epochs": None}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """Copies of a folder with rows, a model and a recipe of two steps: `bare`, and `finished` with a run of it."""
+    folder = tmp_path_factory.mktemp("cache")
+    place = folder / "place"
+    shutil.copytree(tiny_llama, place / "model")
+    write_colours(place / "rows.jsonl")
+    write_recipe(place / "tiny.yaml", "./model", "rows.jsonl", train=FAST)
+    shutil.copytree(place, folder / "bare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        done("run", "tiny.yaml", "--out", "run")
+    shutil.copytree(place, folder / "finished")
+    return folder
+
+
+def restore(kept: Path, name: str) -> Path:
+    """Put everything back at the place where it was made: paths belong to what a run is."""
+    shutil.rmtree(kept / "place", ignore_errors=True)
+    return shutil.copytree(kept / name, kept / "place")
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat_rows: Path, tiny_llama: Path) -> Path:
-    """A folder with rows, a model and a recipe of two steps that belong to the test alone."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    shutil.copy(chat_rows, tmp_path / "rows.jsonl")
-    write_recipe(tmp_path / "tiny.yaml", "./model", "rows.jsonl", train=FAST)
-    return tmp_path
+def place(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without a run that belongs to the test alone."""
+    monkeypatch.chdir(kept)
+    monkeypatch.chdir(restore(kept, "bare"))
+    return kept / "place"
+
+
+@pytest.fixture
+def finished(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same with a finished run."""
+    monkeypatch.chdir(kept)
+    monkeypatch.chdir(restore(kept, "finished"))
+    return kept / "place"
 
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def change_rows(place: Path) -> str:
+    """Change rows in place; returns what they were."""
+    text = (place / "rows.jsonl").read_text()
+    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    return text
 
 
 def done(*arguments: object) -> dict[str, bool]:
@@ -37,14 +72,12 @@ def done(*arguments: object) -> dict[str, bool]:
     return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}
 
 
-def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
-    before = (place / "run/adapter/adapter_model.safetensors").read_bytes()
-    text = (place / "rows.jsonl").read_text()
-    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+def test_rows_that_change_in_place_are_read_trained_and_scored_anew(finished: Path) -> None:
+    before = (finished / "run/adapter/adapter_model.safetensors").read_bytes()
+    change_rows(finished)
     skipped = done("run", "tiny.yaml", "--out", "run")
     assert not any(skipped[step] for step in ("prepare", "encode", "train", "evaluate"))
-    assert (place / "run/adapter/adapter_model.safetensors").read_bytes() != before
+    assert (finished / "run/adapter/adapter_model.safetensors").read_bytes() != before
 
 
 def test_a_slice_that_is_new_or_whose_column_changes_is_scored_and_nothing_trained(place: Path) -> None:
@@ -82,12 +115,10 @@ def test_a_slice_by_an_unknown_column_ends_before_weights_are_read(place: Path) 
     assert "Did you mean 'messages'?" in result.stderr
 
 
-def test_scores_of_another_training_are_not_shown(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
-    text = (place / "rows.jsonl").read_text()
-    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+def test_scores_of_another_training_are_not_shown(finished: Path) -> None:
+    change_rows(finished)
     done("train", "tiny.yaml", "--out", "run")
-    assert json.loads((place / "run/report.json").read_text())["evaluation"] is None
+    assert json.loads((finished / "run/report.json").read_text())["evaluation"] is None
 
 
 def test_a_template_that_changes_in_place_is_used_anew(place: Path) -> None:
@@ -98,82 +129,69 @@ def test_a_template_that_changes_in_place_is_used_anew(place: Path) -> None:
     assert skipped == {"prepare": True, "encode": False}
 
 
-def test_the_old_adapter_stays_until_the_new_one_is_complete(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
-    before = (place / "run/adapter/adapter_model.safetensors").read_bytes()
-    text = (place / "rows.jsonl").read_text()
-    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
-    weights = place / "model/model.safetensors"
-    weights.rename(place / "elsewhere")
+def test_the_old_adapter_stays_until_the_new_one_is_complete(finished: Path) -> None:
+    before = (finished / "run/adapter/adapter_model.safetensors").read_bytes()
+    change_rows(finished)
+    weights = finished / "model/model.safetensors"
+    weights.rename(finished / "elsewhere")
     assert invoke("run", "tiny.yaml", "--out", "run").exit_code == 4
-    assert (place / "run/adapter/adapter_model.safetensors").read_bytes() == before
+    assert (finished / "run/adapter/adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_run_is_evaluated_again_without_its_source_files(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
-    (place / "rows.jsonl").unlink()
+def test_a_run_is_evaluated_again_without_its_source_files(finished: Path) -> None:
+    (finished / "rows.jsonl").unlink()
     skipped = done("evaluate", "run", "--set", "generation.max_new_tokens=2")
     assert skipped["train"]
     assert not skipped["evaluate"]
-    assert "# tiny.yaml:" in (place / "run/recipe.yaml").read_text()
+    assert "# tiny.yaml:" in (finished / "run/recipe.yaml").read_text()
     assert not done("evaluate", "run", "--set", "evaluate.metrics=[loss]")["evaluate"]
     assert not done("evaluate", "run", "--set", "evaluate.metrics=[loss, exact_match]")["evaluate"]
-    assert "limit: null  # default" in (place / "run/recipe.yaml").read_text()
+    assert "limit: null  # default" in (finished / "run/recipe.yaml").read_text()
 
 
-def test_a_run_takes_no_settings_that_would_make_it_another(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
+def test_a_run_takes_no_settings_that_would_make_it_another(finished: Path) -> None:
     result = invoke("evaluate", "run", "--set", "train.learning_rate=1")
     assert result.exit_code == 2
     assert "another run" in result.stderr
     assert invoke("evaluate", "run", "--out", "other").exit_code == 2
 
 
-def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
-    shutil.rmtree(place / "model")
-    build_llama(place / "model", seed=9)
+def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(finished: Path) -> None:
+    shutil.rmtree(finished / "model")
+    build_llama(finished / "model", seed=9)
     result = invoke("generate", "run", "--prompt", "hello")
     assert result.exit_code == 4
     assert "differs from the lock" in " ".join(result.stderr.split())
 
 
-def test_adapting_after_a_run_is_skipped(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
+def test_a_finished_run_is_skipped_step_by_step_and_as_a_whole(finished: Path) -> None:
     assert done("adapt", "tiny.yaml", "--out", "run")["adapt"]
+    assert all(done("run", "tiny.yaml", "--out", "run", "--resume").values())
 
 
-def test_resume_goes_on_with_what_is_there(place: Path) -> None:
-    done("prepare", "tiny.yaml", "--out", "run")
-    assert done("run", "tiny.yaml", "--out", "run", "--resume")["prepare"]
-
-
-def test_a_lock_holds_model_and_data(place: Path) -> None:
-    done("run", "tiny.yaml", "--out", "run")
+def test_a_lock_holds_model_and_data(finished: Path) -> None:
     done("run", "tiny.yaml", "--out", "twin", "--lock", "run/llmtune.lock")
-    text = (place / "rows.jsonl").read_text()
-    (place / "rows.jsonl").write_text(text.replace("Which colour", "What colour"))
+    text = change_rows(finished)
     result = invoke("run", "tiny.yaml", "--out", "third", "--lock", "run/llmtune.lock")
     assert result.exit_code == 4
     assert "data's content differs" in " ".join(result.stderr.split())
-    (place / "rows.jsonl").write_text(text)
-    shutil.rmtree(place / "model")
-    build_llama(place / "model", seed=9)
+    (finished / "rows.jsonl").write_text(text)
+    shutil.rmtree(finished / "model")
+    build_llama(finished / "model", seed=9)
     result = invoke("run", "tiny.yaml", "--out", "fourth", "--lock", "run/llmtune.lock")
     assert result.exit_code == 4
     assert "model's content differs" in " ".join(result.stderr.split())
     assert invoke("run", "tiny.yaml", "--lock", "missing.lock").exit_code == 2
 
 
-def test_a_dry_run_says_what_would_run_and_changes_nothing(place: Path) -> None:
-    result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run")
+def test_a_dry_run_says_what_would_run_and_changes_nothing(finished: Path) -> None:
+    result = invoke("run", "tiny.yaml", "--out", "other", "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert not (place / "run").exists()
-    done("run", "tiny.yaml", "--out", "run")
-    before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
+    assert not (finished / "other").exists()
+    before = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")}
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--json")
     assert json.loads(result.stdout)["would_run"] == []
-    assert {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*")} == before
     result = invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "generation.max_new_tokens=3", "--json")
     assert json.loads(result.stdout)["would_run"] == ["evaluate"]
     assert invoke("run", "tiny.yaml", "--out", "run", "--dry-run", "--set", "seed=5").exit_code == 2

@@ -18,7 +18,7 @@ from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
 from llmtune.errors import GateFailed, Problem, Stopped
-from llmtune.pipeline import evaluate_run, run_pipeline, train_here
+from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options, RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
@@ -94,7 +94,7 @@ def test_the_report_is_written_with_the_spread_and_the_base_is_asked_once(
     told = report["evaluation"]["seeds"]["told"]
     assert told in said
     assert told in (path / "report.html").read_text()
-    assert "## Seeds" in (path / "report.md").read_text()
+    assert "## The same recipe with 3 seeds" in (path / "report.md").read_text()
     assert json.loads((path / "report.json").read_text())["evaluation"]["seeds"]["missing"] == []
     assert said.count("known from this run's first seed") == 2
     assert verify(path).failed == verify(path / "seeds/8").failed == []
@@ -154,7 +154,7 @@ def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on
     def train(context: RunContext, *others: Any) -> None:
         if context.recipe.seed == 9:
             raise Stopped(Problem("stopped"))
-        train_here(context, *others)
+        context.train_here(*others)
 
     loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
     with pytest.raises(Stopped):

@@ -97,7 +97,7 @@ def test_a_model_made_worse_on_purpose_did_harm_and_ends_with_exit_code_6(place:
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == ("2", "2")
     assert {case.get("name") for case in suite.iter("testcase")} == set(MEASURED["gates"])
-    assert "harmed, 2 gates failed" in (place / "harmed" / "report.md").read_text()
+    assert "harmed, 2 of 2 gates failed" in (place / "harmed" / "report.md").read_text()
 
 
 def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: Result) -> None:

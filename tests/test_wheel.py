@@ -43,6 +43,7 @@ def test_the_wheel_holds_what_it_needs_at_run_time(installed: Path) -> None:
     names = {str(path.relative_to(installed / "site")) for path in (installed / "site").rglob("*")}
     assert {
         "llmtune/py.typed",
+        "llmtune/__init__.pyi",
         "llmtune/report/page.html.jinja",
         "llmtune/deploy/model_card.md.jinja",
         "llmtune/serve/docs.html",

@@ -9,14 +9,10 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare_command as compare
-from llmtune.cli import deploy_commands as deploy
-from llmtune.cli import explain_commands as explain
-from llmtune.cli import generate_commands as use
-from llmtune.cli import launch_commands as launch
-from llmtune.cli import recipe_commands as recipes
-from llmtune.cli import reproduce_commands as proof
-from llmtune.cli import run_commands as steps
+from llmtune.cli import compare, deploy, explain, launch, prompting, recipes, run, verify
+from llmtune.cli.options import AsJson
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.store.process_environment import offline_switches, prepare_environment
 
 REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
 
@@ -44,7 +40,20 @@ def _root(
     pass
 
 
-for _name, _command in (steps.COMMANDS | use.COMMANDS | proof.COMMANDS | compare.COMMANDS).items():
+@handled
+def doctor(as_json: AsJson = False) -> None:
+    """Look at versions, devices, memory and disk, and say what to type where something is missing."""
+    switched_off = offline_switches()
+    prepare_environment(network=False)
+    from llmtune.cli.doctor import examine
+
+    found = examine(stderr_console(), switched_off)
+    if as_json:
+        print_json(found)
+
+
+COMMANDS = run.COMMANDS | prompting.COMMANDS | {"doctor": doctor} | verify.COMMANDS | compare.COMMANDS
+for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(explain.app, name="explain")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmtune import __version__
+from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_lock import hardware, package_versions
@@ -41,7 +42,7 @@ class Check:
     fix: str | None = None
 
 
-def examine(console: Console, switched_off: Sequence[str] | None = None) -> dict[str, Any]:
+def examine(console: Console, switched_off: Sequence[str] | None = None) -> Json:
     """Look at this machine, print a table, and return the same as a dictionary.
 
     `switched_off` names the user's own offline switches, where the process has set them all since. `ready` says whether
@@ -194,7 +195,7 @@ def _check_network(offline: Sequence[str]) -> Check:
     return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
 
 
-def _facts(torch: ModuleType | None, device: ModuleType | None) -> dict[str, Any]:
+def _facts(torch: ModuleType | None, device: ModuleType | None) -> Json:
     """The same in numbers, for programs."""
     memory = psutil.virtual_memory()
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import signal
-import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from llmtune.errors import LlmtuneError
+from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ class Terminated(KeyboardInterrupt):
 
 
 def stderr_console() -> Console:
-    """Where people read: colours and bars in a terminal, plain lines elsewhere."""
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    """Return where people read."""
+    return make_console()
 
 
 def print_json(value: Any) -> None:

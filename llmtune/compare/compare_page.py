@@ -62,7 +62,7 @@ def make_page(made: Comparison) -> Page:
     metrics = rank_metrics(dict.fromkeys(name for run in runs for name in run.tuned))
     models = ", ".join(dict.fromkeys(run.model for run in runs if run.model))
     chips = [("task", made.task), ("model", models), ("test rows", count(made.rows))]
-    told = [*map(describe_pair, made.pairs), *describe_costs(runs)]
+    sentences = [*map(describe_pair, made.pairs), *describe_costs(runs)]
     names = [run.name for run in runs]
     gates: Rows = [
         [run.name, Cell(gate.name, code=True), gate.got, passed_cell(gate)] for run in runs for gate in run.gates or ()
@@ -74,7 +74,7 @@ def make_page(made: Comparison) -> Page:
         Section("Scores", [score_table(metric, made) for metric in metrics]),
         *(pair_section(pair, metrics, made.task) for pair in made.pairs),
         Section("Gates", [Table(["run", "gate", "got", "result"], gates)] if gates else []),
-        Section("What it says", [Bullets([*told, *made.notes])]),
+        Section("What it says", [Bullets([*sentences, *made.notes])]),
         Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
         Section("Method and limits", [Bullets([*METHOD, *folders], soft=True)], anchor="method", brief=False),
     ]
@@ -118,20 +118,20 @@ def pair_section(pair: Pair, metrics: Sequence[str], task: str) -> Section:
 
 def describe_pair(pair: Pair) -> str:
     """Say which of two runs is better, in one line."""
-    told = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
-    return f"{told} {pair.verdict.reason}"
+    text = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
+    return f"{text} {pair.verdict.reason}"
 
 
 def describe_costs(runs: Sequence[RunSummary]) -> list[str]:
     """Say what each run of another method than the first costs beside it, in parts of it."""
     first, *others = runs
-    told = []
+    sentences = []
     for run in (one for one in others if one.method != first.method):
         pairs = [(title, getattr(run, name), getattr(first, name)) for name, title in RATIOS.items()]
         parts = [f"{ratio_text(part / whole)} {title}" for title, part, whole in pairs if whole and not missing(part)]
         if parts:
-            told.append(f"Beside {first.name}, {run.name} takes {', '.join(parts)}.")
-    return told
+            sentences.append(f"Beside {first.name}, {run.name} takes {', '.join(parts)}.")
+    return sentences
 
 
 def ratio_text(ratio: float) -> str:

@@ -117,18 +117,18 @@ def describe_run(run: OpenedRun) -> RunSummary:
 
 def notes(runs: Sequence[OpenedRun]) -> list[str]:
     """Return what a reader has to know to read the numbers rightly."""
-    found = []
+    lines = []
     for run in runs:
         train = run.facts("train")
         if train.get("resumed_from"):
-            found.append(f"{run.name} was resumed at step {train['resumed_from']}: its seconds are those since then.")
+            lines.append(f"{run.name} was resumed at step {train['resumed_from']}: its seconds are those since then.")
         if train.get("stopped_early"):
-            found.append(f"{run.name} stopped early: {train['stopped_early']}.")
+            lines.append(f"{run.name} stopped early: {train['stopped_early']}.")
     if len({run.facts("train").get("steps") for run in runs}) > 1:
-        found.append("The runs were not trained for the same number of steps.")
+        lines.append("The runs were not trained for the same number of steps.")
     if len({str(sorted(run.evaluation.base.items())) for run in runs}) > 1:
-        found.append(
+        lines.append(
             "The base scores differ: each run is held against the base that it was trained on, with qlora that is the "
             "model in 4 bits. The pairs compare the tuned models themselves."
         )
-    return found
+    return lines

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,7 @@ from llmtune.compare.method_process import run_trial
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe import LoadedRecipe, load_recipe
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
-from llmtune.records import GateResult
+from llmtune.records import GateResult, Json
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
@@ -30,8 +30,8 @@ FILES = ("compare.json", "compare.md", "compare.html", "compare.svg", "compare.p
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `llmtune compare RECIPE` was asked for."""
+class MethodOptions:
+    """The options of `llmtune compare RECIPE`."""
 
     methods: tuple[str, ...]
     rates: Mapping[str, float]
@@ -94,16 +94,16 @@ def read_rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]
     return rates
 
 
-def plan_trials(recipe: str, asked: Asked) -> tuple[LoadedRecipe, list[Trial]]:
+def plan_trials(recipe: str, options: MethodOptions) -> tuple[LoadedRecipe, list[Trial]]:
     """Load the recipe as it is, and once with each method; raises RecipeError with all that is wrong with any."""
-    loaded = load_recipe(recipe, asked.sets)
+    loaded = load_recipe(recipe, options.sets)
     trials, problems = [], []
-    for method in asked.methods:
-        value, told = choose_rate(loaded, method, asked.rates)
+    for method in options.methods:
+        value, origin = choose_rate(loaded, method, options.rates)
         faster = [f"train.learning_rate={value!r}"] if value != loaded.recipe.train.learning_rate else []
-        sets = (*asked.sets, *change(loaded, method), *faster)
+        sets = (*options.sets, *change(loaded, method), *faster)
         try:
-            trials.append(Trial(method, load_recipe(recipe, sets), sets, told))
+            trials.append(Trial(method, load_recipe(recipe, sets), sets, origin))
         except RecipeError as error:
             problems += [Problem(f"with method {method}: {one.what}", one.where, one.fix) for one in error.problems]
     RecipeError.collect(problems)
@@ -139,11 +139,11 @@ def is_stated(loaded: LoadedRecipe, key: str) -> bool:
 
 
 def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:
-    """`runs/<name>-compare-<8 hex>`: the same for the same recipe, whichever methods are asked for."""
+    """`runs/<name>-compare-<8 hex>`: the same for the same recipe, whichever methods are compared."""
     return Path("runs") / f"{loaded.recipe.name}-compare-{hash_value([loaded.fingerprint, dict(rates)])[:8]}"
 
 
-def compare_methods(recipe: str, asked: Asked, console: Console) -> dict[str, Any]:
+def compare_methods(recipe: str, options: MethodOptions, console: Console) -> Json:
     """Train the recipe with each method in a process of its own, compare the runs, and return the comparison.
 
     The runs lie in `OUT/<method>/`; each is skipped where it is valid, and goes on where it was stopped.
@@ -151,30 +151,30 @@ def compare_methods(recipe: str, asked: Asked, console: Console) -> dict[str, An
     Raises:
         LlmtuneError: what the recipe, or the run of a method, ends with. Gates that fail end nothing here.
     """
-    loaded, trials = plan_trials(recipe, asked)
-    refuse_network(loaded.recipe, offline=asked.offline)
-    out = asked.out or default_out(loaded, asked.rates)
+    loaded, trials = plan_trials(recipe, options)
+    refuse_network(loaded.recipe, offline=options.offline)
+    out = options.out or default_out(loaded, options.rates)
     check_folder(out)
-    if asked.resume and not any((out / method / MANIFEST).exists() for method in asked.methods):
+    if options.resume and not any((out / method / MANIFEST).exists() for method in options.methods):
         raise RecipeError.of("nothing to resume", str(out), "leave --resume away to start")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    console.print(f"comparing {', '.join(asked.methods)} -> {escape(str(out))}")
+    console.print(f"comparing {', '.join(options.methods)} -> {escape(str(out))}")
     for number, trial in enumerate(trials, 1):
         rate = f"learning rate {trial.loaded.recipe.train.learning_rate:g}, {trial.rate}"
         console.rule(f"{number} of {len(trials)}: {trial.method} ({rate})", align="left")
-        run_trial(trial.method, command(recipe, trial, out / trial.method, asked))
+        run_trial(trial.method, command(recipe, trial, out / trial.method, options))
     return conclude(loaded, trials, out, console)
 
 
-def command(recipe: str, trial: Trial, out: Path, asked: Asked) -> list[str]:
+def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> list[str]:
     """Return what to type for one method."""
     words = ["run", recipe, "--out", str(out), "--json"]
     for item in trial.sets:
         words += ["--set", item]
-    words += ["--fresh"] if asked.fresh else []
-    words += ["--threads", str(asked.threads)] if asked.threads else []
-    words += ["--offline"] if asked.offline else []
+    words += ["--fresh"] if options.fresh else []
+    words += ["--threads", str(options.threads)] if options.threads else []
+    words += ["--offline"] if options.offline else []
     return words
 
 
@@ -188,7 +188,7 @@ def check_folder(out: Path) -> None:
         raise RecipeError.of(what, str(out), "choose an empty or new folder with --out")
 
 
-def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> dict[str, Any]:
+def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
     """Compare the runs that are there now; the libraries that this needs are loaded only here."""
     from llmtune.compare.comparison import describe
     from llmtune.compare.run_comparison import finish

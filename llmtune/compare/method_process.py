@@ -46,14 +46,14 @@ def run_trial(method: str, arguments: Sequence[str]) -> None:
     """
     words = [sys.executable, "-m", "llmtune.compare.method_process", *arguments]
     environment = {**os.environ, PARENT: str(os.getpid())}
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         child = subprocess.Popen(  # noqa: S603
-            words, stdin=subprocess.DEVNULL, stdout=said, env=environment, process_group=0
+            words, stdin=subprocess.DEVNULL, stdout=output, env=environment, process_group=0
         )
         with handed_on(child):
             code = child.wait()
         if code not in (0, GateFailed.exit_code):
-            raise explain(method, code, said)
+            raise explain(method, code, output)
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def explain(method: str, code: int, said: IO[str]) -> Exception:
+def explain(method: str, code: int, output: IO[str]) -> Exception:
     """Turn how a trial ended into an error."""
     again = "The same command again goes on from there."
     if code < 0:
@@ -81,9 +81,9 @@ def explain(method: str, code: int, said: IO[str]) -> Exception:
         return EnvironmentProblem.of(f"the run was killed by {name}", method, fix)
     if code > 128:
         return Stopped(Problem("stopped; what was done is saved", method, again), signal_number=code - 128)
-    said.seek(0)
+    output.seek(0)
     try:
-        problems = json.loads(said.read())["error"]["problems"]
+        problems = json.loads(output.read())["error"]["problems"]
     except (ValueError, KeyError, TypeError):
         return TrialBug(f"the run with method {method} ended with exit code {code}: see above")
     kind = KINDS.get(code, LlmtuneError)

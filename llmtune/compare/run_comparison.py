@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +15,7 @@ from llmtune.compare.comparison import Comparison, describe
 from llmtune.compare.run_pairs import check_alike
 from llmtune.compare.run_scores import open_runs
 from llmtune.errors import RecipeError
+from llmtune.records import Json
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
@@ -24,7 +24,7 @@ from llmtune.report.text_files import as_json, replace_file, to_json
 from llmtune.store.atomic_files import explained, hash_value
 
 
-def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> dict[str, Any]:
+def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> Json:
     """Compare runs, write the comparison into `out` (default: `runs/compare-<hash>`) and return it as JSON.
 
     Raises:
@@ -42,7 +42,7 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> d
     return finish(comparison, target, console)
 
 
-def finish(comparison: Comparison, out: Path, console: Console) -> dict[str, Any]:
+def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     """Print a comparison, write its files and return it as JSON, with the folder that they are in."""
     comparison = redact_all(replace(comparison, folder=str(out)))
     print_page(make_page(comparison), console)
@@ -61,9 +61,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     draw_comparison(folder / "compare", comparison.runs)
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> Json:
     """Return what compare.json holds; only where methods are compared runs have rates and gates."""
-    values: dict[str, Any] = as_json(comparison)
+    values: Json = as_json(comparison)
     for run in values["runs"]:
         for key in [key for key in ("rate", "gates") if run[key] is None]:
             del run[key]

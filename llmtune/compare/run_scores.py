@@ -14,7 +14,7 @@ from llmtune.evaluate import load_evaluation
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.recipe import Recipe
 from llmtune.recipe.source_map import walk
-from llmtune.records import Evaluation
+from llmtune.records import Evaluation, Json
 from llmtune.session import trained_name
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 
@@ -38,7 +38,7 @@ class OpenedRun:
         return self.folder.path
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Json:
         """Every value of the recipe by its dotted key, but for those that decide nothing here."""
         return {key: value for key, value in walk(self.recipe) if key not in SAID}
 
@@ -60,7 +60,7 @@ class OpenedRun:
         form = (adapter.method, adapter.bnb_4bit_quant_type, adapter.bnb_4bit_use_double_quant)
         return (trained, steps["select"]["facts"]["sha256"], self.recipe.model.dtype, *form)
 
-    def facts(self, step: str) -> dict[str, Any]:
+    def facts(self, step: str) -> Json:
         """What a step left in the manifest; nothing where it did not run."""
         return self.folder.facts(step)
 

@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from llmtune import errors
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.launch.worker import PARENT, RESULTS
+from llmtune.records import Json
 from llmtune.session import trained_name
 from llmtune.store.atomic_files import read_json
 
@@ -69,7 +70,7 @@ def launch_local(
     *,
     entry: str = TRAIN_RUN,
     threads: int | None = None,
-    on_notes: Callable[[Mapping[str, Any]], None] = lambda notes: None,
+    on_notes: Callable[[Json], None] = lambda notes: None,
 ) -> Any:
     """Run `entry(*worker_args)` in `processes` workers; return what rank 0 returned.
 
@@ -116,7 +117,7 @@ def _check_devices(processes: int) -> None:
 
 
 def _configure(processes: int, place: str) -> LaunchConfig:
-    late: dict[str, Any] = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
+    late: Json = {"shutdown_timeout": SAVE_SECONDS}  # not in every torch that is supported
     known = {field.name for field in fields(LaunchConfig)}
     return LaunchConfig(
         min_nodes=1,
@@ -196,7 +197,7 @@ def _explain(place: Path, codes: Mapping[int, int], stopped_by: signal.Signals |
     return WorkerBug(f"workers ended with the exit codes {dict(codes)} and said nothing")
 
 
-def _rebuild(rank: int, found: Mapping[str, Any]) -> LlmtuneError:
+def _rebuild(rank: int, found: Json) -> LlmtuneError:
     kind: type[LlmtuneError] = getattr(errors, found["kind"])
     problems = [Problem(*problem) for problem in found["problems"]]
     first = problems[0]

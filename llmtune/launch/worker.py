@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import LlmtuneError
+from llmtune.records import Json
 from llmtune.store.atomic_files import plain, write_json
 from llmtune.store.process_environment import prepare_environment
 
@@ -55,7 +56,7 @@ def note(**findings: Any) -> None:
     write_json(path, {**known, **findings})
 
 
-def train_run(run: str) -> dict[str, Any]:
+def train_run(run: str) -> Json:
     """Adapt and train in one of several processes, from the run folder alone; return the facts of both steps."""
     prepare_environment(network=False)
     import torch
@@ -65,11 +66,9 @@ def train_run(run: str) -> dict[str, Any]:
     from llmtune.data import load_rows
     from llmtune.data.examples import load_examples
     from llmtune.model import load_processor
-    from llmtune.pipeline import make_adapted
     from llmtune.session import RunContext, locate_pinned
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import own_pins
-    from llmtune.train import train
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -79,22 +78,13 @@ def train_run(run: str) -> dict[str, Any]:
     pins = own_pins(folder.path)
     assert pins is not None, "the parent has written the lock"
     context = RunContext(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
-    place = locate_pinned(context, pins.model)
-    context.infer_labels(place, load_rows(folder.path / "data" / "rows"))
-    adapted = make_adapted(context, place, load_processor(place, recipe.model))
+    model_ref = locate_pinned(context, pins.model)
+    context.infer_labels(model_ref, load_rows(folder.path / "data" / "rows"))
+    adapted = context.make_adapted(model_ref, load_processor(model_ref, recipe.model))
     adapt = describe(adapted)
-    trained = train(
-        adapted,
-        load_examples(folder.path / "data" / "examples"),
-        context.task,
-        context.recipe,
-        folder.path,
-        console,
-        budget=folder.findings["micro_batch_tokens"],
-        on_budget=lambda tokens: note(micro_batch_tokens=tokens),
-        inputs=folder.manifest["steps"]["train"]["inputs"],
-    )
-    return {"adapt": adapt, "train": trained.as_facts()}
+    examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
+    trained = context.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
+    return {"adapt": adapt, "train": trained}
 
 
 def _find(entry: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.recipe import Recipe
-from llmtune.records import Evaluation, GateResult, StepTiming
+from llmtune.records import Evaluation, GateResult, Json, StepTiming
 from llmtune.report.report_record import Report, Seeds
 from llmtune.report.text_files import as_json
 from llmtune.report.verdict import verdict
@@ -45,7 +45,7 @@ def assemble(
         explanations: names of the pages that look inside its model.
         seeds: what the scores of several seeds come to.
     """
-    done: dict[str, Any] = {name: step["facts"] for name, step in manifest["steps"].items() if step["state"] == "done"}
+    done: Json = {name: step["facts"] for name, step in manifest["steps"].items() if step["state"] == "done"}
     prepared, encoded, adapted, trained = (done.get(name) for name in ("prepare", "encode", "adapt", "train"))
     data: Any = {key: prepared[key] for key in ("rows_in", "kept", "dropped")} if prepared else None
     if data and encoded:
@@ -76,9 +76,9 @@ def assemble(
     )
 
 
-def report_json(report: Report) -> dict[str, Any]:
+def report_json(report: Report) -> Json:
     """Return what report.json holds: the fields of the report, the seeds among the scores."""
-    values: dict[str, Any] = as_json(report)
+    values: Json = as_json(report)
     seeds, verdict = values.pop("seeds"), values.pop("verdict")
     if values["evaluation"]:
         del values["evaluation"]["gates"]  # they stand beside it

@@ -1,7 +1,6 @@
-"""What a page, a Markdown file and the terminal show: tables, pictures and texts, before one of them renders them.
+"""What a page, a Markdown file and the terminal show: sections of tables, pictures and texts, before they are rendered.
 
-A page of the report, of `compare` or of `explain` is a list of sections, and a section a list of blocks. Text is plain
-everywhere; in `Text` and `Bullets` a stretch between backticks is code.
+Text is plain everywhere; in `Text` and `Bullets` a stretch between backticks is code.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference and its interval about zero, drawn so that better is on the right."""
+    """A difference and its interval about zero, drawn so that better (1: more is, -1: less is) is on the right."""
 
     label: str
     value: float
     low: float
     high: float
     better: int
-    """1 where more is better, -1 where less is."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,13 @@ class Meter:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table."""
+    """A cell of a table; its note, small print below the text, and its picture stand on pages only."""
 
     text: str = ""
     tone: Tone = ""
     note: str = ""
-    """Small print below the text; pages only."""
     code: bool = False
     picture: Interval | Dots | Meter | None = None
-    """Pages only."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,9 @@ class Compared:
     def tone(self) -> Tone:
         """Better or worse where the interval leaves zero out, else unsure; nothing without a difference."""
         change = self.difference
-        return "" if change is None else TONES[self.better * direction(change)]
+        if change is None:
+            return ""
+        return TONES[self.better * (1 if change.low > 0 else -1 if change.high < 0 else 0)]
 
     @property
     def picture(self) -> Interval | None:
@@ -142,18 +140,10 @@ class Compared:
         return Interval(label, change.value, change.low, change.high, self.better)
 
 
-def direction(change: Difference) -> int:
-    """Return 1 where the interval of a difference lies above zero, -1 where it lies below, else 0."""
-    if missing(change.low) or missing(change.high):
-        return 0
-    return 1 if change.low > 0 else -1 if change.high < 0 else 0
-
-
 def difference_table(
     rows: Sequence[Compared],
     *,
     title: str = "",
-    note: str = "",
     heading: str = "metric",
     base: str | None = "base",
     difference: str = "difference",
@@ -162,28 +152,20 @@ def difference_table(
 ) -> Table:
     """Return base, tuned, difference, interval, p and number of rows, a row for each of `rows`.
 
-    Args:
-        rows: what was compared.
-        title: heading of the table.
-        note: small print below it.
-        heading: what the first column names.
-        base: what stands beside the tuned model; None leaves both scores out.
-        difference: what the difference is called.
-        unit: what was counted.
-        code: whether the names of the first column are code.
+    `heading` names the first column; `base` what stands beside the tuned model, and None leaves both scores out.
     """
-    scores = [] if base is None else [Column(base, "number"), Column("tuned", "number")]
-    changes = [Column(difference, "number"), Column("worse ← 0 → better", "picture"), Column("95 % interval", "number")]
-    columns = [Column(heading), *scores, *changes, Column("p", "number"), Column(unit, "number")]
-    cells: list[list[Cell]] = []
+    names = [*([] if base is None else [base, "tuned"]), difference]
+    columns = [Column(heading), *(Column(name, "number") for name in names), Column("worse ← 0 → better", "picture")]
+    columns += [Column(name, "number") for name in ("95 % interval", "p", unit)]
+    cells: Rows = []
     for row in rows:
-        change = row.difference
-        line = [Cell(row.name, note=row.note, code=code)]
-        line += [] if base is None else [Cell(score(row.base)), Cell(score(row.tuned))]
-        line += [Cell(signed(change.value if change else None), row.tone), Cell(picture=row.picture)]
-        line += [Cell(row.interval), Cell(row.p)]
-        cells.append([*line, Cell(count(change.n if change else None))])
-    return Table(columns, cells, title, note)
+        scores = [] if base is None else [score(row.base), score(row.tuned)]
+        value, n = (row.difference.value, row.difference.n) if row.difference else (None, None)
+        change, picture = Cell(signed(value), row.tone), Cell(picture=row.picture)
+        cells.append(
+            [Cell(row.name, note=row.note, code=code), *scores, change, picture, row.interval, row.p, count(n)]
+        )
+    return Table(columns, cells, title)
 
 
 @dataclass(frozen=True)
@@ -233,7 +215,7 @@ class Heatmap:
     """What the rows are."""
     across: str = ""
     texts: Sequence[Sequence[str]] = ()
-    """What stands in a cell: a line or two, parted by a line end; nothing by default."""
+    """What stands in a cell: a line or two."""
     tips: Sequence[Sequence[str]] = ()
     """What a pointer on a cell reads."""
 
@@ -386,7 +368,7 @@ class Section:
     title: str
     blocks: Sequence[Block]
     link: str = ""
-    """Its name in the page's navigation; without it the title."""
+    """Its name in the navigation; without it the title."""
     anchor: str = ""
     brief: bool = True
     """Whether Markdown and terminal show it too."""

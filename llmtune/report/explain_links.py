@@ -30,9 +30,9 @@ def find_explanations(run: Path) -> list[str]:
 
 def explain_section(names: Sequence[str], *, trained: bool) -> Section:
     """Links to the pages, or where there are none the command to type; nothing before training."""
-    told = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
-    told += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
-    shown = [Links([link(name) for name in names])] if names else [Text(told)] if trained else []
+    text = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
+    text += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
+    shown = [Links([link(name) for name in names])] if names else [Text(text)] if trained else []
     return Section("Look inside", shown, anchor="inside", brief=False)
 
 

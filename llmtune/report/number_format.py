@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypeGuard
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 DASH = "–"
 MINUS = "−"
 
 
-def missing(value: Any) -> bool:
-    """Say whether there is no number."""
-    return value is None or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def score(value: Any) -> str:
+def missing(value: object) -> bool:
+    """Whether there is no number."""
+    return not is_number(value)
+
+
+def score(value: object) -> str:
     """Four significant digits, at most four decimals."""
-    if missing(value):
+    if not is_number(value):
         return DASH
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-4:
@@ -27,20 +32,19 @@ def score(value: Any) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
-def signed(value: Any) -> str:
+def signed(value: object) -> str:
     """Like `score`, with a sign."""
-    text = score(value)
-    return text if missing(value) or value <= 0 else f"+{text}"
+    return f"+{score(value)}" if is_number(value) and value > 0 else score(value)
 
 
-def count(value: Any) -> str:
+def count(value: object) -> str:
     """A whole number with its thousands apart."""
-    return DASH if missing(value) else f"{value:,.0f}"
+    return f"{value:,.0f}" if is_number(value) else DASH
 
 
-def size(value: Any) -> str:
+def size(value: object) -> str:
     """Bytes in decimal units."""
-    if missing(value):
+    if not is_number(value):
         return DASH
     amount, unit = float(value), 0
     while abs(amount) >= 1000 and unit < len(UNITS) - 1:
@@ -48,28 +52,26 @@ def size(value: Any) -> str:
     return f"{amount:.0f} {UNITS[unit]}" if unit == 0 or amount >= 100 else f"{amount:.3g} {UNITS[unit]}"
 
 
-def duration(seconds: Any) -> str:
+def duration(seconds: object) -> str:
     """Seconds, minutes or hours."""
-    if missing(seconds):
+    if not is_number(seconds):
         return DASH
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def share(part: Any, whole: Any, digits: int = 1) -> str:
+def share(part: object, whole: object, digits: int = 1) -> str:
     """A part of a whole as a percentage."""
-    return DASH if missing(part) or missing(whole) or not whole else f"{100 * part / whole:.{digits}f} %"
+    return f"{100 * part / whole:.{digits}f} %" if is_number(part) and is_number(whole) and whole else DASH
 
 
-def chance(p: Any) -> str:
+def chance(p: object) -> str:
     """A p-value."""
-    return DASH if missing(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return DASH if not is_number(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def short(value: float) -> str:

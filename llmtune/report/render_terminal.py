@@ -11,6 +11,8 @@ from rich.table import Table as RichTable
 
 from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
 
+LONGEST_NAME = 32
+"""Names of rows up to this length stay on one line, and the numbers beside them are wrapped where there is no room."""
 STYLES = {"better": "green", "worse": "red"}
 
 
@@ -22,9 +24,16 @@ def print_page(page: Page, console: Console) -> None:
 def print_sections(sections: Sequence[Section], console: Console) -> None:
     """Print sections, each under its title."""
     for section in sections:
-        if section.brief and any(isinstance(block, Table | Text | Bullets | KeyValues) for block in section.blocks):
+        if section.brief and any(is_shown(block) for block in section.blocks):
             console.print(section.title, style="bold", highlight=False, markup=False)
             print_blocks(section.blocks, console)
+
+
+def is_shown(block: Block) -> bool:
+    """Whether a terminal has something to show of a block."""
+    if isinstance(block, Beside):
+        return any(map(is_shown, (*block.left, *block.right)))
+    return isinstance(block, Table | Bullets | KeyValues | Code) or (isinstance(block, Text) and block.style != "soft")
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
@@ -53,9 +62,13 @@ def make_table(block: Table) -> RichTable:
     table = RichTable(title=escape(block.title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
     for number in shown:
-        column = block.heads[number]
-        right = column.kind == "number"
-        table.add_column(escape(column.heading), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        longest = max((len(row[number].text) for row in block.cells), default=0)
+        table.add_column(
+            escape(block.heads[number].heading),
+            justify="right" if block.heads[number].kind == "number" else "left",
+            no_wrap=number == 0 and longest <= LONGEST_NAME,
+            overflow="fold",
+        )
     for row in block.cells:
         tone = next((cell.tone for cell in row if cell.tone), "")
         table.add_row(*(escape(row[number].text) for number in shown), style=STYLES.get(tone, ""))

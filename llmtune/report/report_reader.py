@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llmtune.records import Difference, Evaluation, GateResult, Study, StudyTable
+from llmtune.records import Difference, Evaluation, GateResult, Json, Study, StudyTable
 from llmtune.report.blocks import Section
 from llmtune.report.report_record import SeedRun, Seeds, Spread
 from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
@@ -27,7 +27,7 @@ def read_sections(report: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def read_differences(found: Mapping[str, Any]) -> dict[str, Difference]:
+def read_differences(found: Json) -> dict[str, Difference]:
     """Return the differences by metric; numbers that are null become NaN."""
     changes = {}
     for metric, change in found.items():
@@ -37,13 +37,13 @@ def read_differences(found: Mapping[str, Any]) -> dict[str, Difference]:
     return changes
 
 
-def read_suite(found: Mapping[str, Any]) -> Study:
+def read_suite(found: Json) -> Study:
     """Return a suite."""
     tables = tuple(StudyTable(**table) for table in found["tables"])
     return Study(**{**found, "difference": read_differences(found["difference"]), "tables": tables})
 
 
-def read_seeds(found: Mapping[str, Any]) -> Seeds:
+def read_seeds(found: Json) -> Seeds:
     """Return the scores of several seeds."""
     metrics = {metric: Spread(**spread) for metric, spread in found["metrics"].items()}
     return Seeds([SeedRun(**run) for run in found["runs"]], found["missing"], metrics, found["told"])

@@ -78,12 +78,12 @@ def training_section(train: TrainFacts | None) -> Section:
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:
     """The points of one column of the metrics."""
-    found = []
+    pairs = []
     for line in curve:
         step, value = line.get("step"), line.get(key)
         if isinstance(step, int | float) and isinstance(value, int | float):
-            found.append((float(step), float(value)))
-    return found
+            pairs.append((float(step), float(value)))
+    return pairs
 
 
 def data_section(data: DataFacts | None, task: str | None) -> Section:
@@ -107,9 +107,9 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         blocks.append(class_counts(classes, "entities" if task == "token-classify" else "rows"))
     if example := data.get("example"):
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
-        told = "One training example as the model sees it: what is marked is learned, the rest is only read."
-        told += f" {learned} of all tokens are learned." if learned else ""
-        blocks.append(Highlighted([(str(text), bool(marked)) for text, marked in example], told))
+        text = "One training example as the model sees it: what is marked is learned, the rest is only read."
+        text += f" {learned} of all tokens are learned." if learned else ""
+        blocks.append(Highlighted([(str(piece), bool(marked)) for piece, marked in example], text))
     return Section("Data", blocks)
 
 
@@ -236,12 +236,12 @@ def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
             "What the base model could do before is not measured here, unless it is in the test rows; "
             "`evaluate.forgetting` asks a part of it."
         )
-    found = list(signatures(evaluation).items()) if evaluation else []
-    blocks: list[Block] = [*([KeyValues(found)] if found else []), Bullets(limits, soft=True)]
+    methods = list(signatures(evaluation).items()) if evaluation else []
+    blocks: list[Block] = [*([KeyValues(methods)] if methods else []), Bullets(limits, soft=True)]
     return Section("Method and limits", blocks, anchor="method", brief=False)
 
 
 def recipe_section(recipe_yaml: str) -> Section:
     """The resolved recipe."""
-    told = Text("Resolved: every value, and where it comes from.", "soft")
-    return Section("Recipe", [told, Code(recipe_yaml)] if recipe_yaml else [], brief=False)
+    text = Text("Resolved: every value, and where it comes from.", "soft")
+    return Section("Recipe", [text, Code(recipe_yaml)] if recipe_yaml else [], brief=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from llmtune.records import Contamination, Evaluation, GateResult, Slice
+from llmtune.records import Contamination, Evaluation, GateResult, Json, Slice
 from llmtune.report.blocks import (
     TONES,
     Block,
@@ -75,18 +74,18 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     """A row a metric; one that only the tuned model has stands there without a difference."""
     changes, baseline = evaluation.difference, evaluation.baseline
     rows = [compare_metric(name, evaluation, note=full_note(name, task)) for name in evaluation.tuned]
-    told = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
-    told += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
-    told += "that were looked at (Holm’s correction of p)."
+    text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
+    text += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
+    text += "that were looked at (Holm’s correction of p)."
     if exact := [name for name, change in changes.items() if change.test == "McNemar exact"]:
-        told += f" p of {words(exact)}: McNemar’s exact test; of all else: the bootstrap that gives the intervals."
+        text += f" p of {words(exact)}: McNemar’s exact test; of all else: the bootstrap that gives the intervals."
     if evaluation.tuned.keys() - changes.keys():
-        told += " A dash: measured of the tuned model alone."
+        text += " A dash: measured of the tuned model alone."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]
     if baseline:
         why = "and no model: before tuning, the base model has no trained head for this task"
         blocks.append(Text(f"The baseline is `{baseline}`, {why}.", "note"))
-    blocks.append(Text(told, "soft"))
+    blocks.append(Text(text, "soft"))
     return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
 
 
@@ -109,11 +108,11 @@ def seed_section(seeds: Seeds | None, base: str) -> Section:
     """The scores of several seeds, and what their spread says of the gain."""
     if not seeds:
         return Section("Seeds", [])
-    told = "Each seed draws another beginning of the adapter, another order of the rows and another dropout; rows, "
-    told += "split and all else are the same. Green and red: the gain of the mean is larger than what lies between the "
-    told += "lowest and the highest seed. Scores, intervals and samples elsewhere on this page are those of seed "
-    told += f"{seeds.runs[0].seed}; the others have a report each in `seeds/`."
-    blocks: list[Block] = [Text(seeds.told), seed_table(seeds, base), Text(told, "soft")]
+    text = "Each seed draws another beginning of the adapter, another order of the rows and another dropout; rows, "
+    text += "split and all else are the same. Green and red: the gain of the mean is larger than what lies between the "
+    text += "lowest and the highest seed. Scores, intervals and samples elsewhere on this page are those of seed "
+    text += f"{seeds.runs[0].seed}; the others have a report each in `seeds/`."
+    blocks: list[Block] = [Text(seeds.told), seed_table(seeds, base), Text(text, "soft")]
     return Section(f"The same recipe with {len(seeds.runs)} seeds", blocks, "Seeds", "seeds")
 
 
@@ -122,23 +121,23 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
     names = [base, *(f"seed {run.seed}" for run in seeds.runs)]
     names += ["mean", "deviation", "lowest to highest", "gain of the mean"]
     rows: Rows = []
-    for metric, found in seeds.metrics.items():
-        scores = [score(one) for one in (found.base, *found.scores, found.mean, found.deviation)]
-        tone = TONES[(1 if found.better else -1) if found.larger else 0]
-        ends, gain = f"{score(found.lowest)} to {score(found.highest)}", Cell(signed(found.gain), tone)
-        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain, seed_dots(metric, found)])
+    for metric, spread in seeds.metrics.items():
+        scores = [score(one) for one in (spread.base, *spread.scores, spread.mean, spread.deviation)]
+        tone = TONES[(1 if spread.better else -1) if spread.larger else 0]
+        ends, gain = f"{score(spread.lowest)} to {score(spread.highest)}", Cell(signed(spread.gain), tone)
+        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain, seed_dots(metric, spread)])
     return Table(["metric", *(Column(name, "number") for name in names), Column("┆ base  ● a seed", "picture")], rows)
 
 
-def seed_dots(metric: str, found: Spread) -> Cell:
+def seed_dots(metric: str, spread: Spread) -> Cell:
     """Each seed's score as a dot, where all of them are numbers."""
-    base, scores = found.base, [one for one in found.scores if one is not None]
-    if base is None or len(scores) < len(found.scores):
+    base, scores = spread.base, [one for one in spread.scores if one is not None]
+    if base is None or len(scores) < len(spread.scores):
         return Cell()
     return Cell(picture=Dots(f"{metric}: base {score(base)}, seeds {', '.join(map(score, scores))}", base, scores))
 
 
-def class_section(details: Mapping[str, Any], base: str, *, entities: bool) -> Section:
+def class_section(details: Json, base: str, *, entities: bool) -> Section:
     """A row a class, of the tuned model, the most frequent first; and what classes are taken for."""
     title, unit, kind = ("Kinds of entities", "entities", "kind") if entities else ("Classes", "rows", "class")
     tuned = details.get("tuned", {})
@@ -163,12 +162,12 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
     """The confusion matrix as a picture where it can be read, and its largest errors as pairs."""
     labels, size = list(map(str, labels)), range(len(labels))
     rows, right = sum(map(sum, counts)), sum(counts[i][i] for i in size)
-    told = f"{count(right)} of {count(rows)} rows right"
+    text = f"{count(right)} of {count(rows)} rows right"
     errors = [(i, k) for i in size for k in size if i != k and counts[i][k]]
     errors.sort(key=lambda at: -counts[at[0]][at[1]])
     pairs: Rows = [[labels[i], labels[k], count(counts[i][k]), share(counts[i][k], sum(counts[i]))] for i, k in errors]
     columns: Columns = ["right class", "taken for", Column("rows", "number"), Column("of its rows", "number")]
-    listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {told}", scroll=True)] if pairs else []
+    listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {text}", scroll=True)] if pairs else []
     if not labels or len(labels) > MOST_CLASSES:
         return [*listed]
     shares = [[number / (sum(row) or 1) for number in row] for row in counts]
@@ -177,7 +176,7 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
         labels,
         [[shares[i][k] if i == k else -shares[i][k] for k in size] for i in size],
         f"confusion matrix of {len(labels)} classes: {right} of {rows} rows right",
-        f"Confusion matrix: {told}",
+        f"Confusion matrix: {text}",
         "right class",
         "predicted",
         [[field_text(counts[i][k], shares[i][k], len(labels)) for k in size] for i in size],
@@ -204,9 +203,9 @@ def field_text(number: int, part: float, classes: int) -> str:
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
     """By column a table a metric: that which says most, and the others folded away."""
     blocks = [block for column, parts in slices.items() for block in slice_tables(column, parts, base)]
-    told = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
-    told += "looks changed: a slice is a question to look into, and the verdict does not count it."
-    return Section("Scores by slice", [*blocks, Text(told, "soft")] if blocks else [], "Slices", "slices")
+    text = "Each slice has an interval of its own, of its own rows. Of twenty slices without any change, about one "
+    text += "looks changed: a slice is a question to look into, and the verdict does not count it."
+    return Section("Scores by slice", [*blocks, Text(text, "soft")] if blocks else [], "Slices", "slices")
 
 
 def slice_tables(column: str, parts: Sequence[Slice], base: str) -> list[Block]:
@@ -241,62 +240,62 @@ def suite_sections(evaluation: Evaluation) -> list[Section]:
 
 def overlap_section(evaluation: Evaluation) -> Section:
     """Test rows that stand in the training rows, and the scores without them; nothing without test rows."""
-    found = evaluation.contamination
-    if not found or not found.rows:
+    overlap = evaluation.contamination
+    if not overlap or not overlap.rows:
         return Section("Overlap", [])
-    blocks: list[Block] = [Text(overlap_sentence(found))]
-    if found.overlapping:
+    blocks: list[Block] = [Text(overlap_sentence(overlap))]
+    if overlap.overlapping:
         whole = Slice("all rows", evaluation.rows, evaluation.base, evaluation.tuned, evaluation.difference)
-        tables = slice_tables("overlap", [whole, *found.scores], base_name(evaluation)) if found.scores else []
+        tables = slice_tables("overlap", [whole, *overlap.scores], base_name(evaluation)) if overlap.scores else []
         examples: Rows = [
-            [one["kind"], file_line(one["test"]), file_line(one["train"]), one["words"]] for one in found.examples
+            [one["kind"], file_line(one["test"]), file_line(one["train"]), one["words"]] for one in overlap.examples
         ]
         heads = ["how", "test row", "training row", "what they share"]
         some = Details(f"{len(examples)} of them", [Table(heads, examples, scroll=True)])
-        blocks += [overlap_table(found), *tables, some]
-    told = "Compared are prompts and answers, without system messages and texts that questions are about. "
-    if found.common:
-        told += f"{count(found.common)} runs of 13 words stand in more than ten training rows and were left out: "
-        told += "they are boilerplate, or the template of all rows. "
-    told += "What a model read before this tuning is not known here, and rows that say the same in other words are "
-    told += "not found."
-    return Section("Overlap with training data", [*blocks, Text(told, "soft")], "Overlap", "overlap")
+        blocks += [overlap_table(overlap), *tables, some]
+    text = "Compared are prompts and answers, without system messages and texts that questions are about. "
+    if overlap.common:
+        text += f"{count(overlap.common)} runs of 13 words stand in more than ten training rows and were left out: "
+        text += "they are boilerplate, or the template of all rows. "
+    text += "What a model read before this tuning is not known here, and rows that say the same in other words are "
+    text += "not found."
+    return Section("Overlap with training data", [*blocks, Text(text, "soft")], "Overlap", "overlap")
 
 
-def overlap_table(found: Contamination) -> Table:
+def overlap_table(overlap: Contamination) -> Table:
     """How many test rows overlap in each way, and of how many."""
     kinds = [
-        ("equal", found.equal, found.rows),
-        ("nearly equal (80 % of their word triples in common)", found.near, found.rows),
-        ("13 words in a row in common, of rows that are so long", found.shared, found.rows - found.short),
-        ("the same words in the same order, of shorter rows", found.worded, found.short),
+        ("equal", overlap.equal, overlap.rows),
+        ("nearly equal (80 % of their word triples in common)", overlap.near, overlap.rows),
+        ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
+        ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
     ]
     columns = [Column("test rows that are like a training row")]
     columns += [Column(name, "number") for name in ("rows", "of", "share")]
     return Table(columns, [[kind, count(part), count(whole), share(part, whole)] for kind, part, whole in kinds])
 
 
-def overlap_sentence(found: Contamination) -> str:
+def overlap_sentence(overlap: Contamination) -> str:
     """Return how many test rows overlap, how, and how many were left out before for that reason."""
-    number = found.overlapping
+    number = overlap.overlapping
     kinds = (
-        (found.equal, "equal"),
-        (found.near, "nearly equal"),
-        (found.shared, "with 13 words in a row in common"),
-        (found.worded, "short, with the same words"),
+        (overlap.equal, "equal"),
+        (overlap.near, "nearly equal"),
+        (overlap.shared, "with 13 words in a row in common"),
+        (overlap.worded, "short, with the same words"),
     )
     if number:
         parts = ", ".join(f"{count(part)} {name}" for part, name in kinds if part)
         verb = "overlaps" if number == 1 else "overlap"
-        told = f"{count(number)} of {count(found.rows)} test rows ({share(number, found.rows)}) {verb} with a training "
-        told += f"row: {parts}."
+        text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
+        text += f"training row: {parts}."
     else:
         how = "equal, nearly equal, 13 words in a row"
-        told = f"None of the {count(found.rows)} test rows overlaps with a training row ({how})."
-    if left := sum(found.dropped.values()):
+        text = f"None of the {count(overlap.rows)} test rows overlaps with a training row ({how})."
+    if left := sum(overlap.dropped.values()):
         were = "row was" if left == 1 else "rows were"
-        told += f" {count(left)} other {were} kept out of training for that, or out of validation."
-    return told
+        text += f" {count(left)} other {were} kept out of training for that, or out of validation."
+    return text
 
 
 def file_line(origin: str) -> str:
@@ -321,24 +320,24 @@ def flip_section(evaluation: Evaluation, task: str | None) -> Section:
                 folded.append(Details(f"{words([metric])}, {title}: {part}{count(number)}", [samples]))
     columns = [Column("metric"), *(Column(name, "number") for name in (gained, lost, "rows"))]
     who = "the baseline" if evaluation.baseline else "the base model"
-    told = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
-    told += "all of them."
-    return Section("What flipped", [Table(columns, rows), *folded, Text(told, "soft")] if rows else [], anchor="flips")
+    text = f"Rows that {who} and the tuned model do not both get right or wrong; those shown are spread evenly over "
+    text += "all of them."
+    return Section("What flipped", [Table(columns, rows), *folded, Text(text, "soft")] if rows else [], anchor="flips")
 
 
 def sample_section(evaluation: Evaluation, task: str | None) -> Section:
     """Rows with their reference and what either model said."""
     samples = read_samples(evaluation.samples, evaluation, task)
     judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
-    told = judged if task == "preference" else ""
-    told += "Spread evenly over the test rows, not chosen by how they look. All of them: "
-    told += "`evaluation/predictions.jsonl`."
-    return Section("Samples", [Samples(samples), Text(told, "soft")] if samples else [])
+    text = judged if task == "preference" else ""
+    text += "Spread evenly over the test rows, not chosen by how they look. All of them: "
+    text += "`evaluation/predictions.jsonl`."
+    return Section("Samples", [Samples(samples), Text(text, "soft")] if samples else [])
 
 
 def signatures(evaluation: Evaluation) -> dict[str, str]:
     """Return how each number came about, those of the suites by the names that gates use."""
-    found = dict(evaluation.signatures)
+    texts = dict(evaluation.signatures)
     for name, suite in evaluation.studies.items():
-        found |= {f"{name}.{metric}": text for metric, text in suite.signatures.items()}
-    return found
+        texts |= {f"{name}.{metric}": text for metric, text in suite.signatures.items()}
+    return texts

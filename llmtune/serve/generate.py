@@ -38,13 +38,29 @@ def answer_once(
         DataError: an input cannot be used: an empty text, a recording that cannot be read.
     """
     context, model_ref = open_finished(run, console, offline)
+    check_request(context, model_ref, inputs, base=base, max_new_tokens=max_new_tokens)
+    return answer(load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens), inputs)
+
+
+def check_request(
+    context: RunContext,
+    model_ref: ModelRef,
+    inputs: Mapping[str, str | None],
+    *,
+    base: bool,
+    max_new_tokens: int | None,
+) -> None:
+    """Raise RecipeError for what this run's model cannot be asked."""
     check_inputs(context.task, inputs)
     if max_new_tokens is not None and not TASK_FACTS[context.recipe.task].generates:
         raise RecipeError.of("this run's model generates no text", "--max-new-tokens", "Omit it.")
     if base and head_is_new(model_ref, context.recipe, context.task):
         fix = "Omit --base: the head was made and trained by this run."
         raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
-    session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
+
+
+def answer(session: ChatSession, inputs: Mapping[str, str | None]) -> dict[str, object]:
+    """Return the answer of a loaded model: `text` and `prediction`, as `answer_once` does."""
     task, recipe = session.task, session.recipe
     if task.free_prompt:
         text = "".join(session.answer(str(inputs["prompt"]), system=inputs.get("system")))

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from support.runs import llmtune, write_recipe
 
-from llmtune.compare.method_comparison import Asked, check_folder, default_out, plan_trials, read_methods, read_rates
+from llmtune.compare.method_comparison import (
+    MethodOptions,
+    check_folder,
+    default_out,
+    plan_trials,
+    read_methods,
+    read_rates,
+)
 from llmtune.compare.method_process import TrialBug, explain
 from llmtune.errors import EnvironmentProblem, RecipeError, Stopped, TrainingError
 from llmtune.store.atomic_files import read_json
@@ -24,8 +31,8 @@ Train = Callable[..., Path]
 BRIEF = ("--set", "train.num_train_epochs=null", "--set", "train.max_steps=2")
 
 
-def asked(*methods: str, sets: tuple[str, ...] = (), **rates: float) -> Asked:
-    return Asked(methods or ("full", "lora", "qlora"), rates, sets)
+def asked(*methods: str, sets: tuple[str, ...] = (), **rates: float) -> MethodOptions:
+    return MethodOptions(methods or ("full", "lora", "qlora"), rates, sets)
 
 
 def test_methods_differ_in_the_method_and_the_learning_rate_of_full_alone(place: Path) -> None:

@@ -7,11 +7,9 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 from support.runs import llmtune
 
 from llmtune.compare.run_comparison import compare_runs
@@ -21,15 +19,13 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, reorder, save_measures
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 
-Train = Callable[..., Path]
-Read = Callable[[], str]
+
+@pytest.fixture
+def compare(tmp_path, console):
+    return lambda *runs: compare_runs(runs, tmp_path / "comparison", console)
 
 
-def compare(tmp_path: Path, console: Console, *runs: Path) -> dict[str, Any]:
-    return compare_runs(runs, tmp_path / "comparison", console)
-
-
-def only(made: dict[str, Any]) -> dict[str, Any]:
+def only(made):
     (pair,) = made["pairs"]
     return pair
 
@@ -64,9 +60,9 @@ def turn_rows(found: PerRowScores) -> PerRowScores:
     return PerRowScores(*sides, rows)
 
 
-def test_the_same_adapter_twice_cannot_be_told_apart(tmp_path: Path, console: Console, good: Path, twin: Path) -> None:
+def test_the_same_adapter_twice_cannot_be_told_apart(compare, good, twin):
     for other in (twin, good):
-        pair = only(compare(tmp_path, console, good, other))
+        pair = only(compare(good, other))
         assert pair["verdict"]["word"] == "can't tell"
         assert "same model" in pair["verdict"]["reason"]
         assert {metric: found["value"] for metric, found in pair["difference"].items()} == {
@@ -76,44 +72,38 @@ def test_the_same_adapter_twice_cannot_be_told_apart(tmp_path: Path, console: Co
         }
 
 
-def test_rows_in_another_order_are_joined_by_what_they_say(
-    tmp_path: Path, console: Console, train: Train, good: Path
-) -> None:
+def test_rows_in_another_order_are_joined_by_what_they_say(compare, tmp_path, train, good):
     worse = train("short", "train.num_train_epochs=1")
     turned = shutil.copytree(worse, tmp_path / "turned")
     change_measures(turned, turn_rows)
-    straight, crossed = (only(compare(tmp_path, console, good, run)) for run in (worse, turned))
+    straight, crossed = (only(compare(good, run)) for run in (worse, turned))
     assert crossed["difference"] == straight["difference"]
     assert straight["difference"]["loss"]["value"] != 0
 
 
-def test_an_adapter_from_rows_in_another_order_cannot_be_told_apart(
-    tmp_path: Path, console: Console, train: Train, good: Path, place: Path
-) -> None:
+def test_an_adapter_from_rows_in_another_order_cannot_be_told_apart(compare, train, good, place):
     lines = (place / "rows.jsonl").read_text().splitlines(keepends=True)
     random.Random(2).shuffle(lines)
     (place / "turned.jsonl").write_text("".join(lines))
     other = train("reordered", f"data.train={place}/turned.jsonl")
-    pair = only(compare(tmp_path, console, good, other))
+    pair = only(compare(good, other))
     assert pair["difference"]["loss"]["value"] != 0
     assert pair["verdict"]["word"] == "can't tell"
     assert "the chance of training" in pair["verdict"]["reason"]
 
 
-def test_a_run_that_learned_less_is_worse_and_the_other_way_round_better(
-    tmp_path: Path, console: Console, train: Train, good: Path, read: Read
-) -> None:
+def test_a_run_that_learned_less_is_worse_and_the_other_way_round_better(compare, train, good, read):
     short = train("shorter", "train.num_train_epochs=null", "train.max_steps=1")
-    pair, back = (only(compare(tmp_path, console, *runs)) for runs in ((good, short), (short, good)))
+    pair, back = (only(compare(*runs)) for runs in ((good, short), (short, good)))
     assert (pair["verdict"]["word"], back["verdict"]["word"]) == ("worse", "better")
     low, high = pair["difference"]["loss"]["interval"]
     assert 0 < low < high
     assert "shorter is worse than good. Worse in loss" in read()
 
 
-def test_a_difference_is_that_of_the_scores(tmp_path: Path, console: Console, train: Train, good: Path) -> None:
+def test_a_difference_is_that_of_the_scores(compare, train, good):
     other = train("short", "train.num_train_epochs=1")
-    pair = only(compare(tmp_path, console, good, other))
+    pair = only(compare(good, other))
     tuned = [json.loads((run / "report.json").read_text())["evaluation"]["tuned"] for run in (good, other)]
     for metric, found in pair["difference"].items():
         assert found["value"] == pytest.approx(tuned[1][metric] - tuned[0][metric])
@@ -121,15 +111,13 @@ def test_a_difference_is_that_of_the_scores(tmp_path: Path, console: Console, tr
         assert low <= found["value"] <= high
 
 
-def test_the_files_say_what_the_table_says(
-    tmp_path: Path, console: Console, train: Train, good: Path, read: Read
-) -> None:
+def test_the_files_say_what_the_table_says(compare, tmp_path, train, good, read):
     runs = (
         good,
         train("short", "train.num_train_epochs=1"),
         train("shorter", "train.num_train_epochs=null", "train.max_steps=1"),
     )
-    made = compare(tmp_path, console, *runs)
+    made = compare(*runs)
     folder = tmp_path / "comparison"
     assert json.loads((folder / "compare.json").read_text())["pairs"] == made["pairs"]
     assert [one["key"] for one in made["settings"]] == ["train.num_train_epochs", "train.max_steps"]
@@ -151,14 +139,12 @@ def test_the_files_say_what_the_table_says(
     assert run["trainable"] == manifest["adapt"]["facts"]["trainable"]
 
 
-def test_other_test_rows_are_refused_with_how_many_differ(
-    tmp_path: Path, console: Console, train: Train, good: Path, place: Path
-) -> None:
+def test_other_test_rows_are_refused_with_how_many_differ(compare, train, good, place):
     lines = (place / "rows.jsonl").read_text().splitlines(keepends=True)
     (place / "fewer.jsonl").write_text("".join(lines[:40]))
     fewer = train("fewer", f"data.train={place}/fewer.jsonl")
     with pytest.raises(DataError, match=r"not measured on the same rows: of \d+ test rows \d+ are in both"):
-        compare(tmp_path, console, good, fewer)
+        compare(good, fewer)
 
 
 @pytest.mark.parametrize(
@@ -170,94 +156,82 @@ def test_other_test_rows_are_refused_with_how_many_differ(
         ("all-learned", ["data.train_on=all"], "data.train_on: all, and good with assistant"),
     ],
 )
-def test_other_settings_of_measurement_are_refused_by_name(
-    tmp_path: Path, console: Console, train: Train, good: Path, name: str, sets: list[str], said: str
-) -> None:
+def test_other_settings_of_measurement_are_refused_by_name(compare, train, good, name, sets, said):
     other = train(name, "train.num_train_epochs=null", "train.max_steps=1", *sets)
     with pytest.raises(RecipeError, match=said):
-        compare(tmp_path, console, good, other)
+        compare(good, other)
 
 
-def test_a_metric_of_one_run_alone_is_left_out_with_the_reason(
-    tmp_path: Path, console: Console, train: Train, good: Path
-) -> None:
+def test_a_metric_of_one_run_alone_is_left_out_with_the_reason(compare, train, good):
     other = train("more", "train.num_train_epochs=null", "train.max_steps=1", "evaluate.metrics=[loss, chrf]")
-    pair = only(compare(tmp_path, console, good, other))
+    pair = only(compare(good, other))
     assert list(pair["difference"]) == ["loss"]
     assert pair["left_out"]["chrf"] == "measured in more alone"
 
 
-def test_losses_by_token_of_other_tokenizers_are_left_out(
-    tmp_path: Path, console: Console, good: Path, twin: Path
-) -> None:
+def test_losses_by_token_of_other_tokenizers_are_left_out(compare, good, twin):
     def count_otherwise(found: PerRowScores) -> PerRowScores:
         sums = found.tuned["loss"].sums_NK * np.array([1.0, 2.0])
         loss = found.tuned["loss"].__class__(**{**vars(found.tuned["loss"]), "sums_NK": sums})
         return PerRowScores(found.base, {**found.tuned, "loss": loss}, found.rows)
 
     change_measures(twin, count_otherwise)
-    pair = only(compare(tmp_path, console, good, twin))
+    pair = only(compare(good, twin))
     assert "other units" in pair["left_out"]["loss"]
     assert set(pair["difference"]) == {"accuracy", "exact_match"}
 
 
-def test_other_tasks_are_refused(tmp_path: Path, console: Console, train: Train, good: Path, place: Path) -> None:
+def test_other_tasks_are_refused(compare, train, good, place):
     pairs = [{"prompt": f"What comes after {i}? ", "completion": str(i + 1)} for i in range(40)]
     (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     short = ("train.num_train_epochs=null", "train.max_steps=1")
     other = train("completing", "task=completion", f"data.train={place}/pairs.jsonl", *short)
     with pytest.raises(RecipeError, match="task completion, and good has task chat"):
-        compare(tmp_path, console, good, other)
+        compare(good, other)
 
 
-def test_all_that_is_wrong_with_the_folders_is_told_at_once(
-    tmp_path: Path, console: Console, train: Train, good: Path
-) -> None:
+def test_all_that_is_wrong_with_the_folders_is_told_at_once(compare, tmp_path, train, good):
     unscored = train("unscored", "train.num_train_epochs=null", "train.max_steps=1", until="train")
     prepared = train("prepared", until="prepare")
     with pytest.raises(RecipeError) as error:
-        compare(tmp_path, console, good, unscored, prepared, tmp_path / "nothing")
+        compare(good, unscored, prepared, tmp_path / "nothing")
     said = [problem.what for problem in error.value.problems]
     assert said == ["this run has no scores yet", "this run has no trained model yet", "no such run folder"]
 
 
-def test_a_run_without_test_rows_has_nothing_to_compare(
-    tmp_path: Path, console: Console, train: Train, good: Path
-) -> None:
+def test_a_run_without_test_rows_has_nothing_to_compare(compare, train, good):
     bare = train(
         "bare", "data.test=0", "evaluate=null", "generation=null", "train.num_train_epochs=null", "train.max_steps=1"
     )
     with pytest.raises(RecipeError, match="no test rows"):
-        compare(tmp_path, console, good, bare)
+        compare(good, bare)
 
 
 @pytest.mark.parametrize("name", ["measures.npz", "evaluation.json", "predictions.jsonl"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_scores_are_an_error_of_the_environment(
-    tmp_path: Path, console: Console, good: Path, twin: Path, name: str, damage: str
-) -> None:
+def test_damaged_scores_are_an_error_of_the_environment(compare, good, twin, name, damage):
     path = twin / "evaluation" / name
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(EnvironmentProblem, match="damaged"):
-        compare(tmp_path, console, good, twin)
+        compare(good, twin)
 
 
-def test_scores_of_an_older_run_are_to_be_made_anew(tmp_path: Path, console: Console, good: Path, twin: Path) -> None:
+def test_scores_of_an_older_run_are_to_be_made_anew(compare, good, twin):
     (twin / "evaluation" / "measures.npz").unlink()
     seal(twin)
     with pytest.raises(EnvironmentProblem, match="no scores by row"):
-        compare(tmp_path, console, good, twin)
+        compare(good, twin)
 
 
-def test_one_run_alone_is_refused(tmp_path: Path, console: Console, good: Path) -> None:
+def test_one_run_alone_is_refused(compare, good):
     with pytest.raises(RecipeError, match="one run alone"):
-        compare(tmp_path, console, good)
+        compare(good)
 
 
-def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart() -> None:
+def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():
     paths = [Path("/a/x/lora"), Path("/a/y/lora"), Path("/a/y/full")]
     assert name_runs(paths) == ["x/lora", "y/lora", "y/full"]
     assert name_runs(paths[1:]) == ["lora", "full"]
@@ -272,16 +246,14 @@ def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart() -> None:
         (["good", "good", "--methods", "full,lora"], 2, "--methods goes with one recipe"),
     ],
 )
-def test_a_call_that_makes_no_sense_ends_with_what_to_do(
-    place: Path, good: Path, words: list[str], code: int, said: str
-) -> None:
+def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, code, said):
     done = llmtune("compare", *words, cwd=place)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_prints_one_json_document_and_names_the_page(place: Path, good: Path, train: Train) -> None:
+def test_the_command_prints_one_json_document_and_names_the_page(place, good, train):
     train("short", "train.num_train_epochs=1")
     done = llmtune("compare", "good", "short", "--json", cwd=place)
     assert done.returncode == 0, done.stderr

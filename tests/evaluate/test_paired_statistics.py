@@ -9,6 +9,7 @@ import pytest
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar, resample
+from llmtune.records import Evaluation
 from llmtune.report import verdict
 
 ROWS, TRIALS = 60, 600
@@ -97,8 +98,8 @@ def test_without_any_difference_one_verdict_in_twenty_is_wrong_at_most():
     for _ in range(TRIALS):
         base, tuned, _ = flips(generator, 100, 0.08, 0.08)
         change = difference(base, tuned, ratio, right_wrong=True, seed=0, resamples=1000)
-        told = {"value": change.value, "interval": [change.low, change.high], "p": change.p, "n": change.n}
-        wrong += verdict({"evaluation": {"difference": {"exact_match": told}}})["word"] != "can't tell"
+        evaluation = Evaluation({}, {}, {"exact_match": change}, (), (), 100)
+        wrong += verdict(evaluation).word != "can't tell"
     assert wrong / TRIALS <= 0.06
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from xml.etree import ElementTree
 
 import pytest
 from support.page import Page
@@ -15,7 +14,6 @@ from llmtune.records import Difference
 from llmtune.report import verdict, write_report
 from llmtune.report.report_record import Report
 
-HOSTILE = "<script>alert(1)</script> | `a``b` {{ 7*7 }} \x00 # h"
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 
 
@@ -63,25 +61,6 @@ def test_the_page_says_the_verdict_first_and_has_every_section(report, tmp_path)
 def test_the_example_marks_what_is_learned(report, tmp_path):
     text = write(report, tmp_path)["report.html"]
     assert "Late parcel&lt;|im_end|&gt;\n<mark>delivery&lt;|im_end|&gt;</mark>" in text
-
-
-def test_hostile_text_stays_text_everywhere(report, tmp_path):
-    sample = report.evaluation.samples[0] | {"prompt": HOSTILE, "base": HOSTILE, "tuned_choice": HOSTILE}
-    report = replace(
-        report,
-        name=HOSTILE,
-        recipe_yaml=HOSTILE,
-        gates=(replace(report.gates[0], name=HOSTILE),),
-        data={**report.data, "dropped": {HOSTILE: 1}, "example": [(HOSTILE, True)]},
-        evaluation=replace(report.evaluation, samples=(sample,), signatures={HOSTILE: HOSTILE}),
-        model={**report.model, "name": HOSTILE},
-    )
-    texts = write(report, tmp_path)
-    page = Page(texts["report.html"])
-    assert {tag for tag, _ in page.tags} & {"script", "img"} == set()
-    assert page.text.count("<script>alert(1)</script>") >= 8
-    ElementTree.fromstring(texts["junit.xml"])
-    json.loads(texts["report.json"])
 
 
 def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,18 @@ def write_recipe(path: Path, model: Path | str, rows: Path | str, /, **sections:
                 del section[key]
     with path.open("w") as file:
         YAML(typ="safe").dump(recipe, file)
+    return path
+
+
+def write_colours(path: Path) -> Path:
+    """Forty chat rows, all different, in OpenAI's messages form."""
+    things = ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone"]
+    with path.open("w") as file:
+        for i, thing in enumerate(things):
+            for j, colour in enumerate(["red", "green", "blue", "black", "white"]):
+                question = f"Which colour has the {thing} number {i * 7 + j * 13}?"
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": colour}]
+                file.write(json.dumps({"messages": turns}) + "\n")
     return path
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
-from llmtune.store.process_environment import at_once, names_remote, prepare_environment, studies_remote
+from llmtune.launch.python_api import evaluate_folder, run_recipe
 
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -34,22 +33,26 @@ def _command(name: str) -> Callable[..., None]:
         offline: Offline = False,
         as_json: AsJson = False,
     ) -> None:
-        from llmtune.recipe import load_recipe
-
         refuse_both(resume, fresh)
+        console = stderr_console()
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
                 raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
-            result = _evaluate_run(Path(recipe), sets or [], threads, offline)
+            result = evaluate_folder(Path(recipe), sets or [], threads=threads, offline=offline, console=console)
         else:
-            loaded = load_recipe(recipe, sets or [])
-            prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-            with at_once():
-                from llmtune.pipeline import run_pipeline
-                from llmtune.session import Options
-
-            options = Options(out, resume, fresh, lock, offline, dry_run, until=name)
-            result = run_pipeline(loaded, options, stderr_console())
+            result = run_recipe(
+                recipe,
+                sets or [],
+                out=out,
+                until=name,
+                resume=resume,
+                fresh=fresh,
+                lock=lock,
+                threads=threads,
+                dry_run=dry_run,
+                offline=offline,
+                console=console,
+            )
         if as_json:
             print_json(result)
 
@@ -60,18 +63,7 @@ def _command(name: str) -> Callable[..., None]:
 def refuse_both(resume: bool, fresh: bool) -> None:
     """Raise RecipeError for --resume beside --fresh."""
     if resume and fresh:
-        raise RecipeError.of("--resume and --fresh exclude each other", fix="leave one of them away")
-
-
-def _evaluate_run(run: Path, sets: list[str], threads: int | None, offline: bool) -> dict[str, Any]:
-    from llmtune.store.run_folder import read_run, recipe_of_run
-
-    loaded = recipe_of_run(read_run(run), sets)
-    prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
-    with at_once():
-        from llmtune.pipeline import evaluate_run
-
-    return evaluate_run(loaded, run, stderr_console(), offline=offline)
+        raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
 
 
 COMMANDS = {name: _command(name) for name in SUMMARIES}

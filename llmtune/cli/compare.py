@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, Fresh, Offline, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.cli.run_commands import refuse_both
+from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
+from llmtune.records import Json
 from llmtune.store.process_environment import at_once, prepare_environment
 
 if TYPE_CHECKING:
@@ -50,20 +51,20 @@ def compare(
         stated = {"--learning-rate": learning_rate, "--set": sets, "--resume": resume, "--fresh": fresh}
         result = _compare_runs(what, out, [name for name, value in stated.items() if value])
     else:
-        from llmtune.compare.method_comparison import Asked, compare_methods, read_methods, read_rates
+        from llmtune.compare.method_comparison import MethodOptions, compare_methods, read_methods, read_rates
 
         if len(what) > 1:
             raise RecipeError.of(f"--methods goes with one recipe, and {len(what)} are named", "--methods")
         chosen = read_methods(methods)
         rates = read_rates(learning_rate or [], chosen)
         prepare_environment(network=not offline, threads=threads)
-        asked = Asked(chosen, rates, tuple(sets or ()), out, resume, fresh, threads, offline)
-        result = compare_methods(what[0], asked, stderr_console())
+        options = MethodOptions(chosen, rates, tuple(sets or ()), out, resume, fresh, threads, offline)
+        result = compare_methods(what[0], options, stderr_console())
     if as_json:
         print_json(result)
 
 
-def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) -> dict[str, Any]:
+def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) -> Json:
     RecipeError.collect(
         Problem("this option is for a recipe with --methods", name, "Leave it out to compare runs that exist.")
         for name in stated

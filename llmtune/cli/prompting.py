@@ -1,4 +1,4 @@
-"""Commands that use a finished run or look at the machine: generate, chat, doctor."""
+"""`llmtune generate` and `llmtune chat`: ask the model of a finished run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.store.process_environment import at_once, offline_switches, prepare_environment
+from llmtune.store.process_environment import at_once, prepare_environment
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]"
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
@@ -87,16 +87,4 @@ def chat(
             typer.echo("")
 
 
-@handled
-def doctor(as_json: AsJson = False) -> None:
-    """Look at versions, devices, memory and disk, and say what to type where something is missing."""
-    switched_off = offline_switches()
-    prepare_environment(network=False)
-    from llmtune.cli.doctor import examine
-
-    found = examine(stderr_console(), switched_off)
-    if as_json:
-        print_json(found)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat, "doctor": doctor}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat}

@@ -8,8 +8,8 @@ import typer
 
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.cli.run_commands import refuse_both
-from llmtune.store.process_environment import at_once, names_remote, prepare_environment
+from llmtune.cli.run import refuse_both
+from llmtune.launch.python_api import run_recipe
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
 
@@ -35,18 +35,20 @@ def local(
     as_json: AsJson = False,
 ) -> None:
     """Run on this machine: prepare, select and evaluate once, train in N processes."""
-    from llmtune.recipe import load_recipe
-
     refuse_both(resume, fresh)
-    loaded = load_recipe(recipe, sets or [])
-    prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-    with at_once():
-        from llmtune.launch.local_processes import local_trainer
-        from llmtune.pipeline import run_pipeline
-        from llmtune.session import Options
-
-    options = Options(out, resume, fresh, lock, offline, dry_run, until="run")
-    trainer = local_trainer(processes, threads=threads)
-    result = run_pipeline(loaded, options, stderr_console(), trainer=trainer)
+    result = run_recipe(
+        recipe,
+        sets or [],
+        out=out,
+        until="run",
+        processes=processes,
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        dry_run=dry_run,
+        offline=offline,
+        console=stderr_console(),
+    )
     if as_json:
         print_json(result)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, Fresh, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import GateFailed
+from llmtune.records import Json
 from llmtune.store.process_environment import at_once, names_remote, prepare_environment
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def reproduce(
         typer.echo("reproduced: equal, byte for byte" if result["same_bytes"] else "reproduced: within the tolerances")
 
 
-def _print_reproduction(result: dict[str, Any]) -> None:
+def _print_reproduction(result: Json) -> None:
     """Print each file of what was trained, each score, and what differs from the lock."""
     from rich.console import Console
     from rich.markup import escape

@@ -1,0 +1,137 @@
+"""Run a recipe here, evaluate a run again, open a finished run: what `import llmtune` and the command line call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.records import Json
+from llmtune.store.process_environment import at_once, names_remote, prepare_environment, studies_remote
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.serve.finished_run import FinishedRun
+
+
+def run(
+    recipe: str | Path,
+    *,
+    out: str | Path | None = None,
+    set: Mapping[str, object] | None = None,
+    until: str = "run",
+    processes: int = 1,
+    resume: bool = False,
+    fresh: bool = False,
+    lock: str | Path | None = None,
+    threads: int | None = None,
+    offline: bool = False,
+    quiet: bool = False,
+) -> FinishedRun:
+    """Run a recipe and return the finished run; steps that are still valid in its folder are skipped.
+
+    Args:
+        recipe: a recipe file, or the name of a recipe that ships with llmtune.
+        out: the run folder; by default `runs/<name>-<hash>`.
+        set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
+        until: the last step to run: train, evaluate, or run for all steps and deployment.
+        processes: in how many processes to train.
+        resume: go on in the run folder, and raise an error if there is nothing to go on from.
+        fresh: start over in the run folder.
+        lock: an `llmtune.lock` that model and data must agree with.
+        threads: CPU threads; by default torch's own choice.
+        offline: forbid any access to the network.
+        quiet: print no progress to stderr.
+
+    Raises:
+        LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
+            complete, and `load_run` opens it.
+    """
+    from llmtune.recipe import load_recipe
+    from llmtune.store.run_folder import default_path
+
+    sets = [f"{key}={value}" for key, value in (set or {}).items()]
+    loaded = load_recipe(recipe, sets)
+    folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
+    run_recipe(
+        recipe,
+        sets,
+        out=folder,
+        until=until,
+        processes=processes if processes > 1 else None,
+        resume=resume,
+        fresh=fresh,
+        lock=None if lock is None else Path(lock),
+        threads=threads,
+        offline=offline,
+        console=make_console(quiet=quiet),
+    )
+    return load_run(folder, offline=offline)
+
+
+def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
+    """Open a run that was trained; its model is loaded once you use it.
+
+    Raises:
+        RecipeError: not a run folder, or not trained yet.
+    """
+    prepare_environment(network=False)
+    with at_once():
+        from llmtune.serve.finished_run import FinishedRun
+
+    return FinishedRun(Path(folder), offline)
+
+
+def run_recipe(
+    recipe: str | Path,
+    sets: Sequence[str],
+    *,
+    out: Path | None,
+    until: str,
+    processes: int | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    lock: Path | None = None,
+    threads: int | None = None,
+    dry_run: bool = False,
+    offline: bool = False,
+    console: Console,
+) -> Json:
+    """Run a recipe in this process, or train it in several; return what report.json holds."""
+    from llmtune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, sets)
+    prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+    with at_once():
+        from llmtune.pipeline import Trainer, run_pipeline
+        from llmtune.session import Options
+
+    trainer: Trainer | None = None
+    if processes is not None:
+        from llmtune.launch.local_processes import local_trainer
+
+        trainer = local_trainer(processes, threads=threads)
+    options = Options(out, resume, fresh, lock, offline, dry_run, until=until)
+    return run_pipeline(loaded, options, console, trainer)
+
+
+def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
+    """Score a finished run again, with some settings changed; return what report.json holds."""
+    from llmtune.store.run_folder import read_run, recipe_of_run
+
+    loaded = recipe_of_run(read_run(run), sets)
+    prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
+    with at_once():
+        from llmtune.pipeline import evaluate_run
+
+    return evaluate_run(loaded, run, console, offline=offline)
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Return where progress goes: stderr, with colours and bars in a terminal and plain lines elsewhere."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False, quiet=quiet)

@@ -1,0 +1,65 @@
+"""`train.seeds`: the run folder and the recipe of each further seed, below the run's own folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from llmtune.recipe import LoadedRecipe
+from llmtune.store.atomic_files import explained, hash_value, read_json, staged, write_json
+from llmtune.store.run_folder import MANIFEST, RunFolder
+
+FOLDER = "seeds"
+SHARED = ("prepare", "encode")
+"""Steps whose results do not depend on the seed."""
+UNTIL = {"train": "train", "evaluate": "evaluate", "run": "evaluate"}
+"""How far a further seed goes, by how far the run goes."""
+
+
+def seed_folder(run: Path, seed: int) -> Path:
+    """Return the run folder of a further seed."""
+    return run / FOLDER / str(seed)
+
+
+def without_seeds(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe without its further seeds; what it trains and its fingerprint are the same."""
+    train = loaded.recipe.train.model_copy(update={"seeds": ()})
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
+
+
+def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
+    """Return the recipe for one further seed; gates and deployment are the run's own affair."""
+    alone = without_seeds(loaded)
+    judged = alone.recipe.evaluate.model_copy(update={"gates": ()})
+    recipe = alone.recipe.model_copy(update={"seed": seed, "evaluate": judged, "deploy": ()})
+    origins = {**loaded.origins, "seed": loaded.origins.get("train.seeds", "train.seeds")}
+    return replace(alone, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
+
+
+def share_rows(folder: RunFolder, out: Path, fingerprint: str) -> None:
+    """Begin the folder of a further seed with the rows and examples of the run, which are the same for all seeds."""
+    if (out / MANIFEST).exists():
+        return
+    steps = {name: folder.manifest["steps"][name] for name in SHARED if name in folder.manifest["steps"]}
+    findings = {name: value for name, value in folder.findings.items() if name == "ranking"}
+    with explained(out):
+        out.parent.mkdir(exist_ok=True)
+        with staged(out) as target:
+            shutil.copytree(folder.path / "data", target / "data", copy_function=link)
+            write_json(target / MANIFEST, {"fingerprint": fingerprint, "steps": steps, "findings": findings})
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name where the file system can, else copy it: a step never changes a file in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def is_done(run: Path, step: str) -> bool:
+    """Whether a run folder is there and a step of it is done."""
+    manifest = read_json(run / MANIFEST) or {}
+    return bool(manifest.get("steps", {}).get(step, {}).get("state") == "done")

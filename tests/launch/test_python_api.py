@@ -1,0 +1,63 @@
+"""`import llmtune`: the same runs as the command line's, as objects."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.finished import write_sums
+from support.runs import llmtune as command
+from support.runs import write_recipe
+
+import llmtune
+from llmtune.errors import GateFailed, RecipeError
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    folder = tmp_path_factory.mktemp("python")
+    write_sums(folder / "rows.jsonl")
+    gates = {"gates": ["loss <= 100"]}
+    return write_recipe(folder / "tiny.yaml", tiny_llama, "rows.jsonl", evaluate=gates)
+
+
+def test_a_run_from_python_is_that_of_the_command_line(recipe: Path) -> None:
+    run = llmtune.run(recipe, out=recipe.parent / "run", set={"train.num_train_epochs": 1}, quiet=True)
+    report = json.loads((recipe.parent / "run" / "report.json").read_text())
+    assert run.report == report
+    assert run.scores == {model: report["evaluation"][model] for model in ("base", "tuned")}
+    assert [(gate.name, gate.passed) for gate in run.gates] == [("loss <= 100", True)]
+    assert run.recipe.train.num_train_epochs == 1
+
+    again = llmtune.load_run(recipe.parent / "run")
+    question = "What comes after 3 and before 5?"
+    done = command("generate", "run", "--prompt", question, cwd=recipe.parent)
+    assert again.generate(question) + "\n" == done.stdout
+    assert len(again.tokenizer(again.generate(question, max_new_tokens=2))["input_ids"]) <= 4
+    assert again.model() is again.model()
+    assert again.model().peft_config["default"].r == 4
+    with pytest.raises(RecipeError, match="does not use it"):
+        again.generate(question, context="a text")
+
+
+def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None:
+    out = recipe.parent / "run"
+    with pytest.raises(GateFailed):
+        llmtune.run(recipe, out=out, set={"train.num_train_epochs": 1, "evaluate.gates": "['loss <= 0']"}, quiet=True)
+    assert not llmtune.load_run(out).gates[0].passed
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        llmtune.load_run(tmp_path)
+
+
+def test_importing_llmtune_stays_light() -> None:
+    code = "import llmtune, sys; llmtune.run; print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    with pytest.raises(AttributeError, match="no attribute 'fine_tune'"):
+        llmtune.fine_tune  # noqa: B018
