@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text
-from llmtune.records import Row
 from llmtune.store.atomic_files import hash_recording
 
 Samples = npt.NDArray[np.int16]
@@ -32,24 +31,34 @@ MP3_TAGS_BYTES = 4096
 AUDIO_COLUMNS = ("audio", "file_name")
 
 
-def speech_from_columns(row: Mapping[str, Any]) -> Row:
+class SpeechRow(TypedDict):
+    """A recording and what is said in it."""
+
+    audio: str
+    """The file."""
+    content: str
+    """Its hash."""
+    text: str
+
+
+def speech_from_columns(row: Mapping[str, object]) -> SpeechRow:
     """Read `audio` (a file, or `{path}`) and `text`."""
     return _speech(row, "audio")
 
 
-def speech_from_folder(row: Mapping[str, Any]) -> Row:
+def speech_from_folder(row: Mapping[str, object]) -> SpeechRow:
     """Read `file_name` and `text`, as the metadata of a folder of recordings has them."""
     return _speech(row, "file_name")
 
 
-def find_recording(value: Any) -> str | None:
+def find_recording(value: object) -> str | None:
     """Return the file that a cell names: a text, or a mapping with a `path`."""
     if isinstance(value, Mapping):
         value = value.get("path")
     return value if isinstance(value, str) and value else None
 
 
-def _speech(row: Mapping[str, Any], column: str) -> Row:
+def _speech(row: Mapping[str, object], column: str) -> SpeechRow:
     name = find_recording(row[column])
     if name is None:
         raise RowError("wrong type", f"'{column}' is {describe(row[column])}; it must be the name of a file")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
-from llmtune.records import Example, Examples, Rows
+from llmtune.records import Examples, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,70 +86,20 @@ def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
     return edges, counts.tolist()
 
 
-def causal_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Cut an example into stretches that are learned and such that are not."""
-    return _stretches(example.input_ids, example.spans, processor)
-
-
-def _stretches(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Piece]:
+def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Piece]:
+    """Cut token ids into stretches of text, and say of each whether it lies in `spans`."""
     learned = [False] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         learned[start:end] = [True] * (end - start)
     pieces = []
     for flag, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
-        pieces.append((_decode([token for token, _ in pairs], processor), flag))
+        pieces.append((decode_shortened([token for token, _ in pairs], processor), flag))
     return pieces
 
 
-def _decode(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
+def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
+    """Return the text of token ids, special ones too, without the middle of a long one."""
     return _cut(processor.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def pair_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Show what is read (or how long a recording is), and what of the written text is learned."""
-    read = _decode(example.input_ids, processor) if len(example.input_ids) else f"[{len(example.audio):,} samples]"
-    spans = example.target_spans or [0, len(example.target_ids)]
-    return [(f"{read}\n", False), *_stretches(example.target_ids, spans, processor)]
-
-
-def class_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Show a text with its class, classes or number."""
-    section = recipe.classify
-    labels = (section.labels if section else None) or ()
-    if example.target_ids:
-        said = labels[example.target_ids[0]]
-    elif section is not None and section.kind == "multi":
-        said = ", ".join(name for name, value in zip(labels, example.values, strict=True) if value) or "(none)"
-    else:
-        said = f"{example.values[0]:g}"
-    return [(f"{_decode(example.input_ids, processor)}\n", False), (str(said), True)]
-
-
-def tag_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
-    labels = (recipe.token_classify.labels if recipe.token_classify else None) or ()
-    names = ["O", *(f"{place}-{label}" for label in labels for place in "BI")]
-    pieces: list[Piece] = []
-    for token, tag in zip(example.input_ids, example.target_ids, strict=True):
-        pieces.append((f"{_decode([token], processor)} ", False))
-        if tag > 0:
-            pieces.append((f"[{names[tag]}] ", True))
-    return pieces
-
-
-def ends_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Show a window with its answer; where it has none, the token that stands for that."""
-    first, last = example.target_ids
-    return _stretches(example.input_ids, [first, last + 1], processor)
-
-
-def preference_pieces(example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-    """Show a prompt with both answers."""
-    return [
-        *_stretches(example.input_ids, example.spans, processor),
-        ("\n--- against ---\n", False),
-        *_stretches(example.target_ids, example.target_spans, processor),
-    ]
 
 
 def _classes(classes: dict[str, dict[str, int]]) -> Table:

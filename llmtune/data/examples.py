@@ -327,7 +327,7 @@ def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
 def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) -> None:
     if too_long and recipe.data.on_overlong == "error":
         what = f"{too_long:,} of the rows have more tokens than data.max_length = {recipe.data.max_length}"
-        if recipe.task == "speech":
+        if TASK_FACTS[recipe.task].takes_audio:
             what += ", or last longer than speech.window_seconds"
         ways = [way for way in TASK_FACTS[recipe.task].overlong if way != "error"]
         fix = f"Raise data.max_length, or set data.on_overlong to {' or '.join(ways)}. All of them: {list_file}."

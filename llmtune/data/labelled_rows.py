@@ -7,17 +7,51 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
-from llmtune.records import Row
 
 OUTSIDE = "O"
 TAG = re.compile(r"O|[BI]-\S.*")
 JOINERS = "_\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 
 
-def classified(row: Mapping[str, Any]) -> Row:
+Label: TypeAlias = str | float | list[str]
+
+
+class ClassifyRow(TypedDict):
+    """A text, or two, with a label; a prompt has none."""
+
+    text: str
+    pair: str | None
+    label: Label | None
+
+
+class TokenClassifyRow(TypedDict):
+    """Words with a tag each; a prompt has no tags."""
+
+    tokens: list[str]
+    tags: list[str]
+
+
+class Answer(TypedDict):
+    """A stretch of the context."""
+
+    text: str
+    start: int | None
+    """Its first character in the context; None for an answer that was written."""
+
+
+class QaRow(TypedDict):
+    """A question on a context."""
+
+    question: str
+    context: str
+    answers: list[Answer] | None
+    """All that are right; empty where the context holds none; None where they were taken away."""
+
+
+def classified(row: Mapping[str, object]) -> ClassifyRow:
     """Read `text` (and `pair`, a second text) with `label`: a text, a number, or a list of texts."""
     pair = row.get("pair")
     return {
@@ -27,7 +61,7 @@ def classified(row: Mapping[str, Any]) -> Row:
     }
 
 
-def _label(value: Any) -> str | float | list[str]:
+def _label(value: object) -> Label:
     value = _parsed_list(value)
     if isinstance(value, list):
         found = [_label(item) for item in value if not isinstance(item, list)]
@@ -48,7 +82,7 @@ def _label(value: Any) -> str | float | list[str]:
     return value.strip()
 
 
-def tagged_tokens(row: Mapping[str, Any]) -> Row:
+def tagged_tokens(row: Mapping[str, object]) -> TokenClassifyRow:
     """Read `tokens` and `tags`, as many of one as of the other."""
     tokens, tags = _parsed_list(row["tokens"]), _parsed_list(row["tags"])
     if not isinstance(tokens, list) or not isinstance(tags, list):
@@ -63,7 +97,7 @@ def tagged_tokens(row: Mapping[str, Any]) -> Row:
     return {"tokens": words, "tags": _checked_tags(tags)}
 
 
-def _checked_tags(tags: Sequence[Any]) -> list[str]:
+def _checked_tags(tags: Sequence[object]) -> list[str]:
     """Return tags in IOB2: an entity begins with `B-`; `I-` without its beginning is one (IOB1) and becomes `B-`."""
     fixed: list[str] = []
     for number, tag in enumerate(tags, 1):
@@ -75,7 +109,7 @@ def _checked_tags(tags: Sequence[Any]) -> list[str]:
     return fixed
 
 
-def tagged_spans(row: Mapping[str, Any]) -> Row:
+def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
     """Read `text` and `spans`, each `{start, end, label}` in characters; words are those of `find_words`."""
     text, spans = nonempty_text(row, "text"), _parsed_list(row["spans"])
     if not isinstance(spans, list):
@@ -111,7 +145,7 @@ def _in_word(sign: str) -> bool:
     return sign in JOINERS or unicodedata.category(sign)[0] in "LNM"
 
 
-def _span(span: Any, text: str) -> tuple[int, int, str]:
+def _span(span: object, text: str) -> tuple[int, int, str]:
     if not isinstance(span, dict) or not {"start", "end", "label"} <= span.keys():
         raise RowError("wrong type", "a span must be {start, end, label}")
     start, end = span["start"], span["end"]
@@ -120,7 +154,7 @@ def _span(span: Any, text: str) -> tuple[int, int, str]:
     return start, end, nonempty_text(span, "label")
 
 
-def question_squad(row: Mapping[str, Any]) -> Row:
+def question_squad(row: Mapping[str, object]) -> QaRow:
     """Read `question`, `context` and `answers` as SQuAD has them: texts and where they start; none is no answer."""
     answers = row["answers"]
     if isinstance(answers, str):
@@ -137,21 +171,21 @@ def question_squad(row: Mapping[str, Any]) -> Row:
     return _question(row, pairs)
 
 
-def question_answer(row: Mapping[str, Any]) -> Row:
+def question_answer(row: Mapping[str, object]) -> QaRow:
     """Read `question`, `context` and `answer`, a text that stands in the context; empty or null is no answer."""
     answer = row["answer"]
     return _question(row, [] if answer is None or answer == "" else [(answer, None)])
 
 
-def _part(answer: Any, *names: str) -> Any:
+def _part(answer: object, *names: str) -> object:
     if not isinstance(answer, dict):
         raise RowError("wrong type", f"an answer is {describe(answer)}; it must be {{text, answer_start}}")
     return next((answer[name] for name in names if name in answer), None)
 
 
-def _question(row: Mapping[str, Any], pairs: Sequence[tuple[Any, Any]]) -> Row:
+def _question(row: Mapping[str, object], pairs: Sequence[tuple[object, object]]) -> QaRow:
     context = nonempty_text(row, "context")
-    answers = []
+    answers: list[Answer] = []
     for said, start in pairs:
         text = text_of(said, "an answer")
         if not text.strip():
@@ -166,12 +200,12 @@ def _question(row: Mapping[str, Any], pairs: Sequence[tuple[Any, Any]]) -> Row:
     return {"question": nonempty_text(row, "question"), "context": context, "answers": answers}
 
 
-def _parsed_list(value: Any) -> Any:
+def _parsed_list(value: object) -> object:
     """Read a list that stands in a cell as JSON, as in CSV."""
     return _parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> object:
     try:
         return json.loads(text)
     except ValueError:

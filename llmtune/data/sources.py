@@ -17,7 +17,7 @@ from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.file_readers import RawRow, Unreadable, read_file
 from llmtune.data.row_formats import FORMATS, RowFormat, detect, rename, unused_keys
 from llmtune.errors import DataError, Problem, nearest
-from llmtune.recipe import DataSection, Source
+from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.records import SIDES
 from llmtune.store.atomic_files import hash_file, hash_recording
@@ -300,7 +300,7 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
         return
     for path in find_files(source, key):
         yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
-        if task == "speech":
+        if TASK_FACTS[task].takes_audio:
             yield from _hash_recordings(source, path, key)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict
 
 from llmtune.data.chat_rows import ROLES, canonical_messages
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
@@ -17,7 +17,25 @@ THUMBS = {
 """How a thumb may be written where a file has no truth values."""
 
 
-def translation_from_pair(row: Mapping[str, Any]) -> Row:
+class TranslateRow(TypedDict):
+    """Two texts with their languages, if the row names them."""
+
+    source: str
+    target: str
+    source_language: str | None
+    target_language: str | None
+    languages: NotRequired[Sequence[str]]
+    """What the data set calls the languages of source and target."""
+
+
+class SummarizeRow(TypedDict):
+    """A text and its summary."""
+
+    document: str
+    summary: str
+
+
+def translation_from_pair(row: Mapping[str, object]) -> TranslateRow:
     """Read `source`, `target` and the languages of this row, if they are there."""
     return {
         "source": nonempty_text(row, "source"),
@@ -27,7 +45,7 @@ def translation_from_pair(row: Mapping[str, Any]) -> Row:
     }
 
 
-def translation_from_map(row: Mapping[str, Any]) -> Row:
+def translation_from_map(row: Mapping[str, object]) -> TranslateRow:
     """Read `translation`, texts by language code in the order from source to target, as the hub's sets have it.
 
     What the set calls its languages is not always what a model calls them: a recipe may say it otherwise.
@@ -46,19 +64,19 @@ def translation_from_map(row: Mapping[str, Any]) -> Row:
     }
 
 
-def _language(row: Mapping[str, Any], column: str) -> str | None:
+def _language(row: Mapping[str, object], column: str) -> str | None:
     value = row.get(column)
     if value is None or value == "":
         return None
     return text_of(value, f"'{column}'").strip() or None
 
 
-def summary_from_pair(row: Mapping[str, Any]) -> Row:
+def summary_from_pair(row: Mapping[str, object]) -> SummarizeRow:
     """Read `document` and `summary`."""
     return {"document": nonempty_text(row, "document"), "summary": nonempty_text(row, "summary")}
 
 
-def preference_from_pair(row: Mapping[str, Any]) -> Row:
+def preference_from_pair(row: Mapping[str, object]) -> Row:
     """Read `prompt`, `chosen` and `rejected`: texts, or lists of messages that may begin with the prompt.
 
     Without a `prompt` the messages that both answers share are the prompt.
@@ -66,7 +84,7 @@ def preference_from_pair(row: Mapping[str, Any]) -> Row:
     return _pair(_turns(row.get("prompt")), row)
 
 
-def preference_from_conversation(row: Mapping[str, Any]) -> Row:
+def preference_from_conversation(row: Mapping[str, object]) -> Row:
     """Read `conversations` as the prompt, with `chosen` and `rejected` as the message that follows."""
     turns = _turns(row["conversations"])
     if not isinstance(turns, list):
@@ -74,13 +92,13 @@ def preference_from_conversation(row: Mapping[str, Any]) -> Row:
     return _pair(turns, row)
 
 
-def thumb_from_pair(row: Mapping[str, Any]) -> Row:
+def thumb_from_pair(row: Mapping[str, object]) -> Row:
     """Read `prompt`, `completion` and `label`: whether the answer is good."""
     prompt, answer = _split(_turns(row["prompt"]), row, "completion")
     return {**prompt, "answer": answer, "good": _thumb(row["label"])}
 
 
-def thumb_from_conversation(row: Mapping[str, Any]) -> Row:
+def thumb_from_conversation(row: Mapping[str, object]) -> Row:
     """Read `messages` that end in the answer, and `label`."""
     if not isinstance(_turns(row["messages"]), list):
         raise RowError("wrong type", f"'messages' is {describe(row['messages'])}; it must be a list of messages")
@@ -88,7 +106,7 @@ def thumb_from_conversation(row: Mapping[str, Any]) -> Row:
     return {**prompt, "answer": answer, "good": _thumb(row["label"])}
 
 
-def _turns(value: Any) -> Any:
+def _turns(value: object) -> object:
     """Read messages that stand in a cell as JSON, as in CSV; any other text is left as it is."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
@@ -100,17 +118,17 @@ def _turns(value: Any) -> Any:
     return parsed if turns and all(isinstance(turn, dict) and _role(turn) for turn in turns) else value
 
 
-def _role(turn: Any) -> str:
+def _role(turn: object) -> str:
     """Return the role of a message as templates know it; empty where it has none."""
     said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     return ROLES.get(said.strip().lower(), said) if isinstance(said, str) else ""
 
 
-def _content(turn: Any) -> Any:
+def _content(turn: object) -> object:
     return turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
 
 
-def _pair(prompt: Any, row: Mapping[str, Any]) -> Row:
+def _pair(prompt: object, row: Mapping[str, object]) -> Row:
     """Return a row of two answers to `prompt`: a text, messages, or None where both columns hold it."""
     (asked, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
     if asked != other:
@@ -120,7 +138,7 @@ def _pair(prompt: Any, row: Mapping[str, Any]) -> Row:
     return {**asked, "chosen": chosen, "rejected": rejected}
 
 
-def _split(prompt: Any, row: Mapping[str, Any], column: str) -> tuple[Row, str]:
+def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row, str]:
     """Return the conversation up to the answer in `column`, as a canonical row, and the answer."""
     turns = _join(prompt, _turns(row[column]), row, column)
     said = _content(turns[-1])
@@ -140,7 +158,7 @@ def _split(prompt: Any, row: Mapping[str, Any], column: str) -> tuple[Row, str]:
     return {**whole, "messages": unmarked}, answer["content"]
 
 
-def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list[Any]:
+def _join(prompt: object, answer: object, row: Mapping[str, object], column: str) -> list[object]:
     """Return the whole conversation: the prompt, unless the messages in `column` begin with it, and those messages."""
     if not isinstance(answer, list):
         if prompt is None:
@@ -162,7 +180,7 @@ def _join(prompt: Any, answer: Any, row: Mapping[str, Any], column: str) -> list
     return [*_asked(prompt), *answer]
 
 
-def _asked(prompt: Any) -> list[Any]:
+def _asked(prompt: object) -> list[object]:
     return (
         prompt
         if isinstance(prompt, list)
@@ -170,7 +188,7 @@ def _asked(prompt: Any) -> list[Any]:
     )
 
 
-def _holds(turns: list[Any], prompt: Any) -> bool:
+def _holds(turns: list[object], prompt: object) -> bool:
     """Whether a conversation begins with a prompt of messages, or asks a prompt of one text somewhere."""
     if isinstance(prompt, list):
         first, wanted = turns[: len(prompt)], prompt
@@ -179,7 +197,7 @@ def _holds(turns: list[Any], prompt: Any) -> bool:
     return isinstance(prompt, str) and prompt.strip() in [text.strip() for text in asked if isinstance(text, str)]
 
 
-def _thumb(value: Any) -> bool:
+def _thumb(value: object) -> bool:
     found = THUMBS.get(str(value).strip().lower())
     if found is None:
         raise RowError("no thumb", f"'label' is {value!r}; it must be true or false, 1 or 0, up or down, good or bad")

@@ -16,11 +16,13 @@ import torch
 
 from llmtune.deploy.parity import Distance, Parity, TextReference, TunedModel, compare_outputs, tuning_effect
 from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.task_losses import decoder_inputs, read_inputs, sound_pieces
+from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.records import Batch, Row
 from llmtune.tasks import AnyTask
+from llmtune.tasks.speech import heard_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +68,7 @@ class HeadReference:
         task = self.tuned.task
         questions = [task.split_answer(row)[0] for row in self.tuned.rows]
         with torch.inference_mode():
-            return task.predict(model, questions, processor, self.tuned.recipe, device=str(model.device))
+            return task.predict(questions, LoadedModel(model, processor, self.tuned.recipe, str(model.device)))
 
     def _make_batches(self, processor: PreTrainedTokenizerBase) -> Iterator[Batch]:
         """Yield a batch per example, so that nothing is padded; rows that cannot be encoded are left out.
@@ -105,7 +107,7 @@ def read_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     inner = unwrap(model)
     moved = {key: part.to(inner.device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
     if "samples_R" in moved:
-        pieces = [model(**inputs).logits for inputs, _ in sound_pieces(model, moved)]
+        pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
         return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()
     inputs = read_inputs(model, moved)
     if inner.config.is_encoder_decoder:

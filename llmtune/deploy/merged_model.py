@@ -31,12 +31,12 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
-from llmtune.evaluate.task_predictions import decoder_settings
 from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.oom import explain_oom
 from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, staged
+from llmtune.tasks.text_to_text import decoder_settings
 
 if TYPE_CHECKING:
     from llmtune.records import ModelRef

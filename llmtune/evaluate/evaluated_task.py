@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.data.task_interface import TaskInterface
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
 
 Prediction = Any
 """What a task predicts of a row: a JSON value."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that predicts, with what that takes."""
+
+    model: torch.nn.Module
+    processor: PreTrainedTokenizerBase
+    recipe: Recipe
+    device: str
+    advance: Advance = lambda rows: None
+    """Called with a number of rows whenever so many are done."""
 
 
 class EvaluatedTask(TaskInterface, Protocol):
@@ -42,17 +55,8 @@ class EvaluatedTask(TaskInterface, Protocol):
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate from; the same in training, evaluation and chat."""
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[Row],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[Prediction]:
-        """Return a prediction for each prompt row."""
+    def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Prediction]:
+        """Return a prediction for each prompt row, in their order."""
 
     def format_prediction(self, prediction: Prediction) -> str:
         """Write a prediction as a person reads it."""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmtune.evaluate.choice_likelihood import most_likely
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
-from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import generate_texts
 from llmtune.evaluate.metric import Measure, measure_right
 from llmtune.evaluate.paired_statistics import Floats
@@ -78,9 +78,7 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         if task.predicts:
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]
-            values = (
-                task.predict(model, rows, context.processor, recipe, device=device, advance=advance) if rows else []
-            )
+            values = task.predict(rows, LoadedModel(model, context.processor, recipe, device, advance)) if rows else []
             predictions = dict(zip(inputs.answered, values, strict=True))
             return Answers(
                 sums, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions

@@ -141,3 +141,8 @@ def measure_means(metric: str, values: Sequence[float], signature: str) -> Measu
 def columns(*parts: Floats) -> Floats:
     """Stack K columns [N] into [N, K]."""
     return np.stack([np.asarray(part, dtype=np.float64) for part in parts], axis=1)
+
+
+def difference_of_ratios(sums: Floats) -> Floats:
+    """[..., (numerator, denominator, numerator, denominator)] -> the first ratio less the second [...]."""
+    return ratio(sums[..., :2]) - ratio(sums[..., 2:])

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.auroc_and_correlation import BINARY, measure_auroc, measure_correlation
 from llmtune.evaluate.classification_metrics import f1_macro_formula, f1_weighted_formula, matthews_formula
-from llmtune.evaluate.metric import Measure, PairedMeasures, ratio
+from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.ner_metrics import ENTITY_FORMULAS
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.preference_metrics import apart_formula
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, exponential_ratio, ter_formula
 from llmtune.evaluate.wer import error_rate
 from llmtune.store.atomic_files import explained
@@ -40,7 +39,7 @@ FORMULAS: dict[str, Formula] = {
     "matthews": matthews_formula,
     **{f"entity_{name}": formula for name, formula in ENTITY_FORMULAS.items()},
     "error_rate": error_rate,
-    "apart": apart_formula,
+    "apart": difference_of_ratios,
 }
 """Formulas by the names that they have on disk."""
 

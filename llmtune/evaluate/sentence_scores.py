@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Encoding
 
-from llmtune.data.label_encoding import need_places
-from llmtune.data.target_collators import read_text
+from llmtune.data.encoder_batches import pad_texts, require_offsets
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.paired_sentences import Pair, word_at_blank
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.suite_files import MOST_SHOWN
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
-from llmtune.model.task_losses import read_inputs
+from llmtune.model.model_inputs import read_inputs
 from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def encode_pairs(pairs: Sequence[Pair], processor: PreTrainedTokenizerBase, mask
     if masked:
         if processor.mask_token_id is None:
             raise EnvironmentProblem.of("the tokenizer has no mask token", str(processor.name_or_path))
-        need_places(processor)
+        require_offsets(processor)
     encoded: list[EncodedPair] = []
     problems = []
     for pair in pairs:
@@ -212,7 +211,7 @@ def score_by_encoder(
     logs = [0.0] * len(texts)
 
     def work(batch: list[int]) -> None:
-        tensors = read_text([texts[i].example for i in batch], processor.pad_token_id)
+        tensors = pad_texts([texts[i].example for i in batch], processor.pad_token_id)
         logits_BTV = model(**read_inputs(model, move_to(device, tensors))).logits
         for row, i in enumerate(batch):
             logs[i] = float(logits_BTV[row, texts[i].at].float().log_softmax(-1)[texts[i].target])

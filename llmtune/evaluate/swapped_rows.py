@@ -12,6 +12,7 @@ import torch
 
 from llmtune.evaluate.choice_likelihood import choice_trees, most_likely
 from llmtune.evaluate.eval_inputs import EvalContext, render, write_prompt
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_texts
 from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
@@ -71,7 +72,7 @@ class SwappedRows:
         if task.predicts:
             rows = list(self.questions)
             both = [inputs.questions[i] for i in rows] + [self.questions[i] for i in rows]
-            answers = task.predict(model, both, processor, recipe, device=device, advance=advance) if both else []
+            answers = task.predict(both, LoadedModel(model, processor, recipe, device, advance)) if both else []
         elif self.trees:
             rows = [i for i, pair in self.trees.items() if all(tree.longest <= limit for tree in pair)]
             trees = [self.trees[i][n] for n in (0, 1) for i in rows]

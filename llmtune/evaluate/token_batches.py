@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, takewhile
+from typing import Any
 
 import torch
 
+from llmtune.data.encoder_batches import pad_texts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model import is_out_of_memory
-from llmtune.records import Batch
+from llmtune.model.model_inputs import read_inputs
+from llmtune.records import Advance, Batch, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
@@ -99,3 +102,24 @@ def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
     """Yield at most `limit` indexes out of `count`, spread evenly: rows of a file often stand in groups."""
     taken = count if limit is None else min(limit, count)
     return (i * count // taken for i in range(taken))
+
+
+def run_encoder(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    pad_id: int | None,
+    device: str,
+    take: Callable[[int, Any, int], None],
+    advance: Advance = lambda rows: None,
+) -> None:
+    """Run encoded texts through a model without gradient; `take(i, output, row of the batch)` gets each one's part."""
+
+    def work(batch: list[int]) -> None:
+        tensors = pad_texts([examples[i] for i in batch], pad_id)
+        moved = {key: part.to(device) for key, part in tensors.items() if isinstance(part, torch.Tensor)}
+        output = model(**read_inputs(model, moved))
+        for row, i in enumerate(batch):
+            take(i, output, row)
+        advance(len(batch))
+
+    run_in_batches([len(example.input_ids) for example in examples], budget_for(device, TOKEN_BUDGET), work)

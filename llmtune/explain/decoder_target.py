@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmtune.data.seq2seq_encoding import target_ids
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import only_these_settings
-from llmtune.evaluate.task_predictions import decoder_settings, generate, write_texts
 from llmtune.explain.inputs import AttentionRequest, ModelInputs, fit_tokens, is_whisper, transcript_ids
 from llmtune.explain.target import Target
-from llmtune.model.task_losses import decoder_inputs
+from llmtune.model.model_inputs import decoder_inputs
+from llmtune.tasks.text_to_text import decoder_settings, generate, target_ids, write_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def _greedy_answer(model: PreTrainedModel, inputs: ModelInputs, target: Target) 
     assert pair is not None
     with torch.inference_mode():
         if not is_whisper(target):
-            return write_texts(model, [{}], processor, recipe, lambda row, settled: pair, device=device)[0]
+            return write_targets([pair], LoadedModel(model, processor, recipe, device))[0]
         prefix = list(processor.prefix_tokens)
         features = inputs.tensors["input_features"].to(device)
         tensors = {"input_features": features, "decoder_input_ids": torch.tensor([prefix], device=device)}

@@ -23,9 +23,9 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerationMixin
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
-from llmtune.evaluate.task_predictions import decoder_settings
 from llmtune.explain.logit_lens import HiddenStates, read_lens
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.tasks.text_to_text import decoder_settings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -14,22 +14,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmtune.data.audio import Samples, read_recording
+from llmtune.data.audio import Samples, SpeechRow, read_recording
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.seq2seq_encoding import Pair, first_token, knows_languages, source_ids, target_ids
-from llmtune.data.speech_encoding import DEFAULT_SECONDS, count_frames, is_multilingual, set_speech
-from llmtune.data.target_collators import feature_extractor, hear
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.evaluate.transcription import hear_windows
 from llmtune.explain.attention_summary import Line
 from llmtune.explain.target import Target
 from llmtune.explain.token_text import Token
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe, SpeechSection
-from llmtune.tasks.completion import MaskedCompletion
-from llmtune.tasks.text_to_text import EncoderDecoder
+from llmtune.tasks.chat import Chat
+from llmtune.tasks.completion import Completion, MaskedCompletion
+from llmtune.tasks.language_codes import has_languages
+from llmtune.tasks.recordings import extract_features, feature_extractor, read_windows
+from llmtune.tasks.speech import Speech, count_frames
+from llmtune.tasks.summarize import Summarize
+from llmtune.tasks.text_to_text import EncoderDecoder, Pair, first_token, source_ids, target_ids
+from llmtune.tasks.transcripts import is_multilingual, set_speech
 
 if TYPE_CHECKING:
     from transformers import FeatureExtractionMixin
@@ -123,9 +125,10 @@ def is_whisper(target: Target) -> bool:
 
 def default_recipe(target: Target, *, chat: bool = True) -> Recipe:
     """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
-    task = "speech" if takes_audio(target) else "summarize" if target.family == "encoder-decoder" else "completion"
-    if task == "completion" and target.family == "decoder" and target.processor.chat_template and chat:
-        task = "chat"
+    writer = Summarize if target.family == "encoder-decoder" else Completion
+    task = Speech.name if takes_audio(target) else writer.name
+    if task == Completion.name and target.family == "decoder" and target.processor.chat_template and chat:
+        task = Chat.name
     stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
     return Recipe.model_validate({**stated, "model": {"name": target.name}})
 
@@ -192,7 +195,7 @@ def check_text_options(target: Target, request: AttentionRequest) -> None:
     """Raise for what is missing, empty or of no use to this model: RecipeError and DataError."""
     writes, sound = target.family == "encoder-decoder", takes_audio(target)
     needed = "audio" if sound else "text"
-    named = is_whisper(target) or (writes and knows_languages(target.processor))
+    named = is_whisper(target) or (writes and has_languages(target.processor))
     options = {"target": writes, "pair": target.family == "encoder", "language": named and target.recipe is None}
     useful = [needed, *(name for name, used in options.items() if used)]
     given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
@@ -249,13 +252,13 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
         samples = read_recording(Path(str(request.audio)), extract.sampling_rate)
     except RowError as error:
         raise DataError.of(str(error), "--audio", SOUND_FILE) from None
-    seconds = float(getattr(extract, "chunk_length", None) or DEFAULT_SECONDS)
+    seconds = float(getattr(extract, "chunk_length", None) or SpeechSection().window_seconds)
     if len(samples) > seconds * extract.sampling_rate:
         if not request.cut:
             what = f"it lasts {len(samples) / extract.sampling_rate:.1f} s, and the model reads {seconds:g} s at once"
             raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:g} s alone.")
         samples = samples[: int(seconds * extract.sampling_rate)]
-    tensors = dict(hear(extract, [samples]))
+    tensors = extract_features(extract, [samples])
     if not is_whisper(target):
         frames = count_frames(len(samples), target.config)
         if not frames:
@@ -322,7 +325,7 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     elif task is not None or target.family == "encoder-decoder":
         pair = make_pair(target, request.named())
         inputs = ModelInputs(source_ids(pair, processor, recipe), recipe, first=first_token(pair, processor))
-    elif recipe.task == "chat":
+    elif recipe.task == Chat.name:
         inputs = ModelInputs(render_prompt(_messages(request), processor, recipe), recipe)
     else:
         inputs = ModelInputs(prompt_ids(str(request.prompt), processor), recipe)
@@ -388,10 +391,11 @@ def _read_first_window(target: Target, request: PromptRequest, recipe: Recipe) -
     processor = target.processor
     extract = feature_extractor(processor)
     set_speech(processor, recipe)
-    windows = hear_windows([{"audio": str(Path(str(request.audio)).absolute())}], extract, recipe)
+    row: SpeechRow = {"audio": str(Path(str(request.audio)).absolute()), "content": "", "text": ""}
+    windows = read_windows([row], extract, recipe)
     if not windows:
         raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
-    features = hear(extract, [windows[0][1]])["input_features"]
+    features = extract_features(extract, [windows[0][1]])["input_features"]
     all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
     seconds = len(windows[0][1]) / extract.sampling_rate
     note = f"Only the first {seconds:.0f} s of the recording are heard." if len(windows) > 1 else ""

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
 from llmtune.model.device import compute_context
+from llmtune.model.model_inputs import read_inputs
 from llmtune.model.packed_attention import PACKED
-from llmtune.model.task_losses import read_inputs
 from llmtune.records import Batch
 
 _LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}

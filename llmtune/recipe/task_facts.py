@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LANGUAGE = ("loss", "perplexity", "bits_per_byte", "accuracy")
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -82,6 +82,18 @@ class TaskFacts:
     """Whether candidates can be ranked by how well they know the answers."""
     overlong: tuple[str, ...] = ("error", "drop")
     """What may become of a row that is too long."""
+    takes_audio: bool = False
+    """Whether rows are recordings."""
+    answer_kind: str = "text"
+    """What an answer is: `text`, `labels` (their order does not count), `tags` of words or a `rating`."""
+    prompt_name: str = "prompt"
+    """What a prompt is called in the report."""
+    metric_notes: Mapping[str, str] = field(default_factory=dict)
+    """What a metric is, where its name means something else than in other tasks."""
+    use: str = ""
+    """What a tuned model is meant for, as its card says."""
+    pipeline: str | None = None
+    """The hub's name of the task, where the kind of model does not say it."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -106,6 +118,7 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
+        use="answering in conversations of the kind of its training rows",
     ),
     TaskFacts(
         "completion",
@@ -117,6 +130,7 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
+        use="going on with texts of the kind of its training rows",
     ),
     TaskFacts(
         "translate",
@@ -128,6 +142,9 @@ TASK_FACTS = _facts(
         templated=True,
         generates=True,
         ranks=True,
+        prompt_name="source",
+        use="translating texts of the kind of its training rows",
+        pipeline="translation",
     ),
     TaskFacts(
         "summarize",
@@ -140,6 +157,9 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         overlong=("error", "drop", "truncate"),
+        prompt_name="document",
+        use="summarising texts of the kind of its training rows",
+        pipeline="summarization",
     ),
     TaskFacts(
         "qa",
@@ -151,6 +171,11 @@ TASK_FACTS = _facts(
         packs=True,
         templated=True,
         generates=True,
+        prompt_name="question and context",
+        metric_notes={
+            "loss": "nats of the right answer, by its ends or per token",
+        },
+        use="answering questions of the kind of its training rows about a given text",
     ),
     TaskFacts(
         "classify",
@@ -163,6 +188,13 @@ TASK_FACTS = _facts(
         section="classify",
         packs=True,
         overlong=("error", "drop", "truncate"),
+        answer_kind="labels",
+        prompt_name="text",
+        metric_notes={
+            "loss": "loss per row, as in training",
+            "accuracy": "label is right; of many, all of them",
+        },
+        use="putting texts of the kind of its training rows into the classes named in `config.json`",
     ),
     TaskFacts(
         "token-classify",
@@ -172,6 +204,16 @@ TASK_FACTS = _facts(
         section="token_classify",
         packs=True,
         overlong=("error", "drop"),
+        answer_kind="tags",
+        prompt_name="text",
+        metric_notes={
+            "loss": "nats per tag",
+            "accuracy": "tag is right; most words lie outside",
+            "f1": "entities found whole: precision and recall in one",
+            "precision": "share of entities found that are right",
+            "recall": "share of the right entities that were found",
+        },
+        use="marking words in texts of the kind of its training rows",
     ),
     TaskFacts(
         "speech",
@@ -180,6 +222,12 @@ TASK_FACTS = _facts(
         ("loss", "wer", "cer"),
         section="speech",
         generates=True,
+        takes_audio=True,
+        prompt_name="recording",
+        metric_notes={
+            "loss": "nats of the right transcript, by its tokens",
+        },
+        use="writing down recordings of the kind of its training rows",
     ),
     TaskFacts(
         "preference",
@@ -188,6 +236,12 @@ TASK_FACTS = _facts(
         ("loss", "accuracy", "margin", "kl"),
         section="preference",
         templated=True,
+        answer_kind="rating",
+        metric_notes={
+            "loss": "loss per pair, as in training",
+            "accuracy": "better answer has the higher reward",
+        },
+        use="what its base model is for, with answers nearer to the preferences in its training rows",
     ),
 )
 """Every task by name, in the order of the documentation."""

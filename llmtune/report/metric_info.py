@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
@@ -48,20 +49,6 @@ METRIC_NOTES = {
     "kl": "how far from the base model, nats per token; a cost",
     CHOICE: "reference is the likeliest answer; does not depend on wording",
 }
-TASK_NOTES = {
-    ("qa", "loss"): "nats of the right answer, by its ends or per token",
-    ("classify", "loss"): "loss per row, as in training",
-    ("classify", "accuracy"): "label is right; of many, all of them",
-    ("token-classify", "loss"): "nats per tag",
-    ("token-classify", "accuracy"): "tag is right; most words lie outside",
-    ("token-classify", "f1"): "entities found whole: precision and recall in one",
-    ("token-classify", "precision"): "share of entities found that are right",
-    ("token-classify", "recall"): "share of the right entities that were found",
-    ("speech", "loss"): "nats of the right transcript, by its tokens",
-    ("preference", "loss"): "loss per pair, as in training",
-    ("preference", "accuracy"): "better answer has the higher reward",
-}
-"""Where a name means something else in one task."""
 HEADLINES = (
     *(CHOICE, "bleu", "wer", "cer", "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "ter"),
     *("f1", "accuracy", "f1_macro", "f1_weighted", "f1_micro", "matthews", "auroc", "precision", "recall"),
@@ -73,7 +60,8 @@ HEADLINES = (
 
 def metric_note(metric: str, task: str | None) -> str:
     """Return in a few words what a metric of a task is; nothing for one that is not known."""
-    return TASK_NOTES.get((task or "", metric)) or METRIC_NOTES.get(metric, "")
+    own = TASK_FACTS[task].metric_notes if task in TASK_FACTS else {}
+    return own.get(metric) or METRIC_NOTES.get(metric, "")
 
 
 def rank_metrics(metrics: Iterable[str]) -> list[str]:

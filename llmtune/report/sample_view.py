@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation
 from llmtune.report.blocks import Answer, Sample
 
-PROMPT_NAMES = {
-    "translate": "source",
-    "summarize": "document",
-    "qa": "question and context",
-    "classify": "text",
-    "token-classify": "text",
-    "speech": "recording",
-}
-"""What a task's prompt is, where it is not a prompt."""
 LONGEST_SHOWN, HEAD, TAIL = 1600, 1000, 400
 """Characters of a text that is shown whole, and what of a longer one is."""
 
@@ -29,10 +21,11 @@ def read_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, t
 def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str | None) -> Sample:
     """Return one row; `names` are those of the two models."""
     reference, prompt = str(sample.get("reference", "")), str(sample.get("prompt", ""))
+    kind = TASK_FACTS[task].answer_kind if task in TASK_FACTS else "text"
     answers = []
     for model in (name for name in names if name in sample):
-        text = read_tags(prompt, str(sample[model])) if task == "token-classify" else str(sample[model])
-        right = task != "preference" and is_same(text, reference, task)
+        text = read_tags(prompt, str(sample[model])) if kind == "tags" else str(sample[model])
+        right = kind != "rating" and is_same(text, reference, kind)
         answers.append(Answer(names[model], cut(text), right))
     chosen = [
         Answer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
@@ -40,16 +33,16 @@ def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str |
         if sample.get(f"{model}_choice")
     ]
     reference_name = "reference"
-    if task == "preference":  # the better of two, or the only one
+    if kind == "rating":  # the better of two, or the only one
         reference_name = "chosen answer" if str(sample.get("tuned", "")).startswith("chosen") else "judged answer"
     origin = str(sample.get("origin", "")).rsplit("/", 1)[-1]
-    prompt_name = PROMPT_NAMES.get(task or "", "prompt")
+    prompt_name = TASK_FACTS[task].prompt_name if task in TASK_FACTS else "prompt"
     return Sample(prompt_name, cut(prompt), reference_name, cut(reference), answers, chosen, origin)
 
 
-def is_same(text: str, reference: str, task: str | None) -> bool:
+def is_same(text: str, reference: str, kind: str) -> bool:
     """Whether an answer is the reference; of several labels the order does not count."""
-    if task == "classify":
+    if kind == "labels":
         return sorted(text.split(", ")) == sorted(reference.split(", "))
     return text.strip() == reference.strip()
 

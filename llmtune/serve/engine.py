@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmtune.errors import LlmtuneError
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import cache_budget
 from llmtune.evaluate.greedy import column_bytes_of
 from llmtune.evaluate.token_batches import release_memory
@@ -183,11 +184,10 @@ class Engine:
         served = batch.served
         dtype = resolve_dtype(served.recipe.model.dtype, served.model.device.type)
         rows = [job.row for job in jobs]
+        loaded = LoadedModel(served.model, served.processor, served.recipe, served.device)
         try:
             with compute_context(dtype, served.device):
-                predictions = served.task.predict(
-                    served.model, rows, served.processor, served.recipe, device=served.device
-                )
+                predictions = served.task.predict(rows, loaded)
         except LlmtuneError as error:
             if len(jobs) == 1:
                 self.queue.leave(jobs.pop(), error)

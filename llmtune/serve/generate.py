@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_texts
 from llmtune.model import compute_context, load_processor, resolve_dtype
 from llmtune.model.heads import head_is_new
@@ -73,7 +74,7 @@ def answer(session: ChatSession, inputs: Mapping[str, str | None]) -> dict[str, 
     else:
         dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
         with torch.inference_mode(), compute_context(dtype, device):
-            (prediction,) = task.predict(session.model, [row], session.processor, recipe, device=device)
+            (prediction,) = task.predict([row], LoadedModel(session.model, session.processor, recipe, device))
     return {"text": task.format_answer(prediction, row), "prediction": prediction}
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from llmtune.data.data_report import causal_pieces
+from llmtune.data.collators import causal_collator
+from llmtune.data.data_report import Piece, highlight
 from llmtune.data.task_interface import Encoded
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.records import Advance, Batch, Collate, Example, Loss, Rows
+from llmtune.model import causal_loss
+from llmtune.records import Batch, Collate, Example, Loss, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -102,10 +105,24 @@ class Task(Generic[RowT, PredictionT]):
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
+        return [self.encode_row(row, processor, recipe) for row in rows]
+
+    def encode_row(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
+        """Return the examples of one row, where rows are encoded one by one."""
         raise NotImplementedError
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return what makes micro-batches."""
+
+        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+            return self.collate(examples, processor, recipe, bool(packs), draw)
+
+        return collate
+
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Make one micro-batch; what is random in it, such as masks, is drawn by `draw`, 0 in evaluation."""
         raise NotImplementedError
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -116,11 +133,9 @@ class Task(Generic[RowT, PredictionT]):
         """Return sums that the loss needs of a whole step."""
         return []
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Return stretches of text, and whether they are learned."""
-        return causal_pieces(example, processor, recipe)
+        return highlight(example.input_ids, example.spans, processor)
 
     # Answers
 
@@ -128,17 +143,8 @@ class Task(Generic[RowT, PredictionT]):
         """Return the token ids to generate from."""
         raise NotImplementedError
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[RowT],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[PredictionT]:
-        """Return a prediction for each prompt row."""
+    def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[PredictionT]:
+        """Return a prediction for each prompt row, in their order."""
         raise NotImplementedError
 
     def format_prediction(self, prediction: PredictionT) -> str:
@@ -177,6 +183,32 @@ class Task(Generic[RowT, PredictionT]):
     def output_kind(self, recipe: Recipe) -> str:
         """Return what the outputs of a head are: `choice` (one of K), `yes-no` (K questions) or `number`."""
         return "choice"
+
+
+class DecoderTask(Task[RowT, str]):
+    """What a decoder does: it goes on from a prompt."""
+
+    auto_class = "AutoModelForCausalLM"
+    peft_task_type = "CAUSAL_LM"
+    packs = True
+    predicts = False
+    continues_text = True
+
+    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
+        """Return what packs rows, or pads them."""
+        return causal_collator(processor, recipe, packs)
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the cross entropy of the tokens that are learned."""
+        return causal_loss(model, batch, by_row)
+
+
+def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:
+    """Return the loss of rows that each stand for one prediction."""
+    right_R = correct_R.to(losses_R.dtype)
+    if not by_row:
+        return Loss(losses_R.sum(), len(losses_R), right_R.sum())
+    return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R, right_R)
 
 
 AnyTask: TypeAlias = Task[Any, Any]

@@ -8,29 +8,20 @@ from typing import TYPE_CHECKING
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import render_prompt
-from llmtune.data.collators import causal_collator
 from llmtune.data.task_interface import Encoded
-from llmtune.model import causal_loss
-from llmtune.records import Batch, Collate, Loss
-from llmtune.tasks.base import Task
+from llmtune.tasks.base import DecoderTask
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
 
-class Chat(Task[ChatRow, str]):
+class Chat(DecoderTask[ChatRow]):
     """A decoder that answers messages."""
 
     name = "chat"
-    auto_class = "AutoModelForCausalLM"
-    peft_task_type = "CAUSAL_LM"
     optional_inputs = ("system",)
-    packs = True
-    predicts = False
-    continues_text = True
     free_prompt = True
     is_conversational = True
 
@@ -53,14 +44,6 @@ class Chat(Task[ChatRow, str]):
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation."""
         return encode_chat(rows, processor, recipe)
-
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs rows, or pads them."""
-        return causal_collator(processor, recipe, packs)
-
-    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the answers' tokens."""
-        return causal_loss(model, batch, by_row)
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""

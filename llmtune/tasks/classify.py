@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from llmtune.data import iterate_rows
-from llmtune.data.data_report import class_pieces
-from llmtune.data.label_encoding import class_target, encode_classes
-from llmtune.data.target_collators import classes_collator
+from llmtune.data.data_report import Piece, decode_shortened
+from llmtune.data.encoder_batches import encoder_batch
+from llmtune.data.labelled_rows import ClassifyRow, Label
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
-from llmtune.errors import DataError, Problem, RecipeError
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (
     CLASS_METRICS,
     class_table,
@@ -22,28 +26,33 @@ from llmtune.evaluate.classification_metrics import (
     majority_scores,
     measure_classes,
 )
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.task_predictions import name_of, predict_classes
+from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.heads import check_padding, name_outputs
-from llmtune.model.task_losses import classes_loss
-from llmtune.recipe import TASK_FACTS, ClassifySection
-from llmtune.records import SIDES, Advance, Batch, Collate, Example, Loss, Rows
-from llmtune.tasks.base import Task
+from llmtune.model.model_inputs import read_inputs
+from llmtune.recipe import ClassifySection
+from llmtune.records import SIDES, Batch, Example, Loss, Rows
+from llmtune.tasks.base import Task, loss_of_rows
+from llmtune.tasks.class_labels import (
+    UNKNOWN_LABEL,
+    choose_metrics,
+    idle_keys,
+    infer_kind,
+    names_of,
+    sort_names,
+    weigh_classes,
+)
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
     from llmtune.recipe import Recipe
 
-Label: TypeAlias = str | float | list[str]
-REGRESSION_METRICS = ("loss", "mse", "mae", "pearson", "spearman")
-MULTI_METRICS = ("loss", "accuracy", "f1_macro", "f1_micro", "auroc")
 FEWEST = 2
 """Classes that there must be."""
-NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
-WHOLE = re.compile(r"[+-]?\d+")
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -56,14 +65,6 @@ BASELINES = {
     "multi": "the classes that most rows have",
     "regression": "the mean of the training rows",
 }
-
-
-class ClassifyRow(TypedDict):
-    """A text, or two, with a label; a prompt has none."""
-
-    text: str
-    pair: str | None
-    label: Label | None
 
 
 class ClassPrediction(TypedDict):
@@ -150,34 +151,80 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def encode(self, rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example a row: the text (and its pair) with the number of its class, its classes, or its value."""
-        return encode_classes(rows, processor, recipe)
+        limit = recipe.data.max_length
+        encoded: list[Encoded] = []
+        for row, text in zip(rows, tokenize_texts(rows, processor), strict=True):
+            target = class_target(row["label"], section_of(recipe))
+            size = len(text.input_ids)
+            if isinstance(target, str):
+                encoded.append(target)
+            elif size > limit and recipe.data.on_overlong != "truncate":
+                encoded.append(too_long(size, limit))
+            elif not size:
+                encoded.append("the text has no tokens")
+            else:
+                kept = text if size <= limit else tokenize_texts([row], processor, limit)[0]
+                encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1)])
+        return encoded
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs texts, or pads them."""
-        return classes_collator(processor, recipe, bool(packs))
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Add `classes_R` [R] and maybe `weights_R` [R]; or `values_RK` [R, K] of `many` classes, or of a number."""
+        batch, _ = encoder_batch(examples, processor.pad_token_id, packs)
+        kind = section_of(recipe).kind
+        if kind in ("multi", "regression"):
+            values_RK = torch.tensor([list(example.values) for example in examples], dtype=torch.float32)
+            return batch | {"values_RK": values_RK, "many": kind == "multi"}
+        batch["classes_R"] = torch.tensor([example.target_ids[0] for example in examples])
+        if any(len(example.values) for example in examples):
+            batch["weights_R"] = torch.tensor([example.values[0] for example in examples])
+        return batch
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the loss over rows: cross entropy of one class, mean binary one of many, square of a number."""
-        return classes_loss(model, batch, by_row)
+        """Sum the loss over rows: cross entropy of one class, mean binary one of many, square of a number.
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+        With `weights_R` each row counts so much in the sum, and once in the count.
+        """
+        logits_RK = model(**read_inputs(model, batch)).logits.float()
+        if "classes_R" in batch:
+            losses_R = functional.cross_entropy(logits_RK, batch["classes_R"], reduction="none")
+            correct_R = logits_RK.argmax(-1) == batch["classes_R"]
+        elif logits_RK.shape[1] == batch["values_RK"].shape[1] and batch["many"]:
+            targets_RK = batch["values_RK"]
+            losses_R = functional.binary_cross_entropy_with_logits(logits_RK, targets_RK, reduction="none").mean(-1)
+            correct_R = ((logits_RK > 0) == (targets_RK > 0.5)).all(-1)
+        else:
+            losses_R = (logits_RK[:, 0] - batch["values_RK"][:, 0]).square()
+            correct_R = torch.zeros_like(losses_R, dtype=torch.bool)
+        if "weights_R" in batch:
+            losses_R = losses_R * batch["weights_R"]
+        return loss_of_rows(losses_R, correct_R, by_row)
+
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show a text with its class, classes or number."""
-        return class_pieces(example, processor, recipe)
+        section = section_of(recipe)
+        labels = section.labels or ()
+        if example.target_ids:
+            target = labels[example.target_ids[0]]
+        elif section.kind == "multi":
+            named = [name for name, value in zip(labels, example.values, strict=True) if value]
+            target = ", ".join(named) or "(none)"
+        else:
+            target = f"{example.values[0]:g}"
+        return [(f"{decode_shortened(example.input_ids, processor)}\n", False), (target, True)]
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[ClassifyRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[ClassPrediction]:
+    def predict(self, rows: Sequence[ClassifyRow], loaded: LoadedModel) -> list[ClassPrediction]:
         """Return the label of each text, and probabilities by class or the number."""
-        return predict_classes(model, rows, processor, recipe, device=device, advance=advance)
+        section = section_of(loaded.recipe)
+        examples = tokenize_texts(rows, loaded.processor, loaded.recipe.data.max_length)
+        predictions: dict[int, ClassPrediction] = {}
+
+        def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
+            predictions[i] = classify_logits(output.logits[row].float(), section)
+
+        run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
+        return [predictions[i] for i in range(len(rows))]
 
     def format_prediction(self, prediction: ClassPrediction) -> str:
         """Write the label."""
@@ -205,11 +252,11 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         section = section_of(recipe)
         assert section.kind != "auto"
         labels = section.labels or ()
-        usable = [label for label in references if not isinstance(class_target(label, recipe), str)]
+        usable = [label for label in references if not isinstance(class_target(label, section), str)]
         targets = [as_target(label, section.kind) for label in usable]  # others were left out
         scores = majority_scores(targets, section.kind, labels, len(prompts))
         predictions: list[ClassPrediction] = [
-            {"label": name_of(row, section.kind, labels), "scores": row.tolist()} for row in scores
+            {"label": label_of(row, section), "scores": row.tolist()} for row in scores
         ]
         return BASELINES[section.kind], predictions
 
@@ -232,6 +279,64 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         return OUTPUT_KINDS.get(section_of(recipe).kind, "choice")
 
 
+def tokenize_texts(
+    rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[Example]:
+    """Return what a model reads of each row's text (and its pair), cut to `max_length` tokens; by the row alone."""
+    cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+    examples: dict[int, Example] = {}
+    for paired in (False, True):
+        numbers = [i for i, row in enumerate(rows) if bool(row.get("pair")) == paired]
+        if numbers:
+            texts = [[rows[i]["text"] for i in numbers], *([[rows[i]["pair"] for i in numbers]] if paired else [])]
+            tokenized = processor(*texts, return_attention_mask=False, **cut)
+            kinds = tokenized.get("token_type_ids") or [()] * len(numbers)
+            for i, ids, third in zip(numbers, tokenized["input_ids"], kinds, strict=True):
+                examples[i] = Example(ids, [], 0, third_ids=third if any(third) else ())
+    return [examples[i] for i in range(len(rows))]
+
+
+def class_target(label: Label | None, section: ClassifySection) -> tuple[list[int], list[float]] | str:
+    """Return the number of a class with its weight, or the values to predict; or why there is none."""
+    if section.kind == "regression":
+        try:
+            value = float(label)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = math.nan
+        return ([], [value]) if math.isfinite(value) else f"no number: the label is {label!r}"
+    labels = section.labels or ()
+    named = label if isinstance(label, list) else [str(label)]
+    wrong = next((name for name in named if name not in labels), None)
+    if wrong is not None:
+        return f"{UNKNOWN_LABEL}: {wrong!r} is none of {', '.join(labels[:20])}"
+    if section.kind == "multi":
+        return [], [float(name in named) for name in labels]
+    if len(named) != 1:
+        return f"{len(named)} labels where classify.kind: single wants one"
+    weights = section.class_weights
+    weight = [float(weights.get(named[0], 1.0))] if isinstance(weights, dict) else []
+    return [labels.index(named[0])], weight
+
+
+def classify_logits(logits_K: torch.Tensor, section: ClassifySection) -> ClassPrediction:
+    """Turn a row's logits [K] into its label and scores."""
+    if section.kind == "regression":
+        scores_K = logits_K
+    else:
+        scores_K = logits_K.sigmoid() if section.kind == "multi" else logits_K.softmax(-1)
+    return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
+
+
+def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:
+    """Return the label of scores [K]: the likeliest class, all above one half, or the number itself."""
+    if section.kind == "regression":
+        return float(scores_K[0])
+    labels = section.labels or ()
+    if section.kind == "multi":
+        return [name for name, share in zip(labels, scores_K.tolist(), strict=True) if share > 0.5]
+    return labels[int(scores_K.argmax())]
+
+
 def section_of(recipe: Recipe) -> ClassifySection:
     """Return the recipe's section, or its defaults."""
     return recipe.classify or ClassifySection()
@@ -244,77 +349,12 @@ def format_label(label: Label | None) -> str:
     return f"{label:.4g}" if isinstance(label, float) else str(label)
 
 
-def idle_keys(section: ClassifySection, kind: str) -> Iterator[Problem]:
-    """Find keys of the section that do nothing with this kind of label."""
-    idle = {"regression": ("labels", "class_weights"), "multi": ("class_weights",)}.get(kind, ())
-    for name in idle:
-        if getattr(section, name) is not None:
-            what = f"has no effect: the labels are of the kind '{kind}'"
-            yield Problem(what, f"classify.{name}", "Remove it, or say with classify.kind what the labels are.")
-
-
-def infer_kind(labels: Sequence[Label]) -> str:
-    """Return the kind of labels; raises DataError where they are of several kinds.
-
-    Numbers are on a scale as soon as one has a decimal point: files leave it out of whole ones, and CSV has text alone.
-    """
-    kinds = {"multi" if isinstance(v, list) else "regression" if isinstance(v, float) else "single" for v in labels}
-    texts = {v for v in labels if isinstance(v, str)}
-    if kinds <= {"single", "regression"} and all(map(NUMBER.fullmatch, texts)):
-        fractions = "regression" in kinds or any("." in text for text in texts)
-        kinds = {"regression" if fractions else "single"} if kinds else kinds
-    if len(kinds) > 1:
-        what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
-        raise DataError.of(what, "classify.kind", "Say which with classify.kind, or mend the rows.")
-    return kinds.pop() if kinds else "single"
-
-
-def names_of(label: Label) -> list[str]:
-    """Return the names of classes in a label."""
-    return list(label) if isinstance(label, list) else [str(label)]
-
-
 def as_target(label: Label, kind: str) -> Label:
     """Return a label as its kind has it: a number, the names of several classes, or one name."""
     if kind == "regression":
         assert not isinstance(label, list)
         return float(label)
     return names_of(label) if kind == "multi" else names_of(label)[0]
-
-
-def sort_names(names: set[str], config: PretrainedConfig) -> list[str]:
-    """Return names of classes in the order of the model's own, if it has them; else sorted, whole numbers by size."""
-    own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
-    if len(own) == len(names) and set(own) == names:
-        return own
-    return sorted(names, key=lambda name: (int(name), name)) if all(map(WHOLE.fullmatch, names)) else sorted(names)
-
-
-def weigh_classes(section: ClassifySection, names: Sequence[str], counts: Counter[str]) -> dict[str, float]:
-    """Return a weight a class; `balanced` is n / (classes x rows of the class), as scikit-learn has it."""
-    weights = section.class_weights
-    if isinstance(weights, dict):
-        unknown = [name for name in weights if name not in names]
-        what = "classify.class_weights weighs {}, which no row has"
-        RecipeError.collect(Problem(what.format(repr(name)), "classify.class_weights") for name in unknown)
-        return dict(weights)
-    total = sum(counts[name] for name in names)
-    return {name: total / (len(names) * counts[name]) for name in names if counts[name]}
-
-
-def choose_metrics(stated: Sequence[str], kind: str) -> tuple[str, ...]:
-    """Return the metrics; the task's own choice gives way to that for this kind of label.
-
-    Raises RecipeError for a metric that the kind does not have.
-    """
-    own = TASK_FACTS["classify"].default_metrics
-    if tuple(stated) in ((), own):
-        return {"regression": REGRESSION_METRICS, "multi": MULTI_METRICS}.get(kind, own)
-    known = ("loss", *CLASS_METRICS[kind])  # type: ignore[index]
-    fix = f"Metrics of these labels: {', '.join(known)}."
-    what = f"the labels are of the kind '{kind}', which has no {{}}"
-    RecipeError.collect(Problem(what.format(name), "evaluate.metrics", fix) for name in stated if name not in known)
-    return tuple(stated)
 
 
 def scores_of(predictions: Sequence[ClassPrediction]) -> Floats:

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
 
 from llmtune.data.chat_rows import CompletionRow
-from llmtune.data.collators import causal_collator
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
-from llmtune.data.label_encoding import encode_masked
-from llmtune.data.target_collators import masked_collator
+from llmtune.data.encoder_batches import encoder_batch, require_offsets
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.task_predictions import fill_masks
+from llmtune.errors import EnvironmentProblem
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model import causal_loss
-from llmtune.records import Advance, Batch, Collate, Loss
-from llmtune.tasks.base import Task
+from llmtune.recipe import CompletionSection
+from llmtune.records import Batch, Example, Loss
+from llmtune.tasks.base import DecoderTask, Task
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
+    from transformers.modeling_outputs import MaskedLMOutput
 
     from llmtune.recipe import Recipe
 
+Ids: TypeAlias = npt.NDArray[np.int64]
 
-class Completion(Task[CompletionRow, str]):
+
+class Completion(DecoderTask[CompletionRow]):
     """A decoder that goes on from a text."""
 
     name = "completion"
-    auto_class = "AutoModelForCausalLM"
-    peft_task_type: str | None = "CAUSAL_LM"
-    packs = True
-    predicts = False
-    continues_text = True
     free_prompt = True
 
     def matches(self, recipe: Recipe) -> bool:
@@ -52,58 +57,140 @@ class Completion(Task[CompletionRow, str]):
         """Return the examples of each text."""
         return encode_completion(rows, processor, recipe)
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs rows, or pads them."""
-        return causal_collator(processor, recipe, packs)
-
-    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the tokens that are learned."""
-        return causal_loss(model, batch, by_row)
-
     def prompt_ids(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate a completion from."""
         return prompt_ids(row["prompt"], processor)
 
 
-class MaskedCompletion(Completion):
+class MaskedCompletion(Task[CompletionRow, str]):
     """An encoder that fills in masked tokens."""
 
+    name = "completion"
     auto_class = "AutoModelForMaskedLM"
-    peft_task_type = None
-    predicts = True
-    continues_text = False
-    free_prompt = False
+    packs = True
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether masked tokens are predicted."""
         return is_masked(recipe)
 
+    def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
+        """Return the row of a text with masks in it."""
+        return {"prompt": given["prompt"] or "", "completion": ""}
+
     def split_answer(self, row: CompletionRow) -> tuple[CompletionRow, str]:
         """Return the row itself: a text has no answer of its own."""
         return row, ""
 
-    def encode(
-        self, rows: Sequence[CompletionRow], processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[Encoded]:
-        """Return examples of plain text, of which a share of the tokens is hidden when a batch is made."""
-        return encode_masked(rows, processor, recipe)
+    def encode_row(self, row: CompletionRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
+        """Return examples of plain text, of which a share of the tokens is hidden when a batch is made.
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what hides tokens, and packs rows or pads them."""
-        return masked_collator(processor, recipe, bool(packs))
+        With `data.on_overlong: split` a long text becomes several; with `truncate` its first part.
+        """
+        if processor.mask_token_id is None:
+            what = "the tokenizer has no mask token, so nothing can be hidden"
+            fix = "Name an encoder, or use objective: causal."
+            raise EnvironmentProblem.of(what, str(processor.name_or_path), fix)
+        section, room = recipe.completion or CompletionSection(), recipe.data.max_length
+        text = row["prompt"] + row["completion"]
+        whole = processor(text, return_special_tokens_mask=True, return_attention_mask=False)
+        parts = [(whole["input_ids"], whole["special_tokens_mask"])]
+        if len(whole["input_ids"]) > room:
+            if recipe.data.on_overlong in ("error", "drop"):
+                return too_long(len(whole["input_ids"]), room)
+            cut = processor(
+                text,
+                truncation=True,
+                max_length=room,
+                return_overflowing_tokens=True,
+                return_special_tokens_mask=True,
+            )
+            parts = list(zip(cut["input_ids"], cut["special_tokens_mask"], strict=True))
+            parts = parts[:1] if recipe.data.on_overlong == "truncate" else parts
+        examples = [hidden_example(ids, special, section.mask_probability) for ids, special in parts]
+        kept = [example for example in examples if example is not None]
+        return kept or "nothing to learn: the text has fewer than two tokens"
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[CompletionRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[str]:
-        """Return each text with its masks filled in."""
-        return fill_masks(model, rows, processor, recipe, device=device, advance=advance)
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Hide tokens: a share of each text, drawn by the text, the seed and the draw alone."""
+        hidden = [hide_tokens(example, processor, (recipe.seed, draw)) for example in examples]
+        shown = [replace(e, input_ids=ids.tolist()) for e, (ids, _) in zip(examples, hidden, strict=True)]
+        batch, starts = encoder_batch(shown, processor.pad_token_id, packs)
+        chosen = [at for _, at in hidden]
+        predict = np.concatenate([start + at for start, at in zip(starts, chosen, strict=True)])
+        targets = [np.asarray(e.input_ids)[at] for e, at in zip(examples, chosen, strict=True)]
+        rows = np.repeat(np.arange(len(examples)), [len(at) for at in chosen])
+        named = {"predict_S": predict, "targets_S": np.concatenate(targets), "rows_S": rows}
+        return batch | {name: torch.from_numpy(values.astype(np.int64)) for name, values in named.items()}
+
+    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+        """Sum the cross entropy of the hidden tokens."""
+        return causal_loss(model, batch, by_row)
+
+    def predict(self, rows: Sequence[CompletionRow], loaded: LoadedModel) -> list[str]:
+        """Return each text with its masks replaced by the likeliest tokens, all at once; others come back as they are.
+
+        Of a text longer than `data.max_length` tokens, what lies beyond them comes back as it is, its masks too.
+        """
+        processor = loaded.processor
+        texts = [row["prompt"] + row["completion"] for row in rows]
+        masked = [i for i, text in enumerate(texts) if str(processor.mask_token) in text]
+        cut = [_cut_text(texts[i], processor, loaded.recipe.data.max_length) for i in masked]
+        filled = list(texts)
+
+        def take(at: int, output: MaskedLMOutput, row: int) -> None:
+            (ids, rest), best = cut[at], output.logits[row].argmax(-1).tolist()
+            tokens = [best[i] if token == processor.mask_token_id else token for i, token in enumerate(ids)]
+            filled[masked[at]] = str(processor.decode(tokens, skip_special_tokens=True)) + rest
+
+        examples = [Example(ids, [], 0) for ids, _ in cut]
+        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        loaded.advance(len(rows))
+        return filled
+
+
+def hidden_example(ids: list[int], special: list[int], share: float) -> Example | None:
+    """Return a text's example, the stretches between its special tokens as spans.
+
+    At least one of its tokens is hidden, and one is left to see; None where there are fewer than two.
+    """
+
+    def is_word(at: int) -> bool:
+        return 0 <= at < len(special) and not special[at]
+
+    borders = [i for i in range(len(ids) + 1) if is_word(i) != is_word(i - 1)]
+    words = len(ids) - sum(special)
+    if words < 2:
+        return None
+    return Example(ids, borders, 0, counted=min(max(1, round(share * words)), words - 1))
+
+
+def hide_tokens(example: Example, processor: PreTrainedTokenizerBase, seed: tuple[int, int]) -> tuple[Ids, Ids]:
+    """Return the ids with some hidden, and where they are.
+
+    80 % of them become the mask, 10 % any token, 10 % stay (Devlin et al., "BERT", 2019, section 3.1).
+    """
+    ids = np.asarray(example.input_ids, dtype=np.int64)
+    generator = np.random.default_rng((*seed, xxhash.xxh3_64_intdigest(ids.tobytes())))
+    borders = zip(example.spans[::2], example.spans[1::2], strict=True)
+    candidates = np.concatenate([np.arange(start, end) for start, end in borders])
+    chosen = np.sort(generator.choice(candidates, example.supervised, replace=False))
+    fate = generator.random(len(chosen))
+    ids[chosen[fate < 0.8]] = processor.mask_token_id
+    anything = chosen[(fate >= 0.8) & (fate < 0.9)]
+    ids[anything] = generator.integers(0, len(processor), len(anything))
+    return ids, chosen
+
+
+def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple[list[int], str]:
+    """Return the ids of the first `room` tokens of a text, and the text behind them."""
+    ids: list[int] = processor(text)["input_ids"]
+    if len(ids) <= room:
+        return ids, ""
+    require_offsets(processor)
+    cut = processor(text, truncation=True, max_length=room, return_offsets_mapping=True)
+    return cut["input_ids"], text[max(right for _, right in cut["offset_mapping"]) :]
 
 
 def is_masked(recipe: Recipe) -> bool:

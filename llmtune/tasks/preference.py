@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
 
 from llmtune.adapter.reference_model import reference_of
 from llmtune.data import iterate_rows
-from llmtune.data.data_report import preference_pieces
-from llmtune.data.preference_encoding import answer_columns, describe_rows, encode_preference, render_preference
-from llmtune.data.target_collators import preference_collator
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import render_prompt
+from llmtune.data.collators import collate_padded
+from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.data_report import Piece, highlight
 from llmtune.data.task_interface import Encoded
-from llmtune.errors import DataError, LlmtuneError
+from llmtune.errors import DataError, LlmtuneError, Problem
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.preference_metrics import measure_preferences, predict_preferences
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.heads import check_padding, name_outputs
-from llmtune.model.preference_losses import preference_loss, survey
 from llmtune.recipe import PreferenceSection
-from llmtune.records import Advance, Batch, Collate, Example, Loss, Row, Rows
+from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Task
 from llmtune.tasks.chat import question_messages
+from llmtune.tasks.preference_losses import (
+    kl_to_reference,
+    preference_loss,
+    row_scores,
+    sequence_logps,
+    step_statistics,
+)
+from llmtune.tasks.preference_metrics import Ratings, measure_preferences
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-Ratings = dict[str, float]
-"""What a model makes of a row's answers: log-probabilities or scores by name."""
 
 
 class Preference(Task[Row, Ratings]):
@@ -85,12 +96,40 @@ class Preference(Task[Row, Ratings]):
         return bool(row.get("good", True))
 
     def encode(self, rows: Sequence[Row], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the prompt with the chosen answer and with the rejected one."""
-        return encode_preference(rows, processor, recipe)
+        """Return one example a row: the prompt with the chosen and with the rejected answer, the answers supervised.
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what pads answers: the chosen ones and then the rejected, or single ones with those of others."""
-        return preference_collator(processor, recipe)
+        For KTO: the prompt with its answer, and with the answer to another of these rows, which the estimate of the KL
+        divergence is made of; that one is cut at `data.max_length`, so that no row is lost for what another says.
+        """
+        loss = section_of(recipe).loss
+        columns = answer_columns(loss)
+        usable = [row for row in rows if all(name in row for name in columns)]
+        if loss == "kto":
+            answers = [row["answer"] for row in usable]
+            left = encode_answers(usable, answers, processor, recipe)
+            right = encode_mismatched(usable, answers, processor, recipe)
+        else:
+            left, right = (encode_answers(usable, [row[name] for row in usable], processor, recipe) for name in columns)
+        joined = iter([join_answers(row, one, other) for row, one, other in zip(usable, left, right, strict=True)])
+        wrong = f"preference.loss: {loss} learns from {describe_rows(loss)}"
+        return [next(joined) if all(name in row for name in columns) else wrong for row in rows]
+
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Pad answers: the chosen ones and then the rejected, or (KTO) single ones with the answers of others, `kl_*`.
+
+        The thumbs are `desirable_R` bool [R]; settings of the loss stand in the batch as `settings`.
+        """
+        section, pad_id = section_of(recipe), processor.pad_token_id
+        seconds = [Example(example.target_ids, example.target_spans, 0) for example in examples]
+        if section.loss == "kto":
+            batch = collate_padded(examples, pad_id)
+            batch |= {f"kl_{name}": part for name, part in collate_padded(seconds, pad_id).items()}
+            batch["desirable_R"] = torch.tensor([example.values[0] > 0 for example in examples])
+        else:
+            batch = collate_padded([*examples, *seconds], pad_id)
+        return batch | {"settings": section, "pairs": len(examples)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the summed loss over pairs (KTO: answers), and their count."""
@@ -98,30 +137,70 @@ class Preference(Task[Row, Ratings]):
 
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Return what the loss of KTO and ORPO has to know of a whole step."""
-        return survey(model, batch, batch["settings"], partial(reference_of, model))
+        return step_statistics(model, batch, batch["settings"], partial(reference_of, model))
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show a prompt with both answers."""
-        return preference_pieces(example, processor, recipe)
+        return [
+            *highlight(example.input_ids, example.spans, processor),
+            ("\n--- against ---\n", False),
+            *highlight(example.target_ids, example.target_spans, processor),
+        ]
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to write an answer from."""
-        return render_preference(row, processor, recipe)
+        if processor.chat_template:
+            return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
+        return prompt_ids(with_answer(row, "", processor)["prompt"], processor)
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[Row],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[Ratings]:
-        """Return the log-probabilities of each row's answers, or their scores."""
-        return predict_preferences(model, rows, processor, recipe, device=device, advance=advance)
+    def predict(self, rows: Sequence[Row], loaded: LoadedModel) -> list[Ratings]:
+        """Return a row's log-probabilities of its answers (`chosen`, `rejected` or `answer`), or their scores.
+
+        Of likelihoods, `*_tokens` says over how many tokens, and `kl` how far the model is from itself without its
+        adapter, on the first answer, in nats per token; left out where the adapter does not hold all that training
+        changed. Raises DataError for a row that cannot be encoded.
+        """
+        model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
+        scoring = section_of(recipe).loss == "reward"
+        single = section_of(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
+        names = ("answer",) if single else ("chosen", "rejected")
+        if single:
+            encoded = encode_answers(rows, [row["answer"] for row in rows], processor, recipe)
+        else:
+            encoded = self.encode(rows, processor, recipe)
+        refused = ((i, reason) for i, reason in enumerate(encoded, 1) if isinstance(reason, str))
+        DataError.collect(Problem(reason, f"row {i} of those asked") for i, reason in refused)
+        examples = [parts[0] for parts in encoded if not isinstance(parts, str)]
+        ratings: list[Ratings] = [{} for _ in rows]
+
+        collate_pairs = self.collator(processor, recipe)
+
+        def collate(batch: list[int], first_only: bool) -> Batch:
+            chosen = [examples[i] for i in batch]
+            padded = collate_padded(chosen, processor.pad_token_id) if first_only else collate_pairs(chosen, 0)
+            return move_to(loaded.device, padded)
+
+        def work(batch: list[int]) -> None:
+            tensors = collate(batch, single)
+            if scoring:
+                values = {"": row_scores(model, tensors)}
+            else:
+                logps_R, counts_R = sequence_logps(model, tensors)
+                values = {"": logps_R, "_tokens": counts_R}
+            columns = {
+                f"{name}{what}": values_R[k * len(batch) : (k + 1) * len(batch)].tolist()
+                for what, values_R in values.items()
+                for k, name in enumerate(names)
+            }
+            if "kl" not in recipe.variant.unmeasured:
+                columns["kl"] = kl_per_token(model, tensors if single else collate(batch, True))
+            for row, i in enumerate(batch):
+                ratings[i] = {name: float(column[row]) for name, column in columns.items()}
+            loaded.advance(len(batch))
+
+        unwrap(model).eval()
+        run_in_batches([example.tokens for example in examples], budget_for(loaded.device, TOKEN_BUDGET), work)
+        return ratings
 
     def format_prediction(self, prediction: Ratings) -> str:
         """Write what a model makes of a row's answers."""
@@ -187,11 +266,87 @@ def section_of(recipe: Recipe) -> PreferenceSection:
     return recipe.preference or PreferenceSection()
 
 
+def answer_columns(loss: str) -> tuple[str, ...]:
+    """Return what a row must hold beside its prompt for this loss."""
+    return ("answer",) if loss == "kto" else ("chosen", "rejected")
+
+
+def describe_rows(loss: str) -> str:
+    """Return what kind of rows a loss learns from."""
+    return "single answers with a thumb" if loss == "kto" else "pairs of a chosen and a rejected answer"
+
+
 def other_rows(loss: str, origin: str) -> LlmtuneError:
     """Return the error of rows and loss that do not go together."""
     there, others = ("dpo", "dpo, ipo, orpo or reward") if loss == "kto" else ("kto", "kto")
     what = f"preference.loss: {loss} learns from {describe_rows(loss)}, and the rows are {describe_rows(there)}"
     return DataError.of(what, origin, f"Set preference.loss to {others}, or give other rows.")
+
+
+def encode_answers(
+    rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Encoded]:
+    """Return one example a row: its prompt with one answer, which alone is supervised; or the reason why not."""
+    data = recipe.data.model_copy(update={"train_on": "last", "on_overlong": "drop"})
+    alone = recipe.model_copy(update={"data": data})
+    written: list[Any] = [with_answer(row, answer, processor) for row, answer in zip(rows, answers, strict=True)]
+    return (encode_chat if processor.chat_template else encode_completion)(written, processor, alone)
+
+
+def encode_mismatched(
+    rows: Sequence[Row], answers: Sequence[str], processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[Encoded]:
+    """Encode each prompt with the next answer that is another, from the start again behind the end; its own if none is.
+
+    What is longer than `data.max_length` is cut.
+    """
+    limit = recipe.data.max_length
+    others = [next((a for a in (*answers[i + 1 :], *answers) if a != own), own) for i, own in enumerate(answers)]
+    whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1 << 30})})
+    encoded = encode_answers(rows, others, processor, whole)
+    return [parts if isinstance(parts, str) else [cut_example(part, limit) for part in parts] for parts in encoded]
+
+
+def cut_example(example: Example, limit: int) -> Example:
+    """Return the first `limit` tokens of an example."""
+    spans = [min(border, limit) for border in example.spans]
+    return Example(example.input_ids[:limit], spans, example.target_bytes)
+
+
+def with_answer(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Row:
+    """Return a row of chat (of completion, for a model without a template) out of a prompt and an answer."""
+    if processor.chat_template:
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        return {"messages": [*row["messages"], {"role": "assistant", "content": answer}], **tools}
+    text = "\n\n".join(str(message["content"]) for message in row["messages"])
+    return {"prompt": f"{text}\n", "completion": answer}
+
+
+def join_answers(row: Row, left: Encoded, right: Encoded) -> Encoded:
+    """Put the examples of a prompt with one answer and with another into one."""
+    if isinstance(left, str) or isinstance(right, str):
+        return left if isinstance(left, str) else right
+    (one,), (other,) = left, right
+    if "chosen" in row and list(one.input_ids) == list(other.input_ids):
+        return "chosen equals rejected: both answers are the same tokens"
+    example = replace(
+        one,
+        target_ids=other.input_ids,
+        target_spans=other.spans,
+        values=[1.0 if row["good"] else -1.0] if "good" in row else [],
+        counted=1,
+        cost=len(one.input_ids) + len(other.input_ids),
+    )
+    return [example]
+
+
+def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
+    """Return the divergence [R] from the model without its adapter, in nats per token; 0 for one that has none."""
+    if not isinstance(model, PeftModel):
+        return [0.0] * int(batch["n_rows"])
+    counts_R = torch.bincount(batch["rows_S"], minlength=batch["n_rows"]).clamp(min=1)
+    kl_R: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
+    return kl_R
 
 
 VARIANTS = (Preference(), RewardModel())

@@ -6,25 +6,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
 from llmtune.data import iterate_rows
-from llmtune.data.data_report import ends_pieces
-from llmtune.data.label_encoding import encode_windows
-from llmtune.data.seq2seq_encoding import Pair
-from llmtune.data.target_collators import ends_collator
+from llmtune.data.data_report import Piece, highlight
+from llmtune.data.encoder_batches import encoder_batch, require_offsets
+from llmtune.data.labelled_rows import QaRow
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.task_predictions import predict_ends
 from llmtune.evaluate.text_metrics import measure_squad
+from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.config import is_encoder
-from llmtune.model.task_losses import ends_loss
+from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import QaSection
-from llmtune.records import Advance, Batch, Collate, Example, Loss, Rows
-from llmtune.tasks.base import PredictionT, Task
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, fill_template
+from llmtune.records import Batch, Example, Loss, Rows
+from llmtune.tasks.answer_windows import Window, answer_tokens, cut_context, explain_missing, find_span, trim
+from llmtune.tasks.base import PredictionT, Task, loss_of_rows
+from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
     from llmtune.recipe import Recipe
 
@@ -38,23 +44,6 @@ PROMPT = (
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the question stays."""
 
 
-class Answer(TypedDict):
-    """A stretch of the context."""
-
-    text: str
-    start: int | None
-    """Its first character in the context; None for an answer that was written."""
-
-
-class QaRow(TypedDict):
-    """A question on a context."""
-
-    question: str
-    context: str
-    answers: list[Answer] | None
-    """All that are right; empty where the context holds none; None where they were taken away."""
-
-
 class Span(TypedDict):
     """A predicted answer: characters of the context, with its score and that of `no answer`."""
 
@@ -63,6 +52,9 @@ class Span(TypedDict):
     end: int | None
     score: float | None
     null_score: float | None
+
+
+NO_SPAN: Span = {"text": "", "start": None, "end": None, "score": None, "null_score": None}
 
 
 class Qa(Task[QaRow, PredictionT]):
@@ -129,34 +121,82 @@ class ExtractiveQa(Qa[Span]):
 
     def encode(self, rows: Sequence[QaRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return an example for each window of a row; one that does not hold the answer points at `no answer`."""
-        return encode_windows(rows, processor, recipe)
+        require_offsets(processor)
+        return super().encode(rows, processor, recipe)
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs windows, or pads them."""
-        return ends_collator(processor, recipe, bool(packs))
+    def encode_row(self, row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
+        """Return the windows of one row."""
+        windows = windows_of(row, processor, recipe)
+        if isinstance(windows, str):
+            return windows
+        if len(windows) > 1 and recipe.data.on_overlong == "drop":
+            return too_long(sum(len(window.ids) for window in windows), recipe.data.max_length)
+        if not row["answers"]:
+            return [window_example(window, None) for window in windows]
+        answer = row["answers"][0]
+        assert answer["start"] is not None
+        characters = trim(row["context"], answer["start"], answer["start"] + len(answer["text"]))
+        ends = [answer_tokens(window, *characters) for window in windows]
+        if not any(ends):
+            return explain_missing(windows, *characters)
+        return [window_example(window, tokens) for window, tokens in zip(windows, ends, strict=True)]
+
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Add the first and last token of the answers, `first_R` and `last_R` [R], counted within the window."""
+        first_R, last_R = torch.tensor([list(example.target_ids) for example in examples], dtype=torch.int64).T
+        return encoder_batch(examples, processor.pad_token_id, packs)[0] | {"first_R": first_R, "last_R": last_R}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the answers' ends over windows."""
-        return ends_loss(model, batch, by_row)
+        """Sum, a window, the mean cross entropy of the first and the last token of the answer; padding is no choice."""
+        output = model(**read_inputs(model, batch))
+        starts_RT, ends_RT = (by_window(part.float(), batch) for part in (output.start_logits, output.end_logits))
+        first_R, last_R = batch["first_R"], batch["last_R"]
+        losses_R = (
+            functional.cross_entropy(starts_RT, first_R, reduction="none")
+            + functional.cross_entropy(ends_RT, last_R, reduction="none")
+        ) / 2
+        correct_R = (starts_RT.argmax(-1) == first_R) & (ends_RT.argmax(-1) == last_R)
+        return loss_of_rows(losses_R, correct_R, by_row)
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show a window with its answer; where it has none, the token that stands for that."""
-        return ends_pieces(example, processor, recipe)
+        first, last = example.target_ids
+        return highlight(example.input_ids, [first, last + 1], processor)
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[QaRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[Span]:
-        """Return the best stretch of each context over all windows."""
-        return predict_ends(model, rows, processor, recipe, device=device, advance=advance)
+    def predict(self, rows: Sequence[QaRow], loaded: LoadedModel) -> list[Span]:
+        """Return the best stretch of each context over all windows; scores are sums of two logits.
+
+        An empty text is `no answer`: where its score is above the best answer's by more than
+        `qa.null_score_diff_threshold`. A question without room for windows gets no answer.
+        """
+        processor, section = loaded.processor, section_of(loaded.recipe)
+        windows: list[tuple[int, Window]] = []
+        for i, row in enumerate(rows):
+            cut = windows_of(row, processor, loaded.recipe)
+            windows += [] if isinstance(cut, str) else [(i, window) for window in cut]
+        spans = [NO_SPAN.copy() for _ in rows]
+
+        def take(at: int, output: QuestionAnsweringModelOutput, row: int) -> None:
+            i, window = windows[at]
+            span, size = spans[i], len(window.ids)
+            starts_T, ends_T = (part[row, :size].float() for part in (output.start_logits, output.end_logits))
+            null = float(starts_T[window.null] + ends_T[window.null])
+            span["null_score"] = null if span["null_score"] is None else min(span["null_score"], null)
+            best = find_span(starts_T, ends_T, window, section.max_answer_length)
+            if best is not None and (span["score"] is None or best[0] > span["score"]):
+                span["score"], start, end = best
+                span["text"], span["start"], span["end"] = rows[i]["context"][start:end], start, end
+
+        examples = [window_example(window, None) for _, window in windows]
+        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        for span in spans:
+            score, null = span["score"], span["null_score"]
+            if score is None or null is None or null - score > (section.null_score_diff_threshold or 0.0):
+                span["text"], span["start"], span["end"] = "", None, None
+        loaded.advance(len(rows))
+        return spans
 
     def format_prediction(self, prediction: Span) -> str:
         """Write the text of an answer."""
@@ -173,8 +213,27 @@ class ExtractiveQa(Qa[Span]):
         self, references: Sequence[list[str]], prompts: Sequence[QaRow], recipe: Recipe
     ) -> tuple[str, list[Span]]:
         """Answer no question."""
-        nothing: Span = {"text": "", "start": None, "end": None, "score": None, "null_score": None}
-        return "no answer to every question", [nothing.copy() for _ in prompts]
+        return "no answer to every question", [NO_SPAN.copy() for _ in prompts]
+
+
+def windows_of(row: QaRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Window] | str:
+    """Return the windows of a row, or why there are none."""
+    return cut_context(row["question"], row["context"], processor, section_of(recipe).stride, recipe.data.max_length)
+
+
+def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
+    """Return the example of a window with the tokens of its answer, or with those of `no answer`."""
+    third = window.kinds if any(window.kinds) else []
+    return Example(window.ids, [], 0, target_ids=list(ends or (window.null, window.null)), third_ids=third, counted=1)
+
+
+def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Put the logits of each window in a row of its own, [R, T] with the lowest number where there is no token."""
+    lowest = torch.finfo(logits_BT.dtype).min
+    if "cu_seq_lens_q" not in batch:
+        return logits_BT.masked_fill(~batch["attention_mask"].bool(), lowest)
+    sizes_R = batch["cu_seq_lens_q"].diff().tolist()
+    return pad_sequence([*torch.split(logits_BT[0], sizes_R)], batch_first=True, padding_value=lowest)
 
 
 class GenerativeQa(Qa[str]):

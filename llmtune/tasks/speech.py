@@ -1,42 +1,59 @@
-"""Task speech: write down what is said, with Whisper or with a model of letters (wav2vec2 and its relatives)."""
+"""Task speech: write down what is said, with Whisper or with a model of letters (wav2vec2 and its relatives).
+
+Shapes: B rows of a batch, T positions or frames, V letters, R rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-from llmtune.data.data_report import pair_pieces
-from llmtune.data.speech_encoding import encode_ctc, encode_whisper, set_speech
-from llmtune.data.target_collators import ctc_collator, whisper_collator
+import torch
+from torch.nn import functional
+
+from llmtune.data.audio import Samples, SpeechRow
+from llmtune.data.data_report import Piece, highlight
+from llmtune.data.encoder_batches import IGNORED, pad
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
+from llmtune.evaluate.token_batches import move_to
 from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
-from llmtune.model.decoder_start import check_decoder_start
-from llmtune.model.task_losses import ctc_loss, seq2seq_loss
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import SpeechSection
-from llmtune.records import Advance, Batch, Collate, Example, Loss
+from llmtune.records import Batch, Collate, Example, Loss
 from llmtune.tasks.base import Task
+from llmtune.tasks.recordings import (
+    extract_features,
+    feature_extractor,
+    read_samples,
+    read_windows,
+    transcribe,
+    window_seconds,
+)
+from llmtune.tasks.text_to_text import (
+    check_decoder_start,
+    decoder_settings,
+    decoder_targets,
+    encoder_decoder_loss,
+    generate,
+)
+from llmtune.tasks.transcripts import set_speech, spell
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
-
-
-class SpeechRow(TypedDict):
-    """A recording and what is said in it."""
-
-    audio: str
-    """The file."""
-    content: str
-    """Its hash."""
-    text: str
+MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+"""Models of sound that padding does not change, but for a first layer that is normed over time."""
 
 
 class Speech(Task[SpeechRow, str]):
@@ -54,11 +71,10 @@ class Speech(Task[SpeechRow, str]):
         """Return the row without its transcript, and the transcript."""
         return {**row, "text": ""}, row["text"]
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show how long a recording is, and what of its transcript is learned."""
-        return pair_pieces(example, processor, recipe)
+        spans = example.target_spans or [0, len(example.target_ids)]
+        return [(f"[{len(example.audio):,} samples]\n", False), *highlight(example.target_ids, spans, processor)]
 
     def compute_metric(
         self,
@@ -91,7 +107,7 @@ class Whisper(Speech):
 
         Raises EnvironmentProblem where model and tokenizer do not belong together.
         """
-        check_decoder_start(model, processor, recipe)
+        check_decoder_start(model, processor)
         set_speech(processor, recipe)
         start = processor.prefix_tokens[0]
         if start != model.config.decoder_start_token_id:
@@ -101,29 +117,69 @@ class Whisper(Speech):
             raise EnvironmentProblem.of(what, str(processor.name_or_path), "The tokenizer is another model's.")
 
     def encode(self, rows: Sequence[SpeechRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the samples, and the transcript behind the tokens of language and task."""
-        return encode_whisper(rows, processor, recipe)
+        """Return one example a row: the samples, and the transcript behind the tokens of language and task.
+
+        Those are given at generation, so they are not learned.
+        """
+        extract = feature_extractor(processor)
+        longest = window_seconds(extract, recipe)
+        set_speech(processor, recipe)
+        prefix = list(processor.prefix_tokens)
+        frames = extract.n_samples // extract.hop_length // 2
+
+        def encode_one(row: SpeechRow) -> Encoded:
+            samples = read_samples(row, extract.sampling_rate, longest)
+            if isinstance(samples, str):
+                return samples
+            text = row["text"].strip()
+            words = processor(f" {text}", add_special_tokens=False)["input_ids"]
+            target = [*prefix[1:], *words, processor.eos_token_id]
+            if len(target) > recipe.data.max_length:
+                return too_long(len(target), recipe.data.max_length)
+            learned = [len(prefix) - 1, len(target)]
+            return [spoken_example(samples, text, target, learned, learned[1] - learned[0], frames + len(target))]
+
+        return [encode_one(row) for row in rows]
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
         """Return what makes log-mel spectrograms of samples."""
-        return whisper_collator(processor, recipe)
+        extract = feature_extractor(processor)
+
+        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+            features = extract_features(extract, [example.audio for example in examples])["input_features"]
+            return {"input_features": features, "n_rows": len(examples), **decoder_targets(examples)}
+
+        return collate
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the transcripts' tokens."""
-        return seq2seq_loss(model, batch, by_row)
+        return encoder_decoder_loss(model, batch, by_row)
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[SpeechRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[str]:
-        """Return the transcripts."""
-        return transcribe_whisper(model, rows, processor, recipe, device=device, advance=advance)
+    def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
+        """Return what Whisper writes down; language and task are given to it, not guessed."""
+        model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
+        extract = feature_extractor(processor)
+        set_speech(processor, recipe)
+        windows = read_windows(rows, extract, recipe)
+        prefix = list(processor.prefix_tokens)
+        with torch.random.fork_rng(), only_these_settings(model) as own:
+            torch.manual_seed(recipe.seed)
+            settings = decoder_settings(own, model, processor, recipe)
+            room = unwrap(model).config.max_target_positions - len(prefix)
+            settings.max_new_tokens = min(recipe.generation.max_new_tokens, room)
+
+            def write(sounds: list[Samples]) -> list[str]:
+                features = extract_features(extract, sounds)["input_features"]
+                begun_BT = torch.tensor([prefix] * len(sounds))
+                all_BT = torch.ones((len(sounds), features.shape[-1]), dtype=torch.int64)  # silence behind it is heard
+                inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
+                written_BT = generate(model, {key: part.to(loaded.device) for key, part in inputs.items()}, settings)
+                texts: list[str] = processor.batch_decode(
+                    written_BT[:, len(prefix) :].tolist(), skip_special_tokens=True
+                )
+                return texts
+
+            return transcribe(len(rows), windows, loaded, write)
 
 
 class Ctc(Speech):
@@ -160,34 +216,159 @@ class Ctc(Speech):
 
     def encode(self, rows: Sequence[SpeechRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example a row: the samples, and the letters of the transcript."""
-        return encode_ctc(rows, processor, recipe)
+        from transformers import AutoConfig
+
+        extract = feature_extractor(processor)
+        longest = window_seconds(extract, recipe)
+        config = AutoConfig.from_pretrained(str(processor.name_or_path), local_files_only=True)
+
+        def encode_one(row: SpeechRow) -> Encoded:
+            letters = spell(row["text"], processor)
+            if isinstance(letters, str):
+                return letters
+            samples = read_samples(row, extract.sampling_rate, longest)
+            if isinstance(samples, str):
+                return samples
+            frames = count_frames(len(samples), config)
+            needed = len(letters) + sum(a == b for a, b in pairwise(letters))  # a blank between equals
+            if frames < needed:
+                return f"its text takes {needed} frames, and the recording has {frames}"
+            if frames < (hidden := masked_frames(config)):
+                return f"the recording has {frames} frames, and config.json hides {hidden} at once (mask_time_length)"
+            return [spoken_example(samples, row["text"], letters, [], len(letters), frames)]
+
+        return [encode_one(row) for row in rows]
 
     def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what norms and pads waves."""
-        return ctc_collator(processor, recipe)
+        """Return what makes batches of sound waves; each is normed by itself before it is padded.
+
+        `samples_R` [R] says how long each is.
+        """
+        extract = feature_extractor(processor)
+
+        def collate(examples: Sequence[Example], draw: int = 0) -> Batch:
+            sounds = [example.audio for example in examples]
+            waves = extract_features(extract, sounds, padding=True, return_attention_mask=True)
+            return {
+                "input_values": waves["input_values"],
+                "attention_mask": waves["attention_mask"],
+                "samples_R": torch.tensor([len(sound) for sound in sounds]),
+                "labels": pad([example.target_ids for example in examples], IGNORED),
+                "n_rows": len(examples),
+            }
+
+        return collate
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the negative log-likelihood of the transcripts over all alignments."""
-        return ctc_loss(model, batch, by_row)
+        """Sum the negative log-likelihood of the transcripts over all alignments; the count is their tokens.
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[SpeechRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[str]:
+        Graves et al., "Connectionist Temporal Classification", 2006. Where padding would change what a model hears (its
+        first layer is normed over time), rows are heard one by one.
+        """
+        inner = unwrap(model)
+        labels_BT, blank = batch["labels"], inner.config.pad_token_id
+        frames_R = inner._get_feat_extract_output_lengths(batch["samples_R"]).to(torch.long)
+        sums = []
+        for values, rows in heard_at_once(model, batch):
+            logits_BTV = model(**values).logits
+            log_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
+            targets_BT = labels_BT[rows]
+            sizes_B = (targets_BT >= 0).sum(-1)
+            with torch.backends.cudnn.flags(enabled=False):  # its kernel is not deterministic
+                losses_B = functional.ctc_loss(
+                    log_TBV, targets_BT.clamp_min(0), frames_R[rows], sizes_B, blank=blank, reduction="none"
+                )
+            sums.append(losses_B)
+        losses_R = torch.cat(sums)
+        count = int((labels_BT >= 0).sum())
+        zero = torch.zeros((), device=losses_R.device)
+        if not by_row:
+            return Loss(losses_R.sum(), count, zero)
+        return Loss(losses_R.sum(), count, zero, losses_R, torch.zeros_like(losses_R))
+
+    def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:
         """Return the likeliest letter of each frame, repeats and blanks taken out."""
-        return transcribe_ctc(model, rows, processor, recipe, device=device, advance=advance)
+        processor = loaded.processor
+        config = unwrap(loaded.model).config
+        collate = self.collator(processor, loaded.recipe)
+        windows = read_windows(rows, feature_extractor(processor), loaded.recipe)
+        windows = [(i, window) for i, window in windows if count_frames(len(window), config)]  # else too short
+
+        def write(sounds: list[Samples]) -> list[str]:
+            batch = collate([spoken_example(sound, "", [], [], 0, 0) for sound in sounds], 0)
+            moved = move_to(loaded.device, batch)
+            texts = []
+            for inputs, at in heard_at_once(loaded.model, moved):
+                best_BT = loaded.model(**inputs).logits.argmax(-1)
+                for best_T, sound in zip(best_BT, sounds[at], strict=True):
+                    letters = best_T[: count_frames(len(sound), config)].tolist()
+                    texts.append(without_marks(processor.decode(letters), processor))
+            return texts
+
+        return transcribe(len(rows), windows, loaded, write)
 
     def baseline(
         self, references: Sequence[str], prompts: Sequence[SpeechRow], recipe: Recipe
     ) -> tuple[str, list[str]]:
         """Write nothing down."""
         return "an empty transcript", [""] * len(prompts)
+
+
+def spoken_example(
+    samples: Samples, text: str, target: list[int], learned: list[int], counted: int, cost: int
+) -> Example:
+    """Return the example of a recording with its transcript."""
+    return Example(
+        [],
+        [],
+        len(text.encode()),
+        target_ids=target,
+        target_spans=learned,
+        audio=samples,  # type: ignore[arg-type]  # an array is as good as a list
+        counted=counted,
+        cost=cost,
+    )
+
+
+def count_frames(samples: int, config: PretrainedConfig) -> int:
+    """Return how many frames a model with this configuration makes of so many samples, by its convolutions."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        samples = (samples - kernel) // stride + 1
+    if getattr(config, "add_adapter", False):
+        for _ in range(config.num_adapter_layers):
+            samples = (samples - 1) // config.adapter_stride + 1
+    return max(0, samples)
+
+
+def masked_frames(config: PretrainedConfig) -> int:
+    """Return how many frames on end SpecAugment hides in training (0: none); with fewer, transformers raises."""
+    on = getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0) > 0
+    return int(config.mask_time_length) if on else 0
+
+
+def heard_at_once(model: torch.nn.Module, batch: Batch) -> list[tuple[dict[str, torch.Tensor], slice]]:
+    """Return the whole batch, or its rows one by one without padding where the model cannot mask it.
+
+    A first layer that is normed over time hears padding, and so do convolutions behind the mask (Data2Vec, Conformer).
+    """
+    inputs, config = read_inputs(model, batch), unwrap(model).config
+    masked = config.model_type in MASKING and not getattr(config, "add_adapter", False)
+    if masked and config.feat_extract_norm != "group":
+        return [(inputs, slice(0, batch["n_rows"]))]
+    sizes = batch["samples_R"].tolist()
+    values_BN = inputs["input_values"]
+    return [({"input_values": values_BN[i : i + 1, :size]}, slice(i, i + 1)) for i, size in enumerate(sizes)]
+
+
+def without_marks(text: str, processor: PreTrainedTokenizerBase) -> str:
+    """Take special tokens such as `</s>` out of a text that was decoded with them.
+
+    The tokenizer would do so before it looks for repeats, and take the blanks between two equal letters along.
+    """
+    for mark in processor.all_special_tokens:
+        if mark != getattr(processor, "word_delimiter_token", None):
+            text = text.replace(mark, "")
+    return text
 
 
 VARIANTS = (Whisper(), Ctc())

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-from llmtune.data.seq2seq_encoding import Pair
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
+from llmtune.data.text_pair_rows import SummarizeRow
+from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""
-
-
-class SummarizeRow(TypedDict):
-    """A text and its summary."""
-
-    document: str
-    summary: str
 
 
 class Summarize(TextToText[SummarizeRow]):

@@ -1,30 +1,57 @@
-"""What translate, summarize and generative qa share: a text is read, another is written."""
+"""What translate, summarize and generative qa share: a text is read, another is written.
+
+Shapes: B rows of a batch, T positions, S predicted tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from llmtune.data.collators import causal_collator
-from llmtune.data.data_report import pair_pieces
-from llmtune.data.seq2seq_encoding import Pair, encode_by_prompt, encode_seq2seq, render_by_prompt
-from llmtune.data.target_collators import seq2seq_collator
+import torch
+from transformers import GenerationConfig
+from transformers.generation.utils import GenerationMixin
+
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_template import render_prompt
+from llmtune.data.completion_encoding import encode_completion, prompt_ids
+from llmtune.data.data_report import Piece, decode_shortened, highlight
+from llmtune.data.encoder_batches import IGNORED, pad, pad_texts
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
+from llmtune.data.tokenization import cut_start
+from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.task_predictions import write_texts
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
-from llmtune.model import causal_loss
-from llmtune.model.decoder_start import check_decoder_start
-from llmtune.model.task_losses import seq2seq_loss
-from llmtune.records import Advance, Batch, Collate, Example, Loss
-from llmtune.tasks.base import RowT, Task
+from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
+from llmtune.model.causal_lm_loss import accepted_arguments, token_losses, unwrap
+from llmtune.model.memory_plan import context_length
+from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.records import Batch, Example, Loss, Row
+from llmtune.tasks.base import DecoderTask, RowT, Task
+from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
+
+PROMPT_CUTS = 6
+"""How often a prompt is cut: a cut text may take a token more than was counted."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is read and what is written, with their languages where the tokenizer wants to know them."""
+
+    source: str
+    target: str
+    source_language: str | None = None
+    target_language: str | None = None
 
 
 class TextToText(Task[RowT, str]):
@@ -46,6 +73,15 @@ class TextToText(Task[RowT, str]):
         return TEXT_MEASURES[metric](predictions, references) if metric in TEXT_MEASURES else None
 
 
+def fill_template(template: str, **fields: str | None) -> str:
+    """Put fields into a prompt; braces that are no field stay, and so do those within a field."""
+    named = "|".join(map(re.escape, fields))
+    return re.sub(f"{{({named})}}", lambda match: fields[match[1]] or "", template)
+
+
+# Encoder-decoders
+
+
 class EncoderDecoder(TextToText[RowT]):
     """What an encoder-decoder does: the encoder reads the source, the decoder writes the target."""
 
@@ -54,67 +90,246 @@ class EncoderDecoder(TextToText[RowT]):
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Refuse a decoder without a start token."""
-        check_decoder_start(model, processor, recipe)
+        check_decoder_start(model, processor)
 
-    def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
-        """Return one example a row: the source for the encoder, the target with its end for the decoder."""
-        return encode_seq2seq(rows, processor, recipe, self.pair)
+    def encode_row(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> Encoded:
+        """Return one example: the source for the encoder, the target with its end for the decoder."""
+        pair = self.pair(row, recipe)
+        if not pair.target.strip():
+            return "the target is empty"
+        source = source_ids(pair, processor, recipe)
+        target, start, end = target_ids(pair, processor)
+        longest = max(len(source), len(target))
+        if longest > recipe.data.max_length:
+            return too_long(longest, recipe.data.max_length)
+        example = Example(
+            source,
+            [],
+            len(pair.target.encode()),
+            target_ids=target,
+            target_spans=[start, end],
+            counted=end - start,
+            cost=len(source) + len(target),
+        )
+        return [example]
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what pads sources and targets."""
-        return seq2seq_collator(processor, recipe)
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Pad sources and targets."""
+        return pad_texts(examples, processor.pad_token_id) | decoder_targets(examples)
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the target tokens that are learned."""
-        return seq2seq_loss(model, batch, by_row)
+        return encoder_decoder_loss(model, batch, by_row)
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show what is read, and what of the written text is learned."""
-        return pair_pieces(example, processor, recipe)
+        read = decode_shortened(example.input_ids, processor)
+        return [(f"{read}\n", False), *highlight(example.target_ids, example.target_spans, processor)]
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[RowT],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[str]:
+    def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[str]:
         """Return what the decoder writes for each source."""
-        return write_texts(model, rows, processor, recipe, self.pair, device=device, advance=advance)
+        return write_targets([self.pair(row, loaded.recipe) for row in rows], loaded)
 
 
-class PromptedDecoder(TextToText[RowT]):
+def write_targets(pairs: Sequence[Pair], loaded: LoadedModel) -> list[str]:
+    """Return what the decoder writes for each source, begun in the pair's language where the model wants that.
+
+    A source is cut as for training; one that is longer than the model's positions even so, at its end.
+    """
+    model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
+    limit = context_length(unwrap(model).config)
+    sources = [_cut_end(source_ids(pair, processor, recipe), limit) for pair in pairs]
+    firsts = [first_token(pair, processor) for pair in pairs]
+    texts = [""] * len(pairs)
+    with torch.random.fork_rng(), only_these_settings(model) as own:
+        torch.manual_seed(recipe.seed)
+        for first in sorted(set(firsts), key=str):
+            group = [i for i, token in enumerate(firsts) if token == first]
+            settings = decoder_settings(own, model, processor, recipe, first)
+
+            def work(batch: list[int], group: list[int] = group, settings: GenerationConfig = settings) -> None:
+                ids = [sources[group[i]] for i in batch]
+                read = {"input_ids": pad(ids, processor.pad_token_id or 0)}
+                read["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
+                written_BT = generate(model, {key: part.to(loaded.device) for key, part in read.items()}, settings)
+                decoded = processor.batch_decode(written_BT, skip_special_tokens=True)
+                for i, text in zip(batch, decoded, strict=True):
+                    texts[group[i]] = text.strip()
+                loaded.advance(len(batch))
+
+            lengths = [len(sources[i]) + recipe.generation.max_new_tokens for i in group]
+            budget = budget_for(loaded.device, GENERATION_BUDGET) // recipe.generation.num_beams
+            run_in_batches(lengths, budget, work)
+    return texts
+
+
+def _cut_end(ids: list[int], limit: int | None) -> list[int]:
+    return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def source_ids(pair: Pair, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    """Return what the encoder reads, in training and afterwards; its end is cut where `data.on_overlong` says so."""
+    set_languages(pair.source_language, pair.target_language, processor)
+    cut = recipe.data.on_overlong == "truncate"
+    options = {"truncation": True, "max_length": recipe.data.max_length} if cut else {}
+    return list(processor(pair.source, verbose=False, **options)["input_ids"])
+
+
+def target_ids(pair: Pair, processor: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
+    """Return what the decoder writes, and the range of it that is learned.
+
+    A language code at its start is given at generation, so it is not learned; what stands behind the end is no text.
+    """
+    set_languages(pair.source_language, pair.target_language, processor)
+    ids = list(processor(text_target=pair.target, verbose=False)["input_ids"])
+    end = processor.eos_token_id
+    if end not in ids:
+        ids.append(end)
+    start = int(has_languages(processor) and ids[0] == first_token(pair, processor))
+    return ids, start, len(ids) - ids[::-1].index(end)
+
+
+def first_token(pair: Pair, processor: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that an answer in the target language has to begin with; None where there is none."""
+    if not has_languages(processor):
+        return None
+    return language_tokens(processor).get(str(pair.target_language))
+
+
+def decoder_targets(examples: Sequence[Example]) -> Batch:
+    """Return `labels` [B, T], and predict_S, targets_S and rows_S of the tokens that are learned.
+
+    The target at a position is predicted from the same one: a decoder reads it moved right.
+    """
+    labels_BT = pad([example.target_ids for example in examples], IGNORED)
+    width = labels_BT.shape[1]
+    predict: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    for row, example in enumerate(examples):
+        for start, end in zip(example.target_spans[::2], example.target_spans[1::2], strict=True):
+            predict += range(row * width + start, row * width + end)
+            targets += example.target_ids[start:end]
+            rows += [row] * (end - start)
+    named = {"predict_S": predict, "targets_S": targets, "rows_S": rows}
+    return {"labels": labels_BT, **{name: torch.tensor(values, dtype=torch.int64) for name, values in named.items()}}
+
+
+def encoder_decoder_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
+    """Sum the cross entropy of the supervised target tokens of an encoder-decoder that reads text or sound."""
+    inputs = read_inputs(model, batch)
+    inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
+    if "use_cache" in accepted_arguments(type(unwrap(model))):  # type: ignore[arg-type]
+        inputs["use_cache"] = False
+    logits_BTV = model(**inputs).logits
+    return token_losses(logits_BTV.flatten(0, 1)[batch["predict_S"]], batch, by_row)
+
+
+def check_decoder_start(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
+    """Raise EnvironmentProblem where the model's configuration does not say how its decoder starts.
+
+    A padding token that it lacks is set in place, to the tokenizer's.
+    """
+    config = model.config
+    size = config.get_text_config(decoder=True).vocab_size
+    problems = []
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if token is None and name == "pad_token_id":
+            config.pad_token_id = processor.pad_token_id
+        elif token is None and starts_with_language(processor):
+            continue
+        elif token is None:
+            what = f"{name} is missing: what the decoder starts with is not known"
+            fix = "Set it in config.json: the padding token for T5, the end token for BART."
+            problems.append(Problem(what, "config.json", fix))
+        elif not 0 <= int(token) < size:
+            problems.append(Problem(f"{name} is {token}, and the decoder knows {size:,} tokens", "config.json"))
+    EnvironmentProblem.collect(problems)
+
+
+def decoder_settings(
+    own: GenerationConfig | None,
+    model: torch.nn.Module,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    first: int | None = None,
+) -> GenerationConfig:
+    """Return the recipe's generation settings with what the model cannot write without: how its decoder starts.
+
+    `own` are the model's settings; of them the start token, a first token that is forced, and tokens that are never
+    written are kept. `first` is the language that an answer begins with.
+    """
+    config = unwrap(model).config
+    settings = generation_settings(model, processor, recipe)
+    never = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")  # Marian must not write its own start
+    for name in ("decoder_start_token_id", "forced_bos_token_id", *never):
+        value = getattr(own, name, None)
+        setattr(settings, name, value if value is not None else getattr(config, name, None))
+    if first is not None and starts_with_language(processor):
+        settings.decoder_start_token_id, settings.forced_bos_token_id = first, None
+    elif first is not None:
+        settings.forced_bos_token_id = first
+    ends = getattr(own, "eos_token_id", None) or config.eos_token_id
+    named = ends if isinstance(ends, list) else [ends]
+    settings.eos_token_id = sorted({int(i) for i in (*named, processor.eos_token_id) if i is not None})
+    return settings
+
+
+def generate(model: torch.nn.Module, inputs: dict[str, torch.Tensor], settings: GenerationConfig) -> torch.Tensor:
+    """Generate by transformers' own loop, also for Whisper, whose class would put its own settings on top."""
+    inner = unwrap(model)
+    floating = {key: part.to(inner.dtype) if part.is_floating_point() else part for key, part in inputs.items()}
+    return cast(torch.Tensor, GenerationMixin.generate(inner, **floating, generation_config=settings))
+
+
+# Decoders, by prompt
+
+
+class PromptedDecoder(TextToText[RowT], DecoderTask[RowT]):
     """What a decoder does: it answers a prompt, in its chat template where it has one."""
-
-    auto_class = "AutoModelForCausalLM"
-    peft_task_type = "CAUSAL_LM"
-    packs = True
-    predicts = False
-    continues_text = True
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return one example a row: the prompt, and the target as the model's answer."""
-        return encode_by_prompt(rows, processor, recipe, self.pair)
-
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs rows, or pads them."""
-        return causal_collator(processor, recipe, packs)
-
-    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the answers' tokens."""
-        return causal_loss(model, batch, by_row)
+        prompts: list[Any] = [as_prompt(self.pair(row, recipe), processor) for row in rows]
+        return (encode_chat if processor.chat_template else encode_completion)(prompts, processor, recipe)
 
     def prompt_ids(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids to generate the target from."""
-        return render_by_prompt(row, processor, recipe, self.pair)
+        """Return the token ids to generate the target from.
+
+        With `data.on_overlong: truncate` the start of the prompt is cut as in training, to leave room for a whole
+        answer.
+        """
+        prompt = as_prompt(self.pair(row, recipe), processor)
+        ids = _render(prompt, processor, recipe)
+        room = max(recipe.data.max_length - recipe.generation.max_new_tokens, recipe.data.max_length // 2)
+        cuts = PROMPT_CUTS if recipe.data.on_overlong == "truncate" else 0
+        while len(ids) > room and cuts:
+            prompt = _shorten(prompt, len(ids) - room, processor)
+            ids, cuts = _render(prompt, processor, recipe), cuts - 1
+        return ids
 
 
-def fill_template(template: str, **fields: str | None) -> str:
-    """Put fields into a prompt; braces that are no field stay, and so do those within a field."""
-    named = "|".join(map(re.escape, fields))
-    return re.sub(f"{{({named})}}", lambda match: fields[match[1]] or "", template)
+def as_prompt(pair: Pair, processor: PreTrainedTokenizerBase) -> Row:
+    """Return a row of chat where the model has a chat template, else one of completion; the target may be empty."""
+    if processor.chat_template:
+        answer = [{"role": "assistant", "content": pair.target}] if pair.target else []
+        return {"messages": [{"role": "user", "content": pair.source}, *answer]}
+    return {"prompt": f"{pair.source}\n", "completion": pair.target}
+
+
+def _render(prompt: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    if "messages" in prompt:
+        return render_prompt(prompt["messages"], processor, recipe)
+    return prompt_ids(prompt["prompt"], processor)
+
+
+def _shorten(prompt: Row, tokens: int, processor: PreTrainedTokenizerBase) -> Row:
+    """Cut so many tokens from the start of a prompt."""
+    if "messages" in prompt:
+        (question,) = prompt["messages"]
+        content = cut_start(processor, question["content"], tokens) or question["content"][-1:]
+        return {"messages": [{**question, "content": content}]}
+    return {**prompt, "prompt": cut_start(processor, prompt["prompt"], tokens)}

@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from llmtune.data import iterate_rows
-from llmtune.data.data_report import tag_pieces
-from llmtune.data.label_encoding import encode_tags, tag_names
-from llmtune.data.labelled_rows import OUTSIDE, find_words
-from llmtune.data.target_collators import tags_collator
+from llmtune.data.data_report import Piece, decode_shortened
+from llmtune.data.encoder_batches import IGNORED, encoder_batch, require_offsets
+from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
+from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
-from llmtune.evaluate.task_predictions import predict_tags
+from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.causal_lm_loss import token_losses, unwrap
 from llmtune.model.config import is_encoder
 from llmtune.model.heads import name_outputs
-from llmtune.model.task_losses import tags_loss
+from llmtune.model.memory_plan import context_length
+from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import TokenClassifySection
-from llmtune.records import SIDES, Advance, Batch, Collate, Example, Loss, Rows
+from llmtune.records import SIDES, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Task
+from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers.modeling_outputs import TokenClassifierOutput
 
     from llmtune.recipe import Recipe
-
-
-class TokenClassifyRow(TypedDict):
-    """Words with a tag each; a prompt has no tags."""
-
-    tokens: list[str]
-    tags: list[str]
 
 
 class TokenClassify(Task[TokenClassifyRow, list[str]]):
@@ -95,34 +95,77 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         self, rows: Sequence[TokenClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe
     ) -> list[Encoded]:
         """Return one example a row: its words with their tags, each at the word's first token."""
-        return encode_tags(rows, processor, recipe)
+        numbers = {name: i for i, name in enumerate(tag_names(labels_of(recipe)))}
+        encoded: list[Encoded] = []
+        for row, (ids, firsts) in zip(rows, tokenize_words([row["tokens"] for row in rows], processor), strict=True):
+            unknown = next((tag for tag in row["tags"] if tag not in numbers), None)
+            if unknown is not None:
+                encoded.append(f"{UNKNOWN_LABEL}: {unknown!r} is none of {', '.join(list(numbers)[:20])}")
+            elif None in firsts:
+                encoded.append(f"the tokenizer makes nothing of the word {row['tokens'][firsts.index(None)]!r}")
+            elif len(set(firsts)) < len(firsts):
+                encoded.append("the tokenizer puts two words into one token, which can have one tag only")
+            elif len(ids) > recipe.data.max_length:
+                encoded.append(too_long(len(ids), recipe.data.max_length))
+            else:
+                targets = [IGNORED] * len(ids)
+                for first, tag in zip(firsts, row["tags"], strict=True):
+                    targets[first or 0] = numbers[tag]
+                encoded.append([Example(ids, [], 0, target_ids=targets, counted=len(firsts))])
+        return encoded
 
-    def collator(self, processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool | None = None) -> Collate:
-        """Return what packs texts, or pads them."""
-        return tags_collator(processor, recipe, bool(packs))
+    def collate(
+        self, examples: Sequence[Example], processor: PreTrainedTokenizerBase, recipe: Recipe, packs: bool, draw: int
+    ) -> Batch:
+        """Add where tags are predicted; those of a word's other tokens are ignored."""
+        batch, starts = encoder_batch(examples, processor.pad_token_id, packs)
+        marked = [
+            (start + at, tag, row)
+            for row, (start, example) in enumerate(zip(starts, examples, strict=True))
+            for at, tag in enumerate(example.target_ids)
+            if tag != IGNORED
+        ]
+        predict_S, targets_S, rows_S = torch.tensor(marked, dtype=torch.int64).reshape(-1, 3).T
+        return batch | {"predict_S": predict_S, "targets_S": targets_S, "rows_S": rows_S}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Sum the cross entropy of the tags."""
-        return tags_loss(model, batch, by_row)
+        """Sum the cross entropy of the tags at the first token of each word."""
+        logits_BTK = model(**read_inputs(model, batch)).logits
+        return token_losses(logits_BTK.flatten(0, 1)[batch["predict_S"]], batch, by_row)
 
-    def highlighted_text(
-        self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe
-    ) -> list[tuple[str, bool]]:
-        """Show a text with the tags of its words."""
-        return tag_pieces(example, processor, recipe)
+    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
+        """Show a text with the tags of its words; those outside any entity are learned too, and left out here."""
+        names = tag_names(labels_of(recipe))
+        pieces: list[Piece] = []
+        for token, tag in zip(example.input_ids, example.target_ids, strict=True):
+            pieces.append((f"{decode_shortened([token], processor)} ", False))
+            if tag > 0:
+                pieces.append((f"[{names[tag]}] ", True))
+        return pieces
 
-    def predict(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[TokenClassifyRow],
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        *,
-        device: str,
-        advance: Advance = lambda rows: None,
-    ) -> list[list[str]]:
-        """Return the tag of each word."""
-        return predict_tags(model, rows, processor, recipe, device=device, advance=advance)
+    def predict(self, rows: Sequence[TokenClassifyRow], loaded: LoadedModel) -> list[list[str]]:
+        """Return the tag of each word, by its first token; a word that the tokenizer makes nothing of is outside.
+
+        A text longer than the model's positions is read in parts.
+        """
+        processor, names = loaded.processor, tag_names(labels_of(loaded.recipe))
+        limit = context_length(unwrap(loaded.model).config)
+        parts = [(i, words) for i, row in enumerate(rows) for words in cut_words(row["tokens"], processor, limit)]
+        tokenized = tokenize_words([words for _, words in parts], processor)
+        tags: list[list[str]] = [[] for _ in parts]
+
+        def take(at: int, output: TokenClassifierOutput, row: int) -> None:
+            best = output.logits[row].argmax(-1).tolist()
+            seen = [first if first is not None and first < len(best) else None for first in tokenized[at][1]]
+            tags[at] = [OUTSIDE if first is None else names[best[first]] for first in seen]
+
+        examples = [Example(ids[:limit], [], 0) for ids, _ in tokenized]
+        run_encoder(loaded.model, examples, processor.pad_token_id, loaded.device, take)
+        predictions: list[list[str]] = [[] for _ in rows]
+        for (i, _), part in zip(parts, tags, strict=True):
+            predictions[i] += part
+        loaded.advance(len(rows))
+        return predictions
 
     def format_prediction(self, prediction: list[str]) -> str:
         """Write tags in a row."""
@@ -160,6 +203,46 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
 def labels_of(recipe: Recipe) -> tuple[str, ...]:
     """Return the kinds of entities that the recipe names, or the rows decided."""
     return tuple((recipe.token_classify.labels if recipe.token_classify else None) or ())
+
+
+def tag_names(labels: Sequence[str]) -> list[str]:
+    """Return the tags of kinds of entities in IOB2, in the order of the model's outputs."""
+    return [OUTSIDE, *(f"{prefix}-{label}" for label in labels for prefix in "BI")]
+
+
+def tokenize_words(
+    texts: Sequence[Sequence[str]], processor: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int | None]]]:
+    """Return, for each text, the ids of its words with spaces between them, and the number of each word's first token.
+
+    Raises EnvironmentProblem for a tokenizer that cannot say where in the text its tokens come from.
+    """
+    require_offsets(processor)
+    joined = [" ".join(words) for words in texts]
+    tokenized = processor(joined, return_offsets_mapping=True, return_special_tokens_mask=True)
+    found = []
+    for i, words in enumerate(texts):
+        ends = list(accumulate(len(word) + 1 for word in words))
+        starts = [(end - len(word) - 1, end - 1) for word, end in zip(words, ends, strict=True)]
+        firsts: list[int | None] = [None] * len(starts)
+        word = 0
+        for token, (left, right) in enumerate(tokenized["offset_mapping"][i]):
+            if tokenized["special_tokens_mask"][i][token] or right <= left:
+                continue
+            while word < len(starts) and right > starts[word][0]:
+                if left < starts[word][1]:
+                    firsts[word] = token
+                word += 1
+        found.append((tokenized["input_ids"][i], firsts))
+    return found
+
+
+def cut_words(words: list[str], processor: PreTrainedTokenizerBase, limit: int | None) -> list[list[str]]:
+    """Halve a text until each part is within `limit` tokens, or one word."""
+    if limit is None or len(words) < 2 or len(processor(" ".join(words))["input_ids"]) <= limit:
+        return [words]
+    half = len(words) // 2
+    return [*cut_words(words[:half], processor, limit), *cut_words(words[half:], processor, limit)]
 
 
 def list_entities(words: Sequence[str], tags: Sequence[str]) -> str:

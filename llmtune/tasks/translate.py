@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from llmtune.data.seq2seq_encoding import Pair, knows_languages
+from llmtune.data.text_pair_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe import TranslateSection
-from llmtune.tasks.text_to_text import EncoderDecoder, PromptedDecoder, TextToText, fill_template
+from llmtune.tasks.language_codes import has_languages
+from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
-
-
-class TranslateRow(TypedDict):
-    """Two texts with their languages, if the row names them."""
-
-    source: str
-    target: str
-    source_language: str | None
-    target_language: str | None
-    languages: NotRequired[Sequence[str]]
-    """What the data set calls the languages of source and target."""
 
 
 class Translate(TextToText[TranslateRow]):
@@ -66,7 +56,7 @@ class TranslateEncoderDecoder(Translate, EncoderDecoder[TranslateRow]):
         """Refuse a decoder without a start token, and languages that neither the tokenizer nor the prompt reads."""
         super().check_model(model, processor, recipe)
         section = recipe.translate
-        if section is None or knows_languages(processor):
+        if section is None or has_languages(processor):
             return
         RecipeError.collect(
             Problem(

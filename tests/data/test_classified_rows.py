@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from support.families import build_bert, build_distilbert, build_roberta
-from support.rows import prepare, rows_of, write_jsonl
+from support.rows import prepare, rows_of
+from support.variants import CLASSIFY
 from transformers import AutoTokenizer
 
-from llmtune.data.label_encoding import encode_classes, read_texts
 from llmtune.data.labelled_rows import classified
 from llmtune.data.rejected_rows import RowError
-from llmtune.errors import DataError
 from llmtune.recipe import Recipe
+from llmtune.tasks.classify import tokenize_texts
 
 
 def recipe_of(max_length: int = 64, on_overlong: str = "error", **classify: object) -> Recipe:
@@ -75,18 +73,6 @@ def test_a_row_without_a_text_or_a_label_is_bad(row, reason):
     assert reason in f"{caught.value.reason} {caught.value.detail}"
 
 
-def test_bad_rows_are_named_with_file_and_line(tmp_path):
-    rows = [{"text": f"text {i}", "label": "x"} for i in range(6)]
-    rows[1]["text"] = ""
-    rows[4]["label"] = None
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        prepare(tmp_path, str(path), task="classify")
-    assert caught.value.exit_code == 3
-    places = [problem.where for problem in caught.value.problems[1:]]
-    assert [place.rpartition("/")[2] for place in places] == ["rows.jsonl:2", "rows.jsonl:5"]
-
-
 def test_rows_of_a_csv_file_are_read_with_their_pairs_and_lists(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,pair,label\n"one, two",three,1\nfour,,0\nfive,six,"[""a"", ""b""]"\n')
@@ -98,15 +84,9 @@ def test_rows_of_a_csv_file_are_read_with_their_pairs_and_lists(tmp_path):
     ]
 
 
-def test_columns_of_other_names_are_mapped(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"sentence": "a", "sentiment": "good", "id": 1}])
-    source = {"path": str(path), "columns": {"text": "sentence", "label": "sentiment"}}
-    assert rows_of(prepare(tmp_path, source, task="classify")) == [{"text": "a", "pair": None, "label": "good"}]
-
-
 def test_a_class_is_its_number_in_the_order_of_the_labels(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": name} for name in ("b", "a", "c")]
-    encoded = encode_classes(rows, tokenizer, recipe_of(kind="single", labels=["c", "b", "a"]))
+    encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="single", labels=["c", "b", "a"]))
     assert [example.target_ids for (example,) in encoded] == [[1], [2], [0]]
     assert [example.supervised for (example,) in encoded] == [1, 1, 1]
     assert all(example.input_ids == tokenizer("red cat").input_ids for (example,) in encoded)
@@ -114,20 +94,20 @@ def test_a_class_is_its_number_in_the_order_of_the_labels(tokenizer):
 
 def test_many_labels_are_a_number_for_each_and_none_is_fine(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in (["a", "c"], [])]
-    encoded = encode_classes(rows, tokenizer, recipe_of(kind="multi", labels=["a", "b", "c"]))
+    encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="multi", labels=["a", "b", "c"]))
     assert [example.values for (example,) in encoded] == [[1, 0, 1], [0, 0, 0]]
 
 
 def test_a_number_may_be_written_as_text(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in (2.5, "3", "-1e2")]
-    encoded = encode_classes(rows, tokenizer, recipe_of(kind="regression"))
+    encoded = CLASSIFY.encode(rows, tokenizer, recipe_of(kind="regression"))
     assert [example.values for (example,) in encoded] == [[2.5], [3.0], [-100.0]]
 
 
 def test_weights_of_classes_stand_in_their_examples(tokenizer):
     rows = [{"text": "red cat", "pair": None, "label": label} for label in ("a", "b")]
     recipe = recipe_of(kind="single", labels=["a", "b"], class_weights={"b": 3.0})
-    assert [example.values for (example,) in encode_classes(rows, tokenizer, recipe)] == [[1.0], [3.0]]
+    assert [example.values for (example,) in CLASSIFY.encode(rows, tokenizer, recipe)] == [[1.0], [3.0]]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +126,7 @@ def test_weights_of_classes_stand_in_their_examples(tokenizer):
 def test_a_label_that_is_none_is_told_and_the_rows_around_it_are_kept(tokenizer, classify, label, reason):
     good = {"single": "a", "multi": ["a"], "regression": 1.0}[classify["kind"]]
     rows = [{"text": "red cat", "pair": None, "label": value} for value in (good, label, good)]
-    before, bad, after = encode_classes(rows, tokenizer, recipe_of(**classify))
+    before, bad, after = CLASSIFY.encode(rows, tokenizer, recipe_of(**classify))
     assert bad.startswith(reason)
     assert before == after
     assert before[0].input_ids
@@ -154,10 +134,10 @@ def test_a_label_that_is_none_is_told_and_the_rows_around_it_are_kept(tokenizer,
 
 def test_a_long_text_is_told_or_cut(tokenizer):
     row = {"text": "red cat blue dog " * 10, "pair": "green fish", "label": "a"}
-    refused = encode_classes([row], tokenizer, recipe_of(12, kind="single", labels=["a", "b"]))
+    refused = CLASSIFY.encode([row], tokenizer, recipe_of(12, kind="single", labels=["a", "b"]))
     assert "tokens" in refused[0]
     recipe = recipe_of(12, "truncate", kind="single", labels=["a", "b"])
-    ((example,),) = encode_classes([row], tokenizer, recipe)
+    ((example,),) = CLASSIFY.encode([row], tokenizer, recipe)
     wanted = tokenizer(row["text"], row["pair"], truncation=True, max_length=12)
     assert (example.input_ids, example.third_ids) == (wanted.input_ids, wanted.token_type_ids)
     assert len(example.input_ids) == 12
@@ -165,7 +145,7 @@ def test_a_long_text_is_told_or_cut(tokenizer):
 
 def test_the_second_text_of_a_pair_has_another_kind_of_token(tokenizer):
     row = {"text": "red cat", "pair": "blue dog", "label": None}
-    (read,) = read_texts([row], tokenizer)
+    (read,) = tokenize_texts([row], tokenizer)
     wanted = tokenizer("red cat", "blue dog")
     assert read.input_ids == wanted.input_ids
     assert read.third_ids == wanted.token_type_ids
@@ -181,14 +161,8 @@ def test_what_is_read_of_a_row_does_not_depend_on_the_rows_beside_it(tmp_path, b
         {"text": "one two three", "pair": None},
         {"text": "a", "pair": "quick fox"},
     ]
-    together = read_texts(rows, tokenizer)
-    assert together == [read_texts([row], tokenizer)[0] for row in rows]
+    together = tokenize_texts(rows, tokenizer)
+    assert together == [tokenize_texts([row], tokenizer)[0] for row in rows]
     assert together[0].input_ids == tokenizer("red cat").input_ids
     assert together[1].input_ids == tokenizer("red cat", "blue dog").input_ids
-    assert read_texts([], tokenizer) == []
-
-
-def test_an_encoded_row_is_plain_json(tokenizer):
-    row = {"text": "red cat", "pair": "dog", "label": "a"}
-    ((example,),) = encode_classes([row], tokenizer, recipe_of(kind="single", labels=["a", "b"]))
-    assert json.loads(json.dumps([example.input_ids, example.target_ids])) == [example.input_ids, [0]]
+    assert tokenize_texts([], tokenizer) == []

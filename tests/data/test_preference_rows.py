@@ -9,12 +9,13 @@ import pytest
 from support.models import train_tokenizer
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 from support.templates import CHATML, tokenizer_with
+from support.variants import PREFERENCE
 
-from llmtune.data.preference_encoding import encode_answers, encode_preference, render_preference
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, canonicalise, detect
 from llmtune.errors import DataError
 from llmtune.recipe import PreferenceSection
+from llmtune.tasks.preference import encode_answers
 
 QUESTION = {"role": "user", "content": "Which colour?"}
 RED, BLUE = {"role": "assistant", "content": "Red."}, {"role": "assistant", "content": "Blue."}
@@ -193,8 +194,8 @@ def learned(ids, spans, tokenizer):
 @pytest.mark.parametrize("template", [CHATML, None])
 def test_both_answers_stand_behind_the_prompt_that_is_generated_from(template, tmp_path):
     tokenizer, recipe = train_tokenizer(template), recipe_of(tmp_path)
-    ((example,),) = encode_preference([PAIR], tokenizer, recipe)
-    prompt = render_preference(PAIR, tokenizer, recipe)
+    ((example,),) = PREFERENCE.encode([PAIR], tokenizer, recipe)
+    prompt = PREFERENCE.prompt_ids(PAIR, tokenizer, recipe)
     start = len(prompt)
     assert example.input_ids[:start] == example.target_ids[:start] == prompt
     assert (example.spans[0], example.target_spans[0]) == (start, start)
@@ -209,14 +210,14 @@ def test_both_answers_stand_behind_the_prompt_that_is_generated_from(template, t
 def test_a_conversation_without_a_template_is_its_texts(tmp_path):
     row = {**PAIR, "messages": [*EARLIER, QUESTION]}
     tokenizer = train_tokenizer(None)
-    ids = render_preference(row, tokenizer, recipe_of(tmp_path))
+    ids = PREFERENCE.prompt_ids(row, tokenizer, recipe_of(tmp_path))
     assert tokenizer.decode(ids) == "Hello\n\nGood day\n\nWhich colour?\n"
 
 
 def test_answers_that_are_the_same_tokens_are_refused(tmp_path):
     tokenizer = tokenizer_with(CHATML.replace("message['content']", "message['content'].replace('!', '.')"))
     rows = [PAIR, {**PAIR, "rejected": "Red!"}]
-    good, bad = encode_preference(rows, tokenizer, recipe_of(tmp_path))
+    good, bad = PREFERENCE.encode(rows, tokenizer, recipe_of(tmp_path))
     assert len(good) == 1
     assert bad == "chosen equals rejected: both answers are the same tokens"
 
@@ -224,7 +225,7 @@ def test_answers_that_are_the_same_tokens_are_refused(tmp_path):
 @pytest.mark.parametrize("column", ["chosen", "rejected"])
 def test_a_pair_with_one_answer_that_is_too_long_is_left_out(column, tmp_path):
     long = {**PAIR, column: "fox " * 40}
-    found = encode_preference([PAIR, long], train_tokenizer(), recipe_of(tmp_path, max_length=40))
+    found = PREFERENCE.encode([PAIR, long], train_tokenizer(), recipe_of(tmp_path, max_length=40))
     assert len(found[0]) == 1
     assert found[1].startswith("too long: ")
 
@@ -237,7 +238,7 @@ THUMBS = [
 
 def test_kto_puts_the_next_other_answer_behind_each_prompt(tmp_path):
     tokenizer, recipe = train_tokenizer(), recipe_of(tmp_path, "kto")
-    examples = [example for (example,) in encode_preference(THUMBS, tokenizer, recipe)]
+    examples = [example for (example,) in PREFERENCE.encode(THUMBS, tokenizer, recipe)]
     own = [learned(example.input_ids, example.spans, tokenizer) for example in examples]
     others = [learned(example.target_ids, example.target_spans, tokenizer) for example in examples]
     assert own == [["red<|im_end|>"], ["red<|im_end|>"], ["green<|im_end|>"]]
@@ -252,7 +253,7 @@ def test_kto_loses_no_row_for_the_long_answer_of_another(tmp_path):
     rows = [{**THUMBS[0], "messages": [{"role": "user", "content": "dog " * 20}]}, {**THUMBS[2], "answer": "fox " * 20}]
     tokenizer, recipe = train_tokenizer(), recipe_of(tmp_path, "kto", max_length=45)
     alone = encode_answers(rows, [row["answer"] for row in rows], tokenizer, recipe)
-    (first,), (_,) = encode_preference(rows, tokenizer, recipe)
+    (first,), (_,) = PREFERENCE.encode(rows, tokenizer, recipe)
     assert [len(found) for found in alone] == [1, 1]
     assert len(first.input_ids) < len(first.target_ids) == 45
     (text,) = learned(first.target_ids, first.target_spans, tokenizer)
@@ -262,7 +263,7 @@ def test_kto_loses_no_row_for_the_long_answer_of_another(tmp_path):
 
 @pytest.mark.parametrize(("loss", "good", "bad"), [("kto", THUMBS[0], PAIR), ("dpo", PAIR, THUMBS[0])])
 def test_rows_of_the_other_kind_are_refused_one_by_one(loss, good, bad, tmp_path):
-    found = encode_preference([bad, good, bad], train_tokenizer(), recipe_of(tmp_path, loss))
+    found = PREFERENCE.encode([bad, good, bad], train_tokenizer(), recipe_of(tmp_path, loss))
     assert found[0] == found[2]
     assert found[0].startswith(f"preference.loss: {loss} learns from ")
     assert len(found[1]) == 1

@@ -13,10 +13,10 @@ from llmtune.evaluate.classification_metrics import CLASS_METRICS, Kind, measure
 from llmtune.evaluate.metric import Measure, compare
 from llmtune.evaluate.ner_metrics import measure_entities
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, reorder, save_measures
-from llmtune.evaluate.preference_metrics import measure_preferences
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.wer import measure_cer, measure_wer
 from llmtune.recipe import TASK_FACTS, PreferenceSection
+from llmtune.tasks.preference_metrics import measure_preferences
 
 ROWS = 12
 random = np.random.default_rng(3)

@@ -83,9 +83,9 @@ def test_rows_asked_at_once_are_predicted_together_and_stay_apart(tmp_path: Path
     (served, *_) = served_models(finish("classify", tmp_path))
     predict, sizes = served.task.predict, []
 
-    def counted(model: Any, rows: Any, *rest: Any, **named: Any) -> Any:
+    def counted(rows: Any, loaded: Any) -> Any:
         sizes.append(len(rows))
-        return predict(model, rows, *rest, **named)
+        return predict(rows, loaded)
 
     monkeypatch.setattr(served.task, "predict", counted)
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from llmtune.adapter import inject
+from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
@@ -72,9 +73,10 @@ def start_training(path: Path, folder: Path) -> TrainContext:
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
     recipe = loaded.recipe
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, quiet(), True)
-    task = choose_variant(recipe, read_model_config(place, recipe.model), place.name)
+    place = resolve_model(str(recipe.model.name), recipe.model, quiet(), True)
+    config = read_model_config(place, recipe.model)
+    task = choose_variant(recipe, config, place.name)
+    recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
     selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
     adapted = inject(selected, recipe, quiet())
     examples = load_examples(folder / "data" / "examples")

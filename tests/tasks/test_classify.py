@@ -4,75 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from support import families
 from support.classifying import BUILDERS, COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
-from support.runs import llmtune
-from support.training import adapt, read_metrics
-from transformers import AutoTokenizer
+from support.rows import write_jsonl
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.labelled_rows import classified
-from llmtune.errors import RecipeError
-from llmtune.evaluate.task_predictions import predict_classes
-from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.errors import DataError, RecipeError
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options
-from llmtune.store.run_folder import read_run, recipe_of_run
-from llmtune.tasks import classify, get_task
-from llmtune.train.accumulation import step_gradients
-from llmtune.train.setup import set_up
-
-RUNS = (
-    *((family, "lora") for family in BUILDERS),
-    *((family, method) for family in ("bert", "llama") for method in ("qlora", "full")),
-)
-UNQUANTIZED = ("classifier", "bert.pooler", "score")
-"""Modules that stay out of 4 bits, as one would state them without llmtune."""
-SCRIPT = """
-import json, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
-texts, folders = json.load(open(sys.argv[1])), sys.argv[3:]
-found = {}
-for folder in folders:
-    options = {}
-    if "qlora" in folder:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=SKIPPED)
-    if folder.endswith("weights"):
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-        named = {"num_labels": config.num_labels, "id2label": config.id2label, "label2id": config.label2id}
-        model = AutoPeftModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, **named, **options)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # another kernel, which rounds otherwise
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    names = model.config.id2label
-    scores = []
-    with torch.no_grad():
-        for text in texts:
-            read = tokenizer(text, return_tensors="pt")
-            read.pop("token_type_ids", None)
-            scores.append(model.eval()(**read).logits[0].softmax(-1).tolist())
-    found[folder] = {"scores": scores, "names": [names[i] for i in range(len(names))]}
-assert not any(name.startswith("llmtune") for name in sys.modules)
-json.dump(found, open(sys.argv[2], "w"))
-""".replace("SKIPPED", repr(list(UNQUANTIZED)))
+from llmtune.tasks import classify
 
 
 @pytest.fixture(scope="module")
@@ -105,48 +57,11 @@ def finished(models, tmp_path_factory) -> Callable[[str, str], tuple[dict[str, A
 # Every family and method
 
 
-@pytest.mark.parametrize(("family", "method"), RUNS)
-def test_a_model_learns_and_is_held_against_the_most_frequent_class(finished, family, method):
-    report, folder = finished(family, method)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    evaluation = report["evaluation"]
-    assert evaluation["baseline"] == "the most frequent class"
-    assert "loss" not in evaluation["base"]
-    assert evaluation["difference"].keys() == evaluation["base"].keys() == evaluation["tuned"].keys() - {"loss"}
-    assert set(evaluation["base"]) == {"accuracy", "f1_macro", "f1_micro", "matthews", "auroc"}
-    for metric, difference in evaluation["difference"].items():
-        assert difference["value"] == pytest.approx(evaluation["tuned"][metric] - evaluation["base"][metric])
-        assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
-    assert (folder / ("weights" if method == "full" else "adapter") / "config.json").is_file()
-
-
-@pytest.fixture(scope="module")
-def reloaded(finished, tmp_path_factory) -> dict[str, Any]:
-    """What a script without llmtune gets from the folders of all runs."""
-    place = tmp_path_factory.mktemp("reloaded")
-    folders = {key: trained(finished(*key)[1]) for key in RUNS}
-    texts = [line["prompt"] for line in predictions(finished(*RUNS[0])[1])]
-    (place / "texts.json").write_text(json.dumps(texts))
-    words = [sys.executable, "-c", SCRIPT, place / "texts.json", place / "found.json", *folders.values()]
-    said = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300, check=False, cwd=place)
-    assert said.returncode == 0, said.stderr
-    found = json.loads((place / "found.json").read_text())
-    return {"-".join(key): found[str(folder)] for key, folder in folders.items()}
-
-
 def trained(folder: Path) -> Path:
     return folder / ("adapter" if (folder / "adapter").is_dir() else "weights")
 
 
-@pytest.mark.parametrize(("family", "method"), RUNS)
-def test_a_script_that_does_not_know_llmtune_gives_the_same_classes(finished, reloaded, family, method):
-    found = reloaded[f"{family}-{method}"]
-    own = [line["tuned_prediction"]["scores"] for line in predictions(finished(family, method)[1])]
-    np.testing.assert_allclose(found["scores"], own, atol=2e-5)
-    assert found["names"] == ["blue", "green", "red"]
-
-
-@pytest.mark.parametrize(("family", "method"), [("bert", "lora"), ("bert", "qlora"), ("bert", "full")])
+@pytest.mark.parametrize(("family", "method"), [("bert", "lora"), ("bert", "full")])
 def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished, family, method):
     content = json.loads((trained(finished(family, method)[1]) / "config.json").read_text())
     assert content["id2label"] == {"0": "blue", "1": "green", "2": "red"}
@@ -159,7 +74,7 @@ def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished,
 
 
 def test_metrics_of_one_label_are_those_of_scikit_learn(finished):
-    report, folder = finished("modernbert", "lora")
+    report, folder = finished("bert", "lora")
     lines = predictions(folder)
     names = ["blue", "green", "red"]
     true = [line["reference"] for line in lines]
@@ -183,7 +98,7 @@ def test_metrics_of_one_label_are_those_of_scikit_learn(finished):
 
 
 def test_the_class_table_and_the_confusion_matrix_stand_in_the_evaluation(finished):
-    _, folder = finished("modernbert", "lora")
+    _, folder = finished("bert", "lora")
     lines = predictions(folder)
     details = json.loads((folder / "evaluation" / "evaluation.json").read_text())["details"]
     names, true = ["blue", "green", "red"], [line["reference"] for line in lines]
@@ -213,76 +128,7 @@ def test_the_rows_of_each_class_are_shown(models, tmp_path):
 # Settled once, read again
 
 
-def test_a_second_run_is_skipped_and_an_evaluation_of_the_run_gives_the_same_scores(finished):
-    report, folder = finished("bert", "lora")
-    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    again, _ = run(folder.with_suffix(".yaml"), folder)
-    assert [step["name"] for step in again["steps"] if not step["skipped"]] == []
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
-    loaded = recipe_of_run(read_run(folder), ["evaluate.samples=2"])
-    later = evaluate_run(loaded, folder, Console(file=io.StringIO(), width=200), offline=True)
-    assert later["evaluation"]["tuned"] == pytest.approx(report["evaluation"]["tuned"])
-    assert later["evaluation"]["base"] == report["evaluation"]["base"]
-
-
-def test_the_ids_of_training_are_those_of_prediction(models, tmp_path):
-    rows = [*colour_rows(6), *({**row, "pair": "a quick fox"} for row in colour_rows(12)[6:])]
-    path = recipe_for(tmp_path / "r.yaml", models("bert"), rows)
-    recipe, _ = prepared(path)
-    tokenizer = AutoTokenizer.from_pretrained(models("bert"))
-    canonical = [classified(row) for row in rows]
-    encoded = [example for (example,) in get_task("classify").encode(canonical, tokenizer, recipe)]
-    model = adapt(recipe).model
-    seen: list[tuple[list[int], list[int]]] = []
-
-    def note(module: torch.nn.Module, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
-        kinds = kwargs.get("token_type_ids", torch.zeros_like(kwargs["input_ids"]))
-        for ids, kind, mask in zip(kwargs["input_ids"], kinds, kwargs["attention_mask"].bool(), strict=True):
-            seen.append((ids[mask].tolist(), kind[mask].tolist()))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        predict_classes(
-            model.eval(),
-            [classify.VARIANTS[0].split_answer(row)[0] for row in canonical],
-            tokenizer,
-            recipe,
-            device="cpu",
-        )
-    handle.remove()
-    wanted = [(e.input_ids, list(e.third_ids) or [0] * len(e.input_ids)) for e in encoded]
-    assert sorted(seen) == sorted(wanted)
-    assert any(any(kinds) for _, kinds in wanted)
-    assert not all(any(kinds) for _, kinds in wanted)
-
-
 # Gradients
-
-
-@pytest.mark.parametrize("family", ["bert", "deberta", "llama"])
-@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
-def test_micro_batches_of_one_row_give_the_gradient_of_one_large_batch(models, tmp_path, family, kind):
-    rows = colour_rows(24)
-    for i, row in enumerate(rows):
-        row["text"] += " and one two three four five" * (i % 4)
-        row["label"] = {"single": row["label"], "multi": [row["label"], "x"][: 1 + i % 2], "regression": i / 7}[kind]
-    section = {"class_weights": "balanced"} if kind == "single" else {}
-    path = recipe_for(tmp_path / "r.yaml", models(family), rows, classify=section, train={"batch_size": 8})
-    (recipe, examples), console = prepared(path), Console(file=io.StringIO(), width=200)
-    adapted = adapt(recipe)
-    training = set_up(adapted, examples, get_task("classify"), recipe, tmp_path / "t", console, "inputs")
-    training.model.train()
-    found = []
-    for budget in (1, 10_000):
-        training.optimizer.zero_grad(set_to_none=True)
-        loss = step_gradients(training, 1, budget, 1.0)
-        found.append((loss.mean, loss.count, loss.grad_norm, [p.grad.clone() for p in training.parameters]))
-    (one, count, norm, small), (eight, same, large_norm, large) = found
-    assert count == same == 8
-    assert one == pytest.approx(eight, rel=1e-5)
-    assert norm == pytest.approx(large_norm, rel=1e-4)
-    for a, b in zip(small, large, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 # A base with a head of its own
@@ -329,15 +175,210 @@ def test_training_goes_on_from_an_adapter_for_these_classes_and_not_for_others(f
 # Processes
 
 
-@pytest.mark.slow
-def test_two_processes_train_a_classifier_as_one_does(models, tmp_path):
-    rows = colour_rows(50)
-    recipe_for(tmp_path / "r.yaml", models("bert"), rows, train={"num_train_epochs": 1, "batch_size": 6})
-    two = llmtune("launch", "local", "r.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
-    _, one = run(tmp_path / "r.yaml", tmp_path / "one")
-    pairs = list(zip(read_metrics(one), read_metrics(tmp_path / "two"), strict=True))
-    assert len(pairs) >= 5
-    for alone, together in pairs:
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-3)
+# Kinds of labels
+
+
+def test_many_labels_a_row(models, tmp_path):
+    rows = colour_rows()
+    for i, row in enumerate(rows):
+        row["label"] = [row["label"], *(["even"] if i % 2 == 0 else [])] if i % 7 else []
+    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
+    names = ["blue", "even", "green", "red"]
+    config = json.loads((folder / "adapter" / "config.json").read_text())
+    assert (config["problem_type"], list(config["label2id"])) == ("multi_label_classification", names)
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    lines = predictions(folder)
+    wanted = {classified(row)["text"]: classified(row)["label"] for row in rows}
+    true = np.array([[name in wanted[line["prompt"]] for name in names] for line in lines])
+    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
+    tuned = report["evaluation"]["tuned"]
+    assert tuned["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, scores > 0.5))
+    assert tuned["f1_micro"] == pytest.approx(sklearn_metrics.f1_score(true, scores > 0.5, average="micro"))
+    assert [line["tuned_prediction"]["label"] for line in lines] == [
+        [name for name, share in zip(names, row, strict=True) if share > 0.5] for row in scores
+    ]
+    assert report["evaluation"]["baseline"] == "the classes that most rows have"
+    assert "matthews" not in tuned
+
+
+def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
+    rows = [{**row, "label": float(COLOURS.index(row["label"]))} for row in colour_rows()]
+    rows[3]["label"] = 0  # files leave the decimal point out
+    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
+    evaluation, lines = report["evaluation"], predictions(folder)
+    true = [float(line["reference"]) for line in lines]
+    said = [line["tuned_prediction"]["label"] for line in lines]
+    wanted = {
+        "mse": sklearn_metrics.mean_squared_error(true, said),
+        "mae": sklearn_metrics.mean_absolute_error(true, said),
+        "pearson": stats.pearsonr(true, said).statistic,
+        "spearman": stats.spearmanr(true, said).statistic,
+    }
+    assert {k: v for k, v in evaluation["tuned"].items() if k != "loss"} == pytest.approx(wanted)
+    assert evaluation["tuned"]["loss"] == pytest.approx(wanted["mse"], rel=1e-4)
+    assert evaluation["baseline"] == "the mean of the training rows"
+    assert evaluation["base"]["mse"] > evaluation["tuned"]["mse"]
+    assert json.loads((folder / "adapter" / "config.json").read_text())["problem_type"] == "regression"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        models("modernbert"), config=AutoConfig.from_pretrained(folder / "adapter")
+    )
+    assert model.config.num_labels == 1
+
+
+def test_pairs_of_a_csv_file_with_numbered_classes(models, tmp_path):
+    rows = colour_rows()
+    lines = [f"a {row['label']} one,{row['text']},{int(row['label'] == 'red')}" for row in rows]
+    path = tmp_path / "rows.csv"
+    path.write_text("first,second,same\n" + "\n".join(lines) + "\n")
+    source = {"path": str(path), "columns": {"text": "first", "pair": "second", "label": "same"}}
+    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), path, data={"train": source})
+    report, folder = run(recipe)
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    assert json.loads((folder / "adapter" / "config.json").read_text())["label2id"] == {"0": 0, "1": 1}
+    reader = ExampleReader(load_examples(folder / "data" / "examples"), "train")
+    assert all(set(reader[i].third_ids) == {0, 1} for i in range(len(reader)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [
+        (["a", "b"], "single"),
+        (["1", "2"], "single"),
+        ([1.0, 2.5], "regression"),
+        (["1", 2.5], "regression"),
+        (["1.5", "2"], "regression"),
+        (["-1e-3", ".5"], "regression"),
+        (["1.5", "two"], "single"),
+        ([["a"], []], "multi"),
+        ([], "single"),
+    ],
+)
+def test_the_kind_of_labels_is_told_by_all_of_them(labels, kind):
+    assert classify.infer_kind(labels) == kind
+
+
+@pytest.mark.parametrize("labels", [["a", 2.5], ["a", ["b"]], [2.5, ["b"]], ["1", ["b"]]])
+def test_labels_of_several_kinds_are_told(labels):
+    with pytest.raises(DataError, match="several kinds"):
+        classify.infer_kind(labels)
+
+
+def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted():
+    named = type("Config", (), {"id2label": {0: "b", 1: "c", 2: "a"}})()
+    assert classify.sort_names({"a", "b", "c"}, named) == ["b", "c", "a"]
+    assert classify.sort_names({"a", "b"}, named) == ["a", "b"]
+    assert classify.sort_names({"10", "9", "-1"}, None) == ["-1", "9", "10"]
+    assert classify.sort_names({"10", "9", "x"}, None) == ["10", "9", "x"]
+
+
+# What does not go together
+
+
+BAD_ROWS = {
+    "no text": ({"text": "", "label": "red"}, {}, "empty"),
+    "no label": ({"text": "a cat", "label": None}, {}, "no label"),
+    "unknown label": ({"text": "a cat", "label": "pink"}, {"labels": list(COLOURS)}, "label unknown: 'pink'"),
+    "two labels": (
+        {"text": "a cat", "label": ["red", "blue"]},
+        {"kind": "single", "labels": list(COLOURS)},
+        "2 labels where",
+    ),
+    "no number": ({"text": "a cat", "label": "much"}, {"kind": "regression"}, "no number"),
+    "unknown among many": ({"text": "a cat", "label": ["red", "pink"]}, {"kind": "multi"}, "label unknown: 'pink'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_with_file_and_line(models, tmp_path, name):
+    bad, section, reason = BAD_ROWS[name]
+    rows = colour_rows(12)
+    if section.get("kind") == "regression":
+        rows = [{**row, "label": 1.5} for row in rows]
+    if section.get("kind") == "multi":
+        rows, section = [{**row, "label": [row["label"]]} for row in rows], {**section, "labels": list(COLOURS)}
+    path = recipe_for(
+        tmp_path / "r.yaml", models("bert"), [*rows[:6], bad, *rows[6:]], classify=section, data={"max_dropped": 0}
+    )
+    with pytest.raises(DataError) as caught:
+        run(path)
+    assert caught.value.exit_code == 3
+    assert any(str(p.where).endswith("r.rows.jsonl:7") and reason in p.what for p in caught.value.problems)
+
+
+def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(models, tmp_path):
+    rows = [*colour_rows(), {"text": "a pink cat", "label": "pink"}, {"text": "a grey dog", "label": ["red", "blue"]}]
+    section = {"kind": "single", "labels": list(COLOURS)}
+    data = {"max_dropped": 0.1, "train": str(write_jsonl(tmp_path / "train.jsonl", rows)), "test": None}
+    data["test"] = [str(write_jsonl(tmp_path / "test.jsonl", [{**row, "text": "one " + row["text"]} for row in rows]))]
+    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), tmp_path / "train.jsonl", classify=section, data=data)
+    report, folder = run(recipe)
+    assert sum(n for reason, n in report["data"]["dropped"].items() if "label" in reason) == 4
+    assert len(predictions(folder)) == 60
+    left_out = [json.loads(line)["where"] for line in (folder / "data" / "left_out.jsonl").read_text().splitlines()]
+    assert sorted(Path(origin).name for origin in left_out) == [
+        f"{side}.jsonl:{n}" for side in ("test", "train") for n in (61, 62)
+    ]
+
+
+@pytest.mark.parametrize("build", [families.build_t5, families.build_bart])
+def test_a_model_of_two_parts_is_refused(tmp_path, build):
+    path = recipe_for(tmp_path / "r.yaml", build(tmp_path / "model"), colour_rows(20))
+    with pytest.raises(RecipeError, match="cannot be used for the task classify") as caught:
+        run(path)
+    assert "Name an encoder" in str(caught.value)
+
+
+def test_rows_of_one_class_are_refused(models, tmp_path):
+    rows = [{**row, "label": "red"} for row in colour_rows(20)]
+    with pytest.raises(DataError, match="all rows have the label red"):
+        run(recipe_for(tmp_path / "r.yaml", models("bert"), rows))
+
+
+@pytest.mark.parametrize(
+    ("section", "label", "evaluate", "said"),
+    [
+        ({}, 1.5, {"metrics": ["accuracy"]}, "the labels are of the kind 'regression', which has no accuracy"),
+        ({}, None, {"metrics": ["loss", "mse"]}, "the labels are of the kind 'single', which has no mse"),
+        ({"labels": ["a", "b"]}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
+        ({"class_weights": "balanced"}, 1.5, {}, "has no effect: the labels are of the kind 'regression'"),
+        ({"class_weights": "balanced"}, ["red"], {}, "has no effect: the labels are of the kind 'multi'"),
+        ({"class_weights": {"pink": 2.0}}, None, {}, "weighs 'pink', which no row has"),
+    ],
+)
+def test_what_this_kind_of_label_does_not_have_is_refused(models, tmp_path, section, label, evaluate, said):
+    rows = [row if label is None else {**row, "label": label} for row in colour_rows(20)]
+    path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify=section, evaluate=evaluate)
+    with pytest.raises(RecipeError) as caught:
+        run(path)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+# Weights of classes
+
+
+def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    rows = [row for i, row in enumerate(colour_rows(90)) if row["label"] != "blue" or i % 4 == 0]
+    path = recipe_for(tmp_path / "r.yaml", models("bert"), rows, classify={"class_weights": "balanced"})
+    recipe, examples = prepared(path)
+    reader = ExampleReader(examples, "train")
+    labels = [recipe.classify.labels[reader[i].target_ids[0]] for i in range(len(reader))]
+    wanted = compute_class_weight("balanced", classes=np.array(recipe.classify.labels), y=labels)
+    assert recipe.classify.class_weights == pytest.approx(dict(zip(recipe.classify.labels, wanted, strict=True)))
+    stored = [reader[i].values[0] for i in range(len(reader))]
+    assert stored == pytest.approx([recipe.classify.class_weights[label] for label in labels])
+    assert sum(stored) == pytest.approx(len(stored), rel=1e-5)
+
+
+def test_a_weight_of_a_class_changes_what_is_trained(models, tmp_path):
+    weights = {"red": 5.0, "blue": 0.5}
+    section = {"class_weights": weights}
+    path = recipe_for(
+        tmp_path / "r.yaml", models("bert"), colour_rows(), classify=section, train={"num_train_epochs": 1}
+    )
+    recipe, _ = prepared(path)
+    assert recipe.classify.class_weights == weights
+    plain = recipe_for(tmp_path / "plain.yaml", models("bert"), colour_rows(), train={"num_train_epochs": 1})
+    assert run(path)[0]["train"]["first_loss"] != run(plain)[0]["train"]["first_loss"]

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from support import plain_scores
 from support.pairs import gradient, quiet, recipe_of, run_recipe, start_training
 from support.rows import chat, write_jsonl
 from support.runs import llmtune, write_recipe
 from support.training import read_metrics, run_training, trained_bytes
+from support.variants import predict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import load_examples
 from llmtune.errors import DataError, RecipeError
 from llmtune.model import load_processor
-from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.generate import answer_once
@@ -200,45 +196,12 @@ def test_metrics_of_thumbs_are_those_of_plain_models(runs):
     assert scores["margin"] == pytest.approx(np.mean(rewards[True]) - np.mean(rewards[False]), abs=2e-5)
 
 
-REWARD_MODELS = {"reward": "adapter", "reward-full-gpt2": "weights"}
-
-
-def conversations(runs):
-    return [[*row["messages"], {"role": "assistant", "content": row["chosen"]}] for row in test_rows(runs("reward")[0])]
-
-
 def score(run, rows):
     """What the model of a run says to rows, read back as llmtune reads it."""
     context, place = open_finished(run, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     with Models(context, place, processor).tuned() as model, torch.inference_mode():
-        return context.task.predict(model, rows, processor, context.recipe, device="cpu")
-
-
-@pytest.mark.parametrize(("name", "part"), REWARD_MODELS.items())
-def test_a_reward_model_is_read_back_by_plain_classes_and_scores_a_padded_batch_the_same(name, part, runs):
-    run, _ = runs(name)
-    scores = plain_scores.score(str(run / part), conversations(runs))
-    said = [one["chosen"] for one in score(run, test_rows(runs("reward")[0]))]
-    assert said == pytest.approx(scores, abs=1e-5)
-    assert len({round(one, 4) for one in said}) > 1
-
-
-@pytest.mark.slow
-def test_a_reward_model_is_read_back_where_there_is_no_llmtune(runs):
-    folders = [str(runs(name)[0] / part) for name, part in REWARD_MODELS.items()]
-    done = subprocess.run(
-        [sys.executable, plain_scores.__file__],
-        input=json.dumps({"folders": folders, "conversations": conversations(runs)}),
-        env={**os.environ, "PYTHONPATH": ""},
-        cwd=folders[0],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for folder, scores in zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert scores == pytest.approx(plain_scores.score(folder, conversations(runs)), abs=1e-6)
+        return predict(context.task, model, rows, processor, context.recipe)
 
 
 def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
@@ -251,17 +214,6 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
 
 
 # Runs that go on
-
-
-def test_a_second_run_skips_every_step_and_an_evaluation_keeps_the_rest(runs):
-    run, report = runs("dpo")
-    again = run_pipeline(opened(run.parent), Options(out=run), quiet())
-    assert all(step["skipped"] for step in again["steps"])
-    assert again["evaluation"]["tuned"] == report["evaluation"]["tuned"]
-    changed = opened(run, **{"evaluate.metrics": "[likelihood_accuracy, kl]"})
-    scores = evaluate_run(changed, run, quiet(), offline=True)["evaluation"]
-    assert set(scores["tuned"]) == {"likelihood_accuracy", "kl"}
-    assert scores["tuned"]["kl"] == pytest.approx(report["evaluation"]["tuned"]["kl"])
 
 
 @pytest.fixture(scope="module")
@@ -424,15 +376,6 @@ def test_a_metric_that_cannot_be_had_is_a_mistake_of_the_recipe(loss, metric, mo
     path = write_recipe(tmp_path / "b.yaml", "model", rows, task="preference", evaluate=gated, **sections)
     with pytest.raises(RecipeError, match="about a metric that is not computed"):
         load_recipe(str(path))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_every_metric_that_a_loss_has_may_be_asked_for_and_is_measured(loss, runs):
-    run, _ = runs(loss)
-    changed = opened(run, **{"evaluate.metrics": f"[{', '.join(LOSS_METRICS[loss])}]"})
-    scores = evaluate_run(changed, run, quiet(), offline=True)["evaluation"]
-    assert set(scores["tuned"]) == set(LOSS_METRICS[loss])
-    assert not [name for name in scores["tuned"] if scores["signatures"][name].startswith("not measured")]
 
 
 def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(runs):

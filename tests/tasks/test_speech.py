@@ -5,12 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -20,25 +16,20 @@ import torch
 from rich.console import Console
 from support.audio import make_tone, write_cut, write_tone
 from support.families import build_wav2vec2, build_whisper
-from support.pairs import gradient, start_training
+from support.pairs import start_training
 from support.rows import write_jsonl
 from support.runs import write_recipe
+from support.variants import CTC, WHISPER, predict
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
-from llmtune.data.speech_encoding import encode_whisper
-from llmtune.data.target_collators import whisper_collator
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.evaluate.transcription import transcribe_ctc, transcribe_whisper
 from llmtune.evaluate.wer import make_normaliser
 from llmtune.model import load_model, load_processor, resolve_model
-from llmtune.model.task_losses import ctc_loss
-from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.builtin import recipes_folder
-from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
-from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.tasks import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
@@ -118,32 +109,6 @@ def predictions(folder):
     return [json.loads(line) for line in (folder / "run/evaluation/predictions.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("form", "method"),
-    [
-        *(("whisper", method) for method in TUNED),
-        *(("headless", method) for method in TUNED),
-        ("letters", "lora"),
-        pytest.param("letters", "qlora", marks=pytest.mark.slow),
-        pytest.param("letters", "full", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_learns_and_reports_both_models(form, method, finished):
-    folder, report = finished(form, method)
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert np.mean(losses[-3:]) < 0.9 * losses[0]
-    evaluation = report["evaluation"]
-    wanted = {"wer", "cer"} if form == "headless" else {"loss", "wer", "cer"}
-    assert wanted <= evaluation["base"].keys()
-    assert wanted <= evaluation["tuned"].keys()
-    assert wanted == evaluation["difference"].keys()
-    assert evaluation["tuned"]["loss"] < evaluation["base"].get("loss", np.inf)
-    assert evaluation["baseline"] == ("an empty transcript" if form == "headless" else None)
-    if form == "headless":
-        assert evaluation["base"]["wer"] == 1
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_error_rates_are_those_of_jiwer_on_the_saved_predictions_after_the_named_normaliser(form, finished):
     folder, report = finished(form, "lora")
@@ -157,76 +122,7 @@ def test_error_rates_are_those_of_jiwer_on_the_saved_predictions_after_the_named
     assert f"normaliser {'whisper (basic)' if name == 'whisper' else name}" in report["evaluation"]["signatures"]["wer"]
 
 
-def test_a_second_run_is_skipped_and_other_evaluation_settings_score_again(finished, tmp_path):
-    folder, report = finished("headless", "lora")
-    shutil.copytree(folder / "run", tmp_path / "run")
-    again = run(tmp_path, folder / "recipe.yaml")
-    assert all(step["skipped"] for step in again["steps"])
-    assert again["evaluation"] == report["evaluation"]
-    loaded = recipe_of_run(read_run(tmp_path / "run"), ["evaluate.metrics=[cer]"])
-    scored = evaluate_run(loaded, tmp_path / "run", quiet(), offline=True)["evaluation"]
-    assert scored["tuned"] == {"cer": report["evaluation"]["tuned"]["cer"]}
-
-
 # The adapter elsewhere
-
-RELOAD = """
-import json, sys, torch, soundfile
-from peft import AutoPeftModel, PeftModel
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoTokenizer
-for folder, form, method, clip, out in json.loads(sys.argv[1]):
-    extract, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    sound, rate = soundfile.read(clip, dtype="float32")
-    inputs = dict(extract(sound, sampling_rate=rate, return_tensors="pt"))
-    plain = AutoModelForCTC
-    if form == "whisper":
-        plain, inputs["decoder_input_ids"] = AutoModelForSpeechSeq2Seq, torch.tensor([tokenizer.prefix_tokens])
-    if method == "full":
-        model = plain.from_pretrained(folder)
-    elif form == "whisper":
-        model = AutoPeftModel.from_pretrained(folder)
-    else:  # AutoPeftModel wants an embedding of tokens, which such a model does not have
-        base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
-        model = plain.from_pretrained(base, config=AutoConfig.from_pretrained(folder))
-        model = PeftModel.from_pretrained(model, folder)
-    with torch.no_grad():
-        torch.save(model.eval()(**inputs).logits, out)
-print("llmtune" in sys.modules)
-"""
-
-
-def test_what_was_tuned_reloads_with_plain_classes_and_hears_the_same(finished, clips, tmp_path):
-    clip, cases = clips / "3.wav", []
-    for form, method in (("whisper", "lora"), ("whisper", "full"), ("letters", "lora"), ("headless", "lora")):
-        trained = finished(form, method)[0] / "run" / ("weights" if method == "full" else "adapter")
-        cases.append([str(trained), form, method, str(clip), str(tmp_path / f"{form}-{method}.pt")])
-    command = [sys.executable, "-c", RELOAD, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False"]
-    for trained, form, _, _, out in cases:
-        context, place = open_finished(Path(trained).parent, quiet(), True)
-        processor = load_processor(place, context.recipe.model)
-        recipe = context.recipe
-        examples = context.task.encode([{"audio": str(clip), "content": "", "text": "a"}], processor, recipe)
-        batch = context.task.collator(processor, recipe)(examples[0], 0)
-        names = ("input_features",) if form == "whisper" else ("input_values", "attention_mask")
-        inputs = {name: batch[name] for name in names}
-        if form == "whisper":
-            assert processor.convert_ids_to_tokens(processor.prefix_tokens)[1] == "<|fr|>"
-            inputs["decoder_input_ids"] = torch.tensor([processor.prefix_tokens])
-        with Models(context, place, processor).tuned() as model, torch.no_grad():
-            torch.testing.assert_close(torch.load(out), model(**inputs).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_generate_writes_down_what_the_evaluation_did(form, finished, clips):
-    folder, _ = finished(form, "lora")
-    rows = predictions(folder)
-    assert any(row["tuned"] for row in rows) or form != "whisper"
-    row = next((row for row in rows if row["tuned"]), rows[0])
-    said = answer_once(folder / "run", {"audio": str(clips / row["prompt"])}, quiet(), offline=True)
-    assert said["text"] == row["tuned"]
 
 
 # Bad rows and changed ones
@@ -294,23 +190,6 @@ def normed_over_time(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("form", [*FORMS, "group"])
-def test_micro_batches_of_one_row_give_the_gradient_of_one_large_batch(form, models, normed_over_time, clips, tmp_path):
-    model = normed_over_time if form == "group" else models[form]
-    speech = SPEECH.get(form, SPEECH["letters"])
-    adapter = {"lora_dropout": 0.0}
-    file = recipe_file(tmp_path, model, clips, speech, adapter=adapter, train={"batch_size": 5})
-    training = start_training(file, tmp_path / "run")
-    with torch.no_grad():
-        for i, parameter in enumerate(training.parameters):  # away from the start, where half of the gradient is zero
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    one, single = gradient(training, 1)
-    large, whole = gradient(training, 100_000)
-    assert one == pytest.approx(large, rel=1e-5)
-    assert float((single - whole).norm() / whole.norm()) < 1e-4
-    assert float(whole.norm()) > 0.01
-
-
 def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp_path):
     folder = build_wav2vec2(tmp_path / "model", mask_time_prob=0.5, mask_time_length=3)
     training = start_training(recipe_file(tmp_path, folder, clips, SPEECH["letters"]), tmp_path / "run")
@@ -321,7 +200,7 @@ def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp
         for _ in range(2):
             seed_micro_batch(training, *place)
             with torch.no_grad():
-                losses.setdefault(place, []).append(float(ctc_loss(training.model, batch).sum))
+                losses.setdefault(place, []).append(float(CTC.loss(training.model, batch).sum))
     assert all(first == second for first, second in losses.values())
     assert len({first for first, _ in losses.values()}) == 3
 
@@ -357,10 +236,10 @@ def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppresse
     own = AutoModelForSpeechSeq2Seq.from_pretrained(models["whisper"]).generation_config
     folder, _ = finished("whisper", "lora")
     with tuned(folder, {"task": task}) as (model, processor, recipe), torch.no_grad():
-        ((example,),) = encode_whisper([{**asked(clips / "4.wav"), "text": "a"}], processor, recipe)
+        ((example,),) = WHISPER.encode([{**asked(clips / "4.wav"), "text": "a"}], processor, recipe)
         prefix = [processor.convert_tokens_to_ids("<|startoftranscript|>")]
         prefix += example.target_ids[: example.target_spans[0]]
-        features = whisper_collator(processor, recipe)([example], 0)["input_features"]
+        features = WHISPER.collator(processor, recipe)([example], 0)["input_features"]
         ids = list(prefix)
         for turn in range(recipe.generation.max_new_tokens):
             scores_V = model(input_features=features, decoder_input_ids=torch.tensor([ids])).logits[0, -1]
@@ -368,7 +247,7 @@ def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppresse
             ids.append(int(scores_V.argmax()))
             if ids[-1] == processor.eos_token_id:
                 break
-        (said,) = transcribe_whisper(model, [asked(clips / "4.wav")], processor, recipe, device="cpu")
+        (said,) = predict(WHISPER, model, [asked(clips / "4.wav")], processor, recipe)
     assert said == processor.decode(ids[len(prefix) :], skip_special_tokens=True).strip()
     assert said
 
@@ -377,7 +256,7 @@ def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppresse
 def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
     form, finished, models, normed_over_time, clips, tmp_path
 ):
-    transcribe = transcribe_whisper if form == "whisper" else transcribe_ctc
+    variant = WHISPER if form == "whisper" else CTC
     sound = np.concatenate([make_tone(1.6 + i / 10, pitch_hz=200 * (i + 1)) for i in range(3)])
     soundfile.write(tmp_path / "long.wav", sound, 16_000)
     samples = read_recording(tmp_path / "long.wav", 16_000)
@@ -393,8 +272,8 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
         else:
             folder = normed_over_time if form == "group" else models[form]
             model, processor, recipe = speaking(folder, clips, tmp_path, SPEECH["letters"])
-        whole, *each = transcribe(model, rows, processor, recipe, device="cpu", advance=seen.append)
-        alone = [transcribe(model, [part], processor, recipe, device="cpu")[0] for part in parts]
+        whole, *each = predict(variant, model, rows, processor, recipe, seen.append)
+        alone = [predict(variant, model, [part], processor, recipe)[0] for part in parts]
     assert each == alone
     assert whole == " ".join(text for text in alone if text)
     assert len(parts) >= 3
@@ -410,7 +289,7 @@ def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_spec
     )
     with torch.no_grad():
         best = model(**sound).logits.argmax(-1)[0].tolist()
-        (said,) = transcribe_ctc(model, [asked(path)], processor, recipe, device="cpu")
+        (said,) = predict(CTC, model, [asked(path)], processor, recipe)
     kept = [token for token, _ in groupby(processor.convert_ids_to_tokens(best))]
     wanted = "".join(token for token in kept if not token.startswith("<")).replace("|", " ")
     assert said == wanted.strip()
@@ -422,7 +301,7 @@ def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path)
     write_tone(tmp_path / "short.wav", 0.01)
     seen = []
     rows = [asked(tmp_path / "short.wav"), asked(clips / "1.wav")]
-    said = transcribe_ctc(model, rows, processor, recipe, device="cpu", advance=seen.append)
+    said = predict(CTC, model, rows, processor, recipe, seen.append)
     assert said[0] == ""
     assert said[1]
     assert sum(seen) == 2
@@ -431,7 +310,7 @@ def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path)
 def test_a_recording_that_cannot_be_heard_is_an_error_of_the_data(models, clips, tmp_path):
     model, processor, recipe = speaking(models["letters"], clips, tmp_path, SPEECH["letters"])
     with pytest.raises(DataError, match="there is no file"):
-        transcribe_ctc(model, [asked(tmp_path / "gone.wav")], processor, recipe, device="cpu")
+        predict(CTC, model, [asked(tmp_path / "gone.wav")], processor, recipe)
 
 
 def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_has_none(clips, tmp_path):

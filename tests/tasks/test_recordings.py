@@ -11,12 +11,13 @@ import soundfile
 import torch
 from support.audio import write_cut, write_silence, write_tone
 from support.families import build_wav2vec2, build_whisper
-from transformers import AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
+from support.variants import CTC, WHISPER
+from transformers import AutoConfig, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
-from llmtune.data.speech_encoding import count_frames, encode_ctc, encode_whisper, read_config, set_speech, spell
-from llmtune.data.target_collators import ctc_collator, whisper_collator
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe import Recipe
+from llmtune.tasks.speech import count_frames
+from llmtune.tasks.transcripts import set_speech, spell
 
 TEXT = "The sky is blue."
 
@@ -58,7 +59,7 @@ def words(processor, ids):
 def test_language_and_task_are_given_and_the_transcript_with_its_end_is_learned(whisper, tmp_path):
     processor = AutoTokenizer.from_pretrained(whisper)
     row = row_of(write_tone(tmp_path / "a.wav", 1.0, rate=8000), f" {TEXT} ")
-    ((example,),) = encode_whisper([row], processor, recipe_for({**FRENCH, "task": "translate"}))
+    ((example,),) = WHISPER.encode([row], processor, recipe_for({**FRENCH, "task": "translate"}))
     start, end = example.target_spans
     assert words(processor, example.target_ids[:start]) == ["<|fr|>", "<|translate|>", "<|notimestamps|>"]
     learned = example.target_ids[start:end]
@@ -76,8 +77,8 @@ def test_language_and_task_are_given_and_the_transcript_with_its_end_is_learned(
 def test_the_collator_lays_out_what_is_learned_and_the_features_of_transformers(whisper, tmp_path):
     processor, recipe = AutoTokenizer.from_pretrained(whisper), recipe_for(FRENCH)
     rows = [row_of(write_tone(tmp_path / f"{i}.wav", 0.5 + i), "a " * (i + 1)) for i in range(2)]
-    examples = [example for (example,) in encode_whisper(rows, processor, recipe)]
-    batch = whisper_collator(processor, recipe)(examples, 0)
+    examples = [example for (example,) in WHISPER.encode(rows, processor, recipe)]
+    batch = WHISPER.collator(processor, recipe)(examples, 0)
     assert batch["input_features"].shape == (2, 80, 200)
     assert batch["labels"][batch["labels"] >= 0].tolist() == [i for e in examples for i in e.target_ids]
     learned = [i for e in examples for i in e.target_ids[3:]]
@@ -138,7 +139,7 @@ def test_what_the_tokenizers_files_say_of_the_language_does_not_count(english, w
 
 def test_a_recording_longer_than_a_window_cannot_be_trained_on(whisper, letters, tmp_path):
     row = row_of(write_tone(tmp_path / "a.wav", 2.5))
-    for folder, encode, speech in ((whisper, encode_whisper, {"language": "fr"}), (letters, encode_ctc, FRENCH)):
+    for folder, encode, speech in ((whisper, WHISPER.encode, {"language": "fr"}), (letters, CTC.encode, FRENCH)):
         (said,) = encode([row], AutoTokenizer.from_pretrained(folder), recipe_for(speech))
         assert said.startswith("too long: 2.5 s, and 2 s are heard at once")
 
@@ -147,20 +148,20 @@ def test_a_window_that_whisper_cannot_hear_is_refused(whisper, tmp_path):
     row = row_of(write_tone(tmp_path / "a.wav"))
     recipe = recipe_for({"language": "fr", "window_seconds": 60})
     with pytest.raises(RecipeError, match="hears 2 s at once") as error:
-        encode_whisper([row], AutoTokenizer.from_pretrained(whisper), recipe)
+        WHISPER.encode([row], AutoTokenizer.from_pretrained(whisper), recipe)
     assert error.value.problems[0].where == "speech.window_seconds"
 
 
 def test_a_transcript_with_too_many_tokens_is_too_long(whisper, tmp_path):
     row = row_of(write_tone(tmp_path / "a.wav"), "a b c d e f g h")
-    (said,) = encode_whisper([row], AutoTokenizer.from_pretrained(whisper), recipe_for(FRENCH, max_length=8))
+    (said,) = WHISPER.encode([row], AutoTokenizer.from_pretrained(whisper), recipe_for(FRENCH, max_length=8))
     assert said.startswith("too long")
 
 
 def test_a_folder_without_feature_extractor_is_told(whisper, tmp_path):
     AutoTokenizer.from_pretrained(whisper).save_pretrained(tmp_path)
     with pytest.raises(EnvironmentProblem, match="no feature extractor"):
-        encode_whisper([], AutoTokenizer.from_pretrained(tmp_path), recipe_for(FRENCH))
+        WHISPER.encode([], AutoTokenizer.from_pretrained(tmp_path), recipe_for(FRENCH))
 
 
 # Letters
@@ -201,9 +202,9 @@ def test_a_vocabulary_in_lower_case_is_spelt_so_and_one_in_both_keeps_the_case(t
 def test_a_text_longer_than_its_frames_is_refused_and_equal_letters_take_a_frame_more(letters, tmp_path):
     processor = AutoTokenizer.from_pretrained(letters)
     path = write_tone(tmp_path / "a.wav", 0.24)
-    frames = count_frames(round(0.24 * 16_000), read_config(processor))
+    frames = count_frames(round(0.24 * 16_000), AutoConfig.from_pretrained(letters))
     fits, doubled = ("AB" * frames)[:frames], ("AB" * frames)[: frames - 2] + "CC"
-    kept, one_more, twice = encode_ctc([row_of(path, t) for t in (fits, fits + "C", doubled)], processor, recipe_for())
+    kept, one_more, twice = CTC.encode([row_of(path, t) for t in (fits, fits + "C", doubled)], processor, recipe_for())
     assert len(kept[0].target_ids) == frames == kept[0].tokens
     assert one_more == f"its text takes {frames + 1} frames, and the recording has {frames}"
     assert twice == one_more
@@ -212,7 +213,7 @@ def test_a_text_longer_than_its_frames_is_refused_and_equal_letters_take_a_frame
 @pytest.mark.parametrize("adapter", [False, True])
 def test_frames_are_counted_as_the_model_makes_them(adapter, tmp_path):
     folder = build_wav2vec2(tmp_path, add_adapter=adapter)
-    model, config = Wav2Vec2ForCTC.from_pretrained(folder).eval(), read_config(AutoTokenizer.from_pretrained(folder))
+    model, config = Wav2Vec2ForCTC.from_pretrained(folder).eval(), AutoConfig.from_pretrained(folder)
     for samples in (700, 4_000, 12_345):
         with torch.no_grad():
             made = model(torch.zeros(1, samples)).logits.shape[1]
@@ -225,7 +226,7 @@ def test_a_recording_with_fewer_frames_than_are_hidden_at_once_is_refused(tmp_pa
     folder = build_wav2vec2(tmp_path / "model", mask_time_prob=0.05, mask_time_length=10)
     processor = AutoTokenizer.from_pretrained(folder)
     rows = [row_of(write_tone(tmp_path / f"{s}.wav", s), "ab") for s in (0.15, 0.25)]
-    short, kept = encode_ctc(rows, processor, recipe_for())
+    short, kept = CTC.encode(rows, processor, recipe_for())
     assert short == "the recording has 7 frames, and config.json hides 10 at once (mask_time_length)"
     assert kept[0].tokens == 12
 
@@ -233,17 +234,17 @@ def test_a_recording_with_fewer_frames_than_are_hidden_at_once_is_refused(tmp_pa
 def test_each_wave_is_normed_by_itself_before_it_is_padded(letters, tmp_path):
     processor, recipe = AutoTokenizer.from_pretrained(letters), recipe_for()
     rows = [row_of(write_tone(tmp_path / f"{i}.wav", 0.5 + i, pitch_hz=200 + 50 * i), "ab") for i in range(2)]
-    examples = [example for (example,) in encode_ctc(rows, processor, recipe)]
-    collate = ctc_collator(processor, recipe)
+    examples = [example for (example,) in CTC.encode(rows, processor, recipe)]
+    collate = CTC.collator(processor, recipe)
     batch, alone = collate(examples, 0), collate(examples[:1], 0)
     assert batch["samples_R"].tolist() == batch["attention_mask"].sum(-1).tolist() == [8_000, 24_000]
     torch.testing.assert_close(batch["input_values"][0, :8_000], alone["input_values"][0])
     assert not batch["input_values"][0, 8_000:].any()
 
 
-@pytest.mark.parametrize("encode", [encode_whisper, encode_ctc])
+@pytest.mark.parametrize("encode", [WHISPER.encode, CTC.encode])
 def test_what_only_decoding_tells_is_the_reason_of_its_row_alone(encode, whisper, letters, tmp_path):
-    folder = whisper if encode is encode_whisper else letters
+    folder = whisper if encode == WHISPER.encode else letters
     soundfile.write(tmp_path / "nan.wav", np.full(9_000, np.nan, np.float32), 16_000, "FLOAT")
     paths = [write_cut(tmp_path / "cut.flac"), tmp_path / "nan.wav", tmp_path / "gone.wav"]
     rows = [row_of(path, "ab") for path in (*paths, write_silence(tmp_path / "silence.wav"))]

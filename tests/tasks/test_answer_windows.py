@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import families
+from support.variants import EXTRACTIVE_QA, MASKED, TOKEN_CLASSIFY
 from transformers import AutoTokenizer
 
-from llmtune.data.label_encoding import cut_context, encode_masked, encode_tags, encode_windows, place_words, tag_names
-from llmtune.data.target_collators import IGNORED, ends_collator, masked_collator, tags_collator
+from llmtune.data.encoder_batches import IGNORED
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.task_predictions import find_span
 from llmtune.recipe import Recipe
+from llmtune.tasks import qa
+from llmtune.tasks.answer_windows import find_span
+from llmtune.tasks.token_classify import tag_names, tokenize_words
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 CONTEXT = " ".join(f"The house number {n} has a {c} door." for n, c in enumerate(("red", "blue", "green") * 8))
@@ -47,13 +49,13 @@ def ask(question, context, *answers):
 
 
 def windows_of(row, tokenizer, about):
-    windows = cut_context(row, tokenizer, about)
+    windows = qa.windows_of(row, tokenizer, about)
     assert not isinstance(windows, str)
     return windows
 
 
 def said(window, first, last, context):
-    return context[window.places[first][0] : window.places[last][1]]
+    return context[window.characters[first][0] : window.characters[last][1]]
 
 
 # Answers
@@ -64,13 +66,13 @@ def said(window, first, last, context):
 def test_an_answer_is_found_in_the_windows_that_hold_it_whole_and_in_no_other(tokenizers, family, answer):
     tokenizer, about = tokenizers(family), recipe("qa", 72, stride=24)
     row = ask("Which door?", CONTEXT, answer)
-    (examples,) = encode_windows([row], tokenizer, about)
+    (examples,) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     windows = windows_of(row, tokenizer, about)
     assert len(examples) == len(windows) > 4
     start = row["answers"][0]["start"]
     held = 0
     for example, window in zip(examples, windows, strict=True):
-        places = [place for place in window.places if place]
+        places = [place for place in window.characters if place]
         whole = places[0][0] <= start and start + len(answer) <= places[-1][1]
         if whole:
             held += 1
@@ -88,11 +90,11 @@ def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
     windows = windows_of(ask("Which door?", CONTEXT), tokenizer, about)
     reach = 0
     for window, following in zip(windows, [*windows[1:], None], strict=True):
-        places = [place for place in window.places if place]
+        places = [place for place in window.characters if place]
         assert CONTEXT[reach : places[0][0]].strip() == "" or places[0][0] < reach
         reach = places[-1][1]
         if following:
-            shared = sum(place in places for place in following.places if place)
+            shared = sum(place in places for place in following.characters if place)
             assert shared == 24
     assert reach == len(CONTEXT)
     assert [window.opens for window in windows] == [True, *[False] * (len(windows) - 1)]
@@ -114,7 +116,7 @@ def test_windows_share_their_stride_and_leave_no_letter_out(tokenizers, family):
 def test_the_place_of_an_answer_is_exact_to_the_letter(tokenizers, family, context, answer):
     tokenizer, about = tokenizers(family), recipe("qa", stride=4)
     row = ask("which?", context, answer)
-    ((example,),) = encode_windows([row], tokenizer, about)
+    ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
     assert said(window, *example.target_ids, context) == answer.strip()
 
@@ -134,7 +136,7 @@ def test_any_stretch_of_words_comes_back_from_its_tokens(tokenizers, family, dat
     answer = context[starts[first] : starts[last] + len(words[last])]
     row = {"question": "which?", "context": context, "answers": [{"text": answer, "start": starts[first]}]}
     tokenizer, about = tokenizers(family), recipe("qa", 256, stride=8)
-    ((example,),) = encode_windows([row], tokenizer, about)
+    ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
     assert said(window, *example.target_ids, context) == answer
 
@@ -142,7 +144,7 @@ def test_any_stretch_of_words_comes_back_from_its_tokens(tokenizers, family, dat
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_question_without_an_answer_points_at_the_first_token_in_every_window(tokenizers, family):
     tokenizer = tokenizers(family)
-    (examples,) = encode_windows([ask("Why?", CONTEXT)], tokenizer, recipe("qa", 72, stride=24))
+    (examples,) = EXTRACTIVE_QA.encode([ask("Why?", CONTEXT)], tokenizer, recipe("qa", 72, stride=24))
     assert len(examples) > 4
     for example in examples:
         assert example.target_ids == [0, 0]
@@ -154,38 +156,25 @@ def test_letters_that_the_tokenizer_drops_do_not_hide_an_answer(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("qa", stride=4)
     answer = "\N{ZERO WIDTH SPACE}blue\N{ZERO WIDTH SPACE}"
     row = ask("which?", f"red {answer} green", answer)
-    ((example,),) = encode_windows([row], tokenizer, about)
+    ((example,),) = EXTRACTIVE_QA.encode([row], tokenizer, about)
     (window,) = windows_of(row, tokenizer, about)
     assert said(window, *example.target_ids, row["context"]) == "blue"
     row = ask("which?", "red \N{ZERO WIDTH SPACE} green", "\N{ZERO WIDTH SPACE}")
-    assert encode_windows([row], tokenizer, about) == ["the tokenizer makes nothing of the answer"]
+    assert EXTRACTIVE_QA.encode([row], tokenizer, about) == ["the tokenizer makes nothing of the answer"]
 
 
 def test_an_answer_longer_than_windows_share_may_lie_in_none(tokenizers):
     row = ask("Which door?", CONTEXT, CONTEXT[100:600])
-    (reason,) = encode_windows([row], tokenizers("bert"), recipe("qa", 48, stride=8))
+    (reason,) = EXTRACTIVE_QA.encode([row], tokenizers("bert"), recipe("qa", 48, stride=8))
     assert reason == "the answer lies whole in no window: raise qa.stride or data.max_length"
 
 
 def test_long_contexts_are_dropped_on_request_and_long_questions_always(tokenizers):
     tokenizer, row = tokenizers("bert"), ask("Which door?", CONTEXT, "green")
-    (reason,) = encode_windows([row], tokenizer, recipe("qa", 72, "drop", stride=24))
+    (reason,) = EXTRACTIVE_QA.encode([row], tokenizer, recipe("qa", 72, "drop", stride=24))
     assert reason.startswith("too long: ")
-    (reason,) = encode_windows([ask("why " * 50, "because", "because")], tokenizer, recipe("qa", stride=24))
+    (reason,) = EXTRACTIVE_QA.encode([ask("why " * 50, "because", "because")], tokenizer, recipe("qa", stride=24))
     assert reason.startswith("too long: the question takes")
-
-
-def test_batches_of_windows_hold_both_ends_and_the_kinds_of_tokens(tokenizers):
-    tokenizer, about = tokenizers("bert"), recipe("qa", 72, stride=24)
-    (long,) = encode_windows([ask("Which door?", CONTEXT, "green")], tokenizer, about)
-    (short,) = encode_windows([ask("Which?", "A blue fox", "blue")], tokenizer, about)
-    batch = ends_collator(tokenizer, about)([long[0], *short], 0)
-    assert batch["input_ids"].shape == (2, 72)
-    assert batch["attention_mask"].sum(1).tolist() == [72, len(short[0].input_ids)]
-    assert batch["token_type_ids"][1].tolist()[: len(short[0].input_ids)] == list(short[0].third_ids)
-    assert (batch["first_R"].tolist(), batch["last_R"].tolist()) == tuple(
-        [example.target_ids[side] for example in (long[0], *short)] for side in (0, 1)
-    )
 
 
 # The search for an answer
@@ -199,18 +188,18 @@ def test_the_best_stretch_is_that_of_all_stretches(tokenizers, data, longest):
     seed = data.draw(st.integers(0, 2**30))
     generator = torch.Generator().manual_seed(seed)
     starts, ends = torch.randn(2, len(window.ids), generator=generator)
-    inside = [i for i, place in enumerate(window.places) if place is not None and place[1] > place[0]]
+    inside = [i for i, place in enumerate(window.characters) if place is not None and place[1] > place[0]]
     pairs = [(i, j) for i in inside for j in inside if i <= j < i + longest]
     best = max(pairs, key=lambda pair: float(starts[pair[0]] + ends[pair[1]]))
     score, left, right = find_span(starts, ends, window, longest)
     assert score == float(starts[best[0]] + ends[best[1]])
-    assert (left, right) == (window.places[best[0]][0], window.places[best[1]][1])
+    assert (left, right) == (window.characters[best[0]][0], window.characters[best[1]][1])
 
 
 def test_the_question_and_special_tokens_are_never_an_answer(tokenizers):
     (window,) = windows_of(ask("Which door?", "A blue fox"), tokenizers("roberta"), recipe("qa", stride=4))
-    outside = torch.tensor([50.0 if place is None else 0.0 for place in window.places])
-    outside[window.places.index((2, 6))] = 1.0
+    outside = torch.tensor([50.0 if place is None else 0.0 for place in window.characters])
+    outside[window.characters.index((2, 6))] = 1.0
     assert find_span(outside, outside, window, 5) == (2.0, 2, 6)
     nothing = torch.zeros(2)
     blank = type(window)([0, 1], [], [None, None], 0, True, True)
@@ -226,7 +215,7 @@ WORDS = ["Ada", "Lovelace", "'s", "naïve", "🦊", "Straße-5", "unbelievably",
 @pytest.mark.parametrize("family", ENCODERS)
 def test_each_word_is_placed_at_its_first_token(tokenizers, family):
     tokenizer = tokenizers(family)
-    ((ids, places),) = place_words([{"tokens": WORDS}], tokenizer)
+    ((ids, places),) = tokenize_words([WORDS], tokenizer)
     assert ids == tokenizer(" ".join(WORDS))["input_ids"]
     assert places == sorted(set(places))
     offsets = tokenizer(" ".join(WORDS), return_offsets_mapping=True)["offset_mapping"]
@@ -241,7 +230,7 @@ def test_each_word_is_placed_at_its_first_token(tokenizers, family):
 @settings(max_examples=40, deadline=None)
 @given(words=st.lists(st.text("abcXYZ019'-.,éß(", min_size=1, max_size=12), min_size=1, max_size=12))
 def test_words_have_different_places_in_their_order(tokenizers, family, words):
-    ((ids, places),) = place_words([{"tokens": words}], tokenizers(family))
+    ((ids, places),) = tokenize_words([words], tokenizers(family))
     assert None not in places
     assert places == sorted(set(places))
     assert places[0] > 0
@@ -253,11 +242,11 @@ def test_a_tag_stands_at_the_first_token_of_its_word_and_the_others_are_ignored(
     tokenizer = tokenizers(family)
     about = recipe("token-classify", labels=["PERSON", "PLACE"])
     row = {"tokens": ["Ada", "Lovelace", "in", "London"], "tags": ["B-PERSON", "I-PERSON", "O", "B-PLACE"]}
-    ((example,),) = encode_tags([row], tokenizer, about)
+    ((example,),) = TOKEN_CLASSIFY.encode([row], tokenizer, about)
     assert [tag for tag in example.target_ids if tag != IGNORED] == [1, 2, 0, 3]
     assert example.counted == 4
     assert len(example.target_ids) == len(example.input_ids)
-    ((_, places),) = place_words([row], tokenizer)
+    ((_, places),) = tokenize_words([row["tokens"]], tokenizer)
     assert [example.target_ids[place] for place in places] == [1, 2, 0, 3]
     assert tag_names(["PERSON", "PLACE"]) == ["O", "B-PERSON", "I-PERSON", "B-PLACE", "I-PLACE"]
 
@@ -269,21 +258,10 @@ def test_rows_that_cannot_be_tagged_say_why(tokenizers):
         {"tokens": ["x", "\N{ZERO WIDTH SPACE}", "y"], "tags": ["O", "B-A", "O"]},
         {"tokens": ["x"] * 20, "tags": ["O"] * 20},
     ]
-    unknown, dropped, long = encode_tags(rows, tokenizer, about)
+    unknown, dropped, long = TOKEN_CLASSIFY.encode(rows, tokenizer, about)
     assert unknown == "label unknown: 'B-B' is none of O, B-A, I-A"
     assert dropped == "the tokenizer makes nothing of the word '\\u200b'"
     assert long == "too long: 22 tokens, data.max_length is 8"
-
-
-def test_batches_of_tags_know_their_rows(tokenizers):
-    tokenizer, about = tokenizers("bert"), recipe("token-classify", labels=["A"])
-    rows = [{"tokens": ["xy", "cat"], "tags": ["B-A", "O"]}, {"tokens": ["the"], "tags": ["O"]}]
-    examples = [example for (example,) in encode_tags(rows, tokenizer, about)]
-    batch = tags_collator(tokenizer, about)(examples, 0)
-    width = batch["input_ids"].shape[1]
-    assert batch["predict_S"].tolist() == [1, 3, width + 1]
-    assert batch["targets_S"].tolist() == [1, 0, 0]
-    assert batch["rows_S"].tolist() == [0, 0, 1]
 
 
 # Hidden words
@@ -299,10 +277,10 @@ LONG = " ".join(["The sky is blue and the quick brown fox jumps over the lazy do
 @pytest.mark.parametrize("family", ENCODERS)
 def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tokenizers, family):
     tokenizer, about = tokenizers(family), recipe("completion", 256, objective="masked", mask_probability=0.3)
-    ((example,),) = encode_masked([text(LONG)], tokenizer, about)
+    ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
     words = len(example.input_ids) - 2
     assert example.supervised == round(0.3 * words)
-    collate = masked_collator(tokenizer, about)
+    collate = MASKED.collator(tokenizer, about)
     for draw in range(5):
         batch = collate([example], draw)
         assert len(set(batch["predict_S"].tolist())) == example.supervised
@@ -315,23 +293,23 @@ def test_special_tokens_are_never_hidden_and_the_share_is_that_of_the_recipe(tok
 
 def test_masks_are_a_function_of_text_seed_and_draw_whatever_else_is_in_the_batch(tokenizers):
     tokenizer, about = tokenizers("bert"), recipe("completion", 256, objective="masked")
-    ((one,), (two,)) = encode_masked([text(LONG), text("A fox and a dog, and a cat.")], tokenizer, about)
-    collate = masked_collator(tokenizer, about)
+    ((one,), (two,)) = MASKED.encode([text(LONG), text("A fox and a dog, and a cat.")], tokenizer, about)
+    collate = MASKED.collator(tokenizer, about)
 
     def look(batch, row):
         return batch["input_ids"][row][batch["attention_mask"][row] > 0].tolist()
 
     assert look(collate([one], 4), 0) == look(collate([two, one], 4), 1)
-    assert look(collate([one], 4), 0) == look(masked_collator(tokenizer, about)([one], 4), 0)
+    assert look(collate([one], 4), 0) == look(MASKED.collator(tokenizer, about)([one], 4), 0)
     assert len({tuple(look(collate([one], draw), 0)) for draw in range(6)}) == 6
-    other = masked_collator(tokenizer, about.model_copy(update={"seed": 4}))
+    other = MASKED.collator(tokenizer, about.model_copy(update={"seed": 4}))
     assert look(collate([one], 4), 0) != look(other([one], 4), 0)
 
 
 def test_of_hidden_tokens_four_fifths_are_masks_a_tenth_is_random_and_a_tenth_stays(tokenizers):
     tokenizer, about = tokenizers("roberta"), recipe("completion", 256, objective="masked", mask_probability=0.5)
-    ((example,),) = encode_masked([text(LONG)], tokenizer, about)
-    collate = masked_collator(tokenizer, about)
+    ((example,),) = MASKED.encode([text(LONG)], tokenizer, about)
+    collate = MASKED.collator(tokenizer, about)
     masked = kept = changed = 0
     for draw in range(200):
         batch = collate([example], draw)
@@ -350,7 +328,7 @@ def test_long_texts_are_split_cut_dropped_or_refused(tokenizers):
     tokenizer = tokenizers("bert")
 
     def encode(how):
-        (found,) = encode_masked([text(LONG)], tokenizer, recipe("completion", 64, how, objective="masked"))
+        (found,) = MASKED.encode([text(LONG)], tokenizer, recipe("completion", 64, how, objective="masked"))
         return found
 
     parts, whole = encode("split"), tokenizer(LONG)["input_ids"]
@@ -363,7 +341,7 @@ def test_long_texts_are_split_cut_dropped_or_refused(tokenizers):
 def test_a_text_keeps_at_least_one_token_to_see_and_one_to_guess(tokenizers):
     tokenizer = tokenizers("bert")
     about = recipe("completion", objective="masked", mask_probability=0.99)
-    (one, (two,)) = encode_masked([text("fox"), text("fox dog")], tokenizer, about)
+    (one, (two,)) = MASKED.encode([text("fox"), text("fox dog")], tokenizer, about)
     assert one.startswith("nothing to learn")
     assert two.supervised == 1
 
@@ -371,4 +349,4 @@ def test_a_text_keeps_at_least_one_token_to_see_and_one_to_guess(tokenizers):
 def test_a_tokenizer_without_a_mask_token_is_refused(tokenizers):
     about = recipe("completion", objective="masked")
     with pytest.raises(EnvironmentProblem, match="has no mask token"):
-        encode_masked([text("fox")], tokenizers("t5"), about)
+        MASKED.encode([text("fox")], tokenizers("t5"), about)

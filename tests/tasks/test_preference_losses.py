@@ -15,16 +15,16 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.collators import collate_padded
-from llmtune.model import preference_losses as preference
-from llmtune.model.preference_losses import (
+from llmtune.records import Example
+from llmtune.tasks import preference_losses as preference
+from llmtune.tasks.preference_losses import (
     kl_to_reference,
     preference_loss,
     row_rewards,
     row_scores,
     sequence_logps,
-    survey,
+    step_statistics,
 )
-from llmtune.records import Example
 
 # PEFT and TRL use the old names
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
@@ -126,7 +126,7 @@ def some_batches(folder, settings, cuts):
 def step(model, batches, settings):
     """Loss, count, right ones and gradients of one optimiser step over `batches`."""
     model.zero_grad()
-    surveys = [survey(model, batch, settings, model.disable_adapter) for batch in batches]
+    surveys = [step_statistics(model, batch, settings, model.disable_adapter) for batch in batches]
     totals = [sum(values) for values in zip(*surveys, strict=True)]
     losses = [preference_loss(model, {**batch, "totals": totals}, settings, model.disable_adapter) for batch in batches]
     count = sum(loss.count for loss in losses)
@@ -242,7 +242,7 @@ def test_kto_is_that_of_trl(folder, tmp_path, sign):
     pairs = [Pair(row["prompt_ids"], row["completion_ids"], row["KL_completion_ids"]) for row in encoded]
     batch, settings = thumb_batch(pairs, THUMBS), Settings("kto", beta=0.4, **weights)
     ours = step(tuned, [batch], settings)
-    kl_sum, kl_rows = survey(tuned, batch, settings, tuned.disable_adapter)
+    kl_sum, kl_rows = step_statistics(tuned, batch, settings, tuned.disable_adapter)
     assert (kl_sum > 0) == (sign > 0)
     assert max(0, kl_sum / kl_rows) == pytest.approx(trainer._metrics["train"]["kl"][-1], abs=1e-5)
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
@@ -300,43 +300,6 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.loss)
-@pytest.mark.parametrize("cuts", [[1, 2, 3], [3]])
-def test_micro_batches_give_loss_and_gradient_of_the_whole_step(folder, settings, cuts):
-    tuned = open_tuned(folder, scorer=settings.loss == "reward")
-    whole = step(tuned, some_batches(folder, settings, []), settings)
-    cut = step(tuned, some_batches(folder, settings, cuts), settings)
-    assert (cut.count, cut.correct) == (whole.count, whole.correct)
-    assert cut.mean == pytest.approx(whole.mean, abs=1e-5, rel=1e-5)
-    assert_equal_gradients(cut.gradients, whole.gradients)
-
-
-def widen(batch, prefix=""):
-    """Put nine columns of padding more at the right of a batch's rows."""
-    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
-    rows, width = ids.shape
-    places = batch[f"{prefix}predict_S"]
-    return {
-        **batch,
-        f"{prefix}input_ids": torch.cat([ids, ids.new_full((rows, 9), PAD)], 1),
-        f"{prefix}attention_mask": torch.cat([mask, mask.new_zeros(rows, 9)], 1),
-        f"{prefix}position_ids": torch.arange(width + 9).expand(rows, width + 9),
-        f"{prefix}predict_S": places // width * (width + 9) + places % width,
-    }
-
-
-@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.loss)
-def test_padding_changes_neither_loss_nor_gradient(folder, settings):
-    tuned = open_tuned(folder, scorer=settings.loss == "reward")
-    (batch,) = some_batches(folder, settings, [])
-    wide = widen(batch)
-    if settings.loss == "kto":
-        wide = widen(wide, "kl_")
-    narrow, wide = step(tuned, [batch], settings), step(tuned, [wide], settings)
-    assert wide.mean == pytest.approx(narrow.mean, abs=1e-5, rel=1e-5)
-    assert_equal_gradients(wide.gradients, narrow.gradients)
-
-
 def test_kto_counts_the_rows_on_the_right_side_of_the_estimate(folder):
     tuned, settings = open_tuned(folder), ALL[2]
     (batch,) = some_batches(folder, settings, [])
@@ -363,12 +326,12 @@ def test_dropout_leaves_the_reference_and_the_survey_alone_but_not_the_policy(fo
     tuned.base_model.model.model.layers[0].eval()
     modes = [module.training for module in tuned.modules()]
     state = torch.get_rng_state()
-    totals = survey(tuned, batch, settings, tuned.disable_adapter)
+    totals = step_statistics(tuned, batch, settings, tuned.disable_adapter)
     rewards = row_rewards(tuned, batch, settings, tuned.disable_adapter)
     kl_to_reference(tuned, batch, tuned.disable_adapter)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in tuned.modules()] == modes
-    assert survey(tuned, batch, settings, tuned.disable_adapter) == totals
+    assert step_statistics(tuned, batch, settings, tuned.disable_adapter) == totals
     assert not rewards.requires_grad
 
     def policy(seed):

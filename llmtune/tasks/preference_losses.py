@@ -8,7 +8,7 @@ same order, all rejected ones. Beyond its keys these are read:
     margin_P        float32 [P]  reward model only, may be missing: how much better the chosen answer is
     desirable_R     bool [R]     kto only, whose rows are answers with a thumb and no pairs: thumb up
     kl_...          kto only: the keys of a second padded batch, its rows each prompt with the answer to another one
-    totals          kto and orpo: what `survey` returns, added up over all micro-batches of the step
+    totals          kto and orpo: what `step_statistics` returns, added up over all micro-batches of the step
 
 With the log-ratio r(y) = log p(y|x) - log p_ref(y|x) of an answer, w the chosen and l the rejected one, |y| its tokens,
 s the logistic function and b `beta`:
@@ -35,13 +35,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
 
-from llmtune.model.causal_lm_loss import Batch, causal_loss, predicted_logits, unwrap
-from llmtune.records import Loss
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, unwrap
+from llmtune.recipe import PreferenceSection
+from llmtune.records import Batch, Loss
 
 Reference = Callable[[], AbstractContextManager[object]]
 """Under what it returns, the model behaves as the reference: PEFT's `disable_adapter`, for instance."""
@@ -51,36 +51,8 @@ _SURE = -1e-30
 """Log-probability that odds are taken of at most: at 0 they are infinite, and so would be their gradient."""
 
 
-class PreferenceSettings(Protocol):
-    """What the losses read of the recipe; names are TRL's."""
-
-    @property
-    def loss(self) -> str:
-        """dpo, ipo, orpo or reward, which learn from pairs, or kto."""
-
-    @property
-    def beta(self) -> float:
-        """How much a step away from the reference costs; tau in the paper on ipo, lambda in that on orpo."""
-
-    @property
-    def label_smoothing(self) -> float:
-        """Dpo: share of pairs thought to be the wrong way round, in [0, 0.5)."""
-
-    @property
-    def desirable_weight(self) -> float:
-        """Kto: weight of rows with thumb up."""
-
-    @property
-    def undesirable_weight(self) -> float:
-        """Kto: weight of rows with thumb down."""
-
-    @property
-    def center_rewards_coefficient(self) -> float | None:
-        """Reward model: what pulls rewards towards zero; None for nothing."""
-
-
 def preference_loss(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
 ) -> Loss:
     """Compute the summed loss of `batch` and its count: of pairs, for kto of rows.
 
@@ -91,8 +63,8 @@ def preference_loss(
     return _LOSSES[settings.loss](model, batch, settings, reference)
 
 
-def survey(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+def step_statistics(
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
 ) -> list[float]:
     """Return what must be known of the whole step before the loss of any of its micro-batches.
 
@@ -137,7 +109,7 @@ def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def row_rewards(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None = None
+    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
 ) -> torch.Tensor:
     """Return the reward [R] of each row without gradient or dropout, as TRL logs it.
 
@@ -168,7 +140,7 @@ def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) 
         return kl_S.new_zeros(batch["n_rows"]).index_add(0, batch["rows_S"], kl_S)
 
 
-def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
     if settings.loss == "ipo":
         chosen_counts_P, rejected_counts_P = _count_tokens(batch).clamp(min=1).chunk(2)
@@ -180,7 +152,7 @@ def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, 
     return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
 
 
-def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     kl_sum, kl_rows = batch["totals"]
     desirable_R = batch["desirable_R"]
     gains_R = _log_ratios(model, batch, reference) - max(0.0, float(kl_sum) / float(kl_rows))
@@ -190,7 +162,7 @@ def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, ref
     return Loss(losses_R.sum(), len(losses_R), (gains_R > 0).sum())
 
 
-def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     """The first term, a mean over the step's tokens, is multiplied by the step's pairs: the count divides by them."""
     tokens, pairs = (float(total) for total in batch["totals"])
     logps_R, _ = sequence_logps(model, _with_prompts(batch))
@@ -203,7 +175,7 @@ def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, re
     return Loss(loss, len(ratios_P), (chosen_mean_P > rejected_mean_P).sum())
 
 
-def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, reference: Reference | None) -> Loss:
+def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     chosen_P, rejected_P = row_scores(model, batch).chunk(2)
     losses_P = -logsigmoid(chosen_P - rejected_P - batch.get("margin_P", 0.0))
     if settings.center_rewards_coefficient is not None:
@@ -211,7 +183,7 @@ def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSettings, 
     return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
 
 
-_LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSettings, Reference | None], Loss]] = {
+_LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Reference | None], Loss]] = {
     "dpo": _direct,
     "ipo": _direct,
     "kto": _kto,
@@ -244,7 +216,7 @@ def _divergence(policy_cV: torch.Tensor, reference_cV: torch.Tensor) -> torch.Te
     return (policy_cV.exp() * (policy_cV - reference_cV)).sum(1)
 
 
-def _with_prompts(batch: Batch) -> dict[str, Any]:
+def _with_prompts(batch: Batch) -> Batch:
     """Return `batch` with P rows more in `rows_S`: the tokens of each chosen row that are not supervised."""
     ids_BT, pairs = batch["input_ids"], _count_pairs(batch)
     wanted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from support.adapting import open_model, quiet, recipe_with
+from support.variants import PREFERENCE
+from support.variants import predict as predict_rows
 from torch.nn.functional import logsigmoid
 
 from llmtune.adapter import inject, trainable_parameters
 from llmtune.errors import DataError
 from llmtune.evaluate.metric import compare
-from llmtune.evaluate.preference_metrics import measure_preferences, predict_preferences, rewards
 from llmtune.recipe import PreferenceSection, Recipe
+from llmtune.tasks.preference_metrics import measure_preferences, rewards
 
 # PEFT asks
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -146,7 +148,7 @@ def recipe_of(model, loss, **sections):
 def predict(adapted, rows, loss="dpo", **sections):
     recipe = recipe_of(adapted.selected.model_ref.name, loss, **sections)
     with torch.inference_mode():
-        return predict_preferences(adapted.model, rows, adapted.selected.processor, recipe, device="cpu")
+        return predict_rows(PREFERENCE, adapted.model, rows, adapted.selected.processor, recipe)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -171,7 +173,7 @@ def test_a_model_without_an_adapter_is_no_step_away_from_itself(tuned, tiny_llam
     recipe = recipe_of(tiny_llama, "dpo")
     plain = open_model(recipe)
     with torch.inference_mode():
-        said = predict_preferences(plain.model, ROWS, plain.processor, recipe, device="cpu")
+        said = predict_rows(PREFERENCE, plain.model, ROWS, plain.processor, recipe)
     assert [one["kl"] for one in said] == [0.0] * 3
     assert all(one["kl"] > 0 for one in predict(tuned, ROWS))
 

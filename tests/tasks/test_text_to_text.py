@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from support import families
 from support.templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer, MBartTokenizer
 
-from llmtune.data.seq2seq_encoding import first_token, set_languages, starts_with_language, target_ids
-from llmtune.data.target_collators import seq2seq_collator
 from llmtune.errors import RecipeError
 from llmtune.recipe import Recipe
 from llmtune.tasks import summarize, translate
+from llmtune.tasks.language_codes import set_languages, starts_with_language
+from llmtune.tasks.text_to_text import first_token, target_ids
 
 ROW = {"source": "The sky is blue.", "target": "Le ciel est bleu.", "source_language": None, "target_language": None}
 DOCUMENT = {"document": " ".join(["The quick brown fox jumps over the lazy dog."] * 8), "summary": "A fox jumps."}
@@ -138,7 +137,7 @@ def test_an_mbart_whose_language_stands_behind_the_end_begins_its_answers_with_i
 def test_only_tokenizers_with_languages_force_a_first_token(family, begins, tokenizer):
     processor = tokenizer(family)
     pair = translate.VARIANTS[0].pair(ROW, recipe_for(section=LANGUAGES.get(family)))
-    set_languages(pair, processor)
+    set_languages(pair.source_language, pair.target_language, processor)
     first = first_token(pair, processor)
     assert (first is None) == (begins is None)
     assert not starts_with_language(processor)
@@ -174,23 +173,6 @@ def test_a_long_document_is_cut_at_its_end_and_the_summary_never(family, tokeniz
 
 def test_an_empty_target_is_a_reason_and_no_example(tokenizer):
     assert encode({**ROW, "target": " "}, tokenizer("t5"), recipe_for()) == "the target is empty"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_pads_sources_and_targets_each_by_themselves(family, tokenizer):
-    processor, recipe = tokenizer(family), recipe_for(section=LANGUAGES.get(family))
-    short = encode(ROW, processor, recipe)
-    long = encode(
-        {**ROW, "source": "The fox.", "target": "Der Himmel ist blau, und der Fuchs ist rot."}, processor, recipe
-    )
-    batch = seq2seq_collator(processor, recipe)([short, long], 0)
-    assert batch["labels"].shape == (2, len(long.target_ids))
-    assert (batch["labels"][0, len(short.target_ids) :] == -100).all()
-    assert batch["input_ids"].shape == (2, len(short.input_ids))
-    assert batch["attention_mask"].sum(1).tolist() == [len(short.input_ids), len(long.input_ids)]
-    assert (batch["input_ids"][1, len(long.input_ids) :] == processor.pad_token_id).all()
-    assert torch.equal(batch["labels"].flatten()[batch["predict_S"]], batch["targets_S"])
-    assert torch.bincount(batch["rows_S"]).tolist() == [short.supervised, long.supervised]
 
 
 # By prompt

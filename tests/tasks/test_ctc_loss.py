@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.variants import CTC
 from transformers import AutoConfig, AutoModelForCTC
-
-from llmtune.model.task_losses import ctc_loss
 
 LETTER_MODELS = {
     "wav2vec2": {},
@@ -61,8 +60,8 @@ def row_of(batch, row):
 def test_padding_does_not_change_the_loss_of_a_row(family, norm):
     model, batch = letters_model(family, norm), waves()
     with torch.no_grad():
-        together = ctc_loss(model, batch, True)
-        alone = [ctc_loss(model, row_of(batch, row), True) for row in range(3)]
+        together = CTC.loss(model, batch, True)
+        alone = [CTC.loss(model, row_of(batch, row), True) for row in range(3)]
     torch.testing.assert_close(together.row_sums, torch.cat([loss.row_sums for loss in alone]), rtol=1e-4, atol=1e-3)
     assert together.count == sum(loss.count for loss in alone) == 4 + 5 + 6
 
@@ -71,8 +70,8 @@ def test_padding_does_not_change_the_loss_behind_an_adapter_of_the_model():
     model = letters_model("wav2vec2", add_adapter=True, num_adapter_layers=1)
     batch = waves((20_000, 30_000))
     with torch.no_grad():
-        together = ctc_loss(model, batch, True)
-        alone = [ctc_loss(model, row_of(batch, row), True).row_sums for row in range(2)]
+        together = CTC.loss(model, batch, True)
+        alone = [CTC.loss(model, row_of(batch, row), True).row_sums for row in range(2)]
     torch.testing.assert_close(together.row_sums, torch.cat(alone), rtol=1e-4, atol=1e-3)
 
 
@@ -81,7 +80,7 @@ def test_the_loss_is_that_of_transformers_summed():
     model.config.ctc_loss_reduction = "sum"
     names = ("input_values", "attention_mask", "labels")
     with torch.no_grad():
-        ours = ctc_loss(model, batch, True)
+        ours = CTC.loss(model, batch, True)
         theirs = [model(**{name: row_of(batch, row)[name] for name in names}).loss for row in range(3)]
         together = model(**{name: batch[name] for name in names}).loss
     torch.testing.assert_close(ours.row_sums, torch.stack(theirs), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,71 @@
+"""Languages as the tokenizers of mBART, M2M100 and NLLB write them: a token before a text or behind it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmtune.errors import Problem, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")
+"""How mBART (`en_XX`) and NLLB (`eng_Latn`) write languages."""
+
+
+def has_languages(processor: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer writes language codes."""
+    return hasattr(processor, "src_lang") and hasattr(processor, "tgt_lang")
+
+
+def starts_with_language(processor: PreTrainedTokenizerBase) -> bool:
+    """Whether the decoder's very first token is the language, in place of the model's own start, as in mBART of 2020.
+
+    The tokenizer puts the language behind the end of the text, and the model moves it to the front.
+    """
+    return has_languages(processor) and list(processor.suffix_tokens[-1:]) != [processor.eos_token_id]
+
+
+def language_tokens(processor: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the token of each language by its code; words of the vocabulary that look like a code are none."""
+    if hasattr(processor, "lang_code_to_token"):  # M2M100: `fr` is written `__fr__`
+        return {code: int(processor.get_lang_id(code)) for code in processor.lang_code_to_token}
+    if hasattr(processor, "lang_code_to_id"):  # mBART
+        known = {code: int(token) for code, token in processor.lang_code_to_id.items()}
+    else:
+        known = {str(token): i for i, token in processor.added_tokens_decoder.items() if token.special}
+    return {code: i for code, i in known.items() if LANGUAGE_CODE.fullmatch(code) and i != processor.unk_token_id}
+
+
+def set_languages(source: str | None, target: str | None, processor: PreTrainedTokenizerBase) -> None:
+    """Set the languages of the texts that a tokenizer reads next, in place.
+
+    Raises RecipeError for one that is missing or that it does not know.
+    """
+    if not has_languages(processor):
+        return
+    languages = source, target
+    if None not in languages and (processor.src_lang, processor.tgt_lang) == languages:
+        return
+    codes = language_tokens(processor)
+    problems = []
+    for key, code in (("translate.source_language", source), ("translate.target_language", target)):
+        if code is None:
+            what = "this model wants to know the language, and neither recipe nor row says it"
+            fix = "Set it to the model's own code, such as eng_Latn; or give the rows a column of that name."
+            problems.append(Problem(what, key, fix))
+        elif code not in codes:
+            fix = f"Use the model's own code, such as {next(iter(codes), 'eng_Latn')}.{nearest_code(code, list(codes))}"
+            problems.append(Problem(f"the tokenizer does not know the language {code!r}", key, fix))
+    RecipeError.collect(problems)
+    processor.src_lang, processor.tgt_lang = languages
+
+
+def nearest_code(code: str, codes: Sequence[str]) -> str:
+    """Return ` Did you mean 'x'?` for the language that someone meant: `en` or `English` for `eng_Latn` or `en_XX`."""
+    stem = re.split("[-_]", code.lower())[0]
+    names = {known: known.partition("_")[0] for known in codes}
+    alike = [known for known, name in names.items() if stem and (stem.startswith(name) or name.startswith(stem))]
+    return f" Did you mean '{alike[0]}'?" if alike else nearest(code, codes)

@@ -1,0 +1,114 @@
+"""Metrics of preferences, out of what a model makes of better and worse answers: their likelihoods or scores.
+
+Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.evaluate.metric import Measure, columns, difference_of_ratios, measure_means, ratio
+from llmtune.evaluate.paired_statistics import Floats
+
+if TYPE_CHECKING:
+    from llmtune.recipe import PreferenceSection
+
+Ratings: TypeAlias = dict[str, float]
+"""What a model makes of a row's answers: log-probabilities or scores by name."""
+AGAINST = "a reward is beta times what training added to an answer's log-probability"
+REWARDS = {
+    "orpo": "a reward is beta times an answer's mean log-probability a token",
+    "reward": "a reward is the model's score",
+}
+"""What rewards are with losses that have no reference."""
+KL_SIGNATURE = "nats a token of the first answer from the model without any adapter, exact over the vocabulary"
+
+
+def rewards(
+    ratings: Sequence[Ratings], name: str, settings: PreferenceSection, base: Sequence[Ratings] | None
+) -> Floats | None:
+    """Return the reward [N] of each row's answer `name`: a score, or beta times what training made of its likelihood.
+
+    None where there is no base to hold it against.
+    """
+    values = np.array([one[name] for one in ratings])
+    if settings.loss == "reward":
+        return values
+    if settings.loss == "orpo":
+        return np.asarray(settings.beta * values / np.array([one[f"{name}_tokens"] for one in ratings]))
+    if base is None:
+        return None
+    return np.asarray(settings.beta * (values - np.array([one[name] for one in base])))
+
+
+def measure_preferences(
+    metric: str,
+    ratings: Sequence[Ratings],
+    thumbs: Sequence[bool],
+    settings: PreferenceSection,
+    base: Sequence[Ratings] | None,
+) -> Measure | None:
+    """Build accuracy, margin, likelihood_accuracy, kl or loss; None for what this loss has no such thing of.
+
+    Rewards of DPO, IPO and KTO are against what training started from: its own are all 0, a tie, which counts half.
+    """
+    if metric == "kl":
+        known = all("kl" in one for one in ratings)
+        return measure_means("kl", [one["kl"] for one in ratings], KL_SIGNATURE) if known else None
+    reward = REWARDS.get(settings.loss, AGAINST)
+    if settings.loss == "kto":
+        found = rewards(ratings, "answer", settings, base)
+        return None if found is None else _measure_thumbs(metric, found, np.array(thumbs, dtype=bool), reward)
+    better, worse = (rewards(ratings, name, settings, base) for name in ("chosen", "rejected"))
+    if better is None or worse is None:
+        return None
+    apart = better - worse
+    if metric == "accuracy":
+        return _measure_wins(metric, apart, f"share of pairs whose chosen answer has the higher reward, {reward}")
+    if metric == "margin":
+        return measure_means("margin", apart.tolist(), f"mean reward of chosen less rejected, {reward}")
+    if metric == "likelihood_accuracy" and settings.loss != "reward":
+        logps = [np.array([one[name] for one in ratings]) for name in ("chosen", "rejected")]
+        return _measure_wins(metric, logps[0] - logps[1], "share of pairs whose chosen answer is likelier")
+    if metric == "loss" and settings.loss in ("dpo", "reward"):
+        smooth = settings.label_smoothing if settings.loss == "dpo" else 0.0
+        losses = (1 - smooth) * np.logaddexp(0, -apart) + smooth * np.logaddexp(0, apart)
+        center = settings.center_rewards_coefficient if settings.loss == "reward" else None
+        losses = losses + (center or 0.0) * (better + worse) ** 2
+        return measure_means("loss", losses.tolist(), f"mean over pairs of the {settings.loss} loss, {reward}")
+    if metric == "loss" and settings.loss == "ipo" and base is not None:
+        signature = f"mean over pairs of the ipo loss, {reward}"
+        return measure_means("loss", _ipo(ratings, base, settings.beta).tolist(), signature)
+    return None
+
+
+def _measure_wins(metric: str, apart: Floats, signature: str) -> Measure:
+    """Measure the share [N] that is above 0; a tie is half, so that the reference itself, all ties, has one half."""
+    wins = np.where(apart == 0, 0.5, np.where(apart > 0, 1.0, 0.0))
+    sums = columns(wins, np.ones(len(wins)))
+    return Measure(metric, sums, ratio, right_wrong=True, signature=f"{signature}; a tie is half")
+
+
+def _ipo(ratings: Sequence[Ratings], base: Sequence[Ratings], beta: float) -> Floats:
+    log_ratios = [
+        (np.array([one[name] for one in ratings]) - np.array([one[name] for one in base]))
+        / np.array([one[f"{name}_tokens"] for one in ratings])
+        for name in ("chosen", "rejected")
+    ]
+    return np.asarray((log_ratios[0] - log_ratios[1] - 1 / (2 * beta)) ** 2)
+
+
+def _measure_thumbs(metric: str, found: Floats, good: npt.NDArray[np.bool_], reward: str) -> Measure | None:
+    """Measure single answers: whether good ones gained and bad ones lost, and how far both kinds are apart."""
+    if metric == "accuracy":
+        signature = f"share of answers whose reward has the sign of their thumb, {reward}"
+        return _measure_wins(metric, np.where(good, found, -found), signature)
+    if metric == "margin" and good.any() and not good.all():
+        sums = columns(np.where(good, found, 0), good.astype(float), np.where(good, 0, found), (~good).astype(float))
+        signature = f"mean reward of thumbs up less that of thumbs down, {reward}"
+        return Measure(metric, sums, difference_of_ratios, signature=signature)
+    return None

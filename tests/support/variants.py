@@ -1,0 +1,33 @@
+"""The variants of the tasks by name, and predictions on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.recipe import Recipe
+from llmtune.tasks import VARIANTS, AnyTask
+
+(CHAT,) = VARIANTS["chat"]
+COMPLETION, MASKED = VARIANTS["completion"]
+TRANSLATE, TRANSLATE_DECODER = VARIANTS["translate"]
+SUMMARIZE, SUMMARIZE_DECODER = VARIANTS["summarize"]
+EXTRACTIVE_QA, QA, QA_DECODER = VARIANTS["qa"]
+(CLASSIFY,) = VARIANTS["classify"]
+(TOKEN_CLASSIFY,) = VARIANTS["token-classify"]
+WHISPER, CTC = VARIANTS["speech"]
+PREFERENCE, REWARD = VARIANTS["preference"]
+
+
+def predict(
+    task: AnyTask,
+    model: torch.nn.Module,
+    rows: Any,
+    processor: Any,
+    recipe: Recipe,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> list[Any]:
+    return task.predict(rows, LoadedModel(model, processor, recipe, "cpu", advance))

@@ -1,0 +1,315 @@
+"""What every task promises, for every variant: batches change nothing, answers are those of one row, results reload."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import families
+from support.audio import write_tone
+from support.models import build_gpt2, build_llama
+from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_training
+from support.variants import predict
+
+from llmtune.data import iterate_rows, load_rows
+from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.evaluate.generation import generate_texts
+from llmtune.model import load_processor
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.session import Models, Options, open_finished
+from llmtune.tasks import VARIANTS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
+]
+COLOURS = ("red", "green", "blue", "black", "white")
+THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
+WORDS = [
+    (f"The quick {t} is {c}" + " and the sky is blue" * (i % 3), t, c) for i, t in enumerate(THINGS) for c in COLOURS
+]
+TEXTS = [{"text": f"{text}."} for text, _, _ in WORDS]
+CHATS = [{"prompt": f"Which colour has the {t} {i}?", "completion": f"It is {c}"} for i, (_, t, c) in enumerate(WORDS)]
+SINGLE = [{"text": text, "label": c} for text, _, c in WORDS]
+MULTI = [{"text": text, "label": [c, t][: 1 + i % 2]} for i, (text, t, c) in enumerate(WORDS)]
+NUMBERS = [{"text": text, "label": COLOURS.index(c) + 0.5} for text, _, c in WORDS]
+TAGS = [
+    {
+        "tokens": text.split(),
+        "tags": [f"B-{'THING' if w == t else 'COLOUR'}" if w in (t, c) else "O" for w in text.split()],
+    }
+    for text, t, c in WORDS
+]
+ANSWERS = [
+    {"question": f"Which colour has the {t}?", "context": text, "answer": "" if i % 5 == 4 else c}
+    for i, (text, t, c) in enumerate(WORDS)
+]
+PREFERENCES = [
+    {"prompt": f"{i}. Which colour has the {t}?", "chosen": f"The {t} is {c}.", "rejected": f"one two {c}"}
+    for i, (_, t, c) in enumerate(WORDS)
+]
+THUMBS = [
+    {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 != 0}
+    for i, row in enumerate(PREFERENCES)
+]
+NO_TEXT = {"generation": {"max_new_tokens": None}}
+RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
+LOGITS = ("logits", "start_logits", "end_logits")
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant on a tiny model."""
+
+    task: str
+    variant: int
+    build: Callable[..., Path]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
+    method: str = "lora"
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def speech(**section: Any) -> dict[str, Any]:
+    return {"speech": {"window_seconds": 2, **section}}
+
+
+CASES = {
+    "chat": Case("chat", 0, build_llama, CHATS),
+    "completion-full": Case("completion", 0, build_gpt2, CHATS, method="full"),
+    "completion": Case("completion", 0, build_llama, CHATS),
+    "masked": Case(
+        "completion", 1, families.build_bert, TEXTS, {"completion": {"objective": "masked"}, **NO_TEXT}, config=STILL
+    ),
+    "translate": Case("translate", 0, families.build_t5, PAIRS, config={"dropout_rate": 0.0}),
+    "translate-full": Case("translate", 0, families.build_marian, PAIRS, method="full", config={"dropout": 0.0}),
+    "translate-decoder": Case("translate", 1, build_llama, PAIRS, {"translate": {"prompt": "In French: {source}"}}),
+    "summarize": Case("summarize", 0, families.build_bart, DOCUMENTS, config={"dropout": 0.0}),
+    "summarize-decoder": Case("summarize", 1, build_llama, DOCUMENTS, method="qlora"),
+    "qa-extractive": Case("qa", 0, families.build_roberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, config=STILL),
+    "qa": Case("qa", 1, families.build_t5, ANSWERS, config={"dropout_rate": 0.0}),
+    "qa-decoder": Case("qa", 2, build_llama, ANSWERS),
+    "classify": Case(
+        "classify", 0, families.build_bert, SINGLE, {"classify": {"class_weights": "balanced"}, **NO_TEXT}, config=STILL
+    ),
+    "classify-qlora": Case("classify", 0, families.build_bert, SINGLE, NO_TEXT, method="qlora"),
+    "classify-multi": Case("classify", 0, families.build_deberta, MULTI, NO_TEXT, method="full", config=STILL),
+    "classify-number": Case("classify", 0, build_llama, NUMBERS, NO_TEXT),
+    "token-classify": Case("token-classify", 0, families.build_modernbert, TAGS, NO_TEXT),
+    "token-classify-full": Case("token-classify", 0, families.build_bert, TAGS, NO_TEXT, "full", STILL),
+    "whisper": Case("speech", 0, families.build_whisper, sections=speech(language="fr")),
+    "ctc": Case("speech", 1, families.build_wav2vec2, sections=speech()),
+    "preference": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "dpo"}}),
+    "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
+    "preference-orpo": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "orpo"}}),
+    "reward": Case("preference", 1, build_llama, PREFERENCES, {"preference": {"loss": "reward"}, **NO_TEXT}),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write the recipe of a case into a folder; rows of speech are tones, whose pitch is their word."""
+    models: dict[str, Path] = {}
+    clips = tmp_path_factory.mktemp("clips")
+    lines = ["file_name,text"]
+    for i in range(30):
+        write_tone(clips / f"{i}.wav", 0.4 + 0.02 * i, pitch_hz=200.0 * (1 + i % 6), seed=i)
+        lines.append(f"{i}.wav,It's {THINGS[i % 6]}.")
+    (clips / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+    def write(name: str, folder: Path, **changes: Any) -> Path:
+        case = CASES[name]
+        if name not in models:
+            models[name] = case.build(tmp_path_factory.mktemp("models") / name, **case.config)
+        sections = {**case.sections, "adapter": {"method": case.method, "lora_dropout": 0.0}}
+        if case.method == "full":
+            sections["adapter"] = {"method": "full"}
+        sections["train"] = {"learning_rate": RATES[case.method], "num_train_epochs": 3}
+        data = {"max_length": 64 if case.task == "qa" and case.variant == 0 else 128, **changes.pop("data", {})}
+        if case.task == "speech":
+            data["train"] = str(clips)
+        return recipe_of(folder, models[name], case.rows, case.task, **sections, data=data, **changes)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe_file: Callable[..., Path]) -> Callable[[str], Any]:
+    """The run folder of a case and its report, made once."""
+    runs: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def run(name: str) -> tuple[Path, dict[str, Any]]:
+        if name not in runs:
+            folder = tmp_path_factory.mktemp(name)
+            recipe = load_recipe(str(recipe_file(name, folder)))
+            runs[name] = folder / "run", run_pipeline(recipe, Options(out=folder / "run"), quiet())
+        return runs[name]
+
+    return run
+
+
+def opened(run: Path) -> Any:
+    """The context of a run, its models, and the test rows without their answers."""
+    context, model_ref = open_finished(run, quiet(), True)
+    processor = load_processor(model_ref, context.recipe.model)
+    rows = [context.task.split_answer(row)[0] for _, row in iterate_rows(load_rows(run / "data" / "rows"), "test")]
+    return context, Models(context, model_ref, processor), processor, rows
+
+
+@every_case
+def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, recipe_file, tmp_path):
+    found = []
+    packings = (True, False) if VARIANTS[CASES[name].task][CASES[name].variant].packs else (False,)
+    for packing in packings:
+        changes = (
+            {"data": {"packing": packing}} if packing else {"data": {"packing": False} if len(packings) > 1 else {}}
+        )
+        path = recipe_file(name, tmp_path / str(packing), **changes)
+        training = start_training(path, tmp_path / str(packing) / "run")
+        assert training.task is VARIANTS[CASES[name].task][CASES[name].variant]
+        with torch.no_grad():
+            for i, parameter in enumerate(training.parameters):  # away from the start, where half the gradient is zero
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        found += [gradient(training, budget) for budget in (1, 100_000)]
+    (loss, one), *others = found
+    assert float(one.norm()) > 0.01
+    for other_loss, other in others:
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert float((other - one).norm() / one.norm()) < 2e-4
+
+
+@every_case
+def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name, finished):
+    _, report = finished(name)
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    scores, variant = report["evaluation"], VARIANTS[CASES[name].task][CASES[name].variant]
+    assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
+    new_head = scores["baseline"] is not None
+    assert new_head == (variant.trains_head and name != "ctc")
+    row_loss = {"loss"} & scores["tuned"].keys() if new_head and variant.has_row_loss else set()
+    assert scores["tuned"].keys() - scores["base"].keys() == row_loss
+    for difference in scores["difference"].values():
+        low, high = difference["interval"]
+        assert low is None or low <= difference["value"] <= high  # None where the rows are too few
+
+
+@every_case
+def test_a_second_run_is_skipped(name, finished):
+    run, report = finished(name)
+    again = run_pipeline(load_recipe(str(run.parent / "recipe.yaml")), Options(out=run), quiet())
+    assert all(step["skipped"] for step in again["steps"])
+    assert again["evaluation"] == report["evaluation"]
+
+
+@every_case
+def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name, finished):
+    run, _ = finished(name)
+    context, models, processor, rows = opened(run)
+    lines = [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+
+    def answer(asked: list[Any]) -> list[Any]:
+        if context.task.predicts:
+            return predict(context.task, model, asked, processor, context.recipe)
+        prompts = [context.task.prompt_ids(row, processor, context.recipe) for row in asked]
+        return generate_texts(model, prompts, processor, context.recipe, device="cpu")
+
+    with models.tuned() as model, torch.inference_mode():
+        model.eval()
+        together = answer(rows)
+        alone = [answer([row])[0] for row in rows[:4]]
+    assert len(together) == len(rows) == len(lines) > 3
+    for one, other in zip(alone, together, strict=False):
+        compare(one, other)
+    texts = [context.task.format_prediction(one) for one in together]
+    assert [line.get("tuned", text) for line, text in zip(lines, texts, strict=True)] == texts
+
+
+def compare(one: Any, other: Any) -> None:
+    """Hold two predictions against each other, their numbers but for rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            compare(value, other[key])
+    elif isinstance(one, list) and one and isinstance(one[0], float):
+        assert one == pytest.approx(other, abs=1e-4)
+    else:
+        assert one == (pytest.approx(other, abs=1e-4) if isinstance(one, float) else other)
+
+
+RELOAD = """
+import json, sys
+import peft, torch, transformers
+from safetensors.torch import load_file, save_file
+for folder, auto_class, method, inputs, outputs in json.load(open(sys.argv[1])):
+    options, plain = {"dtype": torch.float32}, getattr(transformers, auto_class)
+    if method == "qlora":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "classifier", "bert.pooler"])
+    if method == "full":
+        model = plain.from_pretrained(folder, **options)
+    elif auto_class == "AutoModelForCTC":  # AutoPeftModel wants an embedding of tokens, which it does not have
+        base = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = peft.PeftModel.from_pretrained(plain.from_pretrained(base, config=config, **options), folder)
+    else:
+        if auto_class.endswith("Classification"):
+            config = transformers.AutoConfig.from_pretrained(folder)
+            options |= {"num_labels": config.num_labels, "pad_token_id": config.pad_token_id}
+        auto = getattr(peft, "AutoPeft" + auto_class.removeprefix("Auto"), peft.AutoPeftModel)
+        model = auto.from_pretrained(folder, **options)
+    for module in model.modules():  # bitsandbytes' kernel for inference rounds otherwise
+        module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        output = model.eval()(**load_file(inputs))
+    names = [name for name in ("logits", "start_logits", "end_logits") if name in output]
+    save_file({name: output[name].contiguous() for name in names}, outputs)
+assert not any(name.startswith("llmtune") for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What a script without llmtune makes of a batch with each result, as a file; beside it what llmtune does."""
+    place, asked = tmp_path_factory.mktemp("reloaded"), []
+    for name, case in CASES.items():
+        run, _ = finished(name)
+        context, models, processor, _ = opened(run)
+        reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+        batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+        with models.tuned() as model, torch.no_grad():
+            inputs = read_inputs(model, batch)
+            if unwrap(model).config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
+            output = model.eval()(**inputs)
+        save_file({key: part.contiguous() for key, part in inputs.items()}, place / f"{name}.inputs")
+        save_file({key: output[key].contiguous() for key in LOGITS if key in output}, place / f"{name}.ours")
+        folder = run / ("weights" if case.method == "full" else "adapter")
+        files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
+        asked.append([str(folder), context.task.auto_class, case.method, *files])
+    (place / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-c", RELOAD, str(place / "asked.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return lambda name: place / name
+
+
+@every_case
+def test_what_was_tuned_reloads_with_plain_classes_and_gives_the_same(name, reloaded):
+    ours, plain = (load_file(reloaded(f"{name}.{part}")) for part in ("ours", "plain"))
+    assert ours.keys() == plain.keys() != set()
+    for key, logits in ours.items():
+        torch.testing.assert_close(plain[key], logits, rtol=1e-4, atol=1e-4)
