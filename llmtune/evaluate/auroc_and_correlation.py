@@ -60,21 +60,21 @@ def area(scores_N: Floats, true_N: NDArray[np.bool_]) -> Weighted:
     return weighted
 
 
-def measure_correlation(metric: str, found_N: Floats, wanted_N: Floats) -> Measure:
+def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -> Measure:
     """Build "pearson", or "spearman": the same of ranks, where equal numbers share the mean of their ranks.
 
     Predictions that are all the same count as 0 (a mean has no correlation with anything); references that are all the
     same as NaN.
     """
     signature = "0 where all predictions are the same"
-    seen = columns(found_N, wanted_N)
+    seen = columns(predicted_N, reference_N)
     if metric == "pearson":
-        return Measure(metric, seen, None, signature=signature, weighted=partial(pearson, found_N, wanted_N))
+        return Measure(metric, seen, None, signature=signature, weighted=partial(pearson, predicted_N, reference_N))
     assert metric == "spearman"
-    found, wanted = group(found_N), group(wanted_N)
+    predicted, reference = group(predicted_N), group(reference_N)
 
     def weighted(counts_RN: Floats) -> Floats:
-        return pearson(ranks(found, counts_RN), ranks(wanted, counts_RN), counts_RN)
+        return pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
 
     return Measure(metric, seen, None, signature=signature, weighted=weighted)
 
@@ -96,14 +96,14 @@ def ranks(grouped: tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]], 
     return np.asarray(ranks_RG[:, group_N])
 
 
-def pearson(found: Floats, wanted: Floats, counts_RN: Floats) -> Floats:
+def pearson(predicted: Floats, reference: Floats, counts_RN: Floats) -> Floats:
     """Return Pearson's correlation [R] of numbers [N] or [R, N] with rows counted as often as they are drawn."""
-    found_RN, found_R = centred(found, counts_RN)
-    wanted_RN, wanted_R = centred(wanted, counts_RN)
-    covariance_R = (counts_RN * found_RN * wanted_RN).sum(1)
+    predicted_RN, predicted_R = centred(predicted, counts_RN)
+    reference_RN, reference_R = centred(reference, counts_RN)
+    covariance_R = (counts_RN * predicted_RN * reference_RN).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        values_R = np.where(found_R > 0, covariance_R / (found_R * wanted_R), 0.0)
-    return np.asarray(np.where(wanted_R > 0, np.clip(values_R, -1, 1), np.nan), dtype=np.float64)
+        values_R = np.where(predicted_R > 0, covariance_R / (predicted_R * reference_R), 0.0)
+    return np.asarray(np.where(reference_R > 0, np.clip(values_R, -1, 1), np.nan), dtype=np.float64)
 
 
 def centred(numbers: Floats, counts_RN: Floats) -> tuple[Floats, Floats]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
@@ -23,10 +23,7 @@ from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import progress_bars
 from llmtune.evaluate.lm_eval import (
     RUN_ERRORS,
-    AggregateMetric,
     Benchmark,
-    LmEvalGroup,
-    LmEvalTask,
     explained,
     load_benchmarks,
     quietly,
@@ -40,6 +37,11 @@ from llmtune.recipe import Recipe
 from llmtune.recipe.eval_suites_section import plain_name, suite_name
 from llmtune.records import Study
 from llmtune.store.atomic_files import write_text
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.result_schema import EvalResults
 
 MEANINGS = {
     "acc": "share of questions whose right answer is the likeliest",
@@ -65,21 +67,6 @@ NO_VERSION = (None, "Yaml", "N/A")
 """What lm-eval calls the version of a task or group that states none."""
 NO_FILTER = "none"
 CLOSE = 1e-9
-Results = TypedDict(
-    "Results",
-    {
-        "results": dict[str, dict[str, object]],
-        "samples": dict[str, list[dict[str, object]]],
-        "higher_is_better": dict[str, dict[str, bool | None]],
-        "versions": dict[str, object],
-        "n-shot": dict[str, int],
-        "n-samples": dict[str, dict[str, int]],
-        "config": dict[str, object],
-    },
-)
-"""What is read of lm-eval's results, by task."""
-
-
 Questions = tuple[object, ...]
 """[N] which questions stand in a measure."""
 
@@ -131,7 +118,10 @@ class BenchmarkSuite(EvalSuite):
         base, tuned = self.outputs.get("base", {}), self.outputs["tuned"]
         same = [name for name, score in tuned.items() if name in base and base[name].questions == score.questions]
         paired = PairedMeasures(
-            *({name: measure for name in same if (measure := side[name].measure) is not None} for side in (base, tuned))
+            *(
+                {name: measure for name in same if (measure := scores[name].measure) is not None}
+                for scores in (base, tuned)
+            )
         )
         return Study(
             title="Benchmarks",
@@ -150,7 +140,7 @@ class BenchmarkSuite(EvalSuite):
 
 def run_benchmark(
     benchmark: Benchmark, name: str, model: torch.nn.Module, context: EvalContext, bars: Progress
-) -> tuple[Results, int]:
+) -> tuple[EvalResults, int]:
     """Run a benchmark; return lm-eval's results and how many requests lost their beginning to fit the context."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
@@ -169,7 +159,7 @@ def run_benchmark(
     dtype = resolve_dtype(recipe.model.dtype, device)
     with quietly(), explained(section.task, RUN_ERRORS), without_environment(evaluator):
         lm = BatchedLM(model, context.processor, dtype, device, expect, lambda done: bars.advance(bar, done))
-        results: Results = evaluator.simple_evaluate(
+        results: EvalResults = evaluator.simple_evaluate(
             model=lm,
             tasks=list(benchmark.run),
             num_fewshot=section.num_fewshot,
@@ -209,7 +199,7 @@ def score_name(benchmark: Benchmark, score: Score) -> str:
     return ".".join(parts if score.filter == NO_FILTER else [*parts, plain_name(score.filter)])
 
 
-def read_scores(benchmark: Benchmark, results: Results, truncated: int) -> list[Score]:
+def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> list[Score]:
     """Return the scores of a benchmark's groups and tasks, as lm-eval has put them into `results`."""
     scores: list[Score] = []
 
@@ -257,7 +247,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
-def measure_task(task: LmEvalTask, metric: str, values: Sequence[object]) -> Measure | None:
+def measure_task(task: Task, metric: str, values: Sequence[object]) -> Measure | None:
     """Return a metric from each question's part in it; None where it is more than a sum of parts."""
     kind = getattr(task.aggregation().get(metric), "__name__", "mean")
     numbers = [float(value) for value in values if is_number(value)]
@@ -287,9 +277,9 @@ WEIGHTED: dict[str, Formula] = {"weighted_perplexity": exponent, "bits_per_byte"
 """Scores of a sum over a sum, by lm-eval's name of how they are put together."""
 
 
-def measure_group(group: LmEvalGroup, metric: str, parts: Sequence[Score]) -> Measure | None:
+def measure_group(group: Group, metric: str, parts: Sequence[Score]) -> Measure | None:
     """Return a group's mean over its tasks, weighed by their questions or all alike, from the questions' parts."""
-    kinds: list[AggregateMetric] = [one for one in group.aggregate_metric_list if one.metric == metric]
+    kinds = [one for one in group.aggregate_metric_list if one.metric == metric]
     means = [one.measure for one in parts if one.measure is not None and one.measure.formula is ratio]
     if len(kinds) != 1 or not means or len(means) < len(parts):
         return None
@@ -310,7 +300,7 @@ def mean_of_ratios(sums: Floats) -> Floats:
     return np.asarray(ratio(by_task).mean(-1), dtype=np.float64)
 
 
-def describe_score(benchmark: Benchmark, task: str, results: Results, truncated: int, adds_up: bool) -> str:
+def describe_score(benchmark: Benchmark, task: str, results: EvalResults, truncated: int, adds_up: bool) -> str:
     """Describe how a score was computed."""
     parts = [f"lm-eval {version('lm-eval')}"]
     if (named := results["versions"].get(task)) not in NO_VERSION:

@@ -54,12 +54,12 @@ def measure_classes(
 
 def true_classes(kind: Kind, references: Sequence[Reference], labels: Sequence[str]) -> NDArray[np.bool_]:
     """Return which classes [N, K] are right; each reference must be a label, or labels, of `labels`."""
-    place = {label: k for k, label in enumerate(labels)}
+    index = {label: k for k, label in enumerate(labels)}
     true_NK = np.zeros((len(references), len(labels)), dtype=np.bool_)
     for n, reference in enumerate(references):
         names = [reference] if kind == "single" else reference
         assert isinstance(names, Sequence)
-        true_NK[n, [place[str(name)] for name in names]] = True
+        true_NK[n, [index[str(name)] for name in names]] = True
     return true_NK
 
 
@@ -127,13 +127,13 @@ def matthews_formula(sums: Floats) -> Floats:
     return np.asarray(np.where(spread > 0, covariance / np.sqrt(np.maximum(spread, 1)), 0.0), dtype=np.float64)
 
 
-def measure_numbers(metric: str, found_N: Floats, wanted_N: Floats) -> Measure:
+def measure_numbers(metric: str, predicted_N: Floats, reference_N: Floats) -> Measure:
     """Build a metric of regression."""
     if metric == "mse":
-        return measure_means(metric, ((found_N - wanted_N) ** 2).tolist(), "mean of squared errors")
+        return measure_means(metric, ((predicted_N - reference_N) ** 2).tolist(), "mean of squared errors")
     if metric == "mae":
-        return measure_means(metric, np.abs(found_N - wanted_N).tolist(), "mean of absolute errors")
-    return measure_correlation(metric, found_N, wanted_N)
+        return measure_means(metric, np.abs(predicted_N - reference_N).tolist(), "mean of absolute errors")
+    return measure_correlation(metric, predicted_N, reference_N)
 
 
 def class_table(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
 
@@ -24,6 +24,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measur
 from llmtune.evaluate.results import BaseAnswers, save_base, save_predictions
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.slices import score_slices
+from llmtune.evaluate.suite import EvalSuite
 from llmtune.evaluate.token_batches import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 
     from llmtune.recipe import Recipe
 
+ModelLoaders: TypeAlias = "Mapping[str, Callable[[], AbstractContextManager[torch.nn.Module]]]"
+"""Contexts that load the "base" and "tuned" model."""
+
 
 def evaluate(
-    models: Mapping[str, Callable[[], AbstractContextManager[torch.nn.Module]]],
+    models: ModelLoaders,
     processor: PreTrainedTokenizerBase,
     rows: Rows,
     examples: Examples,
@@ -74,8 +78,35 @@ def evaluate(
     elif inputs is not None and known is not None and known.answers is not None:
         answers["base"] = known.answers
         console.print("base: what it answered to these rows is known from this run's first seed")
+    run_models(models, context, suites, answers, headless, packs)
+    evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
+    if inputs is not None:
+        base, tuned = answers["base"], answers["tuned"]
+        measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
+        if folder is not None:
+            save_rows(folder, inputs, rows, base, tuned, measures)
+        if folder is not None and known is not None and stand_in is None:
+            save_base(folder, base, known.inputs)
+        evaluation = compare_answers(context, inputs, base, tuned, measures)
+        evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
+    studies = {suite.name: suite.compare(measures) for suite in suites}
+    evaluation = replace(evaluation, baseline=stand_in, studies=studies)
+    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
+    print_scores(evaluation, console)
+    return evaluation
+
+
+def run_models(
+    models: ModelLoaders,
+    context: EvalContext,
+    suites: Sequence[EvalSuite],
+    answers: dict[str, Answers],
+    headless: bool,
+    packs: Callable[[], bool | None],
+) -> None:
+    """Run the rows and the suites on base and tuned model; `answers` that are known stay, others are added."""
     for name in ("base", "tuned"):
-        predicts = inputs is not None and name not in answers
+        predicts = context.inputs is not None and name not in answers
         running = () if name == "base" and headless else suites
         if not predicts and not running:
             continue
@@ -86,25 +117,16 @@ def evaluate(
                 suite.run(name, model)
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
-    evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
-    if inputs is not None:
-        base, tuned = answers["base"], answers["tuned"]
-        measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
-        if folder is not None:
-            save_predictions(folder, inputs, base, tuned)
-            ids = list(iterate_ids(rows, SPLIT))
-            save_measures(
-                folder, PerRowScores(measures.base, measures.tuned, name_rows([ids[row] for row in inputs.rows]))
-            )
-            if known is not None and stand_in is None:
-                save_base(folder, base, known.inputs)
-        evaluation = compare_answers(context, inputs, base, tuned, measures)
-        evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
-    studies = {suite.name: suite.compare(measures) for suite in suites}
-    evaluation = replace(evaluation, baseline=stand_in, studies=studies)
-    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
-    print_scores(evaluation, console)
-    return evaluation
+
+
+def save_rows(
+    folder: Path, inputs: EvalInputs, rows: Rows, base: Answers, tuned: Answers, measures: PairedMeasures
+) -> None:
+    """Write what both models answered to each row, and each row's part in the scores."""
+    save_predictions(folder, inputs, base, tuned)
+    ids = list(iterate_ids(rows, SPLIT))
+    names = name_rows([ids[row] for row in inputs.rows])
+    save_measures(folder, PerRowScores(measures.base, measures.tuned, names))
 
 
 def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tuple[str, Answers]:

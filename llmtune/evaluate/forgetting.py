@@ -23,7 +23,6 @@ from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.slices import rows_by
 from llmtune.evaluate.suite import EvalSuite
 from llmtune.evaluate.text_metrics import exponential_ratio
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 from llmtune.records import Study, StudyTable
 from llmtune.report.number_format import DASH, count, score
 
@@ -92,8 +91,7 @@ class ForgettingSuite(EvalSuite):
             advance = add_bar(bars, f"{name}: general text", len(passages.windows))
             nats = score_passages(model, passages, device=device, advance=advance)
             advance = add_bar(bars, f"{name}: general questions", len(self.trees))
-            budget = budget_for(device, TOKEN_BUDGET)
-            choices = score_trees(model, self.trees, device=device, budget=budget, advance=advance)
+            choices = score_trees(model, self.trees, device=device, advance=advance)
         self.outputs[name] = Likelihoods(nats, choices)
 
     def compare(self, measures: PairedMeasures) -> Study:

@@ -33,28 +33,23 @@ def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
     """Check one gate."""
     base, tuned = evaluation.by_name("base"), evaluation.by_name("tuned")
     if gate.metric not in tuned or (gate.against_base and gate.metric not in base):
-        return GateResult(gate.text, wanted_text(gate, None), "not measured", passed=False)
+        return GateResult(gate.text, gate.text, "not measured", passed=False)
     if gate.part is None:
-        got, wanted = tuned[gate.metric], wanted_score(gate, base.get(gate.metric, math.nan))
+        actual, limit = tuned[gate.metric], threshold(gate, base.get(gate.metric, math.nan))
     else:
         change, score = evaluation.differences().get(gate.metric), base[gate.metric]
         if change is None:
-            return GateResult(gate.text, wanted_text(gate, None), "no interval", passed=False)
-        got = change.low if gate.part == "low" else change.high
-        wanted = wanted_score(gate, score) - score
-    passed = not (math.isnan(got) or math.isnan(wanted)) and COMPARE[gate.op](got, wanted)
-    return GateResult(gate.text, wanted_text(gate, wanted), number(got), passed)
-
-
-def wanted_score(gate: Gate, base: float) -> float:
-    """Return the right side of the gate as a score."""
-    return base * gate.factor + gate.offset if gate.number is None else gate.number
-
-
-def wanted_text(gate: Gate, wanted: float | None) -> str:
-    """Say what the gate wants, with the base model's part worked in."""
+            return GateResult(gate.text, gate.text, "no interval", passed=False)
+        actual = change.low if gate.part == "low" else change.high
+        limit = threshold(gate, score) - score
+    passed = not (math.isnan(actual) or math.isnan(limit)) and COMPARE[gate.op](actual, limit)
     left = f"{gate.part} end of the difference" if gate.part else gate.metric
-    return f"{left} {gate.op} {number(wanted)}" if wanted is not None else gate.text
+    return GateResult(gate.text, f"{left} {gate.op} {number(limit)}", number(actual), passed)
+
+
+def threshold(gate: Gate, base: float) -> float:
+    """Return the right-hand side of the gate as a score."""
+    return base * gate.factor + gate.offset if gate.number is None else gate.number
 
 
 def number(value: float) -> str:

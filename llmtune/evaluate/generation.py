@@ -34,12 +34,12 @@ def generation_settings(model: torch.nn.Module, processor: PreTrainedTokenizerBa
 
     What a model repository sets by itself (a temperature, a repetition penalty) does not count: the recipe says it all.
     """
-    wanted = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
-    if wanted["do_sample"]:
-        wanted.setdefault("top_k", 0)  # transformers draws among 50 unless told otherwise
+    options = {key: value for key, value in recipe.generation.model_dump().items() if value is not None}
+    if options["do_sample"]:
+        options.setdefault("top_k", 0)  # transformers draws among 50 unless told otherwise
     stops = answer_ends(model, processor, recipe)
     pad = processor.pad_token_id if processor.pad_token_id is not None else (stops or [0])[0]
-    return GenerationConfig(**wanted, eos_token_id=stops or None, pad_token_id=pad, use_cache=True)
+    return GenerationConfig(**options, eos_token_id=stops or None, pad_token_id=pad, use_cache=True)
 
 
 def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, recipe: Recipe | None = None) -> list[int]:
@@ -76,11 +76,11 @@ def generate_texts(
     column_bytes = column_bytes_of(model, device) if is_greedy(recipe) and len(prompts) > FEW_PROMPTS else None
 
     def work(batch: list[int]) -> None:
-        asked = [prompts[i] for i in batch]
+        batch_prompts = [prompts[i] for i in batch]
         if column_bytes is None:
-            answers = generate_batch(model, asked, settings, device)
+            answers = generate_batch(model, batch_prompts, settings, device)
         else:
-            answers = write_greedily(model, asked, new, stops, device)
+            answers = write_greedily(model, batch_prompts, new, stops, device)
         for i, ids in zip(batch, answers, strict=True):
             texts[i] = decode_answer(ids, stops, processor)
         advance(len(batch))

@@ -36,8 +36,8 @@ class Writing:
         self.width = len(prompts[self.order[0]])
         self.columns = Columns(len(prompts), self.width + max(0, new_tokens - 1))
         self.mask_BT = torch.ones((len(prompts), self.columns.width), dtype=torch.int64)
-        for place, i in enumerate(self.order):
-            self.mask_BT[place, : self.width - len(prompts[i])] = 0
+        for slot, i in enumerate(self.order):
+            self.mask_BT[slot, : self.width - len(prompts[i])] = 0
         self.mask_BT = self.mask_BT.to(device)
 
     def read(self, shared: int, budget: int) -> torch.Tensor:
@@ -73,39 +73,39 @@ class Writing:
         columns.at_work = rows
         columns.first = self.width - len(self.prompts[chosen[0]])
         columns.end = columns.first + shared
-        place = rows.start
+        slot = rows.start
         for length, same in groupby(chosen, key=lambda i: len(self.prompts[i])):
-            stop, start = place + len([*same]), self.width - length
+            stop, start = slot + len([*same]), self.width - length
             if start < columns.end:
-                columns.copy_beginning(beginning, slice(place, stop), start, columns.end - start)
-            place = stop
+                columns.copy_beginning(beginning, slice(slot, stop), start, columns.end - start)
+            slot = stop
         read = self.width - columns.end
         ids_BT = torch.zeros((len(chosen), read), dtype=torch.int64)
         for row, i in enumerate(chosen):
             part = torch.tensor(self.prompts[i][-read:])
             ids_BT[row, read - len(part) :] = part
-        places_BT = torch.arange(-read, 0)[None] + torch.tensor([len(self.prompts[i]) for i in chosen])[:, None]
+        positions_BT = torch.arange(-read, 0)[None] + torch.tensor([len(self.prompts[i]) for i in chosen])[:, None]
         mask_BT = self.mask_BT[rows, columns.first : self.width]
-        return run(self.model, columns, ids_BT.to(self.device), places_BT.clamp_(0).to(self.device), mask_BT)
+        return run(self.model, columns, ids_BT.to(self.device), positions_BT.clamp_(0).to(self.device), mask_BT)
 
     def step(self, tokens_B: torch.Tensor, written: int) -> torch.Tensor:
         """Write a token to each row, behind `written` others; return the logits [B, V] of what follows."""
         columns = self.columns
         mask_BT = self.mask_BT[columns.at_work, columns.first : columns.end + 1]
-        places = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
-        logits_BV = run(self.model, columns, tokens_B[:, None], places[:, None], mask_BT)
+        positions = torch.tensor([len(self.prompts[i]) + written for i in self.order], device=self.device)
+        logits_BV = run(self.model, columns, tokens_B[:, None], positions[:, None], mask_BT)
         columns.end += 1
         return logits_BV
 
     def leave(self, ended: Sequence[int]) -> list[int]:
-        """Let rows go, by their places; return the places from which the rows that stay come, in their new order."""
+        """Let rows go, by their slots; return the slots from which the rows that stay come, in their new order."""
         stays = len(self.order) - len(ended)
-        holes = [place for place in ended if place < stays]
-        last = [place for place in range(stays, len(self.order)) if place not in set(ended)]
+        holes = [slot for slot in ended if slot < stays]
+        last = [slot for slot in range(stays, len(self.order)) if slot not in set(ended)]
         self.columns.move(holes, last)
         moved = dict(zip(holes, last, strict=True))
-        taken = [moved.get(place, place) for place in range(stays)]
-        self.order = [self.order[place] for place in taken]
+        taken = [moved.get(slot, slot) for slot in range(stays)]
+        self.order = [self.order[slot] for slot in taken]
         self.mask_BT = self.mask_BT[taken]
         self.columns.at_work = slice(0, stays)
         self.columns.first = self.width - max((len(self.prompts[i]) for i in self.order), default=0)
@@ -116,7 +116,7 @@ def run(
     model: torch.nn.Module,
     columns: Columns,
     ids_BT: torch.Tensor,
-    places_BT: torch.Tensor,
+    positions_BT: torch.Tensor,
     mask_BT: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run `model` on tokens behind what `columns` hold; return the logits [B, V] of what follows the last of each row.
@@ -129,7 +129,7 @@ def run(
     if mask_BT is not None:
         inputs["attention_mask"] = mask_BT
     if "position_ids" in accepted:
-        inputs["position_ids"] = places_BT
+        inputs["position_ids"] = positions_BT
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     return cast(torch.Tensor, model(**inputs).logits[:, -1])
@@ -149,7 +149,7 @@ def write_greedily(
         tokens = tokens_B.tolist()
         for i, token in zip(writing.order, tokens, strict=True):
             answers[i].append(token)
-        ended = [place for place, token in enumerate(tokens) if token in stops]
+        ended = [slot for slot, token in enumerate(tokens) if token in stops]
         if len(ended) == len(tokens) or written == new_tokens - 1:
             break
         if ended:
@@ -168,7 +168,7 @@ def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
 def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
     """Return the bytes that a token of a row takes up while answers are written; None where `model` cannot be used so.
 
-    That is not asked but tried, on a dozen tokens: rows of different length with a common beginning are read, one
+    That is tried, not asked, on a dozen tokens: rows of different length with a common beginning are read, one
     leaves, and what follows is held against plain forward passes. It differs in models that keep a state from token
     to token, or keys and values of their own kind.
     """
@@ -181,7 +181,7 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         first_BV = writing.read(4, 8)
         order = writing.order
         taken = writing.leave([0])
-        second_BV = writing.step(torch.tensor([added[order[place]] for place in taken], device=device), 0)
+        second_BV = writing.step(torch.tensor([added[order[slot]] for slot in taken], device=device), 0)
         alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
     except (ValueError, TypeError, IndexError, AttributeError, KeyError):
         return None
@@ -189,10 +189,10 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         if is_out_of_memory(error):
             raise
         return None
-    wanted = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in writing.order)])
+    expected = torch.stack([*(alone[i][0] for i in order), *(alone[i][1] for i in writing.order)])
     found = torch.cat([first_BV, second_BV]).float()
-    apart = (found - wanted).square().mean().sqrt()
-    close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * wanted.std()
+    apart = (found - expected).square().mean().sqrt()
+    close = apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * expected.std()
     return writing.columns.column_bytes if bool(close) else None
 
 

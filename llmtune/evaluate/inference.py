@@ -73,8 +73,7 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         scores: list[list[float]] = []
         if trees:
             advance = add_bar(bars, f"{name}: choices", len(trees))
-            budget = budget_for(device, TOKEN_BUDGET)
-            scores = score_trees(model, list(trees.values()), device=device, budget=budget, advance=advance)
+            scores = score_trees(model, list(trees.values()), device=device, advance=advance)
         if task.predicts:
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]

@@ -77,14 +77,14 @@ class Columns(Cache):  # type: ignore[misc]
             here.keys[rows, :, columns] = there.keys[:, :, :count]
             here.values[rows, :, columns] = there.values[:, :, :count]
 
-    def move(self, places: Sequence[int], rows: Sequence[int]) -> None:
-        """Put other rows in the places of rows that are not needed any more; columns that are seen alone are moved."""
-        if not places:
+    def move(self, slots: Sequence[int], rows: Sequence[int]) -> None:
+        """Put other rows in the slots of rows that are not needed any more; columns that are seen alone are moved."""
+        if not slots:
             return
         columns = slice(self.first, self.end)
         for layer in self.kept.values():
             for part in (layer.keys, layer.values):
-                part[list(places), :, columns] = part[list(rows), :, columns]
+                part[list(slots), :, columns] = part[list(rows), :, columns]
 
     @property
     def column_bytes(self) -> int:

@@ -6,12 +6,12 @@ import contextlib
 import io
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from llmtune.store.lm_eval_tasks import check_task_files, is_file, read_task_fil
 from llmtune.store.process_environment import offline_switches
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
     from llmtune.recipe import Recipe
@@ -36,36 +38,6 @@ READ_ERRORS = (*RUN_ERRORS, RuntimeError, StopIteration)
 MOST_NAMED = 20
 
 
-class LmEvalTask(Protocol):
-    """What is used of a task of lm-eval."""
-
-    task_name: str
-
-    def aggregation(self) -> Mapping[str, Callable[..., object]]:
-        """Return by metric how the parts of the questions are put together."""
-
-    def get_config(self, key: str) -> object:
-        """Return one of its settings."""
-
-
-class AggregateMetric(Protocol):
-    """How a group puts a metric of its tasks together."""
-
-    metric: str
-    weight_by_size: bool
-
-
-class LmEvalGroup(Protocol):
-    """What is used of a group of lm-eval."""
-
-    name: str
-    child_names: Sequence[str]
-    aggregate_metric_list: Sequence[AggregateMetric]
-
-    def get_all_tasks(self) -> Sequence[LmEvalTask]:
-        """Return its tasks and those of the groups in it."""
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """One entry of `evaluate.benchmarks`, read by lm-eval."""
@@ -73,11 +45,11 @@ class Benchmark:
     name: str
     """What its scores are called by."""
     section: BenchmarkSection
-    run: tuple[LmEvalTask | LmEvalGroup, ...]
+    run: tuple[Task | Group, ...]
     """The tasks and groups of lm-eval to be run."""
-    tasks: dict[str, LmEvalTask]
+    tasks: dict[str, Task]
     """Every task by lm-eval's name for it, those of groups too."""
-    groups: dict[str, LmEvalGroup]
+    groups: dict[str, Group]
 
     def plain(self, lm_eval_name: str) -> str:
         """Return what the scores of a task or group are called by: what comes out of a file alone, by the file."""
@@ -151,16 +123,16 @@ def load_benchmark(section: BenchmarkSection, manager: TaskManager) -> Benchmark
     beside = contextlib.chdir(file.path.parent) if file is not None and file.rows_beside else contextlib.nullcontext()
     with explained(section.task, READ_ERRORS), beside:
         loaded = manager.load([name])
-    groups: dict[str, LmEvalGroup] = loaded.get("groups") or {}
-    tasks: dict[str, LmEvalTask] = loaded["tasks"]
+    groups: dict[str, Group] = loaded.get("groups") or {}
+    tasks: dict[str, Task] = loaded["tasks"]
     nested = {name for group in groups.values() for name in group.child_names}
     grouped = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-    run: list[LmEvalTask | LmEvalGroup] = [group for name, group in groups.items() if name not in nested]
+    run: list[Task | Group] = [group for name, group in groups.items() if name not in nested]
     run += [task for name, task in tasks.items() if name not in grouped]
     return Benchmark(suite_name(section.task), section, tuple(run), tasks, groups)
 
 
-def name_of(loaded: LmEvalTask | LmEvalGroup) -> str:
+def name_of(loaded: Task | Group) -> str:
     """Return lm-eval's name of a task or group."""
     return str(getattr(loaded, "task_name", None) or getattr(loaded, "name", None))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -16,6 +16,7 @@ from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budg
 from llmtune.model import compute_context
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
 MOST_WINDOWS = 512
@@ -25,12 +26,6 @@ NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_to
 TokenRequest = tuple[object, list[int], list[int]]
 """What it is called by, tokens of the context, tokens of what follows."""
 Answer = TypeVar("Answer")
-
-
-class LmEvalRequest(Protocol):
-    """A request of lm-eval: a context with what follows it, or with settings of generation."""
-
-    args: tuple[str, Mapping[str, int]]
 
 
 class InferenceModel:
@@ -77,12 +72,12 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         self.truncated = 0
         """Requests whose beginning was left out, since they are longer than the model's context."""
 
-    def loglikelihood(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return (nats, whether each token is the likeliest) for each pair of a context and what follows."""
         pairs: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return pairs
 
-    def loglikelihood_rolling(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the nats of whole texts."""
         nats: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         return nats
@@ -103,7 +98,7 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         lengths = [min(len(ids), self.max_length) for ids in alike]
         return self._answer(len(requests), lengths, budget_for(self.where, TOKEN_BUDGET), answer)
 
-    def generate_until(self, requests: Sequence[LmEvalRequest], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return generated texts, in batches."""
 
         def answer(batch: list[int]) -> dict[int, str]:

@@ -86,13 +86,17 @@ class PairedMeasures:
 
     def subset(self, rows: Collection[int]) -> PairedMeasures:
         """Return the measures of some rows, by index; a metric without any of them is left out."""
-        parts = [{metric: one.subset(rows) for metric, one in side.items()} for side in (self.base, self.tuned)]
+        parts = [
+            {metric: one.subset(rows) for metric, one in one_model.items()} for one_model in (self.base, self.tuned)
+        ]
         base, tuned = ({metric: one for metric, one in part.items() if len(one.sums_NK)} for part in parts)
         return PairedMeasures(base, tuned)
 
     def scores(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the scores of base and tuned model."""
-        base, tuned = ({metric: one.value for metric, one in side.items()} for side in (self.base, self.tuned))
+        base, tuned = (
+            {metric: one.value for metric, one in one_model.items()} for one_model in (self.base, self.tuned)
+        )
         return base, tuned
 
     def differences(self, seed: int, fewest: int = 0) -> dict[str, Difference]:

@@ -41,13 +41,13 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
 
 def tag_counts(predicted: Sequence[str], reference: Sequence[str]) -> tuple[int, int]:
     """Return the right tags of a row, and all."""
-    return sum(tag == want for tag, want in zip(predicted, reference, strict=True)), len(reference)
+    return sum(tag == right for tag, right in zip(predicted, reference, strict=True)), len(reference)
 
 
 def entity_counts(predicted: Sequence[str], reference: Sequence[str]) -> tuple[int, int, int]:
     """Return how many entities of a row are rightly predicted, predicted, and right."""
-    found, wanted = set(entities_of(predicted)), set(entities_of(reference))
-    return len(found & wanted), len(found), len(wanted)
+    found, expected = set(entities_of(predicted)), set(entities_of(reference))
+    return len(found & expected), len(found), len(expected)
 
 
 def precision_formula(sums: Floats) -> Floats:
@@ -71,15 +71,15 @@ ENTITY_METRICS = (*ENTITY_FORMULAS, "accuracy")
 
 def entity_table(predicted_tags: Tags, reference_tags: Tags) -> list[dict[str, Any]]:
     """Return `label`, `precision`, `recall`, `f1` and `support` (entities) of each type that occurs, by name."""
-    hits, found, wanted = Counter[str](), Counter[str](), Counter[str]()
+    hits, found, expected = Counter[str](), Counter[str](), Counter[str]()
     for predicted, reference in zip(predicted_tags, reference_tags, strict=True):
         predicted_set, reference_set = set(entities_of(predicted)), set(entities_of(reference))
         hits.update(kind for kind, _, _ in predicted_set & reference_set)
         found.update(kind for kind, _, _ in predicted_set)
-        wanted.update(kind for kind, _, _ in reference_set)
+        expected.update(kind for kind, _, _ in reference_set)
     table = []
-    for kind in sorted(found | wanted):
-        sums = np.array([hits[kind], found[kind], wanted[kind]], dtype=np.float64)
+    for kind in sorted(found | expected):
+        sums = np.array([hits[kind], found[kind], expected[kind]], dtype=np.float64)
         scores = {metric: float(formula(sums)) for metric, formula in ENTITY_FORMULAS.items()}
-        table.append({"label": kind, **scores, "support": wanted[kind]})
+        table.append({"label": kind, **scores, "support": expected[kind]})
     return table

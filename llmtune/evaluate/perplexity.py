@@ -87,7 +87,7 @@ def read_source(source: str) -> list[Text]:
 def make_text(name: str, text: str) -> Text:
     """Cut a text into paragraphs, each with the blank lines behind it."""
     text = text.replace("\r\n", "\n").strip()
-    cuts = [0, *(found.end() for found in BLANK_LINES.finditer(text)), len(text)]
+    cuts = [0, *(match.end() for match in BLANK_LINES.finditer(text)), len(text)]
     blocks = [text[left:right] for left, right in pairwise(cuts) if right > left]
     return Text(name, tuple(part for block in blocks for part in cut_long(block)))
 
@@ -117,12 +117,12 @@ def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, con
     text_of: list[int] = []
     for number, text in enumerate(texts):
         ids, paragraph_of = to_tokens(text, processor)
-        windows += lay_windows(ids, [len(sizes) + place for place in paragraph_of], start, room)
+        windows += lay_windows(ids, [len(sizes) + number for number in paragraph_of], start, room)
         sizes += [len(paragraph.encode()) for paragraph in text.paragraphs]
         if not start:
             sizes[-len(text.paragraphs)] -= len(str(processor.decode(ids[:1])).encode())
         text_of += [number] * len(text.paragraphs)
-    tokens = np.bincount([place for window in windows for place in window.paragraphs], minlength=len(sizes))
+    tokens = np.bincount([paragraph for window in windows for paragraph in window.paragraphs], minlength=len(sizes))
     return Passages(
         tuple(texts), tuple(windows), tokens.astype(np.float64), np.asarray(sizes, dtype=np.float64), tuple(text_of)
     )
@@ -142,12 +142,12 @@ def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int]
     """
     if not processor.is_fast:
         apart = encode_texts(processor, text.paragraphs)["input_ids"]
-        return [i for ids in apart for i in ids], [place for place, ids in enumerate(apart) for _ in ids]
+        return [i for ids in apart for i in ids], [number for number, ids in enumerate(apart) for _ in ids]
     whole = encode_texts(processor, ["".join(text.paragraphs)])
     ends = np.cumsum([len(paragraph) for paragraph in text.paragraphs])
     begins = [left for left, _ in whole.encodings[0].offsets]
-    places = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
-    return list(whole["input_ids"][0]), places.tolist()
+    paragraphs = np.minimum(np.searchsorted(ends, begins, side="right"), len(ends) - 1)
+    return list(whole["input_ids"][0]), paragraphs.tolist()
 
 
 def lay_windows(ids: Sequence[int], paragraph_of: Sequence[int], start: Sequence[int], room: int) -> list[Window]:

@@ -130,8 +130,7 @@ def score_by_decoder(
     """Return a sum of log-probabilities per option, StereoSet's divided by their number; None where it is too long."""
     limit = context_limit(model)
     fitting = [i for i, tree in enumerate(trees) if tree.longest <= limit]
-    budget = budget_for(device, TOKEN_BUDGET)
-    totals = score_trees(model, [trees[i] for i in fitting], device=device, budget=budget, advance=advance)
+    totals = score_trees(model, [trees[i] for i in fitting], device=device, advance=advance)
     scores: list[Scores | None] = [None] * len(trees)
     for i, sums in zip(fitting, totals, strict=True):
         sizes = [len(branch) - skipped for branch, skipped in zip(trees[i].branches, trees[i].unscored, strict=True)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmtune.evaluate.token_batches import pad_right, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, pad_right, run_in_batches
 from llmtune.model import is_out_of_memory
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.records import Batch
@@ -64,12 +64,12 @@ def score_trees(
     trees: Sequence[Tree],
     *,
     device: str,
-    budget: int,
     advance: Callable[[int], None] = lambda rows: None,
+    budget: int | None = None,
 ) -> list[list[float]]:
-    """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree.
+    """Return the log-likelihood in nats of each branch's scored tokens, [C] a tree, in batches of a token budget.
 
-    Trees need a model that takes any attention mask. That is not asked but tried: the longest tree is scored both
+    Trees need a model that takes any attention mask. That is tried, not asked: the longest tree is scored both
     ways, and if they disagree (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch
     of every tree is scored as a row of its own.
     """
@@ -84,7 +84,7 @@ def score_trees(
             scores[i] = values
         advance(len(batch))
 
-    run_in_batches([cost(tree, score) for tree in trees], budget, work)
+    run_in_batches([cost(tree, score) for tree in trees], budget or budget_for(device, TOKEN_BUDGET), work)
     return scores
 
 
@@ -130,15 +130,15 @@ def score_as_trees(model: torch.nn.Module, trees: Sequence[Tree], device: str) -
     for row, tree in enumerate(trees):
         at = width - tree.length
         size = len(tree.prefix)
-        place = (row, slice(at, at + size))
-        ids_BT[place], positions_BT[place], branch_BT[place] = torch.tensor(tree.prefix), torch.arange(size), PREFIX
+        cells = (row, slice(at, at + size))
+        ids_BT[cells], positions_BT[cells], branch_BT[cells] = torch.tensor(tree.prefix), torch.arange(size), PREFIX
         last = row * width + at + size - 1
         at += size
         for number, (branch, unscored) in enumerate(zip(tree.branches, tree.unscored, strict=True), start=1):
             inside = len(branch) - 1
-            place = (row, slice(at, at + inside))
-            ids_BT[place] = torch.tensor(branch[:-1], dtype=torch.int64)
-            positions_BT[place], branch_BT[place] = torch.arange(size, size + inside), number
+            cells = (row, slice(at, at + inside))
+            ids_BT[cells] = torch.tensor(branch[:-1], dtype=torch.int64)
+            positions_BT[cells], branch_BT[cells] = torch.arange(size, size + inside), number
             predict += [last, *range(row * width + at, row * width + at + inside)][unscored:]
             at += inside
     mask = tree_mask(branch_BT.to(device), model)

@@ -47,8 +47,8 @@ def base_inputs(
 def suite_commits(recipe: Recipe) -> list[str]:
     """Return the commits of the hub's data sets that suites of the evaluation read."""
     fairness = recipe.evaluate.fairness
-    named = [place for place in (fairness.pairs if fairness else ()) if place.startswith(HUB)]
-    return [resolve_commit(hub_source(place).path.removeprefix(HUB), None) for place in named]
+    named = [source for source in (fairness.pairs if fairness else ()) if source.startswith(HUB)]
+    return [resolve_commit(hub_source(source).path.removeprefix(HUB), None) for source in named]
 
 
 def suite_files(recipe: Recipe) -> list[Path]:

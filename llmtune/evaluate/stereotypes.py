@@ -156,7 +156,7 @@ def share_table(
     for name, numbers in parts.items():
         part = measures.subset(numbers)
         change = part.differences(seed, FEWEST_ROWS).get("stereotype")
-        shares = [f"{side['stereotype'].value:.3f}" for side in (part.base, part.tuned) if side]
+        shares = [f"{one['stereotype'].value:.3f}" for one in (part.base, part.tuned) if one]
         if change is not None:
             between = "" if np.isnan(change.low) else f"{change.low:+.3f} to {change.high:+.3f}"
             shares += [f"{change.value:+.3f}", between]

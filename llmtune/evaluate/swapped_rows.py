@@ -18,7 +18,7 @@ from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
 from llmtune.evaluate.shared_prefix import Tree, score_trees
 from llmtune.evaluate.slices import write_value
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, cut_evenly
+from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.evaluate.word_swaps import Swaps
 from llmtune.recipe.eval_suites_section import UNSWAPPED
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -76,8 +76,7 @@ class SwappedRows:
         elif self.trees:
             rows = [i for i, pair in self.trees.items() if all(tree.longest <= limit for tree in pair)]
             trees = [self.trees[i][n] for n in (0, 1) for i in rows]
-            budget = budget_for(device, TOKEN_BUDGET)
-            scores = score_trees(model, trees, device=device, budget=budget, advance=advance)
+            scores = score_trees(model, trees, device=device, advance=advance)
             answers = [most_likely(one, inputs.choices) for one in scores]
         else:
             new = recipe.generation.max_new_tokens

@@ -61,7 +61,7 @@ def measure_rouge(texts: Sequence[str], references: Sequence[str], *, metric: st
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([metric], use_stemmer=False)
-    scores = [scorer.score(want, text)[metric].fmeasure for text, want in zip(texts, references, strict=True)]
+    scores = [scorer.score(reference, text)[metric].fmeasure for text, reference in zip(texts, references, strict=True)]
     return measure_means(
         metric, scores, "rouge-score F1, no stemmer" + (", sentences by line" if metric == "rougeLsum" else "")
     )
@@ -88,9 +88,9 @@ def bleu_formula(sums: Floats) -> Floats:
     from sacrebleu.metrics.bleu import BLEU
 
     def score(row: Floats) -> float:
-        length, wanted, *grams = row.tolist()
+        length, expected, *grams = row.tolist()
         matches, totals = grams[:BLEU_ORDER], grams[BLEU_ORDER:]
-        return float(BLEU.compute_bleu(matches, totals, int(length), int(wanted), smooth_method="exp").score)
+        return float(BLEU.compute_bleu(matches, totals, int(length), int(expected), smooth_method="exp").score)
 
     return np.asarray(np.apply_along_axis(score, -1, sums), dtype=np.float64)
 
@@ -208,8 +208,8 @@ def same_answer(text: str, answer: str) -> float:
 
 def shared_words(text: str, answer: str) -> float:
     """F1 of the words that text and answer have in common; where one of them has none, 1 if both have none."""
-    given, wanted = bare(text).split(), bare(answer).split()
-    if not given or not wanted:
-        return float(given == wanted)
-    shared = (Counter(given) & Counter(wanted)).total()
-    return 2 * shared / (len(given) + len(wanted))
+    given, expected = bare(text).split(), bare(answer).split()
+    if not given or not expected:
+        return float(given == expected)
+    shared = (Counter(given) & Counter(expected)).total()
+    return 2 * shared / (len(given) + len(expected))

@@ -73,8 +73,8 @@ def error_rate(sums: Floats) -> Floats:
 def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:
     """Return [N, (errors, reference length)] of what jiwer aligned."""
     rows = [
-        (sum(chunk_errors(chunk) for chunk in chunks), len(wanted))
-        for chunks, wanted in zip(alignments, references, strict=True)
+        (sum(chunk_errors(chunk) for chunk in chunks), len(words))
+        for chunks, words in zip(alignments, references, strict=True)
     ]
     return np.asarray(rows, dtype=np.float64).reshape(-1, 2)
 
@@ -120,8 +120,8 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
-    said = json.loads(Path(found).read_text("utf-8"))
-    return {str(british): str(american) for british, american in said.items()}
+    content = json.loads(Path(found).read_text("utf-8"))
+    return {str(british): str(american) for british, american in content.items()}
 
 
 def lower_without_punctuation(text: str) -> str:

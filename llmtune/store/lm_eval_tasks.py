@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 PACKAGE, EXTRA = "lm_eval", "benchmarks"
 READERS = frozenset({"json", "csv", "parquet", "text", "arrow", "pandas", "xml", "imagefolder", "audiofolder"})
-"""What a task's `dataset_path` says where its rows lie in files (`data_files`)."""
+"""Values of a task's `dataset_path` that leave its rows to files (`data_files`)."""
 URL = "://"
+Config = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,6 @@ class Function:
     """`!function module.name`: Python that stands beside the task file, or is installed."""
 
     name: str
-
-    def file(self, folder: Path) -> Path:
-        """Return the file that it stands in, if it is one of `folder`."""
-        return folder / f"{self.name.rpartition('.')[0].replace('.', '/')}.py"
 
 
 class Constructor(SafeConstructor):
@@ -50,7 +47,7 @@ class TaskFile:
     """A task file with all that it includes."""
 
     path: Path
-    config: Mapping[str, Any]
+    config: Config
     """Merged with what is included; functions unresolved."""
     files: tuple[Path, ...]
     """The file itself, what it includes, the Python beside it, its rows, and the tasks of its group."""
@@ -59,7 +56,7 @@ class TaskFile:
     members: frozenset[str] = frozenset()
     """Of a group: the tasks that are named and stand in no file beside it."""
     rows_beside: bool = False
-    """Whether all of its relative places of rows are there, seen from its own folder."""
+    """Whether all relative paths of its rows lead to files, seen from its own folder."""
 
 
 def check_task_files(recipe: Recipe) -> None:
@@ -69,15 +66,12 @@ def check_task_files(recipe: Recipe) -> None:
         EnvironmentProblem: lm-eval is not installed.
         DataError: a task file, or a file that it names, is missing or cannot be read.
     """
-    named = recipe.evaluate.benchmarks
-    if named and find_spec(PACKAGE) is None:
-        raise EnvironmentProblem.of(
-            "benchmarks are run by lm-eval, which is not installed",
-            "evaluate.benchmarks",
-            f"pip install 'llmtune-cli[{EXTRA}]', or remove the key.",
-        )
+    benchmarks = recipe.evaluate.benchmarks
+    if benchmarks and find_spec(PACKAGE) is None:
+        fix = f"pip install 'llmtune-cli[{EXTRA}]', or remove the key."
+        raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", "evaluate.benchmarks", fix)
     problems: list[Problem] = []
-    for benchmark in named:
+    for benchmark in benchmarks:
         if is_file(benchmark.task):
             try:
                 read_task_file(Path(benchmark.task))
@@ -93,7 +87,7 @@ def shipped_names() -> frozenset[str]:
     spec = find_spec(PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or ():
         for _, folders, files in os.walk(Path(folder) / "tasks"):
-            names |= {*folders, *(Path(file).stem for file in files if file.endswith(TASK_FILES))}
+            names |= {*folders, *(Path(file).stem for file in files if is_file(file))}
     return frozenset(names)
 
 
@@ -103,11 +97,9 @@ def is_file(task: str) -> bool:
 
 
 def needs_network(task: str) -> bool:
-    """Whether a benchmark's rows may come over the network; a file that cannot be read is left for others to say."""
-    if not is_file(task):
-        return True
+    """Whether a benchmark's rows may come over the network; a file that cannot be read is reported elsewhere."""
     try:
-        return read_task_file(Path(task)).remote
+        return not is_file(task) or read_task_file(Path(task)).remote
     except DataError:
         return False
 
@@ -129,34 +121,27 @@ def read_task_file(path: Path) -> TaskFile:
     if not isinstance(config.get("task", config.get("group")), str | list):
         what = "this is no task file of lm-eval: it has neither `task` nor `group`"
         raise DataError.of(what, str(path), "Its documentation: docs/new_task_guide.md of lm-evaluation-harness.")
+    data_files = list(find_data_files(config))
+    relative = [name for name in data_files if not os.path.isabs(os.path.expanduser(name))]
+    beside = bool(relative) and all(glob.glob(name, root_dir=path.parent) for name in relative)
     files = [*read, *find_python(config, path.parent)]
-    places = list(find_places(config.get("dataset_kwargs") or {}))
-    relative = [place for place in places if not os.path.isabs(os.path.expanduser(place))]
-    rows_beside = bool(relative) and all(glob.glob(place, root_dir=path.parent) for place in relative)
-    folder = path.parent if rows_beside else Path.cwd()
-    remote = any(map(is_remote, parts_of(config)))
-    for place in places if not any(URL in place for place in places) else ():
-        found = sorted(map(Path, glob.glob(str(folder / os.path.expanduser(place)))))
-        if not found:
-            what = f"the task's rows are not there: {place}"
-            raise DataError.of(what, str(path), "Name files (`data_files`) from the task file's own folder.")
-        files += [file for file in found if file.is_file()]
-    members, beside = find_members(config, path)
-    for member in beside:
-        files += member.files
-    remote = remote or bool(members) or any(member.remote for member in beside)
-    rows_beside = rows_beside or any(member.rows_beside for member in beside)
-    return TaskFile(path, config, tuple(dict.fromkeys(files)), remote, members, rows_beside)
+    if not any(URL in name for name in data_files):
+        files += find_rows(data_files, path.parent if beside else Path.cwd(), path)
+    members, tasks = find_members(config, path)
+    files += [file for task in tasks for file in task.files]
+    remote = bool(members) or any(map(is_remote, parts_of(config))) or any(task.remote for task in tasks)
+    beside = beside or any(task.rows_beside for task in tasks)
+    return TaskFile(path, config, tuple(dict.fromkeys(files)), remote, members, beside)
 
 
-def load_merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+def load_merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, object], list[Path]]:
     """Return a file's mapping over those that it includes, and all of these files."""
     path = path.resolve()
     if path in above:
         raise DataError.of("it includes itself", str(path), "Remove the `include`.")
     config = load_yaml(path)
     included = config.pop("include", None) or []
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     files = [path]
     for name in included if isinstance(included, list) else [included]:
         inner, read = load_merged(path.parent / str(name), (*above, path))
@@ -165,7 +150,7 @@ def load_merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], li
     return merged | config, files
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path) -> dict[str, object]:
     """Read one YAML file of lm-eval's; `!function` becomes a Function."""
     reader = YAML(typ="safe", pure=True)
     reader.Constructor = Constructor
@@ -178,38 +163,41 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise DataError.of(f"the task file cannot be read: {error.strerror}", str(path)) from None
     except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        said = getattr(error, "problem", None) or str(error)
-        raise DataError.of(f"the task file is no YAML that can be read: {said}", where) from None
+        raise DataError.of(f"the task file is not valid YAML: {what}", where) from None
     if not isinstance(content, dict):
         raise DataError.of("the task file is no mapping (`key: value`)", str(path))
     return content
 
 
-def parts_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def parts_of(config: Config) -> Iterator[Config]:
     """Yield a task's mapping, or those of the tasks that are written out within a group's."""
     members = config.get("task")
     if not isinstance(members, list):
         yield config
         return
+    shared = {key: value for key, value in config.items() if key != "task"}
     for member in members:
         if isinstance(member, dict):
-            yield from parts_of({**{key: value for key, value in config.items() if key != "task"}, **member})
+            yield from parts_of({**shared, **member})
 
 
-def is_remote(config: Mapping[str, Any]) -> bool:
+def is_remote(config: Config) -> bool:
     """Whether a task's rows are those of a hub's data set, or lie behind an address."""
     path = config.get("dataset_path")
     if not isinstance(path, str):
         return False
-    if any(URL in place for place in find_places(config.get("dataset_kwargs") or {})):
-        return True
-    return path not in READERS and not os.path.isdir(os.path.expanduser(path))
+    behind_url = any(URL in name for name in find_data_files(config))
+    return behind_url or (path not in READERS and not os.path.isdir(os.path.expanduser(path)))
 
 
-def find_places(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what `dataset_kwargs` names as files: a text, a list, or either by side."""
-    waiting = [settings.get("data_files"), settings.get("data_dir")]
+def find_data_files(config: Config) -> Iterator[str]:
+    """Yield what `dataset_kwargs` names as files: a text, a list, or either by split."""
+    settings = config.get("dataset_kwargs")
+    waiting: list[object] = (
+        [settings.get(key) for key in ("data_files", "data_dir")] if isinstance(settings, dict) else []
+    )
     while waiting:
         value = waiting.pop(0)
         if isinstance(value, str):
@@ -220,10 +208,20 @@ def find_places(settings: Mapping[str, Any]) -> Iterator[str]:
             waiting += value.values()
 
 
+def find_rows(names: list[str], folder: Path, path: Path) -> Iterator[Path]:
+    """Yield the files of rows; raises DataError for a name without one."""
+    for name in names:
+        found = sorted(map(Path, glob.glob(str(folder / os.path.expanduser(name)))))
+        if not found:
+            fix = "Name files (`data_files`) from the task file's own folder."
+            raise DataError.of(f"the task's rows are not there: {name}", str(path), fix)
+        yield from (file for file in found if file.is_file())
+
+
 def find_python(value: object, folder: Path) -> Iterator[Path]:
     """Yield the files beside a task file that its functions stand in."""
     if isinstance(value, Function):
-        file = value.file(folder)
+        file = folder / f"{value.name.rpartition('.')[0].replace('.', '/')}.py"
         if file.is_file():
             yield file
     elif isinstance(value, dict | list):
@@ -231,28 +229,19 @@ def find_python(value: object, folder: Path) -> Iterator[Path]:
             yield from find_python(item, folder)
 
 
-def find_members(config: Mapping[str, Any], path: Path) -> tuple[frozenset[str], list[TaskFile]]:
+def find_members(config: Config, path: Path) -> tuple[frozenset[str], list[TaskFile]]:
     """Return the tasks that a group names and that stand in no file beside it, and the files of the others."""
     members = config.get("task")
-    if not isinstance(members, list):
-        return frozenset(), []
-    wanted = {name for name in map(member_name, members) if name is not None}
+    listed = members if isinstance(members, list) else []
+    names = {one for one in listed if isinstance(one, str)}
+    apart = [one.get("task") for one in listed if isinstance(one, dict) and "dataset_path" not in one]
+    names |= {name for name in apart if isinstance(name, str)}
     found: dict[str, TaskFile] = {}
-    for file in sorted(path.parent.glob("*.yaml")) if wanted else ():
-        named = wanted & set(names_in(str(file), file.stat().st_mtime_ns)) - found.keys()  # the first counts
-        if named and file.resolve() != path.resolve():
-            found |= dict.fromkeys(named, read_task_file(file))
-    return frozenset(wanted - found.keys()), list(found.values())
-
-
-def member_name(member: object) -> str | None:
-    """Return the name of a group's member that is not written out in place."""
-    if isinstance(member, str):
-        return member
-    if isinstance(member, dict) and "dataset_path" not in member:
-        name = member.get("task")
-        return name if isinstance(name, str) else None
-    return None
+    for file in sorted(path.parent.glob("*.yaml")) if names else ():
+        stated = names & set(names_in(str(file), file.stat().st_mtime_ns)) - found.keys()  # the first counts
+        if stated and file.resolve() != path.resolve():
+            found |= dict.fromkeys(stated, read_task_file(file))
+    return frozenset(names - found.keys()), list(found.values())
 
 
 @cache

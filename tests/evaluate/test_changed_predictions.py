@@ -7,8 +7,7 @@ import pytest
 
 from llmtune.evaluate.changed_predictions import find_flips, flipped_rows
 from llmtune.evaluate.inference import Answers
-from llmtune.evaluate.metric import Measure, PairedMeasures, columns, compare, measure_means, ratio
-from llmtune.evaluate.paired_statistics import mcnemar
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
 
 ROWS = 30
 
@@ -62,16 +61,6 @@ def test_a_tie_is_no_flip_and_a_base_of_ties_has_none(told):
     before, after = right([0.5, 0.5, 0, 1]), right([1, 0, 1, 0.5])
     assert flipped_rows(before, after) == ([2], [])
     assert find_flips(PairedMeasures({"m": right([0.5] * 4)}, {"m": after}), *told, 5) == {}
-
-
-def test_flips_are_what_the_exact_test_counts():
-    generator = np.random.default_rng(0)
-    before, after = right(generator.random(80) < 0.4), right(generator.random(80) < 0.6)
-    gained, lost = flipped_rows(before, after)
-    found = compare(before, after, 0)
-    assert found.test == "McNemar exact"
-    assert found.p == mcnemar(len(lost), len(gained))
-    assert found.value == pytest.approx((len(gained) - len(lost)) / 80)
 
 
 def test_rows_that_became_right_are_found_in_a_real_evaluation(bench):

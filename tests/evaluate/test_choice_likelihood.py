@@ -6,7 +6,7 @@ from support.training import with_methods
 from llmtune.data import iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate import choice_likelihood as choices_module
-from llmtune.evaluate.choice_likelihood import check_choices, choice_trees, find_choices, most_likely, with_answer
+from llmtune.evaluate.choice_likelihood import check_choices, choice_trees, find_choices
 
 
 def test_few_short_repeated_answers_are_choices():
@@ -40,10 +40,6 @@ def test_choices_without_any_reference_among_them_are_refused():
     check_choices(["yes", "no"], ["no", "maybe"])
     with pytest.raises(DataError, match="'Yes'"):
         check_choices(["yes", "no"], ["Yes", "No"])
-
-
-def test_the_first_of_equals_is_most_likely():
-    assert most_likely([-2.0, -1.0, -1.0], ["a", "b", "c"]) == "b"
 
 
 def test_a_tree_scores_the_answer_and_the_end_of_its_turn_and_nothing_else(bench):
@@ -80,12 +76,6 @@ def test_prompts_are_encoded_in_slices_with_the_same_trees(bench, monkeypatch):
     assert len(sizes) > 1
 
 
-def test_an_answer_is_put_where_the_task_finds_it(bench):
-    question, answer = bench.task.split_answer(next(row for _, row in iterate_rows(bench.rows, "test")))
-    assert bench.task.split_answer(with_answer(question, answer)) == (question, answer)
-    assert with_answer({"prompt": "a", "completion": ""}, "b") == {"prompt": "a", "completion": "b"}
-
-
 def test_stated_choices_are_taken_and_references_outside_them_count_as_wrong(bench):
     found = bench.evaluate(metrics=("choice_accuracy",), choices=("red", "green"), samples=0)
     outside = [
@@ -93,8 +83,3 @@ def test_stated_choices_are_taken_and_references_outside_them_count_as_wrong(ben
     ]
     assert found.tuned["choice_accuracy"] <= 1 - len(outside) / found.rows
     assert f"{len(outside)} references are not among them" in found.signatures["choice_accuracy.choices"]
-
-
-def test_choices_can_be_switched_off(bench):
-    found = bench.evaluate(metrics=("loss", "choice_accuracy"), choices=None)
-    assert "choice_accuracy" not in found.tuned

@@ -16,7 +16,6 @@ from llmtune.evaluate.classification_metrics import (
     majority_scores,
     measure_classes,
 )
-from llmtune.evaluate.metric import compare
 
 LABELS = ("bad", "fair", "good")
 F1 = {"f1_macro": "macro", "f1_micro": "micro", "f1_weighted": "weighted"}
@@ -85,14 +84,6 @@ CASES = [(kind, metric) for kind, metrics in CLASS_METRICS.items() for metric in
 
 
 @pytest.mark.parametrize(("kind", "metric"), CASES)
-def test_the_score_is_that_of_the_library(kind, metric):
-    scores, references = draw(kind)
-    wanted = by_the_library(metric, kind, scores, references)
-    assert 0 < wanted < 2
-    assert measure_classes(metric, kind, scores, references, LABELS).value == pytest.approx(wanted, abs=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "metric"), CASES)
 @pytest.mark.parametrize("seed", range(6))
 def test_the_score_of_a_handful_of_rows_is_that_of_the_library_though_classes_are_missing(kind, metric, seed):
     scores, references = draw(kind, rows=4, seed=seed)
@@ -120,12 +111,6 @@ def test_two_classes_are_scored_as_the_library_scores_them(metric):
     scores, references = draw("single", labels=labels)
     wanted = by_the_library(metric, "single", scores, references, labels)
     assert measure_classes(metric, "single", scores, references, labels).value == pytest.approx(wanted, abs=1e-12)
-
-
-def test_the_area_of_several_classes_is_the_one_against_the_rest_of_scikit_learn():
-    scores, references = draw("single")
-    wanted = sklearn.roc_auc_score(indexes(references), scores, multi_class="ovr", average="macro")
-    assert measure_classes("auroc", "single", scores, references, LABELS).value == pytest.approx(wanted, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -172,11 +157,6 @@ def test_the_majority_is_the_most_frequent_label_of_training():
     assert measure_classes("auroc", "single", scores, ["good", "bad", "good"], LABELS).value == 0.5
 
 
-def test_the_majority_of_many_labels_are_those_of_more_than_half_of_the_rows():
-    scores = majority_scores([["bad", "good"], ["good"], [], ["good", "fair", "bad"]], "multi", LABELS, 2)
-    assert measure_classes("accuracy", "multi", scores, [["good"], ["bad", "good"]], LABELS).value == 0.5
-
-
 def test_the_majority_of_numbers_is_their_mean():
     scores = majority_scores([1.0, 2.0, 6.0], "regression", (), 4)
     assert scores.tolist() == [[3.0]] * 4
@@ -185,24 +165,6 @@ def test_the_majority_of_numbers_is_their_mean():
 
 
 @pytest.mark.parametrize(("kind", "metric"), CASES)
-def test_a_gain_over_the_majority_has_an_interval(kind, metric):
-    scores, references = draw(kind, rows=200)
-    base = measure_classes(metric, kind, majority_scores(references, kind, LABELS, 200), references, LABELS)
-    tuned = measure_classes(metric, kind, scores, references, LABELS)
-    found = compare(base, tuned, seed=0)
-    assert found.value == pytest.approx(tuned.value - base.value)
-    assert found.low < found.value < found.high
-    if metric in ("auroc", "f1_macro", "matthews", "pearson", "spearman"):
-        assert found.low > 0
-    assert compare(tuned, tuned, seed=0).value == 0
-
-
-@pytest.mark.parametrize(("kind", "metric"), CASES)
 def test_classes_of_no_rows_have_no_score(kind, metric):
     width = 1 if kind == "regression" else 3
     assert math.isnan(measure_classes(metric, kind, np.empty((0, width)), [], LABELS).value)
-
-
-def test_accuracy_is_right_or_wrong_by_row():
-    for kind in ("single", "multi"):
-        assert measure_classes("accuracy", kind, *draw(kind), LABELS).right_wrong

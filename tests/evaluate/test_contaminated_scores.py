@@ -56,15 +56,6 @@ def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(c
     assert load_evaluation(tmp_path) == found
 
 
-def test_clean_rows_say_so_and_what_was_left_out_before(bench):
-    bench.teach = lambda model: None
-    found = bench.evaluate(metrics=("loss",))
-    told = found.contamination
-    assert told.overlapping == 0
-    assert told.scores == told.examples == ()
-    assert f"None of the {told.rows} test rows overlaps" in " ".join(bench.console.file.getvalue().split())
-
-
 def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_bench):
     bench = make_bench(RECIPE, [turn(long_question(i), COLOURS[i % 3]) for i in range(30)], deduplicate="near")
     bench.teach = lambda model: None
@@ -72,7 +63,3 @@ def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_ben
     assert found.contamination.near == 0
     assert found.contamination.dropped == {"near a test row": 12}
     assert "12 other rows were kept out of training" in " ".join(bench.console.file.getvalue().split())
-
-
-def test_without_test_rows_there_is_nothing_to_compare(make_bench):
-    assert make_bench(test=0.0).evaluate().contamination is None

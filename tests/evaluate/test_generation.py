@@ -26,24 +26,6 @@ def settings(bench, **changes):
     return bench.recipe.model_copy(update={"generation": bench.recipe.generation.model_copy(update=changes)})
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", PACKED])
-def test_a_batch_says_what_each_prompt_gets_alone(tiny_llama, bench, attention):
-    model, tokenizer = load(tiny_llama, attention)
-    check_batch(model, tokenizer, settings(bench, max_new_tokens=20))
-
-
-def test_a_batch_says_what_each_prompt_gets_alone_with_learned_positions(tiny_gpt2, bench):
-    check_batch(*load(tiny_gpt2), settings(bench, max_new_tokens=20))
-
-
-def check_batch(model, tokenizer, recipe):
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    together = generate_texts(model, prompts, tokenizer, recipe, device="cpu")
-    alone = [generate_texts(model, [prompt], tokenizer, recipe, device="cpu")[0] for prompt in prompts]
-    assert together == alone
-    assert len(set(together)) == len(prompts)
-
-
 def test_answers_come_back_in_the_order_of_the_prompts_whatever_the_batches(tiny_llama, bench, monkeypatch):
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]

@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.metric import ratio
-from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar, resample
+from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar
 from llmtune.records import Evaluation
 from llmtune.report import verdict
 
@@ -125,12 +125,6 @@ def test_rows_that_all_got_better_have_an_interval_and_not_a_point():
     assert found.p == pytest.approx(2 / 2**10)
 
 
-def test_three_rows_that_all_got_better_leave_it_open():
-    found = difference(ones(np.zeros(3)), ones(np.ones(3)), ratio, right_wrong=True, seed=0)
-    assert found.low <= 0
-    assert found.p == 0.25
-
-
 def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
     generator = np.random.default_rng(0)
     base, tuned = ones(generator.random(50)), ones(generator.random(50) + 0.2)
@@ -138,15 +132,6 @@ def test_the_same_seed_gives_the_same_interval_and_another_one_a_near_one():
     assert first == again
     assert other.low != first.low
     assert other.low == pytest.approx(first.low, abs=0.02)
-
-
-def test_swapping_the_models_turns_the_sign_and_nothing_else():
-    generator = np.random.default_rng(0)
-    base, tuned = ones(generator.random(40)), ones(generator.random(40) ** 2)
-    there = difference(base, tuned, ratio, right_wrong=False, seed=3)
-    back = difference(tuned, base, ratio, right_wrong=False, seed=3)
-    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
-    assert back.p == there.p
 
 
 def test_pairing_makes_the_interval_narrow_where_rows_differ_more_than_models():
@@ -177,16 +162,6 @@ def test_mcnemar_is_the_two_sided_sign_test_of_the_disagreements():
     assert mcnemar(5, 15) == pytest.approx(2 * sum(math.comb(20, k) for k in range(6)) / 2**20)
     assert mcnemar(15, 5) == pytest.approx(mcnemar(5, 15))
     assert mcnemar(0, 0) == 1
-
-
-def test_resampling_in_small_chunks_has_the_same_spread(monkeypatch):
-    generator = np.random.default_rng(0)
-    paired = np.stack([ones(generator.random(100)), ones(generator.random(100))], axis=1)
-    whole = resample(paired, ratio, seed=0, resamples=4000)
-    monkeypatch.setattr(statistics, "CHUNK_CELLS", 1000)
-    parts = resample(paired, ratio, seed=0, resamples=4000)
-    assert len(parts) == len(whole) == 4000
-    assert parts.std() == pytest.approx(whole.std(), rel=0.1)
 
 
 def test_a_metric_by_sums_and_the_same_metric_by_draws_have_the_same_interval():

@@ -102,10 +102,6 @@ def test_the_same_measures_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / MEASURES).read_bytes() == (tmp_path / "b" / MEASURES).read_bytes()
 
 
-def test_equal_rows_are_counted() -> None:
-    assert name_rows(["a", "b", "a", "a"]) == ("a-1", "b-1", "a-2", "a-3")
-
-
 @pytest.mark.parametrize("damage", [b"", b"PK not a zip", None])
 def test_scores_that_are_damaged_or_gone_are_an_error_with_what_to_do(tmp_path: Path, damage: bytes | None) -> None:
     save_measures(tmp_path, PerRowScores(rows=("a-1",)))

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from sacrebleu import corpus_bleu, corpus_ter
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from llmtune.evaluate.metric import compare
 from llmtune.evaluate.text_metrics import (
     TEXT_MEASURES,
     measure_bleu,
@@ -47,26 +44,11 @@ def test_rouge_is_the_mean_f1_of_rouge_score(metric):
     assert TEXT_MEASURES[metric](TEXTS, REFERENCES).value == pytest.approx(wanted, abs=1e-12)
 
 
-def test_bleu_is_the_corpus_score_of_sacrebleu():
-    found = measure_bleu(TEXTS, REFERENCES)
-    wanted = corpus_bleu(TEXTS, [REFERENCES])
-    assert 0 < wanted.score < 100
-    assert found.value == wanted.score
-    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in found.signature
-
-
 def test_bleu_with_another_tokenizer_is_sacrebleus():
     found = measure_bleu(TEXTS, REFERENCES, tokenize="char")
     assert found.value == BLEU(tokenize="char").corpus_score(TEXTS, [REFERENCES]).score
     assert found.value != measure_bleu(TEXTS, REFERENCES).value
     assert "tok:char" in found.signature
-
-
-def test_ter_is_the_corpus_score_of_sacrebleu():
-    found = measure_ter(TEXTS, REFERENCES)
-    assert found.value > 0
-    assert found.value == pytest.approx(corpus_ter(TEXTS, [REFERENCES]).score, abs=1e-12)
-    assert "tok:tercom" in found.signature
 
 
 @settings(max_examples=150, deadline=None)
@@ -89,14 +71,6 @@ def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often
 @pytest.mark.parametrize("metric", TEXT_MEASURES)
 def test_a_text_metric_without_rows_is_not_a_number(metric):
     assert math.isnan(TEXT_MEASURES[metric]([], []).value)
-
-
-def test_the_difference_of_two_models_in_bleu_has_an_interval():
-    base, tuned = measure_bleu(TEXTS * 4, REFERENCES * 4), measure_bleu(REFERENCES * 4, REFERENCES * 4)
-    found = compare(base, tuned, seed=0)
-    assert found.value == pytest.approx(100 - base.value)
-    assert 0 < found.low < found.value < found.high
-    assert found.p < 0.01
 
 
 def test_the_length_ratio_is_words_by_words_of_all_rows():
@@ -138,29 +112,3 @@ def test_squad_scores_are_means_over_the_rows_as_shares_of_one():
     assert exact.right_wrong
     assert not f1.right_wrong
     assert "share of 1" in exact.signature
-
-
-def words_another_way(text):
-    marks = re.escape("".join(chr(code) for code in range(33, 127) if not chr(code).isalnum()))
-    return [word for word in re.sub(r"\b(?:an?|the)\b", " ", re.sub(f"[{marks}]", "", text.lower())).split() if word]
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.text("at hen.,-'é\n", max_size=12) | st.text(max_size=8),
-    st.lists(st.text("at hen.,-'é\n", max_size=12) | st.text(max_size=8), max_size=3),
-)
-def test_squad_scores_are_those_of_a_second_hand_for_any_texts(text, answers):
-    given_words = words_another_way(text)
-    wanted = [words for words in map(words_another_way, answers) if words] or [[]]
-    exact, f1 = 0.0, 0.0
-    for words in wanted:
-        exact = max(exact, float(words == given_words))
-        left = Counter(words)
-        left.subtract(given_words)
-        common = len(words) - sum(count for count in left.values() if count > 0)
-        precision, recall = common / max(len(given_words), 1), common / max(len(words), 1)
-        both = 2 * precision * recall / (precision + recall) if common else float(words == given_words)
-        f1 = max(f1, both)
-    assert measure_squad("exact_match", [text], [answers]).value == exact
-    assert measure_squad("f1", [text], [answers]).value == pytest.approx(f1, abs=1e-12)

@@ -5,11 +5,8 @@ import math
 import jiwer
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from llmtune.evaluate.metric import compare
 from llmtune.evaluate.wer import NORMALISERS, make_normaliser, measure_cer, measure_wer
 
 REFERENCES = [
@@ -21,7 +18,6 @@ REFERENCES = [
 ]
 TEXTS = ["he hoped there'd be stew for the dinner", "turnips and carrot's", "Ca c'est été", "go on on on", ""]
 METRICS = {"wer": (measure_wer, jiwer.wer), "cer": (measure_cer, jiwer.cer)}
-LETTERS = st.text("ab é.,-'A\n\u0301", max_size=16)
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -34,18 +30,6 @@ def test_the_error_rate_is_that_of_jiwer_over_the_normalised_texts(metric, norma
     assert found.value == pytest.approx(reference(*clean), abs=1e-12)
     assert f"normaliser {normaliser}" in found.signature
     assert "jiwer 4." in found.signature
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=5), st.sampled_from(["wer", "cer"]))
-def test_the_error_rate_is_that_of_jiwer_for_any_texts(pairs, metric):
-    texts, references = [text for text, _ in pairs], [reference for _, reference in pairs]
-    build, reference = METRICS[metric]
-    found = build(texts, references, "none").value
-    if any(text.strip() for text in references):
-        assert found == pytest.approx(reference(references, texts), abs=1e-12)
-    else:
-        assert math.isnan(found)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -75,13 +59,6 @@ def test_an_error_rate_without_reference_words_is_not_a_number(metric):
     assert math.isnan(build(["noise"], [""]).value)
 
 
-def test_two_models_are_compared_over_the_same_rows():
-    base, tuned = measure_wer([""] * 20, REFERENCES * 4), measure_wer(REFERENCES * 4, REFERENCES * 4)
-    found = compare(base, tuned, seed=0)
-    assert (found.value, found.low, found.high) == (-1, -1, -1)
-    assert found.p < 0.001
-
-
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -97,17 +74,6 @@ def test_two_models_are_compared_over_the_same_rows():
 )
 def test_the_basic_normaliser_knows_the_punctuation_of_all_scripts(text, wanted):
     assert make_normaliser("basic")(text) == wanted
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=20))
-def test_normalising_twice_by_the_basic_rules_changes_nothing(text):
-    once = make_normaliser("basic")(text)
-    assert make_normaliser("basic")(once) == once
-
-
-def test_the_normaliser_named_none_leaves_a_text_alone():
-    assert make_normaliser("none")(" Ab,  c\n") == " Ab,  c\n"
 
 
 def test_the_normaliser_of_whisper_is_the_one_for_the_language():

@@ -4,7 +4,7 @@ import pytest
 
 from llmtune.errors import DataError
 from llmtune.evaluate.swapped_rows import SwappedRows, swap_row
-from llmtune.evaluate.word_swaps import Swaps, read_swaps
+from llmtune.evaluate.word_swaps import read_swaps
 
 OWN = read_swaps(["own"])
 
@@ -115,7 +115,3 @@ def test_words_that_cannot_be_used_are_an_error_with_their_lines(tmp_path, conte
         read_swaps([str(file)])
     assert str(caught.value.problems[0].where).endswith(where)
     assert len(caught.value.problems) == (3 if content and b"alone" in content else 1)
-
-
-def test_a_list_without_the_words_of_a_text_changes_nothing():
-    assert Swaps({"a": ("b",), "b": ("a",)}).swap("other words").words == ()

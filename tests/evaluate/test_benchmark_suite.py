@@ -1,0 +1,230 @@
+"""Benchmarks of lm-eval on base and tuned model: its own scores, with paired intervals."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, rows_to_learn, write_tasks
+from support.models import build_llama
+from support.rows import write_jsonl
+from support.runs import write_recipe
+
+from llmtune.errors import DataError, GateFailed
+from llmtune.evaluate.lm_eval import quietly
+from llmtune.pipeline import evaluate_run, run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.session import Options
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has learned the questions of the benchmarks by heart."""
+    place = tmp_path_factory.mktemp("harness")
+    write_tasks(place)
+    model = build_llama(place / "model")
+    recipe = write_recipe(
+        place / "recipe.yaml",
+        model,
+        write_jsonl(place / "rows.jsonl", rows_to_learn()),
+        task="completion",
+        data={"test": 0.0, "validation": 0.0, "deduplicate": "none", "packing": None},
+        train={"num_train_epochs": 20, "learning_rate": 5e-3, "batch_size": 4},
+        adapter={"r": 32, "lora_alpha": 64},
+        evaluate={"metrics": None, "benchmarks": ["choose.yaml", "write.yaml", "read.yaml"]},
+    )
+    run_pipeline(load_recipe(str(recipe)), Options(out=place / "run", offline=True), Console(file=io.StringIO()))
+    return place
+
+
+def study(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "run" / "report.json").read_text())["evaluation"]["studies"]
+    return found["benchmarks"]
+
+
+def lm_eval_files(place: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((place / "run" / "evaluation" / "benchmarks" / f"{name}.json").read_text())
+    return found
+
+
+def plain_lm_eval(place: Path, **settings: Any) -> dict[str, Any]:
+    """What lm-eval says of a model that it loads by itself, a request at a time."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(place), include_defaults=False)
+    named = ["chosen_colours", "written_colours", "read_colours"]
+    with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()), quietly():
+        found: dict[str, Any] = simple_evaluate(
+            "hf", {"dtype": "float32", **settings}, tasks=named, task_manager=manager, batch_size=1, device="cpu"
+        )
+    return found
+
+
+def numbers(results: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{task}/{key}": value
+        for task, scores in results["results"].items()
+        for key, value in scores.items()
+        if isinstance(value, float) and not isinstance(value, bool)
+    }
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("base", {}), ("tuned", {"peft": "run/adapter"})])
+def test_scores_are_those_of_lm_eval_with_a_model_that_it_loads_itself(
+    done: Path, name: str, adapter: dict[str, str]
+) -> None:
+    plain = numbers(plain_lm_eval(done, pretrained="model", **adapter))
+    assert numbers(lm_eval_files(done, name)) == pytest.approx(plain, rel=1e-5)
+    scores = study(done)[name]
+    assert scores["choose.acc"] == plain["chosen_colours/acc,none"]
+    assert scores["write.exact_match.strict-match"] == plain["written_colours/exact_match,strict-match"]
+    assert scores["write.exact_match.as_said"] == plain["written_colours/exact_match,as@said"]
+    assert scores["read.bits_per_byte"] == pytest.approx(plain["read_colours/bits_per_byte,none"])
+
+
+def test_what_was_learned_is_seen_with_paired_intervals_over_the_questions(done: Path) -> None:
+    found = study(done)
+    for metric in ("choose.acc", "write.exact_match.strict-match"):
+        change = found["difference"][metric]
+        assert change["value"] == pytest.approx(found["tuned"][metric] - found["base"][metric])
+        assert change["interval"][0] > 0.1
+        assert (change["n"], change["test"]) == (30, "McNemar exact")
+    assert found["difference"]["read.bits_per_byte"]["test"] == "paired bootstrap"
+    assert found["better"]["choose.acc"] == 1
+    assert found["better"]["read.bits_per_byte"] == -1
+
+
+def test_a_score_that_does_not_add_up_question_by_question_has_no_interval_and_says_so(done: Path) -> None:
+    found = study(done)
+    assert found["tuned"]["write.chrf.strict-match"] > found["base"]["write.chrf.strict-match"]
+    assert "write.chrf.strict-match" not in found["difference"]
+    assert "no interval" in found["signatures"]["write.chrf.strict-match"]
+    assert "no interval" not in found["signatures"]["choose.acc"]
+    assert "30 of 30 questions" in found["signatures"]["choose.acc"]
+
+
+def again(place: Path, *sets: str) -> dict[str, Any]:
+    """Evaluate the run once more with other settings."""
+    loaded = load_recipe(str(place / "recipe.yaml"), list(sets))
+    out = place / f"again-{len(list(place.iterdir()))}"
+    shutil.copytree(place / "run", out)
+    report = evaluate_run(loaded, out, Console(file=io.StringIO()), offline=True)
+    found: dict[str, Any] = report["evaluation"]["studies"]["benchmarks"]
+    return {**found, "out": out}
+
+
+def test_limit_examples_and_template_are_heeded_by_each_benchmark_alone(done: Path) -> None:
+    choose, write, read = (done / f"{name}.yaml" for name in ("choose", "write", "read"))
+    named = f"{{task: {choose}, limit: 7, num_fewshot: 2}}, {{task: {write}, apply_chat_template: true}}, {read}"
+    found = again(done, f"evaluate.benchmarks=[{named}]")
+    assert found["difference"]["choose.acc"]["n"] == 7
+    signatures = found["signatures"]
+    assert "2 examples before each question, 7 of 30 questions" in signatures["choose.acc"]
+    assert "chat template" in signatures["write.exact_match.as_said"]
+    assert "chat template" not in signatures["read.bits_per_byte"]
+    before = study(done)["tuned"]
+    assert found["tuned"]["write.chrf.as_said"] != before["write.chrf.as_said"]
+    assert found["tuned"]["read.bits_per_byte"] == before["read.bits_per_byte"]
+    saved = json.loads((found["out"] / "evaluation" / "benchmarks" / "tuned.json").read_text())
+    assert saved["n-shot"] == {"chosen_colours": 2, "written_colours": 0, "read_colours": 0}
+    assert saved["config"]["limit"] == {"choose": 7, "write": None, "read": None}
+
+
+def test_requests_that_are_cut_to_fit_the_context_are_counted(done: Path) -> None:
+    (done / "long.yaml").write_text(CHOOSE + f"description: {'the sky is blue and ' * 600}\n")
+    long = again(done, f"evaluate.benchmarks=[{{task: {done / 'long.yaml'}, limit: 2}}]")
+    assert "8 requests without their beginning" in long["signatures"]["long.acc"]
+    assert "without their beginning" not in study(done)["signatures"]["choose.acc"]
+
+
+def test_a_task_that_cannot_be_run_stops_a_run_before_training(done: Path) -> None:
+    (done / "exam.yaml").write_text(CHOOSE.replace("test_split: test", "test_split: exam"))
+    loaded = load_recipe(str(done / "recipe.yaml"), [f"evaluate.benchmarks={done / 'exam.yaml'}"])
+    with pytest.raises(DataError, match="'exam'"):
+        run_pipeline(loaded, Options(out=done / "stopped", offline=True), Console(file=io.StringIO()))
+    assert not (done / "stopped" / "adapter").exists()
+
+
+def test_a_mistake_that_shows_while_questions_are_asked_is_told_without_a_traceback(done: Path) -> None:
+    (done / "late.py").write_text("def score(row, said):\n    return {'acc': row['lost']}\n")
+    (done / "late.yaml").write_text(CHOOSE + "process_results: !function late.score\n")
+    with pytest.raises(DataError, match=r"late\.yaml: lm-eval cannot use the task: KeyError 'lost'"):
+        again(done, f"evaluate.benchmarks={done / 'late.yaml'}")
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_group_has_a_score_and_an_interval_beside_those_of_its_tasks(done: Path, weighed: bool) -> None:
+    few = LIKELY.replace("test_split: test", "test_split: test\nprocess_docs: !function first.ten")
+    (done / "likely.yaml").write_text(few)
+    (done / "first.py").write_text("def ten(rows):\n    return rows.select(range(10))\n")
+    (done / "every.yaml").write_text(GROUP.replace("WEIGHED", str(weighed).lower()))
+    found = again(done, f"evaluate.benchmarks={done / 'every.yaml'}")
+    scores = found["tuned"]
+    parts = [(scores["chosen_colours.acc"], 30), (scores["likely_colours.acc"], 10)]
+    sizes = [size if weighed else 1 for _, size in parts]
+    assert scores["every.acc"] == pytest.approx(np.average([value for value, _ in parts], weights=sizes))
+    change = found["difference"]["every.acc"]
+    assert change["value"] == pytest.approx(scores["every.acc"] - found["base"]["every.acc"])
+    assert change["n"] == 40
+    assert change["interval"][0] > 0
+    assert {"every_colour_inner.acc", "likely_colours.perplexity"} <= found["difference"].keys()
+
+
+def test_a_gate_on_a_benchmark_ends_the_run_with_its_exit_code(done: Path) -> None:
+    kept = "evaluate.benchmarks=[{task: " + str(done / "choose.yaml") + "}]"
+    with pytest.raises(GateFailed, match=r"benchmarks\.choose\.acc > 0\.99") as failed:
+        again(done, kept, 'evaluate.gates=["benchmarks.choose.acc > 0.99"]')
+    assert failed.value.exit_code == 6
+
+
+def command_line(place: Path, *model_args: str, tasks: str) -> dict[str, float]:
+    """What lm-eval's own command line says, in a process of its own, a request at a time."""
+    command = ["--model", "hf", "--model_args", ",".join(["dtype=float32", *model_args]), "--tasks", tasks]
+    command += ["--include_path", str(place), "--device", "cpu", "--batch_size", "1", "--output_path", "said"]
+    program = Path(sys.executable).with_name("lm_eval")
+    subprocess.run([program, *command], cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    newest = max((place / "said").rglob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return numbers(json.loads(newest.read_text()))
+
+
+@pytest.mark.slow
+def test_scores_of_the_packaged_model_are_those_of_lm_evals_command_line(tmp_path: Path) -> None:
+    from llmtune.model.builtin_models import resolve_builtin
+
+    write_tasks(tmp_path)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        "builtin:smollm2-135m-instruct",
+        write_jsonl(tmp_path / "rows.jsonl", rows_to_learn()),
+        task="completion",
+        data={"test": 0.0, "validation": 0.0, "deduplicate": "none"},
+        train={"max_steps": 12, "num_train_epochs": None, "learning_rate": 2e-4, "batch_size": 8},
+        evaluate={"metrics": None, "benchmarks": ["choose.yaml", "write.yaml", "read.yaml"]},
+    )
+    quiet = Console(file=io.StringIO())
+    run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", offline=True), quiet)
+    model = resolve_builtin("smollm2-135m-instruct", quiet)
+    names = "chosen_colours,written_colours,read_colours"
+    for name, adapter in (("base", []), ("tuned", ["peft=run/adapter"])):
+        told = without_resampled(command_line(tmp_path, f"pretrained={model}", *adapter, tasks=names))
+        assert numbers(lm_eval_files(tmp_path, name)) == pytest.approx(told, rel=1e-5)
+    scores = study(tmp_path)
+    assert scores["base"]["choose.acc"] != scores["tuned"]["choose.acc"]
+
+
+def without_resampled(told: dict[str, float]) -> dict[str, float]:
+    """Leave out lm-eval's standard errors of corpus scores, in whose place paired intervals stand."""
+    return {key: value for key, value in told.items() if "chrf_stderr" not in key}

@@ -1,0 +1,111 @@
+"""Tasks of lm-eval: what cannot be run is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, recipe_with, write_tasks
+
+from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
+from llmtune.evaluate.lm_eval import check_benchmarks, load_benchmarks, quietly
+from llmtune.recipe import Recipe
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    write_tasks(tmp_path)
+    return tmp_path
+
+
+def test_lm_eval_stays_quiet_and_leaves_random_numbers_alone(
+    tasks: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (one,) = load_benchmarks(recipe_with(tasks / "choose.yaml"), Console(file=io.StringIO()))
+    assert list(one.tasks) == ["chosen_colours"]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with quietly():
+        print("loud")
+        logging.getLogger("lm_eval.evaluator").warning("loud")
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def refusal(recipe: Recipe, kind: type[LlmtuneError]) -> str:
+    with pytest.raises(kind) as found:
+        load_benchmarks(recipe, Console(file=io.StringIO()))
+    assert type(found.value) is kind
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "kind", "told"),
+    [
+        ("questions.jsonl", "lost.jsonl", DataError, "rows are not there: lost.jsonl"),
+        ("questions.jsonl", "empty.jsonl", DataError, "no rows"),
+        ("test_split: test", "test_split: exam", DataError, "'exam'"),
+        ("{{question}}", "{{question.first.word}}", DataError, "no attribute 'first'"),
+        ("metric: acc,", "metric: accurate,", RecipeError, "metric accurate is none of lm-eval's own"),
+        ("metric: acc,", "metric: f1, hf_evaluate: true,", RecipeError, "fetched from a hub as code"),
+        ("task: chosen", "unsafe_code: true\ntask: chosen", RecipeError, "runs the code that a model writes"),
+        ("doc_to_target: answer", "doc_to_target: !function lost.target", EnvironmentProblem, "module lost"),
+        ("doc_to_target: answer", "doc_to_target: !function there.lost", DataError, "no function 'lost'"),
+        ("dataset_path: json", "dataset_path: someone/questions", EnvironmentProblem, "not in the cache"),
+        ("output_type: multiple_choice", "output_type: guess", DataError, "guess"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused_before_a_model_is_loaded(
+    tasks: Path, was: str, now: str, kind: type[LlmtuneError], told: str
+) -> None:
+    (tasks / "empty.jsonl").write_text("")
+    (tasks / "there.py").write_text("")
+    text = CHOOSE.replace(was, now, 1)
+    if "someone" in now:
+        text = "\n".join(line for line in text.splitlines() if "dataset_kwargs" not in line)
+    assert text != CHOOSE
+    (tasks / "changed.yaml").write_text(text)
+    assert told in refusal(recipe_with(tasks / "changed.yaml"), kind)
+
+
+def test_settings_that_lm_eval_would_pass_over_are_refused(tasks: Path) -> None:
+    (tasks / "zero.yaml").write_text(CHOOSE + "num_fewshot: 0\n")
+    named = {"task": str(tasks / "zero.yaml"), "num_fewshot": 2}
+    assert "num_fewshot: 2 would have no effect" in refusal(recipe_with(named), RecipeError)
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ("benchmarks.chose.acc > 0.1", "Did you mean 'choose'?"),
+        ("benchmarks.choose.accuracy > 0.1", "Metrics of choose: acc, acc_norm."),
+    ],
+)
+def test_a_gate_about_no_score_of_the_benchmarks_is_refused_with_those_there_are(
+    tasks: Path, gate: str, told: str
+) -> None:
+    assert told in refusal(recipe_with(tasks / "choose.yaml", gates=(gate,)), RecipeError)
+
+
+def test_two_benchmarks_with_one_task_are_refused(tasks: Path) -> None:
+    (tasks / "likely.yaml").write_text(LIKELY)
+    (tasks / "one.yaml").write_text(GROUP.replace("WEIGHED", "true"))
+    (tasks / "two.yaml").write_text(GROUP.replace("WEIGHED", "true").replace("every_colour", "other"))
+    told = refusal(recipe_with(tasks / "one.yaml", tasks / "two.yaml"), RecipeError)
+    assert "chosen_colours is in both" in told
+
+
+def test_an_unknown_task_is_told_with_the_nearest_that_there_is() -> None:
+    check_benchmarks(recipe_with("hellaswag", "arc_easy"))
+    with pytest.raises(RecipeError, match=r"evaluate\.benchmarks\.1: lm-eval has no task 'hellaswagg'\s+Did you mean"):
+        check_benchmarks(recipe_with("arc_easy", "hellaswagg"))
