@@ -173,7 +173,9 @@ PAIRS = "data.train.path=pairs.jsonl"
 WEIGHED = "data.train=[{path: pairs.jsonl, weight: 1}, {path: rows.jsonl}]"
 HIGH_RATE = ("train.learning_rate=3.0", "train.max_grad_norm=0")
 STATES = "adapter.init_lora_weights=false"
+SAMPLING = "generation.do_sample=true"
 BENCHMARK = "evaluate.benchmarks"
+QUIZ = "evaluate.benchmarks.task=quiz.yaml"
 
 FLIPS = {
     "name": Flip("other", "name"),
@@ -227,9 +229,7 @@ FLIPS = {
     **flips("evaluate.fairness", "evaluation", "evaluate.fairness={swaps: []}", pairs="[sentences.jsonl]"),
     **flips("evaluate.fairness", "evaluation", "evaluate.fairness={pairs: []}", swaps="[words.csv]", groups="[group]"),
     **flips(BENCHMARK, "evaluation", task="quiz.yaml"),
-    **flips(
-        BENCHMARK, "evaluation", f"{BENCHMARK}.task=quiz.yaml", num_fewshot="2", limit="3", apply_chat_template="true"
-    ),
+    **flips(BENCHMARK, "evaluation", QUIZ, num_fewshot="2", limit="3", apply_chat_template="true"),
     **flips("completion", "model", recipe="masked.yaml", objective="causal"),
     **flips("completion", "loss", recipe="masked.yaml", mask_probability="0.5"),
     **flips("translate", "examples", recipe="translate.yaml", source_language="French", target_language="French"),
@@ -366,42 +366,29 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     for i in range(16):
         write_tone(place / f"tone-{i}.wav", seconds=0.4, seed=i)
-    quiet = {"generation": None, "evaluate": {"metrics": ["loss"], "samples": 2, "choices": None}}
-    scored = {name: {**quiet["evaluate"], "metrics": metrics} for name, metrics in METRICS.items()}  # type: ignore[dict-item]
     write = partial(_write_task, place)
-    write("masked", "completion", "encoder", "text", completion={"objective": "masked"}, **quiet)
-    write("translate", "translate", "model", "translation", translate=LANGUAGES, evaluate=scored["translate"])
-    write("summarize", "summarize", "model", "summary", evaluate=scored["summarize"])
-    pointing = {"qa": {"stride": 20, "style": "extractive"}, "generation": None, "evaluate": scored["qa"]}
-    write("qa", "qa", "encoder", "facts", data={"max_length": 80}, **pointing)
-    write("answers", "qa", "model", "facts", data={"max_length": 256}, evaluate=scored["qa"])
-    write("classify", "classify", "encoder", "labels", generation=None, evaluate=scored["classify"])
-    write("tags", "token-classify", "encoder", "tags", generation=None, evaluate=scored["tags"])
-    english = {"speech": {"language": "en"}}
-    write("speech", "speech", "hearing", "sounds", data={"max_length": 60}, evaluate=scored["speech"], **english)
-    write("preference", "preference", "model", "pairs-of-answers", generation=None, evaluate=scored["preference"])
-    thumbs = {"preference": {"loss": "kto"}, "generation": None, "evaluate": scored["preference"]}
-    write("thumbs", "preference", "model", "thumbs", **thumbs)
+    quiet: dict[str, Any] = {"generation": None}
+    pointing = {"qa": {"stride": 20, "style": "extractive"}, "data": {"max_length": 80}}
+    languages = {"source_language": "English", "target_language": "German"}
+    write("masked", "completion", "encoder", "text", ["loss"], completion={"objective": "masked"}, **quiet)
+    write("translate", "translate", "model", "translation", ["loss", "chrf"], translate=languages)
+    write("summarize", "summarize", "model", "summary", ["loss", "rougeL"])
+    write("qa", "qa", "encoder", "facts", ["exact_match", "f1"], **pointing, **quiet)
+    write("answers", "qa", "model", "facts", ["exact_match", "f1"], data={"max_length": 256})
+    write("classify", "classify", "encoder", "labels", ["loss", "accuracy"], **quiet)
+    write("tags", "token-classify", "encoder", "tags", ["loss", "f1"], **quiet)
+    write("speech", "speech", "hearing", "sounds", ["wer"], data={"max_length": 60}, speech={"language": "en"})
+    write("preference", "preference", "model", "pairs-of-answers", ["margin"], **quiet)
+    write("thumbs", "preference", "model", "thumbs", ["margin"], preference={"loss": "kto"}, **quiet)
 
 
-LANGUAGES = {"source_language": "English", "target_language": "German"}
-METRICS = {
-    "translate": ["loss", "chrf"],
-    "summarize": ["loss", "rougeL"],
-    "qa": ["exact_match", "f1"],
-    "classify": ["loss", "accuracy"],
-    "tags": ["loss", "f1"],
-    "speech": ["loss", "wer"],
-    "preference": ["accuracy", "margin"],
-}
-
-
-def _write_task(place: Path, name: str, task: str, model: str, rows: str, **sections: Any) -> None:
+def _write_task(place: Path, name: str, task: str, model: str, rows: str, metrics: list[str], **sections: Any) -> None:
     """Write a recipe of a task beside its rows; sections that the task does not read are left out."""
     data = {"validation": 0.2, "test": 0.2, **sections.pop("data", {})}
     train = {"max_steps": 2, "num_train_epochs": None, "batch_size": 4, "logging_steps": 1}
-    settings = {"task": task, "data": data, "train": train, "generation": {"max_new_tokens": 6}, **sections}
-    write_recipe(place / f"{name}.yaml", f"./{model}", f"{rows}.jsonl", **settings)
+    evaluation = {"metrics": metrics, "samples": 2, "choices": None}
+    settings = {"task": task, "data": data, "train": train, "evaluate": evaluation, "generation": {"max_new_tokens": 6}}
+    write_recipe(place / f"{name}.yaml", f"./{model}", f"{rows}.jsonl", **{**settings, **sections})
 
 
 def chat_row(question: str, answer: str, group: int) -> str:
