@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    Event,
-    MappingEndEvent,
-    MappingStartEvent,
-    NodeEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
+from ruamel.yaml import YAML, nodes
+from ruamel.yaml.error import MarkedYAMLError, StreamMark, YAMLError
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
 from llmtune.errors import Problem, RecipeError
 
@@ -35,6 +24,7 @@ MAX_VALUES = 20_000
 MAX_DIGITS = 300
 MAX_INT = 2**63 - 1
 
+TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
 Scalar = str | int | float | bool | None
 
 NULL = re.compile(r"(?:null|Null|NULL|~|)")
@@ -80,107 +70,87 @@ def resolve_scalar(text: str) -> Scalar:
     return text
 
 
-class Composer:
-    """Builds nodes out of parser events, counting as it goes."""
+class PlainResolver(VersionedResolver):
+    """Gives no scalar a type by its looks: what a node has for a tag was written, and values are resolved here."""
 
-    def __init__(self, label: str, folder: Path, events: Iterator[Event], by_line: bool) -> None:
+    def resolve(self, kind: type[nodes.Node], value: str | None, implicit: object) -> Tag:
+        """Return the tag that a node of this kind has without one."""
+        tag: Tag = super().resolve(kind, value, (False, False))
+        return tag
+
+
+class NodeReader:
+    """Turns nodes of the YAML library into ours, counting as it goes."""
+
+    def __init__(self, label: str, folder: Path, by_line: bool) -> None:
         self.label = label
         self.folder = folder
-        self.events = events
         self.by_line = by_line
         self.problems: list[Problem] = []
-        self.anchors: dict[str, tuple[Node, int]] = {}
-        """By anchor, its node and how many values are in it."""
         self.values = 0
 
-    def origin(self, event: Event) -> str:
-        """Return `file:line` of an event, or the label alone where lines mean nothing."""
-        return f"{self.label}:{event.start_mark.line + 1}" if self.by_line else self.label
+    def where(self, mark: StreamMark | None) -> str:
+        """Return `file:line` of a mark, or the label alone where lines mean nothing."""
+        return f"{self.label}:{mark.line + 1}" if self.by_line and mark is not None else self.label
 
-    def report(self, event: Event, what: str, fix: str) -> None:
+    def report(self, node: nodes.Node, what: str, fix: str) -> None:
         """Note a problem and read on."""
-        self.problems.append(Problem(what, self.origin(event), fix))
+        self.problems.append(Problem(what, self.where(node.start_mark), fix))
 
-    def refuse(self, event: Event, what: str, fix: str) -> NoReturn:
-        """Stop reading: what follows cannot be trusted."""
-        self.report(event, what, fix)
-        raise RecipeError(*self.problems)
-
-    def count(self, event: Event, more: int = 1) -> None:
-        """Count values, those behind an alias every time it is used."""
-        self.values += more
-        if self.values > MAX_VALUES:
-            self.refuse(event, f"more than {MAX_VALUES:,} values", "A recipe is small; put rows into data files.")
-
-    def compose(self, event: Event, origin: str, depth: int) -> Node:
-        """Build the value that starts with `event`."""
+    def read(self, node: nodes.Node, origin: str, depth: int = 0) -> Node:
+        """Read a node and all in it, those behind an alias every time it is used."""
+        self.values += 1
         if depth > MAX_DEPTH:
-            self.refuse(event, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
-        if isinstance(event, AliasEvent):
-            if event.anchor not in self.anchors:
-                self.refuse(event, f"the alias '*{event.anchor}' has no anchor before it", "Write the value out.")
-            target, size = self.anchors[event.anchor]
-            self.count(event, size)
-            return Node(target.value, origin, target.folder)
-        assert isinstance(event, NodeEvent)
-        before = self.values
-        self.count(event)
-        tag = getattr(event, "tag", None)
-        if tag is not None and str(tag) not in ("!", ""):
+            self.report(node, f"nested more than {MAX_DEPTH} deep", "No recipe key lies that deep.")
+            raise RecipeError(*self.problems)  # what follows cannot be trusted
+        if self.values > MAX_VALUES:
+            self.report(node, f"more than {MAX_VALUES:,} values", "A recipe is small; put rows into data files.")
+            raise RecipeError(*self.problems)
+        if node.tag not in TAGS:
             fix = "Write a plain value: a recipe makes no objects."
-            self.report(event, f"the tag {str(tag)!r} is not allowed", fix)
-        node = Node(self.content(event, depth), origin, self.folder)
-        if event.anchor is not None:
-            self.anchors[event.anchor] = node, self.values - before
-        return node
+            self.report(node, f"the tag {node.tag!r} is not allowed", fix)
+        if isinstance(node, nodes.MappingNode):
+            return Node(self.mapping(node, depth), origin, self.folder)
+        if isinstance(node, nodes.SequenceNode):
+            items = [self.read(item, self.where(item.start_mark), depth + 1) for item in node.value]
+            return Node(items, origin, self.folder)
+        assert isinstance(node, nodes.ScalarNode)
+        return Node(self.scalar(node), origin, self.folder)
 
-    def content(self, event: NodeEvent, depth: int) -> dict[str, Node] | list[Node] | Scalar:
-        """Build what a node holds."""
-        if isinstance(event, MappingStartEvent):
-            return self.mapping(depth)
-        if isinstance(event, SequenceStartEvent):
-            items: list[Node] = []
-            while not isinstance(item := next(self.events), SequenceEndEvent):
-                items.append(self.compose(item, self.origin(item), depth + 1))
-            return items
-        assert isinstance(event, ScalarEvent)
-        return self.scalar(event)
-
-    def mapping(self, depth: int) -> dict[str, Node]:
-        """Build a mapping whose keys are text and stand once."""
+    def mapping(self, node: nodes.MappingNode, depth: int) -> dict[str, Node]:
+        """Read a mapping whose keys are text and stand once."""
         items: dict[str, Node] = {}
-        while not isinstance(event := next(self.events), MappingEndEvent):
-            origin = self.origin(event)
-            key = self.compose(event, origin, depth + 1).value
-            item = self.compose(next(self.events), origin, depth + 1)
-            if isinstance(event, ScalarEvent):
-                key = event.value
-            if not isinstance(key, str):
-                self.report(event, "a key must be text", "Write `key: value`.")
-            elif key == "<<" and getattr(event, "style", None) is None:
+        for key, value in node.value:
+            origin = self.where(key.start_mark)
+            self.read(key, origin, depth + 1)
+            item = self.read(value, origin, depth + 1)
+            name = key.value
+            if not isinstance(key, nodes.ScalarNode):
+                self.report(key, "a key must be text", "Write `key: value`.")
+            elif name == "<<" and key.style is None:
                 fix = "Use `extends` for a recipe to start from."
-                self.report(event, "merge keys (`<<`) are not part of YAML 1.2", fix)
-            elif key in items:
-                what = f"the key '{key}' stands twice (first: {items[key].origin})"
-                self.report(event, what, "Keep one of them.")
+                self.report(key, "merge keys (`<<`) are not part of YAML 1.2", fix)
+            elif name in items:
+                what = f"the key '{name}' stands twice (first: {items[name].origin})"
+                self.report(key, what, "Keep one of them.")
             else:
-                items[key] = item
+                items[name] = item
         return items
 
-    def scalar(self, event: ScalarEvent) -> Scalar:
+    def scalar(self, node: nodes.ScalarNode) -> Scalar:
         """Give a scalar its value; a quoted one is text."""
-        text: str = event.value
+        text: str = node.value
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text):
-            self.report(event, "half a surrogate pair or a NUL is no text", "Write the character itself.")
+            self.report(node, "half a surrogate pair or a NUL is no text", "Write the character itself.")
             return ""
-        if event.style is not None:
+        if node.style is not None:
             return text
         if len(text) > MAX_DIGITS and INT.fullmatch(text):
-            self.report(event, f"a number of {len(text)} digits", "Write a smaller number.")
+            self.report(node, f"a number of {len(text)} digits", "Write a smaller number.")
             return 0
         value = resolve_scalar(text)
         if isinstance(value, int) and abs(value) > MAX_INT:
-            self.report(event, f"{text} is too large", "Write a smaller number.")
+            self.report(node, f"{text} is too large", "Write a smaller number.")
             return 0
         return value
 
@@ -191,29 +161,25 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Nod
     `label` names the source in origins and errors; with `by_line` the line is added. Raises RecipeError.
     """
     check_size(len(text.encode("utf-8", "surrogatepass")), label)
-    events = YAML(typ="safe", pure=True).parse(text)
-    composer = Composer(label, folder, events, by_line)
-    root = Node(None, f"{label}:1" if by_line else label, folder)
-    documents = 0
+    reader = NodeReader(label, folder, by_line)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = PlainResolver
     try:
-        for event in events:
-            if isinstance(event, DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    composer.refuse(event, "a second document", "A recipe is one document: remove what follows `---`.")
-            elif isinstance(event, NodeEvent):
-                root = composer.compose(event, root.origin, 0)
+        root = yaml.compose(text)
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{label}:{mark.line + 1}" if by_line and mark is not None else label
         what = " ".join(part for part in (error.context, error.problem) if part)
-        problem = Problem(f"not valid YAML: {what}", where, "Mend the syntax at this line.")
-        raise RecipeError(*composer.problems, problem) from None
+        where = reader.where(error.problem_mark or error.context_mark)
+        raise RecipeError.of(f"not valid YAML: {what}", where, "Mend the syntax at this line.") from None
+    except RecursionError:
+        fix = "No recipe key lies that deep."
+        raise RecipeError.of(f"nested more than {MAX_DEPTH} deep", label, fix) from None
     except (YAMLError, ValueError, OverflowError) as error:  # the last two: escapes beyond Unicode
-        problem = Problem(f"not valid YAML: {' '.join(str(error).split())}", label, "Remove what is not text.")
-        raise RecipeError(*composer.problems, problem) from None
-    RecipeError.collect(composer.problems)
-    return root
+        what = " ".join(str(error).split())
+        raise RecipeError.of(f"not valid YAML: {what}", label, "Remove what is not text.") from None
+    origin = f"{label}:1" if by_line else label
+    node = Node(None, origin, folder) if root is None else reader.read(root, origin)
+    RecipeError.collect(reader.problems)
+    return node
 
 
 def check_size(size_bytes: int, label: str) -> None:
