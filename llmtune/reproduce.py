@@ -191,7 +191,7 @@ def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification
         "losses": losses,
         "scores": scores,
         "first_difference": first_cause(differences),
-        "differences": [found.to_dict() for found in differences],
+        "differences": [vars(found) for found in differences],
         "altered_since": altered,
     }
 
@@ -204,7 +204,7 @@ def judge(found: tuple[str, Any, Any], tolerance: float) -> Json:
 
 def first_cause(differences: list[Difference]) -> Json | None:
     """Return the earliest of the differences."""
-    return differences[0].to_dict() | {"told": str(differences[0])} if differences else None
+    return vars(differences[0]) | {"told": str(differences[0])} if differences else None
 
 
 def compare_trained(folder: RunFolder, now: Path, lock: Lock, trained: str) -> list[Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -36,10 +36,6 @@ class Difference:
             for value in (self.was, self.now)
         )
         return f"{self.stage}: {self.where}: was {was}, is {now}"
-
-    def to_dict(self) -> dict[str, object]:
-        """Return it for JSON."""
-        return asdict(self)
 
 
 def find_differences(was: Path, now: Path, trained: str) -> list[Difference]:
@@ -72,7 +68,8 @@ def compare_losses(was: Path, now: Path) -> Iterator[tuple[str, float | None, fl
         step = before.get("step", after.get("step"))
         for key in LOSS_KEYS:
             if key in before or key in after:
-                yield f"{key} in step {step}", _number(before.get(key)), _number(after.get(key))
+                losses = [value if isinstance(value, float) else None for value in (before.get(key), after.get(key))]
+                yield f"{key} in step {step}", losses[0], losses[1]
 
 
 def compare_scores(was: Path, now: Path) -> Iterator[tuple[str, float | None, float | None]]:
@@ -93,10 +90,6 @@ def same_but_paths(was: Path, now: Path) -> bool:
     if not isinstance(before, dict) or not isinstance(after, dict):
         return False
     return all(before.get(key) == after.get(key) for key in (before.keys() | after.keys()) - PATH_KEYS)
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, int | float) else None
 
 
 def _side_by_side(was: Path, now: Path) -> Iterator[tuple[Record, Record]]:

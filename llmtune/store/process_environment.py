@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from llmtune.errors import EnvironmentProblem, Problem
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe, Source
+    from llmtune.recipe import Recipe
 
+SPLITS = ("train", "validation", "test")
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -88,11 +89,10 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
 def names_remote(recipe: Recipe) -> bool:
     """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
-    splits = (recipe.data.train, recipe.data.validation, recipe.data.test)
-    sources = [source for sources in splits if isinstance(sources, tuple) for source in sources]
+    sources = [source for split in SPLITS for source in recipe.data.sources(split)]
+    remote_data = any(source.path.startswith("hub:") for source in sources) or studies_remote(recipe)
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation
-    remote_data = any(map(_is_remote_source, sources)) or studies_remote(recipe)
     return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel
 
 
@@ -108,7 +108,3 @@ def studies_remote(recipe: Recipe) -> bool:
 def is_remote_model(name: str) -> bool:
     """Whether a model's name is that of a hub."""
     return not name.startswith(("builtin:", "/")) and not Path(name).exists()
-
-
-def _is_remote_source(source: Source) -> bool:
-    return source.path.startswith("hub:")

@@ -197,7 +197,7 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
                 what = "another llmtune process works in this folder"
                 fix = "wait for it, or choose another folder with --out"
                 raise EnvironmentProblem.of(what, str(path), fix) from None
-            manifest = _read_manifest(path)
+            manifest: Manifest | None = read_json(path / MANIFEST)
             _refuse_foreign(path, manifest, fingerprint, resume)
             _sweep(path)
             if fresh:
@@ -212,7 +212,7 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
 
 def look_at_run(path: Path, fingerprint: str, *, resume: bool = False) -> RunFolder:
     """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
-    manifest = _read_manifest(path)
+    manifest: Manifest | None = read_json(path / MANIFEST)
     _refuse_foreign(path, manifest, fingerprint, resume)
     return RunFolder(path, manifest or Manifest(fingerprint=fingerprint, steps={}, findings={}))
 
@@ -223,16 +223,11 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         RecipeError: the folder is missing or is not a run.
     """
-    manifest = _read_manifest(path)
+    manifest: Manifest | None = read_json(path / MANIFEST)
     if manifest is None:
         what = "not a run folder: it has no run.json" if path.is_dir() else "no such run folder"
         raise RecipeError.of(what, str(path), "name the folder that 'llmtune run' printed (runs/<name>-<hash>)")
     return RunFolder(path, manifest)
-
-
-def _read_manifest(path: Path) -> Manifest | None:
-    manifest: Manifest | None = read_json(path / MANIFEST)
-    return manifest
 
 
 def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool) -> None:

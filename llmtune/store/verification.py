@@ -87,10 +87,9 @@ class Verification:
         findings = [asdict(finding) for finding in self.findings]
         return {"run": str(self.run), "verified": not self.failed, "findings": findings}
 
-    def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong with each failed finding and what to do."""
-        for finding in self.failed:
-            yield finding.to_problem()
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with each failed finding and what to do."""
+        return [finding.to_problem() for finding in self.failed]
 
 
 def verify(run: Path, *, strict: bool = False) -> Verification:
@@ -110,10 +109,8 @@ def verify(run: Path, *, strict: bool = False) -> Verification:
         *_check_recipe(folder, lock),
         *_check_data(folder, lock),
         *_check_model(lock, run),
-        *_check_start(lock, run),
         *_check_template(folder, lock),
         *_check_outputs(folder, lock),
-        *_check_evaluated(folder),
         *_compare_settings("packages", lock["packages"], packages, strict),
         *_compare_settings("hardware", lock["hardware"], hardware()),
         *_compare_settings("git", {"commit": lock.get("git_commit")}, {"commit": git_commit()}),
@@ -233,6 +230,10 @@ def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Ite
 
 
 def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
+    """Check the model that training started from, and the adapter that it went on from."""
+    if start := lock.get("start_from"):
+        folder = moved(start["folder"], lock.get("folder"), run)
+        yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
     model = lock["model"]
     if not model.get("files"):
         yield Finding("model", model["name"], "unknown", model["sha256"])
@@ -258,12 +259,6 @@ def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
     return moved(model["folder"], old_run, run)
 
 
-def _check_start(lock: Lock, run: Path) -> Iterator[Finding]:
-    if start := lock.get("start_from"):
-        folder = moved(start["folder"], lock.get("folder"), run)
-        yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
-
-
 def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
     """Hold the template that lies beside what was trained against the one that it was trained with."""
     known = lock["template"]["sha256"]
@@ -283,11 +278,6 @@ def _check_outputs(folder: RunFolder, lock: Lock) -> Iterator[Finding]:
                 yield from _compare_all(kind, f"{path}{os.sep}", files, list_folder(path))
             else:
                 yield compare(kind, str(path), known, hash_path(path) or None)
-
-
-def _check_evaluated(folder: RunFolder) -> Iterator[Finding]:
-    """Check whether what was trained is what was evaluated."""
-    known = folder.facts("evaluate").get("trained")
-    path = next((folder.path / name for name in TRAINED if (folder.path / name).is_dir()), None)
-    if known and path:
-        yield compare("evaluated", str(path), known, hash_path(path))
+    evaluated = folder.facts("evaluate").get("trained")
+    for path in [folder.path / name for name in TRAINED if evaluated and (folder.path / name).is_dir()]:
+        yield compare("evaluated", str(path), evaluated, hash_path(path))  # what was trained is what was evaluated
