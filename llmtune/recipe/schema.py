@@ -11,7 +11,7 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.section import Count, Section, Seed, one_or_more
+from llmtune.recipe.section import Count, Section, Seed, descriptions, one_or_more
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     ClassifySection,
@@ -166,8 +166,8 @@ def json_schema() -> dict[str, object]:
 
     Keys that a recipe needs may stand in one that it extends, so they are asked for only where it extends none.
     """
+    describe_keys(Section)
     schema = Recipe.model_json_schema()
-    _unwrap_descriptions(schema)
     required = schema.pop("required")
     schema["$defs"]["DataSection"].pop("required")
     extends = {"extends": {"type": "string", "minLength": 1, "title": "Extends", "description": EXTENDS}}
@@ -180,13 +180,11 @@ def json_schema() -> dict[str, object]:
     }
 
 
-def _unwrap_descriptions(part: object) -> None:
-    """Put descriptions on one line, in place."""
-    if isinstance(part, dict):
-        if isinstance(text := part.get("description"), str):
-            part["description"] = " ".join(text.split())
-        for inner in part.values():
-            _unwrap_descriptions(inner)
-    elif isinstance(part, list):
-        for inner in part:
-            _unwrap_descriptions(inner)
+def describe_keys(section: type[Section]) -> None:
+    """Put the text below each key into its description, in a section and all that are made from it."""
+    for inner in section.__subclasses__():
+        describe_keys(inner)
+    texts = descriptions(section)
+    for name, field in section.model_fields.items():
+        field.description = texts[name]
+    section.model_rebuild(force=True)

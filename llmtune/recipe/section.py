@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import glob
+import inspect
 import os
 import typing
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeGuard, TypeVar
 
@@ -28,7 +31,6 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         protected_namespaces=(),
     )
 
@@ -99,3 +101,14 @@ def find_section(annotation: object) -> type[Section] | None:
         return annotation
     inner = (find_section(part) for part in typing.get_args(annotation))
     return next((section for section in inner if section), None)
+
+
+def descriptions(section: type[Section]) -> dict[str, str]:
+    """Return the text below each key, on one line; read from the source, so only where it is shown."""
+    (node,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(node, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for key, text in pairwise(node.body):
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):
+            texts[key.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts

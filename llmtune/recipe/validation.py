@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.section import Section, find_section, is_section
+from llmtune.recipe.section import Section, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Key, SourceMap, dotted
 from llmtune.recipe.unknown_keys import section_at, unknown_key
 from llmtune.recipe.yaml_reader import Node
@@ -107,8 +107,7 @@ def schema_problems(errors: Sequence[ErrorDetails], source_map: SourceMap) -> tu
 def missing_key(key: Key, source_map: SourceMap) -> Problem:
     """Return the problem of a required key that is not there, with what it means."""
     section = section_at(key[:-1])
-    field = section.model_fields.get(str(key[-1])) if section else None
-    meaning = " ".join((field.description or "").split()) if field else ""
+    meaning = descriptions(section).get(str(key[-1]), "") if section else ""
     return Problem(f"the key '{dotted(key)}' is missing", source_map.where(key), meaning)
 
 
