@@ -13,6 +13,7 @@ from llmtune.recipe.gate_grammar import GATE
 
 FAIR = "evaluate.fairness={}"
 HARNESS = "evaluate.benchmarks=[arc_easy, own/colours.yaml]"
+ACCURACY_GATE = "evaluate.gates=['forgetting.accuracy >= base']"
 PAIRS = "evaluate.fairness.pairs=[own]"
 SWAPS = "evaluate.fairness.swaps=[own]"
 
@@ -63,6 +64,8 @@ def test_what_is_not_stated_is_left_to_the_suite(write, task):
         (["evaluate.fairness={pairs: [], swaps: []}"], "measures nothing", "groups"),
         (["evaluate.forgetting={texts: [], questions: []}"], "measures nothing", "texts or questions"),
         (["evaluate.fairness.groups=[a, a]"], "names something twice", "once"),
+        (["evaluate.forgetting.texts=[own, own]"], "names something twice", "once"),
+        (["evaluate.forgetting={questions: []}", ACCURACY_GATE], "not measured", "Give evaluate.forgetting.questions"),
         (["evaluate.forgetting.texts=['hub:x/y']"], "'hub:x/y' is not a file", "files"),
         (["evaluate.fairness.swaps=['hub:x/y']"], "'hub:x/y' is not a file", "CSV"),
         (["evaluate.fairness.pairs=['hub:a/b/c/d']"], "not the name of a data set", "hub:OWNER/NAME[/CONFIG]"),
