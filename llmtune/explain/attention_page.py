@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
@@ -22,7 +21,7 @@ from llmtune.explain.token_text import label
 from llmtune.report.blocks import Html, Page, Section, Text
 
 MOST_NUMBERS = 12_000_000
-"""Weights in one page, 2.7 bytes each: 32 MB. Where there are more, heads are left out first."""
+"""Weights in one page, 2.7 bytes each: 32 MB. Where there are more, it has one layer."""
 FULL = 65535
 """What 1 is written as, in 16 bits: weights are right to 0.00001."""
 LEAD = (
@@ -31,33 +30,14 @@ LEAD = (
 )
 
 
-@dataclass(frozen=True)
-class Content:
-    """Of which layers a page has the means, the heads and the rollout: of `all`, of the `drawn` one, or of `none`."""
-
-    means: str
-    heads: str
-    rollouts: str
-
-
-CONTENTS = (
-    Content("all", "all", "all"),
-    Content("all", "drawn", "drawn"),
-    Content("all", "none", "drawn"),
-    Content("drawn", "drawn", "drawn"),
-    Content("drawn", "none", "drawn"),
-)
-"""What a page has, the fuller the better: the first that is small enough, or the last."""
-
-
 def attention_page(view: AttentionView, tables: Sequence[Section]) -> Page:
-    """Return the page with as many heads as there is room for: of all layers, of the one that is drawn, or of none."""
-    content = next((one for one in CONTENTS if _count(view, one) <= MOST_NUMBERS), CONTENTS[-1])
+    """Return the page with all layers and heads that were kept, or where these are too many with the layer drawn."""
+    whole = _count(view) <= MOST_NUMBERS
     maps, graph, overview, reading = (
         Html(Markup(part))  # noqa: S704 - the program's own
         for part in asset("attention.html").split("<!-- section -->\n")
     )
-    note = _missing_heads(view, content)
+    note = _missing_heads(view, whole)
     return Page(
         f"Attention in {view.target.name}",
         [
@@ -72,7 +52,7 @@ def attention_page(view: AttentionView, tables: Sequence[Section]) -> Page:
         style=asset("attention.css"),
         script=asset("attention.js"),
         data={
-            "kinds": [_describe(view, kind, content) for kind in view.layers],
+            "kinds": [_describe(view, kind, whole) for kind in view.layers],
             "sides": [{"name": model, "title": TITLES[model] or "weights"} for model in view.maps],
             "colours": {"weight": WEIGHT, "difference": DIFFERENCE},
             "full": FULL,
@@ -80,32 +60,30 @@ def attention_page(view: AttentionView, tables: Sequence[Section]) -> Page:
     )
 
 
-def _channels(view: AttentionView, kind: Kind, content: Content) -> Iterator[tuple[int, Head]]:
+def _channels(view: AttentionView, kind: Kind, whole: bool) -> Iterator[tuple[int, Head]]:
     """Return the layers and heads that are in the page."""
     layers = next(iter(view.maps.values())).layers[kind]
-    for number in view.numbers(kind):
-        here = ("all", "drawn") if number == view.layers[kind] else ("all",)
-        if content.means in here:
-            yield number, MEAN
-        if content.rollouts in here and layers[number].rollout is not None:
+    for number in view.numbers(kind) if whole else [view.layers[kind]]:
+        yield number, MEAN
+        if layers[number].rollout is not None:
             yield number, ROLLOUT
-        if content.heads in here and layers[number].heads is not None:
+        if layers[number].heads is not None:
             yield from ((number, head) for head in range(layers[number].count))
 
 
-def _count(view: AttentionView, content: Content) -> int:
-    """Return how many weights are in the page; of masked attention half of them are left out."""
+def _count(view: AttentionView) -> int:
+    """Return how many weights a whole page has; of masked attention half of them are left out."""
     numbers = 0
     for kind in view.layers:
         rows, columns = (len(line) for line in view.lines.of(kind))
         one = rows * (rows + 1) // 2 if kind == MASKED else rows * columns
-        numbers += one * sum(1 for _ in _channels(view, kind, content))
+        numbers += one * sum(1 for _ in _channels(view, kind, True))
     return len(view.maps) * numbers
 
 
-def _describe(view: AttentionView, kind: Kind, content: Content) -> dict[str, object]:
+def _describe(view: AttentionView, kind: Kind, whole: bool) -> dict[str, object]:
     rows, columns = view.lines.of(kind)
-    channels = list(_channels(view, kind, content))
+    channels = list(_channels(view, kind, whole))
     values: dict[str, str] = {}
     for model in view.maps:
         for layer, head in channels:
@@ -139,8 +117,8 @@ def _tokens(line: Line) -> list[dict[str, object]]:
     return [{"text": label(token), "whole": label(token, 80), "special": token.special} for token in line.tokens]
 
 
-def _missing_heads(view: AttentionView, content: Content) -> str:
-    there = {kind: set(_channels(view, kind, content)) for kind in view.layers}
+def _missing_heads(view: AttentionView, whole: bool) -> str:
+    there = {kind: set(_channels(view, kind, whole)) for kind in view.layers}
     if all((number, 0) in there[kind] for kind in view.layers for number in view.numbers(kind)):
         return ""
     some = any((number, 0) in there[kind] for kind, number in view.layers.items())

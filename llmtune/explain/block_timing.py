@@ -94,45 +94,34 @@ def measure_block(
     stack, group = chosen
     if 4 * group.typical > MOST_BYTES:
         return f"a block has {group.typical:,} parameters: too many to try it here"
-    device, attention = pick_device(), find_attention(group)
+    name, attention, device = group.names()[-1], find_attention(group), pick_device()
     lengths = choose_lengths(min(architecture.context or LONGEST, LONGEST))
+    heads = max((branch.heads or 1 for branch in group.branches("attention")), default=1)
+    points: list[Point] = []
+    stopped, ends = None, time.perf_counter() + budget_seconds
     try:
-        points, stopped = _measure(meta, group, device, attention, lengths, budget_seconds, console)
+        block = _materialise(meta.model.get_submodule(name), device)
+        for tokens in track(lengths, "measuring", console=console, transient=True, disable=not console.is_terminal):
+            if 4 * heads * tokens * tokens > MOST_BYTES:
+                stopped = f"attention's weights over {tokens:,} tokens take more than {MOST_BYTES >> 20} MiB"
+            elif points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
+                stopped = f"the {budget_seconds:g} seconds for measuring were over"
+            if stopped is not None:
+                break
+            seconds = [
+                _time(
+                    block.get_submodule(part),
+                    _fill(meta.arguments_of(f"{name}.{part}".strip("."), tokens), device),
+                    min(RUN_SECONDS, budget_seconds / 20),
+                )
+                for part in ("", *([attention] if attention else []))
+            ]
+            points.append(Point(tokens, seconds[0], seconds[1] if attention else None))
     except (UntraceableError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             return "there is not enough memory for one block"
         return f"a block could not be run by itself: {error}"
-    return Measured(group.names()[-1], stack.name, attention, device, torch.get_num_threads(), tuple(points), stopped)
-
-
-def _measure(
-    meta: MetaModel,
-    group: Blocks,
-    device: str,
-    attention: str | None,
-    lengths: list[int],
-    budget_seconds: float,
-    console: Console,
-) -> tuple[list[Point], str | None]:
-    name = group.names()[-1]
-    block = _materialise(meta.model.get_submodule(name), device)
-    heads = max((branch.heads or 1 for branch in group.branches("attention")), default=1)
-    points: list[Point] = []
-    ends = time.perf_counter() + budget_seconds
-    quiet = not console.is_terminal
-    for tokens in track(lengths, "measuring", console=console, transient=True, disable=quiet):
-        if 4 * heads * tokens * tokens > MOST_BYTES:
-            return points, f"attention's weights over {tokens:,} tokens take more than {MOST_BYTES >> 20} MiB"
-        if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
-            return points, f"the {budget_seconds:g} seconds for measuring were over"
-        run_seconds = min(RUN_SECONDS, budget_seconds / 20)
-        seconds = _time(block, _fill(meta.arguments_of(name, tokens), device), run_seconds)
-        part = None
-        if attention is not None:
-            arguments = _fill(meta.arguments_of(f"{name}.{attention}", tokens), device)
-            part = _time(block.get_submodule(attention), arguments, run_seconds)
-        points.append(Point(tokens, seconds, part))
-    return points, None
+    return Measured(name, stack.name, attention, device, torch.get_num_threads(), tuple(points), stopped)
 
 
 def _materialise(block: torch.nn.Module, device: str) -> torch.nn.Module:

@@ -231,7 +231,7 @@ def _describe(scheme: Scheme, positions: Positions) -> list[Block]:
     facts = {"module": scheme.name, **scheme.facts} if scheme.name else scheme.facts
     blocks: list[Block] = [Text(MEANINGS[scheme.kind]), KeyValues(list(facts.items()))]
     if scheme.kind in ("bias", "slopes"):
-        return [*blocks, _bias_table(scheme) if scheme.kind == "bias" else _slope_table(scheme)]
+        return [*blocks, _head_table(scheme, positions.length)]
     if scheme.kind == "rotary":
         blocks.append(_wave_table(scheme, positions.length))
     elif not positions.name or positions.words:
@@ -281,23 +281,17 @@ def _wave_table(scheme: Scheme, length: int) -> Table:
     return Table([Column(name, "number") for name in names], rows)
 
 
-def _bias_table(scheme: Scheme) -> Table:
-    """Return the bias of some heads at some distances; below zero is behind."""
-    chosen = [d for d in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if d in scheme.distances]
+def _head_table(scheme: Scheme, length: int) -> Table:
+    """Return what some heads add to their scores at some distances; below zero is behind."""
+    distances, values = scheme.added(length)
+    chosen = [d for d in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if d in distances]
     rows = [
-        [str(head), *(number(scheme.values[head, scheme.distances.index(distance)]) for distance in chosen)]
-        for head in range(min(len(scheme.values), HEADS))
+        [str(head), *(number(values[head, distances.index(distance)]) for distance in chosen)]
+        for head in range(min(len(values), HEADS))
     ]
-    if len(scheme.values) > HEADS:
-        rows.append(["…", *[""] * len(chosen)])
     names = ["head", *(f"{distance:+d}" if distance else "0" for distance in chosen)]
-    return Table([Column(name, "number") for name in names], rows)
-
-
-def _slope_table(scheme: Scheme) -> Table:
-    """Return what each head takes off its scores for each position of distance."""
-    rows = [[str(head), f"{slope:.4f}"] for head, slope in enumerate(scheme.values[: 2 * HEADS])]
-    return Table([Column("head", "number"), Column("taken off per position", "number")], rows)
+    note = f"The first {HEADS} of {len(values)} heads." if len(values) > HEADS else ""
+    return Table([Column(name, "number") for name in names], rows, note=note)
 
 
 # Figures

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +22,8 @@ from llmtune.explain.trained_modules import find_trained, read_adapter
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options
+
+invoke = partial(explain, "adapter")
 
 QUICK = {"train": {"num_train_epochs": 1}, "evaluate": {"metrics": ["loss"]}}
 
@@ -70,7 +73,7 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
 
 
 def test_the_command_writes_page_pictures_and_numbers(chat_run: Path, tmp_path: Path):
-    result = explain("adapter", chat_run, "--out", tmp_path)
+    result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg", "adapter.json")
     for word in ("The 21 modules", "q_proj", "of 4", "layer 0 to 2", "What moved most"):
         assert word in result.stdout, word
@@ -90,7 +93,7 @@ def test_the_command_writes_page_pictures_and_numbers(chat_run: Path, tmp_path: 
 def test_without_out_the_pages_lie_in_the_run_and_its_report_links_to_them(chat_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(chat_run, run)
-    expect(explain("adapter", run), 0, "linked from:")
+    expect(invoke(run), 0, "linked from:")
     expect(explain("model", run, "--no-measure"), 0, "linked from:")
     report = (run / "report.html").read_text()
     assert 'href="explain/adapter.html"' in report
@@ -152,20 +155,20 @@ def test_the_drawing_marks_what_was_trained(class_run: Path, tmp_path: Path):
 
 
 def test_moves_of_two_halves_have_rows_of_their_own(chat_run: Path):
-    subject = open_quietly(chat_run)
+    target = open_quietly(chat_run)
     from llmtune.explain.weight_delta import Move
 
     names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q", "lm_head"]
-    found = arrange(subject, [Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
+    found = arrange(target, [Move(name, "LoRA", 1.0, 2.0, 9) for name in names])
     assert found.rows == ("encoder 0", "decoder 0")
     assert found.columns == ("q",)
     assert [move.module for move in found.beside] == ["lm_head"]
 
 
 def test_a_plain_model_has_no_adapter(tiny_llama: Path, tmp_path: Path):
-    expect(explain("adapter", tiny_llama), 2, "a model by itself has no adapter", "runs/<name>-<hash>")
-    expect(explain("adapter", "builtin:minilm-l6-v2"), 2, "a model by itself has no adapter")
-    expect(explain("adapter", tmp_path), 2, "it has no run.json")
+    expect(invoke(tiny_llama), 2, "a model by itself has no adapter", "runs/<name>-<hash>")
+    expect(invoke("builtin:minilm-l6-v2"), 2, "a model by itself has no adapter")
+    expect(invoke(tmp_path), 2, "it has no run.json")
 
 
 def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tmp_path: Path):
@@ -189,11 +192,11 @@ def test_a_damaged_adapter_is_named(chat_run: Path, tmp_path: Path):
     for command in ("adapter", "model"):
         expect(explain(command, run), 4, "adapter_model.safetensors", "is cut")
     shutil.rmtree(run / "adapter")
-    expect(explain("adapter", run), 4, "there is no adapter here")
+    expect(invoke(run), 4, "there is no adapter here")
 
 
 def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
     (run / "weights" / "model.safetensors").unlink()
-    expect(explain("adapter", run), 4, "weights are gone")
+    expect(invoke(run), 4, "weights are gone")

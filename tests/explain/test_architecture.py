@@ -51,9 +51,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def describe(folder: Path) -> tuple[Architecture, MetaModel]:
-    subject = open_target(str(folder), quiet(), offline=True)
-    meta = build_meta_model(subject)
-    return describe_model(subject, meta), meta
+    target = open_target(str(folder), quiet(), offline=True)
+    meta = build_meta_model(target)
+    return describe_model(target, meta), meta
 
 
 def add_up(architecture: Architecture) -> int:
@@ -214,8 +214,8 @@ def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, P
         raise ValueError("cannot be run")
 
     meta.model.forward = broken
-    subject = open_target(str(built["llama"]), quiet(), offline=True)
-    drawn = describe_model(subject, MetaModel(meta.model, lambda: meta.model))
+    target = open_target(str(built["llama"]), quiet(), offline=True)
+    drawn = describe_model(target, MetaModel(meta.model, lambda: meta.model))
     assert drawn.untraced == "cannot be run"
     (group,) = drawn.stacks[0].blocks
     assert (group.wiring, group.parameters) == (None, architecture.stacks[0].blocks[0].parameters)

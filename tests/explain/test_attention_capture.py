@@ -235,16 +235,6 @@ def test_what_is_gathered_of_a_decoder_are_its_heads_their_mean_and_the_rollout_
     assert not np.triu(layers[1].rollout, 1).any()
 
 
-def test_words_that_are_merged_stay_masked(load):
-    by_word = line(1, 3, 1, 2)
-    gathered = AttentionMaps(Lines(by_word), keep=lambda kind, layer: True)
-    attend(load("llama"), inputs_for("llama"), "decoder", gathered.add)
-    for layer in gathered.layers[MASKED].values():
-        assert layer.heads.shape == (4, 4, 4)
-        assert np.allclose(layer.heads.sum(-1), 1, atol=1e-5)
-        assert not np.triu(layer.heads, 1).any()
-
-
 def test_a_layer_where_all_look_at_one_word_does_not_count_as_words_looking_at_words():
     words = line(1, 1, 1, 1)
     telling = among_words(words, words, SELF)

@@ -3,16 +3,15 @@ from __future__ import annotations
 import base64
 import re
 import shutil
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
 from support.audio import write_tone
-from support.browser import asked_of_the_network, browse, browser, with_script
+from support.browser import browse, browser, with_script
 from support.explaining import expect, explain, open_quietly, page_data, quiet, train, values_of
 from support.families import build_bert, build_nllb, build_t5, build_whisper
 from support.models import build_llama
@@ -20,9 +19,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmtune.explain import attention_explainer, attention_page
 from llmtune.explain.attention_explainer import explain_attention
+from llmtune.explain.attention_figures import blank_masked
 from llmtune.explain.attention_view import AttentionOptions
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.recipe import load_recipe
+
+invoke = partial(explain, "attention")
 
 TEXT = "Which colour has the cat? The cat is blue."
 CHAT = [
@@ -72,7 +74,7 @@ def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray
 
 
 def test_a_run_shows_base_tuned_and_difference_in_all_files(run, tmp_path):
-    found = values_of(explain("attention", run, "--text", TEXT, "--out", tmp_path, "--json"))
+    found = values_of(invoke(run, "--text", TEXT, "--out", tmp_path, "--json"))
     assert names(tmp_path) == FIGURES | GRAPHS | {"attention.html"} == {Path(file).name for file in found["files"]}
     assert found["sides"] == ["base", "tuned"]
     kind = found["attention"]["masked-self"]
@@ -92,7 +94,7 @@ def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    values_of(explain("attention", run, "--text", TEXT, "--out", tmp_path, "--json"))
+    values_of(invoke(run, "--text", TEXT, "--out", tmp_path, "--json"))
     page = page_data(tmp_path / "attention.html")["kinds"][0]
     name = str(load_recipe(str(run / "recipe.yaml")).recipe.model.name)
     ids = AutoTokenizer.from_pretrained(name)(TEXT, return_tensors="pt")
@@ -113,7 +115,7 @@ def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp
 
 def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(models, tmp_path):
     asked = ("--text", "The sky is blue", "--target", "Der Himmel", "--out", tmp_path, "--json")
-    found = values_of(explain("attention", models / "t5", *asked))
+    found = values_of(invoke(models / "t5", *asked))
     assert list(found["attention"]) == ["self", "masked-self", "cross"]
     kinds = {kind["name"]: kind for kind in page_data(tmp_path / "attention.html")["kinds"]}
     source, target = (len(found["tokens"][side]) for side in ("source", "target"))
@@ -132,7 +134,7 @@ def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(models, tmp_path):
 
 
 def test_without_a_target_an_encoder_decoder_writes_its_own_answer(models, tmp_path):
-    result = explain("attention", models / "t5", "--text", "The sky is blue", "--out", tmp_path, "--json")
+    result = invoke(models / "t5", "--text", "The sky is blue", "--out", tmp_path, "--json")
     found = values_of(result)
     tokenizer = AutoTokenizer.from_pretrained(str(models / "t5"))
     model = AutoModelForSeq2SeqLM.from_pretrained(str(models / "t5")).eval()
@@ -152,7 +154,7 @@ def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
         translate={"prompt": "to blue: {source}"},
         generation={"max_new_tokens": 4},
     )
-    found = values_of(explain("attention", run, "--text", "number 3 is red", "--target", "blue", "--json"))
+    found = values_of(invoke(run, "--text", "number 3 is red", "--target", "blue", "--json"))
     read = "".join(token["text"] for token in found["tokens"]["source"] if not token["special"])
     assert read.strip() == "to blue: number 3 is red"
     assert all(layer["mean_change"] > 0 for layer in found["attention"]["cross"]["by_layer"])
@@ -161,7 +163,7 @@ def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
 
 def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one(models, tmp_path):
     asked = ("--audio", models / "tone.wav", "--target", "blue", "--language", "de", "--out", tmp_path, "--json")
-    found = values_of(explain("attention", models / "whisper", *asked))
+    found = values_of(invoke(models / "whisper", *asked))
     source = [token["text"] for token in found["tokens"]["source"]]
     assert source == [*(f"{tenth / 10:.1f}s" for tenth in range(13)), "silence"]
     assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
@@ -173,71 +175,49 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
 def test_languages_of_a_plain_translator_are_named_by_an_option(tmp_path):
     build_nllb(tmp_path / "nllb")
     asked = (tmp_path / "nllb", "--text", "The sky is blue", "--target", "Le ciel", "--out", tmp_path / "out", "--json")
-    found = values_of(explain("attention", *asked, "--language", "eng_Latn,deu_Latn"))
+    found = values_of(invoke(*asked, "--language", "eng_Latn,deu_Latn"))
     assert "deu_Latn" in [token["text"] for token in found["tokens"]["target"]]
-    expect(explain("attention", *asked, "--language", "eng_Latn,xx"), 2, "--language", "'xx'", "eng_Latn,fra_Latn")
+    expect(invoke(*asked, "--language", "eng_Latn,xx"), 2, "--language", "'xx'", "eng_Latn,fra_Latn")
 
 
 def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_path):
-    found = values_of(explain("attention", run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
+    found = values_of(invoke(run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
     read = [token["text"] for token in found["tokens"]["source"]]
     assert "".join(read) == "<|im_start|>user\nIs 3 red?<|im_end|>\n<|im_start|>assistant\n"
     assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
 
 
 def test_pieces_of_a_word_share_a_row_if_asked(models, tmp_path):
-    found = values_of(
-        explain("attention", models / "bert", "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json")
-    )
+    found = values_of(invoke(models / "bert", "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json"))
     assert [token["text"] for token in found["tokens"]["source"]] == ["[CLS]", "jumpsuit", "is", "[SEP]"]
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert np.abs(unpack(kind, "model", 0, 2).sum(-1) - 1).max() < 1e-3
 
 
-@pytest.mark.parametrize(("view", "wanted"), [("heatmap", FIGURES), ("graph", GRAPHS), ("both", FIGURES | GRAPHS)])
-def test_a_view_draws_its_own_files_beside_the_page(models, tmp_path, view, wanted):
-    values_of(explain("attention", models / "bert", "--text", TEXT, "--view", view, "--out", tmp_path, "--json"))
-    assert names(tmp_path) == wanted | {"attention.html"}
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ("--view heatmap", FIGURES),
+        ("--view graph", GRAPHS),
+        ("--layer 1 --head 3", {"attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS),
+        ("--layer 0 --head all", {"attention-heads.png", "attention-heads.svg"} | GRAPHS),
+        ("--layer all --head rollout", {"attention-heads.png", "attention-heads.svg"} | GRAPHS),
+    ],
+)
+def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(models, tmp_path, options, files):
+    values_of(invoke(models / "bert", "--text", TEXT, *options.split(), "--out", tmp_path, "--json"))
+    assert names(tmp_path) == files | {"attention.html"}
+    if "--head 3" in options:
+        assert "layer 1, head 3" in (tmp_path / "attention-heatmap.svg").read_text("utf-8")
 
 
-def test_layer_and_head_choose_what_is_drawn(models, tmp_path):
-    for asked, files in {
-        ("--layer", "1", "--head", "3"): {"attention-heatmap.png", "attention-heatmap.svg"},
-        ("--layer", "0", "--head", "all"): {"attention-heads.png", "attention-heads.svg"},
-        ("--layer", "all", "--head", "rollout"): {"attention-heads.png", "attention-heads.svg"},
-    }.items():
-        out = tmp_path / "-".join(asked)
-        found = values_of(explain("attention", models / "bert", "--text", TEXT, *asked, "--out", out, "--json"))
-        assert names(out) == files | GRAPHS | {"attention.html"}
-        if "3" in asked:
-            assert found["attention"]["self"]["shown"]["layer"] == 1
-            assert "layer 1, head 3" in (out / "attention-heatmap.svg").read_text("utf-8")
-
-
-def test_brighter_is_stronger_and_what_is_hidden_is_blank(models, tmp_path):
-    values_of(
-        explain("attention", models / "llama", "--text", "one two three four five six", "--out", tmp_path, "--json")
-    )
-    picture = matplotlib.image.imread(tmp_path / "attention-heatmap.png")[..., :3]
-    page = page_data(tmp_path / "attention.html")["kinds"][0]
-    weights = unpack(page, "model", page["shown"]["layer"], "mean")
-    light = picture.sum(-1)
-    blank = np.isclose(picture, np.array([0xE9, 0xEB, 0xEF]) / 255, atol=0.01).all(-1)
-    rows, columns = (np.flatnonzero(blank.sum(axis) > 40) for axis in (1, 0))
-    top, left = rows[0], columns[0]
-    size = len(columns) / (
-        len(weights) - 1
-    )  # from the second column to the last, and the first row to the last but one
-    assert size == pytest.approx(len(rows) / (len(weights) - 1), abs=1)
-    centre = lambda i, k: light[int(top + (i + 0.5) * size), int(left + (k - 0.5) * size)]  # noqa: E731
-    shown = [(weights[i, k], centre(i, k)) for i in range(len(weights)) for k in range(i + 1)]
-    ordered = [brightness for _, brightness in sorted(shown)]
-    assert all(later >= earlier - 0.02 for earlier, later in pairwise(ordered))
-    assert ordered[-1] > ordered[0] + 0.5
+def test_what_a_query_cannot_see_is_left_blank():
+    blank = blank_masked(np.ones((3, 3), dtype=np.float32))
+    assert np.isnan(blank).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
 
 
 def test_text_of_any_script_is_text_in_the_svg_which_asks_for_nothing(models, tmp_path):
-    values_of(explain("attention", models / "bert", "--text", "the cat", "--out", tmp_path, "--json"))
+    values_of(invoke(models / "bert", "--text", "the cat", "--out", tmp_path, "--json"))
     for name in ("attention-heatmap.svg", "attention-graph.svg", "attention-heads.svg"):
         drawn = (tmp_path / name).read_text("utf-8")
         assert (">cat</text>" in drawn) == (name != "attention-heads.svg")
@@ -257,60 +237,32 @@ def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
 
 def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(models, tmp_path):
     long = "cat dog " * 200
-    expect(
-        explain("attention", models / "bert", "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut"
-    )
-    expect(
-        explain("attention", models / "llama", "--text", long, "--max-tokens", 30),
-        3,
-        "figures are drawn of 30",
-        "--max-tokens",
-    )
-    expect(
-        explain("attention", models / "t5", "--text", "cat", "--target", long, "--max-tokens", 30),
-        3,
-        "--target",
-        "--cut",
-    )
+    expect(invoke(models / "bert", "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut")
+    expect(invoke(models / "llama", "--text", long, "--max-tokens", 30), 3, "figures are drawn of 30", "--max-tokens")
+    expect(invoke(models / "t5", "--text", "cat", "--target", long, "--max-tokens", 30), 3, "--target", "--cut")
     cut = ("--cut", "--max-tokens", 30, "--out", tmp_path, "--json")
-    found = values_of(explain("attention", models / "bert", "--text", long, *cut))
+    found = values_of(invoke(models / "bert", "--text", long, *cut))
     read = [token["text"] for token in found["tokens"]["source"]]
     assert (len(read), read[0], read[-1]) == (30, "[CLS]", "[SEP]")
 
 
 def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(models):
-    expect(explain("attention", models / "llama", "--text", "  "), 3, "--text: the text is empty", "at least one word")
-    expect(explain("attention", models / "llama"), 2, "--text: it is needed")
-    expect(
-        explain("attention", models / "llama", "--text", "a", "--target", "b"),
-        2,
-        "--target: this model has no use for it",
-    )
-    expect(explain("attention", models / "bert", "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
-    expect(explain("attention", models / "whisper", "--text", "a"), 2, "--audio: this model reads recordings")
-    expect(explain("attention", models / "whisper", "--audio", models / "none.wav"), 3, "--audio", "there is no file")
+    expect(invoke(models / "llama", "--text", "  "), 3, "--text: the text is empty", "at least one word")
+    expect(invoke(models / "llama"), 2, "--text: it is needed")
+    expect(invoke(models / "llama", "--text", "a", "--target", "b"), 2, "--target: this model has no use for it")
+    expect(invoke(models / "bert", "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
+    expect(invoke(models / "whisper", "--text", "a"), 2, "--audio: this model reads recordings")
+    expect(invoke(models / "whisper", "--audio", models / "none.wav"), 3, "--audio", "there is no file")
 
 
 def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(models):
     asked = (models / "llama", "--text", "a b")
-    expect(
-        explain("attention", *asked, "--layer", "2"),
-        2,
-        "--layer: there is no layer 2: the model has 2",
-        "from 0 to 1, or all",
-    )
-    expect(
-        explain("attention", *asked, "--head", "4"),
-        2,
-        "--head: there is no head 4",
-        "from 0 to 3, mean, rollout or all",
-    )
-    expect(explain("attention", *asked, "--head", "-1"), 2, "--head: '-1' is no head")
-    expect(explain("attention", *asked, "--head", "meen"), 2, "Did you mean 'mean'?")
-    expect(explain("attention", *asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
-    expect(
-        explain("attention", models / "t5", "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout"
-    )
+    expect(invoke(*asked, "--layer", "2"), 2, "--layer: there is no layer 2: the model has 2", "from 0 to 1, or all")
+    expect(invoke(*asked, "--head", "4"), 2, "--head: there is no head 4", "from 0 to 3, mean, rollout or all")
+    expect(invoke(*asked, "--head", "-1"), 2, "--head: '-1' is no head")
+    expect(invoke(*asked, "--head", "meen"), 2, "Did you mean 'mean'?")
+    expect(invoke(*asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
+    expect(invoke(models / "t5", "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
 
 
 def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, models, tmp_path):
@@ -318,32 +270,32 @@ def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, mode
     name = Path(str(load_recipe(str(run / "recipe.yaml")).recipe.model.name))
     away = name.rename(tmp_path / "away")
     try:
-        expect(explain("attention", copy, "--text", "a"), 4, name.name)
+        expect(invoke(copy, "--text", "a"), 4, name.name)
     finally:
         away.rename(name)
-    expect(explain("attention", models / "nothing", "--text", "a", "--offline"), 4, "nothing")
+    expect(invoke(models / "nothing", "--text", "a", "--offline"), 4, "nothing")
 
 
-def test_where_there_is_no_room_for_heads_the_page_has_means_and_says_so(models, tmp_path, monkeypatch):
+def test_where_there_is_no_room_for_all_layers_the_page_has_one_and_says_so(models, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_page, "MOST_NUMBERS", 1500)
     explain_attention(
         open_quietly(models / "bert"), AttentionRequest(text=TEXT), AttentionOptions(layer="1"), tmp_path, quiet()
     )
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
-    assert {"model/0/mean", "model/1/mean", "model/1/0"} <= set(kind["values"])
-    assert "model/0/0" not in kind["values"]
+    assert {"model/1/mean", "model/1/rollout", "model/1/0"} <= set(kind["values"])
+    assert {name.split("/")[1] for name in kind["values"]} == {"1"}
     assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
 
 
 def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone(models, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_explainer, "KEPT_BYTES", 100)
-    console, subject = quiet(), open_quietly(models / "bert")
+    console, target = quiet(), open_quietly(models / "bert")
     with pytest.raises(attention_explainer.RecipeError, match="too many to keep"):
-        explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
-    explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
+        explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
+    explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
     assert names(tmp_path / "means") == {"attention.html", "attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS
     assert "attention-heads: left out" in console.file.getvalue()
-    explain_attention(subject, AttentionRequest(text=TEXT), AttentionOptions(layer="1", head="2"), tmp_path, quiet())
+    explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(layer="1", head="2"), tmp_path, quiet())
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert "model/1/2" in kind["values"]
     assert "model/0/2" not in kind["values"]
@@ -369,7 +321,7 @@ const choose = (id, value) => {
 
 @browser
 def test_choosing_a_head_changes_the_picture(models, tmp_path):
-    values_of(explain("attention", models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
+    values_of(invoke(models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
     before = browse(tmp_path / "attention.html")
     after = browse(with_script(tmp_path / "attention.html", CHOOSE + 'choose("layer", "1"); choose("head", "2");'))
     assert picture(before) != picture(after)
@@ -379,20 +331,8 @@ def test_choosing_a_head_changes_the_picture(models, tmp_path):
 
 
 @browser
-def test_no_request_leaves_the_page_whatever_runs_in_it(models, tmp_path):
-    values_of(explain("attention", models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
-    reach = 'new Image().src = "http://127.0.0.1:9/image"; fetch("http://127.0.0.1:9/fetch").catch(() => 0);'
-    page, log = with_script(tmp_path / "attention.html", CHOOSE + 'choose("head", "2");' + reach), tmp_path / "net.json"
-    browse(page, log)
-    assert asked_of_the_network(log) == set()
-    page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", page.read_text("utf-8")), "utf-8")
-    browse(page, log)  # the same without the rule: it would be seen
-    assert asked_of_the_network(log) == {"http://127.0.0.1:9/image", "http://127.0.0.1:9/fetch"}
-
-
-@browser
 def test_the_page_of_a_run_stands_side_by_side_and_its_graph_follows_the_threshold(run, tmp_path):
-    values_of(explain("attention", run, "--text", "one two three four", "--out", tmp_path, "--json"))
+    values_of(invoke(run, "--text", "one two three four", "--out", tmp_path, "--json"))
     script = CHOOSE + 'choose("side", "all"); const slider = document.getElementById("threshold"); '
     edges = {}
     for value in ("0.01", "0.99"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,11 +18,13 @@ from llmtune.explain.flops import count_cost, value
 from llmtune.explain.meta_model import MetaModel, build_meta_model
 from llmtune.explain.target import open_target
 
+invoke = partial(explain, "model")
+
 
 def look(folder: Path) -> tuple[MetaModel, Architecture]:
-    subject = open_target(str(folder), quiet(), offline=True)
-    meta = build_meta_model(subject)
-    return meta, describe_model(subject, meta)
+    target = open_target(str(folder), quiet(), offline=True)
+    meta = build_meta_model(target)
+    return meta, describe_model(target, meta)
 
 
 def measure(folder: Path, seconds: float = 1.0) -> Measured:
@@ -87,7 +90,7 @@ def test_the_cost_of_a_block_is_what_torch_counts(tiny_llama: Path):
 
 def test_the_command_writes_page_drawings_and_numbers(tmp_path: Path):
     folder = build_gpt2(tmp_path / "gpt2")
-    result = explain("model", folder, "--out", tmp_path / "out", "--no-measure")
+    result = invoke(folder, "--out", tmp_path / "out", "--no-measure")
     assert result.exit_code == 0, result.stderr
     for name in ("model.html", "model.svg", "model-cost.svg", "model.json"):
         assert f"{name}" in result.stderr
@@ -107,7 +110,7 @@ def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Pa
     folder = build_gpt2(tmp_path / "gpt2")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_head": 7}))
-    result = explain("model", folder, "--out", tmp_path / "out")
+    result = invoke(folder, "--out", tmp_path / "out")
     assert result.exit_code == 4, result.exception
     assert "cannot be built from its configuration" in " ".join(result.stderr.split())
 
@@ -115,6 +118,6 @@ def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Pa
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path):
     folder = build_gpt2(tmp_path / "gpt2")
     (tmp_path / "file").write_text("")
-    result = explain("model", folder, "--out", tmp_path / "file", "--no-measure")
+    result = invoke(folder, "--out", tmp_path / "file", "--no-measure")
     assert result.exit_code == 4, result.exception
     assert "--out" in result.stderr

@@ -48,53 +48,26 @@ def spell(wiring: Wiring) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(
-    ("kind", "family", "block", "expected"),
-    [
-        (AutoModelForCausalLM, "llama", "model.layers.0", ["[RMSNorm]attention", "[RMSNorm]feed-forward"]),
-        (AutoModelForCausalLM, "gpt2", "transformer.h.0", ["[LayerNorm]attention", "[LayerNorm]feed-forward"]),
-        (
-            AutoModelForMaskedLM,
-            "bert",
-            "bert.encoder.layer.0",
-            ["attention > [LayerNorm]", "feed-forward > [LayerNorm]"],
-        ),
-        (
-            AutoModelForCausalLM,
-            "gemma2",
-            "model.layers.0",
-            ["[RMSNorm]attention[RMSNorm]", "[RMSNorm]feed-forward[RMSNorm]"],
-        ),
-        (AutoModelForCausalLM, "olmo2", "model.layers.0", ["attention[RMSNorm]", "feed-forward[RMSNorm]"]),
-        (
-            AutoModelForCausalLM,
-            "gpt_neox",
-            "gpt_neox.layers.0",
-            ["[LayerNorm]attention | [LayerNorm]feed-forward"],
-        ),
-        (AutoModelForCausalLM, "opt", "model.decoder.layers.0", ["[LayerNorm]attention", "[LayerNorm]feed-forward"]),
-        (
-            AutoModelForSeq2SeqLM,
-            "t5",
-            "decoder.block.0",
-            ["[RMSNorm]attention", "[RMSNorm]cross-attention", "[RMSNorm]feed-forward"],
-        ),
-        (
-            AutoModelForSeq2SeqLM,
-            "bart",
-            "model.decoder.layers.0",
-            ["attention > [LayerNorm]", "cross-attention > [LayerNorm]", "feed-forward > [LayerNorm]"],
-        ),
-        (
-            AutoModelForSeq2SeqLM,
-            "mbart",
-            "model.encoder.layers.0",
-            ["[LayerNorm]attention", "[LayerNorm]feed-forward"],
-        ),
-    ],
-)
-def test_norms_stand_where_the_papers_put_them(kind, family, block, expected):
-    assert spell(wire_family(kind, family, block)) == expected
+AUTO = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
+WIRED = """
+causal llama model.layers.0: [RMSNorm]attention, [RMSNorm]feed-forward
+causal gpt2 transformer.h.0: [LayerNorm]attention, [LayerNorm]feed-forward
+masked bert bert.encoder.layer.0: attention > [LayerNorm], feed-forward > [LayerNorm]
+causal gemma2 model.layers.0: [RMSNorm]attention[RMSNorm], [RMSNorm]feed-forward[RMSNorm]
+causal olmo2 model.layers.0: attention[RMSNorm], feed-forward[RMSNorm]
+causal gpt_neox gpt_neox.layers.0: [LayerNorm]attention | [LayerNorm]feed-forward
+causal opt model.decoder.layers.0: [LayerNorm]attention, [LayerNorm]feed-forward
+seq2seq t5 decoder.block.0: [RMSNorm]attention, [RMSNorm]cross-attention, [RMSNorm]feed-forward
+seq2seq bart model.decoder.layers.0: attention > [LayerNorm], cross-attention > [LayerNorm], feed-forward > [LayerNorm]
+seq2seq mbart model.encoder.layers.0: [LayerNorm]attention, [LayerNorm]feed-forward
+"""
+
+
+@pytest.mark.parametrize("line", WIRED.strip().splitlines())
+def test_norms_stand_where_the_papers_put_them(line):
+    model, _, expected = line.partition(":")
+    kind, family, block = model.split()
+    assert spell(wire_family(AUTO[kind], family, block)) == expected.strip().split(", ")
 
 
 def test_parts_name_their_modules_heads_and_activation():

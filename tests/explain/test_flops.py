@@ -29,9 +29,9 @@ BUILDERS: dict[str, Callable[..., Path]] = {
 
 
 def count(folder: Path) -> Cost:
-    subject = open_target(str(folder), quiet(), offline=True)
-    meta = build_meta_model(subject)
-    return count_cost(meta, describe_model(subject, meta))
+    target = open_target(str(folder), quiet(), offline=True)
+    meta = build_meta_model(target)
+    return count_cost(meta, describe_model(target, meta))
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))

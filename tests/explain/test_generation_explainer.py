@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from llmtune.explain.generation_page import find_parting
 from llmtune.explain.generation_trace import Sampling, score_answer
 from llmtune.explain.inputs import ModelInputs, PromptRequest
 from llmtune.recipe import load_recipe
+
+invoke = partial(explain, "generation")
 
 ROWS = [
     {
@@ -49,7 +52,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_base_and_tuned_answers_part_and_what_moved_is_told(run):
-    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json"))
+    told = values_of(invoke(run, "--prompt", QUESTION, "--json"))
     base, tuned = (told["traces"][side]["steps"] for side in ("base", "tuned"))
     assert "blue" in told["traces"]["tuned"]["text"]
     assert "blue" not in told["traces"]["base"]["text"]
@@ -63,7 +66,7 @@ def test_base_and_tuned_answers_part_and_what_moved_is_told(run):
 
 
 def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(run):
-    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json"))
+    told = values_of(invoke(run, "--prompt", QUESTION, "--json"))
     loaded = load_recipe(str(run / "recipe.yaml")).recipe
     model = AutoModelForCausalLM.from_pretrained(str(loaded.model.name)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(loaded.model.name))
@@ -87,7 +90,7 @@ def test_a_run_that_trained_all_weights_has_a_base_of_its_own(tmp_path):
         train={"num_train_epochs": 1},
         evaluate={"metrics": ["loss"]},
     )
-    told = values_of(explain("generation", run, "--prompt", QUESTION, "--json", "--max-new-tokens", 3))
+    told = values_of(invoke(run, "--prompt", QUESTION, "--json", "--max-new-tokens", 3))
     first = told["comparison"][0]
     assert first["tuned"] > first["base"]
     if told["parting"] == 0:
@@ -98,7 +101,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
     before = json.loads((run / "report.json").read_text())
     assert before["explanations"] == []
     assert "llmtune explain generation RUN" in (run / "report.html").read_text()
-    expect(explain("generation", run, "--prompt", QUESTION), 0, "linked from:", "report.html")
+    expect(invoke(run, "--prompt", QUESTION), 0, "linked from:", "report.html")
     name = "generation-which-colour-has-number-7"
     assert {path.name for path in (run / "explain").iterdir()} == {f"{name}.html", f"{name}.json"}
     assert f'href="explain/{name}.html"' in (run / "report.html").read_text()
@@ -106,7 +109,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
 
 
 def test_the_terminal_shows_the_four_stages_and_where_they_part(run, tmp_path):
-    shown = explain("generation", run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
+    shown = invoke(run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
     stages = ["Where base and tuned part", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
     stages.append("4 Output so far")
     at = [shown.index(stage) for stage in stages]
@@ -118,14 +121,14 @@ def test_the_terminal_shows_the_four_stages_and_where_they_part(run, tmp_path):
 def test_beams_that_are_not_followed_are_told(tiny_llama, tmp_path):
     generation = {"num_beams": 3, "max_new_tokens": 4}
     searched = train(tmp_path, tiny_llama, ROWS, generation=generation, evaluate={"metrics": ["loss"]})
-    result = explain("generation", searched, "--prompt", QUESTION, "--out", tmp_path / "out")
+    result = invoke(searched, "--prompt", QUESTION, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "not the run's 3 beams" in result.stderr
 
 
 def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
-    expect(explain("generation", tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
+    expect(invoke(tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
     (page,) = tmp_path.glob("*.html")
     text = page.read_text()
     assert len(re.findall(r"<script", text)) == 2  # the data and the page's own
@@ -135,9 +138,9 @@ def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
 
 def test_a_plain_model_goes_by_its_template_unless_told_otherwise(tiny_llama, tmp_path):
     short = ("--max-new-tokens", 1, "--json", "--out", tmp_path)
-    with_template = values_of(explain("generation", tiny_llama, "--prompt", "red", "--system", "Be short.", *short))
+    with_template = values_of(invoke(tiny_llama, "--prompt", "red", "--system", "Be short.", *short))
     assert "".join(token["text"] for token in with_template["tokens"]).startswith("<|im_start|>system\nBe short.")
-    plain = values_of(explain("generation", tiny_llama, "--prompt", "red", "--plain", *short))
+    plain = values_of(invoke(tiny_llama, "--prompt", "red", "--plain", *short))
     assert "".join(token["text"] for token in plain["tokens"]) == "red"
     assert list(plain["traces"]) == ["model"]
     assert plain["parting"] is None
@@ -157,11 +160,11 @@ def test_an_encoder_fills_its_masks(tmp_path):
 
 def test_what_whisper_writes_down_is_traced(tmp_path):
     model, sound = build_whisper(tmp_path / "whisper", multilingual=False), write_tone(tmp_path / "tone.wav", 3.0)
-    told = values_of(explain("generation", model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
+    told = values_of(invoke(model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
     assert [token["special"] for token in told["tokens"]] == [True] * len(told["tokens"])
     assert told["note"] == "Only the first 2 s of the recording are heard."
     assert told["traces"]["model"]["lens"]
-    expect(explain("generation", model, "--prompt", "x", "--out", tmp_path), 2, "--prompt", "--audio")
+    expect(invoke(model, "--prompt", "x", "--out", tmp_path), 2, "--prompt", "--audio")
 
 
 @pytest.mark.parametrize(
@@ -177,42 +180,29 @@ def test_what_whisper_writes_down_is_traced(tmp_path):
     ],
 )
 def test_what_a_model_cannot_go_on_from_is_refused_with_place_and_cure(tiny_llama, tmp_path, arguments, words):
-    expect(explain("generation", tiny_llama, *arguments, "--out", tmp_path), 2, *words)
+    expect(invoke(tiny_llama, *arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_models_that_predict_no_words_are_told_so(tmp_path, tiny_gpt2):
     bert = build_bert(tmp_path / "bert")
-    expect(explain("generation", bert, "--prompt", "The sky is blue.", "--out", tmp_path), 2, "[MASK]", "--prompt")
+    expect(invoke(bert, "--prompt", "The sky is blue.", "--out", tmp_path), 2, "[MASK]", "--prompt")
     AutoModel.from_pretrained(bert).save_pretrained(tmp_path / "headless")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "headless")
     expect(
-        explain("generation", tmp_path / "headless", "--prompt", "The [MASK].", "--out", tmp_path),
-        2,
-        "BertModel",
-        "predicts no words",
+        invoke(tmp_path / "headless", "--prompt", "The [MASK].", "--out", tmp_path), 2, "BertModel", "predicts no words"
     )
     AutoModel.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "body")
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "body")
-    expect(
-        explain("generation", tmp_path / "body", "--prompt", "x", "--out", tmp_path),
-        2,
-        "GPT2Model",
-        "predicts no words",
-    )
-    expect(
-        explain("generation", tiny_gpt2, "--prompt", "x", "--plain", "--out", tmp_path),
-        2,
-        "--plain",
-        "no chat template",
-    )
+    expect(invoke(tmp_path / "body", "--prompt", "x", "--out", tmp_path), 2, "GPT2Model", "predicts no words")
+    expect(invoke(tiny_gpt2, "--prompt", "x", "--plain", "--out", tmp_path), 2, "--plain", "no chat template")
 
 
 def test_a_run_whose_model_is_gone_is_an_error_of_the_environment(trained, run):
     model = trained.parent / "model"
     model.rename(trained.parent / "elsewhere")
     try:
-        expect(explain("generation", run, "--prompt", "x"), 4, str(model))
+        expect(invoke(run, "--prompt", "x"), 4, str(model))
     finally:
         (trained.parent / "elsewhere").rename(model)
     assert not (run / "explain").exists()
@@ -249,7 +239,7 @@ def test_pages_of_another_training_do_not_stay(tmp_path):
     model = build_llama(tmp_path / "model")
     short = {"train": {"max_steps": 1, "num_train_epochs": None}, "evaluate": {"metrics": ["loss"]}}
     run = train(tmp_path, model, ROWS, **short)
-    expect(explain("generation", run, "--prompt", QUESTION), 0)
+    expect(invoke(run, "--prompt", QUESTION), 0)
     assert train(tmp_path, model, ROWS, **short) == run  # the same again: nothing is trained
     assert len(json.loads((run / "report.json").read_text())["explanations"]) == 1
     train(tmp_path, model, ROWS[:-1], **short)

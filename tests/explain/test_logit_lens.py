@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import build_bart, build_bert, build_modernbert, build_t5, build_whisper
+from support.models import build_gpt2, build_llama
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -52,33 +53,30 @@ def albert() -> Any:
     return AlbertForMaskedLM(AlbertConfig(vocab_size=64, num_hidden_layers=4, **shape))
 
 
-def test_each_layer_of_llama_is_read_through_norm_and_head(tiny_llama):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    _, lens, output = look(model, input_ids=IDS)
-    for layer, hidden in enumerate(output.hidden_states[:-1]):  # transformers gives the last one behind the norm
-        wanted = model.lm_head(model.model.norm(hidden))[0, PLACES]
-        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-5)
-    assert lens.shape[:2] == (2, model.config.num_hidden_layers + 1)
+ENDINGS = {
+    "llama": (AutoModelForCausalLM, lambda model, hidden: model.lm_head(model.model.norm(hidden))),
+    "gpt2": (AutoModelForCausalLM, lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))),
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        lambda model, hidden: model.lm_head(model.decoder.final_layer_norm(hidden) * model.config.d_model**-0.5),
+    ),
+    "bert": (AutoModelForMaskedLM, lambda model, hidden: model.cls(hidden)),
+    "modernbert": (AutoModelForMaskedLM, None),
+}
+"""By family the class, and what stands behind its layers."""
 
 
-def test_the_scale_of_t5_with_tied_embeddings_is_read_too(tmp_path):
-    model = AutoModelForSeq2SeqLM.from_pretrained(build_t5(tmp_path / "t5"))
-    _, lens, output = look(model, input_ids=IDS, decoder_input_ids=IDS)
-    scale = model.config.d_model**-0.5
-    for layer, hidden in enumerate(output.decoder_hidden_states[:-1]):
-        wanted = model.lm_head(model.decoder.final_layer_norm(hidden) * scale)[0, PLACES]
-        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("build", [build_bert, build_modernbert])
-def test_an_encoders_layers_are_read_through_its_masked_head(build, tmp_path):
-    model = AutoModelForMaskedLM.from_pretrained(build(tmp_path / "model"))
-    _, lens, output = look(model, input_ids=IDS)
+@pytest.mark.parametrize("family", list(ENDINGS))
+def test_each_layer_is_read_through_the_models_own_norm_scale_and_head(tmp_path, family):
+    auto, ending = ENDINGS[family]
+    builders = {"llama": build_llama, "gpt2": build_gpt2, "t5": build_t5, "bert": build_bert}
+    model = auto.from_pretrained(builders.get(family, build_modernbert)(tmp_path / family))
+    _, lens, output = look(model, input_ids=IDS, **({"decoder_input_ids": IDS} if family == "t5" else {}))
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
-    if build is build_bert:
-        wanted = model.cls(output.hidden_states[1])[0, PLACES]
-        torch.testing.assert_close(lens[:, 1], wanted, rtol=1e-4, atol=1e-4)
+    states = output.decoder_hidden_states if family == "t5" else output.hidden_states
+    assert lens.shape[:2] == (2, len(states))
+    for layer, hidden in enumerate(states[:-1] if ending else ()):  # decoders give the last one behind the norm
+        torch.testing.assert_close(lens[:, layer], ending(model, hidden)[0, PLACES], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [gemma2, albert])

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 from support.explaining import expect, explain
 from support.families import build_bert, build_t5
+
+invoke = partial(explain, "positions")
 
 
 def rows(text: str) -> list[list[str]]:
@@ -15,7 +18,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
-    result = explain("positions", "--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path)
+    result = invoke("--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path)
     expect(result, 0, "written:", "positions.html", "positions.png", "positions.svg", "positions.json")
     found = rows(result.stdout)
     assert ["0", "I", "0.00", "1.00", "0.00", "1.00"] in found
@@ -25,7 +28,7 @@ def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
 
 
 def test_the_files_are_whole(tmp_path):
-    expect(explain("positions", "--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path), 0)
+    expect(invoke("--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path), 0)
     told = json.loads((tmp_path / "positions.json").read_text())
     assert told["words"] == ["I", "am", "a", "robot"]
     assert told["schemes"][0]["encoding"][1][0] == pytest.approx(0.8414709848)
@@ -55,17 +58,13 @@ def test_the_files_are_whole(tmp_path):
     ],
 )
 def test_what_cannot_be_encoded_is_refused_with_place_and_cure(tmp_path, arguments, words):
-    expect(explain("positions", *arguments, "--out", tmp_path), 2, *words)
+    expect(invoke(*arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path):
     expect(
-        explain("positions", "--text", "", "--dimension", 3, "--base", 0.5, "--out", tmp_path),
-        2,
-        "--text",
-        "--dimension",
-        "--base",
+        invoke("--text", "", "--dimension", 3, "--base", 0.5, "--out", tmp_path), 2, "--text", "--dimension", "--base"
     )
 
 
@@ -81,7 +80,7 @@ def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(tmp_path):
 
 
 def test_the_heads_of_t5_have_a_line_each(tmp_path):
-    result = explain("positions", build_t5(tmp_path / "t5"), "--out", tmp_path / "out")
+    result = invoke(build_t5(tmp_path / "t5"), "--out", tmp_path / "out")
     expect(result, 0)
     assert (tmp_path / "out" / "positions.svg").read_text().count(">head ") == 8
     assert "Relative position bias of the encoder" in result.stdout
@@ -89,7 +88,7 @@ def test_the_heads_of_t5_have_a_line_each(tmp_path):
 
 
 def test_rotations_are_a_row_a_pair(tiny_llama, tmp_path):
-    result = explain("positions", tiny_llama, "--length", 32, "--out", tmp_path)
+    result = invoke(tiny_llama, "--length", 32, "--out", tmp_path)
     expect(result, 0)
     assert ["0", "1.000000", "6.3", "5.09"] in rows(result.stdout)
 
@@ -105,5 +104,5 @@ def test_rotations_are_a_row_a_pair(tiny_llama, tmp_path):
     ],
 )
 def test_what_a_model_cannot_show_is_refused(tmp_path, arguments, words):
-    expect(explain("positions", build_bert(tmp_path / "bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
+    expect(invoke(build_bert(tmp_path / "bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
     assert not (tmp_path / "out").exists()
