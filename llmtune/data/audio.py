@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text
 from llmtune.store.atomic_files import hash_recording
+
+if TYPE_CHECKING:
+    import soundfile
 
 Samples = npt.NDArray[np.int16]
 FULL_SCALE = 32768
@@ -90,10 +93,10 @@ def check_recording(path: Path) -> None:
         raise RowError("audio empty", f"{path} has no samples")
 
 
-def _explain(error: Any) -> str:
+def _explain(error: soundfile.LibsndfileError) -> str:
     """Return what libsndfile says; of a file that is there and no MP3 it says that it is not there."""
-    said = str(error.error_string)
-    return "Format not recognised." if "does not exist" in said else said
+    message = str(error.error_string)
+    return "Format not recognised." if "does not exist" in message else message
 
 
 def _ends_with_a_page(path: Path) -> bool:
@@ -126,29 +129,29 @@ def read_recording(path: Path, rate: int) -> Samples:
     check_recording(path)
     try:
         with path.open("rb") as stream, soundfile.SoundFile(stream) as file:
-            found, announced, kind = file.samplerate, file.frames, file.format
+            own_rate, announced, kind = file.samplerate, file.frames, file.format
             sound_NC = file.read(dtype="float32", always_2d=True)
             unread = path.stat().st_size - stream.tell()
     except soundfile.LibsndfileError as error:
         raise RowError("audio unreadable", f"{path}: {_explain(error)}") from None
     if kind == "MP3" and not _counts_its_frames(path):
         if unread > MP3_TAGS_BYTES:
-            what = f"{path} does not say how long it is, and is heard for {len(sound_NC) / found:.1f} s alone"
+            what = f"{path} does not say how long it is, and is heard for {len(sound_NC) / own_rate:.1f} s alone"
             raise RowError("audio unreadable", f"{what}; write it again, as FLAC or with a Xing header")
     elif announced - len(sound_NC) > max(MP3_SLACK, announced // 100):
         raise RowError("audio cut", f"{path} has {len(sound_NC):,} samples, and {announced:,} by its header")
     sound_N = sound_NC.mean(axis=1)
     if not len(sound_N) or not np.isfinite(sound_N).all():
         raise RowError("audio unreadable", f"{path}: no samples, or samples that are no numbers")
-    if found != rate:
-        sound_N = soxr.resample(sound_N, found, rate)
+    if own_rate != rate:
+        sound_N = soxr.resample(sound_N, own_rate, rate)
     if not len(sound_N):
         raise RowError("audio empty", f"{path} is shorter than one sample at {rate:,} a second")
     rounded: Samples = np.clip(np.rint(sound_N * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
     return rounded
 
 
-def to_float(samples: Any) -> npt.NDArray[np.float32]:
+def to_float(samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Return samples between -1 and 1, as feature extractors take them."""
     return np.asarray(samples, dtype=np.float32) / np.float32(FULL_SCALE)
 

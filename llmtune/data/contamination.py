@@ -16,20 +16,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmtune.data.minhash import I64, U64, hash_words, match_near
-from llmtune.data.preparation import iterate_ids, iterate_texts
+from llmtune.data.deduplication import I64, U64, hash_words, match_near
 from llmtune.data.row_hash import spoken_text
-from llmtune.data.splits import mix
+from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
 from llmtune.records import Row, Rows
 
 WORDS = 13
 COMMON_ROWS = 10
 """A run in more training rows than this tells nothing of a single test row."""
-BATCH = 1024
-FACTOR = 0x9E3779B97F4A7C15
-INVERSE = pow(FACTOR, -1, 2**64)
-MOST_BITS = 27
-"""Of a table that says of most runs at once that no test row has them: 128 MiB at most."""
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -60,18 +55,14 @@ class Overlap:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of some texts; of those that are too short for one, a hash of all their words."""
+    """The runs of some texts; of those that are too short for one, all their words."""
 
     runs: U64
-    """[V]"""
+    """[V] hash of each run."""
     texts: I64
-    """[V] which text each run is from, ascending."""
-    begins: I64
-    """[V] the byte of that text, in lower case, that the run begins at."""
-    ends: I64
-    """[V] the byte that its last word begins at."""
-    short: dict[int, int]
-    """Text -> hash; 0 for one without words."""
+    """[V] which text each run is from, ascending; the runs of a text stand in its order, none is missing."""
+    short: dict[int, bytes]
+    """Text -> the hashes of its words."""
 
 
 def find_overlap(rows: Rows, *, near: bool) -> Overlap:
@@ -81,28 +72,39 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
     that several are about one text is usual. Takes some fifty bytes for each word of the test rows.
     """
     texts = [compared_text(json.loads(text)) for _, text in iterate_texts(rows, "test")]
-    names = {name: number for number, name in enumerate(iterate_ids(rows, "test"))}
-    search = _Search(find_runs(texts))
+    test_numbers = {name: number for number, name in enumerate(iterate_ids(rows, "test"))}
+    tests = find_runs(texts)
+    search = _RunSearch(tests.runs)
+    short_tests: defaultdict[bytes, list[int]] = defaultdict(list)
+    for number, words in tests.short.items():
+        short_tests[words].append(number)
     equal: dict[int, int] = {}
+    worded: dict[int, int] = {}
     numbers: dict[str, int] = {}
-    for first, batch in _batches(rows):
+    for first, batch in iterate_batches(rows, "train"):
         new = {}
-        for number, (name, written) in enumerate(batch, start=first):
+        written = zip(batch.column("id").to_pylist(), batch.column("row").to_pylist(), strict=True)
+        for number, (name, text) in enumerate(written, start=first):
             if name not in numbers:
                 numbers[name] = number
-                new[number] = compared_text(json.loads(written))
-            if name in names:
-                equal.setdefault(names[name], number)
-        search.add(np.fromiter(new, np.int64, len(new)), find_runs(list(new.values())))
-    shared, runs = search.shared(texts)
-    kept = np.fromiter(numbers.values(), np.int64, len(numbers))
+                new[number] = compared_text(json.loads(text))
+            if name in test_numbers:
+                equal.setdefault(test_numbers[name], number)
+        trained = find_runs(list(new.values()))
+        number_R = np.fromiter(new, np.int64, len(new))
+        search.add(trained.runs, number_R[trained.texts])
+        for short, words in trained.short.items():
+            for test in short_tests.get(words, ()) if words else ():
+                worded.setdefault(test, int(number_R[short]))
+    shared, runs = _first_shared(tests, search, texts)
+    known = np.fromiter(numbers.values(), np.int64, len(numbers))
     return Overlap(
         test_rows=len(texts),
         train_rows=len(numbers),
-        short=frozenset(search.tests.short),
+        short=frozenset(tests.short),
         equal=equal,
-        near=_find_near(rows, kept, len(texts)) if near else {},
-        worded=search.worded,
+        near=_find_near(rows, known, len(texts)) if near else {},
+        worded=worded,
         shared=shared,
         runs=runs,
         common=int((search.count_G > COMMON_ROWS).sum()),
@@ -116,102 +118,64 @@ def compared_text(row: Row) -> str:
     return str(row["text"]) if "audio" in row else spoken_text(row)
 
 
-def _batches(rows: Rows) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """Yield the training rows as (id, JSON), each batch with the number of its first."""
-    first, batch = 0, []
-    for name, (_, text) in zip(iterate_ids(rows, "train"), iterate_texts(rows, "train"), strict=True):
-        batch.append((name, text))
-        if len(batch) == BATCH:
-            yield first, batch
-            first, batch = first + len(batch), []
-    if batch:
-        yield first, batch
-
-
 def find_runs(texts: Sequence[str]) -> _Runs:
     """Hash every run of 13 words, as a polynomial of its words' hashes modulo 2**64."""
-    word_W, text_W, byte_W = hash_words(list(texts))
-    power_W = np.multiply.accumulate(np.full(len(word_W) + 1, FACTOR, dtype=np.uint64))
-    inverse_W = np.multiply.accumulate(np.full(len(word_W) + 1, INVERSE, dtype=np.uint64))
-    sum_W = np.concatenate([np.zeros(1, np.uint64), np.cumsum(word_W * power_W[:-1], dtype=np.uint64)])
-
-    def hash_between(begin_V: I64, end_V: I64) -> U64:
-        return mix((sum_W[end_V] - sum_W[begin_V]) * inverse_W[begin_V], 8)
-
-    last = len(word_W) - WORDS + 1
-    start_V = np.flatnonzero(text_W[:last] == text_W[WORDS - 1 :]) if last > 0 else np.zeros(0, np.int64)
+    word_W, text_W, _ = hash_words(list(texts))
+    count = max(len(word_W) - WORDS + 1, 0)
+    run_V = np.zeros(count, dtype=np.uint64)
+    for offset in range(WORDS):
+        run_V = run_V * FACTOR + word_W[offset : count + offset]
+    inside_V = text_W[:count] == text_W[WORDS - 1 :]  # the first and the last word are of one text
     begin_R = np.searchsorted(text_W, np.arange(len(texts)))
     end_R = np.searchsorted(text_W, np.arange(len(texts)), side="right")
-    size_R = end_R - begin_R
-    short = np.flatnonzero(size_R < WORDS)
-    whole = np.where(size_R[short] > 0, hash_between(begin_R[short], end_R[short]), np.uint64(0))
+    short = np.flatnonzero(end_R - begin_R < WORDS).tolist()
     return _Runs(
-        hash_between(start_V, start_V + WORDS),
-        text_W[start_V],
-        byte_W[start_V],
-        byte_W[start_V + WORDS - 1],
-        dict(zip(short.tolist(), whole.tolist(), strict=True)),
+        run_V[inside_V],
+        text_W[:count][inside_V],
+        {text: word_W[begin_R[text] : end_R[text]].tobytes() for text in short},
     )
 
 
-class _Search:
-    """Looks for the runs of the test rows among those of training rows, which come in batches."""
+class _RunSearch:
+    """Counts the training rows that each run of the test rows stands in."""
 
-    def __init__(self, tests: _Runs) -> None:
-        self.tests = tests
-        self.run_G = np.unique(tests.runs)
+    def __init__(self, runs: U64) -> None:
+        self.run_G = np.unique(runs)
         self.count_G = np.zeros(len(self.run_G), dtype=np.int64)
-        """[G] how many training rows have each run."""
         self.first_G = np.full(len(self.run_G), -1, dtype=np.int64)
         """[G] the first of them."""
-        self.worded: dict[int, int] = {}
-        self._short: dict[int, list[int]] = defaultdict(list)
-        for number, words in tests.short.items():
-            if words:
-                self._short[words].append(number)
-        self._shift = np.uint64(64 - min(MOST_BITS, max(10, (len(self.run_G) * 8).bit_length())))
-        self._known = np.zeros(2 ** (64 - int(self._shift)), dtype=bool)
-        self._known[self.run_G >> self._shift] = True
 
-    def add(self, numbers: I64, rows: _Runs) -> None:
-        """Look at training rows; `numbers` are theirs, in the order of the texts."""
-        for text, words in rows.short.items():
-            for test in self._short.get(words, ()):
-                self.worded.setdefault(test, int(numbers[text]))
-        maybe_V = np.flatnonzero(self._known[rows.runs >> self._shift])
-        if not len(maybe_V):
+    def add(self, run_V: U64, row_V: I64) -> None:
+        """Count the runs of training rows, each with the number of its row."""
+        slot_V = np.searchsorted(self.run_G, run_V)
+        known_V = slot_V < len(self.run_G)
+        known_V[known_V] = self.run_G[slot_V[known_V]] == run_V[known_V]
+        if not known_V.any():
             return
-        run_V = rows.runs[maybe_V]
-        place_V = np.minimum(np.searchsorted(self.run_G, run_V), len(self.run_G) - 1)
-        found_V = self.run_G[place_V] == run_V
-        pairs = np.unique(np.stack([place_V[found_V], rows.texts[maybe_V][found_V]]), axis=1)
-        places, texts = pairs
-        np.add.at(self.count_G, places, 1)
-        new, at = np.unique(places, return_index=True)
+        slots, rows = np.unique(np.stack([slot_V[known_V], row_V[known_V]]), axis=1)
+        np.add.at(self.count_G, slots, 1)
+        new, at = np.unique(slots, return_index=True)
         unseen = self.first_G[new] < 0
-        self.first_G[new[unseen]] = numbers[texts[at[unseen]]]
-
-    def shared(self, texts: Sequence[str]) -> tuple[dict[int, int], dict[int, str]]:
-        """Return by test row the first training row with a run of it, and the run; `texts` are those of the tests."""
-        tests = self.tests
-        if not len(tests.runs):
-            return {}, {}
-        place_V = np.searchsorted(self.run_G, tests.runs)
-        told_V = np.flatnonzero((self.count_G[place_V] > 0) & (self.count_G[place_V] <= COMMON_ROWS))
-        rows, at = np.unique(tests.texts[told_V], return_index=True)
-        shared, runs = {}, {}
-        for row, place in zip(rows.tolist(), told_V[at].tolist(), strict=True):
-            shared[row] = int(self.first_G[place_V[place]])
-            runs[row] = _between(texts[row], int(tests.begins[place]), int(tests.ends[place]))
-        return shared, runs
+        self.first_G[new[unseen]] = rows[at[unseen]]
 
 
-def _between(text: str, begin: int, end: int) -> str:
-    """Return the words of a text from the byte `begin` to the word at the byte `end`, in lower case."""
+def _first_shared(tests: _Runs, search: _RunSearch, texts: Sequence[str]) -> tuple[dict[int, int], dict[int, str]]:
+    """Return by test row the first training row with a run of it that is not common, and the words of the run."""
+    slot_V = np.searchsorted(search.run_G, tests.runs)
+    rare_V = np.flatnonzero((search.count_G[slot_V] > 0) & (search.count_G[slot_V] <= COMMON_ROWS))
+    rows, at = np.unique(tests.texts[rare_V], return_index=True)
+    shared, runs = {}, {}
+    for row, run in zip(rows.tolist(), rare_V[at].tolist(), strict=True):
+        shared[row] = int(search.first_G[slot_V[run]])
+        runs[row] = _words_from(texts[row], run - int(np.searchsorted(tests.texts, row)))
+    return shared, runs
+
+
+def _words_from(text: str, first: int) -> str:
+    """Return thirteen words of a text, in lower case."""
     coded = text.lower().encode()
-    _, _, bytes_W = hash_words([text])
-    behind = bytes_W[bytes_W > end]
-    piece = coded[begin : int(behind[0]) if len(behind) else len(coded)].decode(errors="replace")
+    byte_W = [*hash_words([text])[2].tolist(), len(coded)]
+    piece = coded[byte_W[first] : byte_W[first + WORDS]].decode(errors="replace")
     return " ".join(piece.split())
 
 
@@ -221,14 +185,8 @@ def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
 
     def texts() -> Iterator[tuple[int, list[str]]]:
         for side, offset in (("train", 0), ("test", count)):
-            first, batch = offset, []
-            for _, text in iterate_texts(rows, side):
-                batch.append(spoken_text(json.loads(text)))
-                if len(batch) == BATCH:
-                    yield first, batch
-                    first, batch = first + len(batch), []
-            if batch:
-                yield first, batch
+            for first, batch in iterate_batches(rows, side):
+                yield offset + first, [spoken_text(json.loads(text)) for text in batch.column("row").to_pylist()]
 
-    found = match_near(kept, np.arange(count, count + tests), texts)
-    return {row - count: int(near[0]) for row, near in found.items()}
+    matches = match_near(kept, np.arange(count, count + tests), texts)
+    return {row - count: int(near[0]) for row, near in matches.items()}

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from llmtune import __version__
+from llmtune.data.ingest import show_progress
 from llmtune.data.overlong import TOO_LONG, Encoded
-from llmtune.data.preparation import iterate_texts
 from llmtune.data.rejected_rows import listed
+from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
@@ -42,6 +43,7 @@ BATCH_RECORDINGS = 32
 BATCH_CHARACTERS = 1_000_000  # what the tokenizer holds at once: its offsets take 50 times the text
 SHOWN = 20
 RECORD = "examples.json"
+COUNTED = ("counts", "tokens", "supervised", "longest", "reach")
 LEFT_OUT = "left_out.jsonl"
 AGAIN = "Run the recipe again: what is missing is made again."
 LISTS: dict[str, type[np.generic]] = {
@@ -122,8 +124,8 @@ class _Tally:
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def begin(self, side: str) -> None:
-        for counted in (self.counts, self.tokens, self.supervised, self.longest, self.reach):
-            counted[side] = 0
+        for name in COUNTED:
+            getattr(self, name)[side] = 0
 
     def add(self, side: str, batch: pa.RecordBatch) -> None:
         """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
@@ -172,7 +174,7 @@ def encode_rows(
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        with _progress(console) as progress, listed(folder.parent / LEFT_OUT) as left_out:
+        with show_progress(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
             batches = (batch for side in rows.files for batch in _batches(side, iterate_texts(rows, side)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
@@ -188,9 +190,15 @@ def encode_rows(
                             write(result.examples)
                         progress.advance(bar, result.rows)
         _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
-        examples = _examples(tally, rows, folder)
-        _save(examples)
-    return examples
+        counted = {name: dict(getattr(tally, name)) for name in COUNTED}
+        record = {
+            "files": {side: f"{side}.arrow" for side in rows.files},
+            **counted,
+            "dropped": dict(sorted((+tally.dropped).items())),
+            "content_hash": tally.digest.hexdigest(),
+        }
+        write_json(folder / RECORD, record)
+    return load_examples(folder)
 
 
 def load_examples(folder: Path) -> Examples:
@@ -254,11 +262,6 @@ class ExampleReader:
         # By DLPack, because `to_numpy` imports pandas, which a training has no other use for.
         parts = [np.from_dlpack(batch.column(name)) for batch in self._batches]
         return np.concatenate([np.empty(0, dtype=np.int32), *parts]).astype(np.int32)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _batches(side: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]:
@@ -345,34 +348,6 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
         fix = f"Mend them, or raise data.max_dropped. All of them: {list_file}."
         shown = [*tally.bad_rows, *(tally.long_rows if recipe.data.on_overlong != "drop" else [])]
         raise DataError(Problem(what, fix=fix), *shown[:SHOWN])
-
-
-def _examples(tally: _Tally, rows: Rows, folder: Path) -> Examples:
-    return Examples(
-        folder=folder,
-        files={side: folder / f"{side}.arrow" for side in rows.files},
-        counts=dict(tally.counts),
-        tokens=dict(tally.tokens),
-        supervised=dict(tally.supervised),
-        longest=dict(tally.longest),
-        dropped=dict(sorted((+tally.dropped).items())),
-        content_hash=tally.digest.hexdigest(),
-        reach=dict(tally.reach),
-    )
-
-
-def _save(examples: Examples) -> None:
-    record = {
-        "files": {side: path.name for side, path in examples.files.items()},
-        "counts": examples.counts,
-        "tokens": examples.tokens,
-        "supervised": examples.supervised,
-        "longest": examples.longest,
-        "reach": examples.reach,
-        "dropped": examples.dropped,
-        "content_hash": examples.content_hash,
-    }
-    write_json(examples.folder / RECORD, record)
 
 
 def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:

@@ -1,28 +1,28 @@
 """Bytes in, raw rows out: JSON lines, JSON, CSV, Parquet and text, plain or compressed, a piece at a time.
 
 A raw row is a pair: its origin (`file:line`, or `file:row N` where lines mean nothing) and either the columns as a dict
-or an `Unreadable` that says why there are none. What makes the rest of a file unreadable is raised as a DataError.
+or a `RowError` with the reason why there are none. What makes the rest of a file unreadable is raised as a DataError.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.data.rejected_rows import RowError, describe
 from llmtune.errors import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MAX_ROW_BYTES = 32 * 2**20
 """A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
@@ -31,22 +31,16 @@ TEXT_PIECE = 2**16
 """Characters above which a text file is cut into several rows, at the next blank line."""
 
 PARQUET_ROWS = 512
+DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
 Advance = Callable[[int], object]
 """Told how many bytes of the file were read, for the progress bar."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A row that could not be read: the kind of mistake (counted by it) and what exactly is wrong."""
+ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
 
-    reason: str
-    detail: str
-
-
-ByteStream: TypeAlias = "io.BufferedReader[Any]"
-
-RawRow = tuple[str, dict[str, Any] | Unreadable]
+RawRow = tuple[str, dict[str, object] | RowError]
 
 
 def read_file(path: Path, name: str, container: str, advance: Advance = lambda count: None) -> Iterator[RawRow]:
@@ -72,20 +66,20 @@ def explained(name: str) -> Iterator[None]:
     except PermissionError as error:
         what = "the file may not be read (permission denied)"
         raise DataError.of(what, name, "Give yourself the right to read it.") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        what = f"the compressed file is damaged or cut short ({error})"
-        raise DataError.of(what, name, "Fetch or compress it again.") from error
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {_first_line(error)}", name) from error
     except JsonSyntaxError as error:
         fix = "Mend the file; a JSON file cannot be read on behind a mistake, JSON lines can."
         raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
     except OSError as error:
+        if error.errno is None and any(word in str(error) for word in DAMAGED):  # Arrow's, not the system's
+            what = f"the compressed file is damaged or cut short ({error})"
+            raise DataError.of(what, name, "Fetch or compress it again.") from error
         raise DataError.of(f"the file cannot be read ({error.strerror or error})", name) from error
 
 
-class _Counted(io.RawIOBase):
-    """A file that tells how far it has been read."""
+class _CountedFile(io.RawIOBase):
+    """A file that reports how far it has been read."""
 
     def __init__(self, path: Path, advance: Advance) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
@@ -94,7 +88,7 @@ class _Counted(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer, /) -> int:
         count = self._file.readinto(buffer) or 0
         self._advance(count)
         return count
@@ -104,49 +98,17 @@ class _Counted(io.RawIOBase):
         super().close()
 
 
-class _Unpacked(io.RawIOBase):
-    """What zstandard frames hold; unlike the library's own reader it does not take a cut file for a whole one."""
-
-    def __init__(self, packed: ByteStream) -> None:
-        self._packed = packed
-        self._frame: Any = None
-        self._rest = b""
-        self._data = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._data:
-            block = self._rest or self._packed.read1(2**17)
-            self._rest = b""
-            if not block:
-                if self._frame is not None:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._data = memoryview(self._frame.decompress(block))
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._data))
-        buffer[:count] = self._data[:count]
-        self._data = self._data[count:]
-        return count
-
-
 @contextmanager
 def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
     """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way."""
-    with io.BufferedReader(cast(io.RawIOBase, _Counted(path, advance)), 2**18) as raw:
-        magic = raw.peek(4)[:4]
-        if magic[:2] == b"\x1f\x8b":
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield cast(ByteStream, unpacked)
-        elif magic == b"\x28\xb5\x2f\xfd":
-            with io.BufferedReader(cast(io.RawIOBase, _Unpacked(raw)), 2**18) as unpacked:
-                yield unpacked
-        else:
+    with io.BufferedReader(cast(io.RawIOBase, _CountedFile(path, advance)), 2**18) as raw:
+        kind = next((kind for magic, kind in MAGIC.items() if raw.peek(4).startswith(magic)), None)
+        if kind is None:
             yield raw
+            return
+        unpacked = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind)
+        with io.BufferedReader(cast(io.RawIOBase, unpacked), 2**18) as stream:
+            yield stream
 
 
 def _refuse_other_encodings(stream: ByteStream, name: str) -> None:
@@ -171,33 +133,27 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
         offset += len(line)
 
 
-def _parse_line(line: bytes, offset: int) -> dict[str, Any] | Unreadable:
+def _parse_line(line: bytes, offset: int) -> dict[str, object] | RowError:
     """Read one line that begins at byte `offset` of its file."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return not_utf8(line[error.start], offset + error.start)
     except json.JSONDecodeError as error:
-        return Unreadable("not valid JSON", f"{error.msg} at column {error.colno}")
+        return RowError("not valid JSON", f"{error.msg} at column {error.colno}")
     except RecursionError:
-        return Unreadable("not valid JSON", "nested too deeply")
+        return RowError("not valid JSON", "nested too deeply")
     except ValueError as error:  # integers of more than 4,300 digits
-        return Unreadable("not valid JSON", str(error))
+        return RowError("not valid JSON", str(error))
     if isinstance(value, dict):
         return value
     hint = "; if the file is one JSON list, set `format: json`" if isinstance(value, list) else ""
-    return Unreadable("not a JSON object", f"the line is {describe(value)}{hint}")
+    return RowError("not a JSON object", f"the line is {describe(value)}{hint}")
 
 
-def not_utf8(byte: int, offset: int) -> Unreadable:
+def not_utf8(byte: int, offset: int) -> RowError:
     """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
-    return Unreadable("not UTF-8", f"byte 0x{byte:02x} at offset {offset}")
-
-
-def describe(value: object) -> str:
-    """Name the kind of a JSON value, as a person would."""
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+    return RowError("not UTF-8", f"byte 0x{byte:02x} at offset {offset}")
 
 
 def _read_json(stream: ByteStream, name: str) -> Iterator[RawRow]:
@@ -209,7 +165,7 @@ def _read_json(stream: ByteStream, name: str) -> Iterator[RawRow]:
         if isinstance(value, dict):
             yield f"{name}:row {number}", value
         else:
-            yield f"{name}:row {number}", Unreadable("not a JSON object", f"the row is {describe(value)}")
+            yield f"{name}:row {number}", RowError("not a JSON object", f"the row is {describe(value)}")
 
 
 def _looks_like_lines(start: bytes) -> bool:
@@ -249,12 +205,12 @@ def _check_header(header: list[str], name: str) -> list[str]:
     return header
 
 
-def _name_cells(cells: list[str], header: list[str]) -> dict[str, Any] | Unreadable:
+def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowError:
     if len(cells) != len(header):
-        return Unreadable("wrong number of columns", f"{len(cells)} cells, the header has {len(header)}")
+        return RowError("wrong number of columns", f"{len(cells)} cells, the header has {len(header)}")
     for cell in cells:
         if (bad := _escaped_byte(cell)) is not None:
-            return Unreadable("not UTF-8", f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
+            return RowError("not UTF-8", f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
     return dict(zip(header, cells, strict=True))
 
 
@@ -284,8 +240,8 @@ def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
     number = first = 1
     while line := lines.readline(TEXT_PIECE):
         if (bad := _escaped_byte(line)) is not None:
-            place = offset + len(line[:bad].encode())
-            what = not_utf8(ord(line[bad]) - 0xDC00, place)
+            position = offset + len(line[:bad].encode())
+            what = not_utf8(ord(line[bad]) - 0xDC00, position)
             raise DataError.of(f"{what.reason}: {what.detail}", f"{name}:{number}", "Save the file as UTF-8.")
         offset += len(line.encode())
         piece.append(line)
@@ -302,7 +258,7 @@ def _escaped_byte(text: str) -> int | None:
     """Where `text` holds a byte that was not UTF-8 when it was decoded with `surrogateescape`."""
     if text.isascii():
         return None
-    return next((place for place, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)
+    return next((index for index, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)
 
 
 def _first_line(error: Exception) -> str:

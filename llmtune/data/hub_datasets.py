@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import xxhash
 
@@ -17,7 +17,18 @@ from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.recipe import Source
 from llmtune.store.atomic_files import explained, write_text
 
+if TYPE_CHECKING:
+    from datasets import ClassLabel, Dataset, IterableDataset
+
 HUB = "hub:"
+HubRow = dict[str, object]
+
+
+class Recording(TypedDict):
+    """A recording that is not decoded."""
+
+    bytes: bytes | None
+    path: str | None
 
 
 def dataset_name(source: Source) -> str | None:
@@ -29,7 +40,7 @@ def dataset_name(source: Source) -> str | None:
 def resolve_commit(name: str, revision: str | None) -> str:
     """Return the commit that `revision` (the newest, if None) stands for; offline, the one that is in the cache.
 
-    It is asked for once in a process, so that what is read is what was hashed.
+    It is looked up once in a process, so that what is read is what was hashed.
 
     Raises:
         DataError: There is no such data set or revision, or it may not be read.
@@ -92,7 +103,9 @@ def read_hub(name: str, source: Source) -> Iterator[RawRow]:
             yield f"{HUB}{name}/{split}:row {number}", plain(row)
 
 
-def as_files_hold_it(rows: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]]]:
+def as_files_hold_it(
+    rows: Dataset | IterableDataset,
+) -> tuple[Dataset | IterableDataset, Callable[[HubRow], HubRow]]:
     """Return rows whose recordings and pictures are not decoded, and what makes plain values of a row's.
 
     Numbers of classes become their names; a recording becomes the name of a file with its bytes.
@@ -100,7 +113,7 @@ def as_files_hold_it(rows: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[st
     from datasets import Audio, ClassLabel
 
     features = rows.features or {}  # None where rows are streamed from files that do not say
-    makers: dict[str, Callable[[Any], Any]] = {}
+    makers: dict[str, Callable[..., object]] = {}
     for column, feature in features.items():
         inner = getattr(feature, "feature", feature)  # of a list
         if isinstance(inner, ClassLabel):
@@ -110,20 +123,20 @@ def as_files_hold_it(rows: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[st
         if isinstance(feature, Audio):
             makers[column] = store_recording
 
-    def plain(row: dict[str, Any]) -> dict[str, Any]:
+    def plain(row: HubRow) -> HubRow:
         return {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
 
     return rows, plain
 
 
-def name_classes(feature: Any, value: Any) -> Any:
+def name_classes(feature: ClassLabel, value: int | list[int] | None) -> object:
     """Return the name of a class, or of each in a list; None and -1, which stand for none, as None."""
     if isinstance(value, list):
         return [name_classes(feature, one) for one in value]
     return None if value is None or value < 0 else feature.int2str(value)
 
 
-def store_recording(value: Any) -> str | None:
+def store_recording(value: Recording | None) -> str | None:
     """Write a recording's bytes beside the cache of data sets, named for them, and return the file.
 
     A recording that lies in a file is left there.
@@ -132,7 +145,7 @@ def store_recording(value: Any) -> str | None:
 
     if value is None or value["bytes"] is None:
         return None if value is None else value["path"]
-    content: bytes = value["bytes"]
+    content = value["bytes"]
     ending = Path(value["path"] or "").suffix.lower()
     folder = Path(config.HF_DATASETS_CACHE).parent / "llmtune-recordings"
     path = folder / f"{xxhash.xxh3_128_hexdigest(content)}{ending}"
@@ -157,11 +170,11 @@ def _only_split(name: str, source: Source, commit: str) -> str:
     raise DataError.of(f"there is no split 'train' but {', '.join(splits)}", HUB + name, "Say which with `split:`.")
 
 
-def _check_cached(rows: Any, name: str, commit: str) -> None:
+def _check_cached(rows: Dataset, name: str, commit: str) -> None:
     """Refuse rows of another commit: offline, the library takes the ones that it made last, whatever is asked for."""
-    found = {Path(file["filename"]).parent.name for file in rows.cache_files}
-    if found - {commit}:
-        what = f"the cache holds the rows of another commit: {min(found)[:12]}, not {commit[:12]}"
+    commits = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if commits - {commit}:
+        what = f"the cache holds the rows of another commit: {min(commits)[:12]}, not {commit[:12]}"
         fix = "Run once without --offline (HF_HUB_OFFLINE), or give a local file."
         raise EnvironmentProblem.of(what, HUB + name, fix)
 

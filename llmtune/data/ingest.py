@@ -8,18 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from llmtune.data.file_readers import Unreadable
 from llmtune.data.rejected_rows import Add, RowError, listed
-from llmtune.data.row_formats import canonicalise, rename
+from llmtune.data.row_formats import parse_row, rename
 from llmtune.data.row_hash import hash_content, to_json
-from llmtune.data.row_store import Spool
-from llmtune.data.sources import Input
+from llmtune.data.row_store import HashedRow, Spool
+from llmtune.data.sources import Detected
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection
 from llmtune.records import SIDES
@@ -40,7 +38,7 @@ class Account:
     columns: dict[str, None] = field(default_factory=dict)
     """Columns of rows that may be tested, where some are asked for."""
 
-    def add_bad(self, origin: str, error: RowError | Unreadable) -> None:
+    def add_bad(self, origin: str, error: RowError) -> None:
         """Count a bad row and put it into the list."""
         self.bad[f"bad: {error.reason}"] += 1
         what = f"{error.reason}: {error.detail}" if error.detail else error.reason
@@ -56,15 +54,15 @@ class Account:
 
 
 @contextmanager
-def show_progress(console: Console) -> Iterator[Progress]:
-    """Draw bars of bytes where a person looks on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+def show_progress(console: Console, amount: ProgressColumn | None = None) -> Iterator[Progress]:
+    """Draw bars, of bytes if nothing else is given, where a person looks on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
 
 def read_inputs(
-    inputs: tuple[Input, ...],
+    inputs: Sequence[Detected],
     data: DataSection,
     task: str,
     spool: Spool,
@@ -72,12 +70,12 @@ def read_inputs(
     console: Console,
     columns: Mapping[str, str] | None = None,
 ) -> Account:
-    """Read, check and canonicalise every row into `spool`.
+    """Read, check and parse every row into `spool`.
 
     Args:
         inputs: What to read.
         data: The recipe's section, for `split_by` and `max_dropped`.
-        task: Whose canonical form is wanted.
+        task: Whose canonical rows are made.
         spool: Takes the good rows; open.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
@@ -91,7 +89,7 @@ def read_inputs(
     taken: Counter[int] = Counter()
     with show_progress(console) as progress, listed(list_file) as add_line:
         account = Account(list_file, add_line)
-        bar = progress.add_task("read rows", total=sum(one.size for one in inputs))
+        bar = progress.add_task("read rows", total=sum(one.input.size for one in inputs))
         for one in inputs:
             try:
                 _read_input(one, data, task, spool, account, taken, progress, bar, tuple(columns or ()))
@@ -104,21 +102,21 @@ def read_inputs(
     return account
 
 
-def check_columns(wanted: Mapping[str, str], columns: Sequence[str]) -> None:
-    """Refuse `wanted` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
+def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
+    """Refuse `required` columns (by name, the key) that are not among `columns`. Raises DataError, for all at once."""
     DataError.collect(
         Problem(
             f"no test row has a column {name!r}",
             key,
             f"{nearest(name, columns)} The columns are: {', '.join(columns) or '(none)'}.".strip(),
         )
-        for name, key in wanted.items()
+        for name, key in required.items()
         if name not in columns
     )
 
 
 def _read_input(
-    one: Input,
+    detected: Detected,
     data: DataSection,
     task: str,
     spool: Spool,
@@ -128,6 +126,7 @@ def _read_input(
     bar: TaskID,
     kept_columns: Sequence[str],
 ) -> None:
+    one = detected.input
     limit = one.source.limit
     side = -1 if one.side is None else SIDES.index(one.side)
     columns = one.source.columns
@@ -136,12 +135,12 @@ def _read_input(
         if limit is not None and taken[one.number] >= limit:
             return
         account.rows_in += 1
-        if isinstance(value, Unreadable):
+        if isinstance(value, RowError):
             account.add_bad(origin, value)
             continue
         try:
             raw = rename(value, columns)
-            row = canonicalise(raw, one.form, task, one.path.parent if one.path else None)
+            row = parse_row(raw, detected.row_format, task, one.path.parent if one.path else None)
             text = to_json(row)
             content = hash_content(row)
             group = _group(raw, data.split_by, required=side < 0) or int.from_bytes(content[8:], "big")
@@ -153,10 +152,11 @@ def _read_input(
         if tested:
             account.columns.update(dict.fromkeys(raw))
             kept = json.dumps({name: raw[name] for name in kept_columns if name in raw}, default=str)
-        spool.add(origin, text, content, xxhash.xxh3_64_intdigest(text.encode()), group, one.number, side, kept)
+        text_hash = xxhash.xxh3_64_intdigest(text.encode())
+        spool.add(HashedRow(origin, text, kept, content, text_hash, group, one.number, side))
 
 
-def _group(raw: Mapping[str, Any], split_by: str | None, required: bool) -> int | None:
+def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:
     """Hash the value that decides the side; None where that is the row's own content."""
     if split_by is None:
         return None

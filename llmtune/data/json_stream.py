@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 CHUNK = 2**20
 ROW_COLUMNS = frozenset(
@@ -30,9 +29,9 @@ class JsonSyntaxError(Exception):
 
 
 class _Window:
-    """The part of a JSON text that is in memory, and the place up to which it was taken."""
+    """The part of a JSON text that is in memory, and the offset up to which it was taken."""
 
-    def __init__(self, stream: io.BufferedReader, limit: int) -> None:
+    def __init__(self, stream: io.BufferedReader[io.RawIOBase], limit: int) -> None:
         self._stream = stream
         self._limit = limit
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
@@ -41,53 +40,53 @@ class _Window:
         self._line = 1
         self._ended = False
         self._text = ""
-        self._place = 0
+        self._offset = 0
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
         while True:
-            match = _SPACE.match(self._text, self._place)
-            self._place = match.end() if match else self._place
-            if self._place < len(self._text):
-                return self._text[self._place]
+            match = _SPACE.match(self._text, self._offset)
+            self._offset = match.end() if match else self._offset
+            if self._offset < len(self._text):
+                return self._text[self._offset]
             if not self._read():
                 return ""
 
-    def take(self, wanted: str) -> str:
-        """Step over one of the characters `wanted` and return it."""
-        found = self.peek()
-        if not found or found not in wanted:
-            shown = repr(found) if found else "the end of the file"
-            raise self.error(f"{' or '.join(wanted)} expected, not {shown}", self._place)
-        self._place += 1
-        return found
+    def take(self, expected: str) -> str:
+        """Step over one of the characters `expected` and return it."""
+        actual = self.peek()
+        if not actual or actual not in expected:
+            shown = repr(actual) if actual else "the end of the file"
+            raise self.error(f"{' or '.join(expected)} expected, not {shown}", self._offset)
+        self._offset += 1
+        return actual
 
-    def value(self) -> Any:
+    def value(self) -> object:
         """Parse the next value, reading on until it is whole."""
         self.peek()
         while True:
             try:
-                value, end = self._scan(self._text, self._place)
+                value, end = self._scan(self._text, self._offset)
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _NEAR_THE_END
                 if not (cut and self._read()):
                     raise self.error(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
-                raise self.error(str(error), self._place) from error
+                raise self.error(str(error), self._offset) from error
             else:
                 if end < len(self._text) or not self._read():  # a number at the end may go on
-                    self._place = end
+                    self._offset = end
                     return value
-            if len(self._text) - self._place > self._limit:
-                raise self.error(f"a value of more than {self._limit >> 20} MiB", self._place)
+            if len(self._text) - self._offset > self._limit:
+                raise self.error(f"a value of more than {self._limit >> 20} MiB", self._offset)
 
     def _read(self) -> bool:
         """Read on and let go of what was taken; the step doubles with what is held, so that long values stay linear."""
         if self._ended:
             return False
-        self._line += self._text.count("\n", 0, self._place)
-        self._text = self._text[self._place :]
-        self._place = 0
+        self._line += self._text.count("\n", 0, self._offset)
+        self._text = self._text[self._offset :]
+        self._offset = 0
         data = self._stream.read(max(CHUNK, len(self._text)))
         self._ended = not data
         try:
@@ -99,12 +98,13 @@ class _Window:
         self._bytes += len(data)
         return not self._ended
 
-    def error(self, message: str, place: int | None = None) -> JsonSyntaxError:
-        """Make an error that names the line of `place` in the window (or of where it stands)."""
-        return JsonSyntaxError(message, self._line + self._text.count("\n", 0, self._place if place is None else place))
+    def error(self, message: str, offset: int | None = None) -> JsonSyntaxError:
+        """Return an error that names the line of an offset in the window (or of the current one)."""
+        end = self._offset if offset is None else offset
+        return JsonSyntaxError(message, self._line + self._text.count("\n", 0, end))
 
 
-def read_json_items(stream: io.BufferedReader, limit: int) -> Iterator[Any]:
+def read_json_items(stream: io.BufferedReader[io.RawIOBase], limit: int) -> Iterator[object]:
     """Yield the rows of a JSON text: the items of a list, of the list in an object, or objects that follow one another.
 
     Args:
@@ -127,7 +127,7 @@ def read_json_items(stream: io.BufferedReader, limit: int) -> Iterator[Any]:
         yield window.value()
 
 
-def _items(window: _Window) -> Iterator[Any]:
+def _items(window: _Window) -> Iterator[object]:
     window.take("[")
     if window.peek() == "]":
         window.take("]")
@@ -138,15 +138,15 @@ def _items(window: _Window) -> Iterator[Any]:
             return
 
 
-def _object(window: _Window) -> Iterator[Any]:
+def _object(window: _Window) -> Iterator[object]:
     """Yield the rows in the only list of objects that the first object holds, or else the object itself."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     rows_in: str | None = None
     window.take("{")
     while window.peek() != "}":
         if window.peek() != '"':
             window.take('"')
-        key = window.value()
+        key = str(window.value())
         window.take(":")
         if window.peek() == "[" and key not in ROW_COLUMNS and not ROW_COLUMNS & fields.keys():
             items = _items(window)

@@ -1,11 +1,10 @@
-"""Row formats: told apart by the columns of the first rows, and brought into one canonical form a task."""
+"""Row formats: other apart by the columns of the first rows, and brought into one canonical row_format a task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmtune.data.audio import find_recording, speech_from_columns, speech_from_folder
 from llmtune.data.chat_rows import (
@@ -29,9 +28,9 @@ from llmtune.data.text_pair_rows import (
     translation_from_map,
     translation_from_pair,
 )
-from llmtune.errors import Problem, nearest
+from llmtune.errors import DataError, LlmtuneError, nearest
 
-Reader = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+RowParser = Callable[[Mapping[str, object]], Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,26 @@ class RowFormat:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    readers: Mapping[str, Reader]
+    parsers: Mapping[str, RowParser]
     """By task, what makes a canonical row."""
-    looks: str
+    example: str
     """An example for error messages."""
     files: tuple[str, ...] = ()
     """Columns that name files, relative to the one that the row stands in."""
 
-    def reads(self, task: str) -> Reader | None:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that it reads."""
+        return (*self.required, *self.optional)
+
+    def parser(self, task: str) -> RowParser | None:
         """Return what makes a canonical row for `task`, or None."""
-        return self.readers.get(task)
+        return self.parsers.get(task)
 
 
 FORMATS = {
-    form.name: form
-    for form in (
+    one.name: one
+    for one in (
         RowFormat(
             "messages",
             ("messages",),
@@ -187,21 +191,22 @@ FORMATS = {
         ),
     )
 }
-COLUMNS = tuple(sorted({name for form in FORMATS.values() for name in (*form.required, *form.optional)}))
+CONVERSATIONS = ("messages", "conversations")
+COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
 """Canonical column names: what the keys of `columns:` may be."""
 
 
-def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
+def rename(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
     """Give mapped columns their canonical names; a column of that name that was there before gives way."""
     if not columns:
         return row
     return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
-def detect(
-    rows: Sequence[Mapping[str, Any]], task: str, columns: Mapping[str, str], forced: str | None, where: str
-) -> tuple[RowFormat | None, Problem | None]:
-    """Tell the format of a file by its first rows.
+def detect_format(
+    rows: Sequence[Mapping[str, object]], task: str, columns: Mapping[str, str], forced: str | None, where: str
+) -> RowFormat:
+    """Detect the format of a file by its first rows.
 
     Args:
         rows: The first good rows; at least one.
@@ -210,89 +215,84 @@ def detect(
         forced: The row format that the source names, if it does.
         where: The file, for the problem.
 
-    Returns:
-        The format, or what is wrong and how to mend it.
+    Raises:
+        DataError: No format fits, or several do; with a way to mend it.
     """
-    found = list(dict.fromkeys(name for row in rows for name in row))
-    problem = _check_columns(columns, found, where)
-    if problem:
-        return None, problem
-    matching = [form for form in FORMATS.values() if _matches(form, rows, columns)]
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    _check_columns(columns, present, where)
+    usable = [one for one in FORMATS.values() if one.parser(task)]
+    matching = [one for one in FORMATS.values() if _matches(one, rows, columns)]
     if forced:
-        return _forced(FORMATS[forced], matching, task, found, where)
-    usable = [form for form in matching if form.reads(task)]
-    if len(usable) > 1:  # what asks for more says more: conversations beside chosen and rejected
-        usable = [form for form in usable if not any(set(form.required) < set(other.required) for other in usable)]
-    if len(usable) == 1:
-        return usable[0], None
-    if usable:
-        names = " and ".join(form.name for form in usable)
-        fix = f"Say which with `format: {usable[0].name}` or `format: {usable[1].name}`."
-        return None, Problem(f"the columns {_listed(found)} fit {names}", where, fix)
+        return _check_forced(FORMATS[forced], matching, usable, task, present, where)
+    fitting = [one for one in matching if one in usable]
+    if len(fitting) > 1:  # the longer list of columns wins: conversations beside chosen and rejected
+        fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(one.name for one in fitting)
+        fix = f"Say which with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
+        raise DataError.of(f"the columns {_listed(present)} fit {names}", where, fix)
     if matching:
-        others = " or ".join(f"`task: {name}`" for name in matching[0].readers)
-        return None, Problem(
-            f"{matching[0].name} rows, which task: {task} cannot use",
-            where,
-            f"Set {others}, or give other rows.",
-        )
-    return None, _no_match(rows, columns, task, found, where)
+        others = " or ".join(f"`task: {name}`" for name in matching[0].parsers)
+        what = f"{matching[0].name} rows, which task: {task} cannot use"
+        raise DataError.of(what, where, f"Set {others}, or give other rows.")
+    raise _no_match(rows, columns, usable, present, where)
 
 
-def _check_columns(columns: Mapping[str, str], found: list[str], where: str) -> Problem | None:
+def _check_columns(columns: Mapping[str, str], present: list[str], where: str) -> None:
     for ours, theirs in columns.items():
         if ours not in COLUMNS:
-            what = (
-                f"columns: {ours!r} is not a column that llmtune knows ({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
-            )
-            return Problem(what, where)
-        if theirs not in found:
-            what = f"columns: there is no column {theirs!r}; found {_listed(found)}.{nearest(theirs, found)}"
-            return Problem(what, where)
-    return None
+            known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
+            raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {known}", where)
+        if theirs not in present:
+            known = f"found {_listed(present)}.{nearest(theirs, present)}"
+            raise DataError.of(f"columns: there is no column {theirs!r}; {known}", where)
 
 
-def _matches(form: RowFormat, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
+def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
     """Whether all rows have what the format needs; with `columns`, it must use what they map."""
-    if any(name not in form.required and name not in form.optional for name in columns):
+    if any(name not in row_format.columns for name in columns):
         return False
-    if columns and not set(form.required) & set(columns):
-        return not any(set(other.required) & set(columns) for other in FORMATS.values()) and _has_all(
-            form, rows, columns
-        )
-    return _has_all(form, rows, columns)
+    mapped = set(columns)
+    if mapped.isdisjoint(row_format.required) and any(mapped & set(other.required) for other in FORMATS.values()):
+        return False
+    return all(columns.get(name, name) in row for row in rows for name in row_format.required)
 
 
-def _has_all(form: RowFormat, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
-    return all(columns.get(name, name) in row for row in rows for name in form.required)
-
-
-def _forced(
-    form: RowFormat, matching: Sequence[RowFormat], task: str, found: list[str], where: str
-) -> tuple[RowFormat | None, Problem | None]:
-    if not form.reads(task):
-        what = f"format: {form.name} cannot be used by task: {task}"
-        return None, Problem(what, where, f"Use one of {', '.join(f.name for f in FORMATS.values() if f.reads(task))}.")
-    if form in matching:
-        return form, None
-    what = f"format: {form.name} needs {_listed(form.required)}; the columns are {_listed(found)}"
-    return None, Problem(what, where, f"Map them with `columns: {{{form.required[0]}: YOUR_COLUMN}}`.")
+def _check_forced(
+    row_format: RowFormat,
+    matching: Sequence[RowFormat],
+    usable: Sequence[RowFormat],
+    task: str,
+    present: list[str],
+    where: str,
+) -> RowFormat:
+    if row_format not in usable:
+        what = f"format: {row_format.name} cannot be used by task: {task}"
+        raise DataError.of(what, where, f"Use one of {', '.join(one.name for one in usable)}.")
+    if row_format not in matching:
+        what = f"format: {row_format.name} needs {_listed(row_format.required)}; the columns are {_listed(present)}"
+        raise DataError.of(what, where, f"Map them with `columns: {{{row_format.required[0]}: YOUR_COLUMN}}`.")
+    return row_format
 
 
 def _no_match(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], task: str, found: list[str], where: str
-) -> Problem:
-    kinds = [next((f.name for f in FORMATS.values() if _matches(f, [row], columns)), None) for row in rows]
+    rows: Sequence[Mapping[str, object]],
+    columns: Mapping[str, str],
+    usable: Sequence[RowFormat],
+    present: list[str],
+    where: str,
+) -> LlmtuneError:
+    kinds = [next((one.name for one in FORMATS.values() if _matches(one, [row], columns)), None) for row in rows]
     if len(set(kinds)) > 1:
-        told = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
-        names = f"row 1 is {kinds[0] or 'of no known format'}, row {told + 1} {kinds[told] or 'of no known format'}"
-        return Problem(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
-    usable = [form for form in FORMATS.values() if form.reads(task)]
-    known = "\n    ".join(f"{form.name}: {form.looks}" for form in usable)
-    first = usable[-1].required
-    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in first)
-    what = f"the format is not known by the columns {_listed(found)}"
-    return Problem(what, where, f"Formats:\n    {known}\n    or map columns: `columns: {{{mapped}}}`.")
+        other = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
+        names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
+        return DataError.of(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
+    known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
+    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in usable[-1].required)
+    what = f"the format is not known by the columns {_listed(present)}"
+    return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns: `columns: {{{mapped}}}`.")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -300,39 +300,38 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown or "(none)"
 
 
-def canonicalise(row: Mapping[str, Any], form: RowFormat, task: str, folder: Path | None = None) -> Mapping[str, Any]:
+def parse_row(
+    row: Mapping[str, object], row_format: RowFormat, task: str, folder: Path | None = None
+) -> Mapping[str, object]:
     """Return the canonical row.
 
     Args:
         row: Columns by their canonical names (see `rename`).
-        form: How the file is written.
-        task: Whose canonical form is wanted.
+        row_format: How the file is written.
+        task: Whose canonical row is made.
         folder: What the names of files in the row are relative to.
 
     Raises:
         RowError: The row cannot be trained on.
     """
-    for name in form.required:
+    for name in row_format.required:
         if name not in row:
-            other = next((f.name for f in FORMATS.values() if all(column in row for column in f.required)), None)
+            other = next((one.name for one in FORMATS.values() if all(column in row for column in one.required)), None)
             hint = f"; it looks like a {other} row" if other else ""
-            raise RowError("missing column", f"{form.name} rows need {name!r}{hint}")
-    reader = form.reads(task)
-    assert reader is not None, "detect() returns formats that the task reads"
-    return reader(_placed(row, form, folder) if form.files and folder is not None else row)
+            raise RowError("missing column", f"{row_format.name} rows need {name!r}{hint}")
+    parse = row_format.parser(task)
+    assert parse is not None, "detect_format() returns formats that the task can parse"
+    if folder is not None:  # files that the row names get their whole path
+        files = {column: find_recording(row[column]) for column in row_format.files}
+        row = {**row, **{column: str((folder / name).absolute()) for column, name in files.items() if name}}
+    return parse(row)
 
 
-def _placed(row: Mapping[str, Any], form: RowFormat, folder: Path) -> Mapping[str, Any]:
-    """Give files that the row names their whole path."""
-    named = {column: find_recording(row[column]) for column in form.files}
-    return {**row, **{column: str((folder / name).absolute()) for column, name in named.items() if name}}
-
-
-def unused_keys(row: Mapping[str, Any], form: RowFormat, columns: Mapping[str, str]) -> list[str]:
+def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:
     """Name the columns, and the keys of messages, that the canonical row does not hold."""
-    used = {columns.get(name, name) for name in (*form.required, *form.optional)}
+    used = {columns.get(name, name) for name in row_format.columns}
     unused = [name for name in row if name not in used]
-    for turn in next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), []):
+    for turn in next((turns for name in CONVERSATIONS if isinstance(turns := row.get(name), list)), []):
         if isinstance(turn, dict):
             unused += [f"{key} (in a message)" for key in turn if key not in MESSAGE_KEYS and turn[key] is not None]
     return unused

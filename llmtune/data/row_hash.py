@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import xxhash
 
+from llmtune.data.chat_rows import Message
 from llmtune.data.rejected_rows import RowError
 from llmtune.records import Row
 
@@ -16,7 +16,7 @@ _write = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _write_sorted = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode
 
 
-def to_json(row: Mapping[str, Any]) -> str:
+def to_json(row: Mapping[str, object]) -> str:
     """Write a canonical row as it stands in the Arrow file.
 
     Raises:
@@ -32,7 +32,7 @@ def to_json(row: Mapping[str, Any]) -> str:
     return text
 
 
-def hash_content(row: Mapping[str, Any]) -> bytes:
+def hash_content(row: Mapping[str, object]) -> bytes:
     """Hash what a row says: 16 bytes, equal for rows that differ in Unicode composition or outer white space alone."""
     text = _write_sorted(_stripped(row))
     if not text.isascii():
@@ -40,7 +40,7 @@ def hash_content(row: Mapping[str, Any]) -> bytes:
     return xxhash.xxh3_128_digest(text.encode())
 
 
-def _stripped(value: Any) -> Any:
+def _stripped(value: object) -> object:
     """Strip every text in a row but the names of files."""
     if isinstance(value, str):
         return value.strip()
@@ -55,15 +55,15 @@ def spoken_text(row: Row) -> str:
     """Return what is compared in the search for near duplicates: all that is said, but for the system message.
 
     A long system message that all rows share would make them all look alike. Questions on one context, and texts of
-    different recordings, are no duplicates of one another however much they share: each word is tied to its place.
+    different recordings, are no duplicates of one another however much they share: each word is tied to its context.
     """
     if "context" in row:
-        return _tied(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
+        return _tag_words(f"{row['question']} {' '.join(answer['text'] for answer in row['answers'])}", row["context"])
     if "audio" in row:
-        return _tied(row["text"], row["content"])
+        return _tag_words(row["text"], row["content"])
     if "messages" in row:
         answers = [row[key] for key in ("chosen", "rejected", "answer") if key in row]
-        return " ".join([*_said(row["messages"]), *answers])
+        return " ".join([*_message_texts(row["messages"]), *answers])
     if "tokens" in row:
         return " ".join(row["tokens"])
     if "document" in row:
@@ -75,12 +75,12 @@ def spoken_text(row: Row) -> str:
     return f"{row['prompt']} {row['completion']}"
 
 
-def _tied(text: str, place: str) -> str:
-    tag = xxhash.xxh3_64_hexdigest(place.encode())[:8]
+def _tag_words(text: str, context: str) -> str:
+    tag = xxhash.xxh3_64_hexdigest(context.encode())[:8]
     return " ".join(f"{word}{tag}" for word in text.split())
 
 
-def _said(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def _message_texts(messages: Sequence[Message]) -> list[str]:
     parts = []
     for message in messages:
         if message["role"] != "system":

@@ -1,9 +1,10 @@
-"""Good rows on their way: their text on disk, and in memory the few numbers a row by which they are kept or dropped."""
+"""Rows on disk: with their hashes while it is decided which are kept, then one Arrow file a split, read again here."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmtune.errors import DataError
+from llmtune.records import Row, Rows
+from llmtune.store.atomic_files import read_json, write_json
+
 BATCH_ROWS = 1024
 BATCH_BYTES = 2**22
 """A batch ends at whichever comes first: rows can be long."""
-
-SCHEMA = pa.schema({"origin": pa.string(), "row": pa.string(), "columns": pa.string()})
+RECORD = "rows.json"
+RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash")
+SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
+TEXTS = pa.schema({"origin": pa.string(), "row": pa.string(), "columns": pa.string()})
+NUMBERS = pa.schema(
+    {
+        "high": pa.uint64(),
+        "low": pa.uint64(),
+        "text": pa.uint64(),
+        "group": pa.uint64(),
+        "source": pa.int32(),
+        "side": pa.int8(),
+    }
+)
 
 U64 = npt.NDArray[np.uint64]
 
@@ -41,52 +58,50 @@ class Index:
         return len(self.source)
 
 
+@dataclass(frozen=True)
+class HashedRow:
+    """A good row as it was read; see `Index` for the numbers and `Rows` for the texts."""
+
+    origin: str
+    row: str
+    columns: str | None
+    content: bytes
+    text: int
+    group: int
+    source: int
+    side: int
+
+
 class Spool(AbstractContextManager["Spool"]):
-    """Writes rows to `path` and their numbers to memory; closed, it reads them again from the start."""
+    """A temporary file of all good rows. Written once; closed, its rows are read any number of times."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._file, SCHEMA)
-        self._origins: list[str] = []
-        self._rows: list[str] = []
-        self._columns: list[str | None] = []
+        self._writer = pa.ipc.new_stream(self._file, TEXTS)
+        self._rows: list[HashedRow] = []
         self._bytes = 0
-        self._content = bytearray()
-        self._text = array("Q")
-        self._group = array("Q")
-        self._source = array("i")
-        self._side = array("b")
+        self._numbers: list[pa.RecordBatch] = []
 
-    def add(
-        self,
-        origin: str,
-        row: str,
-        content: bytes,
-        text: int,
-        group: int,
-        source: int,
-        side: int,
-        columns: str | None = None,
-    ) -> None:
-        """Put one row behind the others; see `Index` for the numbers and `Rows` for the texts."""
-        self._origins.append(origin)
+    def add(self, row: HashedRow) -> None:
+        """Put one row behind the others."""
         self._rows.append(row)
-        self._columns.append(columns)
-        self._bytes += len(row)
-        self._content += content
-        self._text.append(text)
-        self._group.append(group)
-        self._source.append(source)
-        self._side.append(side)
+        self._bytes += len(row.row)
         if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        if self._rows:
-            arrays = [pa.array(part, pa.string()) for part in (self._origins, self._rows, self._columns)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-        self._origins, self._rows, self._columns, self._bytes = [], [], [], 0
+        rows = self._rows
+        if not rows:
+            return
+        texts = [[row.origin for row in rows], [row.row for row in rows], [row.columns for row in rows]]
+        self._writer.write_batch(pa.record_batch([pa.array(part, pa.string()) for part in texts], schema=TEXTS))
+        content_N2 = np.frombuffer(b"".join(row.content for row in rows), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+        numbers = [content_N2[:, 0], content_N2[:, 1], [row.text for row in rows], [row.group for row in rows]]
+        numbers += [[row.source for row in rows], [row.side for row in rows]]
+        arrays = [pa.array(column, kind) for column, kind in zip(numbers, NUMBERS.types, strict=True)]
+        self._numbers.append(pa.record_batch(arrays, schema=NUMBERS))
+        self._rows, self._bytes = [], 0
 
     def close(self) -> None:
         """End the file; rows can be read now."""
@@ -102,12 +117,15 @@ class Spool(AbstractContextManager["Spool"]):
 
     def index(self) -> Index:
         """Return the numbers of all rows."""
+        table = pa.Table.from_batches(self._numbers, NUMBERS).combine_chunks()
+        high, low, text, group, source, side = (np.from_dlpack(column.chunk(0)) for column in table.columns)
+        content_N2 = np.stack([high, low], axis=1)
         return Index(
-            content=np.frombuffer(bytes(self._content), dtype=np.dtype(">u8")).astype(np.uint64).reshape(-1, 2),
-            text=np.array(self._text, dtype=np.uint64),
-            group=np.array(self._group, dtype=np.uint64),
-            source=np.array(self._source, dtype=np.int32),
-            side=np.array(self._side, dtype=np.int8),
+            content=content_N2.astype(np.uint64),
+            text=text.astype(np.uint64),
+            group=group.astype(np.uint64),
+            source=source.astype(np.int32),
+            side=side.astype(np.int8),
         )
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -117,3 +135,126 @@ class Spool(AbstractContextManager["Spool"]):
             for batch in reader:
                 yield first, batch
                 first += batch.num_rows
+
+
+class RowWriter:
+    """Writes the file of one side under another name, and gives it its own at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._file = pa.OSFile(str(self._partial), "wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._batches: list[pa.RecordBatch] = []
+        self._digest = hashlib.sha256()
+        self._columns = hashlib.sha256()
+        self._has_columns = False
+
+    def add(self, batch: pa.RecordBatch, content_R2: U64) -> None:
+        """Write rows as the spool has them, with their content hashes."""
+        ids = pa.array([f"{high:016x}{low:016x}" for high, low in content_R2.tolist()])
+        self._batches.append(pa.record_batch([ids, *batch.columns], schema=SCHEMA))
+        for row in batch.column("row").to_pylist():
+            self._digest.update(row.encode() + b"\n")  # no line end stands in JSON text
+        for kept in batch.column("columns").to_pylist():
+            if kept is not None:
+                self._columns.update(kept.encode() + b"\n")
+                self._has_columns = True
+        rows, size = sum(one.num_rows for one in self._batches), sum(one.nbytes for one in self._batches)
+        if rows >= BATCH_ROWS or size >= BATCH_BYTES:
+            self._flush()
+
+    @property
+    def columns_hash(self) -> str:
+        """Hash over `columns`; empty where no row has any."""
+        return self._columns.hexdigest() if self._has_columns else ""
+
+    def _flush(self) -> None:
+        for batch in pa.Table.from_batches(self._batches, SCHEMA).combine_chunks().to_batches():
+            self._writer.write_batch(batch)
+        self._batches = []
+
+    def close(self) -> str:
+        """Return the hash over the rows."""
+        self._flush()
+        self._writer.close()
+        self._file.close()
+        self._partial.replace(self._path)
+        return self._digest.hexdigest()
+
+
+def save_rows(rows: Rows) -> None:
+    """Write the record of `rows` into its folder; file names are relative, so that the folder can be moved."""
+    files = {side: path.name for side, path in rows.files.items()}
+    write_json(rows.folder / RECORD, {"files": files, **{name: getattr(rows, name) for name in RECORDED}})
+
+
+def load_rows(folder: Path) -> Rows:
+    """Read what `prepare_rows` left in `folder`, wherever the folder stands now.
+
+    Raises:
+        DataError: Rows were never prepared there, or files are missing.
+    """
+    record = read_json(folder / RECORD)
+    missing = [name for name in (record or {}).get("files", {}).values() if not (folder / name).is_file()]
+    if not isinstance(record, dict) or missing:
+        what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
+        raise DataError.of(what, str(folder), "Run the recipe again: what is missing is made again.")
+    files = {side: folder / name for side, name in record.pop("files").items()}
+    return Rows(folder=folder, files=files, **{**record, "columns": tuple(record.get("columns", ()))})
+
+
+def iterate_batches(rows: Rows, side: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield the rows of a side as they stand in its file, each batch with the number of its first row."""
+    if side not in rows.files:
+        return
+    first = 0
+    with pa.memory_map(str(rows.files[side])) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            yield first, batch
+            first += batch.num_rows
+
+
+def iterate_rows(rows: Rows, side: str) -> Iterator[tuple[str, Row]]:
+    """Yield (origin, row) of a side in order; nothing for a side that has no rows."""
+    for origin, text in iterate_texts(rows, side):
+        yield origin, json.loads(text)
+
+
+def iterate_ids(rows: Rows, side: str) -> Iterator[str]:
+    """Yield what each row of a side is known by: 32 hex digits of its content, wherever it stands."""
+    for _, batch in iterate_batches(rows, side):
+        yield from batch.column("id").to_pylist()
+
+
+def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:
+    """Yield (origin, row as JSON) of a side in order; nothing for a side that has no rows."""
+    for _, batch in iterate_batches(rows, side):
+        yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
+
+
+def iterate_columns(rows: Rows, side: str) -> Iterator[dict[str, object]]:
+    """Yield by row of a side, in order, what its source says in the columns that were kept; mostly nothing."""
+    for _, batch in iterate_batches(rows, side):
+        there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
+        for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
+            yield json.loads(text) if text else {}
+
+
+def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:
+    """Return the rows of a side at `indexes`, in that order; nothing else is read."""
+    if not len(indexes):
+        return []
+    firsts, batches = zip(*iterate_batches(rows, side), strict=True)
+    places = np.asarray(indexes, dtype=np.int64)
+    count = firsts[-1] + batches[-1].num_rows
+    if places.min() < 0 or places.max() >= count:
+        raise IndexError(f"{side} has {count} rows")
+    numbers = np.searchsorted(firsts, places, side="right") - 1
+    texts = (
+        batches[number].column("row")[place - firsts[number]].as_py()
+        for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
+    )
+    return [json.loads(text) for text in texts]

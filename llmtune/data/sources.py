@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.file_readers import RawRow, Unreadable, read_file
-from llmtune.data.row_formats import FORMATS, RowFormat, detect, rename, unused_keys
+from llmtune.data.file_readers import RawRow, read_file
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, rename, unused_keys
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
@@ -51,7 +52,7 @@ class Input:
 
     source: Source
     number: int
-    """The source's place among all of the recipe's."""
+    """The source's position among all of the recipe's."""
     side: str | None
     """None where the split decides."""
     name: str
@@ -59,11 +60,12 @@ class Input:
     path: Path | None
     """None for a hub data set."""
     container: str
-    form: RowFormat
 
     def raw_rows(self, advance: Callable[[int], object] = lambda count: None) -> Iterator[RawRow]:
         """Read it from its start."""
-        return _raw_rows(self.source, self.path, self.name, self.container, advance)
+        if self.path is None:
+            return hub.read_hub(self.name.removeprefix(hub.HUB), self.source)
+        return read_file(self.path, self.name, self.container, advance)
 
     @property
     def size(self) -> int:
@@ -72,32 +74,36 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that is to be read, and what a person should know before."""
+class Detected:
+    """An input with the format of its rows."""
 
-    inputs: tuple[Input, ...]
+    input: Input
+    row_format: RowFormat
     unused: tuple[str, ...]
-    """Columns and message keys that are there and not used."""
+    """Columns and message keys of the first rows that are not used."""
 
 
-def resolve_inputs(data: DataSection, task: str) -> Inputs:
+def resolve_inputs(data: DataSection, task: str) -> list[Detected]:
     """Find the files of every source and look at their first rows.
 
     Raises:
         DataError: All that is wrong with any of them: missing, empty, unreadable, of an unknown or mixed format.
     """
-    inputs: list[Input] = []
+    detected: list[Detected] = []
     problems: list[Problem] = []
-    unused: dict[str, None] = {}
     for number, (key, side, source) in enumerate(_sources(data)):
         try:
-            found = _resolve_source(source, number, side, key, task, unused)
+            of_source = [_detect(one, task, problems) for one in _inputs(source, number, side, key)]
         except DataError as error:
             problems += error.problems
-        else:
-            inputs += found
+            continue
+        detected += (good := [one for one in of_source if one])
+        kinds = {one.row_format.name: one.input.name for one in reversed(good)}
+        if len(kinds) > 1:
+            listing = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
+            problems.append(Problem(f"mixed formats: {listing}", key, "Make a source of each."))
     DataError.collect(problems)
-    return Inputs(tuple(inputs), tuple(key for key in unused if key != data.split_by))
+    return detected
 
 
 def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
@@ -110,31 +116,37 @@ def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
                 yield key, None if side == "train" else side, source
 
 
-def _resolve_source(
-    source: Source, number: int, side: str | None, key: str, task: str, unused: dict[str, None]
-) -> list[Input]:
-    name = hub.dataset_name(source)
-    files: list[tuple[str, Path | None, str]]
-    if name is not None:
-        files = [(source.path, None, "hub")]
-    else:
-        files = [(shown(path), path, _container(path, source, key)) for path in find_files(source, key)]
-    inputs: list[Input] = []
-    problems: list[Problem] = []
-    for shown_name, path, container in files:
-        try:
-            form, keys = _look(source, path, shown_name, container, task)
-        except DataError as error:
-            problems += error.problems
-            continue
-        unused.update(dict.fromkeys(keys))
-        inputs.append(Input(source, number, side, shown_name, path, container, form))
-    kinds = {one.form.name: one.name for one in reversed(inputs)}
-    if len(kinds) > 1:
-        told = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
-        problems.append(Problem(f"mixed formats: {told}", key, "Make a source of each."))
-    DataError.collect(problems)
-    return inputs
+def _inputs(source: Source, number: int, side: str | None, key: str) -> list[Input]:
+    if hub.dataset_name(source) is not None:
+        return [Input(source, number, side, source.path, None, "hub")]
+    return [
+        Input(source, number, side, shown(path), path, _container(path, source, key))
+        for path in find_files(source, key)
+    ]
+
+
+def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
+    """Detect a file's row format by its first good rows; add what is wrong to `problems`."""
+    rows: list[dict[str, object]] = []
+    first_bad: str | None = None
+    try:
+        for origin, value in islice(one.raw_rows(), LOOKED_THROUGH):
+            if isinstance(value, RowError):
+                first_bad = first_bad or f"{origin}: {value.reason} ({value.detail})"
+            else:
+                rows.append(value)
+                if len(rows) == LOOKED_AT:
+                    break
+        if not rows:
+            what = f"none of the first rows can be read; {first_bad}" if first_bad else "the file is empty: no rows"
+            fix = None if first_bad else "Give a file with rows, or take it out of the recipe."
+            raise DataError.of(what, one.name, fix)
+        forced = one.source.format if one.source.format in FORMATS else None
+        row_format = detect_format(rows, task, one.source.columns, forced, one.name)
+    except DataError as error:
+        problems += error.problems
+        return None
+    return Detected(one, row_format, tuple(k for row in rows for k in unused_keys(row, row_format, one.source.columns)))
 
 
 def find_files(source: Source, key: str) -> list[Path]:
@@ -144,22 +156,22 @@ def find_files(source: Source, key: str) -> list[Path]:
         DataError: There is none.
     """
     if source.path.startswith("builtin:"):
-        place = _builtin_place(source.path.removeprefix("builtin:"), key)
-        return _files_in(place, key) if place.is_dir() else [place]
+        path = _builtin_path(source.path.removeprefix("builtin:"), key)
+        return _files_in(path, key) if path.is_dir() else [path]
     path = Path(source.path)
     if path.is_dir():
         return _files_in(path, key)
     if os.path.lexists(path):
         return [path]
     if glob.has_magic(source.path):
-        found = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if os.path.isfile(name))
-        if not found:
+        matches = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if os.path.isfile(name))
+        if not matches:
             raise DataError.of(f"no file matches {source.path}", key, "Check the pattern; `**` crosses folders.")
-        return found
+        return matches
     raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
 
 
-def _builtin_place(name: str, key: str) -> Path:
+def _builtin_path(name: str, key: str) -> Path:
     folder = recipes_folder() / "data"
     files = [*folder.glob("*.jsonl*"), *(path.parent for path in folder.glob("*/metadata.csv"))]
     known = {path.name.split(".")[0]: path for path in sorted(files)}
@@ -211,36 +223,6 @@ def _container(path: Path, source: Source, key: str) -> str:
     return ending
 
 
-def _raw_rows(
-    source: Source, path: Path | None, name: str, container: str, advance: Callable[[int], object]
-) -> Iterator[RawRow]:
-    if path is None:
-        return hub.read_hub(name.removeprefix(hub.HUB), source)
-    return read_file(path, name, container, advance)
-
-
-def _look(source: Source, path: Path | None, name: str, container: str, task: str) -> tuple[RowFormat, list[str]]:
-    """Tell a file's row format by its first good rows, and list what of them is not used."""
-    rows: list[dict[str, Any]] = []
-    first_bad: str | None = None
-    for origin, value in islice(_raw_rows(source, path, name, container, lambda count: None), LOOKED_THROUGH):
-        if isinstance(value, Unreadable):
-            first_bad = first_bad or f"{origin}: {value.reason} ({value.detail})"
-        else:
-            rows.append(value)
-            if len(rows) == LOOKED_AT:
-                break
-    if not rows:
-        what = f"none of the first rows can be read; {first_bad}" if first_bad else "the file is empty: no rows"
-        raise DataError.of(what, name, None if first_bad else "Give a file with rows, or take it out of the recipe.")
-    forced = source.format if source.format in FORMATS else None
-    form, problem = detect(rows, task, source.columns, forced, name)
-    if form is None:
-        assert problem is not None
-        raise DataError(problem)
-    return form, [key for row in rows for key in unused_keys(row, form, source.columns)]
-
-
 def shown(path: Path) -> str:
     """Return a file's name as a person knows it: relative where it lies below the working folder."""
     working = Path.cwd()
@@ -279,8 +261,8 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     problems: list[Problem] = []
     listed: list[SourceFile] = []
     for key, side, source in _sources(data):
-        told = source.model_dump(mode="json", exclude={"path"})
-        digest.update(json.dumps([side, told], sort_keys=True).encode())
+        settings = source.model_dump(mode="json", exclude={"path"})
+        digest.update(json.dumps([side, settings], sort_keys=True).encode())
         try:
             for file in _hash_source(source, key, task):
                 digest.update(f"{file.name} {file.hash}\n".encode())
@@ -307,7 +289,7 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
 def _hash_recordings(source: Source, path: Path, key: str) -> Iterator[SourceFile]:
     """Yield each recording that the rows of a file name; what is missing or unreadable is told when it is read."""
     for _, value in read_file(path, shown(path), _container(path, source, key)):
-        row = {} if isinstance(value, Unreadable) else rename(value, source.columns)
-        name = next((found for column in AUDIO_COLUMNS if (found := find_recording(row.get(column)))), None)
+        row = {} if isinstance(value, RowError) else rename(value, source.columns)
+        name = next((file for column in AUDIO_COLUMNS if (file := find_recording(row.get(column)))), None)
         if name is not None and (recording := path.parent / name).is_file():
             yield SourceFile(source.path, name, recording, "xxh3_128", hash_recording(recording))

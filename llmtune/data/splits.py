@@ -31,8 +31,8 @@ def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
 def assign_sides(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
     """Give every row its side.
 
-    A group's place in [0, 1) is a hash; test takes the places below `test`, validation the next. A share that would get
-    nothing, which happens with few rows, gets the group with the lowest place instead.
+    A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. A share that
+    would get nothing, which happens with few rows, gets the group with the lowest position instead.
 
     Args:
         index: The rows.
@@ -40,36 +40,36 @@ def assign_sides(index: Index, validation: float, test: float) -> tuple[npt.NDAr
         test: The same for test.
 
     Returns:
-        [N] index into SIDES, and what a person should be told.
+        [N] index into SIDES, and notes for a person.
 
     Raises:
         DataError: There are not enough groups for one on each side.
     """
     side_N = index.side.copy()
     open_N = side_N < 0
-    places, of_row = np.unique(fraction(index.group[open_N], salt=1), return_inverse=True)
-    wanted = [(side, share) for side, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
-    if wanted and len(places) < len(wanted) + 1:
-        raise _too_few(len(places), wanted)
-    group_side = np.full(len(places), TRAIN, dtype=np.int8)
+    positions, of_row = np.unique(fraction(index.group[open_N], salt=1), return_inverse=True)
+    requested = [(side, share) for side, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
+    if requested and len(positions) < len(requested) + 1:
+        raise _too_few(len(positions), requested)
+    group_side = np.full(len(positions), TRAIN, dtype=np.int8)
     notes: list[str] = []
     first, upto = 0, 0.0
-    for side, share in wanted:
+    for side, share in requested:
         upto += share
-        last = max(int(np.searchsorted(places, upto)), first)
+        last = max(int(np.searchsorted(positions, upto)), first)
         if last == first:
             last = first + 1
-            notes.append(f"a share of {share:g} of {len(places)} rows gave {SIDES[side]} none; it got one")
+            notes.append(f"a share of {share:g} of {len(positions)} rows gave {SIDES[side]} none; it got one")
         group_side[first:last] = side
         first = last
-    if wanted and first >= len(places):
-        raise _too_few(len(places), wanted)
+    if requested and first >= len(positions):
+        raise _too_few(len(positions), requested)
     side_N[open_N] = group_side[of_row]
     return side_N, notes
 
 
-def _too_few(groups: int, wanted: list[tuple[int, float]]) -> DataError:
-    names = " and ".join(f"{SIDES[side]} ({share:g})" for side, share in wanted)
+def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
+    names = " and ".join(f"{SIDES[side]} ({share:g})" for side, share in requested)
     what = f"{groups} different rows (or `split_by` values) are too few to leave some for {names} besides train"
     fix = "Give more rows, or sources of their own, or set the share to 0. A short text file is one row."
     return DataError(*DataError.of(what, "data.train", fix).problems)

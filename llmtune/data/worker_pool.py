@@ -6,12 +6,15 @@ import gc
 import os
 import pickle
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Generic, TypeVar
+
+from llmtune.errors import EnvironmentProblem
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -61,12 +64,16 @@ class WorkerPool(Generic[In, Out]):
         first = next(batches, None)
         if first is None:
             return
-        from joblib.externals.loky import ProcessPoolExecutor  # its workers do not run the user's script again
+        from joblib.externals.loky import (  # they do not run the user's script again
+            BrokenProcessPool,
+            ProcessPoolExecutor,
+        )
 
         with ExitStack() as stack:
-            settings = {"initializer": _start_worker, "initargs": (pickle.dumps(self._function),)}
+            settings = {"initializer": _start_worker, "initargs": (os.getpid(), pickle.dumps(self._function))}
             pool = ProcessPoolExecutor(self._workers, **settings)
             stack.callback(pool.shutdown, wait=True, kill_workers=True)
+            stack.enter_context(_explained(BrokenProcessPool))
             waiting: deque[Future[Out]] = deque([pool.submit(_work, first)])
             for batch in batches:
                 if sum(not future.done() for future in waiting) < AHEAD * self._workers:
@@ -80,16 +87,33 @@ class WorkerPool(Generic[In, Out]):
                 yield waiting.popleft().result()
 
 
+@contextmanager
+def _explained(broken: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except broken as error:
+        what = "a process that helped to encode rows was killed, most likely for lack of memory"
+        raise EnvironmentProblem.of(what, fix="Use one core: --threads 1.") from error
+
+
 _function: Callable[[object], object]
 """In a worker: what it was started with."""
 
 
-def _start_worker(pickled: bytes) -> None:
+def _start_worker(parent: int, pickled: bytes) -> None:
     global _function
     gc.freeze()  # what was imported is not looked through again
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a core
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     _function = pickle.loads(pickled)  # noqa: S301 - our own, from the parent process
+
+
+def _exit_with(parent: int) -> None:
+    """End this worker when its parent was killed; nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(batch: object) -> object:

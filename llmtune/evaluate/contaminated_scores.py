@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmtune.data import read_rows
 from llmtune.data.contamination import Overlap, compared_text, find_overlap
-from llmtune.data.preparation import iterate_texts
+from llmtune.data.row_store import iterate_texts
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.slices import one_line, score_slice

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmtune.data.file_readers import RawRow, Unreadable, read_file
+from llmtune.data.file_readers import RawRow, read_file
 from llmtune.data.hub_datasets import HUB, read_hub
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
@@ -65,7 +66,7 @@ def read_source(source: str) -> list[Pair | Problem]:
     name = source if source == OWN or source.startswith(HUB) else Path(source).name
     items: list[Pair | Problem] = []
     for origin, row in raw_rows(source):
-        if isinstance(row, Unreadable):
+        if isinstance(row, RowError):
             items.append(Problem(f"{row.reason}: {row.detail}", origin, FIX))
             continue
         try:
@@ -110,7 +111,7 @@ def read_json_lists(path: Path) -> Iterator[RawRow]:
     held = content.get("data", content) if isinstance(content, dict) else {"row": content}
     for name, rows in held.items() if isinstance(held, dict) else ():
         for number, row in enumerate(rows if isinstance(rows, list) else (), 1):
-            known = row if isinstance(row, dict) else Unreadable("not a JSON object", f"it is {row!r:.60}")
+            known = row if isinstance(row, dict) else RowError("not a JSON object", f"it is {row!r:.60}")
             yield f"{path.name}:{name} {number}", known
 
 

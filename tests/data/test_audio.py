@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 
 import numpy as np
@@ -59,7 +58,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_recording_of_any_format_rate_and_channels_is_heard_alike(kind, rate, channels, tmp_path):
     path = write_tone(tmp_path / f"tone.{kind}", seconds=0.5, rate=rate, channels=channels)
@@ -221,12 +220,3 @@ def test_windows_of_any_length_end(tmp_path):
         windows = list(cut_windows(tone, RATE, seconds))
         assert sum(map(len, windows)) == len(tone)
         assert min(map(len, windows)) > 0
-
-
-def test_rows_of_recordings_keep_their_text_as_it_is_written(tmp_path):
-    write_tone(tmp_path / "a.wav")
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"audio": "a.wav", "text": "Çà et là: 20 %"}) + "\n")
-    (row,) = rows_of(prepare(tmp_path, str(path), "speech"))
-    assert row["text"] == "Çà et là: 20 %"
-    assert len(row["content"]) == 32

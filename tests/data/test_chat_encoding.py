@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from support.encoding import complete, encode, learned, with_start_token
 from support.models import CHATML, train_tokenizer
 from support.templates import (
-    ALWAYS_THINKS,
     EMPTY_THOUGHTS,
     ENDS_TWICE,
     LLAMA2,
@@ -83,12 +82,6 @@ def test_thoughts_are_learned_unless_the_prompt_says_them(kwargs, head):
     assert texts == [f"{head}three<|im_end|>", f"{head}six<|im_end|>"]
 
 
-def test_a_conversation_that_ends_twice_gives_each_answer_one_end():
-    tokenizer = tokenizer_with(ENDS_TWICE)
-    (example,) = encode(CHAT, tokenizer)
-    assert learned(example, tokenizer) == ["three<|im_end|>", "six<|im_end|>"]
-
-
 def test_only_the_last_answer_is_learned_if_the_recipe_says_so():
     tokenizer = tokenizer_with(CHATML)
     (example,) = encode(CHAT, tokenizer, train_on="last")
@@ -127,12 +120,6 @@ def test_a_greeting_before_any_question_is_read_and_not_learned():
     row = {"messages": [{"role": "assistant", "content": "hello"}, *CHAT["messages"]]}
     (example,) = encode(row, tokenizer)
     assert learned(example, tokenizer) == ["three<|im_end|>", "six<|im_end|>"]
-
-
-def test_a_question_after_the_last_answer_is_left_away():
-    tokenizer = tokenizer_with(CHATML)
-    row = conversation("one two", "three", "four five")
-    assert encode(row, tokenizer) == encode(conversation("one two", "three"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -214,10 +201,6 @@ def test_tools_are_rendered_and_calls_are_learned():
     prompt = render_prompt(row["messages"][:1], tokenizer, recipe_for(), tools=row["tools"])
     assert example.input_ids[: len(prompt)] == prompt
     assert "sum" in tokenizer.decode(prompt)
-
-
-def test_a_thought_that_every_prompt_begins_is_not_trained_on_answers_without():
-    assert "cannot be split" in _refusal(tokenizer_with(ALWAYS_THINKS))
 
 
 # Completion

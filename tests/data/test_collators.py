@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.templates import CHATML, recipe_for, tokenizer_with
 
-from llmtune.data.collators import causal_collator, collate_packed, collate_padded
+from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.records import Example
 
 
@@ -93,24 +92,8 @@ def test_a_batch_without_a_supervised_token_predicts_nothing():
     assert batch["predict_S"].dtype == torch.int64
 
 
-def test_tensors_have_the_types_of_the_legend():
-    batch = collate_packed([Example([5, 6], [1, 2], 1)] * 2)
-    assert batch["cu_seq_lens_q"].dtype == torch.int32
-    assert {batch[name].dtype for name in ("input_ids", "position_ids", "predict_S", "targets_S", "rows_S")} == {
-        torch.int64
-    }
-    assert batch["n_rows"] == 2
-
-
 def test_padding_does_without_a_padding_token():
     assert collate_padded([Example([5, 6], [1, 2], 1), Example([7], [], 1)], None)["input_ids"].tolist() == [
         [5, 6],
         [7, 0],
     ]
-
-
-def test_packing_is_chosen_by_a_flag():
-    examples = [Example([5, 6, 7], [1, 3], 2), Example([8, 9], [1, 2], 1)]
-    for packing, shape in ((True, (1, 5)), (False, (2, 3))):
-        recipe = recipe_for(packing=packing)
-        assert causal_collator(tokenizer_with(CHATML), recipe)(examples, 0)["input_ids"].shape == shape

@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.data import prepare_rows
 from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap
-from llmtune.data.preparation import iterate_texts
+from llmtune.data.row_store import iterate_texts
 from llmtune.recipe import load_recipe
 
 RECIPE = """

@@ -56,17 +56,6 @@ def test_the_example_is_shown_with_its_special_tokens_and_what_is_learned(tmp_pa
     assert "[bold]one[/bold]<|im_end|>" in console.file.getvalue()
 
 
-def test_learned_text_is_green(tmp_path, console):
-    from rich.console import Console
-
-    facts, _ = describe([conversation("one", "two")], tmp_path, console)
-    colours = Console(file=console.file, force_terminal=True, color_system="standard", width=100)
-    from llmtune.data.data_report import _coloured
-
-    colours.print(_coloured([tuple(piece) for piece in facts["example"]]))
-    assert "\x1b[32mtwo<|im_end|>\x1b[0m" in console.file.getvalue()
-
-
 def test_a_long_example_is_cut_in_the_middle(tmp_path, console):
     facts, _ = describe([conversation("one " * 2000, "two")], tmp_path, console, max_length=20_000)
     text = facts["example"][0][0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import chat, prepare, questions, write_jsonl
 
-from llmtune.data.minhash import MINIMA, NEAR, find_near, hash_triples, take_minima
+from llmtune.data.deduplication import MINIMA, NEAR, find_near, hash_triples, take_minima
 
 WORDS = [
     a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data import file_readers as read
-from llmtune.data.file_readers import Unreadable, read_file
+from llmtune.data.file_readers import read_file
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -46,13 +47,13 @@ def test_a_json_line_carries_its_line_number_and_blank_lines_count(tmp_path):
 def test_a_broken_line_in_the_middle_costs_that_line_alone(tmp_path):
     found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "cut\n{"a": 3}\n', "jsonl")
     assert [origin for origin, _ in found] == ["file:1", "file:2", "file:3"]
-    assert found[1][1] == Unreadable("not valid JSON", "Invalid control character at at column 11")
+    assert str(found[1][1]) == "not valid JSON: Invalid control character at at column 11"
     assert found[2][1] == {"a": 3}
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path):
     found = read_bytes(tmp_path, b'{"a": 1}\n{"a": "\xff"}\n', "jsonl")
-    assert found[1] == ("file:2", Unreadable("not UTF-8", "byte 0xff at offset 16"))
+    assert (found[1][0], str(found[1][1])) == ("file:2", "not UTF-8: byte 0xff at offset 16")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(tmp_path):
 )
 def test_a_line_that_is_no_object_is_unreadable(tmp_path, line, reason):
     [(_, value)] = read_bytes(tmp_path, line, "jsonl")
-    assert isinstance(value, Unreadable)
+    assert isinstance(value, RowError)
     assert value.reason == reason
 
 
@@ -129,7 +130,7 @@ def test_a_single_row_that_holds_messages_is_a_row(tmp_path):
 
 def test_json_lines_in_a_json_file_lose_only_the_bad_line(tmp_path):
     found = read_bytes(tmp_path, b'{"a": 1}\n{"a": \n{"a": 3}\n', "json")
-    assert [type(value) for _, value in found] == [dict, Unreadable, dict]
+    assert [type(value) for _, value in found] == [dict, RowError, dict]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_csv_cells_may_hold_line_ends_and_keep_the_line_where_they_began(tmp_pat
 
 def test_csv_rows_that_do_not_fit_the_header_are_bad(tmp_path):
     found = read_bytes(tmp_path, b"a,b\n1\n1,2\n1,2,3\n\xff,2\n", "csv")
-    assert [v.reason if isinstance(v, Unreadable) else v for _, v in found] == [
+    assert [v.reason if isinstance(v, RowError) else v for _, v in found] == [
         "wrong number of columns",
         {"a": "1", "b": "2"},
         "wrong number of columns",

@@ -231,15 +231,3 @@ def test_a_recording_that_lies_in_a_file_stays_there_and_one_that_is_missing_is_
     path = str(write_tone(tmp_path / "a.wav"))
     rows = plain_rows(sounds_of([{"bytes": None, "path": path}, None], ["a", "b"]))
     assert [row["audio"] for row in rows] == [path, None]
-
-
-def test_classes_of_a_data_set_by_number_are_learned_by_name(hub, tmp_path):
-    rows = Dataset.from_dict(
-        {"text": ["fine", "poor"], "label": [1, 0]},
-        features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
-    )
-    rows.to_parquet(tmp_path / "train.parquet")
-    content = (tmp_path / "train.parquet").read_bytes()
-    hub.files = lambda self, commit: {"train.parquet": content}
-    _, *found = read(hub, tmp_path, "hub:owner/name", task="classify")
-    assert [json.loads("{" + row.partition(" {")[2])["label"] for row in found] == ["good", "bad"]

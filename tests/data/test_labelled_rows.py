@@ -12,7 +12,7 @@ from support.rows import prepare, rows_of, write_jsonl
 
 from llmtune.data.labelled_rows import find_words
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, canonicalise, detect
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.errors import DataError
 
 CONTEXT = "The sky is blue. A cat has four legs."
@@ -21,17 +21,14 @@ FOUR = {"text": "four", "start": 27}
 
 
 def canonical(row, task, name):
-    form, problem = detect([row], task, {}, None, "file")
-    assert problem is None
-    assert form.name == name
-    return canonicalise(row, FORMATS[name], task)
+    assert detect_format([row], task, {}, None, "file").name == name
+    return parse_row(row, FORMATS[name], task)
 
 
 def bad(row, task):
-    form, problem = detect([row], task, {}, None, "file")
-    assert problem is None
+    row_format = detect_format([row], task, {}, None, "file")
     with pytest.raises(RowError) as caught:
-        canonicalise(row, form, task)
+        parse_row(row, row_format, task)
     return str(caught.value)
 
 

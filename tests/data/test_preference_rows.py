@@ -12,7 +12,7 @@ from support.templates import CHATML, tokenizer_with
 from support.variants import PREFERENCE
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, canonicalise, detect
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.errors import DataError
 from llmtune.recipe import PreferenceSection
 from llmtune.tasks.preference import encode_answers
@@ -25,9 +25,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def read(row):
-    form, problem = detect([row], "preference", {}, None, "file")
-    assert form is not None, problem
-    return canonicalise(row, form, "preference")
+    return parse_row(row, detect_format([row], "preference", {}, None, "file"), "preference")
 
 
 def refusal(row):
@@ -270,7 +268,7 @@ def test_rows_of_the_other_kind_are_refused_one_by_one(loss, good, bad, tmp_path
 
 
 def test_every_format_of_preferences_is_read_here():
-    assert {name for name, form in FORMATS.items() if form.reads("preference")} == {
+    assert {name for name, form in FORMATS.items() if form.parser("preference")} == {
         "chosen-rejected",
         "conversation-pair",
         "answer-thumb",

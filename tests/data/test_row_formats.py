@@ -9,21 +9,24 @@ from hypothesis import strategies as st
 from support.rows import chat
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, canonicalise, detect, rename, unused_keys
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row, rename, unused_keys
 from llmtune.data.row_hash import hash_content, spoken_text, to_json
+from llmtune.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 FILLED = TEXT.filter(lambda text: text.strip())
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
-def told(rows, task="chat", columns=None, forced=None):
-    form, problem = detect(rows, task, columns or {}, forced, "file")
-    return form.name if form else str(problem)
+def detected(rows, task="chat", columns=None, forced=None):
+    try:
+        return detect_format(rows, task, columns or {}, forced, "file").name
+    except DataError as error:
+        return str(error)
 
 
 def canonical(row, task="chat", name=None):
-    return canonicalise(row, FORMATS[name or told([row], task)], task)
+    return parse_row(row, FORMATS[name or detected([row], task)], task)
 
 
 def bad(row, task="chat", name=None):
@@ -48,35 +51,35 @@ def turns(*pairs):
     ],
 )
 def test_a_format_is_told_by_its_columns(row, task, name):
-    assert told([row] * 3, task) == name
+    assert detected([row] * 3, task) == name
 
 
 def test_ambiguous_unknown_and_mixed_rows_are_told_with_columns_and_a_way_out():
     both = {"prompt": "p", "completion": "c", "messages": []}
-    assert "fit messages and prompt-completion" in told([both])
-    assert "format: messages" in told([both])
-    assert told([both], forced="prompt-completion") == "prompt-completion"
-    unknown = told([{"question": "q", "answer": "a"}])
+    assert "fit messages and prompt-completion" in detected([both])
+    assert "format: messages" in detected([both])
+    assert detected([both], forced="prompt-completion") == "prompt-completion"
+    unknown = detected([{"question": "q", "answer": "a"}])
     assert "'question', 'answer'" in unknown
     assert "sharegpt" in unknown
     assert "columns:" in unknown
-    assert "row 1 is messages, row 2 prompt-completion" in told([chat("q"), {"prompt": "p", "completion": "c"}])
+    assert "row 1 is messages, row 2 prompt-completion" in detected([chat("q"), {"prompt": "p", "completion": "c"}])
 
 
 def test_rows_of_another_task_are_refused_by_name():
-    assert "text rows, which task: chat cannot use" in told([{"text": "t"}])
-    assert "messages rows, which task: completion cannot use" in told([chat("q")], "completion")
-    assert "format: text cannot be used by task: chat" in told([{"text": "t"}], forced="text")
+    assert "text rows, which task: chat cannot use" in detected([{"text": "t"}])
+    assert "messages rows, which task: completion cannot use" in detected([chat("q")], "completion")
+    assert "format: text cannot be used by task: chat" in detected([{"text": "t"}], forced="text")
 
 
 def test_columns_map_any_names_and_mistakes_in_them_are_named():
     row = {"question": "q", "answer": "a", "prompt": "something else"}
     columns = {"prompt": "question", "completion": "answer"}
-    assert told([row], columns=columns) == "prompt-completion"
+    assert detected([row], columns=columns) == "prompt-completion"
     assert canonical(rename(row, columns), name="prompt-completion") == chat("q", "a")
-    assert "no column 'questoin'" in told([row], columns={"prompt": "questoin"})
-    assert "Did you mean 'question'?" in told([row], columns={"prompt": "questoin"})
-    assert "Did you mean 'prompt'?" in told([row], columns={"promt": "question"})
+    assert "no column 'questoin'" in detected([row], columns={"prompt": "questoin"})
+    assert "Did you mean 'question'?" in detected([row], columns={"prompt": "questoin"})
+    assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
 
 
 def test_what_is_not_used_is_listed():
@@ -237,10 +240,10 @@ NESTED = st.recursive(
 def test_any_json_gives_a_canonical_row_or_a_reason(value, name):
     form = FORMATS[name]
     for task in ("chat", "completion"):
-        if form.reads(task):
+        if form.parser(task):
             row = dict.fromkeys((*form.required, *form.optional), value)
             try:
-                got = canonicalise(row, form, task)
+                got = parse_row(row, form, task)
             except RowError:
                 continue
             assert json.loads(to_json(got)) == got

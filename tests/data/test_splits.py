@@ -128,16 +128,6 @@ def test_a_limit_takes_the_first_good_rows_of_all_files_of_a_source(tmp_path):
     assert [row["messages"][0]["content"] for row in rows_of(rows)] == ["a0", "a1", "b0"]
 
 
-def test_the_same_recipe_gives_the_same_rows_in_the_same_order(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(200)])
-    recipe = {"validation": 0.1, "test": 0.1, "deduplicate": "near"}
-    one, two = prepare(tmp_path, "a.jsonl", out="one", **recipe), prepare(tmp_path, "a.jsonl", out="two", **recipe)
-    assert one.content_hash == two.content_hash
-    assert rows_of(one) == rows_of(two)
-    assert (tmp_path / "one/train.rows.arrow").read_bytes() == (tmp_path / "two/train.rows.arrow").read_bytes()
-    assert prepare(tmp_path, "a.jsonl", out="three", **(recipe | {"test": 0.2})).content_hash != one.content_hash
-
-
 def test_the_seed_does_not_move_the_split(tmp_path):
     from rich.console import Console
 

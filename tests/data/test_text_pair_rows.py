@@ -6,19 +6,21 @@ import pytest
 from support.rows import prepare, rows_of, write_jsonl
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, canonicalise, detect
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.errors import DataError
 
 PAIR = {"source": "one", "target": "un"}
 
 
 def told(row, task):
-    form, problem = detect([row] * 3, task, {}, None, "file")
-    return form.name if form else str(problem)
+    try:
+        return detect_format([row] * 3, task, {}, None, "file").name
+    except DataError as error:
+        return str(error)
 
 
 def canonical(row, task):
-    return canonicalise(row, FORMATS[told(row, task)], task)
+    return parse_row(row, FORMATS[told(row, task)], task)
 
 
 def bad(row, task):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import operator
 import os
 import pickle
+import re
+import subprocess
+import sys
 from functools import partial
 
+import psutil
 import pytest
 from support.models import CHATML
 from support.rows import write_jsonl
@@ -15,7 +19,7 @@ from support.templates import conversation, recipe_for, tokenizer_with
 from llmtune.data import prepare_rows
 from llmtune.data.examples import encode_rows
 from llmtune.data.worker_pool import WorkerPool, count_cores
-from llmtune.errors import DataError
+from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.tasks import VARIANTS, get_task
 
 BATCHES = [[number, number + 1] for number in range(40)]
@@ -25,6 +29,27 @@ BATCHES = [[number, number + 1] for number in range(40)]
 def test_results_come_in_order_whatever_the_number_of_cores(cores):
     pool = WorkerPool(sum, cores=cores, eager=True)
     assert list(pool.map(BATCHES, len, 80)) == [sum(batch) for batch in BATCHES]
+
+
+def test_a_worker_that_is_killed_is_a_problem_of_the_environment():
+    with pytest.raises(EnvironmentProblem, match="lack of memory"):
+        list(WorkerPool(os._exit, cores=2, eager=True).map([1], lambda batch: 1, 1))
+
+
+def test_workers_end_with_a_process_that_is_killed():
+    code = (
+        "import os, signal, time; from llmtune.data.worker_pool import WorkerPool\n"
+        "def batches():\n"
+        "    yield 0\n"
+        "    time.sleep(1)\n"
+        "    print(*psutil.Process().children(), sep=chr(10), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import psutil; list(WorkerPool(time.sleep, cores=2, eager=True).map(batches(), lambda b: 1, 9))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    workers = [psutil.Process(pid) for pid in map(int, re.findall(r"pid=(\d+)", done.stdout)) if psutil.pid_exists(pid)]
+    assert done.stdout
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_small_work_stays_in_this_process():

@@ -105,7 +105,7 @@ def test_row_formats_and_columns_are_those_that_step_1_reads():
     assert set(COLUMNS) == set(READ)
     assert set(ROW_FORMATS) == set(FORMATS)
     for task in ("chat", "completion"):
-        assert set(TASK_FACTS[task].formats) == {name for name, form in FORMATS.items() if form.reads(task)}
+        assert set(TASK_FACTS[task].formats) == {name for name, form in FORMATS.items() if form.parser(task)}
 
 
 def test_metrics_are_those_that_step_5_computes():

@@ -48,20 +48,6 @@ def test_the_list_that_an_error_about_bad_rows_names_is_there(tmp_path, tiny_lla
     assert not list((tmp_path / "run/data").glob(".*"))
 
 
-def test_the_list_of_a_good_run_is_where_it_says_and_goes_with_the_last_bad_row(
-    tmp_path, tiny_llama, chat_rows, console
-):
-    good = chat_rows.read_text()
-    spoil(chat_rows, *[BAD] * 25)
-    prepare(tmp_path, tiny_llama, chat_rows, console, max_dropped=0.9)
-    path = tmp_path / "run/data/bad_rows.jsonl"
-    assert f"{path}: and 5 more bad rows" in console.file.getvalue().replace("\n", "")
-    assert len(entries(path)) == 25
-    chat_rows.write_text(good)
-    prepare(tmp_path, tiny_llama, chat_rows, console, max_dropped=0.9)
-    assert not path.exists()
-
-
 def test_rows_are_not_read_again_after_an_error_in_encoding_them(tmp_path, tiny_llama, chat_rows, console):
     spoil(chat_rows, LONG)
     for _ in range(2):
@@ -72,13 +58,6 @@ def test_rows_are_not_read_again_after_an_error_in_encoding_them(tmp_path, tiny_
     assert str(path) in str(caught.value)
     (entry,) = entries(path)
     assert entry["where"].endswith("chat.jsonl:40")
-
-
-def test_rows_left_out_in_a_good_run_are_listed_in_the_same_place(tmp_path, tiny_llama, chat_rows, console):
-    spoil(chat_rows, LONG)
-    prepare(tmp_path, tiny_llama, chat_rows, console, on_overlong="drop")
-    assert len(entries(tmp_path / "run/data/left_out.jsonl")) == 1
-    assert not list((tmp_path / "run/data").glob("*/left_out.jsonl"))
 
 
 def test_a_list_that_was_not_ended_leaves_the_old_one(tmp_path):
