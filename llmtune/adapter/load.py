@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -96,20 +96,40 @@ def attach(selected: SelectedModel, config: LoraConfig, source: Path, *, trainab
 
     Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
     """
+    name = selected.model_ref.name
+    return _fill(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
+
+
+def add_adapter(model: PeftModel, name: str, source: Path) -> None:
+    """Put the adapter in `source` beside those of a model, in place; raises EnvironmentProblem as `attach` does."""
+    config = read_config(source)
+    config.inference_mode = True
+    config.fan_in_fan_out = are_transposed(model.get_base_model())
+
+    def add() -> PeftModel:
+        with hushed():
+            model.add_adapter(name, config)
+        return model
+
+    _fill(add, source, name, model.peft_config["default"].base_model_name_or_path)
+    model.eval()
+
+
+def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: str | None) -> PeftModel:
     try:
-        model = put_adapter(selected.model, config, trainable=trainable)
+        model = build()
         weights = load_peft_weights(str(source), device="cpu")
-        result = set_peft_model_state_dict(model, weights)
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         first = (str(error).strip().splitlines() or [""])[-1].strip()
         raise EnvironmentProblem.of(
-            f"the adapter cannot be loaded onto {selected.model_ref.name}: {first}",
+            f"the adapter cannot be loaded onto {base_name}: {first}",
             str(source),
             "It is damaged, or it was made for another model.",
         ) from error
-    own = {name for name, _ in model.named_parameters() if any(part in name for part in SAVED)}
+    own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
     missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
     wrong = missing or list(result.unexpected_keys)
     if wrong:

@@ -64,7 +64,7 @@ def serve(
     _check_engine(engine, [name for name, stated in own.items() if stated])
     prepare_environment(network=False, threads=threads)
     _import_server()
-    from llmtune.serve.serve_runs import ServeOptions, name_runs, serve_by_vllm, serve_runs
+    from llmtune.serve.serve_runs import ServeOptions, name_runs, serve_runs
 
     options = ServeOptions(
         host=host,
@@ -80,6 +80,8 @@ def serve(
     named = name_runs(runs or [], adapter or [])
     console = stderr_console()
     if engine == "vllm":
+        from llmtune.serve.vllm_engine import serve_by_vllm
+
         serve_by_vllm(named, options, console)
         return
     try:

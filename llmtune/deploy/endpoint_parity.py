@@ -74,7 +74,7 @@ class Endpoint:
         local = _is_loopback(parsed.hostname)
         if offline and not local:
             fix = "Omit --offline, or certify an endpoint on this machine."
-            raise EnvironmentProblem.of(f"--offline forbids to ask {parsed.hostname}", "--url", fix)
+            raise EnvironmentProblem.of(f"--offline forbids asking {parsed.hostname}", "--url", fix)
         self.url = f"{parsed.geturl().removesuffix('/v1')}/v1"
         http_client = openai.DefaultHttpxClient(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=not local)
         self.client = openai.OpenAI(
@@ -305,7 +305,7 @@ def find_endpoint_breaches(parity: EndpointParity) -> list[str]:
     """Describe the limits that are broken."""
     breaches = []
     if parity.ids_known_by == "nothing":
-        breaches.append("it tells neither the token ids of a prompt nor how many there are: its template is unproven")
+        breaches.append("it returns neither the token ids of a prompt nor their number: its template is unproven")
     elif parity.same_ids < 1:
         what = "other token ids" if parity.ids_known_by == "ids" else "another number of tokens"
         share = f"{1 - parity.same_ids:.0%} of prompts"

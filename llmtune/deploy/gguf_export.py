@@ -95,7 +95,7 @@ def make_gguf(
     """
     check_format(number_format, adapter_only)
     if onto is not None and (adapter_only or context.recipe.adapter.method != "qlora"):
-        what = "an adapter alone is put onto nothing" if adapter_only else "the base was not quantised in training"
+        what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
     if onto is not None and onto not in ("original", "dequantized"):
         raise RecipeError.of(f"{onto!r} is neither original nor dequantized", "--onto")

@@ -19,7 +19,7 @@ from llmtune.serve.schemas import ApiError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
-"""Paths that need no key: they tell nothing that the documentation does not."""
+"""Paths that need no key: what they return is public anyway."""
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
 DRAIN_FACTOR = 8
@@ -34,8 +34,8 @@ class AccessRules:
     key_digest: bytes | None = None
     """sha256 of the API key; None: no key is needed."""
     hosts: tuple[str, ...] | None = None
-    """Host names under which the server may be asked; None: any. A page on the web can give a name of its own the
-    address of this machine, and would then be of the same origin."""
+    """Host names that the server answers to; None: any. A page on the web can give a name of its own the address of
+    this machine, and would then be of the same origin."""
 
 
 def digest(key: str) -> bytes:
@@ -79,7 +79,7 @@ class Gateway:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.rules.hosts is not None and name.lower() not in self.rules.hosts:
-            raise ApiError(403, f"This server is not asked under the name {host!r}.", code="foreign_host")
+            raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
         if origin is not None and urlsplit(origin).netloc != host:
             raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
         if self.rules.key_digest is None or scope["path"] in PUBLIC_PATHS:

@@ -32,7 +32,7 @@ class Metrics:
         self.disconnects = Counter(
             "llmtune_disconnects", "Answers given up because the client was gone.", registry=registry
         )
-        waiting = Gauge("llmtune_queue_length", "Requests that wait for a place in a batch.", registry=registry)
+        waiting = Gauge("llmtune_queue_length", "Requests that wait in the queue.", registry=registry)
         waiting.set_function(lambda: len(engine.queue))
         running = Gauge("llmtune_running", "Requests that are being answered.", registry=registry)
         running.set_function(lambda: engine.queue.running)

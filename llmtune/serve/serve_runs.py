@@ -8,25 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from rich.console import Console
 
 from llmtune.adapter import find_adapter, merge
-from llmtune.adapter.fused_lora import fuse_products
-from llmtune.adapter.load import SAVED, read_config
-from llmtune.adapter.target_modules import are_transposed
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.adapter.load import add_adapter
+from llmtune.errors import Problem, RecipeError
 from llmtune.model import load_processor
 from llmtune.model.heads import head_is_new
-from llmtune.model.library_logging import hushed
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
 from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
-from llmtune.serve.vllm_engine import VllmRun, hand_over, require_vllm, vllm_command
-from llmtune.session import Models, RunContext, open_finished, trained_name
+from llmtune.session import Models, RunContext, open_finished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,87 +187,17 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
         own = load_processor(run.model_ref, run.context.recipe.model)
         served[run.name] = ServedModel(run.name, model, own, run.context.recipe, run.context.task, f"run{number}")
     model.set_adapter("default", inference_mode=True)
-    name = _public_name(first.model_ref)
+    name = public_name(first.model_ref)
     biased = any(config.bias != "none" for config in model.peft_config.values())  # they stay when adapters are off
     if name not in served and not biased and not head_is_new(first.model_ref, recipe, task):
         served[name] = ServedModel(name, model, processor, recipe, task, None)
     return served
 
 
-def _public_name(model_ref: ModelRef) -> str:
+def public_name(model_ref: ModelRef) -> str:
     """Return the base's name; of a folder its own, so that no path of this machine is sent."""
     path = Path(model_ref.name)
     return path.name if path.is_absolute() or path.exists() else model_ref.name
-
-
-def add_adapter(model: PeftModel, name: str, folder: Path) -> None:
-    """Put one more adapter on a model that has one, in place.
-
-    Raises EnvironmentProblem where its weights and the model do not fit each other.
-    """
-    config = read_config(folder)
-    config.inference_mode = True
-    config.fan_in_fan_out = are_transposed(model.get_base_model())
-    try:
-        with hushed():
-            model.add_adapter(name, config)
-        result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
-    except (ValueError, RuntimeError) as error:
-        what = f"the adapter cannot be put beside the others: {str(error).strip().splitlines()[-1]}"
-        raise EnvironmentProblem.of(what, str(folder), "Serve it by itself.") from error
-    own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
-    wrong = [key for key in result.missing_keys if key in own] or list(result.unexpected_keys)
-    if wrong:
-        what = f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one"
-        raise EnvironmentProblem.of(what, str(folder), "It is damaged, or it was made for another model.")
-    fuse_products(model)
-    model.eval()
-
-
-def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> None:
-    """Hand over to vLLM, which takes this process's place.
-
-    Raises:
-        EnvironmentProblem: it is not installed.
-        RecipeError: the runs are of a task, or of a kind, that vLLM does not serve.
-    """
-    require_vllm()
-    key = read_key(options)
-    opened = open_runs(runs, options, console)
-    first = opened[0]
-    recipe, task = first.context.recipe, first.context.task
-    if not task.free_prompt:
-        fix = "Omit --engine: llmtune's own server has an endpoint for it."
-        raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)
-    whole = first.path / ("merged" if options.merged else trained_name(recipe))
-    if options.merged and not (whole / "config.json").is_file():
-        raise RecipeError.of("there is no merged model yet", str(whole), f"Make it: llmtune deploy merge {first.path}")
-    if options.merged or first.method == "full":
-        tuned = [VllmRun(first.name, whole, None)]
-    else:
-        folders = [(run.name, find_adapter(run.path)) for run in opened]
-        tuned = [VllmRun(name, folder, _max_rank(folder)) for name, folder in folders]
-    generation = recipe.generation.model_dump(exclude_none=True, exclude={"do_sample", "num_beams"})
-    if not recipe.generation.do_sample:
-        generation["temperature"] = 0.0
-    command = vllm_command(
-        first.model_ref.path,
-        _public_name(first.model_ref),
-        tuned,
-        host=options.host,
-        port=options.port,
-        dtype=recipe.model.dtype,
-        quantized=first.method == "qlora" and not options.merged,
-        trust_remote_code=recipe.model.trust_remote_code,
-        generation=generation,
-    )
-    console.print(f"handing over to: {' '.join(command)}", highlight=False, markup=False)
-    hand_over(command, key)
-
-
-def _max_rank(folder: Path) -> int:
-    config = read_config(folder)
-    return int(max(config.r, *(config.rank_pattern or {}).values(), 1))
 
 
 def name_runs(runs: Sequence[Path], named: Sequence[str]) -> dict[str, Path]:

@@ -172,10 +172,10 @@ async def _read_form(request: Request) -> tuple[bytes, Inputs]:
     async with request.form() as form:
         unknown = sorted(set(form) - {"file", "model"})
         if unknown:
-            raise ApiError(400, f"unknown: {', '.join(unknown)}; a form has file and model.", param=unknown[0])
+            raise ApiError(400, f"unknown: {', '.join(unknown)}; a form takes file and model.", param=unknown[0])
         file, model = form.get("file"), form.get("model")
         if not isinstance(file, UploadFile):
-            raise ApiError(400, "A form has the recording as its file.", param="file")
+            raise ApiError(400, "Send the recording as the file of the form.", param="file")
         return await file.read(), {"model": model} if isinstance(model, str) else {}
 
 

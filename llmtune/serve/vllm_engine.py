@@ -6,78 +6,74 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from llmtune.errors import EnvironmentProblem
+from rich.console import Console
 
-KEY_VARIABLE = "VLLM_API_KEY"
+from llmtune.adapter import find_adapter
+from llmtune.adapter.load import read_config
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
+from llmtune.session import trained_name
 
-
-@dataclass(frozen=True)
-class VllmRun:
-    """A run as it is passed to vLLM."""
-
-    name: str
-    path: Path
-    """A PEFT folder, or a folder of whole weights."""
-    rank: int | None
-    """The highest rank of the adapter; None for whole weights."""
-
-
-def vllm_command(
-    base: Path,
-    base_name: str,
-    runs: Sequence[VllmRun],
-    *,
-    host: str,
-    port: int,
-    dtype: str,
-    quantized: bool,
-    trust_remote_code: bool,
-    generation: Mapping[str, object],
-) -> list[str]:
-    """Return the command that serves `runs` on `base`; the first run's folder has the tokenizer and chat template.
-
-    `generation` are the settings that hold where a request does not state them.
-    """
-    first = runs[0]
-    whole = first.rank is None
-    command = ["vllm", "serve", str(first.path if whole else base), "--tokenizer", str(first.path)]
-    command += ["--served-model-name", first.name if whole else base_name, "--host", host, "--port", str(port)]
-    command += ["--dtype", dtype, "--generation-config", "vllm"]
-    command += ["--override-generation-config", json.dumps(generation)]
-    if (template := first.path / "chat_template.jinja").is_file():
-        command += ["--chat-template", str(template)]
-    if quantized:
-        command += ["--quantization", "bitsandbytes"]
-    if trust_remote_code:
-        command.append("--trust-remote-code")
-    if not whole:
-        ranks = max(run.rank or 1 for run in runs)
-        command += ["--enable-lora", "--max-lora-rank", str(next(r for r in _RANKS if r >= ranks))]
-        command += ["--max-loras", str(len(runs)), "--lora-modules", *(f"{run.name}={run.path}" for run in runs)]
-    return command
-
-
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
+VLLM_KEY_VARIABLE = "VLLM_API_KEY"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
 """What vLLM accepts for --max-lora-rank; a higher one is left for it to refuse."""
 
 
-def hand_over(command: Sequence[str], key: str | None) -> None:
-    """Become vLLM: this process goes on as the command, with the key in its environment alone.
+def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> None:
+    """Become vLLM: this process goes on as its command, with the key in its environment alone.
 
-    Raises EnvironmentProblem where it is not installed.
+    Raises:
+        EnvironmentProblem: it is not installed.
+        RecipeError: the runs are of a task, or of a kind, that vLLM does not serve.
     """
-    program = require_vllm()
-    kept = {name: value for name, value in os.environ.items() if name not in {"LLMTUNE_API_KEY", KEY_VARIABLE}}
-    os.execve(program, list(command), {**kept, **({KEY_VARIABLE: key} if key else {})})  # noqa: S606 - no shell is wanted
-
-
-def require_vllm() -> str:
-    """Return where vLLM's command is; raises EnvironmentProblem where it is not installed."""
     program = shutil.which("vllm")
     if program is None:
         fix = "Install it (pip install vllm; it needs a GPU), or omit --engine: llmtune's own server needs none."
         raise EnvironmentProblem.of("vLLM is not installed: there is no command vllm", "--engine", fix)
-    return program
+    key = read_key(options)
+    opened = open_runs(runs, options, console)
+    task = opened[0].context.task
+    if not task.free_prompt:
+        fix = "Omit --engine: llmtune's own server has an endpoint for it."
+        raise RecipeError.of(f"vLLM serves no model of task {task.name} that llmtune tunes", "--engine", fix)
+    command = vllm_command(opened, options)
+    console.print(f"handing over to: {' '.join(command)}", highlight=False, markup=False)
+    kept = {name: value for name, value in os.environ.items() if name not in {KEY_VARIABLE, VLLM_KEY_VARIABLE}}
+    environment = {**kept, **({VLLM_KEY_VARIABLE: key} if key else {})}
+    os.execve(program, command, environment)  # noqa: S606 - no shell is wanted
+
+
+def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str]:
+    """Return the command that serves the runs; the first run's folder has the tokenizer and chat template."""
+    first = opened[0]
+    recipe = first.context.recipe
+    whole = first.path / ("merged" if options.merged else trained_name(recipe))
+    if options.merged and not (whole / "config.json").is_file():
+        raise RecipeError.of("there is no merged model yet", str(whole), f"Make it: llmtune deploy merge {first.path}")
+    served = [str(whole), "--tokenizer", str(whole), "--served-model-name", first.name]
+    adapters: list[str] = []
+    if not options.merged and first.method != "full":
+        folders = {run.name: find_adapter(run.path) for run in opened}
+        whole = folders[first.name]
+        base = [str(first.model_ref.path), "--tokenizer", str(whole)]
+        served = [*base, "--served-model-name", public_name(first.model_ref)]
+        configs = [read_config(folder) for folder in folders.values()]
+        rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
+        adapters = ["--enable-lora", "--max-lora-rank", str(next(known for known in RANKS if known >= rank))]
+        adapters += ["--max-loras", str(len(folders)), "--lora-modules"]
+        adapters += [f"{name}={folder}" for name, folder in folders.items()]
+    generation = recipe.generation.model_dump(exclude_none=True, exclude={"do_sample", "num_beams"})
+    if not recipe.generation.do_sample:
+        generation["temperature"] = 0.0
+    command = ["vllm", "serve", *served, "--host", options.host, "--port", str(options.port)]
+    command += ["--dtype", recipe.model.dtype, "--generation-config", "vllm"]
+    command += ["--override-generation-config", json.dumps(generation)]
+    if (template := whole / "chat_template.jinja").is_file():
+        command += ["--chat-template", str(template)]
+    if first.method == "qlora" and not options.merged:
+        command += ["--quantization", "bitsandbytes"]
+    if recipe.model.trust_remote_code:
+        command.append("--trust-remote-code")
+    return [*command, *adapters]

@@ -33,26 +33,31 @@ def logits_of(model, processor):
     return model(**processor(TEXT, return_tensors="pt")).logits
 
 
-@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}, {"use_rslora": True}])
-def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp_path, console, adapter):
-    tuned = tune(adapter=adapter)
-    wanted = logits_of(tuned[0].model, tuned[0].selected.processor)
-    certificate = merge(tuned, tmp_path / "merged", console)
-    script = (
-        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='auto')\n"
-        "ids = AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2], return_tensors='pt')\n"
-        "torch.save(model(**ids).logits.detach(), sys.argv[3])\n"
-        "assert not any(name.split('.')[0] in ('llmtune', 'peft') for name in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", script, tmp_path / "merged", TEXT, tmp_path / "logits.pt"]
-    subprocess.run(command, check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), wanted, atol=1e-3, rtol=1e-3)
-    assert certificate["passed"]
-    assert certificate["measured"]["effect_kl"] > 0.001
-    assert certificate["measured"]["kl_mean"] < 1e-6
-    assert certificate["measured"]["answer_agreement"] == 1
-    assert json.loads((tmp_path / "merged/certificate.json").read_text()) == json.loads(json.dumps(certificate))
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    ids = AutoTokenizer.from_pretrained(folder)(sys.argv[1], return_tensors="pt")
+    torch.save(model(**ids).logits.detach(), folder + ".pt")
+assert not any(name.split(".")[0] in ("llmtune", "peft") for name in sys.modules)
+"""
+
+
+def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp_path, console):
+    expected = {}
+    for name, adapter in {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.items():
+        tuned, out = tune(adapter=adapter), tmp_path / name
+        expected[out] = logits_of(tuned[0].model, tuned[0].selected.processor)
+        certificate = merge(tuned, out, console)
+        assert certificate["passed"]
+        assert certificate["measured"]["effect_kl"] > 0.001
+        assert certificate["measured"]["kl_mean"] < 1e-6
+        assert certificate["measured"]["answer_agreement"] == 1
+        assert json.loads((out / "certificate.json").read_text()) == json.loads(json.dumps(certificate))
+    subprocess.run([sys.executable, "-c", PLAIN, TEXT, *expected], check=True, capture_output=True)
+    for out, logits in expected.items():
+        torch.testing.assert_close(torch.load(f"{out}.pt"), logits, atol=1e-3, rtol=1e-3)
     assert "parity with the adapter" in console.file.getvalue()
 
 

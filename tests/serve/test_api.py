@@ -213,15 +213,6 @@ def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
     assert httpx.get(address).status_code == 405
 
 
-def test_there_are_no_endpoints_beyond_those_documented(talk):
-    _, url, _ = talk
-    documented = httpx.get(f"{url}/openapi.json").json()["paths"]
-    own = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}"}
-    assert set(documented) == own | {"/health/live", "/health/ready", "/metrics"}
-    for path in ("/load_model", "/reset", "/redoc", "/v1/classify", "/shutdown"):
-        assert httpx.post(url + path).status_code == 404
-
-
 def test_pages_of_other_origins_and_names_are_kept_out(tune):
     with serving(served_of(tune()), hosts=LOOPBACK) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200
