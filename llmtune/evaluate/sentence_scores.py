@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Encoding
+from transformers.utils import ModelOutput
 
-from llmtune.data.encoder_batches import pad_texts, require_offsets
+from llmtune.data.encoder_batches import require_offsets
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.evaluate.inference import context_limit
 from llmtune.evaluate.paired_sentences import Pair, word_at_blank
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.suite_files import MOST_SHOWN
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
-from llmtune.model.model_inputs import read_inputs
+from llmtune.evaluate.token_batches import run_encoder
 from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
@@ -209,14 +209,10 @@ def score_by_encoder(
     texts = [text for i in fitting for option in options[i] for text in option.texts]
     logs = [0.0] * len(texts)
 
-    def work(batch: list[int]) -> None:
-        tensors = pad_texts([texts[i].example for i in batch], processor.pad_token_id)
-        logits_BTV = model(**read_inputs(model, move_to(device, tensors))).logits
-        for row, i in enumerate(batch):
-            logs[i] = float(logits_BTV[row, texts[i].at].float().log_softmax(-1)[texts[i].target])
-        advance(len(batch))
+    def take(i: int, output: ModelOutput, row: int) -> None:
+        logs[i] = float(output.logits[row, texts[i].at].float().log_softmax(-1)[texts[i].target])
 
-    run_in_batches([len(text.example.input_ids) for text in texts], budget_for(device, TOKEN_BUDGET), work)
+    run_encoder(model, [text.example for text in texts], processor.pad_token_id, device, take, advance)
     ends = list(accumulate((len(option.texts) for i in fitting for option in options[i]), initial=0))
     parts = iter([logs[start:end] for start, end in pairwise(ends)])
     scores: list[Scores | None] = [None] * len(options)

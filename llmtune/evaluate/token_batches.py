@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, takewhile
-from typing import Any
 
 import torch
+from transformers.utils import ModelOutput
 
-from llmtune.data.encoder_batches import pad_texts
+from llmtune.data.encoder_batches import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model import is_out_of_memory
 from llmtune.model.model_inputs import read_inputs
@@ -89,13 +89,7 @@ def move_to(device: str, batch: Batch) -> Batch:
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids side by side with zeros behind them, and the attention mask, [B, T] each."""
-    width = max(map(len, rows))
-    ids_BT = torch.zeros((len(rows), width), dtype=torch.int64)
-    mask_BT = torch.zeros((len(rows), width), dtype=torch.int64)
-    for number, ids in enumerate(rows):
-        ids_BT[number, : len(ids)] = torch.tensor(ids)
-        mask_BT[number, : len(ids)] = 1
-    return ids_BT, mask_BT
+    return pad(rows, 0), pad([[1] * len(ids) for ids in rows], 0)
 
 
 def cut_evenly(count: int, limit: int | None) -> Iterator[int]:
@@ -109,15 +103,14 @@ def run_encoder(
     examples: Sequence[Example],
     pad_id: int | None,
     device: str,
-    take: Callable[[int, Any, int], None],
+    take: Callable[[int, ModelOutput, int], None],
     advance: Advance = lambda rows: None,
 ) -> None:
     """Run encoded texts through a model without gradient; `take(i, output, row of the batch)` gets each one's part."""
 
     def work(batch: list[int]) -> None:
-        tensors = pad_texts([examples[i] for i in batch], pad_id)
-        moved = {key: part.to(device) for key, part in tensors.items() if isinstance(part, torch.Tensor)}
-        output = model(**read_inputs(model, moved))
+        tensors = move_to(device, pad_texts([examples[i] for i in batch], pad_id))
+        output = model(**read_inputs(model, tensors))
         for row, i in enumerate(batch):
             take(i, output, row)
         advance(len(batch))
