@@ -48,4 +48,5 @@ def test_the_wheel_holds_what_it_needs_at_run_time(installed: Path) -> None:
         "llmtune/deploy/model_card.md.jinja",
         "llmtune/serve/docs.html",
         "llmtune/recipes/data/debian-sections.jsonl",
+        "llmtune/recipes/starters/chat.yaml",
     } <= names
