@@ -60,7 +60,7 @@ from llmtune.session import (
 )
 from llmtune.store.atomic_files import hash_file, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
-from llmtune.store.run_folder import default_path, look_at_run, open_run
+from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
 from llmtune.train.setup import train_inputs
@@ -89,7 +89,7 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, train
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
     if options.dry_run:
-        seen = look_at_run(path, loaded.fingerprint, resume=options.resume)
+        seen = peek_run(path, loaded.fingerprint, resume=options.resume)
         return dry_run(RunContext(recipe, seen, console, options.offline, held, held=held is not None))
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")

@@ -32,7 +32,7 @@ from llmtune.store.diff_runs import (
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, Lock, Pins, hardware, package_versions, read_lock, read_pins
 from llmtune.store.seed_runs import without_seeds
-from llmtune.store.verification import Verification, moved, split_pattern, verify
+from llmtune.store.verification import Verification, relocated, split_pattern, verify
 
 RESULT = "reproduction.json"
 DECISIVE = ("machine", "processor", "python", "device", "card", "vector_units")
@@ -114,7 +114,7 @@ def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     then = lock.get("folder")
 
     def find(path: str) -> str:
-        return str(moved(path, then, run)) if os.path.isabs(path) else path
+        return str(relocated(path, then, run)) if os.path.isabs(path) else path
 
     recipe = loaded.recipe
     model, adapter = recipe.model, recipe.adapter
@@ -157,7 +157,7 @@ def at_commits(recipe: Recipe, lock: Lock) -> Recipe:
 def hold(pins: Pins, recipe: Recipe, lock: Lock, run: Path) -> Pins:
     """Return what to hold still: the lock's pins, seen from here."""
     if os.path.isabs(pins.model):
-        pins = replace(pins, model=str(moved(pins.model, lock.get("folder"), run)))
+        pins = replace(pins, model=str(relocated(pins.model, lock.get("folder"), run)))
     pinned = at_commits(recipe, lock)
     if pinned is not recipe:  # with a commit as revision the sources have another hash
         pins = replace(pins, data_hash=hash_sources(pinned.data, recipe.task))

@@ -34,7 +34,7 @@ from llmtune.model import check_memory, load_model, resolve_model
 from llmtune.model.kernels import check_kernels
 from llmtune.recipe import Recipe, Source, load_recipe
 from llmtune.session import RunContext
-from llmtune.store.run_folder import default_path, look_at_run
+from llmtune.store.run_folder import default_path, peek_run
 from llmtune.train import train
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.setup import set_up
@@ -62,7 +62,7 @@ class Resolved:
 
     @cached_property
     def context(self) -> RunContext:
-        context = RunContext(self.recipe, look_at_run(self.folder, "none"), QUIET, offline=True)
+        context = RunContext(self.recipe, peek_run(self.folder, "none"), QUIET, offline=True)
         context.infer_labels(self.model_ref, self.made_rows)
         return context
 

@@ -13,7 +13,7 @@ from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
 from llmtune.records import Json
-from llmtune.store.process_environment import at_once, prepare_environment
+from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) 
     if len(what) == 1 and not (Path(what[0]) / MANIFEST).exists():
         raise RecipeError.of("a recipe is compared by methods", what[0], "Add --methods full,lora,qlora.")
     prepare_environment(network=False)
-    with at_once():
+    with gc_paused():
         from llmtune.compare.run_comparison import compare_runs
 
     return compare_runs([Path(one) for one in what], out, stderr_console())

@@ -10,7 +10,7 @@ import typer
 from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
-from llmtune.store.process_environment import at_once, prepare_environment
+from llmtune.store.process_environment import gc_paused, prepare_environment
 
 ENGINES = ("own", "vllm")
 EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipart")
@@ -95,7 +95,7 @@ def serve(
 def _import_server() -> None:
     """Import what serving needs; raises EnvironmentProblem where a package of the extra is not installed."""
     try:
-        with at_once():
+        with gc_paused():
             import llmtune.serve.serve_runs  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
@@ -132,7 +132,7 @@ def merge(
 ) -> None:
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.deploy.merged_model import merge_run
 
     certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
@@ -160,7 +160,7 @@ def gguf(
 ) -> None:
     """Write a GGUF file for llama.cpp and an Ollama Modelfile; read back and certified, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.deploy.gguf_export import make_gguf
         from llmtune.session import open_finished
 
@@ -198,7 +198,7 @@ def publish(
 ) -> None:
     """Publish to a folder or to the hub: model, model card, certificate, lock and recipe, without places or secrets."""
     prepare_environment(network=repo is not None and not offline)
-    with at_once():
+    with gc_paused():
         from llmtune.deploy.model_card import PublishOptions
         from llmtune.deploy.publish import publish_run
 
@@ -236,7 +236,7 @@ def certify(
 ) -> None:
     """Hold a served OpenAI-compatible endpoint against what was trained; exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.deploy.endpoint_parity import certify_run
 
     certificate = certify_run(

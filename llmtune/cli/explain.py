@@ -10,7 +10,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.store.process_environment import at_once, is_remote_model, prepare_environment
+from llmtune.store.process_environment import gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
     from llmtune.explain.explanation import Explanation
@@ -90,7 +90,7 @@ def attention(
 ) -> None:
     """Show which words look at which: every layer and head, as heatmap and as graph; base, tuned and difference."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.explain.attention_explainer import explain_attention
         from llmtune.explain.attention_view import AttentionOptions
         from llmtune.explain.inputs import AttentionRequest
@@ -137,7 +137,7 @@ def generation(
 ) -> None:
     """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.explain.generation_explainer import GenerationOptions, explain_generation
         from llmtune.explain.inputs import PromptRequest
         from llmtune.explain.target import open_target
@@ -174,7 +174,7 @@ def positions(
 ) -> None:
     """Show how a model knows the order of words: sines, a learned table, rotations (RoPE), biases by distance (T5)."""
     prepare_environment(network=run is not None and is_remote_model(run) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.explain.positions_explainer import PositionsRequest, explain_positions
         from llmtune.explain.target import open_target
 
@@ -201,7 +201,7 @@ def model(
 ) -> None:
     """Draw the architecture: parts, shapes, parameters, residual paths, what was trained, and what a text costs."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.explain.model_explainer import explain_model
         from llmtune.explain.target import open_target
 
@@ -221,7 +221,7 @@ def adapter(
 ) -> None:
     """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.explain.adapter_explainer import explain_adapter, require_run
         from llmtune.explain.target import open_target
 

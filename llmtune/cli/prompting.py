@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.store.process_environment import at_once, prepare_environment
+from llmtune.store.process_environment import gc_paused, prepare_environment
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]"
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
@@ -39,7 +39,7 @@ def generate(
 ) -> None:
     """Answer once with the tuned model of a run: each task is given what it asks for."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.serve.generate import answer_once
 
     given = {"prompt": prompt, "context": context, "pair": pair, "answer": answer, "system": system}
@@ -59,7 +59,7 @@ def chat(
 ) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
     prepare_environment(network=False, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.serve.generate import open_session
 
     console = stderr_console()

@@ -12,7 +12,7 @@ from llmtune.cli.options import AsJson, Fresh, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import GateFailed
 from llmtune.records import Json
-from llmtune.store.process_environment import at_once, names_remote, prepare_environment
+from llmtune.store.process_environment import gc_paused, names_remote, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ def reproduce(
     folder.require_trained()
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.launch.local_processes import local_trainer
         from llmtune.reproduce import Tolerances, explain, processes_of
         from llmtune.reproduce import reproduce as train_again

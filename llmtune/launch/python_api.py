@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.records import Json
-from llmtune.store.process_environment import at_once, names_remote, prepare_environment, studies_remote
+from llmtune.store.process_environment import gc_paused, names_remote, prepare_environment, studies_remote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def load_run(folder: str | Path, *, offline: bool = False) -> FinishedRun:
         RecipeError: not a run folder, or not trained yet.
     """
     prepare_environment(network=False)
-    with at_once():
+    with gc_paused():
         from llmtune.serve.finished_run import FinishedRun
 
     return FinishedRun(Path(folder), offline)
@@ -103,7 +103,7 @@ def run_recipe(
 
     loaded = load_recipe(recipe, sets)
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.pipeline import Trainer, run_pipeline
         from llmtune.session import Options
 
@@ -122,7 +122,7 @@ def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offl
 
     loaded = recipe_of_run(read_run(run), sets)
     prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
-    with at_once():
+    with gc_paused():
         from llmtune.pipeline import evaluate_run
 
     return evaluate_run(loaded, run, console, offline=offline)

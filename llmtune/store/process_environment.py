@@ -45,7 +45,7 @@ def prepare_environment(*, network: bool, threads: int | None = None) -> None:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Import in the block without looking for garbage, then or later: imports leave none.
 
     The collector would go through hundreds of thousands of new objects again and again: a fifth of the time.

@@ -210,7 +210,7 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
             yield folder
 
 
-def look_at_run(path: Path, fingerprint: str, *, resume: bool = False) -> RunFolder:
+def peek_run(path: Path, fingerprint: str, *, resume: bool = False) -> RunFolder:
     """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
     manifest: Manifest | None = read_json(path / MANIFEST)
     _refuse_foreign(path, manifest, fingerprint, resume)

@@ -147,7 +147,7 @@ def _compare_settings(
             yield Finding(kind, name, state, before, after)
 
 
-def moved(path: str, old_run: str | None, run: Path) -> Path:
+def relocated(path: str, old_run: str | None, run: Path) -> Path:
     """Return where a path of a run is now: there, as far from the run folder as it was, or among the shipped recipes.
 
     `old_run` is where the run folder was. Where none of these exists, it is the path itself.
@@ -213,7 +213,7 @@ def _data_file(record: SourceRecord, old_run: str | None, run: Path) -> Path:
         path = recipes_folder().joinpath(*parts[len(parts) - parts[::-1].index("data") - 1 :])
         if path.exists():
             return path
-    return moved(record["path"], old_run, run)
+    return relocated(record["path"], old_run, run)
 
 
 def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Iterator[Path]:
@@ -221,7 +221,7 @@ def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Ite
     if source.startswith(BUILTIN) or any(path.name.startswith("metadata.") for path in known):
         return  # such a file names all of its folder
     start, pattern = split_pattern(source)
-    folder = moved(str(start), old_run, run)
+    folder = relocated(str(start), old_run, run)
     endings = {path.suffix for path in known}
     for path in sorted(folder.glob(pattern) if pattern else folder.rglob("*") if folder.is_dir() else ()):
         hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
@@ -232,7 +232,7 @@ def _added(source: str, known: set[Path], old_run: str | None, run: Path) -> Ite
 def _check_model(lock: Lock, run: Path) -> Iterator[Finding]:
     """Check the model that training started from, and the adapter that it went on from."""
     if start := lock.get("start_from"):
-        folder = moved(start["folder"], lock.get("folder"), run)
+        folder = relocated(start["folder"], lock.get("folder"), run)
         yield from _compare_all("start_from", f"{folder}{os.sep}", start["files"], list_folder(folder))
     model = lock["model"]
     if not model.get("files"):
@@ -256,7 +256,7 @@ def _model_folder(model: LockedModel, old_run: str | None, run: Path) -> Path:
         from huggingface_hub import constants
 
         return Path(constants.HF_HUB_CACHE).joinpath(*folder.parts[-3:])
-    return moved(model["folder"], old_run, run)
+    return relocated(model["folder"], old_run, run)
 
 
 def _check_template(folder: RunFolder, lock: Lock) -> Iterator[Finding]:

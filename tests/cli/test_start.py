@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.runs import llmtune, write_recipe
 
-from llmtune.store.process_environment import at_once
+from llmtune.store.process_environment import gc_paused
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
 
@@ -47,14 +47,14 @@ def test_help_reads_no_schema_of_recipes() -> None:
 
 def test_imports_at_once_leave_the_collector_as_it_was() -> None:
     frozen = gc.get_freeze_count()
-    with at_once():
+    with gc_paused():
         assert not gc.isenabled()
         kept = [[] for _ in range(10)]
     assert gc.isenabled()
     assert gc.get_freeze_count() >= frozen + len(kept)
     gc.unfreeze()
     gc.disable()
-    with at_once():
+    with gc_paused():
         pass
     assert not gc.isenabled()
     gc.enable()
