@@ -104,6 +104,12 @@ def count_cost(meta: MetaModel, architecture: Architecture) -> Cost:
         if polynomial is None or value(polynomial, longest) != counts[3][stack, part]:
             raise UncountableError(f"the cost of {part} is no polynomial of the length")
         parts.setdefault(stack, {})[part] = polynomial
+    for found in parts.values():
+        a, b, c = found.get("attention", (0, 0, 0))
+        if c and (a or b):  # products of activations with what is the same for every text, as DeBERTa has them
+            found["attention"] = (0, 0, c)
+            x, y, z = found["projections"]
+            found["projections"] = (x + a, y + b, z)
     return Cost(parts)
 
 
@@ -124,12 +130,12 @@ def count_parts(counts: FlopCounts, architecture: Architecture) -> Counter[tuple
     found: Counter[tuple[str, str]] = Counter()
     for stack in architecture.stacks:
         found[stack.name, "entry"] += sum(_total(counts, piece.name) for piece in stack.before)
-        found[stack.name, "head"] += sum(_total(counts, piece.name) for piece in stack.behind)
         for group in stack.blocks:
             for block in group.names():
                 parts = _count_block(counts, block, group)
                 parts["blocks"] = _total(counts, block) - parts.total()
                 found.update({(stack.name, part): size for part, size in parts.items()})
+        found[stack.name, "head"] += sum(_total(counts, piece.name) for piece in stack.behind)
     found["model", "other"] = _total(counts, "") - found.total()
     return +found
 
