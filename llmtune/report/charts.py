@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from llmtune.report.blocks import Curves, Dots, Heatmap, Histogram, Interval, Point
+from llmtune.report.blocks import Curves, Dots, Histogram, Interval, Point
 from llmtune.report.number_format import missing, score, short
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 SMALL_WIDTH, SMALL_HEIGHT, MARGIN = 160, 26, 8
 """Size of a picture in a cell of a table, and what it leaves free on both sides."""
 MOST_POINTS, MOST_DOTS = 300, 12
-LETTER, SLANT = 7.6, (0.77, 0.64)
-"""Width of a letter of a label, and how far a slanted one (40 degrees) reaches across and up, by its length."""
-LONGEST_LABEL = 19
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
@@ -111,79 +108,10 @@ def draw_dots(picture: Dots) -> Markup:
     return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, picture.label)
 
 
-def draw_heatmap(block: Heatmap) -> Markup:
-    """Draw a matrix: a cell's colour is the sign of its value, and its tint the size."""
-    wide, tall = cell_size(len(block.columns), bool(block.texts))
-    longest_row, longest = (
-        LETTER * max(len(shortened(name)) for name in names) for names in (block.rows, block.columns)
-    )
-    slanted = longest > wide - 6
-    left, top = longest_row + 34, 28 + (SLANT[1] * longest + 14 if slanted else 22)
-    width = left + len(block.columns) * wide + (max(0.0, SLANT[0] * longest - wide / 2) if slanted else 4)
-    height = top + len(block.rows) * tall + 4
-    down = f"translate(14 {top + len(block.rows) * tall / 2:.1f}) rotate(-90)"
-    parts = [
-        text(left + len(block.columns) * wide / 2, 15, block.across),
-        element("text", block.down, transform=down, text_anchor="middle"),
-    ]
-    for k, name in enumerate(block.columns):
-        x, y = left + (k + 0.5) * wide, top - 9
-        label = Markup("{}{}").format(shortened(name), element("title", name))
-        if slanted:
-            parts.append(element("text", label, class_="name", transform=f"translate({x:.1f} {y:.1f}) rotate(-40)"))
-        else:
-            parts.append(element("text", label, class_="name", x=x, y=y, text_anchor="middle"))
-    for i, name in enumerate(block.rows):
-        label = Markup("{}{}").format(shortened(name), element("title", name))
-        y = top + (i + 0.5) * tall + 5
-        parts.append(element("text", label, class_="name", x=left - 10, y=y, text_anchor="end"))
-        parts += [heat_cell(block, i, k, left + k * wide, top + i * tall) for k in range(len(block.columns))]
-    return svg(parts, math.ceil(width), math.ceil(height), block.label, fixed=True)
-
-
-def cell_size(columns: int, written: bool) -> tuple[int, int]:
-    """Return width and height of a cell of a heatmap, by how many stand side by side and whether text is in them."""
-    if not written:
-        return (26, 22) if columns <= 30 else (14, 14)
-    return (104, 52) if columns <= 4 else (68, 46) if columns <= 10 else (42, 40)
-
-
-def heat_cell(block: Heatmap, i: int, k: int, x: float, y: float) -> Markup:
-    """Draw one cell of a heatmap, with its text if there is some."""
-    wide, tall = cell_size(len(block.columns), bool(block.texts))
-
-    def field(style: str, opacity: float, tip: str = "") -> Markup:
-        content = element("title", tip) if tip else ""
-        size = {"x": x + 1, "y": y + 1, "width": wide - 2, "height": tall - 2}
-        return element("rect", content, class_=style, fill_opacity=f"{opacity:.3f}", rx=3, **size)
-
-    value = block.values[i][k]
-    known = 0.0 if value is None or not math.isfinite(value) else value
-    tip = block.tips[i][k] if block.tips else ""
-    parts = [field("field", 1), field("miss" if known < 0 else "hit", tint(abs(known), bool(block.texts)), tip)]
-    lines = block.texts[i][k].splitlines() if block.texts else []
-    for number, (line, style) in enumerate(zip(lines, ("count", "part"), strict=False)):
-        at = y + tall / 2 + 15 * number
-        parts.append(element("text", line, class_=style, x=x + wide / 2, y=at, text_anchor="middle"))
-    return Markup("").join(parts)
-
-
-def tint(size: float, written: bool) -> float:
-    """Return how strong a cell is coloured: never so much that its text could not be read, and never unseen."""
-    return 0.0 if not size else 0.08 + (0.42 if written else 0.92) * size
-
-
-def shortened(label: str) -> str:
-    """Leave out the middle of a long label: names of a kind differ at their ends."""
-    half = LONGEST_LABEL // 2
-    return label if len(label) <= LONGEST_LABEL else f"{label[:half].rstrip()}…{label[-half:].lstrip()}"
-
-
-def svg(parts: Sequence[Markup], width: float, height: float, label: str, *, fixed: bool = False) -> Markup:
-    """Wrap shapes into a picture with a name for those who do not see it; a fixed one keeps its size on any page."""
-    size = {"width": width, "height": height} if fixed else {}
+def svg(parts: Sequence[Markup], width: float, height: float, label: str) -> Markup:
+    """Wrap shapes into a picture with a name for those who do not see it."""
     box = f"0 0 {width} {height}"
-    return element("svg", Markup("").join(parts), viewBox=box, **size, role="img", aria_label=label)
+    return element("svg", Markup("").join(parts), viewBox=box, role="img", aria_label=label)
 
 
 def grid_line(y: float, label: str) -> Markup:

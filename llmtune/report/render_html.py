@@ -12,14 +12,13 @@ import jinja2
 from markupsafe import Markup, escape
 
 from llmtune.report.blocks import Dots, Interval, Page, Section
-from llmtune.report.charts import draw_curves, draw_dots, draw_heatmap, draw_histogram, draw_interval
+from llmtune.report.charts import draw_curves, draw_dots, draw_histogram, draw_interval
 from llmtune.report.number_format import score, signed
 from llmtune.report.text_files import as_json, replace_file
 
 PICTURES: dict[str, Callable[..., Markup]] = {
     "Curves": draw_curves,
     "Histogram": draw_histogram,
-    "Heatmap": draw_heatmap,
     "Interval": draw_interval,
     "Dots": draw_dots,
 }

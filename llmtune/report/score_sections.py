@@ -179,7 +179,7 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
         f"Confusion matrix: {text}",
         "right class",
         "predicted",
-        [[field_text(counts[i][k], shares[i][k], len(labels)) for k in size] for i in size],
+        [[f"{counts[i][k]:,}\n{100 * shares[i][k]:.0f} %" if counts[i][k] else "" for k in size] for i in size],
         [[f"{confused(labels, i, k)}: {counts[i][k]:,} rows, {shares[i][k]:.1%}" for k in size] for i in size],
     )
     note = Text("A row is a right class; the percentages are shares of it. Blue is right, red is wrong.", "soft")
@@ -189,15 +189,6 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
 def confused(labels: Sequence[str], i: int, k: int) -> str:
     """Return what a field of the confusion matrix counts."""
     return f"{labels[i]} found" if i == k else f"{labels[i]} taken for {labels[k]}"
-
-
-def field_text(number: int, part: float, classes: int) -> str:
-    """Return a count that fits into a field of the confusion matrix, and below it its share of the row."""
-    if not number:
-        return ""
-    most = 1000 if classes > 10 else 10_000
-    short = f"{number:,}" if number < most else f"{number / 1000:,.{0 if number >= 9950 else 1}f}k"
-    return f"{short}\n{f'{100 * part:.0f} %' if part >= 0.005 else '< 1 %'}"
 
 
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:

@@ -1,15 +1,13 @@
-"""The page and the picture of a comparison, from numbers alone: whole in themselves and readable on a phone."""
+"""The page and the picture of a comparison, from numbers alone."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support.browser import PHONE_WIDTH, asked_of_the_network, browse, browser, on_a_phone
 
 from llmtune.compare.compare_page import describe_costs, describe_pair
 from llmtune.compare.compare_plot import draw_comparison, shown_metrics
@@ -19,7 +17,6 @@ from llmtune.compare.run_pairs import Pair
 from llmtune.records import Difference
 from llmtune.report.report_record import Verdict
 
-POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 SECRET = "hf_" + "s3cret" * 6
 
 
@@ -108,28 +105,3 @@ def test_the_picture_is_the_same_bytes_again(made: Comparison, tmp_path: Path) -
         draw_comparison(tmp_path / name, made.runs)
         pictures.append([(tmp_path / name).with_suffix(kind).read_bytes() for kind in (".svg", ".png")])
     assert pictures[0] == pictures[1]
-
-
-@browser
-def test_no_request_leaves_the_page(made: Comparison, tmp_path: Path) -> None:
-    write_comparison(made, tmp_path)
-    log = tmp_path / "net.json"
-    assert "lora minus full" in browse(tmp_path / "compare.html", log)
-    assert asked_of_the_network(log) == set()
-
-
-@browser
-def test_nothing_stands_out_of_a_phone(made: Comparison, tmp_path: Path) -> None:
-    write_comparison(made, tmp_path)
-    page = tmp_path / "compare.html"
-    page.write_text(POLICY.sub("", page.read_text("utf-8")), "utf-8")
-    look = """
-    const pre = document.createElement("pre");
-    pre.id = "measured";
-    pre.textContent = JSON.stringify([frame.clientWidth, page.documentElement.scrollWidth]);
-    document.documentElement.append(pre);
-    """
-    found = re.search(r'<pre id="measured">([^<]*)</pre>', browse(on_a_phone(page, look)))
-    assert found is not None
-    width, needed = json.loads(found[1])
-    assert needed <= width == PHONE_WIDTH

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
 import math
-import re
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.report.blocks import Curve, Curves, Dots, Heatmap, Histogram, Interval
-from llmtune.report.charts import draw_curves, draw_dots, draw_heatmap, draw_histogram, draw_interval, ticks
+from llmtune.report.blocks import Curve, Curves, Dots, Histogram, Interval
+from llmtune.report.charts import draw_curves, draw_dots, draw_histogram, draw_interval, ticks
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -61,34 +60,3 @@ def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
     heights = [float(bar.get("height")) for bar in root.findall("rect")]
     assert heights[0] == pytest.approx(heights[1] / 2, rel=0.01)
     assert heights[2] == 0
-
-
-def test_a_cell_of_a_heatmap_is_tinted_by_its_size_and_coloured_by_its_sign():
-    values, texts = [[0.75, -0.25], [0.0, 1.0]], [["3\n75 %", "1\n25 %"], ["", "8\n100 %"]]
-    root = ElementTree.fromstring(draw_heatmap(Heatmap(["a", "b"], ["a", "b"], values, "x", texts=texts)))
-    cells = [cell for cell in root.findall("rect") if cell.get("class") != "field"]
-    assert [cell.get("class") for cell in cells] == ["hit", "miss", "hit", "hit"]
-    tints = [float(cell.get("fill-opacity")) for cell in cells]
-    assert tints[3] > tints[0] > tints[1] > tints[2] == 0
-    written = [text.text for text in root.findall("text") if text.get("class") in ("count", "part")]
-    assert written == ["3", "75 %", "1", "25 %", "8", "100 %"]
-
-
-def test_a_long_label_keeps_the_end_that_tells_it_from_the_others():
-    names = ["department number 1", "the department number 12"]
-    root = ElementTree.fromstring(draw_heatmap(Heatmap(names, names, [[1.0, 0.0]] * 2, "x")))
-    shown = [name.text for name in root.findall("text") if name.get("class") == "name"]
-    assert shown[0] == "department number 1"
-    assert shown[1] == "the depar…number 12"
-
-
-@given(st.lists(st.text(max_size=60), min_size=1, max_size=20, unique=True))
-def test_a_heatmap_of_any_labels_is_well_formed_and_holds_its_labels(labels):
-    labels = [label for label in labels if label.isprintable()] or ["x"]
-    picture = draw_heatmap(Heatmap(labels, labels, [[0.5] * len(labels)] * len(labels), "confusion"))
-    root = ElementTree.fromstring(picture)
-    width = float(root.get("width"))
-    for text in root.findall("text"):
-        x = float(text.get("x") or re.search(r"translate\(([\d.]+)", text.get("transform"))[1])
-        assert 0 < x < width
-    assert {title.text or "" for title in root.iterfind("text/title")} == set(labels)

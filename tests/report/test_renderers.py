@@ -108,6 +108,18 @@ def test_a_difference_is_better_or_worse_by_its_interval_and_the_better_side():
     assert Compared("length_ratio", 1, 2, GAIN.difference).tone == "unsure"
 
 
+def test_a_cell_of_a_heatmap_is_tinted_by_its_size_and_coloured_by_its_sign():
+    values, texts = [[0.75, -0.25], [0.0, math.nan]], [["3\n75 %", "1\n25 %"], ["", ""]]
+    page = to_html(Page("p", [Section("A", [Heatmap(["a", "b"], ["a", "b"], values, "x", texts=texts)])]))
+    cells = re.findall(r'<td(?: class="(\w+)" style="--heat: ([\d.]+)%")?>(.*?)</td>', page)
+    assert cells == [
+        ("hit", "39.5", "<b>3</b><small>75 %</small>"),
+        ("miss", "18.5", "<b>1</b><small>25 %</small>"),
+        ("", "", ""),
+        ("", "", ""),
+    ]
+
+
 def test_markdown_shows_the_first_rows_of_a_long_table_and_nothing_that_is_folded_away():
     rows = [[str(number)] for number in range(40)]
     text = to_markdown(Page("p", [Section("A", [Table(["n"], rows), Details("more", [Text("hidden")])])]))
