@@ -97,7 +97,9 @@ def test_a_process_that_the_system_kills_is_named(console):
     assert "too little memory" in caught.value.problems[0].fix
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number, code, tmp_path, tiny_llama):
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 200, "save_steps": 10_000, "logging_steps": 1}
