@@ -149,6 +149,15 @@ def test_a_run_is_evaluated_again_without_its_source_files(finished: Path) -> No
     assert "limit: null  # default" in (finished / "run/recipe.yaml").read_text()
 
 
+def test_a_new_gate_evaluates_nothing_again_and_fails_with_exit_code_6(finished: Path) -> None:
+    before = (finished / "run/evaluation/evaluation.json").stat().st_mtime_ns
+    result = invoke("run", "tiny.yaml", "--out", "run", "--set", 'evaluate.gates=["accuracy >= 1.01"]')
+    assert result.exit_code == 6
+    assert "accuracy >= 1.01" in result.stderr
+    assert (finished / "run/evaluation/evaluation.json").stat().st_mtime_ns == before
+    assert 'failures="1"' in (finished / "run/junit.xml").read_text()
+
+
 def test_a_run_takes_no_settings_that_would_make_it_another(finished: Path) -> None:
     result = invoke("evaluate", "run", "--set", "train.learning_rate=1")
     assert result.exit_code == 2

@@ -60,32 +60,6 @@ def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> No
     assert sum(report["data"]["kept"].values()) + sum(report["data"]["dropped"].values()) == report["data"]["rows_in"]
 
 
-def test_a_second_run_skips_every_step(finished: Path) -> None:
-    again = llmtune("run", "tiny.yaml", "--out", "run", "--json", cwd=finished)
-    assert again.returncode == 0, again.stderr
-    assert all(step["skipped"] for step in json.loads(again.stdout)["steps"])
-
-
-def test_a_new_gate_evaluates_nothing_again_and_fails_with_exit_code_6(finished: Path) -> None:
-    before = adapter_bytes(finished / "run")
-    gate = ["--set", 'evaluate.gates=["accuracy >= 1.01"]']
-    done = llmtune("run", "tiny.yaml", "--out", "run", *gate, cwd=finished)
-    assert done.returncode == 6
-    assert "accuracy >= 1.01" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert adapter_bytes(finished / "run") == before
-    assert 'failures="1"' in (finished / "run" / "junit.xml").read_text()
-
-
-def test_a_run_folder_can_be_evaluated_again_with_other_settings(finished: Path) -> None:
-    settings = ["--set", "generation.max_new_tokens=4", "--set", "evaluate.gates=[]"]
-    done = llmtune("evaluate", "run", *settings, "--json", cwd=finished)
-    assert done.returncode == 0, done.stderr
-    steps = {step["name"]: step["skipped"] for step in json.loads(done.stdout)["steps"]}
-    assert steps["train"]
-    assert not steps["evaluate"]
-
-
 def test_the_same_recipe_twice_gives_equal_bytes(finished: Path) -> None:
     done = llmtune("train", "tiny.yaml", "--out", "twin", cwd=finished)
     assert done.returncode == 0, done.stderr

@@ -7,19 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.compare.compare_page import COSTS
 from llmtune.compare.comparison import RunSummary
 from llmtune.report.metric_info import better_side, rank_metrics
-from llmtune.report.number_format import MINUS, count, duration, missing, score, size
+from llmtune.report.number_format import MINUS, missing, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BARS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("train_seconds", "Training time", duration),
-    ("peak_bytes", "Peak memory", size),
-    ("trainable", "Trained parameters", count),
-    ("disk_bytes", "Weights on disk", size),
-)
+BARS = [cost for cost in COSTS if cost[0] in ("train_seconds", "peak_bytes", "trainable", "disk_bytes")]
 COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
 MUTED, LINE = "#5c6470", "#d5d9df"
 PANEL_IN, ROW_IN, LETTER_IN, DPI = 1.85, 0.3, 0.075, 130
@@ -82,7 +78,7 @@ def draw_bars(
         axes.text(values[at] + 0.04 * longest, at, written(value), va="center", fontsize=7.5)
     axes.set_xlim(0, ROOM * longest)
     axes.set_xticks([])
-    axes.set_title(title, fontsize=8.5, weight="bold", loc="left", pad=6)
+    axes.set_title(title.capitalize(), fontsize=8.5, weight="bold", loc="left", pad=6)
 
 
 def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
