@@ -2,13 +2,11 @@
 
 from llmtune.report.assembly import assemble
 from llmtune.report.explain_links import find_explanations
-from llmtune.report.metric_info import LOWER_IS_BETTER
 from llmtune.report.redaction import redact, redact_all
 from llmtune.report.verdict import verdict
 from llmtune.report.write import link_explanations, write_report
 
 __all__ = [
-    "LOWER_IS_BETTER",
     "assemble",
     "find_explanations",
     "link_explanations",
