@@ -186,5 +186,5 @@ def describe_keys(section: type[Section]) -> None:
         describe_keys(inner)
     texts = descriptions(section)
     for name, field in section.model_fields.items():
-        field.description = texts[name]
+        field.description = texts.get(name)
     section.model_rebuild(force=True)

@@ -104,8 +104,14 @@ def find_section(annotation: object) -> type[Section] | None:
 
 
 def descriptions(section: type[Section]) -> dict[str, str]:
-    """Return the text below each key, on one line; read from the source, so only where it is shown."""
-    (node,) = ast.parse(inspect.getsource(section)).body
+    """Return the text below each key, on one line; read from the source, so only where it is shown.
+
+    Nothing where the source is not installed.
+    """
+    try:
+        (node,) = ast.parse(inspect.getsource(section)).body
+    except OSError:
+        return {}
     assert isinstance(node, ast.ClassDef)
     texts: dict[str, str] = {}
     for key, text in pairwise(node.body):
