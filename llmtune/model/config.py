@@ -37,7 +37,7 @@ def find_class(
     config = read_model_config(model_ref, recipe.model)
     auto_class = getattr(transformers, task.auto_class)
     own_code = recipe.model.trust_remote_code and task.auto_class in (getattr(config, "auto_map", None) or {})
-    if not own_code and not fits(config, task):
+    if not own_code and not supports_task(config, task):
         raise RecipeError.of(
             f"{model_ref.name} is a {describe_config(config)}: it cannot be used for the task {task.name}, which needs "
             f"{task.auto_class}",
@@ -73,17 +73,16 @@ def _architectures(config: PreTrainedConfig) -> list[str]:
     return list(getattr(config, "architectures", None) or [])
 
 
-def fits(config: PreTrainedConfig, task: TaskInterface) -> bool:
+def supports_task(config: PreTrainedConfig, task: TaskInterface) -> bool:
     """Whether a model with this configuration can do this variant of the task.
 
     Where the task brings a head of its own, any model of a kind that takes one does; else the model must have the head.
     """
-    known = getattr(transformers, task.auto_class)._model_mapping
-    fitting = known.get(type(config), None)
-    if fitting is None or not task.supports(config):
+    model_class = getattr(transformers, task.auto_class)._model_mapping.get(type(config), None)
+    if model_class is None or not task.supports(config):
         return False
     named = _architectures(config)
-    return task.trains_head or not named or fitting.__name__ in named or _is_relative(named, fitting.__name__)
+    return task.trains_head or not named or model_class.__name__ in named or _is_relative(named, model_class.__name__)
 
 
 def is_encoder(config: PreTrainedConfig) -> bool:
@@ -95,10 +94,10 @@ def is_encoder(config: PreTrainedConfig) -> bool:
     return type(config) in transformers.AutoModelForMaskedLM._model_mapping
 
 
-def _is_relative(named: list[str], fitting: str) -> bool:
+def _is_relative(named: list[str], class_name: str) -> bool:
     """Accept the bare or multimodal class of a decoder: `LlamaModel`, `Gemma3ForConditionalGeneration`."""
-    family = fitting.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    decoder = fitting.endswith(("ForCausalLM", "LMHeadModel")) and "Bert" not in fitting
+    family = class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    decoder = class_name.endswith(("ForCausalLM", "LMHeadModel")) and "Bert" not in class_name
     return decoder and any(name in (f"{family}Model", f"{family}ForConditionalGeneration") for name in named)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmtune.errors import RecipeError, nearest
-from llmtune.model.config import NEEDS, describe_config, fits
+from llmtune.model.config import NEEDS, describe_config, supports_task
 from llmtune.tasks import (
     chat,
     classify,
@@ -55,7 +55,7 @@ def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyT
     variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
     own = getattr(config, "auto_map", None) or {}
     for variant in variants:
-        if fits(config, variant) or (recipe.model.trust_remote_code and variant.auto_class in own):
+        if supports_task(config, variant) or (recipe.model.trust_remote_code and variant.auto_class in own):
             return variant
     needed = " or ".join(dict.fromkeys(variant.auto_class for variant in variants))
     raise RecipeError.of(

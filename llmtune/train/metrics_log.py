@@ -37,20 +37,19 @@ class Display:
     """Shows how training goes: a bar on a terminal, a line a log step elsewhere."""
 
     console: Console
-    bar: Progress | None
-    task: TaskID | None
+    bar: Progress
+    task: TaskID
     total: int
 
     def step(self, step: int, loss: float, tokens_per_second: float, peak_bytes: int) -> None:
         """Move the bar."""
-        if self.bar is not None and self.task is not None:
-            figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
-            self.bar.update(self.task, completed=step, figures=figures)
+        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {peak_bytes / 1e9:.2f} GB"
+        self.bar.update(self.task, completed=step, figures=figures)
 
     def line(self, line: Line) -> None:
         """Show a line of metrics where there is no bar, and a validation in any case."""
         validation = line.get("validation_loss")
-        if self.bar is None:
+        if self.bar.disable:
             tail = f"  validation {validation:.4f}" if validation is not None else ""
             self.console.print(
                 f"step {line['step']}/{self.total}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
@@ -65,9 +64,6 @@ class Display:
 @contextmanager
 def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
     """Show progress from step `done` on inside the block."""
-    if not console.is_terminal:
-        yield Display(console, None, None, total)
-        return
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -75,7 +71,7 @@ def show_progress(console: Console, done: int, total: int) -> Iterator[Display]:
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, speed_estimate_period=300) as bar:
+    with Progress(*columns, console=console, speed_estimate_period=300, disable=not console.is_terminal) as bar:
         yield Display(console, bar, bar.add_task("train", completed=done, total=total, figures=""), total)
 
 

@@ -15,29 +15,15 @@ import torch
 from rich.console import Console
 from support.models import build_llama
 from support.runs import llmtune, write_recipe
-from support.training import make_recipe, run_training, write_examples
+from support.training import adapt, make_recipe, run_training, select, write_examples
 
-from llmtune.adapter import inject, load_adapter, save_adapter
+from llmtune.adapter import load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
 from llmtune.deploy.parity import TunedModel
-from llmtune.model import load_model, load_processor, resolve_model
-from llmtune.recipe import Recipe
-from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.records import AdaptedModel
 from llmtune.tasks import get_task
 
 SHIPPED = {"chat": "debian-summaries", "chat-qlora": "debian-summaries", "completion": "kjv-psalms"}
-
-
-def select(recipe: Recipe, *, training: bool = True) -> SelectedModel:
-    console = Console(file=io.StringIO())
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, console, True)
-    processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, get_task(recipe.task), processor, device="cuda", training=training)
-
-
-def adapt(recipe: Recipe) -> AdaptedModel:
-    return inject(select(recipe), recipe, Console(file=io.StringIO()))
 
 
 @torch.no_grad()
@@ -92,7 +78,7 @@ def test_packed_and_padded_training_have_the_same_loss(tiny_llama: Path, chat_ro
 def test_a_quantised_base_is_in_4_bits_and_its_adapter_reloads_on_it(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, tiny_llama, adapter={"method": "qlora"}, model={"dtype": "bfloat16"})
     examples = write_examples(tmp_path / "examples", train=64, validation=8)
-    adapted = adapt(recipe)
+    adapted = adapt(recipe, "cuda")
     quantised = [module for module in adapted.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(quantised) == 14  # seven projections in each of two layers
     assert all(
@@ -103,7 +89,7 @@ def test_a_quantised_base_is_in_4_bits_and_its_adapter_reloads_on_it(tiny_llama:
     assert trained.train_loss < trained.first_loss
     wanted = logits_of(adapted)
     save_adapter(adapted, tmp_path / "saved")
-    again = load_adapter(select(recipe, training=False), tmp_path / "saved")
+    again = load_adapter(select(recipe, "cuda", training=False), tmp_path / "saved")
     torch.testing.assert_close(logits_of(again), wanted, atol=1e-2, rtol=1e-2)
     tuned = TunedModel(again, recipe, get_task("chat"))
     certificate = merge_model(tuned, tmp_path / "merged", Console(file=io.StringIO()), onto="dequantized")
@@ -131,11 +117,11 @@ def test_lack_of_memory_shrinks_the_budget_and_changes_no_result(tmp_path: Path,
     examples = write_examples(tmp_path / "examples", longest=100, train=1024, validation=16)
     budgets: list[int] = []
     generous = run_training(
-        tmp_path / "generous", recipe, examples, adapted=adapt(recipe), budget=1 << 20, on_budget=budgets.append
+        tmp_path / "generous", recipe, examples, adapted=adapt(recipe, "cuda"), budget=1 << 20, on_budget=budgets.append
     )
     assert budgets, "a micro-batch of all rows fits: the test limits memory too little"
     assert generous.micro_batch_tokens == budgets[-1] < 1 << 20
-    small = run_training(tmp_path / "small", recipe, examples, adapted=adapt(recipe), budget=512)
+    small = run_training(tmp_path / "small", recipe, examples, adapted=adapt(recipe, "cuda"), budget=512)
     assert generous.steps == small.steps == 3
     assert generous.train_loss == pytest.approx(small.train_loss, rel=1e-4)
     assert generous.supervised_tokens == small.supervised_tokens

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from support.models import build_llama
-from support.training import make_recipe, read_metrics, write_examples
+from support.training import adapt, make_recipe, read_metrics, write_examples
 from support.training import run_training as train_on
-
-from llmtune.adapter import inject
-from llmtune.model import load_model, load_processor, resolve_model
-from llmtune.recipe import Recipe
-from llmtune.records import AdaptedModel
-from llmtune.tasks import get_task
 
 LIGER = {"use_liger_kernel": True}
 COMPILED = {"torch_compile": True}
-
-
-def adapt(recipe: Recipe) -> AdaptedModel:
-    console = Console(file=io.StringIO())
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, console, True)
-    processor = load_processor(place, recipe.model)
-    selected = load_model(place, recipe, get_task(recipe.task), processor, device="cuda", training=True)
-    return inject(selected, recipe, console)
 
 
 @pytest.mark.parametrize("option", [LIGER, COMPILED], ids=["liger", "compiled"])
@@ -38,6 +21,6 @@ def test_training_with_other_kernels_has_the_same_losses(tmp_path: Path, option:
     losses = []
     for name, more in {"plain": {}, "other": option}.items():  # plain first: Liger changes the model's classes
         recipe = make_recipe(tmp_path / name, model, train={"max_steps": 8, "logging_steps": 1, **more})
-        train_on(tmp_path / name / "run", recipe, examples, adapted=adapt(recipe))
+        train_on(tmp_path / name / "run", recipe, examples, adapted=adapt(recipe, "cuda"))
         losses.append([line["loss"] for line in read_metrics(tmp_path / name / "run")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -132,10 +132,3 @@ def test_a_file_of_another_version_is_not_read(tmp_path):
     write_variables(tmp_path / "model.bin", {"x": np.ones(3, np.float32)}, version=5)
     with pytest.raises(ValueError, match="version 5"):
         SCRIPT.read_ctranslate2(tmp_path / "model.bin")
-
-
-def test_an_alias_is_the_array_it_names(tmp_path):
-    write_variables(tmp_path / "model.bin", {"a/x": np.arange(6, dtype=np.int16).reshape(2, 3)}, {"b": "a/x"})
-    variables = SCRIPT.read_ctranslate2(tmp_path / "model.bin")
-    assert variables["b"] is variables["a/x"]
-    assert variables["b"].tolist() == [[0, 1, 2], [3, 4, 5]]

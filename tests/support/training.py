@@ -17,7 +17,7 @@ from llmtune.adapter import inject
 from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.records import AdaptedModel, Example, Examples, TrainedRun
+from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, TrainedRun
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks import AnyTask, get_task
 from llmtune.train import train
@@ -53,14 +53,18 @@ def make_recipe(folder: Path, model: Path, /, **sections: Any) -> Recipe:
     return load_recipe(str(write_recipe(folder / "recipe.yaml", model, rows, **sections))).recipe
 
 
-def adapt(recipe: Recipe) -> AdaptedModel:
-    """Load the model of `recipe` on the CPU and put the adapter in."""
+def select(recipe: Recipe, device: str = "cpu", *, training: bool = True) -> SelectedModel:
+    """Load the model of `recipe`."""
     console = Console(file=io.StringIO())
     assert recipe.model.name is not None
     place = resolve_model(recipe.model.name, recipe.model, console, True)
     processor = load_processor(place, recipe.model)
-    selected = load_model(place, recipe, get_task(recipe.task), processor, device="cpu", training=True)
-    return inject(selected, recipe, console)
+    return load_model(place, recipe, get_task(recipe.task), processor, device=device, training=training)
+
+
+def adapt(recipe: Recipe, device: str = "cpu") -> AdaptedModel:
+    """Load the model of `recipe` and put the adapter in."""
+    return inject(select(recipe, device), recipe, Console(file=io.StringIO()))
 
 
 def run_training(
