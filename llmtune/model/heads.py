@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
@@ -12,18 +12,18 @@ from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, build_skeleton, fin
 from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
 _UNNAMED = "LABEL_"
 
 
-def name_outputs(config: Any, names: Sequence[str], problem_type: str | None) -> None:
-    """Set number and names of a head's outputs in a configuration, in place.
+def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: str | None) -> None:
+    """Set number and names of a head's outputs in a configuration, in model_ref.
 
     Where the model's files hold a head for other classes (or for as many that have no names), it is marked so: those
-    weights say nothing of these classes. One for the same classes in another order is put in order when it is loaded.
+    weights know nothing of these classes. One for the same classes in another order is put in order when it is loaded.
     """
     own = [str(name) for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
     if names:
@@ -39,28 +39,28 @@ def name_outputs(config: Any, names: Sequence[str], problem_type: str | None) ->
 
 
 def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Tell a decoder what rows are padded with, in place: its head reads the last token that is no padding."""
+    """Tell a decoder what rows are padded with, in model_ref: its head reads the last token that is no padding."""
     model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.config.pad_token_id = processor.pad_token_id
 
 
-def head_is_new(place: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
+def head_is_new(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> bool:
     """Whether the model's files hold no trained head for what the recipe wants; headers are read, no weights.
 
-    Of pickled weights it cannot be told without loading them: there the configuration's word is taken.
+    Of pickled weights it cannot be told without loading them: there the configuration decides.
     """
     if not task.trains_head:
         return False
-    model_class, config = find_class(place, recipe, task)
+    model_class, config = find_class(model_ref, recipe, task)
     if getattr(config, OTHER_CLASSES, False):
         return True
     skeleton = build_skeleton(model_class, config, recipe)
     heads = head_names(skeleton)
-    wanted = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if in_heads(name, heads)}
-    found: dict[str, tuple[int, ...]] = {}
-    if not any(place.path.glob("*.safetensors")):
+    expected = {name: tuple(p.shape) for name, p in skeleton.named_parameters() if in_heads(name, heads)}
+    stored: dict[str, tuple[int, ...]] = {}
+    if not any(model_ref.path.glob("*.safetensors")):
         return model_class.__name__ not in (getattr(config, "architectures", None) or ())
-    for path in place.path.glob("*.safetensors"):
+    for path in model_ref.path.glob("*.safetensors"):
         with safe_open(str(path), "pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in wanted}  # noqa: SIM118
-    return found != wanted
+            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name in expected}  # noqa: SIM118
+    return stored != expected

@@ -28,8 +28,7 @@ from llmtune.model.kernels import apply_liger
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.oom import explain_oom, is_out_of_memory
-from llmtune.model.packed_attention import PACKED, choose_attention, install_packed
-from llmtune.model.packed_pooling import pool_documents
+from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
 from llmtune.model.self_checks import isolates_documents, take_loss_at_head
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 

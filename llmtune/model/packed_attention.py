@@ -4,7 +4,7 @@ On CUDA it is flash attention over documents of different lengths (flash-attn if
 otherwise), on a CPU `block_attention`, and SDPA a run of equal lengths at a time where neither can.
 
 Shapes: B batch (1 when packed), H heads, K key/value heads, T positions, L positions of one document, N documents of
-equal length side by side, D head width.
+equal length side by side, D head width; where texts are classified, D documents and H hidden width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.model.block_attention import attend_documents, band
 from llmtune.model.config import is_encoder
@@ -314,3 +315,41 @@ def install_packed(model: PreTrainedModel) -> None:
 
     body.register_forward_pre_hook(enter, with_kwargs=True)
     body.register_forward_hook(leave, always_call=True)
+
+
+def pool_documents(model: PreTrainedModel) -> None:
+    """Let a classifier read one class a document of a packed row, by hooks on its body; changes `model` in place.
+
+    What it pools itself stays: of [D, 1, H] in place of [1, T, H] the first token of a row and the mean over it are the
+    same. A layer of the body that pools (BERT's) reads the first tokens.
+    """
+    body = model.base_model
+    pool = means if getattr(model.config, "classifier_pooling", None) == "mean" else first_tokens
+    pooler = getattr(body, "pooler", None)
+    if isinstance(pooler, torch.nn.Module):
+        pooler.register_forward_pre_hook(_first_tokens_to_pooler)
+
+    def pool_output(
+        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any], output: BaseModelOutput
+    ) -> BaseModelOutput:
+        if LENGTHS in kwargs:
+            output.last_hidden_state = pool(output.last_hidden_state, kwargs[LENGTHS])
+        return output
+
+    body.register_forward_hook(pool_output, with_kwargs=True)
+
+
+def first_tokens(hidden_1TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Take the first token of each document: [1, T, H] -> [D, 1, H]."""
+    starts_D = torch.tensor([0, *accumulate(lengths[:-1])], device=hidden_1TH.device)
+    return hidden_1TH[0, starts_D, None]
+
+
+def means(hidden_1TH: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Take the mean over each document: [1, T, H] -> [D, 1, H]."""
+    return torch.stack([part_LH.mean(0, keepdim=True) for part_LH in torch.split(hidden_1TH[0], list(lengths))])
+
+
+def _first_tokens_to_pooler(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    lengths = documents_inside.get()
+    return None if lengths is None or args[0].dim() != 3 else (first_tokens(args[0], lengths), *args[1:])

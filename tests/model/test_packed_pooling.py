@@ -18,8 +18,7 @@ from llmtune.adapter import inject
 from llmtune.adapter.injection import enable_checkpointing
 from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
-from llmtune.model.packed_attention import PACKED, install_packed
-from llmtune.model.packed_pooling import first_tokens, means, pool_documents
+from llmtune.model.packed_attention import PACKED, first_tokens, install_packed, means, pool_documents
 from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe import Recipe
 from llmtune.records import Example, SelectedModel
