@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
 from llmtune.records import Examples, Rows
+from llmtune.report.blocks import Column, Table
+from llmtune.report.blocks import Text as Note
+from llmtune.report.render_terminal import print_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,13 +39,12 @@ def describe_examples(
     console: Console,
     task: TaskInterface,
     recipe: Recipe,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Print the data report and return it as JSON can hold it.
 
-    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share` (None
-    where no tokens are guessed); `dropped` by
-    reason (`rows` and `examples` together); `histogram` (training examples: `edges` in tokens, `counts`); `example`,
-    the first training example as pieces `[text, learned]`.
+    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share` (None where no
+    tokens are predicted); `dropped` by reason (`rows` and `examples` together); `histogram` (training examples: `edges`
+    in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
     edges, counts = _histogram(train.lengths)
@@ -54,14 +55,12 @@ def describe_examples(
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
-    console.print(_sides(rows, examples))
-    console.print(_dropped(rows.rows_in, dropped))
-    console.print(_bars(edges, counts))
-    if classes:
-        console.print(_classes(classes))
+    blocks = [_sides(rows, examples), _dropped(rows.rows_in, dropped), _bars(edges, counts)]
+    print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
-    console.print(Panel(_coloured(pieces), title="one example: green is learned", title_align="left"))
+    coloured = Text.assemble(*((piece, "green" if learned else "dim") for piece, learned in pieces))
+    console.print(Panel(coloured, title="one example: green is learned", title_align="left"))
     return {
         "rows_in": rows.rows_in,
         "rows": dict(rows.counts),
@@ -102,20 +101,6 @@ def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> 
     return _cut(processor.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _classes(classes: dict[str, dict[str, int]]) -> Table:
-    """Show how the classes are spread, the most frequent first."""
-    table = Table(title="classes", title_justify="left")
-    table.add_column("class")
-    sides = list(next(iter(classes.values())))
-    for heading in (*sides, "share of train"):
-        table.add_column(heading, justify="right")
-    total = sum(counts["train"] for counts in classes.values()) or 1
-    for name, counts in sorted(classes.items(), key=lambda item: -item[1]["train"]):
-        share = f"{counts['train'] / total:.1%}" if counts["train"] else "[yellow]none[/]"
-        table.add_row(Text(name), *(f"{counts[side]:,}" for side in sides), share)
-    return table
-
-
 def _cut(text: str) -> str:
     """Leave the middle of a long text out, and say how much that is."""
     if len(text) <= SHOWN_CHARACTERS:
@@ -124,44 +109,42 @@ def _cut(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
-def _coloured(pieces: list[Piece]) -> Text:
-    text = Text()
-    for piece, learned in pieces:
-        text.append(piece, style="green" if learned else "dim")
-    return text
+def _numbers(*headings: str) -> list[Column]:
+    return [Column(heading, "number") for heading in headings]
 
 
 def _sides(rows: Rows, examples: Examples) -> Table:
-    table = Table(title="data", title_justify="left")
-    table.add_column("side")
-    for heading in ("rows", "examples", "tokens", "learned", "share", "longest"):
-        table.add_column(heading, justify="right")
+    cells = []
     for side, count in examples.counts.items():
         tokens, learned = examples.tokens[side], examples.supervised[side]
-        numbers = (rows.counts[side], count, tokens, learned)
         share = f"{learned / tokens:.1%}" if tokens else "-"
-        table.add_row(side, *(f"{number:,}" for number in numbers), share, f"{examples.longest[side]:,}")
-    return table
+        numbers = [f"{number:,}" for number in (rows.counts[side], count, tokens, learned)]
+        cells.append([side, *numbers, share, f"{examples.longest[side]:,}"])
+    return Table(["side", *_numbers("rows", "examples", "tokens", "learned", "share", "longest")], cells, "data")
 
 
-def _dropped(rows_in: int, dropped: dict[str, int]) -> Table | str:
+def _dropped(rows_in: int, dropped: dict[str, int]) -> Table | Note:
     if not any(dropped.values()):
-        return f"{rows_in:,} rows read, none left out."
-    table = Table(title=f"{rows_in:,} rows read; left out:", title_justify="left", show_header=False)
-    table.add_column("rows", justify="right")
-    table.add_column("reason", overflow="fold")
-    for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(f"{count:,}", Text(reason))
-    return table
+        return Note(f"{rows_in:,} rows read, none left out.")
+    most_first = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    cells = [[f"{count:,}", reason] for reason, count in most_first]
+    return Table([*_numbers("rows"), "reason"], cells, f"{rows_in:,} rows read; left out:")
 
 
 def _bars(edges: list[int], counts: list[int]) -> Table:
-    table = Table(title="length of training examples", title_justify="left", show_header=False, box=None)
-    table.add_column("tokens", justify="right")
-    table.add_column("bar")
-    table.add_column("examples", justify="right")
-    most = max(counts)
+    cells = []
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        cells = -(-count * BAR_CELLS // most)  # a bin that is not empty shows
-        table.add_row(f"{low:,} - {high - 1:,}", "█" * cells, f"{count:,}")
-    return table
+        width = -(-count * BAR_CELLS // max(counts))  # a bin that is not empty shows
+        cells.append([f"{low:,} - {high - 1:,}", "█" * width, f"{count:,}"])
+    return Table([*_numbers("tokens"), "", *_numbers("examples")], cells, "length of training examples")
+
+
+def _classes(classes: dict[str, dict[str, int]]) -> Table:
+    """Show how the classes are spread, the most frequent first."""
+    sides = list(next(iter(classes.values())))
+    total = sum(counts["train"] for counts in classes.values()) or 1
+    cells = []
+    for name, counts in sorted(classes.items(), key=lambda item: -item[1]["train"]):
+        share = f"{counts['train'] / total:.1%}" if counts["train"] else "none"
+        cells.append([name, *(f"{counts[side]:,}" for side in sides), share])
+    return Table(["class", *_numbers(*sides, "share of train")], cells, "classes")
