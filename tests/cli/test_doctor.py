@@ -45,14 +45,14 @@ def test_a_whole_machine_is_ready_and_the_table_says_what_it_is() -> None:
     assert found["memory_limit_bytes"] <= found["memory_bytes"]
 
 
-@pytest.mark.parametrize("absent", ["torch", "bitsandbytes"])
-def test_what_cannot_be_imported_or_made_is_named_with_its_cure(absent: str, tmp_path) -> None:
+@pytest.mark.parametrize(("absent", "missing"), [("torch", ["torch"]), ("bitsandbytes", ["bitsandbytes", "cache"])])
+def test_what_cannot_be_imported_or_made_is_named_with_its_cure(absent: str, missing: list[str], tmp_path) -> None:
     (tmp_path / "file").write_text("")
     found, table = examine(absent, LLMTUNE_CACHE=str(tmp_path / "file" / "cache"))
     assert not found["ready"]
-    assert state(found, absent) == state(found, "cache") == "missing"
+    assert {state(found, name) for name in missing} == {"missing"}
     assert f"pip install --force-reinstall {absent}" in table
-    assert "LLMTUNE_CACHE" in table
+    assert ("export LLMTUNE_CACHE=FOLDER" in table) == ("cache" in missing)
     assert "Traceback" not in table
 
 
