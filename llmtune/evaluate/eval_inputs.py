@@ -11,9 +11,8 @@ from rich.console import Console
 
 from llmtune.data import iterate_rows
 from llmtune.data.examples import ExampleReader
-from llmtune.evaluate.choice_likelihood import SIGNATURE, check_choices, choice_trees, find_choices
 from llmtune.evaluate.evaluated_task import EvaluatedTask
-from llmtune.evaluate.shared_prefix import Tree
+from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from rich.console import Console
 
 from llmtune.data import iterate_ids, iterate_rows
-from llmtune.evaluate.changed_predictions import find_flips, pick_samples
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
 from llmtune.evaluate.eval_suites import make_suites
@@ -21,7 +20,7 @@ from llmtune.evaluate.inference import Answers, measure, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
 from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measures
-from llmtune.evaluate.results import BaseAnswers, save_base, save_predictions
+from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.suite import EvalSuite

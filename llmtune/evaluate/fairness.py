@@ -27,8 +27,7 @@ from llmtune.evaluate.sentence_scores import (
 from llmtune.evaluate.shared_prefix import Tree
 from llmtune.evaluate.stereotypes import keep_scored, measure_pairs, pair_tables
 from llmtune.evaluate.suite import EvalSuite
-from llmtune.evaluate.swapped_rows import METRIC, SwapAnswers, SwappedRows, swap_rows
-from llmtune.evaluate.word_swaps import read_swaps
+from llmtune.evaluate.swapped_rows import METRIC, SwapAnswers, SwappedRows, read_swaps, swap_rows
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.verdict import FEWEST_ROWS

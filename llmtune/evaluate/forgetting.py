@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmtune.evaluate.changed_predictions import flipped_rows
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_right, ratio
 from llmtune.evaluate.multiple_choice import pick, question_tree, read_questions
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.perplexity import Passages, make_passages, read_texts, score_passages
+from llmtune.evaluate.results import flipped_rows
 from llmtune.evaluate.shared_prefix import score_trees
 from llmtune.evaluate.slices import rows_by
 from llmtune.evaluate.suite import EvalSuite

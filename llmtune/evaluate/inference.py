@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llmtune.evaluate.choice_likelihood import most_likely
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import generate_texts
 from llmtune.evaluate.metric import Measure, measure_right
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.shared_prefix import score_trees
+from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
 from llmtune.model import compute_context, resolve_dtype

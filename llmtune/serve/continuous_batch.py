@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from llmtune.evaluate.greedy import Writing, run
-from llmtune.evaluate.kv_cache import Columns
+from llmtune.evaluate.greedy import Columns, Writing, run
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 
 HEADROOM = 128

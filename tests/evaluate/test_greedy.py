@@ -5,8 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.evaluate import greedy
-from llmtune.evaluate.greedy import Writing, column_bytes_of, common_beginning, write_greedily
-from llmtune.evaluate.kv_cache import Columns
+from llmtune.evaluate.greedy import Columns, Writing, column_bytes_of, common_beginning, write_greedily
 from llmtune.model.packed_attention import PACKED, install_packed
 
 SIZE = 90

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llmtune.errors import DataError
-from llmtune.evaluate.swapped_rows import SwappedRows, swap_row
-from llmtune.evaluate.word_swaps import read_swaps
+from llmtune.evaluate.swapped_rows import SwappedRows, read_swaps, swap_row
 
 OWN = read_swaps(["own"])
 

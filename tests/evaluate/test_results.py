@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmtune.evaluate.changed_predictions import find_flips, flipped_rows
 from llmtune.evaluate.inference import Answers
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
+from llmtune.evaluate.results import find_flips, flipped_rows
 
 ROWS = 30
 
