@@ -25,7 +25,7 @@ from llmtune.evaluate.shared_prefix import Tree, choice_trees, most_likely, scor
 from llmtune.evaluate.slices import write_value
 from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.recipe.eval_suites_section import OWN, UNSWAPPED
+from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Advance, Row, StudyTable
 
@@ -233,8 +233,8 @@ def swap_rows(context: EvalContext, swaps: Swaps) -> SwappedRows | str:
     inputs, task, processor, recipe = context.inputs, context.task, context.processor, context.recipe
     if inputs is None:
         return "there are no test rows"
-    if recipe.task in UNSWAPPED:
-        return UNSWAPPED[recipe.task]
+    if reason := TASK_FACTS[recipe.task].unswapped:
+        return reason
     rows: dict[int, tuple[Row, tuple[str, ...]]] = {}
     counts: Counter[str] = Counter()
     for i, question in enumerate(inputs.questions):

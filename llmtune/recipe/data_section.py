@@ -121,7 +121,7 @@ class DataSection(Section):
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         """Report what is wrong with the rows and their split, and keys that the task does not read."""
-        if variant.task != "chat":
+        if not variant.facts.has_turns:
             fix = "Remove it: what the row names as its answer is what is learned."
             diagnostics.no_effect("data.train_on", f"with task: {variant.task}", fix, "task")
         if not variant.facts.packs:

@@ -19,12 +19,6 @@ OWN = "own"
 """What llmtune brings along, in place of a file."""
 TASK_FILES = (".yaml", ".yml")
 """Endings of a benchmark's task file."""
-UNSWAPPED = {
-    "speech": "a recording has no words to swap",
-    "translate": "a translation may have to change with the group",
-}
-"""Tasks in whose rows words are not swapped, and why."""
-NO_LIKELIHOOD = ("classify", "token-classify", "speech")
 SUITE_KEYS = {
     "forgetting": {
         "perplexity": "texts",
@@ -121,15 +115,15 @@ class FairnessSection(Section):
 
 def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
     """Return the keys of `fairness` that this task and these rows have no use for: why, and what to do."""
-    task, unused = variant.task, {}
-    if task in NO_LIKELIHOOD or variant.is_extractive or variant.is_reward:
-        fix = "Remove it; swaps and groups work here." if task != "speech" else "Remove it; groups work here."
+    task, unswapped, unused = variant.task, variant.facts.unswapped, {}
+    if not variant.facts.decodes or variant.is_extractive or variant.is_reward:
+        fix = "Remove it; groups work here." if unswapped else "Remove it; swaps and groups work here."
         unused["pairs"] = (f"with task: {task}: its model gives sentences no likelihood", fix)
     if not has_test:
         fix = "Give data.test a share of the rows or sources, or remove it."
         unused |= dict.fromkeys(("swaps", "groups"), ("without test rows", fix))
-    elif task in UNSWAPPED:
-        unused["swaps"] = (f"with task: {task}: {UNSWAPPED[task]}", "Remove it.")
+    elif unswapped:
+        unused["swaps"] = (f"with task: {task}: {unswapped}", "Remove it.")
     return unused
 
 

@@ -11,7 +11,7 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.section import Count, Section, Seed, descriptions, one_or_more
+from llmtune.recipe.section import Count, Section, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     ClassifySection,
@@ -30,8 +30,6 @@ from llmtune.recipe.train_section import TrainSection
 TaskName = Literal[
     "chat", "completion", "translate", "summarize", "qa", "classify", "token-classify", "speech", "preference"
 ]
-WRITING = ("chat", "completion", "translate", "summarize", "qa", "preference")
-"""Tasks of which some models go on from a text, as those in GGUF files do."""
 EXTENDS = "A recipe file to start from, relative to this one: its values hold where this one states none."
 Product = Literal["merged", "gguf"]
 Products = Annotated[tuple[Product, ...], BeforeValidator(one_or_more, json_schema_input_type=Product | list[Product])]
@@ -119,19 +117,30 @@ class Recipe(Section):
             hindrance = "with adapter.method: full there is no adapter that could be switched off"
         elif adapter.bias != "none":
             hindrance = f"with adapter.bias: {adapter.bias} a model differs from its base with its adapter off, too"
+        own = self._own_section()
         return TaskVariant(
             self.task,
-            objective=(self.completion or CompletionSection()).objective,
-            style=(self.qa or QaSection()).style,
-            loss=(self.preference or PreferenceSection()).loss,
+            objective=own.objective if isinstance(own, CompletionSection) else None,
+            style=own.style if isinstance(own, QaSection) else None,
+            loss=own.loss if isinstance(own, PreferenceSection) else None,
             kl_hindrance=hindrance,
         )
 
     def task_section(self) -> dict[str, object] | None:
         """Return the section that only this task has; once labels are inferred it holds them too."""
         name = TASK_FACTS[self.task].section
-        section: TaskSection | None = getattr(self, name) if name else None
-        return section.model_dump(mode="json") if section else None
+        return self._own_section().model_dump(mode="json") if name and getattr(self, name) else None
+
+    def _own_section(self) -> TaskSection:
+        """Return the section that only this task has, with its defaults where the recipe states none."""
+        name = TASK_FACTS[self.task].section
+        if name is None:
+            return TaskSection()
+        section: TaskSection | None = getattr(self, name)
+        kind = find_section(type(self).model_fields[name].annotation)
+        assert kind is not None
+        assert issubclass(kind, TaskSection)
+        return section or kind()
 
     def check(self, diagnostics: Diagnostics) -> None:
         """Report everything that is wrong with a recipe whose keys and values fit the schema."""
@@ -155,7 +164,7 @@ class Recipe(Section):
         if "merged" in self.deploy and self.adapter.method == "full":
             fix = "Remove it: `weights/` in the run folder is the whole model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
-        if "gguf" in self.deploy and (self.task not in WRITING or variant.is_masked):
+        if "gguf" in self.deploy and (not variant.facts.decodes or variant.is_masked):
             what = f"'deploy: gguf' has no effect with task: {self.task}: its model does not go on from a text"
             diagnostics.add("deploy", what, "Remove it.", "task")
         diagnostics.repeated("deploy", self.deploy, "the same thing")

@@ -54,6 +54,12 @@ class TaskFacts:
     """Whether candidates can be ranked by how well they know the answers."""
     overlong: tuple[str, ...] = ("error", "drop")
     """What may become of a row that is too long."""
+    decodes: bool = True
+    """Whether some of its models are decoders of written language."""
+    has_turns: bool = False
+    """Whether `data.train_on` chooses among the turns of a row."""
+    unswapped: str | None = None
+    """Why words for groups are not swapped in its rows; None where they are."""
     takes_audio: bool = False
     """Whether rows are recordings."""
     answer_kind: str = "text"
@@ -91,6 +97,7 @@ TASK_FACTS = _facts(
         ranks=True,
         overlong=_ANY_LENGTH,
         use="answering in conversations of the kind of its training rows",
+        has_turns=True,
     ),
     TaskFacts(
         "completion",
@@ -117,6 +124,7 @@ TASK_FACTS = _facts(
         prompt_name="source",
         use="translating texts of the kind of its training rows",
         pipeline="translation",
+        unswapped="a translation may have to change with the group",
     ),
     TaskFacts(
         "summarize",
@@ -167,6 +175,7 @@ TASK_FACTS = _facts(
             "accuracy": "label is right; of many, all of them",
         },
         use="putting texts of the kind of its training rows into the classes named in `config.json`",
+        decodes=False,
     ),
     TaskFacts(
         "token-classify",
@@ -186,6 +195,7 @@ TASK_FACTS = _facts(
             "recall": "share of the right entities that were found",
         },
         use="marking words in texts of the kind of its training rows",
+        decodes=False,
     ),
     TaskFacts(
         "speech",
@@ -200,6 +210,8 @@ TASK_FACTS = _facts(
             "loss": "nats of the right transcript, by its tokens",
         },
         use="writing down recordings of the kind of its training rows",
+        decodes=False,
+        unswapped="a recording has no words to swap",
     ),
     TaskFacts(
         "preference",

@@ -16,8 +16,6 @@ LOSS_METRICS = {
     "reward": ("loss", "accuracy", "margin"),
 }
 """Metrics of task preference that each loss has: those of KTO and ORPO depend on the rows that stand in one step."""
-WITHOUT_DECODER = ("classify", "token-classify", "speech")
-"""Tasks whose models are never decoders of written language, whatever the model."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,11 @@ class TaskVariant:
     """One task as a recipe trains it."""
 
     task: str
-    objective: str = "causal"
-    """`completion.objective`."""
-    style: str = "auto"
+    objective: str | None = None
+    """`completion.objective`; None for another task, as below."""
+    style: str | None = None
     """`qa.style`; with `auto` the model decides."""
-    loss: str = "dpo"
+    loss: str | None = None
     """`preference.loss`."""
     kl_hindrance: str | None = None
     """Why the adapter cannot be switched off to compare with the base; None where it can."""
@@ -42,22 +40,22 @@ class TaskVariant:
     @property
     def is_masked(self) -> bool:
         """Whether masked tokens are predicted."""
-        return self.task == "completion" and self.objective == "masked"
+        return self.objective == "masked"
 
     @property
     def is_extractive(self) -> bool:
         """Whether answers are pointed at for certain."""
-        return self.task == "qa" and self.style == "extractive"
+        return self.style == "extractive"
 
     @property
     def is_reward(self) -> bool:
         """Whether a model is trained that scores answers and writes none."""
-        return self.task == "preference" and self.loss == "reward"
+        return self.loss == "reward"
 
     @property
     def generates(self) -> bool:
         """Whether answers are generated, if by `llmtune generate` alone."""
-        if self.task == "preference":
+        if self.loss is not None:
             return not self.is_reward
         return self.facts.generates and not self.is_masked and not self.is_extractive
 
@@ -69,7 +67,7 @@ class TaskVariant:
     @property
     def unmeasured(self) -> dict[str, str]:
         """The metrics of task preference that its loss or its adapter does not have, each with the reason."""
-        if self.task != "preference":
+        if self.loss is None:
             return {}
         known = LOSS_METRICS[self.loss]
         reason = f"preference.loss: {self.loss} has no such thing"
@@ -93,7 +91,7 @@ class TaskVariant:
     @property
     def without_decoder(self) -> tuple[str, str] | None:
         """Why no model of this recipe goes on with a text, and by which key; None where one may, or does."""
-        if self.task in WITHOUT_DECODER:
+        if not self.facts.decodes:
             return f"models of task: {self.task} give text none", "task"
         if self.is_masked:
             return "with completion.objective: masked a model only fills in words", "completion.objective"

@@ -14,10 +14,15 @@ from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Key, SourceMap, dotted
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.unknown_keys import section_at, unknown_key
 from llmtune.recipe.yaml_reader import Node
 
-PLACEHOLDERS: dict[str, object] = {"task": "chat", "data": {"train": "rows.jsonl"}, "model": {"name": "model"}}
+PLACEHOLDERS: dict[str, object] = {
+    "task": next(iter(TASK_FACTS)),
+    "data": {"train": "rows.jsonl"},
+    "model": {"name": "model"},
+}
 """Stand in for what is missing or wrong, so that the rest can be checked in the same go."""
 TYPES = {
     "int_type": "a whole number",
