@@ -1,36 +1,30 @@
 """The recipe: its schema, how it is read, checked and written, and each task's facts; without torch or transformers."""
 
-from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, AdapterSection
-from llmtune.recipe.builtin import Shipped, find_recipe, list_recipes, new_recipe, recipes_folder
+from llmtune.recipe.adapter_section import AdapterSection
+from llmtune.recipe.builtin import find_recipe, list_recipes, new_recipe
 from llmtune.recipe.data_section import DataSection, Source
-from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.loader import LoadedRecipe, load_recipe, reload_recipe
 from llmtune.recipe.model_section import ModelSection
 from llmtune.recipe.schema import GenerationSection, Recipe, json_schema
-from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TaskFacts
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
     ClassifySection,
     CompletionSection,
     PreferenceSection,
     QaSection,
     SpeechSection,
-    SummarizeSection,
     TokenClassifySection,
     TranslateSection,
 )
 from llmtune.recipe.train_section import TrainSection
 
 __all__ = [
-    "LORA_KEYS",
-    "PREDICTED",
-    "QUANTIZATION_KEYS",
     "TASK_FACTS",
     "AdapterSection",
     "ClassifySection",
     "CompletionSection",
     "DataSection",
-    "EvaluateSection",
     "Gate",
     "GenerationSection",
     "LoadedRecipe",
@@ -38,11 +32,8 @@ __all__ = [
     "PreferenceSection",
     "QaSection",
     "Recipe",
-    "Shipped",
     "Source",
     "SpeechSection",
-    "SummarizeSection",
-    "TaskFacts",
     "TokenClassifySection",
     "TrainSection",
     "TranslateSection",
@@ -52,6 +43,5 @@ __all__ = [
     "load_recipe",
     "new_recipe",
     "parse_gate",
-    "recipes_folder",
     "reload_recipe",
 ]

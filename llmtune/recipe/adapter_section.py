@@ -78,8 +78,7 @@ class AdapterSection(Section):
         """Report settings that the method, or the adapter to go on from, does not read, and what PEFT does not do."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
         if self.method == "full":
-            fix = "Remove it, or use lora or qlora."
-            diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, fix, method)
+            diagnostics.none_has_effect(self, "adapter", LORA_KEYS, why, "Remove it, or use lora or qlora.", method)
             fix = "Name the run's `weights` folder as model.name."
             diagnostics.none_has_effect(self, "adapter", ("start_from",), why, fix, method)
         elif self.start_from is not None:
@@ -88,8 +87,7 @@ class AdapterSection(Section):
             because = ("adapter.start_from", method)
             diagnostics.none_has_effect(self, "adapter", kept, "with adapter.start_from", fix, *because)
         if self.method != "qlora":
-            fix = "Remove it, or use qlora."
-            diagnostics.none_has_effect(self, "adapter", QUANTIZATION_KEYS, why, fix, method)
+            diagnostics.none_has_effect(self, "adapter", QUANTIZATION_KEYS, why, "Remove it, or use qlora.", method)
         if self.method != "full":
             self._check_lora(diagnostics)
 

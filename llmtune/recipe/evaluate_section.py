@@ -106,8 +106,7 @@ class EvaluateSection(Section):
     def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, known = "evaluate.metrics", variant.facts.metrics
         if not self.metrics and diagnostics.stated(key):
-            fix = "Name a metric, or omit the key for the task's own choice."
-            diagnostics.add(key, f"'{key}' is empty", fix)
+            diagnostics.add(key, f"'{key}' is empty", "Name a metric, or omit the key for the task's own choice.")
         for i, metric in enumerate(self.metrics):
             if metric not in known:
                 fix = f"{nearest(metric, known)} Metrics of task: {variant.task}: {', '.join(known)}.".strip()
@@ -117,8 +116,7 @@ class EvaluateSection(Section):
     def _check_choices(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         key, metrics = "evaluate.metrics", self.chosen_metrics(variant)
         if self.choices is not None and CHOICE not in metrics:
-            why, fix = f"without the metric {CHOICE}", f"Add {CHOICE} to {key}."
-            diagnostics.no_effect("evaluate.choices", why, fix, key)
+            diagnostics.no_effect("evaluate.choices", f"without the metric {CHOICE}", f"Add {CHOICE} to {key}.", key)
         if self.choices is None and CHOICE in self.metrics:
             what = f"{CHOICE} needs choices, and evaluate.choices is null"
             diagnostics.add(key, what, "Set it to auto.", "evaluate.choices")
@@ -149,8 +147,7 @@ class EvaluateSection(Section):
                 diagnostics.add(key, what, fix, "evaluate.metrics")
             else:
                 fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
-                what = f"the gate {text!r} is about an unknown metric"
-                diagnostics.add(key, what, fix, "evaluate.metrics", "task")
+                diagnostics.add(key, f"the gate {text!r} is about an unknown metric", fix, "evaluate.metrics", "task")
 
     def _suite_gates(self) -> list[tuple[str, Gate]] | None:
         """Return the gates, each with its key, where all are about suites, which need no test rows; else None."""

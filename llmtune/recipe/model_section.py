@@ -103,8 +103,7 @@ def _is_local(diagnostics: Diagnostics, key: str, name: str) -> bool:
     if is_folder(name, folder):
         return True
     if name.startswith("hub:"):
-        fix = f"Write a model on the hub without `hub:`: {name.removeprefix('hub:')}."
-        diagnostics.add(key, what, fix)
+        diagnostics.add(key, what, f"Write a model on the hub without `hub:`: {name.removeprefix('hub:')}.")
     elif not HUB_NAME.fullmatch(name):
         fix = f"There is no such folder in {folder}, and a model on the hub is called `owner/name`."
         diagnostics.add(key, what, fix)

@@ -148,13 +148,11 @@ class ClassifySection(TaskSection):
         diagnostics.repeated("classify.labels", labels, "a label")
         if self.kind == "regression":
             why, because = "with classify.kind: regression", "classify.kind"
-            names = ("labels", "class_weights")
-            diagnostics.none_has_effect(self, "classify", names, why, "Remove it.", because)
+            diagnostics.none_has_effect(self, "classify", ("labels", "class_weights"), why, "Remove it.", because)
         if isinstance(self.class_weights, dict) and labels:
             for name in set(self.class_weights) - set(labels):
                 what = f"'classify.class_weights' weighs '{name}', which is none of the labels"
-                fix = f"Labels: {', '.join(labels)}."
-                diagnostics.add("classify.class_weights", what, fix, "classify.labels")
+                diagnostics.add("classify.class_weights", what, f"Labels: {', '.join(labels)}.", "classify.labels")
 
 
 class TokenClassifySection(TaskSection):

@@ -128,8 +128,7 @@ class TrainSection(Section):
         self._check_schedule(diagnostics)
         key = "train.seeds"
         if repeated := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
-            what = f"'{key}' names a seed twice: {', '.join(map(str, repeated))}"
-            diagnostics.add(key, what, "Name each once.")
+            diagnostics.add(key, f"'{key}' names a seed twice: {', '.join(map(str, repeated))}", "Name each once.")
         if seed in self.seeds:
             fix = f"Remove it: these are further seeds, and the run trains with 'seed' ({seed}) as always."
             diagnostics.add(key, f"'{key}' names the recipe's own seed, {seed}, again", fix, "seed")
