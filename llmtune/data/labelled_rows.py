@@ -64,10 +64,10 @@ def classified(row: Mapping[str, object]) -> ClassifyRow:
 def _label(value: object) -> Label:
     value = _parsed_list(value)
     if isinstance(value, list):
-        found = [_label(item) for item in value if not isinstance(item, list)]
-        if len(found) < len(value) or not all(isinstance(item, str) for item in found):
+        names = [_label(item) for item in value if not isinstance(item, list)]
+        if len(names) < len(value) or not all(isinstance(item, str) for item in names):
             raise RowError("wrong type", "'label' holds something else than names of classes")
-        return sorted({str(item) for item in found})
+        return sorted({str(item) for item in names})
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -77,8 +77,8 @@ def _label(value: object) -> Label:
             raise RowError("no number", f"'label' is {value}")
         return value
     if value is None or not isinstance(value, str) or not value.strip():
-        said = "empty" if isinstance(value, str) else describe(value)
-        raise RowError("no label", f"'label' is {said}")
+        what = "empty" if isinstance(value, str) else describe(value)
+        raise RowError("no label", f"'label' is {what}")
     return value.strip()
 
 
@@ -131,13 +131,13 @@ def tagged_spans(row: Mapping[str, object]) -> TokenClassifyRow:
 
 def find_words(text: str) -> list[tuple[int, int]]:
     """Return where the words of a text stand: letters and digits with their accents in a row, or one other sign."""
-    places: list[tuple[int, int]] = []
+    words: list[tuple[int, int]] = []
     for at, sign in enumerate(text):
         if sign.isspace():
             continue
-        joined = bool(places) and places[-1][1] == at and _in_word(sign) and _in_word(text[at - 1])
-        places.append((places.pop()[0], at + 1) if joined else (at, at + 1))
-    return places
+        joined = bool(words) and words[-1][1] == at and _in_word(sign) and _in_word(text[at - 1])
+        words.append((words.pop()[0], at + 1) if joined else (at, at + 1))
+    return words
 
 
 def _in_word(sign: str) -> bool:
@@ -186,17 +186,17 @@ def _part(answer: object, *names: str) -> object:
 def _question(row: Mapping[str, object], pairs: Sequence[tuple[object, object]]) -> QaRow:
     context = nonempty_text(row, "context")
     answers: list[Answer] = []
-    for said, start in pairs:
-        text = text_of(said, "an answer")
+    for value, start in pairs:
+        text = text_of(value, "an answer")
         if not text.strip():
             raise RowError("no answer", "an answer is an empty text; a question without one has an empty list")
-        place = context.find(text) if start is None else start
-        if not isinstance(place, int) or isinstance(place, bool):
-            raise RowError("wrong type", f"'answer_start' is {describe(place)}")
-        if place < 0 or context[place : place + len(text)] != text:
+        offset = context.find(text) if start is None else start
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise RowError("wrong type", f"'answer_start' is {describe(offset)}")
+        if offset < 0 or context[offset : offset + len(text)] != text:
             there = "" if start is None else f" at character {start}"
             raise RowError("answer not in the context", f"{text[:60]!r} does not stand in it{there}")
-        answers.append({"text": text, "start": place})
+        answers.append({"text": text, "start": offset})
     return {"question": nonempty_text(row, "question"), "context": context, "answers": answers}
 
 

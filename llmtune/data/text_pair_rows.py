@@ -53,8 +53,8 @@ def translation_from_map(row: Mapping[str, object]) -> TranslateRow:
     texts = row["translation"]
     if not isinstance(texts, dict) or len(texts) != 2:
         raise RowError("wrong type", "'translation' must be two texts by language, the source first")
-    (source, said), (target, written) = texts.items()
-    pair = {"source": said, "target": written}
+    (source, text), (target, translation) = texts.items()
+    pair = {"source": text, "target": translation}
     return {
         "source": nonempty_text(pair, "source"),
         "target": nonempty_text(pair, "target"),
@@ -120,8 +120,8 @@ def _turns(value: object) -> object:
 
 def _role(turn: object) -> str:
     """Return the role of a message as templates know it; empty where it has none."""
-    said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    return ROLES.get(said.strip().lower(), said) if isinstance(said, str) else ""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(role.strip().lower(), role) if isinstance(role, str) else ""
 
 
 def _content(turn: object) -> object:
@@ -130,31 +130,31 @@ def _content(turn: object) -> object:
 
 def _pair(prompt: object, row: Mapping[str, object]) -> Row:
     """Return a row of two answers to `prompt`: a text, messages, or None where both columns hold it."""
-    (asked, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
-    if asked != other:
+    (conversation, chosen), (other, rejected) = (_split(prompt, row, column) for column in ("chosen", "rejected"))
+    if conversation != other:
         raise RowError("two prompts", "'chosen' and 'rejected' differ before their last message")
     if chosen.strip() == rejected.strip():
         raise RowError("chosen equals rejected", "both answers are the same: there is nothing to prefer")
-    return {**asked, "chosen": chosen, "rejected": rejected}
+    return {**conversation, "chosen": chosen, "rejected": rejected}
 
 
 def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row, str]:
     """Return the conversation up to the answer in `column`, as a canonical row, and the answer."""
     turns = _join(prompt, _turns(row[column]), row, column)
-    said = _content(turns[-1])
-    if isinstance(turns[-1], dict) and not turns[-1].get("tool_calls") and (said is None or not str(said).strip()):
+    text = _content(turns[-1])
+    if isinstance(turns[-1], dict) and not turns[-1].get("tool_calls") and (text is None or not str(text).strip()):
         raise RowError("no answer", f"'{column}' is empty")
     try:
         whole = canonical_messages(turns, row.get("tools"), row.get("system"))
     except RowError as error:
         raise RowError(error.reason, f"'{column}': {error.detail}") from None
-    *asked, answer = whole["messages"]
-    if not asked or asked[-1]["role"] not in ("user", "tool"):
-        before = f"the {asked[-1]['role']}'s message" if asked else "nothing"
+    *before_answer, answer = whole["messages"]
+    if not before_answer or before_answer[-1]["role"] not in ("user", "tool"):
+        before = f"the {before_answer[-1]['role']}'s message" if before_answer else "nothing"
         raise RowError("no question", f"before the answer in '{column}' stands {before}, and no question")
     if "tool_calls" in answer:
         raise RowError("a tool call as answer", f"'{column}' calls a tool; only texts can be preferred so far")
-    unmarked = [{key: value for key, value in message.items() if key != "train"} for message in asked]
+    unmarked = [{key: value for key, value in message.items() if key != "train"} for message in before_answer]
     return {**whole, "messages": unmarked}, answer["content"]
 
 
@@ -191,14 +191,14 @@ def _asked(prompt: object) -> list[object]:
 def _holds(turns: list[object], prompt: object) -> bool:
     """Whether a conversation begins with a prompt of messages, or asks a prompt of one text somewhere."""
     if isinstance(prompt, list):
-        first, wanted = turns[: len(prompt)], prompt
-        return [(_role(turn), _content(turn)) for turn in first] == [(_role(turn), _content(turn)) for turn in wanted]
-    asked = [_content(turn) for turn in turns if _role(turn) == "user"]
-    return isinstance(prompt, str) and prompt.strip() in [text.strip() for text in asked if isinstance(text, str)]
+        first, expected = turns[: len(prompt)], prompt
+        return [(_role(turn), _content(turn)) for turn in first] == [(_role(turn), _content(turn)) for turn in expected]
+    questions = [_content(turn) for turn in turns if _role(turn) == "user"]
+    return isinstance(prompt, str) and prompt.strip() in [text.strip() for text in questions if isinstance(text, str)]
 
 
 def _thumb(value: object) -> bool:
-    found = THUMBS.get(str(value).strip().lower())
-    if found is None:
+    thumb = THUMBS.get(str(value).strip().lower())
+    if thumb is None:
         raise RowError("no thumb", f"'label' is {value!r}; it must be true or false, 1 or 0, up or down, good or bad")
-    return found
+    return thumb

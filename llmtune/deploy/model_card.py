@@ -43,8 +43,6 @@ PEFT_CLASSES = {
 }
 """By PEFT's name of a task, the class that loads its base."""
 PIPELINES = {
-    "translate": "translation",
-    "summarize": "summarization",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -54,7 +52,7 @@ PIPELINES = {
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
     "AutoModelForCTC": "automatic-speech-recognition",
 }
-"""The hub's name of what a model does, by task where that says it, else by class."""
+"""The hub's name of what a model does, by its class."""
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
 """By a pattern of our name of a metric the hub's, where they differ."""
 
@@ -204,7 +202,7 @@ def _metadata(
 ) -> ModelCardData:
     """Return the metadata, by the hub's names."""
     hub_data = [source.removeprefix("hub:") for source in _source_names(report) if source.startswith("hub:")]
-    adapter, pipeline = model.kind == "adapter", PIPELINES.get(report["task"]) or PIPELINES.get(auto_class)
+    adapter, pipeline = model.kind == "adapter", TASK_FACTS[report["task"]].pipeline or PIPELINES.get(auto_class)
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     return ModelCardData(
         base_model=base,

@@ -38,8 +38,8 @@ def name_outputs(config: PreTrainedConfig, names: Sequence[str], problem_type: s
         config.problem_type = problem_type
 
 
-def check_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-    """Tell a decoder what rows are padded with, in model_ref: its head reads the last token that is no padding."""
+def set_padding(model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> None:
+    """Set the token that a decoder's rows are padded with, in place: its head reads the last one that is none."""
     model.config.get_text_config().pad_token_id = processor.pad_token_id
     model.config.pad_token_id = processor.pad_token_id
 

@@ -68,8 +68,6 @@ class TaskFacts:
     """What a prompt is called in the report."""
     metric_notes: Mapping[str, str] = field(default_factory=dict)
     """What a metric is, where its name means something else than in other tasks."""
-    use: str = ""
-    """What a tuned model is meant for, as its card says."""
     pipeline: str | None = None
     """The hub's name of the task, where the kind of model does not say it."""
 
@@ -77,6 +75,11 @@ class TaskFacts:
     def formats(self) -> tuple[str, ...]:
         """Row formats by name, as in a source's `format`."""
         return TASK_FORMATS[self.name]
+
+
+def answer_kind(task: str | None) -> str:
+    """Return the kind of a task's answers; `text` where the task is not known."""
+    return TASK_FACTS[task].answer_kind if task in TASK_FACTS else "text"
 
 
 def _facts(*facts: TaskFacts) -> dict[str, TaskFacts]:
@@ -96,7 +99,6 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
-        use="answering in conversations of the kind of its training rows",
         has_turns=True,
     ),
     TaskFacts(
@@ -109,7 +111,6 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         overlong=_ANY_LENGTH,
-        use="going on with texts of the kind of its training rows",
     ),
     TaskFacts(
         "translate",
@@ -122,7 +123,6 @@ TASK_FACTS = _facts(
         generates=True,
         ranks=True,
         prompt_name="source",
-        use="translating texts of the kind of its training rows",
         pipeline="translation",
         unswapped="a translation may have to change with the group",
     ),
@@ -138,7 +138,6 @@ TASK_FACTS = _facts(
         ranks=True,
         overlong=("error", "drop", "truncate"),
         prompt_name="document",
-        use="summarising texts of the kind of its training rows",
         pipeline="summarization",
     ),
     TaskFacts(
@@ -155,7 +154,6 @@ TASK_FACTS = _facts(
         metric_notes={
             "loss": "nats of the right answer, by its ends or per token",
         },
-        use="answering questions of the kind of its training rows about a given text",
     ),
     TaskFacts(
         "classify",
@@ -174,7 +172,6 @@ TASK_FACTS = _facts(
             "loss": "loss per row, as in training",
             "accuracy": "label is right; of many, all of them",
         },
-        use="putting texts of the kind of its training rows into the classes named in `config.json`",
         decodes=False,
     ),
     TaskFacts(
@@ -194,7 +191,6 @@ TASK_FACTS = _facts(
             "precision": "share of entities found that are right",
             "recall": "share of the right entities that were found",
         },
-        use="marking words in texts of the kind of its training rows",
         decodes=False,
     ),
     TaskFacts(
@@ -209,7 +205,6 @@ TASK_FACTS = _facts(
         metric_notes={
             "loss": "nats of the right transcript, by its tokens",
         },
-        use="writing down recordings of the kind of its training rows",
         decodes=False,
         unswapped="a recording has no words to swap",
     ),
@@ -225,7 +220,6 @@ TASK_FACTS = _facts(
             "loss": "loss per pair, as in training",
             "accuracy": "better answer has the higher reward",
         },
-        use="what its base model is for, with answers nearer to the preferences in its training rows",
     ),
 )
 """Every task by name, in the order of the documentation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import Evaluation, StepTiming
 from llmtune.report.blocks import (
     Beside,
@@ -35,7 +36,7 @@ SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
 WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
 """Metrics that reward wording."""
-WRITING_TASKS = frozenset({"chat", "completion", "translate", "summarize", "qa"})
+WRITING_TASKS = frozenset(name for name, facts in TASK_FACTS.items() if facts.generates and not facts.takes_audio)
 
 
 def known(pairs: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
@@ -104,7 +105,7 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
     blocks: list[Block] = [Beside(left, lengths_chart(data.get("lengths")))]
     if classes := data.get("classes"):
-        blocks.append(class_counts(classes, "entities" if task == "token-classify" else "rows"))
+        blocks.append(class_counts(classes, "entities" if answer_kind(task) == "tags" else "rows"))
     if example := data.get("example"):
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
         text = "One training example as the model sees it: what is marked is learned, the rest is only read."

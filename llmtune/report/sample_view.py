@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import Evaluation
 from llmtune.report.blocks import Answer, Sample
 
@@ -21,12 +21,11 @@ def read_samples(samples: Sequence[Mapping[str, str]], evaluation: Evaluation, t
 def read_sample(sample: Mapping[str, str], names: Mapping[str, str], task: str | None) -> Sample:
     """Return one row; `names` are those of the two models."""
     reference, prompt = str(sample.get("reference", "")), str(sample.get("prompt", ""))
-    kind = TASK_FACTS[task].answer_kind if task in TASK_FACTS else "text"
+    kind = answer_kind(task)
     answers = []
     for model in (name for name in names if name in sample):
         text = read_tags(prompt, str(sample[model])) if kind == "tags" else str(sample[model])
-        right = kind != "rating" and is_same(text, reference, kind)
-        answers.append(Answer(names[model], cut(text), right))
+        answers.append(Answer(names[model], cut(text), kind != "rating" and is_same(text, reference, kind)))
     chosen = [
         Answer(names[model], str(sample[f"{model}_choice"]), sample[f"{model}_choice"] == reference)
         for model in names

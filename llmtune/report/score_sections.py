@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from llmtune.recipe.task_facts import answer_kind
 from llmtune.records import Contamination, Evaluation, GateResult, Json, Slice
 from llmtune.report.blocks import (
     TONES,
@@ -39,7 +40,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     return [
         score_section(evaluation, task),
         seed_section(seeds, base),
-        class_section(evaluation.details, base, entities=task == "token-classify"),
+        class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),
         overlap_section(evaluation),
@@ -320,9 +321,8 @@ def sample_section(evaluation: Evaluation, task: str | None) -> Section:
     """Rows with their reference and what either model said."""
     samples = read_samples(evaluation.samples, evaluation, task)
     judged = "The numbers are log-likelihoods of the answers, or scores where the model gives scores. "
-    text = judged if task == "preference" else ""
-    text += "Spread evenly over the test rows, not chosen by how they look. All of them: "
-    text += "`evaluation/predictions.jsonl`."
+    told = "Spread evenly over the test rows, not chosen by how they look. All of them: `evaluation/predictions.jsonl`."
+    text = judged + told if answer_kind(task) == "rating" else told
     return Section("Samples", [Samples(samples), Text(text, "soft")] if samples else [])
 
 

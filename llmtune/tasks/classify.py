@@ -30,7 +30,7 @@ from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model.heads import check_padding, name_outputs
+from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import ClassifySection
 from llmtune.records import SIDES, Batch, Example, Loss, Rows
@@ -123,7 +123,7 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Give a decoder the token that rows are padded with."""
-        check_padding(model, processor, recipe)
+        set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> ClassifyRow:
         """Return the row of a text (and its pair)."""

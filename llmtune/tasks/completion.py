@@ -41,7 +41,7 @@ class Completion(DecoderTask[CompletionRow]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether the next token is predicted."""
-        return not is_masked(recipe)
+        return not recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
         """Return the row of a text to go on from."""
@@ -71,7 +71,7 @@ class MaskedCompletion(Task[CompletionRow, str]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether masked tokens are predicted."""
-        return is_masked(recipe)
+        return recipe.variant.is_masked
 
     def make_row(self, given: Mapping[str, str | None]) -> CompletionRow:
         """Return the row of a text with masks in it."""
@@ -191,11 +191,6 @@ def _cut_text(text: str, processor: PreTrainedTokenizerBase, room: int) -> tuple
     require_offsets(processor)
     cut = processor(text, truncation=True, max_length=room, return_offsets_mapping=True)
     return cut["input_ids"], text[max(right for _, right in cut["offset_mapping"]) :]
-
-
-def is_masked(recipe: Recipe) -> bool:
-    """Whether masked tokens are predicted."""
-    return recipe.completion is not None and recipe.completion.objective == "masked"
 
 
 VARIANTS = (Completion(), MaskedCompletion())

@@ -23,7 +23,7 @@ from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.heads import check_padding, name_outputs
+from llmtune.model.heads import name_outputs, set_padding
 from llmtune.recipe import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Task
@@ -60,7 +60,7 @@ class Preference(Task[Row, Ratings]):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether a model is trained that answers."""
-        return section_of(recipe).loss != "reward"
+        return not recipe.variant.is_reward
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Put the section's defaults in where the recipe has none.
@@ -161,7 +161,7 @@ class Preference(Task[Row, Ratings]):
         changed. Raises DataError for a row that cannot be encoded.
         """
         model, processor, recipe = loaded.model, loaded.processor, loaded.recipe
-        scoring = section_of(recipe).loss == "reward"
+        scoring = recipe.variant.is_reward
         single = section_of(recipe).loss == "kto" or (scoring and all("answer" in row for row in rows))
         names = ("answer",) if single else ("chosen", "rejected")
         if single:
@@ -233,7 +233,7 @@ class RewardModel(Preference):
 
     def matches(self, recipe: Recipe) -> bool:
         """Whether a model is trained that scores answers."""
-        return section_of(recipe).loss == "reward"
+        return recipe.variant.is_reward
 
     def needs_reference_model(self, recipe: Recipe) -> bool:
         """Scores are compared with nothing."""
@@ -245,7 +245,7 @@ class RewardModel(Preference):
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Give a decoder the token that rows are padded with."""
-        check_padding(model, processor, recipe)
+        set_padding(model, processor)
 
     def make_row(self, given: Mapping[str, str | None]) -> Row:
         """Return the row of a prompt with the answer to be scored."""

@@ -5,7 +5,6 @@ Shapes: B batch, T positions, S supervised tokens, V vocabulary, R rows, P pairs
 A batch of pairs is one of `llmtune.data.collators.collate_padded` with 2P rows: first all chosen answers, then, in the
 same order, all rejected ones. Beyond its keys these are read:
 
-    margin_P        float32 [P]  reward model only, may be missing: how much better the chosen answer is
     desirable_R     bool [R]     kto only, whose rows are answers with a thumb and no pairs: thumb up
     kl_...          kto only: the keys of a second padded batch, its rows each prompt with the answer to another one
     totals          kto and orpo: what `step_statistics` returns, added up over all micro-batches of the step
@@ -22,7 +21,7 @@ s the logistic function and b `beta`:
             Ethayarajh et al. 2024, arXiv:2402.01306, section 4
     orpo    -mean over tokens of log p - b log s(o(w) - o(l)), o(y) = log q - log(1 - q), log q = log p(y|x) / |y|
             Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7
-    reward  -log s(R(w) - R(l) - margin) + c (R(w) + R(l))^2, c `center_rewards_coefficient`
+    reward  -log s(R(w) - R(l)) + c (R(w) + R(l))^2, c `center_rewards_coefficient`
             Bradley and Terry 1952, as in Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the centre is
             Eisenstein et al. 2023, arXiv:2312.09244
 
@@ -72,7 +71,8 @@ def step_statistics(
     forward pass: the tokens over which its first term is a mean, and the pairs. Other losses need nothing: [].
     """
     if settings.loss == "kto":
-        ratios_R = _log_ratios(model, _select(batch, "kl_"), reference, policy_gradient=False)
+        mismatched = {key.removeprefix("kl_"): part for key, part in batch.items() if key.startswith("kl_")}
+        ratios_R = _log_ratios(model, mismatched, reference, policy_gradient=False)
         return [float(ratios_R.sum(dtype=torch.float64)), float(len(ratios_R))]
     if settings.loss == "orpo":
         pairs = _count_pairs(batch)
@@ -80,12 +80,8 @@ def step_statistics(
     return []
 
 
-def sequence_logps(model: torch.nn.Module, batch: Batch, prefix: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed log-probability [R] of each row's supervised tokens, with gradient, and their number [R].
-
-    With a `prefix` the keys that begin with it are the batch.
-    """
-    batch = _select(batch, prefix)
+def sequence_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability [R] of each row's supervised tokens, with gradient, and their number [R]."""
     row_sums = causal_loss(model, batch, by_row=True).row_sums
     assert row_sums is not None
     return -row_sums, _count_tokens(batch)
@@ -106,22 +102,6 @@ def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     assert logits_R1.shape[1] == 1, "a reward model has one label"
     scores_R: torch.Tensor = logits_R1[:, 0].float()
     return scores_R
-
-
-def row_rewards(
-    model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None = None
-) -> torch.Tensor:
-    """Return the reward [R] of each row without gradient or dropout, as TRL logs it.
-
-    dpo, ipo, kto: beta times the log-ratio; orpo: beta times the mean log-probability of a token; reward: the score.
-    """
-    with _measure(model):
-        if settings.loss == "reward":
-            return row_scores(model, batch)
-        if settings.loss == "orpo":
-            logps_R, counts_R = sequence_logps(model, batch)
-            return settings.beta * logps_R / counts_R.clamp(min=1)
-    return settings.beta * _log_ratios(model, batch, reference, policy_gradient=False)
 
 
 def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) -> torch.Tensor:
@@ -177,7 +157,7 @@ def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, ref
 
 def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     chosen_P, rejected_P = row_scores(model, batch).chunk(2)
-    losses_P = -logsigmoid(chosen_P - rejected_P - batch.get("margin_P", 0.0))
+    losses_P = -logsigmoid(chosen_P - rejected_P)
     if settings.center_rewards_coefficient is not None:
         losses_P = losses_P + settings.center_rewards_coefficient * (chosen_P + rejected_P) ** 2
     return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
@@ -242,12 +222,6 @@ def _count_pairs(batch: Batch) -> int:
 
 def _count_tokens(batch: Batch) -> torch.Tensor:
     return torch.bincount(batch["rows_S"], minlength=batch["n_rows"])
-
-
-def _select(batch: Batch, prefix: str) -> Batch:
-    return (
-        {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)} if prefix else batch
-    )
 
 
 @contextmanager

@@ -102,13 +102,15 @@ def _ipo(ratings: Sequence[Ratings], base: Sequence[Ratings], beta: float) -> Fl
     return np.asarray((log_ratios[0] - log_ratios[1] - 1 / (2 * beta)) ** 2)
 
 
-def _measure_thumbs(metric: str, found: Floats, good: npt.NDArray[np.bool_], reward: str) -> Measure | None:
+def _measure_thumbs(metric: str, rewards_N: Floats, good: npt.NDArray[np.bool_], reward: str) -> Measure | None:
     """Measure single answers: whether good ones gained and bad ones lost, and how far both kinds are apart."""
     if metric == "accuracy":
         signature = f"share of answers whose reward has the sign of their thumb, {reward}"
-        return _measure_wins(metric, np.where(good, found, -found), signature)
+        return _measure_wins(metric, np.where(good, rewards_N, -rewards_N), signature)
     if metric == "margin" and good.any() and not good.all():
-        sums = columns(np.where(good, found, 0), good.astype(float), np.where(good, 0, found), (~good).astype(float))
+        sums = columns(
+            np.where(good, rewards_N, 0), good.astype(float), np.where(good, 0, rewards_N), (~good).astype(float)
+        )
         signature = f"mean reward of thumbs up less that of thumbs down, {reward}"
         return Measure(metric, sums, difference_of_ratios, signature=signature)
     return None

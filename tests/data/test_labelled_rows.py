@@ -8,12 +8,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.rows import prepare, rows_of, write_jsonl
 
 from llmtune.data.labelled_rows import find_words
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row
-from llmtune.errors import DataError
 
 CONTEXT = "The sky is blue. A cat has four legs."
 QA = {"question": "How many legs has a cat?", "context": CONTEXT}
@@ -178,23 +176,3 @@ def test_words_are_all_of_a_text_but_its_spaces(text):
     assert "".join(text[start:end] for start, end in words) == "".join(text.split())
     assert all(start < end for start, end in words)
     assert all(before[1] <= after[0] for before, after in pairwise(words))
-
-
-@pytest.mark.parametrize(
-    ("task", "good", "broken", "said"),
-    [
-        ("qa", {**QA, "answer": "four"}, {**QA, "answer": "five"}, "answer not in the context"),
-        ("token-classify", {"tokens": TOKENS, "tags": TAGS}, {"tokens": TOKENS, "tags": ["O"]}, "tags do not fit"),
-        ("token-classify", {"tokens": TOKENS, "tags": TAGS}, {"tokens": TOKENS, "tags": [0, 0, 1]}, "not a tag"),
-    ],
-)
-def test_bad_rows_are_named_with_file_and_line(tmp_path, task, good, broken, said):
-    path = write_jsonl(tmp_path / "rows.jsonl", [good, broken])
-    with pytest.raises(DataError) as caught:
-        prepare(tmp_path, str(path), task)
-    assert caught.value.exit_code == 3
-    assert f"{path}:2" in str(caught.value)
-    assert said in str(caught.value)
-    kept = prepare(tmp_path, str(path), task, out="kept", max_dropped=0.5)
-    assert len(rows_of(kept)) == 1
-    assert sum(kept.dropped.values()) == 1

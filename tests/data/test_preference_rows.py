@@ -12,8 +12,7 @@ from support.templates import CHATML, tokenizer_with
 from support.variants import PREFERENCE
 
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, detect_format, parse_row
-from llmtune.errors import DataError
+from llmtune.data.row_formats import detect_format, parse_row
 from llmtune.recipe import PreferenceSection
 from llmtune.tasks.preference import encode_answers
 
@@ -159,23 +158,6 @@ def test_a_table_may_hold_messages_as_json_and_texts_that_only_look_like_it(tmp_
     assert found == [PAIR, {"messages": [asked], "chosen": '{"answer": 3}', "rejected": "[]"}]
 
 
-def test_thumbs_from_a_table_are_read(tmp_path):
-    with (tmp_path / "rows.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("prompt", "completion", "label"), ("a", "b", "True"), ("c", "d", "False")])
-    assert [row["good"] for row in rows_of(prepare(tmp_path, "rows.csv", "preference"))] == [True, False]
-
-
-def test_bad_rows_are_named_with_file_and_line(tmp_path):
-    good = [{"prompt": f"a {i}", "chosen": "b", "rejected": "c"} for i in range(3)]
-    bad = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}]
-    write_jsonl(tmp_path / "rows.jsonl", [*good, *bad])
-    with pytest.raises(DataError) as caught:
-        prepare(tmp_path, "rows.jsonl", "preference")
-    assert caught.value.exit_code == 3
-    assert f"{tmp_path / 'rows.jsonl'}:4: chosen equals rejected" in str(caught.value)
-    assert f"{tmp_path / 'rows.jsonl'}:5: no answer: 'chosen' is empty" in str(caught.value)
-
-
 # Token ids
 
 
@@ -265,12 +247,3 @@ def test_rows_of_the_other_kind_are_refused_one_by_one(loss, good, bad, tmp_path
     assert found[0] == found[2]
     assert found[0].startswith(f"preference.loss: {loss} learns from ")
     assert len(found[1]) == 1
-
-
-def test_every_format_of_preferences_is_read_here():
-    assert {name for name, form in FORMATS.items() if form.parser("preference")} == {
-        "chosen-rejected",
-        "conversation-pair",
-        "answer-thumb",
-        "conversation-thumb",
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.rows import prepare, rows_of, write_jsonl
+from support.rows import prepare, write_jsonl
 
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, detect_format, parse_row
@@ -82,16 +82,6 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path):
     assert caught.value.exit_code == 3
     kept = prepare(tmp_path, str(file), "translate", max_dropped=0.5)
     assert (kept.rows_in, kept.counts["train"], sum(kept.dropped.values())) == (40, 38, 2)
-
-
-def test_other_names_of_columns_are_mapped(tmp_path):
-    file = write_jsonl(
-        tmp_path / "news.jsonl", [{"article": f"{i} things happened", "highlights": str(i)} for i in range(4)]
-    )
-    source = {"path": str(file), "columns": {"document": "article", "summary": "highlights"}}
-    kept = rows_of(prepare(tmp_path, source, "summarize"))
-    assert sorted(row["summary"] for row in kept) == ["0", "1", "2", "3"]
-    assert kept[0]["document"] == f"{kept[0]['summary']} things happened"
 
 
 def test_equal_rows_of_both_tasks_are_duplicates(tmp_path):

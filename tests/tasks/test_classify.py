@@ -18,7 +18,7 @@ from support.classifying import BUILDERS, COLOURS, STILL, colour_rows, predictio
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.examples import ExampleReader
 from llmtune.data.labelled_rows import classified
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
@@ -225,20 +225,6 @@ def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
     assert model.config.num_labels == 1
 
 
-def test_pairs_of_a_csv_file_with_numbered_classes(models, tmp_path):
-    rows = colour_rows()
-    lines = [f"a {row['label']} one,{row['text']},{int(row['label'] == 'red')}" for row in rows]
-    path = tmp_path / "rows.csv"
-    path.write_text("first,second,same\n" + "\n".join(lines) + "\n")
-    source = {"path": str(path), "columns": {"text": "first", "pair": "second", "label": "same"}}
-    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), path, data={"train": source})
-    report, folder = run(recipe)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    assert json.loads((folder / "adapter" / "config.json").read_text())["label2id"] == {"0": 0, "1": 1}
-    reader = ExampleReader(load_examples(folder / "data" / "examples"), "train")
-    assert all(set(reader[i].third_ids) == {0, 1} for i in range(len(reader)))
-
-
 @pytest.mark.parametrize(
     ("labels", "kind"),
     [
@@ -272,37 +258,6 @@ def test_classes_are_in_the_models_order_where_it_has_the_same_and_else_sorted()
 
 
 # What does not go together
-
-
-BAD_ROWS = {
-    "no text": ({"text": "", "label": "red"}, {}, "empty"),
-    "no label": ({"text": "a cat", "label": None}, {}, "no label"),
-    "unknown label": ({"text": "a cat", "label": "pink"}, {"labels": list(COLOURS)}, "label unknown: 'pink'"),
-    "two labels": (
-        {"text": "a cat", "label": ["red", "blue"]},
-        {"kind": "single", "labels": list(COLOURS)},
-        "2 labels where",
-    ),
-    "no number": ({"text": "a cat", "label": "much"}, {"kind": "regression"}, "no number"),
-    "unknown among many": ({"text": "a cat", "label": ["red", "pink"]}, {"kind": "multi"}, "label unknown: 'pink'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_named_with_file_and_line(models, tmp_path, name):
-    bad, section, reason = BAD_ROWS[name]
-    rows = colour_rows(12)
-    if section.get("kind") == "regression":
-        rows = [{**row, "label": 1.5} for row in rows]
-    if section.get("kind") == "multi":
-        rows, section = [{**row, "label": [row["label"]]} for row in rows], {**section, "labels": list(COLOURS)}
-    path = recipe_for(
-        tmp_path / "r.yaml", models("bert"), [*rows[:6], bad, *rows[6:]], classify=section, data={"max_dropped": 0}
-    )
-    with pytest.raises(DataError) as caught:
-        run(path)
-    assert caught.value.exit_code == 3
-    assert any(str(p.where).endswith("r.rows.jsonl:7") and reason in p.what for p in caught.value.problems)
 
 
 def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(models, tmp_path):
@@ -370,15 +325,3 @@ def test_balanced_weights_are_those_of_scikit_learn(models, tmp_path):
     stored = [reader[i].values[0] for i in range(len(reader))]
     assert stored == pytest.approx([recipe.classify.class_weights[label] for label in labels])
     assert sum(stored) == pytest.approx(len(stored), rel=1e-5)
-
-
-def test_a_weight_of_a_class_changes_what_is_trained(models, tmp_path):
-    weights = {"red": 5.0, "blue": 0.5}
-    section = {"class_weights": weights}
-    path = recipe_for(
-        tmp_path / "r.yaml", models("bert"), colour_rows(), classify=section, train={"num_train_epochs": 1}
-    )
-    recipe, _ = prepared(path)
-    assert recipe.classify.class_weights == weights
-    plain = recipe_for(tmp_path / "plain.yaml", models("bert"), colour_rows(), train={"num_train_epochs": 1})
-    assert run(path)[0]["train"]["first_loss"] != run(plain)[0]["train"]["first_loss"]

@@ -18,6 +18,7 @@ from support.audio import write_tone
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_training
 from support.variants import predict
+from transformers import AutoModelForCTC
 
 from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import ExampleReader, load_examples
@@ -66,6 +67,7 @@ THUMBS = [
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "start_logits", "end_logits")
+MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -86,19 +88,28 @@ def speech(**section: Any) -> dict[str, Any]:
     return {"speech": {"window_seconds": 2, **section}}
 
 
+def build_headless(folder: Path) -> Path:
+    """A model of letters that has not learned any."""
+    families.build_wav2vec2(folder)
+    AutoModelForCTC.from_pretrained(folder).wav2vec2.save_pretrained(folder)
+    return folder
+
+
 CASES = {
     "chat": Case("chat", 0, build_llama, CHATS),
     "completion-full": Case("completion", 0, build_gpt2, CHATS, method="full"),
     "completion": Case("completion", 0, build_llama, CHATS),
-    "masked": Case(
-        "completion", 1, families.build_bert, TEXTS, {"completion": {"objective": "masked"}, **NO_TEXT}, config=STILL
-    ),
+    "masked": Case("completion", 1, families.build_bert, TEXTS, MASKED, config=STILL),
+    "masked-full": Case("completion", 1, families.build_deberta, TEXTS, MASKED, "full", STILL),
     "translate": Case("translate", 0, families.build_t5, PAIRS, config={"dropout_rate": 0.0}),
     "translate-full": Case("translate", 0, families.build_marian, PAIRS, method="full", config={"dropout": 0.0}),
     "translate-decoder": Case("translate", 1, build_llama, PAIRS, {"translate": {"prompt": "In French: {source}"}}),
     "summarize": Case("summarize", 0, families.build_bart, DOCUMENTS, config={"dropout": 0.0}),
     "summarize-decoder": Case("summarize", 1, build_llama, DOCUMENTS, method="qlora"),
     "qa-extractive": Case("qa", 0, families.build_roberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, config=STILL),
+    "qa-extractive-full": Case(
+        "qa", 0, families.build_deberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, "full", STILL
+    ),
     "qa": Case("qa", 1, families.build_t5, ANSWERS, config={"dropout_rate": 0.0}),
     "qa-decoder": Case("qa", 2, build_llama, ANSWERS),
     "classify": Case(
@@ -110,12 +121,24 @@ CASES = {
     "token-classify": Case("token-classify", 0, families.build_modernbert, TAGS, NO_TEXT),
     "token-classify-full": Case("token-classify", 0, families.build_bert, TAGS, NO_TEXT, "full", STILL),
     "whisper": Case("speech", 0, families.build_whisper, sections=speech(language="fr")),
+    "whisper-full": Case("speech", 0, families.build_whisper, sections=speech(language="fr"), method="full"),
+    "ctc-headless": Case("speech", 1, build_headless, sections=speech()),
     "ctc": Case("speech", 1, families.build_wav2vec2, sections=speech()),
     "preference": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "dpo"}}),
     "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
     "preference-orpo": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "orpo"}}),
     "reward": Case("preference", 1, build_llama, PREFERENCES, {"preference": {"loss": "reward"}, **NO_TEXT}),
 }
+BASELINES = {
+    "qa-extractive": "no answer to every question",
+    "classify": "the most frequent class",
+    "classify-multi": "the classes that most rows have",
+    "classify-number": "the mean of the training rows",
+    "token-classify": "the most frequent tag (O) on every word",
+    "ctc-headless": "an empty transcript",
+    "reward": "the same score for every answer",
+}
+"""What stands in the place of a base model without a trained head."""
 every_case = pytest.mark.parametrize("name", CASES)
 
 
@@ -197,9 +220,9 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
     scores, variant = report["evaluation"], VARIANTS[CASES[name].task][CASES[name].variant]
     assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
-    new_head = scores["baseline"] is not None
-    assert new_head == (variant.trains_head and name != "ctc")
-    row_loss = {"loss"} & scores["tuned"].keys() if new_head and variant.has_row_loss else set()
+    baseline = BASELINES.get(name.removesuffix("-full").removesuffix("-qlora"))
+    assert scores["baseline"] == baseline
+    row_loss = {"loss"} & scores["tuned"].keys() if baseline and variant.has_row_loss else set()
     assert scores["tuned"].keys() - scores["base"].keys() == row_loss
     for difference in scores["difference"].values():
         low, high = difference["interval"]

@@ -47,10 +47,8 @@ QUIET_HEAD = {"generation": {"max_new_tokens": None}}
 """A model that scores answers writes none."""
 RUNS = {
     **{loss: {} for loss in LOSSES},
-    "dpo-qlora": {"adapter": {"method": "qlora"}},
     "dpo-full": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
     "dpo-gpt2": {},
-    "reward-full-gpt2": {"adapter": {"method": "full"}, "train": {"learning_rate": 1.0e-3}},
 }
 
 
@@ -110,12 +108,6 @@ def test_dpo_starts_at_the_logarithm_of_two_where_the_model_is_its_reference(nam
     assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     last = [line["validation_loss"] for line in read_metrics(run) if "validation_loss" in line][-1]
     assert last < math.log(2)
-
-
-def test_the_base_of_a_reward_model_without_a_head_is_the_same_score_for_every_answer(runs):
-    _, report = runs("reward")
-    assert report["evaluation"]["baseline"] == "the same score for every answer"
-    assert report["evaluation"]["base"]["loss"] == pytest.approx(math.log(2))
 
 
 # The numbers, computed again
@@ -333,25 +325,6 @@ def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, ti
     assert problem.what.startswith(f"preference.loss: {loss} learns from ")
     assert str(tmp_path / "rows.jsonl") in problem.where
     assert problem.fix.startswith("Set preference.loss to ")
-
-
-def test_a_few_rows_of_the_other_kind_are_named_with_file_and_line(tiny_llama, tmp_path):
-    write_jsonl(tmp_path / "thumbs.jsonl", THUMBS[:2])
-    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
-    files = [{"path": str(tmp_path / name)} for name in ("pairs.jsonl", "thumbs.jsonl")]
-    error = refuse(DataError, tmp_path, tiny_llama, [], **sections_of("dpo", data={"train": files, "max_dropped": 0}))
-    assert [problem.where.rsplit("/", 1)[-1] for problem in error.problems[1:]] == ["thumbs.jsonl:1", "thumbs.jsonl:2"]
-    assert all("dpo learns from pairs" in problem.what for problem in error.problems[1:])
-
-
-def test_a_pair_that_is_too_long_is_named_or_left_out(tiny_llama, tmp_path):
-    rows = [*PAIRS, {"prompt": "long", "chosen": "fox " * 200, "rejected": "no"}]
-    error = refuse(DataError, tmp_path / "error", tiny_llama, rows, **sections_of("dpo"))
-    assert any(str(problem.where).endswith("rows.jsonl:41") for problem in error.problems)
-    assert error.exit_code == 3
-    recipe = recipe_of(tmp_path, tiny_llama, rows, "preference", **sections_of("dpo", data={"on_overlong": "drop"}))
-    report = run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", until="prepare"), quiet())
-    assert report["data"]["dropped"] == {"too long": 1}
 
 
 @pytest.mark.parametrize(

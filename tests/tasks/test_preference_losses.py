@@ -20,7 +20,6 @@ from llmtune.tasks import preference_losses as preference
 from llmtune.tasks.preference_losses import (
     kl_to_reference,
     preference_loss,
-    row_rewards,
     row_scores,
     sequence_logps,
     step_statistics,
@@ -207,9 +206,6 @@ def test_dpo_and_ipo_are_those_of_trl(folder, tmp_path, loss, theirs, beta):
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
     assert_equal_gradients(ours.gradients, wanted.gradients)
     assert ours.correct / ours.count == pytest.approx(trainer._metrics["train"]["rewards/accuracies"][-1])
-    chosen, rejected = row_rewards(tuned, batch, Settings(loss, beta=beta), tuned.disable_adapter).chunk(2)
-    assert float(chosen.mean()) == pytest.approx(trainer._metrics["train"]["rewards/chosen"][-1], abs=1e-5)
-    assert float(rejected.mean()) == pytest.approx(trainer._metrics["train"]["rewards/rejected"][-1], abs=1e-5)
 
 
 def test_smoothed_dpo_is_that_of_trl_pair_by_pair(folder, tmp_path):
@@ -267,23 +263,16 @@ def test_orpo_is_that_of_trl_with_the_prompt_in_its_likelihood(folder, tmp_path)
     assert_equal_gradients(ours.gradients, wanted.gradients)
     logged = trainer._stored_metrics["train"]
     assert ours.correct / ours.count == pytest.approx(logged["rewards/accuracies"][-1])
-    chosen, _ = row_rewards(tuned, batch, settings).chunk(2)
-    assert float(chosen.mean()) == pytest.approx(logged["rewards/chosen"][-1], abs=1e-5)
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.05])
-@pytest.mark.parametrize("margins", [None, [0.5, 0.0, 2.0, 1.0]])
-def test_the_reward_models_loss_is_that_of_trl(folder, tmp_path, coefficient, margins):
+def test_the_reward_models_loss_is_that_of_trl(folder, tmp_path, coefficient):
     tuned = open_tuned(folder, scorer=True)
     pairs = some_pairs(folder)
-    rows = [
-        {"chosen_ids": pair.prompt + pair.first, "rejected_ids": pair.prompt + pair.second}
-        | ({"margin": margins[index]} if margins else {})
-        for index, pair in enumerate(pairs)
-    ]
+    rows = [{"chosen_ids": pair.prompt + pair.first, "rejected_ids": pair.prompt + pair.second} for pair in pairs]
     trainer = make_trainer("reward", folder, tuned, rows, tmp_path, center_rewards_coefficient=coefficient)
     wanted = referee(trainer, rows)
-    batch = pair_batch(pairs) | ({"margin_P": torch.tensor(margins)} if margins else {})
+    batch = pair_batch(pairs)
     ours = step(tuned, [batch], Settings("reward", center_rewards_coefficient=coefficient))
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
     assert any("score" in name for name in wanted.gradients)
@@ -303,7 +292,7 @@ ALL = [
 def test_kto_counts_the_rows_on_the_right_side_of_the_estimate(folder):
     tuned, settings = open_tuned(folder), ALL[2]
     (batch,) = some_batches(folder, settings, [])
-    ratios = row_rewards(tuned, batch, settings, tuned.disable_adapter) / settings.beta
+    ratios = preference._log_ratios(tuned, batch, tuned.disable_adapter, policy_gradient=False)
     for estimate in (float(ratios.min()) - 1, float(ratios.median()) + 0.01, float(ratios.max()) + 1):
         loss = preference_loss(tuned, {**batch, "totals": [4 * estimate, 4.0]}, settings, tuned.disable_adapter)
         above = ratios > max(0.0, estimate)
@@ -327,12 +316,10 @@ def test_dropout_leaves_the_reference_and_the_survey_alone_but_not_the_policy(fo
     modes = [module.training for module in tuned.modules()]
     state = torch.get_rng_state()
     totals = step_statistics(tuned, batch, settings, tuned.disable_adapter)
-    rewards = row_rewards(tuned, batch, settings, tuned.disable_adapter)
     kl_to_reference(tuned, batch, tuned.disable_adapter)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in tuned.modules()] == modes
     assert step_statistics(tuned, batch, settings, tuned.disable_adapter) == totals
-    assert not rewards.requires_grad
 
     def policy(seed):
         torch.manual_seed(seed)
@@ -374,7 +361,6 @@ def test_the_kl_to_the_reference_is_the_plain_one_however_it_is_cut(folder, monk
 def test_an_adapter_at_its_start_is_the_reference(folder):
     tuned, batch = open_tuned(folder, moved=False), pair_batch(some_pairs(folder))
     assert kl_to_reference(tuned, batch, tuned.disable_adapter).tolist() == pytest.approx([0.0] * 8, abs=1e-6)
-    assert row_rewards(tuned, batch, ALL[0], tuned.disable_adapter).tolist() == pytest.approx([0.0] * 8, abs=1e-5)
     loss = preference_loss(tuned, batch, replace(ALL[0], label_smoothing=0.0), tuned.disable_adapter)
     assert float(loss.sum.detach() / loss.count) == pytest.approx(0.693147, abs=1e-5)
 

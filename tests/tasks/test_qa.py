@@ -198,13 +198,6 @@ def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, t
     assert context.recipe.qa.null_score_diff_threshold == 0.0
 
 
-def test_a_threshold_in_the_recipe_stays(built, tmp_path):
-    sections = {"data": {"max_length": 64}, "qa": {"stride": 8, "null_score_diff_threshold": -1e9}}
-    report = run_recipe(tmp_path, built("bert"), ANSWERED[:24], "qa", **sections, train={"num_train_epochs": 1})
-    assert all(line["tuned"] == "(no answer)" for line in predictions(tmp_path / "run"))
-    assert report["evaluation"]["tuned"]["exact_match"] == 0
-
-
 # RoBERTa's positions begin behind the padding token's number
 
 
@@ -339,16 +332,6 @@ def test_keys_of_the_other_style_are_refused(tmp_path, sections, said):
     with pytest.raises(RecipeError) as caught:
         load_recipe(str(tmp_path / "recipe.yaml"))
     assert said in str(caught.value)
-
-
-def test_rows_that_cannot_be_used_are_named_with_their_line(built, tmp_path):
-    long = {"question": "why " * 90, "context": "Because.", "answers": {"text": ["Because"], "answer_start": [0]}}
-    sections = {"data": {"max_length": 64, "test": 0, "validation": 0}, "qa": {"stride": 8}}
-    with pytest.raises(DataError) as caught:
-        run_recipe(tmp_path, built("bert"), [*ROWS[:5], long], "qa", **sections)
-    assert caught.value.exit_code == 3
-    assert "rows.jsonl:6" in str(caught.value)
-    assert "the question takes" in str(caught.value)
 
 
 def test_a_task_says_its_rows_for_people():

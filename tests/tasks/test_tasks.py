@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.errors import RecipeError
 from llmtune.tasks import VARIANTS, get_task
@@ -59,20 +57,3 @@ def test_a_row_is_generated_from_the_ids_that_its_example_begins_with(name, row)
     start, end = example.spans
     assert task.prompt_ids(prompt, tokenizer, recipe) == example.input_ids[:start]
     assert tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True) == answer
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_loss_is_that_of_the_model_on_what_is_learned(tiny_llama, packed):
-    task, recipe = get_task("chat"), recipe_for()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation="sdpa").eval()
-    ((example,),) = task.encode([conversation("one two", "three", "four", "five")], tokenizer, recipe)
-    ids = torch.tensor([example.input_ids])
-    labels = torch.full_like(ids, -100)
-    for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
-        labels[0, start:end] = ids[0, start:end]
-    with torch.no_grad():
-        expected = model(input_ids=ids, labels=labels).loss
-        loss = task.loss(model, task.collator(tokenizer, recipe_for(packing=packed))([example], 0))
-    assert loss.count == example.supervised
-    assert loss.sum / loss.count == pytest.approx(expected.item(), rel=1e-5)

@@ -167,27 +167,6 @@ def test_labels_are_those_of_the_rows_unless_the_recipe_names_them(built, tmp_pa
     )  # the model's order
 
 
-@pytest.mark.parametrize(
-    ("row", "section", "said"),
-    [
-        ({"tokens": ["a", "b"], "tags": ["O"]}, None, "2 tokens and 1 tags"),
-        ({"tokens": ["a"], "tags": [3]}, None, "numbers need their names"),
-        ({"tokens": ["a", "b"], "tags": ["B-PLACE", "O"]}, {"labels": ["THING", "COLOUR"]}, "label unknown: 'B-PLACE'"),
-        ({"tokens": ["a", "\N{ZERO WIDTH SPACE}"], "tags": ["O", "O"]}, None, "makes nothing of the word"),
-        ({"tokens": ["a"] * 99, "tags": ["O"] * 99}, None, "101 tokens, data.max_length is 64"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_named_with_their_line(built, tmp_path, row, section, said):
-    sections = {"data": {"max_length": 64, "test": 0, "validation": 0}}
-    if section:
-        sections["token_classify"] = section
-    with pytest.raises(DataError) as caught:
-        run_recipe(tmp_path, built("bert"), [*ROWS[:5], row], **sections)
-    assert caught.value.exit_code == 3
-    assert "rows.jsonl:6" in str(caught.value)
-    assert said in str(caught.value)
-
-
 def test_rows_without_any_entity_are_refused(built, tmp_path):
     rows = [{"tokens": row["tokens"], "tags": ["O"] * 7} for row in ROWS]
     with pytest.raises(DataError, match="no row has an entity"):
