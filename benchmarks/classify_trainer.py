@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from llmtune.evaluate.metric import compare, measure_right
-from llmtune.model import resolve_dtype, resolve_model
+from llmtune.model.device import resolve_dtype
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
 
 SIDES = ("train", "validation", "test")

@@ -35,13 +35,13 @@ from transformers import (
 from watch import describe_training, watch
 
 from llmtune.data.examples import ExampleReader
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.records import Example, Examples, ModelRef
 from llmtune.session import Options, RunContext
-from llmtune.train import train
 from llmtune.train.batch_plan import StepPlan
+from llmtune.train.loop import train
 
 Weights = dict[str, torch.Tensor]
 

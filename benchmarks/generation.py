@@ -29,14 +29,18 @@ from machine import describe_machine
 from rich.console import Console
 from transformers import GenerationConfig
 
-from llmtune.adapter import inject
-from llmtune.data import prepare_rows, read_rows
+from llmtune.adapter.injection import inject
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import read_rows
 from llmtune.evaluate.generation import answer_ends, column_bytes_of, generate_batch, only_these_settings
 from llmtune.evaluate.greedy import write_greedily
 from llmtune.evaluate.token_batches import cut_evenly, release_memory
-from llmtune.model import compute_context, load_model, load_processor, pick_device, resolve_dtype, resolve_model
+from llmtune.model.device import compute_context, pick_device, resolve_dtype
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 Prompts = list[list[int]]
 Answers = list[list[int]]

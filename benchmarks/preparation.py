@@ -102,11 +102,13 @@ def processor_seconds() -> float:
 def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from llmtune.data import iterate_rows, prepare_rows
     from llmtune.data.examples import ExampleReader, encode_rows
-    from llmtune.model import load_processor, resolve_model
+    from llmtune.data.preparation import prepare_rows
+    from llmtune.data.row_store import iterate_rows
+    from llmtune.model.processor import load_processor
+    from llmtune.model.resolve import resolve_model
     from llmtune.recipe import Recipe
-    from llmtune.tasks import get_task
+    from llmtune.tasks.registry import get_task
     from llmtune.train.batch_plan import best_fit
 
     data = {"train": str(file), "validation": 0, "test": 0, "deduplicate": asked.deduplicate, "max_length": LONGEST}
@@ -141,7 +143,7 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Any:
-    from llmtune.data import load_rows
+    from llmtune.data.row_store import load_rows
 
     return load_rows(folder)
 
@@ -153,7 +155,7 @@ def run_trl(file: Path, asked: argparse.Namespace, processes: int | None = None)
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from llmtune.model import resolve_model
+    from llmtune.model.resolve import resolve_model
     from llmtune.recipe import ModelSection
 
     torch.set_num_threads(asked.threads)

@@ -16,12 +16,12 @@ import torch
 from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.records import Examples, Loss, ModelRef
 from llmtune.session import Options, RunContext
-from llmtune.train import train
+from llmtune.train.loop import train
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def find_model(name: str) -> Path:
     """Return the folder of a model; a packaged one is unpacked."""
     from rich.console import Console
 
-    from llmtune.model import resolve_model
+    from llmtune.model.resolve import resolve_model
     from llmtune.recipe import ModelSection
 
     return resolve_model(name, ModelSection(name=name), Console(stderr=True), offline=True).path

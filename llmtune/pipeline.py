@@ -16,38 +16,36 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import __version__
-from llmtune.adapter import describe, find_adapter
-from llmtune.adapter.injection import adapter_inputs, adapter_settings
-from llmtune.data import load_rows, prepare_rows
+from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
+from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import load_rows
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
-from llmtune.evaluate import check_gates, load_base, load_evaluation, save_evaluation
-from llmtune.evaluate import evaluate as evaluate_models
 from llmtune.evaluate.eval_suites import check_inputs
+from llmtune.evaluate.evaluator import evaluate as evaluate_models
+from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
+from llmtune.evaluate.results import load_base, load_evaluation, save_evaluation
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.step_inputs import base_inputs, evaluation_inputs
-from llmtune.model import (
-    check_context,
-    check_kernels,
-    check_memory,
-    load_processor,
-    micro_batch_tokens,
-    pick_device,
-    plan_memory,
-    resolve_model,
-)
+from llmtune.model.device import pick_device
 from llmtune.model.heads import head_is_new
+from llmtune.model.kernels import check_kernels
+from llmtune.model.memory_plan import check_context, check_memory, micro_batch_tokens, plan_memory
 from llmtune.model.model_selection import rank_candidates
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
-from llmtune.report import redact_all, write_report
 from llmtune.report.assembly import report_json
+from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.score_sections import seed_table
+from llmtune.report.write import write_report
 from llmtune.session import (
     Models,
     Options,

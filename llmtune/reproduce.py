@@ -12,10 +12,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.data import hash_sources
+from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, Problem, RecipeError
-from llmtune.model import pick_device
-from llmtune.model.device import describe_device
+from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import KEPT, Trainer, run_pipeline
 from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
 from llmtune.records import Json

@@ -14,20 +14,26 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from llmtune.adapter import describe, find_adapter, inject, load_adapter
-from llmtune.adapter.injection import adapter_settings
-from llmtune.data import hash_sources, list_sources, load_rows
+from llmtune.adapter.injection import adapter_settings, describe, inject
+from llmtune.adapter.load import find_adapter
+from llmtune.adapter.saving import load_adapter
 from llmtune.data.preparation import rows_inputs
-from llmtune.data.sources import SourceFile
+from llmtune.data.row_store import load_rows
+from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate import check_gates, load_evaluation
 from llmtune.evaluate.eval_suites import check_variant
-from llmtune.model import load_model, load_processor, pick_device, resolve_checkpointing, resolve_model
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.results import load_evaluation
 from llmtune.model.config import read_model_config
-from llmtune.model.device import describe_device
+from llmtune.model.device import describe_device, pick_device
+from llmtune.model.loading import load_model
+from llmtune.model.memory_plan import resolve_checkpointing
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
-from llmtune.report import assemble, find_explanations
+from llmtune.report.assembly import assemble
+from llmtune.report.explain_links import find_explanations
 from llmtune.report.report_record import Report, Seeds
 from llmtune.report.seed_variance import describe_spread
 from llmtune.store.atomic_files import hash_folder, hash_value
@@ -43,8 +49,9 @@ from llmtune.store.run_lock import (
     write_lock,
 )
 from llmtune.store.seed_runs import is_done, seed_folder
-from llmtune.tasks import AnyTask, choose_variant, get_task
-from llmtune.train import train
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.registry import choose_variant, get_task
+from llmtune.train.loop import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from rich.console import Console
 from support.rows import chat, write_jsonl
 from support.runs import write_recipe
 
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options

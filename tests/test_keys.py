@@ -25,18 +25,20 @@ from support.audio import write_tone
 from support.models import build_llama
 from support.runs import write_recipe
 
-from llmtune.adapter import inject
-from llmtune.data import prepare_rows
+from llmtune.adapter.injection import inject
 from llmtune.data.examples import encode_rows
+from llmtune.data.preparation import prepare_rows
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate import evaluate
-from llmtune.model import check_memory, load_model, resolve_model
+from llmtune.evaluate.evaluator import evaluate
 from llmtune.model.kernels import check_kernels
+from llmtune.model.loading import load_model
+from llmtune.model.memory_plan import check_memory
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, Source, load_recipe
 from llmtune.session import RunContext
 from llmtune.store.run_folder import default_path, peek_run
-from llmtune.train import train
 from llmtune.train.accumulation import step_gradients, validation_loss
+from llmtune.train.loop import train
 from llmtune.train.setup import set_up
 
 SECTIONS: dict[str, dict[str, Any]] = {

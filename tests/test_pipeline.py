@@ -16,7 +16,7 @@ from rich.console import Console
 from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
 
 SECRET = "hf_" + "s3cret" * 6

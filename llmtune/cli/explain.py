@@ -236,8 +236,8 @@ def _show(explanation: Explanation, target: Target | None, as_json: bool) -> Non
     from rich.console import Console
     from rich.markup import escape
 
-    from llmtune.report import link_explanations
     from llmtune.report.render_terminal import print_page
+    from llmtune.report.write import link_explanations
 
     if as_json:
         print_json({**explanation.values, "files": explanation.files})

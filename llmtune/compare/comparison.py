@@ -9,8 +9,8 @@ from llmtune import __version__
 from llmtune.compare.run_pairs import Pair, compare_pairs, differing
 from llmtune.compare.run_scores import OpenedRun
 from llmtune.records import Difference, GateResult
-from llmtune.report import verdict
 from llmtune.report.report_record import Verdict
+from llmtune.report.verdict import verdict
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from llmtune.evaluate.per_row_scores import reorder
 from llmtune.recipe import TASK_FACTS
 from llmtune.recipe.task_facts import PREDICTED
 from llmtune.records import Difference, Evaluation
-from llmtune.report import verdict
 from llmtune.report.report_record import Verdict
+from llmtune.report.verdict import verdict
 
 WORDS = {"helped": "better", "harmed": "worse", "mixed": "mixed"}
 UNKNOWN = "can't tell"

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmtune.data import iterate_ids, load_rows
+from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
-from llmtune.evaluate import load_evaluation
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
+from llmtune.evaluate.results import load_evaluation
 from llmtune.recipe import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.records import Evaluation, Json

@@ -24,7 +24,7 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, decode_answer
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.records import Row
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import explained, write_json

@@ -12,7 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmtune.adapter import merge as merge_weights
+from llmtune.adapter.merging import merge as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
 from llmtune.deploy.gguf_file import FORMATS, find_quantizer, has_llama, write_model
 from llmtune.deploy.gguf_readers import GgufReader, check_reader, open_gguf
@@ -49,9 +49,9 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
-from llmtune.model import load_processor
 from llmtune.model.config import read_model_config
 from llmtune.model.oom import explain_oom
+from llmtune.model.processor import load_processor
 from llmtune.recipe import TASK_FACTS
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged

@@ -17,11 +17,11 @@ import torch
 from llmtune.deploy.parity import Distance, Parity, TextReference, TunedModel, compare_outputs, tuning_effect
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.records import Batch, Row
-from llmtune.tasks import AnyTask
+from llmtune.tasks.base import AnyTask
 from llmtune.tasks.speech import heard_at_once
 
 if TYPE_CHECKING:

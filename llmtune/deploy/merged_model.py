@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmtune.adapter import merge as merge_weights
+from llmtune.adapter.merging import merge as merge_weights
 from llmtune.adapter.saving import writing_weights
 from llmtune.deploy.head_parity import Reference, make_reference
 from llmtune.deploy.parity import (
@@ -31,9 +31,9 @@ from llmtune.deploy.parity import (
 )
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
-from llmtune.model import is_out_of_memory, load_processor, save_tokenizer
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
-from llmtune.model.oom import explain_oom
+from llmtune.model.oom import explain_oom, is_out_of_memory
+from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.session import RunContext, open_finished
 from llmtune.store.atomic_files import explained, hash_file, staged
 from llmtune.tasks.text_to_text import decoder_settings

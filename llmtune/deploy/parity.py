@@ -15,14 +15,14 @@ from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer, GenerationConfig
 
-from llmtune.data import load_rows, read_rows
 from llmtune.data.chat_template import clean
+from llmtune.data.row_store import load_rows, read_rows
 from llmtune.errors import GateFailed, Problem
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.records import AdaptedModel, Row
 from llmtune.session import Models, RunContext, trained_name
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
-from llmtune.tasks import AnyTask
+from llmtune.tasks.base import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

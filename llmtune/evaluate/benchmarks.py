@@ -32,7 +32,7 @@ from llmtune.evaluate.lm_eval import (
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, measure_right, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
 from llmtune.evaluate.suite import EvalSuite
-from llmtune.model import resolve_dtype
+from llmtune.model.device import resolve_dtype
 from llmtune.recipe import Recipe
 from llmtune.recipe.eval_suites_section import plain_name, suite_name
 from llmtune.records import Study

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from llmtune.data import read_rows
 from llmtune.data.contamination import Overlap, compared_text, find_overlap
-from llmtune.data.row_store import iterate_texts
+from llmtune.data.row_store import iterate_texts, read_rows
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.slices import one_line, score_slice

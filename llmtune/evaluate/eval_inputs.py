@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from llmtune.data import iterate_rows
 from llmtune.data.examples import ExampleReader
+from llmtune.data.row_store import iterate_rows
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choice_trees, find_choices
 from llmtune.evaluate.slices import Parts, read_slices

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
 
-from llmtune.data import iterate_ids, iterate_rows
+from llmtune.data.row_store import iterate_ids, iterate_rows
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
 from llmtune.evaluate.eval_suites import make_suites

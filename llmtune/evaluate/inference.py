@@ -19,8 +19,8 @@ from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
-from llmtune.model import compute_context, resolve_dtype
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
 from llmtune.records import Advance, Collate
 

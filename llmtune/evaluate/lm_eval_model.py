@@ -13,7 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
-from llmtune.model import compute_context
+from llmtune.model.device import compute_context
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -19,7 +19,7 @@ from llmtune.data.tokenization import encode_texts
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, pad_right, run_in_batches
-from llmtune.model import causal_loss
+from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.records import Batch
 

@@ -15,8 +15,8 @@ import torch
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, pad_right, run_in_batches
-from llmtune.model import is_out_of_memory
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
+from llmtune.model.oom import is_out_of_memory
 from llmtune.records import Batch, Example, Row
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TypeGuard, TypeVar
 
 import numpy as np
 
-from llmtune.data import iterate_columns
+from llmtune.data.row_store import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.records import Rows, Slice

@@ -11,8 +11,8 @@ from transformers.utils import ModelOutput
 
 from llmtune.data.encoder_batches import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
-from llmtune.model import is_out_of_memory
 from llmtune.model.model_inputs import read_inputs
+from llmtune.model.oom import is_out_of_memory
 from llmtune.records import Advance, Batch, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}

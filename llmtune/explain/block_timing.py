@@ -20,7 +20,8 @@ from torch.utils.benchmark import Timer
 from llmtune.explain.architecture import Architecture, Blocks, Stack
 from llmtune.explain.flops import PAIRS, Cost, Polynomial, choose_lengths, common_owner, value
 from llmtune.explain.meta_model import Arguments, MetaModel, UntraceableError
-from llmtune.model import is_out_of_memory, pick_device
+from llmtune.model.device import pick_device
+from llmtune.model.oom import is_out_of_memory
 
 LONGEST = 2048
 BUDGET_SECONDS = 10.0

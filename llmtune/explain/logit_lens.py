@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from llmtune.model import is_out_of_memory
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.oom import is_out_of_memory
 
 ROWS = 64
 """Hidden states that are read at once: that many times the vocabulary is in memory."""

@@ -13,9 +13,11 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import LlmtuneError
-from llmtune.model import load_processor, pick_device, resolve_model
 from llmtune.model.config import is_encoder, read_model_config
+from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import ModelSection, Recipe
 from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
@@ -23,7 +25,7 @@ from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.tasks import AnyTask
+    from llmtune.tasks.base import AnyTask
 
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]

@@ -9,8 +9,7 @@ from typing import Literal
 
 from safetensors import safe_open
 
-from llmtune.adapter import find_adapter
-from llmtune.adapter.load import WEIGHTS
+from llmtune.adapter.load import WEIGHTS, find_adapter
 from llmtune.explain.target import Target
 
 Kind = Literal["LoRA", "DoRA", "whole", "tokens", "bias"]

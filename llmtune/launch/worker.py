@@ -62,10 +62,10 @@ def train_run(run: str) -> Json:
     import torch
     from rich.console import Console
 
-    from llmtune.adapter import describe
-    from llmtune.data import load_rows
+    from llmtune.adapter.injection import describe
     from llmtune.data.examples import load_examples
-    from llmtune.model import load_processor
+    from llmtune.data.row_store import load_rows
+    from llmtune.model.processor import load_processor
     from llmtune.session import RunContext, locate_pinned
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import own_pins

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from llmtune.data import read_rows
+from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import find_class

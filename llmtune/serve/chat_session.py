@@ -14,7 +14,7 @@ from llmtune.model.memory_plan import context_length
 from llmtune.records import Row
 from llmtune.serve.detokenizer import Detokenizer
 from llmtune.serve.generation_stream import stream_generation
-from llmtune.tasks import AnyTask
+from llmtune.tasks.base import AnyTask
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from llmtune.evaluate import check_gates, load_evaluation
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.results import load_evaluation
 from llmtune.records import Evaluation, GateResult, ModelRef
 from llmtune.serve.chat_session import ChatSession
 from llmtune.serve.generate import answer as answer_request

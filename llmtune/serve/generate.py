@@ -11,13 +11,14 @@ from rich.console import Console
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import generate_texts
-from llmtune.model import compute_context, load_processor, resolve_dtype
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.heads import head_is_new
+from llmtune.model.processor import load_processor
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import ModelRef
 from llmtune.serve.chat_session import ChatSession
 from llmtune.session import Models, RunContext, open_finished
-from llmtune.tasks import AnyTask
+from llmtune.tasks.base import AnyTask
 
 
 def answer_once(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, cast
 from peft import PeftModel
 from rich.console import Console
 
-from llmtune.adapter import find_adapter, merge
-from llmtune.adapter.load import add_adapter
+from llmtune.adapter.load import add_adapter, find_adapter
+from llmtune.adapter.merging import merge
 from llmtune.errors import Problem, RecipeError
-from llmtune.model import load_processor
 from llmtune.model.heads import head_is_new
+from llmtune.model.processor import load_processor
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app

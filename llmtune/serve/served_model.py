@@ -13,7 +13,7 @@ from peft import PeftModel
 from llmtune.evaluate.generation import answer_ends, decode_answer
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.tasks import AnyTask
+from llmtune.tasks.base import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

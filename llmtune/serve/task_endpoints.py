@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmtune.serve.prometheus import Metrics
     from llmtune.serve.request_handler import PendingAnswer, RequestHandler
     from llmtune.serve.served_model import ServedModel
-    from llmtune.tasks import AnyTask
+    from llmtune.tasks.base import AnyTask
 
 
 @dataclass(frozen=True)

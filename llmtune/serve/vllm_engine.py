@@ -10,8 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llmtune.adapter import find_adapter
-from llmtune.adapter.load import read_config
+from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
 from llmtune.session import trained_name

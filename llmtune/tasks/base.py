@@ -10,7 +10,7 @@ from llmtune.data.data_report import Piece, highlight
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.model import causal_loss
+from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.records import Batch, Collate, Example, Loss, Rows
 
 if TYPE_CHECKING:

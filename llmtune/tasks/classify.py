@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llmtune.data import iterate_rows
 from llmtune.data.data_report import Piece, decode_shortened
 from llmtune.data.encoder_batches import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import too_long
+from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.classification_metrics import (

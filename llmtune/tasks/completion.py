@@ -19,7 +19,7 @@ from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
-from llmtune.model import causal_loss
+from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe import CompletionSection
 from llmtune.records import Batch, Example, Loss
 from llmtune.tasks.base import DecoderTask, Task

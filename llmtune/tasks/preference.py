@@ -11,12 +11,12 @@ import torch
 from peft import PeftModel
 
 from llmtune.adapter.reference_model import reference_of
-from llmtune.data import iterate_rows
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.data_report import Piece, highlight
+from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import LoadedModel

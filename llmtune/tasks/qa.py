@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from llmtune.data import iterate_rows
 from llmtune.data.data_report import Piece, highlight
 from llmtune.data.encoder_batches import encoder_batch, require_offsets
 from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
+from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure

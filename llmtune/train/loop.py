@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from llmtune.adapter import save_adapter
+from llmtune.adapter.saving import save_adapter
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.oom import fits_in_memory

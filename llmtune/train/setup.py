@@ -21,7 +21,7 @@ from llmtune import __version__
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem
-from llmtune.model import compute_context, resolve_dtype
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from support.adapting import documents, open_model, packed, quiet, recipe_with
 
-from llmtune.adapter import inject
 from llmtune.adapter.fused_lora import FusedLinear, fuse_products
-from llmtune.model import causal_loss, compute_context
+from llmtune.adapter.injection import inject
+from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.model.device import compute_context
 
 
 class Net(torch.nn.Module):

@@ -7,9 +7,10 @@ import torch
 from support.adapting import documents, logits, open_model, packed, quiet, recipe_with
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapter import describe, inject, trainable_parameters
+from llmtune.adapter.injection import describe, inject, trainable_parameters
 from llmtune.errors import RecipeError
-from llmtune.model import causal_loss, compute_context
+from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.model.device import compute_context
 
 METHODS = {
     "lora": {},

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
 
-from llmtune.adapter import find_adapter, inject, save_adapter, trainable_parameters
+from llmtune.adapter.injection import inject, trainable_parameters
+from llmtune.adapter.load import find_adapter
+from llmtune.adapter.saving import save_adapter
 from llmtune.errors import EnvironmentProblem, RecipeError
 
 

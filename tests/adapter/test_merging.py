@@ -7,7 +7,8 @@ import torch
 from support.adapting import logits, open_model, recipe_with, train_a_little
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmtune.adapter import load_adapter, merge, save_adapter
+from llmtune.adapter.merging import merge
+from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.errors import EnvironmentProblem
 
 METHODS = [

@@ -15,7 +15,7 @@ from support.adapting import build_family, logits, open_model, recipe_with, trai
 from support.models import build_llama
 from transformers import AutoTokenizer
 
-from llmtune.adapter import load_adapter, save_adapter
+from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.errors import EnvironmentProblem
 
 METHODS = {

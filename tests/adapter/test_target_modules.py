@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.adapting import build_family, open_model, quiet, recipe_with
 
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.adapter.target_modules import resolve_targets, shorten
 from llmtune.errors import RecipeError
 

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from support.adapting import open_model, quiet, recipe_with
 
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.adapter.wiring_check import NotWiredError, prove_wiring
 from llmtune.errors import RecipeError
 

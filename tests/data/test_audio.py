@@ -18,9 +18,9 @@ from support.audio import (
 )
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
-from llmtune.data import hash_sources
 from llmtune.data.audio import check_recording, cut_windows, read_recording, to_float
 from llmtune.data.rejected_rows import RowError
+from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError
 
 RATE = 16_000

@@ -380,7 +380,8 @@ def test_rows_of_other_tokenizers_encoded_together_are_those_encoded_one_by_one(
 def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_by_one():
     from rich.console import Console
 
-    from llmtune.model import load_processor, resolve_model
+    from llmtune.model.processor import load_processor
+    from llmtune.model.resolve import resolve_model
     from llmtune.recipe import Recipe
 
     recipe = Recipe.model_validate(

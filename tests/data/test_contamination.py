@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from llmtune.data import prepare_rows
 from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap
+from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_texts
 from llmtune.recipe import load_recipe
 

@@ -7,10 +7,10 @@ import json
 import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 
-from llmtune.data import prepare_rows
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows
-from llmtune.tasks import get_task
+from llmtune.data.preparation import prepare_rows
+from llmtune.tasks.registry import get_task
 
 
 def describe(rows, tmp_path, console, **data):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.templates import CHATML, NO_SYSTEM, conversation, recipe_for, tokenizer_with
 
-from llmtune.data import prepare_rows
 from llmtune.data.examples import ExampleReader, encode_rows, load_examples
+from llmtune.data.preparation import prepare_rows
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 
 def write_rows(path, rows):

@@ -19,8 +19,9 @@ from rich.console import Console
 from support.audio import write_tone
 from support.rows import make_recipe
 
-from llmtune.data import hash_sources, prepare_rows
 from llmtune.data.hub_datasets import as_files_hold_it
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.sources import hash_sources
 from llmtune.errors import EnvironmentProblem
 
 OLD, NEW = "a" * 40, "b" * 40

@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
 
-from llmtune.data import hash_sources, iterate_rows, load_rows, prepare_rows, read_rows
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import iterate_rows, load_rows, read_rows
+from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError
 
 PAIRS = [{"prompt": f"what is {i}?", "completion": f"it is {i}\nand é"} for i in range(12)]

@@ -131,7 +131,7 @@ def test_a_limit_takes_the_first_good_rows_of_all_files_of_a_source(tmp_path):
 def test_the_seed_does_not_move_the_split(tmp_path):
     from rich.console import Console
 
-    from llmtune.data import prepare_rows
+    from llmtune.data.preparation import prepare_rows
 
     write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(50)])
     recipe = make_recipe(tmp_path, "a.jsonl", test=0.2)

@@ -16,11 +16,11 @@ from support.models import CHATML
 from support.rows import write_jsonl
 from support.templates import conversation, recipe_for, tokenizer_with
 
-from llmtune.data import prepare_rows
 from llmtune.data.examples import encode_rows
+from llmtune.data.preparation import prepare_rows
 from llmtune.data.worker_pool import WorkerPool, count_cores
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.tasks import VARIANTS, get_task
+from llmtune.tasks.registry import VARIANTS, get_task
 
 BATCHES = [[number, number + 1] for number in range(40)]
 

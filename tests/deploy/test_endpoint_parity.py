@@ -14,7 +14,7 @@ from support.finished import finish_run
 from llmtune.deploy.endpoint_parity import Endpoint, EndpointParity, certify_run, find_endpoint_breaches
 from llmtune.deploy.parity import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
 
 

@@ -12,15 +12,17 @@ import llmtune.deploy.gguf_adapter as gguf_adapter
 import llmtune.deploy.gguf_export as exporting
 import llmtune.deploy.gguf_readers as gguf_reading
 import llmtune.deploy.gguf_tensors as gguf_shapes
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
 from llmtune.deploy.parity import TunedModel
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import read_model_config
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import load_recipe
-from llmtune.tasks import choose_variant, get_task
+from llmtune.tasks.registry import choose_variant, get_task
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
 from transformers import AutoTokenizer, GenerationConfig
 
-from llmtune.adapter import merge
+from llmtune.adapter.merging import merge
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_file import write_model
 from llmtune.deploy.gguf_readers import LlamaReader
@@ -19,7 +19,7 @@ from llmtune.deploy.gguf_vocabulary import describe_vocabulary
 from llmtune.deploy.parity import TunedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch
 from llmtune.model.builtin_models import PACKAGED, resolve_builtin
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytestmark = pytest.mark.slow

@@ -14,11 +14,11 @@ from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
-from llmtune.adapter import merge as really_merge
+from llmtune.adapter.merging import merge as really_merge
 from llmtune.deploy.merged_model import merge_model, merge_run
 from llmtune.deploy.parity import LIMITS, Parity, TunedModel, find_breaches
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 TEXT = "Which colour has the cat number 7?"
 

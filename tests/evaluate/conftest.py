@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.data import prepare_rows
 from llmtune.data.collators import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
-from llmtune.evaluate import evaluate
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.data.preparation import prepare_rows
+from llmtune.evaluate.evaluator import evaluate
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 RECIPE = """
 recipe_version: 1

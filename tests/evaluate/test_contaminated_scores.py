@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmtune.evaluate import load_evaluation, save_evaluation
+from llmtune.evaluate.results import load_evaluation, save_evaluation
 
 COLOURS = ("red", "green", "blue")
 RECIPE = """

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
-from llmtune.data import read_rows
-from llmtune.evaluate import check_gates, load_evaluation, save_evaluation
+from llmtune.data.row_store import read_rows
+from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Difference, Evaluation

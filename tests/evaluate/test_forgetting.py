@@ -25,7 +25,7 @@ from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import ForgettingSection
 from llmtune.session import Options
-from llmtune.tasks import VARIANTS
+from llmtune.tasks.registry import VARIANTS
 
 
 def study(bench, **section):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate import check_gates
+from llmtune.evaluate.gates import check_gates
 from llmtune.records import Difference, Evaluation
 
 EVALUATION = Evaluation(

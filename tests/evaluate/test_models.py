@@ -11,12 +11,12 @@ from support.families import build_bert
 from support.runs import write_recipe
 
 from llmtune import session
-from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
+from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
 from llmtune.evaluate.inference import predict, score_tokens
-from llmtune.model import load_model
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.loading import load_model
 from llmtune.session import Models, open_finished
 
 

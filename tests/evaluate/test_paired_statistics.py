@@ -10,7 +10,7 @@ from llmtune.evaluate import paired_statistics as statistics
 from llmtune.evaluate.metric import ratio
 from llmtune.evaluate.paired_statistics import difference, difference_weighted, draw_counts, mcnemar
 from llmtune.records import Evaluation
-from llmtune.report import verdict
+from llmtune.report.verdict import verdict
 
 ROWS, TRIALS = 60, 600
 

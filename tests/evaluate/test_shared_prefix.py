@@ -7,7 +7,7 @@ import torch
 from support.training import with_methods
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from llmtune.data import iterate_rows
+from llmtune.data.row_store import iterate_rows
 from llmtune.errors import DataError
 from llmtune.evaluate import shared_prefix
 from llmtune.evaluate.shared_prefix import (

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.data import load_rows, prepare_rows
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
-from llmtune.evaluate import load_evaluation, save_evaluation
 from llmtune.evaluate.auroc_and_correlation import measure_correlation
 from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
+from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.slices import Parts, read_slices, score_slices, split_by_value
 from llmtune.recipe import load_recipe
 

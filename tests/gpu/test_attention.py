@@ -6,9 +6,13 @@ import pytest
 import torch
 from support.adapting import build_family, documents, packed, padded, quiet, recipe_with
 
-from llmtune.model import compute_context, load_model, load_processor, predicted_logits, resolve_model
+from llmtune.model.causal_lm_loss import predicted_logits
+from llmtune.model.device import compute_context
+from llmtune.model.loading import load_model
 from llmtune.model.packed_attention import attend_varlen, flash_attn_varlen_func, has_varlen, varlen_attn
-from llmtune.tasks import get_task
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
+from llmtune.tasks.registry import get_task
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -17,11 +17,11 @@ from support.models import build_llama
 from support.runs import llmtune, write_recipe
 from support.training import adapt, make_recipe, run_training, select, write_examples
 
-from llmtune.adapter import load_adapter, save_adapter
+from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
 from llmtune.deploy.parity import TunedModel
 from llmtune.records import AdaptedModel
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 SHIPPED = {"chat": "debian-summaries", "chat-qlora": "debian-summaries", "completion": "kjv-psalms"}
 

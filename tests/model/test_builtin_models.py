@@ -26,10 +26,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from llmtune.adapter import inject, merge
+from llmtune.adapter.injection import inject
+from llmtune.adapter.merging import merge
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import resolve_model
 from llmtune.model.builtin_models import PACKAGED, PackagedModel, build_once, resolve_builtin
+from llmtune.model.resolve import resolve_model
 from llmtune.store.atomic_files import find_cache
 
 NAME = "builtin:smollm2-135m-instruct"

@@ -10,9 +10,10 @@ from support.adapting import documents, open_model, packed, padded, recipe_with
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from llmtune.model import causal_loss, compute_context, predicted_logits
 from llmtune.model import chunked_cross_entropy as chunked
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
 from llmtune.model.chunked_cross_entropy import remove_head_loss
+from llmtune.model.device import compute_context
 
 LENGTHS = [9, 4, 17, 6, 12, 5, 8, 10]
 

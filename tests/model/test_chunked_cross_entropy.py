@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2LMHeadModel, GraniteConfig, LlamaConfig
 
 from llmtune.model import causal_lm_loss as loss
-from llmtune.model import causal_loss, predicted_logits
 from llmtune.model import chunked_cross_entropy as head_loss
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
 from llmtune.model.chunked_cross_entropy import LogitShape, remove_head_loss, takes_head_loss
 from llmtune.model.library_logging import hushed
 from llmtune.model.self_checks import take_loss_at_head

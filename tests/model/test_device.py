@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from llmtune.errors import RecipeError
-from llmtune.model import compute_context, resolve_dtype
-from llmtune.model.device import has_fast_bfloat16, memory_limit
+from llmtune.model.device import compute_context, has_fast_bfloat16, memory_limit, resolve_dtype
 
 
 def test_auto_is_bfloat16_only_where_the_processor_has_it():

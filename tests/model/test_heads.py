@@ -14,15 +14,16 @@ from support.models import build_gpt2, build_llama
 from support.training import with_methods
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.errors import RecipeError
-from llmtune.model import load_model, load_processor, resolve_model
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.model.heads import head_is_new, name_outputs
-from llmtune.model.loading import put_in_order
+from llmtune.model.loading import load_model, put_in_order
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 BUILDERS: dict[str, Callable[..., Path]] = {
     "bert": families.build_bert,

@@ -6,7 +6,7 @@ import pytest
 from support.adapting import build_family, open_model, recipe_with
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.model import check_kernels
+from llmtune.model.kernels import check_kernels
 from llmtune.store.process_environment import names_remote, refuse_network
 
 HUB = "kernels-community/flash-attn2"

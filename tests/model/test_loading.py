@@ -14,7 +14,7 @@ from support.models import build_llama, train_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import causal_loss
+from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.config import head_names
 
 SMALL = {"vocab_size": 425, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -8,19 +8,19 @@ import pytest
 import torch
 from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
 
-from llmtune.adapter import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.errors import EnvironmentProblem
-from llmtune.model import (
-    causal_loss,
+from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.model.memory_plan import (
     check_memory,
     micro_batch_tokens,
     plan_memory,
     resolve_checkpointing,
-    resolve_model,
+    suggest_recipe,
 )
-from llmtune.model.memory_plan import suggest_recipe
+from llmtune.model.resolve import resolve_model
 from llmtune.records import MemoryPlan
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from llmtune.train.optimizer import build_optimizer
 
 

@@ -13,7 +13,7 @@ from support.adapting import open_model, quiet, recipe_with
 from transformers import AutoModelForCausalLM
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import resolve_model
+from llmtune.model.resolve import resolve_model
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from support.models import build_llama, train_tokenizer
 from support.rows import chat, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from llmtune.data import iterate_rows, load_rows, prepare_rows
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import rank_candidates
+from llmtune.model.model_selection import rank_candidates
 from llmtune.recipe import Recipe
 from llmtune.records import Rows
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 COLOURS = ["red", "green", "blue", "black"]
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.injection import enable_checkpointing
 from llmtune.errors import RecipeError
-from llmtune.model import causal_loss, predicted_logits
 from llmtune.model.block_attention import band
+from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
 from llmtune.model.packed_attention import PACKED, Options, attend_runs
 
 WINDOWED = {"sliding_window": 4}

@@ -14,15 +14,17 @@ from support.adapting import quiet
 from support.models import build_llama
 from transformers import AutoModelForSequenceClassification
 
-from llmtune.adapter import inject
-from llmtune.adapter.injection import enable_checkpointing
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.adapter.injection import enable_checkpointing, inject
 from llmtune.model.config import read_model_config
+from llmtune.model.loading import load_model
 from llmtune.model.packed_attention import PACKED, first_tokens, install_packed, means, pool_documents
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe import Recipe
 from llmtune.records import Example, SelectedModel
-from llmtune.tasks import AnyTask, choose_variant
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.registry import choose_variant
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},

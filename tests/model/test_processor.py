@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import load_processor, resolve_model, save_tokenizer
+from llmtune.model.processor import load_processor, save_tokenizer
+from llmtune.model.resolve import resolve_model
 
 
 def load(folder, **model):

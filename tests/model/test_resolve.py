@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from support.adapting import quiet, recipe_with
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import resolve_model
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import ModelSection
 
 COMMIT = "a" * 40

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from llmtune.report import find_explanations, link_explanations, write_report
-from llmtune.report.explain_links import explain_section, link
+from llmtune.report.explain_links import explain_section, find_explanations, link
+from llmtune.report.write import link_explanations, write_report
 
 LINKS = re.compile(r'<a href="(explain/[^"]*)">([^<]*)</a>')
 

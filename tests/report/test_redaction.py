@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmtune.report import redact, redact_all
+from llmtune.report.redaction import redact, redact_all
 
 SECRETS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",

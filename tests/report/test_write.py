@@ -11,8 +11,9 @@ import pytest
 from support.page import Page
 
 from llmtune.records import Difference
-from llmtune.report import verdict, write_report
 from llmtune.report.report_record import Report
+from llmtune.report.verdict import verdict
+from llmtune.report.write import write_report
 
 SECTIONS = ("data", "model", "adapter", "train", "evaluation", "deploy")
 

@@ -7,7 +7,7 @@ import pytest
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import generate_texts
 from llmtune.serve.chat_session import ChatSession
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 
 
 def session_of(tuned, console=None):

@@ -13,13 +13,15 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.adapter import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.errors import EnvironmentProblem
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from support.models import train_tokenizer
 
 SHAPE = {

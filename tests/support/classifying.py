@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoConfig
 
-from llmtune.data import load_rows
 from llmtune.data.examples import load_examples
+from llmtune.data.row_store import load_rows
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import Examples

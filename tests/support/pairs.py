@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from llmtune.adapter import inject
-from llmtune.data import load_rows
+from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.data.row_store import load_rows
 from llmtune.model.config import read_model_config
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Models, Options, open_finished
-from llmtune.tasks import choose_variant
+from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import TrainContext, set_up
 from support.rows import write_jsonl

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from llmtune.data import iterate_rows, prepare_rows
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import iterate_rows
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import SIDES, Rows
 

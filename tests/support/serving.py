@@ -95,7 +95,7 @@ def running(app: Any) -> Iterator[str]:
 
 def served_of(tuned: Any, name: str = "tiny", **changes: Any) -> ServedModel:
     """What a server offers of an adapted model and its recipe."""
-    from llmtune.tasks import get_task
+    from llmtune.tasks.registry import get_task
 
     adapted, recipe = tuned
     about = {"adapter": "default", **changes}

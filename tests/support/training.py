@@ -13,14 +13,17 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from llmtune.adapter import inject
+from llmtune.adapter.injection import inject
 from llmtune.data.examples import SCHEMA, record_batch
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, TrainedRun
 from llmtune.store.atomic_files import hash_value
-from llmtune.tasks import AnyTask, get_task
-from llmtune.train import train
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.registry import get_task
+from llmtune.train.loop import train
 from support.runs import write_recipe
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from llmtune.adapter import inject
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.adapter.injection import inject
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.records import AdaptedModel
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from support.runs import write_recipe
 
 Tuned = tuple[AdaptedModel, Recipe]

@@ -9,7 +9,8 @@ import torch
 
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.recipe import Recipe
-from llmtune.tasks import VARIANTS, AnyTask
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.registry import VARIANTS
 
 (CHAT,) = VARIANTS["chat"]
 COMPLETION, MASKED = VARIANTS["completion"]

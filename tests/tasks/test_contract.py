@@ -20,16 +20,16 @@ from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_tr
 from support.variants import predict
 from transformers import AutoModelForCTC
 
-from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import generate_texts
-from llmtune.model import load_processor
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Models, Options, open_finished
-from llmtune.tasks import VARIANTS
+from llmtune.tasks.registry import VARIANTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),

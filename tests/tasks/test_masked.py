@@ -13,10 +13,10 @@ from support.variants import MASKED, predict
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, open_finished
-from llmtune.tasks import choose_variant
+from llmtune.tasks.registry import choose_variant
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}

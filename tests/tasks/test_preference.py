@@ -16,10 +16,10 @@ from support.training import read_metrics, run_training, trained_bytes
 from support.variants import predict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmtune.data import iterate_rows, load_rows
 from llmtune.data.examples import load_examples
+from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import DataError, RecipeError
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS

@@ -12,7 +12,7 @@ from support.variants import PREFERENCE
 from support.variants import predict as predict_rows
 from torch.nn.functional import logsigmoid
 
-from llmtune.adapter import inject, trainable_parameters
+from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.errors import DataError
 from llmtune.evaluate.metric import compare
 from llmtune.recipe import PreferenceSection, Recipe

@@ -19,7 +19,8 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import open_finished
-from llmtune.tasks import VARIANTS, choose_variant, get_task, qa
+from llmtune.tasks import qa
+from llmtune.tasks.registry import VARIANTS, choose_variant, get_task
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")

@@ -25,12 +25,14 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, Auto
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.wer import make_normaliser
-from llmtune.model import load_model, load_processor, resolve_model
+from llmtune.model.loading import load_model
+from llmtune.model.processor import load_processor
+from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.session import Models, Options, open_finished
-from llmtune.tasks import choose_variant
+from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
 

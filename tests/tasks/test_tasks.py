@@ -6,7 +6,7 @@ import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 
 from llmtune.errors import RecipeError
-from llmtune.tasks import VARIANTS, get_task
+from llmtune.tasks.registry import VARIANTS, get_task
 
 
 def test_a_task_is_found_by_its_name():

@@ -12,13 +12,14 @@ from support.pairs import quiet
 from support.variants import TOKEN_CLASSIFY, predict
 from transformers import AutoConfig
 
-from llmtune.data import load_rows
+from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
-from llmtune.model import load_processor
+from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, Options, open_finished
-from llmtune.tasks import get_task, token_classify
+from llmtune.tasks import token_classify
+from llmtune.tasks.registry import get_task
 
 ENCODERS = ("bert", "roberta", "deberta", "modernbert")
 METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}

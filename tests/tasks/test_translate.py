@@ -22,8 +22,8 @@ from transformers import (
 from llmtune.data.chat_template import stop_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
-from llmtune.model import load_processor
 from llmtune.model.model_inputs import decoder_inputs
+from llmtune.model.processor import load_processor
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks import translate

@@ -12,7 +12,7 @@ from support.process import Watched, train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import EnvironmentProblem, Stopped
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from llmtune.train.checkpoint import Checkpoint, Damage, list_checkpoints, read_checkpoint, write_folder
 
 KILLS = [

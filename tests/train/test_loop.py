@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods, write_examples
 
 from llmtune.errors import EnvironmentProblem, TrainingError
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from llmtune.train import loop
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.checkpoint import TrainState

@@ -9,7 +9,7 @@ from support.process import train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods, write_examples
 
 from llmtune.errors import TrainingError
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from llmtune.train.checkpoint import TrainState
 from llmtune.train.preflight import run_preflight
 from llmtune.train.setup import set_up

@@ -7,7 +7,7 @@ from support.process import Watched
 from support.training import make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import Stopped
-from llmtune.tasks import get_task
+from llmtune.tasks.registry import get_task
 from llmtune.train.signals import catch_signals
 
 

@@ -1,0 +1,65 @@
+"""The table of tasks, a file each; a task has a variant for each kind of model that can do it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.model.config import NEEDS, describe_config, supports_task
+from llmtune.tasks import (
+    chat,
+    classify,
+    completion,
+    preference,
+    qa,
+    speech,
+    summarize,
+    token_classify,
+    translate,
+)
+from llmtune.tasks.base import AnyTask, Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from llmtune.recipe import Recipe
+
+__all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
+
+_FILES = (chat, completion, translate, summarize, qa, classify, token_classify, speech, preference)
+VARIANTS: dict[str, tuple[AnyTask, ...]] = {file.VARIANTS[0].name: file.VARIANTS for file in _FILES}
+"""By task, its variants; the first that the recipe asks for and the model supports is taken."""
+
+
+def get_task(name: str) -> AnyTask:
+    """Return the task called `name`, in its first variant.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in VARIANTS:
+        known = tuple(VARIANTS)
+        raise RecipeError.of(
+            f"unknown task {name!r}.{nearest(name, known)}", where="task", fix=f"Choose one of: {', '.join(known)}."
+        )
+    return VARIANTS[name][0]
+
+
+def choose_variant(recipe: Recipe, config: PretrainedConfig, model: str) -> AnyTask:
+    """Return the variant of the recipe's task that a model with this configuration can do.
+
+    Raises:
+        RecipeError: there is none; it says what the task needs.
+    """
+    get_task(recipe.task)
+    variants = [variant for variant in VARIANTS[recipe.task] if variant.matches(recipe)]
+    own = getattr(config, "auto_map", None) or {}
+    for variant in variants:
+        if supports_task(config, variant) or (recipe.model.trust_remote_code and variant.auto_class in own):
+            return variant
+    needed = " or ".join(dict.fromkeys(variant.auto_class for variant in variants))
+    raise RecipeError.of(
+        f"{model} is a {describe_config(config)}: it cannot be used for the task {recipe.task}, which needs {needed}",
+        "model.name",
+        " Or: ".join(dict.fromkeys(NEEDS[variant.auto_class] for variant in variants)),
+    )
