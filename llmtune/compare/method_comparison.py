@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.method_process import run_trial
+from llmtune.compare.method_subprocess import run_trial
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe import LoadedRecipe, load_recipe
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from llmtune.data.chat_template import stop_ids
-from llmtune.evaluate.greedy import column_bytes_of, write_greedily
+from llmtune.evaluate.greedy_decoding import column_bytes_of, write_greedily
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import memory_limit

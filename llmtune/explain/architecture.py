@@ -21,7 +21,7 @@ from llmtune.explain.block_wiring import (
     norm_kind,
     read_wiring,
 )
-from llmtune.explain.meta_model import MetaModel, UntraceableError
+from llmtune.explain.meta_device_model import MetaModel, UntraceableError
 from llmtune.explain.position_encodings import SLOPED
 from llmtune.explain.target import Target
 from llmtune.model.config import linear_shapes

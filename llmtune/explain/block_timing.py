@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 
 from llmtune.explain.architecture import Architecture, Blocks, Stack
 from llmtune.explain.flops import PAIRS, Cost, Polynomial, choose_lengths, common_owner, value
-from llmtune.explain.meta_model import Arguments, MetaModel, UntraceableError
+from llmtune.explain.meta_device_model import Arguments, MetaModel, UntraceableError
 from llmtune.model.device import pick_device
 from llmtune.model.oom import is_out_of_memory
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 from itertools import takewhile
 
 from llmtune.explain.architecture import Architecture, Blocks
-from llmtune.explain.meta_model import FlopCounts, MetaModel, UntraceableError
+from llmtune.explain.meta_device_model import FlopCounts, MetaModel, UntraceableError
 
 COUNTED, CHECKED = (16, 23, 41), 1021
 """Lengths in tokens at which products are counted, and at which the formula is held against the count; odd

@@ -30,7 +30,7 @@ from llmtune.explain.labels import (
     title_branch,
     title_piece,
 )
-from llmtune.explain.meta_model import build_meta_model
+from llmtune.explain.meta_device_model import build_meta_model
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import TrainedModules, find_trained
 from llmtune.model.config import UNREADABLE, first_line

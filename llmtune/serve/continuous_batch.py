@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from llmtune.evaluate.greedy import Columns, Writing, run
+from llmtune.evaluate.greedy_decoding import Columns, Writing, run
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for
 
 HEADROOM = 128

@@ -23,7 +23,7 @@ from llmtune.compare.method_comparison import (
     read_methods,
     read_rates,
 )
-from llmtune.compare.method_process import TrialBug, explain
+from llmtune.compare.method_subprocess import TrialBug, explain
 from llmtune.errors import EnvironmentProblem, RecipeError, Stopped, TrainingError
 from llmtune.store.atomic_files import read_json
 

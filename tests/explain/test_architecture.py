@@ -22,7 +22,7 @@ from transformers import (
 from llmtune.explain.architecture import Architecture, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
 from llmtune.explain.labels import briefly, describe_branch, describe_outputs, describe_piece, mark, rows_of, shorten
-from llmtune.explain.meta_model import MetaModel, build_meta_model
+from llmtune.explain.meta_device_model import MetaModel, build_meta_model
 from llmtune.explain.model_explainer import count_parts
 from llmtune.explain.target import open_target
 from llmtune.explain.trained_modules import TrainedModule, TrainedModules

@@ -15,7 +15,7 @@ from llmtune.explain import block_timing as costs
 from llmtune.explain.architecture import Architecture, describe_model
 from llmtune.explain.block_timing import Measured, cost_of_block, measure_block
 from llmtune.explain.flops import count_cost, value
-from llmtune.explain.meta_model import MetaModel, build_meta_model
+from llmtune.explain.meta_device_model import MetaModel, build_meta_model
 from llmtune.explain.target import open_target
 
 invoke = partial(explain, "model")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from llmtune.explain.block_wiring import Recording, UnknownWiringError, Wiring, read_wiring, record
-from llmtune.explain.meta_model import MetaModel
+from llmtune.explain.meta_device_model import MetaModel
 
 SMALL = {
     "hidden_size": 32,

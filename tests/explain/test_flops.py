@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain.architecture import describe_model
 from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost, fit, value
-from llmtune.explain.meta_model import build_meta_model, make_inputs
+from llmtune.explain.meta_device_model import build_meta_model, make_inputs
 from llmtune.explain.target import open_target
 
 BUILDERS: dict[str, Callable[..., Path]] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.adapting import build_family, open_model, recipe_with
 
-from llmtune.evaluate.greedy import write_greedily
+from llmtune.evaluate.greedy_decoding import write_greedily
 from llmtune.serve.continuous_batch import HEADROOM, LiveRows
 
 ARRIVALS = {0: [9, 40], 3: [5], 4: [60, 2], 11: [17]}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmtune.evaluate import greedy
-from llmtune.evaluate.greedy import Columns, Writing, column_bytes_of, common_beginning, write_greedily
+from llmtune.evaluate import greedy_decoding as greedy
+from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, common_beginning, write_greedily
 from llmtune.model.packed_attention import PACKED, install_packed
 
 SIZE = 90

@@ -1,6 +1,6 @@
 """One method's run in a process of its own: started, told when to stop, and what became of it.
 
-As a program (`python -m llmtune.compare.method_process run ...`) it is llmtune itself, but stops when its parent is
+As a program (`python -m llmtune.compare.method_subprocess run ...`) it is llmtune itself, but stops when its parent is
 gone.
 """
 
@@ -44,7 +44,7 @@ def run_trial(method: str, arguments: Sequence[str]) -> None:
         LlmtuneError: what the trial ended with, its method named. Failed gates are none of ours.
         TrialBug: it ended with a traceback.
     """
-    words = [sys.executable, "-m", "llmtune.compare.method_process", *arguments]
+    words = [sys.executable, "-m", "llmtune.compare.method_subprocess", *arguments]
     environment = {**os.environ, PARENT: str(os.getpid())}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         child = subprocess.Popen(  # noqa: S603
