@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,11 @@ from llmtune.cli.options import AsJson, DryRun, Offline, RunArgument, Threads
 from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, nearest
 from llmtune.store.process_environment import gc_paused, prepare_environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.serve.serve_runs import ServeOptions
 
 ENGINES = ("own", "vllm")
 EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipart")
@@ -64,7 +70,7 @@ def serve(
     _check_engine(engine, [name for name, stated in own.items() if stated])
     prepare_environment(network=False, threads=threads)
     _import_server()
-    from llmtune.serve.serve_runs import ServeOptions, name_runs, serve_runs
+    from llmtune.serve.serve_runs import ServeOptions, name_runs
 
     options = ServeOptions(
         host=host,
@@ -84,8 +90,15 @@ def serve(
 
         serve_by_vllm(named, options, console)
         return
+    _serve_until_stopped(named, options, console, as_json)
+
+
+def _serve_until_stopped(runs: Mapping[str, Path], options: ServeOptions, console: Console, as_json: bool) -> None:
+    """Serve; Ctrl-C or SIGTERM ends with its exit code."""
+    from llmtune.serve.serve_runs import serve_runs
+
     try:
-        serve_runs(named, options, console, print_json if as_json else lambda about: None)
+        serve_runs(runs, options, console, print_json if as_json else lambda about: None)
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         console.print("terminated: no requests are taken any more" if terminated else "stopped")

@@ -1,7 +1,4 @@
-"""What the model reads: a text, a chat message, a pair of texts or a recording, as token ids and tensors.
-
-Shape: T tokens.
-"""
+"""What the model reads (T tokens): a text, a chat message, a pair of texts or a recording, as ids and tensors."""
 
 from __future__ import annotations
 
