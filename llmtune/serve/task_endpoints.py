@@ -6,7 +6,6 @@ import base64
 import binascii
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,41 +27,6 @@ if TYPE_CHECKING:
     from llmtune.tasks.base import AnyTask
 
 
-@dataclass(frozen=True)
-class TaskEndpoint:
-    """Where a task is asked."""
-
-    path: str
-    prediction: str
-    """What `prediction` is."""
-    prompt_field: str = "text"
-    """The field for what `generate` calls the prompt."""
-
-
-ENDPOINTS = {
-    "classify": TaskEndpoint(
-        "/v1/classify",
-        "`label` (a name, a list of names or a number) and `scores`: a probability per class, in the order of `labels`",
-    ),
-    "qa": TaskEndpoint(
-        "/v1/qa",
-        "`text` (empty where there is no answer), `start` and `end` in characters of the context, and scores; of a "
-        "model that generates its answers the answer as text",
-        prompt_field="question",
-    ),
-    "token-classify": TaskEndpoint(
-        "/v1/token-classify",
-        "a tag for each of `words`, in IOB2: `B-` begins an entity, `I-` continues it, `O` is outside",
-    ),
-    "speech": TaskEndpoint("/v1/transcribe", "the transcript"),
-    "translate": TaskEndpoint("/v1/translate", "the translation"),
-    "summarize": TaskEndpoint("/v1/summarize", "the summary"),
-    "preference": TaskEndpoint(
-        "/v1/score", "the score: of two answers to one question, the higher is the better", prompt_field="prompt"
-    ),
-    "completion": TaskEndpoint("/v1/fill", "the text with its masks filled in"),
-}
-"""By task; chat, and models that continue a text, are asked by OpenAI's endpoints."""
 FIELDS = {
     "text": "The text; where the model fills masks, with its mask tokens in it.",
     "pair": "The second text, where the model was trained on pairs.",
@@ -90,7 +54,8 @@ class TaskAnswer(BaseModel):
 
 def mount_task(router: APIRouter, task: AnyTask, handler: RequestHandler, metrics: Metrics) -> None:
     """Put the endpoint of a task into `router`."""
-    endpoint = ENDPOINTS[task.name]
+    endpoint = task.endpoint
+    assert endpoint is not None, "a task without OpenAI's endpoints has its own"
     names = {endpoint.prompt_field if name == "prompt" else name: name for name in task.inputs}
     schema = _request_schema(task, names)
 

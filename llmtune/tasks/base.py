@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from llmtune.data.collators import causal_collator
@@ -23,6 +24,17 @@ RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
 PredictionT = TypeVar("PredictionT")
 """What the task predicts of a row: a JSON value."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a served model of a task answers; chat, and models that continue a text, have OpenAI's endpoints."""
+
+    path: str
+    prediction: str
+    """What the field `prediction` of an answer is."""
+    prompt_field: str = "text"
+    """The field for what `llmtune generate` calls the prompt."""
 
 
 class Task(Generic[RowT, PredictionT]):
@@ -53,6 +65,7 @@ class Task(Generic[RowT, PredictionT]):
     is_conversational: bool = False
     """Whether rows are conversations: lists of messages."""
     takes_audio: bool = False
+    endpoint: Endpoint | None = None
 
     @property
     def inputs(self) -> Mapping[str, bool]:

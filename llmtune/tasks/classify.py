@@ -34,7 +34,7 @@ from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import ClassifySection
 from llmtune.records import SIDES, Batch, Example, Loss, Rows
-from llmtune.tasks.base import Task, loss_of_rows
+from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
     choose_metrics,
@@ -78,6 +78,10 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
     """An encoder, or a decoder, with a head on the whole text."""
 
     name = "classify"
+    endpoint = Endpoint(
+        "/v1/classify",
+        "`label` (a name, a list of names or a number) and `scores`: a probability per class, in the order of `labels`",
+    )
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
     optional_inputs = ("pair",)

@@ -22,7 +22,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe import CompletionSection
 from llmtune.records import Batch, Example, Loss
-from llmtune.tasks.base import DecoderTask, Task
+from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +66,7 @@ class MaskedCompletion(Task[CompletionRow, str]):
     """An encoder that fills in masked tokens."""
 
     name = "completion"
+    endpoint = Endpoint("/v1/fill", "the text with its masks filled in")
     auto_class = "AutoModelForMaskedLM"
     packs = True
 

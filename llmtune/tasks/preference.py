@@ -26,7 +26,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.heads import name_outputs, set_padding
 from llmtune.recipe import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
-from llmtune.tasks.base import Task
+from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
 from llmtune.tasks.preference_losses import (
     kl_to_reference,
@@ -47,6 +47,9 @@ class Preference(Task[Row, Ratings]):
     """A decoder that learns which answers to prefer, and answers."""
 
     name = "preference"
+    endpoint = Endpoint(
+        "/v1/score", "the score: of two answers to one question, the higher is the better", prompt_field="prompt"
+    )
     auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
     optional_inputs: tuple[str, ...] = ("system",)

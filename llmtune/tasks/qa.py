@@ -25,7 +25,7 @@ from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.answer_windows import Window, answer_tokens, cut_context, explain_missing, find_span, trim
-from llmtune.tasks.base import PredictionT, Task, loss_of_rows
+from llmtune.tasks.base import Endpoint, PredictionT, Task, loss_of_rows
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ class Qa(Task[QaRow, PredictionT]):
     """The rows of qa."""
 
     name = "qa"
+    endpoint = Endpoint(
+        "/v1/qa",
+        "`text` (empty where there is no answer), `start` and `end` in characters of the context, and scores; of a "
+        "model that generates its answers the answer as text",
+        prompt_field="question",
+    )
     required_inputs = ("prompt", "context")
 
     def make_row(self, given: Mapping[str, str | None]) -> QaRow:

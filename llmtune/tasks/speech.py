@@ -28,7 +28,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
-from llmtune.tasks.base import Task
+from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import (
     extract_features,
     feature_extractor,
@@ -60,6 +60,7 @@ class Speech(Task[SpeechRow, str]):
     """The rows of speech."""
 
     name = "speech"
+    endpoint = Endpoint("/v1/transcribe", "the transcript")
     required_inputs = ("audio",)
     takes_audio = True
 

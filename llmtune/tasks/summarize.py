@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llmtune.data.text_pair_rows import SummarizeRow
+from llmtune.tasks.base import Endpoint
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Summarize(TextToText[SummarizeRow]):
     """The rows of summarize."""
 
     name = "summarize"
+    endpoint = Endpoint("/v1/summarize", "the summary")
     default_prompt = "{document}"
 
     def make_row(self, given: Mapping[str, str | None]) -> SummarizeRow:

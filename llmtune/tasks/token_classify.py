@@ -27,7 +27,7 @@ from llmtune.model.memory_plan import context_length
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import TokenClassifySection
 from llmtune.records import SIDES, Batch, Example, Loss, Rows
-from llmtune.tasks.base import Task
+from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
     """An encoder that gives each word a tag."""
 
     name = "token-classify"
+    endpoint = Endpoint(
+        "/v1/token-classify",
+        "a tag for each of `words`, in IOB2: `B-` begins an entity, `I-` continues it, `O` is outside",
+    )
     auto_class = "AutoModelForTokenClassification"
     peft_task_type = "TOKEN_CLS"
     packs = True

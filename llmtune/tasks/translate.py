@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmtune.data.text_pair_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
 from llmtune.recipe import TranslateSection
+from llmtune.tasks.base import Endpoint
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
 
@@ -23,6 +24,7 @@ class Translate(TextToText[TranslateRow]):
     """The rows of translate."""
 
     name = "translate"
+    endpoint = Endpoint("/v1/translate", "the translation")
     default_prompt = "{source}"
 
     def make_row(self, given: Mapping[str, str | None]) -> TranslateRow:
