@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import families
 from support.adapting import quiet
 from support.models import build_gpt2, build_llama
@@ -15,7 +17,7 @@ from support.training import with_methods
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from llmtune.adapter.injection import inject
-from llmtune.errors import RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.model.heads import head_is_new, name_outputs
 from llmtune.model.loading import load_model, put_in_order
@@ -48,14 +50,7 @@ CLASSIFY = get_task("classify")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def build(family: str) -> Path:
-        if family not in made:
-            made[family] = BUILDERS[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return build
+    return cache(lambda family: BUILDERS[family](tmp_path_factory.mktemp(family)))
 
 
 def recipe_of(folder: Path, labels: tuple[str, ...] = ("a", "b", "c"), seed: int = 42, **adapter: Any) -> Recipe:
@@ -132,11 +127,13 @@ def test_a_head_for_the_same_classes_in_another_order_says_the_same_of_each(tmp_
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_a_head_is_found_is_new_trained_whole_and_given_no_lora(built, family):
+def test_a_head_is_found_is_new_trained_whole_and_given_no_lora_and_the_model_knows_the_padding(built, family):
     recipe = recipe_of(built(family), r=4)
     assert is_new(recipe)
     adapted = adapt(recipe)
-    heads = head_names(adapted.selected.model)
+    selected = adapted.selected
+    assert selected.model.config.pad_token_id == selected.processor.pad_token_id is not None
+    heads = head_names(selected.model)
     assert heads == HEADS[family]
     assert adapted.matched_modules
     assert not [name for name in adapted.matched_modules if in_heads(name.removeprefix("base_model.model."), heads)]
@@ -229,17 +226,7 @@ def test_a_head_drawn_anew_has_norms_of_one_and_biases_of_zero(built, tmp_path):
     assert torch.equal(state["classifier.bias"], torch.zeros(3))
 
 
-@pytest.mark.parametrize("family", BUILDERS)
-def test_a_decoder_is_told_what_its_rows_are_padded_with(built, family):
-    selected = load(recipe_of(built(family)))
-    assert selected.model.config.pad_token_id == selected.processor.pad_token_id is not None
-
-
 def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from llmtune.errors import EnvironmentProblem
-
     families.build_bert(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["bert.encoder.layer.0.output.dense.weight"]

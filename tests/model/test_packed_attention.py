@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -44,17 +45,21 @@ FAMILIES = {
 LENGTHS = [3, 11, 7, 7, 1, 18]
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A family's folder: `built(family)`."""
+    return cache(lambda family: build_family(tmp_path_factory.mktemp(family), family, **FAMILIES[family][0]))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_are_those_of_each_document_alone(tmp_path, family):
-    config, attention = FAMILIES[family]
-    selected = open_model(recipe_with(build_family(tmp_path, family, **config)))
-    model = selected.model
-    assert model.config._attn_implementation == attention
+def test_packed_logits_are_those_of_each_document_alone(built, family):
+    model = open_model(recipe_with(built(family))).model
+    assert model.config._attn_implementation == FAMILIES[family][1]
     examples = documents(LENGTHS)
     with torch.no_grad():
         together = predicted_logits(model, packed(examples))
         alone = torch.cat([predicted_logits(model, padded([example])) for example in examples])
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+        plain = AutoModelForCausalLM.from_pretrained(built(family), attn_implementation="eager").eval()
         reference = torch.cat([plain(torch.tensor([e.input_ids])).logits[0, e.spans[0] - 1 : -1] for e in examples])
     assert together.std() > 0.05
     torch.testing.assert_close(together, alone, atol=1e-5 * float(alone.abs().max()), rtol=0)
@@ -76,9 +81,8 @@ def test_a_window_hides_what_lies_before_it(tmp_path):
 @pytest.mark.parametrize(
     ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("llama", True), ("mistral", True)]
 )
-def test_packed_gradients_are_those_of_documents_one_by_one_in_the_plain_model(tmp_path, family, checkpointing):
-    config, _ = FAMILIES[family]
-    folder = build_family(tmp_path, family, **config)
+def test_packed_gradients_are_those_of_documents_one_by_one_in_the_plain_model(built, family, checkpointing):
+    folder = built(family)
     model = open_model(recipe_with(folder)).model
     if checkpointing:
         enable_checkpointing(model)
@@ -194,8 +198,8 @@ def test_a_model_that_cannot_keep_rows_apart_is_refused_with_packing(tmp_path, f
     open_model(recipe_with(folder, data={"packing": False}))
 
 
-def test_a_fallback_says_why(tmp_path, console):
-    open_model(recipe_with(build_family(tmp_path, "stablelm")), console=console)
+def test_a_fallback_says_why(built, console):
+    open_model(recipe_with(built("stablelm")), console=console)
     assert "Attention: sdpa" in console.file.getvalue()
     assert "StableLmForCausalLM does not use" in console.file.getvalue()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,16 @@ def open_model(recipe: Recipe, console: Console) -> SelectedModel:
     return load_model(place, recipe, task, processor, device="cpu", training=True, console=console)
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An encoder's folder: `built(family)`."""
+    return cache(lambda family: getattr(families, f"build_{family}")(tmp_path_factory.mktemp(family)))
+
+
 @pytest.mark.parametrize("task", SECTIONS)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
-def test_encoders_are_proven_to_pack(tmp_path, family, task, console):
-    folder = getattr(families, f"build_{family}")(tmp_path)
-    selected = open_model(recipe_of(folder, task), console)
+def test_encoders_are_proven_to_pack(built, family, task, console):
+    selected = open_model(recipe_of(built(family), task), console)
     assert selected.packs
     assert selected.model.config._attn_implementation == PACKED
     assert "padded" not in console.file.getvalue()
@@ -84,8 +90,8 @@ def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, r
     assert "padded" not in console.file.getvalue()
 
 
-def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(tmp_path, console):
-    folder = families.build_bert(tmp_path)
+def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(built, console):
+    folder = built("bert")
     assert not open_model(recipe_of(folder, "classify", data={"packing": False}), console).packs
     assert console.file.getvalue() == ""
     selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console)
@@ -99,8 +105,8 @@ def load(folder: Path, **config: Any) -> Any:
 
 @pytest.mark.parametrize("pools", [True, False])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_without_pooling_by_document_the_proof_fails(tmp_path, family, pools):
-    model = load(getattr(families, f"build_{family}")(tmp_path), num_labels=3)
+def test_without_pooling_by_document_the_proof_fails(built, family, pools):
+    model = load(built(family), num_labels=3)
     install_packed(model)
     if pools:
         pool_documents(model)
@@ -108,8 +114,8 @@ def test_without_pooling_by_document_the_proof_fails(tmp_path, family, pools):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_where_documents_see_one_another_the_proof_fails(tmp_path, family):
-    model = load(getattr(families, f"build_{family}")(tmp_path), num_labels=3)
+def test_where_documents_see_one_another_the_proof_fails(built, family):
+    model = load(built(family), num_labels=3)
     pool_documents(model)
     whole = model.base_model.register_forward_pre_hook(  # as if the lengths got lost on the way
         lambda module, args, kwargs: (
@@ -143,9 +149,9 @@ def test_first_tokens_and_means_are_those_of_each_document():
 
 @pytest.mark.parametrize("task", ["classify", "token-classify", "qa"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
-def test_documents_stay_apart_within_an_adapter(tmp_path, family, task):
+def test_documents_stay_apart_within_an_adapter(built, family, task):
     """PEFT's classes for these tasks leave out arguments that they do not know."""
-    recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path), task)
+    recipe = recipe_of(built(family), task)
     selected = open_model(recipe, quiet())
     adapted = inject(selected, recipe, quiet())
     task_of, processor = task_for(recipe), selected.processor
