@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from support import families
 from support.adapting import quiet
-from support.models import build_gpt2, build_llama
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,29 +27,12 @@ from llmtune.explain.model_explainer import count_parts
 from llmtune.explain.target import open_target
 from llmtune.explain.trained_modules import TrainedModule, TrainedModules
 
-BUILDERS: dict[str, Callable[..., Path]] = {
-    "llama": build_llama,
-    "gpt2": build_gpt2,
-    "bert": families.build_bert,
-    "distilbert": families.build_distilbert,
-    "roberta": families.build_roberta,
-    "deberta": families.build_deberta,
-    "modernbert": families.build_modernbert,
-    "t5": families.build_t5,
-    "mt5": families.build_mt5,
-    "bart": families.build_bart,
-    "nllb": families.build_nllb,
-    "whisper": families.build_whisper,
-    "wav2vec2": families.build_wav2vec2,
-}
+FAMILIES = ("llama", "gpt2", "bert", "distilbert", "roberta", "deberta", "modernbert", "t5", "mt5", "bart", "nllb")
+FAMILIES += ("whisper", "wav2vec2")
+Built = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: build(root / name) for name, build in BUILDERS.items()}
-
-
+@cache
 def describe(folder: Path) -> tuple[Architecture, MetaModel]:
     target = open_target(str(folder), quiet(), offline=True)
     meta = build_meta_model(target)
@@ -62,20 +45,20 @@ def add_up(architecture: Architecture) -> int:
     return pieces + blocks + sum(architecture.other.values())
 
 
-@pytest.mark.parametrize("family", list(BUILDERS))
-def test_every_parameter_is_counted_once(built: dict[str, Path], family: str):
-    architecture, meta = describe(built[family])
-    with open_target(str(built[family]), quiet(), offline=True).open_model("model") as model:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_counted_once(built: Built, family: str):
+    architecture, meta = describe(built(family))
+    with open_target(str(built(family)), quiet(), offline=True).open_model("model") as model:
         assert architecture.parameters == model.num_parameters()
     assert add_up(architecture) == architecture.parameters
     assert sum(count_parts(architecture).values()) == architecture.parameters
     assert all(parameter.is_meta for parameter in meta.model.parameters())
 
 
-@pytest.mark.parametrize("family", list(BUILDERS))
-def test_heads_and_blocks_count_as_the_config_says(built: dict[str, Path], family: str):
-    config = AutoConfig.from_pretrained(built[family])
-    architecture, _ = describe(built[family])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_and_blocks_count_as_the_config_says(built: Built, family: str):
+    config = AutoConfig.from_pretrained(built(family))
+    architecture, _ = describe(built(family))
     layers = {
         "encoder": getattr(config, "encoder_layers", config.num_hidden_layers),
         "decoder": getattr(config, "decoder_layers", config.num_hidden_layers),
@@ -94,8 +77,8 @@ def test_heads_and_blocks_count_as_the_config_says(built: dict[str, Path], famil
             assert group.branches()[0].head_size == 16
 
 
-def test_grouped_keys_are_told(built: dict[str, Path]):
-    architecture, _ = describe(built["llama"])
+def test_grouped_keys_are_told(built: Built):
+    architecture, _ = describe(built("llama"))
     (stack,) = architecture.stacks
     (group,) = stack.blocks
     assert stack.kv_heads == 2
@@ -118,20 +101,20 @@ def test_grouped_keys_are_told(built: dict[str, Path]):
         ("wav2vec2", ["a convolution"]),
     ],
 )
-def test_how_a_model_knows_the_order_of_words(built: dict[str, Path], family: str, expected: list[str]):
-    architecture, _ = describe(built[family])
+def test_how_a_model_knows_the_order_of_words(built: Built, family: str, expected: list[str]):
+    architecture, _ = describe(built(family))
     assert len(architecture.stacks) == len(expected)
     for stack, begins in zip(architecture.stacks, expected, strict=True):
         (order,) = stack.orders
         assert order.startswith(begins)
 
 
-def test_a_tied_head_has_no_parameters_of_its_own(built: dict[str, Path]):
-    architecture, _ = describe(built["llama"])
+def test_a_tied_head_has_no_parameters_of_its_own(built: Built):
+    architecture, _ = describe(built("llama"))
     head = architecture.stacks[-1].behind[-1]
     assert (head.parameters, head.tied_to) == (0, "model.embed_tokens")
     assert architecture.tied_head
-    untied, _ = describe(built["mt5"])
+    untied, _ = describe(built("mt5"))
     head = untied.stacks[-1].behind[-1]
     assert (head.parameters, head.tied_to) == (64 * head.shape[1], None)
     assert not untied.tied_head
@@ -147,9 +130,9 @@ def test_weights_that_the_files_hold_twice_are_not_tied(tmp_path: Path):
     assert architecture.stacks[-1].behind[-1].parameters > 0
 
 
-def test_blocks_that_differ_are_drawn_apart(built: dict[str, Path]):
+def test_blocks_that_differ_are_drawn_apart(built: Built):
     """ModernBERT's first block has no norm before its attention, and its attention reaches 8 tokens in two of three."""
-    (stack,) = describe(built["modernbert"])[0].stacks
+    (stack,) = describe(built("modernbert"))[0].stacks
     assert [group.numbers for group in stack.blocks] == [(0,), (1, 2)]
     assert [bool(group.branches()[0].before) for group in stack.blocks] == [False, True]
     assert stack.window == "window 8 each way in 2 of 3 layers"
@@ -207,15 +190,16 @@ def test_a_model_that_looks_at_numbers_is_traced_all_the_same():
     assert [branch.kind for branch in architecture.stacks[0].blocks[0].branches()] == ["attention", "feed-forward"]
 
 
-def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: dict[str, Path], tmp_path: Path):
-    architecture, meta = describe(built["llama"])
+def test_a_model_that_cannot_be_run_is_drawn_without_an_order(built: Built, tmp_path: Path):
+    architecture, _ = describe(built("llama"))
+    target = open_target(str(built("llama")), quiet(), offline=True)
+    model = build_meta_model(target).model
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("cannot be run")
 
-    meta.model.forward = broken
-    target = open_target(str(built["llama"]), quiet(), offline=True)
-    drawn = describe_model(target, MetaModel(meta.model, lambda: meta.model))
+    model.forward = broken
+    drawn = describe_model(target, MetaModel(model, lambda: model))
     assert drawn.untraced == "cannot be run"
     (group,) = drawn.stacks[0].blocks
     assert (group.wiring, group.parameters) == (None, architecture.stacks[0].blocks[0].parameters)
@@ -230,8 +214,8 @@ def texts_of(path: Path) -> list[str | None]:
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "whisper", "t5"])
-def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: dict[str, Path], tmp_path: Path, family):
-    architecture, _ = describe(built[family])
+def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: Built, tmp_path: Path, family):
+    architecture, _ = describe(built(family))
     (path,) = draw_architecture(tmp_path / "model", architecture, None)
     shown = texts_of(path)
     assert shown.count("× 2") == len(architecture.stacks)

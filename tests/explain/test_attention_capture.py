@@ -11,16 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.families import (
-    build_bart,
-    build_bert,
-    build_deberta,
-    build_modernbert,
-    build_t5,
-    build_wav2vec2,
-    build_whisper,
-)
-from support.models import build_gpt2, build_llama
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -43,30 +33,18 @@ from llmtune.model.loading import load_plain
 from llmtune.recipe import ModelSection
 from llmtune.records import ModelRef
 
-BUILD: dict[str, Callable[[Path], Path]] = {
-    "bert": build_bert,
-    "gpt2": build_gpt2,
-    "llama": build_llama,
-    "t5": build_t5,
-    "bart": build_bart,
-    "whisper": build_whisper,
-    "deberta": build_deberta,
-    "wav2vec2": build_wav2vec2,
-}
+FAMILIES = ("bert", "gpt2", "llama", "t5", "bart", "whisper", "deberta", "wav2vec2")
 KINDS = {"encoder": {SELF}, "decoder": {MASKED}, "encoder-decoder": {SELF, MASKED, CROSS}}
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def load(built: Callable[[str], Path]) -> Callable[[str], Any]:
     """Loads a family's model as `explain` does."""
-    folders: dict[str, Path] = {}
 
     def load(name: str) -> Any:
-        if name not in folders:
-            folders[name] = BUILD[name](tmp_path_factory.mktemp(name))
-        place = ModelRef(name, folders[name], None, "")
-        config = AutoConfig.from_pretrained(str(folders[name]))
-        settings = ModelSection(name=str(folders[name]))
+        folder = built(name)
+        place, settings = ModelRef(name, folder, None, ""), ModelSection(name=str(folder))
+        config = AutoConfig.from_pretrained(str(folder))
         return load_plain(place, config, settings, dtype=torch.float32, device="cpu")
 
     return load
@@ -89,7 +67,7 @@ def see(model: Any, name: str) -> list[Attended]:
     return seen
 
 
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_rows_sum_to_one_masked_entries_are_zero_and_layers_and_heads_are_those_of_the_configuration(load, name):
     model = load(name)
     seen, family = see(model, name), family_of(model.config)
@@ -108,7 +86,7 @@ def test_rows_sum_to_one_masked_entries_are_zero_and_layers_and_heads_are_those_
         assert shapes == {SELF: (100, 100), MASKED: (7, 7), CROSS: (7, 100)}
 
 
-@pytest.mark.parametrize("name", list(BUILD))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_weights_are_those_that_the_model_gives_out_itself(load, name):
     model = load(name)
     seen = see(model, name)
@@ -135,11 +113,8 @@ def test_a_window_hides_what_is_too_far_back():
         assert (one.weights.sum(-1) - 1).abs().max() < 1e-5
 
 
-def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(tmp_path):
-    folder = build_modernbert(tmp_path)
-    config = AutoConfig.from_pretrained(str(folder))
-    place, settings = ModelRef("modernbert", folder, None, ""), ModelSection(name=str(folder))
-    model = load_plain(place, config, settings, dtype=torch.float32, device="cpu")
+def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(load):
+    model = load("modernbert")
     seen: list[Attended] = []
     attend(model, {"input_ids": torch.arange(10, 40)[None]}, "encoder", seen.append)
     assert [one.kind for one in seen] == [SELF] * 3

@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from support.audio import write_tone
 from support.browser import browse, browser, with_script
 from support.explaining import expect, explain, open_quietly, page_data, quiet, train, values_of
-from support.families import build_bert, build_nllb, build_t5, build_whisper
+from support.families import build_t5
 from support.models import build_llama
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from llmtune.explain import attention_explainer, attention_page
 from llmtune.explain.attention_explainer import explain_attention
 from llmtune.explain.attention_figures import blank_masked
 from llmtune.explain.attention_view import AttentionOptions
 from llmtune.explain.inputs import AttentionRequest
+from llmtune.model.library_logging import hushed
 from llmtune.recipe import load_recipe
 
 invoke = partial(explain, "attention")
@@ -49,13 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a BERT, a T5, a Whisper and a recording in it."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, build in {"bert": build_bert, "t5": build_t5, "whisper": build_whisper, "llama": build_llama}.items():
-        build(folder / name)
-    write_tone(folder / "tone.wav", 1.3)
-    return folder
+def explained(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What is printed of the run and the text, and where its files are."""
+    out = tmp_path_factory.mktemp("explained")
+    return values_of(invoke(run, "--text", TEXT, "--out", out, "--json")), out
 
 
 def names(out: Path) -> set[str]:
@@ -73,15 +72,15 @@ def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray
     return whole
 
 
-def test_a_run_shows_base_tuned_and_difference_in_all_files(run, tmp_path):
-    found = values_of(invoke(run, "--text", TEXT, "--out", tmp_path, "--json"))
-    assert names(tmp_path) == FIGURES | GRAPHS | {"attention.html"} == {Path(file).name for file in found["files"]}
+def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
+    found, out = explained
+    assert names(out) == FIGURES | GRAPHS | {"attention.html"} == {Path(file).name for file in found["files"]}
     assert found["sides"] == ["base", "tuned"]
     kind = found["attention"]["masked-self"]
     assert (kind["layers"], kind["heads"]) == (2, 4)
     assert [layer["layer"] for layer in kind["by_layer"]] == [0, 1]
     assert all(layer["mean_change"] > 0 for layer in kind["by_layer"])
-    page = page_data(tmp_path / "attention.html")["kinds"][0]
+    page = page_data(out / "attention.html")["kinds"][0]
     base, tuned = (unpack(page, side, 1, "mean") for side in ("base", "tuned"))
     assert np.abs(base.sum(-1) - 1).max() < 1e-3
     assert np.abs(base - tuned).max() > 1e-3
@@ -90,19 +89,13 @@ def test_a_run_shows_base_tuned_and_difference_in_all_files(run, tmp_path):
     assert "".join(token["text"] for token in found["tokens"]["source"]) == TEXT
 
 
-def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    values_of(invoke(run, "--text", TEXT, "--out", tmp_path, "--json"))
-    page = page_data(tmp_path / "attention.html")["kinds"][0]
+def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, explained):
+    page = page_data(explained[1] / "attention.html")["kinds"][0]
     name = str(load_recipe(str(run / "recipe.yaml")).recipe.model.name)
     ids = AutoTokenizer.from_pretrained(name)(TEXT, return_tensors="pt")
     base = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager").eval()
     for side, model in (("base", base), ("tuned", base)):
         if side == "tuned":
-            from llmtune.model.library_logging import hushed
-
             with hushed():
                 model = PeftModel.from_pretrained(base, run / "adapter").eval()
         with torch.inference_mode():
@@ -113,9 +106,9 @@ def test_what_is_shown_of_a_run_is_its_own_base_and_its_own_tuned_model(run, tmp
                 assert np.abs(unpack(page, side, layer, head) - wanted).max() < 2e-5
 
 
-def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(models, tmp_path):
+def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(built, tmp_path):
     asked = ("--text", "The sky is blue", "--target", "Der Himmel", "--out", tmp_path, "--json")
-    found = values_of(invoke(models / "t5", *asked))
+    found = values_of(invoke(built("t5"), *asked))
     assert list(found["attention"]) == ["self", "masked-self", "cross"]
     kinds = {kind["name"]: kind for kind in page_data(tmp_path / "attention.html")["kinds"]}
     source, target = (len(found["tokens"][side]) for side in ("source", "target"))
@@ -133,11 +126,11 @@ def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(models, tmp_path):
         ).read_text("utf-8")
 
 
-def test_without_a_target_an_encoder_decoder_writes_its_own_answer(models, tmp_path):
-    result = invoke(models / "t5", "--text", "The sky is blue", "--out", tmp_path, "--json")
+def test_without_a_target_an_encoder_decoder_writes_its_own_answer(built, tmp_path):
+    result = invoke(built("t5"), "--text", "The sky is blue", "--out", tmp_path, "--json")
     found = values_of(result)
-    tokenizer = AutoTokenizer.from_pretrained(str(models / "t5"))
-    model = AutoModelForSeq2SeqLM.from_pretrained(str(models / "t5")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(built("t5")))
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(built("t5"))).eval()
     ids = tokenizer("The sky is blue", return_tensors="pt")
     written = model.generate(**ids, max_new_tokens=64, do_sample=False, num_beams=1)
     assert found["target"] == tokenizer.decode(written[0], skip_special_tokens=True).strip()
@@ -161,9 +154,10 @@ def test_a_translators_run_reads_the_text_as_its_task_puts_it(tmp_path):
     assert (run / "explain" / "attention.html").is_file()
 
 
-def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one(models, tmp_path):
-    asked = ("--audio", models / "tone.wav", "--target", "blue", "--language", "de", "--out", tmp_path, "--json")
-    found = values_of(invoke(models / "whisper", *asked))
+def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one(built, tmp_path):
+    tone = write_tone(tmp_path / "tone.wav", 1.3)
+    asked = ("--audio", tone, "--target", "blue", "--language", "de", "--out", tmp_path, "--json")
+    found = values_of(invoke(built("whisper"), *asked))
     source = [token["text"] for token in found["tokens"]["source"]]
     assert source == [*(f"{tenth / 10:.1f}s" for tenth in range(13)), "silence"]
     assert [token["text"] for token in found["tokens"]["target"]][:2] == ["<|startoftranscript|>", "<|de|>"]
@@ -172,9 +166,8 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
         assert np.abs(unpack(cross, "model", 1, head).sum(-1) - 1).max() < 1e-3
 
 
-def test_languages_of_a_plain_translator_are_named_by_an_option(tmp_path):
-    build_nllb(tmp_path / "nllb")
-    asked = (tmp_path / "nllb", "--text", "The sky is blue", "--target", "Le ciel", "--out", tmp_path / "out", "--json")
+def test_languages_of_a_plain_translator_are_named_by_an_option(built, tmp_path):
+    asked = (built("nllb"), "--text", "The sky is blue", "--target", "Le ciel", "--out", tmp_path / "out", "--json")
     found = values_of(invoke(*asked, "--language", "eng_Latn,deu_Latn"))
     assert "deu_Latn" in [token["text"] for token in found["tokens"]["target"]]
     expect(invoke(*asked, "--language", "eng_Latn,xx"), 2, "--language", "'xx'", "eng_Latn,fra_Latn")
@@ -187,8 +180,8 @@ def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_
     assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
 
 
-def test_pieces_of_a_word_share_a_row_if_asked(models, tmp_path):
-    found = values_of(invoke(models / "bert", "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json"))
+def test_pieces_of_a_word_share_a_row_if_asked(built, tmp_path):
+    found = values_of(invoke(built("bert"), "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json"))
     assert [token["text"] for token in found["tokens"]["source"]] == ["[CLS]", "jumpsuit", "is", "[SEP]"]
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert np.abs(unpack(kind, "model", 0, 2).sum(-1) - 1).max() < 1e-3
@@ -204,8 +197,8 @@ def test_pieces_of_a_word_share_a_row_if_asked(models, tmp_path):
         ("--layer all --head rollout", {"attention-heads.png", "attention-heads.svg"} | GRAPHS),
     ],
 )
-def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(models, tmp_path, options, files):
-    values_of(invoke(models / "bert", "--text", TEXT, *options.split(), "--out", tmp_path, "--json"))
+def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(built, tmp_path, options, files):
+    values_of(invoke(built("bert"), "--text", TEXT, *options.split(), "--out", tmp_path, "--json"))
     assert names(tmp_path) == files | {"attention.html"}
     if "--head 3" in options:
         assert "layer 1, head 3" in (tmp_path / "attention-heatmap.svg").read_text("utf-8")
@@ -216,8 +209,8 @@ def test_what_a_query_cannot_see_is_left_blank():
     assert np.isnan(blank).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
 
 
-def test_text_of_any_script_is_text_in_the_svg_which_asks_for_nothing(models, tmp_path):
-    values_of(invoke(models / "bert", "--text", "the cat", "--out", tmp_path, "--json"))
+def test_text_of_any_script_is_text_in_the_svg_which_asks_for_nothing(built, tmp_path):
+    values_of(invoke(built("bert"), "--text", "the cat", "--out", tmp_path, "--json"))
     for name in ("attention-heatmap.svg", "attention-graph.svg", "attention-heads.svg"):
         drawn = (tmp_path / name).read_text("utf-8")
         assert (">cat</text>" in drawn) == (name != "attention-heads.svg")
@@ -235,37 +228,37 @@ def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
 # Limits and mistakes
 
 
-def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(models, tmp_path):
+def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(built, tmp_path):
     long = "cat dog " * 200
-    expect(invoke(models / "bert", "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut")
-    expect(invoke(models / "llama", "--text", long, "--max-tokens", 30), 3, "figures are drawn of 30", "--max-tokens")
-    expect(invoke(models / "t5", "--text", "cat", "--target", long, "--max-tokens", 30), 3, "--target", "--cut")
+    expect(invoke(built("bert"), "--text", long), 3, "--text", "402 tokens", "positions for 256", "--cut")
+    expect(invoke(built("llama"), "--text", long, "--max-tokens", 30), 3, "figures are drawn of 30", "--max-tokens")
+    expect(invoke(built("t5"), "--text", "cat", "--target", long, "--max-tokens", 30), 3, "--target", "--cut")
     cut = ("--cut", "--max-tokens", 30, "--out", tmp_path, "--json")
-    found = values_of(invoke(models / "bert", "--text", long, *cut))
+    found = values_of(invoke(built("bert"), "--text", long, *cut))
     read = [token["text"] for token in found["tokens"]["source"]]
     assert (len(read), read[0], read[-1]) == (30, "[CLS]", "[SEP]")
 
 
-def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(models):
-    expect(invoke(models / "llama", "--text", "  "), 3, "--text: the text is empty", "at least one word")
-    expect(invoke(models / "llama"), 2, "--text: it is needed")
-    expect(invoke(models / "llama", "--text", "a", "--target", "b"), 2, "--target: this model has no use for it")
-    expect(invoke(models / "bert", "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
-    expect(invoke(models / "whisper", "--text", "a"), 2, "--audio: this model reads recordings")
-    expect(invoke(models / "whisper", "--audio", models / "none.wav"), 3, "--audio", "there is no file")
+def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_path):
+    expect(invoke(built("llama"), "--text", "  "), 3, "--text: the text is empty", "at least one word")
+    expect(invoke(built("llama")), 2, "--text: it is needed")
+    expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: this model has no use for it")
+    expect(invoke(built("bert"), "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
+    expect(invoke(built("whisper"), "--text", "a"), 2, "--audio: this model reads recordings")
+    expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "--audio", "there is no file")
 
 
-def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(models):
-    asked = (models / "llama", "--text", "a b")
+def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
+    asked = (built("llama"), "--text", "a b")
     expect(invoke(*asked, "--layer", "2"), 2, "--layer: there is no layer 2: the model has 2", "from 0 to 1, or all")
     expect(invoke(*asked, "--head", "4"), 2, "--head: there is no head 4", "from 0 to 3, mean, rollout or all")
     expect(invoke(*asked, "--head", "-1"), 2, "--head: '-1' is no head")
     expect(invoke(*asked, "--head", "meen"), 2, "Did you mean 'mean'?")
     expect(invoke(*asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
-    expect(invoke(models / "t5", "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
+    expect(invoke(built("t5"), "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
 
 
-def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, models, tmp_path):
+def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     name = Path(str(load_recipe(str(run / "recipe.yaml")).recipe.model.name))
     away = name.rename(tmp_path / "away")
@@ -273,13 +266,13 @@ def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, mode
         expect(invoke(copy, "--text", "a"), 4, name.name)
     finally:
         away.rename(name)
-    expect(invoke(models / "nothing", "--text", "a", "--offline"), 4, "nothing")
+    expect(invoke(tmp_path / "nothing", "--text", "a", "--offline"), 4, "nothing")
 
 
-def test_where_there_is_no_room_for_all_layers_the_page_has_one_and_says_so(models, tmp_path, monkeypatch):
+def test_where_there_is_no_room_for_all_layers_the_page_has_one_and_says_so(built, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_page, "MOST_NUMBERS", 1500)
     explain_attention(
-        open_quietly(models / "bert"), AttentionRequest(text=TEXT), AttentionOptions(layer="1"), tmp_path, quiet()
+        open_quietly(built("bert")), AttentionRequest(text=TEXT), AttentionOptions(layer="1"), tmp_path, quiet()
     )
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/0"} <= set(kind["values"])
@@ -287,9 +280,9 @@ def test_where_there_is_no_room_for_all_layers_the_page_has_one_and_says_so(mode
     assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
 
 
-def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone(models, tmp_path, monkeypatch):
+def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone(built, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_explainer, "KEPT_BYTES", 100)
-    console, target = quiet(), open_quietly(models / "bert")
+    console, target = quiet(), open_quietly(built("bert"))
     with pytest.raises(attention_explainer.RecipeError, match="too many to keep"):
         explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
     explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
@@ -320,8 +313,8 @@ const choose = (id, value) => {
 
 
 @browser
-def test_choosing_a_head_changes_the_picture(models, tmp_path):
-    values_of(invoke(models / "bert", "--text", "The cat sat", "--out", tmp_path, "--json"))
+def test_choosing_a_head_changes_the_picture(built, tmp_path):
+    values_of(invoke(built("bert"), "--text", "The cat sat", "--out", tmp_path, "--json"))
     before = browse(tmp_path / "attention.html")
     after = browse(with_script(tmp_path / "attention.html", CHOOSE + 'choose("layer", "1"); choose("head", "2");'))
     assert picture(before) != picture(after)

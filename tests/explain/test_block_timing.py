@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from support import families
 from support.explaining import explain, quiet
 from support.models import build_gpt2
 
@@ -42,18 +41,18 @@ def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
 
 
 @pytest.mark.parametrize(
-    ("build", "attention"),
+    ("family", "attention"),
     [
-        (families.build_bert, "attention"),
-        (families.build_modernbert, "attn"),
-        (families.build_t5, "layer.0.SelfAttention"),
-        (families.build_whisper, "self_attn"),
-        (families.build_wav2vec2, "attention"),
+        ("bert", "attention"),
+        ("modernbert", "attn"),
+        ("t5", "layer.0.SelfAttention"),
+        ("whisper", "self_attn"),
+        ("wav2vec2", "attention"),
     ],
 )
-def test_blocks_of_every_family_run_by_themselves(tmp_path: Path, monkeypatch, build, attention):
+def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family, attention):
     monkeypatch.setattr(costs, "LONGEST", 64)
-    found = measure(build(tmp_path / "model"), 0.2)
+    found = measure(built(family), 0.2)
     assert found.attention == attention
     assert [point.tokens for point in found.points] == [64]
 
@@ -88,9 +87,8 @@ def test_the_cost_of_a_block_is_what_torch_counts(tiny_llama: Path):
     assert value(parts["attention"], 50) == sum(counts["LlamaForCausalLM.model.layers.0.self_attn"].values())
 
 
-def test_the_command_writes_page_drawings_and_numbers(tmp_path: Path):
-    folder = build_gpt2(tmp_path / "gpt2")
-    result = invoke(folder, "--out", tmp_path / "out", "--no-measure")
+def test_the_command_writes_page_drawings_and_numbers(tiny_gpt2: Path, tmp_path: Path):
+    result = invoke(tiny_gpt2, "--out", tmp_path / "out", "--no-measure")
     assert result.exit_code == 0, result.stderr
     for name in ("model.html", "model.svg", "model-cost.svg", "model.json"):
         assert f"{name}" in result.stderr
@@ -115,9 +113,8 @@ def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Pa
     assert "cannot be built from its configuration" in " ".join(result.stderr.split())
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path):
-    folder = build_gpt2(tmp_path / "gpt2")
+def test_a_folder_that_cannot_be_written_is_an_error(tiny_gpt2: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
-    result = invoke(folder, "--out", tmp_path / "file", "--no-measure")
+    result = invoke(tiny_gpt2, "--out", tmp_path / "file", "--no-measure")
     assert result.exit_code == 4, result.exception
     assert "--out" in result.stderr

@@ -7,7 +7,6 @@ import pytest
 import torch
 from support import families
 from support.adapting import quiet
-from support.models import build_gpt2, build_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain.architecture import describe_model
@@ -15,17 +14,7 @@ from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_
 from llmtune.explain.meta_device_model import build_meta_model, make_inputs
 from llmtune.explain.target import open_target
 
-BUILDERS: dict[str, Callable[..., Path]] = {
-    "llama": build_llama,
-    "gpt2": build_gpt2,
-    "bert": families.build_bert,
-    "deberta": families.build_deberta,
-    "modernbert": families.build_modernbert,
-    "t5": families.build_t5,
-    "bart": families.build_bart,
-    "whisper": families.build_whisper,
-    "wav2vec2": families.build_wav2vec2,
-}
+FAMILIES = ("llama", "gpt2", "bert", "deberta", "modernbert", "t5", "bart", "whisper", "wav2vec2")
 
 
 def count(folder: Path) -> Cost:
@@ -34,9 +23,9 @@ def count(folder: Path) -> Cost:
     return count_cost(meta, describe_model(target, meta))
 
 
-@pytest.mark.parametrize("family", list(BUILDERS))
-def test_the_formula_is_what_torch_counts_at_other_lengths(tmp_path: Path, family: str):
-    folder = BUILDERS[family](tmp_path / family)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_is_what_torch_counts_at_other_lengths(built: Callable[[str], Path], family: str):
+    folder = built(family)
     cost = count(folder)
     with open_target(str(folder), quiet(), offline=True).open_model("model") as model:
         for tokens in (1, 13, 77):
@@ -60,11 +49,11 @@ def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path
     assert cost.sum(pairs=True) == (0, 0, 512)
 
 
-def test_self_and_cross_attention_are_told_apart(tmp_path: Path):
-    cost = count(families.build_t5(tmp_path / "t5"))
+def test_self_and_cross_attention_are_told_apart(built: Callable[[str], Path]):
+    cost = count(built("t5"))
     assert cost.parts["decoder"]["attention"] == cost.parts["decoder"]["cross-attention"] == (0, 0, 512)
     assert "cross-attention" not in cost.parts["encoder"]
-    whisper = count(families.build_whisper(tmp_path / "whisper"))
+    whisper = count(built("whisper"))
     assert whisper.parts["encoder"]["attention"] == (2 * 4 * 100 * 100 * 64, 0, 0)  # its window, whatever is said
     assert whisper.parts["decoder"]["cross-attention"] == (0, 2 * 4 * 100 * 64, 0)
 

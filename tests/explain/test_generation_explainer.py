@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.audio import write_tone
 from support.explaining import expect, explain, train, values_of
-from support.families import build_bert, build_whisper
+from support.families import build_whisper
 from support.models import build_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -45,14 +46,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(folder, build_llama(folder / "model"), ROWS, train=longer, evaluate={"metrics": ["loss"]})
 
 
+@pytest.fixture(scope="module")
+def told(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is printed of the run and the question."""
+    return values_of(invoke(trained, "--prompt", QUESTION, "--json", "--out", tmp_path_factory.mktemp("told")))
+
+
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy that a test may write into."""
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_base_and_tuned_answers_part_and_what_moved_is_told(run):
-    told = values_of(invoke(run, "--prompt", QUESTION, "--json"))
+def test_base_and_tuned_answers_part_and_what_moved_is_told(told):
     base, tuned = (told["traces"][side]["steps"] for side in ("base", "tuned"))
     assert "blue" in told["traces"]["tuned"]["text"]
     assert "blue" not in told["traces"]["base"]["text"]
@@ -65,9 +71,8 @@ def test_base_and_tuned_answers_part_and_what_moved_is_told(run):
         assert row["tuned"] == pytest.approx(step["probability"], rel=1e-3)
 
 
-def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(run):
-    told = values_of(invoke(run, "--prompt", QUESTION, "--json"))
-    loaded = load_recipe(str(run / "recipe.yaml")).recipe
+def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(told, trained):
+    loaded = load_recipe(str(trained / "recipe.yaml")).recipe
     model = AutoModelForCausalLM.from_pretrained(str(loaded.model.name)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(loaded.model.name))
     ids = render_prompt([{"role": "user", "content": QUESTION}], tokenizer, loaded)
@@ -108,8 +113,8 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
     assert json.loads((run / "report.json").read_text()) == {**before, "explanations": [name]}
 
 
-def test_the_terminal_shows_the_four_stages_and_where_they_part(run, tmp_path):
-    shown = invoke(run, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
+def test_the_terminal_shows_the_four_stages_and_where_they_part(trained, tmp_path):
+    shown = invoke(trained, "--prompt", QUESTION, "--out", tmp_path / "out", columns=80).stdout
     stages = ["Where base and tuned part", "1 Prompt to tokens", "2 Model processing", "3 Word prediction"]
     stages.append("4 Output so far")
     at = [shown.index(stage) for stage in stages]
@@ -146,12 +151,8 @@ def test_a_plain_model_goes_by_its_template_unless_told_otherwise(tiny_llama, tm
     assert plain["parting"] is None
 
 
-def test_an_encoder_fills_its_masks(tmp_path):
-    told = values_of(
-        explain(
-            "generation", build_bert(tmp_path / "bert"), "--prompt", "The [MASK] is blue.", "--json", "--out", tmp_path
-        )
-    )
+def test_an_encoder_fills_its_masks(built, tmp_path):
+    told = values_of(invoke(built("bert"), "--prompt", "The [MASK] is blue.", "--json", "--out", tmp_path))
     assert told["masked"]
     (step,) = told["traces"]["model"]["steps"]
     assert len(step["layers"]) == 3
@@ -184,8 +185,8 @@ def test_what_a_model_cannot_go_on_from_is_refused_with_place_and_cure(tiny_llam
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_that_predict_no_words_are_told_so(tmp_path, tiny_gpt2):
-    bert = build_bert(tmp_path / "bert")
+def test_models_that_predict_no_words_are_told_so(built, tmp_path, tiny_gpt2):
+    bert = built("bert")
     expect(invoke(bert, "--prompt", "The sky is blue.", "--out", tmp_path), 2, "[MASK]", "--prompt")
     AutoModel.from_pretrained(bert).save_pretrained(tmp_path / "headless")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "headless")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.families import build_bart, build_bert, build_marian, build_t5
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -126,9 +125,9 @@ def test_words_that_may_not_be_written_are_not_listed(llama):
     assert found.entropy_bits == 0
 
 
-@pytest.mark.parametrize("build", [build_t5, build_bart])
-def test_an_encoder_decoder_answers_as_it_does_by_itself(build, tmp_path):
-    place = build(tmp_path / "model")
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_answers_as_it_does_by_itself(built, family):
+    place = built(family)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     prompt = prompt_for(tokenizer, "Which colour is the sky?", "summarize")
     trace = trace_answer(model, prompt, tokenizer, GREEDY)
@@ -151,8 +150,8 @@ def test_an_encoder_decoder_answers_as_it_does_by_itself(build, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
-def test_marian_never_writes_its_own_start(tmp_path):
-    place = build_marian(tmp_path / "marian")
+def test_marian_never_writes_its_own_start(built):
+    place = built("marian")
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     trace = trace_answer(model, prompt_for(tokenizer, "The sky is blue.", "translate"), tokenizer, GREEDY)
@@ -173,8 +172,8 @@ def test_an_answer_that_is_read_has_the_ranks_of_its_words(llama):
     assert score_answer(model, prompt, prompt.ids, [order[41]])[0].likeliest == order[0]
 
 
-def test_a_mask_is_filled_with_the_likeliest_word(tmp_path):
-    place = build_bert(tmp_path / "bert")
+def test_a_mask_is_filled_with_the_likeliest_word(built):
+    place = built("bert")
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     ids = list(tokenizer("The [MASK] is [MASK].")["input_ids"])
     places = tuple(at for at, token in enumerate(ids) if token == tokenizer.mask_token_id)

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import build_bart, build_bert, build_modernbert, build_t5, build_whisper
-from support.models import build_gpt2, build_llama
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -67,10 +65,9 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("family", list(ENDINGS))
-def test_each_layer_is_read_through_the_models_own_norm_scale_and_head(tmp_path, family):
+def test_each_layer_is_read_through_the_models_own_norm_scale_and_head(built, family):
     auto, ending = ENDINGS[family]
-    builders = {"llama": build_llama, "gpt2": build_gpt2, "t5": build_t5, "bert": build_bert}
-    model = auto.from_pretrained(builders.get(family, build_modernbert)(tmp_path / family))
+    model = auto.from_pretrained(built(family))
     _, lens, output = look(model, input_ids=IDS, **({"decoder_input_ids": IDS} if family == "t5" else {}))
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
     states = output.decoder_hidden_states if family == "t5" else output.hidden_states
@@ -89,13 +86,11 @@ def test_soft_caps_and_shared_layers_are_read_as_the_model_does(make):
         assert float(lens.abs().max()) < 2.0
 
 
-@pytest.mark.parametrize(
-    ("build", "auto"), [(build_bart, AutoModelForSeq2SeqLM), (build_whisper, AutoModelForSpeechSeq2Seq)]
-)
-def test_the_decoder_of_an_encoder_decoder_is_what_is_read(build, auto, tmp_path):
-    model = auto.from_pretrained(build(tmp_path / "model"))
+@pytest.mark.parametrize(("family", "auto"), [("bart", AutoModelForSeq2SeqLM), ("whisper", AutoModelForSpeechSeq2Seq)])
+def test_the_decoder_of_an_encoder_decoder_is_what_is_read(built, family, auto):
+    model = auto.from_pretrained(built(family))
     inputs = {"decoder_input_ids": IDS}
-    if build is build_whisper:
+    if family == "whisper":
         inputs["input_features"] = torch.randn(1, 80, 200)
     else:
         inputs["input_ids"] = IDS

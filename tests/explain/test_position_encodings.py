@@ -8,17 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.families import (
-    build_bart,
-    build_bert,
-    build_deberta,
-    build_marian,
-    build_modernbert,
-    build_nllb,
-    build_roberta,
-    build_t5,
-    build_whisper,
-)
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -68,9 +57,9 @@ def test_sines_are_alike_by_distance_alone():
         np.testing.assert_allclose(np.diagonal(alike, distance), by_distance[distance], atol=1e-12)
 
 
-@pytest.mark.parametrize("build", [build_bert, build_roberta])
-def test_the_first_row_of_a_learned_table_is_what_the_model_adds_at_the_first_token(build, tmp_path):
-    model = load(build(tmp_path / "model"))
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_first_row_of_a_learned_table_is_what_the_model_adds_at_the_first_token(built, family):
+    model = load(built(family))
     (scheme,) = find_schemes(model)
     assert scheme.kind == "learned"
     ids = torch.tensor([[7, 9, 11]])
@@ -81,8 +70,8 @@ def test_the_first_row_of_a_learned_table_is_what_the_model_adds_at_the_first_to
     np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, seen[0].shape[-1])[-3:].numpy(), atol=1e-6)
 
 
-def test_both_halves_of_bart_have_tables_that_begin_at_two(tmp_path):
-    model = load(build_bart(tmp_path / "bart"))
+def test_both_halves_of_bart_have_tables_that_begin_at_two(built):
+    model = load(built("bart"))
     encoder, decoder = find_schemes(model)
     assert (encoder.title, decoder.title) == (
         "Learned position table of the encoder",
@@ -93,26 +82,22 @@ def test_both_halves_of_bart_have_tables_that_begin_at_two(tmp_path):
     assert len(encoder.values) == model.config.max_position_embeddings
 
 
-@pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
-@pytest.mark.parametrize("build", [build_marian, build_nllb, build_whisper])
-def test_tables_that_were_filled_with_sines_are_told_from_learned_ones(build, tmp_path):
-    found = find_schemes(load(build(tmp_path / "model")))
-    kinds = [scheme.kind for scheme in found]
-    if build is build_whisper:
-        assert kinds == ["sinusoidal", "learned"]
-    else:
-        assert set(kinds) == {"sinusoidal"}
+def test_a_table_that_was_filled_with_sines_is_told_from_a_learned_one(built):
+    found = find_schemes(load(built("whisper")))
+    assert [scheme.kind for scheme in found] == ["sinusoidal", "learned"]
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
-@pytest.mark.parametrize("build", [build_marian, build_nllb])
-def test_the_first_row_of_sines_is_what_the_model_adds_at_the_first_token(build, tmp_path):
-    model = load(build(tmp_path / "model"))
+@pytest.mark.parametrize("family", ["marian", "nllb"])
+def test_the_first_row_of_sines_is_what_the_model_adds_at_the_first_token(built, family):
+    model = load(built(family))
     seen = []
     model.encoder.embed_positions.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.inference_mode():
         model(input_ids=torch.tensor([[7, 9, 11]]), decoder_input_ids=torch.tensor([[7]]))
-    (scheme, *_) = find_schemes(model)
+    found = find_schemes(model)
+    assert {scheme.kind for scheme in found} == {"sinusoidal"}
+    scheme = found[0]
     np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, scheme.values.shape[1])[:3].numpy(), atol=1e-6)
 
 
@@ -136,14 +121,14 @@ def test_a_stretched_rotation_is_shown_as_the_model_has_it():
     assert (longer.facts["type"], longer.facts["stretched by"]) == ("linear", "4")
 
 
-def test_each_kind_of_layer_has_its_own_rotation_in_modernbert(tmp_path):
-    found = find_schemes(load(build_modernbert(tmp_path / "model")))
+def test_each_kind_of_layer_has_its_own_rotation_in_modernbert(built):
+    found = find_schemes(load(built("modernbert")))
     assert [scheme.kind for scheme in found] == ["rotary", "rotary"]
     assert all("attention" in scheme.name for scheme in found)
 
 
-def test_the_bias_of_t5_is_the_one_that_its_attention_adds(tmp_path):
-    model = load(build_t5(tmp_path / "t5"))
+def test_the_bias_of_t5_is_the_one_that_its_attention_adds(built):
+    model = load(built("t5"))
     encoder, decoder = find_schemes(model)
     attention = model.encoder.block[0].layer[0].SelfAttention
     bias = attention.compute_bias(40, 40)[0].detach().numpy()
@@ -163,7 +148,7 @@ def test_bloom_has_slopes_and_a_state_space_model_has_nothing():
     assert find_schemes(MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1))) == []
 
 
-def test_debertas_relative_table_is_told_as_one_of_buckets(tmp_path):
-    found = find_schemes(load(build_deberta(tmp_path / "model")))
+def test_debertas_relative_table_is_told_as_one_of_buckets(built):
+    found = find_schemes(load(built("deberta")))
     assert [scheme.name.rsplit(".", 1)[-1] for scheme in found] == ["rel_embeddings"]
     assert "buckets" in found[0].facts["rows"]

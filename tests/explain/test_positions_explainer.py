@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 from support.explaining import expect, explain
-from support.families import build_bert, build_t5
 
 invoke = partial(explain, "positions")
 
@@ -17,7 +16,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
+def test_the_four_rows_of_the_textbook_are_printed_and_the_files_are_whole(tmp_path):
     result = invoke("--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path)
     expect(result, 0, "written:", "positions.html", "positions.png", "positions.svg", "positions.json")
     found = rows(result.stdout)
@@ -25,10 +24,6 @@ def test_the_four_rows_of_the_textbook_are_printed(tmp_path):
     assert ["1", "am", "0.84", "0.54", "0.10", "1.00"] in found
     assert ["2", "a", "0.91", "-0.42", "0.20", "0.98"] in found
     assert ["3", "robot", "0.14", "-0.99", "0.30", "0.96"] in found
-
-
-def test_the_files_are_whole(tmp_path):
-    expect(invoke("--text", "I am a robot", "--dimension", 4, "--base", 100, "--out", tmp_path), 0)
     told = json.loads((tmp_path / "positions.json").read_text())
     assert told["words"] == ["I", "am", "a", "robot"]
     assert told["schemes"][0]["encoding"][1][0] == pytest.approx(0.8414709848)
@@ -55,23 +50,16 @@ def test_the_files_are_whole(tmp_path):
         (("--length", "4096", "--dimension", "4096"), ("--dimension", "too many")),
         (("--text", "word " * 4097), ("--text", "4,097")),
         (("--text", "a b", "--length", "3"), ("--length", "Omit it")),
+        (("--text", "", "--dimension", "3", "--base", "0.5"), ("--text", "--dimension", "--base")),
     ],
 )
-def test_what_cannot_be_encoded_is_refused_with_place_and_cure(tmp_path, arguments, words):
+def test_what_cannot_be_encoded_is_refused_all_at_once_with_place_and_cure(tmp_path, arguments, words):
     expect(invoke(*arguments, "--out", tmp_path), 2, *words)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_that_is_wrong_is_told_at_once(tmp_path):
-    expect(
-        invoke("--text", "", "--dimension", 3, "--base", 0.5, "--out", tmp_path), 2, "--text", "--dimension", "--base"
-    )
-
-
-def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(tmp_path):
-    result = explain(
-        "positions", build_bert(tmp_path / "bert"), "--text", "The sky is blue.", "--out", tmp_path / "out"
-    )
+def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(built, tmp_path):
+    result = invoke(built("bert"), "--text", "The sky is blue.", "--out", tmp_path / "out")
     expect(result, 0)
     assert "Learned position table" in result.stdout
     assert ["0", "[CLS]"] in [line[:2] for line in rows(result.stdout)]
@@ -79,8 +67,8 @@ def test_a_models_own_table_is_shown_with_the_tokens_of_a_text(tmp_path):
     assert "[CLS]" in (tmp_path / "out" / "positions.html").read_text()
 
 
-def test_the_heads_of_t5_have_a_line_each(tmp_path):
-    result = invoke(build_t5(tmp_path / "t5"), "--out", tmp_path / "out")
+def test_the_heads_of_t5_have_a_line_each(built, tmp_path):
+    result = invoke(built("t5"), "--out", tmp_path / "out")
     expect(result, 0)
     assert (tmp_path / "out" / "positions.svg").read_text().count(">head ") == 8
     assert "Relative position bias of the encoder" in result.stdout
@@ -103,6 +91,6 @@ def test_rotations_are_a_row_a_pair(tiny_llama, tmp_path):
         (("--base", "100"), ("--base", "name no model")),
     ],
 )
-def test_what_a_model_cannot_show_is_refused(tmp_path, arguments, words):
-    expect(invoke(build_bert(tmp_path / "bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
+def test_what_a_model_cannot_show_is_refused(built, tmp_path, arguments, words):
+    expect(invoke(built("bert"), *arguments, "--out", tmp_path / "out"), 2, *words)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.families import build_bert, build_marian, build_t5, build_wav2vec2, build_whisper
 from support.models import train_tokenizer
 from transformers import AutoTokenizer
 
@@ -16,9 +14,9 @@ from llmtune.explain.token_text import LONGEST, WORD, Token, joined, label, name
 TOKENIZER = train_tokenizer()
 
 
-def read(build, folder: Path):
+def read(built, family: str):
     with warnings.catch_warnings(action="ignore"):
-        return AutoTokenizer.from_pretrained(str(build(folder)))
+        return AutoTokenizer.from_pretrained(str(built(family)))
 
 
 def named(tokenizer, text: str) -> list[Token]:
@@ -29,34 +27,34 @@ def words(tokens: list[Token]) -> list[str]:
     return [token.text.strip() for token in Line.of(tokens).by_word().tokens if token.text.strip()]
 
 
-def test_each_kind_of_vocabulary_marks_what_is_special_and_where_a_word_goes_on(tmp_path):
+def test_each_kind_of_vocabulary_marks_what_is_special_and_where_a_word_goes_on(built):
     pieces = {
-        build_bert: ["[CLS]", "jumps", "·u", "·i", "·t", "?", "[SEP]"],
-        build_t5: ["jumps", "·u", "·i", "·t", "?", "</s>"],
-        build_marian: ["j", "·u", "·m", "·p", "·s", "·u", "·i", "·t", "?", "</s>"],
+        "bert": ["[CLS]", "jumps", "·u", "·i", "·t", "?", "[SEP]"],
+        "t5": ["jumps", "·u", "·i", "·t", "?", "</s>"],
+        "marian": ["j", "·u", "·m", "·p", "·s", "·u", "·i", "·t", "?", "</s>"],
     }
-    for build, wanted in pieces.items():
-        tokens = named(read(build, tmp_path / build.__name__), "jumpsuit?")
+    for family, wanted in pieces.items():
+        tokens = named(read(built, family), "jumpsuit?")
         assert [label(token) for token in tokens] == wanted
         assert [token.text for token in tokens if token.special] == [w for w in wanted if w[0] in "[<"]
 
 
-def test_whispers_marks_are_special_and_letters_of_a_speech_model_make_words(tmp_path):
-    whisper = named(read(build_whisper, tmp_path / "whisper"), "blue sky")
+def test_whispers_marks_are_special_and_letters_of_a_speech_model_make_words(built):
+    whisper = named(read(built, "whisper"), "blue sky")
     assert [token.text for token in whisper if token.special] == [
         "<|startoftranscript|>",
         "<|notimestamps|>",
         "<|endoftext|>",
     ]
-    letters = read(build_wav2vec2, tmp_path / "letters")
+    letters = read(built, "wav2vec2")
     tokens = name_tokens(letters, letters("BLUE SKY")["input_ids"])
     assert words(tokens) == ["BLUE", "SKY"]
     assert not any(token.special for token in tokens)
     assert name_tokens(letters, [letters.pad_token_id])[0].special
 
 
-def test_an_unknown_word_is_of_the_text_and_no_special_token(tmp_path):
-    tokens = named(read(build_bert, tmp_path), "日")
+def test_an_unknown_word_is_of_the_text_and_no_special_token(built):
+    tokens = named(read(built, "bert"), "日")
     assert [(token.text, token.special) for token in tokens] == [("[CLS]", True), ("[UNK]", False), ("[SEP]", True)]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.families import build_bert, build_wav2vec2
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForCTC,
@@ -85,18 +84,18 @@ def test_transposed_projections_are_measured_too(tiny_gpt2: Path):
     assert_as_merged(base, adapted, 6)
 
 
-def test_embeddings_and_convolutions_are_measured_too(tmp_path: Path, tiny_gpt2: Path):
+def test_embeddings_and_convolutions_are_measured_too(built, tiny_gpt2: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
     base = weights_of(model)
     assert_as_merged(base, random_adapter(model, target_modules=["wpe"]), 1)
-    speech = AutoModelForCTC.from_pretrained(build_wav2vec2(tmp_path / "speech"))
+    speech = AutoModelForCTC.from_pretrained(built("wav2vec2"))
     base = weights_of(speech)
     names = [f"wav2vec2.feature_extractor.conv_layers.{number}.conv" for number in range(3)]
     assert_as_merged(base, random_adapter(speech, target_modules=names), 3)
 
 
-def test_a_head_that_is_trained_whole_is_compared_with_what_it_was(tmp_path: Path):
-    model = AutoModelForSequenceClassification.from_pretrained(build_bert(tmp_path / "bert"), num_labels=3)
+def test_a_head_that_is_trained_whole_is_compared_with_what_it_was(built):
+    model = AutoModelForSequenceClassification.from_pretrained(built("bert"), num_labels=3)
     adapted = random_adapter(model, target_modules=["query"], modules_to_save=["classifier"])
     head = adapted.base_model.model.classifier
     old = torch.cat([part.detach().flatten() for part in head.original_module.parameters()])
