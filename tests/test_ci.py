@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import check_jsonschema
 import pytest
+from click.testing import CliRunner, Result
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 from typer.main import get_command
@@ -42,18 +42,17 @@ def lines(name: str) -> list[str]:
     return [line for step in steps for line in step.get("run", "").splitlines()]
 
 
-def hold(file: Path, schema: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(file)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def hold(file: Path, schema: str) -> Result:
+    return CliRunner().invoke(check_jsonschema.main, ["--builtin-schema", schema, str(file)])
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_job_is_what_the_ci_system_takes(tmp_path: Path, name: str) -> None:
     done = hold(CI / name, SCHEMAS[name])
-    assert done.returncode == 0, done.stdout
+    assert done.exit_code == 0, done.output
     broken = (CI / name).read_text(encoding="utf-8").replace(*BROKEN[name])
     (tmp_path / name).write_text(broken, encoding="utf-8")
-    assert hold(tmp_path / name, SCHEMAS[name]).returncode == 1
+    assert hold(tmp_path / name, SCHEMAS[name]).exit_code == 1
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

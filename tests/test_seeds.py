@@ -122,32 +122,38 @@ def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
     assert report["evaluation"]["seeds"]["missing"] == []
 
 
-def test_gates_are_judged_once_after_all_seeds_are_there(place: Path) -> None:
+def test_gates_are_judged_once_after_all_seeds_are_there(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    shutil.copytree(finished[0], place / "gated")
     with pytest.raises(GateFailed):
-        run(place, "gated", "train.seeds=[8]", "evaluate.gates=['loss < 0']")
-    assert json.loads((place / "gated/report.json").read_text())["evaluation"]["seeds"]["runs"][1]["seed"] == 8
-    assert json.loads((place / "gated/seeds/8/report.json").read_text())["gates"] == []
+        run(place, "gated", "train.seeds=[8, 10]", "evaluate.gates=['loss < 0']")
+    assert json.loads((place / "gated/report.json").read_text())["evaluation"]["seeds"]["runs"][2]["seed"] == 10
+    assert json.loads((place / "gated/seeds/10/report.json").read_text())["gates"] == []
 
 
 def test_steps_before_training_have_no_seeds_and_fresh_starts_all_of_them_over(place: Path) -> None:
-    _, said = run(place, "steps", SEEDS, dry_run=True)
+    brief = "train.max_steps=1"
+    _, said = run(place, "steps", SEEDS, brief, dry_run=True)
     assert f"seed 9 would follow in {place / 'steps/seeds/9'}" in said
-    run(place, "steps", SEEDS, until="select")
+    run(place, "steps", SEEDS, brief, until="select")
     assert not (place / "steps" / "seeds").exists()
-    run(place, "steps", "train.seeds=[8]", until="train")
+    run(place, "steps", "train.seeds=[8]", brief, until="train")
     assert "evaluate" not in read_run(place / "steps/seeds/8").manifest["steps"]
-    _, said = run(place, "steps", "train.seeds=[9]", fresh=True, until="train")
+    _, said = run(place, "steps", "train.seeds=[9]", brief, fresh=True, until="train")
     assert "train unchanged" not in said
     assert not (place / "steps/seeds/8").exists()
 
 
-def test_further_seeds_keep_the_micro_batches_of_the_run(place: Path) -> None:
-    run(place, "budget", until="train")
+def test_further_seeds_keep_the_micro_batches_of_the_run(
+    place: Path, finished: tuple[Path, dict[str, Any], str]
+) -> None:
+    shutil.copytree(finished[0], place / "budget")
     folder = read_run(place / "budget")
     assert folder.findings["micro_batch_tokens"] != 96
     folder.note(micro_batch_tokens=96)
-    run(place, "budget", "train.seeds=[8]", until="train")
-    assert read_run(place / "budget/seeds/8").findings["micro_batch_tokens"] == 96
+    run(place, "budget", "train.seeds=[10]", until="train")
+    assert read_run(place / "budget/seeds/10").findings["micro_batch_tokens"] == 96
 
 
 def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on(place: Path) -> None:
