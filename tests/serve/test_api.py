@@ -6,7 +6,10 @@ import threading
 import httpx
 import openai
 import pytest
+from rich.console import Console
+from support.runs import write_colours
 from support.serving import served_of, serving, wait_until
+from support.tuned import tuner
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.evaluate.generation import generate_texts
@@ -17,10 +20,17 @@ QUESTION = [{"role": "user", "content": "Which colour has the cat?"}]
 KEY = "correct-horse-battery"
 
 
-@pytest.fixture
-def talk(tune):
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, tiny_llama):
+    """A tuned chat model as a server holds it; a test that changes it must make its own."""
+    folder = tmp_path_factory.mktemp("api")
+    tune = tuner(tiny_llama, write_colours(folder / "chat.jsonl"), folder, Console(quiet=True))
+    return served_of(tune(generation={"max_new_tokens": 20}))
+
+
+@pytest.fixture(scope="module")
+def talk(served):
     """A client of OpenAI's package, its server's address, and what is served."""
-    served = served_of(tune(generation={"max_new_tokens": 20}))
     with serving(served, max_queue=2) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         yield client, url, served
 
@@ -173,16 +183,17 @@ def test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in(talk):
     assert sum(len(chunk.choices[0].token_ids) for chunk in chunks) == 20
 
 
-def test_a_text_that_begins_with_the_start_token_gets_no_second_one(talk):
-    _, url, served = talk
+def test_a_text_that_begins_with_the_start_token_gets_no_second_one(tune):
+    served = served_of(tune())
     start, number = served.processor.bos_token, served.processor.bos_token_id
     served.processor.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{start} $A", special_tokens=[(start, number)]
     )
     plain = served.processor("The quick", add_special_tokens=False).input_ids
-    for prompt in ("The quick", f"{start}The quick"):
-        asked = {"prompt": prompt, "return_token_ids": True, "max_tokens": 1}
-        assert httpx.post(f"{url}/v1/completions", json=asked).json()["prompt_token_ids"] == [number, *plain]
+    with serving(served) as url:
+        for prompt in ("The quick", f"{start}The quick"):
+            asked = {"prompt": prompt, "return_token_ids": True, "max_tokens": 1}
+            assert httpx.post(f"{url}/v1/completions", json=asked).json()["prompt_token_ids"] == [number, *plain]
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_numbers(talk):
@@ -213,8 +224,8 @@ def test_bodies_that_are_no_json_too_large_or_of_another_type_are_refused(talk):
     assert httpx.get(address).status_code == 405
 
 
-def test_pages_of_other_origins_and_names_are_kept_out(tune):
-    with serving(served_of(tune()), hosts=LOOPBACK) as url:
+def test_pages_of_other_origins_and_names_are_kept_out(served):
+    with serving(served, hosts=LOOPBACK) as url:
         assert httpx.get(f"{url}/v1/models").status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Origin": url}).status_code == 200
         assert httpx.get(f"{url}/v1/models", headers={"Origin": "https://example.org"}).status_code == 403
@@ -223,8 +234,8 @@ def test_pages_of_other_origins_and_names_are_kept_out(tune):
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_key_is_asked_for_where_there_is_one(tune):
-    with serving(served_of(tune()), key_digest=digest(KEY)) as url:
+def test_a_key_is_asked_for_where_there_is_one(served):
+    with serving(served, key_digest=digest(KEY)) as url:
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},
@@ -244,13 +255,13 @@ def test_a_key_is_asked_for_where_there_is_one(tune):
             assert client.chat.completions.create(model="tiny", messages=QUESTION).choices
 
 
-def test_metrics_count_what_was_answered(talk):
-    _, url, _ = talk
-    asked = {"messages": QUESTION, "max_tokens": 7}
-    httpx.post(f"{url}/v1/chat/completions", json=asked)
-    httpx.post(f"{url}/v1/chat/completions", json={"nothing": 1})
-    httpx.get(f"{url}/v1/unknown/path")
-    answer = httpx.get(f"{url}/metrics")
+def test_metrics_count_what_was_answered(served):
+    with serving(served) as url:
+        asked = {"messages": QUESTION, "max_tokens": 7}
+        httpx.post(f"{url}/v1/chat/completions", json=asked)
+        httpx.post(f"{url}/v1/chat/completions", json={"nothing": 1})
+        httpx.get(f"{url}/v1/unknown/path")
+        answer = httpx.get(f"{url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
     assert lines['llmtune_requests_total{endpoint="/v1/chat/completions",status="200"}'] == "1.0"
@@ -261,8 +272,7 @@ def test_metrics_count_what_was_answered(talk):
     assert lines["llmtune_queue_length"] == lines["llmtune_running"] == "0.0"
 
 
-def test_a_full_queue_is_answered_with_429_and_when_to_come_back(tune):
-    served = served_of(tune())
+def test_a_full_queue_is_answered_with_429_and_when_to_come_back(served):
     endless = {"messages": QUESTION, "max_tokens": 1900, "stream": True}
     with serving(served, max_batch=1, max_queue=1) as url, httpx.Client() as client:
         address = f"{url}/v1/chat/completions"

@@ -23,6 +23,7 @@ from llmtune.serve.generate import answer_once
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_key
 
 KEY = "correct-horse-battery"
+BRIEF = {"num_train_epochs": None, "max_steps": 1}
 
 
 def quiet() -> Console:
@@ -47,7 +48,7 @@ def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None
 
 
 def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, runs: dict[str, Path]) -> None:
-    full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None})
+    full = finish_run(tmp_path, tiny_llama, adapter={"method": "full", "r": None, "lora_alpha": None}, train=BRIEF)
     models = load_models(open_runs({"full": full}, ServeOptions(), quiet()), ServeOptions())
     assert list(models) == ["full"]
     refused = serve(full, "--merged", "--port", 0)
@@ -58,7 +59,7 @@ def test_a_run_of_all_weights_is_served_alone(tmp_path: Path, tiny_llama: Path, 
 
 def test_runs_that_share_no_base_are_refused_by_name(tmp_path: Path, runs: dict[str, Path]) -> None:
     model = build_llama(tmp_path / "another", seed=4)
-    other = finish_run(tmp_path / "runs", model, train={"num_train_epochs": 1})
+    other = finish_run(tmp_path / "runs", model, train=BRIEF)
     done = serve("--adapter", f"a={runs['plain']}", "--adapter", f"b={other}", "--port", 0)
     assert done.exit_code == 2
     assert "its base is" in done.output

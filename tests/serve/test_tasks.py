@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,15 @@ def served_models(run: Path) -> Any:
     return load_models(open_runs({"mine": run}, options, quiet()), options).values()
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[[str], Path]:
+    """The run folder of a case, trained once for all tests."""
+    return functools.cache(lambda case: run_of(case, tmp_path_factory.mktemp(case), tiny_llama))
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_an_endpoint_answers_what_generate_answers(case: str, tmp_path: Path, tiny_llama: Path) -> None:
-    run = run_of(case, tmp_path, tiny_llama)
+def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable[[str], Path]) -> None:
+    run = finished(case)
     path, inputs = CASES[case]
     names = {"context": "context", "answer": "answer", "prompt": "text", **FIELDS.get(case, {})}
     with serving(*served_models(run)) as url:
@@ -79,8 +87,10 @@ def test_an_endpoint_answers_what_generate_answers(case: str, tmp_path: Path, ti
         assert httpx.get(url, follow_redirects=True).url.path == "/docs"
 
 
-def test_rows_asked_at_once_are_predicted_together_and_stay_apart(tmp_path: Path, monkeypatch: Any) -> None:
-    (served, *_) = served_models(finish("classify", tmp_path))
+def test_rows_asked_at_once_are_predicted_together_and_stay_apart(
+    finished: Callable[[str], Path], monkeypatch: Any
+) -> None:
+    (served, *_) = served_models(finished("classify"))
     predict, sizes = served.task.predict, []
 
     def counted(rows: Any, loaded: Any) -> Any:
