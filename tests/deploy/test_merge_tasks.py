@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +101,12 @@ def train(folder, tiny_llama, case):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_llama):
+    """The run folder of a case, trained once for all tests."""
+    return functools.cache(lambda case: train(tmp_path_factory.mktemp(case), tiny_llama, case))
+
+
 def merge(run, console, **options):
     given = {"out": None, "onto": None, "dtype": "auto", "offline": True, **options}
     return merge_run(run, **given, console=console)
@@ -107,8 +115,8 @@ def merge(run, console, **options):
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, tiny_llama, console):
-    run = train(tmp_path, tiny_llama, case)
+def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, trained, console):
+    run = shutil.copytree(trained(case), tmp_path / "run")
     certificate = merge(run, console)
     measured = certificate["measured"]
     assert certificate["passed"]
@@ -141,9 +149,9 @@ def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, tiny
 
 @pytest.mark.parametrize("case", ["classify", "translate", "letters"])
 def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too(
-    case, tmp_path, tiny_llama, console, monkeypatch
+    case, tmp_path, trained, console, monkeypatch
 ):
-    run = train(tmp_path, tiny_llama, case)
+    run = shutil.copytree(trained(case), tmp_path / "run")
 
     def forget(adapted, onto):
         with torch.no_grad():

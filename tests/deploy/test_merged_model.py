@@ -102,7 +102,8 @@ def test_a_qlora_merge_into_another_model_of_the_same_shape_fails(tune, tmp_path
 
 def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path, console):
     base = build_llama(tmp_path / "base")
-    run = finish_run(tmp_path, base, adapter={"method": "qlora"})
+    brief = {"num_train_epochs": None, "max_steps": 1}
+    run = finish_run(tmp_path, base, adapter={"method": "qlora"}, train=brief)
     build_llama(base, seed=9)
     with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
         merge_run(run, out=None, onto="original", dtype="auto", offline=True, console=console)
