@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import families
 from support.variants import EXTRACTIVE_QA, MASKED, TOKEN_CLASSIFY
 from transformers import AutoTokenizer
 
@@ -23,17 +24,9 @@ SECTION = {"qa": "qa", "token-classify": "token_classify", "completion": "comple
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def tokenizers(built):
     """`tokenizers("bert")`: that of a tiny model as it is loaded from its folder."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            folder = getattr(families, f"build_{family}")(tmp_path_factory.mktemp("models") / family)
-            made[family] = AutoTokenizer.from_pretrained(folder)
-        return made[family]
-
-    return get
+    return cache(lambda family: AutoTokenizer.from_pretrained(built(family)))
 
 
 def recipe(task, max_length=64, on_overlong="error", **section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from support import families
-from support.classifying import BUILDERS, COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
+from support.classifying import COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -26,44 +27,28 @@ from llmtune.recipe import load_recipe
 from llmtune.session import Options
 from llmtune.tasks import classify
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def build(family: str) -> Path:
-        if family not in made:
-            made[family] = BUILDERS[family](tmp_path_factory.mktemp("models") / family, **STILL.get(family, {}))
-        return made[family]
-
-    return build
+ONE_STEP = {"max_steps": 1, "num_train_epochs": None}
 
 
 @pytest.fixture(scope="module")
-def finished(models, tmp_path_factory) -> Callable[[str, str], tuple[dict[str, Any], Path]]:
-    """Runs by family and method, each made once."""
+def models(built) -> Callable[[str], Path]:
+    return lambda family: built(family, **STILL.get(family, {}))
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """The report and the folder of a run by its method, made when asked for."""
     folder = tmp_path_factory.mktemp("runs")
-    made: dict[tuple[str, str], tuple[dict[str, Any], Path]] = {}
 
-    def find(family: str, method: str) -> tuple[dict[str, Any], Path]:
-        if (family, method) not in made:
-            path = folder / f"{family}-{method}.yaml"
-            made[family, method] = run(recipe_for(path, models(family), colour_rows(), adapter={"method": method}))
-        return made[family, method]
+    def find(method: str) -> tuple[dict[str, Any], Path]:
+        return run(recipe_for(folder / f"{method}.yaml", models("bert"), colour_rows(), adapter={"method": method}))
 
-    return find
+    return cache(find)
 
 
-# Every family and method
-
-
-def trained(folder: Path) -> Path:
-    return folder / ("adapter" if (folder / "adapter").is_dir() else "weights")
-
-
-@pytest.mark.parametrize(("family", "method"), [("bert", "lora"), ("bert", "full")])
-def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished, family, method):
-    content = json.loads((trained(finished(family, method)[1]) / "config.json").read_text())
+@pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "weights")])
+def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished, method, result):
+    content = json.loads((finished(method)[1] / result / "config.json").read_text())
     assert content["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     assert content["label2id"] == {"blue": 0, "green": 1, "red": 2}
     assert content["problem_type"] == "single_label_classification"
@@ -73,9 +58,10 @@ def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished,
 # What the report says
 
 
-def test_metrics_of_one_label_are_those_of_scikit_learn(finished):
-    report, folder = finished("bert", "lora")
+def test_metrics_and_tables_of_one_label_are_those_of_scikit_learn(finished):
+    report, folder = finished("lora")
     lines = predictions(folder)
+    details = json.loads((folder / "evaluation" / "evaluation.json").read_text())["details"]
     names = ["blue", "green", "red"]
     true = [line["reference"] for line in lines]
     for side in ("base", "tuned"):
@@ -92,25 +78,15 @@ def test_metrics_of_one_label_are_those_of_scikit_learn(finished):
             "auroc": sklearn_metrics.roc_auc_score(true, scores / scores.sum(1, keepdims=True), **one_to_rest),
         }
         assert {k: v for k, v in report["evaluation"][side].items() if k != "loss"} == pytest.approx(wanted)
-    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
-    wanted = sklearn_metrics.log_loss(true, scores / scores.sum(1, keepdims=True), labels=names)
-    assert report["evaluation"]["tuned"]["loss"] == pytest.approx(wanted, rel=1e-4)
-
-
-def test_the_class_table_and_the_confusion_matrix_stand_in_the_evaluation(finished):
-    _, folder = finished("bert", "lora")
-    lines = predictions(folder)
-    details = json.loads((folder / "evaluation" / "evaluation.json").read_text())["details"]
-    names, true = ["blue", "green", "red"], [line["reference"] for line in lines]
-    for side in ("base", "tuned"):
-        said = [line[side] for line in lines]
         counts = sklearn_metrics.confusion_matrix(true, said, labels=names).tolist()
         assert details[side]["confusion"] == {"labels": names, "counts": counts}
         columns = sklearn_metrics.precision_recall_fscore_support(true, said, labels=names, zero_division=0)
-        for number, row in enumerate(details[side]["classes"]):
-            assert row["label"] == names[number]
-            found = [row[name] for name in ("precision", "recall", "f1", "support")]
-            assert found == pytest.approx([column[number] for column in columns])
+        for name, row, wanted in zip(names, details[side]["classes"], zip(*columns, strict=True), strict=True):
+            assert row["label"] == name
+            assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(wanted)
+    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
+    wanted = sklearn_metrics.log_loss(true, scores / scores.sum(1, keepdims=True), labels=names)
+    assert report["evaluation"]["tuned"]["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_rows_of_each_class_are_shown(models, tmp_path):
@@ -125,25 +101,15 @@ def test_the_rows_of_each_class_are_shown(models, tmp_path):
     assert all(name in shown for name in COLOURS)
 
 
-# Settled once, read again
-
-
-# Gradients
-
-
 # A base with a head of its own
 
 
 @pytest.mark.parametrize("stated", [None, ["red", "green", "blue"]])
 def test_a_base_that_knows_the_classes_already_is_the_base(finished, tmp_path, stated):
     section = {} if stated is None else {"labels": stated}
-    base = finished("bert", "full")[1] / "weights"
-    report, folder = run(
-        recipe_for(
-            tmp_path / "r.yaml", base, colour_rows(), classify=section, train={"max_steps": 1, "num_train_epochs": None}
-        )
-    )
-    first = finished("bert", "full")[0]["evaluation"]["tuned"]
+    base = finished("full")[1] / "weights"
+    report, folder = run(recipe_for(tmp_path / "r.yaml", base, colour_rows(), classify=section, train=ONE_STEP))
+    first = finished("full")[0]["evaluation"]["tuned"]
     assert report["evaluation"]["baseline"] is None
     assert report["evaluation"]["base"] == pytest.approx(first, rel=1e-4)
     named = json.loads((folder / "adapter" / "config.json").read_text())["id2label"]
@@ -152,8 +118,8 @@ def test_a_base_that_knows_the_classes_already_is_the_base(finished, tmp_path, s
 
 def test_a_base_that_knows_other_classes_gets_a_new_head(finished, tmp_path):
     rows = [{**row, "label": f"{row['label']}ish"} for row in colour_rows()]
-    base = finished("bert", "full")[1] / "weights"
-    report, folder = run(recipe_for(tmp_path / "r.yaml", base, rows, adapter={"method": "full"}))
+    base = finished("full")[1] / "weights"
+    report, folder = run(recipe_for(tmp_path / "r.yaml", base, rows, adapter={"method": "full"}, train=ONE_STEP))
     assert report["evaluation"]["baseline"] == "the most frequent class"
     config = json.loads((folder / "weights" / "config.json").read_text())
     assert config["id2label"] == {"0": "blueish", "1": "greenish", "2": "redish"}
@@ -161,18 +127,15 @@ def test_a_base_that_knows_other_classes_gets_a_new_head(finished, tmp_path):
 
 
 def test_training_goes_on_from_an_adapter_for_these_classes_and_not_for_others(finished, models, tmp_path):
-    _, before = finished("bert", "lora")
+    _, before = finished("lora")
     adapter = {"start_from": str(before), "r": None, "lora_alpha": None}
-    same = recipe_for(tmp_path / "same.yaml", models("bert"), colour_rows(), adapter=dict(adapter))
+    same = recipe_for(tmp_path / "same.yaml", models("bert"), colour_rows(), adapter=dict(adapter), train=ONE_STEP)
     report, _ = run(same)
-    assert report["train"]["first_loss"] < finished("bert", "lora")[0]["train"]["first_loss"]
+    assert report["train"]["first_loss"] < finished("lora")[0]["train"]["first_loss"]
     rows = [{**row, "label": f"{row['label']}ish"} for row in colour_rows()]
     other = recipe_for(tmp_path / "other.yaml", models("bert"), rows, adapter=dict(adapter))
     with pytest.raises(RecipeError, match="its head was trained for blue, green, red, in this order"):
         run(other)
-
-
-# Processes
 
 
 # Kinds of labels
@@ -182,11 +145,10 @@ def test_many_labels_a_row(models, tmp_path):
     rows = colour_rows()
     for i, row in enumerate(rows):
         row["label"] = [row["label"], *(["even"] if i % 2 == 0 else [])] if i % 7 else []
-    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
+    report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows, train=ONE_STEP))
     names = ["blue", "even", "green", "red"]
     config = json.loads((folder / "adapter" / "config.json").read_text())
     assert (config["problem_type"], list(config["label2id"])) == ("multi_label_classification", names)
-    assert report["train"]["train_loss"] < report["train"]["first_loss"]
     lines = predictions(folder)
     wanted = {classified(row)["text"]: classified(row)["label"] for row in rows}
     true = np.array([[name in wanted[line["prompt"]] for name in names] for line in lines])
@@ -197,7 +159,6 @@ def test_many_labels_a_row(models, tmp_path):
     assert [line["tuned_prediction"]["label"] for line in lines] == [
         [name for name, share in zip(names, row, strict=True) if share > 0.5] for row in scores
     ]
-    assert report["evaluation"]["baseline"] == "the classes that most rows have"
     assert "matthews" not in tuned
 
 
@@ -216,7 +177,6 @@ def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
     }
     assert {k: v for k, v in evaluation["tuned"].items() if k != "loss"} == pytest.approx(wanted)
     assert evaluation["tuned"]["loss"] == pytest.approx(wanted["mse"], rel=1e-4)
-    assert evaluation["baseline"] == "the mean of the training rows"
     assert evaluation["base"]["mse"] > evaluation["tuned"]["mse"]
     assert json.loads((folder / "adapter" / "config.json").read_text())["problem_type"] == "regression"
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -265,7 +225,9 @@ def test_bad_rows_that_are_allowed_are_left_out_and_do_not_disturb_the_baseline(
     section = {"kind": "single", "labels": list(COLOURS)}
     data = {"max_dropped": 0.1, "train": str(write_jsonl(tmp_path / "train.jsonl", rows)), "test": None}
     data["test"] = [str(write_jsonl(tmp_path / "test.jsonl", [{**row, "text": "one " + row["text"]} for row in rows]))]
-    recipe = recipe_for(tmp_path / "r.yaml", models("bert"), tmp_path / "train.jsonl", classify=section, data=data)
+    recipe = recipe_for(
+        tmp_path / "r.yaml", models("bert"), tmp_path / "train.jsonl", classify=section, data=data, train=ONE_STEP
+    )
     report, folder = run(recipe)
     assert sum(n for reason, n in report["data"]["dropped"].items() if "label" in reason) == 4
     assert len(predictions(folder)) == 60

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import families
-from support.audio import write_tone
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_training
 from support.variants import predict
@@ -143,15 +142,9 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callable[..., Path]:
     """Write the recipe of a case into a folder; rows of speech are tones, whose pitch is their word."""
     models: dict[str, Path] = {}
-    clips = tmp_path_factory.mktemp("clips")
-    lines = ["file_name,text"]
-    for i in range(30):
-        write_tone(clips / f"{i}.wav", 0.4 + 0.02 * i, pitch_hz=200.0 * (1 + i % 6), seed=i)
-        lines.append(f"{i}.wav,It's {THINGS[i % 6]}.")
-    (clips / "metadata.csv").write_text("\n".join(lines) + "\n")
 
     def write(name: str, folder: Path, **changes: Any) -> Path:
         case = CASES[name]

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import families
-from support.models import build_gpt2, build_llama
 from support.variants import CLASSIFY, EXTRACTIVE_QA, MASKED, TOKEN_CLASSIFY
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -36,21 +34,6 @@ TARGETS: dict[str, dict[str, Sequence[Any]]] = {
 }
 VARIANT = {"token-classify": TOKEN_CLASSIFY, "qa": EXTRACTIVE_QA, "completion": MASKED}
 OPTIONS: dict[str, dict[str, Any]] = {"regression": {"num_labels": 1}, "qa": {}, "completion": {}}
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built("bert")` is the folder of a tiny model."""
-    builders = {"llama": build_llama, "gpt2": build_gpt2}
-    made: dict[str, Path] = {}
-
-    def build(family):
-        if family not in made:
-            builder = builders.get(family) or getattr(families, f"build_{family}")
-            made[family] = builder(tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return build
 
 
 def recipe_of(name: str) -> Recipe:

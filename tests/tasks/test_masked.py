@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import families, pairs
+from support import pairs
 from support.adapting import quiet
 from support.variants import MASKED, predict
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
@@ -18,8 +18,6 @@ from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks.registry import choose_variant
 
-ENCODERS = ("bert", "roberta", "deberta", "modernbert")
-METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
 ROWS = [
     {"text": f"The quick {thing} is {colour}. The sky is {colour}, and a {thing} has four legs."}
@@ -38,45 +36,12 @@ def described(sections):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built("bert")` is the folder of a tiny model."""
-    folders = {}
-
-    def build(family):
-        if family not in folders:
-            folder = tmp_path_factory.mktemp("models") / family
-            folders[family] = getattr(families, f"build_{family}")(folder)
-        return folders[family]
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory, built):
-    """`finished("bert")` is the run folder of a family with its method, and its report."""
-    runs = {}
-
-    def run(family):
-        if family not in runs:
-            folder = tmp_path_factory.mktemp("runs") / family
-            adapter = {"method": "full"} if family == "deberta" else {"method": METHODS[family], "r": 16}
-            train = {"num_train_epochs": 6, "learning_rate": 3e-3 if family == "deberta" else 2e-2}
-            sections = {"adapter": adapter, "train": train}
-            runs[family] = folder / "run", run_recipe(folder, built(family), **sections)
-        return runs[family]
-
-    return run
-
-
-def masked_recipe(max_length=64, on_overlong="error", **section):
-    return Recipe.model_validate(
-        {
-            "task": "completion",
-            "data": {"train": "rows.jsonl", "max_length": max_length, "on_overlong": on_overlong},
-            "model": {"name": "tiny"},
-            "completion": {"objective": "masked", **section},
-        }
-    )
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train = {"num_train_epochs": 3, "learning_rate": 2e-2}
+    run_recipe(folder, built("modernbert"), adapter={"r": 16}, train=train)
+    return folder / "run"
 
 
 def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
@@ -91,10 +56,8 @@ def test_other_words_are_hidden_in_every_step_of_training(built, tmp_path):
 # Filling in
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished, family):
-    run, _ = finished(family)
-    context, place = open_finished(run, quiet(), True)
+def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished):
+    context, place = open_finished(finished, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     texts = [f"The quick {processor.mask_token} is red.", "The quick fox is red. ", ""]
     with Models(context, place, processor).tuned() as model, torch.no_grad():
@@ -108,8 +71,7 @@ def test_masks_in_a_text_are_filled_and_other_texts_come_back(finished, family):
 
 
 def test_behind_the_longest_text_that_is_read_masks_come_back_as_they_are(finished):
-    run, _ = finished("modernbert")
-    context, place = open_finished(run, quiet(), True)
+    context, place = open_finished(finished, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     text = f"The quick {processor.mask_token} is red. " * 40
     with Models(context, place, processor).tuned() as model, torch.no_grad():
@@ -137,9 +99,8 @@ def test_a_decoder_and_an_encoder_without_its_head_are_refused(built, tiny_llama
     BertModel.from_pretrained(built("bert"), add_pooling_layer=False).save_pretrained(bare)
     AutoTokenizer.from_pretrained(built("bert")).save_pretrained(bare)
     assert "is a BertModel: it cannot be used for the task completion" in refusal(bare)
-    causal = choose_variant(
-        masked_recipe().model_copy(update={"completion": None}), AutoConfig.from_pretrained(tiny_llama), ""
-    )
+    recipe = {"task": "completion", "data": {"train": "rows.jsonl"}, "model": {"name": "tiny"}}
+    causal = choose_variant(Recipe.model_validate(recipe), AutoConfig.from_pretrained(tiny_llama), "")
     assert causal.auto_class == "AutoModelForCausalLM"
 
 

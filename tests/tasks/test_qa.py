@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ from llmtune.tasks.registry import VARIANTS, choose_variant, get_task
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-ENCODERS = ("bert", "roberta", "deberta", "modernbert")
-METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
-ASKED = [("Which colour is the fox?", "The fox is blue. The sky has red legs."), ("Why?", "The dog is a cat.")]
+SHORT = {"data": {"max_length": 64}, "qa": {"stride": 8}}
+RUNS = {
+    "bert": {**SHORT, "train": {"num_train_epochs": 5, "learning_rate": 1e-2}},
+    "t5": {"data": {"max_length": 192}, "train": {"num_train_epochs": 3, "learning_rate": 2e-2}},
+}
+"""A model that points at the answer, and one that writes it."""
 
 
 def answered(thing, colour, other):
@@ -49,34 +53,15 @@ ROWS = [*ANSWERED, *(unanswered(thing, colour) for thing in THINGS for colour in
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built("bert")` is the folder of a tiny model."""
-    folders = {}
-
-    def build(family):
-        if family not in folders:
-            folder = tmp_path_factory.mktemp("models") / family
-            folders[family] = getattr(families, f"build_{family}")(folder)
-        return folders[family]
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory, built):
-    """`finished("bert")` is the run folder of a family with its method, and its report."""
-    runs = {}
+    """`finished("bert")` is the run folder of one of RUNS, and its report, made when asked for."""
 
     def run(family):
-        if family not in runs:
-            folder = tmp_path_factory.mktemp("runs") / family
-            sections = {"data": {"max_length": 64}, "qa": {"stride": 8}, "adapter": {"method": METHODS[family]}}
-            sections["evaluate"] = {"metrics": ["loss", "exact_match", "f1"]}
-            sections["train"] = {"num_train_epochs": 5, "learning_rate": 5e-3 if family == "deberta" else 1e-2}
-            runs[family] = folder / "run", run_recipe(folder, built(family), ROWS, "qa", **sections)
-        return runs[family]
+        folder = tmp_path_factory.mktemp(family)
+        evaluate = {"metrics": ["loss", "exact_match", "f1"]}
+        return folder / "run", run_recipe(folder, built(family), ROWS, "qa", evaluate=evaluate, **RUNS[family])
 
-    return run
+    return cache(run)
 
 
 def predictions(run):
@@ -96,19 +81,24 @@ def squad_scores(said, wanted):
     return float(said == wanted), 2 * shared / (len(said) + len(wanted))
 
 
-@pytest.mark.parametrize("family", ["bert"])
+@pytest.mark.parametrize("family", RUNS)
 def test_the_scores_are_those_counted_again_from_the_predictions(finished, family):
     run, report = finished(family)
     counted = []
     for line in predictions(run):
-        row = ROWS[int(line["origin"].rpartition(":")[2]) - 1]
-        answer, place = line["tuned"], line["tuned_prediction"]
-        assert place["text"] == ("" if answer == "(no answer)" else answer)
-        if place["text"]:
-            assert row["context"][place["start"] : place["end"]] == answer
-            assert answer == answer.strip()
+        row, answer = ROWS[int(line["origin"].rpartition(":")[2]) - 1], line["tuned"]
+        if family == "bert":
+            place = line["tuned_prediction"]
+            assert place["text"] == ("" if answer == "(no answer)" else answer)
+            if place["text"]:
+                assert row["context"][place["start"] : place["end"]] == answer
+                assert answer == answer.strip()
+            answer = place["text"]
+        said = squad_words(answer)
+        if family == "t5" and said == ["unanswerable"]:
+            said = []
         wanted = row["answers"]["text"]
-        counted.append(squad_scores(squad_words(place["text"]), squad_words(wanted[0] if wanted else "")))
+        counted.append(squad_scores(said, squad_words(wanted[0] if wanted else "")))
     exact, f1 = (sum(column) / len(counted) for column in zip(*counted, strict=True))
     assert report["evaluation"]["tuned"]["exact_match"] == pytest.approx(exact)
     assert report["evaluation"]["tuned"]["f1"] == pytest.approx(f1)
@@ -223,28 +213,6 @@ def test_windows_longer_than_the_context_are_refused_with_the_number_to_set(buil
 
 
 # Answers that are written
-
-
-@pytest.mark.parametrize("family", ["t5", "llama"])
-def test_a_decoder_and_an_encoder_decoder_write_the_answer(built, tiny_llama, tmp_path, family):
-    model = tiny_llama if family == "llama" else built(family)
-    sections = {"data": {"max_length": 192}, "train": {"num_train_epochs": 3, "learning_rate": 2e-2}}
-    sections["evaluate"] = {"metrics": ["loss", "exact_match", "f1"]}
-    report = run_recipe(tmp_path, model, ROWS, "qa", **sections)
-    curve = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
-    scores = report["evaluation"]
-    assert scores["baseline"] is None
-    assert set(scores["base"]) == set(scores["tuned"]) == set(scores["difference"]) == {"loss", "exact_match", "f1"}
-    counted = []
-    for line in predictions(tmp_path / "run"):
-        wanted = ROWS[int(line["origin"].rpartition(":")[2]) - 1]["answers"]["text"]
-        said = squad_words(line["tuned"])
-        said = [] if said == ["unanswerable"] else said
-        counted.append(squad_scores(said, squad_words(wanted[0] if wanted else "")))
-    exact, f1 = (sum(column) / len(counted) for column in zip(*counted, strict=True))
-    assert scores["tuned"]["exact_match"] == pytest.approx(exact)
-    assert scores["tuned"]["f1"] == pytest.approx(f1)
 
 
 ROW = {"question": "Which?", "context": "The fox is blue.", "answers": [{"text": "blue", "start": 11}]}

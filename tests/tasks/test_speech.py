@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import groupby
 
 import jiwer
@@ -20,7 +21,7 @@ from support.pairs import start_training
 from support.rows import write_jsonl
 from support.runs import write_recipe
 from support.variants import CTC, WHISPER, predict
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForCTC, AutoModelForSpeechSeq2Seq
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
@@ -36,18 +37,10 @@ from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
 
-WORDS = ("one", "two", "three", "four", "five", "six")
-TUNED = {
-    "lora": {"adapter": {"method": "lora"}, "train": {"learning_rate": 1.0e-2}},
-    "qlora": {"adapter": {"method": "qlora"}, "train": {"learning_rate": 1.0e-2}},
-    "full": {"adapter": {"method": "full", "r": None, "lora_alpha": None}, "train": {"learning_rate": 2.0e-3}},
-}
 SPEECH = {
     "whisper": {"language": "fr", "window_seconds": 2, "normalizer": "whisper"},
     "letters": {"window_seconds": 2},
-    "headless": {"window_seconds": 2},
 }
-FORMS = ("whisper", "letters", "headless")
 
 
 def quiet() -> Console:
@@ -55,26 +48,9 @@ def quiet() -> Console:
 
 
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """A folder with tones of several lengths, whose pitch is their word."""
-    folder = tmp_path_factory.mktemp("clips")
-    lines = ["file_name,text"]
-    for i in range(30):
-        number = i % len(WORDS)
-        write_tone(folder / f"{i}.wav", 0.4 + 0.02 * i, pitch_hz=200.0 * (number + 1), seed=i)
-        lines.append(f"{i}.wav,It's {WORDS[number]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Whisper; wav2vec 2.0 with its letters; and without."""
-    folder = tmp_path_factory.mktemp("speech")
-    found = {"whisper": build_whisper(folder / "whisper"), "letters": build_wav2vec2(folder / "letters")}
-    found["headless"] = build_wav2vec2(folder / "headless")
-    AutoModelForCTC.from_pretrained(found["headless"]).wav2vec2.save_pretrained(found["headless"])
-    return found
+def models(built):
+    """Whisper, and wav2vec 2.0 with its letters."""
+    return {"whisper": built("whisper"), "letters": built("wav2vec2")}
 
 
 def recipe_file(folder, model, rows, speech, /, **sections):
@@ -94,26 +70,23 @@ def run(folder, file, **options):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, models, clips):
-    """Runs of each form in each way of tuning, made when asked for."""
-    known = {}
+    """The folder and the report of a run with each kind of model, made when asked for."""
 
-    def get(form, method):
-        if (form, method) not in known:
-            folder = tmp_path_factory.mktemp(f"{form}-{method}")
-            file = recipe_file(folder, models[form], clips, SPEECH[form], **TUNED[method])
-            known[form, method] = folder, run(folder, file)
-        return known[form, method]
+    def get(form):
+        folder = tmp_path_factory.mktemp(form)
+        train = {"learning_rate": 1.0e-2}
+        return folder, run(folder, recipe_file(folder, models[form], clips, SPEECH[form], train=train))
 
-    return get
+    return cache(get)
 
 
 def predictions(folder):
     return [json.loads(line) for line in (folder / "run/evaluation/predictions.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SPEECH)
 def test_error_rates_are_those_of_jiwer_on_the_saved_predictions_after_the_named_normaliser(form, finished):
-    folder, report = finished(form, "lora")
+    folder, report = finished(form)
     rows = predictions(folder)
     name = SPEECH[form].get("normalizer", "basic")
     clean = make_normaliser(name, "fr")
@@ -122,9 +95,6 @@ def test_error_rates_are_those_of_jiwer_on_the_saved_predictions_after_the_named
         assert report["evaluation"][side]["wer"] == pytest.approx(jiwer.wer(wanted, said), abs=1e-12)
         assert report["evaluation"][side]["cer"] == pytest.approx(jiwer.cer(wanted, said), abs=1e-12)
     assert f"normaliser {'whisper (basic)' if name == 'whisper' else name}" in report["evaluation"]["signatures"]["wer"]
-
-
-# The adapter elsewhere
 
 
 # Bad rows and changed ones
@@ -210,13 +180,13 @@ def test_what_specaugment_hides_is_drawn_by_seed_step_and_micro_batch(clips, tmp
 # Transcripts
 
 
-def speaking(folder, clips, tmp_path, speech):
-    """A model with its tokenizer and recipe, as evaluation has it."""
-    recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
+def load(folder, clips, tmp_path, speech, /, training=True, **sections):
+    """A model with its tokenizer and recipe, as training or evaluation has it."""
+    recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
     place = resolve_model(str(folder), recipe.model, quiet(), True)
     task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
     processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, task, processor, device="cpu", training=False).model, processor, recipe
+    return load_model(place, recipe, task, processor, device="cpu", training=training).model, processor, recipe
 
 
 @contextmanager
@@ -236,7 +206,7 @@ def asked(path):
 @pytest.mark.parametrize("task", ["transcribe", "translate"])
 def test_whisper_writes_on_from_the_prefix_of_training_without_what_is_suppressed(task, finished, models, clips):
     own = AutoModelForSpeechSeq2Seq.from_pretrained(models["whisper"]).generation_config
-    folder, _ = finished("whisper", "lora")
+    folder, _ = finished("whisper")
     with tuned(folder, {"task": task}) as (model, processor, recipe), torch.no_grad():
         ((example,),) = WHISPER.encode([{**asked(clips / "4.wav"), "text": "a"}], processor, recipe)
         prefix = [processor.convert_tokens_to_ids("<|startoftranscript|>")]
@@ -270,10 +240,10 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
     seen = []
     with ExitStack() as stack, torch.no_grad():
         if form == "whisper":
-            model, processor, recipe = stack.enter_context(tuned(finished("whisper", "lora")[0]))
+            model, processor, recipe = stack.enter_context(tuned(finished("whisper")[0]))
         else:
             folder = normed_over_time if form == "group" else models[form]
-            model, processor, recipe = speaking(folder, clips, tmp_path, SPEECH["letters"])
+            model, processor, recipe = load(folder, clips, tmp_path, SPEECH["letters"], training=False)
         whole, *each = predict(variant, model, rows, processor, recipe, seen.append)
         alone = [predict(variant, model, [part], processor, recipe)[0] for part in parts]
     assert each == alone
@@ -284,7 +254,7 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
 
 
 def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_special_tokens(models, clips, tmp_path):
-    model, processor, recipe = speaking(models["letters"], clips, tmp_path, SPEECH["letters"])
+    model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     path = clips / "20.wav"
     sound = AutoFeatureExtractor.from_pretrained(models["letters"])(
         to_float(read_recording(path, 16_000)), sampling_rate=16_000, return_tensors="pt"
@@ -299,7 +269,7 @@ def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_spec
 
 
 def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path):
-    model, processor, recipe = speaking(models["letters"], clips, tmp_path, SPEECH["letters"])
+    model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     write_tone(tmp_path / "short.wav", 0.01)
     seen = []
     rows = [asked(tmp_path / "short.wav"), asked(clips / "1.wav")]
@@ -310,7 +280,7 @@ def test_a_recording_too_short_for_a_frame_says_nothing(models, clips, tmp_path)
 
 
 def test_a_recording_that_cannot_be_heard_is_an_error_of_the_data(models, clips, tmp_path):
-    model, processor, recipe = speaking(models["letters"], clips, tmp_path, SPEECH["letters"])
+    model, processor, recipe = load(models["letters"], clips, tmp_path, SPEECH["letters"], training=False)
     with pytest.raises(DataError, match="there is no file"):
         predict(CTC, model, [asked(tmp_path / "gone.wav")], processor, recipe)
 
@@ -328,13 +298,6 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
 
 
 # Models that do not fit
-
-
-def load(folder, clips, tmp_path, speech, /, **sections):
-    recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech, **sections))).recipe
-    place = resolve_model(str(folder), recipe.model, quiet(), True)
-    task = choose_variant(recipe, AutoConfig.from_pretrained(folder), str(folder))
-    return load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +324,7 @@ def test_a_whisper_whose_tokenizer_is_another_models_is_refused(clips, tmp_path)
 
 def test_layers_are_not_dropped_whole(clips, tmp_path):
     folder = build_wav2vec2(tmp_path / "model", layerdrop=0.5)
-    assert load(folder, clips, tmp_path, {}).model.config.layerdrop == 0
+    assert load(folder, clips, tmp_path, {})[0].config.layerdrop == 0
 
 
 @pytest.mark.parametrize("family", ["wav2vec2-bert", "moonshine", "speech_to_text", "bert"])

@@ -21,11 +21,8 @@ from llmtune.session import Models, Options, open_finished
 from llmtune.tasks import token_classify
 from llmtune.tasks.registry import get_task
 
-ENCODERS = ("bert", "roberta", "deberta", "modernbert")
-METHODS = {"bert": "lora", "roberta": "qlora", "deberta": "full", "modernbert": "lora"}
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-ASKED = ["The fox is blue and the sky is red .", "A cat , a dog ."]
 
 
 def tagged(thing, colour, number):
@@ -34,7 +31,6 @@ def tagged(thing, colour, number):
 
 
 ROWS = [tagged(thing, colour, number) for thing in THINGS for colour in COLOURS for number in (1, 23, 456)]
-NAMES = ["O", "B-COLOUR", "I-COLOUR", "B-THING", "I-THING"]
 
 
 def run_recipe(*about, **sections):
@@ -46,34 +42,13 @@ def recipe_of(*about, **sections):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """`built("bert")` is the folder of a tiny model."""
-    folders = {}
-
-    def build(family):
-        if family not in folders:
-            folder = tmp_path_factory.mktemp("models") / family
-            folders[family] = getattr(families, f"build_{family}")(folder)
-        return folders[family]
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory, built):
-    """`finished("bert")` is the run folder of a family with its method, and its report."""
-    runs = {}
-
-    def run(family):
-        if family not in runs:
-            folder = tmp_path_factory.mktemp("runs") / family
-            sections = {"data": {"max_length": 64}, "adapter": {"method": METHODS[family]}}
-            sections["train"] = {"num_train_epochs": 3, "learning_rate": 5e-3 if family == "deberta" else 1e-2}
-            sections["evaluate"] = {"metrics": ["loss", "f1", "precision", "recall", "accuracy"]}
-            runs[family] = folder / "run", run_recipe(folder, built(family), ROWS, **sections)
-        return runs[family]
-
-    return run
+    """The folder of a run, and its report."""
+    folder = tmp_path_factory.mktemp("finished")
+    sections = {"data": {"max_length": 64}, "adapter": {"method": "full"}}
+    sections["train"] = {"num_train_epochs": 3, "learning_rate": 5e-3}
+    sections["evaluate"] = {"metrics": ["loss", "f1", "precision", "recall", "accuracy"]}
+    return folder / "run", run_recipe(folder, built("bert"), ROWS, **sections)
 
 
 def predictions(run):
@@ -84,9 +59,8 @@ def wanted_tags(line):
     return ROWS[int(line["origin"].rpartition(":")[2]) - 1]["tags"]
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta"])
-def test_the_scores_are_those_of_seqeval_on_the_predictions(finished, family):
-    run, report = finished(family)
+def test_the_scores_are_those_of_seqeval_on_the_predictions(finished):
+    run, report = finished
     lines = predictions(run)
     said, wanted = [line["tuned_prediction"] for line in lines], [wanted_tags(line) for line in lines]
     assert [line["tuned"] for line in lines] == [" ".join(tags) for tags in said]
@@ -100,14 +74,14 @@ def test_the_scores_are_those_of_seqeval_on_the_predictions(finished, family):
 
 
 def test_the_data_report_counts_entities_by_kind_and_side(finished):
-    _, report = finished("bert")
+    _, report = finished
     sides = report["data"]["kept"]
     assert sum(sides.values()) == len(ROWS)
     assert report["data"]["classes"] == {"COLOUR": sides, "THING": sides}
 
 
 def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished, tmp_path):
-    run, report = finished("deberta")
+    run, report = finished
     sections = {"data": {"max_length": 64}, "train": {"num_train_epochs": None, "max_steps": 1, "learning_rate": 1e-9}}
     again = run_recipe(tmp_path, run / "weights", ROWS, **sections)
     assert again["evaluation"]["baseline"] is None
@@ -117,19 +91,8 @@ def test_a_tuned_model_is_a_base_with_a_trained_head_for_the_same_kinds(finished
     assert again["evaluation"]["baseline"] == "the most frequent tag (O) on every word"
 
 
-def about(max_length=64, labels=("COLOUR", "THING")):
-    return Recipe.model_validate(
-        {
-            "task": "token-classify",
-            "data": {"train": "rows.jsonl", "max_length": max_length},
-            "model": {"name": "tiny"},
-            "token_classify": {"labels": labels},
-        }
-    )
-
-
 def test_a_text_longer_than_the_model_reads_gets_a_tag_for_each_word(finished):
-    run, _ = finished("bert")
+    run, _ = finished
     context, place = open_finished(run, quiet(), True)
     processor = load_processor(place, context.recipe.model)
     words = ROWS[0]["tokens"] * 64
