@@ -25,23 +25,18 @@ from support.templates import (
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt, stop_ids
 from llmtune.data.completion_encoding import prompt_ids
+from llmtune.errors import EnvironmentProblem
 
 CHAT = conversation("one two", "three", "four five", "six")
-
-
-@pytest.mark.parametrize("name", STABLE)
-def test_a_conversation_has_the_ids_of_apply_chat_template_up_to_its_last_end(name):
-    tokenizer = tokenizer_with(STABLE[name])
-    (example,) = encode(CHAT, tokenizer)
-    expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
-    assert example.input_ids == expected[: len(example.input_ids)]
-    assert not tokenizer.decode(expected[len(example.input_ids) :]).strip()
 
 
 @pytest.mark.parametrize("name", STABLE)
 def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
     tokenizer = tokenizer_with(STABLE[name])
     (example,) = encode(CHAT, tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
+    assert example.input_ids == expected[: len(example.input_ids)]
+    assert not tokenizer.decode(expected[len(example.input_ids) :]).strip()
     first, second = (text.strip() for text in learned(example, tokenizer))
     end = first.removeprefix("three").strip()
     assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer, recipe_for())
@@ -96,23 +91,17 @@ def test_all_is_every_token_but_the_first():
     assert example.target_bytes == len("one two" + "three" + "four five" + "six")
 
 
-def test_all_leaves_out_messages_that_say_so():
-    tokenizer = tokenizer_with(CHATML)
-    row = conversation("one two", "three", "four five", "six")
-    row["messages"][1]["train"] = False
-    (example,) = encode(row, tokenizer, train_on="all")
-    assert "three" not in "".join(learned(example, tokenizer))
-    assert "six" in "".join(learned(example, tokenizer))
-    assert example.target_bytes == len("one two" + "four five" + "six")
-
-
-def test_an_answer_that_says_train_false_is_read_and_not_learned():
+def test_a_message_that_says_train_false_is_read_and_not_learned():
     tokenizer = tokenizer_with(CHATML)
     row = conversation("one two", "three", "four five", "six")
     row["messages"][1]["train"] = False
     (example,) = encode(row, tokenizer)
     assert learned(example, tokenizer) == ["six<|im_end|>"]
     assert "three" in tokenizer.decode(example.input_ids)
+    (example,) = encode(row, tokenizer, train_on="all")
+    assert "three" not in "".join(learned(example, tokenizer))
+    assert "six" in "".join(learned(example, tokenizer))
+    assert example.target_bytes == len("one two" + "four five" + "six")
 
 
 def test_a_greeting_before_any_question_is_read_and_not_learned():
@@ -149,12 +138,15 @@ def test_a_row_that_cannot_be_learned_says_why(row, template, reason):
     assert isinstance(good, list) or template == WRONGLY_MARKED
 
 
-def test_a_row_whose_every_answer_says_train_false_says_so():
+def test_a_row_whose_every_answer_says_train_false_has_nothing_to_learn():
     row = conversation("one", "two")
     row["messages"][1]["train"] = False
     assert encode(row, tokenizer_with(CHATML)) == "nothing to learn: every answer says train: false"
     row["messages"][0]["train"] = False
     assert encode(row, tokenizer_with(CHATML), train_on="all") == "nothing to learn: every message says train: false"
+    row = conversation("one", system="be kind")
+    row["messages"][1]["train"] = False  # LLAMA2 writes the system message inside the question
+    assert "nothing to learn" in encode(row, tokenizer_with(LLAMA2), train_on="all")
 
 
 def test_marks_that_begin_with_the_header_are_told_from_the_answer():
@@ -167,7 +159,8 @@ def test_marks_that_begin_with_the_header_are_told_from_the_answer():
 
 def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apart():
     tokenizer = tokenizer_with(CHATML.replace("assistant\n' }}", "assistant\nsk' }}"))
-    assert "cannot be split" in _refusal(tokenizer)
+    with pytest.raises(EnvironmentProblem, match="cannot be split"):
+        encode(CHAT, tokenizer)
     tokenizer = tokenizer_with(CHATML.replace("'\n' + message['content']", "'\ns' + message['content']"))
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\ns' }}")
     row = conversation("one", "ky is blue", "two", "ix")
@@ -180,14 +173,6 @@ def test_an_answer_whose_first_token_would_join_the_prompts_last_is_encoded_apar
         "ix<|im_end|>",
         "ky is blue<|im_end|>",
     ]
-
-
-def _refusal(tokenizer):
-    from llmtune.errors import EnvironmentProblem
-
-    with pytest.raises(EnvironmentProblem) as caught:
-        encode(CHAT, tokenizer)
-    return str(caught.value)
 
 
 def test_tools_are_rendered_and_calls_are_learned():
@@ -235,14 +220,11 @@ def test_a_completion_goes_on_from_the_ids_that_it_will_be_generated_from(start,
         assert example.spans == [1, len(example.input_ids)]
 
 
-def test_plain_text_is_learned_from_its_second_token():
+def test_plain_text_is_learned_from_its_second_token_and_whole_after_a_start_token():
     tokenizer = train_tokenizer(None)
     (example,) = complete("", "The quick brown fox", tokenizer)
     assert learned(example, tokenizer) == [" quick brown fox<|endoftext|>"]
     assert example.target_bytes == len(" quick brown fox")
-
-
-def test_plain_text_is_learned_whole_after_a_start_token():
     tokenizer = with_start_token(train_tokenizer(CHATML))
     (example,) = complete("", "The quick brown fox", tokenizer)
     assert example.input_ids[0] == tokenizer.bos_token_id
@@ -330,12 +312,6 @@ def test_no_space_comes_between_a_prompt_and_its_completion(prompt, completion):
     assert tokenizer.decode(example.input_ids[1:-1]) == prompt + completion
 
 
-def test_a_system_message_inside_a_question_that_is_not_learned_leaves_nothing_to_learn():
-    row = conversation("one", system="be kind")
-    row["messages"][1]["train"] = False
-    assert "nothing to learn" in encode(row, tokenizer_with(LLAMA2), train_on="all")
-
-
 # Many rows at once, which are read by pieces and rendered together, against each by itself
 
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
@@ -382,18 +358,9 @@ def test_rows_of_the_packaged_tokenizer_encoded_together_are_those_encoded_one_b
 
     from llmtune.model.processor import load_processor
     from llmtune.model.resolve import resolve_model
-    from llmtune.recipe import Recipe
 
-    recipe = Recipe.model_validate(
-        {
-            "recipe_version": 1,
-            "name": "test",
-            "task": "chat",
-            "data": {"train": "builtin:kjv-psalms", "max_length": 8192},
-            "model": {"name": "builtin:smollm2-135m-instruct"},
-        }
-    )
-    place = resolve_model(recipe.model.name, recipe.model, Console(stderr=True), True)
+    recipe = recipe_for(max_length=8192)
+    place = resolve_model("builtin:smollm2-135m-instruct", recipe.model, Console(stderr=True), True)
     tokenizer = load_processor(place, recipe.model)
     rows = [conversation(f"Say {k}:\n\nthe LORD's {k**3} ways", f"“Yes” – {k}½ … it's\n\n{k}") for k in range(300)]
     assert encode_chat(rows, tokenizer, recipe) == [encode_chat([row], tokenizer, recipe)[0] for row in rows]

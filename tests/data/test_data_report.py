@@ -27,16 +27,12 @@ def rows(count, words=1):
     return [conversation(f"question {i} " + "cat " * (i * words % 37), f"answer {i}") for i in range(count)]
 
 
-def test_the_report_can_be_written_as_json_and_counts_what_there_is(tmp_path, console):
+def test_the_report_is_json_and_its_histogram_counts_every_example_once_within_its_edges(tmp_path, console):
     facts, examples = describe(rows(40, words=3), tmp_path, console)
     assert json.loads(json.dumps(facts)) == facts
     assert facts["rows_in"] == 40
     assert facts["examples"] == {"train": 40}
     assert facts["supervised_share"] == pytest.approx(examples.supervised["train"] / examples.tokens["train"])
-
-
-def test_the_histogram_counts_every_example_once_within_its_edges(tmp_path, console):
-    facts, examples = describe(rows(40, words=3), tmp_path, console)
     edges, counts = facts["histogram"]["edges"], facts["histogram"]["counts"]
     lengths = ExampleReader(examples, "train").lengths
     assert sum(counts) == 40

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support.rows import write_jsonl
 from support.templates import CHATML, NO_SYSTEM, conversation, recipe_for, tokenizer_with
 
 from llmtune.data.examples import ExampleReader, encode_rows, load_examples
 from llmtune.data.preparation import prepare_rows
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.tasks.registry import get_task
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def encode_file(path, folder, console, template=CHATML, **data):
@@ -57,7 +54,7 @@ def test_counts_and_columns_agree_with_the_examples(chat_rows, tmp_path, console
 
 
 def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", plain_rows(1400))
+    path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(1400))
     _, examples = encode_file(path, tmp_path, console)
     reader = ExampleReader(examples, "train")
     assert len(reader._batches) > 2
@@ -68,7 +65,7 @@ def test_examples_of_many_batches_are_found_at_any_place(tmp_path, console):
         reader[1400]
 
 
-def test_the_folder_can_be_moved_and_read_again(chat_rows, tmp_path, console):
+def test_the_folder_can_be_moved_and_read_again_but_not_without_its_files(chat_rows, tmp_path, console):
     _, examples = encode_file(chat_rows, tmp_path, console)
     moved = (tmp_path / "examples").rename(tmp_path / "moved")
     again = load_examples(moved)
@@ -78,6 +75,11 @@ def test_the_folder_can_be_moved_and_read_again(chat_rows, tmp_path, console):
         examples.dropped,
     )
     assert ExampleReader(again, "train")[3].input_ids
+    again.files["train"].unlink()
+    with pytest.raises(DataError, match="missing"):
+        load_examples(moved)
+    with pytest.raises(DataError, match="no encoded examples"):
+        load_examples(tmp_path)
 
 
 def test_the_hash_says_whether_examples_are_the_same(chat_rows, tmp_path, console):
@@ -88,18 +90,6 @@ def test_the_hash_says_whether_examples_are_the_same(chat_rows, tmp_path, consol
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_folder_without_examples_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no encoded examples"):
-        load_examples(tmp_path)
-
-
-def test_a_side_whose_file_is_gone_is_refused(chat_rows, tmp_path, console):
-    _, examples = encode_file(chat_rows, tmp_path, console)
-    examples.files["train"].unlink()
-    with pytest.raises(DataError, match="missing"):
-        load_examples(examples.folder)
-
-
 def long_rows(count, long):
     rows = plain_rows(count)
     for i in long:
@@ -107,29 +97,23 @@ def long_rows(count, long):
     return rows
 
 
-def test_rows_that_are_too_long_are_all_named_with_file_line_and_length(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", long_rows(40, [3, 7]))
+@pytest.mark.parametrize("long", [[3, 7], range(30)])
+def test_at_most_twenty_rows_that_are_too_long_are_named_and_all_are_listed(tmp_path, console, long):
+    path = write_jsonl(tmp_path / "rows.jsonl", long_rows(40, long))
     with pytest.raises(DataError) as caught:
         encode_file(path, tmp_path, console, max_length=100)
     head, *problems = caught.value.problems
-    assert "2 of the rows have more tokens than data.max_length = 100" in head.what
+    assert f"{len(long)} of the rows have more tokens than data.max_length = 100" in head.what
     assert "data.on_overlong" in head.fix
-    assert [problem.where for problem in problems] == [f"{path}:4", f"{path}:8"]
+    places = [f"{path}:{i + 1}" for i in long]
+    assert [problem.where for problem in problems] == places[:20]
     assert "data.max_length is 100" in problems[0].what
     listed = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
-    assert [entry["where"] for entry in listed] == [f"{path}:4", f"{path}:8"]
-
-
-def test_at_most_twenty_rows_are_shown_and_all_are_listed(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", long_rows(40, range(30)))
-    with pytest.raises(DataError) as caught:
-        encode_file(path, tmp_path, console, max_length=100)
-    assert len(caught.value.problems) == 21
-    assert len((tmp_path / "left_out.jsonl").read_text().splitlines()) == 30
+    assert [entry["where"] for entry in listed] == places
 
 
 def test_rows_dropped_for_their_length_are_counted_however_many(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", long_rows(40, range(30)))
+    path = write_jsonl(tmp_path / "rows.jsonl", long_rows(40, range(30)))
     _, examples = encode_file(path, tmp_path, console, max_length=100, on_overlong="drop")
     assert examples.counts["train"] == 10
     assert examples.dropped == {"too long": 30}
@@ -139,7 +123,7 @@ def test_rows_dropped_for_their_length_are_counted_however_many(tmp_path, consol
 def test_rows_that_truncation_cannot_save_count_as_bad(tmp_path, console):
     rows = plain_rows(40)
     rows[5] = conversation("question 5", "dog " * 200)
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     _, examples = encode_file(path, tmp_path, console, max_length=100, on_overlong="truncate")
     assert examples.dropped == {"too long": 1}
     with pytest.raises(DataError, match=r"data\.max_dropped allows 1\.0%") as caught:
@@ -149,7 +133,7 @@ def test_rows_that_truncation_cannot_save_count_as_bad(tmp_path, console):
 
 def test_parts_of_a_split_row_name_the_row_that_they_come_from(tmp_path, console):
     texts = [text for i in range(6) for text in (f"question {i} " + "cat " * 12, f"answer {i}")]
-    path = write_rows(tmp_path / "rows.jsonl", [*plain_rows(3), conversation(*texts)])
+    path = write_jsonl(tmp_path / "rows.jsonl", [*plain_rows(3), conversation(*texts)])
     _, examples = encode_file(path, tmp_path, console, max_length=100, on_overlong="split")
     rows = ExampleReader(examples, "train").rows.tolist()
     assert rows[:3] == [0, 1, 2]
@@ -157,30 +141,25 @@ def test_parts_of_a_split_row_name_the_row_that_they_come_from(tmp_path, console
     assert set(rows[3:]) == {3}
 
 
-def test_rows_that_the_template_refuses_stop_the_run_with_their_reason(tmp_path, console):
-    rows = [conversation(f"question {i}", f"answer {i}", system="be kind") for i in range(10)]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
+def test_a_few_rows_that_the_template_refuses_are_left_out_and_many_stop_the_run(tmp_path, console):
+    refused = [conversation(f"question {i}", f"answer {i}", system="be kind") for i in range(10)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*refused[:1], *plain_rows(40)[1:]])
+    _, examples = encode_file(path, tmp_path, console, template=NO_SYSTEM)
+    assert examples.dropped == {"the chat template refuses it: System role not supported": 1}
+    write_jsonl(path, refused)
     with pytest.raises(DataError, match="System role not supported") as caught:
         encode_file(path, tmp_path, console, template=NO_SYSTEM)
     assert f"{path}:1" in str(caught.value)
 
 
-def test_a_few_refused_rows_are_left_out_and_counted_with_their_reason(tmp_path, console):
-    rows = plain_rows(40)
-    rows[3] = conversation("question 3", "answer", system="be kind")
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    _, examples = encode_file(path, tmp_path, console, template=NO_SYSTEM)
-    assert examples.dropped == {"the chat template refuses it: System role not supported": 1}
-
-
 def test_a_side_that_is_left_without_a_row_is_refused(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", long_rows(5, range(5)))
+    path = write_jsonl(tmp_path / "rows.jsonl", long_rows(5, range(5)))
     with pytest.raises(DataError, match="no row is left for train"):
         encode_file(path, tmp_path, console, max_length=50, on_overlong="drop")
 
 
 def test_nothing_is_taken_for_examples_after_an_error(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", plain_rows(5))
+    path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     encode_file(path, tmp_path, console)
     with pytest.raises(EnvironmentProblem):
         encode_file(path, tmp_path, console, template="{{ messages[0]['content'] }}")
@@ -190,14 +169,9 @@ def test_nothing_is_taken_for_examples_after_an_error(tmp_path, console):
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_path, console):
-    path = write_rows(tmp_path / "rows.jsonl", plain_rows(5))
+    path = write_jsonl(tmp_path / "rows.jsonl", plain_rows(5))
     recipe = recipe_for(train=str(path), validation=0, test=0)
     rows = prepare_rows(recipe, tmp_path / "rows", console)
+    read_only = Path("/sys/llmtune")  # also for root
     with pytest.raises(EnvironmentProblem):
-        encode_rows(rows, get_task("chat"), tokenizer_with(CHATML), recipe, tmp_path_of_proc(), console)
-
-
-def tmp_path_of_proc():
-    from pathlib import Path
-
-    return Path("/sys/llmtune")  # read-only, also for root
+        encode_rows(rows, get_task("chat"), tokenizer_with(CHATML), recipe, read_only, console)

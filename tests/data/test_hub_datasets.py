@@ -29,17 +29,21 @@ CODE = """
 import json, sys
 from pathlib import Path
 from rich.console import Console
-from llmtune.data import hash_sources, iterate_rows, prepare_rows
+from llmtune.data.preparation import prepare_rows
+from llmtune.data.row_store import iterate_rows
+from llmtune.data.sources import hash_sources
 from llmtune.errors import LlmtuneError
 from llmtune.recipe import load_recipe
-data = load_recipe(sys.argv[1]).recipe
-try:
-    print(hash_sources(data.data, data.task))
-    rows = prepare_rows(data, Path(sys.argv[2]), Console(stderr=True))
-    for origin, row in iterate_rows(rows, "train"):
-        print(origin, row["messages"][1]["content"] if "messages" in row else json.dumps(row))
-except LlmtuneError as error:
-    print(type(error).__name__, error)
+for number, file in enumerate(sys.argv[2:]):
+    data = load_recipe(file).recipe
+    try:
+        lines = [hash_sources(data.data, data.task)]
+        rows = prepare_rows(data, Path(sys.argv[1]) / str(number), Console(stderr=True))
+        for origin, row in iterate_rows(rows, "train"):
+            lines.append(f"{origin} {row['messages'][1]['content'] if 'messages' in row else json.dumps(row)}")
+    except LlmtuneError as error:
+        lines = [type(error).__name__, *str(error).split()]
+    print(json.dumps(lines))
 """
 
 
@@ -114,49 +118,54 @@ def hub() -> Iterator[type[Hub]]:
         server.shutdown()
 
 
-def read(hub, folder, train: object, offline: bool = False, task: str = "chat") -> list[str]:
-    make_recipe(folder, train, task, deduplicate="none")
+def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat") -> list[list[str]]:
+    """Read the sources one after the other in a process of their own: of each the hash and the rows, or the error."""
+    files = []
+    for number, source in enumerate(sources):
+        make_recipe(folder, source, task, deduplicate="none")
+        files.append((folder / "recipe.yaml").rename(folder / f"{number}.yaml"))
     off = "1" if offline else "0"
     switches = {"HF_HUB_OFFLINE": off, "HF_DATASETS_OFFLINE": off, "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, folder / "recipe.yaml", folder / "out"],
+        [sys.executable, "-c", CODE, folder / "out", *files],
         env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), **switches},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("limit", [None, 3])
 def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path, limit):
-    _, *rows = read(hub, tmp_path, {"path": "hub:owner/name", "limit": limit})
+    source = {"path": "hub:owner/name", "limit": limit}
+    ((_, *rows),) = read(hub, tmp_path, source)
     assert rows == [f"hub:owner/name/train:row {i} old" for i in range(1, (limit or 8) + 1)]
-    _, *later = read(hub, tmp_path, {"path": "hub:owner/name", "limit": limit})
+    ((_, *later),) = read(hub, tmp_path, source)
     assert later[0] == "hub:owner/name/train:row 1 new"
 
 
 def test_what_was_read_once_is_read_offline(hub, tmp_path):
-    first = read(hub, tmp_path, "hub:owner/name")
+    (first,) = read(hub, tmp_path, "hub:owner/name")
     hub.asked.clear()
-    assert read(hub, tmp_path, "hub:owner/name", offline=True) == first
-    assert read(hub, tmp_path, {"path": "hub:owner/name", "limit": 3}, offline=True)[1:] == first[1:4]
+    again, limited = read(hub, tmp_path, "hub:owner/name", {"path": "hub:owner/name", "limit": 3}, offline=True)
+    assert again == first
+    assert limited[1:] == first[1:4]
     assert not hub.asked
 
 
 def test_rows_of_another_commit_are_refused_offline(hub, tmp_path):
-    read(hub, tmp_path, {"path": "hub:owner/name", "revision": NEW})
-    read(hub, tmp_path, "hub:owner/name")
+    read(hub, tmp_path, {"path": "hub:owner/name", "revision": NEW}, "hub:owner/name")
     (cached,) = (tmp_path / "cache/datasets").rglob(OLD)
     shutil.rmtree(cached)
-    said = " ".join(read(hub, tmp_path, "hub:owner/name", offline=True))
-    assert f"the rows of another commit: {NEW[:12]}, not {OLD[:12]}" in said
+    (said,) = read(hub, tmp_path, "hub:owner/name", offline=True)
+    assert f"the rows of another commit: {NEW[:12]}, not {OLD[:12]}" in " ".join(said)
 
 
 def test_a_split_that_is_not_there_is_told(hub, tmp_path):
-    said = " ".join(read(hub, tmp_path, {"path": "hub:owner/name", "split": "nosuch"}))
-    assert "Check `config`, `split`" in said
+    (said,) = read(hub, tmp_path, {"path": "hub:owner/name", "split": "nosuch"})
+    assert "Check `config`, `split`" in " ".join(said)
 
 
 def test_a_data_set_that_is_not_in_the_cache_is_an_environment_problem_offline(tmp_path):
@@ -193,7 +202,7 @@ def sounds(tmp_path_factory) -> bytes:
 def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path, limit):
     hub.files = lambda self, commit: {"train.parquet": sounds}
     source = {"path": "hub:owner/name", "limit": limit}
-    _, *rows = read(hub, tmp_path, source, task="speech")
+    ((_, *rows),) = read(hub, tmp_path, source, task="speech")
     found = []
     for row in rows:
         origin, _, text = row.partition(" {")
@@ -209,7 +218,7 @@ def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds
     assert {path.parent for path in paths} == {tmp_path / "cache" / "llmtune-recordings"}
     assert len(list(paths[0].parent.iterdir())) == 2
     if limit is None:
-        assert read(hub, tmp_path, source, offline=True, task="speech")[1:] == rows
+        assert read(hub, tmp_path, source, offline=True, task="speech")[0][1:] == rows
 
 
 def plain_rows(rows):

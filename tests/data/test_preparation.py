@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
@@ -146,8 +147,9 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
     write_jsonl(tmp_path / "unknown.jsonl", [{"q": 1, "a": 2}])
     write_jsonl(tmp_path / "mixed/a.jsonl", [chat("q")])
     write_jsonl(tmp_path / "mixed/b.jsonl", [PAIRS[0]])
+    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
     names = ["tikets.jsonl", "no/where.jsonl", "*.nothing", "empty.jsonl", "empty", "pictures", "strange.xyz",
-             "torn.parquet", "unknown.jsonl", "mixed", "builtin:nosuch"]  # fmt: skip
+             "torn.parquet", "unknown.jsonl", "mixed", "builtin:nosuch", "saved"]  # fmt: skip
     message = fail(tmp_path, names)
     for said in (
         f"data.train[0]: there is no file {tmp_path}/tikets.jsonl",
@@ -162,15 +164,9 @@ def test_all_sources_that_cannot_be_read_are_told_at_once(tmp_path):
         "the format is not known by the columns 'q', 'a'",
         "data.train[9]: mixed formats: ",
         "no data called builtin:nosuch",
+        "save_to_disk",
     ):
         assert said in message, said
-
-
-def test_a_data_set_written_by_save_to_disk_is_refused_by_name(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
-    assert "save_to_disk" in fail(tmp_path, "saved")
 
 
 def test_a_file_cut_in_the_middle_is_an_error_beside_its_bad_rows(tmp_path):
@@ -309,7 +305,8 @@ def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_f
 
 
 def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():
-    script = "import sys, llmtune.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    heavy = "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    script = f"import sys, llmtune.data.preparation, llmtune.data.row_store, llmtune.data.sources; {heavy}"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -320,7 +317,7 @@ def test_a_full_or_read_only_disk_is_an_environment_problem(tmp_path, options, s
     (tmp_path / "disk").mkdir()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from llmtune.data import prepare_rows; from llmtune.recipe import load_recipe\n"
+        "from llmtune.data.preparation import prepare_rows; from llmtune.recipe import load_recipe\n"
         "from llmtune.errors import EnvironmentProblem\n"
         "try: prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]) / 'out', Console(quiet=True))\n"
         "except EnvironmentProblem as error: print(error)"

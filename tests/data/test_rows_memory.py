@@ -14,7 +14,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from rich.console import Console
-from llmtune.data import prepare_rows
+from llmtune.data.preparation import prepare_rows
 from llmtune.recipe import load_recipe
 rows = prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]), Console(quiet=True))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from support.runs import write_colours
 
 from llmtune.data.collators import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.evaluate.evaluator import evaluate
+from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
@@ -42,7 +46,9 @@ class Bench:
     processor: Any
     load: Callable[[], Any]
     console: Any
-    entered: list[str]
+    entered: list[str] = field(default_factory=list)
+    steps: int = 80
+    """Of the training that makes the tuned model."""
 
     @property
     def task(self):
@@ -64,12 +70,12 @@ class Bench:
 
         return enter
 
-    def teach(self, model, steps: int = 80):
+    def teach(self, model):
         """Learn the test rows by heart: a gain that evaluation has to see."""
         batch = collate_padded(list(self.reader), self.processor.pad_token_id)
         torch.manual_seed(0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for _ in range(steps):
+        for _ in range(self.steps):
             loss = self.task.loss(model, batch, False)
             (loss.sum / loss.count).backward()
             optimizer.step()
@@ -93,31 +99,51 @@ class Bench:
         )
 
 
+def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **data) -> Bench:
+    console = Console(file=io.StringIO(), width=120)
+    file = folder / "recipe.yaml"
+    file.write_text(text.format(rows=rows, model=model))
+    recipe = load_recipe(str(file)).recipe
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+    for name in ("rows", "examples"):
+        (folder / name).mkdir(exist_ok=True)
+    prepared = prepare_rows(recipe, folder / "rows", console)
+    place = resolve_model(str(recipe.model.name), recipe.model, console, True)
+    processor = load_processor(place, recipe.model)
+    task = get_task(recipe.task)
+    examples = encode_rows(prepared, task, processor, recipe, folder / "examples", console)
+
+    def load():
+        return load_model(place, recipe, task, processor, device="cpu", training=False).model
+
+    return Bench(recipe, prepared, examples, processor, load, console)
+
+
 @pytest.fixture
-def make_bench(tmp_path, tiny_llama, chat_rows, console):
-    def make(text: str = RECIPE, rows: list[dict] | None = None, model: Path = tiny_llama, **data) -> Bench:
+def make_bench(tmp_path, tiny_llama, chat_rows):
+    def make(text: str = RECIPE, rows: list[dict] | None = None, **data) -> Bench:
         if rows is not None:
             chat_rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        file = tmp_path / "recipe.yaml"
-        file.write_text(text.format(rows=chat_rows, model=model))
-        recipe = load_recipe(str(file)).recipe
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
-        for name in ("rows", "examples"):
-            (tmp_path / name).mkdir(exist_ok=True)
-        prepared = prepare_rows(recipe, tmp_path / "rows", console)
-        place = resolve_model(str(recipe.model.name), recipe.model, console, True)
-        processor = load_processor(place, recipe.model)
-        task = get_task(recipe.task)
-        examples = encode_rows(prepared, task, processor, recipe, tmp_path / "examples", console)
-
-        def load():
-            return load_model(place, recipe, task, processor, device="cpu", training=False).model
-
-        return Bench(recipe, prepared, examples, processor, load, console, [])
+        return build_bench(tmp_path, chat_rows, tiny_llama, text, **data)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory, tiny_llama) -> Bench:
+    """The rows and examples of the plain bench, which no test changes."""
+    folder = tmp_path_factory.mktemp("colours")
+    return build_bench(folder, write_colours(folder / "chat.jsonl"), tiny_llama)
+
+
 @pytest.fixture
-def bench(make_bench) -> Bench:
-    return make_bench()
+def bench(colours, console) -> Bench:
+    return replace(colours, console=console, entered=[])
+
+
+@pytest.fixture(scope="session")
+def measured(colours, tmp_path_factory):
+    """Every metric of the plain bench: the bench, what was found, and the folder of the predictions."""
+    folder = tmp_path_factory.mktemp("measured")
+    bench = replace(colours, entered=[])
+    return bench, bench.evaluate(folder, metrics=METRICS, gates=("loss < base",)), folder

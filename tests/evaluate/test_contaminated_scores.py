@@ -58,7 +58,7 @@ def test_rows_that_overlap_are_counted_shown_kept_and_left_out_of_clean_scores(c
 
 def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_bench):
     bench = make_bench(RECIPE, [turn(long_question(i), COLOURS[i % 3]) for i in range(30)], deduplicate="near")
-    bench.teach = lambda model: None
+    bench.steps = 0
     found = bench.evaluate(metrics=("loss",))
     assert found.contamination.near == 0
     assert found.contamination.dropped == {"near a test row": 12}

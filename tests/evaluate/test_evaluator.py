@@ -28,8 +28,8 @@ def losses_by_hand(bench):
     return found
 
 
-def test_every_metric_of_the_task_is_measured_on_both_models(bench):
-    found = bench.evaluate(metrics=METRICS)
+def test_every_metric_of_the_task_is_measured_on_both_models(measured):
+    bench, found, _ = measured
     assert (
         set(found.base) == set(found.tuned) == set(found.difference) == set(METRICS) == set(TASK_FACTS["chat"].metrics)
     )
@@ -42,8 +42,8 @@ def test_every_metric_of_the_task_is_measured_on_both_models(bench):
         assert metric in found.signatures
 
 
-def test_a_model_that_learned_the_rows_is_seen_to_be_better(bench):
-    found = bench.evaluate(metrics=METRICS)
+def test_a_model_that_learned_the_rows_is_seen_to_be_better(measured):
+    _, found, _ = measured
     for metric in ("loss", "perplexity", "bits_per_byte"):
         assert found.difference[metric].high < 0
     for metric in ("accuracy", "exact_match", "rougeL", "choice_accuracy"):
@@ -55,6 +55,7 @@ def test_a_model_that_learned_the_rows_is_seen_to_be_better(bench):
 @pytest.mark.parametrize("packing", [True, False])
 def test_losses_are_those_of_plain_forward_passes(make_bench, packing):
     bench = make_bench(packing=packing)
+    bench.steps = 0
     rows = losses_by_hand(bench)
     nats, tokens, correct = (sum(column) for column in zip(*rows, strict=True))
     size = sum(example.target_bytes for example in bench.reader)
@@ -65,9 +66,9 @@ def test_losses_are_those_of_plain_forward_passes(make_bench, packing):
     assert found["accuracy"] == pytest.approx(correct / tokens)
 
 
-def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(bench, tmp_path):
-    found = bench.evaluate(tmp_path / "evaluation", metrics=("loss", "exact_match", "choice_accuracy"))
-    lines = [json.loads(line) for line in (tmp_path / "evaluation" / "predictions.jsonl").read_text().splitlines()]
+def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(measured):
+    bench, found, folder = measured
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == found.rows
     rows = read_rows(bench.rows, "test", list(range(found.rows)))
     assert [line["prompt"] for line in lines] == [row["messages"][0]["content"] for row in rows]
@@ -82,6 +83,7 @@ def test_predictions_hold_a_line_a_row_that_adds_up_to_the_scores(bench, tmp_pat
 
 
 def test_a_limit_is_on_generated_answers_alone(bench):
+    bench.steps = 0
     found = bench.evaluate(metrics=("loss", "exact_match", "choice_accuracy"), limit=4)
     assert found.difference["exact_match"].n == 4
     assert found.difference["loss"].n == found.difference["choice_accuracy"].n == found.rows
@@ -97,7 +99,9 @@ data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: exact}}
 model: {{name: {model}, dtype: float32}}
 """
     rows = [{"text": f"The house number {i} is {i % 7} metres high."} for i in range(30)]
-    found = make_bench(text, rows).evaluate(metrics=("loss", "exact_match", "choice_accuracy"))
+    bench = make_bench(text, rows)
+    bench.steps = 0
+    found = bench.evaluate(metrics=("loss", "exact_match", "choice_accuracy"))
     assert set(found.tuned) == {"loss"}
     assert "no prompt" in found.signatures["generated"]
     assert "not measured" in found.signatures["choice_accuracy.choices"]
@@ -113,8 +117,8 @@ def test_without_test_rows_nothing_is_measured_and_no_model_is_loaded(make_bench
     assert "no test rows" in bench.console.file.getvalue()
 
 
-def test_an_evaluation_comes_back_from_disk_as_it_was(bench, tmp_path):
-    found = bench.evaluate(metrics=("loss", "exact_match"), gates=("loss < base",))
+def test_an_evaluation_comes_back_from_disk_as_it_was(measured, tmp_path):
+    _, found, _ = measured
     save_evaluation(found, tmp_path / "saved")
     assert load_evaluation(tmp_path / "saved") == found
 
@@ -138,6 +142,6 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
         loaded.append(weakref.ref(model))
         return model
 
-    bench.load = watched
+    bench.load, bench.steps = watched, 0
     bench.evaluate(metrics=("loss",), samples=0)
     assert len(loaded) == 2

@@ -44,7 +44,7 @@ def chat_about_people(count=60):
 
 def bench_with(make_bench, metrics="[loss, choice_accuracy]", choices="auto"):
     bench = make_bench(CHAT.replace("METRICS", metrics).replace("CHOICES", choices), chat_about_people())
-    bench.teach = lambda model: type(bench).teach(bench, model, steps=10)
+    bench.steps = 10
     return bench
 
 
@@ -185,6 +185,3 @@ def test_pairs_of_ones_own_are_refused_for_a_form_without_likelihoods(tmp_path):
         check_variant(recipe, get_task("translate"), "m")
     assert caught.value.problems[0].where == "evaluate.fairness.pairs"
     check_variant(recipe, completion.VARIANTS[1], "m")
-
-
-# CrowS-Pairs and SmolLM2
