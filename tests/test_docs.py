@@ -73,6 +73,15 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+def test_modules_that_a_page_names_exist() -> None:
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+    named = {
+        file for page in pages for file in re.findall(r"`(llmtune/[a-z_/]+\.py)`", page.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert not [file for file in sorted(named) if not (ROOT / file).is_file()]
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
