@@ -59,6 +59,8 @@ class Message(TypedDict):
     content: str
     train: NotRequired[bool]
     """Whether an answer is learned (yes, where it is missing)."""
+    reasoning: NotRequired[str]
+    """The thoughts before an answer, without the marks around them; empty for thoughts that are stated to be none."""
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]

@@ -81,6 +81,8 @@ class ChatTemplate:
     """The tokens that are no ordinary text, longest first."""
     marked: bool = False
     """Whether it marks answers itself, where there are no tools."""
+    opening: str = ""
+    """What the generation prompt adds to a conversation: the header of an answer, and perhaps `<think>`."""
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
         """Render messages as text; `answer_next` adds what stands before an answer.
@@ -134,6 +136,34 @@ class ChatTemplate:
         return cast(str, self.processor.get_chat_template(None, tools))
 
     @property
+    def response_template(self) -> dict[str, object]:
+        """How answers are read, as transformers' `parse_response` wants it: the tokenizer's own, or the usual marks."""
+        own = getattr(self.processor, "response_template", None)
+        if own is not None:
+            return cast(dict[str, object], own)
+        call = {"type": "function", "function": "{content}"}
+        return {
+            "start_anchor": self.opening or "\0",
+            "fields": {
+                "reasoning_content": {"open": "<think>", "close": "</think>"},
+                "tool_calls": {
+                    "open": "<tool_call>",
+                    "close": "</tool_call>",
+                    "content": "json",
+                    "repeats": True,
+                    "transform": call,
+                },
+                "content": {"repeats": True, "join": "", "content_args": {"strip": False}},
+            },
+        }
+
+    def cut_end(self, text: str) -> tuple[str, bool]:
+        """Cut what was generated before the first token that ends an answer, and say whether there was one."""
+        ends = [self.end, self.processor.eos_token]
+        at = min((text.index(end) for end in ends if end and end in text), default=None)
+        return (text, False) if at is None else (text[:at], True)
+
+    @property
     def end_ids(self) -> list[int]:
         """Ids at which generation has to stop: the end-of-turn token, and the tokenizer's own end."""
         ids = [self.processor.convert_tokens_to_ids(self.end), self.processor.eos_token_id]
@@ -170,7 +200,8 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
         raise EnvironmentProblem.of(what, template.name, fix)
     _refuse_doubled_start(template, whole)
     marked = marks_answers(template.text())
-    return ChatTemplate(processor, template.kwargs, template.name, tail, end, special, marked)
+    opening = prompt.removeprefix(bare)
+    return ChatTemplate(processor, template.kwargs, template.name, tail, end, special, marked, opening)
 
 
 def render_prompt(

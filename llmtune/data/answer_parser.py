@@ -1,0 +1,69 @@
+"""What a model wrote behind its prompt, read into thoughts, calls of tools and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from transformers.utils.chat_parsing import ResponseParser
+
+from llmtune.data.chat_rows import ToolCall
+from llmtune.data.chat_template import ChatTemplate, Tools
+from llmtune.data.tokenization import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """An answer in its parts."""
+
+    text: str
+    """What is said, without blanks around it."""
+    reasoning: str | None = None
+    """The thoughts before it; None where there are none, or empty ones."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    complete: bool = True
+    """Whether it came to its end, and was not cut off."""
+    error: str | None = None
+    """Why a call in it cannot be read. The text holds all that was written then."""
+
+
+def parse_answer(generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None) -> ParsedAnswer:
+    """Read what was generated behind the generation prompt, special tokens kept.
+
+    What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. With
+    `tools` the arguments of calls that are written without types become what their declaration says.
+    """
+    text = generated if isinstance(generated, str) else decode(template.processor, generated)
+    text, complete = template.cut_end(text)
+    parser = response_parser(template, tools)
+    try:
+        parser.feed(text)
+        message, _ = parser.finalize()
+        calls = tuple(_canonical_call(call) for call in message.get("tool_calls") or ())
+    except (ValueError, KeyError, TypeError) as error:
+        return ParsedAnswer(text.strip(), complete=complete, error=str(error).splitlines()[0])
+    reasoning = message.get("reasoning_content") or message.get("thinking")
+    return ParsedAnswer(str(message.get("content") or "").strip(), reasoning or None, calls, complete)
+
+
+def response_parser(template: ChatTemplate, tools: Tools = None) -> ResponseParser:
+    """Return transformers' parser for one answer as it comes: feed it pieces of text, and it returns events.
+
+    Its fields are `content`, `reasoning_content` and `tool_calls`; a tokenizer's own response template may name the
+    thoughts `thinking`.
+    """
+    return ResponseParser(template.response_template, prefix=template.opening, tools=list(tools) if tools else None)
+
+
+def _canonical_call(call: Mapping[str, object]) -> ToolCall:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"a call without a name: {call}")
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments of {function['name']!r} are no object: {arguments!r}")
+    return cast(ToolCall, {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
