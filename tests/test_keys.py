@@ -255,6 +255,7 @@ ELSEWHERE = {
     "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
     "data.train.config": "data/test_hub_datasets.py::test_rows_are_those_of_the_commit_that_was_hashed",
     "data.train.split": "data/test_hub_datasets.py::test_a_split_that_is_not_there",
+    "data.train.encoding": "data/test_column_mapping.py::test_of_a_file_that_is_not_utf_8_",
     "data.train.revision": "data/test_hub_datasets.py::test_rows_of_another_commit_are_refused_offline",
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
     "deploy": "deploy/test_gguf_run.py::test_",

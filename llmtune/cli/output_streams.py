@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 P = ParamSpec("P")
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS = 30
+"""More than the twenty bad rows that are named, with what is said before and after them."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -6,6 +6,7 @@ or a `RowError` with the reason why there are none. What makes the rest of a fil
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -31,6 +32,11 @@ TEXT_PIECE = 2**16
 """Characters above which a text file is cut into several rows, at the next blank line."""
 
 PARQUET_ROWS = 512
+GUESSED_BYTES = 2**20
+"""How much of a file is looked at to guess its encoding."""
+WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
+NOT_UTF8 = "not UTF-8"
+OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
 DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -43,8 +49,10 @@ ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
 RawRow = tuple[str, dict[str, object] | RowError]
 
 
-def read_file(path: Path, name: str, container: str, advance: Advance = lambda count: None) -> Iterator[RawRow]:
-    """Yield the raw rows of a file, whose origins begin with `name`.
+def read_file(
+    path: Path, name: str, container: str, advance: Advance = lambda count: None, encoding: str | None = None
+) -> Iterator[RawRow]:
+    """Yield the raw rows of a file, whose origins begin with `name`; `encoding` is that of its text, if not UTF-8.
 
     Raises:
         DataError: The file cannot be opened, or cannot be read on from some place.
@@ -54,6 +62,8 @@ def read_file(path: Path, name: str, container: str, advance: Advance = lambda c
             yield from _read_parquet(path, name, advance)
             return
         with open_bytes(path, advance) as stream:
+            if encoding is not None:
+                stream = io.BufferedReader(_Transcoded(stream, encoding))
             _refuse_other_encodings(stream, name)
             yield from READERS[container](stream, name)
 
@@ -71,6 +81,10 @@ def explained(name: str) -> Iterator[None]:
     except JsonSyntaxError as error:
         fix = "Mend the file; a JSON file cannot be read on behind a mistake, JSON lines can."
         raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
+    except UnicodeError as error:  # of an encoding that the recipe states; else bad bytes are errors of their rows
+        raise DataError.of(
+            f"the file is not in the encoding that is stated: {error}", name, "Correct `encoding:`."
+        ) from error
     except OSError as error:
         if error.errno is None and any(word in str(error) for word in DAMAGED):  # Arrow's, not the system's
             what = f"the compressed file is damaged or cut short ({error})"
@@ -98,6 +112,25 @@ class _CountedFile(io.RawIOBase):
         super().close()
 
 
+class _Transcoded(io.RawIOBase):
+    """The text of a stream in another encoding, as UTF-8."""
+
+    def __init__(self, stream: ByteStream, encoding: str) -> None:
+        pieces = iter(lambda: stream.read(2**16), b"")
+        self._pieces = codecs.iterencode(codecs.iterdecode(pieces, encoding), "utf-8")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        self._rest = self._rest or next(self._pieces, b"")
+        view = memoryview(buffer)
+        count = min(len(view), len(self._rest))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
 @contextmanager
 def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
     """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way."""
@@ -114,9 +147,27 @@ def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[By
 def _refuse_other_encodings(stream: ByteStream, name: str) -> None:
     start = stream.peek(4)[:4]
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError.of("the file is UTF-16", name, "Save it as UTF-8.")
+        raise DataError.of("the file is UTF-16", name, "Add `encoding: utf-16` to the source, or save it as UTF-8.")
     if start == b"PAR1":
         raise DataError.of("the file is Parquet, whatever its name says", name, "Set `format: parquet`.")
+
+
+def guess_encoding(path: Path) -> str | None:
+    """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
+    with open_bytes(path) as stream:
+        start = stream.read(GUESSED_BYTES)
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        if error.end >= len(start) - 3:
+            return None  # a character that is cut in two
+    try:
+        signs = [sign for sign in start.decode("cp1252") if not sign.isascii()]
+    except UnicodeDecodeError:
+        return None
+    rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
+    words = len(signs) < len(start) / 5  # more is another alphabet
+    return "cp1252" if signs and words and rare <= len(signs) / 10 else None
 
 
 def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
@@ -153,7 +204,7 @@ def _parse_line(line: bytes, offset: int) -> dict[str, object] | RowError:
 
 def not_utf8(byte: int, offset: int) -> RowError:
     """Say which byte is not UTF-8, and where it stands in the (unpacked) file."""
-    return RowError("not UTF-8", f"byte 0x{byte:02x} at offset {offset}")
+    return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
 
 
 def _read_json(stream: ByteStream, name: str) -> Iterator[RawRow]:
@@ -199,6 +250,8 @@ def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
 
 def _check_header(header: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in header]
+    if any(_escaped_byte(cell) is not None for cell in header):
+        raise DataError.of("the header is not UTF-8", f"{name}:1", OTHER_ENCODING)
     twice = sorted({cell for cell in header if header.count(cell) > 1})
     if twice:
         raise DataError.of(f"two columns with the name {twice[0]!r}", f"{name}:1", "Rename one of them.")
@@ -210,7 +263,7 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
         return RowError("wrong number of columns", f"{len(cells)} cells, the header has {len(header)}")
     for cell in cells:
         if (bad := _escaped_byte(cell)) is not None:
-            return RowError("not UTF-8", f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
+            return RowError(NOT_UTF8, f"byte 0x{ord(cell[bad]) - 0xDC00:02x} in a cell")
     return dict(zip(header, cells, strict=True))
 
 
@@ -242,7 +295,7 @@ def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:
         if (bad := _escaped_byte(line)) is not None:
             position = offset + len(line[:bad].encode())
             what = not_utf8(ord(line[bad]) - 0xDC00, position)
-            raise DataError.of(f"{what.reason}: {what.detail}", f"{name}:{number}", "Save the file as UTF-8.")
+            raise DataError.of(f"{what.reason}: {what.detail}", f"{name}:{number}", OTHER_ENCODING)
         offset += len(line.encode())
         piece.append(line)
         size += len(line)

@@ -13,11 +13,13 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
+from llmtune.data.column_mapping import rename
+from llmtune.data.file_readers import NOT_UTF8
 from llmtune.data.rejected_rows import Add, RowError, listed
-from llmtune.data.row_formats import parse_row, rename
+from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import hash_content, to_json
 from llmtune.data.row_store import HashedRow, Spool
-from llmtune.data.sources import Detected
+from llmtune.data.sources import Detected, encoding_hint
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection
 from llmtune.records import SIDES
@@ -37,6 +39,8 @@ class Account:
     first: list[Problem] = field(default_factory=list)
     columns: dict[str, None] = field(default_factory=dict)
     """Columns of rows that may be tested, where some are asked for."""
+    hints: list[Problem] = field(default_factory=list)
+    """What may be behind many bad rows at once."""
 
     def add_bad(self, origin: str, error: RowError) -> None:
         """Count a bad row and put it into the list."""
@@ -47,10 +51,10 @@ class Account:
         self.add_line({"origin": origin, "reason": error.reason, "detail": error.detail})
 
     def problems(self) -> list[Problem]:
-        """Return the first bad rows and where to find the others."""
+        """Return what may be behind the bad rows, the first of them, and where to find the others."""
         more = self.bad.total() - len(self.first)
-        tail = [Problem(f"and {more} more bad rows", str(self.list_file))] if more else []
-        return [*self.first, *tail]
+        tail = [Problem(f"and {more:,} more bad rows", str(self.list_file))] if more else []
+        return [*self.hints, *self.first, *tail]
 
 
 @contextmanager
@@ -95,6 +99,8 @@ def read_inputs(
                 _read_input(one, data, task, spool, account, taken, progress, bar, tuple(columns or ()))
             except DataError as error:
                 problems += error.problems
+    if account.bad[f"bad: {NOT_UTF8}"]:
+        account.hints += [problem for one in inputs if (problem := encoding_hint(one.input))]
     if problems:
         raise DataError(*problems, *account.problems())
     _check_share(account, data.max_dropped)
@@ -129,7 +135,7 @@ def _read_input(
     one = detected.input
     limit = one.source.limit
     side = -1 if one.side is None else SIDES.index(one.side)
-    columns = one.source.columns
+    columns = detected.columns
     tested = bool(kept_columns) and (one.side == "test" or (one.side is None and not isinstance(data.test, tuple)))
     for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
         if limit is not None and taken[one.number] >= limit:

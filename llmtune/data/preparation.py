@@ -53,6 +53,10 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     used = {data.split_by, *recipe.evaluate.columns}
     if unused := dict.fromkeys(name for one in detected for name in one.unused if name not in used):
         console.print(f"not used: {escape(', '.join(unused))}", style="dim")
+    renamed = {ours: theirs for one in detected for ours, theirs in one.columns.items()}
+    if renamed:
+        listing = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in renamed.items())
+        console.print(f"columns: {escape(listing)}", highlight=False)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes

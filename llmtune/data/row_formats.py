@@ -1,4 +1,4 @@
-"""Row formats: other apart by the columns of the first rows, and brought into one canonical row_format a task."""
+"""Row formats: told apart by the columns of the first rows, and brought into one canonical form a task."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llmtune.data.chat_rows import (
     completion_from_pair,
     completion_from_text,
 )
+from llmtune.data.column_mapping import used_columns, with_aliases
 from llmtune.data.labelled_rows import classified, question_answer, question_squad, tagged_spans, tagged_tokens
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.text_pair_rows import (
@@ -196,35 +197,38 @@ COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns
 """Canonical column names: what the keys of `columns:` may be."""
 
 
-def rename(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
-    """Give mapped columns their canonical names; a column of that name that was there before gives way."""
-    if not columns:
-        return row
-    return {**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
-
-
 def detect_format(
-    rows: Sequence[Mapping[str, object]], task: str, columns: Mapping[str, str], forced: str | None, where: str
+    rows: Sequence[Mapping[str, object]],
+    task: str,
+    columns: Mapping[str, str],
+    forced: str | None,
+    where: str,
+    suggest: Callable[[], str | None] = lambda: None,
 ) -> RowFormat:
-    """Detect the format of a file by its first rows.
+    """Detect the format of a file by its first rows: by its own names of columns, else by other usual ones.
 
     Args:
         rows: The first good rows; at least one.
         task: The recipe's task, which rules formats out.
-        columns: The source's `columns`, canonical name to the file's own.
+        columns: The source's `columns`, canonical name to the file's own or a template of them.
         forced: The row format that the source names, if it does.
         where: The file, for the problem.
+        suggest: Gives a line of the recipe that would read the file, where one is known.
 
     Raises:
-        DataError: No format fits, or several do; with a way to mend it.
+        DataError: No format fits, or several do; with a way to fix it.
     """
     present = list(dict.fromkeys(name for row in rows for name in row))
     _check_columns(columns, present, where)
     usable = [one for one in FORMATS.values() if one.parser(task)]
     matching = [one for one in FORMATS.values() if _matches(one, rows, columns)]
+    aliased = [one for one in usable if _matches(one, rows, map_columns(one, rows, task, columns))]
     if forced:
-        return _check_forced(FORMATS[forced], matching, usable, task, present, where)
+        return _check_forced(FORMATS[forced], [*matching, *aliased], usable, task, present, where)
     fitting = [one for one in matching if one in usable]
+    if not fitting and aliased:  # the reading that leaves the fewest columns unused
+        read = [len(used_columns(map_columns(one, rows, task, columns), present)) for one in aliased]
+        fitting = [one for one, count in zip(aliased, read, strict=True) if count == max(read)]
     if len(fitting) > 1:  # the longer list of columns wins: conversations beside chosen and rejected
         fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if len(fitting) == 1:
@@ -233,11 +237,21 @@ def detect_format(
         names = " and ".join(one.name for one in fitting)
         fix = f"Say which with `format: {fitting[0].name}` or `format: {fitting[1].name}`."
         raise DataError.of(f"the columns {_listed(present)} fit {names}", where, fix)
+    suggestion = suggest()
     if matching:
         others = " or ".join(f"`task: {name}`" for name in matching[0].parsers)
         what = f"{matching[0].name} rows, which task: {task} cannot use"
-        raise DataError.of(what, where, f"Set {others}, or give other rows.")
-    raise _no_match(rows, columns, usable, present, where)
+        instead = f"map the columns:\n    {suggestion}" if suggestion else "give other rows."
+        raise DataError.of(what, where, f"Set {others}, or {instead}")
+    raise _no_match(rows, columns, usable, present, where, suggestion)
+
+
+def map_columns(
+    row_format: RowFormat, rows: Sequence[Mapping[str, object]], task: str, columns: Mapping[str, str]
+) -> dict[str, str]:
+    """Return what a file's columns are called in a format: what the recipe maps, and usual other names."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return with_aliases(columns, row_format.columns, names, task)
 
 
 def _check_columns(columns: Mapping[str, str], present: list[str], where: str) -> None:
@@ -245,9 +259,10 @@ def _check_columns(columns: Mapping[str, str], present: list[str], where: str) -
         if ours not in COLUMNS:
             known = f"({', '.join(COLUMNS)}).{nearest(ours, COLUMNS)}"
             raise DataError.of(f"columns: {ours!r} is not a column that llmtune knows {known}", where)
-        if theirs not in present:
-            known = f"found {_listed(present)}.{nearest(theirs, present)}"
-            raise DataError.of(f"columns: there is no column {theirs!r}; {known}", where)
+        missing = [name for name in used_columns({ours: theirs}, present) if name not in present]
+        if missing:
+            known = f"found {_listed(present)}.{nearest(missing[0], present)}"
+            raise DataError.of(f"columns: there is no column {missing[0]!r}; {known}", where)
 
 
 def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> bool:
@@ -257,7 +272,8 @@ def _matches(row_format: RowFormat, rows: Sequence[Mapping[str, object]], column
     mapped = set(columns)
     if mapped.isdisjoint(row_format.required) and any(mapped & set(other.required) for other in FORMATS.values()):
         return False
-    return all(columns.get(name, name) in row for row in rows for name in row_format.required)
+    used = {name: used_columns({name: columns.get(name, name)}, rows[0]) for name in row_format.required}
+    return all(used[name] <= row.keys() for row in rows for name in row_format.required)
 
 
 def _check_forced(
@@ -283,6 +299,7 @@ def _no_match(
     usable: Sequence[RowFormat],
     present: list[str],
     where: str,
+    suggestion: str | None,
 ) -> LlmtuneError:
     kinds = [next((one.name for one in FORMATS.values() if _matches(one, [row], columns)), None) for row in rows]
     if len(set(kinds)) > 1:
@@ -290,9 +307,12 @@ def _no_match(
         names = f"row 1 is {kinds[0] or 'of no known format'}, row {other + 1} {kinds[other] or 'of no known format'}"
         return DataError.of(f"mixed formats: {names}", where, "Put each format into a file and a source of its own.")
     known = "\n    ".join(f"{one.name}: {one.example}" for one in usable)
-    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in usable[-1].required)
     what = f"the format is not known by the columns {_listed(present)}"
-    return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns: `columns: {{{mapped}}}`.")
+    if suggestion:
+        return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
+    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in usable[0].required)
+    source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
+    return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns in the section `data`: {source}.")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -329,7 +349,7 @@ def parse_row(
 
 def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:
     """Name the columns, and the keys of messages, that the canonical row does not hold."""
-    used = {columns.get(name, name) for name in row_format.columns}
+    used = used_columns({name: columns.get(name, name) for name in row_format.columns}, row)
     unused = [name for name in row if name not in used]
     for turn in next((turns for name in CONVERSATIONS if isinstance(turns := row.get(name), list)), []):
         if isinstance(turn, dict):

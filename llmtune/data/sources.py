@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Literal
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
-from llmtune.data.file_readers import RawRow, read_file
+from llmtune.data.column_mapping import rename
+from llmtune.data.file_readers import NOT_UTF8, RawRow, guess_encoding, read_file
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, rename, unused_keys
+from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
+from llmtune.data.schema_inference import infer_columns, source_line, written_path
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
@@ -65,7 +67,7 @@ class Input:
         """Read it from its start."""
         if self.path is None:
             return hub.read_hub(self.name.removeprefix(hub.HUB), self.source)
-        return read_file(self.path, self.name, self.container, advance)
+        return read_file(self.path, self.name, self.container, advance, self.source.encoding)
 
     @property
     def size(self) -> int:
@@ -79,6 +81,8 @@ class Detected:
 
     input: Input
     row_format: RowFormat
+    columns: Mapping[str, str]
+    """What the recipe maps, and usual other names of columns."""
     unused: tuple[str, ...]
     """Columns and message keys of the first rows that are not used."""
 
@@ -120,13 +124,14 @@ def _inputs(source: Source, number: int, side: str | None, key: str) -> list[Inp
     if hub.dataset_name(source) is not None:
         return [Input(source, number, side, source.path, None, "hub")]
     return [
-        Input(source, number, side, shown(path), path, _container(path, source, key))
+        Input(source, number, side, written_path(str(path)), path, _container(path, source, key))
         for path in find_files(source, key)
     ]
 
 
 def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
     """Detect a file's row format by its first good rows; add what is wrong to `problems`."""
+    source = one.source
     rows: list[dict[str, object]] = []
     first_bad: str | None = None
     try:
@@ -138,15 +143,35 @@ def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
                 if len(rows) == LOOKED_AT:
                     break
         if not rows:
-            what = f"none of the first rows can be read; {first_bad}" if first_bad else "the file is empty: no rows"
-            fix = None if first_bad else "Give a file with rows, or take it out of the recipe."
-            raise DataError.of(what, one.name, fix)
-        forced = one.source.format if one.source.format in FORMATS else None
-        row_format = detect_format(rows, task, one.source.columns, forced, one.name)
+            if first_bad is None:
+                what, fix = "the file is empty: no rows", "Give a file with rows, or take it out of the recipe."
+                raise DataError.of(what, one.name, fix)
+            hint = encoding_hint(one) if NOT_UTF8 in first_bad else None
+            what = f"none of the first rows can be read; {first_bad}"
+            raise DataError(Problem(what, one.name), *([hint] if hint else []))
+        forced = source.format if source.format in FORMATS else None
+        row_format = detect_format(rows, task, source.columns, forced, one.name, lambda: _suggest(one, rows, task))
     except DataError as error:
         problems += error.problems
         return None
-    return Detected(one, row_format, tuple(k for row in rows for k in unused_keys(row, row_format, one.source.columns)))
+    columns = map_columns(row_format, rows, task, source.columns)
+    unused = tuple(name for row in rows for name in unused_keys(row, row_format, columns))
+    return Detected(one, row_format, columns, unused)
+
+
+def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
+    """Return a line of the recipe by which the file can be read, tried on its first rows."""
+    columns = infer_columns(rows, task, one.path.parent if one.path else None)
+    return source_line(one.side or "train", one.source, columns=columns) if columns else None
+
+
+def encoding_hint(one: Input) -> Problem | None:
+    """Return what to write into the recipe for a file that is not UTF-8; None where its encoding cannot be guessed."""
+    encoding = None if one.path is None or one.source.encoding else guess_encoding(one.path)
+    if encoding is None:
+        return None
+    line = source_line(one.side or "train", one.source, encoding=encoding)
+    return Problem(f"the file looks like {encoding}, not UTF-8", one.name, f"State it: {line}")
 
 
 def find_files(source: Source, key: str) -> list[Path]:
@@ -223,12 +248,6 @@ def _container(path: Path, source: Source, key: str) -> str:
     return ending
 
 
-def shown(path: Path) -> str:
-    """Return a file's name as a person knows it: relative where it lies below the working folder."""
-    working = Path.cwd()
-    return str(path.relative_to(working)) if path.is_relative_to(working) else str(path)
-
-
 @dataclass(frozen=True)
 class SourceFile:
     """A file (or a commit of a hub data set) that rows come from, and its hash."""
@@ -283,13 +302,18 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
     for path in find_files(source, key):
         yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
         if TASK_FACTS[task].takes_audio:
-            yield from _hash_recordings(source, path, key)
+            detected = _detect(
+                Input(source, 0, None, written_path(str(path)), path, _container(path, source, key)), task, []
+            )
+            if detected:
+                yield from _hash_recordings(detected, path)
 
 
-def _hash_recordings(source: Source, path: Path, key: str) -> Iterator[SourceFile]:
+def _hash_recordings(detected: Detected, path: Path) -> Iterator[SourceFile]:
     """Yield each recording that the rows of a file name; what is missing or unreadable is told when it is read."""
-    for _, value in read_file(path, shown(path), _container(path, source, key)):
-        row = {} if isinstance(value, RowError) else rename(value, source.columns)
+    source = detected.input.source
+    for _, value in detected.input.raw_rows():
+        row = {} if isinstance(value, RowError) else rename(value, detected.columns)
         name = next((file for column in AUDIO_COLUMNS if (file := find_recording(row.get(column)))), None)
         if name is not None and (recording := path.parent / name).is_file():
             yield SourceFile(source.path, name, recording, "xxh3_128", hash_recording(recording))

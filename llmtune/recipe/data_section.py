@@ -43,7 +43,10 @@ class Source(Section):
     """How a file is read (`jsonl`, `json`, `csv`, `parquet`, `text`) or what its rows are (such as `messages` or
     `text-label`; each task knows its own). Default none: found out by looking."""
     columns: dict[str, str] = Field(default={})
-    """Names of columns: ours on the left, the file's on the right. Default none: the usual names."""
+    """Names of columns: ours on the left, on the right the file's, or a template of them such as
+    `"{subject}\\n\\n{body}"`. Default none: found out by looking; the usual names are known."""
+    encoding: Text | None = None
+    """Encoding of a text file, by its name in Python, such as `cp1252` or `utf-16`. Default none: UTF-8."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """How often these rows count beside those of the other sources. Default 1: as they are."""
     limit: Count | None = None
@@ -66,6 +69,11 @@ class Source(Section):
         elif self.format in get_args(Container):
             fix = "Remove it, or name a row format."
             diagnostics.no_effect(f"{key}.format", "for a hub data set", fix, f"{key}.path")
+        elif self.encoding is not None:
+            diagnostics.no_effect(f"{key}.encoding", "for a hub data set", "Remove it.", f"{key}.path")
+        if self.encoding is not None and not _is_encoding(self.encoding):
+            what = f"'{key}.encoding' is {self.encoding!r}, which Python does not know"
+            diagnostics.add(f"{key}.encoding", what, "Write its name in Python, such as cp1252, latin-1 or utf-16.")
         formats = variant.facts.formats
         if self.format in ROW_FORMATS and self.format not in formats:
             what = f"'{key}.format' is '{self.format}', which task: {variant.task} cannot use"
@@ -75,6 +83,14 @@ class Source(Section):
                 what = f"'{key}.columns' maps '{column}', which is not a column that llmtune knows"
                 fix = f"{nearest(column, COLUMNS)} Ours stand on the left: {', '.join(COLUMNS)}.".strip()
                 diagnostics.add(f"{key}.columns.{column}", what, fix)
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "a".encode(name)
+    except LookupError:  # unknown, or an encoding of bytes
+        return False
+    return True
 
 
 Sources = Annotated[

@@ -35,6 +35,10 @@ ALIASES = {
     **dict.fromkeys(("training", "trainer"), "Use 'train'."),
     "dataset": "Use 'data'.",
     "datasets": "Use 'data.train': a source or a list of them.",
+    **dict.fromkeys(
+        ("columns", "encoding", "format", "path"),
+        "It belongs to a source: `train: {path: rows.csv, columns: {prompt: question, completion: answer}}`.",
+    ),
     "train_file": "Use 'data.train'.",
     "val_set_size": "Use 'data.validation'.",
     **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "Use 'data.max_length'."),

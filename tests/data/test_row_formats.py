@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.rows import chat
 
+from llmtune.data.column_mapping import rename
 from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, detect_format, parse_row, rename, unused_keys
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row, unused_keys
 from llmtune.data.row_hash import hash_content, spoken_text, to_json
 from llmtune.errors import DataError
 
@@ -59,8 +60,8 @@ def test_ambiguous_unknown_and_mixed_rows_are_told_with_columns_and_a_way_out():
     assert "fit messages and prompt-completion" in detected([both])
     assert "format: messages" in detected([both])
     assert detected([both], forced="prompt-completion") == "prompt-completion"
-    unknown = detected([{"question": "q", "answer": "a"}])
-    assert "'question', 'answer'" in unknown
+    unknown = detected([{"ticket": "q", "solved": "a"}])
+    assert "'ticket', 'solved'" in unknown
     assert "sharegpt" in unknown
     assert "columns:" in unknown
     assert "row 1 is messages, row 2 prompt-completion" in detected([chat("q"), {"prompt": "p", "completion": "c"}])
