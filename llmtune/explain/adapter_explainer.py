@@ -16,9 +16,8 @@ from safetensors import safe_open
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.explain.explanation import Explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
-from llmtune.explain.labels import shorten
 from llmtune.explain.target import BASE, TUNED, Target
-from llmtune.explain.trained_modules import find_trained
+from llmtune.explain.trained_modules import find_trained, shorten
 from llmtune.explain.weight_delta import Move, adapter_moves, compare
 from llmtune.model.heads import head_is_new
 from llmtune.records import ModelRef

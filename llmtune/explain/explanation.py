@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 from markupsafe import Markup
 
 from llmtune.report.blocks import Html, Page
+from llmtune.report.render_html import write_page
+from llmtune.store.atomic_files import write_json
 
 FIGURE_STYLE = """
-.figure { background: #fff; border-radius: 8px; overflow-x: auto; } .figure img { display: block; max-width: 100%; }
+.figure { background: #fff; border-radius: 8px; overflow-x: auto; }
+.figure img { display: block; max-width: max(100%, 620px); }
 """
-"""CSS for figures, which have the colours of paper also in the dark."""
+"""CSS for figures, which have the colours of paper also in the dark; on a phone they scroll."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,14 @@ class Explanation:
 def asset(name: str) -> str:
     """Read a style sheet, a script or a part of a page that lies in this package."""
     return files("llmtune.explain").joinpath(name).read_text(encoding="utf-8")
+
+
+def write_explanation(stem: Path, values: dict[str, object], page: Page, figures: Sequence[Path] = ()) -> Explanation:
+    """Write page and values into `stem` with .html and .json; the figures are there already."""
+    path, numbers = (stem.with_name(f"{stem.name}.{ending}") for ending in ("html", "json"))
+    write_page(path, page)
+    write_json(numbers, values)
+    return Explanation(values, page, [path, *figures, numbers])
 
 
 def figure_block(svg: Path, description: str) -> Html:

@@ -7,37 +7,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.architecture import BIASES, Architecture, Blocks, Stack, describe_model
+from llmtune.explain.architecture import Architecture, Blocks, Part, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
-from llmtune.explain.block_timing import Measured, choose_stack, cost_of_block, measure_block
-from llmtune.explain.block_wiring import Branch
-from llmtune.explain.cost_figures import draw_costs, draw_times
-from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block
-from llmtune.explain.flops import Cost, UncountableError, choose_lengths, count_cost, value
-from llmtune.explain.labels import (
-    TITLES,
-    brief_size,
-    describe_branch,
-    describe_extras,
-    describe_piece,
-    mark,
-    number_blocks,
-    operations,
-    rows_of,
-    title_branch,
-    title_piece,
+from llmtune.explain.architecture_labels import brief_size, briefly, operations
+from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block, write_explanation
+from llmtune.explain.fake_model import build_fake_model
+from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
+from llmtune.explain.forward_cost import (
+    Cost,
+    Measured,
+    UncountableError,
+    choose_lengths,
+    count_cost,
+    measure_block,
+    value,
 )
-from llmtune.explain.meta_device_model import build_meta_model
 from llmtune.explain.target import Target
-from llmtune.explain.trained_modules import TrainedModules, find_trained
+from llmtune.explain.trained_modules import TrainedModules, find_trained, shorten
 from llmtune.model.config import UNREADABLE, first_line
 from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Shares, Table, Text
-from llmtune.report.number_format import count, share
-from llmtune.report.render_html import write_page
-from llmtune.store.atomic_files import explained, write_json
+from llmtune.report.number_format import count
+from llmtune.report.number_format import share as percentage
+from llmtune.store.atomic_files import explained
 
 LEAD = (
     "Words come in below and go up. A block reads the residual path (the grey line at its left), works out something "
@@ -56,6 +53,10 @@ TIME_NOTE = (
 )
 STEP = "\u2003"
 """A step to the right in a table."""
+GROUPS = {"norm": "Norms", "embedding": "Embedding", "positions": "Positions", "linear": "Head"}
+"""What parameters are counted under; branches under their titles."""
+Lines = Sequence[tuple[str, str, Sequence[float], Sequence[float]]]
+"""Name, colour, lengths and values of each line."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,17 @@ class Portrait:
     def to_json(self) -> dict[str, object]:
         """Return all of it as JSON values."""
         cost, measured = self.cost, self.measured
+        flops: dict[str, object] | None = None
+        if isinstance(cost, Cost):
+            flops = {**asdict(cost), "crossing": cost.crossing(), "at": [cost.at(tokens) for tokens in self.lengths]}
         return {
             **asdict(self.architecture),
             "base": self.base,
             "parameters_by_part": count_parts(self.architecture),
             "trained": self.trained.to_json() if self.trained else None,
-            "flops": cost.to_json(self.lengths) if isinstance(cost, Cost) else None,
+            "flops": flops,
             "flops_unknown": cost if isinstance(cost, str) else None,
-            "measured": measured.to_json() if isinstance(measured, Measured) else None,
+            "measured": asdict(measured) if isinstance(measured, Measured) else None,
             "not_measured": measured if isinstance(measured, str) else None,
         }
 
@@ -102,7 +106,7 @@ def explain_model(target: Target, folder: Path, console: Console, *, measure: bo
     """
     trained = find_trained(target)
     try:
-        meta = build_meta_model(target)
+        fake = build_fake_model(target)
     except UNREADABLE as error:
         raise EnvironmentProblem.of(
             f"the model cannot be built from its configuration: {first_line(error)}",
@@ -111,54 +115,33 @@ def explain_model(target: Target, folder: Path, console: Console, *, measure: bo
         ) from error
     cost: Cost | str
     with console.status("reading the architecture"):
-        architecture = describe_model(target, meta)
+        architecture = describe_model(target, fake)
         try:
-            cost = count_cost(meta, architecture)
+            cost = count_cost(fake, architecture.context)
         except UncountableError as error:
             cost = str(error)
-    measured = measure_block(meta, architecture, console) if measure else "--no-measure was given"
+    measured = measure_block(fake, architecture, console) if measure else "--no-measure was given"
     base = str(target.recipe.model.name) if target.recipe else None
     portrait = Portrait(target.short_name, architecture, trained, cost, measured, base)
-    values = portrait.to_json()
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(portrait, folder)
         page = make_page(portrait, {path.stem: path for path in figures})
-        written = [write_page(folder / "model.html", page), *figures, folder / "model.json"]
-        write_json(folder / "model.json", values)
-    return Explanation(values, page, written)
+        return write_explanation(folder / "model", portrait.to_json(), page, figures)
 
 
 def count_parts(architecture: Architecture) -> dict[str, int]:
     """Return parameters by kind of part; they add up to all that the model has."""
     counts: Counter[str] = Counter()
-    kinds = {"norm": "Norms", "embedding": "Embedding", "positions": "Positions", "linear": "Head"}
     for stack in architecture.stacks:
-        for piece in (*stack.before, *stack.behind):
-            counts[kinds.get(piece.kind, "Other")] += piece.parameters
-        for group in stack.blocks:
-            times, rest = len(group.numbers), group.parameters
-            parts = [(TITLES[branch.kind], branch.modules) for branch in group.branches()]
-            parts.append(("Norms", tuple(norm.module for norm in group.norms())))
-            for title, modules in parts:
-                size = times * sum(group.sizes.get(name, 0) for name in dict.fromkeys(modules))
-                counts[title] += size
-                rest -= size
-            counts["Positions" if any(name.endswith(BIASES) for name in group.extras) else "Other"] += rest
-    counts["Other"] += sum(architecture.other.values())
+        for part in (*stack.before, *stack.behind):
+            counts[GROUPS.get(part.kind, "Other")] += part.parameters
+        for blocks in stack.blocks:
+            counts["Positions"] += blocks.bias_table
+            for part in (part for sublayer in blocks.sublayers for part in sublayer.parts):
+                title = GROUPS.get(part.kind) or part.kind.capitalize()
+                counts[title] += len(blocks.numbers) * part.parameters
+    counts["Other"] += architecture.other
     return {name: size for name, size in counts.items() if size}
-
-
-def draw_figures(portrait: Portrait, folder: Path) -> list[Path]:
-    """Draw model.svg, and where the cost is known model-cost.svg and model-time.svg."""
-    architecture, cost = portrait.architecture, portrait.cost
-    files = draw_architecture(folder / "model", architecture, portrait.trained)
-    chosen = choose_stack(architecture)
-    if isinstance(cost, Cost) and chosen is not None:
-        files += draw_costs(folder / "model-cost", cost, architecture.context)
-        if isinstance(portrait.measured, Measured) and portrait.measured.points:
-            files += draw_times(folder / "model-time", cost_of_block(cost, chosen[0]), portrait.measured)
-    return files
 
 
 # Page
@@ -166,18 +149,17 @@ def draw_figures(portrait: Portrait, folder: Path) -> list[Path]:
 
 def make_page(portrait: Portrait, figures: dict[str, Path]) -> Page:
     """Return what the model is, its parts, and what a text costs."""
-    architecture = portrait.architecture
-    sizes = sorted(count_parts(architecture).items(), key=lambda item: -item[1])
+    sizes = sorted(count_parts(portrait.architecture).items(), key=lambda item: -item[1])
     total = sum(size for _, size in sizes) or 1
     shares = [(name, f"{size:,}  {100 * size / total:.1f} %", size / total) for name, size in sizes]
-    drawing = figure_block(figures["model"], f"Architecture of {architecture.model_class}")
+    drawing = figure_block(figures["model"], f"Architecture of {portrait.architecture.model_class}")
     sections = [
         Section("What it is", [KeyValues(list(facts(portrait)))]),
         Section("", [drawing], brief=False),
         Section("Where the parameters are", [Shares(shares)], brief=False),
         Section("Parts", list(_part_tables(portrait))),
         Section("What a text costs", list(_cost_blocks(portrait, figures))),
-        Section("How long a block takes here", list(_time_blocks(portrait, figures))),
+        Section("How long a block takes here", list(_time_blocks(portrait.measured, figures))),
     ]
     title = f"Architecture: {portrait.name}"
     return Page(title, sections, lead=LEAD, navigation=False, style=FIGURE_STYLE)
@@ -199,24 +181,8 @@ def facts(portrait: Portrait) -> Iterator[tuple[str, str]]:
     for stack in model.stacks:
         where = f" of the {stack.name}" if len(model.stacks) > 1 else ""
         yield f"positions{where}", "; ".join(stack.orders) or "nothing that was found"
-    heads = [piece for stack in model.stacks for piece in stack.behind if piece.kind == "linear"]
-    own = any(piece.shape[-1] == model.vocabulary for piece in heads)
-    head = "over the vocabulary, with weights of its own" if own else "none over the vocabulary"
-    yield "head", "uses the embedding's weights" if model.tied_head else head
     if portrait.trained is not None:
-        yield "trained", describe_trained(portrait.trained, model.parameters)
-
-
-def describe_trained(trained: TrainedModules, parameters: int) -> str:
-    """Say what was trained of a model with so many parameters."""
-    if trained.method == "full":
-        return "all weights (method: full)"
-    kinds = Counter(module.kind for module in trained.modules.values())
-    words = {"whole": "trained whole", "tokens": "new rows", "bias": "bias"}
-    what = ", ".join(f"{words.get(kind, kind)} on {number} modules" for kind, number in kinds.items())
-    size = share(trained.parameters, parameters, 2)
-    base = "; the base in 4 bits" if trained.method == "qlora" else ""
-    return f"{what}: {trained.parameters:,} parameters, {size} of the base's{base}"
+        yield "trained", portrait.trained.describe(model.parameters)
 
 
 def _part_tables(portrait: Portrait) -> Iterator[Block]:
@@ -225,51 +191,40 @@ def _part_tables(portrait: Portrait) -> Iterator[Block]:
     if architecture.untraced:
         reason = f"The model could not be run on shapes alone ({architecture.untraced}), so the order of its parts is"
         yield Text(f"{reason} not known; shapes and sizes are.", "note")
+    columns = [
+        Column("part"),
+        Column("shape"),
+        Column("parameters", "number"),
+        *([Column("trained")] if trained else []),
+    ]
     for stack in architecture.stacks:
-        rows = []
-        for piece in stack.before:
-            rows.append(_row(title_piece(piece), describe_piece(piece), piece.parameters, mark([piece.name], trained)))
-        for group in stack.blocks:
-            rows += _block_rows(group, stack, trained)
-        for piece in stack.behind:
-            rows.append(_row(title_piece(piece), describe_piece(piece), piece.parameters, mark([piece.name], trained)))
-        columns = [Column("part"), Column("shape"), Column("parameters", "number"), Column("trained")]
-        yield Table(columns, rows, stack.name)
+        rows = [_row(part, [weights.name for weights in part.weights], trained) for part in stack.before]
+        for blocks in stack.blocks:
+            rows += _block_rows(blocks, trained)
+        rows += [_row(part, [weights.name for weights in part.weights], trained) for part in stack.behind]
+        yield Table(columns, [row[: len(columns)] for row in rows], stack.name)
 
 
-def _row(name: str, shape: str, size: int, trained: str = "") -> list[str]:
-    return [name, shape, brief_size(size) if size else "", trained]
+def _row(part: Part, names: Sequence[str], trained: TrainedModules | None) -> list[str]:
+    mark = trained.mark(names) if trained else ""
+    return [part.title, part.about, brief_size(part.parameters), mark]
 
 
-def _block_rows(group: Blocks, stack: Stack, trained: TrainedModules | None) -> Iterator[list[str]]:
-    times = len(group.numbers) * max(group.runs, 1)
-    again = ", the same weights each time" if group.runs > 1 else ""
-    extras = f"; {describe_extras(group)}" if group.extras else ""
-    yield _row(f"{times} × block{again}", f"{number_blocks(group)}{extras}", group.typical)
-    if group.wiring is None:
-        yield _row(f"{STEP}order of parts not known", group.unknown or "", 0)
-        names: Sequence[str] = [name for name, size in group.sizes.items() if size]
-        yield from (
-            _row(STEP * 2 + row.name, row.shape, row.parameters, row.mark) for row in rows_of(names, group, trained)
-        )
-        return
-    for norm in group.wiring.entry:
-        yield _row(f"{STEP}{norm.kind}", "", group.sizes.get(norm.module, 0))
-    for sublayer in group.wiring.sublayers:
+def _block_rows(blocks: Blocks, trained: TrainedModules | None) -> Iterator[list[str]]:
+    again = ", the same weights each time" if blocks.runs > 1 else ""
+    yield [f"{len(blocks.numbers) * blocks.runs} × block{again}", blocks.title, brief_size(blocks.typical), ""]
+    for sublayer in blocks.sublayers:
         for number, branch in enumerate(sublayer.branches):
-            joined = "+ " if number == 0 else "and at once "
-            words = "; ".join(describe_branch(branch, group, stack))
-            yield _row(f"{STEP}{joined}{_chain(branch, stack)}", words, 0)
-            for row in rows_of(branch.modules, group, trained):
-                yield _row(STEP * 2 + row.name, row.shape, row.parameters, row.mark)
-        for norm in sublayer.behind:
-            yield _row(f"{STEP}{norm.kind}", "on the residual path", group.sizes.get(norm.module, 0))
-
-
-def _chain(branch: Branch, stack: Stack) -> str:
-    """Write the parts of a branch in their order."""
-    before, after = ([norm.kind for norm in norms] for norms in (branch.before, branch.after))
-    return " → ".join([*before, title_branch(branch, stack), *after])
+            joined = "+ " if number == 0 else "and beside it "
+            chain = " → ".join(part.title for part in branch)
+            yield [f"{STEP}{joined}{chain}", next(part.about for part in branch if part.kind != "norm"), "", ""]
+            modules = [weights for part in branch if part.kind != "norm" for weights in part.weights]
+            for weights in modules:
+                name = shorten(weights.name, [found.name for found in modules])
+                mark = trained.mark(blocks.names(weights.name)) if trained else ""
+                yield [STEP * 2 + name, weights.shape, brief_size(weights.parameters), mark]
+        for part in sublayer.behind:
+            yield [f"{STEP}{part.title}", "on the residual path", brief_size(part.parameters), ""]
 
 
 def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block]:
@@ -277,64 +232,107 @@ def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block
     if isinstance(cost, str):
         yield Text(f"It could not be counted: {cost}.", "note")
         return
-    total, pairs = cost.sum(), cost.sum(pairs=True)
     rows = []
-    for tokens in portrait.lengths:
-        whole = value(total, tokens)
-        rows.append([f"{tokens:,}", operations(whole), operations(whole / tokens), share(value(pairs, tokens), whole)])
+    for at in map(cost.at, portrait.lengths):
+        numbers = (operations(at["flops"]), operations(at["flops_per_token"]), percentage(at["attention_share"], 1))
+        rows.append([count(at["tokens"]), *numbers])
     names = ("tokens", "a text", "a token", "of it attention")
-    yield from map(Text, describe_growth(portrait, cost))
+    yield from map(Text, describe_growth(cost, portrait.architecture))
     yield Table([Column(name, "number") for name in names], rows)
-    if "model-cost" in figures:
-        yield figure_block(figures["model-cost"], "What a text costs by its length")
+    yield figure_block(figures["model-cost"], "What a text costs by its length")
     yield Text(COST_NOTE, "soft")
 
 
-def describe_growth(portrait: Portrait, cost: Cost) -> list[str]:
+def describe_growth(cost: Cost, architecture: Architecture) -> Iterator[str]:
     """Say in sentences how the cost grows."""
-    fixed, _, _ = cost.sum()
-    weights, pairs = cost.sum(pairs=False)[1], cost.sum(pairs=True)[2]
-    sentences = [f"What does not depend on the length costs {operations(fixed)}."] if fixed > weights else []
-    halves = " (in each half)" if portrait.architecture.family == "encoder-decoder" and not sentences else ""
-    sentences.append(
+    fixed, weights, pairs = cost.total[0], cost.others[1], cost.attention[2]
+    if fixed > weights:
+        yield f"What does not depend on the length costs {operations(fixed)}."
+    halves = " (in each half)" if architecture.family == "encoder-decoder" and fixed <= weights else ""
+    yield (
         f"A token{halves} costs {operations(weights)} in products with weights, however long the text is, and "
         f"{operations(pairs)} more for each token that attention sets it beside."
     )
-    crossing, context = cost.crossing(), portrait.architecture.context
+    crossing, context = cost.crossing(), architecture.context
     if crossing and context and crossing > context:
-        sentences.append(
+        yield (
             f"Only at {crossing:,} tokens, beyond the model's context of {context:,}, would attention's own products "
             "cost more than everything else."
         )
     elif crossing:
-        sentences.append(f"From {crossing:,} tokens on, attention's own products cost more than everything else.")
-    return sentences
+        yield f"From {crossing:,} tokens on, attention's own products cost more than everything else."
 
 
-def _time_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block]:
-    measured = portrait.measured
+def _time_blocks(measured: Measured | str, figures: dict[str, Path]) -> Iterator[Block]:
     if isinstance(measured, str):
         yield Text(f"Not measured: {measured}.")
         return
-    yield from map(Text, describe_times(portrait, measured))
+    several = "s" if measured.threads > 1 else ""
+    threads = f" with {measured.threads} thread{several}" if measured.device == "cpu" else ""
+    yield Text(f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32.")
+    if len(measured.points) > 1:
+        before, after = measured.points[-2:]
+        block, attention = (
+            after.block_seconds / before.block_seconds,
+            after.attention_seconds / before.attention_seconds,
+        )
+        times = f"{block:.1f} times as long, its attention {attention:.1f} times"
+        yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
+    if measured.stopped:
+        yield Text(f"Longer texts were left out: {measured.stopped}.")
     if "model-time" in figures:
         yield figure_block(figures["model-time"], "How long one block takes by the length of a text")
     yield Text(TIME_NOTE, "soft")
 
 
-def describe_times(portrait: Portrait, measured: Measured) -> list[str]:
-    """Say in sentences what was measured."""
-    cost, chosen, count = portrait.cost, choose_stack(portrait.architecture), measured.threads
-    threads = f" with {count} thread{'s' if count > 1 else ''}" if measured.device == "cpu" else ""
-    sentences = [f"One block ({measured.block}) by itself on this machine ({measured.device}{threads}), in float32."]
-    if isinstance(cost, Cost) and chosen is not None and measured.points:
-        speed = measured.speed(cost_of_block(cost, chosen[0])["block"])
-        sentences.append(f"The dots lie on the lines at {operations(speed)} a second, the mean over these lengths.")
-    if len(measured.points) > 1:
-        before, after = measured.points[-2:]
-        block = f"{after.block_seconds / before.block_seconds:.1f} times as long"
-        attention = ""
-        if after.attention_seconds and before.attention_seconds:
-            attention = f", its attention {after.attention_seconds / before.attention_seconds:.1f} times"
-        sentences.append(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {block}{attention}.")
-    return [*sentences, *([f"Longer texts were left out: {measured.stopped}."] if measured.stopped else [])]
+# Figures
+
+
+def draw_figures(portrait: Portrait, folder: Path) -> list[Path]:
+    """Draw model.svg, and where the numbers are known model-cost.svg and model-time.svg."""
+    cost, measured, context = portrait.cost, portrait.measured, portrait.architecture.context
+    files = draw_architecture(folder / "model", portrait.architecture, portrait.trained)
+    if isinstance(cost, Cost):
+        crossing = cost.crossing()
+        longest = max(2 * (crossing or 0), min(context or 4096, 32768), 1024)
+        lengths = np.geomspace(16, longest, 61).tolist()
+        lines = [
+            ("products with weights", BLUE, lengths, [value(cost.others, tokens) for tokens in lengths]),
+            ("attention's own products", ORANGE, lengths, [value(cost.attention, tokens) for tokens in lengths]),
+        ]
+        title = "Floating-point operations of a text"
+        files += draw_growth(folder / "model-cost", lines, title, "FLOPs", crossing=crossing)
+    if isinstance(measured, Measured) and len(measured.points) > 1:
+        lengths = [float(point.tokens) for point in measured.points]
+        lines = [
+            ("a block", BLUE, lengths, [point.block_seconds for point in measured.points]),
+            ("its self-attention", ORANGE, lengths, [point.attention_seconds for point in measured.points]),
+        ]
+        files += draw_growth(folder / "model-time", lines, "One block, measured", "seconds")
+    return files
+
+
+def draw_growth(stem: Path, lines: Lines, title: str, unit: str, *, crossing: int | None = None) -> list[Path]:
+    """Draw lines on logarithmic axes into `stem`.svg, and where two of them cross; few points have a dot each."""
+    with figure_settings([], stem.name):
+        figure = Figure(figsize=(6.2, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        for name, colour, lengths, values in lines:
+            dots = "o" if len(lengths) < 20 else None
+            axes.plot(lengths, values, color=colour, linewidth=1.8, label=name, marker=dots)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: briefly(y)))
+        axes.set_title(title, loc="left", weight="bold", fontsize=10)
+        axes.set_xlabel("tokens", color=MUTED)
+        axes.set_ylabel(unit, color=MUTED)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if crossing:
+            axes.axvline(crossing, color=MUTED, linewidth=1, linestyle="--")
+            axes.text(crossing, 0.02, f"{crossing:,} tokens: equal ", transform=axes.get_xaxis_transform(), ha="right")
+        axes.legend(frameon=False)
+        return save_figure(figure, stem, ("svg",))

@@ -1,0 +1,228 @@
+"""What a forward pass costs by the length of a text: operations, counted by torch on shapes; and a block's seconds.
+
+A product of [M, K] with [K, N] counts as 2 M K N; sums, norms and softmax are left out, as is usual. Attention is
+counted over all pairs of positions, those that a mask hides as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils._pytree import tree_map
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmtune.explain.architecture import Architecture
+from llmtune.explain.fake_model import FakeModel, UntraceableError
+from llmtune.model.device import pick_device
+from llmtune.model.oom import is_out_of_memory
+
+COUNTED, CHECKED = (16, 23, 41), 1021
+"""Lengths in tokens at which products are counted, and at which the formula is held against the count; odd
+ones, which blocks of a fixed size do not divide."""
+BATCHED = ("aten.bmm", "aten.baddbmm")
+"""Products of activations with one another."""
+LONGEST = 2048
+BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
+"""Of all lengths, and of one; the quickest run counts."""
+MOST_BYTES = 1 << 30
+"""Of a block's parameters, and of attention's weights at one length."""
+Polynomial = tuple[int, int, int]
+"""a, b and c of a + b L + c L²."""
+Arguments = tuple[tuple[object, ...], dict[str, object]]
+
+
+class UncountableError(Exception):
+    """The cost of a model is no polynomial of the length, or it cannot be run on shapes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations of one forward pass over L tokens, in both halves of an encoder-decoder."""
+
+    total: Polynomial
+    attention: Polynomial
+    """Attention's own products: queries with keys, weights with values. All others have weights."""
+
+    @property
+    def others(self) -> Polynomial:
+        """All but attention's own."""
+        a, b, c = (whole - part for whole, part in zip(self.total, self.attention, strict=True))
+        return a, b, c
+
+    def crossing(self) -> int | None:
+        """Return the length from which attention's own products cost more than all else; None where there is none."""
+        a, b, c = (part - other for part, other in zip(self.attention, self.others, strict=True))
+        if c <= 0 or a + b + c >= 0:
+            return None
+        root = max(np.roots([c, b, a]).real)
+        return next(n for n in range(max(1, int(root) - 1), int(root) + 3) if a + b * n + c * n * n >= 0)
+
+    def at(self, tokens: int) -> dict[str, float]:
+        """Return what a text of so many tokens costs."""
+        whole = value(self.total, tokens)
+        shared = value(self.attention, tokens) / whole
+        return {"tokens": tokens, "flops": whole, "flops_per_token": whole / tokens, "attention_share": shared}
+
+
+def value(polynomial: Polynomial, tokens: float) -> float:
+    """Return what a part costs over `tokens` tokens."""
+    a, b, c = polynomial
+    return a + b * tokens + c * tokens * tokens
+
+
+def count_cost(fake: FakeModel, context: int | None) -> Cost:
+    """Count what the model costs.
+
+    Raises UncountableError where it cannot be run on shapes, or where the count at a fourth length is another than the
+    formula says, as with attention within blocks of a fixed size.
+    """
+    longest = min(CHECKED, context or CHECKED)
+    lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
+    try:
+        counts = [count_flops(fake, tokens) for tokens in (*lengths, longest)]
+    except UntraceableError as error:
+        raise UncountableError(str(error)) from error
+    polynomials = []
+    for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
+        a, b, c = (int(part) for part in np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])))
+        if value((a, b, c), longest) != found[3]:
+            raise UncountableError(f"the cost of {name} is no polynomial of the length")
+        polynomials.append((a, b, c))
+    return Cost(*polynomials)
+
+
+def count_flops(fake: FakeModel, tokens: int) -> tuple[int, int]:
+    """Return the operations of a forward pass over so many tokens, and those of attention's own products."""
+    with fake.mode, FlopCounterMode(display=False) as counter:
+        fake.run(tokens)
+    attends = [name for name, part in fake.model.named_modules() if "attention" in type(part).__name__.lower()]
+    outer = [name for name in attends if not any(name.startswith(f"{other}.") for other in attends)]
+    counts, whole = counter.get_flop_counts(), type(fake.model).__name__
+    products = (counts.get(f"{whole}.{name}", {}).items() for name in outer)
+    own = sum(flops for found in products for operation, flops in found if str(operation) in BATCHED)
+    return counter.get_total_flops(), own
+
+
+def choose_lengths(context: int | None, longest: int = 8192) -> list[int]:
+    """Return the lengths that are shown: powers of two from 64 up to the model's context."""
+    most = min(context or longest, longest)
+    return [tokens for tokens in (64 * 2**i for i in range(20)) if tokens <= most] or [most]
+
+
+# Seconds
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one block took for a text of so many tokens."""
+
+    tokens: int
+    block_seconds: float
+    attention_seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A block's time by length, on this machine."""
+
+    block: str
+    attention: str
+    """The module of its self-attention, below the block."""
+    device: str
+    threads: int
+    points: tuple[Point, ...]
+    stopped: str | None = None
+    """Why there are no longer texts."""
+
+
+def measure_block(
+    fake: FakeModel, architecture: Architecture, console: Console, *, budget_seconds: float = BUDGET_SECONDS
+) -> Measured | str:
+    """Run one block with random weights over longer and longer texts, in float32 and with plain attention.
+
+    Returns how long it took, or why it could not be run.
+    """
+    if not architecture.stacks:
+        return "no blocks were found"
+    blocks = max(architecture.stacks[-1].blocks, key=lambda blocks: len(blocks.numbers))
+    if 4 * blocks.typical > MOST_BYTES:
+        return f"a block has {blocks.typical:,} parameters: too many to try it here"
+    name, device = blocks.names()[-1], pick_device()
+    block = fake.model.get_submodule(name)
+    attention = next(name for name, part in block.named_modules() if type(part).__name__.endswith("Attention"))
+    heads = getattr(fake.model.config.get_text_config(), "num_attention_heads", None) or 1
+    lengths = choose_lengths(min(architecture.context or LONGEST, LONGEST))
+    points: list[Point] = []
+    stopped, ends = None, time.perf_counter() + budget_seconds
+    try:
+        modules = [block, block.get_submodule(attention)]
+        arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
+        materialise(block, device)
+        for tokens in track(lengths, "measuring", console=console, transient=True, disable=not console.is_terminal):
+            if 4 * heads * tokens * tokens > MOST_BYTES:
+                stopped = f"attention's weights over {tokens:,} tokens take more than {MOST_BYTES >> 20} MiB"
+            elif points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
+                stopped = f"the {budget_seconds:g} seconds for measuring were over"
+            if stopped is not None:
+                break
+            least = min(RUN_SECONDS, budget_seconds / 20)
+            seconds = [run(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]
+            points.append(Point(tokens, *seconds))
+    except (UntraceableError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            return "there is not enough memory for one block"
+        return f"a block could not be run by itself: {error}"
+    return Measured(name, attention, device, torch.get_num_threads(), tuple(points), stopped)
+
+
+def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:
+    """Return the arguments that some modules are called with, in fake tensors."""
+    found: dict[torch.nn.Module, Arguments] = {}
+
+    def keep(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        found[module] = (args, kwargs)
+
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        fake.run(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[module] for module in modules]
+
+
+def materialise(block: torch.nn.Module, device: str) -> None:
+    """Give a block random weights of a usual size in place of fake ones."""
+    generator = torch.Generator().manual_seed(0)
+    for module in block.modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                drawn = (torch.randn(value.shape, generator=generator) * 0.02).to(device)
+                kept = torch.nn.Parameter(drawn) if name in module._parameters else drawn.to(value.dtype)
+                setattr(module, name, kept)
+
+
+def run(module: torch.nn.Module, arguments: Arguments, device: str, least_seconds: float) -> float:
+    """Return the seconds of the quickest run on random numbers; a GPU is waited for."""
+
+    def fill(part: object) -> object:
+        if not isinstance(part, torch.Tensor):
+            return part
+        if part.is_floating_point():
+            return torch.randn(part.shape, device=device)
+        return torch.ones(part.shape, dtype=part.dtype, device=device)
+
+    args, kwargs = tree_map(fill, arguments)
+    timer = Timer(
+        "with torch.inference_mode():\n    module(*args, **kwargs)",
+        globals={"torch": torch, "module": module, "args": args, "kwargs": kwargs},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(min(timer.blocked_autorange(min_run_time=least_seconds).times))

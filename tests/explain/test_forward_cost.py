@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from support import families
+from support.explaining import explain, open_quietly, quiet
+from support.models import build_gpt2
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmtune.explain import forward_cost
+from llmtune.explain.architecture import describe_model
+from llmtune.explain.fake_model import build_fake_model, make_inputs
+from llmtune.explain.forward_cost import (
+    Cost,
+    Measured,
+    UncountableError,
+    choose_lengths,
+    count_cost,
+    measure_block,
+    value,
+)
+from llmtune.model.memory_plan import context_length
+
+FAMILIES = ("llama", "gpt2", "bert", "deberta", "modernbert", "t5", "bart", "whisper", "wav2vec2")
+invoke = partial(explain, "model")
+
+
+def count(folder: Path) -> Cost:
+    target = open_quietly(folder)
+    return count_cost(build_fake_model(target), context_length(target.config))
+
+
+def measure(folder: Path, seconds: float = 1.0) -> Measured | str:
+    target = open_quietly(folder)
+    fake = build_fake_model(target)
+    return measure_block(fake, describe_model(target, fake), quiet(), budget_seconds=seconds)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_is_what_torch_counts_at_other_lengths(built: Callable[[str], Path], family: str):
+    cost = count(built(family))
+    with open_quietly(built(family)).open_model("model") as model:
+        for tokens in (1, 77):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(**make_inputs(model, tokens))
+            assert value(cost.total, tokens) == counter.get_total_flops()
+
+
+def test_a_decoder_costs_two_a_weight_and_four_a_pair_and_width(tiny_llama: Path):
+    """2 x weights of all products a token, and 4 L d a layer: queries with keys, weights with values."""
+    cost = count(tiny_llama)
+    weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128) + 64 * 425
+    assert (cost.attention, cost.others) == ((0, 0, 2 * 4 * 64), (0, 2 * weights, 0))
+    assert cost.at(128)["attention_share"] == pytest.approx(512 * 128 * 128 / value(cost.total, 128))
+
+
+def test_what_is_said_into_a_window_of_one_size_costs_the_same(built: Callable[[str], Path]):
+    encoder, crossing, decoder = 2 * 4 * 100 * 100 * 64, 2 * 4 * 100 * 64, 2 * 4 * 64
+    assert count(built("whisper")).attention == (encoder, crossing, decoder)
+
+
+def test_the_crossing_is_the_first_length_at_which_attention_costs_more(tiny_llama: Path):
+    cost = count(tiny_llama)
+    crossing = cost.crossing()
+    assert crossing is not None
+    assert value(cost.attention, crossing) >= value(cost.others, crossing)
+    assert value(cost.attention, crossing - 1) < value(cost.others, crossing - 1)
+    assert Cost((0, 2, 0), (0, 0, 0)).crossing() is None
+
+
+def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: Path):
+    from transformers import LongT5Config, LongT5ForConditionalGeneration
+
+    folder = families.build_t5(tmp_path / "long")
+    config = LongT5Config(vocab_size=350, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, local_radius=7)
+    LongT5ForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(UncountableError, match="is no polynomial"):
+        count(folder)
+
+
+def test_lengths_end_at_the_context():
+    assert choose_lengths(512) == [64, 128, 256, 512]
+    assert choose_lengths(40) == [40]
+    assert choose_lengths(None)[-1] == 8192
+
+
+def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):
+    found = measure(tiny_gpt2, 4.0)
+    assert isinstance(found, Measured), found
+    assert (found.block, found.attention) == ("transformer.h.1", "attn")
+    assert [point.tokens for point in found.points] == [64, 128, 256, 512]
+    assert 0 < found.points[-1].attention_seconds < found.points[-1].block_seconds
+    assert found.points[-1].block_seconds > 2 * found.points[0].block_seconds
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "whisper", "wav2vec2"])
+def test_blocks_of_every_family_run_by_themselves(built, monkeypatch, family):
+    monkeypatch.setattr(forward_cost, "LONGEST", 64)
+    found = measure(built(family), 0.2)
+    assert isinstance(found, Measured), found
+    assert [point.tokens for point in found.points] == [64]
+
+
+def test_measuring_ends_with_its_time_and_before_memory_does(tiny_llama: Path, monkeypatch):
+    found = measure(tiny_llama, 0.02)
+    assert 1 <= len(found.points) < 6
+    assert "0.02 seconds" in found.stopped
+    monkeypatch.setattr(forward_cost, "MOST_BYTES", 4 * 30_000)
+    assert "parameters" in measure(tiny_llama)
+    monkeypatch.setattr(forward_cost, "MOST_BYTES", 4 * 40_000)
+    found = measure(tiny_llama)
+    assert [point.tokens for point in found.points] == [64]
+    assert "128 tokens" in found.stopped
+
+
+def test_the_command_writes_page_drawings_and_numbers(tiny_gpt2: Path, tmp_path: Path):
+    result = invoke(tiny_gpt2, "--out", tmp_path / "out", "--no-measure")
+    assert result.exit_code == 0, result.stderr
+    for name in ("model.html", "model.svg", "model-cost.svg", "model.json"):
+        assert f"{name}" in result.stderr
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    assert not (tmp_path / "out" / "model-time.svg").exists()
+    for word in ("Masked self-attention", "c_attn", "64 → 192", "gelu", "a learned table", "160,064", "tokens"):
+        assert word in result.stdout, word
+    page = (tmp_path / "out" / "model.html").read_text()
+    assert "default-src 'none'" in page
+    assert "Not measured: --no-measure was given." in page
+    assert not [address for address in page.split('"') if address.startswith("http")]
+    for name in ("model.svg", "model-cost.svg"):
+        ElementTree.parse(tmp_path / "out" / name)
+
+
+def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Path):
+    folder = build_gpt2(tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_head": 7}))
+    result = invoke(folder, "--out", tmp_path / "out")
+    assert result.exit_code == 4, result.exception
+    assert "cannot be built from its configuration" in " ".join(result.stderr.split())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tiny_gpt2: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    result = invoke(tiny_gpt2, "--out", tmp_path / "file", "--no-measure")
+    assert result.exit_code == 4, result.exception
+    assert "--out" in result.stderr
