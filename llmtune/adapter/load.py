@@ -97,6 +97,7 @@ def attach(selected: SelectedModel, config: LoraConfig, source: Path, *, trainab
     Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
     """
     name = selected.model_ref.name
+    config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
     return _fill(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
 
 

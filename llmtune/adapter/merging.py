@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel, PeftModelForQuestionAnswering, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -39,22 +39,9 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
             None,
             "The adapter is damaged: train again.",
         ) from error
-    if isinstance(model, PeftModelForQuestionAnswering):
-        _level_token_types(merged)
     if hasattr(merged.config, "use_cache"):
         merged.config.use_cache = True
     return cast(PreTrainedModel, merged)
-
-
-@torch.no_grad()
-def _level_token_types(merged: torch.nn.Module) -> None:
-    """Make all kinds of tokens the first one, in place: what PEFT's class for this task has the model read.
-
-    Its forward takes `token_type_ids` and hands them to nobody (PEFT 0.21), in training and in evaluation.
-    """
-    for name, module in merged.named_modules():
-        if name.endswith("token_type_embeddings") and isinstance(module, torch.nn.Embedding):
-            module.weight.copy_(module.weight[:1].expand_as(module.weight))
 
 
 def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from llmtune.records import Batch, Collate, Example, Loss, Row, Rows
+from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Row, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,12 @@ class TaskInterface(Protocol):
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the summed loss and its count, of a model that PEFT or DDP may have wrapped."""
+
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+        """Set in place where a new head starts, by the examples that it will be trained on."""
+
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+        """Return about what the loss is of guessing, whatever the input: a training is to stay below."""
 
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Return sums that the loss needs of a whole step before it can be taken of a part of it."""

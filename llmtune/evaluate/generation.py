@@ -10,10 +10,12 @@ import torch
 from transformers import GenerationConfig
 
 from llmtune.data.chat_template import stop_ids
-from llmtune.evaluate.greedy_decoding import column_bytes_of, write_greedily
+from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
+from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import memory_limit
+from llmtune.model.self_checks import positions_depend_on_neighbours
 from llmtune.recipe import TASK_FACTS
 
 if TYPE_CHECKING:
@@ -73,7 +75,10 @@ def generate_texts(
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
     texts = [""] * len(prompts)
-    column_bytes = column_bytes_of(model, device) if is_greedy(recipe) and len(prompts) > FEW_PROMPTS else None
+    lengths = [len(prompt) + new for prompt in prompts]
+    alone = positions_depend_on_neighbours(model, max(lengths, default=0))
+    ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
+    column_bytes = column_bytes_of(model, device) if ours else None
 
     def work(batch: list[int]) -> None:
         batch_prompts = [prompts[i] for i in batch]
@@ -85,14 +90,14 @@ def generate_texts(
             texts[i] = decode_answer(ids, stops, processor)
         advance(len(batch))
 
-    lengths = [len(prompt) + new for prompt in prompts]
     if column_bytes is not None:
         run_in_batches(lengths, cache_budget(device, column_bytes), work, budget_for(device, MOST_ROWS))
         return texts
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
+        alone = alone or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
-        run_in_batches(lengths, budget, work)
+        run_in_batches(lengths, budget, work, 1 if alone else None)
     return texts
 
 
@@ -114,6 +119,11 @@ def generate_batch(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str
 ) -> list[list[int]]:
     """Generate from prompts side by side and return the new ids of each, padding included."""
+    out_BT = _generate(model, prompts, settings, device)
+    return cast(list[list[int]], out_BT[:, max(map(len, prompts)) :].tolist())
+
+
+def _generate(model: torch.nn.Module, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: str) -> Any:
     width = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), width), int(settings.pad_token_id), dtype=torch.int64)
     mask_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
@@ -121,8 +131,22 @@ def generate_batch(
         ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, width - len(prompt) :] = 1
     generate = cast(Any, model).generate
-    out_BT = generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings)
-    return cast(list[list[int]], out_BT[:, width:].tolist())
+    return generate(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), generation_config=settings)
+
+
+def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: str) -> bool:
+    """Whether prompts of different length are answered side by side as each alone; tried on a few tokens.
+
+    A model with a state that runs over the padding does not.
+    """
+    size = unwrap(model).get_input_embeddings().weight.shape[0]
+    prompts = [[size * (7 * (i % 6) + 3 * length % 5 + 1) // 50 for i in range(length)] for length in (9, 4)]
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+    greedy = GenerationConfig(**options, pad_token_id=settings.pad_token_id, use_cache=True)
+    batches = [prompts, *([prompt] for prompt in prompts)]
+    together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
+    apart = (together - torch.cat(alone)).square().mean().sqrt()
+    return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
 
 
 def decode_answer(ids: Sequence[int], stops: set[int], processor: PreTrainedTokenizerBase) -> str:

@@ -6,18 +6,21 @@ Left to autograd, a norm keeps copies of its input in float32, and goes over the
 
 from __future__ import annotations
 
+from inspect import signature
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
     """Let norms that compute as Llama's do so by one function, in place; return how many there are.
 
-    Each kind of norm is tried on a few numbers first, in the format of its weights; one that gives others (Gemma's adds
-    one to its weights) stays as it is, as does one that has been replaced already.
+    Each kind of norm is tried on a few numbers first, in the format of its weights. One that gives others (Gemma's adds
+    one to its weights) stays as it is, as does one that takes more than its input, such as a gate, and one that has
+    been replaced already.
     """
     count = 0
     verdicts: dict[tuple[type, float, torch.dtype], bool] = {}
@@ -37,10 +40,13 @@ def fuse_norms(model: torch.nn.Module) -> int:
 
 @torch.no_grad()
 def _is_plain(module: torch.nn.Module, eps: float) -> bool:
-    weight = cast(torch.Tensor, module.weight)
+    if len(signature(module.forward).parameters) > 1:
+        return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, len(weight), generator=generator).to(weight)
-    return torch.equal(module(x), _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
+    like = cast(torch.Tensor, module.weight)
+    x, weight = (torch.randn(shape, generator=generator).to(like) for shape in ((3, len(like)), (len(like),)))
+    own = functional_call(module, {"weight": weight}, (x,))
+    return torch.equal(own, _RootMeanSquare.apply(x, weight, eps))  # type: ignore[no-untyped-call]
 
 
 def _forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -29,7 +30,7 @@ from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
-from llmtune.model.self_checks import isolates_documents, take_loss_at_head
+from llmtune.model.self_checks import isolates_documents, positions_depend_on_neighbours, take_loss_at_head
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def load_model(
         if training:
             fuse_norms(model)
         model.eval()
+        _check_positions(model, model_ref, recipe)
         packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
         plan = plan or plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
     task.check_model(model, processor, recipe)
@@ -94,6 +96,19 @@ def load_model(
         new_weights=new,
         packs=packs,
     )
+
+
+def _check_positions(model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe) -> None:
+    """Raise RecipeError where rows as long as the recipe allows change the positions of those beside them."""
+    longest = recipe.data.max_length
+    if positions_depend_on_neighbours(model, longest):
+        first = bisect_left(range(longest), True, key=lambda length: positions_depend_on_neighbours(model, length))
+        raise RecipeError.of(
+            f"in {model_ref.name} a row's rotary positions depend on how long the rows beside it are, once one has "
+            f"more than {first - 1:,} tokens; data.max_length is {longest:,}",
+            "data.max_length",
+            f"Set data.max_length to {first - 1} or less.",
+        )
 
 
 def _check_packing(

@@ -112,7 +112,7 @@ def has_varlen(query: torch.Tensor, dropout: float, causal: bool = True) -> bool
     """Whether `attend_varlen` computes this: half precision on CUDA, no dropout, and proven right on this card."""
     if not query.is_cuda or dropout > 0 or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return _agrees_with_sdpa(query.shape[-1], query.dtype, causal, torch.cuda.current_device())
+    return _agrees_with_sdpa(query.shape[-1], query.dtype, causal, query.device)
 
 
 def attend_varlen(
@@ -143,16 +143,17 @@ def attend_varlen(
 
 
 @cache
-def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, card: int) -> bool:
+@torch.inference_mode(False)  # the first pass of a model is one without gradients, and the verdict stays
+def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torch.device) -> bool:
     """Compare outputs and gradients with SDPA's on two short documents, once for a head width, format and card."""
     if flash_attn_varlen_func is None and varlen_attn is None:
         return False
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, heads, 24, width) for heads in (4, 2, 2)]
     q, k, v = leaves = [
-        torch.randn(shape, generator=generator, device="cuda", dtype=dtype).requires_grad_() for shape in shapes
+        torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_() for shape in shapes
     ]
-    starts = torch.tensor([0, 7, 24], dtype=torch.int32, device="cuda")
+    starts = torch.tensor([0, 7, 24], dtype=torch.int32, device=device)
     for window in (None, 5):
         outputs: list[list[torch.Tensor]] = []
         with torch.enable_grad():
@@ -304,7 +305,7 @@ def install_packed(model: PreTrainedModel) -> None:
         lengths = [end - start for start, end in pairwise(starts.tolist())]
         documents_inside.set(lengths)
         if counts:
-            positions_1T = kwargs.get("position_ids")  # PEFT drops them on the way to a model that points at answers
+            positions_1T = kwargs.get("position_ids")
             if positions_1T is None:
                 positions_1T = torch.cat([torch.arange(length, device=starts.device) for length in lengths])[None]
             kwargs = {**kwargs, "position_ids": positions_1T + first}

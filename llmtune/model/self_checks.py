@@ -5,7 +5,8 @@ Shapes: T positions of all documents, V vocabulary or classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -65,6 +66,30 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
         return True
     remove_head_loss(model)
     return False
+
+
+def positions_depend_on_neighbours(model: torch.nn.Module, length: int) -> bool:
+    """Whether rotary positions of a short row change beside a row of `length` tokens.
+
+    RoPE of kind `longrope` or `dynamic` scales by the longest row of a batch, beyond the length of its pretraining.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        named = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer_type, kind in named.items():
+            if kind == "longrope" or "dynamic" in str(kind):
+                alone, beside = (_rotate(module, layer_type, ends) for ends in ((_TOKENS,), (_TOKENS, length)))
+                if not all(map(torch.equal, alone, beside)):
+                    return True
+    return False
+
+
+def _rotate(rotary: torch.nn.Module, layer_type: str | None, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Return the sines and cosines of the first of some rows, by a copy: a module keeps the scale that it used last."""
+    positions_1T = torch.cat([torch.arange(length) for length in lengths])[None]
+    named = {} if layer_type is None else {"layer_type": layer_type}
+    found = copy.deepcopy(rotary).to("cpu")(torch.zeros(1), positions_1T, **named)
+    return [part[:, : lengths[0]] for part in (found if isinstance(found, tuple) else (found,))]
 
 
 def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

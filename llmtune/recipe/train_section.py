@@ -83,8 +83,8 @@ class TrainSection(Section):
     lr_scheduler_kwargs: dict[str, float] = Field(default={})
     """The schedule's own options, e.g. `num_cycles` or `min_lr_rate`. Default none: the library's values."""
     warmup_steps: float = Field(default=0.03, ge=0, le=1_000_000_000)
-    """Steps over which the learning rate rises from zero; below 1 a share of all steps. Default 0.03: Adam's first
-    steps are its least certain."""
+    """Steps over which the learning rate rises, to its full height in the last of them; below 1 a share of all steps.
+    The first step learns already, unlike in transformers. Default 0.03: Adam's first steps are its least certain."""
     gradient_checkpointing: Checkpointing = "auto"
     """Compute activations again in the backward pass to save memory; a fifth to a third slower, with the same result.
     Default `auto`: only where the memory plan does not fit without it, and the run says so."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -12,7 +13,7 @@ from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.records import Batch, Collate, Example, Loss, Rows
+from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +142,13 @@ class Task(Generic[RowT, PredictionT]):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Return the summed loss and its count."""
         raise NotImplementedError
+
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+        """Set in place where a new head starts."""
+
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+        """Return the loss of guessing: a token of the vocabulary, or one answer of a few."""
+        return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
 
     def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
         """Return sums that the loss needs of a whole step."""

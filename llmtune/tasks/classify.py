@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -30,10 +30,11 @@ from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
+from llmtune.model.config import head_names, in_heads
 from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import ClassifySection
-from llmtune.records import SIDES, Batch, Example, Loss, Rows
+from llmtune.records import SIDES, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
@@ -204,6 +205,23 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         if "weights_R" in batch:
             losses_R = losses_R * batch["weights_R"]
         return loss_of_rows(losses_R, correct_R, by_row)
+
+    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
+        """Let a new head for a number begin with the mean of the labels: far from it, training only moves the bias."""
+        if section_of(recipe).kind != "regression":
+            return
+        heads = head_names(adapted.selected.model)
+        mean = float(np.mean([example.values[0] for example in examples]))
+        for name, parameter in adapted.selected.model.named_parameters():
+            plain = name.replace(".modules_to_save.default", "")
+            if in_heads(plain, heads) and plain in adapted.selected.new_weights and parameter.shape == (1,):
+                torch.nn.init.constant_(parameter, mean)
+
+    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
+        """Return the variance of the labels where they are numbers."""
+        if section_of(recipe).kind != "regression":
+            return super().guessing_loss(config, examples, recipe)
+        return float(np.var([example.values[0] for example in examples]))
 
     def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
         """Show a text with its class, classes or number."""

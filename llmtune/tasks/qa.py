@@ -102,7 +102,6 @@ class ExtractiveQa(Qa[Span]):
     """An encoder that points at the first and the last token of an answer."""
 
     auto_class = "AutoModelForQuestionAnswering"
-    peft_task_type = "QUESTION_ANS"
     packs = True
     loss_unit = "windows"
     predicts_tokens = False

@@ -11,6 +11,8 @@ WINDOW = 10
 """Steps whose median is looked at: one bad batch, or four, do not count."""
 LEAST_RISE = 4.0
 """Nats above the best so far that a loss must stay; e^4: each token is held 50 times less likely."""
+FAR = 10
+"""How many times the loss of the start counts as far above it, where losses have no scale of their own."""
 
 
 class LossHistory(TypedDict, total=False):
@@ -23,19 +25,21 @@ class LossHistory(TypedDict, total=False):
 
 @dataclass
 class Divergence:
-    """Watches the loss of each step, in nats per supervised token.
+    """Watches the loss of each step.
 
-    Training counts as diverged when the median of the last ten steps
+    Training on tokens (nats per supervised token) counts as diverged when the median of the last ten steps
     - is more than one nat worse than guessing every token at random, and than the first step; or
     - is above twice the best so far and at least four nats above it. The best so far is the loss of the first step,
       which the untouched model made, or the lowest median of ten steps.
 
     A pretrained model that goes astray ends near the loss of guessing (about 10 nats), from a start near 2; rows that
-    differ in difficulty do not move a median of ten by four nats.
+    differ in difficulty do not move a median of ten by four nats. The losses of other tasks have no such scale, a
+    squared error least of all: there the median must be far above both the first step and guessing.
     """
 
     guessing: float
-    """Loss of guessing at random: the logarithm of the vocabulary's size; infinity where that means nothing."""
+    """Loss of guessing: the logarithm of the vocabulary's size, or the variance of the numbers to predict."""
+    on_tokens: bool = True
     first: float | None = None
     best: float | None = None
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -48,6 +52,12 @@ class Divergence:
         if len(self.recent) < WINDOW:
             return None
         now = median(self.recent)
+        if not self.on_tokens:
+            start = max(self.first, self.guessing)
+            if now <= FAR * start:
+                return None
+            times = f"{now / start:.0f} times that of the start" if start else "after 0"
+            return f"the loss diverged: its median over the last {WINDOW} steps is {now:.4g}, {times}"
         if now > max(self.guessing, self.first) + 1:
             return (
                 f"the loss diverged: its median over the last {WINDOW} steps is {now:.2f}, worse than guessing every "

@@ -99,8 +99,8 @@ def train(
             console, on_budget = Console(quiet=True), lambda tokens: None
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
-        vocabulary = adapted.selected.model.config.get_text_config().vocab_size if task.predicts_tokens else None
-        divergence = Divergence(math.log(vocabulary) if vocabulary else math.inf)
+        guessing = task.guessing_loss(adapted.selected.model.config, training.examples, recipe)
+        divergence = Divergence(guessing, task.predicts_tokens)
         resumed = resume(training, state, divergence, console)
         rehearsed = time.perf_counter()
         with catch_signals(console) as request:

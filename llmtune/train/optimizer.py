@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from llmtune.errors import EnvironmentProblem, RecipeError
@@ -87,10 +89,10 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, 
     return found
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> LambdaLR:
     """Build `train.lr_scheduler_type` over `total_steps`; `warmup_steps` below 1 is a share of them, rounded up.
+
+    A warm-up begins one step into transformers' schedule, whose first learning rate is 0: a step that learns nothing.
 
     Raises RecipeError if `lr_scheduler_kwargs` do not fit the schedule.
     """
@@ -98,7 +100,7 @@ def build_schedule(
     share = train.warmup_steps < 1
     warmup = math.ceil(total_steps * train.warmup_steps) if share else int(train.warmup_steps)
     if share:
-        warmup = min(warmup, total_steps - 1)  # the first step of a warm-up has a learning rate of 0
+        warmup = min(warmup, total_steps - 1)
     elif warmup >= total_steps:
         what = f"{warmup} steps of warm-up, and training has {total_steps}: none would have the full learning rate"
         raise RecipeError.of(
@@ -108,8 +110,8 @@ def build_schedule(
         name: int(value) if float(value).is_integer() else value for name, value in train.lr_scheduler_kwargs.items()
     }
     try:
-        schedule: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
-            train.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=options
+        schedule: LambdaLR = get_scheduler(
+            train.lr_scheduler_type, optimizer, warmup, total_steps + bool(warmup), scheduler_specific_kwargs=options
         )
     except (TypeError, ValueError) as error:
         given = ", ".join(train.lr_scheduler_kwargs) or "nothing"
@@ -118,4 +120,10 @@ def build_schedule(
             "train.lr_scheduler_kwargs",
             "The names are those of transformers.get_scheduler's functions, e.g. num_cycles, min_lr_rate.",
         ) from error
-    return schedule
+    if not warmup:
+        return schedule
+    return LambdaLR(optimizer, [partial(_one_step_on, rate) for rate in schedule.lr_lambdas])
+
+
+def _one_step_on(rate: Callable[[int], float], step: int) -> float:
+    return rate(step + 1)

@@ -159,6 +159,8 @@ def set_up(
         console.print(
             f"{parts} parts of the model's layers are compiled when they are first used, which takes a while."
         )
+    if recipe.adapter.start_from is None:
+        task.start_head(adapted, reader, recipe)
     optimizer = build_optimizer(adapted.model, recipe, torch.device(accelerator.device))
     with warnings.catch_warnings():
         # torch 2.13 wants another name for it, which Accelerate does not have yet.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.adapting import documents, logits, open_model, packed, quiet, recipe_with
+from support.families import build_bert
+from support.pairs import gradient, recipe_of, start_training
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.injection import describe, inject, trainable_parameters
@@ -14,6 +16,12 @@ from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.device import compute_context
 from llmtune.model.library_logging import hushed
 
+QUESTIONS = [
+    {"question": f"Which colour has the {thing}?", "context": f"The {thing} is {colour}.", "answer": colour}
+    for thing in ("cat", "dog", "fox", "bird")
+    for colour in ("red", "green", "blue")
+]
+QA = {"qa": {"stride": 4}, "generation": {"max_new_tokens": None}}
 METHODS = {
     "lora": {},
     "dora": {"use_dora": True},
@@ -151,3 +159,12 @@ def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
     ours = dict(adapted.model.named_parameters())
     for name, parameter in plain.named_parameters():
         assert torch.equal(ours[name], parameter), name
+
+
+def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):
+    """BERT's kinds of tokens: an adapter that changes nothing yet starts at the loss of the whole model."""
+    model, losses = build_bert(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), {}
+    for method in ("lora", "full"):
+        path = recipe_of(tmp_path / method, model, QUESTIONS, "qa", adapter={"method": method}, **QA)
+        losses[method] = gradient(start_training(path, tmp_path / method / "run"), 512)[0]
+    assert losses["lora"] == pytest.approx(losses["full"], rel=1e-6)

@@ -2,16 +2,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.adapting import build_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.evaluate import generation
 from llmtune.evaluate.generation import answer_ends, cache_budget, decode_answer, generate_texts, is_greedy
 from llmtune.model.packed_attention import PACKED, install_packed
 
+LONGROPE = {
+    "original_max_position_embeddings": 12,
+    "max_position_embeddings": 256,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 12,
+    },
+}
+"""Positions of all rows of a batch are others once one has more than twelve tokens."""
 PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three four five six seven eight", "a"]
 
 
-def load(folder, attention="sdpa"):
+def load(folder, attention=None):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     if attention == PACKED:
         install_packed(model)
@@ -97,6 +110,33 @@ def test_beams_and_penalties_go_through_transformers_and_plain_greedy_says_the_s
         ids = model.generate(ids, **options)[0, len(prompt) :].tolist()
         wanted.append(decode_answer(ids, set(options["eos_token_id"]), tokenizer))
     assert generate_texts(model, prompts, tokenizer, recipe, device="cpu") == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "batched"),
+    [
+        ("rwkv", {"attention_hidden_size": 64}, False),
+        ("mamba", {"state_size": 8, "intermediate_size": 128}, True),
+        ("phi3", LONGROPE, False),
+    ],
+)
+def test_answers_are_those_to_each_prompt_alone_in_models_that_padding_or_length_disturbs(
+    family, config, batched, bench, tmp_path, monkeypatch
+):
+    model, tokenizer = load(build_family(tmp_path, family, **config))
+    prompts = [tokenizer(text).input_ids for text in (*PROMPTS, "dog", "The sky is blue red green", "cat bird")]
+    asked = settings(bench, max_new_tokens=8)
+    batches = []
+    plain = generation.generate_batch
+    monkeypatch.setattr(
+        generation,
+        "generate_batch",
+        lambda model, batch, *more: batches.append(len(batch)) or plain(model, batch, *more),
+    )
+    with torch.inference_mode():
+        together = generate_texts(model, prompts, tokenizer, asked, device="cpu")
+        assert (max(batches) > 1) == batched
+        assert together == [generate_texts(model, [prompt], tokenizer, asked, device="cpu")[0] for prompt in prompts]
 
 
 def test_a_batch_takes_up_a_share_of_the_memory_that_there_is(monkeypatch):

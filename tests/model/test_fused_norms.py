@@ -49,6 +49,35 @@ def test_a_norm_that_computes_otherwise_is_left_alone():
     assert "forward" not in vars(other)
 
 
+class GatedNorm(LlamaRMSNorm):
+    """As in Qwen3-Next, Mamba-2 and a dozen others: what comes out is weighed by a gate, if there is one."""
+
+    def forward(self, hidden_states, gate=None):
+        gated = hidden_states if gate is None else hidden_states * torch.nn.functional.silu(gate)
+        return super().forward(gated)
+
+
+def test_a_gated_norm_keeps_its_gate():
+    plain = norm(GatedNorm)
+    fused = copy.deepcopy(plain)
+    fuse_norms(fused)
+    x, gate = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fused(x, gate), plain(x, gate))
+    assert torch.equal(fused(x, gate=gate), plain(x, gate=gate))
+    assert torch.equal(fused(x), plain(x))
+
+
+class LateNorm(LlamaRMSNorm):
+    """Gemma's kind under Llama's names: with weights of one it would look like Llama's."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) * self.weight
+
+
+def test_weights_that_are_all_one_do_not_make_a_norm_look_plain():
+    assert fuse_norms(LateNorm(24).requires_grad_(False)) == 0
+
+
 def test_all_norms_of_a_model_are_found_and_a_replaced_one_is_kept(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.model.norm.forward = model.model.norm.forward

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from support.adapting import documents, open_model, packed, recipe_with
+from support.adapting import build_family, documents, open_model, packed, recipe_with
 from support.models import build_llama, train_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -126,6 +126,25 @@ def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
     settings = open_model(recipe_with(folder), training=False).model.generation_config
     assert settings.eos_token_id == [0, 2]
     assert settings.pad_token_id == 3
+
+
+def scaled_positions(kind: str) -> dict[str, object]:
+    """RoPE that stretches for rows beyond 64 tokens."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    return {"rope_parameters": rope, "original_max_position_embeddings": 64, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(("family", "kind"), [("phi3", "longrope"), ("llama", "dynamic")])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_so_long_that_they_change_the_positions_of_others_are_refused(tmp_path, family, kind, packing):
+    folder = build_family(tmp_path, family, **scaled_positions(kind))
+    fits = {"packing": packing, "max_length": 64}
+    assert open_model(recipe_with(folder, data=fits)).packs == packing
+    with pytest.raises(RecipeError) as caught:
+        open_model(recipe_with(folder, data={**fits, "max_length": 200}))
+    assert "than 64 tokens; data.max_length is 200" in str(caught.value)
+    assert caught.value.problems[0].fix == "Set data.max_length to 64 or less."
 
 
 OWN_CODE = """

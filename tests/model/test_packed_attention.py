@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.adapter.injection import enable_checkpointing
 from llmtune.errors import RecipeError
-from llmtune.model.block_attention import band
+from llmtune.model import packed_attention
+from llmtune.model.block_attention import attend_documents, band
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits
 from llmtune.model.packed_attention import PACKED, Options, attend_runs
 
@@ -121,6 +122,22 @@ def test_documents_of_one_length_are_attended_to_at_once_as_each_alone(causal, w
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flash_attention_is_tried_with_gradients_also_where_the_first_pass_has_none(monkeypatch):
+    """The verdict of a pass in inference mode stays for the training after it."""
+    tried = []
+
+    def flash(q, k, v, starts, _, longest, __, softmax_scale, causal, window_size, deterministic):
+        tried.append(q.requires_grad)
+        query, key, value = (part.transpose(0, 1)[None] for part in (q, k, v))
+        window = None if window_size[0] < 0 else window_size[0] + 1
+        return attend_documents(query, key, value, starts.diff().tolist(), softmax_scale, window, causal)[0]
+
+    monkeypatch.setattr(packed_attention, "flash_attn_varlen_func", flash)
+    with torch.inference_mode():
+        assert packed_attention._agrees_with_sdpa(8, torch.float32, True, torch.device("cpu"))
+    assert all(tried)
 
 
 def block_mask(lengths):

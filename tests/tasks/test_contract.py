@@ -105,7 +105,7 @@ CASES = {
     "translate-decoder": Case("translate", 1, build_llama, PAIRS, {"translate": {"prompt": "In French: {source}"}}),
     "summarize": Case("summarize", 0, families.build_bart, DOCUMENTS, config={"dropout": 0.0}),
     "summarize-decoder": Case("summarize", 1, build_llama, DOCUMENTS, method="qlora"),
-    "qa-extractive": Case("qa", 0, families.build_roberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, config=STILL),
+    "qa-extractive": Case("qa", 0, families.build_bert, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, config=STILL),
     "qa-extractive-full": Case(
         "qa", 0, families.build_deberta, ANSWERS, {"qa": {"stride": 4}, **NO_TEXT}, "full", STILL
     ),
@@ -285,7 +285,8 @@ for folder, auto_class, method, inputs, outputs in json.load(open(sys.argv[1])):
         if auto_class.endswith("Classification"):
             config = transformers.AutoConfig.from_pretrained(folder)
             options |= {"num_labels": config.num_labels, "pad_token_id": config.pad_token_id}
-        auto = getattr(peft, "AutoPeft" + auto_class.removeprefix("Auto"), peft.AutoPeftModel)
+        named = "AutoPeftModel" if "Question" in auto_class else "AutoPeft" + auto_class.removeprefix("Auto")
+        auto = getattr(peft, named, peft.AutoPeftModel)
         model = auto.from_pretrained(folder, **options)
     for module in model.modules():  # bitsandbytes' kernel for inference rounds otherwise
         module.support_avx512bf16_for_cpu = False

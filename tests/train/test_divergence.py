@@ -3,7 +3,14 @@ import math
 
 import numpy as np
 import pytest
+from support.classifying import recipe_for
+from support.families import build_bert
+from support.pairs import quiet
 
+from llmtune.errors import TrainingError
+from llmtune.pipeline import run_pipeline
+from llmtune.recipe import load_recipe
+from llmtune.session import Options
 from llmtune.train.divergence import WINDOW, Divergence
 
 GUESSING = math.log(49152)
@@ -37,6 +44,48 @@ def test_a_loss_that_leaves_a_low_plateau_is_found_within_ten_steps():
 def test_worse_than_guessing_is_found_whatever_the_start_was():
     found = feed([10.5] + [12.5] * 10)
     assert "worse than guessing every token at random" in found[-1]
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_squared_error_that_only_fluctuates_is_not_stopped(seed, batch):
+    errors = np.random.default_rng(seed).normal(0, 20, (2000, batch))
+    watch = Divergence(20.0**2, on_tokens=False)
+    assert not any(watch.observe(loss) for loss in np.square(errors).mean(1))
+
+
+@pytest.mark.parametrize("start", [1e-4, 1.0, 400.0])
+def test_a_squared_error_that_explodes_is_found_whatever_its_scale(start):
+    watch = Divergence(start, on_tokens=False)
+    found = [watch.observe(loss) for loss in start * np.concatenate([np.ones(50), 1.5 ** np.arange(60)])]
+    at = next(i for i, wrong in enumerate(found) if wrong)
+    assert 50 < at < 70
+    assert "times that of the start" in found[at]
+
+
+NOISE = np.random.default_rng(0).normal(50, 20, 80)
+TEXTS = [f"the {colour} cat number {i}" for i, colour in enumerate(["red", "blue", "green", "black"] * 20)]
+NUMBERS = [{"text": text, "label": float(label)} for text, label in zip(TEXTS, NOISE, strict=True)]
+"""Labels that have nothing to do with their texts."""
+
+
+def regress(folder, **train):
+    model = build_bert(folder / "model", num_hidden_layers=1)
+    train = {"batch_size": 4, "num_train_epochs": None, "logging_steps": 100, **train}
+    data = {"validation": 0, "test": 0.1, "deduplicate": "none", "packing": False}
+    recipe = load_recipe(str(recipe_for(folder / "recipe.yaml", model, NUMBERS, train=train, data=data)))
+    return run_pipeline(recipe, Options(out=folder / "run", until="train"), quiet())
+
+
+@pytest.mark.slow
+def test_a_regression_on_noise_goes_on_for_two_thousand_steps(tmp_path):
+    report = regress(tmp_path, max_steps=2000, learning_rate=1e-4)
+    assert report["train"]["steps"] == 2000
+
+
+def test_a_regression_that_explodes_is_stopped(tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss diverged: its median .* times that of the start"):
+        regress(tmp_path, max_steps=200, learning_rate=10.0, warmup_steps=0)
 
 
 def test_what_is_saved_goes_on_as_if_nothing_had_happened():

@@ -6,7 +6,7 @@ from peft.optimizers import create_loraplus_optimizer
 from support.training import adapt, make_recipe
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.recipe.train_section import Optimizer
+from llmtune.recipe.train_section import Optimizer, Schedule
 from llmtune.train.optimizer import build_optimizer, build_schedule
 
 NAMES = [name for name in typing.get_args(Optimizer) if not name.startswith("paged_")]
@@ -101,9 +101,10 @@ def test_lora_plus_groups_are_those_of_peft(tmp_path, tiny_llama, adapter, optim
 
 
 @pytest.mark.parametrize(
-    ("warmup_steps", "rates"), [(0.25, [0, 0.5, 1, 5 / 6]), (1, [0, 1, 6 / 7, 5 / 7]), (0, [1, 7 / 8, 6 / 8, 5 / 8])]
+    ("warmup_steps", "rates"),
+    [(0.25, [0.5, 1, 6 / 7, 5 / 7]), (1, [1, 7 / 8, 6 / 8, 5 / 8]), (0, [1, 7 / 8, 6 / 8, 5 / 8])],
 )
-def test_warmup_below_one_is_a_share_of_all_steps(warmup_steps, rates, recipe):
+def test_warmup_below_one_is_a_share_of_all_steps_and_the_first_step_learns(warmup_steps, rates, recipe):
     optimizer = build_optimizer(small_model(), change(recipe, learning_rate=1.0), CPU)
     schedule = build_schedule(optimizer, change(recipe, warmup_steps=warmup_steps), 8)
     seen = []
@@ -123,6 +124,22 @@ def test_options_that_do_not_fit_the_schedule_are_an_error_of_the_recipe(name, o
     optimizer = build_optimizer(small_model(), recipe, CPU)
     with pytest.raises(RecipeError, match=f"the schedule {name} was given {next(iter(options), 'nothing')}: "):
         build_schedule(optimizer, wrong, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in typing.get_args(Schedule) if name != "constant"])
+def test_no_step_of_any_schedule_has_a_learning_rate_of_zero(name, recipe):
+    options = {"warmup_stable_decay": {"num_decay_steps": 3}, "cosine_with_min_lr": {"min_lr_rate": 0.1}}.get(name, {})
+    chosen = change(recipe, lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=2, learning_rate=1.0)
+    optimizer = build_optimizer(small_model(), chosen, CPU)
+    schedule = build_schedule(optimizer, chosen, 8)
+    seen = []
+    for _ in range(8):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen[0] == 0.5
+    assert max(seen) == seen[1] == 1.0
+    assert min(seen) > 0
 
 
 def test_a_warmup_share_never_takes_the_only_step(recipe):
