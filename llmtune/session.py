@@ -21,9 +21,9 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.eval_suites import check_variant
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.results import load_evaluation
+from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device, pick_device
 from llmtune.model.loading import load_model

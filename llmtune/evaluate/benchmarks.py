@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -20,18 +20,19 @@ import torch
 from rich.progress import Progress
 
 from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.eval_suite import EvalSuite
 from llmtune.evaluate.inference import progress_bars
 from llmtune.evaluate.lm_eval import (
     RUN_ERRORS,
     Benchmark,
+    check_benchmarks,
     explained,
     load_benchmarks,
     quietly,
     replaced,
 )
-from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, measure_right, ratio
+from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
-from llmtune.evaluate.suite import EvalSuite
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe import Recipe
 from llmtune.recipe.eval_suites_section import plain_name, suite_name
@@ -67,67 +68,60 @@ NO_VERSION = (None, "Yaml", "N/A")
 """What lm-eval calls the version of a task or group that states none."""
 NO_FILTER = "none"
 CLOSE = 1e-9
-Questions = tuple[object, ...]
-"""[N] which questions stand in a measure."""
 
 
 @dataclass(frozen=True)
 class Score:
     """One metric of one task or group."""
 
-    task: str
-    """lm-eval's name of the task or group."""
     metric: str
-    filter: str
     value: float
     better: int
     """1 where more is better, -1 where less is, 0 where lm-eval does not know."""
     measure: Measure | None
-    """None where the score does not add up question by question."""
-    questions: Questions
-    signature: str = ""
+    """From each question's part; its rows are numbered by lm-eval. None where the score does not add up so."""
+    signature: str
 
 
-class BenchmarkSuite(EvalSuite):
+class BenchmarkSuite(EvalSuite[dict[str, Score]]):
     """Scores by the name that a gate calls them."""
 
-    name = "benchmarks"
+    decoder_input = "the likelihood of answers, or answers that are written behind a prompt"
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        self.outputs: dict[str, dict[str, Score]] = {}
         self.benchmarks = load_benchmarks(context.recipe, context.console)
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Check task files and the names of tasks. Raises as `check_benchmarks` does."""
+        check_benchmarks(recipe)
 
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model, and keep lm-eval's own results."""
         scores: dict[str, Score] = {}
-        results = []
+        results = {}
         with progress_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
                 found, truncated = run_benchmark(benchmark, name, model, self.context, bars)
-                results.append(found)
-                for score in read_scores(benchmark, found, truncated):
-                    scores[score_name(benchmark, score)] = score
+                results[suite_name(benchmark.section.task)] = found
+                scores |= read_scores(benchmark, found, truncated)
         if self.context.folder is not None:
-            names = [suite_name(one.section.task) for one in self.benchmarks]
-            save_results(self.context.folder / self.name / f"{name}.json", names, results)
+            save_results(self.context.folder / "benchmarks" / f"{name}.json", results)
         self.outputs[name] = scores
 
-    def compare(self, measures: PairedMeasures) -> Study:
+    def compare(self, rows: PairedMeasures) -> Study:
         """Return the scores of both models with paired intervals over the questions."""
         base, tuned = self.outputs.get("base", {}), self.outputs["tuned"]
-        same = [name for name, score in tuned.items() if name in base and base[name].questions == score.questions]
-        paired = PairedMeasures(
-            *(
-                {name: measure for name in same if (measure := scores[name].measure) is not None}
-                for scores in (base, tuned)
-            )
+        before, after = (
+            {name: score.measure for name, score in scores.items() if score.measure} for scores in (base, tuned)
         )
+        same = {name: one for name, one in after.items() if name in before and before[name].at == one.at}
         return Study(
-            title="Benchmarks",
+            title="",
             base={name: score.value for name, score in base.items()},
             tuned={name: score.value for name, score in tuned.items()},
-            difference=paired.differences(self.context.recipe.seed),
+            difference=PairedMeasures(before, same).differences(self.context.recipe.seed),
             meanings={name: MEANINGS.get(score.metric, "as lm-eval computes it") for name, score in tuned.items()},
             better={name: score.better for name, score in tuned.items()},
             signatures={name: score.signature for name, score in tuned.items()},
@@ -148,17 +142,9 @@ def run_benchmark(
     from llmtune.evaluate.lm_eval_model import BatchedLM
 
     section, recipe, device = benchmark.section, context.recipe, context.device
-    bar = bars.add_task(f"{name}: {benchmark.name}", total=None)
-    total = 0
-
-    def expect(requests: int) -> None:
-        nonlocal total
-        total += requests
-        bars.update(bar, total=total)
-
     dtype = resolve_dtype(recipe.model.dtype, device)
     with quietly(), explained(section.task, RUN_ERRORS), without_environment(evaluator):
-        lm = BatchedLM(model, context.processor, dtype, device, expect, lambda done: bars.advance(bar, done))
+        lm = BatchedLM(model, context.processor, dtype, device, bars, f"{name}: {benchmark.name}")
         results: EvalResults = evaluator.simple_evaluate(
             model=lm,
             tasks=list(benchmark.run),
@@ -193,42 +179,28 @@ def model_args(recipe: Recipe, name: str) -> dict[str, str | None]:
 # Reading the results
 
 
-def score_name(benchmark: Benchmark, score: Score) -> str:
-    """Return what a gate calls a score: `task.metric`, and its filter where there is one."""
-    parts = [benchmark.plain(score.task), plain_name(score.metric)]
-    return ".".join(parts if score.filter == NO_FILTER else [*parts, plain_name(score.filter)])
-
-
-def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> list[Score]:
-    """Return the scores of a benchmark's groups and tasks, as lm-eval has put them into `results`."""
-    scores: list[Score] = []
-
-    def add(name: str, metric: str, filter_name: str, value: float, measure: Measure | None, rows: Questions) -> None:
-        better = results["higher_is_better"].get(name, {}).get(metric)
-        direction = 0 if better is None else 1 if better else -1
-        agrees = measure is not None and math.isclose(measure.value, value, rel_tol=CLOSE, abs_tol=CLOSE)
-        signature = describe_score(benchmark, name, results, truncated, agrees)
-        kept = measure if agrees else None
-        scores.append(Score(name, metric, filter_name, value, direction, kept, rows, signature))
-
-    for name, task in benchmark.tasks.items():
-        for metric, filter_name, value in read_numbers(results["results"][name]):
-            samples = [one for one in results["samples"][name] if one["filter"] == filter_name and metric in one]
-            questions = tuple(one["doc_id"] for one in samples)
-            add(
-                name,
-                metric,
-                filter_name,
-                value,
-                measure_task(task, metric, [one[metric] for one in samples]),
-                questions,
-            )
-    for name, group in benchmark.groups.items():
-        tasks = {one.task_name for one in group.get_all_tasks()}
+def read_scores(benchmark: Benchmark, results: EvalResults, truncated: int) -> dict[str, Score]:
+    """Return the scores of a benchmark's tasks and groups by what a gate calls them: `task.metric`, `.filter`."""
+    scores: dict[str, Score] = {}
+    measures: dict[tuple[str, str, str], Measure | None] = {}
+    for name in (*benchmark.tasks, *benchmark.groups):
         for metric, filter_name, value in read_numbers(results["results"].get(name, {})):
-            parts = [one for one in scores if one.task in tasks and (one.metric, one.filter) == (metric, filter_name)]
-            questions = tuple((one.task, question) for one in parts for question in one.questions)
-            add(name, metric, filter_name, value, measure_group(group, metric, parts), questions)
+            if name in benchmark.tasks:
+                samples = [one for one in results["samples"][name] if one["filter"] == filter_name and metric in one]
+                measure = measure_task(benchmark.tasks[name], metric, samples)
+            else:
+                names = {one.task_name for one in benchmark.groups[name].get_all_tasks()}
+                keys = [(task, metric, filter_name) for task in benchmark.tasks if task in names]
+                parts = [measures[key] for key in keys if key in measures]
+                measure = measure_group(benchmark.groups[name], metric, parts)
+            agrees = measure is not None and math.isclose(measure.value, value, rel_tol=CLOSE, abs_tol=CLOSE)
+            measures[name, metric, filter_name] = measure if agrees else None
+            higher = results["higher_is_better"].get(name, {}).get(metric)
+            better = 0 if higher is None else 1 if higher else -1
+            signature = describe_score(benchmark, name, results, truncated, agrees)
+            parts_of_name = [benchmark.plain(name), plain_name(metric)]
+            parts_of_name += [] if filter_name == NO_FILTER else [plain_name(filter_name)]
+            scores[".".join(parts_of_name)] = Score(metric, value, better, measure if agrees else None, signature)
     return scores
 
 
@@ -247,20 +219,23 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
-def measure_task(task: Task, metric: str, values: Sequence[object]) -> Measure | None:
+def measure_task(task: Task, metric: str, samples: Sequence[Mapping[str, object]]) -> Measure | None:
     """Return a metric from each question's part in it; None where it is more than a sum of parts."""
     kind = getattr(task.aggregation().get(metric), "__name__", "mean")
+    values = [one[metric] for one in samples]
     numbers = [float(value) for value in values if is_number(value)]
-    if kind in ("mean", "perplexity") and values and len(numbers) == len(values):
-        if kind == "perplexity":
-            return Measure(metric, columns(np.array(numbers), np.ones(len(numbers))), exponent, signature=kind)
-        if set(numbers) <= {0.0, 1.0}:
-            return measure_right([bool(number) for number in numbers], metric)
-        return measure_means(metric, numbers, kind)
     pairs = [value for value in values if isinstance(value, tuple | list) and len(value) == 2]
-    if kind in WEIGHTED and values and len(pairs) == len(values):
-        return Measure(metric, np.array(pairs, dtype=np.float64), WEIGHTED[kind], signature=kind)
-    return None
+    if not values:
+        return None
+    if kind in WEIGHTED and len(pairs) == len(values):
+        measure = Measure(metric, np.array(pairs, dtype=np.float64), WEIGHTED[kind])
+    elif kind not in ("mean", "perplexity") or len(numbers) < len(values):
+        return None
+    elif kind == "perplexity":
+        measure = Measure(metric, columns(np.array(numbers), np.ones(len(numbers))), exponent)
+    else:
+        measure = replace(measure_means(metric, numbers, kind), right_wrong=set(numbers) <= {0.0, 1.0})
+    return replace(measure, at=tuple(int(str(one["doc_id"])) for one in samples))
 
 
 def exponent(sums: Floats) -> Floats:
@@ -277,21 +252,18 @@ WEIGHTED: dict[str, Formula] = {"weighted_perplexity": exponent, "bits_per_byte"
 """Scores of a sum over a sum, by lm-eval's name of how they are put together."""
 
 
-def measure_group(group: Group, metric: str, parts: Sequence[Score]) -> Measure | None:
+def measure_group(group: Group, metric: str, parts: Sequence[Measure | None]) -> Measure | None:
     """Return a group's mean over its tasks, weighed by their questions or all alike, from the questions' parts."""
     kinds = [one for one in group.aggregate_metric_list if one.metric == metric]
-    means = [one.measure for one in parts if one.measure is not None and one.measure.formula is ratio]
+    means = [one for one in parts if one is not None and one.formula is ratio]
     if len(kinds) != 1 or not means or len(means) < len(parts):
         return None
+    at = tuple(row for one in means for row in one.at)
     if kinds[0].weight_by_size or len(means) == 1:
         right = all(one.right_wrong for one in means)
-        return Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right)
-    sums_NK = np.zeros((sum(len(one.sums_NK) for one in means), 2 * len(means)))
-    start = 0
-    for g, one in enumerate(means):
-        sums_NK[start : start + len(one.sums_NK), 2 * g : 2 * g + 2] = one.sums_NK
-        start += len(one.sums_NK)
-    return Measure(metric, sums_NK, mean_of_ratios)
+        return Measure(metric, np.concatenate([one.sums_NK for one in means]), ratio, right, at=at)
+    by_task = [np.pad(one.sums_NK, ((0, 0), (2 * g, 2 * (len(means) - g - 1)))) for g, one in enumerate(means)]
+    return Measure(metric, np.concatenate(by_task), mean_of_ratios, at=at)
 
 
 def mean_of_ratios(sums: Floats) -> Floats:
@@ -321,33 +293,29 @@ def describe_score(benchmark: Benchmark, task: str, results: EvalResults, trunca
 # lm-eval's own file
 
 
-def save_results(path: Path, names: Sequence[str], results: Sequence[Mapping[str, object]]) -> None:
-    """Write one model's results as lm-eval's own command line does, those of all benchmarks in one file."""
+def save_results(path: Path, results: Mapping[str, Mapping[str, object]]) -> None:
+    """Write one model's results, by benchmark, as lm-eval's own command line does, all in one file."""
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge(names, results)
+    merged = merge(results)
     write_text(path, json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
 
 
-def merge(names: Sequence[str], results: Sequence[Mapping[str, object]]) -> dict[str, object]:
+def merge(results: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     """Join lm-eval's results: what is by task stands side by side; settings are by benchmark where they differ."""
     merged: dict[str, object] = {}
-    for key in dict.fromkeys(key for one in results for key in one):
-        values = [one.get(key) for one in results]
+    for key in dict.fromkeys(key for one in results.values() for key in one if key != "samples"):
+        values = [one.get(key) for one in results.values()]
         mappings = [value or {} for value in values if isinstance(value, dict | None)]
-        if key == "samples":
-            continue
         if len(mappings) < len(values):
             merged[key] = values[0]
         elif key == "config":
-            settings = dict.fromkeys(setting for one in mappings for setting in one)
-            merged[key] = {name: same_or_each(names, [one.get(name) for one in mappings]) for name in settings}
+            by_setting = {name: [one.get(name) for one in mappings] for mapping in mappings for name in mapping}
+            merged[key] = {
+                name: each[0] if all(one == each[0] for one in each) else dict(zip(results, each, strict=True))
+                for name, each in by_setting.items()
+            }
         else:
             merged[key] = {name: one for mapping in mappings for name, one in mapping.items()}
     return merged
-
-
-def same_or_each(names: Sequence[str], values: Sequence[object]) -> object:
-    """Return what all benchmarks have in common, or what each has."""
-    return values[0] if all(value == values[0] for value in values) else dict(zip(names, values, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.data.hub_datasets import HUB, resolve_commit
-from llmtune.evaluate.paired_sentences import hub_source
+from llmtune.evaluate.sentence_pairs import hub_source
 from llmtune.recipe import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value

@@ -13,7 +13,6 @@ from rich.console import Console
 from llmtune.data.row_store import iterate_ids, iterate_rows
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
-from llmtune.evaluate.eval_suites import make_suites
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import Answers, measure, predict
@@ -23,7 +22,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measur
 from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
 from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.slices import score_slices
-from llmtune.evaluate.suite import EvalSuite
+from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
 from llmtune.evaluate.token_batches import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows
@@ -77,7 +76,7 @@ def evaluate(
     elif inputs is not None and known is not None and known.answers is not None:
         answers["base"] = known.answers
         console.print("base: what it answered to these rows is known from this run's first seed")
-    run_models(models, context, suites, answers, headless, packs)
+    run_models(models, context, [suite for _, suite in suites], answers, headless, packs)
     evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
     if inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
@@ -88,8 +87,7 @@ def evaluate(
             save_base(folder, base, known.inputs)
         evaluation = compare_answers(context, inputs, base, tuned, measures)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
-    studies = {suite.name: suite.compare(measures) for suite in suites}
-    evaluation = replace(evaluation, baseline=stand_in, studies=studies)
+    evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
     print_scores(evaluation, console)
     return evaluation
@@ -98,7 +96,7 @@ def evaluate(
 def run_models(
     models: ModelLoaders,
     context: EvalContext,
-    suites: Sequence[EvalSuite],
+    suites: Sequence[Suite],
     answers: dict[str, Answers],
     headless: bool,
     packs: Callable[[], bool | None],

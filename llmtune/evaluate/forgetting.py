@@ -7,35 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from llmtune.data.completion_encoding import prompt_ids
+from llmtune.errors import Problem
 from llmtune.evaluate.eval_inputs import EvalContext
-from llmtune.evaluate.inference import add_bar, context_limit, inference_on
+from llmtune.evaluate.eval_suite import OWN_FILES, Bar, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_right, ratio
-from llmtune.evaluate.multiple_choice import pick, question_tree, read_questions
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.perplexity import Passages, make_passages, read_texts, score_passages
 from llmtune.evaluate.results import flipped_rows
-from llmtune.evaluate.shared_prefix import score_trees
+from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
 from llmtune.evaluate.slices import rows_by
-from llmtune.evaluate.suite import EvalSuite
 from llmtune.evaluate.text_metrics import exponential_ratio
-from llmtune.records import Study, StudyTable
+from llmtune.recipe.eval_suites_section import OWN
+from llmtune.records import StudyTable
 from llmtune.report.number_format import DASH, count, score
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
     from llmtune.recipe import Recipe
 
-BETTER = {"perplexity": -1, "bits_per_byte": -1, "accuracy": 1, "accuracy_norm": 1}
-MEANINGS = {
-    "perplexity": "of general text",
-    "bits_per_byte": "of general text",
-    "accuracy": "general questions: the right answer is the likeliest",
-    "accuracy_norm": "the same, likelihoods by length",
-}
+PROMPT = "Question: {question}\nAnswer:"
+"""As lm-eval puts ARC and its like; what follows is a space and the answer."""
+FIX = 'Write a line like {"question": "What do cows eat?", "choices": ["grass", "stones"], "answer": 0}.'
 SHOWN_QUESTIONS = 12
 """Questions that the base got right and the tuned model wrong, listed one by one."""
 LIMITS = (
@@ -45,6 +46,80 @@ LIMITS = (
     "the text by heart, so a score by itself says little, and the difference is what counts. Text and questions stand "
     "plain, without a chat template: a model that was tuned to chat may have moved more, or less, in its own form."
 )
+
+
+def not_blank(text: str) -> str:
+    """Refuse a text of white space alone."""
+    if not text.strip():
+        raise ValueError("there is no text")
+    return text
+
+
+class Question(BaseModel):
+    """One question, and which of its choices is right."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    question: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+    choices: Annotated[tuple[Annotated[str, AfterValidator(not_blank)], ...], Field(min_length=2, max_length=26)]
+    answer: int | str
+    """Its number from 0, or the choice itself."""
+    topic: str = ""
+
+    @model_validator(mode="after")
+    def check(self) -> Question:
+        """Refuse choices that are equal, and an answer that is none of them."""
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("two choices are equal")
+        known = self.answer in self.choices if isinstance(self.answer, str) else 0 <= self.answer < len(self.choices)
+        if not known:
+            raise ValueError(f"'answer' is {self.answer!r}; name a choice, or its number from 0 on")
+        return self
+
+    @property
+    def right(self) -> int:
+        """The number of the right choice."""
+        return self.choices.index(self.answer) if isinstance(self.answer, str) else self.answer
+
+    def pick(self, scores: Sequence[float], *, by_length: bool = False) -> int:
+        """Return the number of the likeliest choice, the first of equals; `by_length` divides by its characters."""
+        sizes = [len(choice) if by_length else 1 for choice in self.choices]
+        values = [score / size for score, size in zip(scores, sizes, strict=True)]
+        return values.index(max(values))
+
+
+def read_questions(sources: Sequence[str]) -> list[Question]:
+    """Read JSON lines files of `question`, `choices`, `answer` and `topic`; `own` are those that come with llmtune.
+
+    Paths are absolute. Raises DataError for files that are missing or empty and for lines that are no questions: all
+    of them at once.
+    """
+    return read_sources(sources, read_lines, "question", FIX)
+
+
+def read_lines(source: str) -> list[Question | Problem]:
+    """Read the questions of one file, and what is wrong with its other lines."""
+    name = "general/questions.jsonl"
+    text = OWN_FILES.joinpath(name).read_text("utf-8") if source == OWN else read_utf8(Path(source), FIX)
+    items: list[Question | Problem] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            items.append(Question.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = ": ".join([".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")])
+            items.append(Problem(what.removeprefix(": "), f"{source}:{number}", FIX))
+    return items
+
+
+def question_tree(question: Question, processor: PreTrainedTokenizerBase) -> Tree:
+    """Join a question, without a chat template, with each of its choices behind a space."""
+    prompt = PROMPT.format(question=question.question)
+    start = max(1, len(prompt_ids(prompt, processor)))
+    texts = [prompt_ids(f"{prompt} {choice}", processor) for choice in question.choices]
+    return make_tree(texts, [start] * len(texts))
 
 
 @dataclass(frozen=True)
@@ -57,73 +132,60 @@ class Likelihoods:
     """[Q] log-likelihood of each choice, nats."""
 
 
-class ForgettingSuite(EvalSuite):
+class ForgettingSuite(EvalSuite[Likelihoods]):
     """General texts and questions, as one model's tokens once the first model shows how far it can read."""
 
-    name = "forgetting"
+    metrics: ClassVar = {
+        "perplexity": ("of general text", -1),
+        "bits_per_byte": ("of general text", -1),
+        "accuracy": ("general questions: the right answer is the likeliest", 1),
+        "accuracy_norm": ("the same, likelihoods by length", 1),
+    }
+    decoder_input = "the likelihood of general text and of answers to general questions"
 
     def __init__(self, context: EvalContext) -> None:
         super().__init__(context)
-        self.outputs: dict[str, Likelihoods] = {}
         section = context.recipe.evaluate.forgetting
         assert section is not None
         self.texts = read_texts(section.texts)
         self.questions = read_questions(section.questions)
+        self.passages: Passages
         self.trees = [question_tree(question, context.processor) for question in self.questions]
-        self.passages: Passages | None = None
         self.too_long = 0
         """Questions that the model's context does not hold; they are left out."""
 
-    def fit(self, limit: int) -> Passages:
-        """Lay windows over the texts, and leave out questions that are longer than a model's context."""
-        if self.passages is None:
-            self.passages = make_passages(self.texts, self.context.processor, limit)
-            kept = [i for i, tree in enumerate(self.trees) if tree.longest <= limit]
-            self.too_long = len(self.trees) - len(kept)
-            self.questions = tuple(self.questions[i] for i in kept)
-            self.trees = [self.trees[i] for i in kept]
-        return self.passages
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Read texts and questions. Raises DataError where that cannot be done."""
+        if section := recipe.evaluate.forgetting:
+            read_texts(section.texts)
+            read_questions(section.questions)
 
-    def run(self, name: str, model: torch.nn.Module) -> None:
+    def fit(self, limit: int) -> None:
+        """Lay windows over the texts, and leave out questions that are longer than the context."""
+        self.passages = make_passages(self.texts, self.context.processor, limit)
+        kept = [i for i, tree in enumerate(self.trees) if tree.longest <= limit]
+        self.too_long = len(self.trees) - len(kept)
+        self.questions, self.trees = [self.questions[i] for i in kept], [self.trees[i] for i in kept]
+
+    def ask(self, model: torch.nn.Module, bar: Bar) -> Likelihoods:
         """Read the texts and questions with one model."""
-        passages, device = self.fit(context_limit(model)), self.context.device
-        with inference_on(model, self.context) as bars:
-            advance = add_bar(bars, f"{name}: general text", len(passages.windows))
-            nats = score_passages(model, passages, device=device, advance=advance)
-            advance = add_bar(bars, f"{name}: general questions", len(self.trees))
-            choices = score_trees(model, self.trees, device=device, advance=advance)
-        self.outputs[name] = Likelihoods(nats, choices)
+        device = self.context.device
+        nats = score_passages(model, self.passages, device, bar("general text", len(self.passages.windows)))
+        advance = bar("general questions", len(self.trees))
+        return Likelihoods(nats, score_trees(model, self.trees, device=device, advance=advance))
 
-    def compare(self, measures: PairedMeasures) -> Study:
-        """Turn what both models made of texts and questions into scores, differences and tables."""
-        base, tuned = self.outputs.get("base"), self.outputs["tuned"]
-        measured = PairedMeasures({} if base is None else self.measure(base), self.measure(tuned))
-        base_scores, tuned_scores = measured.scores()
-        return Study(
-            title="Forgetting",
-            base=base_scores,
-            tuned=tuned_scores,
-            difference=measured.differences(self.context.recipe.seed),
-            meanings={metric: MEANINGS[metric] for metric in tuned_scores},
-            better={metric: BETTER[metric] for metric in tuned_scores},
-            signatures={metric: one.signature for metric, one in measured.tuned.items()},
-            limits=LIMITS.format(amount=self.amount()),
-            tables=tuple(self.tables(measured)),
-        )
-
-    def measure(self, outputs: Likelihoods) -> dict[str, Measure]:
+    def measure(self, output: Likelihoods) -> Iterator[Measure]:
         """Measure one model; rows are paragraphs and questions."""
-        passages, found = self.passages, list[Measure]()
-        assert passages is not None
-        if passages.texts:
-            longest = max(len(window.ids) for window in passages.windows)
+        passages = self.passages
+        if self.texts:
+            longest = max(len(window.input_ids) for window in passages.windows)
             how = f"windows of at most {longest} tokens, each token scored once; intervals over paragraphs"
-            sums = columns(outputs.nats, passages.tokens)
+            sums = columns(output.nats, passages.tokens)
             signature = f"exp(nats / tokens) of plain text; {how}"
-            found.append(Measure("perplexity", sums, exponential_ratio, signature=signature))
-            sums = columns(outputs.nats / math.log(2), passages.sizes)
-            signature = f"bits by UTF-8 bytes of plain text; {how}"
-            found.append(Measure("bits_per_byte", sums, ratio, signature=signature))
+            yield Measure("perplexity", sums, exponential_ratio, signature=signature)
+            sums = columns(output.nats / math.log(2), passages.sizes)
+            yield Measure("bits_per_byte", sums, ratio, signature=f"bits by UTF-8 bytes of plain text; {how}")
         if self.questions:
             how = "'Question: ...\\nAnswer:' and ' CHOICE', no chat template"
             how += f"; {self.too_long} questions longer than the model's context are left out" if self.too_long else ""
@@ -131,21 +193,19 @@ class ForgettingSuite(EvalSuite):
                 ("accuracy", False, f"the choice of the highest log-likelihood, as lm-eval's acc; {how}"),
                 ("accuracy_norm", True, f"log-likelihoods divided by characters, as lm-eval's acc_norm; {how}"),
             ):
-                pairs = zip(outputs.choices, self.questions, strict=True)
-                right = [pick(values, one, by_length=by_length) == one.right for values, one in pairs]
-                found.append(measure_right(right, metric, signature))
-        return {one.metric: replace(one, at=tuple(range(len(one.sums_NK)))) for one in found}
+                asked = zip(self.questions, output.choices, strict=True)
+                right = [one.pick(values, by_length=by_length) == one.right for one, values in asked]
+                yield measure_right(right, metric, signature)
 
-    def amount(self) -> str:
-        """Write how much was read."""
-        passages = self.passages
-        texts = [f"{passages.sizes.sum() / 1000:.0f} kB of text"] if passages and passages.texts else []
-        return " and ".join([*texts, *([f"{len(self.questions)} questions"] if self.questions else [])])
+    def limits(self) -> str:
+        """Write what the numbers can show, and how much was read."""
+        parts = [f"{self.passages.sizes.sum() / 1000:.0f} kB of text"] if self.texts else []
+        parts += [f"{len(self.questions)} questions"] if self.questions else []
+        return LIMITS.format(amount=" and ".join(parts))
 
     def tables(self, measured: PairedMeasures) -> Iterator[StudyTable]:
         """Show the perplexity of each text, the right answers by topic, and the questions that got lost."""
-        assert self.passages is not None
-        texts = [(self.passages.texts[number].name, rows) for number, rows in rows_by(self.passages.text_of).items()]
+        texts = [(self.texts[number].name, rows) for number, rows in rows_by(self.passages.text_of).items()]
         if len(texts) > 1:
             rows = part_rows("perplexity", texts, measured, lambda one: score(one.value))
             yield StudyTable("Perplexity of each text", ("text", "paragraphs", "base", "tuned"), rows)
@@ -157,24 +217,11 @@ class ForgettingSuite(EvalSuite):
             return
         _, lost = flipped_rows(measured.base["accuracy"], measured.tuned["accuracy"])
         shown = f", {SHOWN_QUESTIONS} of {len(lost)}" if len(lost) > SHOWN_QUESTIONS else ""
+        asked = [(self.questions[number], self.outputs["tuned"].choices[number]) for number in lost[:SHOWN_QUESTIONS]]
+        rows = tuple((one.question, one.choices[one.right], one.choices[one.pick(values)]) for one, values in asked)
         if lost:
-            rows = tuple(map(self.lost, lost[:SHOWN_QUESTIONS]))
             heads = ("question", "right answer", "tuned model's answer")
             yield StudyTable(f"Right before, wrong now{shown}", heads, rows)
-
-    def lost(self, number: int) -> tuple[str, ...]:
-        """Return a question, its right answer and that of the tuned model."""
-        question = self.questions[number]
-        answer = pick(self.outputs["tuned"].choices[number], question, by_length=False)
-        return question.question, question.choices[question.right], question.choices[answer]
-
-
-def check_forgetting(recipe: Recipe) -> None:
-    """Read what the suite reads. Raises DataError where that cannot be done."""
-    section = recipe.evaluate.forgetting
-    if section is not None:
-        read_texts(section.texts)
-        read_questions(section.questions)
 
 
 def part_rows(

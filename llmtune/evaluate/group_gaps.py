@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.evaluate.eval_suite import EvalSuite
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import CHUNK_CELLS, Floats, draw_counts, interval
 from llmtune.evaluate.slices import MISSING, OTHER, Parts
-from llmtune.records import Difference, StudyTable
+from llmtune.records import Difference, Study, StudyTable
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.verdict import FEWEST_ROWS
+
+if TYPE_CHECKING:
+    import torch
 
 RESAMPLES = 2000
 PERMUTATIONS = 2000
@@ -26,6 +31,10 @@ OF_RANKS = 300
 METHOD = (
     f"largest minus smallest of the groups with at least {FEWEST_ROWS} rows; intervals by {RESAMPLES} resamples of "
     "rows within each group; by chance: mean and p of shuffled group labels"
+)
+LIMITS = (
+    "A gap is the largest difference, so it lies above zero by chance alone, the more so the more groups and the fewer "
+    "rows there are. It says that groups are served differently, and not why: their rows may be harder."
 )
 NO_GROUP = {OTHER: "several values", MISSING: "no value"}
 """Slices that are no group, and why."""
@@ -68,6 +77,43 @@ class GapScore:
     """The mean of it for the tuned model where groups are drawn by lot."""
     p: float
     """How often it is then as large as the tuned model's."""
+
+
+class GroupGapSuite(EvalSuite[None]):
+    """Gaps between groups of the test rows: their scores say it, and no model is asked anything more."""
+
+    metrics: ClassVar = {"gap": ("between best and worst served group", -1)}
+
+    def run(self, name: str, model: torch.nn.Module) -> None:
+        """Ask nothing."""
+
+    def compare(self, rows: PairedMeasures) -> Study:
+        """Return the largest gap of the metric that says most."""
+        columns = self.context.inputs.groups if self.context.inputs else {}
+        gaps = find_gaps(columns, rows, self.context.recipe.seed)
+        without = [column for column in columns if column not in {gap.column for gap in gaps}]
+        few = f"no two groups of {' or '.join(without)} have {FEWEST_ROWS} rows" if without else ""
+        if not gaps:
+            self.unmeasured = f"not measured: {few}" if few else ""
+            return self.study(PairedMeasures())
+        metric, (meaning, better) = gaps[0].metric, self.metrics["gap"]
+        score = score_gap([gap for gap in gaps if gap.metric == metric])
+        by_chance = (
+            f"groups of these sizes drawn by lot have a gap of {score.chance:.3g} on average, "
+            f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
+        )
+        by = ", ".join(dict.fromkeys(gap.column for gap in gaps))
+        return Study(
+            title="",
+            base={"gap": score.base},
+            tuned={"gap": score.tuned},
+            difference={"gap": score.difference},
+            meanings={"gap": meaning},
+            better={"gap": better},
+            signatures={"gap": "; ".join(part for part in (f"{metric} by {by}", METHOD, by_chance, few) if part)},
+            limits=f"{LIMITS} Here {by_chance}.",
+            tables=tuple(gap_tables(gaps)),
+        )
 
 
 def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> list[GroupGap]:

@@ -6,11 +6,12 @@ Shapes: B rows of a batch, T positions, V words of the vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from rich.progress import Progress
 
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.device import compute_context
@@ -61,21 +62,16 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         processor: PreTrainedTokenizerBase,
         dtype: torch.dtype,
         device: str,
-        expect: Callable[[int], None],
-        advance: Callable[[int], None],
+        bars: Progress,
+        name: str,
     ) -> None:
-        """`expect` gets the number of requests to come, `advance` that of requests done."""
+        """Take a loaded model; a bar of this name says how many requests are answered."""
         tokenizer = copy.deepcopy(processor)  # lm-eval sets its padding
         inner = InferenceModel(model, dtype, device)
         super().__init__(pretrained=inner, backend="causal", tokenizer=tokenizer, batch_size=MOST_WINDOWS)
-        self.where, self.expect, self.advance = device, expect, advance
+        self.where, self.bars, self.bar, self.asked = device, bars, bars.add_task(name, total=None), 0
         self.truncated = 0
         """Requests whose beginning was left out, since they are longer than the model's context."""
-
-    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return (nats, whether each token is the likeliest) for each pair of a context and what follows."""
-        pairs: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return pairs
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the nats of whole texts."""
@@ -83,7 +79,10 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         return nats
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: object) -> list[tuple[float, bool]]:
-        """Answer in batches; requests that differ in their last token alone stay together, since one pass does all."""
+        """Return (nats, whether each token is the likeliest) of what follows a context, in batches.
+
+        Requests that differ in their last token alone stay together, since one pass does all.
+        """
         alike: dict[tuple[int, ...], list[int]] = {}
         for i, (_name, context, following) in enumerate(requests):
             alike.setdefault((*context, *following[:-1]), []).append(i)
@@ -106,7 +105,9 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
             texts = super(BatchedLM, self).generate_until([requests[i] for i in batch], disable_tqdm=True)
             return dict(zip(batch, texts, strict=True))
 
-        lengths = [len(self.tok_encode(one.args[0])) + self._new_tokens(one.args[1]) for one in requests]
+        asked = [next((one.args[1][name] for name in NEW_TOKENS if one.args[1].get(name)), 0) for one in requests]
+        new = [int(tokens or self.max_gen_toks) for tokens in asked]
+        lengths = [len(self.tok_encode(one.args[0])) + tokens for one, tokens in zip(requests, new, strict=True)]
         self.truncated += sum(length > self.max_length for length in lengths)
         try:
             return self._answer(len(requests), lengths, budget_for(self.where, GENERATION_BUDGET), answer)
@@ -117,17 +118,14 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         self, count: int, lengths: Sequence[int], budget: int, answer: Callable[[list[int]], dict[int, Answer]]
     ) -> list[Answer]:
         """Answer requests in batches of a token budget; `answer` gives those of one batch by their numbers."""
-        self.expect(count)
+        self.asked += count
+        self.bars.update(self.bar, total=self.asked)
         answers: dict[int, Answer] = {}
 
         def work(batch: list[int]) -> None:
             done = answer(batch)
             answers.update(done)
-            self.advance(len(done))
+            self.bars.advance(self.bar, len(done))
 
         run_in_batches(lengths, budget, work)
         return [answers[i] for i in range(count)]
-
-    def _new_tokens(self, settings: Mapping[str, int]) -> int:
-        """Return the longest answer that a request asks for, in tokens."""
-        return int(next((settings[name] for name in NEW_TOKENS if settings.get(name)), self.max_gen_toks))

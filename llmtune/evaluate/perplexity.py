@@ -1,12 +1,12 @@
 """General text in windows of one model's tokens, and the nats of each of its paragraphs.
 
-Shapes: B windows of a batch, T positions, S scored tokens, U paragraphs of all texts.
+Shapes: S scored tokens of a batch, U paragraphs of all texts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from llmtune.data.collators import collate_padded
 from llmtune.data.tokenization import encode_texts
+from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, pad_right, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.recipe.eval_suites_section import OWN
-from llmtune.records import Batch
+from llmtune.records import Advance, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,21 +44,13 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Tokens that are read together, of which those from `first` on are scored."""
-
-    ids: tuple[int, ...]
-    first: int
-    paragraphs: tuple[int, ...]
-    """The number of the paragraph of each scored token, over all texts."""
-
-
-@dataclass(frozen=True)
 class Passages:
     """Texts as one model's tokens."""
 
-    texts: tuple[Text, ...]
-    windows: tuple[Window, ...]
+    windows: tuple[Example, ...]
+    """Tokens that are read together, of which those in the span are scored."""
+    paragraphs: tuple[tuple[int, ...], ...]
+    """By window, the number of the paragraph of each scored token, over all texts."""
     tokens: Floats
     """[U] scored tokens."""
     sizes: Floats
@@ -106,26 +99,31 @@ def cut_long(block: str) -> list[str]:
 def make_passages(texts: Sequence[Text], processor: PreTrainedTokenizerBase, context: int | None) -> Passages:
     """Read texts as tokens and lay windows over them, so that each token is scored once.
 
-    A window is as long as the context, but no longer than 512 tokens, and begins with the start token where the
-    tokenizer puts one before every text. Each but the first of a text scores its second half. Without a start token the
-    first token of a text is read and not scored.
+    As in the guide "Perplexity of fixed-length models" of transformers, a window is as long as the context, but no
+    longer than 512 tokens, and the next begins half a window later and scores what is new in it. It begins with the
+    start token where the tokenizer puts one before every text; without one, a text's first token is not scored.
     """
     start = start_ids(processor)
     room = min(context or WINDOW, WINDOW) - len(start)
-    windows: list[Window] = []
+    windows: list[Example] = []
+    paragraphs: list[tuple[int, ...]] = []
     sizes: list[int] = []
     text_of: list[int] = []
     for number, text in enumerate(texts):
         ids, paragraph_of = to_tokens(text, processor)
-        windows += lay_windows(ids, [len(sizes) + number for number in paragraph_of], start, room)
+        begin, done = 0, 0 if start else 1
+        while done < len(ids):
+            end = min(len(ids), begin + room)
+            window = [*start, *ids[begin:end]]
+            windows.append(Example(window, (len(start) + done - begin, len(window)), 0))
+            paragraphs.append(tuple(len(sizes) + paragraph for paragraph in paragraph_of[done:end]))
+            begin, done = begin + max(1, room // 2), end
         sizes += [len(paragraph.encode()) for paragraph in text.paragraphs]
         if not start:
             sizes[-len(text.paragraphs)] -= len(str(processor.decode(ids[:1])).encode())
         text_of += [number] * len(text.paragraphs)
-    tokens = np.bincount([paragraph for window in windows for paragraph in window.paragraphs], minlength=len(sizes))
-    return Passages(
-        tuple(texts), tuple(windows), tokens.astype(np.float64), np.asarray(sizes, dtype=np.float64), tuple(text_of)
-    )
+    tokens = np.bincount([one for window in paragraphs for one in window], minlength=len(sizes)).astype(np.float64)
+    return Passages(tuple(windows), tuple(paragraphs), tokens, np.asarray(sizes, dtype=np.float64), tuple(text_of))
 
 
 def start_ids(processor: PreTrainedTokenizerBase) -> list[int]:
@@ -150,53 +148,18 @@ def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int]
     return list(whole["input_ids"][0]), paragraphs.tolist()
 
 
-def lay_windows(ids: Sequence[int], paragraph_of: Sequence[int], start: Sequence[int], room: int) -> list[Window]:
-    """Cover one text's tokens with windows of `room` tokens behind the start tokens.
-
-    As in the guide "Perplexity of fixed-length models" of transformers: a window begins half a window after the last.
-    """
-    windows: list[Window] = []
-    done = 0 if start else 1
-    while done < len(ids):
-        begin = len(windows) * max(1, room // 2)
-        end = min(len(ids), begin + room)
-        windows.append(Window((*start, *ids[begin:end]), len(start) + done - begin, tuple(paragraph_of[done:end])))
-        done = end
-    return windows
-
-
-def score_passages(
-    model: torch.nn.Module,
-    passages: Passages,
-    *,
-    device: str,
-    advance: Callable[[int], None] = lambda windows: None,
-) -> Floats:
+def score_passages(model: torch.nn.Module, passages: Passages, device: str, advance: Advance) -> Floats:
     """Return the nats of each paragraph [U]."""
     windows = passages.windows
     nats = np.zeros(len(passages.tokens))
 
     def work(batch: list[int]) -> None:
-        loss = causal_loss(model, move_to(device, collate([windows[i] for i in batch], len(nats))), True)
+        rows_S = torch.tensor([paragraph for i in batch for paragraph in passages.paragraphs[i]])
+        collated = collate_padded([windows[i] for i in batch], None) | {"rows_S": rows_S, "n_rows": len(nats)}
+        loss = causal_loss(model, move_to(device, collated), True)
         assert loss.row_sums is not None
         nats[:] += loss.row_sums.double().cpu().numpy()
         advance(len(batch))
 
-    run_in_batches([len(window.ids) for window in windows], budget_for(device, TOKEN_BUDGET), work)
+    run_in_batches([len(window.input_ids) for window in windows], budget_for(device, TOKEN_BUDGET), work)
     return nats
-
-
-def collate(windows: Sequence[Window], paragraphs: int) -> Batch:
-    """Put windows side by side, padded on the right; the rows that losses are summed by are paragraphs."""
-    ids_BT, mask_BT = pad_right([window.ids for window in windows])
-    width = ids_BT.shape[1]
-    scored = [(row, i) for row, window in enumerate(windows) for i in range(window.first, len(window.ids))]
-    return {
-        "input_ids": ids_BT,
-        "attention_mask": mask_BT,
-        "position_ids": torch.arange(width).expand(len(windows), width),
-        "predict_S": torch.tensor([row * width + i - 1 for row, i in scored]),
-        "targets_S": torch.tensor([windows[row].ids[i] for row, i in scored]),
-        "rows_S": torch.tensor([paragraph for window in windows for paragraph in window.paragraphs]),
-        "n_rows": paragraphs,
-    }

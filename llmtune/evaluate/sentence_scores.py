@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +16,9 @@ from transformers.utils import ModelOutput
 
 from llmtune.data.encoder_batches import require_offsets
 from llmtune.errors import DataError, EnvironmentProblem, Problem
-from llmtune.evaluate.inference import context_limit
-from llmtune.evaluate.paired_sentences import Pair, word_at_blank
+from llmtune.evaluate.eval_suite import MOST_SHOWN
+from llmtune.evaluate.sentence_pairs import Layout, Pair, word_at_blank
 from llmtune.evaluate.shared_prefix import Tree, make_tree, score_trees
-from llmtune.evaluate.suite_files import MOST_SHOWN
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.records import Advance, Example
 
@@ -50,22 +48,8 @@ class Masked:
     target: int
 
 
-@dataclass(frozen=True)
-class Cloze:
-    """The masked texts that an encoder scores one option of a pair by."""
-
-    texts: tuple[Masked, ...]
-    reduction: str
-    """`sum` or `mean` of log-probabilities, or `probability` for the mean of probabilities."""
-
-
-EncodedPair = Tree | list[Cloze]
+EncodedPair = Tree | list[list[Masked]]
 """A pair as token ids: for a decoder, or for an encoder by option."""
-
-
-def count_texts(encoded: Sequence[EncodedPair]) -> int:
-    """Return how many texts a model reads, for a progress bar."""
-    return sum(1 if isinstance(one, Tree) else sum(len(option.texts) for option in one) for one in encoded)
 
 
 def encode_pairs(pairs: Sequence[Pair], processor: PreTrainedTokenizerBase, masked: bool) -> list[EncodedPair]:
@@ -89,6 +73,54 @@ def encode_pairs(pairs: Sequence[Pair], processor: PreTrainedTokenizerBase, mask
             encoded.append(one)
     DataError.collect(problems[:MOST_SHOWN])
     return encoded
+
+
+def text_lengths(encoded: EncodedPair) -> list[int]:
+    """Return the tokens of each text that a model reads for a pair."""
+    if isinstance(encoded, Tree):
+        return [encoded.longest]
+    return [len(text.example.input_ids) for option in encoded for text in option]
+
+
+def score_pairs(
+    model: torch.nn.Module,
+    pairs: Sequence[Pair],
+    encoded: Sequence[EncodedPair],
+    pad_id: int | None,
+    device: str,
+    advance: Advance,
+) -> list[Scores]:
+    """Return the scores of the options of each pair."""
+    trees = [one for one in encoded if isinstance(one, Tree)]
+    if trees:
+        sums = score_trees(model, trees, device=device, advance=advance)
+        return [by_token(*one) for one in zip(pairs, trees, sums, strict=True)]
+    options = [option for one in encoded if not isinstance(one, Tree) for option in one]
+    texts = [text for option in options for text in option]
+    logs = [0.0] * len(texts)
+
+    def take(i: int, output: ModelOutput, row: int) -> None:
+        logs[i] = float(output.logits[row, texts[i].at].float().log_softmax(-1)[texts[i].target])
+
+    run_encoder(model, [text.example for text in texts], pad_id, device, take, advance)
+    log, option = iter(logs), iter(options)
+    return [[reduce_logs([next(log) for _ in next(option)], pair.layout) for _ in pair.options] for pair in pairs]
+
+
+def by_token(pair: Pair, tree: Tree, sums: Scores) -> Scores:
+    """Return sums of log-probabilities as they are, StereoSet's divided by the number of tokens."""
+    if pair.layout == "pair":
+        return sums
+    sizes = [len(branch) - skipped for branch, skipped in zip(tree.branches, tree.unscored, strict=True)]
+    return [total / size for total, size in zip(sums, sizes, strict=True)]
+
+
+def reduce_logs(logs: Sequence[float], layout: Layout) -> float:
+    """Return the score of an option from the log-probabilities of its masked tokens."""
+    values = torch.tensor(logs, dtype=torch.float64)
+    if layout == "pair":
+        return float(values.sum())
+    return float(values.exp().mean() if layout == "within" else values.mean())
 
 
 # Decoders
@@ -124,29 +156,43 @@ def join_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> Tree | str:
     return make_tree(texts, starts)
 
 
-def score_by_decoder(
-    model: torch.nn.Module, pairs: Sequence[Pair], trees: Sequence[Tree], device: str, advance: Advance
-) -> list[Scores | None]:
-    """Return a sum of log-probabilities per option, StereoSet's divided by their number; None where it is too long."""
-    limit = context_limit(model)
-    fitting = [i for i, tree in enumerate(trees) if tree.longest <= limit]
-    totals = score_trees(model, [trees[i] for i in fitting], device=device, advance=advance)
-    scores: list[Scores | None] = [None] * len(trees)
-    for i, sums in zip(fitting, totals, strict=True):
-        sizes = [len(branch) - skipped for branch, skipped in zip(trees[i].branches, trees[i].unscored, strict=True)]
-        plain = pairs[i].layout == "pair"
-        scores[i] = list(sums) if plain else [total / size for total, size in zip(sums, sizes, strict=True)]
-    advance(len(trees) - len(fitting))
-    return scores
-
-
 # Encoders
 
 
-def tokenize(processor: PreTrainedTokenizerBase, *texts: str) -> Encoding:
-    """Encode a text, or a context with what follows it, as an encoder reads it."""
-    encoding: Encoding = processor(*texts).encodings[0]
-    return encoding
+def mask_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> list[list[Masked]] | str:
+    """Return the masked texts that the options of a pair are scored by."""
+    if pair.layout == "within":
+        filled = [fill_blank(pair, option, processor) for option in pair.options]
+        return filled if all(filled) else "the tokenizer makes nothing of the word at the blank"
+    before = [pair.context] if pair.layout == "between" else []
+    encodings: list[Encoding] = [processor(*before, option).encodings[0] for option in pair.options]
+    if before:
+        scored = [[i for i, part in enumerate(one.sequence_ids) if part == 1] for one in encodings]
+    else:
+        scored = in_common(*encodings)
+    if not all(scored):
+        return "the tokenizer leaves no token to compare the sentences by"
+    return [
+        [mask_token(encoding, at, processor) for at in positions]
+        for encoding, positions in zip(encodings, scored, strict=True)
+    ]
+
+
+def in_common(more: Encoding, less: Encoding) -> list[list[int]]:
+    """Return the positions of the tokens that both sentences have in the same order, special ones left out."""
+    matcher = SequenceMatcher(None, more.ids, less.ids, autojunk=False)
+    shared = [(a + step, b + step) for a, b, size in matcher.get_matching_blocks() for step in range(size)]
+    kept = [(a, b) for a, b in shared if not more.special_tokens_mask[a]]
+    return [[a for a, _ in kept], [b for _, b in kept]]
+
+
+def fill_blank(pair: Pair, option: str, processor: PreTrainedTokenizerBase) -> list[Masked]:
+    """Mask the tokens of the word at the blank in turn: those before it stand, those behind it are left out."""
+    encoding: Encoding = processor(option).encodings[0]
+    first, end = word_at_blank(pair.context, option) or (0, len(option))
+    inside = [i for i, (left, right) in enumerate(encoding.offsets) if left < end and right > first and right > left]
+    every = range(len(encoding.ids))
+    return [mask_token(encoding, at, processor, [i for i in every if i <= at or i > inside[-1]]) for at in inside]
 
 
 def mask_token(encoding: Encoding, at: int, processor: PreTrainedTokenizerBase, kept: Sequence[int] = ()) -> Masked:
@@ -155,75 +201,3 @@ def mask_token(encoding: Encoding, at: int, processor: PreTrainedTokenizerBase, 
     ids = [int(processor.mask_token_id) if i == at else encoding.ids[i] for i in positions]
     kinds = [encoding.type_ids[i] for i in positions] if "token_type_ids" in processor.model_input_names else []
     return Masked(Example(ids, [], 0, third_ids=kinds if any(kinds) else ()), at, encoding.ids[at])
-
-
-def mask_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> list[Cloze] | str:
-    """Return the masked texts that the options of a pair are scored by."""
-    if pair.layout == "within":
-        filled = [fill_blank(pair, option, processor) for option in pair.options]
-        return filled if all(one.texts for one in filled) else "the tokenizer makes nothing of the word at the blank"
-    if pair.layout == "between":
-        encodings = [tokenize(processor, pair.context, option) for option in pair.options]
-        scored = [[i for i, part in enumerate(one.sequence_ids) if part == 1] for one in encodings]
-    else:
-        encodings = [tokenize(processor, option) for option in pair.options]
-        scored = [*map(list, in_common(*encodings))]
-    if not all(scored):
-        return "the tokenizer leaves no token to compare the sentences by"
-    reduction = "sum" if pair.layout == "pair" else "mean"
-    return [
-        Cloze(tuple(mask_token(encoding, at, processor) for at in positions), reduction)
-        for encoding, positions in zip(encodings, scored, strict=True)
-    ]
-
-
-def in_common(more: Encoding, less: Encoding) -> tuple[list[int], list[int]]:
-    """Return the positions of the tokens that both sentences have in the same order, special ones left out."""
-    matcher = SequenceMatcher(None, more.ids, less.ids, autojunk=False)
-    shared = [(a + step, b + step) for a, b, size in matcher.get_matching_blocks() for step in range(size)]
-    kept = [(a, b) for a, b in shared if not more.special_tokens_mask[a]]
-    return [a for a, _ in kept], [b for _, b in kept]
-
-
-def fill_blank(pair: Pair, option: str, processor: PreTrainedTokenizerBase) -> Cloze:
-    """Mask the tokens of the word at the blank in turn: those before it stand, those behind it are left out."""
-    encoding = tokenize(processor, option)
-    first, end = word_at_blank(pair.context, option) or (0, len(option))
-    inside = [i for i, (left, right) in enumerate(encoding.offsets) if left < end and right > first and right > left]
-    every = range(len(encoding.ids))
-    texts = (mask_token(encoding, at, processor, [i for i in every if i <= at or i > inside[-1]]) for at in inside)
-    return Cloze(tuple(texts), "probability")
-
-
-def score_by_encoder(
-    model: torch.nn.Module,
-    options: Sequence[list[Cloze]],
-    processor: PreTrainedTokenizerBase,
-    device: str,
-    advance: Advance,
-) -> list[Scores | None]:
-    """Return a score per option; None where a text is longer than the model's positions."""
-    limit = context_limit(model)
-    longest = [max(len(text.example.input_ids) for option in pair for text in option.texts) for pair in options]
-    fitting = [i for i, length in enumerate(longest) if length <= limit]
-    texts = [text for i in fitting for option in options[i] for text in option.texts]
-    logs = [0.0] * len(texts)
-
-    def take(i: int, output: ModelOutput, row: int) -> None:
-        logs[i] = float(output.logits[row, texts[i].at].float().log_softmax(-1)[texts[i].target])
-
-    run_encoder(model, [text.example for text in texts], processor.pad_token_id, device, take, advance)
-    ends = list(accumulate((len(option.texts) for i in fitting for option in options[i]), initial=0))
-    parts = iter([logs[start:end] for start, end in pairwise(ends)])
-    scores: list[Scores | None] = [None] * len(options)
-    for i in fitting:
-        scores[i] = [reduce_logs(next(parts), option.reduction) for option in options[i]]
-    return scores
-
-
-def reduce_logs(logs: Sequence[float], reduction: str) -> float:
-    """Return the score of an option from the log-probabilities of its tokens."""
-    values = torch.tensor(logs, dtype=torch.float64)
-    if reduction == "sum":
-        return float(values.sum())
-    return float(values.exp().mean() if reduction == "probability" else values.mean())

@@ -7,43 +7,44 @@ import io
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, ClassVar
 
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.eval_inputs import EvalContext, render, write_prompt
-from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import generate_texts
-from llmtune.evaluate.inference import context_limit
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, render, write_prompt
+from llmtune.evaluate.eval_suite import OWN_FILES, EvalSuite, read_sources, read_utf8
+from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
-from llmtune.evaluate.shared_prefix import Tree, choice_trees, most_likely, score_trees
+from llmtune.evaluate.shared_prefix import choice_trees
 from llmtune.evaluate.slices import write_value
-from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.token_batches import cut_evenly
 from llmtune.recipe.eval_suites_section import OWN
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Advance, Row, StudyTable
+from llmtune.records import Row, StudyTable
+from llmtune.report.verdict import FEWEST_ROWS
 
 if TYPE_CHECKING:
+    import torch
+
     from llmtune.recipe import Recipe
 
 FIX = "Write two different words a line: woman,man"
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """A text after the swap."""
-
-    text: str
-    words: tuple[str, ...]
-    """The words that were swapped, as they stood."""
-    ambiguous: tuple[str, ...]
-    """Words with several partners, left as they stood."""
+TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")
+"""Keys of a row without its answer that hold text; of a conversation it is each message."""
+MOVED = 0.1
+"""Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
+METRIC = "swap_changes"
+NO_ANSWERS = "no test row asks for an answer that could change: a prompt, a mask, the better of two"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+LIMITS = (
+    "Swaps see words for groups alone, not names or hints, and an answer that changes rightly counts too. Answers that "
+    "hang by a thread change with any word, whatever it stands for."
+)
+SwapAnswers = dict[int, tuple[object, object]]
+"""By index of the evaluated row, the answer to it as it stands and with the words swapped."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,21 @@ class Swaps:
         words = sorted(self.partners, key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
 
-    def swap(self, text: str) -> Swapped:
-        """Put each word's partner in its place."""
-        words: list[str] = []
-        ambiguous: list[str] = []
+    def words(self, text: str) -> list[str]:
+        """Return the words of a text that have a partner, as they stand."""
+        return self.pattern.findall(text)
+
+    def is_ambiguous(self, word: str) -> bool:
+        """Whether a word has several partners."""
+        return len(self.partners[word.lower()]) > 1
+
+    def swap(self, text: str) -> str:
+        """Put each word's partner in its place; ambiguous ones stay."""
 
         def partner(match: re.Match[str]) -> str:
-            partners = self.partners[match[0].lower()]
-            (words if len(partners) == 1 else ambiguous).append(match[0])
-            return in_case_of(match[0], partners[0]) if len(partners) == 1 else match[0]
+            return match[0] if self.is_ambiguous(match[0]) else in_case_of(match[0], self.partners[match[0].lower()][0])
 
-        return Swapped(self.pattern.sub(partner, text), tuple(words), tuple(ambiguous))
+        return self.pattern.sub(partner, text)
 
     def is_swapped(self, before: str, after: str) -> bool:
         """Whether `after` is `before` with every word swapped; an ambiguous one for any of its partners."""
@@ -79,6 +84,29 @@ class Swaps:
             parts.append(re.escape(before[end : match.start()]) + f"(?:{'|'.join(partners)})")
             end = match.end()
         return re.fullmatch("".join(parts) + re.escape(before[end:]), after) is not None
+
+    def swap_row(self, row: Row) -> tuple[Row, list[str]]:
+        """Return a row with the words swapped in all that is read, and the words."""
+        words: list[str] = []
+
+        def swap(value: object) -> object:
+            if isinstance(value, str):
+                words.extend(self.words(value))
+                return self.swap(value)
+            if isinstance(value, list):
+                texts = [isinstance(part, dict) and "text" in part for part in value]
+                return [
+                    {**part, "text": swap(part["text"])} if text else part
+                    for part, text in zip(value, texts, strict=True)
+                ]
+            return value
+
+        changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
+        if "messages" in row:
+            changed["messages"] = [{**one, "content": swap(one.get("content"))} for one in row["messages"]]
+        if "tokens" in row:
+            changed["tokens"] = [swap(token) for token in row["tokens"]]
+        return {**row, **changed}, words
 
 
 def in_case_of(model: str, word: str) -> str:
@@ -122,71 +150,174 @@ def read_pairs_of_words(source: str) -> list[tuple[str, str] | Problem]:
     return items
 
 
-TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")
-"""Keys of a row without its answer that hold text; of a conversation it is each message."""
-MOVED = 0.1
-"""Of the standard deviation of the reference numbers: a prediction that moves by more has changed."""
-METRIC = "swap_changes"
-NO_ANSWERS = "no test row asks for an answer that could change: a prompt, a mask, the better of two"
-CHANGED = {True: "yes", False: "no"}
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-SwapAnswers = dict[int, tuple[object, object]]
-"""By index of the evaluated row, the answer to it as it stands and with the words swapped."""
+class SwapSuite(EvalSuite[SwapAnswers]):
+    """Test rows that are answered as they stand and with words swapped, in one go: rounding then differs least."""
+
+    metrics: ClassVar = {METRIC: ("rows whose answer changes when only the group is swapped", -1)}
+    fewest_rows = FEWEST_ROWS
+    inputs: EvalInputs
+    """The test rows."""
+    rows: dict[int, Row]
+    """By index among them, the rows that are asked, swapped."""
+    asked: EvalContext
+    """Its rows are those as they stand, and behind them the same ones swapped."""
+    how: str
+    """How many rows are asked, why others are not, and what is compared."""
+
+    def __init__(self, context: EvalContext) -> None:
+        super().__init__(context)
+        assert context.recipe.evaluate.fairness is not None
+        self.answers = AnswerKind(read_swaps(context.recipe.evaluate.fairness.swaps))
+        if context.inputs is None:
+            self.unmeasured = "not measured: there are no test rows"
+            return
+        self.inputs = context.inputs
+        if reason := TASK_FACTS[context.recipe.task].unswapped:
+            self.unmeasured = f"not measured: {reason}"
+            return
+        self.rows, counts = self.swap_rows()
+        if not counts:
+            self.unmeasured = f"not measured: {NO_ANSWERS}"
+            return
+        self.asked = self.make_inputs()
+        self.how = f"{len(self.rows)} test rows ({counts['without']} without any of the words"
+        self.how += f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
+        self.how += f"): {self.compared()}"
+        if not self.rows:
+            self.unmeasured = f"not measured on {self.how}"
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Read the words. Raises DataError where that cannot be done."""
+        if recipe.evaluate.fairness:
+            read_swaps(recipe.evaluate.fairness.swaps)
+
+    def swap_rows(self) -> tuple[dict[int, Row], Counter[str]]:
+        """Return the test rows that are asked, swapped, and how many there are of each kind."""
+        context, task, recipe = self.context, self.context.task, self.context.recipe
+        rows: dict[int, Row] = {}
+        counts: Counter[str] = Counter()
+        for i, question in enumerate(self.inputs.questions):
+            if not is_answerable(question, context):
+                continue
+            row, words = self.answers.swaps.swap_row(question)
+            ambiguous = any(map(self.answers.swaps.is_ambiguous, words))
+            kind = "ambiguous" if ambiguous else "swapped" if words else "without"
+            counts[kind] += 1
+            if kind == "swapped":
+                rows[i] = row
+        if TASK_FACTS[recipe.task].generates and not self.inputs.trees:
+            every = list(rows)
+            rows = {every[at]: rows[every[at]] for at in cut_evenly(len(every), recipe.evaluate.limit)}
+        if task.rates_answers:
+            rows = {
+                i: row
+                for i, row in rows.items()
+                if not isinstance(task.encode([row], context.processor, recipe)[0], str)
+            }
+        return rows, counts
+
+    def make_inputs(self) -> EvalContext:
+        """Return what both kinds of rows are answered from; of `rows` those stay whose choices fit."""
+        inputs, task, processor, recipe = self.inputs, self.context.task, self.context.processor, self.context.recipe
+        trees = []
+        if inputs.trees:
+            self.rows = {i: row for i, row in self.rows.items() if i in inputs.trees}
+            grown = choice_trees([*self.rows.values()], inputs.choices, task, processor, recipe)
+            swapped = {i: tree for i, tree in zip(self.rows, grown, strict=True) if tree is not None}
+            self.rows = {i: self.rows[i] for i in swapped}
+            trees = [*(inputs.trees[i] for i in swapped), *swapped.values()]
+        questions = [*(inputs.questions[i] for i in self.rows), *self.rows.values()]
+        written = [] if task.predicts or inputs.trees else questions
+        both = replace(
+            inputs,
+            questions=tuple(questions),
+            answered=tuple(range(len(questions))),
+            prompt_ids={i: render(task, question, processor, recipe) for i, question in enumerate(written)},
+            trees=dict(enumerate(trees)),
+            metrics=(),
+        )
+        return replace(self.context, inputs=both, recipe=greedy(recipe))
+
+    def compared(self) -> str:
+        """Describe what is compared, and note when two answers differ."""
+        inputs, classify = self.inputs, self.context.recipe.classify
+        if inputs.trees:
+            self.answers = replace(self.answers, labels=inputs.choices)
+            return f"the likeliest of {len(inputs.choices)} answers compared"
+        if not self.context.task.predicts:
+            return "answers compared, generated greedily"
+        numbers = [value for value in inputs.targets if isinstance(value, float)]
+        tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(inputs.targets) and numbers else 0.0
+        labels = tuple(classify.labels or ()) if classify else ()
+        self.answers = replace(self.answers, tolerance=tolerance, labels=labels)
+        return f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
+
+    def run(self, name: str, model: torch.nn.Module) -> None:
+        """Answer the rows with one model; those that its context does not hold in both forms are left out."""
+        if self.unmeasured:
+            return
+        found = predict(model, f"{name}: fairness, swaps", self.asked)
+        choices = {i: found.choice(i, self.inputs.choices) for i in found.scores}
+        answers: dict[int, object] = {**(found.predictions or choices or found.texts)}
+        pairs = {row: (at, at + len(self.rows)) for at, row in enumerate(self.rows)}
+        self.outputs[name] = {
+            row: (answers[at], answers[swapped])
+            for row, (at, swapped) in pairs.items()
+            if at in answers and swapped in answers
+        }
+        if not self.outputs[name]:
+            self.unmeasured = "not measured: prompts and answers exceed the model's context"
+
+    def measure(self, output: SwapAnswers) -> Iterator[Measure]:
+        """Measure the share of rows whose answer changes."""
+        changed = [self.answers.differ(*pair) for pair in output.values()]
+        yield measure_right(changed, METRIC, f"{len(output)} of {self.how}")
+
+    def limits(self) -> str:
+        """Write what the numbers can show."""
+        return LIMITS
+
+    def tables(self, measured: PairedMeasures) -> Iterator[StudyTable]:
+        """Show a few rows whose answer changes in the tuned model."""
+        base, tuned = self.outputs.get("base"), self.outputs["tuned"]
+        rows = [i for i, pair in tuned.items() if self.answers.differ(*pair)]
+        cells = []
+        for i in (rows[at] for at in cut_evenly(len(rows), self.context.recipe.evaluate.samples)):
+            swaps = self.answers.swaps
+            words = dict.fromkeys(swaps.swap_row(self.inputs.questions[i])[1])
+            shown = [write_value(self.write_answer(one)) for one in tuned[i]]
+            too = ["yes" if self.answers.differ(*base[i]) else "no"] if base else []
+            swapped = ", ".join(f"{word} → {swaps.swap(word)}" for word in words)
+            cells.append((self.inputs.origins[i], swapped, *shown, *too))
+        heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
+        if cells:
+            yield StudyTable("Answers that change with the group alone: a few of them", heads, tuple(cells))
+
+    def write_answer(self, answer: object) -> str:
+        """Write an answer as a person reads it."""
+        if isinstance(answer, Mapping) and "rejected" in answer:
+            return "the chosen one" if prefers_chosen(answer) else "the rejected one"
+        return answer if isinstance(answer, str) else self.context.task.format_prediction(answer)
 
 
 @dataclass(frozen=True)
-class SwappedRows:
-    """Test rows with words swapped, and how answers to them are taken."""
+class AnswerKind:
+    """What answers are, and so when two of them differ by more than the words that were swapped."""
 
-    context: EvalContext
     swaps: Swaps
-    questions: dict[int, Row]
-    """By index of the evaluated row, the row without its answer, swapped."""
-    words: dict[int, tuple[str, ...]]
-    left_out: str
-    """How many rows were not swapped, and why."""
-    how: str = ""
-    """What is compared: the likeliest of the choices, generated texts, or predictions."""
-    trees: dict[int, tuple[Tree, Tree]] = field(default_factory=dict)
-    prompts: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
     tolerance: float = 0.0
     """Of predicted numbers: from where on two of them differ."""
     labels: tuple[str, ...] = ()
     """What answers are chosen from; empty where they are free."""
 
-    @property
-    def signature(self) -> str:
-        """How many rows were swapped, why others were not, and what is compared."""
-        return f"{len(self.questions)} test rows ({self.left_out}): {self.how}"
-
-    def answers_of(self, model: torch.nn.Module, advance: Advance) -> SwapAnswers:
-        """Answer each row as it stands and swapped, in one go: rounding then differs as little as can be."""
-        context, inputs, limit = self.context, self.context.inputs, context_limit(model)
-        assert inputs is not None
-        processor, recipe, device, task = context.processor, context.recipe, context.device, context.task
-        if task.predicts:
-            rows = list(self.questions)
-            both = [inputs.questions[i] for i in rows] + [self.questions[i] for i in rows]
-            answers = task.predict(both, LoadedModel(model, processor, recipe, device, advance)) if both else []
-        elif self.trees:
-            rows = [i for i, pair in self.trees.items() if all(tree.longest <= limit for tree in pair)]
-            trees = [self.trees[i][n] for n in (0, 1) for i in rows]
-            scores = score_trees(model, trees, device=device, advance=advance)
-            answers = [most_likely(one, inputs.choices) for one in scores]
-        else:
-            new = recipe.generation.max_new_tokens
-            rows = [i for i, pair in self.prompts.items() if all(len(ids) + new <= limit for ids in pair)]
-            prompts = [self.prompts[i][n] for n in (0, 1) for i in rows]
-            answers = generate_texts(model, prompts, processor, greedy(recipe), device=device, advance=advance)
-        return dict(zip(rows, zip(answers[: len(rows)], answers[len(rows) :], strict=True), strict=True))
-
-    def has_changed(self, before: object, after: object) -> bool:
+    def differ(self, before: object, after: object) -> bool:
         """Whether the answer is another one. A word for a group in it is expected to be swapped as in the prompt."""
         if isinstance(before, dict) and isinstance(after, dict):
             if "rejected" in before:
                 return prefers_chosen(before) != prefers_chosen(after)
             key = "label" if "label" in before else "text"
-            return self.has_changed(before[key], after[key])
+            return self.differ(before[key], after[key])
         if isinstance(before, float) and isinstance(after, float):
             return abs(after - before) > self.tolerance
         if isinstance(before, list) and isinstance(after, list) and self.labels:
@@ -199,95 +330,13 @@ class SwappedRows:
 
     def expected_label(self, label: str) -> str:
         """Return the label that is right once the words are swapped: another one only if it names a group."""
-        swapped = self.swaps.swap(label).text
+        swapped = self.swaps.swap(label)
         return swapped if swapped in self.labels else label
 
-    def measure(self, base: SwapAnswers | None, tuned: SwapAnswers) -> PairedMeasures:
-        """Measure the share of rows whose answer changes, on the rows that both models answered."""
-        rows = [i for i in tuned if base is None or i in base]
 
-        def measure(answers: SwapAnswers) -> dict[str, Measure]:
-            changed = measure_right([self.has_changed(*answers[i]) for i in rows], METRIC, self.signature)
-            return {METRIC: replace(changed, at=tuple(rows))}
-
-        return PairedMeasures({} if base is None else measure(base), measure(tuned))
-
-    def table(self, base: SwapAnswers | None, tuned: SwapAnswers) -> list[StudyTable]:
-        """Show a few rows whose answer changes in the tuned model; nothing where there are none."""
-        inputs, most = self.context.inputs, self.context.recipe.evaluate.samples
-        assert inputs is not None
-        rows = [i for i, answers in tuned.items() if self.has_changed(*answers)]
-        cells = []
-        for i in (rows[at] for at in cut_evenly(len(rows), most)):
-            words = ", ".join(f"{word} → {self.swaps.swap(word).text}" for word in dict.fromkeys(self.words[i]))
-            answers = [write_value(write_answer(one, self.context)) for one in tuned[i]]
-            too = [CHANGED[self.has_changed(*base[i])] if i in base else ""] if base else []
-            cells.append((inputs.origins[i], words, *answers, *too))
-        heads = ("row", "swapped", "tuned: as it stands", "tuned: swapped", *(("base changes too",) if base else ()))
-        title = "Answers that change with the group alone: a few of them"
-        return [StudyTable(title, heads, tuple(cells))] if cells else []
-
-
-def swap_rows(context: EvalContext, swaps: Swaps) -> SwappedRows | str:
-    """Swap the words in the test rows, or return why that makes no sense here."""
-    inputs, task, processor, recipe = context.inputs, context.task, context.processor, context.recipe
-    if inputs is None:
-        return "there are no test rows"
-    if reason := TASK_FACTS[recipe.task].unswapped:
-        return reason
-    rows: dict[int, tuple[Row, tuple[str, ...]]] = {}
-    counts: Counter[str] = Counter()
-    for i, question in enumerate(inputs.questions):
-        if not is_answerable(question, context):
-            continue
-        row, words, ambiguous = swap_row(question, swaps)
-        kind = "ambiguous" if ambiguous else "swapped" if words else "without"
-        counts[kind] += 1
-        if kind == "swapped":
-            rows[i] = row, words
-    if not counts:
-        return NO_ANSWERS
-    if TASK_FACTS[recipe.task].generates and not inputs.trees:
-        every = list(rows)
-        rows = {every[at]: rows[every[at]] for at in cut_evenly(len(every), recipe.evaluate.limit)}
-    if task.rates_answers:
-        rows = {i: one for i, one in rows.items() if not isinstance(task.encode([one[0]], processor, recipe)[0], str)}
-    left_out = f"{counts['without']} without any of the words"
-    left_out += f", {counts['ambiguous']} with an ambiguous one" if counts["ambiguous"] else ""
-    questions = {i: row for i, (row, _) in rows.items()}
-    swapped = SwappedRows(context, swaps, questions, {i: words for i, (_, words) in rows.items()}, left_out)
-    if task.predicts:
-        return compare_predictions(swapped, inputs.targets)
-    if inputs.trees:
-        return compare_choices(swapped)
-    prompts = {
-        i: (render(task, inputs.questions[i], processor, recipe), render(task, row, processor, recipe))
-        for i, row in questions.items()
-    }
-    return replace(swapped, how="answers compared, generated greedily", prompts=prompts)
-
-
-def compare_predictions(swapped: SwappedRows, targets: Sequence[object]) -> SwappedRows:
-    """Take the answers of a task that predicts."""
-    classify = swapped.context.recipe.classify
-    numbers = [value for value in targets if isinstance(value, float)]
-    tolerance = MOVED * statistics.pstdev(numbers) if len(numbers) == len(targets) and numbers else 0.0
-    how = f"predictions compared, numbers by {tolerance:.3g}" if tolerance else "predictions compared"
-    labels = tuple(classify.labels or ()) if classify else ()
-    return replace(swapped, how=how, tolerance=tolerance, labels=labels)
-
-
-def compare_choices(swapped: SwappedRows) -> SwappedRows:
-    """Take the likeliest of the choices as the answer."""
-    context, inputs = swapped.context, swapped.context.inputs
-    assert inputs is not None
-    rows = [i for i in swapped.questions if i in inputs.trees]
-    questions = [swapped.questions[i] for i in rows]
-    grown = choice_trees(questions, inputs.choices, context.task, context.processor, context.recipe)
-    trees = {i: (inputs.trees[i], tree) for i, tree in zip(rows, grown, strict=True) if tree is not None}
-    how = f"the likeliest of {len(inputs.choices)} answers compared"
-    kept = {i: swapped.questions[i] for i in trees}
-    return replace(swapped, questions=kept, how=how, trees=trees, labels=inputs.choices)
+def prefers_chosen(scores: Mapping[str, float]) -> bool:
+    """Whether the better answer of a pair is the one that a model rates higher."""
+    return scores["chosen"] > scores["rejected"]
 
 
 def is_answerable(question: Row, context: EvalContext) -> bool:
@@ -299,46 +348,7 @@ def is_answerable(question: Row, context: EvalContext) -> bool:
     return bool(write_prompt(question))
 
 
-def swap_row(row: Row, swaps: Swaps) -> tuple[Row, tuple[str, ...], bool]:
-    """Return a row with the words swapped in all that is read, which ones, and whether one of them is ambiguous."""
-    words: list[str] = []
-    ambiguous = False
-
-    def swap(value: object) -> object:
-        nonlocal ambiguous
-        if not isinstance(value, str):
-            return value
-        swapped = swaps.swap(value)
-        words.extend(swapped.words)
-        ambiguous |= bool(swapped.ambiguous)
-        return swapped.text
-
-    def swap_content(value: object) -> object:
-        if not isinstance(value, list):
-            return swap(value)
-        return [{**part, "text": swap(part["text"])} if "text" in part else part for part in value]
-
-    changed: Row = {key: swap(row[key]) for key in TEXTS if key in row}
-    if "messages" in row:
-        changed["messages"] = [{**one, "content": swap_content(one.get("content"))} for one in row["messages"]]
-    if "tokens" in row:
-        changed["tokens"] = [swap(token) for token in row["tokens"]]
-    return {**row, **changed}, tuple(words), ambiguous
-
-
 def greedy(recipe: Recipe) -> Recipe:
     """Return the recipe with answers that are not drawn: else they change by chance."""
     plain = {"do_sample": False, **dict.fromkeys(SAMPLING)}
     return recipe.model_copy(update={"generation": recipe.generation.model_copy(update=plain)})
-
-
-def prefers_chosen(scores: Mapping[str, float]) -> bool:
-    """Whether the better answer of a pair is the one that a model rates higher."""
-    return scores["chosen"] > scores["rejected"]
-
-
-def write_answer(answer: object, context: EvalContext) -> str:
-    """Write an answer as a person reads it."""
-    if isinstance(answer, Mapping) and "rejected" in answer:
-        return "the chosen one" if prefers_chosen(answer) else "the rejected one"
-    return answer if isinstance(answer, str) else context.task.format_prediction(answer)

@@ -23,7 +23,7 @@ def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(benc
         *read_texts(["own"]),
     ]
     found = make_passages(texts, bench.processor, 40)
-    places = [place for window in found.windows for place in window.paragraphs]
+    places = [place for window in found.paragraphs for place in window]
     assert Counter(places) == {i: n for i, n in enumerate(found.tokens.astype(int).tolist()) if n}
     assert places == sorted(places)
     assert found.text_of[:6] == (0, 0, 0, 1, 1, 1)
@@ -35,8 +35,9 @@ def test_the_tokens_of_a_text_are_scored_once_and_count_for_their_paragraph(benc
         ends = list(accumulate(map(len, text.paragraphs)))
         for begin, end, count in zip([1, *ends], ends, counts, strict=False):
             assert sum(begin <= left < end for left in begins) == count
-    assert all(len(window.ids) <= 40 for window in found.windows)
-    assert all(window.first >= 20 for window in found.windows if len(window.ids) == 40 and window.first != 1)
+    assert all(len(window.input_ids) <= 40 for window in found.windows)
+    firsts = [window.spans[0] for window in found.windows if len(window.input_ids) == 40]
+    assert all(first >= 20 for first in firsts if first != 1)
 
 
 def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one():
@@ -48,7 +49,7 @@ def test_windows_begin_with_the_start_token_where_the_tokenizer_puts_one():
     text = make_text("a", "The quick brown fox jumps over the lazy dog. " * 20)
     found = make_passages([text], tokenizer, 33)
     ids = tokenizer("".join(text.paragraphs), add_special_tokens=False)["input_ids"]
-    assert all(window.ids[0] == start and start not in window.ids[1:] for window in found.windows)
+    assert all(window.input_ids[0] == start and start not in window.input_ids[1:] for window in found.windows)
     assert sum(found.tokens) == len(ids)
     assert found.sizes.sum() == len("".join(text.paragraphs))
 

@@ -2,18 +2,16 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from support import families
 from support.models import build_llama
-from support.plain_likelihoods import crows_pairs, decoder_log, masked_log, stereoset_scores, stereoset_word
+from support.plain_likelihoods import crows_pairs, decoder_log, masked_log, stereoset_word
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.paired_sentences import Pair, read_pairs
-from llmtune.evaluate.sentence_scores import encode_pairs, score_by_decoder, score_by_encoder
-from llmtune.evaluate.stereotypes import keep_scored, measure_pairs, measure_stereoset, pair_tables
+from llmtune.evaluate.sentence_pairs import Pair, read_pairs
+from llmtune.evaluate.sentence_scores import encode_pairs, score_pairs
 
 BETWEEN = ("She is kind.", "He is cold.", "Bread is cheap.")
 
@@ -50,11 +48,8 @@ def encoder(tmp_path_factory):
 
 def scores(model, tokenizer, pairs, masked):
     encoded = encode_pairs(pairs, tokenizer, masked)
-    done = []
     with torch.inference_mode():
-        if masked:
-            return score_by_encoder(model, encoded, tokenizer, "cpu", done.append)
-        return score_by_decoder(model, pairs, encoded, "cpu", done.append)
+        return score_pairs(model, pairs, encoded, tokenizer.pad_token_id, "cpu", lambda rows: None)
 
 
 def test_a_decoder_scores_the_own_set_as_one_forward_pass_a_sentence_does(decoder):
@@ -63,10 +58,6 @@ def test_a_decoder_scores_the_own_set_as_one_forward_pass_a_sentence_does(decode
     found = scores(*decoder, pairs, False)
     wanted = [[decoder_log(model, tokenizer, option)[0] for option in pair.options] for pair in pairs]
     assert found == [pytest.approx(one, rel=1e-5) for one in wanted]
-    share = sum(more > less for more, less in wanted) / len(wanted)
-    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
-    assert tuned["stereotype"].value == pytest.approx(share)
-    assert tuned["stereotype_distance"].value == pytest.approx(abs(share - 0.5))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -80,8 +71,8 @@ def test_an_encoder_scores_the_own_set_as_crows_pairs_defines_it(encoder, family
 def test_words_that_differ_are_seen_and_not_scored(encoder):
     _, tokenizer = encoder("bert")
     (asked,) = encode_pairs([Pair(("the red dog", "the big old dog"), "x:1", "x")], tokenizer, True)
-    assert [[tokenizer.decode([text.target]) for text in option.texts] for option in asked] == [["the", "dog"]] * 2
-    masked = tokenizer.decode(asked[1].texts[0].example.input_ids)
+    assert [[tokenizer.decode([text.target]) for text in option] for option in asked] == [["the", "dog"]] * 2
+    masked = tokenizer.decode(asked[1][0].example.input_ids)
     assert masked.split()[1:-1] == ["[MASK]", "big", "old", "dog"]
 
 
@@ -112,36 +103,6 @@ def test_stereoset_is_scored_at_the_blank_by_encoders_and_by_what_follows_a_cont
         places = [i for i, part in enumerate(read.sequence_ids(0)) if part == 1]
         logs = [masked_log(model, tokenizer, read.input_ids, at, token_type_ids=kinds) for at in places]
         assert score == pytest.approx(sum(logs) / len(logs), rel=1e-4)
-
-
-def test_stereosets_three_scores_are_means_over_terms():
-    pairs = stereoset()
-    found = np.random.default_rng(3).random((len(pairs), 3)).tolist()
-    names = ("stereotype", "anti-stereotype", "unrelated")
-    examples = [{"target": p.target, **dict(zip(names, s, strict=True))} for p, s in zip(pairs, found, strict=True)]
-    measured = {name: one.value for name, one in measure_stereoset(pairs, found).items()}
-    assert measured == pytest.approx(stereoset_scores(examples))
-    assert measured["icat"] > 0
-
-
-def test_equally_likely_sentences_count_as_a_half_and_are_told():
-    pairs = [Pair(("a", "b"), "x:1", "x", group) for group in "uv"]
-    measures = measure_pairs(keep_scored(pairs, [[1.0, 0.0]] * 2, [[1.0, 1.0001], [0.0, 1.0]]))
-    assert (measures.base["stereotype"].value, measures.tuned["stereotype"].value) == (1.0, 0.25)
-    assert "1 equally likely, counted as a half" in measures.tuned["stereotype"].signature
-    assert measures.differences(0)["stereotype"].value == -0.75
-    scored = keep_scored(pairs, None, [[1.0, 0.0], [0.0, 1.0]])
-    (table,) = pair_tables(scored, measure_pairs(scored), 0)
-    assert table.rows == (("u", "1", "1.000"), ("v", "1", "0.000"))
-
-
-def test_pairs_beyond_the_models_context_are_left_out_and_counted(decoder):
-    pairs = [Pair(("the cat", "the dog"), "x:1", "x"), Pair(("the cat " * 1100, "the dog " * 1100), "x:2", "x")]
-    found = scores(*decoder, pairs, False)
-    assert found[0] is not None
-    assert found[1] is None
-    tuned = measure_pairs(keep_scored(pairs, None, found)).tuned
-    assert "1 pairs are longer than the model's context; left out" in tuned["stereotype"].signature
 
 
 def test_a_tokenizer_without_a_mask_is_refused(decoder):

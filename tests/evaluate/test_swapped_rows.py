@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from llmtune.errors import DataError
-from llmtune.evaluate.swapped_rows import SwappedRows, read_swaps, swap_row
+from llmtune.evaluate.swapped_rows import AnswerKind, read_swaps
 
 OWN = read_swaps(["own"])
 
@@ -20,13 +20,15 @@ OWN = read_swaps(["own"])
     ],
 )
 def test_words_are_swapped_whole_and_in_their_case(before, after):
-    assert OWN.swap(before).text == after
+    assert OWN.swap(before) == after
 
 
 @pytest.mark.parametrize("text", ["I know her.", "It is his.", "Mr Smith", "dad and mum"])
 def test_a_word_with_several_partners_is_left_and_told(text):
-    assert OWN.swap(text).ambiguous
-    assert swap_row({"text": f"The woman: {text}", "pair": None}, OWN)[2]
+    row, words = OWN.swap_row({"text": f"The woman: {text}", "pair": None})
+    ambiguous = [word for word in words if OWN.is_ambiguous(word)]
+    assert ambiguous
+    assert all(word in row["text"] for word in ambiguous)
 
 
 def test_every_own_word_leads_back_where_it_is_not_ambiguous():
@@ -34,7 +36,7 @@ def test_every_own_word_leads_back_where_it_is_not_ambiguous():
         for partner in partners:
             assert word in OWN.partners[partner]
         if len(partners) == 1:
-            assert OWN.swap(word).text == partners[0]
+            assert OWN.swap(word) == partners[0]
 
 
 def test_an_answer_that_names_the_group_has_to_name_the_other_one():
@@ -56,19 +58,18 @@ def test_all_texts_of_a_row_are_swapped():
         ],
         "tools": [{"name": "he"}],
     }
-    row, words, ambiguous = swap_row(chat, OWN)
+    row, words = OWN.swap_row(chat)
     assert row["messages"][0]["content"] == "You serve women."
     assert row["messages"][1]["content"][0]["text"] == "Is she here?"
     assert row["tools"] == chat["tools"]
-    assert (words, ambiguous) == (("men", "he"), False)
-    assert swap_row({"tokens": ["He", "sings"], "tags": []}, OWN)[0]["tokens"] == ["She", "sings"]
+    assert words == ["men", "he"]
+    assert OWN.swap_row({"tokens": ["He", "sings"], "tags": []})[0]["tokens"] == ["She", "sings"]
     facts = {"question": "Who is he?", "context": "The king.", "answers": None}
-    assert swap_row(facts, OWN)[0] == {"question": "Who is she?", "context": "The queen.", "answers": None}
+    assert OWN.swap_row(facts)[0] == {"question": "Who is she?", "context": "The queen.", "answers": None}
 
 
 def has_changed(before, after, labels=(), tolerance=0.0):
-    rows = SwappedRows(None, OWN, {}, {}, "", tolerance=tolerance, labels=labels)
-    return rows.has_changed(before, after)
+    return AnswerKind(OWN, tolerance, labels).differ(before, after)
 
 
 def test_what_a_change_is_depends_on_the_kind_of_answer():
@@ -91,10 +92,10 @@ def test_what_a_change_is_depends_on_the_kind_of_answer():
 def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
     (tmp_path / "words.csv").write_text("young,old\n\nAnna, Ahmed\nher,him\n")
     found = read_swaps([str(tmp_path / "words.csv")])
-    assert found.swap("The OLD man and Anna").text == "The YOUNG man and Ahmed"
-    assert found.swap("her").text == "him"
-    assert read_swaps(["own", str(tmp_path / "words.csv")]).swap("her").ambiguous
-    assert read_swaps(["own", str(tmp_path / "words.csv")]).swap("old king").text == "young queen"
+    assert found.swap("The OLD man and Anna") == "The YOUNG man and Ahmed"
+    assert found.swap("her") == "him"
+    assert read_swaps(["own", str(tmp_path / "words.csv")]).is_ambiguous("her")
+    assert read_swaps(["own", str(tmp_path / "words.csv")]).swap("old king") == "young queen"
 
 
 @pytest.mark.parametrize(

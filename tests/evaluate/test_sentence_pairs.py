@@ -7,7 +7,7 @@ import pytest
 
 from llmtune.data.hub_datasets import HUB
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.evaluate.paired_sentences import NotAPair, hub_source, make_pair, read_pairs, word_at_blank
+from llmtune.evaluate.sentence_pairs import NotAPair, hub_source, make_pair, read_pairs, word_at_blank
 
 CROWS = (
     ",sent_more,sent_less,stereo_antistereo,bias_type\n"

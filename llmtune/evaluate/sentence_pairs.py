@@ -14,7 +14,7 @@ from llmtune.data.hub_datasets import HUB, read_hub
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.suite_files import OWN_FILES, read_sources, read_utf8
+from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.recipe import Source
 from llmtune.recipe.eval_suites_section import OWN
 

@@ -1,0 +1,164 @@
+"""An evaluation suite: what base and tuned model are asked beside the test rows, and what their answers amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import torch
+
+from llmtune.data.file_readers import explained, open_bytes
+from llmtune.errors import DataError, Problem
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.inference import add_bar, context_limit, inference_on
+from llmtune.evaluate.metric import Measure, PairedMeasures
+from llmtune.records import Advance, Study, StudyTable
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+OWN_FILES = resources.files("llmtune.evaluate")
+"""What comes with llmtune: `general` and `groups`."""
+MOST_SHOWN = 20
+"""Problems that are named; more are counted."""
+Item = TypeVar("Item")
+Output = TypeVar("Output")
+Bar = Callable[[str, int], Advance]
+"""Adds a progress bar by what it counts and how many there are, and returns what moves it."""
+
+
+class EvalSuite(Generic[Output]):
+    """A suite, or one part of it: it runs on one model after the other, then compares their outputs.
+
+    Making one reads and checks its own inputs, before a model is loaded. It does not run on the base model where that
+    has no trained head and a trivial baseline stands in its place.
+    """
+
+    metrics: ClassVar[Mapping[str, tuple[str, int]]] = {}
+    """By metric, its meaning in a few words, and 1 where more of it is better, -1 where less is, 0 where neither is."""
+    decoder_input: ClassVar[str] = ""
+    """What it takes of a model that only a decoder language model gives; empty where other models can run it."""
+    fewest_rows: ClassVar[int] = 0
+    """Rows that a difference needs for an interval."""
+
+    def __init__(self, context: EvalContext) -> None:
+        self.context = context
+        self.outputs: dict[str, Output] = {}
+        """By "base" and "tuned"."""
+        self.unmeasured = ""
+        """Why its first metric cannot be measured, as the report says it."""
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Read its inputs at the beginning of a run: a missing file shows before training. Raises DataError."""
+
+    def run(self, name: str, model: torch.nn.Module) -> None:
+        """Run on the "base" or "tuned" model, which is loaded and on its device, and keep what comes out."""
+        if not self.outputs:
+            self.fit(context_limit(model))
+        if not self.unmeasured:
+            with inference_on(model, self.context) as bars:
+                self.outputs[name] = self.ask(model, lambda what, total: add_bar(bars, f"{name}: {what}", total))
+
+    def fit(self, limit: int) -> None:
+        """Leave out, before the first model runs, what is longer than the context of both."""
+
+    def ask(self, model: torch.nn.Module, bar: Bar) -> Output:
+        """Return what one model makes of the inputs; for `run`."""
+        raise NotImplementedError
+
+    def measure(self, output: Output) -> Iterable[Measure]:
+        """Return the metrics of one model's output, whose rows are the suite's own; for `compare`."""
+        raise NotImplementedError
+
+    def compare(self, rows: PairedMeasures) -> Study:
+        """Turn both outputs into scores, differences and tables; `rows` are the measures of the test rows."""
+        base, tuned = (
+            {one.metric: replace(one, at=tuple(range(len(one.sums_NK)))) for one in self.measure(self.outputs[name])}
+            if name in self.outputs and not self.unmeasured
+            else {}
+            for name in ("base", "tuned")
+        )
+        return self.study(PairedMeasures(base, tuned))
+
+    def study(self, measured: PairedMeasures) -> Study:
+        """Return the scores and differences of the suite's own measures."""
+        base, tuned = measured.scores()
+        signatures = {metric: one.signature for metric, one in measured.tuned.items()}
+        return Study(
+            title="",
+            base=base,
+            tuned=tuned,
+            difference=measured.differences(self.context.recipe.seed, self.fewest_rows),
+            meanings={metric: self.metrics[metric][0] for metric in tuned},
+            better={metric: self.metrics[metric][1] for metric in tuned},
+            signatures={next(iter(self.metrics)): self.unmeasured} if self.unmeasured else signatures,
+            limits=self.limits() if tuned else "",
+            tables=tuple(self.tables(measured)) if tuned else (),
+        )
+
+    def limits(self) -> str:
+        """Write, in plain words, what the numbers can show and what they cannot."""
+        return ""
+
+    def tables(self, measured: PairedMeasures) -> Iterable[StudyTable]:
+        """Return what is shown beside the scores."""
+        return ()
+
+
+def join_studies(title: str, order: Iterable[str], parts: Sequence[Study]) -> Study:
+    """Join the parts of a suite to one study with its metrics in order; those that are not in `order` come last."""
+
+    def join(field: str) -> dict[str, object]:
+        values = {metric: value for part in parts for metric, value in getattr(part, field).items()}
+        return {metric: values[metric] for metric in dict.fromkeys((*order, *values)) if metric in values}
+
+    joined = {field: join(field) for field in ("base", "tuned", "difference", "meanings", "better")}
+    return Study(
+        title=title,
+        **joined,  # type: ignore[arg-type]  # each is as in the parts
+        signatures={metric: text for part in parts for metric, text in part.signatures.items()},
+        limits=" ".join(part.limits for part in parts if part.limits),
+        tables=tuple(table for part in parts for table in part.tables),
+    )
+
+
+def read_sources(
+    sources: Sequence[str], read: Callable[[str], Sequence[Item | Problem]], kind: str, fix: str
+) -> list[Item]:
+    """Read items of a `kind` from all sources; `read` gives the items of one, and a Problem for each bad one.
+
+    Raises DataError for sources that cannot be read, hold a bad item, or hold none.
+    """
+    items: list[Item] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            parts = read(source)
+        except DataError as error:
+            problems += error.problems
+            continue
+        bad = [part for part in parts if isinstance(part, Problem)]
+        items += [part for part in parts if not isinstance(part, Problem)]
+        problems += bad if parts else [Problem(f"there is no {kind} in it", source, fix)]
+    if len(problems) > MOST_SHOWN:
+        problems[MOST_SHOWN:] = [Problem(f"{len(problems) - MOST_SHOWN} more problems like these")]
+    DataError.collect(problems)
+    return items
+
+
+def read_utf8(path: Path, fix: str) -> str:
+    """Read a text file, which may be compressed. Raises DataError where it is missing or not UTF-8."""
+    if not path.is_file():
+        raise DataError.of("there is no such file", str(path), fix)
+    with explained(str(path)), open_bytes(path) as stream:
+        content = stream.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8: byte {content[error.start]:#04x}"
+        raise DataError.of(what, f"{path}:{line}", "Save the file as UTF-8.") from error

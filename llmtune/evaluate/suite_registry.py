@@ -1,0 +1,89 @@
+"""The table of evaluation suites by their key in the recipe, and whether they can run: known before anything heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.benchmarks import BenchmarkSuite
+from llmtune.evaluate.eval_inputs import EvalContext
+from llmtune.evaluate.eval_suite import EvalSuite, join_studies
+from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.forgetting import ForgettingSuite
+from llmtune.evaluate.group_gaps import GroupGapSuite
+from llmtune.evaluate.metric import PairedMeasures
+from llmtune.evaluate.stereotypes import StereotypeSuite
+from llmtune.evaluate.swapped_rows import SwapSuite
+from llmtune.recipe.eval_suites_section import SUITE_KEYS
+from llmtune.records import Study
+
+if TYPE_CHECKING:
+    from llmtune.recipe import Recipe
+
+Suite = EvalSuite[Any]
+SUITES: dict[str, dict[str, type[Suite]]] = {
+    "forgetting": {"": ForgettingSuite},
+    "fairness": {"pairs": StereotypeSuite, "swaps": SwapSuite, "groups": GroupGapSuite},
+    "benchmarks": {"": BenchmarkSuite},
+}
+"""By key of `evaluate`, a suite in parts by the key in its section that asks for them; one without is always run."""
+DECODER = "AutoModelForCausalLM"
+
+
+def stated_suites(recipe: Recipe) -> Iterator[tuple[str, type[Suite]]]:
+    """Yield the suites that the recipe names, in parts, each with its key."""
+    for name, parts in SUITES.items():
+        section = getattr(recipe.evaluate, name)
+        yield from ((name, part) for key, part in parts.items() if section and (not key or getattr(section, key)))
+
+
+def make_suites(context: EvalContext) -> list[tuple[str, Suite]]:
+    """Return the suites that the recipe names, their own inputs read and checked before a model is loaded.
+
+    Raises DataError for inputs that cannot be read or used.
+    """
+    suites = [(name, suite(context)) for name, suite in stated_suites(context.recipe)]
+    for name, suite in suites:
+        if suite.unmeasured:
+            what = f"{name}.{next(iter(suite.metrics))}: {suite.unmeasured}"
+            context.console.print(what, style="dim", highlight=False)
+    return suites
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Read what suites read besides the rows, at the beginning of a run: a missing file shows before training.
+
+    Raises:
+        DataError: inputs that cannot be read or used.
+        EnvironmentProblem: the hub cannot be reached.
+    """
+    for _, suite in stated_suites(recipe):
+        suite.check(recipe)
+
+
+def check_variant(recipe: Recipe, task: EvaluatedTask, model: str) -> None:
+    """Refuse suites that this variant of the task cannot run; known once the model's configuration is.
+
+    Raises RecipeError.
+    """
+    StereotypeSuite.check_variant(recipe, task, model)
+    RecipeError.collect(
+        Problem(
+            f"{model} is no decoder language model, and this suite takes {suite.decoder_input}",
+            f"evaluate.{name}",
+            f"Remove evaluate.{name}, or set model.name to a decoder, such as a Llama or a Qwen.",
+        )
+        for name, suite in stated_suites(recipe)
+        if suite.decoder_input and task.auto_class != DECODER
+    )
+
+
+def compare_outputs(suites: list[tuple[str, Suite]], rows: PairedMeasures) -> dict[str, Study]:
+    """Return what each suite found of both models; `rows` are the measures of the test rows."""
+    return {
+        name: join_studies(
+            name.capitalize(), SUITE_KEYS.get(name, ()), [suite.compare(rows) for own, suite in suites if own == name]
+        )
+        for name in dict.fromkeys(name for name, _ in suites)
+    }
