@@ -87,7 +87,7 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, train
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
     if options.dry_run:
-        seen = peek_run(path, loaded.fingerprint, resume=options.resume)
+        seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
         return dry_run(RunContext(recipe, seen, console, options.offline, held, held=held is not None))
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")

@@ -81,14 +81,24 @@ def new(
 @app.command()
 @handled
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Check a recipe: every problem at once, with file and line."""
+    """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
+    from llmtune.launch.recipe_check import check_recipe, marks_left
     from llmtune.recipe import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
+    marks = marks_left(loaded)
+    for line in marks:
+        stderr_console().print(f"still as the starter has it: {line}", style="yellow", markup=False)
+    detected = check_recipe(loaded)
     if as_json:
-        print_json({"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []})
-    else:
-        typer.echo(f"{loaded.file}: good ({loaded.recipe.task}, {loaded.fingerprint[:8]})")
+        read = [{"file": one.input.name, "format": one.row_format.name, "columns": one.columns} for one in detected]
+        about = {"file": str(loaded.file), "fingerprint": loaded.fingerprint, "problems": []}
+        print_json(about | {"data": read, "not_set": marks})
+        return
+    for one in detected:
+        columns = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in one.columns.items())
+        typer.echo(f"{one.input.name}: {one.row_format.name} rows{f' ({columns})' if columns else ''}")
+    typer.echo(f"{loaded.file}: good ({loaded.recipe.task}, {loaded.fingerprint[:8]})")
 
 
 @app.command()

@@ -87,8 +87,8 @@ class Detected:
     """Columns and message keys of the first rows that are not used."""
 
 
-def resolve_inputs(data: DataSection, task: str) -> list[Detected]:
-    """Find the files of every source and look at their first rows.
+def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) -> list[Detected]:
+    """Find the files of every source and look at their first rows; with `local_only`, not at the hub's.
 
     Raises:
         DataError: All that is wrong with any of them: missing, empty, unreadable, of an unknown or mixed format.
@@ -96,6 +96,8 @@ def resolve_inputs(data: DataSection, task: str) -> list[Detected]:
     detected: list[Detected] = []
     problems: list[Problem] = []
     for number, (key, side, source) in enumerate(_sources(data)):
+        if local_only and hub.dataset_name(source) is not None:
+            continue
         try:
             of_source = [_detect(one, task, problems) for one in _inputs(source, number, side, key)]
         except DataError as error:

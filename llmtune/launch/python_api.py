@@ -99,10 +99,21 @@ def run_recipe(
     console: Console,
 ) -> Json:
     """Run a recipe in this process, or train it in several; return what report.json holds."""
+    from llmtune.launch.recipe_check import check_recipe, marks_left
     from llmtune.recipe import load_recipe
+    from llmtune.store.run_folder import default_path, peek_run
+    from llmtune.store.run_lock import read_pins
 
     loaded = load_recipe(recipe, sets)
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+    peek_run(
+        out or default_path(loaded.recipe.name, loaded.fingerprint), loaded.fingerprint, resume=resume, fresh=fresh
+    )
+    if lock is not None:
+        read_pins(lock)
+    for line in marks_left(loaded):
+        console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
+    check_recipe(loaded)
     with gc_paused():
         from llmtune.pipeline import Trainer, run_pipeline
         from llmtune.session import Options

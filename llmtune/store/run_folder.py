@@ -181,14 +181,11 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     """Open (or make) a run folder for the recipe with this fingerprint and hold it against a second process.
 
     Raises:
-        RecipeError: the folder belongs to another recipe, holds something else, or `resume` finds nothing.
+        RecipeError: the folder has work of another recipe, holds something else, or `resume` finds nothing.
         EnvironmentProblem: it cannot be written, or another process works in it.
     """
     with explained(path):
-        if path.exists() and not path.is_dir():
-            raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
-        if not (path / MANIFEST).exists():
-            _refuse_foreign(path, None, fingerprint, resume)
+        peek_run(path, fingerprint, resume=resume, fresh=fresh)  # nothing is made where it refuses
         path.mkdir(parents=True, exist_ok=True)
         with (path / ".lock").open("a") as lock_file:
             try:
@@ -197,24 +194,24 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
                 what = "another llmtune process works in this folder"
                 fix = "wait for it, or choose another folder with --out"
                 raise EnvironmentProblem.of(what, str(path), fix) from None
-            manifest: Manifest | None = read_json(path / MANIFEST)
-            _refuse_foreign(path, manifest, fingerprint, resume)
+            folder = peek_run(path, fingerprint, resume=resume, fresh=fresh)
             _sweep(path)
             if fresh:
                 _remove_run(path)
-            if fresh or manifest is None:
-                manifest = Manifest(fingerprint=fingerprint, steps={}, findings={})
-            manifest["llmtune"] = __version__
-            folder = RunFolder(path, manifest)
+            folder.manifest["llmtune"] = __version__
             folder.write()
             yield folder
 
 
-def peek_run(path: Path, fingerprint: str, *, resume: bool = False) -> RunFolder:
+def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool = False) -> RunFolder:
     """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
+    if path.exists() and not path.is_dir():
+        raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
     manifest: Manifest | None = read_json(path / MANIFEST)
-    _refuse_foreign(path, manifest, fingerprint, resume)
-    return RunFolder(path, manifest or Manifest(fingerprint=fingerprint, steps={}, findings={}))
+    _refuse_foreign(path, manifest, fingerprint, resume, fresh)
+    if fresh or manifest is None or manifest["fingerprint"] != fingerprint:
+        manifest = Manifest(fingerprint=fingerprint, steps={}, findings={})
+    return RunFolder(path, manifest)
 
 
 def read_run(path: Path) -> RunFolder:
@@ -230,11 +227,13 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(path, manifest)
 
 
-def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool) -> None:
-    if manifest is not None and manifest["fingerprint"] != fingerprint:
+def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool, fresh: bool) -> None:
+    made = manifest is not None and any(step["state"] == "done" for step in manifest["steps"].values())
+    if manifest is not None and manifest["fingerprint"] != fingerprint and made and not fresh:
         hashes = f"{manifest['fingerprint'][:8]}, not {fingerprint[:8]}"
         what = f"this folder holds the run of another recipe ({hashes})"
-        raise RecipeError.of(what, str(path), "choose another folder with --out, or omit --out")
+        fix = "choose another folder with --out, or start over in this one with --fresh: what it holds is removed then"
+        raise RecipeError.of(what, str(path), fix)
     if manifest is None and path.is_dir():
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
         strange = sorted(names - {*OWN_FOLDERS, *OWN_FILES})

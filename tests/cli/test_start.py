@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import llmtune, write_recipe
+from support.runs import llmtune, write_colours, write_recipe
 
 from llmtune.store.process_environment import gc_paused
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
+ROWS = ("numpy",)
+"""What reading the first rows of a file needs."""
 
 
 def heavy_imports(*arguments: str) -> list[str]:
@@ -62,8 +64,15 @@ def test_imports_at_once_leave_the_collector_as_it_was() -> None:
 
 
 def test_checking_a_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, "rows.jsonl")
-    assert heavy_imports("recipes", "check", str(recipe)) == []
+    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
+    assert heavy_imports("recipes", "check", str(recipe)) == [*ROWS]
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "no-such.yaml"), ("generate", "no-such-run", "hello"), ("chat", "no-such-run")]
+)
+def test_a_missing_argument_or_path_is_an_error_before_anything_heavy_is_imported(command: tuple[str, ...]) -> None:
+    assert heavy_imports(*command) == []
 
 
 def best_seconds(cwd: Path, *arguments: object) -> float:
@@ -80,7 +89,7 @@ def test_help_is_there_at_once(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_checked_at_once(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, "rows.jsonl")
+    recipe = write_recipe(tmp_path / "tiny.yaml", tmp_path, write_colours(tmp_path / "rows.jsonl"))
     assert best_seconds(tmp_path, "recipes", "check", recipe) < 0.7 * SLACK
 
 

@@ -57,8 +57,8 @@ def test_a_step_that_failed_runs_again(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_this_run_is_refused_and_left_alone(
     tmp_path: Path, name: str, options: dict[str, bool], words: str
 ) -> None:
-    with open_run(tmp_path / "of-another-recipe", "bbbbbbbb00"):
-        pass
+    with open_run(tmp_path / "of-another-recipe", "bbbbbbbb00") as run:
+        prepare(run)
     (tmp_path / "with-other-files").mkdir()
     (tmp_path / "with-other-files" / "thesis.tex").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -73,6 +73,21 @@ def test_fresh_forgets_what_was_there(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "aa", fresh=True) as run:
         assert not (run.path / "data").exists()
         assert not run.is_valid("prepare", "inputs")
+
+
+def test_a_folder_where_another_recipe_has_made_nothing_yet_or_that_is_started_over_is_taken(tmp_path: Path) -> None:
+    with (
+        open_run(tmp_path / "run", "aa") as run,
+        pytest.raises(ValueError, match="no disk"),
+        run.step("prepare", "inputs"),
+    ):
+        raise ValueError("no disk")
+    with open_run(tmp_path / "run", "bb") as run:
+        assert run.manifest["fingerprint"] == "bb"
+        prepare(run)
+    with open_run(tmp_path / "run", "cc", fresh=True) as run:
+        assert not (run.path / "data").exists()
+    assert read_run(tmp_path / "run").manifest["fingerprint"] == "cc"
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""What can be known of a recipe before torch is imported: its files and their columns, trackers, marks left to set."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.errors import EnvironmentProblem, Problem, nearest
+from llmtune.recipe import LoadedRecipe, new_recipe
+
+if TYPE_CHECKING:
+    from llmtune.data.sources import Detected
+
+MARK = re.compile(r"#\s*SET:")
+
+
+def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
+    """Check what the recipe names on this machine; return how its local files are read.
+
+    Raises:
+        EnvironmentProblem: a tracker is not installed, or a model's folder is not there.
+        DataError: a file is missing, empty or in no format that the task knows.
+    """
+    from llmtune.data.sources import resolve_inputs  # it imports pyarrow, which `--help` does not need
+
+    EnvironmentProblem.collect(_missing(loaded))
+    return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
+
+
+def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
+    for tracker in loaded.recipe.train.report_to:
+        if find_spec(tracker) is None:
+            what = f"the tracker {tracker} is not installed"
+            yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
+    model = loaded.recipe.model
+    for name in [model.name] if model.name else model.candidates or ():
+        if os.path.isabs(name) and not os.path.exists(name):
+            parent = Path(name).parent
+            known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+            yield Problem(
+                f"there is no folder {name}", "model.name", f"Check the path.{nearest(Path(name).name, known)}"
+            )
+
+
+def marks_left(loaded: LoadedRecipe) -> list[str]:
+    """Return the lines of a recipe that are marked SET and still as the starter has them."""
+    untouched = {line.strip() for line in new_recipe(loaded.recipe.task).splitlines() if MARK.search(line)}
+    lines = enumerate(loaded.file.read_text(encoding="utf-8").splitlines(), 1)
+    return [f"line {number}: {MARK.split(line)[0].strip()}" for number, line in lines if line.strip() in untouched]

@@ -1,0 +1,81 @@
+"""What is wrong with the files and tools that a recipe names is said before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.runs import write_recipe
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+
+LIGHT = ["recipes", "check"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "llmtune.pipeline", None)  # importing it would be an error
+    return tmp_path
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+COMMANDS = pytest.mark.parametrize("command", [["recipes", "check"], ["run", "--dry-run"], ["run"]], ids=" ".join)
+
+
+@COMMANDS
+def test_an_untouched_starter_is_not_good(here: Path, command: list[str]) -> None:
+    assert invoke("recipes", "new", "--task", "classify", "--out", "mine.yaml").exit_code == 0
+    found = invoke(*command, "mine.yaml")
+    assert found.exit_code == 3
+    assert "still as the starter has it: line 5: name: my-classify" in found.stderr
+    assert "there is no file" in found.stderr
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    ("sections", "code", "words"),
+    [
+        ({"data": {"train": "tickets.csv"}}, 3, 'columns: {prompt: "{subject}\\n\\n{body}", completion: answer}'),
+        ({"data": {"train": "tickets.cvs"}}, 3, "Did you mean 'tickets.csv'?"),
+        ({"train": {"report_to": ["swanlab"]}}, 4, "pip install swanlab"),
+        ({"model": {"name": "/no/such/model"}}, 4, "there is no folder /no/such/model"),
+    ],
+)
+def test_files_columns_models_and_trackers_are_looked_at(
+    here: Path, command: list[str], sections: dict, code: int, words: str
+) -> None:
+    (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")
+    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    write_recipe(here / "mine.yaml", "owner/model", "rows.csv", **sections)
+    found = invoke(*command, "mine.yaml")
+    assert found.exit_code == code
+    assert words in found.stderr.replace("\n    ", " ") or words in found.stderr
+
+
+def test_a_good_recipe_says_how_its_files_are_read(here: Path) -> None:
+    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
+    assert (
+        "rows.csv: prompt-completion rows (prompt is 'question', completion is 'answer')"
+        in invoke(*LIGHT, "mine.yaml").stdout
+    )
+    said = json.loads(invoke(*LIGHT, "mine.yaml", "--json").stdout)
+    assert said["data"][0]["columns"] == {"prompt": "question", "completion": "answer"}
+
+
+def test_a_folder_with_the_work_of_another_recipe_is_refused_with_both_ways_out(here: Path) -> None:
+    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
+    (here / "out").mkdir()
+    done = {"prepare": {"state": "done", "inputs": "", "outputs": {}, "facts": {}}}
+    (here / "out" / "run.json").write_text(json.dumps({"fingerprint": "f" * 64, "steps": done, "findings": {}}))
+    found = invoke("run", "mine.yaml", "--out", "out")
+    assert found.exit_code == 2
+    assert "--out" in found.stderr
+    assert "--fresh" in found.stderr
