@@ -121,6 +121,8 @@ def describe(name: str, command: Any) -> Iterator[str]:
         yield f"{paragraph(command.help)}\n"
     yield from table(options)
     for word, child in below.items():
+        if child.hidden:  # words of other tools, pointed to ours
+            continue
         yield from describe(f"{name} {word}", child)
 
 

@@ -61,6 +61,7 @@ from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
+from llmtune.tasks.base import next_commands
 from llmtune.train.setup import train_inputs
 
 if TYPE_CHECKING:
@@ -181,7 +182,9 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
         print_blocks([seed_table(report.seeds)], context.console)
         context.console.print(report.seeds.told, highlight=False)
     if gated:
+        context.console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
         context.console.print(f"report: {escape(str(path / 'report.html'))}")
+        context.console.print(f"next: {escape(next_commands(path, context.task))}", highlight=False)
         failed = [gate for gate in report.gates if not gate.passed]
         GateFailed.collect(Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in failed)
     return report_json(report)
@@ -385,10 +388,8 @@ def dry_run(context: RunContext) -> Json:
             trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
             evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
             valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}
-    for step in ("prepare", "encode", "train", "evaluate"):
-        console.print(f"[bold cyan]{step}[/] {'unchanged, would be skipped' if valid.get(step) else 'would run'}")
+    steps = {step: not valid.get(step) for step in ("prepare", "encode", "train", "evaluate")}
     for seed in recipe.train.seeds:
         console.print(f"[bold cyan]seed {seed}[/] would follow in {escape(str(seed_folder(folder.path, seed)))}")
-    console.print(f"good; the run folder is {escape(str(folder.path))}")
-    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
-    return {"folder": str(folder.path), "would_run": would_run, "plans": plans}
+    would_run = [step for step, runs in steps.items() if runs]
+    return {"folder": str(folder.path), "steps": steps, "would_run": would_run, "plans": plans}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Annotated
 
@@ -12,15 +14,32 @@ from llmtune import __version__
 from llmtune.cli import compare, deploy, explain, launch, prompting, recipes, run, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import RecipeError
 from llmtune.store.process_environment import offline_switches, prepare_environment
 
 REPORT = "Please report it with the lines above and what 'llmtune doctor' prints: CONTRIBUTING.md says where."
+
+POINTERS = {
+    **{name: f"llmtune deploy {name}" for name in ("serve", "merge", "gguf", "certify", "publish")},
+    **dict.fromkeys(("train-recipe", "finetune", "fine-tune", "tune", "start"), "llmtune run RECIPE"),
+    **{name: f"llmtune explain {name}" for name in ("attention", "positions")},
+    **dict.fromkeys(("test", "eval", "score"), "llmtune evaluate RECIPE"),
+    **dict.fromkeys(("infer", "predict", "ask"), 'llmtune generate RUN "TEXT"'),
+    **dict.fromkeys(("list", "ls"), "llmtune runs, or llmtune recipes list"),
+    "new": "llmtune init DATA, or llmtune recipes new",
+    "check": "llmtune recipes check RECIPE",
+    "export": "llmtune deploy gguf RUN, or llmtune deploy merge RUN",
+    "resume": "llmtune run RECIPE --resume",
+}
+"""What other tools call a command -> ours."""
+Words = Annotated[list[str] | None, typer.Argument()]
+ANYTHING = {"ignore_unknown_options": True}
+
 
 app = typer.Typer(
     help="Fine-tune a Hugging Face model from one recipe, and prove what the tuning did.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -34,27 +53,73 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass
 
 
 @handled
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    imports: Annotated[bool, typer.Option("--imports", help="Import every library, to find broken ones.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Look at versions, devices, memory and disk, and say what to type where something is missing."""
     switched_off = offline_switches()
     prepare_environment(network=False)
+    from rich.console import Console
+
     from llmtune.cli.doctor import examine
 
-    found = examine(stderr_console(), switched_off)
+    found = examine(Console(quiet=as_json), switched_off, imports=imports)
     if as_json:
         print_json(found)
 
 
-COMMANDS = run.COMMANDS | prompting.COMMANDS | {"doctor": doctor} | verify.COMMANDS | compare.COMMANDS
+@handled
+def runs(as_json: AsJson = False) -> None:
+    """List the runs in runs/, the latest first, with their verdicts."""
+    from llmtune.store.run_listing import list_runs
+
+    found = list_runs()
+    if as_json:
+        print_json([vars(one) for one in found])
+        return
+    if not found:
+        stderr_console().print("there is no run in runs/ yet; start one: llmtune run RECIPE")
+    for one in found:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.started))
+        typer.echo(f"{one.folder}  {one.task}  {when}  {one.verdict or '-'}  {one.step}")
+
+
+def _pointer(name: str) -> Callable[..., None]:
+    @handled
+    def point(words: Words = None) -> None:
+        raise RecipeError.of(f"there is no command {name!r}", "llmtune", f"Use: {POINTERS[name]}")
+
+    return point
+
+
+def show_help(words: Words = None) -> None:
+    """Print the help of a command."""
+    app([*(words or []), "--help"], prog_name="llmtune")
+
+
+def show_version(words: Words = None) -> None:
+    """Print the version."""
+    _print_version(True)
+
+
+COMMANDS = run.COMMANDS | prompting.COMMANDS | {"runs": runs, "doctor": doctor} | verify.COMMANDS | compare.COMMANDS
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
+for _name, _command in {
+    "help": show_help,
+    "version": show_version,
+    **{name: _pointer(name) for name in POINTERS},
+}.items():
+    app.command(_name, hidden=True, context_settings=ANYTHING)(_command)
 app.add_typer(deploy.app, name="deploy")
 app.add_typer(explain.app, name="explain")
 app.add_typer(recipes.app, name="recipes")

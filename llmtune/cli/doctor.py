@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import psutil
@@ -18,8 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmtune import __version__
+from llmtune.model.builtin_models import PACKAGED
 from llmtune.records import Json
 from llmtune.store.atomic_files import find_cache
+from llmtune.store.machine import has_bfloat16, likely_device, list_cards, memory_limit, torch_cuda
 from llmtune.store.process_environment import offline_switches
 from llmtune.store.run_lock import hardware, package_versions
 
@@ -42,24 +44,20 @@ class Check:
     fix: str | None = None
 
 
-def examine(console: Console, switched_off: Sequence[str] | None = None) -> Json:
+def examine(console: Console, switched_off: Sequence[str] | None = None, *, imports: bool = False) -> Json:
     """Look at this machine, print a table, and return the same as a dictionary.
 
-    `switched_off` names the user's own offline switches, where the process has set them all since. `ready` says whether
-    nothing is missing. Never raises for a library that is absent or broken.
+    `switched_off` names the user's own offline switches, where the process has set them all since. With `imports` every
+    library is imported, which takes a while and finds those that are broken. `ready` says whether nothing is missing.
     """
     if switched_off is None:
         switched_off = offline_switches()
-    with console.status("importing the libraries"):
-        device = _import("llmtune.model.device")  # first: it mutes what one library says while it is imported
-        libraries = [_check_library(name) for name in PACKAGES]
-    torch = _import("torch")
-    checks = [_check_python(), *libraries]
-    if torch is not None:
-        checks += [_check_device(torch), check_threads(torch.get_num_threads(), count_cores())]
-    if device is not None:
-        checks.append(_check_number_formats(device))
-    checks += [_check_memory(device), _check_disk(), *_check_cache(), _check_network(switched_off)]
+    with Console(stderr=True).status("importing the libraries" if imports else "looking"):
+        checks = [_check_python(), *(_check_library(name, imports) for name in PACKAGES), _check_device()]
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
+    cores = count_cores()
+    checks += [check_threads(threads if "OMP_NUM_THREADS" in os.environ else min(threads, cores), cores)]
+    checks += [_check_number_formats(), _check_memory(), _check_disk(), *_check_cache(), _check_network(switched_off)]
     _show(checks, console)
     ready = all(check.state != "missing" for check in checks)
     console.print("ready" if ready else "[bold red]something is missing[/]: type what stands behind the arrows")
@@ -67,15 +65,8 @@ def examine(console: Console, switched_off: Sequence[str] | None = None) -> Json
         "llmtune": __version__,
         "ready": ready,
         "checks": [asdict(check) for check in checks],
-        **_facts(torch, device),
+        **_facts(),
     }
-
-
-def _import(name: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(name)
-    except BROKEN:
-        return None
 
 
 def _check_python() -> Check:
@@ -83,12 +74,15 @@ def _check_python() -> Check:
     return Check("python", "good", found)
 
 
-def _check_library(name: str) -> Check:
+def _check_library(name: str, imports: bool) -> Check:
     version = package_versions([name])[name]
     if version is None:
         return Check(name, "missing", "not installed", f"pip install {name}")
     try:
-        importlib.import_module(name)
+        if imports:
+            importlib.import_module(name)
+        elif importlib.util.find_spec(name) is None:
+            raise ImportError(f"there is no module {name}")
     except BROKEN as error:
         culprit = getattr(error, "name", None)
         if culprit in PACKAGES and culprit != name:
@@ -99,29 +93,25 @@ def _check_library(name: str) -> Check:
     return Check(name, "good", version)
 
 
-def _check_device(torch: ModuleType) -> Check:
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-        return Check("device", "good", "; ".join(f"{card.name}, {_size(card.total_memory)}" for card in names))
-    if shutil.which("nvidia-smi"):
-        built = torch.version.cuda
-        found = f"CPU; there is an NVIDIA driver, but torch {torch.__version__} sees no card"
-        fix = (
-            "nvidia-smi"
-            if built
-            else "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
-        )
+def _check_device() -> Check:
+    cards = list_cards()
+    if cards and torch_cuda():
+        return Check("device", "good", "; ".join(f"{card.name}, {_size(card.memory_bytes)}" for card in cards))
+    if cards:
+        found = f"CPU; there is {cards[0].name}, but torch is built without CUDA"
+        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
         return Check("device", "note", found, fix)
-    if torch.backends.mps.is_available():
+    if shutil.which("nvidia-smi"):
+        return Check("device", "note", "CPU; there is an NVIDIA driver, and no card that it lists", "nvidia-smi")
+    if likely_device() == "mps":
         return Check("device", "good", "mps (Apple)")
     return Check("device", "good", f"CPU, {_processor()}")
 
 
-def _check_number_formats(device: ModuleType) -> Check:
-    name = device.pick_device()
-    fast = device.has_fast_bfloat16(name)
+def _check_number_formats() -> Check:
+    name = likely_device()
     slow = f"float32; bfloat16 runs, but {name} does not have it in hardware"
-    return Check("dtype: auto", "good", "bfloat16 (fast here)" if fast else slow)
+    return Check("dtype: auto", "good", "bfloat16 (fast here)" if has_bfloat16(name) else slow)
 
 
 def check_threads(threads: int, cores: int) -> Check:
@@ -143,20 +133,14 @@ def count_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
-def _check_memory(device: ModuleType | None) -> Check:
-    memory = psutil.virtual_memory()
-    limit = _memory_limit(device)
+def _check_memory() -> Check:
+    memory, limit = psutil.virtual_memory(), memory_limit()
     found = f"{_size(memory.available)} free of {_size(memory.total)}"
     if limit < memory.total:
         found += f"; this process may use {_size(limit)}"
     if min(limit, memory.available) < SCARCE_MEMORY_BYTES:
         return Check("memory", "note", found, "llmtune run RECIPE --dry-run   (prints what the recipe needs)")
     return Check("memory", "good", found)
-
-
-def _memory_limit(device: ModuleType | None) -> int:
-    total = psutil.virtual_memory().total
-    return total if device is None else device.memory_limit("cpu") or total
 
 
 def _check_disk() -> Check:
@@ -168,16 +152,13 @@ def _check_disk() -> Check:
 
 
 def _check_cache() -> list[Check]:
-    packaged = _import("llmtune.model.builtin_models")
-    if packaged is None:
-        return []
     folder = find_cache()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK):
         checks = [Check("cache", "good", str(folder))]
     else:
         checks = [Check("cache", "missing", f"{folder} cannot be written", "export LLMTUNE_CACHE=FOLDER")]
-    for name, entry in packaged.PACKAGED.items():
+    for name, entry in PACKAGED.items():
         version = package_versions([entry.distribution])[entry.distribution]
         found = f"{entry.distribution} {version}" if version else "not installed; recipes that name it need it"
         checks.append(
@@ -195,15 +176,15 @@ def _check_network(offline: Sequence[str]) -> Check:
     return Check("network", "good", f"{found}; proxy from {proxy}" if proxy else found)
 
 
-def _facts(torch: ModuleType | None, device: ModuleType | None) -> Json:
+def _facts() -> Json:
     """The same in numbers, for programs."""
-    memory = psutil.virtual_memory()
+    device = likely_device()
     return {
         "packages": package_versions(PACKAGES),
-        "device": None if device is None else device.pick_device(),
-        "cuda_devices": 0 if torch is None else torch.cuda.device_count(),
-        "memory_bytes": memory.total,
-        "memory_limit_bytes": _memory_limit(device),
+        "device": device,
+        "cuda_devices": len(list_cards()) if device == "cuda" else 0,
+        "memory_bytes": psutil.virtual_memory().total,
+        "memory_limit_bytes": memory_limit(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "cores": count_cores(),
     }

@@ -8,7 +8,7 @@ import typer
 
 from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.cli.run import refuse_both
+from llmtune.cli.run import print_dry_run, refuse_both
 from llmtune.launch.python_api import run_recipe
 
 app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
@@ -52,3 +52,5 @@ def local(
     )
     if as_json:
         print_json(result)
+    elif dry_run:
+        print_dry_run(result)

@@ -10,7 +10,9 @@ import typer
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, the name of a recipe that was run, or latest.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The run folder (default: runs/<name>-<hash>).")]
 Sets = Annotated[
     list[str] | None,
@@ -25,3 +27,7 @@ DryRun = Annotated[
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Forbid any network access.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress; errors alone go to stderr.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="The model to start from, as --set model.name=NAME.")
+]

@@ -6,6 +6,7 @@ import functools
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 P = ParamSpec("P")
+RUN_PARAMETERS = {"run", "runs", "what"}
+"""Parameters of commands that name runs."""
 SHOWN_PROBLEMS = 30
 """More than the twenty bad rows that are named, with what is said before and after them."""
 
@@ -27,9 +30,9 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM arrived where no checkpoint can be written."""
 
 
-def stderr_console() -> Console:
+def stderr_console(*, quiet: bool = False) -> Console:
     """Return where people read."""
-    return make_console()
+    return make_console(quiet=quiet)
 
 
 def print_json(value: Any) -> None:
@@ -45,6 +48,8 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         signal.signal(signal.SIGTERM, _terminate)
         as_json = bool(kwargs.get("as_json"))
         try:
+            for name in RUN_PARAMETERS & kwargs.keys():
+                kwargs[name] = _resolve_runs(kwargs[name])
             command(*args, **kwargs)
         except LlmtuneError as error:
             _print_error(error, as_json)
@@ -52,10 +57,20 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as stop:
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             word = "terminated" if number == signal.SIGTERM else "interrupted"
-            stderr_console().print(f"{word}; finished steps are kept. To go on, run the same command again.")
+            kept = "; finished steps are kept. To go on, run the same command again." if "recipe" in kwargs else ""
+            stderr_console().print(f"{word}{kept}")
             raise typer.Exit(128 + number) from None
 
     return wrapper
+
+
+def _resolve_runs(value: Any) -> Any:
+    """Put folders in the place of names of runs; a Path must be one."""
+    from llmtune.store.run_listing import find_run, match_run
+
+    if isinstance(value, list):
+        return [type(one)(match_run(str(one)) or one) for one in value]
+    return find_run(value) if isinstance(value, Path) else str(match_run(value) or value)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
-from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
+from llmtune.errors import RecipeError
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
-COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends.[/]"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.serve.chat_session import ChatSession
+
+COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
+YOU = "\001\033[1;32m\002you\001\033[0m\002 "
+"""The prompt, with what has no width marked for readline."""
+STDIN = "-"
 System = Annotated[str | None, typer.Option("--system", help="A system message before everything else (chat).")]
 Base = Annotated[bool, typer.Option("--base", help="Use the base model without the adapter.")]
 
@@ -21,14 +30,22 @@ Base = Annotated[bool, typer.Option("--base", help="Use the base model without t
 @handled
 def generate(
     run: RunArgument,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="A message, a question, or the text to go on from or to work on.")
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="A message, a question, or the text to work on; - is standard input."),
     ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The same as TEXT.")] = None,
     context: Annotated[str | None, typer.Option("--context", help="The text that holds the answer (qa).")] = None,
     pair: Annotated[str | None, typer.Option("--pair", help="The second text of a pair (classify).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording: wav, flac, mp3, ogg (speech).")] = None,
     answer: Annotated[str | None, typer.Option("--answer", help="The answer to score (preference, reward).")] = None,
     system: System = None,
+    rows: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file (CSV, JSON lines, ...).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="JSON lines, a row each (default: standard output).")
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Overrules the recipe's generation section.")
     ] = None,
@@ -37,20 +54,74 @@ def generate(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer once with the tuned model of a run: each task is given what it asks for."""
-    prepare_environment(network=False, threads=threads)
-    with gc_paused():
-        from llmtune.serve.generate import answer_once
+    """Answer with the tuned model of a run: each task is given what it asks for, or a file with many rows."""
+    from llmtune.store.run_folder import read_run
 
-    given = {"prompt": prompt, "context": context, "pair": pair, "answer": answer, "system": system}
+    read_run(run).require_trained()
+    console = stderr_console()
+    given = {"context": context, "pair": pair, "answer": answer, "system": system}
     given["audio"] = None if audio is None else str(audio)
-    with stderr_console().status("answering"):
-        said = answer_once(run, given, stderr_console(), base=base, max_new_tokens=max_new_tokens, offline=offline)
+    if rows is not None:
+        stated = [text, prompt, *given.values()]
+        _answer_file(
+            run, rows, output, any(stated), threads=threads, base=base, offline=offline, longest=max_new_tokens
+        )
+        return
+    if output is not None:
+        raise RecipeError.of("--output goes with --input", "--output", "Redirect standard output: > FILE.")
+    given["prompt"] = _prompt(text, prompt, needed=audio is None)
+    prepare_environment(network=False, threads=threads)
+    with console.status("loading the model"), gc_paused():
+        from llmtune.serve.generate import answer_once, stream_answer
+
     if as_json:
-        stated = {name: value for name, value in given.items() if value is not None}
-        print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
-    else:
-        typer.echo(said["text"])
+        with console.status("answering"):
+            said = answer_once(run, given, console, base=base, max_new_tokens=max_new_tokens, offline=offline)
+        stated_inputs = {name: value for name, value in given.items() if value is not None}
+        print_json({**stated_inputs, **said, "model": "base" if base else "tuned", "run": str(run)})
+        return
+    pieces = stream_answer(run, given, console, base=base, max_new_tokens=max_new_tokens, offline=offline)
+    with console.status("loading the model"):
+        first = next(pieces, "")
+    typer.echo(first, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo("")
+
+
+def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:
+    """Return what is asked: the argument, the option, or standard input where neither is there or `-` says so."""
+    if text is not None and prompt is not None:
+        raise RecipeError.of("the text is given twice, as an argument and with --prompt", "--prompt", "Omit one.")
+    stated = text if text is not None else prompt
+    if stated != STDIN and (stated is not None or not needed or sys.stdin.isatty()):
+        return stated
+    return sys.stdin.read().rstrip("\n") or None
+
+
+def _answer_file(
+    run: Path,
+    rows: Path,
+    output: Path | None,
+    also: bool,
+    *,
+    threads: int | None,
+    base: bool,
+    offline: bool,
+    longest: int | None,
+) -> None:
+    if also:
+        raise RecipeError.of("with --input the rows of the file are asked", "--input", "Omit the other texts.")
+    if not rows.is_file():
+        raise RecipeError.of("there is no such file", str(rows), "Check the path of --input.")
+    prepare_environment(network=False, threads=threads)
+    console = stderr_console()
+    with console.status("loading the model"), gc_paused():
+        from llmtune.serve.answer_file import answer_file
+
+    answered, bad = answer_file(run, rows, output, console, base=base, max_new_tokens=longest, offline=offline)
+    where = f" to {output}" if output else ""
+    console.print(f"{answered:,} rows answered{where}" + (f"; {bad:,} could not be read" if bad else ""))
 
 
 @handled
@@ -58,22 +129,32 @@ def chat(
     run: RunArgument, system: System = None, base: Base = False, threads: Threads = None, offline: Offline = False
 ) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
-    prepare_environment(network=False, threads=threads)
-    with gc_paused():
-        from llmtune.serve.generate import open_session
+    from llmtune.store.run_folder import read_run
 
+    read_run(run).require_trained()
+    prepare_environment(network=False, threads=threads)
     console = stderr_console()
     with console.status("loading the model"):
+        with gc_paused():
+            from llmtune.serve.generate import open_session
+
         session = open_session(run, console, base=base, offline=offline)
-    prompt = "[bold green]you[/] " if sys.stdin.isatty() else ""
+    prompt = YOU if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if prompt:
+        import readline  # noqa: F401 - makes the arrow keys of input() work: earlier lines, and moving in a line
+
         console.print(COMMANDS_OF_CHAT)
     while True:
         try:
-            line = console.input(prompt).strip()
+            line = input(prompt).strip()
         except EOFError:
             console.print()
             return
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) or not prompt:
+                raise
+            console.print(f"\n{COMMANDS_OF_CHAT}")
+            continue
         if line in {"/quit", "/exit"}:
             return
         if line == "/reset":
@@ -82,9 +163,20 @@ def chat(
         elif line.startswith("/"):
             console.print(COMMANDS_OF_CHAT)
         elif line:
-            for piece in session.answer(line, system=system, keep=True):
-                typer.echo(piece, nl=False)
-            typer.echo("")
+            _print_answer(session, line, system, console)
+
+
+def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> None:
+    """Print an answer as it comes; Ctrl-C stops it, and it is not remembered then."""
+    try:
+        for piece in session.answer(line, system=system, keep=True):
+            typer.echo(piece, nl=False)
+        typer.echo("")
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Terminated) or not sys.stdin.isatty():
+            raise
+        typer.echo("")
+        console.print("[dim]Stopped; this question is not remembered.[/]")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat}

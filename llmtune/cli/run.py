@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from llmtune.cli.options import AsJson, DryRun, Fresh, Lock, Offline, Out, RecipeArgument, Resume, Sets, Threads
+import typer
+
+from llmtune.cli.options import (
+    AsJson,
+    DryRun,
+    Fresh,
+    Lock,
+    ModelName,
+    Offline,
+    Out,
+    Quiet,
+    RecipeArgument,
+    Resume,
+    Sets,
+    Threads,
+)
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe
+from llmtune.records import Json
 
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -25,24 +42,27 @@ def _command(name: str) -> Callable[..., None]:
         recipe: RecipeArgument,
         out: Out = None,
         sets: Sets = None,
+        model: ModelName = None,
         resume: Resume = False,
         fresh: Fresh = False,
         lock: Lock = None,
         threads: Threads = None,
         dry_run: DryRun = False,
         offline: Offline = False,
+        quiet: Quiet = False,
         as_json: AsJson = False,
     ) -> None:
         refuse_both(resume, fresh)
-        console = stderr_console()
+        console = stderr_console(quiet=quiet)
+        sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
                 raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
-            result = evaluate_folder(Path(recipe), sets or [], threads=threads, offline=offline, console=console)
+            result = evaluate_folder(Path(recipe), sets, threads=threads, offline=offline, console=console)
         else:
             result = run_recipe(
                 recipe,
-                sets or [],
+                sets,
                 out=out,
                 until=name,
                 resume=resume,
@@ -55,9 +75,18 @@ def _command(name: str) -> Callable[..., None]:
             )
         if as_json:
             print_json(result)
+        elif dry_run:
+            print_dry_run(result)
 
     command.__doc__ = SUMMARIES[name]
     return handled(command)
+
+
+def print_dry_run(result: Json) -> None:
+    """Print on stdout which steps would run."""
+    for step, would_run in result["steps"].items():
+        typer.echo(f"{step}: {'would run' if would_run else 'unchanged, would be skipped'}")
+    typer.echo(f"good; the run folder is {result['folder']}")
 
 
 def refuse_both(resume: bool, fresh: bool) -> None:

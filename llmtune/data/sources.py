@@ -87,6 +87,12 @@ class Detected:
     """Columns and message keys of the first rows that are not used."""
 
 
+def local_input(path: Path) -> Input:
+    """Return a file that no recipe names, as it is read. Raises DataError for an ending that is not known."""
+    source = Source(path=str(path))
+    return Input(source, 0, None, written_path(str(path)), path, _container(path, source, "--input"))
+
+
 def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) -> list[Detected]:
     """Find the files of every source and look at their first rows; with `local_only`, not at the hub's.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.serve.finished_run import FinishedRun
+
+
+FILE_WIDTH = 160
+"""Columns where output goes to a file or a pipe: enough for every table."""
 
 
 def run(
@@ -145,4 +150,6 @@ def make_console(*, quiet: bool = False) -> Console:
 
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False, quiet=quiet)
+    terminal = sys.stderr.isatty()
+    width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH
+    return Console(stderr=True, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)

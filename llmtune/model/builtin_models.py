@@ -8,16 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
 from filelock import FileLock
 from rich.console import Console
-from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llmtune.errors import EnvironmentProblem, RecipeError, nearest
-from llmtune.model.model_files import share_file
-from llmtune.model.processor import save_tokenizer
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.store.atomic_files import find_cache, hash_file, staged
 
@@ -122,6 +116,14 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Weights become bfloat16, the format of the original checkpoint: its rounding (2^-9 of a weight) is far below that
     of the 4-bit blocks they come from (2^-4 of a block's range), and every processor starts from the same numbers.
     """
+    import torch  # here and below: what is installed can be looked up without these
+    import transformers
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from llmtune.model.model_files import share_file
+    from llmtune.model.processor import save_tokenizer
+
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
@@ -146,6 +148,8 @@ def convert_folder(file: Path, folder: Path) -> None:
 
     A model for sentence vectors has a tokenizer that by itself cuts and pads every text to one length: no longer.
     """
+    from tokenizers import Tokenizer
+
     shutil.copyfile(file, folder / "model.safetensors")
     for name in ("config.json", "tokenizer_config.json"):
         shutil.copyfile(file.with_name(name), folder / name)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
-import psutil
 import torch
 
 from llmtune.errors import RecipeError
-
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from llmtune.store.machine import memory_limit as process_memory_limit
 
 
 def pick_device() -> str:
@@ -65,16 +61,7 @@ def memory_limit(device: str) -> int | None:
     """
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    limits = [psutil.virtual_memory().total]
-    for file in _CGROUP_LIMITS:
-        try:
-            limits.append(int(file.read_text()))
-        except (OSError, ValueError):  # absent, or the word "max"
-            continue
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space)
-    return min(limits)
+    return process_memory_limit()
 
 
 def format_bytes(size: int) -> str:

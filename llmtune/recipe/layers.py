@@ -11,6 +11,15 @@ from llmtune.recipe.source_map import SET
 from llmtune.recipe.yaml_reader import MAX_DEPTH, Node, label, parse_yaml, read_text
 
 MAX_EXTENDS = 8
+INSTEAD = {
+    "train.max_steps": "train.num_train_epochs",
+    "train.num_train_epochs": "train.max_steps",
+    "train.batch_tokens": "train.batch_size",
+    "train.batch_size": "train.batch_tokens",
+    "model.name": "model.candidates",
+    "model.candidates": "model.name",
+}
+"""A key that is set from outside -> the key of the file in whose place it then stands."""
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 
@@ -61,9 +70,13 @@ def merge(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:
 def apply_sets(root: Node, sets: Sequence[str]) -> Node:
     """Lay every `KEY=VALUE` over the recipe, the last one on top. Raises RecipeError with all that are wrong."""
     problems: list[Problem] = []
+    keys = {text.partition("=")[0].strip() for text in sets}
     for text in sets:
         try:
             parts, value = split_set(text)
+            other = INSTEAD.get(".".join(parts))
+            if other is not None and other not in keys and value.value is not None:
+                root = without(root, other.split("."))
             root = assign(root, parts, value)
         except RecipeError as error:
             problems.extend(error.problems)

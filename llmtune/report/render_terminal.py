@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
 
 LONGEST_NAME = 32
-"""Names of rows up to this length stay on one line, and the numbers beside them are wrapped where there is no room."""
+"""Names of rows up to this length stay on one line where there is room for the numbers beside them, never broken."""
 STYLES = {"better": "green", "worse": "red"}
 
 
@@ -41,7 +41,7 @@ def print_blocks(blocks: Sequence[Block], console: Console) -> None:
     for block in blocks:
         match block:
             case Table():
-                console.print(make_table(block))
+                console.print(make_table(block, console.width))
             case Text() if block.style != "soft":
                 style = "yellow" if block.style == "note" else None
                 console.print(block.text.replace("`", ""), style=style, highlight=False, markup=False)
@@ -57,16 +57,18 @@ def print_blocks(blocks: Sequence[Block], console: Console) -> None:
                 print_blocks([*block.left, *block.right], console)
 
 
-def make_table(block: Table) -> RichTable:
+def make_table(block: Table, width: int) -> RichTable:
     """Return a table for rich; a row has the colour of the first of its cells that has one."""
     table = RichTable(title=escape(block.title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
+    longest = {number: max((len(row[number].text) for row in block.cells), default=0) for number in shown}
+    fits = sum(length + 2 for length in longest.values()) <= width
     for number in shown:
-        longest = max((len(row[number].text) for row in block.cells), default=0)
+        is_number = block.heads[number].kind == "number"
         table.add_column(
             escape(block.heads[number].heading),
-            justify="right" if block.heads[number].kind == "number" else "left",
-            no_wrap=number == 0 and longest <= LONGEST_NAME,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or (number == 0 and fits and longest[number] <= LONGEST_NAME),
             overflow="fold",
         )
     for row in block.cells:

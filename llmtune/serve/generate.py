@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -42,6 +42,25 @@ def answer_once(
     context, model_ref = open_finished(run, console, offline)
     check_request(context, model_ref, inputs, base=base, max_new_tokens=max_new_tokens)
     return answer(load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens), inputs)
+
+
+def stream_answer(
+    run: Path,
+    inputs: Mapping[str, str | None],
+    console: Console,
+    *,
+    base: bool = False,
+    max_new_tokens: int | None = None,
+    offline: bool = False,
+) -> Iterator[str]:
+    """Yield the text of `answer_once` in pieces as they come, where the task has free prompts; raises as it does."""
+    context, model_ref = open_finished(run, console, offline)
+    check_request(context, model_ref, inputs, base=base, max_new_tokens=max_new_tokens)
+    session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
+    if session.task.free_prompt:
+        yield from session.answer(str(inputs["prompt"]), system=inputs.get("system"))
+    else:
+        yield str(answer(session, inputs)["text"])
 
 
 def check_request(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from llmtune.data.collators import causal_collator
@@ -222,6 +224,14 @@ class DecoderTask(Task[RowT, str]):
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
         """Sum the cross entropy of the tokens that are learned."""
         return causal_loss(model, batch, by_row)
+
+
+def next_commands(run: Path, task: Task[Any, Any]) -> str:
+    """Return what a person types to use the model of a run, and to serve it."""
+    name = shlex.quote(str(run))
+    given = " ".join('"TEXT"' if one == "prompt" else f"--{one} {one.upper()}" for one in task.required_inputs)
+    talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
+    return " | ".join([*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"])
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:

@@ -207,3 +207,12 @@ def test_a_set_that_cannot_be_read_is_refused_by_name(write, text, words):
         load_recipe(write("seed: 4\ndeploy: []\n"), [text])
     assert words in str(caught.value)
     assert all((problem.where or "").startswith("--set") for problem in caught.value.problems)
+
+
+def test_a_key_that_is_set_from_outside_takes_the_place_of_the_one_that_it_excludes(write):
+    recipe = write("train: {num_train_epochs: 2, batch_size: 4}\n")
+    train = load_recipe(recipe, ["train.max_steps=5", "train.batch_tokens=100"]).recipe.train
+    assert (train.max_steps, train.batch_tokens) == (5, 100)
+    assert load_recipe("quickstart", ["model.candidates=[a/b, c/d]"]).recipe.model.name is None
+    with pytest.raises(RecipeError, match="has no effect beside"):
+        load_recipe(recipe, ["train.max_steps=5", "train.num_train_epochs=2"])

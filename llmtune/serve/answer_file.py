@@ -1,0 +1,151 @@
+"""Every row of a file answered by the model of a finished run: `llmtune generate RUN --input FILE --output FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from rich.progress import MofNCompleteColumn
+
+from llmtune.data.column_mapping import rename, used_columns, with_aliases
+from llmtune.data.ingest import show_progress
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.row_formats import COLUMNS
+from llmtune.data.sources import local_input
+from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import generate_texts
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.serve.generate import check_request, load_session
+from llmtune.session import open_finished
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.recipe import Recipe
+    from llmtune.serve.chat_session import ChatSession
+
+INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
+    "context": ("context",),
+    "pair": ("pair",),
+    "audio": ("audio", "file_name"),
+    "answer": ("completion", "answer", "output"),
+    "system": ("system",),
+}
+"""What a task is given -> the columns that may hold it, by our names."""
+AT_ONCE = 512
+"""Rows that are answered before their lines are written."""
+Inputs = dict[str, str | None]
+
+
+def answer_file(
+    run: Path,
+    rows: Path,
+    output: Path | None,
+    console: Console,
+    *,
+    base: bool,
+    max_new_tokens: int | None,
+    offline: bool,
+) -> tuple[int, int]:
+    """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
+
+    Columns are read as in training: by the recipe's mapping, and by their usual names. Returns how many rows were
+    answered, and how many could not be read; those have an `error` in place of the answer.
+
+    Raises:
+        RecipeError: the file lacks what the task asks for, or the model cannot be asked so.
+        DataError: the file cannot be read, or none of its rows.
+    """
+    raw = list(local_input(rows).raw_rows())
+    header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
+    if not header:
+        raise DataError.of("no row can be read", str(rows))
+    context, model_ref = open_finished(run, console, offline)
+    stated = context.recipe.data.train[0].columns
+    known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
+    columns = with_aliases(known, COLUMNS, header, context.recipe.task)
+    asked = _columns_of(context.task.inputs, [*columns, *header], str(rows))
+    request: Inputs = dict.fromkeys(asked, "text")
+    check_request(context, model_ref, request, base=base, max_new_tokens=max_new_tokens)
+    session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
+    answered = 0
+    with ExitStack() as stack:
+        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else sys.stdout
+        progress = stack.enter_context(show_progress(console, MofNCompleteColumn()))
+        bar = progress.add_task("rows", total=len(raw))
+        for first in range(0, len(raw), AT_ONCE):
+            batch = raw[first : first + AT_ONCE]
+            given = [
+                row if isinstance(row, RowError) else _inputs(row, columns, asked, rows.parent) for _, row in batch
+            ]
+            answers = _answer(session, [one for one in given if _is_inputs(one)])
+            for (origin, row), one in zip(batch, given, strict=True):
+                line = {} if isinstance(row, RowError) else dict(row)
+                line |= next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
+                answered += "answer" in line
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            progress.advance(bar, len(batch))
+    return answered, len(raw) - answered
+
+
+def _is_inputs(one: Inputs | RowError) -> TypeGuard[Inputs]:
+    return not isinstance(one, RowError)
+
+
+def _columns_of(inputs: Mapping[str, bool], names: Sequence[str], where: str) -> dict[str, str]:
+    """Return the column of each input that the file has; raises RecipeError for one that is needed and missing."""
+    found = {name: next((one for one in INPUT_COLUMNS[name] if one in names), None) for name in inputs}
+    for name, required in inputs.items():
+        if required and found[name] is None:
+            what = f"no column holds the {name}; found {', '.join(names)}"
+            raise RecipeError.of(what, where, f"Name it one of: {', '.join(INPUT_COLUMNS[name])}.")
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def _inputs(
+    row: Mapping[str, object], columns: Mapping[str, str], asked: Mapping[str, str], folder: Path
+) -> Inputs | RowError:
+    try:
+        named = rename(row, columns)
+        inputs: Inputs = {
+            name: str(value) for name, column in asked.items() if (value := named.get(column)) is not None
+        }
+        if "audio" in inputs:
+            inputs["audio"] = str(folder / str(inputs["audio"]))
+        empty = [
+            name for name in ("prompt", "context", "audio") if name in asked and not (inputs.get(name) or "").strip()
+        ]
+    except RowError as error:
+        return error
+    return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
+
+
+def _answer(session: ChatSession, given: Sequence[Inputs]) -> Iterator[dict[str, object]]:
+    """Yield the answer of each, computed in batches."""
+    task, recipe, device = session.task, session.recipe, str(session.model.device)
+    rows = [task.make_row(inputs) for inputs in given]
+    if not task.predicts:
+        prompts = [task.prompt_ids(row, session.processor, recipe) for row in rows]
+        for text in generate_texts(session.model, prompts, session.processor, recipe, device=device):
+            yield {"answer": text}
+        return
+    dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
+    with torch.inference_mode(), compute_context(dtype, device):
+        predictions = task.predict(rows, LoadedModel(session.model, session.processor, recipe, device))
+    for prediction in predictions:
+        yield {"answer": task.format_prediction(prediction), **_scores(prediction, recipe)}
+
+
+def _scores(prediction: object, recipe: Recipe) -> dict[str, object]:
+    """Return the scores of a classifier by the names of its classes."""
+    labels = recipe.classify.labels if recipe.classify else None
+    if not labels or not isinstance(prediction, dict) or len(prediction.get("scores", ())) != len(labels):
+        return {}
+    return {"scores": dict(zip(labels, prediction["scores"], strict=True))}

@@ -1,0 +1,84 @@
+"""What this machine is, seen without torch: its processor, its cards, and how much memory a process may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_tile"}
+BFLOAT16_CAPABILITY = 8.0
+"""Of an NVIDIA card: Ampere and later."""
+QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card, as its driver lists it."""
+
+    name: str
+    memory_bytes: int
+    capability: float
+
+
+def list_cards() -> list[Card]:
+    """List the NVIDIA cards that this process may use; none where there is no driver, or it does not answer."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or shutil.which(QUERY[0]) is None:
+        return []
+    try:
+        done = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=10)  # noqa: S603 - fixed words
+        rows = [line.rsplit(",", 2) for line in done.stdout.splitlines() if line.strip()]
+        return [Card(name.strip(), int(memory) * 2**20, float(capability)) for name, memory, capability in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def torch_cuda() -> str | None:
+    """Return the CUDA version that the installed torch was built for; None for a CPU build, or without torch."""
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    found = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file and file.is_file() else None
+    return found[1] if found else None
+
+
+def likely_device() -> str:
+    """Return the device that a run would most likely use: cuda, mps or cpu."""
+    if torch_cuda() and list_cards():
+        return "cuda"
+    return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
+    if device == "cuda":
+        return all(card.capability >= BFLOAT16_CAPABILITY for card in list_cards())
+    if device != "cpu" or not CPUINFO.is_file():
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    return bool(flags and BFLOAT16_FLAGS & set(flags[1].split()))
+
+
+def memory_limit() -> int:
+    """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
+    limits = [psutil.virtual_memory().total]
+    for file in _CGROUP_LIMITS:
+        try:
+            limits.append(int(file.read_text()))
+        except (OSError, ValueError):  # absent, or the word "max"
+            continue
+    if os.name == "posix":
+        import resource
+
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
+            limits.append(address_space)
+    return min(limits)

@@ -1,0 +1,77 @@
+"""The runs below the working folder: listed, or one found by its folder, by its recipe's name, or as the latest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.store.atomic_files import read_json
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_run
+
+RUNS = Path("runs")
+LATEST = "latest"
+HASH = re.compile(r"-[0-9a-f]{8}$")
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """One run, as a person knows it."""
+
+    folder: Path
+    name: str
+    """The name of its recipe."""
+    task: str
+    started: float
+    """When its last step began, in seconds since 1970."""
+    step: str
+    """The last step, with what became of it unless it is done."""
+    trained: bool
+    verdict: str | None
+
+
+def list_runs() -> list[ListedRun]:
+    """List the runs in `runs/`, the latest first."""
+    found = [_look(path.parent) for path in RUNS.glob(f"*/{MANIFEST}")]
+    return sorted((run for run in found if run), key=lambda run: run.started, reverse=True)
+
+
+def _look(path: Path) -> ListedRun | None:
+    manifest = read_json(path / MANIFEST)
+    recipe = path / "recipe.yaml"
+    if manifest is None or not manifest["steps"] or not recipe.is_file():
+        return None
+    task = re.search(r"^task: (\S+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    name, last = max(manifest["steps"].items(), key=lambda item: item[1]["started"])
+    step = name if last["state"] == "done" else f"{name} ({last['state']})"
+    report = read_json(path / "report.json") or {}
+    verdict = (report.get("verdict") or {}).get("word")
+    trained = RunFolder(path, manifest).is_done("train")
+    return ListedRun(path, HASH.sub("", path.name), task[1] if task else "", last["started"], step, trained, verdict)
+
+
+def match_run(name: str) -> Path | None:
+    """Return the folder of a run, by its folder, by the name of its recipe or as `latest`; None where there is none."""
+    if (Path(name) / MANIFEST).exists():
+        return Path(name)
+    runs = list_runs()
+    named = [run for run in runs if name in (LATEST, run.name, run.folder.name)]
+    return next((run.folder for run in sorted(named, key=lambda run: not run.trained)), None)
+
+
+def find_run(name: Path) -> Path:
+    """Return the folder of a run, as `match_run` does.
+
+    Raises:
+        RecipeError: there is none, or it is not a run.
+    """
+    found = match_run(str(name))
+    if found is None:
+        if not name.exists():
+            runs = [known for run in list_runs() for known in (run.name, str(run.folder))]
+            fix = "Name a run folder, a recipe that was run here, or `latest`; `llmtune runs` lists them."
+            fix += nearest(str(name), runs)
+            raise RecipeError.of("no such run folder", str(name), fix)
+        found = name
+    return read_run(found).path

@@ -1,0 +1,108 @@
+"""What people type by habit works, or is answered with what to type."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.finished import finish_run
+from support.runs import llmtune
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+from llmtune.report.blocks import Column, Table
+from llmtune.report.render_terminal import print_blocks
+
+QUESTION = "What comes after 5 and before 7?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A working folder with one finished run."""
+    place = tmp_path_factory.mktemp("habits")
+    finish_run(place, tiny_llama, generation={"max_new_tokens": 4}, train={"num_train_epochs": 12})
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def invoke(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def test_a_text_is_an_argument_an_option_or_standard_input_and_a_run_is_found_by_name() -> None:
+    said = invoke("generate", "runs/tiny", "--prompt", QUESTION).stdout
+    assert said.strip()
+    assert invoke("generate", "tiny", QUESTION).stdout == said
+    assert invoke("generate", "latest", "-", stdin=f"{QUESTION}\n").stdout == said
+    assert invoke("generate", "latest", stdin=QUESTION).stdout == said
+    assert invoke("generate", "latest", QUESTION, "--prompt", QUESTION).exit_code == 2
+
+
+def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
+    (folder / "asked.csv").write_text(f"id,question\n1,{QUESTION}\n2,\n3,What comes after 8 and before 10?\n")
+    done = invoke("generate", "latest", "--input", "asked.csv", "--output", "answered.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert "2 rows answered to answered.jsonl; 1 could not be read" in done.stderr
+    first, second, third = map(json.loads, (folder / "answered.jsonl").read_text().splitlines())
+    assert first == {
+        "id": "1",
+        "question": QUESTION,
+        "answer": invoke("generate", "latest", QUESTION).stdout.strip("\n"),
+    }
+    assert "answer" not in second
+    assert "asked.csv:3" in second["error"]
+    assert third["id"] == "3"
+    (folder / "odd.csv").write_text("id,remark\n1,nothing here\n")
+    done = invoke("generate", "latest", "--input", "odd.csv")
+    assert done.exit_code == 2
+    assert "no column holds the prompt; found id, remark" in done.stderr
+
+
+def test_runs_are_listed_with_their_verdicts() -> None:
+    (run,) = json.loads(invoke("runs", "--json").stdout)
+    assert (run["name"], run["task"], run["step"], run["trained"]) == ("tiny", "chat", "evaluate", True)
+    assert run["verdict"] in {"helped", "harmed", "mixed", "can't tell"}
+    assert "runs/tiny  chat" in invoke("runs").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [("serve", "llmtune deploy serve"), ("merge", "llmtune deploy merge"), ("predict", 'llmtune generate RUN "TEXT"')],
+)
+def test_names_of_other_tools_are_pointed_to_ours(command: str, instead: str) -> None:
+    done = invoke(command, "runs/tiny", "--port", "8000")
+    assert done.exit_code == 2
+    assert f"Use: {instead}" in done.stderr
+
+
+def test_help_and_version_are_words_too() -> None:
+    assert invoke("version").stdout == invoke("-V").stdout == invoke("--version").stdout
+    assert "--dry-run" in invoke("help", "run").stdout
+    assert "--install-completion" in invoke("--help").stdout
+
+
+def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothing(folder: Path) -> None:
+    done = llmtune("run", "tiny.yaml", "--out", "runs/tiny", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((folder / "runs/tiny/report.json").read_text())["verdict"]
+    assert f"{verdict['word']}: {verdict['reason']}" in done.stderr
+    assert "next: llmtune chat runs/tiny" in done.stderr
+    quiet = llmtune("run", "tiny.yaml", "--out", "runs/tiny", "--quiet", cwd=folder)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
+    heads = [Column("metric"), *(Column(name, kind="number") for name in ("base", "tuned", "difference", "interval"))]
+    numbers = ("0.1234", "0.9876", "+0.8642", "+0.8413 to +0.9524")
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_blocks([Table(heads, [["a_metric_with_a_long_name", *numbers]])], console)
+    shown = console.export_text()
+    assert all(number in shown for number in numbers)
