@@ -51,7 +51,7 @@ def compare(
         stated = {"--learning-rate": learning_rate, "--set": sets, "--resume": resume, "--fresh": fresh}
         result = _compare_runs(what, out, [name for name, value in stated.items() if value])
     else:
-        from llmtune.compare.method_comparison import MethodOptions, compare_methods, read_methods, read_rates
+        from llmtune.compare.compare_methods import MethodOptions, compare_methods, read_methods, read_rates
 
         if len(what) > 1:
             raise RecipeError.of(f"--methods goes with one recipe, and {len(what)} are named", "--methods")
@@ -75,7 +75,7 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) 
         raise RecipeError.of("a recipe is compared by methods", what[0], "Add --methods full,lora,qlora.")
     prepare_environment(network=False)
     with gc_paused():
-        from llmtune.compare.run_comparison import compare_runs
+        from llmtune.compare.compare_runs import compare_runs
 
     return compare_runs([Path(one) for one in what], out, stderr_console())
 

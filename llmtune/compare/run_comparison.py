@@ -1,70 +1,223 @@
-"""`llmtune compare RUN RUN...`: runs that exist, held against one another on the rows that all of them answered."""
+"""What is known of runs side by side: what each cost and scored, each pair row by row, and which of two is better."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
-from rich.console import Console
-from rich.markup import escape
+import numpy as np
 
-from llmtune.compare.compare_page import make_page
-from llmtune.compare.compare_plot import draw_comparison
-from llmtune.compare.comparison import Comparison, describe
-from llmtune.compare.run_pairs import check_alike
-from llmtune.compare.run_scores import open_runs
-from llmtune.errors import RecipeError
-from llmtune.records import Json
-from llmtune.report.redaction import redact_all
-from llmtune.report.render_html import write_page
-from llmtune.report.render_markdown import to_markdown
-from llmtune.report.render_terminal import print_page
-from llmtune.report.text_files import as_json, replace_file, to_json
-from llmtune.store.atomic_files import explained, hash_value
+from llmtune import __version__
+from llmtune.compare.opened_runs import OpenedRun, find_differing
+from llmtune.data.row_store import iterate_ids, load_rows
+from llmtune.errors import LlmtuneError
+from llmtune.evaluate.metric import Measure, compare, ratio
+from llmtune.evaluate.per_row_scores import reorder
+from llmtune.records import Difference, Evaluation, GateResult
+from llmtune.report.report_record import Verdict
+from llmtune.report.verdict import verdict
+from llmtune.session import trained_name
+
+WORDS = {"helped": "better", "harmed": "worse", "mixed": "mixed"}
+UNKNOWN = "can't tell"
+UNTRAINED = (
+    *("data.train", "data.validation", "data.test", "evaluate.", "generation.", "seed", "train.seeds", "model.name"),
+    *("train.logging_steps", "train.report_to", "train.save_total_limit"),
+)
+"""Keys that leave what is trained on the same rows as it is, but for chance."""
 
 
-def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> Json:
-    """Compare runs, write the comparison into `out` (default: `runs/compare-<hash>`) and return it as JSON.
+@dataclass(frozen=True)
+class RunSummary:
+    """What one run cost and what it scored, against its own base; None where that is not known."""
 
-    Raises:
-        RecipeError: fewer than two runs, one that is none or has no scores, other tasks or settings of measurement.
-        DataError: they were not measured on the same rows.
-        EnvironmentProblem: scores are damaged, or `out` cannot be written.
+    name: str
+    folder: str
+    method: str
+    model: str | None
+    seed: int
+    learning_rate: float
+    batch: int | None
+    steps: int | None
+    tokens: int | None
+    train_seconds: float | None
+    run_seconds: float | None
+    peak_bytes: int | None
+    trainable: int | None
+    parameters: int | None
+    share: float | None
+    disk_bytes: int | None
+    baseline: str | None
+    base: Mapping[str, float]
+    tuned: Mapping[str, float]
+    difference: Mapping[str, Difference]
+    verdict: Verdict
+    rate: str | None = None
+    """Where its learning rate comes from, if methods are compared."""
+    gates: Sequence[GateResult] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same rows: paired differences, second minus first."""
+
+    first: str
+    second: str
+    difference: Mapping[str, Difference]
+    left_out: Mapping[str, str]
+    """By metric, why it could not be compared."""
+    verdict: Verdict
+    """better, worse, mixed or can't tell: of the second run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key whose value differs, and its value in each run."""
+
+    key: str
+    values: Sequence[object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side."""
+
+    llmtune: str
+    task: str
+    rows: int
+    """Test rows."""
+    runs: Sequence[RunSummary]
+    pairs: Sequence[Pair]
+    settings: Sequence[Setting]
+    notes: Sequence[str]
+    kind: str
+    """runs, or methods of one recipe."""
+    name: str
+    folder: str = ""
+
+
+def make_comparison(runs: Sequence[OpenedRun], kind: str, name: str) -> Comparison:
+    """Return what is known of each run, of each pair, and of what differs between the recipes."""
+    first, *others = runs
+    keys = dict.fromkeys(key for one in others for key in find_differing(first, one))
+    return Comparison(
+        llmtune=__version__,
+        task=first.recipe.task,
+        rows=len(first.measures.rows),
+        runs=[summarize(run) for run in runs],
+        pairs=[compare_pair(*pair) for pair in combinations(runs, 2)],
+        settings=[Setting(key, [run.settings.get(key) for run in runs]) for key in keys],
+        notes=list(find_notes(runs)),
+        kind=kind,
+        name=name,
+    )
+
+
+def summarize(run: OpenedRun) -> RunSummary:
+    """Return what one run cost and what it scored."""
+    train, adapt, evaluation = run.folder.facts("train"), run.folder.facts("adapt"), run.evaluation
+    steps = run.folder.manifest["steps"]
+    weights = (run.folder.path / trained_name(run.recipe)).rglob("*")  # tokenizer and settings are the same for all
+    return RunSummary(
+        name=run.name,
+        folder=str(run.folder.path),
+        method=run.recipe.adapter.method,
+        model=run.folder.facts("select").get("name"),
+        seed=run.recipe.seed,
+        learning_rate=run.recipe.train.learning_rate,
+        batch=run.recipe.train.batch_tokens or run.recipe.train.batch_size,
+        steps=train.get("steps"),
+        tokens=train.get("tokens"),
+        train_seconds=train.get("wall_seconds"),
+        run_seconds=sum(step.get("seconds") or 0 for step in steps.values()),
+        peak_bytes=steps["train"].get("peak_bytes"),
+        trainable=adapt.get("trainable"),
+        parameters=adapt.get("total"),
+        share=adapt["trainable"] / adapt["total"] if adapt.get("total") else None,
+        disk_bytes=sum(path.stat().st_size for path in weights if path.suffix in {".safetensors", ".bin"}),
+        baseline=evaluation.baseline,
+        base=evaluation.base,
+        tuned=evaluation.tuned,
+        difference=evaluation.difference,
+        verdict=verdict(evaluation),
+    )
+
+
+def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
+    """Yield what a reader has to know to read the numbers rightly."""
+    trained = [run.folder.facts("train") for run in runs]
+    for run, train in zip(runs, trained, strict=True):
+        if train.get("resumed_from"):
+            yield f"{run.name} was resumed at step {train['resumed_from']}: its seconds are those since then."
+        if train.get("stopped_early"):
+            yield f"{run.name} stopped early: {train['stopped_early']}."
+    if len({train.get("steps") for train in trained}) > 1:
+        yield "The runs were not trained for the same number of steps."
+    if len({str(sorted(run.evaluation.base.items())) for run in runs}) > 1:
+        text = "The base scores differ: each run is held against the base that it was trained on, with qlora that is "
+        yield text + "the model in 4 bits. The pairs compare the tuned models themselves."
+
+
+def compare_pair(first: OpenedRun, second: OpenedRun) -> Pair:
+    """Return paired differences, second minus first, with the verdict and what had to be left out."""
+    difference: dict[str, Difference] = {}
+    left_out = {}
+    for metric in dict.fromkeys([*first.measures.tuned, *second.measures.tuned]):
+        having = [run for run in (first, second) if metric in run.measures.tuned]
+        if len(having) == 1:
+            left_out[metric] = f"measured in {having[0].name} alone"
+            continue
+        before, after = (join_rows(run, metric) for run in having)
+        if before.sums_NK.shape[1] != after.sums_NK.shape[1]:
+            left_out[metric] = "measured with other classes"
+        elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):
+            left_out[metric] = "counted in other units by row, such as tokens of another tokenizer"
+        else:
+            difference[metric] = compare(before, after, first.recipe.seed)
+    return Pair(first.name, second.name, difference, left_out, judge(first, second, difference))
+
+
+def join_rows(run: OpenedRun, metric: str) -> Measure:
+    """Return a metric with its rows in the order of what they are known by, the same for every run."""
+    names = run.row_names(metric)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return reorder(run.measures.tuned[metric], order, tuple(range(len(order))))
+
+
+def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:
+    """Return one word (better, worse, mixed, can't tell: of the second run) and the reason.
+
+    The same tuned model twice, and two trainings of one recipe on the same rows, cannot be better or worse, whatever
+    rounding, seed or the order of rows make of their scores.
     """
-    if len(paths) < 2:
-        fix = "Name two run folders or more; or a recipe with --methods full,lora,qlora."
-        raise RecipeError.of("one run alone cannot be compared", str(paths[0]) if paths else None, fix)
-    runs = open_runs(paths)
-    check_alike(runs)
-    comparison = describe(runs, "runs", " and ".join(run.name for run in runs))
-    target = out or Path("runs") / f"compare-{hash_value([str(path.absolute()) for path in paths])[:8]}"
-    return finish(comparison, target, console)
+    alike = base_identity(first) == base_identity(second)
+    trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
+    if alike and trained and trained == other:
+        return Verdict(UNKNOWN, "Both are one and the same model, byte for byte.")
+    found = verdict(Evaluation({}, second.evaluation.tuned, difference, (), (), 0))
+    word = WORDS.get(found.word, UNKNOWN)
+    alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
+    if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
+        return Verdict(word, found.reason)
+    reason = (
+        "These are two trainings of one recipe on the same rows, which differ in their seed or in the order of rows"
+    )
+    moved = "" if word == UNKNOWN else f" Between these two: {found.reason[0].lower()}{found.reason[1:]}"
+    return Verdict(UNKNOWN, f"{reason}: what lies between them is the chance of training.{moved}")
 
 
-def finish(comparison: Comparison, out: Path, console: Console) -> Json:
-    """Print a comparison, write its files and return it as JSON, with the folder that they are in."""
-    comparison = redact_all(replace(comparison, folder=str(out)))
-    print_page(make_page(comparison), console)
-    with explained(out):
-        write_comparison(comparison, out)
-    console.print(f"comparison: {escape(str(out / 'compare.html'))}")
-    return comparison_json(comparison)
+def base_identity(run: OpenedRun) -> tuple[object, ...]:
+    """Return the hash of the base model, and how it is loaded: equal for the same weights below an adapter."""
+    adapter = run.recipe.adapter
+    form = (adapter.method, adapter.bnb_4bit_quant_type, adapter.bnb_4bit_use_double_quant)
+    return (run.folder.facts("select")["sha256"], run.recipe.model.dtype, *form)
 
 
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write compare.json, .md, .html, .svg and .png into `folder`."""
-    page = make_page(comparison)
-    write_page(folder / "compare.html", page)
-    replace_file(folder / "compare.md", to_markdown(page))
-    replace_file(folder / "compare.json", to_json(comparison_json(comparison)))
-    draw_comparison(folder / "compare", comparison.runs)
-
-
-def comparison_json(comparison: Comparison) -> Json:
-    """Return what compare.json holds; only where methods are compared runs have rates and gates."""
-    values: Json = as_json(comparison)
-    for run in values["runs"]:
-        for key in [key for key in ("rate", "gates") if run[key] is None]:
-            del run[key]
-    return values
+def learned_rows(run: OpenedRun) -> list[str] | None:
+    """Return what was learned from and chosen by, as sorted hashes of rows; None where the rows are gone."""
+    try:
+        rows = load_rows(run.folder.path / "data" / "rows")
+        return sorted(f"{side} {row}" for side in ("train", "validation") for row in iterate_ids(rows, side))
+    except (LlmtuneError, OSError):
+        return None

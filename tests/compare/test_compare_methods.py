@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from support.runs import llmtune, write_recipe
 
-from llmtune.compare.method_comparison import (
+from llmtune.compare.compare_methods import (
     MethodOptions,
+    TrialBug,
     check_folder,
     default_out,
+    explain,
     plan_trials,
     read_methods,
     read_rates,
 )
-from llmtune.compare.method_subprocess import TrialBug, explain
 from llmtune.errors import EnvironmentProblem, RecipeError, Stopped, TrainingError
 from llmtune.store.atomic_files import read_json
 

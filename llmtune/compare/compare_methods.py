@@ -1,18 +1,32 @@
-"""`llmtune compare RECIPE --methods full,lora,qlora`: one recipe trained with each, on the same rows and budget."""
+"""`llmtune compare RECIPE --methods full,lora,qlora`: one recipe trained with each, on the same rows and budget.
+
+Each method runs in a process of its own. As a program (`python -m llmtune.compare.compare_methods run ...`) this module
+is llmtune itself, but stops when its parent is gone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.method_subprocess import run_trial
-from llmtune.errors import Problem, RecipeError, nearest
+from llmtune import errors
+from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError, Stopped, nearest
 from llmtune.recipe import LoadedRecipe, load_recipe
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
 from llmtune.records import GateResult, Json
@@ -20,12 +34,15 @@ from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
 
-if TYPE_CHECKING:
-    from llmtune.compare.run_scores import OpenedRun
-
 METHODS = ("full", "lora", "qlora")
 TENTH = 10
 """How much faster an adapter learns than all weights (`train.learning_rate` in the recipe reference)."""
+PARENT = "LLMTUNE_TRIAL_PARENT"
+"""Environment variable: the process that a trial must not outlive."""
+SECONDS = 0.5
+KINDS = {
+    kind.exit_code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LlmtuneError)
+}
 FILES = ("compare.json", "compare.md", "compare.html", "compare.svg", "compare.png")
 
 
@@ -59,19 +76,15 @@ def read_methods(text: str) -> tuple[str, ...]:
     """Read `full,lora,qlora`. Raises RecipeError for an unknown method, one that is named twice, or one alone."""
     methods = tuple(name.strip() for name in text.split(",") if name.strip())
     problems = [
-        Problem(
-            f"unknown method '{name}'", "--methods", f"{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.".strip()
-        )
+        (f"unknown method '{name}'", f"{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.".strip())
         for name in methods
         if name not in METHODS
     ]
     if len(set(methods)) < len(methods):
-        problems.append(Problem("a method is named twice", "--methods", "Name each once."))
+        problems.append(("a method is named twice", "Name each once."))
     if len(set(methods)) < 2:
-        problems.append(
-            Problem("one method alone cannot be compared", "--methods", "Name two or more, e.g. full,lora,qlora.")
-        )
-    RecipeError.collect(problems)
+        problems.append(("one method alone cannot be compared", "Name two or more, e.g. full,lora,qlora."))
+    RecipeError.collect(Problem(what, "--methods", fix) for what, fix in problems)
     return methods
 
 
@@ -80,16 +93,15 @@ def read_rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]
     rates, problems = {}, []
     for text in texts:
         method, _, value = text.partition("=")
+        fix = "Write METHOD=NUMBER, e.g. full=2e-5"
         if method.strip() not in methods:
-            fix = f"Write METHOD=NUMBER, e.g. full=2e-5; methods here: {', '.join(methods)}."
-            problems.append(Problem(f"{text!r} names no method that is compared", "--learning-rate", fix))
+            what, fix = f"{text!r} names no method that is compared", f"{fix}; methods here: {', '.join(methods)}"
+            problems.append(Problem(what, "--learning-rate", f"{fix}."))
             continue
         try:
             rates[method.strip()] = float(value)
         except ValueError:
-            problems.append(
-                Problem(f"{text!r} is no number", "--learning-rate", "Write METHOD=NUMBER, e.g. full=2e-5.")
-            )
+            problems.append(Problem(f"{text!r} is no number", "--learning-rate", f"{fix}."))
     RecipeError.collect(problems)
     return rates
 
@@ -190,33 +202,101 @@ def check_folder(out: Path) -> None:
 
 def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
     """Compare the runs that are there now; the libraries that this needs are loaded only here."""
-    from llmtune.compare.comparison import describe
-    from llmtune.compare.run_comparison import finish
-    from llmtune.compare.run_pairs import check_alike
-    from llmtune.compare.run_scores import open_runs
+    from llmtune.compare.compare_runs import finish
+    from llmtune.compare.opened_runs import check_alike, open_runs
+    from llmtune.compare.run_comparison import make_comparison
 
-    runs = open_runs([out / trial.method for trial in trials])
+    folders = [out / trial.method for trial in trials]
+    runs = open_runs(folders)
     check_alike(runs)
-    made = describe(runs, "methods", loaded.recipe.name)
+    made = make_comparison(runs, "methods", loaded.recipe.name)
+    reports = [json.loads((folder / "report.json").read_text("utf-8")) for folder in folders]
     summaries = [
-        replace(run, rate=trial.rate, gates=read_gates(out / trial.method))
-        for run, trial in zip(made.runs, trials, strict=True)
+        replace(run, rate=trial.rate, gates=[GateResult(**gate) for gate in report["gates"]])
+        for run, trial, report in zip(made.runs, trials, reports, strict=True)
     ]
-    return finish(replace(made, runs=summaries, notes=[*budget(runs, trials), *made.notes]), out, console)
-
-
-def read_gates(run: Path) -> list[GateResult]:
-    """Return what became of the gates of a run."""
-    return [GateResult(**gate) for gate in json.loads((run / "report.json").read_text("utf-8"))["gates"]]
-
-
-def budget(runs: Sequence[OpenedRun], trials: Sequence[Trial]) -> list[str]:
-    """Say what all had in common, and which learning rate each had."""
     first = runs[0]
-    train, batch = first.facts("train"), first.recipe.train
+    batch, steps = first.recipe.train, first.folder.facts("train").get("steps")
     unit = f"{batch.batch_tokens} tokens" if batch.batch_tokens else f"{batch.batch_size} rows"
-    kept = first.folder.manifest["steps"]["prepare"]["facts"]["kept"].get("train")
-    steps, seed = train.get("steps"), first.recipe.seed
-    same = f"All were trained on the same {kept:,} rows, for {steps} steps of {unit}, with seed {seed}."
+    kept = first.folder.facts("prepare")["kept"].get("train")
     rates = ", ".join(f"{trial.method} {trial.loaded.recipe.train.learning_rate:g} ({trial.rate})" for trial in trials)
-    return [same, f"Learning rates: {rates}.", "Each ran in a process of its own; peak memory is that of its training."]
+    notes = [
+        f"All were trained on the same {kept:,} rows, for {steps} steps of {unit}, with seed {first.recipe.seed}.",
+        f"Learning rates: {rates}.",
+        "Each ran in a process of its own; peak memory is that of its training.",
+    ]
+    return finish(replace(made, runs=summaries, notes=[*notes, *made.notes]), out, console)
+
+
+# One method, in a process of its own
+
+
+class TrialBug(RuntimeError):
+    """A trial failed in a way that no user can mend; its traceback stands above."""
+
+
+def run_trial(method: str, arguments: Sequence[str]) -> None:
+    """Run `llmtune` with `arguments` in a process of its own; its messages go to stderr as they come.
+
+    SIGINT and SIGTERM are handed on: the trial saves a checkpoint and stops.
+
+    Raises:
+        LlmtuneError: what the trial ended with, its method named. Failed gates are none of ours.
+        TrialBug: it ended with a traceback.
+    """
+    words = [sys.executable, "-m", "llmtune.compare.compare_methods", *arguments]
+    environment = {**os.environ, PARENT: str(os.getpid())}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        child = subprocess.Popen(  # noqa: S603
+            words, stdin=subprocess.DEVNULL, stdout=output, env=environment, process_group=0
+        )
+        with handed_on(child):
+            code = child.wait()
+        if code not in (0, GateFailed.exit_code):
+            raise explain(method, code, output)
+
+
+@contextmanager
+def handed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Hand signals on to the child inside the block, and wait for what it makes of them."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, hand_on) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(method: str, code: int, output: IO[str]) -> Exception:
+    """Turn how a trial ended into an error."""
+    again = "The same command again goes on from there."
+    if code < 0:
+        name = signal.Signals(-code).name
+        fix = f"Most often the system had too little memory. {again}" if -code == signal.SIGKILL else again
+        return EnvironmentProblem.of(f"the run was killed by {name}", method, fix)
+    if code > 128:
+        return Stopped(Problem("stopped; what was done is saved", method, again), signal_number=code - 128)
+    output.seek(0)
+    try:
+        problems = json.loads(output.read())["error"]["problems"]
+    except (ValueError, KeyError, TypeError):
+        return TrialBug(f"the run with method {method} ended with exit code {code}: see above")
+    kind = KINDS.get(code, LlmtuneError)
+    return kind(*(Problem(f"with method {method}: {one['what']}", one["where"], one["fix"]) for one in problems))
+
+
+def stop_with_parent() -> None:
+    """Ask this process to stop as soon as its parent is another one: what goes on alone would keep the run folder."""
+    while os.getppid() == int(os.environ[PARENT]):
+        time.sleep(SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    runpy.run_module("llmtune", run_name="__main__", alter_sys=True)

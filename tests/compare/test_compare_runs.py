@@ -6,14 +6,16 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.runs import llmtune
 
-from llmtune.compare.run_comparison import compare_runs
-from llmtune.compare.run_scores import name_runs
+from llmtune.compare.compare_runs import compare_runs, describe_costs, describe_pair, finish, shown_metrics
+from llmtune.compare.opened_runs import name_runs, open_runs
+from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, reorder, save_measures
@@ -171,9 +173,8 @@ def test_a_metric_of_one_run_alone_is_left_out_with_the_reason(compare, train, g
 
 def test_losses_by_token_of_other_tokenizers_are_left_out(compare, good, twin):
     def count_otherwise(found: PerRowScores) -> PerRowScores:
-        sums = found.tuned["loss"].sums_NK * np.array([1.0, 2.0])
-        loss = found.tuned["loss"].__class__(**{**vars(found.tuned["loss"]), "sums_NK": sums})
-        return PerRowScores(found.base, {**found.tuned, "loss": loss}, found.rows)
+        loss = replace(found.tuned["loss"], sums_NK=found.tuned["loss"].sums_NK * np.array([1.0, 2.0]))
+        return replace(found, tuned={**found.tuned, "loss": loss})
 
     change_measures(twin, count_otherwise)
     pair = only(compare(good, twin))
@@ -261,3 +262,51 @@ def test_the_command_prints_one_json_document_and_names_the_page(place, good, tr
     assert (place / made["folder"] / "compare.html").exists()
     assert made["folder"].startswith("runs/compare-")
     assert "compare.html" in done.stderr
+
+
+# The page and the picture
+
+
+@pytest.fixture
+def made(good, train):
+    """Two runs side by side, under a name that is no markup, and with figures of our own."""
+    shorter = train("shorter", "train.num_train_epochs=null", "train.max_steps=1")
+    comparison = make_comparison(open_runs([good, shorter]), "methods", "<b>tickets</b>")
+    figures = {"train_seconds": 100.0, "peak_bytes": 2_000_000_000, "rate": "the recipe's", "gates": ()}
+    first, second = (replace(run, folder="runs/" + SECRET, **figures) for run in comparison.runs)
+    runs = [first, replace(second, method="full", train_seconds=40.0)]
+    return replace(comparison, runs=runs, notes=["a | note"])
+
+
+SECRET = "hf_" + "s3cret" * 6
+
+
+def test_what_a_method_costs_is_told_beside_the_first(made):
+    assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
+    (told,) = describe_costs(made.runs)
+    assert told.startswith("Beside good, shorter takes 40 % of the training time, 100 % of the peak memory")
+
+
+def test_names_stay_text_secrets_are_taken_out_and_a_number_that_is_not_there_is_a_dash(made, tmp_path, console):
+    pair = replace(made.pairs[0], left_out={"loss": "other units"})
+    bare = replace(made.runs[1], train_seconds=None, peak_bytes=None, trainable=None, share=None, difference={})
+    made = replace(made, runs=[made.runs[0], bare], pairs=[pair])
+    finish(made, tmp_path, console)
+    assert shown_metrics(made.runs) == []
+    page, text = (tmp_path / "compare.html").read_text(), (tmp_path / "compare.md").read_text()
+    assert "<b>tickets" not in page
+    assert r"a \| note" in text
+    assert "## shorter minus good: worse" in text
+    assert "loss is left out: other units." in text
+    assert "| training | 1 min 40 s | – |" in text
+    assert json.loads((tmp_path / "compare.json").read_text())["runs"][0]["rate"] == "the recipe's"
+    for name in ("compare.html", "compare.md", "compare.json", "compare.svg"):
+        assert SECRET not in (tmp_path / name).read_text()
+
+
+def test_the_picture_is_the_same_bytes_again(made, tmp_path, console):
+    pictures = []
+    for name in ("a", "b"):
+        finish(made, tmp_path / name, console)
+        pictures.append([(tmp_path / name / f"compare.{kind}").read_bytes() for kind in ("svg", "png")])
+    assert pictures[0] == pictures[1]

@@ -1,0 +1,283 @@
+"""`llmtune compare RUN RUN...`: a comparison of runs, as a page, a picture and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune.compare.opened_runs import check_alike, open_runs
+from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
+from llmtune.errors import RecipeError
+from llmtune.records import Json
+from llmtune.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Column,
+    Compared,
+    Meter,
+    Page,
+    Rows,
+    Section,
+    Table,
+    Text,
+    difference_table,
+)
+from llmtune.report.metric_info import better_side, rank_metrics
+from llmtune.report.number_format import DASH, count, duration, missing, score, size
+from llmtune.report.redaction import redact_all
+from llmtune.report.render_html import write_page
+from llmtune.report.render_markdown import to_markdown
+from llmtune.report.render_terminal import print_page
+from llmtune.report.score_sections import full_note, passed_cell, words
+from llmtune.report.text_files import as_json, replace_file, to_json
+from llmtune.store.atomic_files import explained, hash_value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "train_seconds": ("training", duration),
+    "run_seconds": ("whole run", duration),
+    "peak_bytes": ("peak memory in training", size),
+    "trainable": ("trained parameters", count),
+    "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
+    "disk_bytes": ("weights on disk", size),
+}
+"""What a run costs, by its name in `compare.json`: its name for people, and how it is written."""
+RATIOS = {
+    "train_seconds": "training time",
+    "peak_bytes": "peak memory",
+    "trainable": "trained parameters",
+    "disk_bytes": "size on disk",
+}
+"""Costs that are told in parts of those of the first run."""
+WORDS = {
+    "better": "{second} is better than {first}.",
+    "worse": "{second} is worse than {first}.",
+    "mixed": "{second} is better than {first} here and worse there.",
+}
+UNKNOWN = "Between {first} and {second} one can’t tell."
+METHOD = (
+    "All differences are paired: both models answered the same rows, joined by their content, whatever their order. "
+    "The intervals are 95 %, from a bootstrap over rows; “better” and “worse” also ask that the change holds among all "
+    "metrics that were looked at.",
+    "The intervals are about other rows of this kind. Another seed may give other scores: `train.seeds` says how far "
+    "they lie apart.",
+    "Seconds and memory are of one training on one machine.",
+)
+LONGEST = 60
+COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
+PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
+"""Width of a panel and height of a run in inches."""
+MOST_SCORES = 2
+"""Panels of scores: the metrics that say most."""
+ROOM = 1.75
+"""Of the longest bar: the width of a panel, for the number behind the bar."""
+SETTINGS: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.bottom": False,
+    "ytick.left": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comparison",
+    "text.parse_math": False,
+}
+
+
+def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> Json:
+    """Compare runs, write the comparison into `out` (default: `runs/compare-<hash>`) and return it as JSON.
+
+    Raises:
+        RecipeError: fewer than two runs, one that is none or has no scores, other tasks or settings of measurement.
+        DataError: they were not measured on the same rows.
+        EnvironmentProblem: scores are damaged, or `out` cannot be written.
+    """
+    if len(paths) < 2:
+        fix = "Name two run folders or more; or a recipe with --methods full,lora,qlora."
+        raise RecipeError.of("one run alone cannot be compared", str(paths[0]) if paths else None, fix)
+    runs = open_runs(paths)
+    check_alike(runs)
+    comparison = make_comparison(runs, "runs", " and ".join(run.name for run in runs))
+    target = out or Path("runs") / f"compare-{hash_value([str(path.absolute()) for path in paths])[:8]}"
+    return finish(comparison, target, console)
+
+
+def finish(comparison: Comparison, out: Path, console: Console) -> Json:
+    """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON."""
+    comparison = redact_all(replace(comparison, folder=str(out)))
+    page = make_page(comparison)
+    content: Json = as_json(comparison)
+    for run in content["runs"]:  # only where methods are compared runs have rates and gates
+        for key in [key for key in ("rate", "gates") if run[key] is None]:
+            del run[key]
+    print_page(page, console)
+    with explained(out):
+        write_page(out / "compare.html", page)
+        replace_file(out / "compare.md", to_markdown(page))
+        replace_file(out / "compare.json", to_json(content))
+        draw_comparison(out / "compare", comparison.runs)
+    console.print(f"comparison: {escape(str(out / 'compare.html'))}")
+    return content
+
+
+# The page
+
+
+def make_page(made: Comparison) -> Page:
+    """Return the page of a comparison."""
+    runs = made.runs
+    metrics = rank_metrics(dict.fromkeys(name for run in runs for name in run.tuned))
+    models = ", ".join(dict.fromkeys(run.model for run in runs if run.model))
+    chips = [("task", made.task), ("model", models), ("test rows", count(made.rows))]
+    sentences = [*map(describe_pair, made.pairs), *describe_costs(runs)]
+    names = [run.name for run in runs]
+    gates: Rows = [
+        [run.name, Cell(gate.name, code=True), gate.got, passed_cell(gate)] for run in runs for gate in run.gates or ()
+    ]
+    settings: Rows = [[Cell(one.key, code=True), *map(shorten, one.values)] for one in made.settings]
+    folders = [f"{run.name}: `{run.folder}`" for run in runs]
+    sections = [
+        Section("Costs", [cost_table(runs)]),
+        Section("Scores", [score_table(metric, made) for metric in metrics]),
+        *(pair_section(pair, metrics, made.task) for pair in made.pairs),
+        Section("Gates", [Table(["run", "gate", "got", "result"], gates)] if gates else []),
+        Section("What it says", [Bullets([*sentences, *made.notes])]),
+        Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
+        Section("Method and limits", [Bullets([*METHOD, *folders], soft=True)], anchor="method", brief=False),
+    ]
+    footer = f"Made by llmtune {made.llmtune}. `compare.html` is whole in itself and asks nothing of the network."
+    return Page(f"{made.name}, compared", sections, [chip for chip in chips if chip[1]], footer=footer)
+
+
+def cost_table(runs: Sequence[RunSummary]) -> Table:
+    """A row a cost, and a column a run with a bar beside that of the largest."""
+    rows: Rows = []
+    for name, (title, written) in COSTS.items():
+        values: list[float | None] = [getattr(run, name) for run in runs]
+        largest = max((value for value in values if value is not None), default=0) or 1
+        rows.append([title, *(Cell(written(value), picture=Meter((value or 0) / largest)) for value in values)])
+    return Table(["", *(Column(run.name, "number") for run in runs)], rows)
+
+
+def score_table(metric: str, made: Comparison) -> Table:
+    """Each run's score by one metric, and what it gained over its own base."""
+    rows = [
+        Compared(run.name, run.base.get(metric), run.tuned.get(metric), run.difference.get(metric), better_side(metric))
+        for run in made.runs
+    ]
+    note = full_note(metric, made.task)
+    title = f"{words([metric])}: {note}" if note else words([metric])
+    return difference_table(rows, title=title, heading="run", difference="gain over base")
+
+
+def pair_section(pair: Pair, metrics: Sequence[str], task: str) -> Section:
+    """Two runs: the verdict, and a row a metric."""
+    rows = [
+        Compared(metric, None, None, pair.difference[metric], better_side(metric), full_note(metric, task))
+        for metric in metrics
+        if metric in pair.difference
+    ]
+    blocks: list[Block] = [Text(pair.verdict.reason)]
+    blocks += [difference_table(rows, base=None)] if rows else []
+    blocks += [Text(f"{metric} is left out: {why}.") for metric, why in sorted(pair.left_out.items())]
+    return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
+
+
+def describe_pair(pair: Pair) -> str:
+    """Say which of two runs is better, in one line."""
+    text = WORDS.get(pair.verdict.word, UNKNOWN).format(first=pair.first, second=pair.second)
+    return f"{text} {pair.verdict.reason}"
+
+
+def describe_costs(runs: Sequence[RunSummary]) -> list[str]:
+    """Say what each run of another method than the first costs beside it, in parts of it."""
+    first, *others = runs
+    sentences = []
+    for run in (one for one in others if one.method != first.method):
+        pairs = [(title, getattr(run, name), getattr(first, name)) for name, title in RATIOS.items()]
+        parts = [f"{ratio_text(part / whole)} {title}" for title, part, whole in pairs if whole and not missing(part)]
+        if parts:
+            sentences.append(f"Beside {first.name}, {run.name} takes {', '.join(parts)}.")
+    return sentences
+
+
+def ratio_text(ratio: float) -> str:
+    """A part of a whole: times where it is more, percent where it is less."""
+    if ratio >= 1.95:
+        return f"{ratio:.1f} times the"
+    return f"{100 * ratio:.{2 if ratio < 0.01 else 1 if ratio < 0.1 else 0}f} % of the"
+
+
+def shorten(value: object) -> str:
+    """A value of a recipe, short enough for a table."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}…{text[-LONGEST // 2 :]}"
+
+
+# The picture
+
+
+def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
+    """Draw the comparison into `path` with .png and .svg."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    metrics = shown_metrics(runs)
+    panels = len(RATIOS) + len(metrics)
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(1.2 + PANEL_IN * panels, 0.9 + ROW_IN * len(runs)), layout="constrained")
+        first, *others = figure.subplots(1, panels, sharey=True)
+        for axes, name in zip([first, *others], [*RATIOS, *metrics], strict=True):
+            (draw_gains if name in metrics else draw_bars)(axes, runs, name)
+        first.set_yticks(range(len(runs)), [run.name for run in runs])
+        first.set_ylim(len(runs) - 0.45, -0.65)
+        figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+
+
+def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
+    """Return the metrics that say most and have a better side, of those that every run has with an interval."""
+    metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
+    known = [metric for metric in metrics if all(metric in run.difference for run in runs)]
+    return [metric for metric in known if not any(map(missing, ends_of(runs, metric)))][:MOST_SCORES]
+
+
+def ends_of(runs: Sequence[RunSummary], metric: str) -> list[float]:
+    """Return gains and ends of their intervals of all runs."""
+    changes = [run.difference[metric] for run in runs]
+    return [end for change in changes for end in (change.value, change.low, change.high)]
+
+
+def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:
+    """Draw one cost as a bar a run, with its number behind it."""
+    title, written = COSTS[name]
+    known = [getattr(run, name) for run in runs]
+    bars = axes.barh(range(len(runs)), [value or 0 for value in known], height=0.56, color=COLOURS)
+    axes.bar_label(bars, [written(value) for value in known], padding=3, fontsize=7.5)
+    axes.set(title=title.capitalize(), xticks=[], xlim=(0, ROOM * (max(value or 0 for value in known) or 1)))
+
+
+def draw_gains(axes: Axes, runs: Sequence[RunSummary], metric: str) -> None:
+    """Draw what each run gained over its base by one metric, with its 95 % interval; better is on the right."""
+    axes.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+    for at, run in enumerate(runs):
+        change, colour = run.difference[metric], COLOURS[at % len(COLOURS)]
+        axes.plot([change.low, change.high], [at, at], color=colour, linewidth=4, alpha=0.4, solid_capstyle="round")
+        axes.plot([change.value], [at], marker="o", markersize=5, color=colour)
+        scores = f"{score(run.base.get(metric))} → {score(run.tuned.get(metric))}"
+        axes.annotate(scores, (change.value, at), (0, 6), textcoords="offset points", ha="center", fontsize=6.5)
+    axes.margins(x=0.22)
+    axes.locator_params(axis="x", nbins=3)
+    axes.set(title=metric.replace("_", " "), xlabel="gain over the base, 95 % interval")
+    if better_side(metric) < 0:
+        axes.invert_xaxis()

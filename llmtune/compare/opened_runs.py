@@ -1,0 +1,164 @@
+"""Runs opened to be compared: recipe, scores and every row's part in them; and whether they were measured alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
+from llmtune.evaluate.results import load_evaluation
+from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.recipe.source_map import walk
+from llmtune.recipe.task_facts import PREDICTED
+from llmtune.records import Evaluation, Json
+from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
+
+DECIDES_NOTHING = ("name", "deploy", "evaluate.gates")
+"""Keys that change neither what is trained nor how it is measured."""
+ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by."
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """One run with its scores."""
+
+    name: str
+    folder: RunFolder
+    recipe: Recipe
+    evaluation: Evaluation
+    measures: PerRowScores
+
+    @cached_property
+    def settings(self) -> Json:
+        """Every value of the recipe by its dotted key, but for those that decide nothing here."""
+        return {key: value for key, value in walk(self.recipe) if key not in DECIDES_NOTHING}
+
+    def row_names(self, metric: str) -> list[str]:
+        """Return what the rows of a metric are known by."""
+        return [self.measures.rows[at] for at in self.measures.tuned[metric].at]
+
+
+def open_runs(paths: Sequence[Path]) -> list[OpenedRun]:
+    """Open runs for comparison, each under a name of its own.
+
+    Raises:
+        RecipeError: a folder is not a run, or the run has no scores yet.
+        EnvironmentProblem: its scores are damaged, or not what the run left.
+    """
+    opened, refused = [], []
+    for path, name in zip(paths, name_runs(paths), strict=True):
+        try:
+            opened.append(open_run_scores(path, name))
+        except LlmtuneError as error:
+            refused.append(error)
+    for kind in (RecipeError, DataError, EnvironmentProblem):
+        kind.collect(problem for error in refused if isinstance(error, kind) for problem in error.problems)
+    return opened
+
+
+def open_run_scores(path: Path, name: str) -> OpenedRun:
+    """Open one run; raises as `open_runs` does."""
+    run = read_run(path)
+    run.require_trained()
+    if not run.is_done("evaluate"):
+        raise RecipeError.of("this run has no scores yet", str(path), f"Score it first: llmtune evaluate {path}")
+    folder = path / "evaluation"
+    whole = run.is_valid("evaluate", run.manifest["steps"]["evaluate"]["inputs"])
+    evaluation = load_evaluation(folder) if whole else None
+    if evaluation is None:
+        what = "damaged: the scores are not what the run left there"
+        raise EnvironmentProblem.of(what, str(folder), f"Score it again: llmtune evaluate {path}")
+    if not evaluation.tuned:
+        fix = "Give data.test a share of the rows, and run it again."
+        raise RecipeError.of("nothing was measured in this run: it has no test rows", str(path), fix)
+    return OpenedRun(name, run, recipe_of_run(run).recipe, evaluation, load_measures(folder))
+
+
+def name_runs(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell them apart; a folder that is named twice is counted."""
+    whole = [path.absolute().parts for path in paths]
+    for size in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-size:]) for parts in whole]
+        if len(set(names)) == len(set(whole)):
+            break
+    seen = Counter[str]()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return names
+
+
+def check_alike(runs: Sequence[OpenedRun]) -> None:
+    """Refuse runs that were not measured on the same rows in the same way, with all that differs.
+
+    Raises:
+        RecipeError: other tasks, or other settings of measurement.
+        DataError: other test rows.
+    """
+    first, *others = runs
+    task = first.recipe.task
+    RecipeError.collect(
+        Problem(f"task {one.recipe.task}, and {first.name} has task {task}", one.name, "Compare like with like.")
+        for one in others
+        if one.recipe.task != task
+    )
+    rows = set(first.measures.rows)
+    DataError.collect(
+        Problem(describe_other_rows(rows, own, first.name, one.name), one.name, ROWS_FIX)
+        for one in others
+        if (own := set(one.measures.rows)) != rows
+    )
+    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    RecipeError.collect(
+        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
+    )
+
+
+def describe_other_rows(left: set[str], right: set[str], first: str, second: str) -> str:
+    """Return how many test rows either run has alone."""
+    alone = f"{len(left - right)} are in {first} alone, {len(right - left)} in {second} alone"
+    return f"not measured on the same rows: of {len(left | right)} test rows {len(left & right)} are in both, {alone}"
+
+
+def find_other_settings(first: OpenedRun, second: OpenedRun) -> Iterator[tuple[str, str]]:
+    """Yield what differs in how two runs were measured, and the keys that decide it where they are not in that."""
+    before, after, name = first.measures.tuned, second.measures.tuned, first.name
+    shared = [metric for metric in before if metric in after]
+    facts = TASK_FACTS[first.recipe.task]
+    keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
+    keys += ["generation."] if PREDICTED & set(shared) and facts.generates else []
+    if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
+        keys += ["data.max_length", "data.on_overlong"]
+    for key, (one, other) in find_differing(first, second).items():
+        if key.startswith(tuple(keys)):
+            yield f"measured with {key}: {other}, and {name} with {one}", ""
+    for metric in shared:
+        signatures = before[metric].signature, after[metric].signature
+        if signatures[0] != signatures[1]:
+            yield f"{metric} is '{signatures[1]}', and in {name} '{signatures[0]}'", ""
+        elif set(first.row_names(metric)) != set(second.row_names(metric)):
+            counts = f"{len(after[metric].at)} rows, and in {name} on {len(before[metric].at)}"
+            yield (
+                f"{metric} was measured on {counts}, which are not the same ones",
+                " (evaluate.limit, evaluate.choices)",
+            )
+        elif find_choices(first, metric) != find_choices(second, metric):
+            yield f"{metric} is among other choices than in {name}", " (evaluate.choices)"
+    if not shared:
+        yield f"no metric in common: {', '.join(after)}, and {name} has {', '.join(before)}", ""
+
+
+def find_choices(run: OpenedRun, metric: str) -> list[str]:
+    """Return the words that describe the answers which a metric chooses among, in any order."""
+    return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
+
+
+def find_differing(first: OpenedRun, second: OpenedRun) -> dict[str, tuple[object, object]]:
+    """Return the keys whose values differ between two recipes, with both values."""
+    keys = dict.fromkeys([*first.settings, *second.settings])
+    pairs = {key: (first.settings.get(key), second.settings.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
