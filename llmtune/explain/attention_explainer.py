@@ -5,50 +5,83 @@ Shapes: Q queries (rows), T keys (columns).
 
 from __future__ import annotations
 
+import base64
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 
 from llmtune.errors import RecipeError
-from llmtune.explain.attention_capture import CROSS, Kind, attend, shape_of
-from llmtune.explain.attention_figures import STEM, draw_figures
-from llmtune.explain.attention_graph import find_threshold
-from llmtune.explain.attention_page import attention_page
-from llmtune.explain.attention_summary import (
+from llmtune.explain.attention_capture import (
+    CROSS,
+    MASKED,
     MEAN,
     AttentionMaps,
-    Line,
+    Kind,
     Lines,
-    Mask,
     Matrix,
-    among_words,
-    most_telling_layer,
-    title_of,
+    attend,
+    shape_of,
+    strongest_pairs,
 )
-from llmtune.explain.attention_view import DIFFERENCE, AttentionOptions, AttentionView, Selection, Shape, select
-from llmtune.explain.decoder_target import decode_target
-from llmtune.explain.explanation import Explanation
-from llmtune.explain.inputs import AttentionRequest, ModelInputs, read_text
-from llmtune.explain.target import Target
-from llmtune.explain.token_text import label, name_tokens
-from llmtune.report.blocks import Block, Column, Section, Table, Text
+from llmtune.explain.attention_figures import STEM, draw_figures
+from llmtune.explain.attention_view import AXES, DIFFERENCE, AttentionOptions, AttentionView, Selection, Shape, select
+from llmtune.explain.explanation import Explanation, asset, write_explanation
+from llmtune.explain.figures import DIFFERENCE_COLOURS, WEIGHT_COLOURS
+from llmtune.explain.inputs import AttentionRequest, ModelInputs, decode_target, read_text
+from llmtune.explain.target import Family, Target
+from llmtune.explain.token_text import Line, label, name_tokens
+from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
 from llmtune.report.number_format import signed
-from llmtune.report.render_html import write_page
 from llmtune.store.atomic_files import explained
 
-KEPT_BYTES = 2**30
-"""Of the heads of all layers and models; where they are more, only those of the layer that is named are kept."""
+MOST_NUMBERS = 12_000_000
+"""Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
+FULL = 65535
+"""What 1 is written as in the page, in 16 bits: weights are right to 0.00001."""
 STRONGEST = 3
 """Pairs of words that are listed of each layer."""
 ISOLATE, POP = "\u2068", "\u2069"
 """Around words that may be written from right to left, so that they leave what is beside them in its place."""
+LEAD = (
+    "Each token of a text looks at others to find out what it means here. A row says where one token looks: its "
+    "numbers sum to 1, and brighter is stronger. Choose a layer and a head, and point at a cell to read it."
+)
+READING = (
+    "Special tokens, such as the start and the end of a text, are slanted. Models park attention that they have no use "
+    "for on them, or on the first token: it says little about the text.",
+    "A dot in front (·ing) says that a piece goes on with the word before it. ␣ is a space, ⏎ the end of a line.",
+    "Heads are the several ways in which one layer looks; each has its own queries and keys. The mean is over all "
+    "heads of a layer.",
+    "Rollout follows attention through all layers up to the one chosen, half of each step being the token itself: "
+    "how much of each input word has reached this position (Abnar and Zuidema, 2020).",
+    "Masked self-attention sees no later token, since that is what the model learns to predict.",
+    "Attention says where a model looks, not why it answers as it does.",
+)
+Pair = TypedDict("Pair", {"from": str, "to": str, "row": int, "column": int, "weight": float})
+"""A word, and one that it looks at."""
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The strongest pairs of words of a layer's mean, and where the rest goes."""
+
+    layer: int
+    strongest: list[Pair]
+    among_words: float
+    itself: float | None
+    """The share of each token's attention to itself; not of cross-attention, as the next one."""
+    first: float | None
+    mean_change: float | None
+    """Of a run, as the next one."""
+    changed_most: list[Pair]
 
 
 def explain_attention(
@@ -67,18 +100,13 @@ def explain_attention(
     if inputs.note:
         console.print(f"attention: {inputs.note}", markup=False)
     maps, lines, answer = capture(target, inputs, request, selection, shape, console)
-    shown, base = maps[target.models[-1]], maps[target.models[0]] if len(maps) > 1 else None
-    check_layer(selection, shown)
-    layers = {kind: _choose_layer(selection, shown, base, kind) for kind in selection.kinds}
-    view = AttentionView(target, maps, lines, selection, layers, {})
-    thresholds = {kind: _threshold(view, kind) if options.threshold is None else options.threshold for kind in layers}
-    view = AttentionView(target, maps, lines, selection, layers, thresholds)
-    summaries = {kind: [summarise(view, kind, number) for number in view.numbers(kind)] for kind in layers}
-    page = attention_page(view, [Section("Strongest between words", list(make_tables(view, summaries)))])
+    check_layer(selection, maps[target.models[-1]])
+    view = AttentionView(target, maps, lines, selection, options, shape)
+    summaries = {kind: [summarise(view, kind, number) for number in view.numbers(kind)] for kind in view.kinds}
     with console.status("drawing"), explained(out):
-        figures = draw_figures(view, options, out, console)
-        path = write_page(out / f"{STEM}.html", page)
-    return Explanation(to_json(view, summaries, answer), page, [path, *figures])
+        figures = draw_figures(view, out, console)
+        page = make_page(view, list(make_tables(view, summaries)))
+        return write_explanation(out / STEM, to_json(view, summaries, answer), page, figures)
 
 
 def capture(
@@ -92,118 +120,71 @@ def capture(
     """Run each model once on the same tokens; returns what was kept of each, the words, and what the decoder wrote."""
     maps: dict[str, AttentionMaps] = {}
     source = inputs.frames or Line.of(name_tokens(target.processor, inputs.ids))
-    lines, answer, tensors = _lines(source, None, request.words), None, inputs.text_tensors
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        for name in target.models:
-            bar = bars.add_task(f"attention: {name}", total=sum(layers for layers, _ in shape.values()))
-            with target.open_model(name) as model:
-                if inputs.pair is not None and answer is None:
-                    ids, answer = decode_target(model, inputs, target, request)
-                    tensors["decoder_input_ids"] = torch.tensor([ids])
-                    lines = _lines(source, Line.of(name_tokens(target.processor, ids)), request.words)
-                    if not inputs.pair.target:
-                        what = f"target: {answer!r}, the {name}'s own answer; --target gives another"
-                        console.print(what, markup=False)
-                keep = _keeper(shape, lines, len(target.models), selection)
-                maps[name] = AttentionMaps(lines, keep, lambda bar=bar: bars.advance(bar))  # type: ignore[misc]
-                attend(model, tensors, target.family, maps[name].add)
+    lines, answer, tensors = Lines(source), None, inputs.text_tensors
+    shown = track(target.models, "attention", console=console, transient=True, disable=not console.is_terminal)
+    for name in shown:
+        with target.open_model(name) as model:
+            if inputs.pair is not None and answer is None:
+                ids, answer = decode_target(model, inputs, target, request)
+                tensors["decoder_input_ids"] = torch.tensor([ids])
+                lines = Lines(source, Line.of(name_tokens(target.processor, ids)))
+                if not inputs.pair.target:
+                    console.print(f"target: {answer!r}, the {name}'s own answer; --target gives another", markup=False)
+            if request.words and not maps:
+                lines = Lines(lines.source.by_word(), lines.target and lines.target.by_word())
+            maps[name] = AttentionMaps(lines, find_keeper(shape, lines, len(target.models), selection))
+            attend(model, tensors, target.family, maps[name].add)
     return maps, lines, answer
 
 
-def _lines(source: Line, written: Line | None, words: bool) -> Lines:
-    return Lines(source.by_word(), written and written.by_word()) if words else Lines(source, written)
-
-
-def _keeper(shape: Shape, lines: Lines, models: int, selection: Selection) -> Callable[[Kind, int], bool]:
+def find_keeper(shape: Shape, lines: Lines, models: int, selection: Selection) -> Callable[[int], bool]:
     """Return whether a layer's heads are kept: all of them, or where that is too much those of the layer named.
 
     Raises RecipeError where heads are selected without a layer, and there is no room for all.
     """
-    numbers = sum(
-        layers * heads * len(lines.of(kind)[0]) * len(lines.of(kind)[1]) for kind, (layers, heads) in shape.items()
-    )
-    if 4 * models * numbers <= KEPT_BYTES:
-        return lambda kind, layer: True
+    numbers = models * sum(layers * heads * lines.count(kind) for kind, (layers, heads) in shape.items())
+    if numbers <= MOST_NUMBERS:
+        return lambda layer: True
     if selection.layer is None and (selection.heads or isinstance(selection.head, int)):
-        what = f"the heads of all layers are {4 * models * numbers / 2**30:.1f} GiB on this text: too many to keep"
+        what = f"the heads of all layers are {numbers / 1e6:.0f} million weights on this text: too many to keep"
         raise RecipeError.of(what, "--layer", "Name a layer, or give a shorter text.")
-    return lambda kind, layer: layer == selection.layer
+    return lambda layer: layer == selection.layer
 
 
 def check_layer(selection: Selection, maps: AttentionMaps) -> None:
     """Raise RecipeError for a layer that has no attention: in some models only every fourth layer has."""
     for kind in selection.kinds:
-        known = maps.layers.get(kind, {})
+        known = maps.weights.get(kind, {})
         if selection.layer is not None and selection.layer not in known:
             fix = f"Those that have: {', '.join(map(str, sorted(known)))}."
             raise RecipeError.of(f"layer {selection.layer} has no {kind} attention", "--layer", fix)
 
 
-def _choose_layer(selection: Selection, maps: AttentionMaps, base: AttentionMaps | None, kind: Kind) -> int:
-    if selection.layer is not None:
-        return selection.layer
-    words_QT = among_words(*maps.lines.of(kind), kind)
-    return most_telling_layer(maps.layers[kind], base.layers[kind] if base else None, words_QT)
-
-
-def _threshold(view: AttentionView, kind: Kind) -> float:
-    return find_threshold(view.drawn(view.target.models[-1], kind), among_words(*view.lines.of(kind), kind))
-
-
 # What each layer looks at
-
-
-Pair = TypedDict("Pair", {"from": str, "to": str, "row": int, "column": int, "weight": float})
-"""A word, and one that it looks at."""
-
-
-class LayerSummary(TypedDict, total=False):
-    """The strongest pairs of words of a layer's mean, and where the rest goes; of a run also what moved most."""
-
-    layer: int
-    strongest: list[Pair]
-    among_words: float
-    itself: float
-    """The share of each token's attention to itself; not of cross-attention, as the next one."""
-    first: float
-    changed_most: list[Pair]
-    mean_change: float
 
 
 def summarise(view: AttentionView, kind: Kind, number: int) -> LayerSummary:
     """Return what one layer looks at."""
-    rows, columns = view.lines.of(kind)
-    mean_QT = view.weights(view.target.models[-1], kind, number, MEAN)
+    mean_QT, words_QT = view.weights(view.target.models[-1], kind, number, MEAN), view.lines.among_words(kind)
     assert mean_QT is not None, "means are always kept"
-    words_QT = among_words(rows, columns, kind)
-    summary = LayerSummary(layer=number, strongest=_strongest(mean_QT, words_QT, rows, columns))
-    summary["among_words"] = round(float((mean_QT * words_QT).sum() / len(rows)), 4)
-    if kind != CROSS:
-        summary["itself"] = round(float(mean_QT.trace() / len(rows)), 4)
-        summary["first"] = round(float(mean_QT[:, 0].mean()), 4)
     change_QT = view.weights(DIFFERENCE, kind, number, MEAN) if DIFFERENCE in view.shown else None
-    if change_QT is not None:
-        summary["changed_most"] = _strongest(change_QT, words_QT, rows, columns)[:1]
-        summary["mean_change"] = round(float(np.abs(change_QT).sum() / 2 / len(rows)), 6)
-    return summary
+    same = kind != CROSS
+    return LayerSummary(
+        layer=number,
+        strongest=_list_pairs(view, kind, mean_QT, STRONGEST),
+        among_words=round(float((mean_QT * words_QT).sum() / len(mean_QT)), 4),
+        itself=round(float(mean_QT.trace() / len(mean_QT)), 4) if same else None,
+        first=round(float(mean_QT[:, 0].mean()), 4) if same else None,
+        mean_change=None if change_QT is None else round(float(np.abs(change_QT).sum() / 2 / len(change_QT)), 6),
+        changed_most=[] if change_QT is None else _list_pairs(view, kind, change_QT, 1),
+    )
 
 
-def _strongest(weights_QT: Matrix, words_QT: Mask, rows: Line, columns: Line) -> list[Pair]:
-    """Return the pairs of words with the largest weights in size."""
-    sizes = np.where(words_QT, np.abs(weights_QT), 0)
-    order = np.argsort(-sizes, axis=None, kind="stable")[:STRONGEST]
-    places = [divmod(int(at), weights_QT.shape[1]) for at in order]
+def _list_pairs(view: AttentionView, kind: Kind, weights_QT: Matrix, most: int) -> list[Pair]:
+    rows, columns = (line.labels for line in view.lines.of(kind))
     return [
-        {
-            "from": label(rows.tokens[i]),
-            "to": label(columns.tokens[k]),
-            "row": i,
-            "column": k,
-            "weight": round(float(weights_QT[i, k]), 6),
-        }
-        for i, k in places
-        if sizes[i, k] > 0
+        {"from": rows[i], "to": columns[k], "row": i, "column": k, "weight": round(float(weights_QT[i, k]), 6)}
+        for i, k in strongest_pairs(weights_QT, view.lines.among_words(kind), most)
     ]
 
 
@@ -217,8 +198,8 @@ def to_json(
             "title": title_of(kind, view.target.family),
             "layers": len(view.numbers(kind)),
             "heads": view.heads(kind),
-            "shown": {"layer": layer, "head": view.selection.head, "threshold": view.thresholds[kind]},
-            "by_layer": list(summaries[kind]),
+            "shown": {"layer": layer, "head": view.selection.head, "threshold": view.threshold(kind)},
+            "by_layer": [asdict(summary) for summary in summaries[kind]],
         }
         for kind, layer in view.layers.items()
     }
@@ -232,35 +213,44 @@ def to_json(
     }
 
 
-def make_tables(view: AttentionView, summaries: Mapping[Kind, Sequence[LayerSummary]]) -> Sequence[Block]:
-    """Return a row a layer for each kind: the strongest pairs of words, what goes elsewhere, and what moved most."""
+def title_of(kind: Kind, family: Family) -> str:
+    """Return the heading of a kind of attention."""
+    if kind == CROSS:
+        return "Cross-attention: the decoder looks at what the encoder read"
+    if kind == MASKED:
+        return "Masked self-attention: each token looks at itself and those before"
+    whose = " of the encoder" if family == "encoder-decoder" else ""
+    return f"Self-attention{whose}: each token looks at all of them"
+
+
+# Page
+
+
+def make_tables(view: AttentionView, summaries: Mapping[Kind, Sequence[LayerSummary]]) -> Iterator[Block]:
+    """Yield a table for each kind: of each layer the strongest pairs of words, where the rest goes, and what moved."""
     several = len(view.maps) > 1
     counts = [("source", view.lines.source), ("target", view.lines.target)]
     counted = ", ".join(f"{name} {len(line)}" for name, line in counts if line)
-    blocks: list[Block] = [Text(f"rows of a figure: {counted}; the numbers are means over heads")]
+    yield Text(f"rows of a figure: {counted}; the numbers are means over heads")
     for kind, layers in summaries.items():
         columns = [Column("layer", "number"), Column("strongest between words"), Column("words", "number")]
         columns += [] if kind == CROSS else [Column("itself", "number"), Column("first", "number")]
         columns += [Column("moved", "number"), Column("most")] if several else []
         rows = []
         for one in layers:
-            row = [str(one["layer"]), pairs(one["strongest"][: 1 if several else 2]), share(one["among_words"])]
-            row += [] if kind == CROSS else [share(one["itself"]), share(one["first"])]
-            row += [share(one["mean_change"]), pairs(one["changed_most"], change=True)] if several else []
-            rows.append(row)
+            shares = [share(part) for part in (one.among_words, one.itself, one.first) if part is not None]
+            moved = [share(one.mean_change or 0.0), write_pairs(one.changed_most, signed)] if several else []
+            strongest = write_pairs(one.strongest[: 1 if several else 2], "{:.2f}".format)
+            rows.append([str(one.layer), strongest, *shares, *moved])
         title = f"{title_of(kind, view.target.family)} ({len(layers)} layers, {view.heads(kind)} heads)"
         head = view.selection.head if isinstance(view.selection.head, str) else f"head {view.selection.head}"
-        blocks += [Table(columns, rows, title), Text(f"drawn: {kind}, layer {view.layers[kind]}, {head}")]
-    return blocks
+        yield Table(columns, rows, title)
+        yield Text(f"drawn: {kind}, layer {view.layers[kind]}, {head}")
 
 
-def pairs(found: Sequence[Pair], *, change: bool = False) -> str:
+def write_pairs(pairs: Sequence[Pair], number: Callable[[float], str]) -> str:
     """Write pairs of words with their weights."""
-    return ", ".join(
-        f"{isolated(pair['from'])} → {isolated(pair['to'])} "
-        f"{signed(pair['weight']) if change else format(pair['weight'], '.2f')}"
-        for pair in found
-    )
+    return ", ".join(f"{isolated(pair['from'])} → {isolated(pair['to'])} {number(pair['weight'])}" for pair in pairs)
 
 
 def isolated(word: str) -> str:
@@ -272,3 +262,68 @@ def isolated(word: str) -> str:
 def share(part: float) -> str:
     """Write a share in percent."""
     return f"{100 * part:.0f} %" if part >= 0.01 or part == 0 else f"{100 * part:.2g} %"
+
+
+def make_page(view: AttentionView, tables: Sequence[Block]) -> Page:
+    """Return the page: any layer and head that was kept by choice, or where these are too many the layer drawn."""
+    channels = {kind: [len(view.channels(kind, number)) for number in view.numbers(kind)] for kind in view.kinds}
+    numbers = len(view.maps) * sum(view.lines.count(kind) * sum(found) for kind, found in channels.items())
+    whole = numbers <= MOST_NUMBERS
+    complete = whole and all(min(found) > view.heads(kind) for kind, found in channels.items())
+    note = "The text is long: this page has the heads of one layer at most. --layer names it; a shorter text has room."
+    data = {
+        "kinds": [_describe(view, kind, view.numbers(kind) if whole else [view.layers[kind]]) for kind in view.kinds],
+        "sides": list(view.maps),
+        "colours": {"weight": WEIGHT_COLOURS, "difference": DIFFERENCE_COLOURS},
+        "full": FULL,
+    }
+    interactive: list[Block] = [Html(Markup(asset("attention.html")))]  # noqa: S704 - the program's own
+    return Page(
+        f"Attention in {view.target.name}",
+        [
+            Section("", [*interactive, *([] if complete else [Text(note, "note")])], brief=False),
+            Section("Strongest between words", tables),
+            Section("How to read it", [Bullets(READING, soft=True)], brief=False),
+        ],
+        lead=LEAD,
+        navigation=False,
+        style=asset("attention.css"),
+        script=asset("attention.js"),
+        data=data,
+    )
+
+
+def _describe(view: AttentionView, kind: Kind, layers: Sequence[int]) -> dict[str, object]:
+    rows, columns = view.lines.of(kind)
+    values: dict[str, str] = {}
+    for model in view.maps:
+        for layer in layers:
+            for head in view.channels(kind, layer):
+                weights_QT = view.weights(model, kind, layer, head)
+                assert weights_QT is not None, "channels are what was kept"
+                values[f"{model}/{layer}/{head}"] = pack(weights_QT, masked=kind == MASKED)
+    words = [
+        [{"text": label(token), "whole": label(token, 80), "special": token.special} for token in line.tokens]
+        for line in (rows, columns)
+    ]
+    return {
+        "name": kind,
+        "title": title_of(kind, view.target.family),
+        "rows": words[0],
+        "columns": words[1],
+        "same": rows is columns,
+        "masked": kind == MASKED,
+        "axes": AXES[kind],
+        "layers": list(layers),
+        "heads": view.heads(kind),
+        "shown": {"layer": view.layers[kind], "head": str(view.selection.head)},
+        "threshold": view.threshold(kind),
+        "values": values,
+    }
+
+
+def pack(weights_QT: Matrix, *, masked: bool) -> str:
+    """Write weights as 16-bit numbers, low byte first, in base64: row by row, masked ones up to the diagonal."""
+    shown = weights_QT[np.tril_indices(len(weights_QT))] if masked else weights_QT
+    rounded = np.rint(np.clip(shown, 0, 1) * FULL).astype("<u2")
+    return base64.b64encode(rounded.tobytes()).decode()

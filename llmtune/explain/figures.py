@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 DPI = 150
 INK, MUTED, LINE, BLUE, ORANGE, GREY, WARN = "#1b1f26", "#5c6470", "#c9ced6", "#2563c9", "#c9621a", "#7d8593", "#8a5a00"
-WEIGHT = ("#000004", "#1d1147", "#51127c", "#832681", "#b73779", "#e75263", "#fc8961", "#fec488", "#fcfdbf")
+WEIGHT_COLOURS = ("#000004", "#1d1147", "#51127c", "#832681", "#b73779", "#e75263", "#fc8961", "#fec488", "#fcfdbf")
 """From 0 to the strongest: matplotlib's magma (van der Walt and Smith), in equal steps."""
-DIFFERENCE = ("#b9e3ff", "#5fb0f5", "#2b6fc2", "#163a68", "#101216", "#6b3410", "#c9621a", "#f79a4b", "#ffdcae")
+DIFFERENCE_COLOURS = ("#b9e3ff", "#5fb0f5", "#2b6fc2", "#163a68", "#101216", "#6b3410", "#c9621a", "#f79a4b", "#ffdcae")
 """From the base's stronger through equal to the tuned's stronger."""
 UNSEEN = "#e9ebef"
 """What a query cannot see."""
@@ -153,7 +153,7 @@ def draw_heatmap(
     figure: Figure, axes: Axes, panel: Panel, rows: Ticks, columns: Ticks, cell: tuple[float, float]
 ) -> None:
     """Draw one heatmap with its labels and its colour bar."""
-    colours = DIFFERENCE if panel.difference else WEIGHT
+    colours = DIFFERENCE_COLOURS if panel.difference else WEIGHT_COLOURS
     colour_map = LinearSegmentedColormap.from_list("values", list(colours)).with_extremes(bad=panel.unseen)
     norm, most = _norm(panel)
     image = axes.imshow(panel.values, cmap=colour_map, norm=norm, interpolation="none", aspect=cell[1] / cell[0])

@@ -1,4 +1,4 @@
-"""What the model reads (T tokens): a text, a chat message, a pair of texts or a recording, as ids and tensors."""
+"""What a model reads (T tokens): a text, a chat message, a pair of texts or a recording, as ids and tensors."""
 
 from __future__ import annotations
 
@@ -11,34 +11,41 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmtune.data.audio import Samples, SpeechRow, read_recording
+from llmtune.data.audio import Samples, SpeechRow
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
-from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.explain.attention_summary import Line
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import only_these_settings
 from llmtune.explain.target import Target
-from llmtune.explain.token_text import Token
+from llmtune.explain.token_text import Line, time_line
 from llmtune.model.memory_plan import context_length
+from llmtune.model.model_inputs import decoder_inputs
 from llmtune.recipe import Recipe, SpeechSection
 from llmtune.tasks.chat import Chat
-from llmtune.tasks.completion import Completion, MaskedCompletion
+from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, read_windows
-from llmtune.tasks.speech import Speech, count_frames
-from llmtune.tasks.summarize import Summarize
-from llmtune.tasks.text_to_text import EncoderDecoder, Pair, first_token, source_ids, target_ids
+from llmtune.tasks.speech import count_frames
+from llmtune.tasks.text_to_text import (
+    EncoderDecoder,
+    Pair,
+    decoder_settings,
+    first_token,
+    generate,
+    source_ids,
+    target_ids,
+    write_targets,
+)
 from llmtune.tasks.transcripts import is_multilingual, set_speech
 
 if TYPE_CHECKING:
-    from transformers import FeatureExtractionMixin
+    from transformers import PreTrainedModel
 
 LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
-MOST_STRETCHES = 60  # rows that a recording is shown in
-FRAMES = 5  # of a recording in one row at least: a tenth of a second
+LONGEST_ANSWER = 64  # tokens that an encoder-decoder writes where there is no --target
 MASKED_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
-SOUND_FILE = "Give a wav, flac, mp3 or ogg file."
 NO_WORDS_FIX = "`llmtune explain attention` and `llmtune explain model` look inside such a model."
 
 
@@ -110,34 +117,19 @@ class ModelInputs:
         return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **self.tensors}
 
 
-def takes_audio(target: Target) -> bool:
-    """Whether the model reads sound."""
-    return is_whisper(target) or hasattr(target.config, "conv_kernel")
+def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> list[Problem]:
+    """Return a problem for each option that has no use for this model, and for each that it needs and is missing.
 
-
-def is_whisper(target: Target) -> bool:
-    """Whether the model writes down speech by an encoder and a decoder."""
-    return bool(target.config.model_type == "whisper")
-
-
-def default_recipe(target: Target, *, chat: bool = True) -> Recipe:
-    """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
-    writer = Summarize if target.family == "encoder-decoder" else Completion
-    task = Speech.name if takes_audio(target) else writer.name
-    if task == Completion.name and target.family == "decoder" and target.processor.chat_template and chat:
-        task = Chat.name
-    stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
-    return Recipe.model_validate({**stated, "model": {"name": target.name}})
-
-
-def unused_options(given: Mapping[str, object], useful: Sequence[str]) -> list[Problem]:
-    """Return a problem for each option that is given and that this model has no use for."""
-    fix = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
-    return [
-        Problem("this model has no use for it", f"--{name}", fix)
-        for name, value in given.items()
-        if value is not None and name not in useful
-    ]
+    `useful` says of each option that has a use whether it is needed.
+    """
+    omit = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
+    unused = (name for name, value in given.items() if value is not None and name not in useful)
+    problems = [Problem("this model has no use for it", f"--{name}", omit) for name in unused]
+    for name in (name for name, needed in useful.items() if needed and given.get(name) is None):
+        sound = name == "audio"
+        what = "it is needed: this model reads recordings" if sound else "it is needed"
+        problems.append(Problem(what, f"--{name}", f"Give {'a wav, flac, mp3 or ogg file' if sound else 'a text'}."))
+    return problems
 
 
 def make_pair(target: Target, given: Mapping[str, str | None], written: str = "", language: str | None = None) -> Pair:
@@ -152,6 +144,18 @@ def make_pair(target: Target, given: Mapping[str, str | None], written: str = ""
     return Pair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
+def first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, int]:
+    """Return what is heard of a recording at once, and in how many such windows it would be heard whole.
+
+    Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
+    """
+    row: SpeechRow = {"audio": str(Path(str(audio)).absolute()), "content": "", "text": ""}
+    windows = read_windows([row], feature_extractor(target.processor), recipe)
+    if not windows:
+        raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
+    return windows[0][1], len(windows)
+
+
 # Attention
 
 
@@ -163,8 +167,8 @@ def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
         DataError: the text is empty or too long, or the recording cannot be read.
     """
     check_text_options(target, request)
-    recipe = target.recipe or default_recipe(target)
-    if takes_audio(target):
+    recipe = target.recipe or target.default_recipe()
+    if target.takes_audio:
         return _read_recording(target, request, recipe)
     text, processor, tensors = str(request.text), target.processor, {}
     pair, kinds = None, None
@@ -190,18 +194,17 @@ def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
 
 def check_text_options(target: Target, request: AttentionRequest) -> None:
     """Raise for what is missing, empty or of no use to this model: RecipeError and DataError."""
-    writes, sound = target.family == "encoder-decoder", takes_audio(target)
-    needed = "audio" if sound else "text"
-    named = is_whisper(target) or (writes and has_languages(target.processor))
+    writes = target.family == "encoder-decoder"
+    named = target.is_whisper or (writes and has_languages(target.processor))
     options = {"target": writes, "pair": target.family == "encoder", "language": named and target.recipe is None}
-    useful = [needed, *(name for name, used in options.items() if used)]
+    useful = {
+        "audio" if target.takes_audio else "text": True,
+        **{name: False for name, used in options.items() if used},
+    }
     given = {name: getattr(request, name) for name in ("text", "audio", "target", "pair", "language")}
-    problems = unused_options(given, useful)
+    problems = check_options(given, useful)
     if request.chat and not (target.family == "decoder" and target.processor.chat_template):
         problems.append(Problem("the model has no chat template", "--chat", "Omit it."))
-    if given[needed] is None:
-        what = "this model reads recordings" if sound else "it is needed"
-        problems.append(Problem(what, f"--{needed}", SOUND_FILE if sound else "Give a text in quotes."))
     RecipeError.collect(problems)
     DataError.collect(
         Problem("the text is empty", f"--{name}", "Give at least one word.")
@@ -244,23 +247,18 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
 
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
+    samples, windows = first_window(target, request.audio, recipe)
     extract = feature_extractor(target.processor)
-    try:
-        samples = read_recording(Path(str(request.audio)), extract.sampling_rate)
-    except RowError as error:
-        raise DataError.of(str(error), "--audio", SOUND_FILE) from None
-    seconds = float(getattr(extract, "chunk_length", None) or SpeechSection().window_seconds)
-    if len(samples) > seconds * extract.sampling_rate:
-        if not request.cut:
-            what = f"it lasts {len(samples) / extract.sampling_rate:.1f} s, and the model reads {seconds:g} s at once"
-            raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:g} s alone.")
-        samples = samples[: int(seconds * extract.sampling_rate)]
+    seconds = len(samples) / extract.sampling_rate
+    if windows > 1 and not request.cut:
+        what = f"it is longer than the {seconds:.1f} s that the model reads at once"
+        raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:.1f} s alone.")
     tensors = extract_features(extract, [samples])
-    if not is_whisper(target):
+    if not target.is_whisper:
         frames = count_frames(len(samples), target.config)
         if not frames:
             raise DataError.of("it is too short for a single frame", "--audio", "Give a longer recording.")
-        line = time_line(samples, extract, frames, frames)
+        line = time_line(seconds, frames, frames)
         return ModelInputs([], recipe, {"input_values": tensors["input_values"]}, frames=line)
     section = recipe.speech or SpeechSection()
     language = request.language or section.language
@@ -273,24 +271,10 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
     frames = int(target.config.max_source_positions)
-    filled = math.ceil(len(samples) / extract.sampling_rate / seconds * frames)
-    line = time_line(samples, extract, max(1, min(frames, filled)), frames)
+    filled = math.ceil(seconds / extract.chunk_length * frames)  # type: ignore[attr-defined]
+    line = time_line(seconds, max(1, min(frames, filled)), frames)
     note = "taken as English; set another language with --language" if guessed else ""
     return ModelInputs([], recipe, {"input_features": tensors["input_features"]}, pair, line, note=note)
-
-
-def time_line(samples: Samples, extract: FeatureExtractionMixin, filled: int, frames: int) -> Line:
-    """Name stretches of frames by when they begin; those behind the end of the recording are one, called silence."""
-    size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
-    starts = range(0, filled, size)
-    second = len(samples) / extract.sampling_rate / filled
-    digits = 1 if size * second >= 0.1 else 2
-    tokens = [Token(-1, f"{start * second:.{digits}f}s", special=False, continues=False) for start in starts]
-    sizes = [min(size, filled - start) for start in starts]
-    if frames > filled:
-        tokens.append(Token(-1, "silence", special=True, continues=False))
-        sizes.append(frames - filled)
-    return Line(tuple(tokens), tuple(sizes))
 
 
 def transcript_ids(pair: Pair, target: Target) -> list[int]:
@@ -298,6 +282,43 @@ def transcript_ids(pair: Pair, target: Target) -> list[int]:
     processor = target.processor
     text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []
     return [*processor.prefix_tokens, *text]
+
+
+def decode_target(
+    model: PreTrainedModel, inputs: ModelInputs, target: Target, request: AttentionRequest
+) -> tuple[list[int], str]:
+    """Return the tokens that the decoder reads, and the text: --target, or the model's own greedy answer."""
+    assert inputs.pair is not None, "an encoder-decoder reads and writes"
+    text = inputs.pair.target
+    if not text:
+        text, request = _greedy_answer(model, inputs, target).strip(), replace(request, cut=True)
+    pair = replace(inputs.pair, target=text)
+    if target.is_whisper:
+        return fit_tokens(transcript_ids(pair, target), "--target", target, request), text
+    labels, _, end = target_ids(pair, target.processor)
+    shifted = decoder_inputs(model, torch.tensor([labels], device=model.device))[0].tolist()
+    return fit_tokens([int(i) for i in shifted[:end]], "--target", target, request), text
+
+
+def _greedy_answer(model: PreTrainedModel, inputs: ModelInputs, target: Target) -> str:
+    """Let the model write; an answer that is looked at is a short one."""
+    greedy = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "num_beams": 1}
+    generation = type(inputs.recipe.generation).model_validate(greedy)
+    recipe, device = inputs.recipe.model_copy(update={"generation": generation}), str(model.device)
+    processor, pair = target.processor, inputs.pair
+    assert pair is not None
+    with torch.inference_mode():
+        if not target.is_whisper:
+            return write_targets([pair], LoadedModel(model, processor, recipe, device))[0]
+        prefix = list(processor.prefix_tokens)
+        features = inputs.tensors["input_features"].to(device)
+        tensors = {"input_features": features, "decoder_input_ids": torch.tensor([prefix], device=device)}
+        tensors["attention_mask"] = torch.ones((1, features.shape[-1]), dtype=torch.int64, device=device)
+        with only_these_settings(model) as own:
+            settings = decoder_settings(own, model, processor, recipe)
+            settings.max_new_tokens = min(LONGEST_ANSWER, target.config.max_target_positions - len(prefix))
+            written_1T = generate(model, tensors, settings)
+        return str(processor.decode(written_1T[0, len(prefix) :].tolist(), skip_special_tokens=True))
 
 
 # Generation
@@ -311,9 +332,9 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
         DataError: the chat template does not take the messages, or a recording cannot be read.
     """
     check_prompt_options(target, request)
-    recipe = target.recipe or default_recipe(target, chat=not request.plain)
+    recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
-    if is_whisper(target):
+    if target.is_whisper:
         return _read_first_window(target, request, recipe)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
@@ -323,7 +344,9 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
         pair = make_pair(target, request.named())
         inputs = ModelInputs(source_ids(pair, processor, recipe), recipe, first=first_token(pair, processor))
     elif recipe.task == Chat.name:
-        inputs = ModelInputs(render_prompt(_messages(request), processor, recipe), recipe)
+        turns = (("system", request.system), ("user", request.prompt))
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        inputs = ModelInputs(render_prompt(messages, processor, recipe), recipe)
     else:
         inputs = ModelInputs(prompt_ids(str(request.prompt), processor), recipe)
     limit = min(context_length(target.config) or LONGEST_PROMPT, LONGEST_PROMPT)
@@ -335,42 +358,27 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
 
 def check_prompt_options(target: Target, request: PromptRequest) -> None:
     """Raise RecipeError for what is missing, empty or of no use here, and for a model that writes no text."""
-    _check_writes(target)
-    task, has_template = target.task, bool(target.processor.chat_template)
-    if task is not None:
-        options = dict(task.inputs)
-    elif is_whisper(target):
-        options = {"audio": True}
+    task, has_template, whisper = target.task, bool(target.processor.chat_template), target.is_whisper
+    named = list(getattr(target.config, "architectures", None) or [])
+    if task is None:
+        writes = whisper or target.family != "encoder" or any(name.endswith(MASKED_HEADS) for name in named)
+        what = f"this model predicts no words: it is a {named[0] if named else target.config.model_type}"
     else:
-        templated = has_template and target.family == "decoder" and not request.plain
-        options = {"prompt": True, **({"system": False} if templated else {})}
-    given = request.named()
-    problems = unused_options(given, list(options))
-    for name in (name for name, needed in options.items() if needed and not (given.get(name) or "").strip()):
-        what = "it is needed" if given.get(name) is None else "it is empty"
-        problems.append(Problem(what, f"--{name}", f"Give {'a recording' if name == 'audio' else 'a text'}."))
+        writes = whisper or task.continues_text or isinstance(task, EncoderDecoder | MaskedCompletion)
+        what = f"the model of this run predicts no words (task {task.name})"
+    if not writes:
+        raise RecipeError.of(what, target.name, NO_WORDS_FIX)
+    templated = has_template and target.family == "decoder" and not request.plain
+    own = {"audio": True} if whisper else {"prompt": True, **({"system": False} if templated else {})}
+    options, given = dict(task.inputs) if task else own, request.named()
+    problems = check_options(given, options)
+    for name in (name for name, needed in options.items() if needed and given.get(name) is not None):
+        if not str(given[name]).strip():
+            problems.append(Problem("it is empty", f"--{name}", "Give a text."))
     if request.plain and (task is not None or not has_template):
         what = "the prompt of a run is made as in its training" if task else "the model has no chat template"
         problems.append(Problem(what, "--plain", "Omit it."))
     RecipeError.collect(problems)
-
-
-def _check_writes(target: Target) -> None:
-    task, config = target.task, target.config
-    named = list(getattr(config, "architectures", None) or [])
-    if task is None:
-        writes = is_whisper(target) or target.family != "encoder" or any(n.endswith(MASKED_HEADS) for n in named)
-        what = f"this model predicts no words: it is a {named[0] if named else config.model_type}"
-    else:
-        writes = is_whisper(target) or task.continues_text or isinstance(task, EncoderDecoder | MaskedCompletion)
-        what = f"the model of this run predicts no words (task {task.name})"
-    if not writes:
-        raise RecipeError.of(what, target.name, NO_WORDS_FIX)
-
-
-def _messages(request: PromptRequest) -> list[dict[str, str | None]]:
-    user: dict[str, str | None] = {"role": "user", "content": request.prompt}
-    return [{"role": "system", "content": request.system}, user] if request.system else [user]
 
 
 def _read_masked(text: str, target: Target, recipe: Recipe) -> ModelInputs:
@@ -385,16 +393,12 @@ def _read_masked(text: str, target: Target, recipe: Recipe) -> ModelInputs:
 
 
 def _read_first_window(target: Target, request: PromptRequest, recipe: Recipe) -> ModelInputs:
-    processor = target.processor
-    extract = feature_extractor(processor)
-    set_speech(processor, recipe)
-    row: SpeechRow = {"audio": str(Path(str(request.audio)).absolute()), "content": "", "text": ""}
-    windows = read_windows([row], extract, recipe)
-    if not windows:
-        raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
-    features = extract_features(extract, [windows[0][1]])["input_features"]
+    set_speech(target.processor, recipe)
+    samples, windows = first_window(target, request.audio, recipe)
+    extract = feature_extractor(target.processor)
+    features = extract_features(extract, [samples])["input_features"]
     all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
-    seconds = len(windows[0][1]) / extract.sampling_rate
-    note = f"Only the first {seconds:.0f} s of the recording are heard." if len(windows) > 1 else ""
+    seconds = len(samples) / extract.sampling_rate
+    note = f"Only the first {seconds:.0f} s of the recording are heard." if windows > 1 else ""
     tensors = {"input_features": features, "attention_mask": all_1T}
-    return ModelInputs([], recipe, tensors, decoder_ids=list(processor.prefix_tokens), note=note)
+    return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens), note=note)

@@ -21,6 +21,10 @@ from llmtune.model.resolve import resolve_model
 from llmtune.recipe import ModelSection, Recipe
 from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
+from llmtune.tasks.chat import Chat
+from llmtune.tasks.completion import Completion
+from llmtune.tasks.speech import Speech
+from llmtune.tasks.summarize import Summarize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +62,26 @@ class Target:
     def short_name(self) -> str:
         """The name for a heading: of a run, its folder's own name."""
         return Path(self.name).name if self.recipe else self.name
+
+    @property
+    def is_whisper(self) -> bool:
+        """Whether the model writes down speech by an encoder and a decoder."""
+        return bool(self.config.model_type == "whisper")
+
+    @property
+    def takes_audio(self) -> bool:
+        """Whether the model reads sound."""
+        return self.is_whisper or hasattr(self.config, "conv_kernel")
+
+    def default_recipe(self, *, chat: bool = True) -> Recipe:
+        """Return the recipe of a plain model: defaults, and the task whose encoding it needs."""
+        task = Speech.name if self.takes_audio else Completion.name
+        if self.family == "encoder-decoder" and not self.takes_audio:
+            task = Summarize.name
+        elif self.family == "decoder" and self.processor.chat_template and chat:
+            task = Chat.name
+        stated = {"recipe_version": 1, "name": "model", "task": task, "data": {"train": "none"}}
+        return Recipe.model_validate({**stated, "model": {"name": self.name}})
 
 
 def open_target(name: str, console: Console, *, offline: bool = False, trust_remote_code: bool = False) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ class _Piece:
 
 LONGEST = 16
 """Characters of a label."""
+MOST_STRETCHES, FRAMES = 60, 5
+"""Rows that a recording is shown in, and its frames in one row at least: a tenth of a second."""
 ONE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")
 MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\d*\]")
@@ -224,3 +227,56 @@ def _cut(text: str, longest: int) -> str:
     while end > 1 and (unicodedata.category(text[end])[0] == "M" or text[end] in JOINERS or text[end - 1] in JOINERS):
         end -= 1
     return f"{text[:end]}…"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The labels of an axis: a token of a text (or a stretch of a recording) for each row."""
+
+    tokens: tuple[Token, ...]
+    sizes: tuple[int, ...]
+    """How many of the model's positions each stands for."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[Token]) -> Line:
+        """Give each token a row of its own."""
+        return cls(tuple(tokens), (1,) * len(tokens))
+
+    @property
+    def labels(self) -> list[str]:
+        """What is written at each row."""
+        return [label(token) for token in self.tokens]
+
+    @property
+    def special(self) -> list[bool]:
+        """Which rows are not of the text itself."""
+        return [token.special for token in self.tokens]
+
+    def by_word(self) -> Line:
+        """Put the pieces of a word into one row."""
+        tokens: list[Token] = []
+        sizes: list[int] = []
+        for token, size in zip(self.tokens, self.sizes, strict=True):
+            if token.continues and tokens:
+                tokens[-1] = joined(tokens[-1], token)
+                sizes[-1] += size
+            else:
+                tokens.append(token)
+                sizes.append(size)
+        return Line(tuple(tokens), tuple(sizes))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def time_line(seconds: float, filled: int, frames: int) -> Line:
+    """Name stretches of frames by when they begin; those behind the end of a recording are one, called silence."""
+    size = max(FRAMES, math.ceil(filled / MOST_STRETCHES))
+    starts = range(0, filled, size)
+    digits = 1 if size * seconds / filled >= 0.1 else 2
+    tokens = [Token(-1, f"{start * seconds / filled:.{digits}f}s", special=False, continues=False) for start in starts]
+    sizes = [min(size, filled - start) for start in starts]
+    if frames > filled:
+        tokens.append(Token(-1, "silence", special=True, continues=False))
+        sizes.append(frames - filled)
+    return Line(tuple(tokens), tuple(sizes))

@@ -15,19 +15,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, attend, shape_of
-from llmtune.explain.attention_summary import (
+from llmtune.explain.attention_capture import (
+    CROSS,
+    MASKED,
+    SELF,
+    Attended,
     AttentionMaps,
-    Layer,
-    Line,
     Lines,
-    among_words,
+    attend,
     merge,
     most_telling_layer,
     roll,
+    shape_of,
 )
 from llmtune.explain.target import family_of
-from llmtune.explain.token_text import Token
+from llmtune.explain.token_text import Line, Token
 from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_plain
 from llmtune.recipe import ModelSection
@@ -197,25 +199,22 @@ def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
     assert np.allclose(rolled.sum(-1), 1, atol=1e-6)
 
 
-def test_what_is_gathered_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
-    seven = line(*[1] * 7)
-    gathered = AttentionMaps(Lines(seven), keep=lambda kind, layer: layer == 1)
+def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
+    maps = AttentionMaps(Lines(line(*[1] * 7)), keep=lambda layer: layer == 1)
     model, seen = load("llama"), see(load("llama"), "llama")
-    attend(model, inputs_for("llama"), "decoder", gathered.add)
-    layers = gathered.layers[MASKED]
-    assert layers[0].heads is None
-    assert np.allclose(layers[1].heads, seen[1].weights.numpy())
-    assert np.allclose(layers[1].of("mean"), seen[1].weights.mean(0).numpy(), atol=1e-6)
-    assert np.allclose(layers[1].of("rollout"), roll(roll(None, layers[0].mean), layers[1].mean), atol=1e-6)
-    assert not np.triu(layers[1].rollout, 1).any()
+    attend(model, inputs_for("llama"), "decoder", maps.add)
+    first, second = maps.weights[MASKED].values()
+    assert list(first) == ["mean", "rollout"]
+    assert np.allclose([second[head] for head in range(4)], seen[1].weights.numpy())
+    assert np.allclose(second["mean"], seen[1].weights.mean(0).numpy(), atol=1e-6)
+    assert np.allclose(second["rollout"], roll(roll(None, first["mean"]), second["mean"]), atol=1e-6)
+    assert not np.triu(second["rollout"], 1).any()
 
 
 def test_a_layer_where_all_look_at_one_word_does_not_count_as_words_looking_at_words():
-    words = line(1, 1, 1, 1)
-    telling = among_words(words, words, SELF)
+    telling = Lines(line(1, 1, 1, 1)).among_words(SELF)
     sink = np.full((4, 4), [0.3, 0.1, 0.5, 0.1], dtype=np.float32)
     pairs = np.array([[0.7, 0.1, 0.1, 0.1], [0.6, 0, 0.4, 0], [0.6, 0, 0, 0.4], [0.6, 0.4, 0, 0]], dtype=np.float32)
-    layers = {0: Layer(sink, None, None, 1), 1: Layer(pairs, None, None, 1), 2: Layer(sink, None, None, 1)}
-    assert most_telling_layer(layers, None, telling) == 1
-    moved = {**layers, 2: Layer(pairs, None, None, 1)}
-    assert most_telling_layer(moved, layers, telling) == 2
+    means = {0: sink, 1: pairs, 2: sink}
+    assert most_telling_layer(means, None, telling) == 1
+    assert most_telling_layer({**means, 2: pairs}, means, telling) == 2

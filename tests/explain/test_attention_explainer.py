@@ -18,7 +18,7 @@ from support.families import build_t5
 from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from llmtune.explain import attention_explainer, attention_page
+from llmtune.explain import attention_explainer
 from llmtune.explain.attention_explainer import explain_attention
 from llmtune.explain.attention_figures import blank_masked
 from llmtune.explain.attention_view import AttentionOptions
@@ -37,6 +37,7 @@ PAIRS = [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]
 QUICK = {"train": {"num_train_epochs": 2}, "evaluate": {"metrics": ["loss"]}}
 FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-heads.png", "attention-heads.svg"}
 GRAPHS = {"attention-graph.svg", "attention-graph.graphml", "attention-graph.json"}
+PAGE = {"attention.html", "attention.json"}
 NAMESPACES = {
     "http://www.w3.org/2000/svg",
     "http://www.w3.org/1999/xlink",
@@ -74,7 +75,7 @@ def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray
 
 def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
     found, out = explained
-    assert names(out) == FIGURES | GRAPHS | {"attention.html"} == {Path(file).name for file in found["files"]}
+    assert names(out) == FIGURES | GRAPHS | PAGE == {Path(file).name for file in found["files"]}
     assert found["sides"] == ["base", "tuned"]
     kind = found["attention"]["masked-self"]
     assert (kind["layers"], kind["heads"]) == (2, 4)
@@ -199,7 +200,7 @@ def test_pieces_of_a_word_share_a_row_if_asked(built, tmp_path):
 )
 def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(built, tmp_path, options, files):
     values_of(invoke(built("bert"), "--text", TEXT, *options.split(), "--out", tmp_path, "--json"))
-    assert names(tmp_path) == files | {"attention.html"}
+    assert names(tmp_path) == files | PAGE
     if "--head 3" in options:
         assert "layer 1, head 3" in (tmp_path / "attention-heatmap.svg").read_text("utf-8")
 
@@ -244,8 +245,8 @@ def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_pa
     expect(invoke(built("llama")), 2, "--text: it is needed")
     expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: this model has no use for it")
     expect(invoke(built("bert"), "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
-    expect(invoke(built("whisper"), "--text", "a"), 2, "--audio: this model reads recordings")
-    expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "--audio", "there is no file")
+    expect(invoke(built("whisper"), "--text", "a"), 2, "--audio: it is needed: this model reads recordings")
+    expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "none.wav", "there is no file")
 
 
 def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
@@ -269,29 +270,19 @@ def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, tmp_
     expect(invoke(tmp_path / "nothing", "--text", "a", "--offline"), 4, "nothing")
 
 
-def test_where_there_is_no_room_for_all_layers_the_page_has_one_and_says_so(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_page, "MOST_NUMBERS", 1500)
-    explain_attention(
-        open_quietly(built("bert")), AttentionRequest(text=TEXT), AttentionOptions(layer="1"), tmp_path, quiet()
-    )
-    kind = page_data(tmp_path / "attention.html")["kinds"][0]
-    assert {"model/1/mean", "model/1/rollout", "model/1/0"} <= set(kind["values"])
-    assert {name.split("/")[1] for name in kind["values"]} == {"1"}
-    assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
-
-
-def test_heads_that_memory_has_no_room_for_are_kept_of_the_layer_asked_for_alone(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_explainer, "KEPT_BYTES", 100)
+def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_for(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_explainer, "MOST_NUMBERS", 1000)
     console, target = quiet(), open_quietly(built("bert"))
     with pytest.raises(attention_explainer.RecipeError, match="too many to keep"):
         explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
     explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
-    assert names(tmp_path / "means") == {"attention.html", "attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS
+    assert names(tmp_path / "means") == {"attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS | PAGE
     assert "attention-heads: left out" in console.file.getvalue()
     explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(layer="1", head="2"), tmp_path, quiet())
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
-    assert "model/1/2" in kind["values"]
+    assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]
+    assert "this page has the heads of one layer" in (tmp_path / "attention.html").read_text("utf-8")
 
 
 # The page in a browser

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from support.models import train_tokenizer
 from transformers import AutoTokenizer
 
-from llmtune.explain.attention_summary import Line
-from llmtune.explain.token_text import LONGEST, WORD, Token, joined, label, name_tokens
+from llmtune.explain.token_text import LONGEST, WORD, Line, Token, joined, label, name_tokens
 
 TOKENIZER = train_tokenizer()
 
