@@ -118,10 +118,7 @@ class ModelInputs:
 
 
 def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> list[Problem]:
-    """Return a problem for each option that has no use for this model, and for each that it needs and is missing.
-
-    `useful` says of each option that has a use whether it is needed.
-    """
+    """Return problems: options of no use, and missing ones; `useful` says of each of use whether it is needed."""
     omit = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
     unused = (name for name, value in given.items() if value is not None and name not in useful)
     problems = [Problem("this model has no use for it", f"--{name}", omit) for name in unused]
@@ -301,7 +298,6 @@ def decode_target(
 
 
 def _greedy_answer(model: PreTrainedModel, inputs: ModelInputs, target: Target) -> str:
-    """Let the model write; an answer that is looked at is a short one."""
     greedy = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "num_beams": 1}
     generation = type(inputs.recipe.generation).model_validate(greedy)
     recipe, device = inputs.recipe.model_copy(update={"generation": generation}), str(model.device)
