@@ -26,6 +26,7 @@ from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
@@ -235,7 +236,9 @@ def encode(context: RunContext, rows: Rows, model_ref: ModelRef, processor: PreT
                 made = encode_rows(rows, context.task, processor, context.recipe, folder, context.console)
                 described = describe_examples(rows, made, processor, context.console, context.task, context.recipe)
             step.facts.update(described)
-    return load_examples(target)
+    examples = load_examples(target)
+    warn_of_cuts(rows, examples, context.task, processor, context.recipe, context.console)
+    return examples
 
 
 def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> MemoryPlan:
@@ -385,6 +388,7 @@ def dry_run(context: RunContext) -> Json:
             valid["encode"] = folder.is_valid("encode", examples_inputs(context.recipe, rows, model_ref, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
+            warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
             trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
             evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
             valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}

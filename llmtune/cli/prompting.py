@@ -169,8 +169,13 @@ def chat(
 def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> None:
     """Print an answer as it comes; Ctrl-C stops it, and it is not remembered then."""
     try:
+        thinking = False
         for piece in session.answer(line, system=system, keep=True):
-            typer.echo(piece, nl=False)
+            typer.secho(piece.reasoning, nl=False, dim=True, err=True)
+            if thinking and piece.content:
+                typer.echo("\n", err=True)
+            typer.echo(piece.content, nl=False)
+            thinking = not piece.content and (thinking or bool(piece.reasoning))
         typer.echo("")
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, cast
 
 from transformers.utils.chat_parsing import ResponseParser
@@ -37,17 +38,31 @@ def parse_answer(generated: Sequence[int] | str, template: ChatTemplate, tools: 
     What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. With
     `tools` the arguments of calls that are written without types become what their declaration says.
     """
-    text = generated if isinstance(generated, str) else decode(template.processor, generated)
-    text, complete = template.cut_end(text)
+    stray: Collection[str] = ()
+    if isinstance(generated, str):
+        text, complete = template.cut_end(generated)
+    else:
+        ends = template.end_ids
+        ids = list(takewhile(lambda token: token not in ends, generated))
+        text, complete = decode(template.processor, ids), len(ids) < len(generated)
+        added = template.processor.added_tokens_decoder
+        stray = {added[token].content for token in ids if token in added and added[token].special}
     parser = response_parser(template, tools)
     try:
         parser.feed(text)
         message, _ = parser.finalize()
-        calls = tuple(_canonical_call(call) for call in message.get("tool_calls") or ())
+        calls = tuple(canonical_call(call) for call in message.get("tool_calls") or ())
     except (ValueError, KeyError, TypeError) as error:
-        return ParsedAnswer(text.strip(), complete=complete, error=str(error).splitlines()[0])
+        return ParsedAnswer(_without(stray, text), complete=complete, error=str(error).splitlines()[0])
     reasoning = message.get("reasoning_content") or message.get("thinking")
-    return ParsedAnswer(str(message.get("content") or "").strip(), reasoning or None, calls, complete)
+    return ParsedAnswer(_without(stray, str(message.get("content") or "")), reasoning or None, calls, complete)
+
+
+def _without(stray: Collection[str], text: str) -> str:
+    """Take out special tokens that mark no part of an answer, as a model that has not learned the template writes."""
+    for token in stray:
+        text = text.replace(token, "")
+    return text.strip()
 
 
 def response_parser(template: ChatTemplate, tools: Tools = None) -> ResponseParser:
@@ -59,7 +74,8 @@ def response_parser(template: ChatTemplate, tools: Tools = None) -> ResponsePars
     return ResponseParser(template.response_template, prefix=template.opening, tools=list(tools) if tools else None)
 
 
-def _canonical_call(call: Mapping[str, object]) -> ToolCall:
+def canonical_call(call: Mapping[str, object]) -> ToolCall:
+    """Return a call as rows have it. Raises ValueError for one without a name, or whose arguments are no object."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"a call without a name: {call}")

@@ -23,7 +23,7 @@ from llmtune.deploy.parity import (
     load_tuned,
 )
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.generation import answer_ends, decode_answer
+from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.model.processor import load_processor
 from llmtune.records import Row
 from llmtune.session import open_finished
@@ -263,8 +263,14 @@ def _compare(traces: Sequence[Trace], replies: Sequence[Reply], tuned: TunedMode
         same = [reply.prompt_ids == list(trace.prompt) for trace, reply in pairs]
     else:
         same = [by_count and reply.prompt_tokens == len(trace.prompt) for trace, reply in pairs]
-    texts = [decode_answer(trace.answer, stops, processor).rstrip("\ufffd") for trace in traces]
-    equal = [text == reply.text.rstrip("\ufffd") for text, reply in zip(texts, replies, strict=True)]
+    read = answer_reader(processor, tuned.recipe)
+    answers = [end_output(trace.answer, stops).token_ids for trace in traces]
+    # A server that reads no thoughts and no calls returns them within the text.
+    texts = [{read(ids, None).text, processor.decode(ids, skip_special_tokens=True)} for ids in answers]
+    equal = [
+        reply.text.rstrip("\ufffd") in {text.rstrip("\ufffd") for text in known}
+        for known, reply in zip(texts, replies, strict=True)
+    ]
     ties = [not one and _is_tie(trace, reply, stops) for one, (trace, reply) in zip(equal, pairs, strict=True)]
     differences = [one for trace, reply in pairs for one in _logprob_differences(trace, reply, processor)]
     return EndpointParity(

@@ -16,7 +16,8 @@ from llmtune.evaluate.shared_prefix import SIGNATURE, Tree, check_choices, choic
 from llmtune.evaluate.slices import Parts, read_slices
 from llmtune.evaluate.text_metrics import CHOICE_METRIC
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS
+from llmtune.evaluate.tool_metrics import ToolTurn, calls_tool, write_answer
+from llmtune.recipe.task_facts import PREDICTED, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Examples, Row, Rows
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class EvalInputs:
     """[N] what predictions are compared with: the reference, as the task has it."""
     answered: tuple[int, ...]
     """Indexes into the rows above of those that answers are predicted for."""
-    prompt_ids: dict[int, list[int]]
-    """Index into the rows above -> what to generate from."""
+    prompt_ids: dict[int, list[list[int]]]
+    """Index into the rows above -> what to generate from: for the row's own answer, after the other `turns`."""
+    turns: dict[int, list[ToolTurn]]
+    """Index into the rows above -> all answers of a row that has tools, its own last."""
     choices: tuple[str, ...]
     trees: dict[int, Tree]
     """Index into the rows above -> the prompt with every choice."""
@@ -92,12 +95,9 @@ def make_inputs(
         question, reference = task.split_answer(row)
         questions.append(question)
         references.append(reference)
-    metrics = tuple(recipe.evaluate.metrics) or facts.default_metrics
-    notes = {
-        name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in facts.default_metrics
-    }
-    if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
-        notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
+    turns = [task.tool_turns(row, recipe) for _, row in held_out]
+    metrics = choose_metrics(recipe, has_tools=any(turns))
+    notes = start_notes(task, recipe)
     generates = not task.predicts
     answerable = [i for i in range(len(numbers)) if not generates or (write_prompt(questions[i]) and references[i])]
     needs_texts = not generates or any(metric in PREDICTED for metric in metrics)
@@ -109,11 +109,13 @@ def make_inputs(
         notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if CHOICE_METRIC in metrics:
+        saying = [i for i in answerable if not calls_tool(turns[i])]
         choices = resolve_choices(rows, task, recipe, references)
         if choices:
-            grown = choice_trees([questions[i] for i in answerable], choices, task, processor, recipe)
-            trees = {i: tree for i, tree in zip(answerable, grown, strict=True) if tree is not None}
-        notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, answerable, trees)
+            grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
+            trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
+        notes[CHOICE_METRIC + ".choices"] = describe_choices(choices, references, saying, trees)
+    asked = {i: [turn.question for turn in turns[i]] or [questions[i]] for i in answered} if generates else {}
     return EvalInputs(
         reader=reader,
         rows=tuple(numbers),
@@ -123,7 +125,8 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        prompt_ids={i: render(task, questions[i], processor, recipe) for i in answered} if generates else {},
+        prompt_ids={i: [render(task, row, processor, recipe) for row in before] for i, before in asked.items()},
+        turns={i: turns[i] for i in asked if turns[i]},
         choices=choices,
         trees=trees,
         metrics=metrics,
@@ -131,6 +134,23 @@ def make_inputs(
         slices=slices,
         groups=groups,
     )
+
+
+def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
+    """Return what the recipe alone says of the metrics: which are not measured and why, and what the base is."""
+    known = TASK_FACTS[recipe.task].default_metrics
+    notes = {name: f"not measured: {why}" for name, why in recipe.variant.unmeasured.items() if name in known}
+    if task.needs_reference_model(recipe) and recipe.adapter.start_from is not None:
+        notes["base"] = "the base model with the adapter of adapter.start_from: what training started from"
+    return notes
+
+
+def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
+    """Return what is measured; of the task's own choice metrics of tools are left out where no row has any."""
+    metrics = tuple(recipe.evaluate.metrics) or TASK_FACTS[recipe.task].default_metrics
+    if has_tools or metrics != recipe.variant.default_metrics:
+        return metrics
+    return tuple(metric for metric in metrics if metric not in TOOL_METRICS)
 
 
 def render(task: EvaluatedTask, question: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
@@ -146,7 +166,8 @@ def resolve_choices(rows: Rows, task: EvaluatedTask, recipe: Recipe, references:
     if stated != "auto":
         check_choices(stated, references)
         return tuple(stated)
-    return find_choices(task.split_answer(row)[1] for split in ("train", SPLIT) for _, row in iterate_rows(rows, split))
+    both = (row for split in ("train", SPLIT) for _, row in iterate_rows(rows, split))
+    return find_choices(task.split_answer(row)[1] for row in both if not calls_tool(task.tool_turns(row, recipe)))
 
 
 def describe_choices(
@@ -164,6 +185,47 @@ def describe_choices(
     return text + (f"; {unknown} references are not among them and count as wrong" if unknown else "")
 
 
+def answer_lengths(
+    rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
+) -> list[int]:
+    """Return the tokens of each reference answer of the test rows, its end among them, as training counts them."""
+    reader = ExampleReader(examples, SPLIT)
+    lengths: dict[int, list[int]] = {}
+    for number, example in zip(reader.rows.tolist(), reader, strict=True):
+        spans = example.target_spans or example.spans
+        lengths.setdefault(number, []).extend(end - start for start, end in zip(spans[::2], spans[1::2], strict=True))
+    last_alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_on": "last"})})
+    found = []
+    for number, (_, row) in enumerate(iterate_rows(rows, SPLIT)):
+        own = lengths.get(number, [])
+        if own and recipe.data.train_on == "all" and TASK_FACTS[recipe.task].has_turns:
+            encoded = task.encode([row], processor, last_alone)[0]
+            own = [] if isinstance(encoded, str) else [encoded[-1].spans[-1] - encoded[-1].spans[-2]]
+        found += own if task.tool_turns(row, recipe) else own[-1:]
+    return found
+
+
+def warn_of_cuts(
+    rows: Rows,
+    examples: Examples,
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    console: Console,
+) -> None:
+    """Print how many reference answers are longer than answers may be; nothing where none is, or none is generated."""
+    metrics = recipe.evaluate.chosen_metrics(recipe.variant)
+    if not (examples.counts.get(SPLIT) and recipe.variant.generates and PREDICTED & set(metrics)):
+        return
+    lengths, room = answer_lengths(rows, examples, task, processor, recipe), recipe.generation.max_new_tokens
+    longer = sum(length > room for length in lengths)
+    if longer:
+        what = f"{longer} of {len(lengths)} reference answers of the test rows have more than {room} tokens"
+        fix = f"generation.max_new_tokens: {max(lengths)} has room for all"
+        text = f"{what}, so answers like them will be cut and counted as such (answers_cut): {fix}"
+        console.print(f"[yellow]{text}[/]", highlight=False)
+
+
 def write_prompt(row: Row) -> str:
     """Write a prompt for a person: the text alone where there is one message, else each with its role."""
     if "context" in row:
@@ -175,7 +237,10 @@ def write_prompt(row: Row) -> str:
     if "messages" not in row:
         named = [row.get(name) for name in ("prompt", "source", "document", "text", "pair")]
         return "\n".join(str(part) for part in named if part)
-    turns = [(str(message["role"]), plain_text(message.get("content"))) for message in row["messages"]]
+    turns = [
+        (str(message["role"]), write_answer(plain_text(message.get("content")), message.get("tool_calls") or ()))
+        for message in row["messages"]
+    ]
     if len(turns) == 1:
         return turns[0][1]
     return "\n".join(f"{role}: {text}" for role, text in turns)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.tool_metrics import ToolTurn
 from llmtune.records import Advance, Row
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class LoadedModel:
     device: str
     advance: Advance = lambda rows: None
     """Called with a number of rows whenever so many are done."""
+    note_end: Callable[[int, bool], None] = lambda row, is_cut: None
+    """Called for each answer that is written token by token: the row's position, and whether it was cut."""
 
 
 class EvaluatedTask(TaskInterface, Protocol):
@@ -51,6 +54,9 @@ class EvaluatedTask(TaskInterface, Protocol):
 
     def reference(self, row: Row) -> Prediction:
         """Return what predictions are compared with."""
+
+    def tool_turns(self, row: Row, recipe: Recipe) -> list[ToolTurn]:
+        """Return all answers of a row that has tools, its own last; each is generated and scored by its calls."""
 
     def prompt_ids(self, row: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids to generate from; the same in training, evaluation and chat."""

@@ -90,7 +90,17 @@ def evaluate(
     evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
     print_scores(evaluation, console)
+    print_cut(answers, recipe, console)
     return evaluation
+
+
+def print_cut(answers: Mapping[str, Answers], recipe: Recipe, console: Console) -> None:
+    """Print how many rows have an answer that `generation.max_new_tokens` ended; nothing where none has."""
+    counts = {name: sum(share > 0 for share in one.cut.values()) for name, one in answers.items()}
+    told = [f"{name} {count} of {len(answers[name].cut)}" for name, count in counts.items() if count]
+    if told:
+        new = recipe.generation.max_new_tokens
+        console.print(f"answers cut at generation.max_new_tokens ({new}): {', '.join(told)}", highlight=False)
 
 
 def run_models(
@@ -169,6 +179,9 @@ def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Ans
     if answers.texts and TASK_FACTS[recipe.task].generates:
         settings = recipe.generation.model_dump(exclude_none=True)
         by_metric["generation"] = ", ".join(f"{key} {value}" for key, value in settings.items())
+    if inputs.turns:
+        answered = sum(map(len, inputs.turns.values()))
+        by_metric["generated.turns"] = f"{answered} answers to {len(inputs.turns)} rows with tools, each of its turns"
     if outside := max(0, len(inputs.prompt_ids) - len(answers.texts)):
         by_metric["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
     return by_metric

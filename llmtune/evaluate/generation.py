@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import GenerationConfig
 
-from llmtune.data.chat_template import stop_ids
+from llmtune.data.answer_parser import ParsedAnswer, parse_answer
+from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
@@ -57,7 +59,30 @@ def answer_ends(model: torch.nn.Module, processor: PreTrainedTokenizerBase, reci
     return sorted({int(i) for i in ids if i is not None})
 
 
-def generate_texts(
+def answer_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate | None:
+    """Return the template that answers are written in; None where they are text alone."""
+    return read_template(processor, recipe) if TASK_FACTS[recipe.task].templated and processor.chat_template else None
+
+
+def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> Callable[[Sequence[int], Tools], ParsedAnswer]:
+    """Return what reads the generated ids of an answer, given the tools that it may call."""
+    template = answer_template(processor, recipe)
+    if template is None:
+        return lambda ids, tools: ParsedAnswer(cast(str, processor.decode(ids, skip_special_tokens=True)))
+    return lambda ids, tools: parse_answer(ids, template, tools)
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """What was generated behind one prompt."""
+
+    token_ids: list[int]
+    """Without the one that ended it."""
+    finish_reason: Literal["stop", "length"]
+    """`length` where `generation.max_new_tokens` ended it."""
+
+
+def generate(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     processor: PreTrainedTokenizerBase,
@@ -65,16 +90,15 @@ def generate_texts(
     *,
     device: str,
     advance: Callable[[int], None] = lambda rows: None,
-) -> list[str]:
+) -> list[CompletionOutput]:
     """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
 
-    Texts come without special tokens and end before the first token that ends an answer. Random draws start from the
-    recipe's seed and leave torch's generators as they were.
+    Random draws start from the recipe's seed and leave torch's generators as they were.
     """
     settings = generation_settings(model, processor, recipe)
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens
-    texts = [""] * len(prompts)
+    outputs = [CompletionOutput([], "length")] * len(prompts)
     lengths = [len(prompt) + new for prompt in prompts]
     alone = positions_depend_on_neighbours(model, max(lengths, default=0))
     ours = is_greedy(recipe) and len(prompts) > FEW_PROMPTS and not alone
@@ -87,18 +111,24 @@ def generate_texts(
         else:
             answers = write_greedily(model, batch_prompts, new, stops, device)
         for i, ids in zip(batch, answers, strict=True):
-            texts[i] = decode_answer(ids, stops, processor)
+            outputs[i] = end_output(ids, stops)
         advance(len(batch))
 
     if column_bytes is not None:
         run_in_batches(lengths, cache_budget(device, column_bytes), work, budget_for(device, MOST_ROWS))
-        return texts
+        return outputs
     budget = budget_for(device, GENERATION_BUDGET) // recipe.generation.num_beams
     with torch.random.fork_rng(), only_these_settings(model):
         alone = alone or not ignores_padding(model, settings, device)
         torch.manual_seed(recipe.seed)
         run_in_batches(lengths, budget, work, 1 if alone else None)
-    return texts
+    return outputs
+
+
+def end_output(ids: Sequence[int], stops: set[int]) -> CompletionOutput:
+    """Cut generated ids before the first that ends an answer."""
+    end = next((at for at, token in enumerate(ids) if token in stops), None)
+    return CompletionOutput(list(ids[:end]), "length" if end is None else "stop")
 
 
 def is_greedy(recipe: Recipe) -> bool:
@@ -147,12 +177,6 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
     together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
     apart = (together - torch.cat(alone)).square().mean().sqrt()
     return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
-
-
-def decode_answer(ids: Sequence[int], stops: set[int], processor: PreTrainedTokenizerBase) -> str:
-    """Turn generated ids into text, up to the first id that ends an answer."""
-    end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-    return cast(str, processor.decode(ids[:end], skip_special_tokens=True))
 
 
 @contextmanager

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
 from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
-from llmtune.evaluate.generation import generate_texts
-from llmtune.evaluate.metric import Measure, measure_right
+from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
+from llmtune.evaluate.metric import Measure, measure_means, measure_right
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
+from llmtune.evaluate.tool_metrics import TOOL_SCORES, calls_tool, measure_tools, write_answer
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
+from llmtune.recipe.task_facts import CUT_METRIC
 from llmtune.records import Advance, Collate
 
 
@@ -46,6 +50,14 @@ class Answers:
     """Log-likelihood of each choice, nats."""
     predictions: dict[int, object] = field(default_factory=dict)
     """Answers as the task has them; of tasks whose answers are texts those are in `texts`."""
+    parts: dict[int, list[ParsedAnswer]] = field(default_factory=dict)
+    """Generated answers that are more than text: all answers of a row with tools, its own last."""
+    cut: dict[int, float] = field(default_factory=dict)
+    """Of rows whose answers are generated, the share of them that `generation.max_new_tokens` ended."""
+
+    def text(self, row: int) -> str:
+        """Return the text of an answer alone, without its thoughts and its calls."""
+        return self.parts[row][-1].text if row in self.parts else self.texts[row]
 
     def choice(self, row: int, choices: Sequence[str]) -> str:
         """Return the likeliest choice of a row, or an empty text where none was scored."""
@@ -61,7 +73,7 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
     assert inputs is not None
     limit = context_limit(model)
     new_tokens = recipe.generation.max_new_tokens
-    prompts = {i: ids for i, ids in inputs.prompt_ids.items() if len(ids) + new_tokens <= limit}
+    prompts = {i: asked for i, asked in inputs.prompt_ids.items() if max(map(len, asked)) + new_tokens <= limit}
     trees = {i: tree for i, tree in inputs.trees.items() if tree.longest <= limit}
     with inference_on(model, context) as bars:
         sums = None
@@ -76,18 +88,43 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         if task.predicts:
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]
-            values = task.predict(rows, LoadedModel(model, context.processor, recipe, device, advance)) if rows else []
+            cut: dict[int, float] = {}
+
+            def note_end(row: int, is_cut: bool) -> None:
+                cut[inputs.answered[row]] = float(is_cut)
+
+            loaded = LoadedModel(model, context.processor, recipe, device, advance, note_end)
+            values = task.predict(rows, loaded) if rows else []
             predictions = dict(zip(inputs.answered, values, strict=True))
-            return Answers(
-                sums, {i: task.format_prediction(value) for i, value in predictions.items()}, {}, predictions
-            )
-        texts: list[str] = []
+            texts = {i: task.format_prediction(value) for i, value in predictions.items()}
+            return Answers(sums, texts, {}, predictions, cut=cut)
+        outputs: list[CompletionOutput] = []
         if prompts:
-            advance = add_bar(bars, f"{name}: answers", len(prompts))
-            texts = generate_texts(
-                model, list(prompts.values()), context.processor, recipe, device=device, advance=advance
-            )
-    return Answers(sums, dict(zip(prompts, texts, strict=True)), dict(zip(trees, scores, strict=True)))
+            flat = [ids for asked in prompts.values() for ids in asked]
+            advance = add_bar(bars, f"{name}: answers", len(flat))
+            outputs = generate(model, flat, context.processor, recipe, device=device, advance=advance)
+    known = dict(zip(trees, scores, strict=True))
+    return read_outputs(Answers(sums, {}, known), {i: len(asked) for i, asked in prompts.items()}, outputs, context)
+
+
+def read_outputs(
+    answers: Answers, asked: Mapping[int, int], outputs: Sequence[CompletionOutput], context: EvalContext
+) -> Answers:
+    """Add the answers to rows: of each row as many outputs as were `asked` of it, one after the other."""
+    inputs = context.inputs
+    assert inputs is not None
+    read = answer_reader(context.processor, context.recipe) if outputs else None
+    left = iter(outputs)
+    for row, count in asked.items():
+        assert read is not None
+        own = [*islice(left, count)]
+        tools = inputs.questions[row].get("tools")
+        parsed = [read(output.token_ids, tools) for output in own]
+        answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
+        answers.cut[row] = sum(output.finish_reason == "length" for output in own) / count
+        if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
+            answers.parts[row] = parsed
+    return answers
 
 
 def score_tokens(
@@ -127,30 +164,45 @@ def score_tokens(
 
 
 def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, Measure]:
-    """Turn answers into the metrics of the inputs; one without rows, or that means nothing here, is left out."""
-    inputs, task = context.inputs, context.task
+    """Turn answers into the metrics of the inputs; one without rows, or that means nothing here, is left out.
+
+    Where answers were generated, the share of those that were cut is always among them.
+    """
+    inputs = context.inputs
     assert inputs is not None
     measures: dict[str, Measure] = {}
-    for metric in inputs.metrics:
-        one = measure_by_task(metric, context, answers, base)
-        if one is None and metric in TOKEN_METRICS:
-            one = measure_sums(metric, context, answers.sums)
-        elif one is None and not task.predicts:
-            one = measure_answers(metric, inputs, answers)
+    for metric in dict.fromkeys((*inputs.metrics, CUT_METRIC)):
+        one = measure_one(metric, context, answers, base)
         if one is not None and len(one.sums_NK):
             assert len(one.at) == len(one.sums_NK)
             measures[metric] = one
     return measures
 
 
+def measure_one(metric: str, context: EvalContext, answers: Answers, base: Answers) -> Measure | None:
+    """Turn answers into one metric; None where it means nothing here."""
+    inputs = context.inputs
+    assert inputs is not None
+    if metric == CUT_METRIC:
+        cut = measure_means(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
+        return replace(cut, at=tuple(answers.cut))
+    if metric in TOOL_SCORES:
+        return measure_tools(metric, answers.parts, inputs.turns)
+    measured = measure_by_task(metric, context, answers, base)
+    if measured is None and metric in TOKEN_METRICS:
+        return measure_sums(metric, context, answers.sums)
+    if measured is None and not context.task.predicts:
+        return measure_answers(metric, inputs, answers)
+    return measured
+
+
 def measure_by_task(metric: str, context: EvalContext, answers: Answers, base: Answers) -> Measure | None:
     """Return a metric as the task itself measures it; None where it leaves that to what is common."""
     inputs, task = context.inputs, context.task
     assert inputs is not None
-    values: dict[int, object] = answers.predictions or {**answers.texts}
+    values, others = (one.predictions or {i: one.text(i) for i in one.texts} for one in (answers, base))
     if not values:
         return None
-    others: dict[int, object] = base.predictions or {**base.texts}
     measured = task.compute_metric(
         metric,
         list(values.values()),
@@ -177,8 +229,9 @@ def measure_answers(metric: str, inputs: EvalInputs, answers: Answers) -> Measur
         right = [answers.choice(i, inputs.choices) == inputs.references[i] for i in answers.scores]
         measured = measure_right(right, metric, "share of rows whose reference answer is the likeliest choice")
         return replace(measured, at=tuple(answers.scores))
-    references = [inputs.references[i] for i in answers.texts]
-    return replace(TEXT_MEASURES[metric](list(answers.texts.values()), references), at=tuple(answers.texts))
+    rows = [i for i in answers.texts if not calls_tool(inputs.turns.get(i, ()))]
+    texts, references = [answers.text(i) for i in rows], [inputs.references[i] for i in rows]
+    return replace(TEXT_MEASURES[metric](texts, references), at=tuple(rows))
 
 
 def task_signature(metric: str, context: EvalContext) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalInputs
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
@@ -21,6 +22,8 @@ from llmtune.records import Evaluation, Flips
 from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
 
 EVALUATION, PREDICTIONS, BASE = "evaluation.json", "predictions.jsonl", "base.json"
+BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
+"""Fields of `Answers` by row, as `base.json` has them."""
 SCORES = ("base", "tuned", "difference")
 """Keys of `evaluation.json` below which null is a score that is no number."""
 
@@ -84,6 +87,8 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
         if i in answers.texts:
             line[name] = answers.texts[i]
             line[f"{name}_right"] = answers.texts[i].strip() == reference.strip()
+        if i in answers.parts:
+            line[f"{name}_parts"] = [asdict(answer) for answer in answers.parts[i]]
         if i in answers.predictions and answers.predictions[i] != answers.texts.get(i):
             line[f"{name}_prediction"] = answers.predictions[i]
         if i in answers.scores:
@@ -96,19 +101,21 @@ def prediction_row(i: int, inputs: EvalInputs, models: dict[str, Answers]) -> di
 def save_base(folder: Path, answers: Answers, inputs: str) -> None:
     """Write all that the base model answered to `base.json`, with the hash of what that depends on."""
     sums = answers.sums and {name: values.tolist() for name, values in vars(answers.sums).items()}
-    parts = {name: list(getattr(answers, name).items()) for name in ("texts", "scores", "predictions")}
+    by_row = {name: list(getattr(answers, name).items()) for name in BY_ROW}
+    by_row["parts"] = [(i, [asdict(answer) for answer in parsed]) for i, parsed in answers.parts.items()]
     with explained(folder):
-        write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **parts}, ensure_ascii=False))
+        write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
 
 
 def load_base(folder: Path, inputs: str) -> BaseAnswers:
     """Read `base.json`; without answers where there are none, or none from these inputs."""
     saved = read_json(folder / BASE)
-    if not isinstance(saved, dict) or saved.get("inputs") != inputs:
+    if not isinstance(saved, dict) or saved.get("inputs") != inputs or not saved.keys() >= {*BY_ROW}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})
-    texts, scores, predictions = (dict(saved[name]) for name in ("texts", "scores", "predictions"))
-    return BaseAnswers(inputs, Answers(sums or None, texts, scores, predictions))
+    by_row = {name: dict(saved[name]) for name in BY_ROW}
+    by_row["parts"] = {i: [ParsedAnswer(**answer) for answer in parsed] for i, parsed in by_row["parts"].items()}
+    return BaseAnswers(inputs, Answers(sums or None, **by_row))
 
 
 MOST_SHOWN = 5

@@ -233,7 +233,8 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             inputs,
             questions=tuple(questions),
             answered=tuple(range(len(questions))),
-            prompt_ids={i: render(task, question, processor, recipe) for i, question in enumerate(written)},
+            prompt_ids={i: [render(task, question, processor, recipe)] for i, question in enumerate(written)},
+            turns={},
             trees=dict(enumerate(trees)),
             metrics=(),
         )

@@ -18,7 +18,7 @@ from llmtune.recipe.eval_suites_section import (
 )
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.recipe.section import Count, Many, Section, Text, by_type, sections_by
-from llmtune.recipe.task_facts import PREDICTED
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
 from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "limit", "choices", "samples", "slices")
@@ -128,6 +128,8 @@ class EvaluateSection(Section):
 
     def _check_gates(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         metrics, known = self.chosen_metrics(variant), variant.facts.metrics
+        if CUT_METRIC in known and variant.generates and PREDICTED & set(metrics):
+            metrics = tuple(dict.fromkeys((*metrics, CUT_METRIC)))
         for i, text in enumerate(self.gates):
             key = f"evaluate.gates.{i}"
             try:

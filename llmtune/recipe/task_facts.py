@@ -10,7 +10,12 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 GENERATED = ("exact_match", *ROUGE, "chrf")
 """Metrics that chat and completion take on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
-PREDICTED = frozenset({*GENERATED, *MACHINE_TRANSLATION, "length_ratio", "f1", "wer", "cer"})
+TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
+CUT_METRIC = "answers_cut"
+"""Measured wherever answers are generated for other metrics."""
+PREDICTED = frozenset(
+    {*GENERATED, *MACHINE_TRANSLATION, *TOOL_METRICS, CUT_METRIC, "length_ratio", "f1", "wer", "cer"},
+)
 """Metrics of answers whose number `evaluate.limit` bounds."""
 
 TASK_FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -92,8 +97,8 @@ TASK_FACTS = _facts(
     TaskFacts(
         "chat",
         "answer in a conversation",
-        (*LANGUAGE, *GENERATED, "choice_accuracy"),
-        ("loss", "perplexity", "bits_per_byte", "accuracy", "exact_match", "rougeL", "chrf", "choice_accuracy"),
+        (*LANGUAGE, *GENERATED, "choice_accuracy", *TOOL_METRICS, CUT_METRIC),
+        (*LANGUAGE, "exact_match", "rougeL", "chrf", "choice_accuracy", *TOOL_METRICS),
         packs=True,
         templated=True,
         generates=True,
@@ -104,8 +109,8 @@ TASK_FACTS = _facts(
     TaskFacts(
         "completion",
         "go on with a text, or fill in what is masked",
-        (*LANGUAGE, *GENERATED, "choice_accuracy"),
-        ("loss", "perplexity", "bits_per_byte", "accuracy"),
+        (*LANGUAGE, *GENERATED, "choice_accuracy", CUT_METRIC),
+        LANGUAGE,
         section="completion",
         packs=True,
         generates=True,
@@ -115,7 +120,7 @@ TASK_FACTS = _facts(
     TaskFacts(
         "translate",
         "put a text into another language",
-        ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION),
+        ("loss", "perplexity", "accuracy", *MACHINE_TRANSLATION, CUT_METRIC),
         ("loss", "bleu", "chrf"),
         section="translate",
         packs=True,
@@ -129,7 +134,7 @@ TASK_FACTS = _facts(
     TaskFacts(
         "summarize",
         "say a text in fewer words",
-        ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio"),
+        ("loss", "perplexity", "accuracy", *ROUGE, "chrf", "length_ratio", CUT_METRIC),
         ("loss", *ROUGE, "length_ratio"),
         section="summarize",
         packs=True,
@@ -143,7 +148,7 @@ TASK_FACTS = _facts(
     TaskFacts(
         "qa",
         "find the answer in a text",
-        ("loss", "exact_match", "f1"),
+        ("loss", "exact_match", "f1", CUT_METRIC),
         ("exact_match", "f1"),
         section="qa",
         overlong=("error", "drop", "truncate"),

@@ -9,12 +9,12 @@ from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl"},
+    {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut"},
 )
 NEAREST_TO_ONE = frozenset({"length_ratio"})
 """Neither more nor less is better."""
-COSTS = frozenset({"kl"})
-"""What a gain is paid with: worse in these alone is no harm."""
+COSTS = frozenset({"kl", "answers_cut"})
+"""What a gain is paid with, or measured under: worse in these alone is no harm."""
 
 METRIC_NOTES = {
     "loss": "nats per token of the reference",
@@ -46,14 +46,21 @@ METRIC_NOTES = {
     "cer": "wrong characters by reference characters",
     "margin": "how far better answers are above worse ones",
     "likelihood_accuracy": "better answer is the likelier one",
+    "tool_call_valid": "calls a tool, with arguments that its schema takes",
+    "tool_name": "calls the right tools",
+    "tool_arguments": "calls equal the reference by value",
+    "tool_arguments_f1": "argument values that are right: precision and recall in one",
+    "no_call": "calls no tool where none is to be called",
+    "answers_cut": "answers that max_new_tokens ended",
     "kl": "how far from the base model, nats per token; a cost",
     CHOICE: "reference is the likeliest answer; does not depend on wording",
 }
 HEADLINES = (
     *(CHOICE, "bleu", "wer", "cer", "exact_match", "rougeL", "rougeLsum", "rouge1", "rouge2", "chrf", "ter"),
+    *("tool_arguments", "tool_name", "tool_arguments_f1", "tool_call_valid", "no_call"),
     *("f1", "accuracy", "f1_macro", "f1_weighted", "f1_micro", "matthews", "auroc", "precision", "recall"),
     *("mae", "mse", "spearman", "pearson", "likelihood_accuracy", "margin"),
-    *("loss", "bits_per_byte", "perplexity", "length_ratio", "kl"),
+    *("loss", "bits_per_byte", "perplexity", "length_ratio", "kl", "answers_cut"),
 )
 """Metrics by how much they say to a person."""
 

@@ -39,7 +39,7 @@ def verdict(evaluation: Evaluation | None, seeds: Seeds | None = None) -> Verdic
         rows = max(change.n for change in evaluation.difference.values())
         return Verdict(UNKNOWN, f"{rows} held-out rows are too few; at least {FEWEST_ROWS} are needed.")
     found = weigh(changes, evaluation.baseline)
-    paid = any(direction(metric, changes[metric]) < 0 for metric in COSTS & changes.keys())
+    paid = "kl" in changes and direction("kl", changes["kl"]) < 0
     gained = [metric for metric, sign in speaking(changes).items() if sign > 0]
     parts = [found.reason, warn_of_spread(seeds, gained), PRICE if paid else ""]
     return Verdict(found.word, " ".join(part for part in parts if part))
@@ -56,7 +56,7 @@ def speaking(differences: Differences) -> dict[str, int]:
     The 95 % interval leaves zero out, at least ten rows were measured, and p holds for all metrics together, so that
     only one in twenty evaluations without any change is said to have one, however many metrics it looks at: Holm, "A
     Simple Sequentially Rejective Multiple Test Procedure", 1979. Metrics that say the same in other units count once.
-    Costs (`kl`) and what has no better side do not speak.
+    Costs (`kl`, `answers_cut`) and what has no better side do not speak.
     """
     changes = countable(differences)
     signs = {metric: direction(metric, change) for metric, change in changes.items() if metric not in COSTS}

@@ -19,7 +19,7 @@ from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import generate_texts
+from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.serve.generate import check_request, load_session
 from llmtune.session import open_finished
@@ -133,8 +133,10 @@ def _answer(session: ChatSession, given: Sequence[Inputs]) -> Iterator[dict[str,
     rows = [task.make_row(inputs) for inputs in given]
     if not task.predicts:
         prompts = [task.prompt_ids(row, session.processor, recipe) for row in rows]
-        for text in generate_texts(session.model, prompts, session.processor, recipe, device=device):
-            yield {"answer": text}
+        read = answer_reader(session.processor, recipe)
+        for output in generate(session.model, prompts, session.processor, recipe, device=device):
+            parsed = read(output.token_ids, None)
+            yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
         return
     dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
     with torch.inference_mode(), compute_context(dtype, device):

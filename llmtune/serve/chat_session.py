@@ -8,11 +8,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.generation import answer_ends, decode_answer
+from llmtune.evaluate.generation import answer_ends, answer_template
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.records import Row
-from llmtune.serve.detokenizer import Detokenizer
+from llmtune.serve.answer_stream import AnswerStream, Delta
 from llmtune.serve.generation_stream import stream_generation
 from llmtune.tasks.base import AnyTask
 
@@ -48,8 +48,8 @@ class ChatSession:
         """Forget the conversation."""
         self.history, self.forgotten = [], 0
 
-    def answer(self, prompt: str, *, system: str | None = None, keep: bool = False) -> Iterator[str]:
-        """Yield the answer to `prompt` in pieces of text; joined they are what evaluation would have got.
+    def answer(self, prompt: str, *, system: str | None = None, keep: bool = False) -> Iterator[Delta]:
+        """Yield the answer to `prompt` in pieces; their contents joined are what evaluation would have got.
 
         Args:
             prompt: the user's message; in task completion the text to continue.
@@ -75,7 +75,9 @@ class ChatSession:
             pieces.append(piece)
             yield piece
         if keep:
-            self.history = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            answer = {"role": "assistant", "content": "".join(piece.content for piece in pieces)}
+            thoughts = "".join(piece.reasoning for piece in pieces)
+            self.history = [*messages, answer | ({"reasoning": thoughts} if thoughts else {})]
 
     def _fit(self, rows: list[Row]) -> list[int]:
         """Return the ids of the first row that leaves room for an answer; each next row remembers one question less."""
@@ -94,8 +96,8 @@ class ChatSession:
         fix = "Shorten the prompt, or lower the number of new tokens."
         raise RecipeError.of(what, "generation.max_new_tokens", fix)
 
-    def _generate(self, prompt: list[int], turn: int) -> Iterator[str]:
-        """Generate in a second thread and yield text as it becomes certain; closing the iterator ends the thread."""
+    def _generate(self, prompt: list[int], turn: int) -> Iterator[Delta]:
+        """Generate in a second thread and yield what becomes certain; closing the iterator ends the thread."""
         queue: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         cancelled = threading.Event()
 
@@ -108,16 +110,16 @@ class ChatSession:
                 queue.put(error)
 
         stops = set(answer_ends(self.model, self.processor, self.recipe))
-        detokenizer = Detokenizer(lambda ids: decode_answer(ids, stops, self.processor))
+        stream = AnswerStream(self.processor, stops, answer_template(self.processor, self.recipe))
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
             while (new := queue.get()) is not None:
                 if isinstance(new, BaseException):
                     raise new
-                if piece := detokenizer.add(new):
+                if piece := stream.add(new):
                     yield piece
-            if rest := detokenizer.close():
+            if rest := stream.close():
                 yield rest
         finally:
             cancelled.set()

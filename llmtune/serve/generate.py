@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import generate_texts
+from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.heads import head_is_new
 from llmtune.model.processor import load_processor
@@ -33,7 +33,7 @@ def answer_once(
     """Let the model of a finished run answer `inputs`, whatever its task.
 
     Returns:
-        `text`, as a person reads it, and `prediction`, as the task has it.
+        `text`, as a person reads it, and `prediction`, as the task has it; `reasoning` where the model thought first.
 
     Raises:
         RecipeError: an input is missing, or not used by this task; the base has no head to answer with.
@@ -58,7 +58,8 @@ def stream_answer(
     check_request(context, model_ref, inputs, base=base, max_new_tokens=max_new_tokens)
     session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
     if session.task.free_prompt:
-        yield from session.answer(str(inputs["prompt"]), system=inputs.get("system"))
+        pieces = session.answer(str(inputs["prompt"]), system=inputs.get("system"))
+        yield from (piece.content for piece in pieces if piece.content)
     else:
         yield str(answer(session, inputs)["text"])
 
@@ -84,13 +85,15 @@ def answer(session: ChatSession, inputs: Mapping[str, str | None]) -> dict[str, 
     """Return the answer of a loaded model: `text` and `prediction`, as `answer_once` does."""
     task, recipe = session.task, session.recipe
     if task.free_prompt:
-        text = "".join(session.answer(str(inputs["prompt"]), system=inputs.get("system")))
-        return {"text": text, "prediction": text}
+        pieces = list(session.answer(str(inputs["prompt"]), system=inputs.get("system")))
+        text, thoughts = "".join(piece.content for piece in pieces), "".join(piece.reasoning for piece in pieces)
+        return {"text": text, "prediction": text, **({"reasoning": thoughts} if thoughts else {})}
     row, device = task.make_row(inputs), str(session.model.device)
     prediction: object
     if not task.predicts:
         ids = task.prompt_ids(row, session.processor, recipe)
-        (prediction,) = generate_texts(session.model, [ids], session.processor, recipe, device=device)
+        (output,) = generate(session.model, [ids], session.processor, recipe, device=device)
+        prediction = answer_reader(session.processor, recipe)(output.token_ids, None).text
     else:
         dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
         with torch.inference_mode(), compute_context(dtype, device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_rows import canonical_messages
@@ -13,8 +13,10 @@ from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
 from llmtune.serve.request_queue import End, Event, Job
 from llmtune.serve.sampling import SETTINGS, sampling_params
 from llmtune.serve.schemas import ApiError, ChatRequest, CompletionRequest, GenerationRequest
+from llmtune.serve.tool_choice import begin_call, check_shown, shown_tools
 
 if TYPE_CHECKING:
+    from llmtune.data.chat_template import Tools
     from llmtune.records import Row
     from llmtune.serve.engine import Engine
     from llmtune.serve.served_model import ServedModel
@@ -26,11 +28,13 @@ MAX_POSITIONS = 1 << 15
 class PendingAnswer:
     """One job in the engine, as the event loop sees it.
 
+    `begun` are the last ids of its prompt, where those are the beginning of the answer.
+
     Raises ApiError where there is no room in the queue, or the server is about to stop.
     """
 
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self.engine, self.job = engine, job
+    def __init__(self, engine: Engine, job: Job, tools: Tools = None, begun: Sequence[int] = ()) -> None:
+        self.engine, self.job, self.tools, self.begun = engine, job, tools, begun
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -98,9 +102,13 @@ class RequestHandler:
         row, turn = read_messages(request)
         try:
             ids = served.task.prompt_ids(row, served.processor, served.recipe)
+            check_shown(row, ids, served)
+            begun = begin_call(row, request, served)
         except LlmtuneError as error:
             raise ApiError(400, as_api_error(error).message, param="messages") from error
-        return self._generate(served, ids, request, request.max_completion_tokens or request.max_tokens, turn)
+        longest = request.max_completion_tokens or request.max_tokens
+        job = self._job(served, [*ids, *begun], request, longest, turn)
+        return PendingAnswer(self.engine, job, row.get("tools"), begun)
 
     def complete(self, request: CompletionRequest) -> PendingAnswer:
         """Queue a text to be continued."""
@@ -114,7 +122,7 @@ class RequestHandler:
             if outside:
                 message = f"Token {outside[0]} is outside of the vocabulary, which has {served.vocabulary}."
                 raise ApiError(400, message, param="prompt")
-        return self._generate(served, ids, request, request.max_tokens, 0)
+        return PendingAnswer(self.engine, self._job(served, ids, request, request.max_tokens, 0))
 
     def predict(self, name: str | None, inputs: Mapping[str, str | None]) -> tuple[PendingAnswer, Row]:
         """Queue the inputs of a task; returns the row beside the answer."""
@@ -129,12 +137,12 @@ class RequestHandler:
             raise as_api_error(error) from error
         return PendingAnswer(self.engine, _make_job(served, ids, {}, None, served.recipe.seed)), row
 
-    def _generate(
+    def _job(
         self, served: ServedModel, ids: list[int], request: GenerationRequest, max_tokens: int | None, turn: int
-    ) -> PendingAnswer:
+    ) -> Job:
         stated = {name: getattr(request, name) for name in SETTINGS}
         seed = served.recipe.seed + turn if request.seed is None else request.seed
-        return PendingAnswer(self.engine, _make_job(served, ids, stated, max_tokens, seed))
+        return _make_job(served, ids, stated, max_tokens, seed)
 
 
 def _make_job(
@@ -157,8 +165,9 @@ def read_messages(request: ChatRequest) -> tuple[Row, int]:
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
     if messages[-1]["role"] == "assistant":
         raise ApiError(400, "The last message is the assistant's: there is nothing to answer.", param="messages")
+    tools = shown_tools(request)
     try:
-        row = canonical_messages([*messages, {"role": "assistant", "content": "-"}])
+        row = canonical_messages([*messages, {"role": "assistant", "content": "-"}], tools)
     except RowError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
     row["messages"] = row["messages"][:-1]

@@ -17,8 +17,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
@@ -139,6 +138,39 @@ class Message(RequestModel):
     name: Text | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    """The thoughts of an earlier answer, which the chat template may leave out. (Not in OpenAI's API.)"""
+
+
+class FunctionDefinition(RequestModel):
+    """What a tool does, and what it takes."""
+
+    name: FilledText
+    description: Text | None = None
+    parameters: dict[str, object] | None = None
+    """As JSON Schema."""
+    strict: bool | None = None
+    """Accepted; what a model writes is not held to the schema."""
+
+
+class ToolDefinition(RequestModel):
+    """A tool that may be called."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(RequestModel):
+    """The name of a function."""
+
+    name: FilledText
+
+
+class NamedToolChoice(RequestModel):
+    """The tool to call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(GenerationRequest):
@@ -147,6 +179,11 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: PositiveInt | None = None
     """OpenAI's newer name of `max_tokens`."""
+    tools: list[ToolDefinition] | None = None
+    """Tools that the answer may call."""
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    """`none` shows the model no tool, `auto` (default) leaves it the choice; `required`, or a tool, begins the answer
+    with a call."""
 
     @model_validator(mode="after")
     def _one_length(self) -> ChatRequest:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from peft import PeftModel
 
-from llmtune.evaluate.generation import answer_ends, decode_answer
+from llmtune.data.chat_template import Tools
+from llmtune.evaluate.generation import answer_ends, answer_reader, answer_template, end_output
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
+from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class ServedModel:
     def __post_init__(self) -> None:
         inner = unwrap(self.model)
         self.stops = set(answer_ends(self.model, self.processor, self.recipe))
+        self.template = answer_template(self.processor, self.recipe) if self.task.free_prompt else None
         self.context = context_length(inner.config)
         """Tokens that the model's positions reach; None where it does not say."""
         self.vocabulary = int(inner.get_input_embeddings().weight.shape[0]) if self.generates else 0
@@ -65,6 +68,10 @@ class ServedModel:
                 self.model.set_adapter(self.adapter, inference_mode=True)
             yield
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Turn the ids of an answer into its text, without what ends it."""
-        return decode_answer(ids, self.stops, self.processor)
+    def read(self, ids: Sequence[int]) -> str:
+        """Turn the ids of an answer into its text."""
+        return answer_reader(self.processor, self.recipe)(end_output(ids, self.stops).token_ids, None).text
+
+    def stream(self, *, chat: bool, tools: Tools = None, stops: Sequence[str] = ()) -> AnswerStream:
+        """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
+        return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops)

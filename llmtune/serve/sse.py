@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from llmtune.serve.detokenizer import Detokenizer
+from llmtune.serve.answer_stream import Delta
 from llmtune.serve.request_queue import End
 from llmtune.serve.schemas import ApiError, GenerationRequest
 
 if TYPE_CHECKING:
+    from llmtune.data.chat_rows import ToolCall
     from llmtune.serve.prometheus import Metrics
     from llmtune.serve.request_handler import PendingAnswer
 
@@ -28,25 +29,33 @@ Body = dict[str, object]
 
 
 class GeneratedAnswer:
-    """One answer on its way out: its text as it grows, and what is counted of it."""
+    """One answer on its way out: its parts as they grow, and what is counted of it."""
 
     def __init__(self, pending: PendingAnswer, request: GenerationRequest, metrics: Metrics, *, chat: bool) -> None:
         self.pending, self.request, self.metrics, self.chat = pending, request, metrics, chat
-        self.served, self.prompt = pending.job.served, list(pending.job.ids)
+        self.served, self.begun = pending.job.served, list(pending.begun)
+        self.prompt = list(pending.job.ids[: len(pending.job.ids) - len(self.begun)])
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        self.detokenizer = Detokenizer(self.served.decode, stops)
+        self.stream = self.served.stream(chat=chat, tools=pending.tools, stops=stops)
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.started, self.created = time.monotonic(), int(time.time())
         self.finish_reason = "stop"
+        self.calls = 0
+        """Calls that were sent."""
         self.wants_usage = bool(request.stream_options and request.stream_options.include_usage)
         metrics.prompt_tokens.labels(self.served.name).inc(len(self.prompt))
 
-    async def pieces(self) -> AsyncIterator[tuple[str, list[int]]]:
-        """Yield what is added to the text and its ids; afterwards `finish_reason` and `usage` hold.
+    @property
+    def ids(self) -> list[int]:
+        """The ids so far."""
+        return self.stream.detokenizer.ids
+
+    async def pieces(self) -> AsyncIterator[tuple[Delta, list[int]]]:
+        """Yield what is added to the answer and its ids; afterwards `finish_reason` and `usage` hold.
 
         Raises ApiError for what went wrong.
         """
-        sent, detokenizer = 0, self.detokenizer
+        sent, stream = 0, self.stream
         try:
             async for event in self.pending.stream():
                 if isinstance(event, End):
@@ -54,38 +63,43 @@ class GeneratedAnswer:
                     break
                 if not sent:
                     self.metrics.first_token.observe(time.monotonic() - self.started)
-                piece = detokenizer.add(event)
-                yield piece, detokenizer.ids[sent:]
-                sent = len(detokenizer.ids)
-                if detokenizer.stopped:
+                delta = stream.add([*([] if sent else self.begun), *event])
+                yield delta, self.ids[sent:]
+                sent = len(self.ids)
+                if stream.detokenizer.stopped:
                     self.finish_reason = "stop"
                     break
-            if rest := detokenizer.close():
+            if rest := stream.close():
                 yield rest, []
+            if stream.tool_calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
         finally:
             self.pending.cancel()
-            self.metrics.answer_tokens.labels(self.served.name).inc(len(detokenizer.ids))
+            self.metrics.answer_tokens.labels(self.served.name).inc(len(self.ids))
 
     @property
     def usage(self) -> dict[str, int]:
         """How many tokens it took; the one that ended the answer is among them."""
-        prompt, answer = len(self.prompt), len(self.detokenizer.ids)
+        prompt, answer = len(self.prompt), len(self.ids)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def body(self) -> Body:
         """Return the body of an answer that is sent at once."""
-        text = self.detokenizer.text
-        content: Body = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = self._choice(content, self.detokenizer.ids, self.finish_reason)
+        stream = self.stream
+        content: Body = {"text": stream.content}
+        if self.chat:
+            message = self._message(Delta(stream.content, stream.reasoning, tuple(stream.tool_calls)))
+            content = {"message": {"role": "assistant", "content": None if stream.tool_calls else "", **message}}
+        choice = self._choice(content, self.ids, self.finish_reason)
         kind = "chat.completion" if self.chat else "text_completion"
         return self._envelope(kind, [choice], with_prompt=True) | {"usage": self.usage}
 
-    def chunk(self, piece: str | None, ids: list[int], *, finish: str | None = None, first: bool = False) -> str:
+    def chunk(self, delta: Delta, ids: list[int], *, finish: str | None = None, first: bool = False) -> str:
         """Return one event of a stream."""
-        content: Body = {"text": piece or ""}
+        content: Body = {"text": delta.content}
         if self.chat:
-            role = {"role": "assistant"} if first else {}
-            content = {"delta": role | ({} if piece is None else {"content": piece})}
+            start: Body = {"role": "assistant", "content": ""} if first else {}
+            content = {"delta": start | self._message(delta, numbered=True)}
         usage: Body = {"usage": None} if self.wants_usage else {}
         return event(self._envelope(self._chunk_kind, [self._choice(content, ids, finish)], first) | usage)
 
@@ -97,6 +111,22 @@ class GeneratedAnswer:
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _message(self, delta: Delta, numbered: bool = False) -> Body:
+        """Return the fields of a message; `numbered` tells the calls of a stream apart."""
+        message: Body = {"content": delta.content} if delta.content else {}
+        if delta.reasoning:
+            message["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            message["tool_calls"] = [self._call(call, numbered) for call in delta.tool_calls]
+        return message
+
+    def _call(self, call: ToolCall, numbered: bool) -> Body:
+        name, arguments = call["function"]["name"], json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        number: Body = {"index": self.calls} if numbered else {}
+        self.calls += 1
+        call_id = f"call_{secrets.token_hex(12)}"
+        return {**number, "id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _choice(self, content: Body, ids: list[int], finish: str | None) -> Body:
         choice: Body = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
@@ -127,15 +157,15 @@ async def send_answer(answer: GeneratedAnswer, request: Request) -> Response:
 
 
 async def _stream(
-    answer: GeneratedAnswer, first: tuple[str, list[int]], rest: AsyncIterator[tuple[str, list[int]]]
+    answer: GeneratedAnswer, first: tuple[Delta, list[int]], rest: AsyncIterator[tuple[Delta, list[int]]]
 ) -> AsyncIterator[str]:
     complete = False
     try:
         yield answer.chunk(first[0], first[1], first=True)
-        async for piece, ids in rest:
-            if piece or (ids and answer.request.return_token_ids):
-                yield answer.chunk(piece, ids)
-        yield answer.chunk(None, [], finish=answer.finish_reason)
+        async for delta, ids in rest:
+            if delta or (ids and answer.request.return_token_ids):
+                yield answer.chunk(delta, ids)
+        yield answer.chunk(Delta(), [], finish=answer.finish_reason)
         yield answer.last_chunk()
         complete = True
     except ApiError as error:

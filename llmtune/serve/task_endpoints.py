@@ -176,4 +176,4 @@ async def _prediction(pending: PendingAnswer, served: ServedModel, metrics: Metr
             return event.prediction
     metrics.prompt_tokens.labels(served.name).inc(len(pending.job.ids))
     metrics.answer_tokens.labels(served.name).inc(len(ids))
-    return served.decode(ids)
+    return served.read(ids)

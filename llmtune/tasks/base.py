@@ -14,6 +14,7 @@ from llmtune.data.data_report import Piece, highlight
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.tool_metrics import ToolTurn
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
 
@@ -112,6 +113,10 @@ class Task(Generic[RowT, PredictionT]):
     def reference(self, row: RowT) -> Any:
         """Return what predictions are compared with."""
         return self.split_answer(row)[1]
+
+    def tool_turns(self, row: RowT, recipe: Recipe) -> list[ToolTurn]:
+        """Return all answers of a row that has tools."""
+        return []
 
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Return, by label, its rows (or entities) in each split."""

@@ -9,6 +9,7 @@ from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.task_interface import Encoded
+from llmtune.evaluate.tool_metrics import ToolTurn, write_answer
 from llmtune.tasks.base import DecoderTask
 
 if TYPE_CHECKING:
@@ -30,16 +31,27 @@ class Chat(DecoderTask[ChatRow]):
         return {"messages": question_messages(given)}
 
     def split_answer(self, row: ChatRow) -> tuple[ChatRow, str]:
-        """Split a row at its last trained answer: the conversation before it, and the answer as text.
+        """Split a row at its last trained answer: the conversation before it, and the answer as text, its calls too.
 
         Where no answer may be trained on (`train: false` on all), the last one is taken.
         """
-        messages = row["messages"]
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages, answers = row["messages"], answers_of(row)
         if not answers:
             return row, ""
-        last = [i for i in answers if messages[i].get("train", True)] or answers
-        return {**row, "messages": messages[: last[-1]]}, messages[last[-1]].get("content") or ""
+        last = messages[answers[-1]]
+        text = write_answer(last.get("content") or "", last.get("tool_calls", ()))
+        return {**row, "messages": messages[: answers[-1]]}, text
+
+    def tool_turns(self, row: ChatRow, recipe: Recipe) -> list[ToolTurn]:
+        """Return all answers that are trained on, or with `train_on: last` the last; each has the recorded history."""
+        if not row.get("tools"):
+            return []
+        messages, answers = row["messages"], answers_of(row)
+        if recipe.data.train_on == "last":
+            answers = answers[-1:]
+        return [
+            ToolTurn({**row, "messages": messages[:i]}, messages[i].get("tool_calls", ())) for i in answers if i > 0
+        ]
 
     def encode(self, rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each conversation."""
@@ -48,6 +60,13 @@ class Chat(DecoderTask[ChatRow]):
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""
         return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
+
+
+def answers_of(row: ChatRow) -> list[int]:
+    """Return which messages are answers that are trained on; all answers where none is."""
+    messages = row["messages"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return [i for i in answers if messages[i].get("train", True)] or answers
 
 
 def question_messages(given: Mapping[str, str | None]) -> list[Message]:

@@ -155,8 +155,9 @@ def write_targets(pairs: Sequence[Pair], loaded: LoadedModel) -> list[str]:
                 read["attention_mask"] = pad([[1] * len(row) for row in ids], 0)
                 written_BT = generate(model, {key: part.to(loaded.device) for key, part in read.items()}, settings)
                 decoded = processor.batch_decode(written_BT, skip_special_tokens=True)
-                for i, text in zip(batch, decoded, strict=True):
+                for i, text, row in zip(batch, decoded, written_BT[:, 1:].tolist(), strict=True):
                     texts[group[i]] = text.strip()
+                    loaded.note_end(group[i], not {*settings.eos_token_id} & {*row})
                 loaded.advance(len(batch))
 
             lengths = [len(sources[i]) + recipe.generation.max_new_tokens for i in group]

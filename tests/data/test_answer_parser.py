@@ -30,3 +30,11 @@ def test_an_answer_is_read_into_thoughts_calls_and_text(written, parts):
     template = read_template(tokenizer, recipe_for())
     assert parse_answer(written, template) == parts
     assert parse_answer(tokenizer(written)["input_ids"], template) == parts
+
+
+def test_special_tokens_that_mark_nothing_are_no_text_and_text_that_looks_like_them_is():
+    tokenizer = tokenizer_with(EMPTY_THOUGHTS)
+    template = read_template(tokenizer, recipe_for())
+    assert parse_answer(tokenizer("blue<|im_start|> sky<pad>")["input_ids"], template).text == "blue sky"
+    spelled = tokenizer("it ends by <|im_end|> alone", split_special_tokens=True)["input_ids"]
+    assert parse_answer(spelled, template) == ParsedAnswer("it ends by <|im_end|> alone", complete=False)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
+from support.learning import learn_by_heart
 from support.runs import write_colours
 
-from llmtune.data.collators import collate_padded
 from llmtune.data.examples import ExampleReader, encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.evaluate.evaluator import evaluate
@@ -72,14 +71,7 @@ class Bench:
 
     def teach(self, model):
         """Learn the test rows by heart: a gain that evaluation has to see."""
-        batch = collate_padded(list(self.reader), self.processor.pad_token_id)
-        torch.manual_seed(0)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-        for _ in range(self.steps):
-            loss = self.task.loss(model, batch, False)
-            (loss.sum / loss.count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        learn_by_heart(model, list(self.reader), self.task, self.processor.pad_token_id, self.steps)
 
     def evaluate(self, folder: Path | None = None, **settings):
         recipe = self.recipe.model_copy(
@@ -117,6 +109,12 @@ def build_bench(folder: Path, rows: Path, model: Path, text: str = RECIPE, **dat
         return load_model(place, recipe, task, processor, device="cpu", training=False).model
 
     return Bench(recipe, prepared, examples, processor, load, console)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """What builds a bench on any rows and any model."""
+    return build_bench
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from llmtune.data.row_store import read_rows
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.text_metrics import METRICS
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation
 
 
@@ -30,9 +30,8 @@ def losses_by_hand(bench):
 
 def test_every_metric_of_the_task_is_measured_on_both_models(measured):
     bench, found, _ = measured
-    assert (
-        set(found.base) == set(found.tuned) == set(found.difference) == set(METRICS) == set(TASK_FACTS["chat"].metrics)
-    )
+    assert set(found.base) == set(found.tuned) == set(found.difference) == {*METRICS, CUT_METRIC}
+    assert {*METRICS, CUT_METRIC, *TOOL_METRICS} == {*TASK_FACTS["chat"].metrics}
     assert found.rows == bench.examples.counts["test"] > 10
     assert bench.entered == ["base", "base left", "tuned", "tuned left"]
     for metric, change in found.difference.items():

@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.recipe import AdapterSection, GenerationSection, ModelSection, TrainSection
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
-from llmtune.recipe.task_facts import COLUMNS, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS
+from llmtune.recipe.task_facts import COLUMNS, CUT_METRIC, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.train_section import BETAS, EPSILON, SCHEDULE_OPTIONS, Optimizer, Schedule, Tracker
 
 OWN_TRAIN_KEYS = {"batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "seeds"}
@@ -110,11 +110,13 @@ def test_row_formats_and_columns_are_those_that_step_1_reads():
 
 def test_metrics_are_those_that_step_5_computes():
     from llmtune.evaluate.text_metrics import METRICS, TEXT_METRICS, TOKEN_METRICS
+    from llmtune.evaluate.tool_metrics import TOOL_SCORES
 
     assert set(GENERATED) == set(TEXT_METRICS)
     assert set(LANGUAGE) == set(TOKEN_METRICS)
     for task in ("chat", "completion"):
-        assert set(TASK_FACTS[task].metrics) == set(METRICS)
+        assert {*TASK_FACTS[task].metrics} - {*TOOL_METRICS} == {*METRICS, CUT_METRIC}
+    assert {*TOOL_SCORES} == {*TOOL_METRICS} < {*TASK_FACTS["chat"].metrics}
 
 
 def test_the_default_metrics_of_a_task_are_among_its_metrics():

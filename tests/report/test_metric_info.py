@@ -20,7 +20,8 @@ EVERY = [(task, metric) for task, facts in TASK_FACTS.items() for metric in fact
 HIGHER = {
     *("accuracy", "exact_match", "f1", "f1_macro", "f1_micro", "f1_weighted", "precision", "recall", "matthews"),
     *("auroc", "pearson", "spearman", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "margin"),
-    *("choice_accuracy", "likelihood_accuracy"),
+    *("choice_accuracy", "likelihood_accuracy", "tool_call_valid", "tool_name", "tool_arguments"),
+    *("tool_arguments_f1", "no_call"),
 }
 """Said once more, so that a new metric has to be put on one side by a person."""
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from llmtune.errors import DataError, RecipeError
-from llmtune.evaluate.generation import generate_texts
+from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.serve.chat_session import ChatSession
 from llmtune.tasks.registry import get_task
 
@@ -15,13 +15,18 @@ def session_of(tuned, console=None):
     return ChatSession(adapted.model, adapted.selected.processor, recipe, get_task(recipe.task), console)
 
 
+def say(session, prompt, keep=False):
+    return "".join(piece.content for piece in session.answer(prompt, keep=keep))
+
+
 @pytest.mark.parametrize("generation", [{"max_new_tokens": 24}, {"max_new_tokens": 12, "num_beams": 3}])
 def test_pieces_join_to_what_evaluation_generates(tune, generation):
     session = session_of(tune(generation=generation))
     row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
     ids = session.task.prompt_ids(row, session.processor, session.recipe)
-    [wanted] = generate_texts(session.model, [ids], session.processor, session.recipe, device="cpu")
-    pieces = list(session.answer("Which colour has the cat?"))
+    [output] = generate(session.model, [ids], session.processor, session.recipe, device="cpu")
+    wanted = answer_reader(session.processor, session.recipe)(output.token_ids, None).text
+    pieces = [piece.content for piece in session.answer("Which colour has the cat?")]
     assert "".join(pieces) == wanted != ""
     assert len(pieces) > 1 or generation.get("num_beams")
 
@@ -31,7 +36,7 @@ def test_sampled_conversation_goes_the_same_way_again(tune):
 
     def talk():
         session.reset()
-        return ["".join(session.answer("Again?", keep=True)) for _ in range(2)]
+        return [say(session, "Again?", keep=True) for _ in range(2)]
 
     first = talk()
     assert talk() == first
@@ -40,22 +45,22 @@ def test_sampled_conversation_goes_the_same_way_again(tune):
 
 def test_history_is_part_of_the_next_prompt_only_where_it_is_kept(tune):
     session = session_of(tune())
-    fresh = "".join(session.answer("Which colour has the fox?"))
-    "".join(session.answer("The fox is red.", keep=True))
+    fresh = say(session, "Which colour has the fox?")
+    say(session, "The fox is red.", keep=True)
     assert [message["role"] for message in session.history] == ["user", "assistant"]
-    assert "".join(session.answer("Which colour has the fox?")) == fresh
+    assert say(session, "Which colour has the fox?") == fresh
     assert len(session.history) == 2
-    "".join(session.answer("Which colour has the fox?", keep=True))
+    say(session, "Which colour has the fox?", keep=True)
     assert len(session.history) == 4
     session.reset()
-    assert "".join(session.answer("Which colour has the fox?", keep=True)) == fresh
+    assert say(session, "Which colour has the fox?", keep=True) == fresh
 
 
 def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
     session = session_of(tune(generation={"max_new_tokens": 4}), console)
     session.model.config.max_position_embeddings = 64
     for number in range(6):
-        "".join(session.answer(f"Question number {number}?", keep=True))
+        say(session, f"Question number {number}?", keep=True)
     assert len(session.history) == 12
     assert session.forgotten > 0
     assert session.forgotten % 2 == 0

@@ -76,6 +76,17 @@ TOOLS = (
     "{{ ('<|eom_id|>' if message['tool_calls'] else '<|im_end|>') + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['reasoning_content'] or message['reasoning'] %}"
+    "{{ '<think>\n' + (message['reasoning_content'] or message['reasoning']) + '\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] }}{% for call in message['tool_calls'] or [] %}"
+    "{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
+    "{{ call['function']['arguments'] | tojson + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Thoughts and calls of tools as Hermes and Qwen have them."""
 DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 
 STABLE = {

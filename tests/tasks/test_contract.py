@@ -21,7 +21,7 @@ from transformers import AutoModelForCTC
 
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
-from llmtune.evaluate.generation import generate_texts
+from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.model.processor import load_processor
@@ -240,7 +240,9 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
         if context.task.predicts:
             return predict(context.task, model, asked, processor, context.recipe)
         prompts = [context.task.prompt_ids(row, processor, context.recipe) for row in asked]
-        return generate_texts(model, prompts, processor, context.recipe, device="cpu")
+        outputs = generate(model, prompts, processor, context.recipe, device="cpu")
+        read = answer_reader(processor, context.recipe)
+        return [read(output.token_ids, None).text for output in outputs]
 
     with models.tuned() as model, torch.inference_mode():
         model.eval()

@@ -1,0 +1,168 @@
+"""Metrics of tool calls: whether they can be made, name the right tools and pass the right arguments.
+
+A row brings every answer that was asked of it, its own last; its sums add up over them. Shapes: N rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import numpy as np
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from llmtune.data.answer_parser import ParsedAnswer
+from llmtune.data.chat_rows import Tool, ToolCall
+from llmtune.evaluate.metric import Measure, columns, ratio
+from llmtune.records import Row
+
+
+@dataclass(frozen=True)
+class ToolTurn:
+    """One answer of a row with tools: what it is generated behind, and what stands in its place."""
+
+    question: Row
+    """The row before it, with its tools."""
+    calls: Sequence[ToolCall]
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """What may be called."""
+        tools: Sequence[Tool] = self.question["tools"]
+        return tools
+
+
+def calls_tool(turns: Sequence[ToolTurn]) -> bool:
+    """Whether the last of these answers, a row's own, calls a tool: then it is no text to compare texts with."""
+    return bool(turns) and bool(turns[-1].calls)
+
+
+def write_answer(text: str, calls: Sequence[ToolCall]) -> str:
+    """Write an answer as a person reads it: its text, then a line for each call."""
+    lines = [f"{name}({json.dumps(arguments, ensure_ascii=False)})" for name, arguments in map(read_call, calls)]
+    return "\n".join([*([text] if text else []), *lines])
+
+
+def read_call(call: ToolCall) -> tuple[str, dict[str, object]]:
+    """Return name and arguments of a call."""
+    return call["function"]["name"], call["function"]["arguments"]
+
+
+def is_valid_call(call: ToolCall, tools: Sequence[Tool]) -> bool:
+    """Whether a call names one of the tools, with arguments that its JSON Schema takes.
+
+    A schema that is none itself, or that refers to another document, refuses nothing.
+    """
+    name, arguments = read_call(call)
+    declared = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    if name not in declared:
+        return False
+    schema: Any = declared[name] or {}
+    validator = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        validator.check_schema(schema)
+        return bool(validator(schema, registry=Registry()).is_valid(arguments))
+    except (jsonschema.SchemaError, Unresolvable):
+        return True
+
+
+def is_same_value(one: object, other: object) -> bool:
+    """Whether two JSON values are equal; 1 and 1.0 are, 1 and true are not, and the order of keys does not count."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same_value(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same_value, one, other))
+    return one == other
+
+
+def is_same_call(one: ToolCall, other: ToolCall) -> bool:
+    """Whether two calls have the same name and equal arguments."""
+    return one["function"]["name"] == other["function"]["name"] and is_same_value(
+        one["function"]["arguments"], other["function"]["arguments"]
+    )
+
+
+def score_valid(answer: ParsedAnswer, turn: ToolTurn) -> float:
+    """1 for at least one call, all of them to be read and valid."""
+    calls = answer.tool_calls
+    return float(not answer.error and bool(calls) and all(is_valid_call(call, turn.tools) for call in calls))
+
+
+def score_names(answer: ParsedAnswer, turn: ToolTurn) -> float:
+    """1 where the same tools are called, each as often; calls stand in no order."""
+    given, expected = (Counter(read_call(call)[0] for call in calls) for calls in (answer.tool_calls, turn.calls))
+    return float(given == expected)
+
+
+def score_arguments(answer: ParsedAnswer, turn: ToolTurn) -> float:
+    """1 where each call has its equal, and there is none beside them."""
+    left = list(answer.tool_calls)
+    for expected in turn.calls:
+        found = next((i for i, call in enumerate(left) if is_same_call(call, expected)), None)
+        if found is None:
+            return 0.0
+        del left[found]
+    return float(not left)
+
+
+def score_argument_values(answer: ParsedAnswer, turn: ToolTurn) -> float:
+    """F1 of the arguments, by name and value; 1 where neither side has any and the names agree.
+
+    Each call of the reference is held against that call of the same tool which has most in common with it.
+    """
+    left, right = list(answer.tool_calls), 0
+    for expected in turn.calls:
+        same = [call for call in left if read_call(call)[0] == read_call(expected)[0]]
+        if same:
+            nearest = max(same, key=partial(count_equal_arguments, expected))
+            right += count_equal_arguments(expected, nearest)
+            left.remove(nearest)
+    total = sum(len(read_call(call)[1]) for call in (*answer.tool_calls, *turn.calls))
+    return 2 * right / total if total else score_names(answer, turn)
+
+
+def count_equal_arguments(one: ToolCall, other: ToolCall) -> int:
+    """Count the arguments that two calls have in common, values included."""
+    given, expected = read_call(one)[1], read_call(other)[1]
+    return sum(name in given and is_same_value(given[name], value) for name, value in expected.items())
+
+
+def score_silence(answer: ParsedAnswer, turn: ToolTurn) -> float:
+    """1 where nothing is called, and nothing that can't be read looks like a call."""
+    return float(not answer.tool_calls and not answer.error)
+
+
+Score = Callable[[ParsedAnswer, ToolTurn], float]
+CALLING = "answers of rows with tools whose reference calls one, each asked behind the recorded turns before it"
+TOOL_SCORES: Mapping[str, tuple[Score, bool, str]] = {
+    "tool_call_valid": (score_valid, True, f"share with calls, all of them valid by JSON Schema; {CALLING}"),
+    "tool_name": (score_names, True, f"share that call the same tools, in any order; {CALLING}"),
+    "tool_arguments": (score_arguments, True, f"share whose calls equal the reference's by value; {CALLING}"),
+    "tool_arguments_f1": (score_argument_values, True, f"F1 of argument values, mean; {CALLING}"),
+    "no_call": (score_silence, False, "share without a call; answers of rows with tools whose reference calls none"),
+}
+"""By metric: the score of one answer, whether it is about references that call, and what it is."""
+
+
+def measure_tools(
+    metric: str, answers: Mapping[int, Sequence[ParsedAnswer]], turns: Mapping[int, Sequence[ToolTurn]]
+) -> Measure:
+    """Build a metric of `TOOL_SCORES` from the answers of each row, both by its index: all that were asked of it."""
+    score, calling, signature = TOOL_SCORES[metric]
+    sums: dict[int, tuple[float, int]] = {}
+    for row, asked in turns.items():
+        pairs = zip(answers.get(row, ()), asked, strict=row in answers)
+        scores = [score(answer, turn) for answer, turn in pairs if bool(turn.calls) == calling]
+        if scores:
+            sums[row] = (sum(scores), len(scores))
+    right, asked_N = np.asarray([*sums.values()], dtype=np.float64).reshape(-1, 2).T
+    alone = metric != "tool_arguments_f1" and bool((asked_N == 1).all())
+    return Measure(metric, columns(right, asked_N), ratio, right_wrong=alone, signature=signature, at=tuple(sums))

@@ -1,0 +1,146 @@
+"""One answer as it is generated, in its parts: thoughts, text and calls, each as soon as it is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from llmtune.data.answer_parser import canonical_call, response_parser
+from llmtune.data.chat_rows import ToolCall
+from llmtune.data.chat_template import ChatTemplate, Tools
+from llmtune.serve.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Event = Mapping[str, object]
+CONTENT, REASONING, CALLS = "content", "reasoning_content", "tool_calls"
+FIELDS = {CONTENT: CONTENT, REASONING: REASONING, "thinking": REASONING, CALLS: CALLS}
+"""By the fields of response templates, those of a message."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to an answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning or self.tool_calls)
+
+
+class _Part:
+    """Text that grows; blanks at its start are left out, and those at its end until more follows."""
+
+    def __init__(self) -> None:
+        self.text = self.held = ""
+
+    def add(self, text: str) -> str:
+        """Take more text and return what is certain of it."""
+        text = self.held + text
+        text = text if self.text else text.lstrip()
+        kept = text.rstrip()
+        self.held = text[len(kept) :]
+        self.text += kept
+        return kept
+
+
+class AnswerStream:
+    """An answer in its parts as it grows; without a template all of it is text, blanks included."""
+
+    def __init__(
+        self,
+        processor: PreTrainedTokenizerBase,
+        ends: Collection[int],
+        template: ChatTemplate | None = None,
+        tools: Tools = None,
+        stops: Sequence[str] = (),
+    ) -> None:
+        self.processor, self.ends, self.template = processor, ends, template
+        self.parser = None if template is None else response_parser(template, tools)
+        self.detokenizer = Detokenizer(self._decode, stops)
+        self._parts = {CONTENT: _Part(), REASONING: _Part()}
+        self._body = ""
+        """What was written of a call that is not complete."""
+        self.tool_calls: list[ToolCall] = []
+        special = processor.added_tokens_decoder.items() if template else ()
+        self._special = {token: about.content for token, about in special if about.special}
+        self._stray: set[str] = set()
+        """Special tokens that were generated: in the text they mark no part of an answer."""
+
+    @property
+    def content(self) -> str:
+        """The text so far."""
+        return self.detokenizer.returned if self.template is None else self._parts[CONTENT].text
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts so far."""
+        return self._parts[REASONING].text
+
+    def add(self, ids: Sequence[int]) -> Delta:
+        """Take new ids and return what is certain now."""
+        self._stray |= {self._special[token] for token in ids if token in self._special}
+        return self._feed(self.detokenizer.add(ids))
+
+    def close(self) -> Delta:
+        """Return what is left when no more ids come."""
+        last = self._feed(self.detokenizer.close())
+        if self.parser is None:
+            return last
+        parser = self.parser
+        return _join((last, self._read(lambda: parser.finalize()[1], "")))
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        written = list(takewhile(lambda token: token not in self.ends, ids))
+        # Special tokens mark parts of an answer; where there are no parts, they say nothing.
+        options = {"skip_special_tokens": self.template is None, "clean_up_tokenization_spaces": False}
+        return str(self.processor.decode(written, **options))
+
+    def _feed(self, text: str) -> Delta:
+        if self.template is None:
+            return Delta(text)
+        if self.parser is None:
+            return Delta(self._parts[CONTENT].add(text))
+        parser = self.parser
+        return self._read(lambda: parser.feed(text), text)
+
+    def _read(self, step: Callable[[], list[Event]], text: str) -> Delta:
+        """Take what a step of the parser brings; after a call that can't be read all goes on as text."""
+        try:
+            return self._take(step())
+        except (ValueError, KeyError, TypeError):
+            self.parser = None
+            return Delta(self._parts[CONTENT].add(self._body + text))
+
+    def _take(self, events: Iterable[Event]) -> Delta:
+        deltas = []
+        for event in events:
+            field, kind = FIELDS.get(str(event["field"])), event["type"]
+            if kind == "region_chunk" and field in self._parts:
+                text = str(event["text"])
+                for token in self._stray:
+                    text = text.replace(token, "")
+                grown = self._parts[field].add(text)
+                deltas.append(Delta(grown) if field == CONTENT else Delta(reasoning=grown))
+            elif kind == "region_chunk" and field == CALLS:
+                self._body += str(event["text"])
+            elif kind == "region_close" and field == CALLS:
+                value: Any = event["value"]
+                calls = tuple(canonical_call(call) for call in (value if isinstance(value, list) else [value]))
+                self._body = ""
+                self.tool_calls += calls
+                deltas.append(Delta(tool_calls=calls))
+        return _join(deltas)
+
+
+def _join(deltas: Iterable[Delta]) -> Delta:
+    joined = Delta()
+    for one in deltas:
+        content, reasoning = joined.content + one.content, joined.reasoning + one.reasoning
+        joined = Delta(content, reasoning, joined.tool_calls + one.tool_calls)
+    return joined

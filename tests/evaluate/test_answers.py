@@ -1,0 +1,121 @@
+"""Answers in the template's parts: their text, their calls, and those that were cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.learning import weather_row
+from support.models import build_llama
+from support.templates import EMPTY_THOUGHTS, HERMES, conversation
+
+from llmtune.data.row_store import iterate_rows
+from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.recipe.task_facts import TOOL_METRICS
+
+LONG = """
+recipe_version: 1
+name: answers
+task: chat
+data: {{train: {rows}, test: test.jsonl, validation: 0, deduplicate: none, max_length: 2048}}
+model: {{name: {model}, dtype: float32}}
+generation: {{max_new_tokens: 90}}
+"""
+
+
+def write_rows(folder, rows):
+    """Write test rows, and beside them one to train on."""
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps(conversation("What is a fox?", "An animal.")) + "\n")
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build):
+    model = build_llama(tmp_path / "model", EMPTY_THOUGHTS)
+    rows = [conversation(f"Which colour is number {i}?", colour) for i, colour in enumerate(("red", "green", "blue"))]
+    bench = build(tmp_path, write_rows(tmp_path, rows), model, text=LONG)
+    found = bench.evaluate(tmp_path, metrics=("exact_match", "chrf"), gates=("answers_cut <= 0.02",))
+    assert found.tuned == {"exact_match": 1.0, "chrf": 100.0, "answers_cut": 0.0}
+    assert found.gates[0].passed
+    for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines()):
+        assert line["tuned"] == line["reference"]
+        assert line["tuned_right"]
+
+
+@pytest.fixture(scope="module")
+def weather(tmp_path_factory, build):
+    """A bench of rows with tools, and of one without, that a model has learned; what was found, and the folder."""
+    folder = tmp_path_factory.mktemp("weather")
+    rows = [weather_row("Paris"), weather_row("Rome"), conversation("How many legs has a cat?", "Four.")]
+    bench = build(folder, write_rows(folder, rows), build_llama(folder / "model", HERMES), LONG)
+    bench.steps = 150
+    return bench, bench.evaluate(folder), folder
+
+
+def test_every_answer_of_a_row_with_tools_is_asked_behind_its_recorded_turns(weather):
+    bench, found, folder = weather
+    tools = [line for line in lines_of(folder) if "tuned_parts" in line]
+    assert len(tools) == 2
+    assert bench.examples.counts["test"] == 3
+    for line in tools:
+        calling, saying = line["tuned_parts"]
+        (call,) = calling["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        assert f"In {call['function']['arguments']['city']}: " in saying["text"]
+        assert line["tuned"] == line["reference"] == saying["text"]
+    assert f"{2 * len(tools)} answers to {len(tools)} rows" in found.signatures["generated.turns"]
+
+
+def test_calls_are_scored_beside_the_texts_of_all_rows(weather):
+    _, found, _ = weather
+    assert {metric: found.tuned[metric] for metric in TOOL_METRICS} == dict.fromkeys(TOOL_METRICS, 1.0)
+    assert found.base["tool_name"] == 0
+    assert found.tuned["exact_match"] == 1.0
+    assert found.difference["tool_name"].n == 2
+    assert found.difference["exact_match"].n == 3
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_a_row_that_ends_in_a_call_is_no_text_and_is_shown_as_a_call(tmp_path, build, console):
+    rows = [{**row, "messages": row["messages"][:2]} for row in map(weather_row, ("Paris", "Rome"))]
+    bench = build(tmp_path, write_rows(tmp_path, rows), build_llama(tmp_path / "m", HERMES), LONG)
+    bench.console, bench.steps = console, 0
+    found = bench.evaluate(tmp_path)
+    assert "exact_match" not in found.tuned
+    assert found.tuned["tool_call_valid"] == 0
+    assert found.samples[0]["reference"].startswith('weather({"city": ')
+
+
+def test_metrics_of_tools_are_left_out_where_no_row_has_tools(measured):
+    _, found, _ = measured
+    assert not {*TOOL_METRICS} & {*found.tuned, *found.signatures}
+
+
+def test_answers_that_were_cut_are_counted_and_told(bench, console):
+    longer = bench.recipe.generation.model_copy(update={"max_new_tokens": 1})
+    bench.recipe, bench.steps = bench.recipe.model_copy(update={"generation": longer}), 0
+    found = bench.evaluate(metrics=("exact_match",), gates=("answers_cut <= 0.02",))
+    rows = bench.examples.counts["test"]
+    assert found.tuned["answers_cut"] == 1
+    assert not found.gates[0].passed
+    assert f"answers cut at generation.max_new_tokens (1): base {rows} of {rows}, tuned {rows} of {rows}" in " ".join(
+        console.file.getvalue().split()
+    )
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_references_longer_than_answers_may_be_are_told_before_training(make_bench, train_on):
+    rows = [conversation(f"What is {i}?", "ten " * i) for i in range(1, 30)]
+    bench = make_bench(rows=rows, train_on=train_on)
+    warn_of_cuts(bench.rows, bench.examples, bench.task, bench.processor, bench.recipe, bench.console)
+    told = " ".join(bench.console.file.getvalue().split())
+    answers = [row["messages"][1]["content"] for _, row in iterate_rows(bench.rows, "test")]
+    lengths = [len(bench.processor(answer)["input_ids"]) + 1 for answer in answers]
+    longer = sum(length > 6 for length in lengths)
+    assert 0 < longer < len(lengths)
+    assert f"{longer} of {len(lengths)} reference answers of the test rows have more than 6 tokens" in told
+    assert f"generation.max_new_tokens: {max(lengths)} has room for all" in told

@@ -1,0 +1,78 @@
+"""Answers in their parts, as they are generated."""
+
+from __future__ import annotations
+
+import pytest
+from support.templates import EMPTY_THOUGHTS, recipe_for, tokenizer_with
+
+from llmtune.data.answer_parser import parse_answer
+from llmtune.data.chat_template import read_template
+from llmtune.serve.answer_stream import AnswerStream, Delta
+
+TOKENIZER = tokenizer_with(EMPTY_THOUGHTS)
+TEMPLATE = read_template(TOKENIZER, recipe_for())
+CALLS = (
+    '<think>\nOne, then the other.\n</think>\n\nI look it up.\n<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n'
+    '</tool_call>\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call><|im_end|>'
+)
+
+
+def stream_of(text, **options):
+    """Feed an answer a token at a time; return the stream and what came of each token."""
+    stream = AnswerStream(TOKENIZER, TEMPLATE.end_ids, TEMPLATE, **options)
+    deltas = [stream.add([token]) for token in TOKENIZER(text)["input_ids"]]
+    return stream, [*deltas, stream.close()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Blue.<|im_end|>",
+        "  Blue,\n\nand  more ",
+        "1 < 2 <thin air> <tool",
+        CALLS,
+        "<think>\nnever ending",
+        "blue<|im_start|> sky<|im_end|>",
+    ],
+)
+def test_the_parts_are_those_of_the_whole_answer(text):
+    stream, deltas = stream_of(text)
+    parsed = parse_answer(TOKENIZER(text)["input_ids"], TEMPLATE)
+    assert (stream.content, stream.reasoning, tuple(stream.tool_calls)) == (
+        parsed.text,
+        parsed.reasoning or "",
+        parsed.tool_calls,
+    )
+    assert "".join(delta.content for delta in deltas) == stream.content
+    assert "".join(delta.reasoning for delta in deltas) == stream.reasoning
+    assert [call for delta in deltas for call in delta.tool_calls] == stream.tool_calls
+
+
+def test_each_part_comes_as_soon_as_it_is_certain():
+    _, deltas = stream_of(CALLS)
+    kinds = ["reasoning" if d.reasoning else "content" if d.content else "call" for d in deltas if d]
+    assert sorted(kinds, key=["reasoning", "content", "call"].index) == kinds
+    assert kinds.count("reasoning") > 3
+    assert kinds.count("content") > 3
+    assert kinds[-2:] == ["call", "call"]
+    assert deltas[-1] == Delta()
+
+
+def test_a_call_that_cannot_be_read_becomes_text():
+    stream, _ = stream_of('Look: <tool_call>{"name": "sum", "arg</tool_call> and more')
+    assert stream.tool_calls == []
+    assert stream.content.startswith('Look: {"name": "sum", "arg')
+    assert stream.content.endswith("and more")
+
+
+def test_a_stop_text_ends_the_answer():
+    stream, _ = stream_of("one two three", stops=["two"])
+    assert stream.content == "one"
+    assert stream.detokenizer.stopped
+
+
+def test_without_a_template_all_is_text():
+    stream = AnswerStream(TOKENIZER, TEMPLATE.end_ids)
+    ids = TOKENIZER(" <think>blue</think> ")["input_ids"]
+    pieces = [stream.add([token]).content for token in ids] + [stream.close().content]
+    assert "".join(pieces) == " <think>blue</think> "

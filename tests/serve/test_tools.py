@@ -1,0 +1,117 @@
+"""Tools and thoughts through OpenAI's client: a call, its arguments, its result, and the answer."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+from support.learning import WEATHER, learn_by_heart, weather_row
+from support.models import build_llama
+from support.serving import serving
+from support.templates import HERMES, recipe_for
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmtune.serve.served_model import ServedModel
+from llmtune.tasks.registry import get_task
+
+THOUGHT = {"role": "assistant", "content": "Four.", "reasoning": "two and two"}
+ROWS = [weather_row("Paris"), weather_row("Rome"), {"messages": [{"role": "user", "content": "Think!"}, THOUGHT]}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("tools") / "hermes", HERMES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def client(folder, tokenizer):
+    """A client of OpenAI's package whose server has a model that learned the rows by heart."""
+    model, processor = AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    recipe = recipe_for(max_length=2048)
+    recipe = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"max_new_tokens": 160})})
+    task = get_task("chat")
+    examples = [example for encoded in task.encode(ROWS, processor, recipe) for example in encoded]
+    learn_by_heart(model, examples, task, processor.pad_token_id, steps=150)
+    served = ServedModel("tiny", model.eval(), processor, recipe, task)
+    with serving(served) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as opened:
+        yield opened
+
+
+def ask(client, messages, *, stream, **options):
+    """Return the message of an answer, its reason to end, and how many chunks it came in."""
+    made = client.chat.completions.create(model="tiny", messages=messages, stream=stream, **options)
+    if not stream:
+        message = made.choices[0].message
+        calls = [(call.function.name, call.function.arguments, call.id) for call in message.tool_calls or ()]
+        thoughts = getattr(message, "reasoning_content", "")
+        return message.content or "", thoughts, calls, made.choices[0].finish_reason
+    content, thoughts, calls, reason = "", "", [], None
+    for chunk in made:
+        (choice,) = chunk.choices
+        content += choice.delta.content or ""
+        thoughts += getattr(choice.delta, "reasoning_content", "")
+        for call in choice.delta.tool_calls or ():
+            assert call.index == len(calls)
+            calls.append((call.function.name, call.function.arguments, call.id))
+        reason = choice.finish_reason or reason
+    return content, thoughts, calls, reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("city", ["Paris", "Rome"])
+def test_the_openai_client_makes_a_call_sends_its_result_and_gets_the_answer(client, city, stream):
+    row = weather_row(city)
+    messages = row["messages"][:1]
+    content, thoughts, calls, reason = ask(client, messages, stream=stream, tools=[WEATHER])
+    assert (content, thoughts, reason) == ("", "", "tool_calls")
+    ((name, arguments, call_id),) = calls
+    assert (name, json.loads(arguments)) == ("weather", {"city": city})
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    messages.append({"role": "tool", "tool_call_id": call_id, "content": row["messages"][2]["content"]})
+    answered = ask(client, messages, stream=stream, tools=[WEATHER])
+    assert answered == (row["messages"][3]["content"], "", [], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_arrive_as_reasoning_content(client, stream):
+    found = ask(client, [{"role": "user", "content": "Think!"}], stream=stream)
+    assert found == ("Four.", "two and two", [], "stop")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_asked_for_begins_the_answer(client, tokenizer, choice):
+    asked = {"messages": [{"role": "user", "content": "four"}], "tools": [WEATHER], "tool_choice": choice}
+    made = client.chat.completions.create(model="tiny", **asked, extra_body={"return_token_ids": True})
+    written = tokenizer.decode(made.choices[0].token_ids)
+    assert written.startswith('<tool_call>\n{"name": "weather", "arguments": {')
+    assert made.usage.completion_tokens == len(made.choices[0].token_ids)
+    free = client.chat.completions.create(model="tiny", messages=asked["messages"], tools=[WEATHER])
+    assert made.usage.prompt_tokens == free.usage.prompt_tokens
+
+
+def test_without_tools_to_be_seen_no_call_is_made(client):
+    messages = weather_row("Paris")["messages"][:1]
+    made = client.chat.completions.create(model="tiny", messages=messages, tools=[WEATHER], tool_choice="none")
+    plain = client.chat.completions.create(model="tiny", messages=messages)
+    assert made.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "clock"}}}, "'clock'"),
+        ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [{"type": "function", "function": {}}]}, "name"),
+    ],
+)
+def test_what_cannot_be_done_about_tools_is_refused_by_name(client, options, about):
+    with pytest.raises(openai.BadRequestError, match=about):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], **options)
