@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llmtune.errors import RecipeError
-from llmtune.explain.explanation import Explanation
-from llmtune.explain.generation_page import Generation, TokenNames, make_page
+from llmtune.explain.explanation import Explanation, write_explanation
+from llmtune.explain.generation_page import Generation, make_page
 from llmtune.explain.generation_trace import (
+    LayerPrediction,
     Sampling,
     Step,
     TokenScore,
@@ -28,12 +28,11 @@ from llmtune.explain.generation_trace import (
     trace_masks,
 )
 from llmtune.explain.inputs import NO_WORDS_FIX, ModelInputs, PromptRequest, read_prompt
-from llmtune.explain.target import BASE, MODEL, TUNED, Target
+from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.token_text import Token
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
-from llmtune.report.render_html import write_page
-from llmtune.store.atomic_files import explained, write_json
+from llmtune.store.atomic_files import explained
 
 MOST_TOKENS = 256
 """Tokens of an answer: the page holds what each layer would predict at each of them."""
@@ -59,15 +58,7 @@ class GenerationOptions:
 def explain_generation(
     target: Target, request: PromptRequest, options: GenerationOptions, folder: Path, console: Console, *, top: int = 5
 ) -> Explanation:
-    """Trace the answer of each model, and write the page and its numbers into `folder`.
-
-    Args:
-        target: a run or a model.
-        request: what is continued.
-        options: how.
-        folder: for the files.
-        console: for progress.
-        top: words of a step that the tables list.
+    """Trace the answer of each model, and write the page and its numbers into `folder`; tables list `top` words.
 
     Raises:
         RecipeError: the prompt is empty or too long, an option has no use, or the model predicts no words.
@@ -79,14 +70,10 @@ def explain_generation(
         console.print(f"generation: one answer is followed, not the run's {target.recipe.generation.num_beams} beams")
     traces, scores = trace_models(target, prompt, sampling, console)
     generation = Generation(target, request, prompt, sampling, traces, scores)
-    names = TokenNames(target.processor)
-    values = to_json(generation, names)
-    page = make_page(generation, names, values, top)
-    name = f"generation-{slug(request)}"
     with explained(folder):
-        path = write_page(folder / f"{name}.html", page)
-        write_json(folder / f"{name}.json", values)
-    return Explanation(values, page, [path, folder / f"{name}.json"])
+        return write_explanation(
+            folder / f"generation-{slug(request)}", to_json(generation), make_page(generation, top)
+        )
 
 
 def resolve_sampling(options: GenerationOptions, prompt: ModelInputs, target: Target) -> Sampling:
@@ -101,16 +88,15 @@ def resolve_sampling(options: GenerationOptions, prompt: ModelInputs, target: Ta
             what = f"{before:,} tokens and {options.max_new_tokens or 1} new ones do not fit into the model's {room:,}"
             raise RecipeError.of(what, "--prompt", "Shorten the prompt, or lower --max-new-tokens.")
         longest = min(longest, room - before)
-    sampling = Sampling(
+    return Sampling(
         max_new_tokens=longest,
         temperature=_first(options.temperature, sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
         top_p=_first(options.top_p, sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
         top_k=_first(options.top_k, sampled.top_k if sampled else None, 0),
         min_p=sampled.min_p if sampled else None,
-        sample=_first(options.sample, sampled is not None),
+        sample=_first(options.sample, sampled is not None) and not prompt.masks,
         seed=_first(options.seed, target.recipe.seed if target.recipe else 0),
     )
-    return replace(sampling, sample=False) if prompt.masks else sampling
 
 
 def _first(*values: T | None) -> T:
@@ -125,12 +111,10 @@ def trace_models(
     scores: dict[str, list[TokenScore]] = {}
 
     def look(name: str) -> None:
-        status = console.status(f"loading the {name} model" if name != MODEL else "loading the model")
-        status.start()
         with target.open_model(name) as model:
-            status.stop()
             if name not in traces:
-                traces[name] = trace_model(model, prompt, target, sampling, name, console)
+                with console.status(f"{name} answers"):
+                    traces[name] = trace_model(model, prompt, target, sampling)
             if TUNED not in traces or prompt.masks:
                 return
             answer = (prompt, traces[TUNED].prefix, traces[TUNED].ids)
@@ -146,20 +130,14 @@ def trace_models(
     return traces, scores
 
 
-def trace_model(
-    model: torch.nn.Module, prompt: ModelInputs, target: Target, sampling: Sampling, name: str, console: Console
-) -> Trace:
-    """Let one model answer, with a progress bar; raises RecipeError for one that predicts no words."""
+def trace_model(model: torch.nn.Module, prompt: ModelInputs, target: Target, sampling: Sampling) -> Trace:
+    """Let one model answer; raises RecipeError for one that predicts no words."""
     inner = unwrap(model)
     if inner.get_output_embeddings() is None or not (prompt.masks or inner.can_generate()):
         what = f"this model predicts no words: it is a {type(inner).__name__}"
         raise RecipeError.of(what, target.name, NO_WORDS_FIX)
-    if prompt.masks:
-        return trace_masks(model, prompt, target.processor, sampling)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(f"{name} answers", total=sampling.max_new_tokens)
-        return trace_answer(model, prompt, target.processor, sampling, lambda: bars.advance(bar))
+    trace = trace_masks if prompt.masks else trace_answer
+    return trace(model, prompt, target.processor, sampling)
 
 
 def slug(request: PromptRequest) -> str:
@@ -175,72 +153,59 @@ def slug(request: PromptRequest) -> str:
 # JSON
 
 
-def to_json(generation: Generation, names: TokenNames) -> dict[str, object]:
+def to_json(generation: Generation) -> dict[str, object]:
     """Return everything as JSON values, tokens with their text."""
-    prompt, sampling, traces = generation.prompt, generation.sampling, generation.traces
+    prompt, traces = generation.prompt, generation.traces
     given = {name: value for name, value in generation.request.named().items() if value is not None}
-    comparison = []
-    if generation.scores:
-        columns = (traces[TUNED].ids, generation.scores[BASE], generation.scores[TUNED])
-        comparison = [_compare(names, *row) for row in zip(*columns, strict=True)]
+
+    def named(token: Token, **more: object) -> dict[str, object]:
+        return {"id": token.id, "text": token.text, "special": token.special, **more}
+
+    def describe_layer(layer: LayerPrediction) -> dict[str, object]:
+        says = zip(layer.ids, layer.probabilities, strict=True)
+        return {"says": [named(generation.token(i), probability=p) for i, p in says], "chosen": layer.chosen}
+
+    def describe_step(step: Step, token: Token) -> dict[str, object]:
+        listed = step.next_tokens
+        columns = zip(listed.ids, listed.probabilities, listed.kept, strict=True)
+        return {
+            "token": named(token),
+            "probability": step.probability,
+            "entropy_bits": listed.entropy_bits,
+            "kept_tokens": listed.kept_tokens,
+            "candidates": [named(generation.token(i), probability=p, kept=kept) for i, p, kept in columns],
+            "layers": None if step.layers is None else [describe_layer(layer) for layer in step.layers],
+        }
+
     return {
         "subject": generation.target.name,
         "family": generation.target.family,
         "given": given,
         "note": prompt.note,
-        "tokens": [_token(token) for token in names.sequence(prompt.ids or prompt.decoder_ids)],
+        "tokens": [named(token) for token in generation.prompt_tokens],
         "masked": bool(prompt.masks),
-        "choice": asdict(sampling),
-        "temperatures": sampling.temperatures,
-        "traces": {name: _trace(trace, names) for name, trace in traces.items()},
-        "parting": generation.parting,
-        "comparison": comparison,
-    }
-
-
-def _token(token: Token) -> dict[str, object]:
-    return {"id": token.id, "text": token.text, "special": token.special}
-
-
-def _compare(names: TokenNames, token: int, base: TokenScore, tuned: TokenScore) -> dict[str, object]:
-    """Return how likely a token of the tuned model's answer is to both, and what the base would have predicted."""
-    return {
-        **_token(names.one(token)),
-        "base": base.probability,
-        "tuned": tuned.probability,
-        "base_rank": base.rank,
-        "base_says": {**_token(names.one(base.likeliest)), "probability": base.likeliest_probability},
-    }
-
-
-def _trace(trace: Trace, names: TokenNames) -> dict[str, object]:
-    return {
-        "text": trace.text,
-        "ended": trace.ended,
-        "lens": all(step.layers is not None for step in trace.steps),
-        "steps": [_step(*pair, names) for pair in zip(trace.steps, names.sequence(trace.ids), strict=True)],
-    }
-
-
-def _step(step: Step, token: Token, names: TokenNames) -> dict[str, object]:
-    listed = step.next_tokens
-    columns = zip(listed.ids, listed.probabilities, listed.kept, strict=True)
-    return {
-        "token": _token(token),
-        "probability": step.probability,
-        "entropy_bits": listed.entropy_bits,
-        "kept_tokens": listed.kept_tokens,
-        "candidates": [{**_token(names.one(i)), "probability": share, "kept": kept} for i, share, kept in columns],
-        "partitions": listed.partitions,
-        "layers": step.layers
-        and [
-            {
-                "says": [
-                    {**_token(names.one(i)), "probability": share}
-                    for i, share in zip(layer.ids, layer.probabilities, strict=True)
+        "choice": asdict(generation.sampling),
+        "traces": {
+            name: {
+                "text": trace.text,
+                "ended": trace.ended,
+                "lens": all(step.layers is not None for step in trace.steps),
+                "steps": [
+                    describe_step(step, token)
+                    for step, token in zip(trace.steps, generation.tokens(trace.ids), strict=True)
                 ],
-                "chosen": layer.chosen,
             }
-            for layer in step.layers
+            for name, trace in traces.items()
+        },
+        "parting": generation.parting,
+        "comparison": [
+            named(
+                generation.token(i),
+                base=base.probability,
+                tuned=tuned.probability,
+                base_rank=base.rank,
+                base_says=named(generation.token(base.likeliest), probability=base.likeliest_probability),
+            )
+            for i, base, tuned in generation.compared
         ],
     }

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from markupsafe import Markup
-
-from llmtune.explain.explanation import asset
-from llmtune.explain.generation_trace import Sampling, TokenScore, Trace
+from llmtune.explain.generation_trace import Sampling, Step, TokenScore, Trace
 from llmtune.explain.inputs import ModelInputs, PromptRequest
 from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.token_text import Token, name_tokens, word_label
-from llmtune.report.blocks import Block, Cell, Column, Details, Html, Meter, Page, Section, Table, Text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Meter, Page, Section, Table, Text
 
 LEAD = (
     "A model writes a word at a time. Here is each of its steps: the prompt cut into tokens, what every layer would "
@@ -28,10 +20,22 @@ LEAD_MASKED = (
     "An encoder fills in what is masked, all at once. Here is each mask: what every layer would predict in its place, "
     "and how likely each word is."
 )
+LENS = (
+    "The logit lens: every layer’s state read as if it were the last one. The deeper the colour, the surer the layer; "
+    "point at a cell for what else it would predict. Row 0 is what goes into the first layer."
+)
+CANDIDATES = (
+    "The likeliest words of each step, with their probabilities: blue where temperature, top-k and top-p would keep "
+    "them, red where they would be cut off."
+)
+STYLE = """
+p { overflow-wrap: anywhere; }
+.heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
+"""
 HEAD, TAIL = 70, 30
 """Tokens of a long prompt that are shown at once."""
-MOST_LAYERS = 40
-DIGITS = 6
+MOST_LAYERS, RANKS = 40, 10
+"""Layers of the table, and words of a step in the picture."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,47 @@ class Generation:
     scores: dict[str, list[TokenScore]]
     """Of a run, what base and tuned model make of each token of the tuned model's answer."""
 
+    known: dict[int, Token] = field(default_factory=dict)
+    """Tokens by themselves, as far as they were asked for."""
+
+    def tokens(self, ids: Sequence[int]) -> list[Token]:
+        """Return the tokens of a text."""
+        return name_tokens(self.target.processor, ids)
+
+    def token(self, token: int) -> Token:
+        """Return one token by itself."""
+        if token not in self.known:
+            self.known[token] = self.tokens([token])[0]
+        return self.known[token]
+
+    def word(self, token: int) -> str:
+        """Return one token as a word by itself."""
+        return word_label(self.token(token))
+
+    @property
+    def prompt_tokens(self) -> list[Token]:
+        """The prompt; of a recording, what the decoder begins with."""
+        return self.tokens(self.prompt.ids or self.prompt.decoder_ids)
+
+    @property
+    def compared(self) -> list[tuple[int, TokenScore, TokenScore]]:
+        """Each token of the tuned model's answer, and what base and tuned model make of it; of a run alone."""
+        if not self.scores:
+            return []
+        return list(zip(self.traces[TUNED].ids, self.scores[BASE], self.scores[TUNED], strict=True))
+
     @property
     def parting(self) -> int | None:
         """The first step at which base and tuned model differ; None where they do not, or there is one model."""
         if BASE not in self.traces or TUNED not in self.traces:
             return None
         return find_parting(self.traces[BASE].ids, self.traces[TUNED].ids)
+
+    @property
+    def shown_step(self) -> int:
+        """The step at which layers are looked at: where the models part, else the first."""
+        at = self.parting
+        return at if at is not None and all(at < len(trace.steps) for trace in self.traces.values()) else 0
 
 
 def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
@@ -63,106 +102,42 @@ def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
     return None if len(base) == len(tuned) else min(len(base), len(tuned))
 
 
-class TokenNames:
-    """Tokens with their text."""
-
-    def __init__(self, processor: PreTrainedTokenizerBase) -> None:
-        self.processor = processor
-        self.one = cache(lambda token: self.sequence([token])[0])
-
-    def sequence(self, ids: Sequence[int]) -> list[Token]:
-        """Return the tokens of a text."""
-        return name_tokens(self.processor, ids)
-
-    def word(self, token: int) -> str:
-        """Return one token as a word by itself."""
-        return word_label(self.one(token))
-
-
-def make_page(generation: Generation, names: TokenNames, values: Mapping[str, object], top: int) -> Page:
+def make_page(generation: Generation, top: int) -> Page:
     """Return the stages, and of a run where base and tuned model part; `top` tokens of a step are listed."""
-    traces, prompt, masked = generation.traces, generation.prompt, bool(generation.prompt.masks)
-    tokens = names.sequence(prompt.ids or prompt.decoder_ids)
-    picker, lens, prediction, output = (
-        Html(Markup(part))  # noqa: S704 - the program's own
-        for part in asset("generation.html").split("<!-- section -->\n")
-    )
-    sides = [Html(_choose_model(list(traces)))] if len(traces) > 1 else []
-    at = _shown_step(generation)
+    masked, at = bool(generation.prompt.masks), generation.shown_step
     where = f"At step {at + 1}" + (", where they part:" if generation.parting is not None else ":")
-    stage4 = "4 The masks, filled in" if masked else "4 Output so far"
     sections = [
-        Section("1 Prompt to tokens", _describe_prompt(tokens, prompt.note)),
-        Section("", [*sides, picker], brief=False, anchor="answer"),
-        Section("2 Model processing", [Text(where), _lens_table(traces, names, at), lens], anchor="lens"),
-        Section("3 Word prediction", [*_step_tables(generation, names, top), prediction], anchor="prediction"),
-        Section(stage4, [*_outputs(traces, names), output], anchor="output"),
+        Section("1 Prompt to tokens", list(_describe_prompt(generation))),
+        Section("2 Model processing", [Text(where), *_lens_blocks(generation, at)], anchor="lens"),
+        Section("3 Word prediction", list(_step_blocks(generation, top)), anchor="prediction"),
+        Section("4 The masks, filled in" if masked else "4 Output so far", list(_outputs(generation)), anchor="output"),
     ]
-    if len(traces) > 1:
-        sections.insert(0, Section("Where base and tuned part", _describe_parting(generation, names, top)))
-    target, system = generation.target, generation.request.system
-    chips = [("model", target.short_name), ("family", target.family), *([("system", system)] if system else [])]
+    if len(generation.traces) > 1:
+        sections.insert(0, Section("Where base and tuned part", list(_describe_parting(generation, top))))
+    target, request = generation.target, generation.request
+    system = [("system", request.system)] if request.system else []
+    text = " ".join((request.prompt or Path(str(request.audio or "")).name).split())
     return Page(
-        _title(generation),
+        f"Generation: {text if len(text) <= 70 else text[:69] + '…'}",
         sections,
-        chips=chips,
+        chips=[("model", target.short_name), ("family", target.family), *system],
         lead=LEAD_MASKED if masked else LEAD,
         navigation=False,
-        style=asset("generation.css"),
-        script=asset("generation.js"),
-        data={
-            **{name: values[name] for name in ("temperatures", "choice", "parting", "masked")},
-            "traces": _shortened(values["traces"]),
-            "labels": _labels(values["traces"]),
-        },
+        style=STYLE,
     )
 
 
-def _title(generation: Generation) -> str:
-    request = generation.request
-    text = " ".join((request.prompt or Path(str(request.audio or "")).name).split())
-    return f"Generation: {text if len(text) <= 70 else text[:69] + '…'}"
-
-
-def _shortened(value: object) -> object:
-    """Return JSON values with the digits that a page needs."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _shortened(item) for key, item in value.items()}
-    return [_shortened(item) for item in value] if isinstance(value, list) else value
-
-
-def _labels(value: object) -> dict[str, str]:
-    """Return the labels of all tokens in JSON values, by their text."""
-    if isinstance(value, list):
-        return {text: label for item in value for text, label in _labels(item).items()}
-    if not isinstance(value, dict):
-        return {}
-    found = _labels(list(value.values()))
-    if "special" in value:
-        token = Token(int(value["id"]), str(value["text"]), bool(value["special"]), continues=False)
-        found[token.text] = word_label(token, 30)
-    return found
-
-
-def _choose_model(models: Sequence[str]) -> Markup:
-    choice = Markup('<label><input type="radio" name="side" value="{0}"{1}><span>{0}</span></label>')
-    choices = [choice.format(name, Markup(" checked") if name == models[-1] else "") for name in models]
-    return Markup('<fieldset class="sides picker"><legend>Answer of</legend>{}</fieldset>').format(
-        Markup("").join(choices)
-    )
-
-
-def _describe_prompt(tokens: Sequence[Token], note: str) -> list[Block]:
+def _describe_prompt(generation: Generation) -> Iterator[Block]:
+    tokens, note = generation.prompt_tokens, generation.prompt.note
     shown = join_tokens(tokens)
-    cut = len(tokens) > HEAD + TAIL
-    if cut:
-        shown = f"{join_tokens(tokens[:HEAD])} … {len(tokens) - HEAD - TAIL:,} more … {join_tokens(tokens[-TAIL:])}"
-    blocks: list[Block] = [Text(f"{len(tokens)} tokens: {shown}")]
-    if cut:
-        blocks.append(Details("all tokens", [Text(join_tokens(tokens))]))
-    return [*blocks, Text(note, "note")] if note else blocks
+    if len(tokens) <= HEAD + TAIL:
+        yield Text(f"{len(tokens)} tokens: {shown}")
+    else:
+        more = f" … {len(tokens) - HEAD - TAIL:,} more … "
+        yield Text(f"{len(tokens)} tokens: {join_tokens(tokens[:HEAD])}{more}{join_tokens(tokens[-TAIL:])}")
+        yield Details("all tokens", [Text(shown)])
+    if note:
+        yield Text(note, "note")
 
 
 def join_tokens(tokens: Sequence[Token]) -> str:
@@ -172,32 +147,47 @@ def join_tokens(tokens: Sequence[Token]) -> str:
     return "│".join(word.replace("␣", " ", 1) if token.text.startswith(" ") else word for word, token in pairs)
 
 
-def _shown_step(generation: Generation) -> int:
-    """Return the step at which layers are looked at: where the models part, else the first."""
-    at = generation.parting
-    return at if at is not None and all(at < len(trace.steps) for trace in generation.traces.values()) else 0
-
-
-def _lens_table(traces: Mapping[str, Trace], names: TokenNames, at: int) -> Block:
-    """Return what each layer would predict at one step, of all models beside one another."""
-    layers = {name: trace.steps[at].layers for name, trace in traces.items() if trace.steps}
-    known = {name: found for name, found in layers.items() if found}
-    if not known or len(known) != len(layers):
-        return Text("The layers of this model cannot be read by themselves.", "note")
+def _lens_blocks(generation: Generation, at: int) -> Iterator[Block]:
+    """Yield what each layer would predict: at one step of all models beside one another, and at all steps."""
+    known = {name: [step.layers for step in trace.steps if step.layers] for name, trace in generation.traces.items()}
+    if any(not layers for layers in known.values()):
+        yield Text("The layers of this model cannot be read by themselves.", "note")
+        return
     columns = [Column("layer", "number")]
     for name in known:
         says = "predicts" if len(known) == 1 else f"{name} predicts"
         columns += [Column(says), Column("p", "number"), Column("p(chosen)", "number")]
-    count = len(next(iter(known.values())))
-    every = -(-count // MOST_LAYERS)
+    count = len(next(iter(known.values()))[0])
     rows = []
-    for layer in [i for i in range(count) if i % every == 0 or i == count - 1]:
+    for layer in range(count):
         row = ["0: input" if layer == 0 else str(layer)]
-        for found in known.values():
-            one = found[layer]
-            row += [names.word(one.ids[0]), share(one.probabilities[0]), share(one.chosen)]
+        for found in (layers[at][layer] for layers in known.values()):
+            row += [generation.word(found.ids[0]), share(found.probabilities[0]), share(found.chosen)]
         rows.append(row)
-    return Table(columns, rows, scroll=True)
+    every = -(-count // MOST_LAYERS)
+    yield Table(columns, [row for i, row in enumerate(rows) if i % every == 0 or i == count - 1], scroll=True)
+    yield Text(LENS, "soft")
+    for name, layers in known.items():
+        trace = generation.traces[name]
+        grid = [[step[layer] for step in layers] for layer in reversed(range(count))]
+        tips = [
+            [
+                ", ".join(f"{generation.word(i)} {share(p)}" for i, p in zip(cell.ids, cell.probabilities, strict=True))
+                for cell in row
+            ]
+            for row in grid
+        ]
+        yield Heatmap(
+            rows=[str(layer) for layer in reversed(range(count))],
+            columns=[word_label(token) for token in generation.tokens(trace.ids)],
+            values=[[cell.probabilities[0] for cell in row] for row in grid],
+            label="What each layer would predict at each step",
+            title=name if len(known) > 1 else "",
+            down="layer",
+            across="the answer",
+            texts=[[generation.word(cell.ids[0]) for cell in row] for row in grid],
+            tips=tips,
+        )
 
 
 def describe_sampling(sampling: Sampling) -> str:
@@ -208,75 +198,82 @@ def describe_sampling(sampling: Sampling) -> str:
     return f"drawn with {kept}, seed {sampling.seed}" if sampling.sample else f"greedy; kept: by {kept}"
 
 
-def _step_tables(generation: Generation, names: TokenNames, top: int) -> list[Block]:
-    """Return a row a step: the word, how likely it was, and the others."""
-    blocks: list[Block] = [Text(describe_sampling(generation.sampling))]
+def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
+    """Yield a row a step: the word, how likely it was, and the others; and on a page the likeliest as a picture."""
+    yield Text(describe_sampling(generation.sampling))
     word = "mask" if generation.prompt.masks else "word"
     numeric = [Column(name, "number") for name in ("p", "bits", "kept")]
     columns = [Column("", "number"), Column(word), *numeric, Column("could also be")]
+    several = len(generation.traces) > 1
     for name, trace in generation.traces.items():
+        words = [word_label(token) for token in generation.tokens(trace.ids)]
         rows = []
-        tokens = names.sequence(trace.ids)
-        for number, (step, token) in enumerate(zip(trace.steps, tokens, strict=True), 1):
+        for number, (step, said) in enumerate(zip(trace.steps, words, strict=True), 1):
             listed = step.next_tokens
-            pairs = zip(listed.ids, listed.probabilities, strict=True)
-            others = [f"{names.word(i)} {share(p)}" for i, p in pairs if i != step.id][: max(0, top - 1)]
+            others = [f"{generation.word(i)} {share(p)}" for i, p in listed.pairs if i != step.id][: max(0, top - 1)]
             numbers = [share(step.probability), f"{listed.entropy_bits:.2f}", f"{listed.kept_tokens:,}"]
-            rows.append([str(number), word_label(token), *numbers, ", ".join(others)])
-        blocks.append(Table(columns, rows, name if len(generation.traces) > 1 else "", scroll=True))
-    return blocks
+            rows.append([str(number), said, *numbers, ", ".join(others)])
+        yield Table(columns, rows, name if several else "", scroll=True)
+    yield Text(CANDIDATES, "soft")
+    for name, trace in generation.traces.items():
+        words = [word_label(token) for token in generation.tokens(trace.ids)]
+        yield _candidates(generation, trace.steps, words, name if several else "")
 
 
-def _outputs(traces: Mapping[str, Trace], names: TokenNames) -> list[Block]:
-    """Return each model's answer, token by token."""
-    blocks: list[Block] = []
-    for name, trace in traces.items():
+def _candidates(generation: Generation, steps: Sequence[Step], words: Sequence[str], title: str) -> Heatmap:
+    values: list[list[float | None]] = [[None] * len(steps) for _ in range(RANKS)]
+    texts = [[""] * len(steps) for _ in range(RANKS)]
+    for column, step in enumerate(steps):
+        listed = step.next_tokens
+        for rank, (i, p, kept) in enumerate(zip(listed.ids[:RANKS], listed.probabilities, listed.kept, strict=False)):
+            values[rank][column] = p if kept else -p
+            texts[rank][column] = f"{generation.word(i)}\n{share(p)}"
+    ranks = [str(rank + 1) for rank in range(RANKS)]
+    return Heatmap(ranks, words, values, "The likeliest words of each step", title, "rank", "the answer", texts)
+
+
+def _outputs(generation: Generation) -> Iterator[Block]:
+    """Yield each model's answer, token by token."""
+    for name, trace in generation.traces.items():
         end = "" if trace.ended else f" … ({len(trace.steps)} tokens, no end)"
-        model = f"{name}: " if len(traces) > 1 else ""
-        blocks.append(Text(f"{model}{join_tokens(names.sequence(trace.ids))}{end}"))
-    return blocks
+        model = f"{name}: " if len(generation.traces) > 1 else ""
+        yield Text(f"{model}{join_tokens(generation.tokens(trace.ids))}{end}")
 
 
-def _describe_parting(generation: Generation, names: TokenNames, top: int) -> list[Block]:
-    """Return what base and tuned model could write at the step where their answers part, and how far they agree."""
+def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
+    """Yield what base and tuned model could write at the step where their answers part, and how far they agree."""
     at, traces = generation.parting, generation.traces
-    blocks: list[Block] = []
     if at is None:
-        blocks.append(Text("They do not part: both write the same, word for word."))
+        yield Text("They do not part: both write the same, word for word.")
     else:
-        common = join_tokens(names.sequence(traces[TUNED].ids[:at]))
-        where = "At the first word." if not at else f"Both begin alike; they part at word {at + 1}, after: {common}"
+        common = join_tokens(generation.tokens(traces[TUNED].ids[:at]))
+        where = f"Both begin alike; they part at word {at + 1}, after: {common}" if at else "At the first word."
         chance = " Words were drawn at random, so they may part by chance." if generation.sampling.sample else ""
         columns, cells = [], []
         for name in (BASE, TUNED):
             columns += [Column(name), Column("p", "number")]
             steps = traces[name].steps[at : at + 1]
-            ids = steps[0].next_tokens.ids[:top] if steps else []
-            shares = steps[0].next_tokens.probabilities[:top] if steps else []
-            empty = ["" if ids else "its answer has ended"] + [""] * top
-            cells.append([[names.word(i) for i in ids] + empty, [share(p) for p in shares] + [""] * (top + 1)])
-        rows = [[part[rank] for model in cells for part in model] for rank in range(top)]
-        blocks += [Text(where + chance), Table(columns, rows)]
-    if generation.scores:
-        blocks.append(_moved_table(generation, names))
-    return blocks
-
-
-def _moved_table(generation: Generation, names: TokenNames) -> Table:
-    """Return how likely each token of the tuned model's answer is to both."""
+            listed = [pair for step in steps for pair in step.next_tokens.pairs]
+            written = [[generation.word(i), share(p)] for i, p in listed[:top]] or [["its answer has ended", ""]]
+            cells.append(written + [["", ""]] * (top - len(written)))
+        yield Text(where + chance)
+        yield Table(columns, [[*base, *tuned] for base, tuned in zip(*cells, strict=True)])
     rows: list[list[Cell | str]] = []
-    columns = zip(generation.traces[TUNED].ids, generation.scores[BASE], generation.scores[TUNED], strict=True)
-    for token, base, tuned in columns:
-        first = f"{names.word(base.likeliest)} {share(base.likeliest_probability)}"
+    for token, base, tuned in generation.compared:
+        first = f"{generation.word(base.likeliest)} {share(base.likeliest_probability)}"
         numbers = [share(base.probability, exact=True), share(tuned.probability, exact=True)]
-        factor = times(base.probability, tuned.probability)
-        meter = Cell(picture=Meter(tuned.probability))
-        rank = f"{base.rank:,}"
-        rows.append([names.word(token), *numbers, meter, factor, rank, "the same" if base.rank == 1 else first])
-    heads = [Column("word"), Column("base", "number"), Column("tuned", "number"), Column("", "picture")]
-    heads += [Column("times", "number"), Column("its rank in the base", "number"), Column("there the base predicts")]
-    note = "Each word is read behind the words of the tuned model’s answer that stand before it."
-    return Table(heads, rows, "How the tuning moved each word of the tuned model’s answer", note, scroll=True)
+        meter, factor = Cell(picture=Meter(tuned.probability)), times(base.probability, tuned.probability)
+        said = "the same" if base.rank == 1 else first
+        rows.append([generation.word(token), *numbers, meter, factor, f"{base.rank:,}", said])
+    if rows:
+        heads = [Column("word"), Column("base", "number"), Column("tuned", "number"), Column("", "picture")]
+        heads += [
+            Column("times", "number"),
+            Column("its rank in the base", "number"),
+            Column("there the base predicts"),
+        ]
+        note = "Each word is read behind the words of the tuned model’s answer that stand before it."
+        yield Table(heads, rows, "How the tuning moved each word of the tuned model’s answer", note, scroll=True)
 
 
 def share(value: float, *, exact: bool = False) -> str:

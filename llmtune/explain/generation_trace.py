@@ -8,7 +8,7 @@ embeddings before them, P masked positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -28,7 +28,7 @@ from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.tasks.text_to_text import decoder_settings
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.explain.inputs import ModelInputs
     from llmtune.recipe import Recipe
@@ -37,8 +37,6 @@ LISTED = 40
 """Tokens of a step that are listed, the likeliest first."""
 LENS_TOKENS = 3
 """Tokens of a layer that are listed."""
-TEMPERATURES = tuple(round(0.1 * i, 1) for i in range(1, 21))
-Advance = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,6 @@ class Sampling:
     min_p: float | None = None
     sample: bool = False
     seed: int = 0
-
-    @property
-    def temperatures(self) -> list[float]:
-        """Return those for which a page can show probabilities exactly, its own among them."""
-        return sorted({*TEMPERATURES, self.temperature})
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """Return the recipe with this sampling in place of its own."""
@@ -88,8 +81,11 @@ class NextTokens:
     """Of each of these tokens its probability after temperature, top-k and top-p; 0 where it is cut off."""
     kept_tokens: int
     entropy_bits: float
-    partitions: list[float]
-    """For each temperature: log of the sum over the vocabulary of probability ^ (1 / temperature)."""
+
+    @property
+    def pairs(self) -> list[tuple[int, float]]:
+        """Each token with its probability."""
+        return list(zip(self.ids, self.probabilities, strict=True))
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,6 @@ class Recorder(LogitsProcessor):  # type: ignore[misc]
     """Records what could come next at each step, and changes nothing."""
 
     sampling: Sampling
-    advance: Advance
     next_tokens: list[NextTokens] = field(default_factory=list)
     probabilities: list[float] = field(default_factory=list)
     """Of the tokens that were chosen, but for the last one."""
@@ -147,7 +142,6 @@ class Recorder(LogitsProcessor):  # type: ignore[misc]
         self.add_chosen(int(input_ids[0, -1]))
         self.last = scores[0].float().log_softmax(-1)
         self.next_tokens.append(list_next_tokens(self.last, self.sampling))
-        self.advance()
         return scores
 
     def add_chosen(self, token: int) -> None:
@@ -167,7 +161,6 @@ def list_next_tokens(logs_V: torch.Tensor, sampling: Sampling) -> NextTokens:
         kept=kept_V[top.indices].tolist(),
         kept_tokens=int(warped_V.isfinite().sum()),
         entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
-        partitions=[float((logs_V / temperature).logsumexp(-1)) for temperature in sampling.temperatures],
     )
 
 
@@ -176,11 +169,10 @@ def trace_answer(
     prompt: ModelInputs,
     processor: PreTrainedTokenizerBase,
     sampling: Sampling,
-    advance: Advance = lambda: None,
 ) -> Trace:
-    """Let the model answer and record it; `advance` is called after each step."""
+    """Let the model answer and record it."""
     inner, recipe = unwrap(model), sampling.recipe(prompt.recipe)
-    recorder = Recorder(sampling, advance)
+    recorder = Recorder(sampling)
     with torch.random.fork_rng(), only_these_settings(model) as own, HiddenStates(model, [-1]) as states:
         torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
@@ -188,7 +180,11 @@ def trace_answer(
         else:
             settings = generation_settings(model, processor, recipe)
         settings.max_new_tokens = sampling.max_new_tokens
-        ids = generate_ids(inner, prompt, settings, recorder)
+        inputs = {name: move(part, inner) for name, part in prompt.text_tensors.items()}
+        if prompt.decoder_ids:
+            inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids], device=inner.device)
+        options = {"generation_config": settings, "logits_processor": LogitsProcessorList([recorder])}
+        ids = cast(list[int], GenerationMixin.generate(inner, **inputs, **options)[0].tolist())
     written = len(recorder.next_tokens)
     prefix, answer = ids[:-written], ids[-written:]
     recorder.add_chosen(answer[-1])
@@ -200,19 +196,6 @@ def trace_answer(
         text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
         ended=answer[-1] in stops,
     )
-
-
-def generate_ids(
-    inner: PreTrainedModel, prompt: ModelInputs, settings: GenerationConfig, recorder: Recorder
-) -> list[int]:
-    """Run transformers' own loop; return all tokens of the decoder."""
-    inputs = prompt.text_tensors
-    if prompt.decoder_ids:
-        inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids])
-    inputs = {name: move(part, inner) for name, part in inputs.items()}
-    processors = LogitsProcessorList([recorder])
-    out_1T = GenerationMixin.generate(inner, **inputs, generation_config=settings, logits_processor=processors)
-    return cast(list[int], out_1T[0].tolist())
 
 
 def move(part: torch.Tensor, inner: PreTrainedModel) -> torch.Tensor:

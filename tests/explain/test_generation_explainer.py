@@ -136,7 +136,7 @@ def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
     expect(invoke(tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
     (page,) = tmp_path.glob("*.html")
     text = page.read_text()
-    assert len(re.findall(r"<script", text)) == 2  # the data and the page's own
+    assert "<script" not in text
     assert "<img" not in text
     assert not re.search(r"(src|href)=[\"']?(?!data:,)[^\"'#]*(http|//)", text)
 
