@@ -11,8 +11,9 @@ import typer
 from llmtune.cli.options import AsJson, Fresh, Offline, RunArgument
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import GateFailed
+from llmtune.launch.python_api import names_remote
 from llmtune.records import Json
-from llmtune.store.process_environment import gc_paused, names_remote, prepare_environment
+from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,11 +7,11 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.data.hub_datasets import HUB, resolve_commit
+from llmtune.evaluate.lm_eval_tasks import list_task_files
 from llmtune.evaluate.sentence_pairs import hub_source
 from llmtune.recipe import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
-from llmtune.store.lm_eval_tasks import list_task_files
 from llmtune.store.run_lock import package_versions
 
 

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError, nearest
+from llmtune.evaluate.lm_eval_tasks import check_task_files, is_file, read_task_file, shipped_names
 from llmtune.recipe.eval_suites_section import BenchmarkSection, plain_name, suite_name
 from llmtune.recipe.gate_grammar import parse_gate
-from llmtune.store.lm_eval_tasks import check_task_files, is_file, read_task_file, shipped_names
 from llmtune.store.process_environment import offline_switches
 
 if TYPE_CHECKING:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.records import Json
-from llmtune.store.process_environment import gc_paused, names_remote, prepare_environment, studies_remote
+from llmtune.records import SIDES, Json
+from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmtune.recipe import Recipe
     from llmtune.serve.finished_run import FinishedRun
 
 
@@ -153,3 +154,22 @@ def make_console(*, quiet: bool = False) -> Console:
     terminal = sys.stderr.isatty()
     width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH
     return Console(stderr=True, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
+
+
+def names_remote(recipe: Recipe) -> bool:
+    """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
+    models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
+    sources = [source for split in SIDES for source in recipe.data.sources(split)]
+    remote_data = any(source.path.startswith("hub:") for source in sources) or studies_remote(recipe)
+    remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
+    hub_kernel = "/" in recipe.model.attn_implementation
+    return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel
+
+
+def studies_remote(recipe: Recipe) -> bool:
+    """Whether a study of the evaluation reads what is on a hub."""
+    from llmtune.evaluate.lm_eval_tasks import needs_network  # it reads YAML, which `--help` has no use for
+
+    fairness = recipe.evaluate.fairness
+    hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
+    return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)

@@ -15,7 +15,6 @@ from llmtune.errors import EnvironmentProblem, Problem
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
 
-SPLITS = ("train", "validation", "test")
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -84,25 +83,6 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
         fix = "set it to auto (--set model.attn_implementation=auto) or omit --offline"
         problems.append(Problem(what, "model.attn_implementation", fix))
     EnvironmentProblem.collect(problems)
-
-
-def names_remote(recipe: Recipe) -> bool:
-    """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
-    models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
-    sources = [source for split in SPLITS for source in recipe.data.sources(split)]
-    remote_data = any(source.path.startswith("hub:") for source in sources) or studies_remote(recipe)
-    remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
-    hub_kernel = "/" in recipe.model.attn_implementation
-    return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel
-
-
-def studies_remote(recipe: Recipe) -> bool:
-    """Whether a study of the evaluation reads what is on a hub."""
-    from llmtune.store.lm_eval_tasks import needs_network  # it reads YAML, which `--help` has no use for
-
-    fairness = recipe.evaluate.fairness
-    hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)
-    return hub_pairs or any(needs_network(benchmark.task) for benchmark in recipe.evaluate.benchmarks)
 
 
 def is_remote_model(name: str) -> bool:

@@ -6,8 +6,9 @@ import pytest
 from support.adapting import open_model, recipe_with
 
 from llmtune.errors import EnvironmentProblem
+from llmtune.launch.python_api import names_remote
 from llmtune.model.kernels import check_kernels
-from llmtune.store.process_environment import names_remote, refuse_network
+from llmtune.store.process_environment import refuse_network
 
 HUB = "kernels-community/flash-attn2"
 

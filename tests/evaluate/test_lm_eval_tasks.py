@@ -9,8 +9,8 @@ import pytest
 from support.benchmark_tasks import CHOOSE, recipe_with, write_tasks
 
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.store.lm_eval_tasks import check_task_files, list_task_files, read_task_file
-from llmtune.store.process_environment import names_remote
+from llmtune.evaluate.lm_eval_tasks import check_task_files, list_task_files, read_task_file
+from llmtune.launch.python_api import names_remote
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_bad_task_file_is_told_at_once_by_its_name(tasks: Path, text: str | No
 
 
 def test_lm_eval_missing_is_told_by_the_extra_that_brings_it(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtune.store.lm_eval_tasks.PACKAGE", "lm_eval_that_is_not_there")
+    monkeypatch.setattr("llmtune.evaluate.lm_eval_tasks.PACKAGE", "lm_eval_that_is_not_there")
     with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[benchmarks\]'"):
         check_task_files(recipe_with(tasks / "choose.yaml"))
     check_task_files(recipe_with())

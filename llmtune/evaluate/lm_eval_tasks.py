@@ -1,4 +1,7 @@
-"""Task files of lm-evaluation-harness, read without it: which files they rest on, and whether they need the network."""
+"""Task files of lm-evaluation-harness, read without it: which files they rest on, and whether they need the network.
+
+Nothing heavy is imported: the network is decided on before torch is.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,15 @@ URL = "://"
 Config = Mapping[str, object]
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(str):
     """`!function module.name`: Python that stands beside the task file, or is installed."""
-
-    name: str
 
 
 class Constructor(SafeConstructor):
     """Knows lm-eval's only tag."""
 
 
-Constructor.add_constructor("!function", lambda loader, node: Function(str(node.value)))
+Constructor.add_constructor("!function", lambda loader, node: Function(node.value))
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def check_task_files(recipe: Recipe) -> None:
         raise EnvironmentProblem.of("benchmarks need lm-eval, which is not installed", "evaluate.benchmarks", fix)
     problems: list[Problem] = []
     for benchmark in benchmarks:
-        if is_file(benchmark.task):
-            try:
+        try:
+            if is_file(benchmark.task):
                 read_task_file(Path(benchmark.task))
-            except DataError as error:
-                problems += error.problems
+        except DataError as error:
+            problems += error.problems
     DataError.collect(problems)
 
 
@@ -98,18 +98,20 @@ def is_file(task: str) -> bool:
 
 def needs_network(task: str) -> bool:
     """Whether a benchmark's rows may come over the network; a file that cannot be read is reported elsewhere."""
-    try:
-        return not is_file(task) or read_task_file(Path(task)).remote
-    except DataError:
-        return False
+    return not is_file(task) or any(file.remote for file in _try_to_read(task))
 
 
 def list_task_files(task: str) -> list[Path]:
     """Return the files that a benchmark rests on; none of one that is no file, or cannot be read."""
+    return [path for file in _try_to_read(task) for path in file.files]
+
+
+def _try_to_read(task: str) -> Iterator[TaskFile]:
     try:
-        return list(read_task_file(Path(task)).files) if is_file(task) else []
+        if is_file(task):
+            yield read_task_file(Path(task))
     except DataError:
-        return []
+        return
 
 
 def read_task_file(path: Path) -> TaskFile:
@@ -121,10 +123,11 @@ def read_task_file(path: Path) -> TaskFile:
     if not isinstance(config.get("task", config.get("group")), str | list):
         what = "this is no task file of lm-eval: it has neither `task` nor `group`"
         raise DataError.of(what, str(path), "Its documentation: docs/new_task_guide.md of lm-evaluation-harness.")
-    data_files = list(find_data_files(config))
+    data_files = find_data_files(config)
     relative = [name for name in data_files if not os.path.isabs(os.path.expanduser(name))]
     beside = bool(relative) and all(glob.glob(name, root_dir=path.parent) for name in relative)
-    files = [*read, *find_python(config, path.parent)]
+    modules = [leaf.rpartition(".")[0].replace(".", "/") for leaf in leaves(config) if isinstance(leaf, Function)]
+    files = [*read, *(file for module in modules if (file := path.parent / f"{module}.py").is_file())]
     if not any(URL in name for name in data_files):
         files += find_rows(data_files, path.parent if beside else Path.cwd(), path)
     members, tasks = find_members(config, path)
@@ -171,6 +174,15 @@ def load_yaml(path: Path) -> dict[str, object]:
     return content
 
 
+def leaves(value: object) -> Iterator[object]:
+    """Yield what stands in a value, at any depth, and is neither list nor mapping."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def parts_of(config: Config) -> Iterator[Config]:
     """Yield a task's mapping, or those of the tasks that are written out within a group's."""
     members = config.get("task")
@@ -192,20 +204,11 @@ def is_remote(config: Config) -> bool:
     return behind_url or (path not in READERS and not os.path.isdir(os.path.expanduser(path)))
 
 
-def find_data_files(config: Config) -> Iterator[str]:
-    """Yield what `dataset_kwargs` names as files: a text, a list, or either by split."""
+def find_data_files(config: Config) -> list[str]:
+    """Return what `dataset_kwargs` names as files: a text, a list, or either by split."""
     settings = config.get("dataset_kwargs")
-    waiting: list[object] = (
-        [settings.get(key) for key in ("data_files", "data_dir")] if isinstance(settings, dict) else []
-    )
-    while waiting:
-        value = waiting.pop(0)
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif isinstance(value, dict):
-            waiting += value.values()
+    named = [settings.get(key) for key in ("data_files", "data_dir")] if isinstance(settings, dict) else []
+    return [leaf for leaf in leaves(named) if isinstance(leaf, str)]
 
 
 def find_rows(names: list[str], folder: Path, path: Path) -> Iterator[Path]:
@@ -218,24 +221,12 @@ def find_rows(names: list[str], folder: Path, path: Path) -> Iterator[Path]:
         yield from (file for file in found if file.is_file())
 
 
-def find_python(value: object, folder: Path) -> Iterator[Path]:
-    """Yield the files beside a task file that its functions stand in."""
-    if isinstance(value, Function):
-        file = folder / f"{value.name.rpartition('.')[0].replace('.', '/')}.py"
-        if file.is_file():
-            yield file
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from find_python(item, folder)
-
-
 def find_members(config: Config, path: Path) -> tuple[frozenset[str], list[TaskFile]]:
     """Return the tasks that a group names and that stand in no file beside it, and the files of the others."""
     members = config.get("task")
     listed = members if isinstance(members, list) else []
-    names = {one for one in listed if isinstance(one, str)}
     apart = [one.get("task") for one in listed if isinstance(one, dict) and "dataset_path" not in one]
-    names |= {name for name in apart if isinstance(name, str)}
+    names = {name for name in (*listed, *apart) if isinstance(name, str)}
     found: dict[str, TaskFile] = {}
     for file in sorted(path.parent.glob("*.yaml")) if names else ():
         stated = names & set(names_in(str(file), file.stat().st_mtime_ns)) - found.keys()  # the first counts
