@@ -357,7 +357,7 @@ def deploy(context: RunContext, model_ref: ModelRef) -> None:
     with context.step("deploy", inputs, [made[name] for name in products]) as step:
         if not step.skipped:
             if "merged" in products:
-                step.facts.update(merge(context, model_ref, context.folder.path / "merged", onto=None, dtype="auto"))
+                step.facts.update(merge(context, model_ref))
             if "gguf" in products:
                 written = make_gguf(context, model_ref)
                 step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])

@@ -146,9 +146,11 @@ def merge(
     """Merge the adapter into the base weights; certified against the adapter, exit 6 if they differ."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.deploy.merged_model import merge_run
+        from llmtune.deploy.merged_model import merge as merge_run
+        from llmtune.session import open_finished
 
-    certificate = merge_run(run, out=out, onto=onto, dtype=dtype, offline=offline, console=stderr_console())
+    context, model_ref = open_finished(run, stderr_console(), offline)
+    certificate = merge_run(context, model_ref, out, onto=onto, dtype=dtype)
     if as_json:
         print_json(certificate)
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from llmtune.deploy.gguf_file import FORMATS, write_tensors
-from llmtune.deploy.gguf_tensors import find_architecture, tensor_name, tensor_names, to_layout
+from llmtune.deploy.gguf_tensors import GgufLayout
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 
@@ -63,25 +63,23 @@ def lora_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
     llama.cpp scales each product by alpha / rank with one alpha for all. Where a module has another scaling (rsLoRA,
     alpha_pattern), B takes the rest of it.
     """
-    config, alpha = unwrap(model).config, float(_lora_config(model).lora_alpha)
-    architecture = find_architecture(config)
-    names = tensor_names(config, architecture)
+    layout, alpha = GgufLayout(unwrap(model).config), float(_lora_config(model).lora_alpha)
     for weight, layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         rest = layer.scaling["default"] * a.shape[0] / alpha
-        yield f"{tensor_name(weight, names)}.lora_a", a.detach().float().cpu()
-        yield f"{tensor_name(weight, names)}.lora_b", to_layout(b, weight, config, architecture) * rest
+        yield f"{layout.name(weight)}.lora_a", a.detach().float().cpu()
+        yield f"{layout.name(weight)}.lora_b", layout.convert(b, weight) * rest
 
 
 def write_adapter(model: PeftModel, file: Path, number_format: str, name: str) -> None:
     """Write the adapter."""
-    writer = GGUFWriter(file, find_architecture(unwrap(model).config).name)
+    writer = GGUFWriter(file, GgufLayout(unwrap(model).config).architecture.name)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(_lora_config(model).lora_alpha))
-    writer.add_file_type(FORMATS[number_format].file_type)
-    write_tensors(writer, lambda: lora_tensors(model), FORMATS[number_format].tensor_type)
+    writer.add_file_type(FORMATS[number_format])
+    write_tensors(writer, lambda: lora_tensors(model), number_format)
 
 
 def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[str, float]:
@@ -93,16 +91,13 @@ def compare_adapter(model: PeftModel, file: Path, number_format: str) -> dict[st
     Raises:
         GateFailed: a module is missing, or its product differs by more than the rounding of the format.
     """
-    config = unwrap(model).config
-    architecture = find_architecture(config)
-    names = tensor_names(config, architecture)
-    reader = GGUFReader(file)
+    layout, reader = GgufLayout(unwrap(model).config), GGUFReader(file)
     alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
     tensors = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     differences = {}
     for weight, layer in lora_layers(model):
-        name = tensor_name(weight, names)
-        expected = to_layout(layer.get_delta_weight("default"), weight, config, architecture)
+        name = layout.name(weight)
+        expected = layout.convert(layer.get_delta_weight("default"), weight)
         a, b = (torch.from_numpy(tensors[f"{name}.lora_{half}"].copy()) for half in "ab")
         actual = alpha / a.shape[0] * (b @ a)
         differences[name] = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.adapter.merging import merge as merge_weights
 from llmtune.deploy.gguf_adapter import ADAPTER_FORMATS, check_adapter, compare_adapter, write_adapter
-from llmtune.deploy.gguf_file import FORMATS, find_quantizer, has_llama, write_model
+from llmtune.deploy.gguf_file import FORMATS, K_QUANTS, find_quantizer, has_llama, write_model
 from llmtune.deploy.gguf_readers import GgufReader, check_reader, open_gguf
 from llmtune.deploy.gguf_tensors import find_architecture
 from llmtune.deploy.gguf_vocabulary import (
+    NAMES,
     Vocabulary,
     build_tokenizer,
     describe_vocabulary,
@@ -27,25 +27,26 @@ from llmtune.deploy.gguf_vocabulary import (
 )
 from llmtune.deploy.ollama_modelfile import MODELFILE, split_template, write_modelfile
 from llmtune.deploy.parity import (
-    ANSWER_TOKENS,
     LIMITS,
-    PROMPTS,
     Certificate,
     Limits,
     Onto,
-    TextReference,
-    TransformersReader,
-    TunedModel,
+    check_onto,
     check_output,
     compare_outputs,
     describe_parity,
     find_breaches,
-    list_questions,
+    write_certificate,
+)
+from llmtune.deploy.tuned_model import (
+    ANSWER_TOKENS,
+    PROMPTS,
+    TextReference,
+    TunedModel,
     load_tuned,
     render_chats,
     render_prompts,
     training_base,
-    write_certificate,
 )
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
@@ -53,13 +54,9 @@ from llmtune.model.config import read_model_config
 from llmtune.model.oom import explain_oom
 from llmtune.model.processor import load_processor
 from llmtune.recipe import TASK_FACTS
+from llmtune.records import ModelRef
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.records import ModelRef
 
 DEFAULT_FORMAT = "f16"
 FORMAT_LIMITS = {
@@ -93,21 +90,22 @@ def make_gguf(
         EnvironmentProblem: a model or tokenizer that GGUF files cannot hold.
         GateFailed: the file differs from what was trained by more than the limits.
     """
-    check_format(number_format, adapter_only)
+    known = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
+    if number_format not in known:
+        kind = "an adapter" if adapter_only else "a GGUF file"
+        what = f"{number_format!r} is no number format of {kind}.{nearest(number_format, known)}"
+        raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
+    if number_format in K_QUANTS:
+        find_quantizer()  # before anything is loaded
     if onto is not None and (adapter_only or context.recipe.adapter.method != "qlora"):
         what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
-    if onto is not None and onto not in ("original", "dequantized"):
-        raise RecipeError.of(f"{onto!r} is neither original nor dequantized", "--onto")
-    processor = check_gguf(context, model_ref)
-    return export_gguf(
-        load_tuned(context, model_ref, processor),
-        out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format),
-        context.console,
-        number_format=number_format,
-        onto=onto or training_base(context.recipe),
-        adapter_only=adapter_only,
-    )
+    onto = onto or training_base(context.recipe)
+    RecipeError.collect(check_onto(onto, quantized=True))
+    tuned = load_tuned(context, model_ref, check_gguf(context, model_ref))
+    folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
+    options = {"number_format": number_format, "onto": onto}
+    return export_gguf(tuned, folder, context.console, adapter_only=adapter_only, **options)
 
 
 def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerBase:
@@ -120,30 +118,12 @@ def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerB
     if not context.task.continues_text:
         what = f"a model of task {context.task.name} that does not continue a text cannot be written as GGUF"
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
-    processor, config = (
-        load_processor(model_ref, context.recipe.model),
-        read_model_config(model_ref, context.recipe.model),
-    )
+    processor = load_processor(model_ref, context.recipe.model)
+    config = read_model_config(model_ref, context.recipe.model)
     find_architecture(config)
     find_pre_tokenizer(read_tokenizer(processor))
     check_reader(config.model_type)
     return processor
-
-
-def check_format(number_format: str, adapter_only: bool) -> None:
-    """Refuse a format that is unknown, or that nothing here can make, before anything is loaded.
-
-    Raises:
-        RecipeError: there is no such format.
-        EnvironmentProblem: the program that makes it is not installed.
-    """
-    known = ADAPTER_FORMATS if adapter_only else tuple(FORMATS)
-    if number_format not in known:
-        kind = "an adapter" if adapter_only else "a GGUF file"
-        what = f"{number_format!r} is no number format of {kind}.{nearest(number_format, known)}"
-        raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
-    if FORMATS[number_format].quantized_from:
-        find_quantizer()
 
 
 def export_gguf(
@@ -188,13 +168,7 @@ class _Export:
         self.tuned, self.console, self.number_format = tuned, console, number_format
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
         self.reference = TextReference(tuned)
-        self.fixed = self.reference.traces[: len(PROMPTS)]
-        self.base_logits: list[torch.Tensor] | None = None
-        """Of the base model over the fixed prompts; None where no adapter can be switched off."""
-        if self.reference.effect is not None:
-            reader = TransformersReader(tuned.model)
-            with cast(PeftModel, tuned.model).disable_adapter():
-                self.base_logits = [reader.logits(trace.ids) for trace in self.fixed]
+        self.base_logits = self.reference.read_base_logits()
 
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
@@ -238,18 +212,17 @@ class _Export:
 
     def _describe_vocabulary(self, model: PreTrainedModel) -> Vocabulary:
         size = int(model.get_input_embeddings().weight.shape[0])
-        prompts = [trace.prompt for trace in self.reference.traces]
-        return describe_vocabulary(self.tuned.processor, size, prompts, self._answer_ends(model))
+        return describe_vocabulary(self.tuned.processor, size, self.reference.prompts, self._answer_ends(model))
 
     def _write_modelfile(self, file: Path, vocabulary: Vocabulary, *notes: str, adapter: bool = False) -> bool:
         """Write the Modelfile; returns whether it has a template."""
         tuned, parts = self.tuned, None
         if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
-            parts = split_template(tuned.processor, tuned.recipe, vocabulary.add_bos)
+            parts = split_template(tuned.processor, tuned.recipe, vocabulary[NAMES.ADD_BOS])
             if parts is None:
                 notes += ("The chat template does more than a Go template can: Ollama is left to find its own.",)
                 self.console.print("Modelfile: this chat template has no equal in Go, so TEMPLATE is omitted.")
-        stops = [vocabulary.tokens[index] for index in self._answer_ends(tuned.adapted.selected.model)]
+        stops = [vocabulary[NAMES.LIST][index] for index in self._answer_ends(tuned.adapted.selected.model)]
         write_modelfile(file, parts, stops, tuned.recipe, notes, adapter)
         return parts is not None
 
@@ -274,24 +247,21 @@ class _Export:
         self, whole: Path, config: PretrainedConfig, limits: Limits, adapter: Path | None = None
     ) -> Certificate:
         """Read `whole` back, with `adapter` on it, and compare it with the tuned model; returns what was measured."""
-        vocabulary, effect = read_vocabulary(whole), self.reference.effect
-        length = max(len(trace.prompt) for trace in self.reference.traces) + 2 * ANSWER_TOKENS
-        with (
-            self.console.status("asking the GGUF file"),
-            open_gguf(whole, vocabulary, config, length, adapter) as reader,
-        ):
-            parity = self.reference.parity_of(
-                reader.logits, reader.answer, [served_prompts(self.tuned, vocabulary, reader)]
-            )
-            logits = [reader.logits(trace.ids) for trace in self.fixed]
-        trained_kl = compare_outputs([trace.logits for trace in self.fixed], logits).kl_mean
-        base_kl = compare_outputs(self.base_logits, logits).kl_mean if self.base_logits else None
-        breaches = [*find_breaches(parity, limits), *find_lost_adapter(trained_kl, base_kl, effect)]
+        vocabulary, reference, fixed = read_vocabulary(whole), self.reference, slice(len(PROMPTS))
+        length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
+        opened = open_gguf(whole, vocabulary, config, length, adapter)
+        with self.console.status("asking the GGUF file"), opened as reader:
+            logits, same_answers = reference.read_by(reader), reference.same_answers(reader)
+            same_ids = served_prompts(self.tuned, vocabulary, reader) == reference.prompts
+        parity = reference.judge(logits, same_answers, same_ids)
+        trained_kl = compare_outputs(reference.logits[fixed], logits[fixed]).kl_mean
+        base_kl = compare_outputs(self.base_logits[fixed], logits[fixed]).kl_mean if self.base_logits else None
+        breaches = [*find_breaches(parity, limits), *find_lost_adapter(trained_kl, base_kl, reference.effect)]
         return {
             "passed": not breaches,
             "breaches": breaches,
             "reader": reader.name,
-            "limits": {"kl_mean": limits.kl(effect), "top1_agreement": limits.top1},
+            "limits": {"kl_mean": limits.kl(reference.effect), "top1_agreement": limits.top1},
             "measured": asdict(parity),
             "kl_from_base": base_kl,
         }
@@ -309,11 +279,11 @@ def served_prompts(tuned: TunedModel, vocabulary: Vocabulary, reader: GgufReader
     tokenizer = build_tokenizer(vocabulary)
     texts = render_chats(tuned, tokenizer)
     if texts is None and tuned.task.free_prompt and not tuned.task.is_conversational:
-        texts = [str(row["prompt"]) for row in list_questions(tuned.task, tuned.rows)]
+        texts = [str(row["prompt"]) for row in tuned.questions]
     elif texts is None:  # a client of such a model writes its prompt himself
         texts = [tokenizer.decode(ids) for ids in render_prompts(tuned, tokenizer)]
-        texts = [text.removeprefix(" ") for text in texts] if vocabulary.add_space else texts
-    start = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
+        texts = [text.removeprefix(" ") for text in texts] if vocabulary[NAMES.ADD_PREFIX] else texts
+    start = vocabulary[NAMES.LIST][vocabulary[NAMES.BOS_ID]] if vocabulary[NAMES.ADD_BOS] else ""
     return [reader.encode(text.removeprefix(start)) for text in texts]
 
 

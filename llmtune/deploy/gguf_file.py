@@ -7,7 +7,6 @@ import logging
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +18,29 @@ from gguf import (
     GGUFType,
     GGUFWriter,
     LlamaFileType,
-    quant_shape_to_byte_shape,
     size_label,
 )
 from gguf.quants import quantize
 from transformers import PreTrainedModel
 
-from llmtune.deploy.gguf_tensors import find_architecture, list_tensors, write_shape
-from llmtune.deploy.gguf_vocabulary import Vocabulary, write_vocabulary
+from llmtune.deploy.gguf_tensors import GgufLayout, list_tensors, write_shape
+from llmtune.deploy.gguf_vocabulary import NAMES, Vocabulary, write_vocabulary
 from llmtune.errors import EnvironmentProblem
 
 QUANTIZER = "llama-quantize"
 LARGEST_F16 = float(np.finfo(np.float16).max)
-
-
-@dataclass(frozen=True)
-class Format:
-    """A number format of weights: as the file is marked, and as matrices are stored."""
-
-    file_type: LlamaFileType
-    tensor_type: GGMLQuantizationType
-    quantized_from: str | None = None
-    """For formats that llama.cpp's own program makes: the format of the file that it starts from."""
-
-
 FORMATS = {
-    "f32": Format(LlamaFileType.ALL_F32, GGMLQuantizationType.F32),
-    "f16": Format(LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
-    "bf16": Format(LlamaFileType.MOSTLY_BF16, GGMLQuantizationType.BF16),
-    "q8_0": Format(LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
-    "q4_k_m": Format(LlamaFileType.MOSTLY_Q4_K_M, GGMLQuantizationType.Q4_K, quantized_from="f32"),
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
+"""Number formats of weights, as a file is marked."""
+K_QUANTS = ("q4_k_m",)
+"""Formats that llama.cpp's own program makes, from a file in F32."""
+Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+"""Names and weights, made anew at each call: once for their shapes, once to be written one at a time."""
 
 
 def write_model(model: PreTrainedModel, vocabulary: Vocabulary, file: Path, number_format: str, name: str) -> None:
@@ -58,48 +49,39 @@ def write_model(model: PreTrainedModel, vocabulary: Vocabulary, file: Path, numb
     Raises:
         EnvironmentProblem: its type is not known, a weight is too large for F16, or a program to quantise is missing.
     """
-    target = FORMATS[number_format]
-    if target.quantized_from is not None:
-        quantizer = find_quantizer()
+    if number_format in K_QUANTS:
         whole = file.with_name(f"{file.name}.whole")
-        write_model(model, vocabulary, whole, target.quantized_from, name)
-        _quantize_file(quantizer, whole, file, target.file_type)
+        write_model(model, vocabulary, whole, "f32", name)
+        _quantize_file(whole, file, FORMATS[number_format])
         whole.unlink()
         return
-    architecture = find_architecture(model.config)
-    writer = GGUFWriter(file, architecture.name)
+    layout = GgufLayout(model.config)
+    writer = GGUFWriter(file, layout.architecture.name)
     writer.add_type(GGUFType.MODEL)
     writer.add_name(name)
     parameters = sum(weight.numel() for weight in model.parameters())
     writer.add_size_label(size_label(parameters, parameters, 0, 0))
-    writer.add_file_type(target.file_type)
+    writer.add_file_type(FORMATS[number_format])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_shape(writer, model.config, architecture, len(vocabulary.tokens))
+    write_shape(writer, layout, len(vocabulary[NAMES.LIST]))
     write_vocabulary(writer, vocabulary)
-    write_tensors(writer, lambda: list_tensors(model, architecture), target.tensor_type)
+    write_tensors(writer, lambda: list_tensors(model, layout), number_format)
 
 
-Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
-"""Names and weights, made anew at each call: once for their shapes, once to be written one at a time."""
-
-
-def write_tensors(writer: GGUFWriter, tensors: Tensors, target: GGMLQuantizationType) -> None:
+def write_tensors(writer: GGUFWriter, tensors: Tensors, number_format: str) -> None:
     """Write all `tensors` and close the file."""
-    stored = {}
+    kinds = {}
     for name, weight in tensors():
-        stored[name] = kind = _tensor_type(name, weight.shape, target)
-        shape = tuple(weight.shape)
-        plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}.get(kind)
-        if plain is None:
-            shape = quant_shape_to_byte_shape(shape, kind)
-        dtype = np.dtype(plain or np.uint8)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=kind)
+        kinds[name] = kind = _tensor_type(name, weight.shape, GGMLQuantizationType[number_format.upper()])
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        size = weight.numel() // block * block_bytes
+        writer.add_tensor_info(name, weight.shape, np.dtype(np.float32), size, raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, weight in tensors():
-            writer.write_tensor_data(_encode(name, weight, stored[name]))
+            writer.write_tensor_data(_encode(name, weight, kinds[name]))
     finally:
         writer.close()
 
@@ -138,7 +120,8 @@ def find_quantizer() -> str:
     raise EnvironmentProblem.of("nothing is installed that makes files of type q4_k_m", "--type", fix)
 
 
-def _quantize_file(quantizer: str, whole: Path, file: Path, file_type: LlamaFileType) -> None:
+def _quantize_file(whole: Path, file: Path, file_type: LlamaFileType) -> None:
+    quantizer = find_quantizer()
     if quantizer == "llama_cpp":
         import llama_cpp
 

@@ -5,22 +5,20 @@ Shapes: T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from llmtune.deploy.gguf_file import has_llama
-from llmtune.deploy.gguf_vocabulary import Vocabulary, build_tokenizer
-from llmtune.deploy.parity import ANSWER_TOKENS, TransformersReader
-from llmtune.errors import EnvironmentProblem, GateFailed
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from llmtune.deploy.gguf_vocabulary import NAMES, Vocabulary, build_tokenizer
+from llmtune.deploy.parity import load_product
+from llmtune.deploy.tuned_model import ANSWER_TOKENS, Ids, TransformersReader
+from llmtune.errors import EnvironmentProblem
 
 NOT_READ = (
     "head_dim",
@@ -68,13 +66,13 @@ class LlamaReader:
         """Return the ids of `text`, with the start token before it if the file adds one."""
         return list(self.llm.tokenize(text.encode(), add_bos=True, special=True))
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+    def logits(self, ids: Ids) -> torch.Tensor:
         """Return the logits [T, V] of every position, in float32."""
         self.llm.reset()
         self.llm.eval(list(ids))
         return torch.from_numpy(self.llm.scores[: len(ids)].copy()).float()
 
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
+    def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
         """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
         self.llm.reset()
         self.llm.eval(list(prompt))
@@ -89,12 +87,21 @@ class LlamaReader:
 class TransformersGgufReader(TransformersReader):
     """transformers, in float32; text is split as the file describes its tokenizer."""
 
-    name = "transformers"
+    def __init__(self, file: Path, vocabulary: Vocabulary, known: PretrainedConfig) -> None:
+        transformers.utils.logging.disable_progress_bar()
+        files: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
 
-    def __init__(self, file: Path, vocabulary: Vocabulary, config: PretrainedConfig) -> None:
-        super().__init__(_load(file, config))
+        def load() -> Any:
+            config = AutoConfig.from_pretrained(str(file.parent), **files)
+            for name in NOT_READ:
+                if hasattr(known, name):
+                    setattr(config, name, getattr(known, name))
+            options = {**files, "config": config, "dtype": torch.float32, "output_loading_info": True}
+            return AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
+
+        super().__init__(load_product(load, "the GGUF file"))
         self.tokenizer = build_tokenizer(vocabulary)
-        self.start = [vocabulary.special["bos"]] if vocabulary.add_bos else []
+        self.start = [vocabulary[NAMES.BOS_ID]] if vocabulary[NAMES.ADD_BOS] else []
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with the start token before it if the file adds one."""
@@ -123,26 +130,3 @@ def open_gguf(
     else:
         assert adapter is None
         yield TransformersGgufReader(file, vocabulary, config)
-
-
-def _load(file: Path, known: PretrainedConfig) -> PreTrainedModel:
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
-        for name in NOT_READ:
-            if hasattr(known, name):
-                setattr(config, name, getattr(known, name))
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise EnvironmentProblem.of(f"transformers cannot read the GGUF file: {error}", str(file)) from error
-    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    if lost:
-        raise GateFailed.of(f"{len(lost)} weights are lost on the way into the GGUF file, {lost[0]} for one")
-    return cast(PreTrainedModel, model.eval())

@@ -13,7 +13,6 @@ from gguf import (
     TENSOR_NAMES,
     GGUFWriter,
     RopeScalingType,
-    TensorNameMap,
     get_tensor_name_map,
 )
 from transformers import PretrainedConfig, PreTrainedModel
@@ -105,8 +104,40 @@ def head_size(config: PretrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def write_shape(writer: GGUFWriter, config: PretrainedConfig, architecture: Architecture, vocabulary_size: int) -> None:
+class GgufLayout:
+    """How the weights of a model are called and laid out for llama.cpp.
+
+    Raises EnvironmentProblem where a file could not hold the model; see `find_architecture`.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config, self.architecture = config, find_architecture(config)
+        self.names = get_tensor_name_map(self.architecture.arch, config.num_hidden_layers)
+
+    def name(self, weight: str) -> str:
+        """Return llama.cpp's name of a weight or a bias; raises EnvironmentProblem where it has none."""
+        module, _, suffix = weight.rpartition(".")
+        mapped = self.names.get_name(module)
+        if mapped is None:
+            what = f"GGUF files of this model type cannot hold the weight {weight}"
+            raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
+        return f"{mapped}.{suffix}"
+
+    def convert(self, weight: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a weight as llama.cpp expects it, in float32 on the CPU."""
+        weight, architecture = weight.detach().float().cpu(), self.architecture
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}.get(module)
+        if architecture.permuted and heads:
+            return pair_rows(weight, heads)
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            return weight + architecture.norm_offset
+        return weight
+
+
+def write_shape(writer: GGUFWriter, layout: GgufLayout, vocabulary_size: int) -> None:
     """Write the numbers that a reader builds the model from."""
+    config = layout.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -117,7 +148,7 @@ def write_shape(writer: GGUFWriter, config: PretrainedConfig, architecture: Arch
     writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(vocabulary_size)
-    if architecture.permuted:
+    if layout.architecture.permuted:
         writer.add_rope_dimension_count(head_size(config))
     _write_rope(writer, config)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -142,47 +173,17 @@ def _write_rope(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(original))
 
 
-def tensor_names(config: PretrainedConfig, architecture: Architecture) -> TensorNameMap:
-    """Return llama.cpp's names of this model's modules."""
-    return get_tensor_name_map(architecture.arch, config.num_hidden_layers)
-
-
-def tensor_name(name: str, names: TensorNameMap) -> str:
-    """Return llama.cpp's name of a weight or a bias; raises EnvironmentProblem where it has none."""
-    module, _, suffix = name.rpartition(".")
-    mapped = names.get_name(module)
-    if mapped is None:
-        what = f"GGUF files of this model type cannot hold the weight {name}"
-        raise EnvironmentProblem.of(what, None, MERGE_INSTEAD)
-    return f"{mapped}.{suffix}"
-
-
-def list_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every weight by llama.cpp's name, in its layout, in float32 on the CPU; one at a time.
+def list_tensors(model: PreTrainedModel, layout: GgufLayout) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight by llama.cpp's name, in its layout; one at a time.
 
     Raises:
         EnvironmentProblem: a weight has no name there.
     """
-    config = model.config
-    names = tensor_names(config, architecture)
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and _is_tied(model):
-            continue
-        yield tensor_name(name, names), to_layout(weight, name, config, architecture)
-    if _rope(config).get("rope_type") == "llama3":
-        yield f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight", _rope_factors(config)
-
-
-def to_layout(weight: torch.Tensor, name: str, config: PretrainedConfig, architecture: Architecture) -> torch.Tensor:
-    """Return a weight as llama.cpp expects it, in float32 on the CPU."""
-    weight = weight.detach().float().cpu()
-    module = name.rpartition(".")[0].rpartition(".")[2]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module)
-    if architecture.permuted and heads:
-        return pair_rows(weight, heads)
-    if architecture.norm_offset and name.endswith("norm.weight"):
-        return weight + architecture.norm_offset
-    return weight
+        if name != "lm_head.weight" or not _is_tied(model):
+            yield layout.name(name), layout.convert(weight, name)
+    if _rope(model.config).get("rope_type") == "llama3":
+        yield f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight", _rope_factors(model.config)
 
 
 def pair_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:

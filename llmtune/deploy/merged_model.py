@@ -6,7 +6,7 @@ import gc
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import psutil
 import torch
@@ -16,52 +16,40 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmtune.adapter.merging import merge as merge_weights
 from llmtune.adapter.saving import writing_weights
-from llmtune.deploy.head_parity import Reference, make_reference
 from llmtune.deploy.parity import (
     LIMITS,
     Certificate,
     Onto,
-    TunedModel,
+    check_onto,
     check_output,
     describe_parity,
     find_breaches,
-    load_tuned,
-    training_base,
+    load_product,
     write_certificate,
 )
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.deploy.tuned_model import Reference, TunedModel, load_tuned, make_reference, training_base
+from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.processor import load_processor, save_tokenizer
-from llmtune.session import RunContext, open_finished
+from llmtune.records import ModelRef
+from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 from llmtune.tasks.text_to_text import decoder_settings
-
-if TYPE_CHECKING:
-    from llmtune.records import ModelRef
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
 
 
-def merge_run(
-    run: Path, *, out: Path | None, onto: str | None, dtype: str, offline: bool, console: Console
+def merge(
+    context: RunContext, model_ref: ModelRef, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
-    """Merge the adapter of a finished run; returns the certificate.
-
-    Raises:
-        GateFailed: the merged model differs from what was trained by more than the limits.
-    """
-    context, model_ref = open_finished(run, console, offline)
-    return merge(context, model_ref, out or run / "merged", onto=onto, dtype=dtype)
-
-
-def merge(context: RunContext, model_ref: ModelRef, out: Path, *, onto: str | None, dtype: str) -> Certificate:
-    """Merge; without `onto`, into the weights that the adapter was trained on."""
+    """Merge the adapter of a finished run, by default into `merged` of the run, and onto what it was trained on."""
     processor = load_processor(model_ref, context.recipe.model)
     tuned = load_tuned(context, model_ref, processor, splits=("test", "validation", "train"))
-    return merge_model(tuned, out, context.console, onto=onto or training_base(context.recipe), dtype=dtype)
+    folder = out or context.folder.path / "merged"
+    return merge_model(tuned, folder, context.console, onto=onto or training_base(context.recipe), dtype=dtype)
 
 
 def merge_model(
@@ -115,13 +103,9 @@ def merge_model(
 
 
 def _check_arguments(tuned: TunedModel, out: Path, onto: str, dtype: str) -> torch.dtype:
-    problems = list(check_output(out))
-    if onto not in {"original", "dequantized"}:
-        problems.append(Problem(f"{onto!r} is neither original nor dequantized", "--onto"))
+    problems = [*check_output(out), *check_onto(onto, tuned.adapted.selected.quantized)]
     if dtype != "auto" and dtype not in DTYPES:
         problems.append(Problem(f"{dtype!r} is not a number format", "--dtype", f"Choose auto, {', '.join(DTYPES)}."))
-    if onto == "dequantized" and not tuned.adapted.selected.quantized:
-        problems.append(Problem("the base was not quantised in training", "--onto", "Omit --onto."))
     RecipeError.collect(problems)
     return _trained_dtype(tuned) if dtype == "auto" else DTYPES[dtype]
 
@@ -155,7 +139,8 @@ def _compare_other_base(tuned: TunedModel, onto: Onto, reference: Reference, con
     started = time.perf_counter()
     with console.status(f"merging onto the {other} weights as well, to compare"):
         try:
-            numbers: Certificate = asdict(reference.compare(merge_weights(tuned.adapted, other)))
+            logits = reference.read_logits(cast(PreTrainedModel, merge_weights(tuned.adapted, other)))
+            numbers: Certificate = asdict(reference.compare(logits))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -194,24 +179,16 @@ def _generation_config(merged: PreTrainedModel, tuned: TunedModel) -> Generation
 
 
 def _load_back(folder: Path, tuned: TunedModel, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load as a user would, without anything of llmtune."""
     on_cpu_half = device == "cpu" and dtype == torch.float16  # read as 16 bits, computed in 32
-    try:
-        model, info = getattr(transformers, tuned.task.auto_class).from_pretrained(
-            folder,
-            dtype=torch.float32 if on_cpu_half else dtype,
-            local_files_only=True,
-            trust_remote_code=tuned.recipe.model.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise EnvironmentProblem.of(f"the merged model cannot be loaded again: {error}", str(folder)) from error
-    lost = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    if lost:
-        raise GateFailed.of(f"{len(lost)} weights of the merged model are lost on the way to disk, {lost[0]} for one")
-    return cast(PreTrainedModel, model.to(device).eval())
+    options = {
+        "dtype": torch.float32 if on_cpu_half else dtype,
+        "local_files_only": True,
+        "trust_remote_code": tuned.recipe.model.trust_remote_code,
+        "output_loading_info": True,
+    }
+    auto_class = getattr(transformers, tuned.task.auto_class)
+    model = load_product(lambda: auto_class.from_pretrained(folder, **options), "the merged model")
+    return cast(PreTrainedModel, model.to(device))
 
 
 def _print_summary(certificate: Certificate, out: Path, console: Console) -> None:

@@ -5,53 +5,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from pydantic import TypeAdapter
+from rich.console import Console
 
 from llmtune.deploy.hub import PACKAGED_MODELS, UNKNOWN, find_license
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.deploy.path_redaction import hide_paths, is_local_path
-from llmtune.recipe import TASK_FACTS
+from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
+from llmtune.report.number_format import missing
 from llmtune.report.redaction import redact
-from llmtune.report.render_markdown import code, plain, render_section, table
-from llmtune.report.report_reader import read_sections
+from llmtune.report.render_markdown import code, plain, render_section
+from llmtune.report.report_record import Seeds
+from llmtune.report.score_sections import base_name, gate_section, score_section, seed_section, suite_sections
 from llmtune.store.atomic_files import read_json
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from llmtune.recipe import Recipe
-
-AUTO_CLASSES = {
-    r"For(CausalLM|SequenceClassification|TokenClassification|QuestionAnswering|MaskedLM|CTC)": r"AutoModelFor\1",
-    r"LMHeadModel$": "AutoModelForCausalLM",
-    r"^WhisperForConditionalGeneration$": "AutoModelForSpeechSeq2Seq",
-    r"(ForConditionalGeneration|MTModel)$": "AutoModelForSeq2SeqLM",
+MODEL_CLASSES = {
+    "AutoModelForCausalLM": (r"CAUSAL_LM|ForCausalLM|LMHeadModel$", "text-generation"),
+    "AutoModelForSequenceClassification": (r"SEQ_CLS|ForSequenceClassification", "text-classification"),
+    "AutoModelForTokenClassification": (r"TOKEN_CLS|ForTokenClassification", "token-classification"),
+    "AutoModelForQuestionAnswering": (r"QUESTION_ANS|ForQuestionAnswering", "question-answering"),
+    "AutoModelForMaskedLM": (r"ForMaskedLM", "fill-mask"),
+    "AutoModelForCTC": (r"ForCTC", "automatic-speech-recognition"),
+    "AutoModelForSpeechSeq2Seq": (r"^Whisper", "automatic-speech-recognition"),
+    "AutoModelForSeq2SeqLM": (r"SEQ_2_SEQ_LM|ForConditionalGeneration$|MTModel$", "text-generation"),
 }
-"""By a pattern of a model's class."""
-PEFT_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""By PEFT's name of a task, the class that loads its base."""
-PIPELINES = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForSeq2SeqLM": "text-generation",
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
-    "AutoModelForQuestionAnswering": "question-answering",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
-    "AutoModelForCTC": "automatic-speech-recognition",
-}
-"""The hub's name of what a model does, by its class."""
+"""By Auto class: a pattern of PEFT's name for its task or of a model's class, and the hub's name of what it does."""
 HUB_METRICS = {r"f1.*": "f1", r"rouge.*": "rouge", r"matthews": "matthews_correlation", r"auroc": "roc_auc"}
 """By a pattern of our name of a metric the hub's, where they differ."""
 
@@ -96,41 +82,46 @@ class PublishedModel:
 
 
 def write_card(
-    report: Document, lock: Document, recipe: Recipe, model: PublishedModel, options: PublishOptions, console: Console
+    report: Document,
+    evaluation: Evaluation,
+    lock: Document,
+    recipe: Recipe,
+    model: PublishedModel,
+    options: PublishOptions,
+    console: Console,
 ) -> ModelCard:
     """Render the card; everything in it comes from the run's report and lock, and from what the publisher states."""
     base, base_name, notes = name_base(lock, options)
-    name = redact(options.repo or recipe.name).rpartition("/")[2]
     license_name, license_from = _find_license(lock, base, options)
     _print_unknown(base, license_name, lock, options, console)
-    shared = cast(dict[str, Any], hide_paths(report))
+    name = redact(options.repo or recipe.name).rpartition("/")[2]
+    shared = cast(Document, hide_paths(report))
+    scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(evaluation)))
     auto_class = find_auto_class(model.config)
+    metadata = _metadata(shared, scores, model, options, auto_class=auto_class, pipeline=_pipeline(recipe, auto_class))
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if model.kind == "adapter" else "finetune"}
     card: ModelCard = ModelCard.from_template(
-        _metadata(shared, model, options, name=name, auto_class=auto_class, base=base, license_name=license_name),
+        ModelCardData(base_model=base, license=license_name, model_name=name, **(relation if base else {}), **metadata),
         template_str=files("llmtune.deploy").joinpath("model_card.md.jinja").read_text("utf-8"),
         name=name,
         repo=options.repo or name,
         report=shared,
-        method=shared["adapter"]["method"],
-        summary=TASK_FACTS[recipe.task].summary,
-        kind=model.kind,
+        lock=lock,
+        model=model,
+        options=options,
+        recipe=recipe,
+        facts=TASK_FACTS[recipe.task],
         auto_class=auto_class,
         base=base,
         base_name=base_name,
         revision=lock["model"]["revision"] if base == lock["model"]["name"] else None,
         license=license_name,
         license_from=license_from,
-        data_license=options.data_license or UNKNOWN,
         sources=_source_names(shared),
-        parity=_describe_certificates(model),
-        quantization=_quantization(report, model),
-        added_tokens=bool(recipe.model.add_tokens),
-        chat=(model.folder / "chat_template.jinja").is_file() and TASK_FACTS[recipe.task].templated,
-        template_kwargs=recipe.model.chat_template_kwargs,
-        gguf=options.gguf.name if options.gguf else None,
+        has_template=(model.folder / "chat_template.jinja").is_file(),
         notes=notes,
-        measured=_measured(shared),
-        training=_training(shared, lock, base_name),
+        measured=_measured(shared, scores),
+        describe_parity=describe_parity,
         plain=plain,
         code=code,
         repr=repr,
@@ -179,43 +170,39 @@ def _print_unknown(
 
 def find_auto_class(config: Document) -> str:
     """Return the Auto class of an adapter_config.json, or of a model's config.json."""
-    if config.get("task_type"):
-        return PEFT_CLASSES[config["task_type"]]
-    names = [(config.get("auto_mapping") or {}).get("base_model_class"), *(config.get("architectures") or ())]
-    name = next((str(one) for one in names if one), "")
-    for pattern, auto_class in AUTO_CLASSES.items():
-        if match := re.search(pattern, name):
-            return match.expand(auto_class)
-    return "AutoModel"
+    base_class = (config.get("auto_mapping") or {}).get("base_model_class")
+    name = next(
+        (str(one) for one in (config.get("task_type"), base_class, *config.get("architectures", ())) if one), ""
+    )
+    return next((known for known, (pattern, _) in MODEL_CLASSES.items() if re.search(pattern, name)), "AutoModel")
+
+
+def _pipeline(recipe: Recipe, auto_class: str) -> str | None:
+    """Return the hub's name of what the model does."""
+    return TASK_FACTS[recipe.task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
 
 
 def _metadata(
     report: Document,
+    scores: Evaluation,
     model: PublishedModel,
     options: PublishOptions,
     *,
-    name: str,
     auto_class: str,
-    base: str | None,
-    license_name: str,
-) -> ModelCardData:
+    pipeline: str | None,
+) -> dict[str, Any]:
     """Return the metadata, by the hub's names."""
-    hub_data = [source.removeprefix("hub:") for source in _source_names(report) if source.startswith("hub:")]
-    adapter, pipeline = model.kind == "adapter", TASK_FACTS[report["task"]].pipeline or PIPELINES.get(auto_class)
-    relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
-    return ModelCardData(
-        base_model=base,
-        datasets=hub_data or None,
-        eval_results=list(_eval_results(report, hub_data, pipeline or "other")) or None,
-        language=list(options.languages) or None,
-        library_name="peft" if adapter else "transformers",
-        license=license_name,
-        metrics=sorted({_hub_metric(metric) for metric in _scores(report)}) or None,
-        model_name=name,
-        pipeline_tag=pipeline,
-        tags=["llmtune", report["task"], report["adapter"]["method"], *(["gguf"] if options.gguf else [])],
-        **relation,
-    )
+    sources = _source_names(report)
+    hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
+    return {
+        "datasets": hub_data or None,
+        "eval_results": list(_eval_results(scores, sources, hub_data, pipeline or "other")) or None,
+        "language": list(options.languages) or None,
+        "library_name": "peft" if model.kind == "adapter" else "transformers",
+        "metrics": sorted({_hub_metric(metric) for metric in _known_scores(scores)}) or None,
+        "pipeline_tag": pipeline,
+        "tags": ["llmtune", report["task"], report["adapter"]["method"], *(["gguf"] if options.gguf else [])],
+    }
 
 
 def _source_names(report: Document) -> list[str]:
@@ -224,20 +211,19 @@ def _source_names(report: Document) -> list[str]:
     return [path if path.startswith(("hub:", "builtin:")) else Path(path).name for path in paths]
 
 
-def _scores(report: Document) -> dict[str, float]:
-    """Return the scores of the tuned model."""
-    tuned = report["evaluation"].get("tuned") or {}
-    return {name: value for name, value in tuned.items() if value is not None and math.isfinite(value)}
+def _known_scores(scores: Evaluation) -> dict[str, float]:
+    """Return the scores of the tuned model that are numbers."""
+    return {name: value for name, value in scores.tuned.items() if math.isfinite(value)}
 
 
 def _hub_metric(metric: str) -> str:
     return next((name for pattern, name in HUB_METRICS.items() if re.fullmatch(pattern, metric)), metric)
 
 
-def _eval_results(report: Document, hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
+def _eval_results(scores: Evaluation, sources: list[str], hub_data: list[str], pipeline: str) -> Iterator[EvalResult]:
     """Yield a result per metric of the tuned model; base and interval stand in its name, for want of fields."""
-    names = ", ".join(_source_names(report))
-    for metric, value in _scores(report).items():
+    names = ", ".join(sources)
+    for metric, value in _known_scores(scores).items():
         yield EvalResult(
             task_type=pipeline,
             dataset_type=hub_data[0] if len(hub_data) == 1 else re.sub(r"[^\w.-]+", "-", names).strip("-"),
@@ -245,69 +231,28 @@ def _eval_results(report: Document, hub_data: list[str], pipeline: str) -> Itera
             dataset_split="test",
             metric_type=_hub_metric(metric),
             metric_value=round(value, 6),
-            metric_name=_long_name(metric, report["evaluation"]),
+            metric_name=_long_name(metric, scores),
         )
 
 
-def _long_name(metric: str, evaluation: Document) -> str:
-    change, base = (evaluation.get("difference") or {}).get(metric), evaluation["base"].get(metric)
-    if change is None or base is None:
+def _long_name(metric: str, scores: Evaluation) -> str:
+    change, base = scores.difference.get(metric), scores.base.get(metric)
+    if change is None or missing(base):
         return metric
-    low, high = (f"{end:+.4g}" if end is not None else "?" for end in change["interval"])
-    baseline = evaluation.get("baseline") or "base"
-    return f"{metric} ({baseline} {base:.4g}, difference {change['value']:+.4g}, 95 % interval {low} to {high})"
+    low, high = ("?" if missing(end) else f"{end:+.4g}" for end in (change.low, change.high))
+    baseline = scores.baseline or "base"
+    return f"{metric} ({baseline} {base:.4g}, difference {change.value:+.4g}, 95 % interval {low} to {high})"
 
 
-def _quantization(report: Document, model: PublishedModel) -> Document | None:
-    """Return the arguments of BitsAndBytesConfig by which the base is loaded."""
-    if report["adapter"]["method"] != "qlora" or model.kind != "adapter":
-        return None
-    adapter, dtype = report["recipe"]["adapter"], report["recipe"]["model"]["dtype"]
-    heads = model.config.get("modules_to_save")
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": adapter["bnb_4bit_quant_type"],
-        "bnb_4bit_use_double_quant": adapter["bnb_4bit_use_double_quant"],
-        "bnb_4bit_compute_dtype": "bfloat16" if dtype == "auto" else dtype,
-        **({"llm_int8_skip_modules": heads} if heads else {}),
-    }
-
-
-def _describe_certificates(model: PublishedModel) -> str:
-    merged, lines = model.certificate, []
-    if model.kind != "merged":
-        merged = model.certificate["merged"]
-        sums = ", ".join(f"`{name}` {digest[:16]}…" for name, digest in model.certificate["files_sha256"].items())
-        lines.append(f"These are, byte for byte, the weights that were evaluated (sha256 {sums}).")
-    if merged is not None:
-        whose = "This model" if model.kind == "merged" else "Merged into its base"
-        onto = f"onto the {merged['onto']} weights, in {merged['dtype']}"
-        lines.append(f"{whose} ({onto}) and the adapter on its training base: {describe_parity(merged['measured'])}.")
-    if (gguf := model.gguf) is not None:
-        numbers = describe_parity(gguf["measured"]) if gguf["measured"] else "the adapter's products were compared"
-        lines.append(f"GGUF ({gguf['number_format']}, read by {gguf['reader']}): {numbers}.")
-    return "\n\n".join(lines)
-
-
-def _measured(report: Document) -> str:
+def _measured(report: Document, scores: Evaluation) -> str:
     """Return scores against the base with intervals, gates, several seeds, other studies."""
-    notes = [f"- {code(name)}: {plain(METRIC_NOTES[name])}" for name in _scores(report) if name in METRIC_NOTES]
-    scores, *rest = (render_section(section, level=3) for section in read_sections(report))
-    return "\n\n".join(part for part in (scores, "\n".join(notes), *rest) if part)
-
-
-def _training(report: Document, lock: Document, base_name: str) -> str:
-    adapter, train, hardware = report["adapter"], report["train"], lock["hardware"]
-    commit = f" at commit {lock['model']['revision']}" if lock["model"]["revision"] else ""
-    shape = f", r {adapter['r']}, alpha {adapter['lora_alpha']}" if adapter.get("r") else ""
-    rows = {
-        "base": f"{base_name}{commit}",
-        "base, sha256": lock["model"]["sha256"],
-        "data, sha256": lock["data"]["sha256"],
-        "method": f"{adapter['method']}{shape}, {adapter['trainable']:,} of {adapter['all']:,} parameters",
-        "steps": f"{train['steps']} ({train['epochs']:.3g} epochs), {train['tokens']:,} tokens",
-        "seed": ", ".join(map(str, [lock["seed"], *(report["recipe"]["train"].get("seeds") or ())])),
-        "hardware": f"{hardware.get('processor') or hardware['machine']}, {hardware.get('device')}",
-        "packages": ", ".join(f"{name} {version}" for name, version in lock["packages"].items() if version),
-    }
-    return table(["", ""], [[name, code(value)] for name, value in rows.items()])
+    seeds = TypeAdapter(Seeds | None).validate_python(report["evaluation"].get("seeds"))
+    sections = (
+        gate_section([GateResult(**gate) for gate in report["gates"]]),
+        seed_section(seeds, base_name(scores)),
+        *suite_sections(scores),
+    )
+    notes = [f"- {code(name)}: {plain(METRIC_NOTES[name])}" for name in _known_scores(scores) if name in METRIC_NOTES]
+    first = render_section(score_section(scores, report["task"]), level=3)
+    rest = [render_section(section, level=3) for section in sections]
+    return "\n\n".join(part for part in (first, "\n".join(notes), *rest) if part)

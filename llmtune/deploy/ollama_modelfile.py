@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import TemplateRefusal, read_template
+from llmtune.recipe import Recipe
 from llmtune.store.atomic_files import write_text
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmtune.recipe import Recipe
-
 Messages = Sequence[dict[str, str]]
+TemplateParts = dict[tuple[str, str], str]
+"""What a chat template writes between a message of one role and the next. The role before the first message is empty,
+as is the one that begins the answer; system messages are left out where the template takes none."""
 
 MODELFILE = "Modelfile"
 SAMPLES: tuple[tuple[str, ...], ...] = (
@@ -36,22 +37,6 @@ SAMPLES: tuple[tuple[str, ...], ...] = (
 _TEXTS = ("Name the capital of {}.", "It's 7 \"o'clock\"\nin {{ place }} {}!", "{} \\ <ok> 4.2 % ünïcode 12")
 
 
-@dataclass(frozen=True)
-class TemplateParts:
-    """What a chat template writes around the texts of messages, up to where an answer begins."""
-
-    start: str
-    """Before the first question without a system message; a default system message stands in it."""
-    system: str | None
-    """Before a system message; None where the template takes none."""
-    system_to_user: str
-    user_to_assistant: str
-    """Before an answer that was given."""
-    assistant_to_user: str
-    generation_prompt: str
-    """Before an answer that is to come."""
-
-
 def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: bool) -> TemplateParts | None:
     """Take the chat template apart; None where it does more than to write something between messages.
 
@@ -64,9 +49,12 @@ def split_template(processor: PreTrainedTokenizerBase, recipe: Recipe, add_bos: 
         return template.render(messages, answer_next=True).removeprefix(bos)
 
     try:
-        parts = _probe(render)
-        samples = sample_conversations(parts)
-        same = all(render(messages) == write_chat(parts, messages) for messages in samples)
+        try:
+            parts = _probe(render, ("system", "user", "assistant", "user"))
+        except TemplateRefusal:
+            parts = {}
+        parts |= _probe(render, ("user", "assistant", "user"))
+        same = all(render(messages) == write_chat(parts, messages) for messages in sample_conversations(parts))
     except (TemplateRefusal, ValueError):
         return None
     return parts if same else None
@@ -77,23 +65,12 @@ def sample_conversations(parts: TemplateParts) -> list[Messages]:
     return [
         [{"role": role, "content": _TEXTS[k % 3].replace("{}", f"({k})")} for k, role in enumerate(roles)]
         for roles in SAMPLES
-        if parts.system is not None or roles[0] != "system"
+        if ("", roles[0]) in parts
     ]
 
 
-def _probe(render: Callable[[Messages], str]) -> TemplateParts:
-    """Raises ValueError where a message is not in what is written, or not once."""
-    roles = ("user", "assistant", "user")
-    start, answer, question, generation_prompt = _between(render, roles)
-    try:
-        system, first, *_ = _between(render, ("system", *roles))
-    except TemplateRefusal:
-        return TemplateParts(start, None, "", answer, question, generation_prompt)
-    return TemplateParts(start, system, first, answer, question, generation_prompt)
-
-
-def _between(render: Callable[[Messages], str], roles: Sequence[str]) -> list[str]:
-    """Return what stands before, between and after messages of these roles."""
+def _probe(render: Callable[[Messages], str], roles: Sequence[str]) -> TemplateParts:
+    """Return what stands between messages of these roles; raises ValueError where one is not written, or not once."""
     marks = [f"Message {k} of the probe." for k in range(len(roles))]
     rest = render([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
     between = []
@@ -102,34 +79,26 @@ def _between(render: Callable[[Messages], str], roles: Sequence[str]) -> list[st
         if not present or mark in rest:
             raise ValueError(mark)
         between.append(before)
-    return [*between, rest]
+    return dict(zip(pairwise(["", *roles, ""]), [*between, rest], strict=True))
 
 
 def write_chat(parts: TemplateParts, messages: Messages) -> str:
     """Write a conversation that ends with a question, as `go_template` does in Ollama."""
-    text, previous = "", None
-    for message in messages:
-        before = {
-            "system": parts.system or "",
-            "assistant": parts.user_to_assistant,
-            "user": {None: parts.start, "system": parts.system_to_user}.get(previous, parts.assistant_to_user),
-        }
-        text += before[message["role"]] + message["content"]
-        previous = message["role"]
-    return text + parts.generation_prompt
+    steps = pairwise(["", *(message["role"] for message in messages), ""])
+    contents = [*(message["content"] for message in messages), ""]
+    return "".join(parts[step] + content for step, content in zip(steps, contents, strict=True))
 
 
 def go_template(parts: TemplateParts) -> str:
     """Return the parts as Ollama's template; it joins messages of one role, so questions and answers alternate."""
-    put = {name: "{{ " + _quote(text) + " }}" for name, text in vars(parts).items() if text is not None}
-    system = '{{ if eq .Role "system" }}' + put.get("system", "") + "{{ .Content }}{{ end }}"
-    first = "{{ if eq $i 0 }}" + put["start"] + "{{ else if and (eq $i 1) $.System }}" + put["system_to_user"]
-    if parts.system is None:
-        system = ""
-        first = "{{ if or (eq $i 0) (and (eq $i 1) $.System) }}" + put["start"]
-    user = '{{ if eq .Role "user" }}' + first + "{{ else }}" + put["assistant_to_user"] + "{{ end }}{{ .Content }}"
-    last = "{{ if eq (len (slice $.Messages $i)) 1 }}" + put["generation_prompt"] + "{{ end }}{{ end }}"
-    answer = '{{ if eq .Role "assistant" }}' + put["user_to_assistant"] + "{{ .Content }}{{ end }}"
+    put = {step: "{{ " + _quote(text) + " }}" for step, text in parts.items()}
+    system, first = "", "{{ if or (eq $i 0) (and (eq $i 1) $.System) }}" + put["", "user"]
+    if ("", "system") in put:
+        system = '{{ if eq .Role "system" }}' + put["", "system"] + "{{ .Content }}{{ end }}"
+        first = "{{ if eq $i 0 }}" + put["", "user"] + "{{ else if and (eq $i 1) $.System }}" + put["system", "user"]
+    user = '{{ if eq .Role "user" }}' + first + "{{ else }}" + put["assistant", "user"] + "{{ end }}{{ .Content }}"
+    last = "{{ if eq (len (slice $.Messages $i)) 1 }}" + put["user", ""] + "{{ end }}{{ end }}"
+    answer = '{{ if eq .Role "assistant" }}' + put["user", "assistant"] + "{{ .Content }}{{ end }}"
     return "{{ range $i, $_ := .Messages }}" + system + user + last + answer + "{{ end }}"
 
 

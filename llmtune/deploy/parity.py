@@ -1,4 +1,4 @@
-"""Whether a product answers as the tuned model does: fixed prompts, distances between outputs, limits, certificates.
+"""How far a product is from the tuned model: distances between outputs, what is allowed, and the certificate.
 
 Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs.
 """
@@ -6,45 +6,18 @@ Shapes: T positions of a prompt and its answer, V vocabulary; N distributions ov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from torch.nn.functional import logsigmoid
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import PreTrainedModel
 
-from llmtune.data.chat_template import clean
-from llmtune.data.row_store import load_rows, read_rows
-from llmtune.errors import GateFailed, Problem
-from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
-from llmtune.records import AdaptedModel, Row
-from llmtune.session import Models, RunContext, trained_name
-from llmtune.store.atomic_files import hash_folder, read_json, write_json
-from llmtune.tasks.base import AnyTask
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem
+from llmtune.model.oom import is_out_of_memory
+from llmtune.store.atomic_files import read_json, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe import Recipe
-    from llmtune.records import ModelRef
-
-PROMPTS = (
-    "What is the capital of France?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a Python function that adds two numbers.",
-    "List three things to pack for a walk in the rain.",
-    "Translate into German: The train leaves at nine o'clock.",
-    "12 apples cost 6 euros. How much do 30 apples cost?",
-    "Summarize: The committee met on Tuesday, talked for three hours and decided nothing.",
-    "Once upon a time there was a small town by the sea, and",
-)
-CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
-"""What the fixed prompts are asked about, where a task finds answers in a text."""
-ANSWER_TOKENS = 16
-CERTIFIED_ROWS = 8
-"""Rows of the run that a product is asked beside the fixed prompts."""
 CERTIFICATE = "certificate.json"
 SAME_NUMBER = 0.1
 """Two numbers count as the same first choice up to this share of the spread of all rows."""
@@ -54,66 +27,6 @@ EFFECT_SHARE = 0.05
 Onto = Literal["original", "dequantized"]
 Certificate = dict[str, Any]
 """The JSON document `certificate.json`; docs/deploy.md has its keys."""
-
-
-@dataclass(frozen=True)
-class TunedModel:
-    """The model that products are made from and held against, with the run's rows that it is asked."""
-
-    adapted: AdaptedModel
-    recipe: Recipe
-    task: AnyTask
-    rows: Sequence[Row] = ()
-    trained_sha256: str | None = None
-    """Hash of the run's folder of what was trained; None where that is in memory alone."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model with its adapter."""
-        return cast("PreTrainedModel", self.adapted.model)
-
-    @property
-    def processor(self) -> PreTrainedTokenizerBase:
-        """The tokenizer (or processor) it was trained with."""
-        return cast("PreTrainedTokenizerBase", self.adapted.selected.processor)
-
-    def certificate(self, breaches: Sequence[str]) -> Certificate:
-        """Return what every certificate begins with."""
-        ref = self.adapted.selected.model_ref
-        return {
-            "passed": not breaches,
-            "breaches": list(breaches),
-            "base": ref.name,
-            "revision": ref.revision,
-            "base_sha256": ref.content_hash,
-            "trained_sha256": self.trained_sha256,
-        }
-
-
-def load_tuned(
-    context: RunContext,
-    model_ref: ModelRef,
-    processor: PreTrainedTokenizerBase,
-    splits: Sequence[str] = ("test",),
-) -> TunedModel:
-    """Load the model of a finished run, and a few rows of the first of `splits` that has any."""
-    rows = load_rows(context.folder.path / "data" / "rows")
-    split = next((name for name in splits if rows.counts[name]), splits[0])
-    return TunedModel(
-        Models(context, model_ref, processor).adapted,
-        context.recipe,
-        context.task,
-        read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
-        hash_folder(context.folder.path / trained_name(context.recipe)),
-    )
-
-
-def training_base(recipe: Recipe) -> Onto:
-    """Return the weights that the adapter was trained on, as `--onto` calls them: there both models agree best."""
-    return "dequantized" if recipe.adapter.method == "qlora" else "original"
-
-
-# Distances and limits
 
 
 @dataclass(frozen=True)
@@ -172,27 +85,28 @@ LIMITS = {
 other base: a 4-bit adapter on the original weights."""
 
 
-def kl_divergence(expected_TV: torch.Tensor, actual_TV: torch.Tensor) -> torch.Tensor:
-    """Return KL(expected || actual) of each position, in nats [T]."""
-    expected_TV, actual_TV = expected_TV.log_softmax(-1), actual_TV.log_softmax(-1)
-    return (expected_TV.exp() * (expected_TV - actual_TV)).sum(-1).clamp_min(0)
-
-
 def compare_outputs(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], kind: str = "choice") -> Distance:
     """Compare logits [N, K] with others of the same inputs.
 
     `kind` is a task's `output_kind`. The KL of numbers is that of two normal distributions around them, as wide as the
     numbers of all rows are spread.
     """
-    largest = max(float((one - other).abs().max()) for one, other in zip(expected, actual, strict=True))
+    pairs = list(zip(expected, actual, strict=True))
+    largest = max(float((one - other).abs().max()) for one, other in pairs)
     if kind == "choice":
-        pairs = list(zip(expected, actual, strict=True))
-        kls = torch.cat([kl_divergence(*pair) for pair in pairs])
-        agreed = torch.cat([one.argmax(-1) == other.argmax(-1) for one, other in pairs])
+        parts = [_compare_choices(*pair) for pair in pairs]
     else:
-        measure = _compare_labels if kind == "yes-no" else _compare_numbers
-        kls, agreed = measure(torch.cat(tuple(expected)), torch.cat(tuple(actual)))
-    return Distance(largest, float(kls.mean()), float(kls.max()), float(agreed.float().mean()))
+        compare = _compare_labels if kind == "yes-no" else _compare_numbers
+        parts = [compare(torch.cat(tuple(expected)), torch.cat(tuple(actual)))]
+    kl_N, agreed_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Distance(largest, float(kl_N.mean()), float(kl_N.max()), float(agreed_N.float().mean()))
+
+
+def _compare_choices(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(expected || actual) of each position, in nats, and where both have the same first choice."""
+    expected, actual = expected_NK.log_softmax(-1), actual_NK.log_softmax(-1)
+    kl_N = (expected.exp() * (expected - actual)).sum(-1).clamp_min(0)
+    return kl_N, expected_NK.argmax(-1) == actual_NK.argmax(-1)
 
 
 def _compare_labels(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,14 +121,6 @@ def _compare_numbers(expected_NK: torch.Tensor, actual_NK: torch.Tensor) -> tupl
     spread = max(float(expected_NK.std(correction=0)), 1e-3 * size, 1e-6) if len(expected_NK) > 1 else max(size, 1e-6)
     difference_N = (expected_NK - actual_NK).abs()[:, 0] / spread
     return difference_N.square() / 2, difference_N <= SAME_NUMBER
-
-
-def tuning_effect(model: torch.nn.Module, compare: Callable[[PreTrainedModel], Distance]) -> float | None:
-    """Return the mean KL from the tuned model to its own base; None if there is no adapter that can be switched off."""
-    if not isinstance(model, PeftModel) or any(config.bias != "none" for config in model.peft_config.values()):
-        return None  # trained biases stay when adapters are switched off
-    with model.disable_adapter():
-        return compare(cast("PreTrainedModel", model)).kl_mean
 
 
 def find_breaches(parity: Parity, limits: Limits) -> list[str]:
@@ -245,136 +151,6 @@ def describe_parity(measured: Certificate) -> str:
     )
 
 
-# Models that continue a text
-
-
-class TransformersReader:
-    """A model of transformers or PEFT that continues a text."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits [T, V] of every position, on the CPU in float32."""
-        ids_BT = torch.tensor([list(ids)], device=self.model.device)
-        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV[0].float().cpu()
-
-    def answer(self, prompt: Sequence[int], stops: Sequence[int], tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
-        settings = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
-        )
-        with only_these_settings(self.model):
-            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A prompt, the tuned model's greedy answer, and its logits [T, V] over both, on the CPU in float32."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    logits: torch.Tensor
-
-    @property
-    def ids(self) -> list[int]:
-        """Prompt and answer."""
-        return [*self.prompt, *self.answer]
-
-
-class TextReference:
-    """What the tuned model answers to prompts, and with which logits; products are compared with it."""
-
-    def __init__(self, tuned: TunedModel) -> None:
-        self.tuned = tuned
-        self.stops = answer_ends(tuned.model, tuned.processor)
-        reader = TransformersReader(tuned.model)
-        self.traces = []
-        for prompt in render_prompts(tuned, tuned.processor):
-            answer = reader.answer(prompt, self.stops)
-            self.traces.append(Trace(tuple(prompt), tuple(answer), reader.logits([*prompt, *answer])))
-        self.effect = tuning_effect(tuned.adapted.model, self.compare)
-
-    def compare(self, model: PreTrainedModel) -> Distance:
-        """Compare the logits of `model` over the same prompts and answers."""
-        return self._distance(TransformersReader(model).logits)
-
-    def _distance(self, logits_of: Callable[[Sequence[int]], torch.Tensor]) -> Distance:
-        return compare_outputs([t.logits for t in self.traces], [logits_of(t.ids) for t in self.traces])
-
-    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
-        """Compare a product: its logits, its answers, and the prompts its saved `processor` and `folder` make."""
-        made = [render_prompts(self.tuned, processor), served_prompts(self.tuned, folder)]
-        reader = TransformersReader(model)
-        return self.parity_of(reader.logits, reader.answer, made)
-
-    def parity_of(
-        self,
-        logits_of: Callable[[Sequence[int]], torch.Tensor],
-        answer: Callable[[Sequence[int], Sequence[int]], list[int]],
-        made: Sequence[Sequence[list[int]]],
-    ) -> Parity:
-        """Compare another program's logits and answers, and the ids of all prompts as they are `made` in some ways."""
-        prompts = [list(trace.prompt) for trace in self.traces]
-        same = [answer(trace.prompt, self.stops) == list(trace.answer) for trace in self.traces]
-        return Parity(
-            **asdict(self._distance(logits_of)),
-            prompts=len(prompts),
-            positions=sum(len(trace.logits) for trace in self.traces),
-            answer_agreement=sum(same) / len(same),
-            same_ids=all(list(one) == prompts for one in made),
-            effect_kl=self.effect,
-        )
-
-
-def list_questions(task: AnyTask, rows: Sequence[Row]) -> list[Row]:
-    """Return `PROMPTS` as rows of the task, and `rows` without their answers."""
-    fixed = [task.make_row({"prompt": text, "context": CONTEXT}) for text in PROMPTS]
-    return [*fixed, *(task.split_answer(row)[0] for row in rows)]
-
-
-def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the ids of `PROMPTS`, and of the rows without their answers, as the task makes them."""
-    return [tuned.task.prompt_ids(row, processor, tuned.recipe) for row in list_questions(tuned.task, tuned.rows)]
-
-
-def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
-    """Return the prompts as a server renders them that knows the saved tokenizer alone.
-
-    None where a client writes the prompt himself.
-    """
-    if not tuned.task.is_conversational or not tokenizer.chat_template:
-        return None
-    return [
-        cast(
-            str,
-            tokenizer.apply_chat_template(
-                clean(row["messages"]),
-                tools=row.get("tools"),
-                add_generation_prompt=True,
-                tokenize=False,
-                **tuned.recipe.model.chat_template_kwargs,
-            ),
-        )
-        for row in list_questions(tuned.task, tuned.rows)
-    ]
-
-
-def served_prompts(tuned: TunedModel, folder: Path) -> list[list[int]]:
-    """Return the ids of the prompts as a server makes them that knows the saved folder alone."""
-    trust = tuned.recipe.model.trust_remote_code
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
-    texts = render_chats(tuned, tokenizer)
-    if texts is None:
-        return render_prompts(tuned, tokenizer)
-    return [cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-
-
-# Certificates
-
-
 def check_output(out: Path) -> Iterator[Problem]:
     """Yield what keeps a product from being written into the folder `out`."""
     if out.is_dir() and any(out.iterdir()) and read_json(out / CERTIFICATE) is None:
@@ -382,6 +158,32 @@ def check_output(out: Path) -> Iterator[Problem]:
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         yield Problem("a file stands where a folder is needed", str(existing), "Choose another --out.")
+
+
+def check_onto(onto: str, quantized: bool) -> Iterator[Problem]:
+    """Yield what is wrong with the weights that a product is to go onto."""
+    if onto not in ("original", "dequantized"):
+        yield Problem(f"{onto!r} is neither original nor dequantized", "--onto")
+    elif onto == "dequantized" and not quantized:
+        yield Problem("the base was not quantised in training", "--onto", "Omit --onto.")
+
+
+def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]], product: str) -> PreTrainedModel:
+    """Load a product as a user would, without anything of llmtune; `load` gives the model and its loading info.
+
+    Raises:
+        EnvironmentProblem: it cannot be loaded.
+        GateFailed: weights are missing in it, or left over.
+    """
+    try:
+        model, info = load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise EnvironmentProblem.of(f"{product} cannot be loaded again: {error}") from error
+    if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise GateFailed.of(f"{len(lost)} weights of {product} are lost on the way to disk, {lost[0]} for one")
+    return model.eval()
 
 
 def write_certificate(certificate: Certificate, folder: Path, out: Path, product: str, fix: str = "") -> None:

@@ -21,6 +21,8 @@ from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate
 from llmtune.deploy.path_redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
+from llmtune.evaluate.results import load_evaluation
+from llmtune.records import Evaluation
 from llmtune.report.redaction import redact
 from llmtune.store.atomic_files import explained, hash_file, hash_folder, read_json, staged, write_json, write_text
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
@@ -42,12 +44,12 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
     _check_options(options)
     folder = read_run(run)
     folder.require_trained()
-    report = _read_report(run)
+    report, evaluation = _read_scores(folder)
     if not options.despite_gates:
         _check_gates(report)
     model, lock = find_model(folder, report, options), read_lock(folder.path / LOCK)
     recipe = recipe_of_run(folder).recipe
-    written = write_card(report, lock, recipe, model, options, console)
+    written = write_card(report, evaluation, lock, recipe, model, options, console)
     with _target_folder(options) as target:
         _fill(target, folder.path, lock, model, options)
         write_text(target / CARD, redact(str(written)))
@@ -99,12 +101,14 @@ def _is_publication(folder: Path) -> bool:
     return not any(folder.iterdir()) or all((folder / name).is_file() for name in (CARD, CERTIFICATE, LOCK))
 
 
-def _read_report(run: Path) -> Document:
-    report: Document | None = read_json(run / "report.json")
-    if not report or not report.get("evaluation") or read_run(run).manifest["steps"]["evaluate"]["state"] != "done":
+def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
+    """Return the report of a run, and its evaluation; raises RecipeError where there is none."""
+    report: Document | None = read_json(folder.path / "report.json")
+    evaluation = load_evaluation(folder.path / "evaluation")
+    if not report or not report.get("evaluation") or evaluation is None or not folder.is_done("evaluate"):
         what = "this run was not evaluated: a card without numbers helps nobody"
-        raise RecipeError.of(what, str(run), f"Run: llmtune evaluate {run}")
-    return report
+        raise RecipeError.of(what, str(folder.path), f"Run: llmtune evaluate {folder.path}")
+    return report, evaluation
 
 
 def _check_gates(report: Document) -> None:

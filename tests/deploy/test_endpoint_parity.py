@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from support.finished import finish_run
 
-from llmtune.deploy.endpoint_parity import Endpoint, EndpointParity, certify_run, find_endpoint_breaches
-from llmtune.deploy.parity import TransformersReader
+from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
+from llmtune.deploy.tuned_model import TransformersReader
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.processor import load_processor
 from llmtune.session import Models, open_finished
@@ -149,11 +149,10 @@ def test_an_endpoint_that_tells_nothing_of_its_prompts_is_unproven(run, served, 
 
 
 def test_an_answer_that_parts_at_a_tie_counts_as_the_same_and_log_probabilities_far_off_do_not():
-    good = EndpointParity(16, "ids", 1.0, 1.0, 2, 40, 0.01, 0.05)
+    good = {"ids_known_by": "ids", "same_ids": 1.0, "answer_agreement": 1.0, "logprob_mean_difference": 0.01}
     assert find_endpoint_breaches(good) == []
-    far = EndpointParity(16, "ids", 1.0, 1.0, 0, 40, 0.4, 2.0)
-    assert "off by 0.4 nats" in find_endpoint_breaches(far)[0]
-    assert len(find_endpoint_breaches(EndpointParity(16, "ids", 1.0, 1.0, 0, 40, float("nan"), 0.0))) == 1
+    assert "off by 0.4 nats" in find_endpoint_breaches(good | {"logprob_mean_difference": 0.4})[0]
+    assert len(find_endpoint_breaches(good | {"logprob_mean_difference": float("nan")})) == 1
 
 
 def test_our_own_server_passes(run, served, console):
@@ -201,6 +200,6 @@ def test_an_address_that_sends_elsewhere_is_not_followed():
             pass
 
     with listening(Handler) as url:
-        endpoint = Endpoint(url, "key", offline=True)
-        with endpoint.client, pytest.raises(EnvironmentProblem, match="status 307"):
-            endpoint.ask("tiny", {"prompt": "Once"}, False, [{}])
+        client = connect(url, "key", offline=True)
+        with client, pytest.raises(EnvironmentProblem, match="status 307"):
+            ask_all(client, "tiny", [{"prompt": "Once"}], False, [{}])

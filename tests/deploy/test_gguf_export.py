@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from support.ggufs import build_family
@@ -15,14 +14,15 @@ import llmtune.deploy.gguf_tensors as gguf_shapes
 from llmtune.adapter.injection import inject
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_readers import check_reader
-from llmtune.deploy.parity import TunedModel
+from llmtune.deploy.gguf_vocabulary import NAMES
+from llmtune.deploy.tuned_model import TunedModel
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import load_recipe
-from llmtune.tasks.registry import choose_variant, get_task
+from llmtune.tasks.registry import choose_variant
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +32,10 @@ def read_by_transformers(monkeypatch):
     monkeypatch.setattr(exporting, "has_llama", lambda: False)
 
 
-def export(tuned, out, console, **options):
-    adapted, recipe = tuned
-    return export_gguf(TunedModel(adapted, recipe, get_task(recipe.task)), out, console, **options)
-
-
 @pytest.mark.parametrize("number_format", ["f16", "q8_0"])
 def test_a_certified_file_says_what_was_trained(tune, tmp_path, console, number_format):
     out = tmp_path / "gguf"
-    certificate = export(tune(), out, console, number_format=number_format)
+    certificate = export_gguf(tune(), out, console, number_format=number_format)
     assert {file.name for file in out.iterdir()} == {certificate["file"], "Modelfile", "certificate.json"}
     assert certificate["file"] == f"tiny-{number_format.upper()}.gguf"
     assert certificate["reader"] == "transformers"
@@ -59,7 +54,7 @@ def test_a_model_that_only_llama_cpp_reads_is_refused_before_the_work_where_it_i
 
 
 def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tune, tmp_path, console):
-    export(tune(), tmp_path / "gguf", console)
+    export_gguf(tune(), tmp_path / "gguf", console)
     lines = (tmp_path / "gguf/Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./tiny-F16.gguf"
     assert lines[1].startswith('TEMPLATE """{{ range $i, $_ := .Messages }}')
@@ -69,7 +64,7 @@ def test_the_modelfile_names_the_file_the_template_the_stops_and_the_sampling(tu
 def test_a_template_without_an_equal_in_go_is_left_out_and_that_is_said(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text("{{ messages[0]['content'] }}" + CHATML)
-    certificate = export(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
+    certificate = export_gguf(tune(model={"chat_template": str(template)}), tmp_path / "gguf", console)
     assert not certificate["modelfile_template"]
     text = (tmp_path / "gguf/Modelfile").read_text()
     assert "TEMPLATE" not in text.replace("chat template", "")
@@ -80,14 +75,16 @@ def test_completion_of_another_family_is_certified_without_a_template_in_its_mod
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
     model = build_family("gemma3", tmp_path / "model")
-    certificate = export(tune(model, 0.02, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console)
+    certificate = export_gguf(
+        tune(model, 0.02, task="completion", data={"train": str(rows)}), tmp_path / "gguf", console
+    )
     assert certificate["measured"]["kl_mean"] < 1e-4
     assert certificate["measured"]["effect_kl"] > 1e-3
     assert "TEMPLATE" not in (tmp_path / "gguf/Modelfile").read_text()
 
 
 def test_an_adapter_that_does_nothing_is_not_taken_for_a_lost_one(tune, tmp_path, console):
-    certificate = export(tune(strength=0.0), tmp_path / "gguf", console, number_format="q8_0")
+    certificate = export_gguf(tune(strength=0.0), tmp_path / "gguf", console, number_format="q8_0")
     assert certificate["measured"]["effect_kl"] == 0
 
 
@@ -110,23 +107,23 @@ def test_a_decoder_that_translates_is_asked_by_its_own_prompt(chat_rows, tmp_pat
 
 
 def test_qlora_goes_onto_the_weights_it_was_trained_on(tune, tmp_path, console):
-    certificate = export(tune(adapter={"method": "qlora"}), tmp_path / "gguf", console, onto="dequantized")
+    certificate = export_gguf(tune(adapter={"method": "qlora"}), tmp_path / "gguf", console, onto="dequantized")
     assert certificate["onto"] == "dequantized"
     assert certificate["measured"]["kl_mean"] < 1e-5
 
 
 def fails(tuned, out, console, said, **options):
     with pytest.raises(GateFailed, match=said) as raised:
-        export(tuned, out, console, **options)
+        export_gguf(tuned, out, console, **options)
     assert raised.value.exit_code == 6
     assert not out.exists()
     return out.with_name(f"{out.name}.failed.json")
 
 
-@pytest.mark.parametrize("wrong", [{"chat_template": CHATML.replace("assistant", "helper")}, {"add_bos": True}])
+@pytest.mark.parametrize("wrong", [{NAMES.CHAT_TEMPLATE: CHATML.replace("assistant", "helper")}, {NAMES.ADD_BOS: True}])
 def test_a_file_with_another_template_or_start_token_fails_and_is_not_kept(tune, tmp_path, console, monkeypatch, wrong):
     describe = exporting.describe_vocabulary
-    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: replace(describe(*given), **wrong))
+    monkeypatch.setattr(exporting, "describe_vocabulary", lambda *given: describe(*given) | wrong)
     certificate = json.loads(fails(tune(), tmp_path / "gguf", console, "other token ids").read_text())
     assert not certificate["passed"]
     assert not certificate["measured"]["same_ids"]
@@ -138,7 +135,7 @@ def test_a_file_without_the_adapter_fails_however_coarse_it_is(tune, tmp_path, c
         patch.setattr(exporting, "merge_weights", lambda adapted, onto: adapted.model.unload())
         failed = fails(tune(), tmp_path / "gguf", console, "the adapter is lost", number_format=number_format)
     assert json.loads(failed.read_text())["kl_from_base"] < 1e-4
-    assert export(tune(), tmp_path / "gguf", console, number_format=number_format)["passed"]
+    assert export_gguf(tune(), tmp_path / "gguf", console, number_format=number_format)["passed"]
     assert not failed.exists()
 
 
@@ -152,7 +149,7 @@ def test_a_file_whose_rows_stand_in_transformers_order_fails(tune, tmp_path, con
     "adapter", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}]
 )
 def test_an_adapter_alone_adds_what_peft_adds(tune, tmp_path, console, adapter):
-    certificate = export(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True, number_format="f32")
+    certificate = export_gguf(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True, number_format="f32")
     assert certificate["adapter"]["modules"] == 14
     assert certificate["adapter"]["largest_difference"] < 1e-6
     assert certificate["reader"] == "its own arithmetic"
@@ -169,7 +166,7 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
 
     monkeypatch.setattr(gguf_adapter, "lora_tensors", halved)
     with pytest.raises(GateFailed, match=r"blk\.1\.attn_q\.weight differs from what was trained by 0\.5"):
-        export(tune(), tmp_path / "lora", console, adapter_only=True)
+        export_gguf(tune(), tmp_path / "lora", console, adapter_only=True)
     assert not (tmp_path / "lora").exists()
 
 
@@ -183,10 +180,10 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
 )
 def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tune, tmp_path, console, adapter, said):
     with pytest.raises(RecipeError, match=said):
-        export(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True)
+        export_gguf(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True)
 
 
 def test_an_adapter_on_the_embedding_is_refused(tune, tmp_path, console):
     tuned = tune(build_family("llama", tmp_path / "model"), adapter={"target_modules": ["q_proj", "embed_tokens"]})
     with pytest.raises(RecipeError, match="an adapter on the embedding"):
-        export(tuned, tmp_path / "lora", console, adapter_only=True)
+        export_gguf(tuned, tmp_path / "lora", console, adapter_only=True)

@@ -14,7 +14,7 @@ import llmtune.deploy.gguf_file as gguf_file
 from llmtune.deploy.gguf_file import find_quantizer, write_model
 from llmtune.deploy.gguf_readers import READ_BY_TRANSFORMERS, TransformersGgufReader
 from llmtune.deploy.gguf_tensors import find_architecture
-from llmtune.deploy.gguf_vocabulary import build_tokenizer, describe_vocabulary, read_vocabulary
+from llmtune.deploy.gguf_vocabulary import NAMES, build_tokenizer, describe_vocabulary, read_vocabulary
 from llmtune.errors import EnvironmentProblem
 
 PROMPT = [1, 100, 101]
@@ -80,7 +80,7 @@ def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
     _, model = make_family("qwen2", vocab_size=len(tokenizer) + 7)
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 7, [PROMPT], [2])
     write_model(model, vocabulary, tmp_path / "model.gguf", "f16", name)
-    assert vocabulary.pre == name
+    assert vocabulary[NAMES.PRE] == name
     assert read_vocabulary(tmp_path / "model.gguf") == vocabulary
     assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
     others = [train_cut(other)(TRICKY)["input_ids"] for other in ("gpt-2", "smollm", "qwen2") if other != name]
@@ -91,7 +91,8 @@ def test_how_text_is_cut_has_llama_cpps_name_and_comes_back(name, tmp_path):
 def test_sentencepiece_vocabularies_get_scores_that_make_the_same_tokens(prefix):
     tokenizer = train_pieces(prefix)
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer), [PROMPT], [1])
-    assert (vocabulary.model, vocabulary.add_space, vocabulary.merges) == ("llama", prefix, ())
+    assert (vocabulary[NAMES.MODEL], vocabulary[NAMES.ADD_PREFIX]) == ("llama", prefix)
+    assert NAMES.MERGES not in vocabulary
     assert build_tokenizer(vocabulary)(TRICKY)["input_ids"] == tokenizer(TRICKY)["input_ids"]
 
 
@@ -100,9 +101,11 @@ def test_special_tokens_are_marked_and_answers_end_where_the_template_ends_them(
     tokenizer.add_tokens(["[[field]]"])
     tokenizer.eos_token = "<|endoftext|>"
     vocabulary = describe_vocabulary(tokenizer, len(tokenizer) + 2, [PROMPT], [0, 2])
-    types = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
-    assert (types["<|im_end|>"], types["[[field]]"], types["a"], vocabulary.types[-1]) == (3, 4, 1, 5)
-    assert vocabulary.special == {"bos": 0, "eos": 0, "pad": 3, "eot": 2}
+    types = dict(zip(vocabulary[NAMES.LIST], vocabulary[NAMES.TOKEN_TYPE], strict=True))
+    assert (types["<|im_end|>"], types["[[field]]"], types["a"], [*types.values()][-1]) == (3, 4, 1, 5)
+    ids = (NAMES.BOS_ID, NAMES.EOS_ID, NAMES.PAD_ID, NAMES.EOT_ID)
+    assert [vocabulary[key] for key in ids] == [0, 0, 3, 2]
+    assert NAMES.UNK_ID not in vocabulary
 
 
 def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_tokenizer():
@@ -112,9 +115,9 @@ def test_a_program_writes_the_start_token_only_where_training_had_it_from_the_to
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     started, bare = [0, 100, 101], [1, 100, 101]
-    assert describe_vocabulary(writes, len(writes), [started], [2]).add_bos
-    assert not describe_vocabulary(writes, len(writes), [bare], [2]).add_bos
-    assert not describe_vocabulary(plain, len(plain), [started], [2]).add_bos
+    assert describe_vocabulary(writes, len(writes), [started], [2])[NAMES.ADD_BOS]
+    assert not describe_vocabulary(writes, len(writes), [bare], [2])[NAMES.ADD_BOS]
+    assert not describe_vocabulary(plain, len(plain), [started], [2])[NAMES.ADD_BOS]
 
 
 def test_a_tokenizer_that_no_file_can_hold_is_refused_by_how_it_cuts():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 import torch
-from gguf import GGUFReader
 from rich.console import Console
 from support.ggufs import CUTS, FAMILIES, TRICKY, make_family, train_cut, train_pieces
 from transformers import AutoTokenizer, GenerationConfig
@@ -15,11 +15,9 @@ from llmtune.adapter.merging import merge
 from llmtune.deploy.gguf_export import export_gguf
 from llmtune.deploy.gguf_file import write_model
 from llmtune.deploy.gguf_readers import LlamaReader
-from llmtune.deploy.gguf_vocabulary import describe_vocabulary
-from llmtune.deploy.parity import TunedModel
+from llmtune.deploy.gguf_vocabulary import NAMES, describe_vocabulary, read_vocabulary
 from llmtune.evaluate.generation import answer_ends, generate_batch
 from llmtune.model.builtin_models import PACKAGED, resolve_builtin
-from llmtune.tasks.registry import get_task
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytestmark = pytest.mark.slow
@@ -37,12 +35,6 @@ harbor honey island jacket jungle kettle ladder lantern lemon library magnet mar
 paper pepper pillow planet pocket river rocket saddle shadow silver spider temple thunder tunnel village window
 """
 TOKENS = 32
-DESCRIBED = "tokenizer.ggml."
-
-
-def export(tuned, out, console, **options):
-    adapted, recipe = tuned
-    return export_gguf(TunedModel(adapted, recipe, get_task(recipe.task)), out, console, **options)
 
 
 @pytest.fixture
@@ -58,17 +50,18 @@ def installed() -> bool:
 
 
 def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_float32(smollm2, tmp_path, console):
-    certificate = export(smollm2(), tmp_path / "gguf", console)
+    certificate = export_gguf(smollm2(), tmp_path / "gguf", console)
     assert certificate["reader"] == "llama.cpp"
     assert certificate["measured"]["effect_kl"] > 1e-3
     assert certificate["measured"]["kl_mean"] < 1e-4
-    adapted, recipe = smollm2()
-    model, processor = merge(adapted), adapted.selected.processor
+    tuned = smollm2()
+    model, processor, task = merge(tuned.adapted), tuned.processor, tuned.task
     stops = answer_ends(model, processor)
-    task = get_task(recipe.task)
     asked = [f"What is the capital of {country}?" for country in COUNTRIES.split()]
     asked += [f"What does the word {word} mean?" for word in WORDS.split()]
-    prompts = [task.prompt_ids({"messages": [{"role": "user", "content": text}]}, processor, recipe) for text in asked]
+    prompts = [
+        task.prompt_ids({"messages": [{"role": "user", "content": text}]}, processor, tuned.recipe) for text in asked
+    ]
     settings = GenerationConfig(
         max_new_tokens=TOKENS, do_sample=False, eos_token_id=stops, pad_token_id=processor.pad_token_id
     )
@@ -86,7 +79,7 @@ def test_first_32_tokens_of_smollm2_in_f16_are_those_of_the_merged_model_in_floa
 
 @pytest.mark.parametrize(("number_format", "kl"), [("q8_0", 0.015), ("q4_k_m", 0.15)])
 def test_smollm2_in_fewer_bits_is_certified_by_wider_limits(smollm2, tmp_path, console, number_format, kl):
-    certificate = export(smollm2(), tmp_path / "gguf", console, number_format=number_format)
+    certificate = export_gguf(smollm2(), tmp_path / "gguf", console, number_format=number_format)
     print(certificate["measured"])
     assert 1e-5 < certificate["measured"]["kl_mean"] < kl
 
@@ -95,15 +88,11 @@ def test_the_tokenizer_of_smollm2_is_described_as_in_its_makers_own_file():
     if not installed():
         pytest.skip(f"needs the model package: {PACKAGED[SMOLLM2].install}")
     package = importlib.metadata.distribution(PACKAGED[SMOLLM2].distribution)
-    fields = GGUFReader(str(package.locate_file(PACKAGED[SMOLLM2].file))).fields
-    theirs = {name.removeprefix(DESCRIBED): f.contents() for name, f in fields.items() if name.startswith(DESCRIBED)}
+    theirs = read_vocabulary(Path(str(package.locate_file(PACKAGED[SMOLLM2].file))))
     tokenizer = AutoTokenizer.from_pretrained(resolve_builtin(SMOLLM2, Console()))
-    ours = describe_vocabulary(tokenizer, len(theirs["tokens"]), [[1, 9690]], [2])
-    assert (ours.model, ours.pre, ours.add_bos) == (theirs["model"], theirs["pre"], theirs["add_bos_token"])
-    assert [*ours.tokens] == theirs["tokens"]
-    assert [*ours.types] == theirs["token_type"]
-    assert [*ours.merges] == theirs["merges"]
-    assert ours.special["eos"] == theirs["eos_token_id"]
+    ours = describe_vocabulary(tokenizer, len(theirs[NAMES.LIST]), [[1, 9690]], [2])
+    for key in (NAMES.MODEL, NAMES.PRE, NAMES.ADD_BOS, NAMES.LIST, NAMES.TOKEN_TYPE, NAMES.MERGES, NAMES.EOS_ID):
+        assert ours[key] == theirs[key], key
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -137,7 +126,7 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
 
 
 def test_an_adapter_beside_its_base_says_what_was_trained(tune, tmp_path, console):
-    certificate = export(tune(adapter={"use_rslora": True}), tmp_path / "lora", console, adapter_only=True)
+    certificate = export_gguf(tune(adapter={"use_rslora": True}), tmp_path / "lora", console, adapter_only=True)
     measured = certificate["measured"]
     assert certificate["reader"] == "llama.cpp"
     assert measured["effect_kl"] > 0.01

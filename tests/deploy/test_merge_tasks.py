@@ -9,94 +9,63 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import families, pairs
-from support.audio import write_tone
+from support import families, pairs, served_tasks
 from support.classifying import colour_rows
 from transformers import AutoProcessor, AutoTokenizer, pipeline
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter.merging import merge as really_merge
-from llmtune.deploy.merged_model import merge_run
+from llmtune.deploy.merged_model import merge as merge_run
 from llmtune.deploy.parity import compare_outputs
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.serve.generate import answer_once
-from llmtune.session import Options
+from llmtune.session import Options, open_finished
 
-SILENT = {"generation": {"max_new_tokens": None}}
-TAGGED = [
-    {"tokens": ["The", thing, "is", colour, f"({i})"], "tags": ["O", "B-THING", "O", "B-COLOUR", "O"]}
-    for i, (thing, colour) in enumerate((t, c) for t in ("cat", "dog", "fox", "sky", "bird") for c in ("red", "blue"))
-] * 4
-FOUND = [
-    {"question": f"Which colour is the {t}?", "context": f"The {t} number {i} is {c}.", "answers": {"text": [c]}}
-    for i, (t, c) in enumerate((t, c) for t in ("cat", "dog", "fox", "sky", "bird", "house") for c in pairs.COLOURS)
-]
-FOUND = [
-    {**r, "answers": {"text": r["answers"]["text"], "answer_start": [r["context"].index(r["answers"]["text"][0])]}}
-    for r in FOUND
-]
+ROWS = {task: rows for task, (_, rows) in served_tasks.TASKS.items()} | {"classify": colour_rows(40)}
 NUMBERS = [{"text": f"a {t} of size {i}", "label": i / 4} for i in range(12) for t in ("cat", "dog", "fox")]
-MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(colour_rows(40))]
-MASKED = {"completion": {"objective": "masked", "mask_probability": 0.3}, **SILENT}
+MANY = [{**row, "label": [row["label"]] if i % 4 else ["red", "blue"]} for i, row in enumerate(ROWS["classify"])]
+TEXTS = [{"text": row["document"]} for row in pairs.DOCUMENTS]
 JUDGED = [
     {"prompt": f"{i}. Which colour?", "chosen": f"The fox is {c}.", "rejected": f"one two {c}"}
     for i, c in enumerate([*pairs.COLOURS] * 6)
 ]
+
+
+def spoken(folder):
+    words = ("one", "two", "three", "four")
+    return [{**row, "text": f"it is {words[i % 4]}"} for i, row in enumerate(served_tasks.tones(folder))]
+
+
+SILENT = {"generation": {"max_new_tokens": None}}
+QLORA = {"adapter": {"method": "qlora"}}
+HEARD = {"window_seconds": 2}
 CASES = {
-    "classify": ("bert", "classify", colour_rows(40), SILENT, "AutoModelForSequenceClassification"),
-    "classify-qlora": (
-        *("roberta", "classify", colour_rows(40), {"adapter": {"method": "qlora"}, **SILENT}),
-        "AutoModelForSequenceClassification",
-    ),
-    "classify-many": ("bert", "classify", MANY, SILENT, "AutoModelForSequenceClassification"),
-    "classify-number": ("bert", "classify", NUMBERS, SILENT, "AutoModelForSequenceClassification"),
-    "token-classify": ("deberta", "token-classify", TAGGED, SILENT, "AutoModelForTokenClassification"),
-    "qa": ("bert", "qa", FOUND, {"qa": {"stride": 16}, **SILENT}, "AutoModelForQuestionAnswering"),
-    "masked": ("modernbert", "completion", pairs.DOCUMENTS, MASKED, "AutoModelForMaskedLM"),
-    "translate": ("t5", "translate", pairs.PAIRS, {}, "AutoModelForSeq2SeqLM"),
-    "translate-qlora": ("bart", "translate", pairs.PAIRS, {"adapter": {"method": "qlora"}}, "AutoModelForSeq2SeqLM"),
-    "whisper": (
-        "whisper",
-        "speech",
-        None,
-        {"speech": {"language": "fr", "window_seconds": 2}},
-        "AutoModelForSpeechSeq2Seq",
-    ),
-    "letters": ("wav2vec2", "speech", None, {"speech": {"window_seconds": 2}}, "AutoModelForCTC"),
-    "reward": (
-        "llama",
-        "preference",
-        JUDGED,
-        {"preference": {"loss": "reward"}, **SILENT},
-        "AutoModelForSequenceClassification",
-    ),
-    "dpo": ("llama", "preference", JUDGED, {"preference": {"loss": "dpo"}}, "AutoModelForCausalLM"),
-    "summarize-by-prompt": ("llama", "summarize", pairs.DOCUMENTS, {}, "AutoModelForCausalLM"),
+    "classify": ("bert", "classify", ROWS["classify"], SILENT),
+    "classify-qlora": ("roberta", "classify", ROWS["classify"], {**QLORA, **SILENT}),
+    "classify-many": ("bert", "classify", MANY, SILENT),
+    "classify-number": ("bert", "classify", NUMBERS, SILENT),
+    "token-classify": ("deberta", "token-classify", ROWS["token-classify"], SILENT),
+    "qa": ("bert", "qa", ROWS["qa"], {"qa": {"stride": 16}, **SILENT}),
+    "masked": ("modernbert", "completion", TEXTS, {"completion": {"objective": "masked"}, **SILENT}),
+    "translate": ("t5", "translate", pairs.PAIRS, {}),
+    "translate-qlora": ("bart", "translate", pairs.PAIRS, QLORA),
+    "whisper": ("whisper", "speech", spoken, {"speech": {"language": "fr", **HEARD}}),
+    "letters": ("wav2vec2", "speech", spoken, {"speech": HEARD}),
+    "reward": ("llama", "preference", JUDGED, {"preference": {"loss": "reward"}, **SILENT}),
+    "dpo": ("llama", "preference", JUDGED, {"preference": {"loss": "dpo"}}),
+    "summarize-by-prompt": ("llama", "summarize", pairs.DOCUMENTS, {}),
 }
-
 QUICK = ("classify", "classify-qlora", "qa", "translate", "whisper", "letters")
-
-
-def write_clips(folder):
-    folder.mkdir(parents=True)
-    lines = ["file_name,text"]
-    for i in range(20):
-        write_tone(folder / f"{i}.wav", 0.4 + 0.02 * i, pitch_hz=200.0 * (i % 4 + 1), seed=i)
-        lines.append(f"{i}.wav,it is {('one', 'two', 'three', 'four')[i % 4]}.")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def train(folder, tiny_llama, case):
     """Train one of CASES; evaluation is left out."""
-    family, task, rows, sections, _ = CASES[case]
+    family, task, rows, sections = CASES[case]
     model = tiny_llama if family == "llama" else getattr(families, f"build_{family}")(folder / family)
-    if case == "masked":
-        rows = [{"text": row["document"]} for row in rows]
-    data = {"data": {"train": str(write_clips(folder / "clips")), "max_length": 64}} if rows is None else {}
-    recipe = pairs.recipe_of(folder, model, rows or [], task, **data, **sections)
+    rows = rows(folder) if callable(rows) else rows
+    recipe = pairs.recipe_of(folder, model, rows, task, **sections)
     run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run", until="train"), pairs.quiet())
     return folder / "run"
 
@@ -107,9 +76,8 @@ def trained(tmp_path_factory, tiny_llama):
     return functools.cache(lambda case: train(tmp_path_factory.mktemp(case), tiny_llama, case))
 
 
-def merge(run, console, **options):
-    given = {"out": None, "onto": None, "dtype": "auto", "offline": True, **options}
-    return merge_run(run, **given, console=console)
+def merge(run, console):
+    return merge_run(*open_finished(run, console, offline=True))
 
 
 @pytest.mark.parametrize(
@@ -123,11 +91,12 @@ def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, trai
     assert measured["effect_kl"] > 10 * measured["kl_mean"]
     assert (measured["same_ids"], measured["answer_agreement"], measured["top1_agreement"]) == (True, 1, 1)
     assert (certificate["other"] is not None) == ("qlora" in case)
-    auto = getattr(transformers, CASES[case][-1])
-    model, info = auto.from_pretrained(run / "merged", output_loading_info=True)
+    config = (run / "merged/config.json").read_text()
+    plain = getattr(transformers, json.loads(config)["architectures"][0])
+    model, info = plain.from_pretrained(run / "merged", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert "llmtune_other_classes" not in (run / "merged/config.json").read_text()
+    assert "llmtune_other_classes" not in config
     if case == "classify":
         assert set(model.config.id2label.values()) == {"red", "green", "blue"}
         said = pipeline("text-classification", model=str(run / "merged"))("the green fox number 3")
@@ -147,50 +116,41 @@ def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, trai
         assert type(AutoProcessor.from_pretrained(run / "merged")).__name__ == "Wav2Vec2Processor"
 
 
+def forget(adapted, onto):
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return really_merge(adapted, onto)
+
+
+def disturb(adapted, onto):
+    merged = really_merge(adapted, onto)
+    matrix = max((p for p in merged.parameters() if p.dim() == 2), key=lambda p: p.numel())
+    matrix.data += matrix.std() * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
+    return merged
+
+
+@pytest.mark.parametrize("wrong", [forget, disturb])
 @pytest.mark.parametrize("case", ["classify", "translate", "letters"])
 def test_a_merge_that_lost_the_adapter_or_was_disturbed_fails_in_other_tasks_too(
-    case, tmp_path, trained, console, monkeypatch
+    case, tmp_path, trained, console, monkeypatch, wrong
 ):
     run = shutil.copytree(trained(case), tmp_path / "run")
-
-    def forget(adapted, onto):
-        with torch.no_grad():
-            for name, parameter in adapted.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.zero_()
-        return really_merge(adapted, onto)
-
-    def disturb(adapted, onto):
-        merged = really_merge(adapted, onto)
-        matrix = max((p for p in merged.parameters() if p.dim() == 2), key=lambda p: p.numel())
-        matrix.data += matrix.std() * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
-        return merged
-
-    for wrong in (forget, disturb):
-        monkeypatch.setattr(merging, "merge_weights", wrong)
-        with pytest.raises(GateFailed, match="the merged model differs"):
-            merge(run, console)
-        assert not (run / "merged").exists()
-        assert not json.loads((run / "merged.failed.json").read_text())["passed"]
-
-
-def test_a_recipe_of_another_task_makes_its_merged_model_at_the_end(tmp_path):
-    bert = families.build_bert(tmp_path / "bert")
-    report = pairs.run_recipe(tmp_path, bert, colour_rows(40), "classify", deploy=["merged"], **SILENT)
-    assert report["deploy"]["passed"]
-    assert (tmp_path / "run/merged/model.safetensors").is_file()
+    monkeypatch.setattr(merging, "merge_weights", wrong)
+    with pytest.raises(GateFailed, match="the merged model differs"):
+        merge(run, console)
+    assert not (run / "merged").exists()
+    assert not json.loads((run / "merged.failed.json").read_text())["passed"]
 
 
 def test_numbers_and_several_labels_are_compared_by_what_they_are():
     ones = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
     moved = compare_outputs(ones, [one + 1 for one in ones], "number")
-    assert moved.kl_mean == pytest.approx(0.5)
-    assert moved.top1_agreement == 0
+    assert (moved.kl_mean, moved.top1_agreement) == (pytest.approx(0.5), 0)
     assert compare_outputs(ones, ones, "number").top1_agreement == 1
-    scores = [torch.tensor([[2.0, -2.0]])]
-    assert compare_outputs(scores, scores, "yes-no").kl_mean == 0
-    assert compare_outputs(scores, [-scores[0]], "yes-no").top1_agreement == 0
-    other = torch.tensor([[1.0, -2.0]])
-    p, q = scores[0].sigmoid(), other.sigmoid()
+    scores, other = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, -2.0]])
+    assert compare_outputs([scores], [scores], "yes-no").kl_mean == 0
+    assert compare_outputs([scores], [-scores], "yes-no").top1_agreement == 0
+    p, q = scores.sigmoid(), other.sigmoid()
     wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    assert compare_outputs(scores, [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)
+    assert compare_outputs([scores], [other], "yes-no").kl_mean == pytest.approx(float(wanted), rel=1e-4)

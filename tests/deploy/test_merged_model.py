@@ -15,17 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmtune.deploy.merged_model as merging
 from llmtune.adapter.merging import merge as really_merge
-from llmtune.deploy.merged_model import merge_model, merge_run
-from llmtune.deploy.parity import LIMITS, Parity, TunedModel, find_breaches
+from llmtune.deploy.merged_model import merge, merge_model
+from llmtune.deploy.parity import LIMITS, Parity, find_breaches
 from llmtune.errors import EnvironmentProblem, GateFailed, RecipeError
-from llmtune.tasks.registry import get_task
+from llmtune.session import open_finished
 
 TEXT = "Which colour has the cat number 7?"
-
-
-def merge(tuned, out, console, **options):
-    adapted, recipe = tuned
-    return merge_model(TunedModel(adapted, recipe, get_task(recipe.task)), out, console, **options)
 
 
 @torch.no_grad()
@@ -48,8 +43,8 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
     expected = {}
     for name, adapter in {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}.items():
         tuned, out = tune(adapter=adapter), tmp_path / name
-        expected[out] = logits_of(tuned[0].model, tuned[0].selected.processor)
-        certificate = merge(tuned, out, console)
+        expected[out] = logits_of(tuned.model, tuned.processor)
+        certificate = merge_model(tuned, out, console)
         assert certificate["passed"]
         assert certificate["measured"]["effect_kl"] > 0.001
         assert certificate["measured"]["kl_mean"] < 1e-6
@@ -63,7 +58,7 @@ def test_merged_folder_gives_the_adapters_logits_in_plain_transformers(tune, tmp
 
 def fails(tuned, out, console, message, **options):
     with pytest.raises(GateFailed, match=message) as raised:
-        merge(tuned, out, console, **options)
+        merge_model(tuned, out, console, **options)
     assert raised.value.exit_code == 6
     assert not out.exists()
     return json.loads(out.with_name(f"{out.name}.failed.json").read_text())
@@ -75,7 +70,7 @@ def test_a_merge_that_forgets_the_adapter_fails_and_leaves_no_model(tune, tmp_pa
         certificate = fails(tune(), tmp_path / "merged", console, "mean KL")
     assert not certificate["passed"]
     assert certificate["measured"]["kl_mean"] > certificate["limits"]["kl_mean"]
-    assert merge(tune(), tmp_path / "merged", console)["passed"]
+    assert merge_model(tune(), tmp_path / "merged", console)["passed"]
     assert not (tmp_path / "merged.failed.json").exists()
 
 
@@ -94,10 +89,11 @@ def test_a_merge_with_one_weight_matrix_disturbed_fails(tune, tmp_path, console,
 
 @pytest.mark.parametrize("onto", ["original", "dequantized"])
 def test_a_qlora_merge_into_another_model_of_the_same_shape_fails(tune, tmp_path, console, onto):
-    adapted, recipe = tune(adapter={"method": "qlora"})
-    other = replace(adapted.selected.model_ref, path=build_llama(tmp_path / "other", seed=9))
-    swapped = replace(adapted, selected=replace(adapted.selected, model_ref=other))
-    fails((swapped, recipe), tmp_path / "merged", console, "mean KL", onto=onto)
+    tuned = tune(adapter={"method": "qlora"})
+    selected = tuned.adapted.selected
+    other = replace(selected.model_ref, path=build_llama(tmp_path / "other", seed=9))
+    swapped = replace(tuned.adapted, selected=replace(selected, model_ref=other))
+    fails(replace(tuned, adapted=swapped), tmp_path / "merged", console, "mean KL", onto=onto)
 
 
 def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path, console):
@@ -106,7 +102,7 @@ def test_a_base_that_changed_since_training_is_refused_before_any_merge(tmp_path
     run = finish_run(tmp_path, base, adapter={"method": "qlora"}, train=brief)
     build_llama(base, seed=9)
     with pytest.raises(EnvironmentProblem, match="the model's content differs from the lock"):
-        merge_run(run, out=None, onto="original", dtype="auto", offline=True, console=console)
+        merge(*open_finished(run, console, offline=True), onto="original")
     assert not (run / "merged").exists()
 
 
@@ -125,34 +121,36 @@ def save_with_another_template(processor, folder):
 
 
 def test_qlora_is_held_to_its_quantised_base_and_shows_how_far_the_other_merge_would_be(tune, tmp_path, console):
-    near = merge(tune(adapter={"method": "qlora"}), tmp_path / "near", console, onto="dequantized")
-    far = merge(tune(adapter={"method": "qlora"}), tmp_path / "far", console, onto="original")
+    near = merge_model(tune(adapter={"method": "qlora"}), tmp_path / "near", console, onto="dequantized")
+    far = merge_model(tune(adapter={"method": "qlora"}), tmp_path / "far", console, onto="original")
     assert near["measured"]["kl_mean"] < 1e-6 < far["measured"]["kl_mean"]
     assert "quantization_config" not in json.loads((tmp_path / "near/config.json").read_text())
     assert near["other"]["onto"] == "original"
     assert near["other"]["kl_mean"] == pytest.approx(far["measured"]["kl_mean"], rel=1e-3)
     assert far["other"]["kl_mean"] == pytest.approx(near["measured"]["kl_mean"], abs=1e-6)
     assert "merged onto the original weights instead it would be: mean KL" in console.file.getvalue()
-    rounded = merge(tune(adapter={"method": "qlora"}), tmp_path / "16", console, onto="dequantized", dtype="bfloat16")
+    rounded = merge_model(
+        tune(adapter={"method": "qlora"}), tmp_path / "16", console, onto="dequantized", dtype="bfloat16"
+    )
     assert rounded["measured"]["kl_mean"] < 1e-3
 
 
 def test_qlora_on_an_original_too_far_away_fails_and_names_the_cure(tune, tmp_path, console, monkeypatch):
     monkeypatch.setitem(merging.LIMITS, "other base", LIMITS["exact"])
     with pytest.raises(GateFailed, match="--onto dequantized"):
-        merge(tune(adapter={"method": "qlora"}), tmp_path / "merged", console)
+        merge_model(tune(adapter={"method": "qlora"}), tmp_path / "merged", console)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_number_format_is_the_one_that_was_asked_for(tune, tmp_path, console, dtype):
-    certificate = merge(tune(), tmp_path / "merged", console, dtype=dtype)
+    certificate = merge_model(tune(), tmp_path / "merged", console, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert str(model.dtype) == f"torch.{dtype}" == f"torch.{certificate['dtype']}"
 
 
 def test_large_models_are_cut_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
     monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
-    certificate = merge(tune(), tmp_path / "merged", console)
+    certificate = merge_model(tune(), tmp_path / "merged", console)
     assert len(certificate["files"]) > 1
     assert (tmp_path / "merged/model.safetensors.index.json").is_file()
 
@@ -164,7 +162,7 @@ def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_pat
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tuned = tune(model={"chat_template": str(template)})
-    merge(tuned, tmp_path / "merged", console)
+    merge_model(tuned, tmp_path / "merged", console)
     saved = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert saved.chat_template == template.read_text()
     settings = json.loads((tmp_path / "merged/generation_config.json").read_text())
@@ -176,17 +174,19 @@ def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("do not lose me")
     with pytest.raises(RecipeError) as raised:
-        merge(tune(), tmp_path / "mine", console, onto="dequantized", dtype="int3")
+        merge_model(tune(), tmp_path / "mine", console, onto="dequantized", dtype="int3")
     assert len(raised.value.problems) == 3
     with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
-        merge(tune(), tmp_path / "mine/thesis.txt/merged", console)
+        merge_model(tune(), tmp_path / "mine/thesis.txt/merged", console)
     assert (tmp_path / "mine/thesis.txt").exists()
 
 
 def test_completion_merges_as_well(tune, tiny_gpt2, tmp_path, console):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "The quick brown fox."}\n')
-    certificate = merge(tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "merged", console)
+    certificate = merge_model(
+        tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "merged", console
+    )
     assert certificate["passed"]
     assert certificate["measured"]["effect_kl"] > 0.001
 
@@ -204,7 +204,7 @@ def files_of_at_most(size: int):
 
 def test_a_disk_without_room_for_the_weights_is_explained_and_nothing_is_left(tune, tmp_path, console):
     with files_of_at_most(50_000), pytest.raises(EnvironmentProblem, match=r"cannot be written .* are free") as raised:
-        merge(tune(), tmp_path / "out" / "merged", console)
+        merge_model(tune(), tmp_path / "out" / "merged", console)
     assert "--out" in str(raised.value)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -213,5 +213,5 @@ def test_a_template_that_a_server_would_render_otherwise_fails(tune, tmp_path, c
     monkeypatch.setattr(merging, "save_tokenizer", save_with_another_template)
     fails(tune(), tmp_path / "merged", console, "other token ids")
     tuned = tune()  # what is read back by us is right, and what a server reads is not
-    monkeypatch.setattr(merging, "load_processor", lambda model_ref, model: tuned[0].selected.processor)
+    monkeypatch.setattr(merging, "load_processor", lambda model_ref, model: tuned.processor)
     fails(tuned, tmp_path / "merged", console, "other token ids")

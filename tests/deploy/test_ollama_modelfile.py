@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from support.models import CHATML, train_tokenizer
 from support.runs import write_recipe
-from support.templates import EMPTY_THOUGHTS
+from support.templates import DEFAULT_SYSTEM, EMPTY_THOUGHTS, LLAMA3
 
 from llmtune.deploy.ollama_modelfile import (
     go_template,
@@ -18,17 +19,6 @@ from llmtune.deploy.ollama_modelfile import (
 )
 from llmtune.recipe import load_recipe
 
-DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are \"kind\".<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
@@ -38,55 +28,15 @@ GEMMA = (
     "{{ (first if loop.first else '') + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-GEMMA2 = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + GEMMA
 TEMPLATES = {
     "ChatML": CHATML,
-    "a default system message": DEFAULT_SYSTEM,
+    "a default system message": DEFAULT_SYSTEM.replace("kind", '"kind"'),
     "Llama 3": LLAMA3,
     "Gemma 3": GEMMA,
-    "Gemma 2": GEMMA2,
+    "Gemma 2": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + GEMMA,
 }
 COUNTS = CHATML.replace("message['content']", "(loop.index | string) + message['content']")
 REPEATS = "{{ messages[0]['content'] }}" + CHATML
-
-GO = """package main
-
-import (
-	"encoding/json"
-	"os"
-	"strings"
-	"text/template"
-)
-
-type Message struct{ Role, Content string }
-
-func main() {
-	var asked []struct {
-		Template string
-		Messages []*Message
-	}
-	if err := json.NewDecoder(os.Stdin).Decode(&asked); err != nil {
-		panic(err)
-	}
-	texts := []string{}
-	for _, one := range asked {
-		system := ""
-		for _, message := range one.Messages {
-			if message.Role == "system" {
-				system += message.Content
-			}
-		}
-		var text strings.Builder
-		parsed := template.Must(template.New("").Option("missingkey=zero").Parse(one.Template))
-		data := map[string]any{"System": system, "Messages": one.Messages, "Response": ""}
-		if err := parsed.Execute(&text, data); err != nil {
-			panic(err)
-		}
-		texts = append(texts, text.String())
-	}
-	json.NewEncoder(os.Stdout).Encode(texts)
-}
-"""
 
 
 @pytest.fixture
@@ -102,27 +52,27 @@ def describe(tmp_path, chat_rows):
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_pieces_write_what_the_chat_template_writes(describe, name):
-    pieces, processor, _ = describe(TEMPLATES[name])
-    for messages in sample_conversations(pieces):
+def test_parts_write_what_the_chat_template_writes(describe, name):
+    parts, processor, _ = describe(TEMPLATES[name])
+    for messages in sample_conversations(parts):
         wanted = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert write_chat(pieces, messages) == wanted
-    assert (pieces.system is None) == (name == "Gemma 2")
+        assert write_chat(parts, messages) == wanted
+    assert (("", "system") in parts) == (name != "Gemma 2")
 
 
 @pytest.mark.parametrize("template", [COUNTS, REPEATS])
-def test_a_template_that_does_more_than_to_stand_between_messages_has_no_pieces(describe, template):
+def test_a_template_that_does_more_than_to_stand_between_messages_has_no_parts(describe, template):
     assert describe(template)[0] is None
 
 
 def test_the_start_token_is_left_to_the_program_that_writes_it_by_itself(describe):
     with_start, without = describe(LLAMA3)[0], describe(LLAMA3, add_bos=True)[0]
-    assert with_start.start == "<|endoftext|>" + without.start
+    assert with_start["", "user"] == "<|endoftext|>" + without["", "user"]
 
 
 def test_before_an_answer_to_come_may_stand_more_than_before_one_that_was_given(describe):
-    pieces = describe(EMPTY_THOUGHTS, model={"chat_template_kwargs": {"enable_thinking": False}})[0]
-    assert pieces.generation_prompt == pieces.user_to_assistant + "<think>\n\n</think>\n\n"
+    parts = describe(EMPTY_THOUGHTS, model={"chat_template_kwargs": {"enable_thinking": False}})[0]
+    assert parts["user", ""] == parts["user", "assistant"] + "<think>\n\n</think>\n\n"
 
 
 def test_sampling_says_all_that_ollama_has_other_defaults_for(describe):
@@ -137,12 +87,12 @@ def test_sampling_says_all_that_ollama_has_other_defaults_for(describe):
 def test_gos_own_engine_writes_what_the_chat_templates_write(describe, tmp_path):
     asked, wanted = [], []
     for template in TEMPLATES.values():
-        pieces, processor, _ = describe(template)
-        for messages in sample_conversations(pieces):
-            asked.append({"Template": go_template(pieces), "Messages": messages})
+        parts, processor, _ = describe(template)
+        for messages in sample_conversations(parts):
+            asked.append({"Template": go_template(parts), "Messages": messages})
             wanted.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    (tmp_path / "main.go").write_text(GO)
+    program = Path(__file__).with_name("ollama_template.go")
     done = subprocess.run(
-        ["go", "run", "main.go"], cwd=tmp_path, input=json.dumps(asked), capture_output=True, text=True, check=True
+        ["go", "run", program], cwd=tmp_path, input=json.dumps(asked), capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == wanted

@@ -19,7 +19,7 @@ from support.training import adapt, make_recipe, run_training, select, write_exa
 
 from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.deploy.merged_model import merge_model
-from llmtune.deploy.parity import TunedModel
+from llmtune.deploy.tuned_model import TunedModel
 from llmtune.records import AdaptedModel
 from llmtune.tasks.registry import get_task
 

@@ -1,0 +1,349 @@
+"""What products are held against: the tuned model of a run, the questions it is asked, and what it makes of them.
+
+Shapes: T positions of a prompt and its answer, V vocabulary; N distributions over K outputs: one per row for classes,
+one per token for tags and words, two for an answer's ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmtune.data.chat_template import clean
+from llmtune.data.row_store import load_rows, read_rows
+from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_outputs
+from llmtune.errors import DataError
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
+from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.recipe import Recipe
+from llmtune.records import AdaptedModel, Batch, ModelRef, Row
+from llmtune.session import Models, RunContext, trained_name
+from llmtune.store.atomic_files import hash_folder
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.speech import heard_at_once
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that adds two numbers.",
+    "List three things to pack for a walk in the rain.",
+    "Translate into German: The train leaves at nine o'clock.",
+    "12 apples cost 6 euros. How much do 30 apples cost?",
+    "Summarize: The committee met on Tuesday, talked for three hours and decided nothing.",
+    "Once upon a time there was a small town by the sea, and",
+)
+CONTEXT = "Paris is the capital of France. The train to Berlin leaves at nine o'clock, and 30 apples cost 15 euros."
+"""What the fixed prompts are asked about, where a task finds answers in a text."""
+ANSWER_TOKENS = 16
+CERTIFIED_ROWS = 8
+"""Rows of the run that a product is asked beside the fixed prompts."""
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """The model that products are made from and held against, with the run's rows that it is asked."""
+
+    adapted: AdaptedModel
+    recipe: Recipe
+    task: AnyTask
+    rows: Sequence[Row] = ()
+    trained_sha256: str | None = None
+    """Hash of the run's folder of what was trained; None where that is in memory alone."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model with its adapter."""
+        return cast(PreTrainedModel, self.adapted.model)
+
+    @property
+    def processor(self) -> PreTrainedTokenizerBase:
+        """The tokenizer (or processor) it was trained with."""
+        return self.adapted.selected.processor
+
+    @property
+    def questions(self) -> list[Row]:
+        """`PROMPTS` as rows of the task, and the run's rows without their answers."""
+        fixed = [self.task.make_row({"prompt": text, "context": CONTEXT}) for text in PROMPTS]
+        return [*fixed, *(self.task.split_answer(row)[0] for row in self.rows)]
+
+    def certificate(self, breaches: Sequence[str]) -> Certificate:
+        """Return what every certificate begins with."""
+        ref = self.adapted.selected.model_ref
+        return {
+            "passed": not breaches,
+            "breaches": list(breaches),
+            "base": ref.name,
+            "revision": ref.revision,
+            "base_sha256": ref.content_hash,
+            "trained_sha256": self.trained_sha256,
+        }
+
+
+def load_tuned(
+    context: RunContext,
+    model_ref: ModelRef,
+    processor: PreTrainedTokenizerBase,
+    splits: Sequence[str] = ("test",),
+) -> TunedModel:
+    """Load the model of a finished run, and a few rows of the first of `splits` that has any."""
+    rows = load_rows(context.folder.path / "data" / "rows")
+    split = next((name for name in splits if rows.counts[name]), splits[0])
+    return TunedModel(
+        Models(context, model_ref, processor).adapted,
+        context.recipe,
+        context.task,
+        read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
+        hash_folder(context.folder.path / trained_name(context.recipe)),
+    )
+
+
+def training_base(recipe: Recipe) -> Onto:
+    """Return the weights that the adapter was trained on, as `--onto` calls them: there both models agree best."""
+    return "dequantized" if recipe.adapter.method == "qlora" else "original"
+
+
+class Reference(ABC):
+    """What the tuned model makes of its questions; products are compared with it."""
+
+    kind = "choice"
+    """The task's `output_kind`."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        self.tuned = tuned
+        self.logits = self.read_logits(tuned.model)
+        base = self.read_base_logits()
+        self.effect = None if base is None else self.compare(base).kl_mean
+        """Mean KL from the tuned model to its own base; None where no adapter can be switched off."""
+
+    @abstractmethod
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits [N, K] of `model` for each question, on the CPU in float32."""
+
+    @abstractmethod
+    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
+        """Compare a product: its logits, its answers, and the inputs that its saved `processor` and `folder` make."""
+
+    def read_base_logits(self) -> list[torch.Tensor] | None:
+        """Return the logits of the base model; None where no adapter can be switched off."""
+        model = self.tuned.adapted.model
+        if not isinstance(model, PeftModel) or any(config.bias != "none" for config in model.peft_config.values()):
+            return None  # trained biases stay when adapters are switched off
+        with model.disable_adapter():
+            return self.read_logits(cast(PreTrainedModel, model))
+
+    def compare(self, logits: Sequence[torch.Tensor]) -> Distance:
+        """Compare logits of the same questions with those of the tuned model."""
+        return compare_outputs(self.logits, logits, self.kind)
+
+    def judge(self, logits: Sequence[torch.Tensor], same_answers: Sequence[bool], same_ids: bool) -> Parity:
+        """Return the parity of a product by its logits, by which answers are the same, and whether all inputs are."""
+        return Parity(
+            **asdict(self.compare(logits)),
+            prompts=len(same_answers),
+            positions=sum(map(len, self.logits)),
+            answer_agreement=sum(same_answers) / len(same_answers),
+            same_ids=same_ids,
+            effect_kl=self.effect,
+        )
+
+
+def make_reference(tuned: TunedModel) -> Reference:
+    """Ask the tuned model the fixed prompts and its rows; the rows alone if it does not continue a text."""
+    return TextReference(tuned) if tuned.task.continues_text else HeadReference(tuned)
+
+
+# Models that continue a text
+
+
+class TextReader(Protocol):
+    """A program that continues a text."""
+
+    def logits(self, ids: Ids) -> torch.Tensor:
+        """Return the logits [T, V] of every position, on the CPU in float32."""
+
+    def answer(self, prompt: Ids, stops: Ids) -> list[int]:
+        """Return the first ids of the greedy answer, up to one of `stops`, which is included."""
+
+
+class TransformersReader:
+    """A model of transformers or PEFT that continues a text."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logits(self, ids: Ids) -> torch.Tensor:
+        """Return the logits [T, V] of every position, on the CPU in float32."""
+        ids_BT = torch.tensor([list(ids)], device=self.model.device)
+        logits_BTV: torch.Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+        return logits_BTV[0].float().cpu()
+
+    def answer(self, prompt: Ids, stops: Ids, tokens: int = ANSWER_TOKENS) -> list[int]:
+        """Return the first `tokens` ids of the greedy answer, up to one of `stops`, which is included."""
+        settings = GenerationConfig(
+            max_new_tokens=tokens, do_sample=False, eos_token_id=list(stops) or None, pad_token_id=[*stops, 0][0]
+        )
+        with only_these_settings(self.model):
+            return generate_batch(self.model, [prompt], settings, str(self.model.device))[0]
+
+
+class TextReference(Reference):
+    """Prompts, the tuned model's greedy answers to them, and its logits [T, V] over both."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        reader = TransformersReader(tuned.model)
+        self.stops = answer_ends(tuned.model, tuned.processor)
+        self.prompts = render_prompts(tuned, tuned.processor)
+        self.answers = [reader.answer(prompt, self.stops) for prompt in self.prompts]
+        super().__init__(tuned)
+
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits over each prompt and the tuned model's answer to it."""
+        return self.read_by(TransformersReader(model))
+
+    def read_by(self, reader: TextReader) -> list[torch.Tensor]:
+        """Return what `reader` reads over each prompt and the tuned model's answer to it."""
+        return [reader.logits([*prompt, *answer]) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+
+    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
+        """Compare a folder of transformers; its prompts are made as in training and as a server makes them."""
+        trust = self.tuned.recipe.model.trust_remote_code
+        saved = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+        texts = render_chats(self.tuned, saved)
+        if texts is None:
+            served = render_prompts(self.tuned, saved)
+        else:
+            served = [cast(list[int], saved(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        same_ids = served == self.prompts and render_prompts(self.tuned, processor) == self.prompts
+        reader = TransformersReader(model)
+        return self.judge(self.read_by(reader), self.same_answers(reader), same_ids)
+
+    def same_answers(self, reader: TextReader) -> list[bool]:
+        """Return whether `reader` answers each prompt as the tuned model does."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return [reader.answer(prompt, self.stops) == answer for prompt, answer in pairs]
+
+
+def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the ids of the questions, as the task makes them."""
+    return [tuned.task.prompt_ids(row, processor, tuned.recipe) for row in tuned.questions]
+
+
+def render_chats(tuned: TunedModel, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """Return the prompts as a server renders them that knows the saved tokenizer alone.
+
+    None where a client writes the prompt himself.
+    """
+    if not tuned.task.is_conversational or not tokenizer.chat_template:
+        return None
+    options = {"add_generation_prompt": True, "tokenize": False, **tuned.recipe.model.chat_template_kwargs}
+    return [
+        cast(str, tokenizer.apply_chat_template(clean(row["messages"]), tools=row.get("tools"), **options))
+        for row in tuned.questions
+    ]
+
+
+# Classes, tags, answer spans, translations, transcripts
+
+
+class HeadReference(Reference):
+    """Outputs and predictions of a model with a head, an encoder-decoder or a speech model, on rows of the run."""
+
+    def __init__(self, tuned: TunedModel) -> None:
+        self.tuned = tuned
+        self.kind = tuned.task.output_kind(tuned.recipe)
+        device = str(tuned.model.device)
+        dtype = resolve_dtype(tuned.recipe.model.dtype, device.split(":")[0])
+        with compute_context(dtype, device):  # as in evaluation: a head in float32 on top of a body in 16 bits
+            self.predictions = self._predict(tuned.model, tuned.processor)
+            self.batches = list(self._make_batches(tuned.processor))
+            if not self.batches:
+                what = "none of the run's rows can be asked: there is nothing to compare two models by"
+                raise DataError.of(what, "data.test", "Give test rows that fit into data.max_length.")
+            super().__init__(tuned)
+
+    def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return the logits for each example."""
+        return [read_outputs(model, batch) for batch in self.batches]
+
+    def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
+        """Compare a folder of transformers; predictions are compared as they are written out."""
+        write = self.tuned.task.format_prediction
+        pairs = zip(self._predict(model, processor), self.predictions, strict=True)
+        same = [write(actual) == write(expected) for actual, expected in pairs]
+        made = list(self._make_batches(processor))
+        same_ids = len(made) == len(self.batches) and all(map(_is_same_batch, made, self.batches))
+        return self.judge(self.read_logits(model), same, same_ids)
+
+    def _predict(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase) -> Sequence[object]:
+        task = self.tuned.task
+        questions = [task.split_answer(row)[0] for row in self.tuned.rows]
+        with torch.inference_mode():
+            return task.predict(questions, LoadedModel(model, processor, self.tuned.recipe, str(model.device)))
+
+    def _make_batches(self, processor: PreTrainedTokenizerBase) -> Iterator[Batch]:
+        """Yield a batch per example, so that nothing is padded; rows that cannot be encoded are left out.
+
+        An encoder-decoder is compared at each token of what it predicted.
+        """
+        task, recipe = self.tuned.task, self.tuned.recipe
+        collate = task.collator(processor, recipe, False)
+        for row, prediction in zip(self.tuned.rows, self.predictions, strict=True):
+            for candidate in (with_answer(task, row, prediction), row):
+                (examples,) = task.encode([candidate], processor, recipe)
+                if not isinstance(examples, str):  # a text is why the row has none
+                    yield from (collate([example], 0) for example in examples)
+                    break
+
+
+def with_answer(task: AnyTask, row: Row, prediction: object) -> Row:
+    """Return a row whose answer, where it is one text, is what a model predicted."""
+    question, answer = task.split_answer(row)
+    if not isinstance(prediction, str) or task.trains_head:
+        return row
+    if "answers" in row:
+        return {**row, "answers": [{"text": prediction, "start": None}] if prediction else []}
+    changed = [key for key, value in row.items() if value == answer and question.get(key) != value]
+    return {**row, **dict.fromkeys(changed, prediction)}
+
+
+@torch.inference_mode()
+def read_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits [N, K] that `model` has for one batch, on the CPU in float32."""
+    inner = unwrap(model)
+    moved = {key: part.to(inner.device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
+    if "samples_R" in moved:
+        pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
+        return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()
+    inputs = read_inputs(model, moved)
+    if inner.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_inputs(model, moved["labels"])
+    if "use_cache" in accepted_arguments(type(inner)):  # type: ignore[arg-type]
+        inputs["use_cache"] = False
+    output = model(**inputs)
+    if hasattr(output, "start_logits"):
+        return torch.cat([output.start_logits, output.end_logits]).float().cpu()
+    logits: torch.Tensor = output.logits
+    return logits.reshape(-1, logits.shape[-1]).float().cpu()
+
+
+def _is_same_batch(one: Batch, other: Batch) -> bool:
+    if one.keys() != other.keys():
+        return False
+    return all(
+        torch.equal(part, other[key]) if isinstance(part, torch.Tensor) else part == other[key]
+        for key, part in one.items()
+    )
