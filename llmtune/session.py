@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
@@ -32,10 +33,11 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
-from llmtune.report.assembly import assemble
+from llmtune.report.assembly import collect_facts
 from llmtune.report.explain_links import find_explanations
 from llmtune.report.report_record import Report, Seeds
 from llmtune.report.seed_variance import describe_spread
+from llmtune.report.verdict import verdict
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
 from llmtune.store.run_lock import (
@@ -346,17 +348,23 @@ def make_report(context: RunContext) -> Report:
     folder, recipe = context.folder, context.recipe
     curve = folder.path / "metrics.jsonl"
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
-    return assemble(
-        recipe,
-        folder.manifest,
+    seeds = collect_seeds(folder.path, recipe, evaluation)
+    lines = curve.read_text(encoding="utf-8").splitlines() if curve.exists() else ()
+    return Report(
+        llmtune=__version__,
+        name=recipe.name,
+        task=recipe.task,
+        verdict=verdict(evaluation, seeds),
+        recipe=recipe.model_dump(mode="json"),
         recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
-        timings=folder.timings(context.skipped),
-        curve=[json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else [],
-        evaluation=evaluation,
-        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
+        fingerprint=folder.manifest["fingerprint"],
         hardware={**hardware(), "device": context.device, "packages": package_versions()},
+        steps=folder.timings(context.skipped),
+        evaluation=evaluation,
+        seeds=seeds,
+        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        seeds=collect_seeds(folder.path, recipe, evaluation),
+        **collect_facts(folder.manifest, [json.loads(line) for line in lines]),
     )
 
 

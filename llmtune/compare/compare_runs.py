@@ -20,7 +20,6 @@ from llmtune.report.blocks import (
     Cell,
     Column,
     Compared,
-    Meter,
     Page,
     Rows,
     Section,
@@ -28,6 +27,7 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import better_side, rank_metrics
 from llmtune.report.number_format import DASH, count, duration, missing, score, size
 from llmtune.report.redaction import redact_all
@@ -165,7 +165,7 @@ def cost_table(runs: Sequence[RunSummary]) -> Table:
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
         largest = max((value for value in values if value is not None), default=0) or 1
-        rows.append([title, *(Cell(written(value), picture=Meter((value or 0) / largest)) for value in values)])
+        rows.append([title, *(Cell(written(value), picture=draw_meter((value or 0) / largest)) for value in values)])
     return Table(["", *(Column(run.name, "number") for run in runs)], rows)
 
 

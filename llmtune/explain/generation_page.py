@@ -10,7 +10,8 @@ from llmtune.explain.generation_trace import Sampling, Step, TokenScore, Trace
 from llmtune.explain.inputs import ModelInputs, PromptRequest
 from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.token_text import Token, name_tokens, word_label
-from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Meter, Page, Section, Table, Text
+from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Page, Section, Table, Text
+from llmtune.report.charts import draw_meter
 
 LEAD = (
     "A model writes a word at a time. Here is each of its steps: the prompt cut into tokens, what every layer would "
@@ -262,7 +263,7 @@ def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
     for token, base, tuned in generation.compared:
         first = f"{generation.word(base.likeliest)} {share(base.likeliest_probability)}"
         numbers = [share(base.probability, exact=True), share(tuned.probability, exact=True)]
-        meter, factor = Cell(picture=Meter(tuned.probability)), times(base.probability, tuned.probability)
+        meter, factor = Cell(picture=draw_meter(tuned.probability)), times(base.probability, tuned.probability)
         said = "the same" if base.rank == 1 else first
         rows.append([generation.word(token), *numbers, meter, factor, f"{base.rank:,}", said])
     if rows:

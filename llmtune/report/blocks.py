@@ -12,40 +12,17 @@ from typing import Literal
 from markupsafe import Markup
 
 from llmtune.records import Difference
+from llmtune.report.charts import draw_interval
 from llmtune.report.number_format import DASH, chance, count, missing, score, signed
 from llmtune.report.verdict import FEWEST_ROWS
 
 Tone = Literal["", "better", "worse", "mixed", "unsure"]
 TONES: dict[int, Tone] = {1: "better", -1: "worse", 0: "unsure"}
 TOO_FEW = "too few rows"
-Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A difference and its interval about zero, drawn so that better (1: more is, -1: less is) is on the right."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    better: int
-
-
-@dataclass(frozen=True)
-class Dots:
-    """Scores as dots on one line, and the base as a stroke across it."""
-
-    label: str
-    base: float
-    values: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Meter:
-    """A bar that is filled by a share from 0 to 1."""
-
-    share: float
+class Block:
+    """A part of a section."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +33,7 @@ class Cell:
     tone: Tone = ""
     note: str = ""
     code: bool = False
-    picture: Interval | Dots | Meter | None = None
+    picture: Markup | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +49,7 @@ Rows = list[list[Cell | str]]
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """A table; plain texts stand for columns and cells that have nothing beside their text."""
 
     columns: Columns
@@ -95,7 +72,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Compared:
-    """A metric (or a slice, or a run) of base and tuned model: one row of a `DifferenceTable`."""
+    """A metric (or a slice, or a run) of base and tuned model: one row of `difference_table`."""
 
     name: str
     base: float | None
@@ -131,13 +108,13 @@ class Compared:
         return TONES[self.better * (1 if change.low > 0 else -1 if change.high < 0 else 0)]
 
     @property
-    def picture(self) -> Interval | None:
+    def picture(self) -> Markup | None:
         """The interval about zero, if there is one and one side of zero is better."""
         change = self.difference
         if change is None or not self.better or any(map(missing, (change.value, change.low, change.high))):
             return None
         label = f"{self.name}: {signed(change.value)}, 95 % interval {self.interval}"
-        return Interval(label, change.value, change.low, change.high, self.better)
+        return draw_interval(change.value, change.low, change.high, better=self.better, label=label)
 
 
 def difference_table(
@@ -169,40 +146,7 @@ def difference_table(
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line of `Curves`; its style says which colour it has, the same on all pages."""
-
-    name: str
-    points: Sequence[Point]
-    style: str = "train"
-    """train, validation, other, or s0 to s5 for one of several alike."""
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Lines over a common axis; points that are NaN or beyond 1e30 are left out."""
-
-    curves: Sequence[Curve]
-    label: str
-    """For those who do not see it."""
-    title: str = ""
-    axis: str = "step"
-    height: int = 240
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Bars: `counts[i]` lies between `edges[i]` and `edges[i + 1]`."""
-
-    edges: Sequence[float]
-    counts: Sequence[float]
-    label: str
-    title: str = ""
-    axis: str = ""
-
-
-@dataclass(frozen=True)
-class Heatmap:
+class Heatmap(Block):
     """A matrix as tinted cells: positive values in the colour of what is tuned or right, negative ones in red."""
 
     rows: Sequence[str]
@@ -221,7 +165,7 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Shares:
+class Shares(Block):
     """Parts of a whole as one bar in colours, with a list of them: name, size as text, share from 0 to 1."""
 
     parts: Sequence[tuple[str, str, float]]
@@ -229,7 +173,7 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Block):
     """A paragraph."""
 
     text: str
@@ -237,7 +181,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Bullets:
+class Bullets(Block):
     """A list of sentences."""
 
     items: Sequence[str]
@@ -245,7 +189,7 @@ class Bullets:
 
 
 @dataclass(frozen=True)
-class KeyValues:
+class KeyValues(Block):
     """Names with their values."""
 
     pairs: Sequence[tuple[str, str]]
@@ -253,21 +197,21 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
-class Links:
+class Links(Block):
     """Addresses, each with its text and what is found there."""
 
     links: Sequence[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(Block):
     """Text of a fixed width, such as a recipe."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Highlighted:
+class Highlighted(Block):
     """A text in stretches, some of which are marked."""
 
     pieces: Sequence[tuple[str, bool]]
@@ -298,14 +242,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Samples(Block):
     """Rows side by side."""
 
     samples: Sequence[Sample]
 
 
 @dataclass(frozen=True)
-class Details:
+class Details(Block):
     """Blocks that are folded away; pages only."""
 
     summary: str
@@ -313,7 +257,7 @@ class Details:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Beside(Block):
     """Blocks in two columns, where the page is wide enough."""
 
     left: Sequence[Block]
@@ -321,29 +265,10 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Html:
-    """A part that only a page can show, such as one that its script draws into."""
+class Html(Block):
+    """A part that only a page can show: a chart, or what its script draws into."""
 
     markup: Markup
-
-
-Block = (
-    Table
-    | Curves
-    | Histogram
-    | Heatmap
-    | Shares
-    | Text
-    | Bullets
-    | KeyValues
-    | Links
-    | Code
-    | Highlighted
-    | Samples
-    | Details
-    | Beside
-    | Html
-)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,45 @@
-"""Charts as inline SVG that takes its colours from the page, so that it reads in light and in dark."""
+"""Charts as inline SVG that takes its colours from the page, so that it reads in light and in dark; on pages only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from llmtune.report.blocks import Curves, Dots, Histogram, Interval, Point
 from llmtune.report.number_format import missing, score, short
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
 SMALL_WIDTH, SMALL_HEIGHT, MARGIN = 160, 26, 8
 """Size of a picture in a cell of a table, and what it leaves free on both sides."""
 MOST_POINTS, MOST_DOTS = 300, 12
+Point = tuple[float, float]
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
 
 
-def draw_curves(block: Curves) -> Markup:
-    """Draw lines over a common axis; nothing where no point is finite."""
-    lines = [(one.style, thin([point for point in one.points if abs(point[1]) < TOO_LARGE])) for one in block.curves]
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart; its style says which colour it has, the same on all pages."""
+
+    name: str
+    points: Sequence[Point]
+    style: str = "train"
+    """train, validation, other, or s0 to s5 for one of several alike."""
+
+
+def draw_curves(
+    curves: Sequence[Curve], *, label: str, title: str = "", axis: str = "step", height: int = 240
+) -> Markup:
+    """Draw lines over a common axis; nothing where no point is finite.
+
+    `label` is for those who do not see it. Points that are NaN or beyond 1e30 are left out.
+    """
+    lines = [(one.style, thin([point for point in one.points if abs(point[1]) < TOO_LARGE])) for one in curves]
     points = [point for _, line in lines for point in line]
     if not points:
         return Markup("")
-    height, floor = block.height, block.height - BOTTOM
+    floor = height - BOTTOM
     xs, ys = ticks(*bounds([x for x, _ in points]), 6), ticks(*bounds([y for _, y in points]), 5)
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     y_low, y_high = min(ys[0], min(y for _, y in points)), max(ys[-1], max(y for _, y in points))
@@ -36,19 +52,22 @@ def draw_curves(block: Curves) -> Markup:
 
     parts = [grid_line(y_at(y), short(y)) for y in ys]
     parts += [text(x_at(x), floor + 18, short(x)) for x in xs if x_low <= x <= x_high]
-    parts.append(text(WIDTH - RIGHT, height - 2, block.axis, "end"))
+    parts.append(text(WIDTH - RIGHT, height - 2, axis, "end"))
     for style, line in lines:
         joined = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line)
         if len(line) > 1:
             parts.append(element("polyline", class_=f"line {style}", points=joined))
         if len(line) <= MOST_DOTS:
             parts += [element("circle", class_=f"dot {style}", cx=x_at(x), cy=y_at(y), r=3) for x, y in line]
-    return svg(parts, WIDTH, height, block.label)
+    names = [element("span", element("i", class_=one.style) + one.name) for one in curves if one.points]
+    key = element("p", Markup("").join(names), class_="key") if len(curves) > 1 else ""
+    return heading(title) + key + svg(parts, WIDTH, height, label) + "\n"
 
 
-def draw_histogram(block: Histogram) -> Markup:
-    """Draw a bar a count; nothing where there are none."""
-    edges, counts = block.edges, block.counts
+def draw_histogram(
+    edges: Sequence[float], counts: Sequence[float], *, label: str, title: str = "", axis: str = ""
+) -> Markup:
+    """Draw bars, `counts[i]` between `edges[i]` and `edges[i + 1]`; nothing where there are none."""
     if not counts or not max(counts):
         return Markup("")
     height, floor = 180, 180 - BOTTOM
@@ -58,54 +77,67 @@ def draw_histogram(block: Histogram) -> Markup:
     parts = [grid_line(floor - (floor - TOP) * y / top, short(y)) for y in ys]
     for i, number in enumerate(counts):
         tall = (floor - TOP) * number / top
-        title = element("title", f"{edges[i]:g} to {edges[i + 1]:g}: {number:g}")
+        tip = element("title", f"{edges[i]:g} to {edges[i + 1]:g}: {number:g}")
         x, width = LEFT + i * step + 1, max(step - 2, 1)
-        parts.append(element("rect", title, class_="bar", x=x, y=floor - tall, width=width, height=tall))
+        parts.append(element("rect", tip, class_="bar", x=x, y=floor - tall, width=width, height=tall))
     every = max(1, math.ceil(len(edges) / 8))
     parts += [text(LEFT + i * step, floor + 18, short(edges[i])) for i in range(0, len(edges), every)]
-    parts.append(text(WIDTH - RIGHT, height - 2, block.axis, "end"))
-    return svg(parts, WIDTH, height, block.label)
+    parts.append(text(WIDTH - RIGHT, height - 2, axis, "end"))
+    return heading(title) + svg(parts, WIDTH, height, label) + "\n"
 
 
-def draw_interval(picture: Interval) -> Markup:
-    """Draw a difference and its interval about zero, turned so that better is on the right."""
-    ends = (picture.value, picture.low, picture.high)
+def draw_interval(value: float, low: float, high: float, *, better: int, label: str) -> Markup:
+    """Draw a difference and its interval about zero, turned so that better (1: more, -1: less) is on the right."""
+    ends = (value, low, high)
     reach = max(map(abs, ends))
     if not all(map(math.isfinite, ends)) or not reach:
         return Markup("")
     center, middle = SMALL_WIDTH / 2, SMALL_HEIGHT // 2
-    value_x, low_x, high_x = (center + picture.better * end / reach * (center - 6) for end in ends)
+    value_x, low_x, high_x = (center + better * end / reach * (center - 6) for end in ends)
     left, right = sorted((low_x, high_x))
     tone = "better" if left > center else "worse" if right < center else "unsure"
     parts = [
-        element("line", class_="axis", x1=4, x2=SMALL_WIDTH - 4, y1=middle, y2=middle),
-        element("line", class_="zero", x1=center, x2=center, y1=3, y2=SMALL_HEIGHT - 3),
+        *small_axes(center),
         element("line", class_=f"span {tone}", x1=left, x2=max(right, left + 1), y1=middle, y2=middle),
         element("circle", class_=f"dot {tone}", cx=value_x, cy=middle, r=4.5),
     ]
-    return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, picture.label)
+    return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, label)
 
 
-def draw_dots(picture: Dots) -> Markup:
-    """Draw each score as a dot on one line, and the base as a stroke across it."""
-    values = [picture.base, *picture.values]
-    if any(map(missing, values)) or min(values) == max(values):
+def draw_dots(base: float, values: Sequence[float], *, label: str) -> Markup:
+    """Draw scores as dots on one line, and the base as a stroke across it."""
+    ends = [base, *values]
+    if any(map(missing, ends)) or min(ends) == max(ends):
         return Markup("")
-    low, high = min(values), max(values)
+    low, high = min(ends), max(ends)
 
     def x_at(value: float) -> float:
         return MARGIN + (SMALL_WIDTH - 2 * MARGIN) * (value - low) / (high - low)
 
-    middle, x = SMALL_HEIGHT // 2, x_at(picture.base)
-    base = element("title", f"base {score(picture.base)}")
-    parts = [
+    parts = small_axes(x_at(base), element("title", f"base {score(base)}"))
+    for value in values:
+        dot: dict[str, str | float] = {"class_": "dot train", "cx": x_at(value), "cy": SMALL_HEIGHT // 2, "r": 4}
+        parts.append(element("circle", element("title", score(value)), **dot, fill_opacity="0.6"))
+    return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, label)
+
+
+def draw_meter(share: float) -> Markup:
+    """Draw a bar that is filled by a share from 0 to 1."""
+    return element("div", element("b", style=f"width: {100 * share:.1f}%"), class_="meter")
+
+
+def small_axes(x: float, title: str = "") -> list[Markup]:
+    """Draw the line of a small picture, and a stroke across it."""
+    middle = SMALL_HEIGHT // 2
+    return [
         element("line", class_="axis", x1=4, x2=SMALL_WIDTH - 4, y1=middle, y2=middle),
-        element("line", base, class_="zero", x1=x, x2=x, y1=3, y2=SMALL_HEIGHT - 3),
+        element("line", title, class_="zero", x1=x, x2=x, y1=3, y2=SMALL_HEIGHT - 3),
     ]
-    for value in picture.values:
-        title = element("title", score(value))
-        parts.append(element("circle", title, class_="dot train", cx=x_at(value), cy=middle, r=4, fill_opacity="0.6"))
-    return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, picture.label)
+
+
+def heading(title: str) -> Markup:
+    """Write the title of a chart, if it has one."""
+    return element("h3", title) if title else Markup("")
 
 
 def svg(parts: Sequence[Markup], width: float, height: float, label: str) -> Markup:

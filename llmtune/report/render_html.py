@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
 
-from llmtune.report.blocks import Dots, Interval, Page, Section
-from llmtune.report.charts import draw_curves, draw_dots, draw_histogram, draw_interval
+from llmtune.report.blocks import Page, Section
 from llmtune.report.number_format import score, signed
 from llmtune.report.text_files import as_json, replace_file
-
-PICTURES: dict[str, Callable[..., Markup]] = {
-    "Curves": draw_curves,
-    "Histogram": draw_histogram,
-    "Interval": draw_interval,
-    "Dots": draw_dots,
-}
 
 
 def write_page(path: Path, page: Page) -> Path:
@@ -56,14 +47,9 @@ def open_templates(*packages: str) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"draw": draw, "prose": prose, "score": score, "signed": signed}
+    environment.filters |= {"prose": prose, "score": score, "signed": signed}
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment
-
-
-def draw(block: Interval | Dots | object) -> Markup:
-    """Draw a picture of any kind."""
-    return PICTURES[type(block).__name__](block)
 
 
 def prose(text: str) -> Markup:

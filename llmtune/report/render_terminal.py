@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text as RichText
 
 from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
 
@@ -24,37 +25,32 @@ def print_page(page: Page, console: Console) -> None:
 def print_sections(sections: Sequence[Section], console: Console) -> None:
     """Print sections, each under its title."""
     for section in sections:
-        if section.brief and any(is_shown(block) for block in section.blocks):
-            console.print(section.title, style="bold", highlight=False, markup=False)
-            print_blocks(section.blocks, console)
-
-
-def is_shown(block: Block) -> bool:
-    """Whether a terminal has something to show of a block."""
-    if isinstance(block, Beside):
-        return any(map(is_shown, (*block.left, *block.right)))
-    return isinstance(block, Table | Bullets | KeyValues | Code) or (isinstance(block, Text) and block.style != "soft")
+        if section.brief and (shown := list(render_blocks(section.blocks, console.width))):
+            console.print(RichText(section.title, style="bold"), *shown, sep="\n")
 
 
 def print_blocks(blocks: Sequence[Block], console: Console) -> None:
     """Print tables and texts, one below the other."""
+    for shown in render_blocks(blocks, console.width):
+        console.print(shown)
+
+
+def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableType]:
+    """Yield what a terminal has to show of blocks."""
     for block in blocks:
         match block:
             case Table():
-                console.print(make_table(block, console.width))
+                yield make_table(block, width)
             case Text() if block.style != "soft":
-                style = "yellow" if block.style == "note" else None
-                console.print(block.text.replace("`", ""), style=style, highlight=False, markup=False)
+                yield RichText(block.text.replace("`", ""), style="yellow" if block.style == "note" else "")
             case Code():
-                console.print(block.text, highlight=False, markup=False)
+                yield RichText(block.text)
             case Bullets():
-                for item in block.items:
-                    console.print(item.replace("`", ""), highlight=False, markup=False)
+                yield from (RichText(item.replace("`", "")) for item in block.items)
             case KeyValues():
-                for name, value in block.pairs:
-                    console.print(f"[dim]{escape(name)}[/] {escape(value)}", highlight=False)
+                yield from (RichText.assemble((name, "dim"), " ", value) for name, value in block.pairs)
             case Beside():
-                print_blocks([*block.left, *block.right], console)
+                yield from render_blocks([*block.left, *block.right], width)
 
 
 def make_table(block: Table, width: int) -> RichTable:

@@ -14,20 +14,17 @@ from llmtune.report.blocks import (
     Code,
     Column,
     Columns,
-    Curve,
-    Curves,
     Details,
     Highlighted,
-    Histogram,
+    Html,
     KeyValues,
-    Meter,
-    Point,
     Rows,
     Section,
     Shares,
     Table,
     Text,
 )
+from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, Lengths, ModelFacts, TrainFacts
 from llmtune.report.score_sections import signatures
@@ -69,9 +66,13 @@ def training_section(train: TrainFacts | None) -> Section:
         Curve("training loss", points(curve, "loss")),
         Curve("validation loss", points(curve, "validation_loss"), "validation"),
     ]
-    drawn = Curves(losses, "training and validation loss by step", height=300)
+    drawn = Html(draw_curves(losses, label="training and validation loss by step", height=300))
     rate, norm = (
-        Curves([Curve(title, points(curve, key), "other")], f"{title.lower()} by step", title, height=150)
+        Html(
+            draw_curves(
+                [Curve(title, points(curve, key), "other")], label=f"{title.lower()} by step", title=title, height=150
+            )
+        )
         for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm"))
     )
     return Section("Training", [Beside([drawn], [KeyValues(known(facts))]), Beside([rate], [norm])])
@@ -118,8 +119,8 @@ def lengths_chart(lengths: Lengths | None) -> list[Block]:
     """The histogram of row lengths, if there is one."""
     if not lengths:
         return []
-    label, title = "training examples by length in tokens", "Training examples by length"
-    return [Histogram(lengths["edges"], lengths["counts"], label, title, "tokens")]
+    names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
+    return [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))]
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
@@ -132,7 +133,7 @@ def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:
         counts = [count(classes[label].get(split)) for split in SPLITS]
         part = Cell(share(number, total or None), "" if number else "worse")
         name = Cell(str(label), note="" if number else "not in training")
-        rows.append([name, *counts, part, Cell(picture=Meter(number / most))])
+        rows.append([name, *counts, part, Cell(picture=draw_meter(number / most))])
     heading, title = ("kind", "Kinds of entities") if unit == "entities" else ("class", "Classes")
     columns = [Column(heading), *heads, Column("", "picture")]
     return Table(columns, rows, f"{title}: {class_spread(trained, unit)}", scroll=True)
@@ -207,7 +208,7 @@ def step_section(steps: Sequence[StepTiming], hardware: Mapping[str, object]) ->
     rows: Rows = []
     for step in steps:
         name = Cell(step.name, note="unchanged, skipped" if step.skipped else "")
-        meter = Cell(picture=Meter(step.seconds / longest))
+        meter = Cell(picture=draw_meter(step.seconds / longest))
         rows.append([name, meter, duration(step.seconds), size(step.peak_bytes)])
     columns: Columns = ["step", Column("", "picture"), Column("time", "number"), Column("peak memory", "number")]
     facts = [(key, str(value)) for key, value in hardware.items() if not isinstance(value, dict) and value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from llmtune.recipe.task_facts import answer_kind
 from llmtune.records import Contamination, Evaluation, GateResult, Json, Slice
@@ -14,9 +15,7 @@ from llmtune.report.blocks import (
     Columns,
     Compared,
     Details,
-    Dots,
     Heatmap,
-    Meter,
     Rows,
     Samples,
     Section,
@@ -24,6 +23,7 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.report.charts import draw_dots, draw_meter
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
 from llmtune.report.report_record import Seeds, Spread
@@ -135,7 +135,9 @@ def seed_dots(metric: str, spread: Spread) -> Cell:
     base, scores = spread.base, [one for one in spread.scores if one is not None]
     if base is None or len(scores) < len(spread.scores):
         return Cell()
-    return Cell(picture=Dots(f"{metric}: base {score(base)}, seeds {', '.join(map(score, scores))}", base, scores))
+    return Cell(
+        picture=draw_dots(base, scores, label=f"{metric}: base {score(base)}, seeds {', '.join(map(score, scores))}")
+    )
 
 
 def class_section(details: Json, base: str, *, entities: bool) -> Section:
@@ -150,7 +152,7 @@ def class_section(details: Json, base: str, *, entities: bool) -> Section:
     for row in sorted(tuned["classes"], key=lambda row: -row["support"]):
         before = [base_f1.get(row["label"])] if base_f1 else []
         numbers = map(score, (row["precision"], row["recall"], *before, row["f1"]))
-        meter = Cell(picture=Meter(0.0 if missing(row["f1"]) else row["f1"]))
+        meter = Cell(picture=draw_meter(0.0 if missing(row["f1"]) else row["f1"]))
         rows.append([Cell(str(row["label"]), code=True), count(row["support"]), *numbers, meter])
     columns: Columns = [kind, *(Column(name, "number") for name in names), Column("", "picture")]
     table = Table(columns, rows, "By class, the most frequent first", scroll=True)
@@ -171,6 +173,10 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
     listed = [Table(columns, pairs[:MOST_PAIRS], f"Confused most often: {text}", scroll=True)] if pairs else []
     if not labels or len(labels) > MOST_CLASSES:
         return [*listed]
+
+    def named(i: int, k: int) -> str:
+        return f"{labels[i]} found" if i == k else f"{labels[i]} taken for {labels[k]}"
+
     shares = [[number / (sum(row) or 1) for number in row] for row in counts]
     heatmap = Heatmap(
         labels,
@@ -181,15 +187,10 @@ def confusion_blocks(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> 
         "right class",
         "predicted",
         [[f"{counts[i][k]:,}\n{100 * shares[i][k]:.0f} %" if counts[i][k] else "" for k in size] for i in size],
-        [[f"{confused(labels, i, k)}: {counts[i][k]:,} rows, {shares[i][k]:.1%}" for k in size] for i in size],
+        [[f"{named(i, k)}: {counts[i][k]:,} rows, {shares[i][k]:.1%}" for k in size] for i in size],
     )
     note = Text("A row is a right class; the percentages are shares of it. Blue is right, red is wrong.", "soft")
     return [heatmap, note, *listed]
-
-
-def confused(labels: Sequence[str], i: int, k: int) -> str:
-    """Return what a field of the confusion matrix counts."""
-    return f"{labels[i]} found" if i == k else f"{labels[i]} taken for {labels[k]}"
 
 
 def slice_section(slices: Mapping[str, Sequence[Slice]], base: str) -> Section:
@@ -240,7 +241,7 @@ def overlap_section(evaluation: Evaluation) -> Section:
         whole = Slice("all rows", evaluation.rows, evaluation.base, evaluation.tuned, evaluation.difference)
         tables = slice_tables("overlap", [whole, *overlap.scores], base_name(evaluation)) if overlap.scores else []
         examples: Rows = [
-            [one["kind"], file_line(one["test"]), file_line(one["train"]), one["words"]] for one in overlap.examples
+            [one["kind"], Path(one["test"]).name, Path(one["train"]).name, one["words"]] for one in overlap.examples
         ]
         heads = ["how", "test row", "training row", "what they share"]
         some = Details(f"{len(examples)} of them", [Table(heads, examples, scroll=True)])
@@ -262,37 +263,28 @@ def overlap_table(overlap: Contamination) -> Table:
         ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
         ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
     ]
-    columns = [Column("test rows that are like a training row")]
-    columns += [Column(name, "number") for name in ("rows", "of", "share")]
+    columns: Columns = [
+        "test rows that are like a training row",
+        *(Column(name, "number") for name in ("rows", "of", "share")),
+    ]
     return Table(columns, [[kind, count(part), count(whole), share(part, whole)] for kind, part, whole in kinds])
 
 
 def overlap_sentence(overlap: Contamination) -> str:
     """Return how many test rows overlap, how, and how many were left out before for that reason."""
-    number = overlap.overlapping
-    kinds = (
-        (overlap.equal, "equal"),
-        (overlap.near, "nearly equal"),
-        (overlap.shared, "with 13 words in a row in common"),
-        (overlap.worded, "short, with the same words"),
-    )
+    number, names = overlap.overlapping, ("equal", "nearly equal", "with 13 words in a row in common")
+    parts = (overlap.equal, overlap.near, overlap.shared, overlap.worded)
+    text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
+    text += "(equal, nearly equal, 13 words in a row)."
     if number:
-        parts = ", ".join(f"{count(part)} {name}" for part, name in kinds if part)
+        named = zip(parts, (*names, "short, with the same words"), strict=True)
         verb = "overlaps" if number == 1 else "overlap"
         text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
-        text += f"training row: {parts}."
-    else:
-        how = "equal, nearly equal, 13 words in a row"
-        text = f"None of the {count(overlap.rows)} test rows overlaps with a training row ({how})."
+        text += f"training row: {', '.join(f'{count(part)} {name}' for part, name in named if part)}."
     if left := sum(overlap.dropped.values()):
         were = "row was" if left == 1 else "rows were"
         text += f" {count(left)} other {were} kept out of training for that, or out of validation."
     return text
-
-
-def file_line(origin: str) -> str:
-    """Return where a row stands, without the folder."""
-    return origin.rsplit("/", 1)[-1]
 
 
 def flip_section(evaluation: Evaluation, task: str | None) -> Section:

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.report.blocks import Curve, Curves, Dots, Histogram, Interval
-from llmtune.report.charts import draw_curves, draw_dots, draw_histogram, draw_interval, ticks
+from llmtune.report.charts import Curve, draw_curves, draw_dots, draw_histogram, draw_interval, ticks
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -27,7 +26,7 @@ def test_ticks_enclose_the_values_in_even_steps(low, width, count):
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats()), max_size=50))
 def test_curves_of_any_numbers_are_well_formed(points):
-    picture = draw_curves(Curves([Curve("loss", points)], label='a "label" <b>'))
+    picture = draw_curves([Curve("loss", points)], label='a "label" <b>')
     if picture:
         ElementTree.fromstring(picture)
         assert "nan" not in picture
@@ -35,28 +34,28 @@ def test_curves_of_any_numbers_are_well_formed(points):
 
 
 def test_a_chart_without_anything_to_draw_is_left_out():
-    assert draw_curves(Curves([Curve("loss", [(1, math.nan)])], label="x")) == ""
-    assert draw_histogram(Histogram([0, 1], [0], label="x")) == ""
-    assert draw_dots(Dots("x", 1.0, [1.0, 1.0])) == ""
-    assert draw_interval(Interval("x", 0.1, math.nan, 0.2, 1)) == ""
+    assert draw_curves([Curve("loss", [(1, math.nan)])], label="x") == ""
+    assert draw_histogram([0, 1], [0], label="x") == ""
+    assert draw_dots(1.0, [1.0, 1.0], label="x") == ""
+    assert draw_interval(0.1, math.nan, 0.2, better=1, label="x") == ""
 
 
 @pytest.mark.parametrize(("better", "tone"), [(1, "better"), (-1, "worse")])
 def test_an_interval_above_zero_is_right_of_it_only_where_more_is_better(better, tone):
-    root = ElementTree.fromstring(draw_interval(Interval("x", 0.2, 0.1, 0.3, better)))
+    root = ElementTree.fromstring(draw_interval(0.2, 0.1, 0.3, better=better, label="x"))
     dot, zero = root.find("circle"), root.findall("line")[1]
     assert dot.get("class") == f"dot {tone}"
     assert (float(dot.get("cx")) > float(zero.get("x1"))) is (better == 1)
 
 
 def test_dots_lie_in_the_order_of_their_scores_with_the_base_as_a_stroke():
-    root = ElementTree.fromstring(draw_dots(Dots("x", 0.1, [0.5, 0.3])))
+    root = ElementTree.fromstring(draw_dots(0.1, [0.5, 0.3], label="x"))
     first, second = (float(dot.get("cx")) for dot in root.findall("circle"))
     assert float(root.findall("line")[1].get("x1")) < second < first
 
 
 def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
-    root = ElementTree.fromstring(draw_histogram(Histogram([0, 10, 20, 30], [5, 10, 0], label="x")))
+    root = ElementTree.fromstring(draw_histogram([0, 10, 20, 30], [5, 10, 0], label="x"))
     heights = [float(bar.get("height")) for bar in root.findall("rect")]
     assert heights[0] == pytest.approx(heights[1] / 2, rel=0.01)
     assert heights[2] == 0

@@ -18,14 +18,12 @@ from llmtune.report.blocks import (
     Code,
     Column,
     Compared,
-    Curve,
-    Curves,
     Details,
     Heatmap,
     Highlighted,
+    Html,
     KeyValues,
     Links,
-    Meter,
     Page,
     Section,
     Shares,
@@ -33,6 +31,7 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
+from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
 from llmtune.report.render_terminal import print_page
@@ -49,8 +48,10 @@ ALONE = Compared("kl", None, 0.2, None)
 
 def page_of(text: str) -> Page:
     blocks = [
-        Table([text, Column(text, "number"), Column("", "picture")], [[text, text, Cell(picture=Meter(0.5))]], text),
-        Curves([Curve(text, [(0, 1), (1, 2)]), Curve("b", [(0, 2)], "validation")], label=text, title=text),
+        Table(
+            [text, Column(text, "number"), Column("", "picture")], [[text, text, Cell(picture=draw_meter(0.5))]], text
+        ),
+        Html(draw_curves([Curve(text, [(0, 1), (1, 2)]), Curve("b", [(0, 2)], "validation")], label=text, title=text)),
         Heatmap([text], [text], [[0.5]], text, texts=[[text]], tips=[[text]]),
         Shares([(text, text, 0.5)], text),
         Text(text),

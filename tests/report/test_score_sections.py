@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from llmtune.records import Contamination, Difference, Evaluation, Flips, Slice, Study, StudyTable
+from llmtune.records import Evaluation
 from llmtune.report.blocks import Details, Heatmap, Page, Table
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import to_markdown
@@ -23,47 +23,6 @@ from llmtune.report.score_sections import (
     seed_table,
 )
 from llmtune.report.seed_variance import describe_spread
-
-FORGOT = Study(
-    title="Forgetting",
-    base={"perplexity": 20.0, "accuracy": 0.6},
-    tuned={"perplexity": 26.0, "accuracy": 0.61},
-    difference={
-        "perplexity": Difference(6.0, 4.0, 8.0, 0.0004, 40, "paired bootstrap"),
-        "accuracy": Difference(0.01, -0.03, 0.05, 0.7, 90, "McNemar exact"),
-    },
-    meanings={"perplexity": "of general text", "accuracy": "of general questions"},
-    better={"perplexity": -1, "accuracy": 1},
-    limits="A few pages of text cannot show all.",
-    tables=(StudyTable("By genre", ("genre", "base"), (("<b>law</b>", "21"),)),),
-)
-EXAMPLE = {
-    "kind": "13 words in a row",
-    "test": "/home/ada/data/test.jsonl:4",
-    "train": "/home/ada/data/train.jsonl:9",
-    "words": "late <b>parcel</b>",
-}
-
-
-def part(value: str, rows: int, tuned: float, *ends: float) -> Slice:
-    change = Difference(tuned - 0.1, *(ends or (float("nan"),) * 2), 0.01, rows, "McNemar exact")
-    return Slice(value, rows, {"choice_accuracy": 0.1}, {"choice_accuracy": tuned}, {"choice_accuracy": change})
-
-
-OVERLAP = Contamination(
-    rows=148,
-    train_rows=1290,
-    equal=0,
-    near=3,
-    short=20,
-    worded=1,
-    shared=9,
-    overlapping=12,
-    common=210,
-    dropped={"near a test row": 17},
-    examples=(EXAMPLE,),
-    scores=(part("clean rows", 136, 0.75, 0.5, 0.8), part("overlapping rows", 12, 1.0, 0.7, 1.0)),
-)
 
 
 def shown(evaluation: Evaluation, task: str = "chat") -> tuple[str, str, str]:
@@ -116,9 +75,8 @@ def test_more_classes_than_can_be_read_are_shown_as_pairs():
     assert [int(row[2]) for row in pairs.rows] == list(range(21, 6, -1))
 
 
-def test_a_slice_is_coloured_by_its_own_interval_and_few_rows_say_so(evaluation):
-    parts = (part("e-mail | post", 60, 0.8, 0.2, 0.4), part("<i>fax</i>", 40, 0.0, -0.3, -0.1), part("phone", 8, 0.3))
-    page, text, terminal = shown(replace(evaluation, slices={"channel": parts}))
+def test_a_slice_is_coloured_by_its_own_interval_and_few_rows_say_so(measured):
+    page, text, terminal = shown(measured)
     assert r"| `e-mail \| post` | 0.1000 | 0.8000 | ✅ +0.7000 | +0.2000 to +0.4000 | 0.010 | 60 |" in text
     assert "❌ −0.1000" in text
     assert "| `phone` | 0.1000 | 0.3000 | +0.2000 | too few rows | – | 8 |" in text
@@ -126,31 +84,25 @@ def test_a_slice_is_coloured_by_its_own_interval_and_few_rows_say_so(evaluation)
     assert "too few rows" in terminal
 
 
-def test_flips_are_counted_each_way_with_some_of_them_to_read(evaluation):
-    sample = {**evaluation.samples[0], "prompt": "<b>Where</b> is my parcel?"}
-    flips = {"exact_match": Flips(0, 0, 148), "choice_accuracy": Flips(50, 1, 148, (sample,), (sample,))}
-    page, text, _ = shown(replace(evaluation, flips=flips))
+def test_flips_are_counted_each_way_with_some_of_them_to_read(measured):
+    page, text, _ = shown(measured)
     assert "| `choice_accuracy` | ✅ 50 | ❌ 1 | 148 |" in text
     assert text.index("| `choice_accuracy` | ✅ 50") < text.index("| `exact_match` | 0 | 0 |")
     assert "<summary>choice accuracy, wrong before, right now: 1 of 50</summary>" in page
     assert "&lt;b&gt;Where&lt;/b&gt; is my parcel?" in page
 
 
-def test_a_suite_is_shown_by_the_names_that_gates_use_with_its_better_side(evaluation):
-    page, text, terminal = shown(replace(evaluation, studies={"forgetting": FORGOT}))
-    assert 'href="#forgetting"' in page
-    assert 'id="forgetting"' in page
-    assert "of general text; lower is better" in page
-    assert "A few pages of text cannot show all." in page
-    assert "&lt;b&gt;law&lt;/b&gt;" in page
+def test_a_suite_is_shown_by_the_names_that_gates_use_with_its_better_side(measured):
+    page, text, terminal = shown(measured)
+    parts = ('href="#forgetting"', 'id="forgetting"', "of general text; lower is better", "&lt;b&gt;law&lt;/b&gt;")
+    assert [part for part in (*parts, "A few pages of text cannot show all.") if part not in page] == []
     assert "## Forgetting" in text
-    assert "| `forgetting.perplexity` | 20.00 | 26.00 | ❌ +6.000 | +4.000 to +8.000 | &lt;" not in text
     assert "| `forgetting.perplexity` | 20.00 | 26.00 | ❌ +6.000 | +4.000 to +8.000 |" in text
     assert "forgetting.accuracy" in terminal
 
 
-def test_test_rows_that_overlap_are_counted_and_scored_apart(evaluation):
-    page, text, terminal = shown(replace(evaluation, contamination=OVERLAP))
+def test_test_rows_that_overlap_are_counted_and_scored_apart(measured):
+    page, text, terminal = shown(measured)
     for shown_text in (page, text, " ".join(terminal.split())):
         assert "12 of 148 test rows (8.1 %) overlap with a training row" in shown_text
     assert "3 nearly equal, 9 with 13 words in a row in common, 1 short, with the same words. 17 other rows" in page
@@ -160,21 +112,18 @@ def test_test_rows_that_overlap_are_counted_and_scored_apart(evaluation):
     assert "late &lt;b&gt;parcel&lt;/b&gt;" in page
     assert "| `clean rows` | 0.1000 | 0.7500 | ✅ +0.6500 | +0.5000 to +0.8000 | 0.010 | 136 |" in text
     assert "| `all rows` | 0.5200 | 0.8000 |" in text
-    assert [row[1:] for row in overlap_table(OVERLAP).rows] == [
-        ["0", "148", "0.0 %"],
-        ["3", "148", "2.0 %"],
-        ["9", "128", "7.0 %"],
-        ["1", "20", "5.0 %"],
-    ]
+    counts = [["0", "148", "0.0 %"], ["3", "148", "2.0 %"], ["9", "128", "7.0 %"], ["1", "20", "5.0 %"]]
+    assert [row[1:] for row in overlap_table(measured.contamination).rows] == counts
 
 
-def test_without_any_overlap_one_sentence_says_so(evaluation):
-    none = replace(OVERLAP, equal=0, near=0, worded=0, shared=0, overlapping=0, scores=(), examples=(), dropped={})
-    page, text, _ = shown(replace(evaluation, contamination=none))
+def test_without_any_overlap_one_sentence_says_so(measured):
+    nothing = {"equal": 0, "near": 0, "worded": 0, "shared": 0, "overlapping": 0, "dropped": {}}
+    none = replace(measured.contamination, **nothing, scores=(), examples=())
+    page, text, _ = shown(replace(measured, contamination=none))
     assert "None of the 148 test rows overlaps with a training row" in page
     assert "what they share" not in page
     assert "clean rows" not in text
-    one = replace(OVERLAP, overlapping=1, near=0, worded=0, shared=1, dropped={"near a test row": 1})
+    one = replace(none, overlapping=1, shared=1, dropped={"near a test row": 1})
     assert "1 of 148 test rows (0.7 %) overlaps with a training row" in overlap_sentence(one)
     assert "1 other row was kept out" in overlap_sentence(one)
 
@@ -193,7 +142,7 @@ def test_the_table_of_seeds_has_each_seed_and_dots(evaluation):
     loss = table.cells[0]
     assert [cell.text for cell in loss[:4]] == ["loss", "1.480", "0.4400", "0.5000"]
     assert (loss[6].text, loss[7].tone) == ("0.4400 to 0.5000", "better")
-    assert loss[-1].picture.label == "loss: base 1.480, seeds 0.4400, 0.5000"
+    assert 'aria-label="loss: base 1.480, seeds 0.4400, 0.5000"' in loss[-1].picture
 
 
 @pytest.mark.parametrize("task", ["chat", "preference"])

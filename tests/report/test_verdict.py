@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmtune.records import Difference, Evaluation
+from llmtune.report.report_page import headline
 from llmtune.report.verdict import verdict
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
@@ -16,37 +17,55 @@ def judge_changes(baseline=None, **changes):
     return verdict(Evaluation({}, {}, changes, (), (), 100, baseline=baseline))
 
 
+def differences(n=100, **intervals):
+    ps = {metric: 0.5 if ends in (OPEN, UNKNOWN) else 0.001 for metric, ends in intervals.items()}
+    return {metric: Difference(0.0, *ends, ps[metric], n) for metric, ends in intervals.items()}
+
+
 def judge(n=100, baseline=None, **intervals):
-    changes = {
-        metric: Difference(0.0, *ends, 0.5 if ends in (OPEN, UNKNOWN) else 0.001, n)
-        for metric, ends in intervals.items()
-    }
-    return judge_changes(baseline, **changes)
+    return judge_changes(baseline, **differences(n, **intervals))
 
 
 @pytest.mark.parametrize(
-    ("intervals", "word"),
+    ("intervals", "word", "shown", "tone"),
     [
-        ({"exact_match": BETTER, "loss": LESS, "choice_accuracy": BETTER}, "helped"),
-        ({"loss": LESS}, "helped"),
-        ({"loss": MORE}, "harmed"),
-        ({"exact_match": WORSE, "loss": (-0.1, 0.1)}, "harmed"),
-        ({"exact_match": BETTER, "loss": MORE}, "mixed"),
-        ({"exact_match": BETTER, "choice_accuracy": WORSE}, "mixed"),
-        ({"exact_match": OPEN, "loss": OPEN}, "can't tell"),
-        ({"wer": LESS, "cer": LESS}, "helped"),
-        ({"bleu": BETTER, "ter": MORE}, "mixed"),
-        ({"mae": MORE, "pearson": OPEN}, "harmed"),
-        ({"length_ratio": BETTER}, "can't tell"),
-        ({"length_ratio": WORSE, "rouge1": BETTER}, "helped"),
-        ({"kl": MORE}, "can't tell"),
-        ({"kl": MORE, "accuracy": BETTER, "margin": BETTER}, "helped"),
-        ({"kl": MORE, "accuracy": WORSE}, "harmed"),
-        ({"exact_match": UNKNOWN}, "can't tell"),
+        ({"exact_match": BETTER, "loss": LESS, "choice_accuracy": BETTER}, "helped", "choice accuracy", "better"),
+        ({"loss": LESS}, "helped", "loss", "better"),
+        ({"loss": LESS, "exact_match": OPEN}, "helped", "loss", "better"),
+        ({"loss": LESS, "exact_match": BETTER}, "helped", "exact match", "better"),
+        ({"perplexity": LESS, "accuracy": OPEN}, "helped", "perplexity", "better"),
+        ({"accuracy": BETTER, "f1": BETTER}, "helped", "f1", "better"),
+        ({"wer": LESS, "cer": LESS, "loss": LESS}, "helped", "wer", "better"),
+        ({"length_ratio": WORSE, "rouge1": BETTER}, "helped", "rouge1", "better"),
+        ({"kl": MORE, "accuracy": BETTER, "margin": BETTER}, "helped", "accuracy", "better"),
+        ({"kl": MORE, "loss": LESS}, "helped", "loss", "better"),
+        ({"loss": MORE, "exact_match": OPEN}, "harmed", "loss", "worse"),
+        ({"loss": MORE, "exact_match": OPEN, "rougeL": WORSE}, "harmed", "rougeL", "worse"),
+        ({"exact_match": WORSE, "loss": (-0.1, 0.1)}, "harmed", "exact match", "worse"),
+        ({"mae": MORE, "pearson": OPEN}, "harmed", "mae", "worse"),
+        ({"kl": MORE, "accuracy": WORSE}, "harmed", "accuracy", "worse"),
+        ({"exact_match": BETTER, "loss": MORE}, "mixed", "exact match", "better"),
+        ({"exact_match": BETTER, "choice_accuracy": WORSE}, "mixed", "choice accuracy", "worse"),
+        ({"loss": LESS, "exact_match": OPEN, "rougeL": WORSE}, "mixed", "rougeL", "worse"),
+        ({"bleu": BETTER, "ter": MORE}, "mixed", "bleu", "better"),
+        ({"exact_match": OPEN, "loss": OPEN}, "can't tell", "exact match", "unsure"),
+        ({"loss": LESS, "exact_match": BETTER, "choice_accuracy": OPEN}, "can't tell", "choice accuracy", "unsure"),
+        ({"length_ratio": BETTER, "rouge1": OPEN}, "can't tell", "rouge1", "unsure"),
+        ({"kl": MORE}, "can't tell", "kl", "worse"),
+        ({"exact_match": UNKNOWN}, "can't tell", "exact match", "unsure"),
     ],
 )
-def test_the_verdict_follows_the_intervals(intervals, word):
-    assert judge(**intervals).word == word
+def test_the_verdict_follows_the_intervals_and_what_is_shown_first_bears_it_out(intervals, word, shown, tone):
+    changes = differences(**intervals)
+    assert judge_changes(**changes).word == word
+    row = headline(Evaluation({}, {}, changes, (), (), 100), word)
+    assert (row.name, row.tone) == (shown, tone)
+
+
+def test_a_gain_on_too_few_rows_is_not_what_the_verdict_stands_on():
+    changes = {"exact_match": Difference(0.2, *BETTER, 0.1, 4), "loss": Difference(-0.2, *LESS, 0.01, 50)}
+    assert headline(Evaluation({}, {}, changes, (), (), 50), "helped").name == "loss"
+    assert headline(Evaluation({}, {}, {}, (), (), 50), "can't tell") is None
 
 
 def test_a_gain_that_choices_do_not_share_may_be_format_alone():
