@@ -46,11 +46,6 @@ class Tolerances:
     score: float = 0.02
 
 
-def default_out(run: Path) -> Path:
-    """Beside the run."""
-    return run.absolute().with_name(f"{run.absolute().name}-reproduced")
-
-
 def reproduce(
     run: Path,
     console: Console,
@@ -69,7 +64,7 @@ def reproduce(
     """
     folder = read_run(run)
     folder.require_trained()
-    target = out or default_out(run)
+    target = out or run.absolute().with_name(f"{run.absolute().name}-reproduced")
     if target.resolve() == run.resolve():
         raise RecipeError.of("this is the run that is to be reproduced", "--out", "name another folder")
     verification = verify(run)
@@ -80,7 +75,7 @@ def reproduce(
         out=target,
         fresh=fresh,
         offline=offline,
-        until="evaluate" if is_evaluated(folder) else "train",
+        until="evaluate" if folder.is_done("evaluate") else "train",
         pins=hold(read_pins(run / LOCK), loaded.recipe, lock, run),
         findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
@@ -101,11 +96,6 @@ def refuse_changed(verification: Verification) -> None:
     for kinds, error in ((("recipe", "lock"), RecipeError), (("data",), DataError)):
         error.collect(problem for finding, problem in failed if finding.kind in kinds)
     EnvironmentProblem.collect(problem for finding, problem in failed if finding.kind in {"model", "start_from"})
-
-
-def is_evaluated(folder: RunFolder) -> bool:
-    """Whether the run has scores."""
-    return folder.is_done("evaluate")
 
 
 def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
@@ -171,7 +161,7 @@ def compare(folder: RunFolder, now: Path, lock: Lock, verification: Verification
     files = list(compare_trained(folder, now, lock, trained))
     losses = [judge(found, tolerances.loss) for found in compare_losses(was, now)]
     scores = [judge(found, tolerances.score) for found in compare_scores(was, now)]
-    if is_evaluated(folder) and not scores:
+    if folder.is_done("evaluate") and not scores:
         scores = [{"name": "evaluation", "was": None, "now": None, "equal": False, "within": False}]
     by_bytes = not settings and device_of(folder, lock) == "cpu"
     same_bytes = all(file["equal"] for file in files)

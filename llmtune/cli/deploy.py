@@ -25,11 +25,6 @@ EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipa
 app = typer.Typer(help="Make something to ship out of a run.", no_args_is_help=True)
 
 
-@app.callback()
-def _deploy() -> None:
-    pass
-
-
 @app.command()
 @handled
 def serve(
@@ -149,8 +144,7 @@ def merge(
         from llmtune.deploy.merged_model import merge as merge_run
         from llmtune.session import open_finished
 
-    context, model_ref = open_finished(run, stderr_console(), offline)
-    certificate = merge_run(context, model_ref, out, onto=onto, dtype=dtype)
+    certificate = merge_run(*open_finished(run, stderr_console(), offline), out, onto=onto, dtype=dtype)
     if as_json:
         print_json(certificate)
 

@@ -50,6 +50,7 @@ from llmtune.deploy.tuned_model import (
 )
 from llmtune.errors import RecipeError, nearest
 from llmtune.evaluate.generation import answer_ends
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.oom import explain_oom
 from llmtune.model.processor import load_processor
@@ -169,21 +170,22 @@ class _Export:
         self.name = re.sub(r"[^A-Za-z0-9._-]", "-", tuned.recipe.name)
         self.reference = TextReference(tuned)
         self.base_logits = self.reference.read_base_logits()
+        self.stops = answer_ends(tuned.model, tuned.processor, tuned.recipe)
+        size = int(unwrap(tuned.model).get_input_embeddings().weight.shape[0])
+        self.vocabulary = describe_vocabulary(tuned.processor, size, self.reference.prompts, self.stops)
 
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
         file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
         with self.console.status("merging and writing"):
             merged = merge_weights(self.tuned.adapted, onto)
-            vocabulary = self._describe_vocabulary(merged)
-            write_model(merged, vocabulary, file, self.number_format, self.name)
-        config = merged.config
-        del merged
+            config = merged.config
+            write_model(merged, self.vocabulary, file, self.number_format, self.name)
+            del merged
         limits = FORMAT_LIMITS[self.number_format]
         if self.tuned.adapted.selected.quantized:
             limits = _wider(limits, LIMITS["rounded" if onto == "dequantized" else "other base"])
-        facts = {**self._file_facts(file, onto), "modelfile_template": self._write_modelfile(file, vocabulary)}
-        return {**facts, **self._certify(file, config, limits)}
+        return {**self._file_facts(file, onto), **self._certify(file, config, limits)}
 
     def write_adapter(self, folder: Path) -> Certificate:
         """Write the adapter, and read it back; with llama.cpp also on the base, where that is not in 4 bits."""
@@ -192,42 +194,31 @@ class _Export:
         with self.console.status("writing the adapter"):
             write_adapter(model, file, self.number_format, self.name)
             compared = compare_adapter(model, file, self.number_format)
-        base = cast(PreTrainedModel, model.get_base_model())
-        vocabulary = self._describe_vocabulary(base)
         note = f"An adapter. Put its base beside it as base.gguf: {selected.model_ref.name}"
-        template = self._write_modelfile(file, vocabulary, note, adapter=True)
-        facts = {**self._file_facts(file, "none"), "adapter": compared, "modelfile_template": template}
+        facts = {**self._file_facts(file, "none", note), "adapter": compared}
         if not has_llama() or selected.quantized:
             return facts
-        whole, config = folder / "base.gguf", base.config
-        write_model(cast(PreTrainedModel, model.unload()), vocabulary, whole, "f32", self.name)
+        whole, base = folder / "base.gguf", cast(PreTrainedModel, model.unload())
+        write_model(base, self.vocabulary, whole, "f32", self.name)
         try:
-            return {**facts, **self._certify(whole, config, FORMAT_LIMITS[self.number_format], adapter=file)}
+            return {**facts, **self._certify(whole, base.config, FORMAT_LIMITS[self.number_format], adapter=file)}
         finally:
             whole.unlink()
 
-    def _answer_ends(self, model: PreTrainedModel) -> list[int]:
-        """Return the ids that end an answer, including those of the chat template."""
-        return answer_ends(model, self.tuned.processor, self.tuned.recipe)
-
-    def _describe_vocabulary(self, model: PreTrainedModel) -> Vocabulary:
-        size = int(model.get_input_embeddings().weight.shape[0])
-        return describe_vocabulary(self.tuned.processor, size, self.reference.prompts, self._answer_ends(model))
-
-    def _write_modelfile(self, file: Path, vocabulary: Vocabulary, *notes: str, adapter: bool = False) -> bool:
+    def _write_modelfile(self, file: Path, onto: str, *notes: str) -> bool:
         """Write the Modelfile; returns whether it has a template."""
         tuned, parts = self.tuned, None
         if TASK_FACTS[tuned.task.name].templated and tuned.processor.chat_template:
-            parts = split_template(tuned.processor, tuned.recipe, vocabulary[NAMES.ADD_BOS])
+            parts = split_template(tuned.processor, tuned.recipe, self.vocabulary[NAMES.ADD_BOS])
             if parts is None:
                 notes += ("The chat template does more than a Go template can: Ollama is left to find its own.",)
                 self.console.print("Modelfile: this chat template has no equal in Go, so TEMPLATE is omitted.")
-        stops = [vocabulary[NAMES.LIST][index] for index in self._answer_ends(tuned.adapted.selected.model)]
-        write_modelfile(file, parts, stops, tuned.recipe, notes, adapter)
+        stops = [self.vocabulary[NAMES.LIST][index] for index in self.stops]
+        write_modelfile(file, parts, stops, tuned.recipe, notes, adapter=onto == "none")
         return parts is not None
 
-    def _file_facts(self, file: Path, onto: str) -> Certificate:
-        """Return the certificate of a file that no program has read yet."""
+    def _file_facts(self, file: Path, onto: str, *notes: str) -> Certificate:
+        """Write the Modelfile, and return the certificate of a file that no program has read yet."""
         return {
             **self.tuned.certificate([]),
             "method": self.tuned.adapted.method,
@@ -241,6 +232,7 @@ class _Export:
             "measured": None,
             "kl_from_base": None,
             "adapter": None,
+            "modelfile_template": self._write_modelfile(file, onto, *notes),
         }
 
     def _certify(

@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import threading
 from contextlib import contextmanager, nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from rich.console import Console
 from support.finished import finish_run
+from support.http_server import answering
 
 from llmtune.deploy.endpoint_parity import ask_all, certify_run, connect, find_endpoint_breaches
 from llmtune.deploy.tuned_model import TransformersReader
@@ -36,72 +35,42 @@ def served(finished):
     return Models(context, place, processor).adapted.model, processor
 
 
-class FakeServer:
-    """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
-
-    def __init__(self, model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
-        self.reader, self.processor, self.knows = TransformersReader(model), processor, set(knows)
-        self.start, self.base, self.usage, self.busy, self.key = start, base, usage, busy, key
-
-    def answer(self, body):
-        unknown = set(body) - {"model", "temperature", "max_tokens", "messages", *self.knows}
-        if unknown:
-            return 400, {"error": {"message": f"unknown: {sorted(unknown)}"}}
-        if self.busy:
-            self.busy -= 1
-            return 429, {"error": {"message": "busy"}}
-        text = self.processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
-        ids = self.processor(text, add_special_tokens=False)["input_ids"]
-        ids = [self.processor.bos_token_id, *ids] if self.start else ids
-        with self.reader.model.disable_adapter() if self.base else nullcontext():
-            written = self.reader.answer(ids, [self.processor.eos_token_id], body["max_tokens"])
-        choice = {"message": {"content": self.processor.decode(written, skip_special_tokens=True)}}
-        if "logprobs" in body:
-            logprobs = self.reader.logits([*ids, *written])[len(ids) - 1 : -1].log_softmax(-1)
-            pairs = zip(written, logprobs, strict=True)
-            tokens = [{"token": self.processor.decode([token]), "logprob": float(row[token])} for token, row in pairs]
-            choice["logprobs"] = {"content": tokens}
-        usage = {"usage": {"prompt_tokens": len(ids), "completion_tokens": len(written)}} if self.usage else {}
-        if "return_token_ids" in body:
-            return 200, {"choices": [{**choice, "token_ids": written}], "prompt_token_ids": ids, **usage}
-        return 200, {"choices": [choice], **usage}
-
-
 @contextmanager
-def listening(handler):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def fake_server(model, processor, *, knows=(), start=False, base=False, usage=True, busy=0, key=None):
+    """A small OpenAI-compatible server around a real model; `knows` are the further parameters that it takes."""
+    reader, left = TransformersReader(model), [busy]
 
+    def complete(body):
+        if unknown := set(body) - {"model", "temperature", "max_tokens", "messages", *knows}:
+            return 400, {"error": {"message": f"unknown: {sorted(unknown)}"}}, {}
+        text = processor.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+        ids = processor(text, add_special_tokens=False)["input_ids"]
+        ids = [processor.bos_token_id, *ids] if start else ids
+        with model.disable_adapter() if base else nullcontext():
+            written = reader.answer(ids, [processor.eos_token_id], body["max_tokens"])
+        choice = {"message": {"content": processor.decode(written, skip_special_tokens=True)}}
+        if "logprobs" in body:
+            logprobs = reader.logits([*ids, *written])[len(ids) - 1 : -1].log_softmax(-1)
+            pairs = zip(written, logprobs, strict=True)
+            tokens = [{"token": processor.decode([token]), "logprob": float(row[token])} for token, row in pairs]
+            choice["logprobs"] = {"content": tokens}
+        said = {"usage": {"prompt_tokens": len(ids), "completion_tokens": len(written)}} if usage else {}
+        if "return_token_ids" in body:
+            return 200, said | {"choices": [{**choice, "token_ids": written}], "prompt_token_ids": ids}, {}
+        return 200, said | {"choices": [choice]}, {}
 
-def at_work(server):
-    class Handler(BaseHTTPRequestHandler):
-        def send(self, status, content):
-            self.send_response(status)
-            self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+    def answer(verb, path, headers, body):
+        if verb == "GET":
+            return 200, {"data": [{"id": "other"}, {"id": "tiny"}]}, {}
+        if key and headers.get("Authorization") != f"Bearer {key}":
+            return 401, {"error": {"message": "no key"}}, {}
+        if left[0]:
+            left[0] -= 1
+            return 429, {"error": {"message": "busy"}}, {"Retry-After": "0"}
+        return complete(json.loads(body))
 
-        def do_GET(self):
-            self.send(200, {"data": [{"id": "other"}, {"id": "tiny"}]})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-                self.send(401, {"error": {"message": "no key"}})
-            else:
-                self.send(*server.answer(body))
-
-        def log_message(self, *about):
-            pass
-
-    return listening(Handler)
+    with answering(answer) as url:
+        yield url
 
 
 def certify(run, url, console, **options):
@@ -118,7 +87,7 @@ ALL = ("return_token_ids", "repetition_penalty", "logprobs", "top_logprobs")
     [(ALL, ("ids", True)), (ALL[:2], ("ids", False)), (ALL[2:], ("count", True)), ((), ("count", False))],
 )
 def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, console, knows, told):
-    with at_work(FakeServer(*served, knows=knows)) as url:
+    with fake_server(*served, knows=knows) as url:
         certificate = certify(run, url, console)
     measured = certificate["measured"]
     assert certificate["passed"]
@@ -132,19 +101,19 @@ def test_an_endpoint_of_the_same_model_passes_by_all_that_it_tells(run, served, 
 
 @pytest.mark.parametrize(("knows", "said"), [(ALL, "other token ids"), ((), "another number of tokens")])
 def test_an_endpoint_with_an_extra_start_token_fails(run, served, console, knows, said):
-    with at_work(FakeServer(*served, knows=knows, start=True)) as url, pytest.raises(GateFailed, match=said) as raised:
+    with fake_server(*served, knows=knows, start=True) as url, pytest.raises(GateFailed, match=said) as raised:
         certify(run, url, console)
     assert raised.value.exit_code == 6
     assert not json.loads((run / "endpoint.certificate.json").read_text())["passed"]
 
 
 def test_an_endpoint_of_the_base_model_fails(run, served, console):
-    with at_work(FakeServer(*served, base=True)) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
+    with fake_server(*served, base=True) as url, pytest.raises(GateFailed, match="greedy answers are the same"):
         certify(run, url, console)
 
 
 def test_an_endpoint_that_tells_nothing_of_its_prompts_is_unproven(run, served, console):
-    with at_work(FakeServer(*served, usage=False)) as url, pytest.raises(GateFailed, match="template is unproven"):
+    with fake_server(*served, usage=False) as url, pytest.raises(GateFailed, match="template is unproven"):
         certify(run, url, console)
 
 
@@ -168,7 +137,7 @@ def test_our_own_server_passes(run, served, console):
 
 def test_a_busy_endpoint_is_asked_again_and_a_key_is_sent(run, served, console, tmp_path):
     (tmp_path / "key").write_text("open-sesame\n")
-    with at_work(FakeServer(*served, knows=ALL, busy=2, key="open-sesame")) as url:
+    with fake_server(*served, knows=ALL, busy=2, key="open-sesame") as url:
         assert certify(run, url, console, key_file=tmp_path / "key")["passed"]
         with pytest.raises(EnvironmentProblem, match="wants another key"):
             certify(run, url, console)
@@ -185,21 +154,12 @@ def test_mistakes_are_told(run, console, tmp_path):
         certify(run, "http://127.0.0.1:9", console)
     with pytest.raises(RecipeError, match="key cannot be read"):
         certify(run, "http://127.0.0.1:9", console, key_file=tmp_path / "none")
-    with at_work(FakeServer(None, None)) as url, pytest.raises(RecipeError, match="has no model 'mine'"):
+    with fake_server(None, None) as url, pytest.raises(RecipeError, match="has no model 'mine'"):
         certify(run, url, console, model="mine")
 
 
 def test_an_address_that_sends_elsewhere_is_not_followed():
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.send_response(307)
-            self.send_header("Location", "http://127.0.0.1:9/")
-            self.end_headers()
-
-        def log_message(self, *about):
-            pass
-
-    with listening(Handler) as url:
+    with answering(lambda *asked: (307, {}, {"Location": "http://127.0.0.1:9/"})) as url:
         client = connect(url, "key", offline=True)
         with client, pytest.raises(EnvironmentProblem, match="status 307"):
             ask_all(client, "tiny", [{"prompt": "Once"}], False, [{}])

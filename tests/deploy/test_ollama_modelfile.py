@@ -6,9 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support import templates
 from support.models import CHATML, train_tokenizer
 from support.runs import write_recipe
-from support.templates import DEFAULT_SYSTEM, EMPTY_THOUGHTS, LLAMA3
+from support.templates import DEFAULT_SYSTEM, EMPTY_THOUGHTS
 
 from llmtune.deploy.ollama_modelfile import (
     go_template,
@@ -19,6 +20,7 @@ from llmtune.deploy.ollama_modelfile import (
 )
 from llmtune.recipe import load_recipe
 
+LLAMA3 = templates.LLAMA3.replace("<|eot_id|>", "<|im_end|>")
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from support.http_server import Headers, answering
 
 
 @dataclass
@@ -32,36 +32,13 @@ def hub_at_work(refuses: int | None = None) -> Iterator[Hub]:
     """Serve a hub on the loopback interface for as long as the block lasts."""
     hub = Hub(refuses=refuses)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
+        hub.asked.append(f"{verb} {path}")
+        hub.tokens.add(headers.get("Authorization", ""))
+        return (hub.refuses, {"error": "no"}, {}) if hub.refuses else (*handle(hub, verb, path, body), {})
 
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            hub.asked.append(f"{self.command} {self.path}")
-            hub.tokens.add(self.headers.get("Authorization", ""))
-            status, said = (hub.refuses, {"error": "no"}) if hub.refuses else handle(hub, self.command, self.path, body)
-            content = json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server calls
-
-        def log_message(self, *about: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with answering(answer) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def handle(hub: Hub, verb: str, path: str, body: bytes) -> tuple[int, Any]:
