@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmtune.report.blocks import Curve, Curves
-from llmtune.report.charts import LEFT, TOP, WIDTH, draw_curves
+from llmtune.report.charts import LEFT, TOP, WIDTH, Curve, draw_curves
 
 COLOURS = ("#0b7285", "#c2410c", "#7c3aed", "#15803d", "#b45309", "#be185d")
 STYLE = """
@@ -20,7 +19,8 @@ text { fill: #444 }
 def draw_losses(curves: Mapping[str, Sequence[float]]) -> str:
     """Draw one line a tool; steps count from 1. Returns the text of an SVG file."""
     lines = [Curve(name, list(enumerate(losses, 1)), f"tool{k}") for k, (name, losses) in enumerate(curves.items())]
-    chart = str(draw_curves(Curves(lines, "Loss of every step, a line a tool", height=300)))
+    drawn = str(draw_curves(lines, label="Loss of every step, a line a tool", height=300))
+    chart = drawn[drawn.index("<svg ") :].strip()  # without the key, which is HTML
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(curves))]
     rules = [f".tool{k} {{ stroke: {colour} }} circle.tool{k} {{ fill: {colour} }}" for k, colour in enumerate(colours)]
     names = [

@@ -243,7 +243,7 @@ class _Export:
         length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
         opened = open_gguf(whole, vocabulary, config, length, adapter)
         with self.console.status("asking the GGUF file"), opened as reader:
-            logits, same_answers = reference.read_by(reader), reference.same_answers(reader)
+            logits, same_answers = reference.read_by(reader.logits), reference.same_answers(reader.answer)
             same_ids = served_prompts(self.tuned, vocabulary, reader) == reference.prompts
         parity = reference.judge(logits, same_answers, same_ids)
         trained_kl = compare_outputs(reference.logits[fixed], logits[fixed]).kl_mean

@@ -24,7 +24,7 @@ from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.results import load_evaluation
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact
-from llmtune.store.atomic_files import explained, hash_file, hash_folder, read_json, staged, write_json, write_text
+from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 from llmtune.store.run_lock import LOCK, read_lock
 
@@ -54,13 +54,14 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
         _fill(target, folder.path, lock, model, options)
         write_text(target / CARD, redact(str(written)))
         refuse_paths(target, _private_paths(folder.path, lock))
-        loaded, card = read_card(target / CARD)
+        card = _read_card(target / CARD)
         sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
         if options.repo and not options.dry_run:
-            upload(target, options.repo, private=options.private, card=loaded, name=options.repo.rpartition("/")[2])
+            upload(target, options.repo, private=options.private, card=card, name=options.repo.rpartition("/")[2])
     where = f"https://huggingface.co/{options.repo}" if options.repo else str(options.to)
     _print_summary(where, sizes, options, console)
-    return {"to": where, "dry_run": options.dry_run, "files": sizes, "card": card}
+    metadata: dict[str, object] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return {"to": where, "dry_run": options.dry_run, "files": sizes, "card": metadata}
 
 
 def _check_options(options: PublishOptions) -> None:
@@ -143,7 +144,7 @@ def find_model(folder: RunFolder, report: Document, options: PublishOptions) -> 
         return PublishedModel("merged", folder.path / "merged", merged, gguf)
     weights = sorted((folder.path / kind).glob("*.safetensors"))
     certificate = {"passed": True, "product": kind, "evaluated_sha256": evaluated, "merged": merged}
-    certificate["files_sha256"] = {file.name: hash_file(file) for file in weights}
+    certificate["files_sha256"] = {file.name: hash_path(file) for file in weights}
     return PublishedModel(kind, folder.path / kind, certificate, gguf)
 
 
@@ -151,23 +152,21 @@ def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
     """Return the certificate of the merged model where it is of these weights."""
     folder, again = str(run / "merged"), f"Merge again: llmtune deploy merge {run}"
     certificate: Certificate | None = read_json(run / "merged" / CERTIFICATE)
+    if certificate is None and required:
+        breaches = (read_json(run / "merged.failed.json") or {}).get("breaches", ())
+        GateFailed.collect(Problem(f"the merge failed: {breach}", "merged", again) for breach in breaches)
+        raise RecipeError.of("there is no merged model", folder, f"Run: llmtune deploy merge {run}")
     if certificate is None:
-        failed = read_json(run / "merged.failed.json") or {}
-        if required:
-            breaches = failed.get("breaches", ())
-            GateFailed.collect(Problem(f"the merge failed: {breach}", "merged", again) for breach in breaches)
-            raise RecipeError.of("there is no merged model", folder, f"Run: llmtune deploy merge {run}")
         return None
-    problems = []
-    if not certificate.get("passed"):
-        problems.append(Problem("its certificate did not pass", folder, again))
-    if certificate.get("trained_sha256") != trained:
-        problems.append(Problem("it was made of other weights than the run has now", folder, again))
+    checks = {
+        "its certificate did not pass": certificate.get("passed"),
+        "it was made of other weights than the run has now": certificate.get("trained_sha256") == trained,
+    }
     if required:
         for name, expected in (certificate.get("files_sha256") or {}).items():
-            file = run / "merged" / name
-            if not file.is_file() or hash_file(file) != expected:
-                problems.append(Problem("it changed since it was certified", str(file), again))
+            checks[f"{name} changed since it was certified"] = hash_path(run / "merged" / name) == expected
+    problems = [Problem(what, folder, again) for what, holds in checks.items() if not holds]
+    if required:
         GateFailed.collect(problems)
     return None if problems else certificate
 
@@ -177,13 +176,12 @@ def _read_gguf(file: Path, report: Document, trained: str) -> Certificate:
     certificate: Certificate = read_json(file.parent / CERTIFICATE) or {}
     checks = {
         "a GGUF file without a certificate that passed is not published": certificate.get("passed"),
-        "the file changed since it was certified": certificate.get("file_sha256") == hash_file(file),
+        "the file changed since it was certified": certificate.get("file_sha256") == hash_path(file),
         "the file was made from another base model": certificate.get("base_sha256") == report["model"]["sha256"],
         "the file was made from another training": certificate.get("trained_sha256") == trained,
     }
-    for what, holds in checks.items():
-        if not holds:
-            raise GateFailed.of(what, str(file), "Make it again: llmtune deploy gguf RUN")
+    for what in (what for what, holds in checks.items() if not holds):
+        raise GateFailed.of(what, str(file), "Make it again: llmtune deploy gguf RUN")
     return certificate
 
 
@@ -228,15 +226,13 @@ def _fill(target: Path, run: Path, lock: Document, model: PublishedModel, option
     write_text(target / "recipe.yaml", recipe_to_share(run / "recipe.yaml"))
 
 
-def read_card(path: Path) -> tuple[ModelCard, dict[str, object]]:
-    """Read a card and its metadata as the hub's library does; raises EnvironmentProblem where it cannot."""
+def _read_card(path: Path) -> ModelCard:
+    """Read a card as the hub's library does; raises EnvironmentProblem where it cannot."""
     try:
         card: ModelCard = ModelCard.load(path)
     except (ValueError, TypeError, KeyError) as error:
         raise EnvironmentProblem.of(f"the hub's library cannot read this card: {error}", path.name) from error
-    metadata: dict[str, object] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    assert metadata, "a card has metadata"
-    return card, metadata
+    return card
 
 
 def _print_summary(where: str, sizes: Mapping[str, int], options: PublishOptions, console: Console) -> None:

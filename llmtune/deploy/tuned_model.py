@@ -7,10 +7,10 @@ one per token for tags and words, two for an answer's ends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -166,16 +166,6 @@ def make_reference(tuned: TunedModel) -> Reference:
 # Models that continue a text
 
 
-class TextReader(Protocol):
-    """A program that continues a text."""
-
-    def logits(self, ids: Ids) -> torch.Tensor:
-        """Return the logits [T, V] of every position, on the CPU in float32."""
-
-    def answer(self, prompt: Ids, stops: Ids) -> list[int]:
-        """Return the first ids of the greedy answer, up to one of `stops`, which is included."""
-
-
 class TransformersReader:
     """A model of transformers or PEFT that continues a text."""
 
@@ -212,11 +202,16 @@ class TextReference(Reference):
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
         """Return the logits over each prompt and the tuned model's answer to it."""
-        return self.read_by(TransformersReader(model))
+        return self.read_by(TransformersReader(model).logits)
 
-    def read_by(self, reader: TextReader) -> list[torch.Tensor]:
-        """Return what `reader` reads over each prompt and the tuned model's answer to it."""
-        return [reader.logits([*prompt, *answer]) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+    def read_by(self, logits_of: Callable[[Ids], torch.Tensor]) -> list[torch.Tensor]:
+        """Return what a reader's `logits` are over each prompt and the tuned model's answer to it."""
+        return [logits_of([*prompt, *answer]) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+
+    def same_answers(self, answer: Callable[[Ids, Ids], list[int]]) -> list[bool]:
+        """Return whether a reader's `answer` to each prompt is that of the tuned model."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return [answer(prompt, self.stops) == expected for prompt, expected in pairs]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
         """Compare a folder of transformers; its prompts are made as in training and as a server makes them."""
@@ -229,12 +224,7 @@ class TextReference(Reference):
             served = [cast(list[int], saved(text, add_special_tokens=False)["input_ids"]) for text in texts]
         same_ids = served == self.prompts and render_prompts(self.tuned, processor) == self.prompts
         reader = TransformersReader(model)
-        return self.judge(self.read_by(reader), self.same_answers(reader), same_ids)
-
-    def same_answers(self, reader: TextReader) -> list[bool]:
-        """Return whether `reader` answers each prompt as the tuned model does."""
-        pairs = zip(self.prompts, self.answers, strict=True)
-        return [reader.answer(prompt, self.stops) == answer for prompt, answer in pairs]
+        return self.judge(self.read_by(reader.logits), self.same_answers(reader.answer), same_ids)
 
 
 def render_prompts(tuned: TunedModel, processor: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -34,18 +34,18 @@ class Spread:
 
     scores: Sequence[Number]
     base: Number
-    mean: Number
-    deviation: Number
+    mean: Number = None
+    deviation: Number = None
     """Standard deviation of the sample."""
-    lowest: Number
-    highest: Number
-    spread: Number
+    lowest: Number = None
+    highest: Number = None
+    spread: Number = None
     """Highest minus lowest."""
-    gain: Number
+    gain: Number = None
     """Of the mean over the base."""
-    larger: bool | None
+    larger: bool | None = None
     """Whether the gain, for better or worse, is larger than the spread."""
-    better: bool | None
+    better: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llmtune.report.blocks import (
 )
 from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, Lengths, ModelFacts, TrainFacts
+from llmtune.report.report_record import AdapterFacts, DataFacts, ModelFacts, TrainFacts
 from llmtune.report.score_sections import signatures
 
 SPLITS = ("train", "validation", "test")
@@ -104,7 +104,10 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
     title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
-    blocks: list[Block] = [Beside(left, lengths_chart(data.get("lengths")))]
+    names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
+    lengths = data.get("lengths")
+    chart = [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))] if lengths else []
+    blocks: list[Block] = [Beside(left, chart)]
     if classes := data.get("classes"):
         blocks.append(class_counts(classes, "entities" if answer_kind(task) == "tags" else "rows"))
     if example := data.get("example"):
@@ -113,14 +116,6 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         text += f" {learned} of all tokens are learned." if learned else ""
         blocks.append(Highlighted([(str(piece), bool(marked)) for piece, marked in example], text))
     return Section("Data", blocks)
-
-
-def lengths_chart(lengths: Lengths | None) -> list[Block]:
-    """The histogram of row lengths, if there is one."""
-    if not lengths:
-        return []
-    names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
-    return [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))]
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:

@@ -32,22 +32,21 @@ def spread(metric: str, scores: Sequence[float], base: float | None) -> Spread:
 
     There is nothing to say of one seed, without a base, or where a score is not a number.
     """
-    known = len(scores) > 1 and all(math.isfinite(score) for score in scores)
-    mean = statistics.fmean(scores) if known else None
-    gain = mean - base if mean is not None and base is not None and math.isfinite(base) else None
-    between = max(scores) - min(scores) if known else None
-    judged = gain is not None and between is not None and better_side(metric) != 0
+    if len(scores) < 2 or not all(map(math.isfinite, scores)):
+        return Spread(list(scores), base)
+    mean, between, better = statistics.fmean(scores), max(scores) - min(scores), better_side(metric)
+    gain = mean - base if base is not None and math.isfinite(base) else None
     return Spread(
         scores=list(scores),
         base=base,
         mean=mean,
-        deviation=statistics.stdev(scores) if known else None,
-        lowest=min(scores) if known else None,
-        highest=max(scores) if known else None,
+        deviation=statistics.stdev(scores),
+        lowest=min(scores),
+        highest=max(scores),
         spread=between,
         gain=gain,
-        larger=abs(gain) > between if judged and gain is not None and between is not None else None,
-        better=None if gain is None else better_side(metric) * gain > 0,
+        larger=abs(gain) > between if gain is not None and better else None,
+        better=None if gain is None else better * gain > 0,
     )
 
 

@@ -29,31 +29,19 @@ def unlocked(page: Path) -> Path:
     return copy
 
 
+def visitor(name: str) -> str:
+    """A script that looks at the page and leaves what it found in it."""
+    return (Path(__file__).parent / "visitors" / f"{name}.js").read_text("utf-8")
+
+
 def measured(shown: str) -> Any:
     found = re.search(r'<pre id="measured">([^<]*)</pre>', shown)
     assert found is not None, shown[-500:]
     return json.loads(found[1].replace("&amp;", "&"))
 
 
-MEASURE = """
-const pre = document.createElement("pre");
-pre.id = "measured";
-pre.textContent = JSON.stringify(found);
-document.documentElement.append(pre);
-"""
-
-
 def test_every_plot_is_drawn(page: Path) -> None:
-    look = """
-    for (const fold of document.querySelectorAll("details")) fold.open = true;
-    const found = [...document.querySelectorAll("svg")].map(plot => {
-      const box = plot.getBoundingClientRect();
-      const marks = [...plot.querySelectorAll("path, rect, circle, polyline, line")];
-      const inside = marks.filter(mark => mark.getBoundingClientRect().right <= box.right + 1);
-      return [box.width, box.height, marks.length, inside.length];
-    });
-    """
-    plots = measured(browse(with_script(unlocked(page), look + MEASURE)))
+    plots = measured(browse(with_script(unlocked(page), visitor("plots"))))
     assert len(plots) == 3 + 3 + 1, "an interval a metric; loss, rate and norm; lengths"
     for width, height, marks, inside in plots:
         assert width > 60
@@ -75,43 +63,16 @@ def test_no_request_leaves_the_page_even_if_one_is_smuggled_in(page: Path, tmp_p
 
 
 def test_nothing_stands_out_of_a_phone(page: Path) -> None:
-    look = """
-    for (const fold of page.querySelectorAll("details")) fold.open = true;
-    const scrolls = node => node && (/auto|scroll/.test(frame.contentWindow.getComputedStyle(node).overflowX)
-      || scrolls(node.parentElement));
-    const out = [...page.querySelectorAll("body *")].filter(
-      node => node.getBoundingClientRect().right > frame.clientWidth + 1 && !scrolls(node));
-    const found = [frame.clientWidth, page.documentElement.scrollWidth, out.map(node => node.outerHTML.slice(0, 80))];
-    """
-    width, needed, out = measured(browse(on_a_phone(unlocked(page), look + MEASURE)))
+    width, needed, out = measured(browse(on_a_phone(unlocked(page), visitor("phone"))))
     assert width == PHONE_WIDTH
     assert out == []
     assert needed <= width
 
 
 def test_text_can_be_read_in_light_and_in_dark(page: Path) -> None:
-    look = """
-    const light = colour => {
-      const [r, g, b] = colour.match(/[0-9.]+/g).map(part => (part /= 255) <= .04045 ? part / 12.92
-        : ((part + .055) / 1.055) ** 2.4);
-      return .2126 * r + .7152 * g + .0722 * b;
-    };
-    const ground = node => {
-      const colour = getComputedStyle(node).backgroundColor;
-      return /, 0\\)$/.test(colour) && node.parentElement ? ground(node.parentElement) : colour;
-    };
-    for (const fold of document.querySelectorAll("details")) fold.open = true;
-    const texts = [...document.querySelectorAll("body *")].filter(node => !node.closest("svg") && node.offsetWidth
-      && [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim()));
-    const found = [getComputedStyle(document.body).backgroundColor, texts.map(node => {
-      const [a, b] = [light(getComputedStyle(node).color), light(ground(node))].sort((x, y) => y - x);
-      const large = parseFloat(getComputedStyle(node).fontSize) >= 24;
-      return [(a + .05) / (b + .05) / (large ? 3 : 4.5), node.textContent.trim().slice(0, 40)];
-    })];
-    """
     grounds = []
     for dark in (False, True):
-        ground, contrasts = measured(browse(with_script(unlocked(page), look + MEASURE), dark=dark))
+        ground, contrasts = measured(browse(with_script(unlocked(page), visitor("contrast")), dark=dark))
         grounds.append(sum(map(int, re.findall(r"\d+", ground)[:3])) / 3)
         assert len(contrasts) > 60
         assert [text for contrast, text in contrasts if contrast < 1] == [], "WCAG 2.2, 1.4.3"

@@ -60,8 +60,7 @@ def test_the_report_has_each_seed_and_what_is_missing() -> None:
 
 
 def judged(**metrics: tuple[bool | None, bool]) -> dict[str, Spread]:
-    unknown = (None,) * 7
-    return {name: Spread((), *unknown, larger, better) for name, (larger, better) in metrics.items()}
+    return {name: Spread((), None, larger=larger, better=better) for name, (larger, better) in metrics.items()}
 
 
 @pytest.mark.parametrize(
