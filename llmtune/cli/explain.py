@@ -222,11 +222,10 @@ def adapter(
     """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
     prepare_environment(network=False, threads=threads)
     with gc_paused():
-        from llmtune.explain.adapter_explainer import explain_adapter, require_run
+        from llmtune.explain.adapter_explainer import explain_adapter
         from llmtune.explain.target import open_target
 
     console = stderr_console()
-    require_run(run)
     target = open_target(str(run), console, offline=offline)
     _show(explain_adapter(target, out or target.folder, console), target, as_json)
 

@@ -49,7 +49,8 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         as_json = bool(kwargs.get("as_json"))
         try:
             for name in RUN_PARAMETERS & kwargs.keys():
-                kwargs[name] = _resolve_runs(kwargs[name])
+                if kwargs[name] is not None:  # `explain positions` goes without one
+                    kwargs[name] = _resolve_runs(kwargs[name])
             command(*args, **kwargs)
         except LlmtuneError as error:
             _print_error(error, as_json)

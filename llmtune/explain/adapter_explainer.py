@@ -11,112 +11,95 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
 
-from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.explain.explanation import Explanation
+from llmtune.errors import EnvironmentProblem
+from llmtune.explain.explanation import Explanation, write_explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.target import BASE, TUNED, Target
-from llmtune.explain.trained_modules import find_trained, shorten
+from llmtune.explain.trained_modules import PREFIX, WORDS, find_trained, read_tensor, shorten, tensor_files
 from llmtune.explain.weight_delta import Move, adapter_moves, compare
 from llmtune.model.heads import head_is_new
 from llmtune.records import ModelRef
 from llmtune.report.blocks import Block, Cell, Column, Heatmap, KeyValues, Page, Section, Table, Text
 from llmtune.report.number_format import count, score
-from llmtune.report.render_html import write_page
-from llmtune.store.atomic_files import explained, write_json
-from llmtune.store.run_folder import MANIFEST
+from llmtune.store.atomic_files import explained
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """A module in a list of layers: the list, the layer's number, the module below it."""
-HALVES = ("encoder", "decoder")
 STRONGEST = 20
-BARS = " ▁▂▃▄▅▆▇█"
 CELL_IN, WIDE_IN, MOST_IN, WRITTEN_IN = 0.21, 0.5, 14.0, 0.17
 """Height and width of a cell; height of the deepest map; height of a cell from which its number is written into it."""
 LEAD = (
     "How far each part of the model moved in training: the size of what was added to a weight matrix against the size "
     "of the matrix itself. Strong colours are where the tuning went."
 )
-KINDS = {
-    "LoRA": "LoRA",
-    "DoRA": "DoRA",
-    "whole": "trained whole",
-    "tokens": "new rows",
-    "bias": "bias",
-    "weights": "all weights",
-}
-MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None], str]] = (
+MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None]]] = (
     (
         "Moved, % of the weights’ norm: ‖ΔW‖ / ‖W‖",
         "The norm of the change as a share of the norm of the weights.",
         lambda move: None if move.relative is None else 100 * move.relative,
-        ".3g",
     ),
     (
         "Effective rank of the change: exp H(σ)",
         "How many directions the change really uses: exp of the entropy of its singular values. At most the adapter’s "
         "rank; far below it, a smaller rank would have done.",
         lambda move: move.effective_rank,
-        ".3g",
     ),
-    ("Size of the change: ‖ΔW‖", "The Frobenius norm of the change by itself.", lambda move: move.change, ".3g"),
 )
-"""Title, meaning, value of a cell and its format."""
+"""Title, meaning and value of a cell."""
 
 
 @dataclass(frozen=True)
 class MoveMap:
     """Moves by layer and kind of module."""
 
-    name: str
+    run: str
     """Of the run's folder."""
     model: str
     method: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: dict[tuple[str, str], Move]
-    beside: tuple[Move, ...]
-    """Outside of the layers: heads, embeddings."""
     new_head: bool
     """Whether the head was made by this run, so that it moved from a random start."""
+    cells: dict[tuple[str, str], Move]
+    """By layer and module."""
+    beside: tuple[Move, ...]
+    """Outside of the layers: heads, embeddings."""
 
     @property
     def moves(self) -> list[Move]:
         """All of them."""
         return [*self.cells.values(), *self.beside]
 
-    def of_row(self, row: str) -> list[Move]:
-        """The moves in one layer."""
-        return [move for (name, _), move in self.cells.items() if name == row]
+    def names(self, axis: int) -> list[str]:
+        """Return the layers (axis 0) or the kinds of modules (1)."""
+        return list(dict.fromkeys(place[axis] for place in self.cells))
 
-    def of_column(self, column: str) -> list[Move]:
-        """The moves of one kind of module."""
-        return [move for (_, name), move in self.cells.items() if name == column]
+    def together(self, axis: int) -> dict[str, float]:
+        """Return how far each layer (axis 0) or kind of module (1) moved."""
+        return {
+            name: together(move for place, move in self.cells.items() if place[axis] == name) or 0.0
+            for name in self.names(axis)
+        }
 
     def values(self, measure: Callable[[Move], float | None]) -> Values:
         """Return a measure by layer and column, [rows, columns]; NaN where there is none."""
-        values = np.full((len(self.rows), len(self.columns)), np.nan)
-        for (row, column), move in self.cells.items():
-            value = measure(move)
-            values[self.rows.index(row), self.columns.index(column)] = np.nan if value is None else value
-        return values
+        found = {place: measure(move) for place, move in self.cells.items()}
+        rows = [[found.get((row, column)) for column in self.names(1)] for row in self.names(0)]
+        return np.array(rows, dtype=np.float64)
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as JSON values."""
-        moves = [(row, column, move) for (row, column), move in self.cells.items()]
-        everywhere = [*moves, *((None, None, move) for move in self.beside)]
+        everywhere = [*self.cells.items(), *(((None, None), move) for move in self.beside)]
         return {
-            "run": self.name,
+            "run": self.run,
             "model": self.model,
             "method": self.method,
             "relative": together(self.moves),
-            "by_layer": {row: together(self.of_row(row)) for row in self.rows},
-            "by_module": {column: together(self.of_column(column)) for column in self.columns},
+            "by_layer": self.together(0),
+            "by_module": self.together(1),
             "new_head": self.new_head,
             "moves": [
                 {"layer": row, "column": column, **asdict(move), "relative": move.relative}
-                for row, column, move in everywhere
+                for (row, column), move in everywhere
             ],
         }
 
@@ -129,48 +112,23 @@ def together(moves: Iterable[Move]) -> float | None:
 
 
 def explain_adapter(target: Target, folder: Path, console: Console) -> Explanation:
-    """Write page, figures and numbers into `folder`.
+    """Write page, figures and numbers of a run into `folder`.
 
-    Raises:
-        RecipeError: `target` is no run.
-        EnvironmentProblem: what was trained is gone or damaged, or the files cannot be written.
+    Raises EnvironmentProblem where what was trained is gone or damaged, or the files cannot be written.
     """
     moved = measure(target, console)
-    page = make_page(moved)
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [write_page(folder / "adapter.html", page), *draw_moves(folder / "adapter", moved)]
-        write_json(folder / "adapter.json", moved.to_json())
-    return Explanation(moved.to_json(), page, [*written, folder / "adapter.json"])
+        figures = draw_moves(folder / "adapter", moved)
+        return write_explanation(folder / "adapter", moved.to_json(), make_page(moved), figures)
 
 
 def measure(target: Target, console: Console) -> MoveMap:
     """Measure how far each module moved."""
-    require_run(Path(target.name))
-    assert target.recipe is not None
     trained = find_trained(target)  # headers first: a damaged adapter is found before the weights are read
-    full = target.recipe.adapter.method == "full"
-    total = len(trained.modules) if trained and not full else None
-    moves = track(
-        _full_moves(target) if full else _moves(target),
-        "measuring",
-        total,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    return arrange(target, list(moves))
-
-
-def require_run(path: Path) -> None:
-    """Raise RecipeError unless `path` is a run's folder: only a run knows what was trained."""
-    if (path / MANIFEST).is_file():
-        return
-    what = "a model by itself has no adapter to look at: only a run knows what was trained"
-    if path.is_dir() and not (path / "config.json").is_file():
-        what = "not a run folder: it has no run.json"
-    fix = "Name the folder that `llmtune run` printed (runs/<name>-<hash>); `llmtune explain model` shows any model."
-    raise RecipeError.of(what, str(path), fix)
+    assert trained is not None
+    found = _full_moves(target) if trained.method == "full" else _moves(target)
+    total, hidden = len(trained.modules) or None, not console.is_terminal
+    return arrange(target, list(track(found, "measuring", total, console=console, transient=True, disable=hidden)))
 
 
 def _moves(target: Target) -> Iterator[Move]:
@@ -183,7 +141,7 @@ def _moves(target: Target) -> Iterator[Move]:
     with target.open_model(TUNED) as model:
         yield from adapter_moves(model)
         for name, value in model.named_parameters():
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
             if plain in biases and not torch.equal(biases[plain], value):
                 yield compare(plain, "bias", {"bias": biases[plain]}, {"bias": value})
 
@@ -194,10 +152,7 @@ def _full_moves(target: Target) -> Iterator[Move]:
     Raises EnvironmentProblem where they are gone or damaged.
     """
     folder = Path(target.name) / "weights"
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(path), "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+    files = tensor_files(folder)
     if not files:
         raise EnvironmentProblem.of("the run's tuned weights are gone", str(folder), "Run the recipe again.")
     with target.open_model(BASE) as model:
@@ -206,18 +161,12 @@ def _full_moves(target: Target) -> Iterator[Move]:
             owner, _, last = name.rpartition(".")
             modules.setdefault(owner, {})[last] = parameter
         for owner, before in modules.items():
-            names = {last: f"{owner}.{last}" if owner else last for last in before}
-            after = {last: _read(files[name], name) for last, name in names.items() if name in files}
+            names = {last: f"{owner}.{last}".removeprefix(".") for last in before}
+            after = {last: read_tensor(files[name], name) for last, name in names.items() if name in files}
             if not after:
                 what = f"the tuned weights of {owner} are missing"
                 raise EnvironmentProblem.of(what, str(folder), "The folder is not whole: run again.")
-            yield compare(owner, "weights", {last: before[last] for last in after}, after)
-
-
-def _read(path: Path, name: str) -> torch.Tensor:
-    with safe_open(str(path), "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+            yield compare(owner, "weights", before, after)
 
 
 def arrange(target: Target, moves: Sequence[Move]) -> MoveMap:
@@ -226,34 +175,26 @@ def arrange(target: Target, moves: Sequence[Move]) -> MoveMap:
     assert target.task is not None
     parts = {move.module: match.groups() for move in moves if (match := LAYER.fullmatch(move.module))}
     below = list(dict.fromkeys(rest for _, _, rest in parts.values()))
-    short = {rest: shorten(rest, below) for rest in below}
     lists = list(dict.fromkeys(prefix for prefix, _, _ in parts.values()))
-    order = sorted({(lists.index(prefix), int(number)) for prefix, number, _ in parts.values()})
-    rows = {(prefix, number): _name_row(lists[prefix], number, lists) for prefix, number in order}
+    halves = {name: next((half for half in ("encoder", "decoder") if half in name.split(".")), name) for name in lists}
+    words = halves if len(set(halves.values())) == len(lists) else {name: name for name in lists}
+    inside = [move for move in moves if move.module in parts]
+    inside.sort(key=lambda move: (lists.index(parts[move.module][0]), int(parts[move.module][1])))
     cells: dict[tuple[str, str], Move] = {}
-    for move in moves:
-        if move.module in parts:
-            prefix, number, rest = parts[move.module]
-            cells[rows[lists.index(prefix), int(number)], short[rest]] = move
-    model_ref = ModelRef(target.name, Path(target.config.name_or_path), None, "")
+    for move in inside:
+        prefix, number, rest = parts[move.module]
+        row = number if len(lists) == 1 else f"{words[prefix]} {number}"
+        cells[row, shorten(rest, below)] = move
     return MoveMap(
-        name=target.short_name,
+        run=target.short_name,
         model=str(target.recipe.model.name),
         method=target.recipe.adapter.method,
-        rows=tuple(rows.values()),
-        columns=tuple(short.values()),
+        new_head=head_is_new(
+            ModelRef(target.name, Path(target.config.name_or_path), None, ""), target.recipe, target.task
+        ),
         cells=cells,
         beside=tuple(move for move in moves if move.module not in parts),
-        new_head=head_is_new(model_ref, target.recipe, target.task),
     )
-
-
-def _name_row(prefix: str, number: int, lists: Sequence[str]) -> str:
-    if len(lists) == 1:
-        return str(number)
-    halves = {name: next((half for half in HALVES if half in name.split(".")), name) for name in lists}
-    known = len(set(halves.values())) == len(lists)
-    return f"{halves[prefix] if known else prefix} {number}"
 
 
 # Page and figures
@@ -263,50 +204,47 @@ def make_page(moved: MoveMap) -> Page:
     """Return what moved: by module, by layer, and which modules moved most."""
     base = KeyValues([("base model", moved.model), ("method", moved.method)])
     sections = [Section("", [*map(Text, summarise(moved)), base])]
-    if moved.rows:
-        sections.append(Section("By layer and module", _heatmaps(moved), brief=False))
+    if moved.cells:
+        sections.append(Section("By layer and module", list(_heatmaps(moved)), brief=False))
         sections.append(Section("By module", [_by_module(moved)]))
-    if moved.beside:
-        sections.append(Section("Outside of the layers", [_list_moves(moved.beside)], brief=False))
     strongest = sorted(moved.moves, key=lambda move: -(move.relative or 0.0))[:STRONGEST]
     sections.append(Section("What moved most", [_list_moves(strongest)]))
-    return Page(f"Where the tuning went: {moved.name}", sections, lead=LEAD, navigation=False)
+    if moved.beside:
+        sections.append(Section("Outside of the layers", [_list_moves(moved.beside)], brief=False))
+    return Page(f"Where the tuning went: {moved.run}", sections, lead=LEAD, navigation=False)
 
 
-def _heatmaps(moved: MoveMap) -> list[Block]:
-    blocks: list[Block] = []
-    for title, meaning, value_of, form in MEASURES:
+def _heatmaps(moved: MoveMap) -> Iterator[Block]:
+    for title, meaning, value_of in MEASURES:
         values = moved.values(value_of)
         if np.isnan(values).all():
             continue
         most = float(np.nanmax(values)) or 1.0
         shares = [[None if np.isnan(value) else value / most for value in row] for row in values.tolist()]
-        texts = [["" if np.isnan(value) else format(value, form) for value in row] for row in values.tolist()]
-        label = f"{title}, by layer and module"
-        blocks += [Text(meaning, "soft"), Heatmap(moved.rows, moved.columns, shares, label, title, "layer", "", texts)]
-    return blocks
+        texts = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values.tolist()]
+        yield Text(meaning, "soft")
+        yield Heatmap(moved.names(0), moved.names(1), shares, f"{title}, by layer", title, "layer", "", texts)
 
 
 def _by_module(moved: MoveMap) -> Table:
     rows = []
-    for column in moved.columns:
-        moves = moved.of_column(column)
-        ranks = [move.effective_rank for move in moves if move.effective_rank is not None]
-        most = max((move.rank or 0 for move in moves), default=0)
-        rank = f"{sum(ranks) / len(ranks):.1f} of {most}" if ranks else "–"
-        rows.append([column, in_percent(together(moves)), rank, sparkline(moved, column)])
-    layers = f"layer {moved.rows[0]} to {moved.rows[-1]}"
-    return Table(
-        [Column("module"), Column("moved", "number"), Column("effective rank", "number"), Column(layers)], rows
-    )
+    for column, relative in moved.together(1).items():
+        moves = [move for (_, name), move in moved.cells.items() if name == column]
+        rows.append([column, in_percent(relative), _mean_rank(moves)])
+    return Table([Column("module"), Column("moved", "number"), Column("effective rank", "number")], rows)
+
+
+def _mean_rank(moves: Sequence[Move]) -> str:
+    ranks = [move.effective_rank for move in moves if move.effective_rank is not None]
+    most = max((move.rank or 0 for move in moves), default=0)
+    return f"{sum(ranks) / len(ranks):.1f} of {count(most)}" if ranks else "–"
 
 
 def _list_moves(moves: Sequence[Move]) -> Table:
     rows: list[list[Cell | str]] = []
     for move in moves:
-        rank = "–" if move.effective_rank is None else f"{move.effective_rank:.1f} of {move.rank}"
-        numbers = [in_percent(move.relative), rank, score(move.change), score(move.weight)]
-        rows.append([Cell(move.module, code=True), KINDS[move.kind], *numbers])
+        numbers = [in_percent(move.relative), _mean_rank([move]), score(move.change), score(move.weight)]
+        rows.append([Cell(move.module, code=True), WORDS.get(move.kind, move.kind), *numbers])
     numeric = [Column(name, "number") for name in ("moved", "effective rank", "‖ΔW‖", "‖W‖")]
     return Table([Column("module"), Column("trained"), *numeric], rows)
 
@@ -316,52 +254,33 @@ def in_percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.3g} %"
 
 
-def sparkline(moved: MoveMap, column: str) -> str:
-    """Draw how far one kind of module moved from layer to layer, against the farthest of all."""
-    most = max((move.relative or 0.0 for move in moved.cells.values()), default=0.0) or 1.0
-    moves = (moved.cells.get((row, column)) for row in moved.rows)
-    return "".join(BARS[round((move.relative or 0.0) / most * (len(BARS) - 1)) if move else 0] for move in moves)
-
-
-def summarise(moved: MoveMap) -> list[str]:
+def summarise(moved: MoveMap) -> Iterator[str]:
     """Say in sentences where the tuning went."""
     whole = together(moved.moves)
     if not whole:
-        return ["Nothing moved: the adapter adds nothing to the weights."]
+        yield "Nothing moved: the adapter adds nothing to the weights."
+        return
     what = "The weights" if moved.method == "full" else f"The {len(moved.moves)} modules that were trained"
-    sentences = [f"{what} moved by {in_percent(whole)} of their norm, taken together."]
-    by_layer = {f"layer {row}": together(moved.of_row(row)) or 0.0 for row in moved.rows}
-    by_module = {column: together(moved.of_column(column)) or 0.0 for column in moved.columns}
-    spans = []
-    for name, sizes in (("layer", by_layer), ("module", by_module)):
+    yield f"{what} moved by {in_percent(whole)} of their norm, taken together."
+    for axis, kind in ((0, "layer"), (1, "module")):
+        sizes = moved.together(axis)
         if len(sizes) > 1:
             order = sorted(sizes, key=lambda key: -sizes[key])
             first, last = (f"{key} ({in_percent(sizes[key])})" for key in (order[0], order[-1]))
-            spans.append(f"by {name} most in {first} and least in {last}")
-    if spans:
-        sentences.append(f"B{'; '.join(spans)[1:]}.")
-    if moved.cells:
-        (row, column), most = max(moved.cells.items(), key=lambda cell: cell[1].relative or 0.0)
-        sentences.append(f"The farthest single move is that of {column} in layer {row} ({in_percent(most.relative)}).")
-    ranked = [move for move in moved.moves if move.effective_rank is not None and move.rank]
-    if ranked:
-        mean = sum(move.effective_rank or 0.0 for move in ranked) / len(ranked)
-        widest = max(move.rank or 0 for move in ranked)
-        sentences.append(f"A change uses {mean:.1f} directions on the mean, of at most {count(widest)}.")
+            yield f"By {kind} most in {first} and least in {last}."
+    if any(move.rank for move in moved.moves):
+        yield f"A change uses {_mean_rank(moved.moves)} directions at most, on the mean."
     if moved.new_head:
-        sentences.append("The head was made by this run: it moved from a random start, not from trained weights.")
-    return sentences
+        yield "The head was made by this run: it moved from a random start, not from trained weights."
 
 
 def draw_moves(stem: Path, moved: MoveMap) -> list[Path]:
     """Draw movement beside effective rank into `stem` with .png and .svg; nothing where there are no layers."""
-    if not moved.rows:
+    if not moved.cells:
         return []
-    cell = (WIDE_IN, min(CELL_IN, MOST_IN / len(moved.rows)))
-    panels = [
-        Panel(title.partition(":")[0], moved.values(value_of), gamma=1.0, written=form if cell[1] >= WRITTEN_IN else "")
-        for title, _, value_of, form in MEASURES[:2]
-    ]
+    cell = (WIDE_IN, min(CELL_IN, MOST_IN / len(moved.names(0))))
+    written = ".3g" if cell[1] >= WRITTEN_IN else ""
+    panels = [Panel(title.partition(":")[0], moved.values(of), gamma=1.0, written=written) for title, _, of in MEASURES]
     panels = [panel for panel in panels if not np.isnan(panel.values).all()]
-    rows, columns = Ticks("layer", moved.rows), Ticks("", moved.columns)
+    rows, columns = Ticks("layer", moved.names(0)), Ticks("", moved.names(1))
     return draw_heatmaps(stem, panels, rows, columns, title="Where the tuning went", cell=cell)[0]

@@ -39,14 +39,13 @@ from llmtune.explain.inputs import AttentionRequest, ModelInputs, decode_target,
 from llmtune.explain.target import Family, Target
 from llmtune.explain.token_text import Line, label, name_tokens
 from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
-from llmtune.report.number_format import signed
 from llmtune.store.atomic_files import explained
 
 MOST_NUMBERS = 12_000_000
 """Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
 FULL = 65535
 """What 1 is written as in the page, in 16 bits: weights are right to 0.00001."""
-STRONGEST = 3
+STRONGEST = 2
 """Pairs of words that are listed of each layer."""
 ISOLATE, POP = "\u2068", "\u2069"
 """Around words that may be written from right to left, so that they leave what is beside them in its place."""
@@ -76,12 +75,10 @@ class LayerSummary:
     layer: int
     strongest: list[Pair]
     among_words: float
-    itself: float | None
-    """The share of each token's attention to itself; not of cross-attention, as the next one."""
     first: float | None
+    """The share that goes to the first token; not of cross-attention."""
     mean_change: float | None
-    """Of a run, as the next one."""
-    changed_most: list[Pair]
+    """Of a run."""
 
 
 def explain_attention(
@@ -168,15 +165,12 @@ def summarise(view: AttentionView, kind: Kind, number: int) -> LayerSummary:
     mean_QT, words_QT = view.weights(view.target.models[-1], kind, number, MEAN), view.lines.among_words(kind)
     assert mean_QT is not None, "means are always kept"
     change_QT = view.weights(DIFFERENCE, kind, number, MEAN) if DIFFERENCE in view.shown else None
-    same = kind != CROSS
     return LayerSummary(
         layer=number,
         strongest=_list_pairs(view, kind, mean_QT, STRONGEST),
         among_words=round(float((mean_QT * words_QT).sum() / len(mean_QT)), 4),
-        itself=round(float(mean_QT.trace() / len(mean_QT)), 4) if same else None,
-        first=round(float(mean_QT[:, 0].mean()), 4) if same else None,
+        first=round(float(mean_QT[:, 0].mean()), 4) if kind != CROSS else None,
         mean_change=None if change_QT is None else round(float(np.abs(change_QT).sum() / 2 / len(change_QT)), 6),
-        changed_most=[] if change_QT is None else _list_pairs(view, kind, change_QT, 1),
     )
 
 
@@ -227,30 +221,25 @@ def title_of(kind: Kind, family: Family) -> str:
 
 
 def make_tables(view: AttentionView, summaries: Mapping[Kind, Sequence[LayerSummary]]) -> Iterator[Block]:
-    """Yield a table for each kind: of each layer the strongest pairs of words, where the rest goes, and what moved."""
-    several = len(view.maps) > 1
+    """Yield a table for each kind: a layer's strongest pairs of words, where the rest goes, how far it moved."""
     counts = [("source", view.lines.source), ("target", view.lines.target)]
     counted = ", ".join(f"{name} {len(line)}" for name, line in counts if line)
     yield Text(f"rows of a figure: {counted}; the numbers are means over heads")
     for kind, layers in summaries.items():
-        columns = [Column("layer", "number"), Column("strongest between words"), Column("words", "number")]
-        columns += [] if kind == CROSS else [Column("itself", "number"), Column("first", "number")]
-        columns += [Column("moved", "number"), Column("most")] if several else []
+        names = ["words", *([] if kind == CROSS else ["first"]), *(["moved"] if len(view.maps) > 1 else [])]
+        columns = [Column("layer", "number"), Column("strongest between words")]
         rows = []
         for one in layers:
-            shares = [share(part) for part in (one.among_words, one.itself, one.first) if part is not None]
-            moved = [share(one.mean_change or 0.0), write_pairs(one.changed_most, signed)] if several else []
-            strongest = write_pairs(one.strongest[: 1 if several else 2], "{:.2f}".format)
-            rows.append([str(one.layer), strongest, *shares, *moved])
+            shares = [share(part) for part in (one.among_words, one.first, one.mean_change) if part is not None]
+            pairs = (
+                f"{isolated(pair['from'])} → {isolated(pair['to'])} {pair['weight']:.2f}" for pair in one.strongest
+            )
+            rows.append([str(one.layer), ", ".join(pairs), *shares])
+        columns += [Column(name, "number") for name in names]
         title = f"{title_of(kind, view.target.family)} ({len(layers)} layers, {view.heads(kind)} heads)"
         head = view.selection.head if isinstance(view.selection.head, str) else f"head {view.selection.head}"
         yield Table(columns, rows, title)
         yield Text(f"drawn: {kind}, layer {view.layers[kind]}, {head}")
-
-
-def write_pairs(pairs: Sequence[Pair], number: Callable[[float], str]) -> str:
-    """Write pairs of words with their weights."""
-    return ", ".join(f"{isolated(pair['from'])} → {isolated(pair['to'])} {number(pair['weight'])}" for pair in pairs)
 
 
 def isolated(word: str) -> str:

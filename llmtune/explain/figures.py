@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, FuncNorm, LinearSegmentedColormap, Normalize, PowerNorm
+from matplotlib.colors import Colormap, FuncNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -91,23 +91,19 @@ def figure_settings(texts: Iterable[str], salt: str) -> Iterator[str]:
 def fonts_for(texts: Iterable[str]) -> tuple[list[str], str]:
     """Return names of font families in the order to look into, and the characters that none of them has."""
     missing = {letter for text in texts for letter in text if not letter.isspace()} - SHAPED
-    families: list[str] = []
-    first = font_manager.FontEntry(fname=font_manager.findfont(FIRST_FONT), name=FIRST_FONT)
-    for entry in (first, *sorted(font_manager.fontManager.ttflist, key=_font_rank)):
-        if not missing:
-            break
-        if entry.name in families or any(word in entry.name for word in UNFIT_FONTS):
-            continue
-        letters = missing & {chr(code) for code in font_manager.get_font(entry.fname).get_charmap()}
-        if letters or entry is first:
-            families.append(entry.name)
+    families = [FIRST_FONT]
+    for entry in sorted(font_manager.fontManager.ttflist, key=_font_rank):
+        if missing and not any(word in entry.name for word in UNFIT_FONTS):
+            letters = missing & {chr(code) for code in font_manager.get_font(entry.fname).get_charmap()}
+            families += [entry.name] if letters and entry.name not in families else []
             missing -= letters
-    return families or [FIRST_FONT], "".join(sorted(missing))
+    return families, "".join(sorted(missing))
 
 
-def _font_rank(entry: font_manager.FontEntry) -> tuple[bool, bool, str]:
+def _font_rank(entry: font_manager.FontEntry) -> tuple[bool, bool, bool, str]:
     upright = str(entry.weight) in {"400", "normal", "regular"} and entry.style == "normal"
-    return not upright, "Sans" not in entry.name or "Mono" in entry.name, entry.name
+    plain = "Sans" in entry.name and "Mono" not in entry.name
+    return entry.name != FIRST_FONT, not upright, not plain, entry.name
 
 
 def save_figure(figure: Figure, stem: Path, endings: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -185,14 +181,10 @@ def draw_heatmap(
 
 def _norm(panel: Panel) -> tuple[Normalize, float]:
     most = max(float(np.nanmax(np.abs(panel.values))), 1e-6)
-    if panel.difference:
-        gamma = panel.gamma
-        forward, inverse = (
-            (lambda x: np.sign(x) * np.abs(x) ** gamma),
-            (lambda y: np.sign(y) * np.abs(y) ** (1 / gamma)),
-        )
-        return FuncNorm((forward, inverse), -most, most), most
-    return PowerNorm(panel.gamma, 0, most), most
+    forward, inverse = (
+        lambda x, power=power: np.sign(x) * np.abs(x) ** power for power in (panel.gamma, 1 / panel.gamma)
+    )
+    return FuncNorm((forward, inverse), -most if panel.difference else 0, most), most
 
 
 def _write_numbers(axes: Axes, panel: Panel, colour_map: Colormap, norm: Normalize) -> None:

@@ -32,7 +32,7 @@ LONGEST = 2048
 BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
 """Of all lengths, and of one; the quickest run counts."""
 MOST_BYTES = 1 << 30
-"""Of a block's parameters, and of attention's weights at one length."""
+"""Of a block's parameters."""
 Polynomial = tuple[int, int, int]
 """a, b and c of a + b L + c L²."""
 Arguments = tuple[tuple[object, ...], dict[str, object]]
@@ -138,8 +138,7 @@ class Measured:
     device: str
     threads: int
     points: tuple[Point, ...]
-    stopped: str | None = None
-    """Why there are no longer texts."""
+    """Up to the length at which the time for measuring was over."""
 
 
 def measure_block(
@@ -156,30 +155,24 @@ def measure_block(
         return f"a block has {blocks.typical:,} parameters: too many to try it here"
     name, device = blocks.names()[-1], pick_device()
     block = fake.model.get_submodule(name)
-    attention = next(name for name, part in block.named_modules() if type(part).__name__.endswith("Attention"))
-    heads = getattr(fake.model.config.get_text_config(), "num_attention_heads", None) or 1
+    attention = next((name for name, part in block.named_modules() if type(part).__name__.endswith("Attention")), "")
     lengths = choose_lengths(min(architecture.context or LONGEST, LONGEST))
     points: list[Point] = []
-    stopped, ends = None, time.perf_counter() + budget_seconds
+    ends, least = time.perf_counter() + budget_seconds, min(RUN_SECONDS, budget_seconds / 20)
     try:
         modules = [block, block.get_submodule(attention)]
         arguments = {tokens: capture_arguments(fake, modules, tokens) for tokens in lengths}
         materialise(block, device)
         for tokens in track(lengths, "measuring", console=console, transient=True, disable=not console.is_terminal):
-            if 4 * heads * tokens * tokens > MOST_BYTES:
-                stopped = f"attention's weights over {tokens:,} tokens take more than {MOST_BYTES >> 20} MiB"
-            elif points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
-                stopped = f"the {budget_seconds:g} seconds for measuring were over"
-            if stopped is not None:
+            if points and time.perf_counter() + 5 * points[-1].block_seconds > ends:
                 break
-            least = min(RUN_SECONDS, budget_seconds / 20)
             seconds = [run(*pair, device, least) for pair in zip(modules, arguments[tokens], strict=True)]
             points.append(Point(tokens, *seconds))
-    except (UntraceableError, RuntimeError, TypeError, ValueError) as error:
+    except (UntraceableError, RuntimeError, TypeError, ValueError, KeyError) as error:
         if is_out_of_memory(error):
             return "there is not enough memory for one block"
         return f"a block could not be run by itself: {error}"
-    return Measured(name, attention, device, torch.get_num_threads(), tuple(points), stopped)
+    return Measured(name, attention, device, torch.get_num_threads(), tuple(points))
 
 
 def capture_arguments(fake: FakeModel, modules: Sequence[torch.nn.Module], tokens: int) -> list[Arguments]:

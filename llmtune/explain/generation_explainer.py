@@ -166,13 +166,12 @@ def to_json(generation: Generation) -> dict[str, object]:
         return {"says": [named(generation.token(i), probability=p) for i, p in says], "chosen": layer.chosen}
 
     def describe_step(step: Step, token: Token) -> dict[str, object]:
-        listed = step.next_tokens
-        columns = zip(listed.ids, listed.probabilities, listed.kept, strict=True)
+        columns = zip(step.ids, step.probabilities, step.kept, strict=True)
         return {
             "token": named(token),
             "probability": step.probability,
-            "entropy_bits": listed.entropy_bits,
-            "kept_tokens": listed.kept_tokens,
+            "entropy_bits": step.entropy_bits,
+            "kept_tokens": step.kept_tokens,
             "candidates": [named(generation.token(i), probability=p, kept=kept) for i, p, kept in columns],
             "layers": None if step.layers is None else [describe_layer(layer) for layer in step.layers],
         }

@@ -104,7 +104,7 @@ def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
 
 
 def make_page(generation: Generation, top: int) -> Page:
-    """Return the stages, and of a run where base and tuned model part; `top` tokens of a step are listed."""
+    """Return the stages, and of a run where base and tuned model part; `top` tokens of a step are step."""
     masked, at = bool(generation.prompt.masks), generation.shown_step
     where = f"At step {at + 1}" + (", where they part:" if generation.parting is not None else ":")
     sections = [
@@ -210,9 +210,8 @@ def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
         words = [word_label(token) for token in generation.tokens(trace.ids)]
         rows = []
         for number, (step, said) in enumerate(zip(trace.steps, words, strict=True), 1):
-            listed = step.next_tokens
-            others = [f"{generation.word(i)} {share(p)}" for i, p in listed.pairs if i != step.id][: max(0, top - 1)]
-            numbers = [share(step.probability), f"{listed.entropy_bits:.2f}", f"{listed.kept_tokens:,}"]
+            others = [f"{generation.word(i)} {share(p)}" for i, p in step.pairs if i != step.id][: max(0, top - 1)]
+            numbers = [share(step.probability), f"{step.entropy_bits:.2f}", f"{step.kept_tokens:,}"]
             rows.append([str(number), said, *numbers, ", ".join(others)])
         yield Table(columns, rows, name if several else "", scroll=True)
     yield Text(CANDIDATES, "soft")
@@ -225,8 +224,7 @@ def _candidates(generation: Generation, steps: Sequence[Step], words: Sequence[s
     values: list[list[float | None]] = [[None] * len(steps) for _ in range(RANKS)]
     texts = [[""] * len(steps) for _ in range(RANKS)]
     for column, step in enumerate(steps):
-        listed = step.next_tokens
-        for rank, (i, p, kept) in enumerate(zip(listed.ids[:RANKS], listed.probabilities, listed.kept, strict=False)):
+        for rank, (i, p, kept) in enumerate(zip(step.ids[:RANKS], step.probabilities, step.kept, strict=False)):
             values[rank][column] = p if kept else -p
             texts[rank][column] = f"{generation.word(i)}\n{share(p)}"
     ranks = [str(rank + 1) for rank in range(RANKS)]
@@ -254,7 +252,7 @@ def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
         for name in (BASE, TUNED):
             columns += [Column(name), Column("p", "number")]
             steps = traces[name].steps[at : at + 1]
-            listed = [pair for step in steps for pair in step.next_tokens.pairs]
+            listed = [pair for step in steps for pair in step.pairs]
             written = [[generation.word(i), share(p)] for i, p in listed[:top]] or [["its answer has ended", ""]]
             cells.append(written + [["", ""]] * (top - len(written)))
         yield Text(where + chance)

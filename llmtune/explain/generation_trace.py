@@ -72,23 +72,6 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class NextTokens:
-    """What could come next: the likeliest tokens, and how the others are spread."""
-
-    ids: list[int]
-    probabilities: list[float]
-    kept: list[float]
-    """Of each of these tokens its probability after temperature, top-k and top-p; 0 where it is cut off."""
-    kept_tokens: int
-    entropy_bits: float
-
-    @property
-    def pairs(self) -> list[tuple[int, float]]:
-        """Each token with its probability."""
-        return list(zip(self.ids, self.probabilities, strict=True))
-
-
-@dataclass(frozen=True)
 class LayerPrediction:
     """What one layer would predict: its likeliest tokens, and how likely the token is that was chosen in the end."""
 
@@ -104,9 +87,20 @@ class Step:
     id: int
     probability: float
     """Before temperature, top-k and top-p."""
-    next_tokens: NextTokens
+    ids: list[int]
+    """The likeliest tokens that could come next."""
+    probabilities: list[float]
+    kept: list[float]
+    """Of each of these tokens its probability after temperature, top-k and top-p; 0 where it is cut off."""
+    kept_tokens: int
+    entropy_bits: float
     layers: list[LayerPrediction] | None
     """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
+
+    @property
+    def pairs(self) -> list[tuple[int, float]]:
+        """Each of the likeliest tokens with its probability."""
+        return list(zip(self.ids, self.probabilities, strict=True))
 
 
 @dataclass(frozen=True)
@@ -128,40 +122,14 @@ class Trace:
 
 @dataclass
 class Recorder(LogitsProcessor):  # type: ignore[misc]
-    """Records what could come next at each step, and changes nothing."""
+    """Keeps the log-probabilities [V] of each step, and changes nothing."""
 
-    sampling: Sampling
-    next_tokens: list[NextTokens] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    """Of the tokens that were chosen, but for the last one."""
-    last: torch.Tensor | None = None
-    """Log-probabilities [V] of the step whose token is not chosen yet."""
+    logs: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Record the scores: what the model may not write was ruled out, before any temperature."""
-        self.add_chosen(int(input_ids[0, -1]))
-        self.last = scores[0].float().log_softmax(-1)
-        self.next_tokens.append(list_next_tokens(self.last, self.sampling))
+        self.logs.append(scores[0].float().log_softmax(-1))
         return scores
-
-    def add_chosen(self, token: int) -> None:
-        """Record which token was chosen at the last step, if there was one."""
-        if self.last is not None:
-            self.probabilities.append(math.exp(float(self.last[token])))
-
-
-def list_next_tokens(logs_V: torch.Tensor, sampling: Sampling) -> NextTokens:
-    """Return what is shown of log-probabilities [V]."""
-    top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
-    warped_V = sampling.warp(logs_V[None])[0]
-    kept_V = warped_V.softmax(-1)
-    return NextTokens(
-        ids=top.indices.tolist(),
-        probabilities=top.values.exp().tolist(),
-        kept=kept_V[top.indices].tolist(),
-        kept_tokens=int(warped_V.isfinite().sum()),
-        entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
-    )
 
 
 def trace_answer(
@@ -172,7 +140,7 @@ def trace_answer(
 ) -> Trace:
     """Let the model answer and record it."""
     inner, recipe = unwrap(model), sampling.recipe(prompt.recipe)
-    recorder = Recorder(sampling)
+    recorder = Recorder()
     with torch.random.fork_rng(), only_these_settings(model) as own, HiddenStates(model, [-1]) as states:
         torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
@@ -185,14 +153,13 @@ def trace_answer(
             inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids], device=inner.device)
         options = {"generation_config": settings, "logits_processor": LogitsProcessorList([recorder])}
         ids = cast(list[int], GenerationMixin.generate(inner, **inputs, **options)[0].tolist())
-    written = len(recorder.next_tokens)
+    written = len(recorder.logs)
     prefix, answer = ids[:-written], ids[-written:]
-    recorder.add_chosen(answer[-1])
     ends = settings.eos_token_id or []
     stops = set(ends if isinstance(ends, list) else [ends])
     return Trace(
         prefix=prefix,
-        steps=list(join_steps(answer, recorder.probabilities, recorder.next_tokens, states)),
+        steps=list(list_steps(answer, recorder.logs, sampling, states)),
         text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
         ended=answer[-1] in stops,
     )
@@ -214,22 +181,31 @@ def trace_masks(
     assert states.last is not None
     logs_PV = states.last.log_softmax(-1)
     answer = logs_PV.argmax(-1).tolist()
-    likely = logs_PV.max(-1).values.exp().tolist()
     filled = list(prompt.ids)
     for at, token in zip(prompt.masks, answer, strict=True):
         filled[at] = token
-    next_tokens = [list_next_tokens(logs_V, sampling) for logs_V in logs_PV]
-    steps = list(join_steps(answer, likely, next_tokens, states))
+    steps = list(list_steps(answer, list(logs_PV), sampling, states))
     return Trace(prompt.ids, steps, str(processor.decode(filled, skip_special_tokens=True)), True)
 
 
-def join_steps(
-    answer: Sequence[int], probabilities: Sequence[float], next_tokens: Sequence[NextTokens], states: HiddenStates
+def list_steps(
+    answer: Sequence[int], logs: Sequence[torch.Tensor], sampling: Sampling, states: HiddenStates
 ) -> Iterator[Step]:
-    """Join what was recorded of each step with what its layers would predict."""
+    """Yield what is shown of each step, by its log-probabilities [V] and the hidden states of its layers."""
     lens = read_lens(states)
-    for token, likely, listed in zip(answer, probabilities, next_tokens, strict=True):
-        yield Step(token, likely, listed, None if lens is None else list_layers(next(lens), token))
+    for token, logs_V in zip(answer, logs, strict=True):
+        top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
+        warped_V = sampling.warp(logs_V[None])[0]
+        yield Step(
+            id=token,
+            probability=math.exp(float(logs_V[token])),
+            ids=top.indices.tolist(),
+            probabilities=top.values.exp().tolist(),
+            kept=warped_V.softmax(-1)[top.indices].tolist(),
+            kept_tokens=int(warped_V.isfinite().sum()),
+            entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
+            layers=None if lens is None else list_layers(next(lens), token),
+        )
 
 
 def list_layers(logits_LV: torch.Tensor, token: int) -> list[LayerPrediction]:

@@ -43,14 +43,10 @@ LEAD = (
 )
 KINDS = {"encoder": "an encoder", "decoder": "a decoder", "encoder-decoder": "an encoder with a decoder"}
 COST_NOTE = (
-    "Floating-point operations of one forward pass: 2 M K N for a product of [M, K] with [K, N]. Attention is counted "
-    "over all pairs of positions, also those that a mask or a window hides. “Attention” is queries times keys and "
-    "weights times values; the projections around it are products with weights."
+    "Floating-point operations of one forward pass: 2 M K N for a product of [M, K] with [K, N]. “Attention” is "
+    "queries times keys and weights times values, over all pairs of positions, also those that a mask hides."
 )
-TIME_NOTE = (
-    "Attention is computed plainly, with all its weights in memory, as the counts assume; fused kernels do the same "
-    "products faster, because they move less memory."
-)
+TIME_NOTE = "Attention is computed plainly, with all its weights in memory; fused kernels are faster."
 STEP = "\u2003"
 """A step to the right in a table."""
 GROUPS = {"norm": "Norms", "embedding": "Embedding", "positions": "Positions", "linear": "Head"}
@@ -74,17 +70,16 @@ class Portrait:
     base: str | None
     """Of a run, the name of its base model."""
 
-    @property
-    def lengths(self) -> list[int]:
-        """Lengths of a text at which its cost is shown."""
-        return choose_lengths(self.architecture.context)
+    def costs(self, cost: Cost) -> list[dict[str, float]]:
+        """Return what texts of several lengths cost."""
+        return [cost.at(tokens) for tokens in choose_lengths(self.architecture.context)]
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as JSON values."""
         cost, measured = self.cost, self.measured
         flops: dict[str, object] | None = None
         if isinstance(cost, Cost):
-            flops = {**asdict(cost), "crossing": cost.crossing(), "at": [cost.at(tokens) for tokens in self.lengths]}
+            flops = {**asdict(cost), "crossing": cost.crossing(), "at": self.costs(cost)}
         return {
             **asdict(self.architecture),
             "base": self.base,
@@ -233,7 +228,7 @@ def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block
         yield Text(f"It could not be counted: {cost}.", "note")
         return
     rows = []
-    for at in map(cost.at, portrait.lengths):
+    for at in portrait.costs(cost):
         numbers = (operations(at["flops"]), operations(at["flops_per_token"]), percentage(at["attention_share"], 1))
         rows.append([count(at["tokens"]), *numbers])
     names = ("tokens", "a text", "a token", "of it attention")
@@ -278,8 +273,6 @@ def _time_blocks(measured: Measured | str, figures: dict[str, Path]) -> Iterator
         )
         times = f"{block:.1f} times as long, its attention {attention:.1f} times"
         yield Text(f"From {before.tokens:,} to {after.tokens:,} tokens the block took {times}.")
-    if measured.stopped:
-        yield Text(f"Longer texts were left out: {measured.stopped}.")
     if "model-time" in figures:
         yield figure_block(figures["model-time"], "How long one block takes by the length of a text")
     yield Text(TIME_NOTE, "soft")

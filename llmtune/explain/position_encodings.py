@@ -5,7 +5,7 @@ Shapes: L positions, D dimensions, F frequencies, H heads, N distances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -75,21 +75,18 @@ class Scheme:
         return distances, self.values[:, None] * np.array(distances)
 
 
-def sinusoidal_encoding(length: int, dimension: int, base: float) -> Array:
+def sinusoidal_scheme(length: int, dimension: int, base: float) -> Scheme:
     """Return the encoding of Vaswani et al. 2017, section 3.5, [length, dimension]; `base` is its 10000.
 
     PE(k, 2i) = sin(k / base ^ (2i / dimension)), PE(k, 2i + 1) = cos of the same.
     """
-    assert dimension % 2 == 0
-    angles = np.arange(length)[:, None] * frequencies(dimension, base)
+    angles_F = float(base) ** (-np.arange(0, dimension, 2) / dimension)
     table = np.empty((length, dimension))
-    table[:, 0::2], table[:, 1::2] = np.sin(angles), np.cos(angles)
-    return table
-
-
-def frequencies(dimension: int, base: float) -> Array:
-    """Return the angle that a position adds in each pair of dimensions, in radians, [dimension / 2]."""
-    return np.asarray(float(base) ** (-np.arange(0, dimension, 2) / dimension))
+    angles_LF = np.arange(length)[:, None] * angles_F
+    table[:, 0::2], table[:, 1::2] = np.sin(angles_LF), np.cos(angles_LF)
+    facts = {"positions": f"{length:,}", "dimensions": f"{dimension:,}", "base n": f"{base:,g}"}
+    facts["waves"] = f"{2 * np.pi / angles_F[0]:.2f} to {2 * np.pi / angles_F[-1]:,.2f} positions"
+    return Scheme("sinusoidal", "", table, facts=facts)
 
 
 def similarity(table: Array) -> Array:
@@ -116,18 +113,13 @@ def find_schemes(model: nn.Module) -> list[Scheme]:
     inner = unwrap(model)
     found: list[Scheme] = []
     for name, module in inner.named_modules():
-        for scheme in (
-            *_tables(name, module, inner.config),
-            *_rotations(name, module, inner.config),
-            *_biases(name, module),
-        ):
-            same = [old for old in found if old.kind == scheme.kind and np.array_equal(old.values, scheme.values)]
-            if not same:
+        for scheme in (*_tables(name, module), *_rotations(name, module, inner.config), *_biases(name, module)):
+            if not any(old.kind == scheme.kind and np.array_equal(old.values, scheme.values) for old in found):
                 found.append(scheme)
     return [*found, *_slopes(inner.config)]
 
 
-def _tables(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[Scheme]:
+def _tables(name: str, module: nn.Module) -> Iterator[Scheme]:
     """Find a table of positions: an embedding, or sines that were written into a buffer."""
     last = name.rsplit(".", 1)[-1]
     if "Positional" not in type(module).__name__ and last not in TABLES:
@@ -135,7 +127,7 @@ def _tables(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[
     weight = effective_weight(module)
     if weight is None or weight.ndim != 2:
         return
-    first = first_row(module, config)
+    first = first_row(module)
     table = weight.detach()[first:].float().cpu().numpy().astype(np.float64)
     facts = {"positions": f"{len(table):,}", "dimensions": f"{table.shape[1]:,}"}
     if first:
@@ -149,16 +141,13 @@ def _tables(name: str, module: nn.Module, config: PretrainedConfig) -> Iterator[
 
 def effective_weight(module: nn.Module) -> torch.Tensor | None:
     """Return the table of an embedding, with what an adapter adds to it; None where there is none."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        weight = getattr(module, "weights", None)  # M2M100 keeps its sines in a buffer
+    weight = getattr(module, "weight", getattr(module, "weights", None))  # M2M100 keeps its sines in a buffer
     if isinstance(module, LoraLayer) and isinstance(weight, torch.Tensor):
-        for adapter in module.active_adapters:
-            weight = weight + module.get_delta_weight(adapter)
+        weight = weight + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def first_row(module: nn.Module, config: PretrainedConfig) -> int:
+def first_row(module: nn.Module) -> int:
     """Return the row of the first position: BART's tables begin at 2, RoBERTa's behind the padding token's number."""
     offset = getattr(module, "offset", None)
     if isinstance(offset, int):
@@ -180,11 +169,7 @@ def _rotations(name: str, module: nn.Module, config: PretrainedConfig) -> Iterat
         scaling = getattr(module, f"{layers}_attention_scaling" if layers else "attention_scaling", 1.0)
         angles = buffer.detach().float().cpu().numpy().astype(np.float64)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        facts = {
-            "type": str(kind),
-            "pairs": f"{len(angles)}",
-            "rotated": f"{2 * len(angles)} of {head} dimensions a head",
-        }
+        facts = {"type": str(kind), "rotated": f"{2 * len(angles)} of {head} dimensions a head"}
         stated = getattr(text, "rope_parameters", None) or {}
         stated = stated.get(layers, stated) if isinstance(stated, dict) else {}
         if stated.get("rope_theta"):
@@ -221,15 +206,3 @@ def _slopes(config: PretrainedConfig) -> Iterator[Scheme]:
     added = build_alibi_tensor(torch.ones((1, 2), dtype=torch.int64), heads, torch.float32)
     slopes = added[:, 0, 1].numpy().astype(np.float64)
     yield Scheme("slopes", "attention", slopes, facts={"heads": f"{heads}"})
-
-
-def spread(length: int, most: int) -> list[int]:
-    """Return at most `most` of the first `length` numbers, evenly spread, the first and the last among them."""
-    if length <= most:
-        return list(range(length))
-    return [round(i * (length - 1) / (most - 1)) for i in range(most)]
-
-
-def doubling(length: int) -> Sequence[int]:
-    """Return 0, 1, 2, 4, 8 and so on, below `length`."""
-    return [distance for distance in (0, *(2**i for i in range(24))) if distance < length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,23 +14,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
-from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block
+from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block, write_explanation
 from llmtune.explain.figures import BLUE, LINE, MUTED, Panel, Ticks, draw_heatmap, figure_settings, save_figure
-from llmtune.explain.position_encodings import (
-    Scheme,
-    doubling,
-    find_schemes,
-    frequencies,
-    similarity_by_distance,
-    sinusoidal_encoding,
-    spread,
-)
-from llmtune.explain.target import TUNED, Target
+from llmtune.explain.position_encodings import Scheme, find_schemes, similarity_by_distance, sinusoidal_scheme
+from llmtune.explain.target import Target
 from llmtune.explain.token_text import label, name_tokens
 from llmtune.model.memory_plan import context_length
 from llmtune.report.blocks import Block, Column, KeyValues, Page, Section, Table, Text
-from llmtune.report.render_html import write_page
-from llmtune.store.atomic_files import explained, write_json
+from llmtune.store.atomic_files import explained
 
 LONGEST, WIDEST = 4096, 4096
 """Positions and dimensions of an encoding: more than that is no table any more."""
@@ -39,8 +30,8 @@ MOST_CELLS = 1 << 20
 FIRST = 512
 """Positions of a model that are shown where no text and no length is given."""
 DEFAULT_LENGTH, DEFAULT_DIMENSION, DEFAULT_BASE = 64, 64, 10_000.0
-ROWS, COLUMNS, PAIRS, HEADS = 40, 8, 12, 8
-"""Of a table: those of a longer or a wider one are the first and the last."""
+ROWS, COLUMNS, HEADS = 40, 8, 8
+"""Of a table: what a longer or a wider one has first."""
 LABELLED = 40
 """Words beside the rows of a heatmap; there is no room for more."""
 WIDTH_IN, HEIGHT_IN = 11.0, 4.2
@@ -86,7 +77,6 @@ class Positions:
     length: int
     words: list[str]
     """Empty where there is no text."""
-    base: float | None = None
     tuned: str = ""
     """Of a run, what the tuning did to its positions."""
 
@@ -98,19 +88,15 @@ def explain_positions(request: PositionsRequest, target: Target | None, folder: 
         RecipeError: a text that is empty or longer than the model's positions; an option out of range or of no use.
     """
     positions = encode(request) if target is None else read_positions(request, target, console)
-    values = to_json(positions)
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         figures = draw_schemes(positions, folder / "positions") if positions.schemes else []
-        page = make_page(positions, figures)
-        written = [write_page(folder / "positions.html", page), *figures, folder / "positions.json"]
-        write_json(folder / "positions.json", values)
-    return Explanation(values, page, written)
+        page = make_page(positions, figures[-1] if figures else None)
+        return write_explanation(folder / "positions", to_json(positions), page, figures)
 
 
 def encode(request: PositionsRequest) -> Positions:
     """Compute the sinusoidal encoding of a text's words, which are cut at spaces, or of a number of positions."""
-    words = request.text.split() if request.text is not None else []
+    words = (request.text or "").split()
     length = len(words) if request.text is not None else request.length or DEFAULT_LENGTH
     dimension = DEFAULT_DIMENSION if request.dimension is None else request.dimension
     base = DEFAULT_BASE if request.base is None else request.base
@@ -127,11 +113,7 @@ def encode(request: PositionsRequest) -> Positions:
     if not (math.isfinite(base) and base > 1):
         problems.append(Problem(f"{base:g}: waves would not grow longer", "--base", "Give a number above 1."))
     RecipeError.collect(problems)
-    table = sinusoidal_encoding(length, dimension, base)
-    waves = 2 * np.pi / frequencies(dimension, base)
-    facts = {"positions": f"{length:,}", "dimensions": f"{dimension:,}", "base n": f"{base:,g}"}
-    facts["waves"] = f"{waves[0]:.2f} to {waves[-1]:,.2f} positions"
-    return Positions("", [Scheme("sinusoidal", "", table, facts=facts)], length, words, base)
+    return Positions("", [sinusoidal_scheme(length, dimension, base)], length, words)
 
 
 def _text_problems(request: PositionsRequest, some: bool) -> list[Problem]:
@@ -151,118 +133,91 @@ def read_positions(request: PositionsRequest, target: Target, console: Console) 
         if value is not None:
             problems.append(Problem("a model has its own", f"--{name}", "Omit it, or name no model."))
     limit = context_length(target.config)
-    most = min(limit or LONGEST, LONGEST)
-    asked = len(ids) or request.length or 0
+    most, asked = min(limit or LONGEST, LONGEST), len(ids) or request.length or 0
     if asked > most:
-        where = "--text" if ids else "--length"
         known = "the model has" if limit == most else "the most that is shown is"
-        problems.append(Problem(f"{asked:,} positions, and {known} {most:,}", where, "Give a shorter one."))
+        what = f"{asked:,} positions, and {known} {most:,}"
+        problems.append(Problem(what, "--text" if ids else "--length", "Give a shorter one."))
     RecipeError.collect(problems)
-    by_model: dict[str, list[Scheme]] = {}
+    by_model: list[list[Scheme]] = []
     for name in target.models:
         with console.status("loading the model"), target.open_model(name) as model:
-            by_model[name] = find_schemes(model)
-    schemes = by_model[target.models[-1]]
+            by_model.append(find_schemes(model))
+    schemes = by_model[-1]
+    changed = [new.name for new in schemes if not any(old.equals(new) for old in by_model[0])]
+    tuned = f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's." if changed else ""
     tables = [len(scheme.values) for scheme in schemes if scheme.kind in ("sinusoidal", "learned")]
-    length = asked or min(max([*tables, 0 if tables else most]), FIRST)
+    length = asked or min(max(tables, default=most), FIRST)
     words = [label(token) for token in name_tokens(target.processor, ids)]
-    tuned = _compare(*by_model.values()) if TUNED in by_model else ""
-    return Positions(target.short_name, schemes, length, words, tuned=tuned)
-
-
-def _compare(base: Sequence[Scheme], tuned: Sequence[Scheme]) -> str:
-    """Return whether the tuning changed how the model knows positions, as a sentence."""
-    if len(base) == len(tuned) and all(old.equals(new) for old, new in zip(base, tuned, strict=True)):
-        return "Unchanged by the tuning."
-    changed = [new.name for new in tuned if not any(old.equals(new) for old in base)]
-    return f"Changed by the tuning: {', '.join(changed)}. What is shown is the tuned model's."
+    if len(by_model) > 1 and not changed:
+        tuned = "Unchanged by the tuning."
+    return Positions(target.short_name, schemes, length, words, tuned)
 
 
 def to_json(positions: Positions) -> dict[str, object]:
     """Return it as JSON values; a model's own tables are too large, of those it is how alike positions are."""
+    schemes = []
+    for scheme in positions.schemes:
+        told: dict[str, object] = {"kind": scheme.kind, "title": scheme.title, "module": scheme.name or None}
+        told["facts"] = scheme.facts
+        if not (positions.name and scheme.kind in ("sinusoidal", "learned")):
+            key = {"sinusoidal": "encoding", "rotary": "angles"}.get(scheme.kind, scheme.kind)
+            told[key] = scheme.values.tolist()
+        if scheme.kind == "bias":
+            told["distances"] = list(scheme.distances)
+        elif scheme.kind != "slopes":
+            told["similarity_by_distance"] = similarity_by_distance(scheme, positions.length).tolist()
+        schemes.append(told)
     return {
         "model": positions.name or None,
         "length": positions.length,
         "words": positions.words,
-        "base": positions.base,
         "tuned": positions.tuned or None,
-        "schemes": [
-            {
-                "kind": scheme.kind,
-                "title": scheme.title,
-                "module": scheme.name or None,
-                "facts": scheme.facts,
-                **_numbers(scheme, positions),
-            }
-            for scheme in positions.schemes
-        ],
+        "schemes": schemes,
     }
 
 
-def _numbers(scheme: Scheme, positions: Positions) -> dict[str, object]:
-    if scheme.kind == "bias":
-        return {"distances": list(scheme.distances), "bias": scheme.values.tolist()}
-    if scheme.kind == "slopes":
-        return {"slopes": scheme.values.tolist()}
-    alike = {"similarity_by_distance": similarity_by_distance(scheme, positions.length).tolist()}
-    if scheme.kind == "rotary":
-        return {"angles": scheme.values.tolist(), **alike}
-    return {"encoding": scheme.values.tolist(), **alike} if not positions.name else alike
-
-
-# Page
-
-
-def make_page(positions: Positions, figures: Sequence[Path]) -> Page:
+def make_page(positions: Positions, figure: Path | None) -> Page:
     """Return what was found, a section for each way to know positions."""
-    sections = [Section(scheme.title, _describe(scheme, positions)) for scheme in positions.schemes]
-    if not positions.schemes:
+    sections = [Section(scheme.title, list(_describe(scheme, positions))) for scheme in positions.schemes]
+    if figure is not None:
+        drawn = figure_block(figure, "Position tables and how alike positions are")
+        sections.insert(0, Section("", [drawn], brief=False))
+    else:
         sections.append(Section("", [Text(NONE_FOUND, "note")]))
     if positions.tuned:
         sections.append(Section("", [Text(positions.tuned)]))
-    svg = next((path for path in figures if path.suffix == ".svg"), None)
-    if svg is not None:
-        sections.insert(0, Section("", [figure_block(svg, "Position tables and how alike positions are")], brief=False))
     title = f"Positions: {positions.name}" if positions.name else "Positions: sinusoidal encoding"
     return Page(title, sections, lead=LEAD, navigation=False, style=FIGURE_STYLE)
 
 
-def _describe(scheme: Scheme, positions: Positions) -> list[Block]:
-    facts = {"module": scheme.name, **scheme.facts} if scheme.name else scheme.facts
-    blocks: list[Block] = [Text(MEANINGS[scheme.kind]), KeyValues(list(facts.items()))]
+def _describe(scheme: Scheme, positions: Positions) -> Iterator[Block]:
+    yield Text(MEANINGS[scheme.kind])
+    yield KeyValues([*([("module", scheme.name)] if scheme.name else []), *scheme.facts.items()])
     if scheme.kind in ("bias", "slopes"):
-        return [*blocks, _head_table(scheme, positions.length)]
+        yield _head_table(scheme, positions.length)
+        return
     if scheme.kind == "rotary":
-        blocks.append(_wave_table(scheme, positions.length))
+        yield _wave_table(scheme, positions.length)
     elif not positions.name or positions.words:
-        blocks.append(_encoding_table(scheme, positions))
+        yield _encoding_table(scheme, positions)
     alike = similarity_by_distance(scheme, positions.length)
-    chosen = doubling(len(alike))[:11]
-    heads = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
-    return [*blocks, Table(heads, [["alike", *(number(alike[distance]) for distance in chosen)]])]
+    chosen = [distance for distance in (0, *(2**i for i in range(10))) if distance < len(alike)]
+    columns = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
+    yield Table(columns, [["alike", *(number(alike[distance]) for distance in chosen)]])
 
 
 def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
-    """Return a row a position: its word, and its numbers with two decimals."""
-    values = scheme.table(positions.length)
-    shown = ends(values.shape[1], COLUMNS)
-    words = positions.words
-    heads = [Column("position", "number"), *([Column("word")] if words else [])]
-    heads += [Column("…" if column is None else str(column), "number") for column in shown]
-    rows = []
-    for row in ends(len(values), ROWS):
-        cells = ["…" if row is None or column is None else number(values[row, column]) for column in shown]
-        first = ["…", *([""] if words else [])] if row is None else [str(row), *([words[row]] if words else [])]
-        rows.append([*first, *cells])
-    return Table(heads, rows)
-
-
-def ends(size: int, most: int) -> list[int | None]:
-    """Return the numbers below `size`, or the first and last few of them with None between."""
-    if size <= most:
-        return list(range(size))
-    last = most // 4
-    return [*range(most - last), None, *range(size - last, size)]
+    """Return a row a position: its word, and its first numbers with two decimals."""
+    values, words = scheme.table(positions.length), positions.words
+    columns = [Column("position", "number"), *([Column("word")] if words else [])]
+    columns += [Column(str(column), "number") for column in range(min(COLUMNS, values.shape[1]))]
+    rows = [
+        [str(at), *words[at : at + 1], *(number(value) for value in values[at, :COLUMNS])]
+        for at in range(min(ROWS, len(values)))
+    ]
+    cut = len(values) > ROWS or values.shape[1] > COLUMNS
+    return Table(columns, rows, note=f"The first of {len(values):,} × {values.shape[1]:,} numbers." if cut else "")
 
 
 def number(value: float) -> str:
@@ -273,7 +228,7 @@ def number(value: float) -> str:
 def _wave_table(scheme: Scheme, length: int) -> Table:
     """Return some pairs of dimensions: the angle of a position, the length of the wave, and turns over the text."""
     rows = []
-    for pair in spread(len(scheme.values), PAIRS):
+    for pair in np.unique(np.linspace(0, len(scheme.values) - 1, 12).round().astype(int)):
         angle = float(scheme.values[pair])
         turn = f"{2 * np.pi / angle:,.1f}" if angle else "∞"
         rows.append([str(pair), f"{angle:.6f}", turn, f"{length * angle / (2 * np.pi):,.2f}"])
@@ -282,12 +237,12 @@ def _wave_table(scheme: Scheme, length: int) -> Table:
 
 
 def _head_table(scheme: Scheme, length: int) -> Table:
-    """Return what some heads add to their scores at some distances; below zero is behind."""
+    """Return what the first heads add to their scores at some distances; below zero is behind."""
     distances, values = scheme.added(length)
-    chosen = [d for d in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if d in distances]
+    chosen = [distance for distance in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if distance in distances]
     rows = [
-        [str(head), *(number(values[head, distances.index(distance)]) for distance in chosen)]
-        for head in range(min(len(values), HEADS))
+        [str(head), *(number(line[distances.index(distance)]) for distance in chosen)]
+        for head, line in enumerate(values[:HEADS])
     ]
     names = ["head", *(f"{distance:+d}" if distance else "0" for distance in chosen)]
     note = f"The first {HEADS} of {len(values)} heads." if len(values) > HEADS else ""
@@ -316,8 +271,8 @@ def _draw_table(figure: Figure, axes: Axes, scheme: Scheme, positions: Positions
     table = scheme.table(positions.length)
     rows, columns = table.shape
     clipped = np.quantile(np.abs(table), 0.995) if scheme.kind == "learned" else 1.0
-    small = columns <= 16 and rows <= 12
-    panel = Panel(scheme.title, np.clip(table, -clipped, clipped), True, gamma=1.0, written=".2f" if small else "")
+    written = ".2f" if columns <= 16 and rows <= 12 else ""
+    panel = Panel(scheme.title, np.clip(table, -clipped, clipped), True, gamma=1.0, written=written)
     words = positions.words if len(positions.words) <= LABELLED else []
     down = [f"{word}  {at}" for at, word in enumerate(words)] or [str(at) for at in range(rows)]
     name = "pair of dimensions (cosine of its angle)" if scheme.kind == "rotary" else "dimension"
@@ -332,8 +287,6 @@ def _draw_similarity(axes: Axes, scheme: Scheme, length: int) -> None:
     axes.axhline(0, color=LINE, linewidth=1, zorder=0)
     axes.set_title("How alike two positions are", fontsize=9.5, loc="left", color=MUTED)
     axes.set(xlabel="positions apart", ylabel="mean cosine", ylim=(min(-0.1, float(alike.min()) - 0.05), 1.05))
-    if len(alike) <= 16:
-        axes.set_xticks(range(len(alike)))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -344,7 +297,6 @@ def _draw_added(axes: Axes, scheme: Scheme, length: int) -> None:
         colour = colormaps["viridis"](0.9 * head / max(1, len(values) - 1))
         style = "steps-mid" if scheme.kind == "bias" else "default"
         axes.plot(distances, line, color=colour, linewidth=1.2, drawstyle=style, label=f"head {head}")
-    axes.axvline(0, color=LINE, linewidth=1, zorder=0)
     axes.set_title(scheme.title, fontsize=9.5, loc="left", color=MUTED)
     axes.set(xlabel="distance of the word that is looked at (left: behind)", ylabel="added to the score")
     axes.spines[["top", "right"]].set_visible(False)

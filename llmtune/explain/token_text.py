@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 import unicodedata
@@ -59,16 +60,16 @@ WORD = regex.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*", regex.V1)
 def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[Token]:
     """Return the tokens of `ids`, one each."""
     pieces = _read_pieces(tokenizer, [int(i) for i in ids])
-    decoded = _decode([piece.content for piece in pieces])
+    texts = [piece.content.decode(errors="llmtune.bytes") for piece in pieces]
     inside = _inside_words(
-        [("\n" if piece.special else shown.letters) for piece, shown in zip(pieces, decoded, strict=True)]
+        ["\n" if piece.special else BYTES.sub("x", text) for piece, text in zip(pieces, texts, strict=True)]
     )
     tokens: list[Token] = []
-    for at, (i, piece, shown) in enumerate(zip(ids, pieces, decoded, strict=True)):
-        continues = False
-        if at > 0 and not piece.special and not pieces[at - 1].special:
-            continues = shown.inside or (inside[at] if piece.continues is None else piece.continues)
-        tokens.append(Token(int(i), shown.text, piece.special, continues))
+    for at, (i, piece, text) in enumerate(zip(ids, pieces, texts, strict=True)):
+        within = 0x80 <= (piece.content[:1] or b" ")[0] < 0xC0  # of a character
+        continues = within or (inside[at] if piece.continues is None else piece.continues)
+        apart = at == 0 or piece.special or pieces[at - 1].special
+        tokens.append(Token(int(i), text, piece.special, continues and not apart))
     return tokens
 
 
@@ -135,47 +136,12 @@ def byte_of_letter() -> dict[str, int]:
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
-@dataclass
-class _Shown:
-    """A piece as text; `letters` are all characters that it has a part of, `inside` whether it starts within one."""
-
-    text: str = ""
-    letters: str = ""
-    inside: bool = False
+def _write_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
 
 
-def _decode(contents: Sequence[bytes]) -> list[_Shown]:
-    """Decode bytes side by side: what is no whole character within one piece becomes `<0xE2>`."""
-    whole = b"".join(contents)
-    owner = [number for number, content in enumerate(contents) for _ in content]
-    shown, at = [_Shown() for _ in contents], 0
-    while at < len(whole):
-        size = _character_size(whole, at)
-        end = at + (size or 1)
-        letter = whole[at:end].decode() if size else ""
-        owners = owner[at:end]
-        if letter and owners[0] == owners[-1]:
-            shown[owners[0]].text += letter
-            shown[owners[0]].letters += letter
-        else:
-            for byte, number in zip(whole[at:end], owners, strict=True):
-                shown[number].text += f"<0x{byte:02X}>"
-            shown[owners[0]].letters += letter
-            for number in owners:
-                shown[number].inside |= number != owners[0]
-        at = end
-    return shown
-
-
-def _character_size(content: bytes, at: int) -> int:
-    """Return how many bytes the character that starts here has; 0 where none does."""
-    for size in range(1, min(4, len(content) - at) + 1):
-        try:
-            content[at : at + size].decode()
-        except UnicodeDecodeError:
-            continue
-        return size
-    return 0
+codecs.register_error("llmtune.bytes", _write_bytes)
 
 
 def joined(token: Token, piece: Token) -> Token:

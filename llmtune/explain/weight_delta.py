@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -16,7 +16,8 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, transpose
 
-Kind = Literal["LoRA", "DoRA", "whole", "tokens", "bias", "weights"]
+from llmtune.explain.trained_modules import PREFIX, Kind
+
 ADAPTER = "default"
 WIDEST = 2048
 """Smaller side of a matrix up to which all singular values of a change that is not low-rank are computed."""
@@ -28,8 +29,6 @@ class Move:
 
     module: str
     kind: Kind
-    """LoRA or DoRA; `whole`: trained whole beside an adapter; `tokens`: some rows of an embedding; `bias`; `weights`:
-    of a run that trained all of them."""
     change: float
     """Frobenius norm of what was added to its weights."""
     weight: float
@@ -50,31 +49,31 @@ class Move:
 
 def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
     """Yield a move for each module of a PEFT model that carries an adapter or is trained whole; nothing is changed."""
-    taken: list[str] = []
+    taken = ""
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in taken):
+        if taken and name.startswith(taken):
             continue
-        plain = name.removeprefix("base_model.model.")
+        plain, own = name.removeprefix(PREFIX), cast(Any, module)
         if isinstance(module, LoraLayer):
-            taken.append(name)
             yield lora_move(plain, module)
         elif isinstance(module, ModulesToSaveWrapper):
-            taken.append(name)
-            before = dict(cast(Any, module).original_module.named_parameters())
-            after = dict(cast(Any, module).modules_to_save[ADAPTER].named_parameters())
-            yield compare(plain, "whole", before, after)
+            before, after = own.original_module, own.modules_to_save[ADAPTER]
+            yield compare(plain, "whole", dict(before.named_parameters()), dict(after.named_parameters()))
         elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
-            taken.append(name)
-            rows = {"rows": cast(Any, module).trainable_tokens_original[ADAPTER]}
-            delta = {"rows": cast(Any, module).trainable_tokens_delta[ADAPTER]}
-            yield compare(plain.removesuffix(".token_adapter"), "tokens", rows, delta)
+            rows, changed = own.trainable_tokens_original[ADAPTER], own.trainable_tokens_delta[ADAPTER]
+            yield compare(plain.removesuffix(".token_adapter"), "tokens", {"rows": rows}, {"rows": changed})
+        else:
+            continue
+        taken = f"{name}."
 
 
 @torch.no_grad()
 def lora_move(name: str, module: Any) -> Move:
     """Measure a LoRA without making its matrix; a DoRA, which scales the sum of both, a module at a time."""
     a_RI, b_OR = factors(module)
-    singular_R = module.scaling[ADAPTER] * singular_values(a_RI, b_OR)
+    # B A = Q1 (R1 R2^T) Q2^T: its singular values are those of the small product of both triangles
+    first, second = (torch.linalg.qr(part.double(), mode="r").R for part in (b_OR, a_RI.T))
+    singular_R = module.scaling[ADAPTER] * torch.linalg.svdvals(first @ second.T)
     weight = dequantize_module_weight(module.get_base_layer()).detach()
     varied = bool(getattr(module, "use_dora", {}).get(ADAPTER))
     change = float((merged(module, weight) - weight.float()).norm()) if varied else float(singular_R.norm())
@@ -91,20 +90,10 @@ def factors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return a.flatten(1), b.flatten(1)
 
 
-def singular_values(a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
-    """Return those of B A, [R] or fewer, from the small triangles of both: B A = Q1 (R1 R2^T) Q2^T."""
-    first = torch.linalg.qr(b_OR.double(), mode="r").R
-    second = torch.linalg.qr(a_RI.T.double(), mode="r").R
-    return cast(torch.Tensor, torch.linalg.svdvals(first @ second.T))
-
-
 def effective_rank(singular: torch.Tensor) -> float | None:
     """Return exp of the entropy of singular values taken as shares of their sum; None where all are zero."""
-    total = float(singular.sum())
-    if not total:
-        return None
-    shares = singular[singular > 0] / total
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    total = singular.sum()
+    return float(torch.special.entr(singular / total).sum().exp()) if total else None
 
 
 def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -117,8 +106,7 @@ def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
     flipped = bool(module.fan_in_fan_out)
     moved_OI = transpose(weight, flipped).float() + module.scaling[ADAPTER] * (b_OR @ a_RI).float()
     magnitude_O = module.lora_magnitude_vector[ADAPTER].weight.detach().float()
-    scaled_OI = (magnitude_O / moved_OI.norm(dim=1))[:, None] * moved_OI
-    return cast(torch.Tensor, transpose(scaled_OI, flipped))
+    return cast(torch.Tensor, transpose((magnitude_O / moved_OI.norm(dim=1))[:, None] * moved_OI, flipped))
 
 
 @torch.no_grad()
@@ -134,12 +122,9 @@ def compare(name: str, kind: Kind, before: dict[str, torch.Tensor], after: dict[
             matrices.append(new - old)
     rank = effective = None
     if len(matrices) == 1:
-        rank = min(matrices[0].shape)
-        effective = effective_rank(whole_singular_values(matrices[0])) if rank <= WIDEST else None
+        (delta,) = matrices
+        rank = min(delta.shape)
+        if rank <= WIDEST:  # from the products of the shorter side: half the digits are enough for shares
+            small = delta @ delta.T if delta.shape[0] < delta.shape[1] else delta.T @ delta
+            effective = effective_rank(torch.linalg.eigvalsh(small).clamp(min=0).sqrt())
     return Move(name, kind, change**0.5, weight**0.5, parameters, rank, effective)
-
-
-def whole_singular_values(matrix: torch.Tensor) -> torch.Tensor:
-    """Return those of a matrix, from the products of its shorter side: half the digits are enough for shares."""
-    small = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
-    return cast(torch.Tensor, torch.linalg.eigvalsh(small).clamp(min=0).sqrt())

@@ -128,13 +128,6 @@ def test_norms_stand_where_the_papers_put_them(line):
     assert spell(architecture.stacks[-1].blocks[-1]) == expected
 
 
-def test_a_model_that_makes_tensors_of_its_own_is_run_all_the_same():
-    settings = AutoConfig.for_model("xlnet", d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=50)
-    architecture = describe_config(AutoModelForCausalLM, settings)
-    assert architecture.untraced is None
-    assert [part.kind for part in branches_of(architecture.stacks[0].blocks[0])] == ["attention", "feed-forward"]
-
-
 def test_parts_name_their_modules_heads_and_activation(built: Built):
     (stack,) = describe_config(AutoModelForCausalLM, AutoConfig.for_model("qwen3", **SMALL)).stacks
     attention, forward = branches_of(stack.blocks[0])
@@ -143,15 +136,6 @@ def test_parts_name_their_modules_heads_and_activation(built: Built):
     assert attention.weights[1].shape == "32 → 16"
     assert forward.about == "48 wide, silu, gated"
     assert branches_of(describe(built("gpt2"))[0].stacks[0].blocks[0])[1].about == "256 wide, gelu_new"
-
-
-def test_experts_and_their_router_are_named():
-    settings = AutoConfig.for_model("mixtral", **SMALL, num_local_experts=3)
-    experts = branches_of(describe_config(AutoModelForCausalLM, settings).stacks[0].blocks[0])[1]
-    assert experts.about == "3 experts, a router, silu, gated"
-    names = [weights.name for weights in experts.weights]
-    rows = {shorten(weights.name, names): weights.shape for weights in experts.weights}
-    assert rows == {"gate": "32 → 3", "gate_up_proj": "3 × (96 × 32)", "down_proj": "3 × (32 × 48)"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import re
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from llmtune.explain import attention_explainer
 from llmtune.explain.attention_explainer import explain_attention
-from llmtune.explain.attention_figures import blank_masked
 from llmtune.explain.attention_view import AttentionOptions
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
@@ -167,13 +165,6 @@ def test_whisper_hears_a_recording_in_stretches_and_the_silence_behind_it_is_one
         assert np.abs(unpack(cross, "model", 1, head).sum(-1) - 1).max() < 1e-3
 
 
-def test_languages_of_a_plain_translator_are_named_by_an_option(built, tmp_path):
-    asked = (built("nllb"), "--text", "The sky is blue", "--target", "Le ciel", "--out", tmp_path / "out", "--json")
-    found = values_of(invoke(*asked, "--language", "eng_Latn,deu_Latn"))
-    assert "deu_Latn" in [token["text"] for token in found["tokens"]["target"]]
-    expect(invoke(*asked, "--language", "eng_Latn,xx"), 2, "--language", "'xx'", "eng_Latn,fra_Latn")
-
-
 def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_path):
     found = values_of(invoke(run, "--text", "Is 3 red?", "--chat", "--out", tmp_path, "--json"))
     read = [token["text"] for token in found["tokens"]["source"]]
@@ -203,19 +194,6 @@ def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(built, tmp_pat
     assert names(tmp_path) == files | PAGE
     if "--head 3" in options:
         assert "layer 1, head 3" in (tmp_path / "attention-heatmap.svg").read_text("utf-8")
-
-
-def test_what_a_query_cannot_see_is_left_blank():
-    blank = blank_masked(np.ones((3, 3), dtype=np.float32))
-    assert np.isnan(blank).tolist() == [[False, True, True], [False, False, True], [False, False, False]]
-
-
-def test_text_of_any_script_is_text_in_the_svg_which_asks_for_nothing(built, tmp_path):
-    values_of(invoke(built("bert"), "--text", "the cat", "--out", tmp_path, "--json"))
-    for name in ("attention-heatmap.svg", "attention-graph.svg", "attention-heads.svg"):
-        drawn = (tmp_path / name).read_text("utf-8")
-        assert (">cat</text>" in drawn) == (name != "attention-heads.svg")
-        assert set(re.findall(r'https?://[^"< ]*', drawn)) <= NAMESPACES
 
 
 def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
@@ -257,17 +235,6 @@ def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
     expect(invoke(*asked, "--head", "meen"), 2, "Did you mean 'mean'?")
     expect(invoke(*asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
     expect(invoke(built("t5"), "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
-
-
-def test_a_run_whose_model_is_gone_and_a_model_that_is_none_are_expect(run, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "run")
-    name = Path(str(load_recipe(str(run / "recipe.yaml")).recipe.model.name))
-    away = name.rename(tmp_path / "away")
-    try:
-        expect(invoke(copy, "--text", "a"), 4, name.name)
-    finally:
-        away.rename(name)
-    expect(invoke(tmp_path / "nothing", "--text", "a", "--offline"), 4, "nothing")
 
 
 def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_for(built, tmp_path, monkeypatch):

@@ -18,10 +18,9 @@ from support.models import build_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data.chat_template import render_prompt
-from llmtune.explain.generation_explainer import slug
 from llmtune.explain.generation_page import find_parting
 from llmtune.explain.generation_trace import Sampling, score_answer
-from llmtune.explain.inputs import ModelInputs, PromptRequest
+from llmtune.explain.inputs import ModelInputs
 from llmtune.recipe import load_recipe
 
 invoke = partial(explain, "generation")
@@ -123,14 +122,6 @@ def test_the_terminal_shows_the_four_stages_and_where_they_part(trained, tmp_pat
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
 
 
-def test_beams_that_are_not_followed_are_told(tiny_llama, tmp_path):
-    generation = {"num_beams": 3, "max_new_tokens": 4}
-    searched = train(tmp_path, tiny_llama, ROWS, generation=generation, evaluate={"metrics": ["loss"]})
-    result = invoke(searched, "--prompt", QUESTION, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.stderr
-    assert "not the run's 3 beams" in result.stderr
-
-
 def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     expect(invoke(tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
@@ -199,16 +190,6 @@ def test_models_that_predict_no_words_are_told_so(built, tmp_path, tiny_gpt2):
     expect(invoke(tiny_gpt2, "--prompt", "x", "--plain", "--out", tmp_path), 2, "--plain", "no chat template")
 
 
-def test_a_run_whose_model_is_gone_is_an_error_of_the_environment(trained, run):
-    model = trained.parent / "model"
-    model.rename(trained.parent / "elsewhere")
-    try:
-        expect(invoke(run, "--prompt", "x"), 4, str(model))
-    finally:
-        (trained.parent / "elsewhere").rename(model)
-    assert not (run / "explain").exists()
-
-
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6))
 def test_answers_part_behind_what_they_have_in_common(base, tuned):
     at = find_parting(base, tuned)
@@ -217,13 +198,6 @@ def test_answers_part_behind_what_they_have_in_common(base, tuned):
     else:
         assert base[:at] == tuned[:at]
         assert base[at : at + 1] != tuned[at : at + 1]
-
-
-def test_prompts_that_read_alike_have_names_of_their_own():
-    long = "why is the sky so very blue today and not at all green"
-    assert slug(PromptRequest(prompt="Why is the sky blue?")) == "why-is-the-sky-blue"
-    assert slug(PromptRequest(prompt=long)) != slug(PromptRequest(prompt=f"{long}?"))
-    assert slug(PromptRequest(prompt="空は青い")) != slug(PromptRequest(prompt="海は青い"))
 
 
 def test_a_choice_leaves_the_recipes_penalty_and_takes_its_sampling_away(trained):

@@ -75,12 +75,6 @@ def test_the_heads_of_t5_have_a_line_each(built, tmp_path):
     assert "Relative position bias of the decoder" in result.stdout
 
 
-def test_rotations_are_a_row_a_pair(tiny_llama, tmp_path):
-    result = invoke(tiny_llama, "--length", 32, "--out", tmp_path)
-    expect(result, 0)
-    assert ["0", "1.000000", "6.3", "5.09"] in rows(result.stdout)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
