@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal, turn the direction of writing round, or are half of one."""
+_FULL = "Free space, or choose another folder with --out."
+_FORBIDDEN = "Change its permissions, or choose another folder with --out."
+_MEMORY = "Close other programs, give the process more memory, or work on less at a time."
+_LIMITS = {
+    errno.ENOSPC: ("the disk is full", _FULL),
+    errno.EDQUOT: ("the quota of this disk is used up", _FULL),
+    errno.EFBIG: ("a file would become larger than the system allows", "Raise the limit on files: ulimit -f."),
+    errno.EROFS: ("cannot be read or written: the file system is read-only", _FORBIDDEN),
+    errno.EACCES: ("cannot be read or written: permission denied", _FORBIDDEN),
+    errno.EPERM: ("cannot be read or written: operation not permitted", _FORBIDDEN),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),
+    errno.EMFILE: ("too many files are open", "Raise the limit on open files: ulimit -n 4096."),
+    errno.ENFILE: ("too many files are open on this machine", "Close other programs."),
+    errno.ENOMEM: ("the memory is used up", _MEMORY),
+    errno.EAGAIN: ("no more processes or threads may be started", "Raise the limit on processes: ulimit -u."),
+    errno.EIO: ("the disk cannot be read or written (input/output error)", "Look at the system's log (dmesg)."),
+}
+"""What the system refuses, by its number: what is wrong, and what to do."""
+_IN_TEXT = {
+    "no space left": errno.ENOSPC,
+    "storagefull": errno.ENOSPC,
+    "pytorchstreamwriter": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,
+    "file too large": errno.EFBIG,
+    "read-only file system": errno.EROFS,
+    "permission denied": errno.EACCES,
+    "too many open files": errno.EMFILE,
+    "cannot allocate memory": errno.ENOMEM,
+    "can't start new thread": errno.EAGAIN,
+}
+_CODE = re.compile(r"(?:os error|os \{ code:|\[errno) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -94,3 +130,34 @@ def nearest(word: str, known: Sequence[str]) -> str:
     """Return ` Did you mean 'x'?` for the known word closest to `word`, or an empty string."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def visible(text: str) -> str:
+    """Write what would steer a terminal, such as an escape code, as the letters that stand for it."""
+    return STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def system_errno(error: BaseException) -> int | None:
+    """Return the number of the system's refusal behind an error; None for an error of another kind.
+
+    Libraries that write files from Rust or C++ hide the number in their text.
+    """
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in _LIMITS else None
+    text = str(error).lower()
+    stated = _CODE.search(text)
+    if stated and int(stated[1]) in _LIMITS:
+        return int(stated[1])
+    return next((number for words, number in _IN_TEXT.items() if words in text), None)
+
+
+def system_problem(error: BaseException, where: str | None = None) -> Problem | None:
+    """Return what the system refused (disk, memory, open files, permission) and what to do; None for another error."""
+    number = system_errno(error)
+    if number is None:
+        return None
+    what, fix = _LIMITS[number]
+    place = error.filename if isinstance(error, OSError) else None
+    return Problem(what, str(place) if place else where, fix)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,7 @@ from llmtune.report.explain_links import find_explanations
 from llmtune.report.report_record import Report, Seeds
 from llmtune.report.seed_variance import describe_spread
 from llmtune.report.verdict import verdict
-from llmtune.store.atomic_files import hash_folder, hash_value
+from llmtune.store.atomic_files import hash_folder, hash_value, read_json_lines
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
 from llmtune.store.run_lock import (
     LOCK,
@@ -346,10 +345,8 @@ def _source_record(file: SourceFile) -> SourceRecord:
 def make_report(context: RunContext) -> Report:
     """Put together everything that a run found out."""
     folder, recipe = context.folder, context.recipe
-    curve = folder.path / "metrics.jsonl"
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
-    lines = curve.read_text(encoding="utf-8").splitlines() if curve.exists() else ()
     return Report(
         llmtune=__version__,
         name=recipe.name,
@@ -364,7 +361,7 @@ def make_report(context: RunContext) -> Report:
         seeds=seeds,
         gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, [json.loads(line) for line in lines]),
+        **collect_facts(folder.manifest, read_json_lines(folder.path / "metrics.jsonl")),
     )
 
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.target_modules import are_transposed, ends_with, resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.config import UNREADABLE, readable
 from llmtune.model.library_logging import hushed
-from llmtune.model.model_files import check_safetensors
+from llmtune.model.model_files import check_safetensors, read_json_object
 from llmtune.model.oom import is_out_of_memory
 from llmtune.records import SelectedModel
+from llmtune.store.resource_limits import limited
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
+PATTERN_SECONDS = 5.0
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 SAVED = (".lora_", "trainable_tokens", ".modules_to_save.")
@@ -54,7 +56,7 @@ def find_adapter(folder: Path) -> Path:
 
 def _check_weights(source: Path) -> None:
     path = source / WEIGHTS
-    if path.is_file():
+    if path.exists():
         EnvironmentProblem.collect(check_safetensors(path))
     elif (source / _PICKLED).is_file():
         raise RecipeError.of(
@@ -83,10 +85,8 @@ def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: P
     RecipeError.collect(problems)
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
-        console.print(
-            f"[yellow]The adapter in {source} was trained on {made_for}; training goes on with "
-            f"{selected.model_ref.name}.[/yellow]"
-        )
+        was, now = f"The adapter in {source} was trained on {made_for}", selected.model_ref.name
+        console.print(f"{was}; training goes on with {now}.", style="yellow", markup=False)
     config.lora_dropout = adapter.lora_dropout
     return attach(selected, config, source, trainable=True)
 
@@ -98,6 +98,7 @@ def attach(selected: SelectedModel, config: LoraConfig, source: Path, *, trainab
     """
     name = selected.model_ref.name
     config.task_type = selected.peft_task_type  # PEFT's class for extractive qa keeps token_type_ids from the model
+    check_patterns(config, [module for module, _ in selected.model.named_modules()], source)
     return _fill(lambda: put_adapter(selected.model, config, trainable=trainable), source, "default", name)
 
 
@@ -106,6 +107,7 @@ def add_adapter(model: PeftModel, name: str, source: Path) -> None:
     config = read_config(source)
     config.inference_mode = True
     config.fan_in_fan_out = are_transposed(model.get_base_model())
+    check_patterns(config, [module for module, _ in model.get_base_model().named_modules()], source)
 
     def add() -> PeftModel:
         with hushed():
@@ -121,7 +123,7 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
         model = build()
         weights = load_peft_weights(str(source), device="cpu")
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         if is_out_of_memory(error):
             raise
         first = (str(error).strip().splitlines() or [""])[-1].strip()
@@ -143,6 +145,17 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
     return model
 
 
+def check_patterns(config: LoraConfig, names: Sequence[str], source: Path) -> None:
+    """Raise EnvironmentProblem for an expression of an adapter that is none, or that never ends on these modules."""
+    single = [one for one in (config.target_modules, config.exclude_modules) if isinstance(one, str)]
+    endings = [rf"(.*\.)?({key})$" for key in (*(config.rank_pattern or {}), *(config.alpha_pattern or {}))]
+    what, fix = "an expression in it cannot be matched", "It is damaged."
+    with readable(what, str(source / "adapter_config.json"), fix), limited(PATTERN_SECONDS):
+        for pattern in (*single, *endings):
+            for name in names:
+                re.match(pattern, name)
+
+
 def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) -> PeftModel:
     """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
     config.inference_mode = not trainable
@@ -155,10 +168,9 @@ def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) 
 def read_config(source: Path) -> LoraConfig:
     """Read `adapter_config.json`; raises EnvironmentProblem for another kind of adapter or a damaged file."""
     path = source / "adapter_config.json"
-    try:
+    read_json_object(path)  # deeply nested JSON, a pipe
+    with readable("cannot be read", str(path), "The file is damaged."):
         config = PeftConfig.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
     if not isinstance(config, LoraConfig):
         raise EnvironmentProblem.of(
             f"is a {config.peft_type} adapter", str(path), "Only LoRA and its relatives are read."
@@ -196,9 +208,10 @@ def _compare_classes(selected: SelectedModel, source: Path) -> Iterator[Problem]
 def _read_names(path: Path) -> dict[int, str]:
     """Read the names of outputs by number; raises EnvironmentProblem for a damaged file."""
     try:
-        named = json.loads(path.read_text("utf-8")).get("id2label") or {}
+        named = read_json_object(path).get("id2label") or {}
+        assert isinstance(named, dict)
         return {int(number): str(name) for number, name in named.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (AssertionError, ValueError) as error:
         raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
 
 

@@ -11,11 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.model.config import head_names, in_heads, linear_shapes
+from llmtune.store.resource_limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+PATTERN_SECONDS = 5.0
 _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 """The first number between dots: the layer, where experts inside it have numbers too."""
 
@@ -101,9 +103,10 @@ def _match(
     """Return the names that `patterns` matches, and a problem for each part of it that matches none."""
     if isinstance(patterns, str):
         try:
-            found = [name for name in names if re.fullmatch(patterns, name)]
-        except re.error as error:
-            return [], [Problem(f"{patterns!r} is no regular expression: {error}", key)]
+            with limited(PATTERN_SECONDS):
+                found = [name for name in names if re.fullmatch(patterns, name)]
+        except (re.error, LimitExceeded) as error:
+            return [], [Problem(f"{patterns!r} cannot be matched as a regular expression: {error}", key)]
         return found, [] if found else [_no_match(patterns, key, known)]
     matched = {entry: ends_with(names, entry) for entry in patterns}
     hits = {name for found in matched.values() for name in found}
@@ -137,12 +140,18 @@ def _keep_layers(targets: list[str], layers: int | Sequence[int]) -> tuple[list[
 
 def _check_patterns(adapter: AdapterSection, targets: Sequence[str]) -> list[Problem]:
     """Find keys of rank and alpha patterns that match no target; PEFT matches them as endings or expressions."""
-    return [
-        _no_match(pattern, f"adapter.{key}.{pattern}", targets)
-        for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern))
-        for pattern in patterns
-        if not any(_ends_with_pattern(pattern, name) for name in targets)
-    ]
+    problems = []
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            try:
+                with limited(PATTERN_SECONDS):
+                    matches = any(_ends_with_pattern(pattern, name) for name in targets)
+            except LimitExceeded as error:
+                what = f"{pattern!r} cannot be matched as a regular expression: {error}"
+                return [Problem(what, f"adapter.{key}", "Write a simpler one.")]
+            if not matches:
+                problems.append(_no_match(pattern, f"adapter.{key}.{pattern}", targets))
+    return problems
 
 
 def _ends_with_pattern(pattern: str, name: str) -> bool:

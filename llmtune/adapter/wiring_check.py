@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
-from llmtune.errors import Problem, RecipeError
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
 from llmtune.records import SelectedModel
@@ -32,6 +32,7 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
 
     Raises:
         NotWiredError: moving the adapter's weights leaves the output as it was, or they cannot be switched off.
+        EnvironmentProblem: the model computes nothing, with or without an adapter.
         RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
     """
     device = selected.model.device
@@ -43,6 +44,7 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
     with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
         with hushed(), torch.no_grad(), model.disable_adapter():
             off = _scores(model, inputs)
+        _refuse_dead_base(off, selected)
         on = _scores(model, inputs)
         if not moved or torch.equal(on.detach(), off):
             raise NotWiredError("moving the adapter's weights does not change the model's output")
@@ -55,6 +57,16 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
         module.training = modes[name]
     if dead:
         raise RecipeError(_describe_dead(dead))
+
+
+def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
+    """Raise EnvironmentProblem where the untouched model computes nothing: no adapter could be seen to work on it."""
+    finite = bool(scores.isfinite().all())
+    if finite and (scores.numel() == 1 or bool(scores.min() != scores.max())):
+        return
+    what = "its outputs are all the same" if finite else "its outputs are no finite numbers"
+    fix = "Its weights or its configuration are damaged: get it again from where it comes from, or set model.dtype."
+    raise EnvironmentProblem.of(f"the model computes nothing: {what}", str(selected.model_ref.path), fix)
 
 
 @contextmanager

@@ -232,16 +232,15 @@ def adapter(
 
 def _show(explanation: Explanation, target: Target | None, as_json: bool) -> None:
     """Print what was found and which files were written; a run's report gets links to the pages in its own folder."""
-    from rich.console import Console
     from rich.markup import escape
 
-    from llmtune.report.render_terminal import print_page
+    from llmtune.report.render_terminal import VisibleConsole, print_page
     from llmtune.report.write import link_explanations
 
     if as_json:
         print_json({**explanation.values, "files": explanation.files})
     else:
-        print_page(explanation.page, Console(highlight=False))
+        print_page(explanation.page, VisibleConsole(highlight=False))
     console = stderr_console()
     for path in explanation.files:
         console.print(f"written: {escape(str(path))}")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import STEERING, EnvironmentProblem, LlmtuneError, Problem, RecipeError, system_problem, visible
 from llmtune.launch.python_api import make_console
 from llmtune.store.atomic_files import plain
 
@@ -37,7 +41,18 @@ def stderr_console(*, quiet: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False)
+    typer.echo(STEERING.sub(_json_escape, text))
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    """JSON text holds no lower control characters unescaped: what is left are C1, changes of direction, surrogates."""
+    return f"\\u{ord(found[0]):04x}"
+
+
+def print_text(text: str) -> None:
+    """Print text of a model or a recipe on stdout: as it is into a file, and so that it cannot steer a terminal."""
+    typer.echo(visible(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def handled(command: Callable[P, None]) -> Callable[P, None]:
@@ -48,10 +63,11 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         signal.signal(signal.SIGTERM, _terminate)
         as_json = bool(kwargs.get("as_json"))
         try:
-            for name in RUN_PARAMETERS & kwargs.keys():
-                if kwargs[name] is not None:  # `explain positions` goes without one
+            with _system_refusals():
+                _check_names(kwargs)
+                for name in [name for name in RUN_PARAMETERS & kwargs.keys() if kwargs[name] is not None]:
                     kwargs[name] = _resolve_runs(kwargs[name])
-            command(*args, **kwargs)
+                command(*args, **kwargs)
         except LlmtuneError as error:
             _print_error(error, as_json)
             raise typer.Exit(error.exit_code) from None
@@ -72,6 +88,39 @@ def _resolve_runs(value: Any) -> Any:
     if isinstance(value, list):
         return [type(one)(match_run(str(one)) or one) for one in value]
     return find_run(value) if isinstance(value, Path) else str(match_run(value) or value)
+
+
+@contextmanager
+def _system_refusals() -> Iterator[None]:
+    """Turn what the system refuses, wherever it does (disk, memory, open files), into an error that says what to do."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        problem = system_problem(error)
+        if problem is None:
+            raise
+        raise EnvironmentProblem(problem) from error
+
+
+def _check_names(arguments: Mapping[str, object]) -> None:
+    """Refuse names that are not UTF-8: files of a run, which name them, hold text.
+
+    Raises RecipeError; EnvironmentProblem where the working folder is gone.
+    """
+    try:
+        given = {"the working folder": os.getcwd(), **arguments}
+    except OSError as error:
+        raise EnvironmentProblem.of(f"it is gone: {error.strerror}", "the working folder", "Change to one.") from error
+    RecipeError.collect(
+        Problem(
+            "it is not UTF-8",
+            f"{name}: {visible(str(value))}",
+            "Rename the file or folder, or write the value in UTF-8.",
+        )
+        for name, values in given.items()
+        for value in (values if isinstance(values, list) else [values])
+        if isinstance(value, str | os.PathLike) and any("\ud800" <= letter <= "\udfff" for letter in str(value))
+    )
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

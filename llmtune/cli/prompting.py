@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.options import AsJson, Offline, RunArgument, Threads
-from llmtune.cli.output_streams import Terminated, handled, print_json, stderr_console
-from llmtune.errors import RecipeError
+from llmtune.cli.output_streams import Terminated, handled, print_json, print_text, stderr_console
+from llmtune.errors import RecipeError, visible
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def generate(
     pieces = stream_answer(run, given, console, base=base, max_new_tokens=max_new_tokens, offline=offline)
     with console.status("loading the model"):
         first = next(pieces, "")
-    typer.echo(first, nl=False)
+    print_text(first)
     for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo("")
+        print_text(piece)
+    print_text("\n")
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:
@@ -171,12 +171,12 @@ def _print_answer(session: ChatSession, line: str, system: str | None, console: 
     try:
         thinking = False
         for piece in session.answer(line, system=system, keep=True):
-            typer.secho(piece.reasoning, nl=False, dim=True, err=True)
+            typer.secho(visible(piece.reasoning), nl=False, dim=True, err=True)
             if thinking and piece.content:
                 typer.echo("\n", err=True)
-            typer.echo(piece.content, nl=False)
+            print_text(piece.content)
             thinking = not piece.content and (thinking or bool(piece.reasoning))
-        typer.echo("")
+        print_text("\n")
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():
             raise

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
-from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import explained
 
@@ -53,7 +53,7 @@ def show(
         values = loaded.recipe.model_dump(mode="json")
         print_json({"recipe": values, "origins": loaded.origins} if origin else values)
         return
-    typer.echo(loaded.to_yaml(with_origins=origin), nl=False)
+    print_text(loaded.to_yaml(with_origins=origin))
 
 
 @app.command()
@@ -75,7 +75,7 @@ def new(
         raise RecipeError.of("the file exists", str(out), "choose another name with --out")
     with explained(out):
         out.write_text(text, encoding="utf-8")
-    stderr_console().print(f"wrote {out}; next: llmtune recipes check {out}")
+    stderr_console().print(f"wrote {out}; next: llmtune recipes check {out}", markup=False)
 
 
 @app.command()

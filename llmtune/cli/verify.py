@@ -49,9 +49,10 @@ def verify(
 
 def _print_findings(findings: Sequence[Finding]) -> None:
     """Print a line for all of a kind that are the same, and one for each that is not."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
+
+    from llmtune.report.render_terminal import VisibleConsole
 
     table = Table("claim", Column("", overflow="fold"), "state", "was", "is", box=None, pad_edge=False)
     for kind in dict.fromkeys(finding.kind for finding in findings):
@@ -66,7 +67,7 @@ def _print_findings(findings: Sequence[Finding]) -> None:
                 values = [escape((value or "")[:SHOWN]) for value in (finding.was, finding.now)]
                 state = f"[{STYLES[finding.state]}]{finding.state}[/]"
                 table.add_row(kind, escape(finding.name), state, *values)
-    Console(highlight=False).print(table)
+    VisibleConsole(highlight=False).print(table)
 
 
 @handled
@@ -115,9 +116,10 @@ def reproduce(
 
 def _print_reproduction(result: Json) -> None:
     """Print each file of what was trained, each score, and what differs from the lock."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from llmtune.report.render_terminal import VisibleConsole
 
     table = Table("", "was", "is", "", box=None, pad_edge=False)
     yes, no = "[green]equal[/]", "[red]differs[/]"
@@ -129,7 +131,7 @@ def _print_reproduction(result: Json) -> None:
         table.add_row(escape(score["name"]), str(score["was"]), str(score["now"]), yes if score["equal"] else near)
     for setting in result["settings"]:
         table.add_row(setting["name"], str(setting["was"]), str(setting["now"]), "[yellow]not the lock's[/]")
-    Console(highlight=False).print(table)
+    VisibleConsole(highlight=False).print(table)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"verify": verify, "reproduce": reproduce}

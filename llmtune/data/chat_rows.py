@@ -25,6 +25,9 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+MAX_MESSAGES = 1000
+MAX_PREFIXES = 2**29
+"""Messages times characters: each answer is rendered with all that is before it."""
 MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "train", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
 )
@@ -156,9 +159,14 @@ def canonical_messages(value: object, tools: object = None, system: object = Non
         raise RowError("wrong type", f"'messages' is {describe(turns)}; it must be a list of messages")
     if not turns:
         raise RowError("no messages", "the list of messages is empty")
+    if len(turns) > MAX_MESSAGES:
+        raise RowError("too many messages", f"{len(turns):,}; a conversation has up to {MAX_MESSAGES:,}")
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
     if system not in (None, ""):
         messages.insert(0, {"role": "system", "content": text_of(system, "'system'")})
+    letters = sum(len(message["content"]) for message in messages)
+    if len(messages) * letters > MAX_PREFIXES:
+        raise RowError("too large", f"{len(messages):,} messages with {letters:,} characters")
     _check_order(messages)
     row: ChatRow = {"messages": messages}
     if described := _tools(tools):

@@ -20,8 +20,17 @@ from typing import TYPE_CHECKING, cast
 import jinja2
 
 from llmtune.data.chat_rows import Message, Tool, ToolCall
+from llmtune.data.template_limits import (
+    EXTRA_BYTES,
+    PROBE_TEXT,
+    SECONDS,
+    SECONDS_MORE,
+    bounded,
+    check_text,
+)
 from llmtune.data.tokenization import tokenize
 from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.store.resource_limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,14 +44,17 @@ Tools = Sequence[Tool] | None
 FIXED_DATE = datetime(2024, 7, 26)
 """What stands for today where a template writes the date, so that a run can be repeated: as in Llama 3.1's template."""
 
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 _ANSWER = "The answer of the probe is 4217."
 _PROBE: Conversation = (
     {"role": "user", "content": "What is the probe?"},
     {"role": "assistant", "content": _ANSWER},
 )
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+_RENDER_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, AssertionError, SyntaxError),
+)
 _FIX = "Set model.chat_template to a Jinja file that"
 
 
@@ -93,16 +105,18 @@ class ChatTemplate:
         if not messages:
             raise TemplateRefusal("an answer has nothing before it")
         try:
-            text = self.processor.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.text(tools),
-                add_generation_prompt=answer_next,
-                tokenize=False,
-                **self.kwargs,
-            )
+            with bounded(self.name):
+                text = self.processor.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=self.text(tools),
+                    add_generation_prompt=answer_next,
+                    tokenize=False,
+                    **self.kwargs,
+                )
         except _RENDER_ERRORS as error:
             raise TemplateRefusal(f"the chat template refuses it: {error}") from error
+        check_text(text, self.name)
         return cast(str, text)
 
     def render_batch(
@@ -114,15 +128,18 @@ class ChatTemplate:
         try:
             if not all(conversations):
                 raise ValueError("an answer has nothing before it")
-            texts = self.processor.apply_chat_template(
-                [list(messages) for messages in conversations],
-                chat_template=self.text(),
-                add_generation_prompt=answer_next,
-                tokenize=False,
-                **self.kwargs,
-            )
-        except _RENDER_ERRORS:
+            with limited(SECONDS + SECONDS_MORE * len(conversations), EXTRA_BYTES):
+                texts = self.processor.apply_chat_template(
+                    [list(messages) for messages in conversations],
+                    chat_template=self.text(),
+                    add_generation_prompt=answer_next,
+                    tokenize=False,
+                    **self.kwargs,
+                )
+        except (*_RENDER_ERRORS, LimitExceeded):
             return [self._render_or_refuse(messages, answer_next) for messages in conversations]
+        for text in texts:
+            check_text(text, self.name)
         return list(cast(list[str], texts))
 
     def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> str | TemplateRefusal:
@@ -186,6 +203,7 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
         whole = template.render(_PROBE)
     except TemplateRefusal as refusal:
         raise EnvironmentProblem.of(str(refusal), template.name, f"{_FIX} takes a question and an answer.") from refusal
+    check_text(whole, template.name, PROBE_TEXT)
     difference = _difference(template, prompt, whole)
     header, _, tail = difference.partition(_ANSWER)
     if prompt == bare and header.strip():

@@ -6,46 +6,45 @@ or a `RowError` with the reason why there are none. What makes the rest of a fil
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtune.data.byte_streams import (
+    GROWN_BYTES,
+    MAX_GROWTH,
+    Advance,
+    ByteStream,
+    GrowthError,
+    Transcoded,
+    open_bytes,
+    refuse_other_files,
+)
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
 from llmtune.data.rejected_rows import RowError, describe
 from llmtune.errors import DataError
+from llmtune.user_files import check_regular
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-MAX_ROW_BYTES = 32 * 2**20
+MAX_ROW_BYTES = 8 * 2**20
 """A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""
-
+MAX_COLUMNS = 2000
 TEXT_PIECE = 2**16
 """Characters above which a text file is cut into several rows, at the next blank line."""
 
 PARQUET_ROWS = 512
-GUESSED_BYTES = 2**20
-"""How much of a file is looked at to guess its encoding."""
-WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
+PARQUET_BYTES = 2**27
+"""A batch of more is turned into rows one by one."""
+UNREADABLE_VALUES = (ValueError, OverflowError, LookupError, ImportError, pa.ArrowException)
 NOT_UTF8 = "not UTF-8"
 OTHER_ENCODING = "State its encoding in the source, such as `encoding: cp1252`, or save the file as UTF-8."
 DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-
-Advance = Callable[[int], object]
-"""Told how many bytes of the file were read, for the progress bar."""
-
-
-ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
-
 RawRow = tuple[str, dict[str, object] | RowError]
 
 
@@ -63,8 +62,8 @@ def read_file(
             return
         with open_bytes(path, advance) as stream:
             if encoding is not None:
-                stream = io.BufferedReader(_Transcoded(stream, encoding))
-            _refuse_other_encodings(stream, name)
+                stream = io.BufferedReader(Transcoded(stream, encoding))
+            refuse_other_files(stream, name)
             yield from READERS[container](stream, name)
 
 
@@ -76,6 +75,12 @@ def explained(name: str) -> Iterator[None]:
     except PermissionError as error:
         what = "the file may not be read (permission denied)"
         raise DataError.of(what, name, "Give yourself the right to read it.") from error
+    except MemoryError as error:
+        what = "its rows need more memory than there is"
+        raise DataError.of(what, name, "Cut the file into smaller ones, or take out what makes a row large.") from error
+    except GrowthError as error:
+        what = f"it unpacks to more than {MAX_GROWTH} times its size"
+        raise DataError.of(what, name, "Unpack it by hand, if that is meant.") from error
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {_first_line(error)}", name) from error
     except JsonSyntaxError as error:
@@ -90,84 +95,6 @@ def explained(name: str) -> Iterator[None]:
             what = f"the compressed file is damaged or cut short ({error})"
             raise DataError.of(what, name, "Fetch or compress it again.") from error
         raise DataError.of(f"the file cannot be read ({error.strerror or error})", name) from error
-
-
-class _CountedFile(io.RawIOBase):
-    """A file that reports how far it has been read."""
-
-    def __init__(self, path: Path, advance: Advance) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
-        self._advance = advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer, /) -> int:
-        count = self._file.readinto(buffer) or 0
-        self._advance(count)
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _Transcoded(io.RawIOBase):
-    """The text of a stream in another encoding, as UTF-8."""
-
-    def __init__(self, stream: ByteStream, encoding: str) -> None:
-        pieces = iter(lambda: stream.read(2**16), b"")
-        self._pieces = codecs.iterencode(codecs.iterdecode(pieces, encoding), "utf-8")
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer, /) -> int:
-        self._rest = self._rest or next(self._pieces, b"")
-        view = memoryview(buffer)
-        count = min(len(view), len(self._rest))
-        view[:count], self._rest = self._rest[:count], self._rest[count:]
-        return count
-
-
-@contextmanager
-def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
-    """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way."""
-    with io.BufferedReader(cast(io.RawIOBase, _CountedFile(path, advance)), 2**18) as raw:
-        kind = next((kind for magic, kind in MAGIC.items() if raw.peek(4).startswith(magic)), None)
-        if kind is None:
-            yield raw
-            return
-        unpacked = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind)
-        with io.BufferedReader(cast(io.RawIOBase, unpacked), 2**18) as stream:
-            yield stream
-
-
-def _refuse_other_encodings(stream: ByteStream, name: str) -> None:
-    start = stream.peek(4)[:4]
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError.of("the file is UTF-16", name, "Add `encoding: utf-16` to the source, or save it as UTF-8.")
-    if start == b"PAR1":
-        raise DataError.of("the file is Parquet, whatever its name says", name, "Set `format: parquet`.")
-
-
-def guess_encoding(path: Path) -> str | None:
-    """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
-    with open_bytes(path) as stream:
-        start = stream.read(GUESSED_BYTES)
-    try:
-        start.decode()
-    except UnicodeDecodeError as error:
-        if error.end >= len(start) - 3:
-            return None  # a character that is cut in two
-    try:
-        signs = [sign for sign in start.decode("cp1252") if not sign.isascii()]
-    except UnicodeDecodeError:
-        return None
-    rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
-    words = len(signs) < len(start) / 5  # more is another alphabet
-    return "cp1252" if signs and words and rare <= len(signs) / 10 else None
 
 
 def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
@@ -230,7 +157,7 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
     header_line = text.readline(MAX_ROW_BYTES)
     delimiter = max(",;\t", key=header_line.count)
     csv.field_size_limit(MAX_ROW_BYTES)
-    lines = csv.reader(_chain(header_line, text), delimiter=delimiter, strict=True)
+    lines = csv.reader(_short_lines(header_line, text, name), delimiter=delimiter, strict=True)
     try:
         header = _check_header(next(lines, []), name)
         line = lines.line_num + 1
@@ -243,16 +170,26 @@ def _read_csv(stream: ByteStream, name: str) -> Iterator[RawRow]:
         raise DataError.of(f"not valid CSV: {error}", f"{name}:{lines.line_num}", fix) from error
 
 
-def _chain(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
-    yield first
-    yield from rest
+def _short_lines(first: str, rest: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """Yield lines, which hold a row or a part of one; raises DataError for one without an end."""
+    line, number = first, 1
+    while line:
+        if len(line) >= MAX_ROW_BYTES:
+            what = f"a line of more than {MAX_ROW_BYTES >> 20} MiB"
+            raise DataError.of(what, f"{name}:{number}", "Is it CSV, with a row a line?")
+        yield line
+        line = rest.readline(MAX_ROW_BYTES)
+        number += 1
 
 
 def _check_header(header: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in header]
     if any(_escaped_byte(cell) is not None for cell in header):
         raise DataError.of("the header is not UTF-8", f"{name}:1", OTHER_ENCODING)
-    twice = sorted({cell for cell in header if header.count(cell) > 1})
+    if len(header) > MAX_COLUMNS:
+        what = f"{len(header):,} columns: rows have up to {MAX_COLUMNS:,}"
+        raise DataError.of(what, f"{name}:1", "Keep the columns that the task reads.")
+    twice = sorted(cell for cell, count in Counter(header).items() if count > 1)
     if twice:
         raise DataError.of(f"two columns with the name {twice[0]!r}", f"{name}:1", "Rename one of them.")
     return header
@@ -268,18 +205,39 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
 
 
 def _read_parquet(path: Path, name: str, advance: Advance) -> Iterator[RawRow]:
-    size = path.stat().st_size
+    size = check_regular(path).st_size
     with pq.ParquetFile(path) as file:
-        total, number = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+        total, number, grown = file.metadata.num_rows, 0, 0
+        for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
             advance(size * batch.num_rows // total)
-            try:
-                rows = batch.to_pylist()
-            except UnicodeDecodeError as error:
-                raise DataError.of(f"not UTF-8: {error}", f"{name}:row {number + 1}") from error
-            for row in rows:
+            grown += batch.nbytes
+            if grown > GROWN_BYTES and grown > MAX_GROWTH * size:
+                raise GrowthError
+            whole = None if batch.nbytes > PARQUET_BYTES else _values(batch)
+            for index in range(batch.num_rows):
                 number += 1
-                yield f"{name}:row {number}", row
+                value = whole[index] if isinstance(whole, list) else _values(batch.slice(index, 1))
+                yield f"{name}:row {number}", value[0] if isinstance(value, list) else value
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """Return how many rows to read at a time: a text that stands in a column once may be the value of all its rows."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size for group in groups), default=1)
+    return max(4, min(PARQUET_ROWS, 2 * PARQUET_BYTES // max(largest, 1)))
+
+
+def _values(batch: pa.RecordBatch) -> list[dict[str, object]] | RowError:
+    """Return rows as Python has them, or why it cannot: times out of range, unknown zones, text that is not UTF-8."""
+    try:
+        rows: list[dict[str, object]] = batch.to_pylist()
+    except UNREADABLE_VALUES as error:
+        if batch.num_columns > 1:
+            each = (_values(batch.select([name])) for name in batch.schema.names)
+            return next(one for one in each if isinstance(one, RowError))
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read"
+        return RowError(reason, f"column {batch.schema.names[0]!r}: {_first_line(error)}")
+    return rows
 
 
 def _read_text(stream: ByteStream, name: str) -> Iterator[RawRow]:

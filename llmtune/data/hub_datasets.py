@@ -48,9 +48,9 @@ def resolve_commit(name: str, revision: str | None) -> str:
     """
     from huggingface_hub import HfApi, constants
 
-    if constants.HF_HUB_OFFLINE:
-        return _cached_commit(name, revision)
     with _explained(name):
+        if constants.HF_HUB_OFFLINE:
+            return _cached_commit(name, revision)
         commit = HfApi().dataset_info(name, revision=revision, timeout=30).sha
     assert commit, "the hub names the commit"
     if commit != revision:  # rows are asked for by commit, so nothing else would note what the name stood for

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from llmtune.data.column_mapping import rename
-from llmtune.data.file_readers import NOT_UTF8
+from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8
 from llmtune.data.rejected_rows import Add, RowError, listed
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import hash_content, to_json
@@ -148,10 +148,15 @@ def _read_input(
             raw = rename(value, columns)
             row = parse_row(raw, detected.row_format, task, one.path.parent if one.path else None)
             text = to_json(row)
+            if len(text) > MAX_ROW_BYTES:
+                raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
             group = _group(raw, data.split_by, required=side < 0) or int.from_bytes(content[8:], "big")
         except RowError as error:
             account.add_bad(origin, error)
+            continue
+        except RecursionError:
+            account.add_bad(origin, RowError("nested too deeply", "lists and objects lie hundreds deep in it"))
             continue
         taken[one.number] += 1
         kept = None

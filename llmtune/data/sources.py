@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Literal
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
+from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import rename
-from llmtune.data.file_readers import NOT_UTF8, RawRow, guess_encoding, read_file
+from llmtune.data.file_readers import NOT_UTF8, RawRow, read_file
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
-from llmtune.errors import DataError, Problem, nearest
+from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.records import SIDES
 from llmtune.store.atomic_files import hash_file, hash_recording
+from llmtune.user_files import match_files, walk_files
 
 ENDINGS = {
     ".jsonl": "jsonl",
@@ -42,6 +45,7 @@ PACKED = (".gz", ".zst", ".zstd")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
 """Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
+MAX_FILES = 20_000
 LOOKED_AT = 20
 """Good rows by which a file's format is told."""
 LOOKED_THROUGH = 1000
@@ -195,12 +199,13 @@ def find_files(source: Source, key: str) -> list[Path]:
     if path.is_dir():
         return _files_in(path, key)
     if os.path.lexists(path):
-        return [path]
+        return _check_count([path], key, source.path)
     if glob.has_magic(source.path):
-        matches = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if os.path.isfile(name))
+        with _walked(key, source.path):
+            matches = match_files(source.path)
         if not matches:
             raise DataError.of(f"no file matches {source.path}", key, "Check the pattern; `**` crosses folders.")
-        return matches
+        return _check_count(matches, key, source.path)
     raise DataError.of(f"there is no file {source.path}", key, _missing_hint(path))
 
 
@@ -215,10 +220,8 @@ def _builtin_path(name: str, key: str) -> Path:
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
-    try:
-        names = sorted(path for path in folder.rglob("*") if path.is_file())
-    except PermissionError as error:
-        raise DataError.of("the folder may not be read (permission denied)", f"{key}: {folder}") from error
+    with _walked(key, str(folder)):
+        names = sorted(walk_files(folder))
     hidden = (".", "_")
     names = [path for path in names if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -229,7 +232,36 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     if not known:
         what = f"the folder holds no data file ({len(names)} others)" if names else "the folder is empty"
         raise DataError.of(what, f"{key}: {folder}", f"Data files end in {', '.join(IN_FOLDERS)}, packed or not.")
-    return known
+    return _check_count(known, key, str(folder))
+
+
+@contextmanager
+def _walked(key: str, source: str) -> Iterator[None]:
+    """Turn what stops a walk through folders into a DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError.of("the folder may not be read (permission denied)", f"{key}: {error.filename}") from error
+    except OSError as error:
+        fix = "Name the folder, or the files, that hold the rows."
+        raise DataError.of(error.strerror or str(error), f"{key}: {source}", fix) from error
+
+
+def _check_count(files: list[Path], key: str, source: str) -> list[Path]:
+    """Refuse more files than a data set has, and names that no row could carry; raises DataError."""
+    if len(files) > MAX_FILES:
+        fix = "Name the folder, or the files, that hold the rows."
+        raise DataError.of(f"{len(files):,} data files are in it", f"{key}: {source}", fix)
+    DataError.collect(
+        Problem(
+            "the name of this file holds control characters, or is not UTF-8",
+            f"{key}: {visible(str(path))}",
+            "Give it another name.",
+        )
+        for path in files
+        if STEERING.search(str(path))
+    )
+    return files
 
 
 def _missing_hint(path: Path) -> str:

@@ -25,6 +25,7 @@ from llmtune.model.processor import load_processor
 from llmtune.records import Row
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import explained, write_json
+from llmtune.user_files import read_text
 
 ENDPOINT_CERTIFICATE = "endpoint.certificate.json"
 MIN_AGREEMENT = 0.9
@@ -63,7 +64,7 @@ def certify_run(
         EnvironmentProblem: it does not answer.
     """
     try:
-        key = key_file.read_text("utf-8").strip() if key_file else None
+        key = read_text(key_file).strip() if key_file else None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     client = connect(url, key, offline)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
-from llmtune.data.file_readers import explained, open_bytes
+from llmtune.data.byte_streams import open_bytes
+from llmtune.data.file_readers import explained
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on

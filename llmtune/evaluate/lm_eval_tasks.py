@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.recipe.eval_suites_section import TASK_FILES
+from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -159,7 +160,7 @@ def load_yaml(path: Path) -> dict[str, object]:
     reader.Constructor = Constructor
     reader.allow_duplicate_keys = True
     try:
-        content = reader.load(path.read_text(encoding="utf-8"))
+        content = reader.load(read_text(path))
     except FileNotFoundError:
         raise DataError.of("there is no such task file", str(path), "Check evaluate.benchmarks.") from None
     except OSError as error:

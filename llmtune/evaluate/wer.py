@@ -18,6 +18,7 @@ import numpy as np
 
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
+from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
@@ -120,8 +121,8 @@ def find_spellings(model: ModelSection) -> dict[str, str] | None:
         found = try_to_load_from_cache(name, SPELLINGS, revision=model.revision) if named else None
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
-    content = json.loads(Path(found).read_text("utf-8"))
-    return {str(british): str(american) for british, american in content.items()}
+    content = json.loads(read_text(Path(found)))
+    return {str(british): str(american) for british, american in content.items()} if isinstance(content, dict) else None
 
 
 def lower_without_punctuation(text: str) -> str:

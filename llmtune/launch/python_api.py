@@ -149,11 +149,11 @@ def make_console(*, quiet: bool = False) -> Console:
     """Return where progress goes: stderr, with colours and bars in a terminal and plain lines elsewhere."""
     import sys
 
-    from rich.console import Console
+    from llmtune.report.render_terminal import VisibleConsole
 
     terminal = sys.stderr.isatty()
     width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH
-    return Console(stderr=True, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
+    return VisibleConsole(stderr=True, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
 
 
 def names_remote(recipe: Recipe) -> bool:

@@ -60,19 +60,19 @@ def train_run(run: str) -> Json:
     """Adapt and train in one of several processes, from the run folder alone; return the facts of both steps."""
     prepare_environment(network=False)
     import torch
-    from rich.console import Console
 
     from llmtune.adapter.injection import describe
     from llmtune.data.examples import load_examples
     from llmtune.data.row_store import load_rows
     from llmtune.model.processor import load_processor
+    from llmtune.report.render_terminal import VisibleConsole
     from llmtune.session import RunContext, locate_pinned
     from llmtune.store.run_folder import read_run, recipe_of_run
     from llmtune.store.run_lock import own_pins
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    console = Console(stderr=True, quiet=_rank() != 0, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    console = VisibleConsole(stderr=True, quiet=_rank() != 0, soft_wrap=not sys.stderr.isatty(), highlight=False)
     folder = read_run(Path(run))
     recipe = recipe_of_run(folder).recipe
     pins = own_pins(folder.path)

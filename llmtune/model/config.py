@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError, system_errno
+from llmtune.model.oom import is_out_of_memory
 from llmtune.records import ModelRef
+from llmtune.store.resource_limits import LimitExceeded
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection, Recipe
 
+NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
 OTHER_CLASSES = "llmtune_other_classes"
 """Set on a configuration whose trained head is for other classes than the recipe's."""
 OTHER_ORDER = "llmtune_other_order"
 """Set on a configuration whose trained head has the recipe's classes in another order: where each is in the files."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, StrictDataclassError)
-"""What transformers raises for files that are damaged or that it does not know."""
+UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError, RuntimeError),
+    *(AssertionError, EOFError, StrictDataclassError, SafetensorError, UnpicklingError, re.error, LimitExceeded),
+)
+"""What libraries raise for files that are damaged or that they do not know."""
+MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 2**13,
+    "num_key_value_heads": 2**13,
+}
+"""Counts of a configuration, and more than any model has: building one with more would not end."""
 
 
 def find_class(
@@ -111,16 +131,35 @@ def architecture_class(config: PreTrainedConfig, trust_remote_code: bool) -> typ
 
 def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedConfig:
     """Read the configuration as transformers' own class; raises EnvironmentProblem where it cannot."""
-    try:
-        return AutoConfig.from_pretrained(
+    path = str(model_ref.path / "config.json")
+    with readable(f"transformers {transformers.__version__} cannot read this configuration", path, NEWER):
+        config = AutoConfig.from_pretrained(
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except UNREADABLE as error:
-        raise EnvironmentProblem.of(
-            f"transformers {transformers.__version__} cannot read this configuration: {first_line(error)}",
-            str(model_ref.path / "config.json"),
-            "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers.",
-        ) from error
+    EnvironmentProblem.collect(
+        Problem(f"{name} is {value!r}, and must be a number from 1 to {most:,}", path, NEWER)
+        for name, most in MOST.items()
+        for value in as_list(getattr(config.get_text_config(), name, None))
+        if type(value) is not int or not 1 <= value <= most
+    )
+    return config
+
+
+def as_list(value: object) -> list[object]:
+    """Return the values of a setting that some models have once and some once a layer; none where it is not set."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+@contextmanager
+def readable(what: str, where: str, fix: str) -> Iterator[None]:
+    """Turn what a library raises on a damaged or unknown file into an EnvironmentProblem."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, UNREADABLE) or type(error) is Exception  # the tokenizers library raises the latter
+        if not known or system_errno(error) is not None or is_out_of_memory(error):
+            raise
+        raise EnvironmentProblem.of(f"{what}: {first_line(error)}", where, fix) from error
 
 
 def head_names(model: torch.nn.Module) -> list[str]:
@@ -145,8 +184,12 @@ def in_heads(name: str, heads: Iterable[str]) -> bool:
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
-    """Build the model on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
+    """Build the model on the meta device: names and shapes, no memory.
+
+    Raises EnvironmentProblem where no model can be built from this configuration.
+    """
+    where = os.path.join(str(config.name_or_path), "config.json")
+    with readable("no model can be built from this configuration", where, NEWER), torch.device("meta"):
         if hasattr(model_class, "from_config"):  # an Auto class, for a model with its own code
             trust = recipe.model.trust_remote_code
             return cast(PreTrainedModel, model_class.from_config(config, trust_remote_code=trust))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
@@ -12,23 +13,24 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, LlmtuneError, RecipeError
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import (
     OTHER_CLASSES,
     OTHER_ORDER,
     architecture_class,
+    as_list,
     build_skeleton,
     find_class,
-    first_line,
     head_names,
     in_heads,
+    readable,
 )
 from llmtune.model.device import resolve_dtype
 from llmtune.model.fused_norms import fuse_norms
 from llmtune.model.kernels import apply_liger
 from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
-from llmtune.model.oom import explain_oom, is_out_of_memory
+from llmtune.model.oom import explain_oom
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
 from llmtune.model.self_checks import isolates_documents, positions_depend_on_neighbours, take_loss_at_head
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
@@ -36,6 +38,8 @@ from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection, Recipe
 
+NOT_LOADED = "the weights cannot be loaded"
+AGAIN = "Get the model again from where it comes from; `llmtune doctor` shows what this machine has."
 CAUSAL, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
@@ -155,28 +159,18 @@ def load_plain(
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
     """
     transformers.utils.logging.disable_progress_bar()
-    with explain_oom(f"loading {model_ref.name}", device), unreported():
-        try:
-            model = architecture_class(config, section.trust_remote_code).from_pretrained(
-                str(model_ref.path),
-                config=config,
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=section.use_safetensors,
-                local_files_only=True,
-                **({"trust_remote_code": True} if section.trust_remote_code else {}),
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise _not_loaded(model_ref, error) from error
+    readable_weights = readable(NOT_LOADED, str(model_ref.path), AGAIN)
+    with explain_oom(f"loading {model_ref.name}", device), unreported(), readable_weights:
+        model = architecture_class(config, section.trust_remote_code).from_pretrained(
+            str(model_ref.path),
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=section.use_safetensors,
+            local_files_only=True,
+            **({"trust_remote_code": True} if section.trust_remote_code else {}),
+        )
     return cast(PreTrainedModel, model.to(device).eval())
-
-
-def _not_loaded(model_ref: ModelRef, error: Exception) -> LlmtuneError:
-    return EnvironmentProblem.of(
-        f"the weights cannot be loaded: {first_line(error)}",
-        str(model_ref.path),
-        "Get the model again from where it comes from; `llmtune doctor` shows what this machine has.",
-    )
 
 
 def _load_weights(
@@ -203,28 +197,21 @@ def _load_weights(
         options["trust_remote_code"] = recipe.model.trust_remote_code
     torch.manual_seed(recipe.seed)  # for a head that has no weights yet
     transformers.utils.logging.disable_progress_bar()
-    try:
-        with unreported():
-            model, info = model_class.from_pretrained(
-                str(model_ref.path),
-                config=config,
-                dtype=dtype,
-                use_safetensors=recipe.model.use_safetensors,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=task.trains_head,  # a head for other classes
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
-        if attention is not None and "/" in attention:
-            raise EnvironmentProblem.of(
-                f"the model cannot be loaded with the attention of {attention}: {first_line(error)}",
-                "model.attn_implementation",
-                "It must be on the hub for this device and this version of torch; or set it to auto.",
-            ) from error
-        raise _not_loaded(model_ref, error) from error
+    what, where, fix = NOT_LOADED, str(model_ref.path), AGAIN
+    if attention is not None and "/" in attention:
+        what, where = f"the model cannot be loaded with the attention of {attention}", "model.attn_implementation"
+        fix = "It must be on the hub for this device and this version of torch; or set it to auto."
+    with readable(what, where, fix), unreported():
+        model, info = model_class.from_pretrained(
+            str(model_ref.path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=recipe.model.use_safetensors,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=task.trains_head,  # a head for other classes
+            **options,
+        )
     if "quantization_config" in options:
         _keep_quantized_format(model)
     absent = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
@@ -235,7 +222,19 @@ def _load_weights(
             str(model_ref.path),
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
+    _refuse_no_numbers(model, model_ref)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))
+
+
+@torch.no_grad()
+def _refuse_no_numbers(model: PreTrainedModel, model_ref: ModelRef) -> None:
+    """Raise EnvironmentProblem where weights are NaN or infinite: whatever is computed with them is, too."""
+    floats = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    wrong = [name for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
+    wrong = [name for name, weight in floats if name in wrong and not weight.isfinite().all()]  # a sum may overflow
+    if wrong:
+        what = f"{len(wrong)} weights hold NaN or infinities, {wrong[0]} for one"
+        raise EnvironmentProblem.of(what, str(model_ref.path), AGAIN)
 
 
 def _quantization(
@@ -355,8 +354,11 @@ def _align_generation_config(model: PreTrainedModel, processor: PreTrainedTokeni
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
+    stated = as_list(settings.eos_token_id)
+    if any(type(end) is not int for end in stated):
+        where = os.path.join(str(model.name_or_path), "generation_config.json")
+        raise EnvironmentProblem.of(f"eos_token_id is {settings.eos_token_id!r}, and must be numbers", where, AGAIN)
     settings.pad_token_id = processor.pad_token_id
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    settings.eos_token_id = sorted({end for end in (*ends, processor.eos_token_id) if end is not None})
+    settings.eos_token_id = sorted({*stated, *as_list(processor.eos_token_id)})
     if not settings.do_sample:
         settings.temperature = settings.top_p = settings.top_k = settings.min_p = settings.typical_p = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +11,26 @@ from typing import TYPE_CHECKING
 import transformers
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.store.atomic_files import MODEL_ENDINGS
+from llmtune.user_files import check_regular, open_regular, read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
 
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_JSON_BYTES = 2**28
+SMALL_JSON_BYTES = 2**22
+"""Vocabularies above it are left to the library that reads them."""
+MAX_JSON_DEPTH = 32
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""How many bits a number of each format has."""
 _PICKLED = ("pytorch_model*.bin", "*.pth", "*.pt", "model*.ckpt")
 
 
@@ -25,6 +41,7 @@ def check_folder(folder: Path, model: ModelSection) -> None:
         EnvironmentProblem: a file is missing, damaged or cut.
         RecipeError: the model wants its own code run, or has pickled weights only, and the recipe does not allow it.
     """
+    EnvironmentProblem.collect(_check_entries(folder))
     config = read_config_file(folder)
     if not model.trust_remote_code:
         _refuse_remote_code(folder, config)
@@ -50,11 +67,18 @@ def read_config_file(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     if not path.is_file():
         raise EnvironmentProblem(_describe_missing_config(folder))
-    config = _read_json(path)
+    config = read_json_object(path)
+    fix = "Get the file again from where the model comes from."
     if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
-        raise EnvironmentProblem.of(
-            "it names no model_type", str(path), "Get the file again from where the model comes from."
-        )
+        raise EnvironmentProblem.of("it names no model_type", str(path), fix)
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise EnvironmentProblem.of(f"architectures is {named!r}, and must be a list of names", str(path), fix)
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") != "mxfp4":  # that is read as bfloat16
+        what = f"the weights are quantised already ({quantized.get('quant_method', 'quantization_config')})"
+        fix = "Name the model that it was made from, and set adapter.method: qlora: it is quantised on the way."
+        raise EnvironmentProblem.of(what, str(path), fix)
     return config
 
 
@@ -70,20 +94,51 @@ def _describe_missing_config(folder: Path) -> Problem:
     return Problem("there is no config.json in this folder", where, fix)
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise EnvironmentProblem.of(f"cannot be read: {error.strerror}", str(path)) from None
-    except ValueError as error:
-        raise EnvironmentProblem.of(
-            f"is not valid JSON: {error}",
-            str(path),
-            "The file is damaged: get it again from where the model comes from.",
-        ) from None
+def read_json_object(path: Path) -> dict[str, object]:
+    """Read a JSON file of a model or an adapter; raises EnvironmentProblem where it is damaged or no object."""
+    content = _parse_json(path)
+    if isinstance(content, Problem):
+        raise EnvironmentProblem(content)
     if not isinstance(content, dict):
         raise EnvironmentProblem.of(f"holds a {type(content).__name__} where an object is expected", str(path))
     return content
+
+
+def _parse_json(path: Path) -> object:
+    """Return what a JSON file holds, or what is wrong with the file."""
+    try:
+        content: object = json.loads(read_text(path, MAX_JSON_BYTES))
+    except OSError as error:
+        return Problem(f"cannot be read: {error.strerror}", str(path), "Get it again from where the model comes from.")
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        fix = "The file is damaged: get it again from where the model comes from."
+        return Problem(f"is not valid JSON: {what}", str(path), fix)
+    if _depth(content) > MAX_JSON_DEPTH:
+        return Problem(f"is nested more than {MAX_JSON_DEPTH} deep", str(path), "No file of a model is.")
+    return content
+
+
+def _depth(content: object) -> int:
+    """Count how deep lists and objects lie within one another; stops counting behind MAX_JSON_DEPTH."""
+    level, depth = [content], 0
+    while level and depth <= MAX_JSON_DEPTH:
+        inner = [one for one in level if isinstance(one, dict | list)]
+        level = [item for one in inner for item in (one.values() if isinstance(one, dict) else one)]
+        depth += bool(inner)
+    return depth
+
+
+def _check_entries(folder: Path) -> Iterator[Problem]:
+    """Yield files of a folder that a read could wait for, and JSON that no library reads."""
+    for path in sorted(path for path in folder.iterdir() if path.suffix in MODEL_ENDINGS and not path.is_dir()):
+        try:
+            size = check_regular(path).st_size
+        except OSError as error:
+            yield Problem(f"cannot be read: {error.strerror}", str(path), "Remove it, or get it again.")
+            continue
+        if path.suffix == ".json" and 0 < size <= SMALL_JSON_BYTES and isinstance(wrong := _parse_json(path), Problem):
+            yield wrong
 
 
 def _refuse_remote_code(folder: Path, config: dict[str, object]) -> None:
@@ -92,7 +147,7 @@ def _refuse_remote_code(folder: Path, config: dict[str, object]) -> None:
     A folder may name code for classes that transformers has itself by now, under the same names: those are taken.
     """
     path = folder / "tokenizer_config.json"
-    tokenizer = _read_json(path) if path.is_file() else {}
+    tokenizer = read_json_object(path) if path.is_file() else {}
     RecipeError.collect(
         Problem(
             f"the model wants code from its own folder to be run: {code}",
@@ -124,7 +179,7 @@ def pickled_weights(files: list[str], where: str) -> LlmtuneError:
 
 
 def _check_shards(folder: Path, index: Path) -> Iterator[Problem]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         yield Problem("it has no weight_map", str(index), "Get the file again from where the model comes from.")
         return
@@ -144,7 +199,7 @@ def check_safetensors(path: Path) -> Iterator[Problem]:
     """
     fix = "The file is damaged or its download was cut: get it again from where the model comes from."
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         if start == b"version ":
             yield Problem("is a Git LFS pointer, not the weights", str(path), "Run `git lfs pull` in that folder.")
@@ -155,13 +210,36 @@ def check_safetensors(path: Path) -> Iterator[Problem]:
             return
         header = file.read(header_bytes)
     try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        expected = 8 + header_bytes + max(ends)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        spans = sorted(_read_spans(header))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        spans = []
+    if not spans:
         yield Problem("has a header that cannot be read", str(path), fix)
         return
+    end = 0
+    for begin, upto, name in spans:
+        if begin != end:
+            what = f"has a header that lies: {name!r} begins at byte {begin:,} of the data, not at {end:,}"
+            yield Problem(what, str(path), fix)
+            return
+        end = upto
+    expected = 8 + header_bytes + end
     if expected != size:
         yield Problem(f"is cut: {size:,} bytes where its header wants {expected:,}", str(path), fix)
+
+
+def _read_spans(header: bytes) -> Iterator[tuple[int, int, str]]:
+    """Yield where each tensor begins and ends, and its name; raises ValueError where shape and size do not fit."""
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape, bits = entry["shape"], _BITS[entry["dtype"]]
+        numbers = [begin, end, *shape]
+        counted = all(type(number) is int and number >= 0 for number in numbers)
+        if not counted or math.prod(shape) * bits != 8 * (end - begin):
+            raise ValueError(name)
+        yield begin, end, name
 
 
 def share_file(path: Path, like: Path) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import fix_date
+from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.config import UNREADABLE, first_line, read_model_config
+from llmtune.model.config import read_model_config, readable
 from llmtune.records import ModelRef
+from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection
@@ -32,16 +34,14 @@ def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokeni
         RecipeError: the template file cannot be read, or a token to add is there already.
     """
     read_model_config(model_ref, model)  # a damaged configuration is reported as such
-    try:
+    fix = "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json."
+    with readable("the tokenizer cannot be loaded", str(model_ref.path), fix):
         tokenizer = AutoTokenizer.from_pretrained(
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except UNREADABLE as error:
-        raise EnvironmentProblem.of(
-            f"the tokenizer cannot be loaded: {first_line(error)}",
-            str(model_ref.path),
-            "The folder needs tokenizer.json (or the model's own vocabulary files) and tokenizer_config.json.",
-        ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        what = f"model_max_length is {tokenizer.model_max_length!r}, and must be a number"
+        raise EnvironmentProblem.of(what, str(model_ref.path / "tokenizer_config.json"), fix)
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:  # encoders end in [SEP]
         raise EnvironmentProblem.of(
             "the tokenizer has no end token (eos_token): answers could not end",
@@ -51,11 +51,13 @@ def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokeni
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     if model.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(model.chat_template).read_text("utf-8")
+            tokenizer.chat_template = read_text(Path(model.chat_template))
         except (OSError, UnicodeDecodeError) as error:
             what = f"the chat template {model.chat_template} cannot be read: {error}"
             raise RecipeError.of(what, "model.chat_template", "Name a Jinja file in UTF-8.") from None
     template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        check_template(str(text), str(model.chat_template or model_ref.path))
     if isinstance(template, dict):  # several that go by name
         tokenizer.chat_template = {name: fix_date(text) for name, text in template.items()}
     elif template is not None:

@@ -6,6 +6,7 @@ keys and duplicate keys are refused; size, depth and the number of values (alias
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.user_files import read_bytes
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 24
@@ -199,16 +201,17 @@ def read_text(path: Path) -> str:
     """Read a recipe file as UTF-8. Raises RecipeError if it is missing, unreadable, too large or not UTF-8."""
     name = label(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = read_bytes(path, MAX_BYTES)
     except FileNotFoundError:
         fix = "Check the path, or see `llmtune recipes list`."
         raise RecipeError.of("no such recipe file", name, fix) from None
-    except IsADirectoryError:
-        raise RecipeError.of("a folder, not a recipe file", name, "Name the YAML file in it.") from None
-    except (OSError, ValueError) as error:
-        raise RecipeError.of(f"cannot be read: {error}", name, "Check the path and its permissions.") from None
-    check_size(len(raw), name)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            check_size(MAX_BYTES + 1, name)
+        fix = "Check the path and its permissions."
+        raise RecipeError.of(f"cannot be read: {error.strerror}", name, fix) from None
+    except ValueError as error:
+        raise RecipeError.of(f"cannot be read: {error}", name, "Check the path.") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

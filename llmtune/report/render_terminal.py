@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from llmtune.errors import visible
 from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
 
 LONGEST_NAME = 32
 """Names of rows up to this length stay on one line where there is room for the numbers beside them, never broken."""
 STYLES = {"better": "green", "worse": "red"}
+
+
+class VisibleConsole(Console):
+    """A console on which the text of rows, models and files cannot steer the terminal: it sees escape codes as text."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does; what is no control of rich's own is made visible."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def print_page(page: Page, console: Console) -> None:

@@ -80,12 +80,12 @@ def _mount_generation(router: APIRouter, handler: RequestHandler, metrics: Metri
         @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATED)
         async def answer_a_conversation(body: ChatRequest, request: Request) -> Response:
             """The messages become token ids by the function that made those of training."""
-            return await send_answer(GeneratedAnswer(handler.chat(body), body, metrics, chat=True), request)
+            return await send_answer(GeneratedAnswer(await handler.chat(body), body, metrics, chat=True), request)
 
     @router.post("/v1/completions", response_model=Completion, responses=GENERATED)
     async def continue_a_text(body: CompletionRequest, request: Request) -> Response:
         """No chat template is used. The tokenizer's start token is put first, unless the text begins with it."""
-        return await send_answer(GeneratedAnswer(handler.complete(body), body, metrics, chat=False), request)
+        return await send_answer(GeneratedAnswer(await handler.complete(body), body, metrics, chat=False), request)
 
 
 def _mount_models(router: APIRouter, handler: RequestHandler) -> None:

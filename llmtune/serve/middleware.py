@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -20,6 +20,7 @@ from llmtune.serve.schemas import ApiError
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 PUBLIC_PATHS = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready")
 """Paths that need no key: what they return is public anyway."""
+HOST = re.compile(r"(?:[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 BODY_SECONDS = 30
 """How long a body may take to arrive."""
 DRAIN_FACTOR = 8
@@ -77,10 +78,12 @@ class Gateway:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
+        if not HOST.fullmatch(host):
+            raise ApiError(400, "The Host header names no host.", code="invalid_host")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.rules.hosts is not None and name.lower() not in self.rules.hosts:
             raise ApiError(403, f"This server does not answer to the name {host!r}.", code="foreign_host")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "Pages of other origins may not ask this server.", code="foreign_origin")
         if self.rules.key_digest is None or scope["path"] in PUBLIC_PATHS:
             return

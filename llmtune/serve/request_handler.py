@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from llmtune.data.chat_rows import canonical_messages
 from llmtune.data.completion_encoding import prompt_ids
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from llmtune.serve.engine import Engine
     from llmtune.serve.served_model import ServedModel
 
+_TEXT_THREAD = ThreadPoolExecutor(1, "text")
+"""One: tokenizers are not made to be used by several threads at a time."""
+P = ParamSpec("P")
+T = TypeVar("T")
 MAX_POSITIONS = 1 << 15
 """Tokens of prompt and answer where a model does not say how far its positions reach."""
 
@@ -80,6 +86,11 @@ def as_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "Something went wrong in the server; see its log.", code="internal_error")
 
 
+async def beside_the_loop(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do work on text in the thread for it, so that a large request holds up no other answer."""
+    return await asyncio.get_running_loop().run_in_executor(_TEXT_THREAD, partial(work, *args, **kwargs))
+
+
 class RequestHandler:
     """Takes requests for the models of one engine."""
 
@@ -96,26 +107,26 @@ class RequestHandler:
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.default if name is None else models[name]
 
-    def chat(self, request: ChatRequest) -> PendingAnswer:
+    async def chat(self, request: ChatRequest) -> PendingAnswer:
         """Queue a conversation for its next answer."""
         served = self.find(request.model)
-        row, turn = read_messages(request)
+        row, turn = await beside_the_loop(read_messages, request)
         try:
-            ids = served.task.prompt_ids(row, served.processor, served.recipe)
-            check_shown(row, ids, served)
-            begun = begin_call(row, request, served)
+            ids = await beside_the_loop(served.task.prompt_ids, row, served.processor, served.recipe)
+            await beside_the_loop(check_shown, row, ids, served)
+            begun = await beside_the_loop(begin_call, row, request, served)
         except LlmtuneError as error:
             raise ApiError(400, as_api_error(error).message, param="messages") from error
         longest = request.max_completion_tokens or request.max_tokens
         job = self._job(served, [*ids, *begun], request, longest, turn)
         return PendingAnswer(self.engine, job, row.get("tools"), begun)
 
-    def complete(self, request: CompletionRequest) -> PendingAnswer:
+    async def complete(self, request: CompletionRequest) -> PendingAnswer:
         """Queue a text to be continued."""
         served = self.find(request.model)
         first = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
         if isinstance(first, str):
-            ids = text_ids(first, served)
+            ids = await beside_the_loop(text_ids, first, served)
         else:
             ids = [token for token in request.prompt if isinstance(token, int)]
             outside = [token for token in ids if token >= served.vocabulary]
@@ -124,7 +135,7 @@ class RequestHandler:
                 raise ApiError(400, message, param="prompt")
         return PendingAnswer(self.engine, self._job(served, ids, request, request.max_tokens, 0))
 
-    def predict(self, name: str | None, inputs: Mapping[str, str | None]) -> tuple[PendingAnswer, Row]:
+    async def predict(self, name: str | None, inputs: Mapping[str, str | None]) -> tuple[PendingAnswer, Row]:
         """Queue the inputs of a task; returns the row beside the answer."""
         served = self.find(name)
         task = served.task
@@ -132,7 +143,7 @@ class RequestHandler:
         if task.predicts:
             return PendingAnswer(self.engine, Job(served, row=row)), row
         try:
-            ids = task.prompt_ids(row, served.processor, served.recipe)
+            ids = await beside_the_loop(task.prompt_ids, row, served.processor, served.recipe)
         except LlmtuneError as error:
             raise as_api_error(error) from error
         return PendingAnswer(self.engine, _make_job(served, ids, {}, None, served.recipe.seed)), row

@@ -23,12 +23,14 @@ from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, RunContext, open_finished
+from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY_VARIABLE = "LLMTUNE_API_KEY"
 MIN_KEY_LENGTH = 16
+MAX_KEY_BYTES = 2**16
 BODY_BYTES = 2 * 2**20
 RECORDING_BYTES = 32 * 2**20
 MAX_BATCH = {"cpu": 16, "cuda": 64}
@@ -116,7 +118,7 @@ def read_key(options: ServeOptions) -> str | None:
     if options.key_file is not None:
         source = str(options.key_file)
         try:
-            key = options.key_file.read_text("utf-8")
+            key = read_text(options.key_file, MAX_KEY_BYTES)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError.of(f"the API key cannot be read: {error}", "--api-key-file") from error
     key = key.strip() if key is not None else None

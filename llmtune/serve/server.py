@@ -10,11 +10,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.serve.connections import TimedProtocol, allow_connections
 from llmtune.serve.engine import Engine
 
 SPARE_SECONDS = 5
 """How long the server waits, beyond the time of grace, for connections to close."""
-MAX_CONNECTIONS = 1000
 IDLE_SECONDS = 75
 """When an idle connection is closed: later than clients do it, so that none asks on one just closed."""
 
@@ -64,6 +64,7 @@ def run_server(
     app: ASGIApp, engine: Engine, bound: socket.socket, grace_seconds: float, on_ready: Callable[[], None]
 ) -> None:
     """Answer requests until SIGINT or SIGTERM, whose own handlers run once all is ended."""
+    allow_connections()
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -71,7 +72,7 @@ def run_server(
         lifespan="off",
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        http=TimedProtocol,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(grace_seconds) + SPARE_SECONDS,
         ws="none",

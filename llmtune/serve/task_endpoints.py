@@ -147,7 +147,7 @@ async def _read_form(request: Request) -> tuple[bytes, Inputs]:
 async def _answer(
     handler: RequestHandler, metrics: Metrics, request: Request, model: str | None, inputs: Inputs
 ) -> JSONResponse:
-    pending, row = handler.predict(model, inputs)
+    pending, row = await handler.predict(model, inputs)
     served, task = pending.job.served, pending.job.served.task
     try:
         async with until_disconnect(pending, request, metrics):

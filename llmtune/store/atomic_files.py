@@ -10,16 +10,20 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
+from llmtune.user_files import NotAFileError, open_regular, read_text
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
+NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
+MAX_JSON_BYTES = 2**30
 
 
 def find_cache() -> Path:
@@ -62,9 +66,29 @@ def plain(value: object) -> object:
 def read_json(path: Path) -> Any:
     """Read a JSON file of our own; None if it is missing or was damaged from outside."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return json.loads(read_text(path, MAX_JSON_BYTES))
+    except (FileNotFoundError, NotADirectoryError, NotAFileError, ValueError, RecursionError):
         return None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a JSON lines file of our own; nothing if it is missing, and a line that was cut is left out.
+
+    Raises EnvironmentProblem where it may not be read.
+    """
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    with explained(path):
+        texts = read_text(path, MAX_JSON_BYTES, errors="replace").splitlines()
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
 
 
 @contextmanager
@@ -88,13 +112,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_recording(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hex: recordings are many and large."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
@@ -139,17 +163,17 @@ def hash_value(value: object) -> str:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a place where one cannot write, into an error that says what to do."""
+    """Turn what the system refuses (a full disk, a place where one cannot write) into an error that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            existing = next(candidate for candidate in (path, *path.parents) if candidate.exists())
-            free = shutil.disk_usage(existing).free
-            what = f"the disk is full: {free / 1e6:.0f} MB free"
-            raise EnvironmentProblem.of(what, str(error.filename or path), "free space or choose --out") from error
-        if error.errno in NO_PLACE:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        problem = system_problem(error, str(path))
+        if isinstance(error, OSError) and error.errno in NO_PLACE:
             what = f"cannot be read or written: {error.strerror}"
-            fix = "change its permissions, or choose another folder (--out)"
-            raise EnvironmentProblem.of(what, str(error.filename or path), fix) from error
-        raise
+            problem = Problem(what, str(error.filename or path), "Choose another folder with --out.")
+        if problem is None:
+            raise
+        if system_errno(error) in NO_SPACE:
+            existing = next(candidate for candidate in (path, *path.parents) if candidate.exists())
+            problem = replace(problem, what=f"{problem.what}: {shutil.disk_usage(existing).free / 1e6:.0f} MB free")
+        raise EnvironmentProblem(problem) from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from llmtune.store.atomic_files import list_folder, read_json
+from llmtune.store.atomic_files import list_folder, read_json, read_json_lines
 
 MACHINE_KEYS = {"tokens_per_second", "peak_bytes", "epoch"}
 """Keys of a line of metrics.jsonl that depend on the machine, or follow from others."""
@@ -94,12 +93,8 @@ def same_but_paths(was: Path, now: Path) -> bool:
 
 def _side_by_side(was: Path, now: Path) -> Iterator[tuple[Record, Record]]:
     """Yield the lines of two files of JSON; an empty one where one of them is shorter."""
-    for before, after in zip_longest(_records(was), _records(now)):
+    for before, after in zip_longest(read_json_lines(was), read_json_lines(now)):
         yield before or {}, after or {}
-
-
-def _records(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _differing_content(was: Path, now: Path) -> Iterator[Difference]:

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, cast
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
@@ -207,7 +210,7 @@ def peek_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     """Look at what a folder holds, with `open_run`'s refusals, and change nothing."""
     if path.exists() and not path.is_dir():
         raise RecipeError.of("the run folder is a file", str(path), "choose another folder with --out")
-    manifest: Manifest | None = read_json(path / MANIFEST)
+    manifest = read_manifest(path)
     _refuse_foreign(path, manifest, fingerprint, resume, fresh)
     if fresh or manifest is None or manifest["fingerprint"] != fingerprint:
         manifest = Manifest(fingerprint=fingerprint, steps={}, findings={})
@@ -220,11 +223,33 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         RecipeError: the folder is missing or is not a run.
     """
-    manifest: Manifest | None = read_json(path / MANIFEST)
+    manifest = read_manifest(path)
     if manifest is None:
         what = "not a run folder: it has no run.json" if path.is_dir() else "no such run folder"
         raise RecipeError.of(what, str(path), "name the folder that 'llmtune run' printed (runs/<name>-<hash>)")
     return RunFolder(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Read run.json of a folder; None if it is missing or was cut.
+
+    Raises:
+        RecipeError: it is another program's, or was edited.
+        EnvironmentProblem: it may not be read.
+    """
+    file = path / MANIFEST
+    with explained(file):
+        content = read_json(file)
+    if content is None:
+        return None
+    try:
+        TypeAdapter(Manifest).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        what = f"this is no run.json of llmtune ({key}: {first['msg']})"
+        raise RecipeError.of(what, str(file), "Choose another folder with --out, or remove this file.") from None
+    return cast(Manifest, content)
 
 
 def _refuse_foreign(path: Path, manifest: Manifest | None, fingerprint: str, resume: bool, fresh: bool) -> None:

@@ -10,9 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
+from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
+from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
@@ -176,8 +178,15 @@ def read_lock(path: Path) -> Lock:
     if not isinstance(lock, dict) or not {"model", "data"} <= lock.keys():
         what = "not a readable llmtune.lock" if path.exists() else "no such lock file"
         raise RecipeError.of(what, str(path), "name the llmtune.lock of a run folder")
-    if (version := lock.get("lock_version", 1)) > LOCK_VERSION:
-        what = f"a lock of version {version}, and this llmtune reads up to {LOCK_VERSION}"
+    try:
+        TypeAdapter(LockedModel).validate_python(lock["model"])
+        TypeAdapter(LockedData).validate_python(lock["data"])
+        number = int(lock.get("lock_version", 1))
+    except (ValidationError, ValueError, TypeError):
+        fix = "name the llmtune.lock of a run folder"
+        raise RecipeError.of("it holds no model and data as llmtune writes them", str(path), fix) from None
+    if number > LOCK_VERSION:
+        what = f"a lock of version {number}, and this llmtune reads up to {LOCK_VERSION}"
         raise RecipeError.of(what, str(path), "update llmtune")
     return lock
 

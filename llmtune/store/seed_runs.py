@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmtune.recipe import LoadedRecipe
-from llmtune.store.atomic_files import explained, hash_value, read_json, staged, write_json
-from llmtune.store.run_folder import MANIFEST, RunFolder
+from llmtune.store.atomic_files import explained, hash_value, staged, write_json
+from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
 
 FOLDER = "seeds"
 SHARED = ("prepare", "encode")
@@ -61,5 +61,5 @@ def link(source: str, target: str) -> None:
 
 def is_done(run: Path, step: str) -> bool:
     """Whether a run folder is there and a step of it is done."""
-    manifest = read_json(run / MANIFEST) or {}
-    return bool(manifest.get("steps", {}).get(step, {}).get("state") == "done")
+    manifest = read_manifest(run)
+    return manifest is not None and RunFolder(run, manifest).is_done(step)

@@ -24,25 +24,17 @@ from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmtune.errors import EnvironmentProblem
-from llmtune.store.atomic_files import hash_file
+from llmtune.errors import EnvironmentProblem, system_errno
+from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
+from llmtune.user_files import read_text
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
 STATE = "state.json"
 _NAME = re.compile(r"step-([1-9][0-9]*)")
 _UNFINISHED = (".tmp-", ".removed-")
-_DISK_WORDS = (
-    "code: 28",
-    "storagefull",
-    "no space left",
-    "code: 122",
-    "quota",
-    "read-only file system",
-    "permission denied",
-)
 
 
 @dataclass
@@ -141,6 +133,7 @@ def write_checkpoint(
             torch.save(dict(optimizer), file)
         hashes = {name: hash_file(target / name) for name in (WEIGHTS, OPTIMIZER)}
         content = {"format": 1, "fingerprint": inputs, "files": hashes, "state": asdict(state)}
+        content["sha256"] = hash_value(content)
         (target / STATE).write_text(json.dumps(content, indent=1))
 
     write_folder(folder, fill)
@@ -187,7 +180,10 @@ def sweep(folder: Path) -> None:
 def read_checkpoint(folder: Path) -> Checkpoint | Damage:
     """Read a checkpoint onto the CPU, or say why it cannot be used; nothing pickled beyond tensors is loaded."""
     try:
-        content = json.loads((folder / STATE).read_text())
+        content = json.loads(read_text(folder / STATE))
+        known = content.pop("sha256", None)  # earlier versions wrote none
+        if known is not None and known != hash_value(content):
+            return Damage(folder, f"{STATE} is not what was written")
         for name, expected in content["files"].items():
             if hash_file(folder / name) != expected:
                 return Damage(folder, f"{name} is not what was written")
@@ -196,7 +192,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | Damage:
         return Checkpoint(folder, TrainState(**content["state"]), weights, optimizer, content["fingerprint"])
     except FileNotFoundError as error:
         return Damage(folder, f"{Path(error.filename).name} is missing")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return Damage(folder, f"{STATE} is not what was written")
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError):
         return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} holds something else than tensors")
@@ -274,7 +270,7 @@ def _disk_problems(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        number = error.errno if isinstance(error, OSError) else _find_errno(str(error))
+        number = error.errno if isinstance(error, OSError) else system_errno(error)
         if number is None:
             raise
         fix = "Give the run a folder that can be written with --out."
@@ -286,11 +282,3 @@ def _disk_problems(folder: Path) -> Iterator[None]:
             )
         what = f"{folder.name} could not be written: {os.strerror(number)}"
         raise EnvironmentProblem.of(what, str(folder), fix) from error
-
-
-def _find_errno(text: str) -> int | None:
-    """Find the system's error, which safetensors and torch's zip writer hide in their text; None for another one."""
-    full = "PytorchStreamWriter" in text or "unexpected pos" in text
-    if not full and not any(words in text.lower() for words in _DISK_WORDS):
-        return None
-    return errno.EACCES if "denied" in text.lower() else errno.ENOSPC

@@ -13,7 +13,7 @@ from typing import NotRequired, TypedDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from llmtune.store.atomic_files import explained, plain, write_text
+from llmtune.store.atomic_files import explained, plain, read_json_lines, write_text
 
 METRICS = "metrics.jsonl"
 """In the run folder: a line a log step."""
@@ -90,13 +90,6 @@ def cut_back(path: Path, step: int) -> None:
     """Remove the lines after `step` from metrics.jsonl, and a torn last one; the file need not exist."""
     if not path.exists():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and line.get("step", step + 1) <= step:
-            kept.append(text + "\n")
+    kept = [line for line in read_json_lines(path) if isinstance(number := line.get("step"), int) and number <= step]
     with explained(path):
-        write_text(path, "".join(kept))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

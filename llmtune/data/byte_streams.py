@@ -1,0 +1,174 @@
+"""Files as streams of bytes: unpacked on the way and brought to UTF-8; devices, bombs and archives are refused."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import pyarrow as pa
+
+from llmtune.errors import DataError
+from llmtune.user_files import open_regular
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_GROWTH = 200
+"""So many times its size a packed file may unpack to: text packs to a tenth, and a bomb to a thousandth."""
+PROBED_BYTES = 2**20
+GROWN_BYTES = 4 * 2**20
+"""Below it, growth is no matter."""
+OTHER_FILES = {
+    b"PAR1": ("Parquet", "Set `format: parquet`."),
+    b"PK\x03\x04": ("a zip archive", "Unpack it."),
+    b"7z\xbc\xaf": ("a 7z archive", "Unpack it."),
+    b"Rar!": ("a rar archive", "Unpack it."),
+    b"BZh": ("packed with bzip2", "Unpack it, or pack it with gzip or zstd."),
+    b"\xfd7zX": ("packed with xz", "Unpack it, or pack it with gzip or zstd."),
+    b"SQLi": ("an SQLite database", "Write its rows as JSON lines."),
+    b"ARRO": ("an Arrow file", "Write it as Parquet."),
+    b"%PDF": ("a PDF", "Extract its text."),
+}
+TAR = slice(257, 262)
+"""Where a tar archive says that it is one: `ustar`."""
+
+GUESSED_BYTES = 2**20
+"""How much of a file is looked at to guess its encoding."""
+WESTERN_SIGNS = "€‚„…†‡‰‹‘’“”•–—™›\xa0¡¢£§©ª«®°±²³´µ·º»¼½¾¿×÷"
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+Advance = Callable[[int], object]
+"""Told how many bytes of the file were read, for the progress bar."""
+
+
+ByteStream: TypeAlias = "io.BufferedReader[io.RawIOBase]"
+
+
+class GrowthError(Exception):
+    """A packed file that unpacks to far more than any text does."""
+
+
+class _CountedFile(io.RawIOBase):
+    """A file that reports how far it has been read."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        self._file = open_regular(path)
+        self._advance = advance
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        count = self._file.readinto(buffer) or 0
+        self._advance(count)
+        self.count += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class Transcoded(io.RawIOBase):
+    """The text of a stream in another encoding, as UTF-8."""
+
+    def __init__(self, stream: ByteStream, encoding: str) -> None:
+        pieces = iter(lambda: stream.read(2**16), b"")
+        self._pieces = codecs.iterencode(codecs.iterdecode(pieces, encoding), "utf-8")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Read into a buffer."""
+        self._rest = self._rest or next(self._pieces, b"")
+        view = memoryview(buffer)
+        count = min(len(view), len(self._rest))
+        view[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file unpacks to, up to a bound."""
+
+    def __init__(self, raw: ByteStream, kind: str, packed: _CountedFile) -> None:
+        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind)
+        self._packed = packed
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        count = int(self._stream.readinto(buffer))
+        self._count += count
+        if self._count > GROWN_BYTES and self._count > MAX_GROWTH * self._packed.count:
+            raise GrowthError
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+@contextmanager
+def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
+    """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way.
+
+    Raises OSError for what is no regular file.
+    """
+    packed = _CountedFile(path, advance)
+    with io.BufferedReader(cast(io.RawIOBase, packed), 2**18) as raw:
+        kind = next((kind for magic, kind in MAGIC.items() if raw.peek(4).startswith(magic)), None)
+        if kind is None:
+            yield raw
+            return
+        _refuse_bomb(path, kind)
+        with io.BufferedReader(cast(io.RawIOBase, _Unpacked(raw, kind, packed)), 2**18) as stream:
+            yield stream
+
+
+def _refuse_bomb(path: Path, kind: str) -> None:
+    """Unpack the start of a file, before its rows cost time; what comes later is counted as it is read."""
+    packed = _CountedFile(path, lambda count: None)
+    is_cut = suppress(OSError)  # that is told once its rows have been read
+    with io.BufferedReader(cast(io.RawIOBase, packed), 2**16) as raw, is_cut, _Unpacked(raw, kind, packed) as stream:
+        while packed.count < PROBED_BYTES and stream.read(2**20):
+            pass
+
+
+def refuse_other_files(stream: ByteStream, name: str) -> None:
+    """Raise DataError for an archive, a database or text in another encoding, whatever the name of the file says."""
+    start = stream.peek(TAR.stop)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError.of("the file is UTF-16", name, "Add `encoding: utf-16` to the source, or save it as UTF-8.")
+    kind, fix = next((about for magic, about in OTHER_FILES.items() if start.startswith(magic)), (None, None))
+    if start[TAR] == b"ustar":
+        kind, fix = "a tar archive", "Unpack it."
+    if kind is not None:
+        raise DataError.of(f"the file is {kind}, whatever its name says", name, fix)
+
+
+def guess_encoding(path: Path) -> str | None:
+    """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
+    with open_bytes(path) as stream:
+        start = stream.read(GUESSED_BYTES)
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        if error.end >= len(start) - 3:
+            return None  # a character that is cut in two
+    try:
+        signs = [sign for sign in start.decode("cp1252") if not sign.isascii()]
+    except UnicodeDecodeError:
+        return None
+    rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
+    words = len(signs) < len(start) / 5  # more is another alphabet
+    return "cp1252" if signs and words and rare <= len(signs) / 10 else None

@@ -1,0 +1,113 @@
+"""Recipes, locks, run folders and names that are not what they seem: refused in time, by name."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from support.hostile import attempt
+from support.runs import write_recipe
+
+from llmtune.cli.output_streams import print_json
+from llmtune.errors import STEERING
+
+SPECIAL = ["fifo", "link", "/dev/zero", "/dev/random", "/proc/kmsg", "."]
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{name}: &{name} [{f'*{before},' * 9}]" for before, name in itertools.pairwise("abcdefgh")
+)
+
+
+@pytest.fixture
+def recipe(here: Path, chat_rows: Path) -> Path:
+    os.mkfifo(here / "fifo")
+    (here / "link").symlink_to("/dev/zero")
+    return write_recipe(here / "good.yaml", "none", chat_rows)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_recipe_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+    assert name in attempt("recipes", "check", name, code=2)
+    recipe.write_text(f"{recipe.read_text()}extends: {name}\n")
+    attempt("recipes", "check", recipe, code=2)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_lock_that_is_a_pipe_or_a_device_is_refused(recipe: Path, name: str) -> None:
+    assert "not a readable llmtune.lock" in attempt("prepare", recipe, "--lock", name, "--out", "run", code=2)
+
+
+@pytest.mark.parametrize("content", ["{}", "5", '{"model": 5, "data": {}}', '{"model": {}, "data": {}}', "[" * 9000])
+def test_a_lock_of_another_program_is_refused(recipe: Path, content: str) -> None:
+    Path("odd.lock").write_text(content)
+    assert "odd.lock" in attempt("prepare", recipe, "--lock", "odd.lock", "--out", "run", code=2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[]", "5", '"x"', "null", "[" * 9000, '{"fingerprint": 5, "steps": {}, "findings": {}}'),
+        *('{"fingerprint": "x", "steps": [], "findings": {}}', '{"fingerprint": "x", "steps": {"train": 5}}'),
+    ],
+)
+def test_a_run_json_of_another_program_is_refused_by_every_command(recipe: Path, content: str) -> None:
+    Path("run").mkdir()
+    Path("run/run.json").write_text(content)
+    for command in (["prepare", recipe, "--out"], ["verify"], ["evaluate"], ["generate", "--prompt", "x"]):
+        assert "run" in attempt(*command, "run", code=2)
+    assert Path("run/run.json").read_text() == content
+
+
+def test_a_run_json_that_is_a_pipe_is_no_run(recipe: Path) -> None:
+    Path("run").mkdir()
+    os.mkfifo("run/run.json")
+    for command in (["prepare", recipe, "--out"], ["verify"]):
+        assert "run.json" in attempt(*command, "run", code=2)
+
+
+@pytest.mark.parametrize("option", [["--set", "\ud800=1"], ["--out", "\udcff"], ["--lock", "\udcff"]])
+def test_what_is_not_utf8_on_the_command_line_is_refused(recipe: Path, option: list[str]) -> None:
+    assert "it is not UTF-8" in attempt("prepare", recipe, *option, code=2)
+
+
+def test_a_working_folder_that_is_gone_or_not_utf8_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkdir(b"\xff")
+    monkeypatch.chdir(os.fsdecode(b"\xff"))
+    assert "the working folder" in attempt("recipes", "check", recipe, code=2)
+    os.rmdir(recipe.parent / os.fsdecode(b"\xff"))
+    assert "it is gone" in attempt("recipes", "check", recipe, code=4)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a: !!python/object:os.system x",
+        "a: &a [*a]",
+        "a: " + "[" * 3000,
+        BOMB,
+        "\n".join(f"k{number}: &a{number} 1" for number in range(12_000)),
+    ],
+)
+def test_yaml_that_makes_objects_nests_or_explodes_is_refused(recipe: Path, line: str) -> None:
+    recipe.write_text(line)
+    assert "good.yaml" in attempt("recipes", "check", recipe, code=2)
+
+
+@pytest.mark.parametrize("letter", ["\\x1b", "\\x9b", "\\u202e", "\\x07"])
+def test_escape_codes_in_a_recipe_do_not_reach_the_terminal(recipe: Path, letter: str) -> None:
+    recipe.write_text(f'"{letter}[31mkey": 1\ntask: "{letter}[31mchat"\n{recipe.read_text()}')
+    attempt("recipes", "check", recipe, code=2)
+    attempt("recipes", "check", recipe, "--json", code=2)
+
+
+def test_json_for_programs_holds_the_text_and_no_control_character(recipe: Path) -> None:
+    value = {"row": "\x1b[31m \x9b \u202e \ud800"}
+    with redirect_stdout(io.StringIO()) as out:
+        print_json(value)
+    assert json.loads(out.getvalue()) == value
+    assert not STEERING.search(out.getvalue())

@@ -1,0 +1,179 @@
+"""Rows, archives and folders that are not what they seem: read in time and little memory, or refused by name."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from support.hostile import attempt, prepare
+
+from llmtune import user_files
+
+QUESTION = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+PAIR = '{"prompt": "q", "completion": "a"}\n'
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/random", "/proc/kmsg", "fifo"])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_rows_are_not_read_from_a_pipe_or_a_device(here: Path, name: str, is_link: bool) -> None:
+    os.mkfifo("fifo")
+    (here / "link").symlink_to(name)
+    said = prepare("link" if is_link else name, format="jsonl", code=3)
+    assert ("no rows" if name == "/proc/kmsg" else "not a regular file") in said
+
+
+def test_a_walk_through_folders_has_an_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_files, "MAX_FOLDERS", 50)
+    for number in range(60):
+        (here / "deep" / str(number)).mkdir(parents=True)
+    for source in ("deep", "deep/**/*.jsonl"):
+        assert "more than 50 folders" in prepare(source, code=3)
+
+
+def test_a_walk_goes_round_no_circle_and_into_no_hidden_folder(here: Path, chat_rows: Path) -> None:
+    (here / "data" / ".hidden").mkdir(parents=True)
+    (here / "data" / "circle").symlink_to(here / "data")
+    (here / "data" / ".hidden" / "bad.jsonl").write_text("no JSON")
+    chat_rows.rename(here / "data" / "rows.jsonl")
+    for source in ("data", "data/**/*.jsonl", "data/**", "d*/*.jsonl"):
+        assert "40 rows read" in prepare(source, code=0)
+
+
+def test_patterns_find_what_the_shell_finds(here: Path) -> None:
+    for name in ("a.x", "one/b.x", "one/two/c.x", "one/.two/d.x", ".e.x", "one/two/f.y"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).touch()
+    for pattern in ("*.x", "**/*.x", "**", "one/**/*.x", "**/two/*", "*/*.x", "one/**/two/?.[xy]", "**/.*/*.x", ".*"):
+        found = [str(path) for path in user_files.match_files(pattern)]
+        assert found == sorted({name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)}), pattern
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(here: Path) -> None:
+    Path(os.fsdecode(b"\xff.jsonl")).write_text(PAIR)
+    assert "not UTF-8" in prepare("*.jsonl", code=3)
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/b/c", "\t", "x" * 200])
+def test_a_hub_name_that_is_none_is_refused(here: Path, name: str) -> None:
+    assert "hub:" in prepare(f"hub:{name}", code=(2, 3))
+
+
+def packed(kind: str) -> bytes:
+    rows, out = PAIR.encode() * 40, io.BytesIO()
+    if kind.startswith("tar"):
+        with tarfile.open(fileobj=out, mode="w:gz" if kind == "tar.gz" else "w") as archive:
+            member = tarfile.TarInfo("rows.jsonl")
+            member.size = len(rows)
+            archive.addfile(member, io.BytesIO(rows))
+    else:
+        with zipfile.ZipFile(out, "w") as archive:
+            archive.writestr("rows.jsonl", rows)
+    return gzip.compress(out.getvalue()) if kind == "zip.gz" else out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip", "zip.gz"])
+def test_an_archive_is_not_read_as_rows(here: Path, kind: str) -> None:
+    (here / "rows.jsonl").write_bytes(packed(kind))
+    assert f"{kind.split('.')[0]} archive" in prepare("rows.jsonl", code=3)
+
+
+def test_rows_without_bounds_are_left_out_with_the_reason(here: Path, chat_rows: Path) -> None:
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    turns = [QUESTION, ANSWER]
+    bad = [
+        json.dumps({"messages": turns * 5000}),
+        json.dumps({"messages": turns, "tools": [{"name": "x", "parameters": 0}]}).replace(" 0", deep),
+        '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+        "[" * 100_000,
+        "\0" * 1000,
+    ]
+    Path("rows.jsonl").write_text("\n".join([*bad, chat_rows.read_text()]))
+    said = prepare("rows.jsonl", code=3)
+    for reason in ("too many messages", "nested too deeply", "not a character", "not valid JSON"):
+        assert reason in said
+    assert "5 of 45 rows are bad" in said
+
+
+def test_a_line_or_cell_that_is_no_row_is_refused(here: Path) -> None:
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a b c " * 2_000_000, "completion": "b"}))
+    Path("rows.csv").write_text(f'prompt,completion\n"{"word " * 2_000_000}",b\n')
+    Path("wide.csv").write_text("\n".join([",".join(f"c{n}" for n in range(100_000)), "x," * 99_999 + "x"]))
+    assert "more than 8 MiB" in prepare("rows.jsonl", code=3)
+    assert "more than 8 MiB" in prepare("rows.csv", code=3)
+    assert "100,000 columns" in prepare("wide.csv", code=3)
+
+
+BOMBS = {
+    "empty.jsonl.gz": lambda: gzip.compress(b"\n" * 100_000_000),
+    "empty.jsonl.zst": lambda: zstandard.ZstdCompressor().compress(b"\n" * 100_000_000),
+    "rows.csv.gz": lambda: gzip.compress(b"prompt,completion\n" + b"a,b\n" * 30_000_000),
+    "rows.json.gz": lambda: gzip.compress(b"[" + b'{"prompt":"q","completion":"a"},' * 3_000_000),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_of_rows_is_refused(here: Path, name: str) -> None:
+    Path(name).write_bytes(BOMBS[name]())
+    assert "unpacks to more than" in prepare(name, code=3)
+
+
+def test_a_text_that_stands_in_a_parquet_file_once_and_in_all_its_rows_is_refused(here: Path) -> None:
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 512), pa.array(["x y z " * 700_000]))
+    table = pa.table({"prompt": text, "completion": ["a"] * 512})
+    pq.write_table(table, "rows.parquet", dictionary_pagesize_limit=2**30, compression="zstd", store_schema=False)
+    script = (
+        "import re; from pathlib import Path; from llmtune.data.file_readers import read_file\n"
+        "from llmtune.errors import DataError\n"
+        "try: list(read_file(Path('rows.parquet'), 'rows', 'parquet'))\n"
+        "except DataError as error: print(error)\n"
+        "print(re.search('VmHWM:(.*) kB', Path('/proc/self/status').read_text())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "unpacks to more than" in done.stdout
+    assert int(done.stdout.split()[-1]) < 1_000_000
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("us", "Mars/Olympus"), pa.date32()])
+def test_a_parquet_value_that_python_cannot_hold_is_a_bad_row_that_names_the_column(
+    here: Path, kind: pa.DataType
+) -> None:
+    when = pa.array([2**30 if kind == pa.date32() else 2**61] * 3, kind)
+    pq.write_table(pa.table({"prompt": ["q"] * 3, "completion": ["a"] * 3, "when": when}), "rows.parquet")
+    assert "a value that cannot be read (column 'when'" in prepare("rows.parquet", code=3)
+
+
+def test_a_parquet_text_that_is_not_utf8_is_a_bad_row(here: Path) -> None:
+    starts = b"".join((2 * number).to_bytes(4, "little") for number in range(4))
+    broken = pa.StringArray.from_buffers(3, pa.py_buffer(starts), pa.py_buffer(b"\xff\xfe" * 3))
+    pq.write_table(pa.table({"prompt": broken, "completion": ["a"] * 3}), "rows.parquet")
+    assert "not UTF-8 (column 'prompt'" in prepare("rows.parquet", code=3)
+
+
+def test_escape_codes_in_rows_do_not_reach_the_terminal(here: Path, chat_rows: Path) -> None:
+    codes = "\\u001b[31m\\u009b31m\\u202e\\u0007"
+    turns = f'[{{"role": "us{codes}er", "content": "{codes}"}}, {{"role": "assistant", "content": "b"}}]'
+    Path("rows.jsonl").write_text(f'{{"messages": {turns}, "{codes}": 1}}\n{chat_rows.read_text()}')
+    assert "\\x1b" in prepare("rows.jsonl", code=0)
+    Path("rows.jsonl").write_text(f'{{"{codes}": 1}}\n')
+    prepare("rows.jsonl", code=3)
+    Path("\x1b[31m.jsonl").write_text(PAIR)
+    assert "control characters" in prepare("*31m.jsonl", code=3)
+
+
+def test_a_row_file_may_lie_behind_a_link(here: Path, chat_rows: Path) -> None:
+    (here / "link.jsonl").symlink_to(chat_rows)
+    assert "40 rows read" in prepare("link.jsonl", code=0)
+    attempt("recipes", "check", "hostile.yaml", code=0)

@@ -1,0 +1,50 @@
+"""Commands with hostile input: an answer in time, with one of our exit codes, and nothing that steers a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+
+from typer.testing import CliRunner, Result
+
+import llmtune.pipeline  # noqa: F401 - so that no command is timed with its imports
+from llmtune.cli.app import app
+from llmtune.errors import STEERING
+from support.runs import write_recipe
+
+SECONDS = 10
+
+
+class TooLateError(BaseException):
+    """A command that did not end in time; nothing of llmtune's catches it."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TooLateError
+
+
+def attempt(*arguments: object, code: int | tuple[int, ...], seconds: float = SECONDS) -> str:
+    """Run a command in this process and return what it says; `code` is what it may end with."""
+    handler = signal.signal(signal.SIGALRM, _stop)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.signal(signal.SIGALRM, handler)
+    said = result.stderr
+    assert result.exit_code in (code if isinstance(code, tuple) else (code,)), (said, result.exception)
+    assert "Traceback" not in said
+    assert not STEERING.search(said.replace("\r", "")), said
+    return " ".join(said.split())
+
+
+def prepare(rows: Path | str, *, code: int | tuple[int, ...], task: str = "chat", **source: object) -> str:
+    """Read rows with `llmtune prepare`, as far as it goes without a model; `source` adds to the recipe's source."""
+    shutil.rmtree("run", ignore_errors=True)
+    model = {"name": None, "candidates": ["builtin:one", "builtin:two"]}
+    data = {"train": {"path": str(rows), **source}}
+    write_recipe(Path("hostile.yaml"), "none", rows, task=task, model=model, data=data, evaluate={"metrics": ["loss"]})
+    return attempt("prepare", "hostile.yaml", "--out", "run", code=code)
