@@ -90,7 +90,7 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, train
         find_adapter(Path(recipe.adapter.start_from))
     if options.dry_run:
         seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
-        return dry_run(RunContext(recipe, seen, console, options.offline, held, held=held is not None))
+        return dry_run(RunContext(recipe, seen, console, options.offline, held, held=held is not None), loaded)
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
@@ -113,6 +113,8 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, train
         return
     model_ref = select_model(context, rows)
     context.infer_labels(model_ref, rows)
+    loaded = context.resolve_training(loaded, model_ref, rows)
+    write_text(context.folder.path / "recipe.yaml", loaded.to_yaml())
     processor = context.read_processor(model_ref)
     if options.until == "run" and "gguf" in context.recipe.deploy:
         check_gguf(context, model_ref)  # before training, not after it
@@ -363,7 +365,7 @@ def deploy(context: RunContext, model_ref: ModelRef) -> None:
                 step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])
 
 
-def dry_run(context: RunContext) -> Json:
+def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
     """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
     recipe, console, folder = context.recipe, context.console, context.folder
     valid = {"prepare": folder.is_valid("prepare", context.rows_inputs)}
@@ -385,6 +387,7 @@ def dry_run(context: RunContext) -> Json:
         if valid["prepare"] and recipe.model.name:
             rows = load_rows(folder.path / "data" / "rows")
             context.infer_labels(model_ref, rows)
+            context.resolve_training(loaded, model_ref, rows)
             valid["encode"] = folder.is_valid("encode", examples_inputs(context.recipe, rows, model_ref, processor))
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")

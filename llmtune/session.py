@@ -30,7 +30,8 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import resolve_checkpointing
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe
+from llmtune.recipe import LoadedRecipe, Recipe
+from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
 from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
 from llmtune.report.assembly import collect_facts
 from llmtune.report.explain_links import find_explanations
@@ -117,6 +118,19 @@ class RunContext:
         """
         self.variant = self.choose_variant(model_ref)
         self.recipe = self.variant.infer_labels(self.recipe, rows, read_model_config(model_ref, self.recipe.model))
+
+    def resolve_training(self, loaded: LoadedRecipe, model_ref: ModelRef, rows: Rows) -> LoadedRecipe:
+        """Choose what the recipe leaves open of epochs, rate and batch, and say so; return a recipe that states it."""
+        config = read_model_config(model_ref, self.recipe.model).get_text_config()
+        count = rows.counts.get("train", 0)
+        choices = choose_training(self.recipe, count, getattr(config, "hidden_size", None), self.task.trains_head)
+        loaded = with_choices(loaded, choices)
+        self.recipe = self.recipe.model_copy(update={"train": loaded.recipe.train})
+        for key, choice in choices.items():
+            self.console.print(f"train.{key}: {choice.value:g} (chosen: {choice.why})", highlight=False)
+        if warning := few_steps(self.recipe, count):
+            self.console.print(warning, style="yellow", highlight=False)
+        return loaded
 
     @cached_property
     def device(self) -> str:

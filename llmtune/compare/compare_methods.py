@@ -127,6 +127,8 @@ def choose_rate(loaded: LoadedRecipe, method: str, rates: Mapping[str, float]) -
     own, stated = loaded.recipe.adapter.method, loaded.recipe.train.learning_rate
     if method in rates:
         return rates[method], "--learning-rate"
+    if "learning_rate" not in loaded.recipe.train.model_fields_set:
+        return stated, "chosen for the method"
     if method == "full" and own != "full":
         return float(f"{stated / TENTH:.6g}"), "a tenth of the recipe's"
     if method != "full" and own == "full":
@@ -168,12 +170,14 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console) -> Js
     out = options.out or default_out(loaded, options.rates)
     check_folder(out)
     if options.resume and not any((out / method / MANIFEST).exists() for method in options.methods):
-        raise RecipeError.of("nothing to resume", str(out), "leave --resume away to start")
+        raise RecipeError.of("nothing to resume", str(out), "omit --resume to start")
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     console.print(f"comparing {', '.join(options.methods)} -> {escape(str(out))}")
     for number, trial in enumerate(trials, 1):
-        rate = f"learning rate {trial.loaded.recipe.train.learning_rate:g}, {trial.rate}"
+        train = trial.loaded.recipe.train
+        stated = f"{train.learning_rate:g}, " if "learning_rate" in train.model_fields_set else ""
+        rate = f"learning rate {stated}{trial.rate}"
         console.rule(f"{number} of {len(trials)}: {trial.method} ({rate})", align="left")
         run_trial(trial.method, command(recipe, trial, out / trial.method, options))
     return conclude(loaded, trials, out, console)
@@ -219,7 +223,8 @@ def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: 
     batch, steps = first.recipe.train, first.folder.facts("train").get("steps")
     unit = f"{batch.batch_tokens} tokens" if batch.batch_tokens else f"{batch.batch_size} rows"
     kept = first.folder.facts("prepare")["kept"].get("train")
-    rates = ", ".join(f"{trial.method} {trial.loaded.recipe.train.learning_rate:g} ({trial.rate})" for trial in trials)
+    pairs = zip(runs, trials, strict=True)
+    rates = ", ".join(f"{trial.method} {run.recipe.train.learning_rate:g} ({trial.rate})" for run, trial in pairs)
     notes = [
         f"All were trained on the same {kept:,} rows, for {steps} steps of {unit}, with seed {first.recipe.seed}.",
         f"Learning rates: {rates}.",

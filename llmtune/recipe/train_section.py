@@ -49,14 +49,17 @@ class TrainSection(Section):
     """How the training loop runs, by the names of `TrainingArguments` where the meaning is the same."""
 
     learning_rate: float = Field(default=2e-4, gt=0, le=10)
-    """Highest learning rate of the schedule. Default 2e-4: usual for LoRA; full fine-tuning wants about a tenth."""
+    """Highest learning rate of the schedule. Default: chosen by method and width of the model, 1e-3 or less for LoRA
+    and a tenth of that for full tuning; 2e-4 before the model is known."""
     num_train_epochs: float = Field(default=1.0, gt=0, le=100_000)
-    """How often the training rows are gone through. Default 1: look at the validation loss before more."""
+    """How often the training rows are gone through. Default: chosen for about 100 steps, with a new head 300: 1 to 4
+    times, or to 10; 1 before the rows are known."""
     max_steps: Count | None = None
     """Optimiser steps in all, in place of `num_train_epochs`. Default none: epochs decide."""
     batch_size: Count = 16
-    """Rows in one optimiser step over all processes, packed or not. Default 16: a steady gradient for most sets of a
-    thousand rows or more. Memory does not depend on it."""
+    """Rows in one optimiser step over all processes, packed or not. Default: chosen by the training rows: 4, from 400
+    on 8, from 1,600 on 16, so that small sets give enough steps; 16 before they are known. Memory does not depend on
+    it."""
     batch_tokens: Count | None = None
     """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
     reason about."""

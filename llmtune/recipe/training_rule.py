@@ -1,0 +1,89 @@
+"""Epochs, learning rate and batch where a recipe states none: by rows, width of the model and method.
+
+Sources. Rate: Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025, whose cookbook takes 5e-4 for LoRA
+at a width of 2,000, falling with width to the power 0.78, and a tenth for full tuning; LoRA loses more than full tuning
+from large batches. Epochs: Muennighoff et al., "Scaling Data-Constrained Language Models", 2023: up to four epochs of
+the same rows are nearly as good as new rows. New heads: Mosbach et al., "On the Stability of Fine-tuning BERT", 2021:
+small sets need many more steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
+
+WIDTH = 2000
+LORA_RATE = 5e-4
+"""At WIDTH."""
+EXPONENT = 0.78
+HIGHEST_LORA_RATE = 1e-3
+"""What narrow models take: the sources have none below a width of 1,000."""
+FULL_SHARE = 0.1
+PREFERENCE_SHARE = 0.2
+"""Preferences start from a model that answers already, and leave it when pushed."""
+BATCHES = ((1600, 16), (400, 8), (0, 4))
+"""From so many rows on, so many in a step."""
+STEPS, MOST_EPOCHS = 100, 4
+HEAD_STEPS, MOST_HEAD_EPOCHS = 300, 10
+FEW_STEPS = 50
+"""Below this a run says so: a schedule has no time to work in."""
+
+
+class Choice(NamedTuple):
+    """A value, and what it rests on."""
+
+    value: float
+    why: str
+
+
+def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool) -> dict[str, Choice]:
+    """Return what the rule says for those keys of `train` that the recipe does not state.
+
+    Args:
+        recipe: As loaded: what it states is told from defaults.
+        rows: Training rows.
+        width: Hidden size of the model, if its configuration names one.
+        new_head: Whether a head is trained from nothing.
+    """
+    train = recipe.train
+    batch = next(size for least, size in BATCHES if rows >= least)
+    if "batch_size" in train.model_fields_set or train.batch_tokens is not None:
+        batch = train.batch_size
+    steps, most = (HEAD_STEPS, MOST_HEAD_EPOCHS) if new_head else (STEPS, MOST_EPOCHS)
+    epochs = min(most, max(1, math.ceil(steps * batch / max(rows, 1))))
+    rate = min(HIGHEST_LORA_RATE, LORA_RATE * (WIDTH / (width or WIDTH)) ** EXPONENT)
+    rate *= FULL_SHARE if recipe.adapter.method == "full" else 1
+    rate *= PREFERENCE_SHARE if recipe.task == "preference" else 1
+    choices = {
+        "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'not known'}"),
+        "num_train_epochs": Choice(float(epochs), f"{rows} rows, about {steps} steps, at most {most} epochs"),
+        "batch_size": Choice(batch, f"{rows} rows"),
+    }
+    instead = {"num_train_epochs": train.max_steps, "batch_size": train.batch_tokens}
+    return {
+        key: choice for key, choice in choices.items() if key not in train.model_fields_set and instead.get(key) is None
+    }
+
+
+def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedRecipe:
+    """Return a recipe that states what was chosen, with the reasons as origins."""
+    values = {key: int(one.value) if key == "batch_size" else one.value for key, one in choices.items()}
+    train = loaded.recipe.train.model_copy(update=values)
+    origins = {f"train.{key}": f"chosen: {one.why}" for key, one in choices.items()}
+    recipe = loaded.recipe.model_copy(update={"train": train})
+    return replace(loaded, recipe=recipe, origins=loaded.origins | origins)
+
+
+def few_steps(recipe: Recipe, rows: int) -> str | None:
+    """Return a warning where a recipe with so many training rows takes few steps that nobody asked for."""
+    train = recipe.train
+    if train.max_steps is not None or train.batch_tokens is not None:
+        return None
+    steps = math.ceil(train.num_train_epochs * math.ceil(rows / train.batch_size))
+    more = "more rows, more train.num_train_epochs or a smaller train.batch_size give more"
+    return f"{steps} steps are few: expect little; {more}." if steps < FEW_STEPS else None
