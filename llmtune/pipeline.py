@@ -62,7 +62,7 @@ from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
-from llmtune.tasks.base import next_commands
+from llmtune.tasks.base import next_steps
 from llmtune.train.setup import train_inputs
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
         context.console.print(report.seeds.told, highlight=False)
     if gated:
         context.console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
-        context.console.print(f"report: {escape(str(path / 'report.html'))}")
-        context.console.print(f"next: {escape(next_commands(path, context.task))}", highlight=False)
+        context.console.print(next_steps(path, context.task), highlight=False, markup=False)
         failed = [gate for gate in report.gates if not gate.passed]
         GateFailed.collect(Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in failed)
     return report_json(report)
@@ -398,5 +397,9 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
     steps = {step: not valid.get(step) for step in ("prepare", "encode", "train", "evaluate")}
     for seed in recipe.train.seeds:
         console.print(f"[bold cyan]seed {seed}[/] would follow in {escape(str(seed_folder(folder.path, seed)))}")
-    would_run = [step for step, runs in steps.items() if runs]
-    return {"folder": str(folder.path), "steps": steps, "would_run": would_run, "plans": plans}
+    return {
+        "folder": str(folder.path),
+        "steps": steps,
+        "would_run": [one for one in steps if steps[one]],
+        "plans": plans,
+    }

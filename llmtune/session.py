@@ -361,11 +361,12 @@ def make_report(context: RunContext) -> Report:
     folder, recipe = context.folder, context.recipe
     evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
     seeds = collect_seeds(folder.path, recipe, evaluation)
+    curve = read_json_lines(folder.path / "metrics.jsonl")
     return Report(
         llmtune=__version__,
         name=recipe.name,
         task=recipe.task,
-        verdict=verdict(evaluation, seeds),
+        verdict=verdict(evaluation, seeds, curve),
         recipe=recipe.model_dump(mode="json"),
         recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
         fingerprint=folder.manifest["fingerprint"],
@@ -375,7 +376,7 @@ def make_report(context: RunContext) -> Report:
         seeds=seeds,
         gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, read_json_lines(folder.path / "metrics.jsonl")),
+        **collect_facts(folder.manifest, curve),
     )
 
 

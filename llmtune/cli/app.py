@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, launch, prompting, recipes, run, verify
+from llmtune.cli import compare, deploy, explain, init, launch, prompting, recipes, run, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
@@ -111,7 +111,14 @@ def show_version(words: Words = None) -> None:
     _print_version(True)
 
 
-COMMANDS = run.COMMANDS | prompting.COMMANDS | {"runs": runs, "doctor": doctor} | verify.COMMANDS | compare.COMMANDS
+COMMANDS = (
+    init.COMMANDS
+    | run.COMMANDS
+    | prompting.COMMANDS
+    | {"runs": runs, "doctor": doctor}
+    | verify.COMMANDS
+    | compare.COMMANDS
+)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 for _name, _command in {

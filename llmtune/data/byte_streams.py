@@ -170,5 +170,5 @@ def guess_encoding(path: Path) -> str | None:
     except UnicodeDecodeError:
         return None
     rare = sum(not (sign.isalpha() or sign in WESTERN_SIGNS) for sign in signs)
-    words = len(signs) < len(start) / 5  # more is another alphabet
+    words = len(signs) < len(start) / 3  # more is another alphabet
     return "cp1252" if signs and words and rare <= len(signs) / 10 else None

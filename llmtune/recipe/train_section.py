@@ -53,13 +53,13 @@ class TrainSection(Section):
     and a tenth of that for full tuning; 2e-4 before the model is known."""
     num_train_epochs: float = Field(default=1.0, gt=0, le=100_000)
     """How often the training rows are gone through. Default: chosen for about 100 steps, with a new head 300: 1 to 4
-    times, or to 10; 1 before the rows are known."""
+    times, or to 20; 1 before the rows are known."""
     max_steps: Count | None = None
     """Optimiser steps in all, in place of `num_train_epochs`. Default none: epochs decide."""
     batch_size: Count = 16
     """Rows in one optimiser step over all processes, packed or not. Default: chosen by the training rows: 4, from 400
-    on 8, from 1,600 on 16, so that small sets give enough steps; 16 before they are known. Memory does not depend on
-    it."""
+    on 8, from 1,600 on 16, so that small sets give enough steps; 16 with a new head, and before the rows are known.
+    Memory does not depend on it."""
     batch_tokens: Count | None = None
     """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
     reason about."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from llmtune.records import Difference, Evaluation
 from llmtune.report.metric_info import CHOICE, COSTS, better_side, direction
@@ -23,12 +24,31 @@ HELPED, HARMED, MIXED, UNKNOWN = "helped", "harmed", "mixed", "can't tell"
 PRICE = "The price: the tuned model is farther from the base model (kl)."
 
 
-def verdict(evaluation: Evaluation | None, seeds: Seeds | None = None) -> Verdict:
+LITTLE = {
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum", "f1"), 0.2),
+    "exact_match": 0.1,
+    "chrf": 25.0,
+    "bleu": 5.0,
+}
+"""Scores of answers below which they have little in common with their references: mostly nonsense, read by people."""
+SMALL_GAIN = 0.02
+"""A gain of less than this share of the base's score is called small."""
+MUCH_OVERLAP = 0.1
+"""From this share of test rows on that stand in training, a gain may be memory."""
+FALLING = {"validation_loss": 0.02, "loss": 0.05}
+"""By how much a loss must fall at the end: from one validation to the next, or from the third quarter to the last."""
+
+
+def verdict(
+    evaluation: Evaluation | None, seeds: Seeds | None = None, curve: Sequence[Mapping[str, object]] = ()
+) -> Verdict:
     """Return one word (helped, harmed, mixed, can't tell) and the reason, one sentence or a few.
 
     It is given by the metrics that speak. Where answers were also compared by likelihood (`choice_accuracy`) and that
-    did not move, a gain elsewhere may be answer format alone, and the verdict is that one can't tell. A cost (`kl`) is
-    named and decides nothing. Where a trivial baseline stands for the base model, the reason names it.
+    did not move, a gain elsewhere may be answer format alone, and the verdict is `can't tell`. A cost (`kl`) is
+    named and decides nothing. Where a trivial baseline stands for the base model, the reason names it. A gain is no
+    help yet (mixed) where answers still have little in common with their references, or where many test rows stand in
+    training. Of the `curve` of training, a loss that was still falling at its end is named.
     """
     if evaluation is None or not evaluation.difference:
         measured = evaluation is not None and evaluation.tuned
@@ -41,8 +61,54 @@ def verdict(evaluation: Evaluation | None, seeds: Seeds | None = None) -> Verdic
     found = weigh(changes, evaluation.baseline)
     paid = "kl" in changes and direction("kl", changes["kl"]) < 0
     gained = [metric for metric, sign in speaking(changes).items() if sign > 0]
-    parts = [found.reason, warn_of_spread(seeds, gained), PRICE if paid else ""]
-    return Verdict(found.word, " ".join(part for part in parts if part))
+    doubts = list_doubts(evaluation) if found.word == HELPED else []
+    small = small_gain(evaluation, gained) if found.word == HELPED else ""
+    falling = "The loss was still falling when training ended: more epochs may help." if still_falling(curve) else ""
+    parts = [found.reason, *doubts, small, warn_of_spread(seeds, gained), PRICE if paid else "", falling]
+    return Verdict(MIXED if doubts else found.word, " ".join(part for part in parts if part))
+
+
+def list_doubts(evaluation: Evaluation) -> list[str]:
+    """Return what speaks against using a model whose scores rose."""
+    doubts = []
+    scores = {name: score for name, score in evaluation.tuned.items() if name in LITTLE and not missing(score)}
+    if scores and all(score < LITTLE[name] for name, score in scores.items()):
+        listing = ", ".join(f"{name} {score:.3g}" for name, score in scores.items())
+        doubts.append(
+            f"But answers still have little in common with their references ({listing}): read the samples, and train "
+            "for longer or on more rows before you use it."
+        )
+    found = evaluation.contamination
+    if found is not None and found.rows and found.overlapping >= MUCH_OVERLAP * found.rows:
+        share = found.overlapping / found.rows
+        doubts.append(f"But {share:.0%} of the test rows stand in the training rows: the gain may be memory.")
+    return doubts
+
+
+def small_gain(evaluation: Evaluation, gained: Sequence[str]) -> str:
+    """Return a sentence where every score that rose did so by little."""
+    base = evaluation.base or {}
+    shares = [
+        abs(evaluation.difference[name].value) / abs(base[name])
+        for name in gained
+        if name in base and base[name] and not missing(base[name])
+    ]
+    small = bool(shares) and max(shares) < SMALL_GAIN
+    return f"The gain is small: {max(shares):.1%} of the base's scores at most." if small else ""
+
+
+def still_falling(curve: Sequence[Mapping[str, object]]) -> bool:
+    """Whether the loss fell to the end: the validation's where there are two, else that of training."""
+    validations, losses = (
+        [float(value) for line in curve if isinstance(value := line.get(name), float | int)] for name in FALLING
+    )
+    if len(validations) > 1:
+        before, last = validations[-2:]
+        return last <= min(validations) and last < before * (1 - FALLING["validation_loss"])
+    quarter = len(losses) // 4
+    if quarter < 2:
+        return False
+    return fmean(losses[-quarter:]) < fmean(losses[-2 * quarter : -quarter]) * (1 - FALLING["loss"])
 
 
 def countable(differences: Differences) -> dict[str, Difference]:

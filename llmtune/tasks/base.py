@@ -231,12 +231,13 @@ class DecoderTask(Task[RowT, str]):
         return causal_loss(model, batch, by_row)
 
 
-def next_commands(run: Path, task: Task[Any, Any]) -> str:
-    """Return what a person types to use the model of a run, and to serve it."""
+def next_steps(run: Path, task: Task[Any, Any]) -> str:
+    """Return where the report of a run lies, and what a person types to use its model and to serve it."""
     name = shlex.quote(str(run))
     given = " ".join('"TEXT"' if one == "prompt" else f"--{one} {one.upper()}" for one in task.required_inputs)
     talk = [f"llmtune chat {name}"] if task.is_conversational and task.free_prompt else []
-    return " | ".join([*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"])
+    commands = [*talk, f"llmtune generate {name} {given}", f"llmtune deploy serve {name}"]
+    return f"report: {run / 'report.html'}\nnext: {' | '.join(commands)}"
 
 
 def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) -> Loss:

@@ -95,7 +95,7 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
 @pytest.mark.parametrize(
     ("sets", "what", "fix"),
     [
-        (["model.candidates=[a, b]"], "both 'model.name' and 'model.candidates'", "Keep one of them"),
+        (["model.name=a", "model.candidates=[a, b]"], "both 'model.name' and 'model.candidates'", "Keep one of them"),
         (["model.name=null"], "neither 'model.name' nor 'model.candidates'", "Name a model"),
         (["model.name=null", "model.candidates=[a, a]"], "names a model twice", "once"),
         (["model.name=a/b/c"], "'model.name' is 'a/b/c'", "There is no such folder"),

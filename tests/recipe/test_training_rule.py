@@ -31,7 +31,8 @@ def test_the_rate_falls_with_width_and_is_a_tenth_for_full_tuning_and_a_fifth_fo
 
 
 def test_a_new_head_is_trained_for_longer(write):
-    assert chosen(write, rows=800, new_head=True)["num_train_epochs"] == 3
+    values = chosen(write, rows=800, new_head=True)
+    assert (values["batch_size"], values["num_train_epochs"]) == (16, 6)
     assert chosen(write, rows=800)["num_train_epochs"] == 1
 
 

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from llmtune.records import Difference, Evaluation
+from llmtune.records import Contamination, Difference, Evaluation
 from llmtune.report.report_page import headline
-from llmtune.report.verdict import verdict
+from llmtune.report.verdict import still_falling, verdict
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
 LESS, MORE = (-0.3, -0.1), (0.1, 0.3)
@@ -166,3 +166,45 @@ def test_without_any_change_seldom_a_verdict_though_eight_metrics_are_looked_at(
     false = sum(word(ps) != "can't tell" for ps in draws.tolist()) / len(draws)
     assert 0.03 < false < 0.07
     assert (draws < 0.05).any(1).mean() > 0.3, "what intervals alone would say"
+
+
+GAIN = {"rougeL": Difference(0.1, 0.05, 0.15, 0.001, 100)}
+
+
+def test_a_gain_to_answers_that_are_still_nonsense_is_no_help_yet():
+    scores = {"rougeL": 0.139, "exact_match": 0.0, "loss": 1.2}
+    found = verdict(Evaluation({"rougeL": 0.039}, scores, GAIN, (), (), 100))
+    assert found.word == "mixed"
+    assert "little in common with their references (rougeL 0.139, exact_match 0)" in found.reason
+    assert verdict(Evaluation({"rougeL": 0.83}, {**scores, "rougeL": 0.93}, GAIN, (), (), 100)).word == "helped"
+
+
+def test_a_gain_on_rows_that_were_trained_on_may_be_memory():
+    overlap = Contamination(100, 900, 12, 0, 0, 0, 0, 12, 0, {}, (), ())
+    found = verdict(Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100, contamination=overlap))
+    assert found.word == "mixed"
+    assert "12% of the test rows stand in the training rows" in found.reason
+
+
+def test_a_gain_of_little_is_called_small():
+    change = {"accuracy": Difference(0.005, 0.002, 0.008, 0.001, 5000)}
+    found = verdict(Evaluation({"accuracy": 0.8}, {"accuracy": 0.805}, change, (), (), 5000))
+    assert (found.word, "The gain is small: 0.6%" in found.reason) == ("helped", True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "validations", "falling"),
+    [
+        ([3.0] * 8, [1.0, 0.5], True),
+        ([3.0] * 8, [1.0, 0.99], False),
+        ([3.0] * 8, [0.4, 1.0, 0.5], False),
+        ([4, 3.5, 3, 2.5, 2.0, 1.9, 1.5, 1.4], [1.0], True),
+        ([4, 3.5, 2.0, 2.0, 2.0, 2.0, 1.99, 2.0], [], False),
+        ([4, 1], [], False),
+    ],
+)
+def test_a_loss_that_fell_to_the_end_is_said(losses, validations, falling):
+    curve = [{"loss": loss} for loss in losses] + [{"validation_loss": loss} for loss in validations]
+    assert still_falling(curve) is falling
+    evaluation = Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100)
+    assert ("still falling" in verdict(evaluation, None, curve).reason) is falling

