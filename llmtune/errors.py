@@ -57,7 +57,7 @@ class Problem:
 
 
 class LlmtuneError(Exception):
-    """A mistake or a state of the world that a user can mend: one message for all of its problems, no traceback.
+    """A mistake or a state of the world that a user can fix: one message for all of its problems, no traceback.
 
     LlmtuneError
     ├── RecipeError        2   recipe or usage

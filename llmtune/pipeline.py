@@ -394,12 +394,7 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
             trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
             evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
             valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}
-    steps = {step: not valid.get(step) for step in ("prepare", "encode", "train", "evaluate")}
     for seed in recipe.train.seeds:
-        console.print(f"[bold cyan]seed {seed}[/] would follow in {escape(str(seed_folder(folder.path, seed)))}")
-    return {
-        "folder": str(folder.path),
-        "steps": steps,
-        "would_run": [one for one in steps if steps[one]],
-        "plans": plans,
-    }
+        console.print(f"seed {seed} would follow in {seed_folder(folder.path, seed)}", markup=False)
+    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
+    return {"folder": str(folder.path), "would_run": would_run, "plans": plans}

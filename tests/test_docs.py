@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -84,21 +85,28 @@ def test_modules_that_a_page_names_exist() -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path, tiny_llama: Path) -> None:
+    """From an empty folder with a CSV, as it is typed there; only the model is a tiny one."""
     text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(recipe_version.*?)```", text, flags=re.DOTALL)
-    recipe = block.replace("builtin:smollm2-135m-instruct", str(tiny_llama))
-    (tmp_path / "tickets.yaml").write_text(recipe)
-    rows = [(f"Where is order {i}?", "shipping") for i in range(60)] + [
-        (f"I paid {i} twice", "billing") for i in range(60)
-    ]
-    with (tmp_path / "tickets.jsonl").open("w") as file:
-        for question, answer in rows:
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    typed = [line for line in commands() if line in text and "tickets.yaml" in line and "recipes new" not in line]
-    assert {"llmtune run tickets.yaml", "llmtune prepare tickets.yaml"} <= set(typed)
-    for line in [*sorted(typed, key=len), "llmtune run tickets.yaml"]:
-        done = llmtune(*shlex.split(line)[1:], "--set", "data.deduplicate=none", cwd=tmp_path)
-        assert done.returncode == 0, (line, done.stderr)
+    rows = [(f"Order {i}", f"Where is order {i}?", "It is on its way.") for i in range(60)]
+    rows += [(f"Bill {i}", f"I paid {i} twice", "You get it back.") for i in range(60)]
+    with (tmp_path / "tickets.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("subject", "body", "answer"), *rows])
+    (tmp_path / "open.csv").write_text("subject,body\nOrder 99,Where is order 99?\n")
+    lines = re.findall(r"^ {4}(llmtune .*tickets.*)$", text, flags=re.MULTILINE)
+    assert lines[0] == "llmtune init tickets.csv"
+    for line in [*lines, "llmtune run tickets.yaml"]:
+        words = shlex.split(line)[1:]
+        if words[0] == "init":
+            words += ["--model", str(tiny_llama)]
+        elif words[0] in ("prepare", "run"):
+            words += ["--set", "data.deduplicate=none"]
+        if "runs/tickets-" not in line:
+            done = llmtune(*words, cwd=tmp_path)
+            assert done.returncode == 0, (line, done.stderr)
+    (tmp_path / "shown.yaml").write_text(block)
+    made, shown = (load_recipe(str(tmp_path / f"{name}.yaml")).recipe for name in ("tickets", "shown"))
+    assert made.data.train[0].columns == shown.data.train[0].columns
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "report.html").exists()
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["subject"] == "Order 99"

@@ -84,8 +84,8 @@ def _command(name: str) -> Callable[..., None]:
 
 def print_dry_run(result: Json) -> None:
     """Print on stdout which steps would run."""
-    for step, would_run in result["steps"].items():
-        typer.echo(f"{step}: {'would run' if would_run else 'unchanged, would be skipped'}")
+    for step in ("prepare", "encode", "train", "evaluate"):
+        typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
     typer.echo(f"good; the run folder is {result['folder']}")
 
 

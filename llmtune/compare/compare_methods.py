@@ -237,7 +237,7 @@ def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: 
 
 
 class TrialBug(RuntimeError):
-    """A trial failed in a way that no user can mend; its traceback stands above."""
+    """A trial failed in a way that no user can fix; its traceback stands above."""
 
 
 def run_trial(method: str, arguments: Sequence[str]) -> None:

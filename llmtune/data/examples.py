@@ -345,7 +345,7 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
     if counted and bad > allowed * rows.rows_in:
         what = f"{bad:,} of {rows.rows_in:,} rows cannot be used: {bad / max(rows.rows_in, 1):.1%}"
         what += f", and data.max_dropped allows {allowed:.1%}"
-        fix = f"Mend them, or raise data.max_dropped. All of them: {list_file}."
+        fix = f"Fix them, or raise data.max_dropped. All of them: {list_file}."
         shown = [*tally.bad_rows, *(tally.long_rows if recipe.data.on_overlong != "drop" else [])]
         raise DataError(Problem(what, fix=fix), *shown[:SHOWN])
 

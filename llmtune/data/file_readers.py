@@ -84,7 +84,7 @@ def explained(name: str) -> Iterator[None]:
     except pa.ArrowException as error:
         raise DataError.of(f"not a readable Parquet file: {_first_line(error)}", name) from error
     except JsonSyntaxError as error:
-        fix = "Mend the file; a JSON file cannot be read on behind a mistake, JSON lines can."
+        fix = "Fix the file; a JSON file cannot be read on behind a mistake, JSON lines can."
         raise DataError.of(f"not valid JSON: {error}", f"{name}:{error.line}", fix) from error
     except UnicodeError as error:  # of an encoding that the recipe states; else bad bytes are errors of their rows
         raise DataError.of(

@@ -186,5 +186,5 @@ def _check_share(account: Account, allowed: float) -> None:
         return
     share = bad / max(account.rows_in, 1)
     what = f"{bad:,} of {account.rows_in:,} rows are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
-    fix = f"Mend them, or raise data.max_dropped. All of them: {account.list_file}"
+    fix = f"Fix them, or raise data.max_dropped. All of them: {account.list_file}"
     raise DataError(Problem(what, fix=fix), *account.problems())

@@ -265,7 +265,7 @@ def explained(task: str, faults: tuple[type[Exception], ...]) -> Iterator[None]:
     except (DatasetsError, TemplateError, *faults) as error:
         if not fetched:
             what = f"lm-eval cannot use the task: {one_line_of(error)}"
-            raise DataError.of(what, where, "Mend it, or remove it.") from error
+            raise DataError.of(what, where, "Fix it, or remove it.") from error
     if fetched:
         what = f"the metric {fetched[0]} is none of lm-eval's own: it would be fetched from a hub as code, and run"
         raise RecipeError.of(what, where, "Take a metric of lm-eval, or a Python function beside the task file.")

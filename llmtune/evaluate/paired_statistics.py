@@ -83,7 +83,7 @@ def interval(value: float, values_R: Floats, rows: int, p: float | None = None) 
     defined = values_R[np.isfinite(values_R)]
     if not np.isfinite(value) or len(defined) < (1 - UNDEFINED_SHARE) * len(values_R):
         return unknown(value, rows)
-    import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training has no use for it
+    import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
     tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])

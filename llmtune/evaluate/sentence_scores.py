@@ -32,10 +32,10 @@ ENCODER = (
     "pseudo-log-likelihood as in CrowS-Pairs: the tokens that both sentences have, each masked alone, the words that "
     "differ left as they are"
 )
-DECODER_STEREOSET = "mean log-likelihood a token: of the sentence, or of what follows the context given the context"
+DECODER_STEREOSET = "mean log-likelihood per token: of the sentence, or of what follows the context given the context"
 ENCODER_STEREOSET = (
     "mean probability of the tokens of the word at the blank, unmasked from left to right; of sentences that follow a "
-    "context, mean pseudo-log-likelihood a token given the context, where the paper trains a head of its own"
+    "context, mean pseudo-log-likelihood per token given the context, where the paper trains a head of its own"
 )
 
 
@@ -68,7 +68,7 @@ def encode_pairs(pairs: Sequence[Pair], processor: PreTrainedTokenizerBase, mask
     for pair in pairs:
         one = mask_pair(pair, processor) if masked else join_pair(pair, processor)
         if isinstance(one, str):
-            problems.append(Problem(one, pair.origin, "Remove the pair, or mend it."))
+            problems.append(Problem(one, pair.origin, "Remove the pair, or fix it."))
         else:
             encoded.append(one)
     DataError.collect(problems[:MOST_SHOWN])

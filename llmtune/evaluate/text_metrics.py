@@ -40,7 +40,8 @@ def exponential_ratio(sums: Floats) -> Floats:
 def measure_tokens(metric: str, nats: Floats, correct: Floats, tokens: Floats, target_bytes: Floats) -> Measure:
     """Build a metric of `TOKEN_METRICS` from row sums [N] over the supervised tokens."""
     if metric == "loss":
-        return Measure(metric, columns(nats, tokens), ratio, signature="nats a supervised token, end-of-turn included")
+        unit = "nats per supervised token, end-of-turn included"
+        return Measure(metric, columns(nats, tokens), ratio, signature=unit)
     if metric == "perplexity":
         return Measure(metric, columns(nats, tokens), exponential_ratio, signature="exp(loss)")
     if metric == "bits_per_byte":

@@ -121,7 +121,7 @@ def check_options(given: Mapping[str, object], useful: Mapping[str, bool]) -> li
     """Return problems: options of no use, and missing ones; `useful` says of each of use whether it is needed."""
     omit = f"Omit it; give {', '.join(f'--{name}' for name in useful)}."
     unused = (name for name, value in given.items() if value is not None and name not in useful)
-    problems = [Problem("this model has no use for it", f"--{name}", omit) for name in unused]
+    problems = [Problem("it does not apply to this model", f"--{name}", omit) for name in unused]
     for name in (name for name, needed in useful.items() if needed and given.get(name) is None):
         sound = name == "audio"
         what = "it is needed: this model reads recordings" if sound else "it is needed"

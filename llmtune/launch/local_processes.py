@@ -39,7 +39,7 @@ SAVE_SECONDS = 300
 
 
 class WorkerBug(RuntimeError):
-    """A worker failed in a way that no user can mend; the message is its traceback."""
+    """A worker failed in a way that no user can fix; the message is its traceback."""
 
 
 def local_trainer(processes: int, *, threads: int | None = None) -> Trainer:

@@ -168,7 +168,7 @@ def names_remote(recipe: Recipe) -> bool:
 
 def studies_remote(recipe: Recipe) -> bool:
     """Whether a study of the evaluation reads what is on a hub."""
-    from llmtune.evaluate.lm_eval_tasks import needs_network  # it reads YAML, which `--help` has no use for
+    from llmtune.evaluate.lm_eval_tasks import needs_network  # it reads YAML, which `--help` does not need
 
     fairness = recipe.evaluate.fairness
     hub_pairs = fairness is not None and any(name.startswith("hub:") for name in fairness.pairs)

@@ -1,4 +1,4 @@
-"""What the libraries say that a user can neither mend nor use, kept off the console."""
+"""What the libraries say that a user can neither fix nor use, kept off the console."""
 
 from __future__ import annotations
 

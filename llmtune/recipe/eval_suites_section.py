@@ -114,7 +114,7 @@ class FairnessSection(Section):
 
 
 def fairness_without_effect(variant: TaskVariant, has_test: bool) -> dict[str, tuple[str, str]]:
-    """Return the keys of `fairness` that this task and these rows have no use for: why, and what to do."""
+    """Return the keys of `fairness` that this task and these rows do not read: why, and what to do."""
     task, unswapped, unused = variant.task, variant.facts.unswapped, {}
     if not variant.facts.decodes or variant.is_extractive or variant.is_reward:
         fix = "Remove it; groups work here." if unswapped else "Remove it; swaps and groups work here."

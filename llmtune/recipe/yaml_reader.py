@@ -171,7 +171,7 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Nod
     except MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
         where = reader.where(error.problem_mark or error.context_mark)
-        raise RecipeError.of(f"not valid YAML: {what}", where, "Mend the syntax at this line.") from None
+        raise RecipeError.of(f"not valid YAML: {what}", where, "Fix the syntax at this line.") from None
     except RecursionError:
         fix = "No recipe key lies that deep."
         raise RecipeError.of(f"nested more than {MAX_DEPTH} deep", label, fix) from None

@@ -44,7 +44,7 @@ def infer_kind(labels: Sequence[Label]) -> str:
         kinds = {"regression" if fractions else "single"} if kinds else kinds
     if len(kinds) > 1:
         what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
-        raise DataError.of(what, "classify.kind", "Say which with classify.kind, or mend the rows.")
+        raise DataError.of(what, "classify.kind", "Say which with classify.kind, or fix the rows.")
     return kinds.pop() if kinds else "single"
 
 

@@ -21,11 +21,11 @@ Ratings: TypeAlias = dict[str, float]
 """What a model makes of a row's answers: log-probabilities or scores by name."""
 AGAINST = "a reward is beta times what training added to an answer's log-probability"
 REWARDS = {
-    "orpo": "a reward is beta times an answer's mean log-probability a token",
+    "orpo": "a reward is beta times an answer's mean log-probability per token",
     "reward": "a reward is the model's score",
 }
 """What rewards are with losses that have no reference."""
-KL_SIGNATURE = "nats a token of the first answer from the model without any adapter, exact over the vocabulary"
+KL_SIGNATURE = "nats per token of the first answer from the model without any adapter, exact over the vocabulary"
 
 
 def rewards(

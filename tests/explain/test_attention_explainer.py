@@ -221,7 +221,7 @@ def test_a_text_that_is_too_long_is_refused_with_both_lengths_or_cut(built, tmp_
 def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_path):
     expect(invoke(built("llama"), "--text", "  "), 3, "--text: the text is empty", "at least one word")
     expect(invoke(built("llama")), 2, "--text: it is needed")
-    expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: this model has no use for it")
+    expect(invoke(built("llama"), "--text", "a", "--target", "b"), 2, "--target: it does not apply to this model")
     expect(invoke(built("bert"), "--text", "a", "--chat"), 2, "--chat: the model has no chat template")
     expect(invoke(built("whisper"), "--text", "a"), 2, "--audio: it is needed: this model reads recordings")
     expect(invoke(built("whisper"), "--audio", tmp_path / "none.wav"), 3, "none.wav", "there is no file")
