@@ -65,14 +65,19 @@ class PublishOptions:
 
 
 @dataclass(frozen=True)
-class PublishedModel:
-    """A model's folder with its certificate."""
+class Publication:
+    """A finished run as it is published: its model with certificates, what is known of it, what the publisher wants."""
 
     kind: str
     """adapter, weights (a full tuning) or merged."""
     folder: Path
     certificate: Certificate
     gguf: Certificate | None
+    report: Document
+    evaluation: Evaluation
+    lock: Document
+    recipe: Recipe
+    options: PublishOptions
 
     @property
     def config(self) -> Document:
@@ -80,47 +85,58 @@ class PublishedModel:
         config: Document = read_json(self.folder / ("adapter_config.json" if self.kind == "adapter" else "config.json"))
         return config
 
+    @property
+    def base(self) -> tuple[str | None, str, list[str]]:
+        """The base's name on the hub, if it has one, its name as a reader may see it, and notes on it."""
+        name = str(self.lock["model"]["name"])
+        if self.options.base_model:
+            return self.options.base_model, self.options.base_model, []
+        packaged = PACKAGED_MODELS.get(name.removeprefix("builtin:")) if name.startswith("builtin:") else None
+        if packaged is not None:
+            note = f"It was trained on {name}, which is {packaged.name} as a package has it ({packaged.difference}): "
+            return packaged.name, name, [note + "numbers were measured on that copy."]
+        if is_local_path(name):
+            note = "Its base model is known by its hash alone: the publisher has not named its model of the hub."
+            return None, Path(name).name, [note]
+        return None if name.startswith("builtin:") else name, name, []
 
-def write_card(
-    report: Document,
-    evaluation: Evaluation,
-    lock: Document,
-    recipe: Recipe,
-    model: PublishedModel,
-    options: PublishOptions,
-    console: Console,
-) -> ModelCard:
+    @property
+    def revision(self) -> str | None:
+        """The commit of the base on the hub, where it is that model."""
+        revision: str | None = self.lock["model"]["revision"]
+        return revision if self.base[0] == self.lock["model"]["name"] else None
+
+
+def write_card(published: Publication, console: Console) -> ModelCard:
     """Render the card; everything in it comes from the run's report and lock, and from what the publisher states."""
-    base, base_name, notes = name_base(lock, options)
-    license_name, license_from = _find_license(lock, base, options)
-    _print_unknown(base, license_name, lock, options, console)
+    options, recipe, (base, base_name, notes) = published.options, published.recipe, published.base
+    license_name, license_from = _find_license(published)
+    _print_unknown(published, license_name, console)
     name = redact(options.repo or recipe.name).rpartition("/")[2]
-    shared = cast(Document, hide_paths(report))
-    scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(evaluation)))
-    auto_class = find_auto_class(model.config)
-    metadata = _metadata(shared, scores, model, options, auto_class=auto_class, pipeline=_pipeline(recipe, auto_class))
-    relation: dict[str, Any] = {"base_model_relation": "adapter" if model.kind == "adapter" else "finetune"}
+    report = cast(Document, hide_paths(published.report))
+    scores = TypeAdapter(Evaluation).validate_python(hide_paths(asdict(published.evaluation)))
+    auto_class = find_auto_class(published.config)
+    metadata = _metadata(published, scores, _source_names(report), auto_class)
     card: ModelCard = ModelCard.from_template(
-        ModelCardData(base_model=base, license=license_name, model_name=name, **(relation if base else {}), **metadata),
+        ModelCardData(base_model=base, license=license_name, model_name=name, **metadata),
         template_str=files("llmtune.deploy").joinpath("model_card.md.jinja").read_text("utf-8"),
         name=name,
         repo=options.repo or name,
-        report=shared,
-        lock=lock,
-        model=model,
+        report=report,
+        lock=published.lock,
+        model=published,
         options=options,
         recipe=recipe,
         facts=TASK_FACTS[recipe.task],
         auto_class=auto_class,
         base=base,
         base_name=base_name,
-        revision=lock["model"]["revision"] if base == lock["model"]["name"] else None,
         license=license_name,
         license_from=license_from,
-        sources=_source_names(shared),
-        has_template=(model.folder / "chat_template.jinja").is_file(),
+        sources=_source_names(report),
+        has_template=(published.folder / "chat_template.jinja").is_file(),
         notes=notes,
-        measured=_measured(shared, scores),
+        measured=_measured(report, scores),
         describe_parity=describe_parity,
         plain=plain,
         code=code,
@@ -129,42 +145,24 @@ def write_card(
     return card
 
 
-def name_base(lock: Document, options: PublishOptions) -> tuple[str | None, str, list[str]]:
-    """Return the base's name on the hub, if it has one, its name as a reader may see it, and notes on it."""
-    name = str(lock["model"]["name"])
-    if options.base_model:
-        return options.base_model, options.base_model, []
-    if name.startswith("builtin:"):
-        packaged = PACKAGED_MODELS.get(name.removeprefix("builtin:"))
-        if packaged is None:
-            return None, name, []
-        note = f"It was trained on {name}, which is {packaged.name} as a package has it ({packaged.difference}): "
-        return packaged.name, name, [note + "numbers were measured on that copy."]
-    if is_local_path(name):
-        note = "Its base model is known by its hash alone: the publisher has not named its model of the hub."
-        return None, Path(name).name, [note]
-    return name, name, []
-
-
-def _find_license(lock: Document, base: str | None, options: PublishOptions) -> tuple[str, str]:
+def _find_license(published: Publication) -> tuple[str, str]:
     """Return the licence, and who states it."""
+    options, model = published.options, published.lock["model"]
     if options.license:
         return options.license, "stated by the publisher"
     network = bool(options.repo) and not options.offline
-    license_name = find_license(str(lock["model"]["name"]), Path(lock["model"]["folder"]), base, network=network)
+    license_name = find_license(str(model["name"]), Path(model["folder"]), published.base[0], network=network)
     if license_name:
         return license_name, "that of the base model"
     return UNKNOWN, "not stated by the publisher, and not found with the base model"
 
 
-def _print_unknown(
-    base: str | None, license_name: str, lock: Document, options: PublishOptions, console: Console
-) -> None:
-    if base is None and is_local_path(str(lock["model"]["name"])):
+def _print_unknown(published: Publication, license_name: str, console: Console) -> None:
+    if published.base[0] is None and is_local_path(str(published.lock["model"]["name"])):
         console.print("The base model is a local folder: name its model of the hub with --base-model OWNER/NAME.")
     if license_name == UNKNOWN:
         console.print("The licence of the base model is not known: state it with --license.")
-    if options.data_license is None:
+    if published.options.data_license is None:
         console.print("The licence of the data is not stated (--data-license): the card says so.")
 
 
@@ -177,31 +175,21 @@ def find_auto_class(config: Document) -> str:
     return next((known for known, (pattern, _) in MODEL_CLASSES.items() if re.search(pattern, name)), "AutoModel")
 
 
-def _pipeline(recipe: Recipe, auto_class: str) -> str | None:
-    """Return the hub's name of what the model does."""
-    return TASK_FACTS[recipe.task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
-
-
-def _metadata(
-    report: Document,
-    scores: Evaluation,
-    model: PublishedModel,
-    options: PublishOptions,
-    *,
-    auto_class: str,
-    pipeline: str | None,
-) -> dict[str, Any]:
+def _metadata(published: Publication, scores: Evaluation, sources: list[str], auto_class: str) -> dict[str, Any]:
     """Return the metadata, by the hub's names."""
-    sources = _source_names(report)
+    task, options = published.recipe.task, published.options
+    pipeline = TASK_FACTS[task].pipeline or MODEL_CLASSES.get(auto_class, ("", None))[1]
     hub_data = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
+    relation = {"base_model_relation": "adapter" if published.kind == "adapter" else "finetune"}
     return {
         "datasets": hub_data or None,
         "eval_results": list(_eval_results(scores, sources, hub_data, pipeline or "other")) or None,
         "language": list(options.languages) or None,
-        "library_name": "peft" if model.kind == "adapter" else "transformers",
+        "library_name": "peft" if published.kind == "adapter" else "transformers",
         "metrics": sorted({_hub_metric(metric) for metric in _known_scores(scores)}) or None,
         "pipeline_tag": pipeline,
-        "tags": ["llmtune", report["task"], report["adapter"]["method"], *(["gguf"] if options.gguf else [])],
+        "tags": ["llmtune", task, published.report["adapter"]["method"], *(["gguf"] if options.gguf else [])],
+        **(relation if published.base[0] else {}),
     }
 
 

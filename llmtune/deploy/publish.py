@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.deploy.hub import LICENSES, check_upload, upload
-from llmtune.deploy.model_card import Document, PublishedModel, PublishOptions, name_base, write_card
+from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate
 from llmtune.deploy.path_redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
@@ -47,13 +47,13 @@ def publish_run(run: Path, options: PublishOptions, console: Console) -> dict[st
     report, evaluation = _read_scores(folder)
     if not options.despite_gates:
         _check_gates(report)
-    model, lock = find_model(folder, report, options), read_lock(folder.path / LOCK)
-    recipe = recipe_of_run(folder).recipe
-    written = write_card(report, evaluation, lock, recipe, model, options, console)
+    known = (report, evaluation, read_lock(folder.path / LOCK), recipe_of_run(folder).recipe)
+    published = Publication(*find_model(folder, report, options), *known, options)
+    written = write_card(published, console)
     with _target_folder(options) as target:
-        _fill(target, folder.path, lock, model, options)
+        _fill(target, folder.path, published)
         write_text(target / CARD, redact(str(written)))
-        refuse_paths(target, _private_paths(folder.path, lock))
+        refuse_paths(target, _private_paths(folder.path, published.lock))
         card = _read_card(target / CARD)
         sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
         if options.repo and not options.dry_run:
@@ -124,8 +124,10 @@ def _check_gates(report: Document) -> None:
 # The model, and the proof that it is what was evaluated
 
 
-def find_model(folder: RunFolder, report: Document, options: PublishOptions) -> PublishedModel:
-    """Find the model to publish, and prove it.
+def find_model(
+    folder: RunFolder, report: Document, options: PublishOptions
+) -> tuple[str, Path, Certificate, Certificate | None]:
+    """Find the model to publish, and prove it; returns its kind, folder and certificate, and that of the GGUF file.
 
     Raises:
         RecipeError: there is no merged model.
@@ -141,11 +143,11 @@ def find_model(folder: RunFolder, report: Document, options: PublishOptions) -> 
     merged = _read_merged(folder.path, trained, required=options.merged)
     if options.merged:
         assert merged is not None, "a missing one is refused"
-        return PublishedModel("merged", folder.path / "merged", merged, gguf)
+        return "merged", folder.path / "merged", merged, gguf
     weights = sorted((folder.path / kind).glob("*.safetensors"))
     certificate = {"passed": True, "product": kind, "evaluated_sha256": evaluated, "merged": merged}
     certificate["files_sha256"] = {file.name: hash_path(file) for file in weights}
-    return PublishedModel(kind, folder.path / kind, certificate, gguf)
+    return kind, folder.path / kind, certificate, gguf
 
 
 def _read_merged(run: Path, trained: str, required: bool) -> Certificate | None:
@@ -206,23 +208,23 @@ def _private_paths(run: Path, lock: Document) -> list[Path]:
     return [run.absolute(), run.resolve(), Path.home(), Path.cwd(), Path(lock["model"]["folder"]), *data]
 
 
-def _fill(target: Path, run: Path, lock: Document, model: PublishedModel, options: PublishOptions) -> None:
+def _fill(target: Path, run: Path, published: Publication) -> None:
     """Write everything but the card."""
-    for path in sorted(model.folder.iterdir()):
+    for path in sorted(published.folder.iterdir()):
         if path.is_file() and path.name not in REWRITTEN:
             shutil.copyfile(path, target / path.name)
-    if model.kind == "adapter":
-        base, base_name, _ = name_base(lock, options)
-        revision = model.config.get("revision") if base == lock["model"]["name"] else None
-        config = {**model.config, "base_model_name_or_path": base or base_name, "revision": revision}
+    if published.kind == "adapter":
+        base, base_name, _ = published.base
+        revision = published.config.get("revision") if base == published.lock["model"]["name"] else None
+        config = {**published.config, "base_model_name_or_path": base or base_name, "revision": revision}
         write_text(target / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if options.gguf is not None:
-        shutil.copyfile(options.gguf, target / options.gguf.name)
-        if (options.gguf.parent / MODELFILE).is_file():
-            shutil.copyfile(options.gguf.parent / MODELFILE, target / MODELFILE)
-        write_json(target / GGUF_CERTIFICATE, hide_paths(model.gguf))
-    write_json(target / CERTIFICATE, hide_paths(model.certificate))
-    write_json(target / LOCK, hide_paths(lock))
+    if (gguf := published.options.gguf) is not None:
+        shutil.copyfile(gguf, target / gguf.name)
+        if (gguf.parent / MODELFILE).is_file():
+            shutil.copyfile(gguf.parent / MODELFILE, target / MODELFILE)
+        write_json(target / GGUF_CERTIFICATE, hide_paths(published.gguf))
+    write_json(target / CERTIFICATE, hide_paths(published.certificate))
+    write_json(target / LOCK, hide_paths(published.lock))
     write_text(target / "recipe.yaml", recipe_to_share(run / "recipe.yaml"))
 
 

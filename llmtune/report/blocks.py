@@ -204,21 +204,6 @@ class Links(Block):
 
 
 @dataclass(frozen=True)
-class Code(Block):
-    """Text of a fixed width, such as a recipe."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Highlighted(Block):
-    """A text in stretches, some of which are marked."""
-
-    pieces: Sequence[tuple[str, bool]]
-    title: str = ""
-
-
-@dataclass(frozen=True)
 class Answer:
     """What one model said to a sample."""
 

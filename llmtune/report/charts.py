@@ -136,7 +136,7 @@ def small_axes(x: float, title: str = "") -> list[Markup]:
 
 
 def heading(title: str) -> Markup:
-    """Write the title of a chart, if it has one."""
+    """Write the title of a chart or another part, if it has one."""
     return element("h3", title) if title else Markup("")
 
 
@@ -157,7 +157,7 @@ def text(x: float, y: float, label: str, anchor: str = "middle") -> Markup:
 
 
 def element(name: str, content: str = "", /, **attributes: str | float) -> Markup:
-    """Write an SVG element; text is escaped, numbers have one decimal, and `_` in a name stands for `-`."""
+    """Write an element; text is escaped, numbers have one decimal, and `_` in a name stands for `-`."""
     written = [
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value

@@ -27,21 +27,21 @@ def to_html(page: Page) -> str:
     shown = [section for section in page.sections if section.blocks]
     data = None if page.data is None else embed_json(page.data)
     style, script = (Markup(text) for text in (page.style, page.script))  # noqa: S704 - the program's own
-    template = open_templates("llmtune.report").get_template("page.html.jinja")
+    template = open_templates().get_template("page.html.jinja")
     return template.render(page=page, sections=shown, data=data, style=style, script=script)
 
 
 def render_section(section: Section) -> str:
     """Return one section as it stands on a page."""
-    macros = open_templates("llmtune.report").get_template("blocks.html.jinja").make_module()
+    macros = open_templates().get_template("blocks.html.jinja").make_module()
     return str(macros.card(section)).strip()  # type: ignore[attr-defined]
 
 
 @cache
-def open_templates(*packages: str) -> jinja2.Environment:
-    """Return the templates that lie in `packages`: what they are given is escaped, and what they lack is an error."""
+def open_templates() -> jinja2.Environment:
+    """Return the templates of this package: what they are given is escaped, and what they lack is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in packages]),
+        loader=jinja2.PackageLoader("llmtune.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

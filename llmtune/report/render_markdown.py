@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmtune.report.blocks import Beside, Block, Bullets, Cell, Code, KeyValues, Page, Samples, Section, Table, Text
+from llmtune.report.blocks import Beside, Block, Bullets, Cell, KeyValues, Page, Samples, Section, Table, Text
 
 LONGEST_TEXT = 300
 MOST_ROWS, MOST_SAMPLES = 30, 3
@@ -56,8 +56,6 @@ def render_block(block: Block) -> str:
             return render_samples(block)
         case Beside():
             return render_blocks([*block.left, *block.right])
-        case Code():
-            return "\n".join(f"    {line}" for line in block.text.splitlines())
         case _:
             return ""
 

@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from llmtune.errors import visible
-from llmtune.report.blocks import Beside, Block, Bullets, Code, KeyValues, Page, Section, Table, Text
+from llmtune.report.blocks import Beside, Block, Bullets, KeyValues, Page, Section, Table, Text
 
 LONGEST_NAME = 32
 """Names of rows up to this length stay on one line where there is room for the numbers beside them, never broken."""
@@ -54,8 +54,6 @@ def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableTyp
                 yield make_table(block, width)
             case Text() if block.style != "soft":
                 yield RichText(block.text.replace("`", ""), style="yellow" if block.style == "note" else "")
-            case Code():
-                yield RichText(block.text)
             case Bullets():
                 yield from (RichText(item.replace("`", "")) for item in block.items)
             case KeyValues():

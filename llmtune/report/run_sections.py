@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from markupsafe import Markup, escape
+
 from llmtune.recipe.task_facts import TASK_FACTS, answer_kind
 from llmtune.records import Evaluation, StepTiming
 from llmtune.report.blocks import (
@@ -11,11 +13,9 @@ from llmtune.report.blocks import (
     Block,
     Bullets,
     Cell,
-    Code,
     Column,
     Columns,
     Details,
-    Highlighted,
     Html,
     KeyValues,
     Rows,
@@ -24,7 +24,7 @@ from llmtune.report.blocks import (
     Table,
     Text,
 )
-from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter
+from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
 from llmtune.report.report_record import AdapterFacts, DataFacts, ModelFacts, TrainFacts
 from llmtune.report.score_sections import signatures
@@ -114,7 +114,8 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         learned = share(sum(supervised.values()), sum(tokens.values()) or None) if by_token else ""
         text = "One training example as the model sees it: what is marked is learned, the rest is only read."
         text += f" {learned} of all tokens are learned." if learned else ""
-        blocks.append(Highlighted([(str(piece), bool(marked)) for piece, marked in example], text))
+        pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
+        blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
 
 
@@ -241,4 +242,6 @@ def method_section(evaluation: Evaluation | None, task: str | None) -> Section:
 def recipe_section(recipe_yaml: str) -> Section:
     """The resolved recipe."""
     text = Text("Resolved: every value, and where it comes from.", "soft")
-    return Section("Recipe", [text, Code(recipe_yaml)] if recipe_yaml else [], brief=False)
+    return Section(
+        "Recipe", [text, Html(element("pre", recipe_yaml, class_="code"))] if recipe_yaml else [], brief=False
+    )

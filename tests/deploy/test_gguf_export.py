@@ -176,14 +176,10 @@ def test_an_adapter_whose_file_adds_something_else_fails(tune, tmp_path, console
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trained biases"),
         ({"method": "full", "r": None, "lora_alpha": None}, "trained all weights"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "an adapter on the embedding"),
     ],
 )
 def test_an_adapter_that_llama_cpp_has_no_place_for_is_refused_by_what_it_has(tune, tmp_path, console, adapter, said):
+    model = build_family("llama", tmp_path / "model")
     with pytest.raises(RecipeError, match=said):
-        export_gguf(tune(adapter=adapter), tmp_path / "lora", console, adapter_only=True)
-
-
-def test_an_adapter_on_the_embedding_is_refused(tune, tmp_path, console):
-    tuned = tune(build_family("llama", tmp_path / "model"), adapter={"target_modules": ["q_proj", "embed_tokens"]})
-    with pytest.raises(RecipeError, match="an adapter on the embedding"):
-        export_gguf(tuned, tmp_path / "lora", console, adapter_only=True)
+        export_gguf(tune(model, adapter=adapter), tmp_path / "lora", console, adapter_only=True)
