@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def collect_facts(manifest: Mapping[str, Any], curve: Sequence[Mapping[str, obje
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
         data |= {"classes": encoded.get("classes") or {}}
+    began = max((step["started"] for step in manifest["steps"].values()), default=None)
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",
         "data": data,
         "model": done.get("select"),
         "adapter": {RENAMED.get(key, key): value for key, value in adapted.items()} if adapted else None,

@@ -51,6 +51,8 @@ def make_page(report: Report) -> Page:
 def chips(report: Report) -> list[tuple[str, str]]:
     """The few facts that say which run this is."""
     facts = [
+        ("run", report.fingerprint[:8]),
+        ("date", report.date),
         ("task", report.task),
         ("model", report.model.get("name") if report.model else None),
         ("method", report.adapter.get("method") if report.adapter else None),
@@ -67,6 +69,8 @@ def verdict_card(report: Report) -> VerdictCard:
     note = f"{failed} of {len(gates)} {noun} failed" if failed else f"{len(gates)} {noun} passed" if gates else ""
     title, tone = TITLES.get(report.verdict.word, ("Can’t tell", "unsure"))
     evaluation = report.evaluation
+    if report.verdict.word == MIXED and evaluation and -1 not in speaking(evaluation.difference).values():
+        title = "Better, but not good enough yet"
     return VerdictCard(
         word=report.verdict.word,
         title=title,

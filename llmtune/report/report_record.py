@@ -163,3 +163,5 @@ class Report:
     gates: Sequence[GateResult] = ()
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
+    date: str = ""
+    """When its last step began, in UTC."""

@@ -31,6 +31,8 @@ from llmtune.report.score_sections import signatures
 
 SPLITS = ("train", "validation", "test")
 PART_NAMES = {"optimizer": "optimizer state"}
+FEWEST_POINTS = 10
+"""Lines of the log from which on the course of the learning rate can be seen: fewer miss its peak."""
 WORDED = frozenset({"exact_match", "f1", "rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "ter"})
 """Metrics that reward wording."""
 WRITING_TASKS = frozenset(name for name, facts in TASK_FACTS.items() if facts.generates and not facts.takes_audio)
@@ -75,7 +77,8 @@ def training_section(train: TrainFacts | None) -> Section:
         )
         for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm"))
     )
-    return Section("Training", [Beside([drawn], [KeyValues(known(facts))]), Beside([rate], [norm])])
+    courses = [Beside([rate], [norm])] if len(curve) >= FEWEST_POINTS else []
+    return Section("Training", [Beside([drawn], [KeyValues(known(facts))]), *courses])
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:

@@ -39,13 +39,13 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     base = base_name(evaluation)
     return [
         score_section(evaluation, task),
+        sample_section(evaluation, task),
         seed_section(seeds, base),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
         slice_section(evaluation.slices, base),
         *suite_sections(evaluation),
         overlap_section(evaluation),
         flip_section(evaluation, task),
-        sample_section(evaluation, task),
     ]
 
 

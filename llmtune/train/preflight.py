@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -44,28 +45,37 @@ def run_preflight(
         EnvironmentProblem: a checkpoint cannot be written, or does not read back as it was written; or layers that
             are to be compiled cannot be.
     """
-    if training.recipe.train.torch_compile:
-        from llmtune.train.torch_compile import check_compiled  # imports the compiler, which takes a second
+    with ExitStack() as stack:
+        if training.recipe.train.torch_compile:
+            from llmtune.train.torch_compile import check_compiled  # imports the compiler, which takes a second
 
-        with check_compiled(console):
-            _try_heaviest_work(training, state, console, on_budget)
-    else:
-        _try_heaviest_work(training, state, console, on_budget)
+            stack.enter_context(check_compiled(console))
+        stack.enter_context(console.status("rehearsing the largest batch, a validation and a checkpoint"))
+        pace = _try_heaviest_work(training, state, console, on_budget)
     if training.accelerator.is_main_process:
         console.print(
             f"Rehearsed: micro-batches of {state.budget:,} tokens fit, peak {peak_bytes(training.device) / 1e9:.2f} "
             "GB; a checkpoint was written and read back."
         )
+        console.print(f"{training.plan.total_steps:,} steps, {_expected_time(training, state, pace)}", highlight=False)
+
+
+def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
+    """Say how long training will take, at so many seconds a token; the rehearsal's first step is slower than others."""
+    epochs = (training.plan.total_steps - state.step) / training.plan.steps_per_epoch
+    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
+    return f"about {seconds / 60:.0f} minutes at most" if seconds >= 90 else "about a minute at most"
 
 
 def _try_heaviest_work(
     training: TrainContext, state: TrainState, console: Console, on_budget: Callable[[int], None]
-) -> None:
+) -> float:
+    """Return the seconds that a token took."""
     before, after = training.checkpoints / ".tmp-before", training.checkpoints / ".tmp-after"
     with _random_states():
         save(training, state, before)
         try:
-            while not _fits(training, state.budget):
+            while (pace := _fits(training, state.budget)) is None:
                 _put_back(training, before)
                 shrink_budget(training, state, console, on_budget, "the rehearsal")
             save(training, state, after)
@@ -76,6 +86,7 @@ def _try_heaviest_work(
                 _discard(before, after)
             raise
         run_on_main(training.accelerator, lambda: _discard(before, after))
+    return pace
 
 
 def shrink_budget(
@@ -93,13 +104,16 @@ def shrink_budget(
         console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
 
 
-def _fits(training: TrainContext, budget: int) -> bool:
-    """Run the heaviest micro-batches through a whole step, and the heaviest validation batch, in every process."""
+def _fits(training: TrainContext, budget: int) -> float | None:
+    """Run the heaviest micro-batches through a whole step, and the heaviest validation batch, in every process.
+
+    Returns the seconds that a token of the step took; None where it does not fit.
+    """
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
 
     def step() -> None:
-        for index, rows in enumerate(heaviest(reader.lengths, reader.supervised, budget, training.packed, most)):
+        for index, rows in enumerate(batches):
             seed_micro_batch(training, 0, index)
             _train_on(training, rows)
         training.optimizer.step()
@@ -111,14 +125,17 @@ def _fits(training: TrainContext, budget: int) -> bool:
             with torch.no_grad(), training.compute():
                 training.task.loss(training.model, batch, False)
 
+    batches = list(heaviest(reader.lengths, reader.supervised, budget, training.packed, most))
     with training.accelerator.no_sync(training.model):
+        began = time.perf_counter()
         fits = try_memory(training, step)
+        pace = (time.perf_counter() - began) / max(1, sum(int(reader.lengths[rows].sum()) for rows in batches))
         if fits and held_out is not None:
             training.model.eval()
             fits = try_memory(training, validate)
             training.model.train()
     training.optimizer.zero_grad(set_to_none=True)
-    return not any_process(training.accelerator, not fits)
+    return None if any_process(training.accelerator, not fits) else pace
 
 
 def _train_on(training: TrainContext, rows: Indexes) -> None:

@@ -1,4 +1,5 @@
 import random
+import re
 import shutil
 
 import numpy as np
@@ -52,6 +53,7 @@ def test_after_the_rehearsal_weights_optimizer_and_random_numbers_are_what_they_
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     assert "Rehearsed: micro-batches of 128 tokens fit" in console.file.getvalue()
+    assert re.search(r"^\d+ steps, about a minute at most$", console.file.getvalue(), re.MULTILINE)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
