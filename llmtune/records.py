@@ -69,6 +69,8 @@ class Example:
     """How many predictions it stands for, where that is not the number of tokens in `spans`."""
     cost: int | None = None
     """Tokens that it takes up in a micro-batch, where those are not `input_ids` alone."""
+    lost: tuple[int, int, int] | None = None
+    """What its row lost that was cut (`llmtune.data.overlong.Lost`); counted when it is encoded, and not kept."""
 
     @property
     def supervised(self) -> int:
@@ -109,6 +111,8 @@ class Examples:
     content_hash: str
     reach: dict[str, int] = field(default_factory=dict)
     """By side, the longest sequence that the model reads or writes, in tokens."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """What rows lost that were cut: `rows`, `answers`, `tokens` and `supervised` tokens."""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,8 @@ FLIPS = {
     **flips("data.train", "rows", WEIGHED, weight="2.0"),
     **flips("data.train", "rows", "data.train.path=rows.jsonl", limit="30"),
     **flips("data", "examples", train_on="all", max_length="20"),
+    **flips("data", "examples", "data.train=thoughts.jsonl", "data.max_dropped=1", reasoning="drop"),
+    **flips("data", "examples", "data.train=thoughts.jsonl", "data.max_dropped=1", special_tokens_in_text="refuse"),
     **flips("data", "examples", "data.max_length=50", on_overlong="drop"),
     **flips("data", "optimizer", packing="false"),
     **flips("model", "model", name="other-model", dtype="bfloat16", add_tokens="['<colour>']"),
@@ -257,6 +259,7 @@ ELSEWHERE = {
     "data.train.split": "data/test_hub_datasets.py::test_a_split_that_is_not_there",
     "data.train.encoding": "data/test_column_mapping.py::test_of_a_file_that_is_not_utf_8_",
     "data.train.revision": "data/test_hub_datasets.py::test_rows_of_another_commit_are_refused_offline",
+    "data.unknown_tokens": "data/test_examples.py::test_a_target_that_the_tokenizer_does_not_know",
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
     "deploy": "deploy/test_gguf_run.py::test_",
 }
@@ -324,6 +327,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chat = [chat_row(question, answer, i % 3) for i, (question, answer) in enumerate(questions)]
     (place / "rows.jsonl").write_text("".join(chat))
     (place / "twice.jsonl").write_text("".join(chat + chat[:20]))
+    thoughts = [chat_row(question, f"<think>So</think><|im_end|> is {answer}", 0) for question, answer in questions]
+    (place / "thoughts.jsonl").write_text("".join(thoughts))
     (place / "holes.jsonl").write_text("".join([*chat, '{"messages": []}\n']))
     pairs = [json.dumps({"prompt": f"{question} ", "completion": f"{answer}."}) for question, answer in questions]
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")

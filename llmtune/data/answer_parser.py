@@ -32,11 +32,14 @@ class ParsedAnswer:
     """Why a call in it cannot be read. The text holds all that was written then."""
 
 
-def parse_answer(generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None) -> ParsedAnswer:
+def parse_answer(
+    generated: Sequence[int] | str, template: ChatTemplate, tools: Tools = None, prompt: str | None = None
+) -> ParsedAnswer:
     """Read what was generated behind the generation prompt, special tokens kept.
 
-    What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. With
-    `tools` the arguments of calls that are written without types become what their declaration says.
+    What the generation prompt supplies, such as `<think>`, is taken into account and is no part of the result. It is
+    looked for in `prompt`, where that is given: after a result of a tool some templates supply nothing. With `tools`
+    the arguments of calls that are written without types become what their declaration says.
     """
     stray: Collection[str] = ()
     if isinstance(generated, str):
@@ -47,7 +50,7 @@ def parse_answer(generated: Sequence[int] | str, template: ChatTemplate, tools: 
         text, complete = decode(template.processor, ids), len(ids) < len(generated)
         added = template.processor.added_tokens_decoder
         stray = {added[token].content for token in ids if token in added and added[token].special}
-    parser = response_parser(template, tools)
+    parser = response_parser(template, tools, prompt)
     try:
         parser.feed(text)
         message, _ = parser.finalize()
@@ -65,13 +68,14 @@ def _without(stray: Collection[str], text: str) -> str:
     return text.strip()
 
 
-def response_parser(template: ChatTemplate, tools: Tools = None) -> ResponseParser:
+def response_parser(template: ChatTemplate, tools: Tools = None, prompt: str | None = None) -> ResponseParser:
     """Return transformers' parser for one answer as it comes: feed it pieces of text, and it returns events.
 
     Its fields are `content`, `reasoning_content` and `tool_calls`; a tokenizer's own response template may name the
     thoughts `thinking`.
     """
-    return ResponseParser(template.response_template, prefix=template.opening, tools=list(tools) if tools else None)
+    supplied = template.supplied if prompt is None or prompt.endswith(template.supplied) else ""
+    return ResponseParser(template.response_template, prefix=supplied, tools=list(tools) if tools else None)
 
 
 def canonical_call(call: Mapping[str, object]) -> ToolCall:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_rows import ChatRow, Message
-from llmtune.data.chat_template import (
-    ChatTemplate,
-    TemplateRefusal,
-    Tools,
-    Turn,
-    clean,
-    cut_turn,
-    marks_answers,
-    read_template,
-    split_turn,
-)
+from llmtune.data.chat_template import ChatTemplate, TemplateRefusal, Tools, marks_answers, read_template
+from llmtune.data.chat_turns import Turn, cut_turn, split_turn, with_answer
 from llmtune.data.overlong import NOTHING, Encoded, fit_chat
-from llmtune.data.tokenization import continue_ids, cut_start, decode, tokenize_distinct
+from llmtune.data.prepared_chats import Chat, Ids, prepare_chats, tokenize_chats
+from llmtune.data.rendering_check import RenderingCheck
+from llmtune.data.tokenization import continue_ids, cut_start, decode
+from llmtune.data.whole_chat_encoding import encode_whole
 from llmtune.records import Example
 
 if TYPE_CHECKING:
@@ -27,8 +21,6 @@ if TYPE_CHECKING:
 
     from llmtune.recipe import Recipe
 
-Ids = Mapping[str, list[int]]
-"""The token ids of each rendered text."""
 Rendered = str | TemplateRefusal
 
 
@@ -46,8 +38,7 @@ class _Group:
 class _Draft:
     """A conversation as texts, before they are tokenized."""
 
-    messages: list[Message]
-    tools: Tools
+    chat: Chat
     groups: tuple[_Group, ...]
 
     @property
@@ -72,7 +63,7 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
         EnvironmentProblem: the model has no chat template, or one that cannot be split into turns.
     """
     template = read_template(processor, recipe)
-    encode = _encode_whole if recipe.data.train_on == "all" else _encode_turns
+    encode = encode_whole if recipe.data.train_on == "all" else _encode_turns
 
     def encode_one(row: ChatRow) -> Encoded:
         return encode([row], template, recipe)[0]
@@ -93,43 +84,62 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
     return [fit(row, examples) for row, examples in zip(rows, encode(rows, template, recipe), strict=True)]
 
 
-# Answers alone (train_on: assistant, last)
-
-
 def _encode_turns(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
     """Supervise the assistant's turns, whatever the lengths."""
-    drafts = _draft_turns(rows, template, recipe.data.train_on)
+    drafts = _draft_turns(rows, template, recipe)
     texts = [text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]
-    ids = tokenize_distinct(template.processor, texts)
-    return [draft if isinstance(draft, str) else _assemble_turns(draft, template, ids) for draft in drafts]
+    ids, refused = tokenize_chats(template, texts)
+
+    def assemble(draft: _Draft | str) -> Encoded:
+        if isinstance(draft, str):
+            return draft
+        reason = next((refused[text] for text in draft.texts if text in refused), None) if refused else None
+        return reason or _assemble_turns(draft, template, ids)
+
+    return [assemble(draft) for draft in drafts]
 
 
-def _draft_turns(rows: Sequence[ChatRow], template: ChatTemplate, train_on: str) -> list[_Draft | str]:
+def _draft_turns(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[_Draft | str]:
     """Cut the answers to learn out of conversations; those without tools are rendered together."""
-    trained = [_trained_answers(row, train_on) for row in rows]
-    cleaned = [clean(row["messages"]) for row in rows]
+    trained = [_trained_answers(row, recipe.data.train_on) for row in rows]
+    chats = prepare_chats(rows, template, recipe)
     turns = [
         (k, i)
-        for k, answers in enumerate(trained)
-        if not isinstance(answers, str) and not rows[k].get("tools")
+        for k, (answers, chat) in enumerate(zip(trained, chats, strict=True))
+        if not isinstance(answers, str) and isinstance(chat, Chat) and not chat.tools
         for i in answers
     ]
-    prompts = template.render_batch([cleaned[k][:i] for k, i in turns], answer_next=True)
-    wholes = template.render_batch([cleaned[k][: i + 1] for k, i in turns])
+    messages = {k: chat.messages for k, chat in enumerate(chats) if isinstance(chat, Chat)}
+    prompts = template.render_batch([messages[k][:i] for k, i in turns], answer_next=True)
+    wholes = template.render_batch([with_answer(template, messages[k], i) for k, i in turns])
     rendered = dict(zip(turns, zip(prompts, wholes, strict=True), strict=True))
+    check = RenderingCheck(template)
     drafts: list[_Draft | str] = []
-    for k, answers in enumerate(trained):
-        if isinstance(answers, str):
-            drafts.append(answers)
+    for k, (answers, chat) in enumerate(zip(trained, chats, strict=True)):
+        if isinstance(answers, str) or isinstance(chat, str):
+            drafts.append(answers if isinstance(answers, str) else str(chat))
             continue
-        tools = rows[k].get("tools") or None
         try:
-            cut = [_cut(template, cleaned[k], tools, i, rendered.get((k, i))) for i in answers]
+            groups = _group([_cut(template, chat, i, rendered.get((k, i))) for i in answers])
         except TemplateRefusal as refusal:
             drafts.append(str(refusal))
             continue
-        drafts.append(_Draft(cleaned[k], tools, _group(cut)))
+        drafts.append(_missing(groups, chat, check) or _Draft(chat, groups))
     return drafts
+
+
+def _missing(groups: Sequence[_Group], chat: Chat, check: RenderingCheck) -> str | None:
+    """Return what of a conversation does not show in the texts that it is learned from."""
+
+    def write(messages: Sequence[Message], tools: Tools) -> str:
+        turn = cut_turn(check.template, messages, tools, len(messages) - 1)
+        return turn.prompt + turn.target
+
+    found = (
+        check.missing(chat.messages[: group.messages], chat.tools, group.text, [group.messages - 1], write)
+        for group in groups
+    )
+    return next((reason for reason in found if reason), None)
 
 
 def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
@@ -143,22 +153,16 @@ def _trained_answers(row: ChatRow, train_on: str) -> list[int] | str:
     return f"{NOTHING}: no answer after a question" if not answers else f"{NOTHING}: every answer says train: false"
 
 
-def _cut(
-    template: ChatTemplate,
-    messages: list[Message],
-    tools: Tools,
-    index: int,
-    rendered: tuple[Rendered, Rendered] | None,
-) -> Turn:
+def _cut(template: ChatTemplate, chat: Chat, index: int, rendered: tuple[Rendered, Rendered] | None) -> Turn:
     """Cut out a turn, whose renderings (or the refusal in place of one) may be at hand."""
     if rendered is None:
-        return cut_turn(template, messages, tools, index)
+        return cut_turn(template, chat.messages, chat.tools, index, chat.keeps_reasoning)
     prompt, whole = rendered
     if isinstance(prompt, TemplateRefusal):
         raise prompt
     if isinstance(whole, TemplateRefusal):
         raise whole
-    return split_turn(template, messages, index, prompt, whole)
+    return split_turn(template, chat.messages, index, prompt, whole, chat.keeps_reasoning)
 
 
 def _group(turns: list[Turn]) -> tuple[_Group, ...]:
@@ -185,7 +189,9 @@ def _assemble_turns(draft: _Draft, template: ChatTemplate, ids: Ids) -> Encoded:
                 spans += [len(before), len(upto)]
                 target_bytes += turn.target_bytes
                 continue
-            target = continue_ids(template.processor, before, turn.prompt, turn.target)
+            target = None
+            if not draft.chat.marked:
+                target = continue_ids(template.processor, before, turn.prompt, turn.target)
             if target is None:
                 return "the tokenizer joins the end of the prompt and the start of the answer in one token"
             examples.append(Example([*before, *target], [len(before), len(before) + len(target)], turn.target_bytes))
@@ -203,13 +209,14 @@ def _check_marks(example: Example, group: _Group, draft: _Draft, template: ChatT
     Marks may leave out what is no text of the answer: a header, line breaks, the end-of-turn token.
     """
     processor = template.processor
-    marked = template.marked if draft.tools is None else marks_answers(template.text(draft.tools))
-    if not processor.is_fast or not marked:
+    chat = draft.chat
+    marked = template.marked if chat.tools is None else marks_answers(template.text(chat.tools))
+    if not processor.is_fast or not marked or chat.marked:
         return None
     rendered = processor.apply_chat_template(
-        draft.messages[: group.messages],
-        tools=draft.tools,
-        chat_template=template.text(draft.tools),
+        list(with_answer(template, chat.messages, group.messages - 1)),
+        tools=chat.tools,
+        chat_template=template.text(chat.tools),
         return_dict=True,
         return_assistant_tokens_mask=True,
         **template.kwargs,
@@ -239,73 +246,3 @@ def _only_last(row: ChatRow) -> ChatRow:
     messages = row["messages"]
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     return {**row, "messages": [m if i == last else {**m, "train": False} for i, m in enumerate(messages)]}
-
-
-# Everything (train_on: all)
-
-
-@dataclass(frozen=True)
-class _WholeDraft:
-    """A conversation as text, and where the messages stand that are not learned."""
-
-    text: str
-    borders: tuple[tuple[int, int], ...]
-    target_bytes: int
-
-    @property
-    def texts(self) -> list[str]:
-        """All that must be tokenized to find those messages."""
-        return [self.text, *(self.text[:offset] for border in self.borders for offset in border)]
-
-
-def _encode_whole(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
-    """Supervise every token of a conversation from token 1, but not messages with `train: false`."""
-    cleaned = [clean(row["messages"]) for row in rows]
-    plain = [k for k, row in enumerate(rows) if not row.get("tools")]
-    rendered = dict(zip(plain, template.render_batch([cleaned[k] for k in plain]), strict=True))
-    drafts = [_draft_whole(row, cleaned[k], template, rendered.get(k)) for k, row in enumerate(rows)]
-    texts = [text for draft in drafts if isinstance(draft, _WholeDraft) for text in draft.texts]
-    ids = tokenize_distinct(template.processor, texts)
-    return [draft if isinstance(draft, str) else _assemble_whole(draft, ids) for draft in drafts]
-
-
-def _draft_whole(
-    row: ChatRow, messages: list[Message], template: ChatTemplate, rendered: Rendered | None
-) -> _WholeDraft | str:
-    """Render a conversation, unless that is at hand, and find the messages that are not learned."""
-    tools = row.get("tools") or None
-    skipped = [i for i, message in enumerate(row["messages"]) if not message.get("train", True)]
-    if len(skipped) == len(messages):
-        return f"{NOTHING}: every message says train: false"
-    if isinstance(rendered, TemplateRefusal):
-        return str(rendered)
-    try:
-        text = (template.render(messages, tools) if rendered is None else rendered).rstrip()
-        borders = tuple(_range_of(i, text, messages, tools, template) for i in skipped)
-    except TemplateRefusal as refusal:
-        return str(refusal)
-    learned = [message["content"] for i, message in enumerate(messages) if i not in skipped]
-    return _WholeDraft(text, borders, sum(len(content.strip().encode()) for content in learned))
-
-
-def _assemble_whole(draft: _WholeDraft, ids_of: Ids) -> Encoded:
-    ids = ids_of[draft.text]
-    learned = [False, *[True] * (len(ids) - 1)]
-    for start, end in draft.borders:
-        first, last = ids_of[draft.text[:start]], ids_of[draft.text[:end]]
-        if ids[: len(first)] != first or ids[: len(last)] != last:
-            return "the tokenizer joins a message with train: false and its neighbour in one token"
-        learned[len(first) : len(last)] = [False] * (len(last) - len(first))
-    spans = [i for i in range(len(ids) + 1) if (i < len(ids) and learned[i]) != (i > 0 and learned[i - 1])]
-    if not spans:
-        return f"{NOTHING}: what does not say train: false stands inside what does"
-    return [Example(ids[: spans[-1]], spans, draft.target_bytes)]
-
-
-def _range_of(index: int, text: str, messages: list[Message], tools: Tools, template: ChatTemplate) -> tuple[int, int]:
-    """Return where a message stands in the rendered conversation, by difference."""
-    before = template.render(messages[:index], tools) if index else ""
-    after = template.render(messages[: index + 1], tools)[: len(text)]
-    if not (text.startswith(before) and text.startswith(after)):
-        raise TemplateRefusal("the chat template does not say where the message with train: false stands")
-    return len(before), len(after)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
+from llmtune.data.reasoning_text import REASONING_KEYS, THINK_CLOSE, THINK_OPEN, split_reasoning
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.errors import nearest
 
@@ -30,7 +31,9 @@ MAX_PREFIXES = 2**29
 """Messages times characters: each answer is rendered with all that is before it."""
 MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "train", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
+    | {*REASONING_KEYS}
 )
+TRAIN_REASONING = ("learn", "keep", "drop")
 
 
 class Function(TypedDict):
@@ -64,6 +67,8 @@ class Message(TypedDict):
     """Whether an answer is learned (yes, where it is missing)."""
     reasoning: NotRequired[str]
     """The thoughts before an answer, without the marks around them; empty for thoughts that are stated to be none."""
+    reasoning_content: NotRequired[str]
+    """The same where templates look for it (`llmtune.data.chat_messages.clean`); no row has it."""
     tool_calls: NotRequired[list[ToolCall]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
@@ -74,6 +79,8 @@ class ChatRow(TypedDict):
 
     messages: list[Message]
     tools: NotRequired[list[Tool]]
+    train_reasoning: NotRequired[str]
+    """What becomes of its thoughts, where that is not what `data.reasoning` says."""
 
 
 class CompletionRow(TypedDict):
@@ -86,12 +93,13 @@ class CompletionRow(TypedDict):
 def chat_from_messages(row: Mapping[str, object]) -> ChatRow:
     """Read `messages`, and `tools` (or `functions`) and `system` if they are there."""
     tools = row.get("tools")
-    return canonical_messages(row["messages"], tools if tools is not None else row.get("functions"), row.get("system"))
+    tools = tools if tools is not None else row.get("functions")
+    return _with_override(canonical_messages(row["messages"], tools, row.get("system")), row)
 
 
 def chat_from_sharegpt(row: Mapping[str, object]) -> ChatRow:
     """Read `conversations`."""
-    return canonical_messages(row["conversations"], row.get("tools"), row.get("system"))
+    return _with_override(canonical_messages(row["conversations"], row.get("tools"), row.get("system")), row)
 
 
 def chat_from_alpaca(row: Mapping[str, object]) -> ChatRow:
@@ -115,8 +123,9 @@ def chat_from_pair(row: Mapping[str, object]) -> ChatRow:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
-        return canonical_messages([*context, *completion], row.get("tools"), row.get("system"))
-    return _conversation([nonempty_text(row, "prompt"), nonempty_text(row, "completion")], row)
+        whole = canonical_messages([*context, *completion], row.get("tools"), row.get("system"))
+        return _with_override(whole, row)
+    return _with_override(_conversation([nonempty_text(row, "prompt"), nonempty_text(row, "completion")], row), row)
 
 
 def completion_from_pair(row: Mapping[str, object]) -> CompletionRow:
@@ -127,6 +136,19 @@ def completion_from_pair(row: Mapping[str, object]) -> CompletionRow:
 def completion_from_text(row: Mapping[str, object]) -> CompletionRow:
     """Read `text`."""
     return {"prompt": "", "completion": nonempty_text(row, "text")}
+
+
+def _with_override(chat: ChatRow, row: Mapping[str, object]) -> ChatRow:
+    """Take over what the row itself says about its thoughts, in `train_reasoning`."""
+    value = row.get("train_reasoning")
+    if value is None:
+        return chat
+    if value not in TRAIN_REASONING:
+        hint = nearest(str(value), TRAIN_REASONING)
+        raise RowError(
+            "wrong value", f"'train_reasoning' is {value!r}; it must be {' or '.join(TRAIN_REASONING)}.{hint}"
+        )
+    return {**chat, "train_reasoning": str(value)}
 
 
 def _alpaca_prompt(row: Mapping[str, object]) -> str:
@@ -186,7 +208,7 @@ def _message(turn: object, number: int) -> Message:
     calls = _tool_calls(turn, where)
     if stated == "function_call":
         calls, content = [_call(_parse_json(content, f"{where}: the function call"), where)], ""
-    message: Message = {"role": role, "content": _content(content, where, role, bool(calls))}
+    message = _said(turn, content, where, role, bool(calls))
     train = turn.get("train", turn.get("weight"))  # OpenAI's fine-tuning format says weight: 0 or 1
     if train is not None:
         if train not in (0, 1):
@@ -210,16 +232,54 @@ def _role_error(stated: object, where: str) -> RowError:
     return RowError("unknown role", f"{where}: {stated!r} is none of {', '.join(known)}.{nearest(stated, known)}")
 
 
-def _content(content: object, where: str, role: str, calls: bool) -> str:
+def _said(turn: Mapping[str, object], content: object, where: str, role: str, calls: bool) -> Message:
+    """Return the message of what is said, and of what was thought before."""
+    thoughts = ""
     if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
+        thoughts = "\n\n".join(_thought(part, where) for part in content if _is_thought(part))
+        content = "".join(_part(part, where) for part in content if not _is_thought(part))
     if content is None:
         content = ""
     if not isinstance(content, str):
         raise RowError("wrong type", f"{where}: 'content' is {describe(content)}; it must be text")
-    if not content.strip() and role in ("user", "assistant") and not calls:
+    message: Message = {"role": role, "content": content}
+    if role == "assistant":
+        reasoning, message["content"] = split_reasoning(turn, content, thoughts, where)
+        if reasoning is not None:
+            message["reasoning"] = reasoning
+    elif thoughts or any(turn.get(key) for key in REASONING_KEYS):
+        raise RowError("thoughts that are no answer's", f"{where} is from the {role}, and only answers have thoughts")
+    if not message["content"].strip() and role in ("user", "assistant") and not calls:
         raise RowError("empty content", f"{where} ({role}) says nothing")
-    return content
+    return message
+
+
+def answer_text(answer: Message) -> str:
+    """Return an answer as one text, its thoughts within."""
+    return (
+        f"{THINK_OPEN}{answer['reasoning']}{THINK_CLOSE}{answer['content']}"
+        if "reasoning" in answer
+        else answer["content"]
+    )
+
+
+def answer_message(text: str) -> Message:
+    """Return the message of an answer that is one text."""
+    reasoning, content = split_reasoning({}, text, "", "the answer")
+    message: Message = {"role": "assistant", "content": content}
+    return message if reasoning is None else {**message, "reasoning": reasoning}
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+
+
+def _thought(part: Mapping[str, object], where: str) -> str:
+    """Read a part of content that holds thoughts, as Anthropic and Mistral write it."""
+    value = part.get("thinking", part.get("reasoning", part.get("text")))
+    if isinstance(value, list):
+        return "".join(_part(inner, where) for inner in value)
+    return text_of(value, f"{where}: the thoughts in a part")
 
 
 def _part(part: object, where: str) -> str:

@@ -10,16 +10,35 @@ Ids are those of `apply_chat_template(tokenize=True)`: the tokenizer adds no spe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import jinja2
 
-from llmtune.data.chat_rows import Message, Tool, ToolCall
+from llmtune.data.answer_format import (
+    ANSWER,
+    INLINE_THOUGHTS,
+    QUESTION,
+    CallFormat,
+    ThoughtFormat,
+    probe_calls,
+    probe_thoughts,
+    response_template,
+)
+from llmtune.data.chat_messages import clean, with_argument_texts, with_short_ids
+from llmtune.data.chat_rows import Message, Tool
+from llmtune.data.control_tokens import (
+    UnwritableTextError,
+    control_pattern,
+    encode_marked,
+    find_control_token,
+    mark,
+)
+from llmtune.data.template_kwargs import refuse_unread
 from llmtune.data.template_limits import (
     EXTRA_BYTES,
     PROBE_TEXT,
@@ -46,11 +65,8 @@ FIXED_DATE = datetime(2024, 7, 26)
 
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.{0,200}?)\1\s*\)")
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
-_ANSWER = "The answer of the probe is 4217."
-_PROBE: Conversation = (
-    {"role": "user", "content": "What is the probe?"},
-    {"role": "assistant", "content": _ANSWER},
-)
+SPELL_OUT = "data.special_tokens_in_text: text writes it as plain text."
+_PROBE: Conversation = (QUESTION, {"role": "assistant", "content": ANSWER})
 _RENDER_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RuntimeError, AssertionError, SyntaxError),
@@ -60,21 +76,6 @@ _FIX = "Set model.chat_template to a Jinja file that"
 
 class TemplateRefusal(Exception):
     """The template does not take these messages; the text says why."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One answer of a conversation: the text before it, and the text to learn, which ends with an end-of-turn token."""
-
-    index: int
-    prompt: str
-    target: str
-    target_bytes: int
-
-    @property
-    def end(self) -> int:
-        """Characters up to its end."""
-        return len(self.prompt) + len(self.target)
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,18 @@ class ChatTemplate:
     tail: str = ""
     """What follows the text of an answer, e.g. `<|im_end|>` and a line break."""
     end: str = ""
-    """The end-of-turn token in `tail`: the first token there that is not ordinary text."""
+    """The end-of-turn token: the first token in `tail` that is not ordinary text."""
+    ends_with_next: bool = False
+    """Whether the header of the next message ends an answer, since nothing else does (GLM)."""
     special: tuple[str, ...] = ()
     """The tokens that are no ordinary text, longest first."""
     marked: bool = False
     """Whether it marks answers itself, where there are no tools."""
     opening: str = ""
-    """What the generation prompt adds to a conversation: the header of an answer, and perhaps `<think>`."""
+    """What stands behind a question in its prompt: the header of an answer, and perhaps `<think>`."""
+    heading: str = ""
+    """What a rendered answer has between its prompt and its text."""
+    thoughts: ThoughtFormat = INLINE_THOUGHTS
 
     def render(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str:
         """Render messages as text; `answer_next` adds what stands before an answer.
@@ -152,48 +158,76 @@ class ChatTemplate:
         """Return the template itself; tokenizers may have another one for tools."""
         return cast(str, self.processor.get_chat_template(None, tools))
 
-    @property
+    def prepare(self, messages: Conversation, drop_reasoning: bool = False) -> list[Message]:
+        """Return messages as this template takes them."""
+        cleaned = clean(messages, drop_reasoning)
+        if self.closes_thoughts:  # no thoughts are what the prompt says already
+            for message in cleaned:
+                if message.get("reasoning_content") == "":
+                    del message["reasoning_content"]
+        if not any(message.get("tool_calls") or message.get("tool_call_id") for message in cleaned):
+            return cleaned
+        if self.calls.short_ids:
+            cleaned = [with_short_ids(message) for message in cleaned]
+        return [with_argument_texts(message) for message in cleaned] if self.calls.argument_texts else cleaned
+
+    @cached_property
+    def calls(self) -> CallFormat:
+        """How it writes tools, and calls of them."""
+        form = self.thoughts
+        return probe_calls(self.write, form.opener, self.special, form.after.strip(), self.ends_with_next)
+
+    def write(self, messages: Conversation, tools: Tools = None, answer_next: bool = False) -> str | None:
+        """Render messages as `render` does, or return None where the template refuses them."""
+        try:
+            return self.render(messages, tools, answer_next)
+        except TemplateRefusal:
+            return None
+
+    @cached_property
     def response_template(self) -> dict[str, object]:
-        """How answers are read, as transformers' `parse_response` wants it: the tokenizer's own, or the usual marks."""
+        """How answers are read, for transformers' `parse_response`: the tokenizer's own way, or what probes showed."""
         own = getattr(self.processor, "response_template", None)
         if own is not None:
             return cast(dict[str, object], own)
-        call = {"type": "function", "function": "{content}"}
-        return {
-            "start_anchor": self.opening or "\0",
-            "fields": {
-                "reasoning_content": {"open": "<think>", "close": "</think>"},
-                "tool_calls": {
-                    "open": "<tool_call>",
-                    "close": "</tool_call>",
-                    "content": "json",
-                    "repeats": True,
-                    "transform": call,
-                },
-                "content": {"repeats": True, "join": "", "content_args": {"strip": False}},
-            },
-        }
+        ending = self.tail.partition(self.end)[0]
+        return response_template(self.thoughts, self.calls, self.heading, ending)
+
+    @property
+    def closes_thoughts(self) -> bool:
+        """Whether the generation prompt ends the thoughts before an answer, so that it has none."""
+        return bool(self.thoughts.after.strip()) and self.opening.rstrip().endswith(self.thoughts.after.strip())
+
+    @property
+    def supplied(self) -> str:
+        """What the generation prompt writes of an answer: `<think>`, or empty thoughts."""
+        mark = self.thoughts.before.strip()
+        at = self.opening.find(mark) if mark else -1
+        return self.opening[at:] if at >= 0 else ""
 
     def cut_end(self, text: str) -> tuple[str, bool]:
         """Cut what was generated before the first token that ends an answer, and say whether there was one."""
-        ends = [self.end, self.processor.eos_token]
+        ends = [self.end, self.calls.end, self.processor.eos_token]
         at = min((text.index(end) for end in ends if end and end in text), default=None)
         return (text, False) if at is None else (text[:at], True)
 
     @property
     def end_ids(self) -> list[int]:
         """Ids at which generation has to stop: the end-of-turn token, and the tokenizer's own end."""
-        ids = [self.processor.convert_tokens_to_ids(self.end), self.processor.eos_token_id]
+        ends = [self.end, *([self.calls.end] if self.calls.end else [])]
+        ids = [*self.processor.convert_tokens_to_ids(ends), self.processor.eos_token_id]
         return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTemplate:
-    """Return the template with how it ends turns, which a probe conversation shows.
+    """Return the template with how it ends turns and writes thoughts, which probe conversations show.
 
     Raises:
         EnvironmentProblem: there is no template, or it cannot be split into turns.
+        RecipeError: `model.chat_template_kwargs` has a name that the template never reads.
     """
     template = _without_probe(processor, recipe)
+    refuse_unread(template.kwargs, processor.chat_template)
     if "strftime_now(" in template.text():
         what = "the template writes the day's date, so its prompts differ from day to day"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} has a date in its place.")
@@ -204,39 +238,62 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     except TemplateRefusal as refusal:
         raise EnvironmentProblem.of(str(refusal), template.name, f"{_FIX} takes a question and an answer.") from refusal
     check_text(whole, template.name, PROBE_TEXT)
-    difference = _difference(template, prompt, whole)
-    header, _, tail = difference.partition(_ANSWER)
+    thoughts = probe_thoughts(template.write, prompt, whole)
+    difference = _difference(template, prompt.removesuffix(thoughts.opener), whole)
+    header, _, tail = difference.partition(ANSWER)
     if prompt == bare and header.strip():
         what = f"the template ignores add_generation_prompt: a generated answer would have to begin with {header!r}"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} ends with that where add_generation_prompt is set.")
     special = special_tokens(processor)
-    end = _first_special(tail, special)
-    if end is None:
-        what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
-        fix = f"{_FIX} writes {processor.eos_token!r} after each answer"
-        fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
-        raise EnvironmentProblem.of(what, template.name, fix)
+    end, ends_with_next = _turn_end(template, tail, special)
     _refuse_doubled_start(template, whole)
-    marked = marks_answers(template.text())
-    opening = prompt.removeprefix(bare)
-    return ChatTemplate(processor, template.kwargs, template.name, tail, end, special, marked, opening)
+    return ChatTemplate(
+        processor,
+        template.kwargs,
+        template.name,
+        tail=tail,
+        end=end,
+        ends_with_next=ends_with_next,
+        special=special,
+        marked=marks_answers(template.text()),
+        opening=prompt[prompt.rindex(str(QUESTION["content"])) + len(str(QUESTION["content"])) :],
+        heading=header,
+        thoughts=thoughts,
+    )
 
 
 def render_prompt(
-    messages: Conversation, processor: PreTrainedTokenizerBase, recipe: Recipe, tools: Tools = None
+    messages: Conversation,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    tools: Tools = None,
+    reasoning: str | None = None,
 ) -> list[int]:
     """Return the token ids to generate an answer to `messages` from: the one place where they are made.
 
+    `reasoning` is what the row itself says about its thoughts, in place of `data.reasoning`.
+
     Raises:
-        DataError: the template does not take these messages.
+        DataError: the template does not take these messages, or they hold special tokens that cannot be text.
         EnvironmentProblem: there is no template.
     """
-    template = _without_probe(processor, recipe)
+    calls = any(message.get("tool_calls") or message.get("tool_call_id") for message in messages)
+    template = read_template(processor, recipe) if calls else _without_probe(processor, recipe)
+    cleaned = template.prepare(messages, (reasoning or recipe.data.reasoning) == "drop")
+    in_text = recipe.data.special_tokens_in_text
+    pattern = control_pattern(processor, template.text(tools))
+    token = None if in_text == "allow" else find_control_token(pattern, cleaned, tools)
+    if token is not None and in_text == "refuse":
+        raise DataError.of(f"the conversation holds the special token {token}", template.name, SPELL_OUT)
     try:
-        text = template.render(clean(messages), tools, answer_next=True)
+        if token is None:
+            return tokenize(processor, [template.render(cleaned, tools, answer_next=True)])[0]
+        text = template.render(mark(cleaned, pattern), mark(tools, pattern), answer_next=True)
+        return encode_marked(processor, text)
+    except UnwritableTextError as error:
+        raise DataError.of(str(error), template.name, "Leave it out of the conversation.") from error
     except TemplateRefusal as refusal:
         raise DataError.of(str(refusal), template.name, "Look at the order and the roles of the messages.") from refusal
-    return tokenize(processor, [text])[0]
 
 
 def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
@@ -248,49 +305,6 @@ def stop_ids(processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     if not processor.chat_template:
         return [processor.eos_token_id]
     return read_template(processor, recipe).end_ids
-
-
-def clean(messages: Conversation) -> list[Message]:
-    """Return messages as templates take them: without our `train`, with text for content and arguments as objects."""
-    cleaned = []
-    for message in messages:
-        copy = cast(Message, {key: value for key, value in message.items() if key != "train"})
-        copy["content"] = copy.get("content") or ""
-        if calls := copy.get("tool_calls"):
-            copy["tool_calls"] = [_with_arguments(call) for call in calls]
-        cleaned.append(copy)
-    return cleaned
-
-
-def cut_turn(template: ChatTemplate, messages: Sequence[Message], tools: Tools, index: int) -> Turn:
-    """Cut the assistant's turn `index` out of a conversation (as `clean` returns it).
-
-    Raises:
-        TemplateRefusal: the template does not take the messages, or this turn cannot be told from what is before it.
-    """
-    prompt = template.render(messages[:index], tools, answer_next=True)
-    return split_turn(template, messages, index, prompt, template.render(messages[: index + 1], tools))
-
-
-def split_turn(template: ChatTemplate, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Turn:
-    """Take the turn `index` out of the renderings up to it (`prompt`, ready for an answer) and with it.
-
-    Raises:
-        TemplateRefusal: this turn cannot be told from what is before it.
-    """
-    if not prompt:
-        raise TemplateRefusal("an answer has nothing before it")
-    if not whole.startswith(prompt):
-        raise TemplateRefusal("the chat template does not begin this answer as it asks for one")
-    difference = whole[len(prompt) :]
-    body, end = _split_end(template, difference)
-    content = messages[index]["content"].strip()
-    if not content and not messages[index].get("tool_calls"):
-        raise TemplateRefusal("an answer is empty")
-    if template.end in content:
-        raise TemplateRefusal(f"an answer contains the end-of-turn token {template.end}")
-    learned = content if content and content in body else body.strip()
-    return Turn(index, prompt, body + end, len(learned.encode()))
 
 
 def marks_answers(template: str) -> bool:
@@ -330,25 +344,37 @@ def _difference(template: ChatTemplate, prompt: str, whole: str) -> str:
         what += f" but writes one as {whole[start:]!r}"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} begins an answer as it asks for one.")
     difference = whole[len(prompt) :]
-    if difference.count(_ANSWER) != 1:
+    if difference.count(ANSWER) != 1:
         what = f"the template cannot be split into turns: an answer is written as {difference!r}, not as given"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes an answer once and unchanged.")
     return difference
 
 
-def _split_end(template: ChatTemplate, difference: str) -> tuple[str, str]:
-    """Split a turn into its text and its end, which is cut after the end-of-turn token.
+def _turn_end(template: ChatTemplate, tail: str, special: Sequence[str]) -> tuple[str, bool]:
+    """Return the token that ends an answer, and whether it is the header of the next message.
 
-    A turn that calls a tool may end in another token than an answer (Llama 3.1: `<|eom_id|>`).
+    Of tokens that follow one another directly, it is the tokenizer's own end, else the last: all of them are written.
     """
-    if difference.endswith(template.tail):
-        body = difference[: len(difference) - len(template.tail)]
-        return body, template.tail[: template.tail.index(template.end) + len(template.end)]
-    difference = difference.rstrip()
-    for token in template.special:
-        if difference.endswith(token):
-            return difference[: len(difference) - len(token)], token
-    raise TemplateRefusal("the chat template does not end this answer in an end-of-turn token")
+    end = _first_special(tail, special)
+    if end is not None:
+        last, at = end, tail.index(end) + len(end)
+        while last != template.processor.eos_token and (
+            following := next((token for token in special if tail.startswith(token, at)), None)
+        ):
+            last, at = following, at + len(following)
+        return last, False
+    try:
+        whole = template.render([*_PROBE, {"role": "user", "content": "And now?"}])
+    except TemplateRefusal:
+        whole = ""
+    behind = whole.partition(ANSWER)[2].lstrip()
+    end = next((token for token in special if not tail.strip() and behind.startswith(token)), None)
+    if end is not None:
+        return end, True
+    what = f"an assistant's turn does not end in a token of its own but in {tail!r}: answers could not end"
+    fix = f"{_FIX} writes {template.processor.eos_token!r} after each answer"
+    fix += ", or add the marker to model.add_tokens." if tail.strip() else "."
+    raise EnvironmentProblem.of(what, template.name, fix)
 
 
 def _first_special(text: str, special: Sequence[str]) -> str | None:
@@ -362,15 +388,3 @@ def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:
     if start is not None and tokenize(template.processor, [whole])[0][:2] == [start, start]:
         what = f"the template writes {template.processor.bos_token!r} twice at the start"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} writes it once.")
-
-
-def _with_arguments(call: ToolCall) -> ToolCall:
-    """Return a tool call with its arguments as an object, as templates take them; OpenAI's format has JSON text."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(cast(str, function["arguments"]))
-    except ValueError:
-        return call
-    return cast(ToolCall, {**call, "function": {**function, "arguments": arguments}})

@@ -18,6 +18,7 @@ from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
 from llmtune.report.render_terminal import print_blocks
+from llmtune.report.run_sections import lost_sentence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ def describe_examples(
     """Print the data report and return it as JSON can hold it.
 
     Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share` (None where no
-    tokens are predicted); `dropped` by reason (`rows` and `examples` together); `histogram` (training examples: `edges`
+    tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
+    `rows`, `answers`, `tokens`, and `supervised` ones); `histogram` (training examples: `edges`
     in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
     """
     train = ExampleReader(examples, "train")
@@ -55,7 +57,10 @@ def describe_examples(
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
-    blocks = [_sides(rows, examples), _dropped(rows.rows_in, dropped), _bars(edges, counts)]
+    blocks = [_sides(rows, examples), _dropped(rows.rows_in, dropped)]
+    if examples.lost:
+        blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
+    blocks.append(_bars(edges, counts))
     print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
@@ -70,6 +75,7 @@ def describe_examples(
         "longest": dict(examples.longest),
         "supervised_share": share if task.predicts_tokens else None,
         "dropped": dropped,
+        "lost": dict(examples.lost),
         "histogram": {"edges": edges, "counts": counts},
         "example": [list(piece) for piece in pieces],
         "classes": classes,

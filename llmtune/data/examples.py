@@ -21,13 +21,15 @@ from rich.progress import MofNCompleteColumn
 
 from llmtune import __version__
 from llmtune.data.ingest import show_progress
-from llmtune.data.overlong import TOO_LONG, Encoded
+from llmtune.data.overlong import TOO_LONG, Encoded, Lost
 from llmtune.data.rejected_rows import listed
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import TASK_FACTS
+from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.records import Example, Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 from llmtune.store.run_lock import package_versions
@@ -85,6 +87,8 @@ class _EncodedBatch:
     """None where no row could be used."""
     refused: list[tuple[str, str]]
     """Origin and reason of each row that was not."""
+    lost: Counter[str]
+    """What rows lost that were cut."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,22 @@ class _BatchEncoder:
 
     def __call__(self, batch: _RowBatch) -> _EncodedBatch:
         results = self.encode([json.loads(text) for _, text in batch.rows], self.processor, self.recipe)
+        unknown = refused_token(self.processor, self.recipe)
         kept: list[tuple[int, Example]] = []
         refused: list[tuple[str, str]] = []
-        for number, ((origin, _), result) in enumerate(zip(batch.rows, results, strict=True), batch.first):
-            if isinstance(result, str):
-                refused.append((origin, result))
-            else:
-                kept += [(number, example) for example in result]
-        return _EncodedBatch(batch.side, len(batch.rows), record_batch(kept) if kept else None, refused)
+        lost: Counter[str] = Counter()
+        for number, ((origin, text), result) in enumerate(zip(batch.rows, results, strict=True), batch.first):
+            reason = result if isinstance(result, str) else None
+            if reason is None and unknown is not None:
+                reason = find_unknown(cast(list[Example], result), unknown, text, self.processor)
+            if reason is not None:
+                refused.append((origin, reason))
+                continue
+            for example in cast(list[Example], result):
+                kept.append((number, example))
+                if example.lost is not None:
+                    lost.update({"rows": 1, **Lost(*example.lost)._asdict()})
+        return _EncodedBatch(batch.side, len(batch.rows), record_batch(kept) if kept else None, refused, lost)
 
 
 @dataclass
@@ -117,6 +129,7 @@ class _Tally:
     longest: Counter[str] = field(default_factory=Counter)
     reach: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     long_rows: list[Problem] = field(default_factory=list)
     """The first rows that are too long."""
     bad_rows: list[Problem] = field(default_factory=list)
@@ -142,9 +155,9 @@ class _Tally:
         self.reach[side] = max(self.reach[side], int(reaches.max()))
 
     def refuse(self, origin: str, reason: str) -> None:
-        """Count a row that was left out; without the length, which differs."""
+        """Count a row that was left out; without its length or its words, which differ."""
         too_long = reason.startswith(TOO_LONG)
-        self.dropped[TOO_LONG if too_long else reason] += 1
+        self.dropped[next((kind for kind in (TOO_LONG, UNKNOWN) if reason.startswith(kind)), reason)] += 1
         shown = self.long_rows if too_long else self.bad_rows
         if len(shown) < SHOWN:
             shown.append(Problem(reason, origin))
@@ -185,6 +198,7 @@ def encode_rows(
                         for origin, reason in result.refused:
                             left_out({"where": origin, "reason": reason})
                             tally.refuse(origin, reason)
+                        tally.lost.update(result.lost)
                         if result.examples is not None:
                             tally.add(side, result.examples)
                             write(result.examples)
@@ -195,6 +209,7 @@ def encode_rows(
             "files": {side: f"{side}.arrow" for side in rows.files},
             **counted,
             "dropped": dict(sorted((+tally.dropped).items())),
+            "lost": dict(tally.lost),
             "content_hash": tally.digest.hexdigest(),
         }
         write_json(folder / RECORD, record)
@@ -353,7 +368,7 @@ def _refuse_bad(tally: _Tally, too_long: int, rows: Rows, recipe: Recipe, list_f
 def examples_inputs(recipe: Recipe, rows: Rows, model: ModelRef, processor: PreTrainedTokenizerBase) -> str:
     """Hash what examples depend on: the rows, the tokenizer, the template and the task's own section."""
     about = recipe.model.model_dump(mode="json", include={"chat_template_kwargs", "add_tokens"})
-    settings = recipe.data.model_dump(mode="json", include={"max_length", "on_overlong", "train_on", "max_dropped"})
+    settings = recipe.data.model_dump(mode="json", include={"max_dropped", *ENCODING_KEYS})
     settings |= {"section": recipe.task_section()}
     versions = package_versions(("transformers", "tokenizers"))
     contents = [rows.content_hash, model.content_hash, hash_value(processor.chat_template)]

@@ -11,10 +11,12 @@ as many exchanges as fit; a completion into windows that share one token, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
+from typing import NamedTuple
 
 from llmtune.data.chat_rows import ChatRow, Message
-from llmtune.records import Example
+from llmtune.records import Example, span_sizes
 
 TOO_LONG = "too long"
 """How the reason begins for a row that is left out because of its length."""
@@ -27,6 +29,16 @@ Encode = Callable[[ChatRow], Encoded]
 """Encode one conversation whatever its length: its examples, or the reason why not."""
 
 _TRIES = 6
+
+
+class Lost(NamedTuple):
+    """What was cut off a row that was too long."""
+
+    tokens: int
+    answers: int = 0
+    """Answers that are learned no more."""
+    supervised: int = 0
+    """Tokens that are learned no more."""
 
 
 def longest(examples: Sequence[Example]) -> int:
@@ -55,10 +67,23 @@ def fit_chat(
     if longest(examples) <= max_length:
         return examples
     if on_overlong == "truncate":
-        return _truncate_chat(row, longest(examples), encode, max_length, shorten)
+        kept = _truncate_chat(row, longest(examples), encode, max_length, shorten)
+        return kept if isinstance(kept, str) else _with_loss(kept, examples)
     if on_overlong == "split":
         return _split_chat(row, longest(examples), encode, max_length)
     return too_long(longest(examples), max_length)
+
+
+def _with_loss(kept: list[Example], whole: Sequence[Example]) -> list[Example]:
+    """Note at the first example what is not there any more."""
+
+    def counted(examples: Sequence[Example]) -> tuple[int, int, int]:
+        spans = [example.spans for example in examples]
+        tokens = sum(len(example.input_ids) for example in examples)
+        return tokens, sum(map(len, spans)) // 2, sum(map(span_sizes, spans))
+
+    lost = Lost(*(before - after for before, after in zip(counted(whole), counted(kept), strict=True)))
+    return [replace(kept[0], lost=lost), *kept[1:]]
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -149,7 +174,8 @@ def fit_completion(
         if prompt_tokens - start <= excess:
             return too_long(tokens, max_length, ", and the completion does not fit with any of its prompt")
         ids = [*example.input_ids[:start], *example.input_ids[start + excess :]]
-        return [Example(ids, [border - excess for border in example.spans], example.target_bytes)]
+        spans = [border - excess for border in example.spans]
+        return [Example(ids, spans, example.target_bytes, lost=Lost(excess))]
     if on_overlong == "split":
         if prompt_tokens >= max_length:
             return too_long(tokens, max_length, ", and its prompt alone does not fit")

@@ -27,6 +27,7 @@ from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_sides, count_copies, drop_shared_groups
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import DataSection, Recipe
+from llmtune.recipe.data_section import ENCODING_KEYS
 from llmtune.records import SIDES, Rows
 from llmtune.store.atomic_files import explained, hash_value
 
@@ -171,7 +172,7 @@ def _print_summary(rows: Rows, account: Account, notes: Sequence[str], console: 
 
 def rows_inputs(recipe: Recipe) -> str:
     """Hash what rows depend on: the data section, the files behind it, and the task."""
-    settings = recipe.data.model_dump(mode="json", exclude={"max_length", "on_overlong", "packing", "train_on"})
+    settings = recipe.data.model_dump(mode="json", exclude={"packing", *ENCODING_KEYS})
     if recipe.evaluate.columns:  # kept beside the rows
         settings["slices"] = tuple(recipe.evaluate.columns)
     return hash_value([__version__, recipe.task, settings, hash_sources(recipe.data, recipe.task)])

@@ -64,14 +64,14 @@ FORMATS = {
         RowFormat(
             "messages",
             ("messages",),
-            ("tools", "functions", "system"),
+            ("tools", "functions", "system", "train_reasoning"),
             {"chat": chat_from_messages},
             '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         ),
         RowFormat(
             "sharegpt",
             ("conversations",),
-            ("tools", "system"),
+            ("tools", "system", "train_reasoning"),
             {"chat": chat_from_sharegpt},
             '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
         ),
@@ -85,7 +85,7 @@ FORMATS = {
         RowFormat(
             "prompt-completion",
             ("prompt", "completion"),
-            ("system", "tools"),
+            ("system", "tools", "train_reasoning"),
             {"chat": chat_from_pair, "completion": completion_from_pair},
             '{"prompt": "...", "completion": "..."}',
         ),

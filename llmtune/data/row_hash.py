@@ -84,6 +84,7 @@ def _message_texts(messages: Sequence[Message]) -> list[str]:
     parts = []
     for message in messages:
         if message["role"] != "system":
+            parts += [message["reasoning"]] if "reasoning" in message else []
             parts.append(message["content"])
             if "tool_calls" in message:
                 parts.append(json.dumps(message["tool_calls"], ensure_ascii=False))

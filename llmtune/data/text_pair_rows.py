@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
-from llmtune.data.chat_rows import ROLES, canonical_messages
+from llmtune.data.chat_rows import ROLES, answer_text, canonical_messages
 from llmtune.data.rejected_rows import RowError, describe, nonempty_text, text_of
 from llmtune.records import Row
 
@@ -155,7 +155,7 @@ def _split(prompt: object, row: Mapping[str, object], column: str) -> tuple[Row,
     if "tool_calls" in answer:
         raise RowError("a tool call as answer", f"'{column}' calls a tool; only texts can be preferred so far")
     unmarked = [{key: value for key, value in message.items() if key != "train"} for message in before_answer]
-    return {**whole, "messages": unmarked}, answer["content"]
+    return {**whole, "messages": unmarked}, answer_text(answer)
 
 
 def _join(prompt: object, answer: object, row: Mapping[str, object], column: str) -> list[object]:

@@ -16,7 +16,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from rich.console import Console
 
-from llmtune.data.chat_template import clean
+from llmtune.data.chat_messages import clean
 from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, TunedModel, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmtune.data.chat_template import clean
+from llmtune.data.chat_messages import clean
 from llmtune.data.row_store import load_rows, read_rows
 from llmtune.deploy.parity import Certificate, Distance, Onto, Parity, compare_outputs
 from llmtune.errors import DataError

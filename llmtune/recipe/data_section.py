@@ -14,6 +14,11 @@ from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS
 from llmtune.recipe.task_variant import TaskVariant
 
 SPLITS = ("train", "validation", "test")
+ENCODING_KEYS = (
+    *("max_length", "on_overlong", "train_on"),
+    *("reasoning", "special_tokens_in_text", "unknown_tokens"),
+)
+"""Keys that encoded examples depend on, and rows do not."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
 ChatFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion"]
 PairFormat = Literal["source-target", "translation", "document-summary", "squad", "question-answer"]
@@ -126,6 +131,16 @@ class DataSection(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learned: all of the assistant's, its last one, or every token. A message may say `train: false`.
     Default `assistant`: what the model has to say."""
+    reasoning: Literal["learn", "keep", "drop"] = "learn"
+    """What becomes of the thoughts of answers: learned, read as context and not learned, or left out. A row may say
+    `train_reasoning`. Default `learn`: a model that is to think before it answers has to write its thoughts."""
+    special_tokens_in_text: Literal["text", "refuse", "allow"] = "text"
+    """What becomes of special tokens, such as `<|im_end|>`, that stand in what is said: encoded as plain text, refused
+    with the row, or allowed to be what they are. The same in training, evaluation and chat. Default `text`: nobody can
+    end a turn by talking about it."""
+    unknown_tokens: Literal["refuse", "allow"] = "refuse"
+    """What becomes of a row whose target holds characters that the tokenizer does not know (`<unk>`). Default
+    `refuse`: a model that learns to write `<unk>` writes it."""
     max_length: int = Field(default=1024, ge=8)
     """Longest row in tokens. Default 1024: holds most chats; memory grows with it."""
     on_overlong: Literal["error", "drop", "truncate", "split"] = "error"
@@ -140,6 +155,14 @@ class DataSection(Section):
         if not variant.facts.has_turns:
             fix = "Remove it: what the row names as its answer is what is learned."
             diagnostics.no_effect("data.train_on", f"with task: {variant.task}", fix, "task")
+        if not variant.facts.templated or variant.is_extractive:
+            fix = "Remove it: no chat template is used."
+            diagnostics.none_has_effect(
+                self, "data", ("reasoning", "special_tokens_in_text"), f"with task: {variant.task}", fix, "task"
+            )
+        if not variant.generates:
+            fix = "Remove it: no text is learned."
+            diagnostics.no_effect("data.unknown_tokens", f"with task: {variant.task}", fix, "task")
         if not variant.facts.packs:
             fix = "Remove it: these rows are padded."
             diagnostics.no_effect("data.packing", f"with task: {variant.task}", fix, "task")

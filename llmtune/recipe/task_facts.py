@@ -34,7 +34,7 @@ COLUMNS = (
     *("answer", "answers", "audio", "chosen", "completion", "context", "conversations", "document", "file_name"),
     *("functions", "history", "input", "instruction", "label", "messages", "output", "pair", "prompt", "question"),
     *("rejected", "source", "source_language", "spans", "summary", "system", "tags", "target", "target_language"),
-    *("text", "tokens", "tools", "translation"),
+    *("text", "tokens", "tools", "train_reasoning", "translation"),
 )
 """Names of columns that rows are made of: what the keys of a source's `columns` may be."""
 

@@ -27,7 +27,7 @@ def collect_facts(manifest: Mapping[str, Any], curve: Sequence[Mapping[str, obje
     if data and encoded:
         data |= {key: encoded[key] for key in DATA_KEYS}
         data |= {"supervised_tokens": encoded["supervised"], "lengths": encoded["histogram"]}
-        data |= {"classes": encoded.get("classes") or {}}
+        data |= {"classes": encoded.get("classes") or {}, "lost": encoded.get("lost") or {}}
     began = max((step["started"] for step in manifest["steps"].values()), default=None)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "",

@@ -71,6 +71,7 @@ class DataFacts(TypedDict, total=False):
     rows_in: int
     kept: dict[str, int]
     dropped: dict[str, int]
+    lost: dict[str, int]
     examples: dict[str, int]
     tokens: dict[str, int]
     supervised_tokens: dict[str, int]

@@ -107,6 +107,8 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
     reasons = [[reason, count(number)] for reason, number in sorted(dropped.items(), key=lambda item: -item[1])]
     title = f"{count(data.get('rows_in'))} rows in, {count(sum(dropped.values()))} dropped"
     left.append(Table(["reason", Column("dropped", "number")], reasons, title) if reasons else Text(f"{title}."))
+    if lost := data.get("lost"):
+        left.append(Text(lost_sentence(lost, sum(supervised.values())), "note"))
     names = {"label": "training examples by length in tokens", "title": "Training examples by length", "axis": "tokens"}
     lengths = data.get("lengths")
     chart = [Html(draw_histogram(lengths["edges"], lengths["counts"], **names))] if lengths else []
@@ -120,6 +122,15 @@ def data_section(data: DataFacts | None, task: str | None) -> Section:
         pieces = [element("mark", piece) if marked else escape(piece) for piece, marked in example]
         blocks.append(Html(heading(text) + element("pre", Markup("").join(pieces), class_="example")))
     return Section("Data", blocks)
+
+
+def lost_sentence(lost: Mapping[str, int], supervised: int) -> str:
+    """What rows lost that were cut, where so many tokens are left to learn."""
+    text = f"{count(lost['rows'])} rows were cut to data.max_length: {count(lost['tokens'])} tokens are gone"
+    if lost["answers"]:
+        part = share(lost["supervised"], supervised + lost["supervised"])
+        text += f", and {count(lost['answers'])} answers among them: {part} of all tokens that were to be learned"
+    return f"{text}."
 
 
 def class_counts(classes: Mapping[str, Mapping[str, int]], unit: str) -> Table:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from llmtune.data.data_report import Piece, decode_shortened
 from llmtune.data.encoder_batches import encoder_batch
 from llmtune.data.labelled_rows import ClassifyRow, Label
-from llmtune.data.overlong import too_long
+from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, RecipeError
@@ -169,7 +169,8 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
                 encoded.append("the text has no tokens")
             else:
                 kept = text if size <= limit else tokenize_texts([row], processor, limit)[0]
-                encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1)])
+                lost = Lost(size - len(kept.input_ids)) if size > limit else None
+                encoded.append([replace(kept, target_ids=target[0], values=target[1], counted=1, lost=lost)])
         return encoded
 
     def collate(

@@ -14,7 +14,7 @@ import xxhash
 from llmtune.data.chat_rows import CompletionRow
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.encoder_batches import encoder_batch, require_offsets
-from llmtune.data.overlong import too_long
+from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
@@ -109,6 +109,8 @@ class MaskedCompletion(Task[CompletionRow, str]):
             parts = parts[:1] if recipe.data.on_overlong == "truncate" else parts
         examples = [hidden_example(ids, special, section.mask_probability) for ids, special in parts]
         kept = [example for example in examples if example is not None]
+        if kept and recipe.data.on_overlong == "truncate" and len(whole["input_ids"]) > room:
+            kept = [replace(kept[0], lost=Lost(len(whole["input_ids"]) - room))]
         return kept or "nothing to learn: the text has fewer than two tokens"
 
     def collate(

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from llmtune.adapter.reference_model import reference_of
 from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_rows import answer_message
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.collators import collate_padded
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
@@ -320,7 +321,7 @@ def with_answer(row: Row, answer: str, processor: PreTrainedTokenizerBase) -> Ro
     """Return a row of chat (of completion, for a model without a template) out of a prompt and an answer."""
     if processor.chat_template:
         tools = {"tools": row["tools"]} if row.get("tools") else {}
-        return {"messages": [*row["messages"], {"role": "assistant", "content": answer}], **tools}
+        return {"messages": [*row["messages"], answer_message(answer)], **tools}
     text = "\n\n".join(str(message["content"]) for message in row["messages"])
     return {"prompt": f"{text}\n", "completion": answer}
 

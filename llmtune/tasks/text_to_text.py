@@ -19,7 +19,7 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import encode_completion, prompt_ids
 from llmtune.data.data_report import Piece, decode_shortened, highlight
 from llmtune.data.encoder_batches import IGNORED, pad, pad_texts
-from llmtune.data.overlong import too_long
+from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import cut_start
 from llmtune.errors import EnvironmentProblem, Problem
@@ -110,6 +110,7 @@ class EncoderDecoder(TextToText[RowT]):
             target_spans=[start, end],
             counted=end - start,
             cost=len(source) + len(target),
+            lost=_lost(pair, source, processor, recipe),
         )
         return [example]
 
@@ -164,6 +165,14 @@ def write_targets(pairs: Sequence[Pair], loaded: LoadedModel) -> list[str]:
             budget = budget_for(loaded.device, GENERATION_BUDGET) // recipe.generation.num_beams
             run_in_batches(lengths, budget, work)
     return texts
+
+
+def _lost(pair: Pair, source: Sequence[int], processor: PreTrainedTokenizerBase, recipe: Recipe) -> Lost | None:
+    """Return what was cut off a source; None where nothing was."""
+    if recipe.data.on_overlong != "truncate" or len(source) < recipe.data.max_length:
+        return None
+    cut = len(processor(pair.source, verbose=False)["input_ids"]) - len(source)
+    return Lost(cut) if cut else None
 
 
 def _cut_end(ids: list[int], limit: int | None) -> list[int]:

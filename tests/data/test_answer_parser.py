@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.templates import EMPTY_THOUGHTS, recipe_for, tokenizer_with
+from support.templates import EMPTY_THOUGHTS, family_tokenizer, recipe_for, tokenizer_with
 
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import read_template
@@ -19,10 +19,6 @@ CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 1}}}
         ("<think>\nhm\n</think>\n\nfour<|im_end|>\n", ParsedAnswer("four", "hm")),
         ("<think>\n\n</think>\n\nfour<|im_end|>", ParsedAnswer("four")),
         ("<think>\nhm", ParsedAnswer("", "hm", complete=False)),
-        (
-            'so\n<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
-            ParsedAnswer("so", tool_calls=(CALL,)),
-        ),
     ],
 )
 def test_an_answer_is_read_into_thoughts_calls_and_text(written, parts):
@@ -38,3 +34,34 @@ def test_special_tokens_that_mark_nothing_are_no_text_and_text_that_looks_like_t
     assert parse_answer(tokenizer("blue<|im_start|> sky<pad>")["input_ids"], template).text == "blue sky"
     spelled = tokenizer("it ends by <|im_end|> alone", split_special_tokens=True)["input_ids"]
     assert parse_answer(spelled, template) == ParsedAnswer("it ends by <|im_end|> alone", complete=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "parts"),
+    [
+        (
+            'so\n<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+            ParsedAnswer("so", tool_calls=(CALL,)),
+        ),
+        ('<tool_call>\n{"name": "sum", "arg', ParsedAnswer("", complete=False, error="")),
+        ('<tool_call>\n{"arguments": {"a": 1}}\n</tool_call><|im_end|>', ParsedAnswer("", error="")),
+        ('<tool_call>\n{"name": "sum", "arguments": [1]}\n</tool_call><|im_end|>', ParsedAnswer("", error="")),
+    ],
+)
+def test_calls_are_read_in_the_templates_own_format_and_malformed_ones_say_why(written, parts):
+    template = read_template(family_tokenizer("qwen-2.5"), recipe_for())
+    read = parse_answer(written, template)
+    if parts.error is None:
+        assert read == parts
+        return
+    assert (read.tool_calls, read.complete, bool(read.error)) == ((), parts.complete, True)
+    assert read.text == written.removesuffix("<|im_end|>")
+
+
+def test_thoughts_that_the_prompt_begins_are_read_only_where_this_prompt_begins_them():
+    tokenizer = family_tokenizer("deepseek-r1")
+    template = read_template(tokenizer, recipe_for())
+    written = "hm\n</think>\n\nfour<｜end▁of▁sentence｜>"
+    assert parse_answer(written, template) == ParsedAnswer("four", "hm")
+    assert parse_answer(written, template, prompt="<｜Assistant｜><think>\n") == ParsedAnswer("four", "hm")
+    assert parse_answer("four<｜end▁of▁sentence｜>", template, prompt="<｜tool▁outputs▁end｜>") == ParsedAnswer("four")

@@ -23,6 +23,7 @@ from support.templates import (
 )
 
 from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_rows import canonical_messages
 from llmtune.data.chat_template import render_prompt, stop_ids
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import EnvironmentProblem
@@ -62,10 +63,10 @@ def test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from(t
 
 def test_thoughts_that_the_template_takes_out_later_give_each_answer_its_own_example():
     tokenizer = tokenizer_with(THINKING)
-    row = conversation("one", "<think>hm</think>two", "three", "<think>so</think>four")
+    row = canonical_messages(conversation("one", "<think>hm</think>two", "three", "<think>so</think>four")["messages"])
     first, second = encode(row, tokenizer)
-    assert learned(first, tokenizer) == ["<think>hm</think>two<|im_end|>"]
-    assert learned(second, tokenizer) == ["<think>so</think>four<|im_end|>"]
+    assert learned(first, tokenizer) == ["<think>\nhm\n</think>\n\ntwo<|im_end|>"]
+    assert learned(second, tokenizer) == ["<think>\nso\n</think>\n\nfour<|im_end|>"]
     assert "hm" not in tokenizer.decode(second.input_ids)
 
 
@@ -121,7 +122,6 @@ def test_a_greeting_before_any_question_is_read_and_not_learned():
             "nothing to learn: no answer after a question",
         ),
         (conversation("one", " "), CHATML, "an answer is empty"),
-        (conversation("one", "two<|im_end|>"), CHATML, "an answer contains the end-of-turn token <|im_end|>"),
         (conversation("one", "two", system="x"), NO_SYSTEM, "the chat template refuses it: System role not supported"),
         (conversation("one", "two"), WRONGLY_MARKED, "marks are not where its answers are"),
         (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from support.models import train_tokenizer
 from support.templates import (
-    ALWAYS_THINKS,
     CHATML,
     DATED,
     DOUBLED_START,
+    EMPTY_THOUGHTS,
     ENDS_TWICE,
     LLAMA2,
     LLAMA3,
@@ -23,16 +23,16 @@ from support.templates import (
 )
 
 from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_messages import clean
 from llmtune.data.chat_template import (
-    clean,
-    cut_turn,
     fix_date,
     read_template,
     render_prompt,
     special_tokens,
     stop_ids,
 )
-from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.data.chat_turns import cut_turn
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 
 CHAT = conversation("one two", "three", "four five", "six")
 
@@ -59,7 +59,7 @@ def test_generation_stops_at_the_tokenizers_end_without_a_template():
 def test_a_turn_ends_at_the_first_of_two_ends():
     tokenizer = tokenizer_with(ENDS_TWICE)
     template = read_template(tokenizer, recipe_for())
-    assert cut_turn(template, clean(CHAT["messages"]), None, 3).target == "six<|im_end|>"
+    assert cut_turn(template, template.prepare(CHAT["messages"]), None, 3).target == "six<|im_end|>"
 
 
 def test_a_turn_that_calls_a_tool_may_end_in_another_token():
@@ -67,7 +67,7 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
     row = conversation("add", "", "2", "two")
     row["messages"][1]["tool_calls"] = [call]
     template = read_template(tokenizer_with(TOOLS), recipe_for())
-    turn = cut_turn(template, clean(row["messages"]), None, 1)
+    turn = cut_turn(template, template.prepare(row["messages"]), None, 1)
     assert turn.target == '<call>sum{"a": 1}<|eom_id|>'
     assert turn.target_bytes == len('<call>sum{"a": 1}')
 
@@ -75,7 +75,7 @@ def test_a_turn_that_calls_a_tool_may_end_in_another_token():
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (ALWAYS_THINKS, "cannot be split into turns"),
+        (CHATML.replace("assistant\n' }}", "assistant\nWell, ' }}"), "cannot be split into turns"),
         (NO_END, "does not end in a token of its own"),
         (NO_PROMPT, "ignores add_generation_prompt"),
         (DOUBLED_START, "twice at the start"),
@@ -119,6 +119,18 @@ def test_whether_dates_can_be_asked_for_may_be_asked():
     text = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}{{ 'never' }}{% endif %}"
     tokenizer = tokenizer_with(fix_date(text + CHATML))
     assert tokenizer.apply_chat_template(CHAT["messages"][:1], tokenize=False).startswith("2024<|im_start|>")
+
+
+def test_a_switch_that_the_template_never_reads_is_refused_with_the_nearest_that_it_does():
+    tokenizer = tokenizer_with(EMPTY_THOUGHTS)
+    with pytest.raises(RecipeError) as caught:
+        encode_chat([CHAT], tokenizer, recipe_for(kwargs={"enable_thinkin": False}))
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.where) == (
+        "the chat template never reads 'enable_thinkin'",
+        "model.chat_template_kwargs.enable_thinkin",
+    )
+    assert "enable_thinking" in problem.fix
 
 
 def test_what_the_template_is_told_comes_from_the_recipe():

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from support.families import build_t5
 from support.rows import write_jsonl
 from support.templates import CHATML, NO_SYSTEM, conversation, recipe_for, tokenizer_with
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import ExampleReader, encode_rows, load_examples
 from llmtune.data.preparation import prepare_rows
 from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.tasks import translate
 from llmtune.tasks.registry import get_task
 
 
@@ -175,3 +182,58 @@ def test_a_folder_that_cannot_be_written_is_a_problem_of_the_environment(tmp_pat
     read_only = Path("/sys/llmtune")  # also for root
     with pytest.raises(EnvironmentProblem):
         encode_rows(rows, get_task("chat"), tokenizer_with(CHATML), recipe, read_only, console)
+
+
+def test_what_rows_lose_that_are_cut_is_counted_and_told(tmp_path):
+    console = Console(record=True, width=200)
+    texts = [part for i in range(4) for part in (f"question {i} {'cat ' * 20}", f"answer {i}")]
+    path = write_jsonl(tmp_path / "rows.jsonl", [conversation(*texts), *plain_rows(3)])
+    rows, examples = encode_file(path, tmp_path, console, max_length=60, on_overlong="truncate")
+    assert (examples.lost["rows"], examples.lost["answers"]) == (1, 3)
+    assert 0 < examples.lost["supervised"] < examples.lost["tokens"]
+    assert load_examples(examples.folder).lost == examples.lost
+    recipe, tokenizer = recipe_for(max_length=60, on_overlong="truncate"), tokenizer_with(CHATML)
+    facts = describe_examples(rows, examples, tokenizer, console, get_task("chat"), recipe)
+    assert facts["lost"] == examples.lost
+    assert "1 rows were cut to data.max_length" in console.export_text()
+
+
+def word_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """One that knows the words of a text, and nothing else."""
+    words = {word: i for i, word in enumerate(["<unk>", "<|im_start|>", "<|im_end|>", *dict.fromkeys(text.split())])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed(tmp_path, console):
+    tokenizer = word_tokenizer("user assistant one two three . What is the probe ? The answer of 4217")
+    path = write_jsonl(tmp_path / "rows.jsonl", [conversation("one {", "two"), conversation("one", "two { three")])
+    keys = {"train": str(path), "validation": 0, "test": 0, "max_dropped": 1}
+    rows = prepare_rows(recipe_for(**keys), tmp_path / "rows", console)
+    encode_one = partial(encode_rows, rows, get_task("chat"), tokenizer)
+    examples = encode_one(recipe_for(**keys), tmp_path / "examples", console)
+    assert examples.counts["train"] == 1
+    assert examples.dropped == {"text that the tokenizer does not know (<unk>) in what is learned": 1}
+    (line,) = (tmp_path / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"].endswith(": '{'")
+    assert json.loads(line)["where"].endswith(":2")
+    allowed = encode_one(recipe_for(**keys, unknown_tokens="allow"), tmp_path / "allowed", console)
+    assert allowed.counts["train"] == 2
+
+
+def test_a_target_of_an_encoder_decoder_is_held_against_its_vocabulary_too(tmp_path, console):
+    tokenizer = AutoTokenizer.from_pretrained(build_t5(tmp_path / "t5"))
+    targets = ["Le ciel est bleu.", "Le ciel { est bleu.", "Le <ciel> est.", "家"]
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"source": f"The sky {i}", "target": t} for i, t in enumerate(targets)]
+    )
+    recipe = recipe_for(task="translate", train=str(path), validation=0, test=0, deduplicate="none", max_dropped=1)
+    rows = prepare_rows(recipe, tmp_path / "rows", console)
+    examples = encode_rows(rows, translate.VARIANTS[0], tokenizer, recipe, tmp_path / "examples", console)
+    unknown = sum(tokenizer.unk_token_id in tokenizer(text_target=text)["input_ids"] for text in targets)
+    assert unknown >= 1
+    assert examples.counts["train"] == len(targets) - unknown

@@ -13,6 +13,8 @@ from support.templates import (
     tokenizer_with,
 )
 
+from llmtune.data.overlong import Lost
+
 CHAT = conversation("one two", "three", "four five", "six")
 
 
@@ -46,6 +48,13 @@ def test_truncate_keeps_the_system_message_and_the_last_answers():
     assert learned(example, tokenizer)[-1] == "answer 5<|im_end|>"
     assert len(example.input_ids) <= 120
     assert "answer 0" not in text
+    (whole,) = encode(row, tokenizer)
+    assert example.lost == Lost(
+        tokens=len(whole.input_ids) - len(example.input_ids),
+        answers=len(whole.spans) // 2 - len(example.spans) // 2,
+        supervised=whole.supervised - example.supervised,
+    )
+    assert example.lost.answers > 0
 
 
 def test_truncate_cuts_the_start_of_a_single_question():

@@ -195,8 +195,8 @@ def test_a_conversation_without_a_template_is_its_texts(tmp_path):
 
 
 def test_answers_that_are_the_same_tokens_are_refused(tmp_path):
-    tokenizer = tokenizer_with(CHATML.replace("message['content']", "message['content'].replace('!', '.')"))
-    rows = [PAIR, {**PAIR, "rejected": "Red!"}]
+    tokenizer = tokenizer_with(CHATML.replace("message['content']", "message['content'].strip()"))
+    rows = [PAIR, {**PAIR, "rejected": " Red."}]
     good, bad = PREFERENCE.encode(rows, tokenizer, recipe_of(tmp_path))
     assert len(good) == 1
     assert bad == "chosen equals rejected: both answers are the same tokens"

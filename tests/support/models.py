@@ -31,18 +31,9 @@ CORPUS = [
 
 def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Byte-level BPE over CORPUS: any text can be encoded."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_level_tokenizer(tokens, vocab_size),
         bos_token="<|endoftext|>",
         eos_token="<|im_end|>" if chat_template else "<|endoftext|>",
         pad_token="<pad>",
@@ -50,6 +41,21 @@ def train_tokenizer(chat_template: str | None = CHATML, vocab_size: int = 512) -
     )
     fast.chat_template = chat_template
     return fast
+
+
+def byte_level_tokenizer(special_tokens: list[str], vocab_size: int = 512) -> Tokenizer:
+    """The same without what transformers puts around it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
 
 
 def build_llama(

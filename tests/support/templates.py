@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from llmtune.recipe import Recipe
-from support.models import CHATML, train_tokenizer
+from support.models import CHATML, byte_level_tokenizer, train_tokenizer
 
 LLAMA2 = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
@@ -127,3 +130,28 @@ def conversation(*texts: str, system: str | None = None) -> dict[str, Any]:
     """A chat row: question, answer, question, answer and so on."""
     messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     return {"messages": [{"role": "system", "content": system}] * (system is not None) + messages}
+
+
+# Families of models: own texts in their formats, each with the tokens that it needs
+
+FAMILY_FILES = {path.stem: path for path in sorted((Path(__file__).parent / "chat_families").glob("*.jinja"))}
+
+
+@cache
+def _plain_tokenizer() -> str:
+    return byte_level_tokenizer([]).to_str()
+
+
+@cache
+def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family's template; its first line names the tokens."""
+    text = FAMILY_FILES[name].read_text("utf-8")
+    named = dict(part.strip().split(": ", 1) for part in text.splitlines()[0].strip("{#-} ").split("; "))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_plain_tokenizer()))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in named["special"].split()])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in named.get("added", "").split()])
+    tokenizer.bos_token, tokenizer.eos_token = named.get("bos"), named["eos"]
+    tokenizer.pad_token = named["eos"]
+    tokenizer.chat_template = text
+    tokenizer.name_or_path = name
+    return tokenizer

@@ -1,0 +1,383 @@
+"""How a chat template writes the parts of an answer, found out by having it write answers whose parts are known.
+
+Two things follow: what a model has to write of thoughts that the template leaves out, and a response template by which
+transformers reads what a model wrote (https://huggingface.co/docs/transformers/chat_response_parsing).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from llmtune.data.reasoning_text import THINK_CLOSE, THINK_OPEN
+
+Json = dict[str, object]
+Write = Callable[..., str | None]
+"""Render messages, with `tools` and `answer_next`; None where the template refuses them."""
+
+QUESTION: Json = {"role": "user", "content": "What is the probe?"}
+ANSWER = "The answer of the probe is 4217."
+THOUGHT = "Let me recall: 4217 was the probe."
+NAME, KEYS, VALUES = "measure_probe", ("probe_depth", "probe_place"), ("fathoms", "harbour")
+CALL_ID, LONG_ID = "callprob1", "call_0123456789abcdef01234567"
+RESULT = "4217 by the gauge"
+TOOL: Json = {
+    "type": "function",
+    "function": {
+        "name": NAME,
+        "description": "Reads the gauge of a probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {key: {"type": "string", "description": f"Which {key}."} for key in KEYS},
+            "required": list(KEYS),
+        },
+    },
+}
+A_NAME = r"[\w.:/-]+"
+"""Names of tools, as a pattern."""
+BEGINNING = r"\A\s*"
+"""Where a call is that no mark stands before: at the start of an answer alone."""
+_NAMED: Json = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+_THINKING = re.compile(r"think|reason|thought|analysis|channel", re.IGNORECASE)
+_JSON = json.JSONDecoder()
+
+
+def call_message(calls: int = 1, texts: bool = False, call_id: str = CALL_ID) -> Json:
+    """Return an answer that calls the probe's tool, with its arguments as an object or as JSON text."""
+    arguments = dict(zip(KEYS, VALUES, strict=True))
+    function = {"name": NAME, "arguments": json.dumps(arguments) if texts else arguments}
+    call = {"id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call] * calls}
+
+
+# Thoughts
+
+
+@dataclass(frozen=True)
+class ThoughtFormat:
+    """How thoughts stand in an answer."""
+
+    written_by: Literal["template", "content", "prompt"] = "content"
+    """What puts them there: the template, out of the field for them; the text of the answer, which the template takes
+    with thoughts in it; or nothing, where the template leaves them out of what it renders, and only asks for them."""
+    before: str = THINK_OPEN
+    after: str = THINK_CLOSE
+    opener: str = ""
+    """What the generation prompt has, and a rendered answer has not: `<think>`, or empty thoughts."""
+
+    def inline(self, reasoning: str, content: str) -> str:
+        """Write thoughts into the text of an answer."""
+        return f"{self.before}{reasoning}{self.after}{content}"
+
+
+INLINE_THOUGHTS = ThoughtFormat()
+"""How thoughts are written under templates that know nothing of them."""
+
+
+def shared_start(one: str, other: str) -> str:
+    """Return what two texts begin with alike."""
+    ends = (i for i, (left, right) in enumerate(zip(one, other, strict=False)) if left != right)
+    return one[: next(ends, min(len(one), len(other)))]
+
+
+def find_opener(prompt: str, whole: str) -> str:
+    """Return the end of a generation prompt that a rendered answer does not have, where it is about thoughts.
+
+    Empty where the rendered answer begins as the prompt asks for it, or differs in something else.
+    """
+    if whole.startswith(prompt):
+        return ""
+    shared = shared_start(prompt, whole).rstrip("<[|/")
+    opener = prompt[len(shared) :]
+    return opener if _THINKING.search(opener) and ANSWER in whole[len(shared) :] else ""
+
+
+def probe_thoughts(write: Write, prompt: str, plain: str) -> ThoughtFormat:
+    """Find out how thoughts are written, by a prompt and a rendered answer without them."""
+    opener = find_opener(prompt, plain)
+    field: Json = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+    inline: Json = {"role": "assistant", "content": f"{THINK_OPEN}{THOUGHT}{THINK_CLOSE}{ANSWER}"}
+    whole = write([QUESTION, field])
+    if whole is not None and whole.count(THOUGHT) == 1 and THOUGHT in whole[: whole.find(ANSWER)]:
+        head, _, rest = whole.partition(THOUGHT)
+        after = rest[: rest.index(ANSWER)]
+        before = head.removeprefix(prompt) if head.startswith(prompt) else ""
+        mark = _opening_mark(after)
+        if not before.strip() and mark and mark in head:
+            before = head[head.rindex(mark) :]
+        return ThoughtFormat("template", before, after, opener)
+    whole = write([QUESTION, inline])
+    if whole is not None and str(inline["content"]) in whole:
+        return ThoughtFormat("content", opener=opener)
+    if opener and "<think>" not in opener and (closing := _closing_mark(opener)):
+        return ThoughtFormat("prompt", opener, closing, opener)
+    return ThoughtFormat("prompt", opener=opener)
+
+
+def _opening_mark(after: str) -> str | None:
+    """Return the mark that `</think>` and its like close."""
+    found = re.search(r"</(\w+)>|\[/(\w+)\]|<\|END_(\w+)\|>", after)
+    if found is None:
+        return None
+    tag, bracket, token = found.groups()
+    return f"<{tag}>" if tag else f"[{bracket}]" if bracket else f"<|START_{token}|>"
+
+
+def _closing_mark(opener: str) -> str | None:
+    """Return the mark that closes what `<think>` and its like open."""
+    found = re.search(r"<(\w+)>|\[(\w+)\]|<\|START_(\w+)\|>", opener)
+    if found is None:
+        return None
+    tag, bracket, token = found.groups()
+    return f"</{tag}>" if tag else f"[/{bracket}]" if bracket else f"<|END_{token}|>"
+
+
+# Calls
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How calls of tools stand in an answer."""
+
+    writes_tools: bool
+    """Whether the declarations of tools are written."""
+    writes_calls: bool
+    writes_results: bool
+    argument_texts: bool = False
+    """Whether arguments have to be handed over as JSON texts."""
+    end: str = ""
+    """What follows the last call, up to the next message."""
+    field: Mapping[str, object] | None = None
+    """The field `tool_calls` of a response template; None where the way of writing calls is not known."""
+    marks: tuple[str, ...] = ()
+    """What stands around all calls of an answer."""
+    short_ids: bool = False
+    """Whether ids of calls have to be nine letters and digits (Mistral)."""
+
+
+def probe_calls(
+    write: Write, opener: str, special: Sequence[str], thought_end: str, ends_with_next: bool
+) -> CallFormat:
+    """Find out how calls are written.
+
+    Args:
+        write: Renders messages.
+        opener: What the generation prompt has and a rendered answer has not.
+        special: Tokens that are no ordinary text, longest first.
+        thought_end: What closes thoughts, which may stand before a call even where there are none.
+        ends_with_next: Whether the header of the next message ends an answer.
+    """
+    tools = [TOOL]
+    asked = write([QUESTION], tools=tools, answer_next=True) or ""
+    shown = all(text in asked for text in (NAME, *KEYS))
+    bodies = {texts: _calls_behind(write, asked, opener, texts, 1) for texts in (False, True)}
+    texts = _prefers_texts(bodies[False], bodies[True])
+    result: Json = {"role": "tool", "content": RESULT, "tool_call_id": CALL_ID, "name": NAME}
+    answered = write([QUESTION, call_message(texts=texts), result], tools=tools) or ""
+    body = bodies[texts]
+    if body is None or not all(text in body for text in (NAME, *KEYS, *VALUES)):
+        return CallFormat(shown, False, RESULT in answered)
+    written = body.rstrip()
+    if ends_with_next:
+        written = answered[answered.index(body) + len(body) :].lstrip() if body in answered else ""
+    ends = (token for token in special if (written.startswith if ends_with_next else written.endswith)(token))
+    end = next(ends, "")
+    one, two = (
+        _between(text, thought_end, end) for text in (body, _calls_behind(write, asked, opener, texts, 2) or "")
+    )
+    field, marks = read_calls(one, two if two.count(NAME) == 2 else None)
+    long = write([QUESTION, call_message(texts=texts, call_id=LONG_ID)], tools=tools)
+    return CallFormat(shown, True, RESULT in answered, texts, end, field, marks, long is None)
+
+
+def _calls_behind(write: Write, asked: str, opener: str, texts: bool, calls: int) -> str | None:
+    """Return what the template writes of an answer with calls, behind its prompt."""
+    whole = write([QUESTION, call_message(calls, texts)], tools=[TOOL])
+    for prompt in (asked, asked.removesuffix(opener)):
+        if whole is not None and asked and whole.startswith(prompt):
+            return whole[len(prompt) :]
+    return None
+
+
+def _prefers_texts(objects: str | None, texts: str | None) -> bool:
+    """Whether arguments come out as JSON only where they are handed over as text."""
+    if objects is None or texts is None:
+        return objects is None and texts is not None
+    arguments = dict(zip(KEYS, VALUES, strict=True))
+    return str(arguments) in objects and json.dumps(arguments) in texts
+
+
+def _between(body: str, thought_end: str, end: str) -> str:
+    """Return the calls of an answer without thoughts before them and the end behind them."""
+    body = body.rpartition(thought_end)[2] if thought_end else body
+    return body.rstrip().removesuffix(end)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call in what a template wrote, up to the end of its arguments."""
+
+    start: int
+    end: int
+    field: Json
+    """How it is read, as a field of a response template without its marks."""
+
+
+def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]:
+    """Return the field of a response template for calls, and what stands around all of them.
+
+    `one` is an answer with one call, `two` one with two, if the template writes that.
+    """
+    call = _find_call(one, 0)
+    if call is None:
+        return None, ()
+    before, behind = one[: call.start], one[call.end :]
+    opens, closes, between = before, behind, None
+    if two and not call.field.get("transform_each"):
+        first, second = _find_call(two, 0), _find_call(two, two.rindex(NAME))
+        between = two[first.end : second.start] or None if first and second else None
+    if between is not None:
+        opens = _from_mark(_shared_end(before, between), before)
+        closes = shared_start(behind, between.removesuffix(opens))
+    marks = (before.removesuffix(opens).strip(), behind.removeprefix(closes).strip())
+    field = {**call.field}
+    head = str(field.pop("head"))
+    opening = re.escape(opens.strip())
+    again = re.escape(between.strip()) if between else ""
+    if not opening:
+        opening = f"(?:{BEGINNING}|{again})" if again else BEGINNING
+        head = head or str(call.field["first"])
+    field.pop("first", None)
+    field["open_pattern"] = f"{opening}{head}"
+    if closes.strip():
+        field["close"] = closes.strip()
+    elif between is not None:
+        field["close_pattern"] = f"(?={again}{head})"
+    return field, tuple(mark for mark in marks if mark)
+
+
+def _find_call(text: str, start: int) -> _Call | None:
+    """Find the call of the probe's tool from `start` on, in one of the ways in which templates write calls."""
+    name = text.index(NAME, start)
+    return _as_object(text, name) or _with_object(text, name) or _as_python(text, name) or _with_tags(text, name)
+
+
+def _as_object(text: str, name: int) -> _Call | None:
+    """Read a call that is a JSON object, or a list of them: `{"name": ..., "arguments": ...}`."""
+    for found in re.finditer(r"(\[\s*)?(?=\{)", text[:name]):
+        value, end = _decoded(text, found.end())
+        if not isinstance(value, dict) or end <= name:
+            continue
+        called = _path(value, lambda part: part == NAME)
+        arguments = _path(value, lambda part: isinstance(part, dict | str) and all(key in part for key in KEYS))
+        if called is None or arguments is None:
+            continue
+        listed = found[1] is not None and isinstance(_decoded(text, found.start())[0], list)
+        start, end = (found.start(), _decoded(text, found.start())[1]) if listed else (found.end(), end)
+        prefix = "" if listed else "content."
+        function = {"name": f"{{{prefix}{called}}}", "arguments": f"{{{prefix}{arguments}}}"}
+        field: Json = {"content": "json", "transform": {"type": "function", "function": function}}
+        field |= {"transform_each": True} if listed else {"repeats": True}
+        keys = ".*".join(rf'"{re.escape(path.split(".")[0])}"\s*:' for path in dict.fromkeys((called, arguments)))
+        return _Call(start, end, {**field, "head": "", "first": rf"(?={re.escape(text[start])}.*{keys})"})
+    return None
+
+
+def _with_object(text: str, name: int) -> _Call | None:
+    """Read a call whose name stands before its arguments, which are a JSON object."""
+    for found in re.finditer(r"\{", text[name:]):
+        start = name + found.start()
+        value, end = _decoded(text, start)
+        if isinstance(value, dict) and all(key in value for key in KEYS):
+            between = re.escape(text[name + len(NAME) : start].rstrip())
+            field: Json = {"content": "json", "repeats": True, "transform": _NAMED}
+            return _Call(name, end, {**field, "head": rf"(?P<name>{A_NAME}){between}\s*(?=\{{)"})
+    return None
+
+
+def _as_python(text: str, name: int) -> _Call | None:
+    """Read calls that are a list in Python: `[name(key="value")]`."""
+    found = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text[:name] + text[name:])
+    if found is None or "]" not in text:
+        return None
+    function = {"name": "{name}", "arguments": "{arguments}"}
+    field: Json = {"content": "python-call-list", "transform_each": True}
+    field["transform"] = {"type": "function", "function": function}
+    return _Call(found.start(), text.rindex("]") + 1, {**field, "head": "", "first": rf"(?=\[{A_NAME}\()"})
+
+
+def _with_tags(text: str, name: int) -> _Call | None:
+    """Read a call whose arguments stand one by one between marks: `<parameter=key>value</parameter>`."""
+    places = [name]
+    for part in (KEYS[0], VALUES[0], KEYS[1], VALUES[1]):
+        if part not in text[places[-1] :]:
+            return None
+        places.append(text.index(part, places[-1]))
+    _, key, value, next_key, last = places
+    before, inside = text[name + len(NAME) : key], text[key + len(KEYS[0]) : value]
+    between, behind = text[value + len(VALUES[0]) : next_key], text[last + len(VALUES[1]) :]
+    opens = _from_mark(_shared_end(before, between), before)
+    closes = shared_start(between.removesuffix(opens), behind)
+    pair = f"{re.escape(opens)}(?P<key>.+?){re.escape(inside)}(?P<value>.*?){re.escape(closes)}"
+    head = rf"(?P<name>{A_NAME}){re.escape(before.removesuffix(opens).rstrip())}"
+    if not opens.strip() or not closes.strip():
+        return None
+    field: Json = {"content": "xml-inline", "content_args": {"tag_pattern": pair}, "repeats": True}
+    return _Call(name, last + len(VALUES[1]) + len(closes), {**field, "transform": _NAMED, "head": head})
+
+
+def _decoded(text: str, start: int) -> tuple[object, int]:
+    """Read JSON that begins at `start`, and return it with where it ends; None where there is none."""
+    try:
+        return cast(tuple[object, int], _JSON.raw_decode(text, start))
+    except ValueError:
+        return None, start
+
+
+def _path(value: object, found: Callable[[object], bool]) -> str | None:
+    """Return the keys, joined by dots, of a part of an object."""
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if found(part):
+            return str(key)
+        inner = _path(part, found)
+        if inner is not None:
+            return f"{key}.{inner}"
+    return None
+
+
+def _shared_end(one: str, other: str) -> str:
+    return shared_start(one[::-1], other[::-1])[::-1]
+
+
+def _from_mark(shared: str, whole: str) -> str:
+    """Cut what two texts share at their ends to whole marks: `></b>` of `<a></b>` and `<c></b>` is `</b>`."""
+    if shared == whole:
+        return shared
+    begin = re.search(r"[<\[\n]", shared)
+    return shared[begin.start() :] if begin else ""
+
+
+# Reading
+
+
+def response_template(thoughts: ThoughtFormat, calls: CallFormat, heading: str, ending: str) -> Json:
+    """Return what transformers' `ResponseParser` needs to read answers with: where thoughts, calls and text stand.
+
+    `heading` and `ending` are what a rendered answer has around its text; marks that are no part of a text get a field
+    of their own, which stays empty.
+    """
+    heading = heading.rpartition(thoughts.after.strip())[2].strip() if thoughts.after.strip() else heading.strip()
+    begin, end = thoughts.before.strip(), thoughts.after.strip().removesuffix(heading).strip()
+    fields: dict[str, Json] = {}
+    if begin and end:
+        opening = re.escape(begin) if begin.startswith("<|") else f"{BEGINNING}{re.escape(begin)}"
+        fields["reasoning_content"] = {"open_pattern": opening, "close": end}
+    if calls.field is not None:
+        fields["tool_calls"] = {**calls.field}
+    if marks := [mark for mark in (heading, ending.strip(), *calls.marks) if mark]:
+        fields["marks"] = {"open": list(dict.fromkeys(marks)), "close_pattern": ""}
+    fields["content"] = {"repeats": True, "join": "", "content_args": {"strip": False}}
+    return {"start_anchor_pattern": "(?!)", "fields": fields}

@@ -1,0 +1,77 @@
+"""The table: for each family of models and kind of conversation, what is learned is what the model is asked to write.
+
+Shown twice over: by the prompts and renderings of transformers' own `apply_chat_template`, and by what each family's
+format is, stated by hand in `support.conversation_table`. What the reader makes of it is what the row said.
+"""
+
+from __future__ import annotations
+
+import pytest
+from support.conversation_table import DOCS, FAMILIES, MARKS, SHAPES, rendered_table, tools_of
+from support.templates import FAMILY_FILES, family_tokenizer, recipe_for
+
+from llmtune.data.answer_parser import parse_answer
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_rows import canonical_messages
+from llmtune.data.chat_template import read_template, render_prompt, stop_ids
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_learned_is_what_the_model_is_asked_to_write(name, shape):
+    writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
+    tokenizer, recipe = family_tokenizer(writes.file or name), recipe_for(kwargs=writes.kwargs)
+    row = canonical_messages(messages, tools)
+    (result,) = encode_chat([row], tokenizer, recipe)
+    if shape in writes.refuses:
+        assert isinstance(result, str)
+        assert writes.refuses[shape] in result
+        return
+    assert not isinstance(result, str), result
+    learned = {}
+    for example in result:
+        for start, end in zip(example.spans[::2], example.spans[1::2], strict=True):
+            learned[tuple(example.input_ids[:start])] = list(example.input_ids[start:end])
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(learned) == len(answers)
+    for i in answers:
+        given = {"tools": tools, "add_generation_prompt": True, **writes.kwargs}
+        prompt = tokenizer.apply_chat_template(messages[:i], **given)["input_ids"]
+        expected = writes.text(shape, messages[i])
+        assert learned[tuple(prompt)] == tokenizer(expected)["input_ids"]
+        assert tokenizer(tokenizer.decode(prompt) + expected)["input_ids"] == prompt + learned[tuple(prompt)]
+        assert learned[tuple(prompt)][-1] in stop_ids(tokenizer, recipe)
+        assert prompt == render_prompt(row["messages"][:i], tokenizer, recipe, tools=tools)
+        whole = tokenizer.apply_chat_template(messages[: i + 1], tools=tools, **writes.kwargs)["input_ids"]
+        thinks = shape in ("thoughts", "empty thoughts")
+        if whole[: len(prompt)] == prompt and not thinks:  # the template's own rendering says the same
+            body = learned[tuple(prompt)][:-1]
+            assert whole[len(prompt) : len(prompt) + len(body)] == body
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name, writes in FAMILIES.items() for shape in SHAPES if shape not in writes.refuses],
+)
+def test_an_answer_is_read_as_the_row_says_it(name, shape):
+    writes, messages, tools = FAMILIES[name], SHAPES[shape], tools_of(shape)
+    tokenizer = family_tokenizer(writes.file or name)
+    template = read_template(tokenizer, recipe_for(kwargs=writes.kwargs))
+    answer = canonical_messages(messages, tools)["messages"][-1]
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tools=tools, add_generation_prompt=True, tokenize=False, **writes.kwargs
+    )
+    read = parse_answer(tokenizer(writes.text(shape, messages[-1]))["input_ids"], template, tools, prompt)
+    if (name, shape) == ("llama-4", "parallel calls"):
+        assert "could not parse" in read.error  # nothing stands between its calls
+        return
+    assert (read.text, read.reasoning) == (answer["content"].strip(), answer.get("reasoning") or None)
+    assert [call["function"] for call in read.tool_calls] == [call["function"] for call in answer.get("tool_calls", [])]
+    assert (read.complete, read.error) == (True, None)
+
+
+def test_every_template_stands_in_the_table_and_the_documentation_has_it():
+    assert {writes.file or name for name, writes in FAMILIES.items()} == {*FAMILY_FILES}
+    assert len(FAMILY_FILES) >= 25
+    found = MARKS.search(DOCS.read_text("utf-8"))
+    assert found[0] == f"{found[1]}{rendered_table()}{found[2]}", "run python tests/support/conversation_table.py"
