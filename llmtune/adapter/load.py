@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -24,7 +26,8 @@ from llmtune.store.resource_limits import limited
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
-PATTERN_SECONDS = 5.0
+PATTERN_SECONDS = 2.0
+MAX_RANK = 2**14
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 SAVED = (".lora_", "trainable_tokens", ".modules_to_save.")
@@ -122,6 +125,7 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
     try:
         model = build()
         weights = load_peft_weights(str(source), device="cpu")
+        _refuse_no_numbers(weights, source)
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except UNREADABLE as error:
         if is_out_of_memory(error):
@@ -156,6 +160,14 @@ def check_patterns(config: LoraConfig, names: Sequence[str], source: Path) -> No
                 re.match(pattern, name)
 
 
+def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no adapter is that."""
+    wrong = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
+    if wrong:
+        what = f"{len(wrong)} weights of the adapter are no finite numbers, {wrong[0]} for one"
+        raise EnvironmentProblem.of(what, str(source), "It is damaged: get it again, or train again.")
+
+
 def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) -> PeftModel:
     """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
     config.inference_mode = not trainable
@@ -171,11 +183,25 @@ def read_config(source: Path) -> LoraConfig:
     read_json_object(path)  # deeply nested JSON, a pipe
     with readable("cannot be read", str(path), "The file is damaged."):
         config = PeftConfig.from_pretrained(str(source))
-    if not isinstance(config, LoraConfig):
+    if isinstance(config, LoraConfig):
+        EnvironmentProblem.collect(_check_values(config, str(path)))
+    else:
         raise EnvironmentProblem.of(
             f"is a {config.peft_type} adapter", str(path), "Only LoRA and its relatives are read."
         )
     return config
+
+
+def _check_values(config: LoraConfig, where: str) -> Iterator[Problem]:
+    """Yield settings that PEFT takes and that make an adapter nothing, or no adapter."""
+    fix = "The file is damaged: get it again, or train again."
+    if type(config.r) is not int or not 1 <= config.r <= MAX_RANK:
+        yield Problem(f"r is {config.r!r}, and must be a number from 1 to {MAX_RANK:,}", where, fix)
+    if type(config.lora_alpha) not in (int, float) or not 0 < config.lora_alpha < math.inf:
+        yield Problem(f"lora_alpha is {config.lora_alpha!r}, and must be a number above 0", where, fix)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(getattr(config, key) or {}, dict):
+            yield Problem(f"{key} is {getattr(config, key)!r}, and must be an object", where, fix)
 
 
 def _compare(config: LoraConfig, adapter: AdapterSection, source: Path) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
-PATTERN_SECONDS = 5.0
+PATTERN_SECONDS = 2.0
 _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 """The first number between dots: the layer, where experts inside it have numbers too."""
 

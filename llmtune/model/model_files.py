@@ -198,7 +198,11 @@ def check_safetensors(path: Path) -> Iterator[Problem]:
     The library does so too, but maps the whole file into memory first.
     """
     fix = "The file is damaged or its download was cut: get it again from where the model comes from."
-    size = path.stat().st_size
+    try:
+        size = check_regular(path).st_size
+    except OSError as error:
+        yield Problem(f"cannot be read: {error.strerror}", str(path), fix)
+        return
     with open_regular(path) as file:
         start = file.read(8)
         if start == b"version ":

@@ -1,0 +1,59 @@
+"""Chat templates that loop, nest, allocate or fail: the sandbox holds; time, memory and text have bounds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support.hostile import attempt
+from support.models import CHATML
+from support.runs import write_recipe
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "loop": (LOOP, "does not end"),
+    "loop over some rows": (f"{{% if 'house' in messages[0].content %}}{LOOP}{{% endif %}}", "does not end"),
+    "recursion that doubles": (
+        "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "does not end",
+    ),
+    "a gigabyte of text": ("{% set n = 10**9 %}{{ 'x' * n }}", "more memory than it may"),
+    "text that doubles": (
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "the chat template",
+    ),
+    "folded when compiled": ("{{ 'x' * 9999999999 }}", "more memory than it may"),
+    "a long text": ("{{ 'x y ' * 1000000 }}", "may write"),
+    "a wide field": ("{{ '%999999999d' % 1 }}", "the chat template"),
+    "half a character": ("{{ '\\ud800' }}", "writes what is no text"),
+    "endless macro": ("{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "recursion"),
+    "division": ("{{ 1/0 }}", "division by zero"),
+    "too large a number": ("{{ 2.0**99999 }}", "refuses it"),
+    "deep brackets": ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "recursion"),
+    "deep loops": ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "nested blocks"),
+    "a long program": ("{# " + "x" * 200_000 + " #}", "may have"),
+    "dates without end": ("strftime_now('" * 9000, "the day's date"),
+    "attributes": ("{{ ''.__class__.__mro__ }}", "refuses it"),
+    "globals": ("{{ cycler.__init__.__globals__ }}", "refuses it"),
+    "files": ("{% include '/etc/passwd' %}", "refuses it"),
+    "escape codes": ("{{ raise_exception('\x1b[31m') }}", "\\x1b[31m"),
+    "syntax": ("{% nope %}", "refuses it"),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_hostile_template_is_refused(here: Path, tiny_llama: Path, chat_rows: Path, kind: str) -> None:
+    template, words = TEMPLATES[kind]
+    (here / "template.jinja").write_text(template + CHATML)
+    write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, model={"chat_template": "template.jinja"})
+    assert words in attempt("prepare", "recipe.yaml", "--out", "run", code=4)
+
+
+@pytest.mark.parametrize("name", ["fifo", "/dev/zero", "."])
+def test_a_template_is_not_read_from_a_pipe_or_a_device(
+    here: Path, tiny_llama: Path, chat_rows: Path, name: str
+) -> None:
+    os.mkfifo("fifo")
+    write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, model={"chat_template": name})
+    assert "model.chat_template" in attempt("prepare", "recipe.yaml", "--out", "run", code=2)
