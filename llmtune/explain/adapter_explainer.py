@@ -13,11 +13,20 @@ from rich.console import Console
 from rich.progress import track
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.explanation import Explanation, write_explanation
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, write_explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.target import BASE, TUNED, Target
-from llmtune.explain.trained_modules import PREFIX, WORDS, find_trained, read_tensor, shorten, tensor_files
-from llmtune.explain.weight_delta import Move, adapter_moves, compare
+from llmtune.explain.trained_modules import (
+    PREFIX,
+    WORDS,
+    Move,
+    adapter_moves,
+    compare,
+    find_trained,
+    read_tensor,
+    shorten,
+    tensor_files,
+)
 from llmtune.model.heads import head_is_new
 from llmtune.records import ModelRef
 from llmtune.report.blocks import Block, Cell, Column, Heatmap, KeyValues, Page, Section, Table, Text
@@ -211,7 +220,7 @@ def make_page(moved: MoveMap) -> Page:
     sections.append(Section("What moved most", [_list_moves(strongest)]))
     if moved.beside:
         sections.append(Section("Outside of the layers", [_list_moves(moved.beside)], brief=False))
-    return Page(f"Where the tuning went: {moved.run}", sections, lead=LEAD, navigation=False)
+    return Page(f"Where the tuning went: {moved.run}", sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
 
 
 def _heatmaps(moved: MoveMap) -> Iterator[Block]:
@@ -267,7 +276,7 @@ def summarise(moved: MoveMap) -> Iterator[str]:
         if len(sizes) > 1:
             order = sorted(sizes, key=lambda key: -sizes[key])
             first, last = (f"{key} ({in_percent(sizes[key])})" for key in (order[0], order[-1]))
-            yield f"By {kind} most in {first} and least in {last}."
+            yield f"By {kind}: most in {first}, least in {last}."
     if any(move.rank for move in moved.moves):
         yield f"A change uses {_mean_rank(moved.moves)} directions at most, on the mean."
     if moved.new_head:

@@ -11,19 +11,24 @@ from dataclasses import dataclass, replace
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llmtune.explain.architecture_labels import (
+from llmtune.explain.fake_model import FakeModel, UntraceableError
+from llmtune.explain.module_calls import (
     BIASES,
+    PLAIN,
+    Branch,
+    ModuleCall,
     describe_feed_forward,
     describe_heads,
     describe_window,
+    find_branches,
     find_orders,
+    find_units,
     is_positions,
     linear_shape,
     norm_kind,
+    record_calls,
     write_shape,
 )
-from llmtune.explain.fake_model import FakeModel, UntraceableError
-from llmtune.explain.module_calls import PLAIN, Branch, ModuleCall, find_branches, find_units, record_calls
 from llmtune.explain.target import Target
 from llmtune.model.memory_plan import context_length
 

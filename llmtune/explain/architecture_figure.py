@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
 from llmtune.explain.architecture import TITLES, Architecture, Blocks, Part, Stack, Sublayer
-from llmtune.explain.architecture_labels import brief_size
 from llmtune.explain.figures import BLUE, GREY, INK, MUTED, figure_settings, save_figure
+from llmtune.explain.module_calls import brief_size
 from llmtune.explain.trained_modules import TrainedModules, shorten
 
 BOX, HEAD, LINE, GAP = 276.0, 25.0, 16.0, 20.0

@@ -14,11 +14,13 @@ from llmtune.report.blocks import Html, Page
 from llmtune.report.render_html import write_page
 from llmtune.store.atomic_files import write_json
 
-FIGURE_STYLE = """
+PAGE_STYLE = """
+p { overflow-wrap: anywhere; } th.number { white-space: normal; }
+.heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
 .figure { background: #fff; border-radius: 8px; overflow-x: auto; }
 .figure img { display: block; max-width: max(100%, 620px); }
 """
-"""CSS for figures, which have the colours of paper also in the dark; on a phone they scroll."""
+"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and heatmaps scroll."""
 
 
 @dataclass(frozen=True)

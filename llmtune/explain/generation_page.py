@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmtune.explain.explanation import PAGE_STYLE
 from llmtune.explain.generation_trace import Sampling, Step, TokenScore, Trace
 from llmtune.explain.inputs import ModelInputs, PromptRequest
 from llmtune.explain.target import BASE, TUNED, Target
@@ -29,10 +30,6 @@ CANDIDATES = (
     "The likeliest words of each step, with their probabilities: blue where temperature, top-k and top-p would keep "
     "them, red where they would be cut off."
 )
-STYLE = """
-p { overflow-wrap: anywhere; }
-.heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
-"""
 HEAD, TAIL = 70, 30
 """Tokens of a long prompt that are shown at once."""
 MOST_LAYERS, RANKS = 40, 10
@@ -124,7 +121,7 @@ def make_page(generation: Generation, top: int) -> Page:
         chips=[("model", target.short_name), ("family", target.family), *system],
         lead=LEAD_MASKED if masked else LEAD,
         navigation=False,
-        style=STYLE,
+        style=PAGE_STYLE,
     )
 
 

@@ -15,8 +15,7 @@ from rich.console import Console
 from llmtune.errors import EnvironmentProblem
 from llmtune.explain.architecture import Architecture, Blocks, Part, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
-from llmtune.explain.architecture_labels import brief_size, briefly, operations
-from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block, write_explanation
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, write_explanation
 from llmtune.explain.fake_model import build_fake_model
 from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
 from llmtune.explain.forward_cost import (
@@ -28,6 +27,7 @@ from llmtune.explain.forward_cost import (
     measure_block,
     value,
 )
+from llmtune.explain.module_calls import brief_size, briefly, operations
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import TrainedModules, find_trained, shorten
 from llmtune.model.config import UNREADABLE, first_line
@@ -157,7 +157,7 @@ def make_page(portrait: Portrait, figures: dict[str, Path]) -> Page:
         Section("How long a block takes here", list(_time_blocks(portrait.measured, figures))),
     ]
     title = f"Architecture: {portrait.name}"
-    return Page(title, sections, lead=LEAD, navigation=False, style=FIGURE_STYLE)
+    return Page(title, sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
 
 
 def facts(portrait: Portrait) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
-from llmtune.explain.explanation import FIGURE_STYLE, Explanation, figure_block, write_explanation
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, write_explanation
 from llmtune.explain.figures import BLUE, LINE, MUTED, Panel, Ticks, draw_heatmap, figure_settings, save_figure
 from llmtune.explain.position_encodings import Scheme, find_schemes, similarity_by_distance, sinusoidal_scheme
 from llmtune.explain.target import Target
@@ -188,7 +188,7 @@ def make_page(positions: Positions, figure: Path | None) -> Page:
     if positions.tuned:
         sections.append(Section("", [Text(positions.tuned)]))
     title = f"Positions: {positions.name}" if positions.name else "Positions: sinusoidal encoding"
-    return Page(title, sections, lead=LEAD, navigation=False, style=FIGURE_STYLE)
+    return Page(title, sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
 
 
 def _describe(scheme: Scheme, positions: Positions) -> Iterator[Block]:

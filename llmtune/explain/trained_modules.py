@@ -1,15 +1,24 @@
-"""Which modules of a model were trained, read from the header of the adapter's file; and tensors read out of files."""
+"""Which modules of a model were trained, by the adapter's file, and how far each moved.
+
+That is the norm of the change against that of the weights, and the effective rank of the change. Shapes: I inputs, O
+outputs, R rank.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import ModulesToSaveWrapper, transpose
 from safetensors import safe_open
 
 from llmtune.adapter.load import WEIGHTS, find_adapter
@@ -127,3 +136,117 @@ def shorten(name: str, names: Sequence[str]) -> str:
         if sum(other == end or other.endswith(f".{end}") for other in names) == 1:
             return end
     return name
+
+
+# How far each moved
+
+ADAPTER = "default"
+WIDEST = 2048
+"""Smaller side of a matrix up to which all singular values of a change that is not low-rank are computed."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """How far one module moved."""
+
+    module: str
+    kind: Kind
+    change: float
+    """Frobenius norm of what was added to its weights."""
+    weight: float
+    """Frobenius norm of the weights before; of quantised ones as they are used."""
+    parameters: int
+    """How many numbers moved: of LoRA those of the matrix that it adds to."""
+    rank: int | None = None
+    """The most that the change's rank can be."""
+    effective_rank: float | None = None
+    """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
+    Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
+
+    @property
+    def relative(self) -> float | None:
+        """The change as a share of the weights; None where these are zero."""
+        return self.change / self.weight if self.weight else None
+
+
+def adapter_moves(model: torch.nn.Module) -> Iterator[Move]:
+    """Yield a move for each module of a PEFT model that carries an adapter or is trained whole; nothing is changed."""
+    taken = ""
+    for name, module in model.named_modules():
+        if taken and name.startswith(taken):
+            continue
+        plain, own = name.removeprefix(PREFIX), cast(Any, module)
+        if isinstance(module, LoraLayer):
+            yield lora_move(plain, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            before, after = own.original_module, own.modules_to_save[ADAPTER]
+            yield compare(plain, "whole", dict(before.named_parameters()), dict(after.named_parameters()))
+        elif isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            rows, changed = own.trainable_tokens_original[ADAPTER], own.trainable_tokens_delta[ADAPTER]
+            yield compare(plain.removesuffix(".token_adapter"), "tokens", {"rows": rows}, {"rows": changed})
+        else:
+            continue
+        taken = f"{name}."
+
+
+@torch.no_grad()
+def lora_move(name: str, module: Any) -> Move:
+    """Measure a LoRA without making its matrix; a DoRA, which scales the sum of both, a module at a time."""
+    a_RI, b_OR = factors(module)
+    # B A = Q1 (R1 R2^T) Q2^T: its singular values are those of the small product of both triangles
+    first, second = (torch.linalg.qr(part.double(), mode="r").R for part in (b_OR, a_RI.T))
+    singular_R = module.scaling[ADAPTER] * torch.linalg.svdvals(first @ second.T)
+    weight = dequantize_module_weight(module.get_base_layer()).detach()
+    varied = bool(getattr(module, "use_dora", {}).get(ADAPTER))
+    change = float((merged(module, weight) - weight.float()).norm()) if varied else float(singular_R.norm())
+    rank = min(a_RI.shape[0], a_RI.shape[1], b_OR.shape[0])
+    kind: Kind = "DoRA" if varied else "LoRA"
+    return Move(name, kind, change, float(weight.float().norm()), weight.numel(), rank, effective_rank(singular_R))
+
+
+def factors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A [R, I] and B [O, R] of a LoRA; of a convolution with its window as inputs."""
+    if ADAPTER in getattr(module, "lora_embedding_A", {}):
+        return module.lora_embedding_A[ADAPTER].detach(), module.lora_embedding_B[ADAPTER].detach()
+    a, b = module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach()
+    return a.flatten(1), b.flatten(1)
+
+
+def effective_rank(singular: torch.Tensor) -> float | None:
+    """Return exp of the entropy of singular values taken as shares of their sum; None where all are zero."""
+    total = singular.sum()
+    return float(torch.special.entr(singular / total).sum().exp()) if total else None
+
+
+def merged(module: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weights that a DoRA works with: a magnitude for each output, times the direction of W + s B A."""
+    if weight.ndim != 2 or ADAPTER in getattr(module, "lora_embedding_A", {}):
+        twin = copy.deepcopy(module)  # an embedding or a convolution, never quantised
+        twin.merge()
+        return cast(torch.Tensor, twin.get_base_layer().weight.detach().float())
+    a_RI, b_OR = factors(module)
+    flipped = bool(module.fan_in_fan_out)
+    moved_OI = transpose(weight, flipped).float() + module.scaling[ADAPTER] * (b_OR @ a_RI).float()
+    magnitude_O = module.lora_magnitude_vector[ADAPTER].weight.detach().float()
+    return cast(torch.Tensor, transpose((magnitude_O / moved_OI.norm(dim=1))[:, None] * moved_OI, flipped))
+
+
+@torch.no_grad()
+def compare(name: str, kind: Kind, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Move:
+    """Measure a module of which all weights moved, those named in both; its rank is that of its one matrix."""
+    change = weight = 0.0
+    parameters, matrices = 0, []
+    for key in before.keys() & after.keys():
+        old, new = before[key].detach().double(), after[key].detach().to(before[key].device).double()
+        change, weight = change + float((new - old).square().sum()), weight + float(old.square().sum())
+        parameters += old.numel()
+        if old.ndim == 2:
+            matrices.append(new - old)
+    rank = effective = None
+    if len(matrices) == 1:
+        (delta,) = matrices
+        rank = min(delta.shape)
+        if rank <= WIDEST:  # from the products of the shorter side: half the digits are enough for shares
+            small = delta @ delta.T if delta.shape[0] < delta.shape[1] else delta.T @ delta
+            effective = effective_rank(torch.linalg.eigvalsh(small).clamp(min=0).sqrt())
+    return Move(name, kind, change**0.5, weight**0.5, parameters, rank, effective)

@@ -18,8 +18,7 @@ from support.finished import finish_run
 from support.models import build_llama
 
 from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter, measure, together
-from llmtune.explain.trained_modules import find_trained, read_adapter
-from llmtune.explain.weight_delta import Move
+from llmtune.explain.trained_modules import Move, find_trained, read_adapter
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options
@@ -76,7 +75,7 @@ def test_moves_are_those_of_the_adapter_on_disk(chat_run: Path, tmp_path: Path):
 def test_the_command_writes_page_pictures_and_numbers(chat_run: Path, tmp_path: Path):
     result = invoke(chat_run, "--out", tmp_path)
     expect(result, 0, "adapter.html", "adapter.png", "adapter.svg", "adapter.json")
-    for word in ("The 21 modules", "q_proj", "of 4", "By layer most in", "What moved most"):
+    for word in ("The 21 modules", "q_proj", "of 4", "By layer: most in", "What moved most"):
         assert word in result.stdout, word
     told = json.loads((tmp_path / "adapter.json").read_text())
     assert len(told["moves"]) == 21

@@ -23,9 +23,9 @@ from transformers import (
 
 from llmtune.explain.architecture import Architecture, Blocks, Part, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
-from llmtune.explain.architecture_labels import briefly
 from llmtune.explain.fake_model import FakeModel, build_fake_model, fake_model
 from llmtune.explain.model_explainer import count_parts
+from llmtune.explain.module_calls import briefly
 from llmtune.explain.trained_modules import TrainedModule, TrainedModules, shorten
 
 FAMILIES = ("llama", "gpt2", "bert", "distilbert", "roberta", "deberta", "modernbert", "t5", "mt5", "bart", "nllb")

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmtune.explain.weight_delta import adapter_moves, compare, effective_rank
+from llmtune.explain.trained_modules import adapter_moves, compare, effective_rank
 from llmtune.model.library_logging import hushed
 
 
