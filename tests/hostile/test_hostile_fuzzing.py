@@ -1,0 +1,74 @@
+"""Whatever stands in a file, a recipe, a gate or a template: an answer, or one of our errors."""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import train_tokenizer
+
+from llmtune.data.chat_template import ChatTemplate, TemplateRefusal
+from llmtune.data.file_readers import read_file
+from llmtune.data.rejected_rows import RowError
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.recipe.yaml_reader import parse_yaml
+
+MANY = settings(max_examples=10_000, deadline=None)
+PIECES = ["{", "}", "[", "]", '"', ",", ":", "\n", "\\ud800", "\0", "1e999", "a", ";", "\t", "\xef", "null", "\\u0000"]
+YAML = [
+    *("a", ":", " ", "\n", "- ", "[", "]", "{", "}", "&x ", "*x", "!!str ", "!", "|", ">", "'", '"', "<<", "?", "#"),
+    "~",
+]
+JINJA = [
+    *("{{", "}}", "{%", "%}", " for x in messages ", " endfor ", " if ", " endif ", "messages", "[0]", ".content", "|"),
+    *("tojson", "'x'", " * ", "99999", "(", ")", "~", " set y = ", "loop", "range(9999)", ".__class__", "namespace"),
+]
+
+
+@pytest.mark.slow
+@given(
+    st.binary(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=40).map("".join).map(str.encode),
+    st.sampled_from(["jsonl", "json", "csv", "text", "parquet"]),
+    st.sampled_from([bytes, gzip.compress, lambda data: gzip.compress(data)[:-9], lambda data: b"PAR1" + data]),
+)
+@MANY
+def test_any_file_gives_rows_or_an_error_of_data(data, container, pack):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        path.write_bytes(pack(data))
+        with suppress(DataError):
+            for origin, row in read_file(path, "file", container):
+                assert origin.startswith("file")
+                assert isinstance(row, dict | RowError)
+
+
+@pytest.mark.slow
+@given(st.text(max_size=60) | st.lists(st.sampled_from(YAML), max_size=40).map("".join))
+@MANY
+def test_any_text_is_yaml_or_an_error_of_the_recipe(text):
+    with suppress(RecipeError):
+        parse_yaml(text, "recipe.yaml", Path("/"))
+
+
+@cache
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.mark.slow
+@given(st.lists(st.sampled_from(JINJA), max_size=25).map("".join))
+@MANY
+def test_any_template_renders_or_is_refused(text):
+    processor = tokenizer()
+    processor.chat_template = text or "x"
+    try:
+        rendered = ChatTemplate(processor, {}, "template").render([{"role": "user", "content": "a"}])
+    except (TemplateRefusal, EnvironmentProblem):
+        return
+    assert isinstance(rendered, str)

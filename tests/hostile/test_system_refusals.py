@@ -1,0 +1,59 @@
+"""What the system refuses becomes an error that says what to do, wherever it happens; another error stays a bug."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import typer
+from safetensors import SafetensorError
+
+from llmtune.cli.output_streams import handled
+from llmtune.errors import EnvironmentProblem
+from llmtune.store.atomic_files import explained
+
+REFUSALS = {
+    "disk": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+    "size": (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "ulimit -f"),
+    "handles": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+    "handles in an import": (ImportError("libx.so: cannot open: Too many open files"), "ulimit -n"),
+    "memory": (MemoryError(), "the memory is used up"),
+    "Arrow's memory": (pa.ArrowMemoryError("malloc of size 1 failed"), "the memory is used up"),
+    "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
+    "torch's writer": (
+        RuntimeError("PytorchStreamWriter failed writing file"),
+        "disk is full",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refusal_of_the_system_ends_with_exit_code_4(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error, words = REFUSALS[kind]
+
+    @handled
+    def command() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as caught:
+        command()
+    assert caught.value.exit_code == 4
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_library_that_hides_the_number_in_its_text_is_understood(tmp_path: Path) -> None:
+    hidden = SafetensorError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "" }')
+    with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* MB free"), explained(tmp_path / "x"):
+        raise hidden
+
+
+def test_another_error_stays_a_bug() -> None:
+    @handled
+    def command() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        command()
