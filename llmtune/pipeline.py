@@ -28,10 +28,10 @@ from llmtune.errors import EnvironmentProblem, GateFailed, Problem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
+from llmtune.evaluate.evaluator import print_scores
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.results import load_base, load_evaluation, save_evaluation
-from llmtune.evaluate.score_table import print_scores
 from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.model.device import pick_device
 from llmtune.model.heads import head_is_new

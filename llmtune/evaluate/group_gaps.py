@@ -41,44 +41,6 @@ NO_GROUP = {OTHER: "several values", MISSING: "no value"}
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class GroupGap:
-    """The gap of one metric between the groups of one column."""
-
-    column: str
-    metric: str
-    groups: Mapping[str, Ints]
-    """[G] by name, the numbers of the metric's rows in it."""
-    few: Mapping[str, int]
-    """Slices that are not compared, and how many rows they have."""
-    base_G: Floats  # noqa: N815
-    tuned_G: Floats  # noqa: N815
-    base_R: Floats  # noqa: N815
-    """Gaps of the base model with rows drawn anew within each group."""
-    tuned_R: Floats  # noqa: N815
-    """Those of the tuned model with the same draws."""
-    chance_R: Floats  # noqa: N815
-    """Gaps of the tuned model between groups drawn by lot."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows are in a group that is compared."""
-        return sum(map(len, self.groups.values()))
-
-
-@dataclass(frozen=True)
-class GapScore:
-    """The largest gap over some columns."""
-
-    base: float
-    tuned: float
-    difference: Difference
-    chance: float
-    """The mean of it for the tuned model where groups are drawn by lot."""
-    p: float
-    """How often it is then as large as the tuned model's."""
-
-
 class GroupGapSuite(EvalSuite[None]):
     """Gaps between groups of the test rows: their scores say it, and no model is asked anything more."""
 
@@ -96,13 +58,14 @@ class GroupGapSuite(EvalSuite[None]):
         if not gaps:
             self.unmeasured = f"not measured: {few}" if few else ""
             return self.study(PairedMeasures())
-        metric, (meaning, better) = gaps[0].metric, self.metrics["gap"]
-        score = score_gap([gap for gap in gaps if gap.metric == metric])
+        largest = [gap for gap in gaps if gap.metric == gaps[0].metric]
+        score = score_gap(largest)
         by_chance = (
             f"groups of these sizes drawn by lot have a gap of {score.chance:.3g} on average, "
             f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
         )
-        by = ", ".join(dict.fromkeys(gap.column for gap in gaps))
+        what = f"{gaps[0].metric} by {', '.join(gap.column for gap in largest)}"
+        meaning, better = self.metrics["gap"]
         return Study(
             title="",
             base={"gap": score.base},
@@ -110,10 +73,43 @@ class GroupGapSuite(EvalSuite[None]):
             difference={"gap": score.difference},
             meanings={"gap": meaning},
             better={"gap": better},
-            signatures={"gap": "; ".join(part for part in (f"{metric} by {by}", METHOD, by_chance, few) if part)},
+            signatures={"gap": "; ".join(part for part in (what, METHOD, by_chance, few) if part)},
             limits=f"{LIMITS} Here {by_chance}.",
             tables=tuple(gap_tables(gaps)),
         )
+
+
+@dataclass(frozen=True)
+class GroupGap:
+    """The scores of one metric by the groups of one column."""
+
+    column: str
+    metric: str
+    groups: Mapping[str, Ints]
+    """[G] by name, the numbers of the metric's rows in it."""
+    few: Mapping[str, int]
+    """Slices that are not compared, and how many rows they have."""
+    base_G: Floats  # noqa: N815
+    tuned_G: Floats  # noqa: N815
+    base_R: Floats  # noqa: N815
+    """Gaps of the base model with rows drawn anew within each group."""
+    tuned_R: Floats  # noqa: N815
+    """Those of the tuned model with the same draws."""
+    chance_R: Floats  # noqa: N815
+    """Gaps of the tuned model between groups drawn by lot."""
+
+
+@dataclass(frozen=True)
+class GapScore:
+    """The largest gap over some columns."""
+
+    base: float
+    tuned: float
+    difference: Difference
+    chance: float
+    """The mean of it for the tuned model where groups are drawn by lot."""
+    p: float
+    """How often it is then as large as the tuned model's, never below 1 / (R + 1)."""
 
 
 def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> list[GroupGap]:
@@ -128,7 +124,7 @@ def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int)
                 continue
             rows = list(groups.values())
             base_G, tuned_G = (np.array([part(one, group).value for group in rows]) for one in (base, tuned))
-            base_R, tuned_R = (spread(resample_groups(one, rows, seed)) for one in (base, tuned))
+            base_R, tuned_R = (np.ptp(resample_groups(one, rows, seed), axis=1) for one in (base, tuned))
             chance_R = shuffle_groups(tuned, rows, seed)
             gaps.append(GroupGap(column, metric, groups, few, base_G, tuned_G, base_R, tuned_R, chance_R))
     return gaps
@@ -145,23 +141,16 @@ def group_rows(parts: Parts, measure: Measure) -> tuple[dict[str, Ints], dict[st
 
 def score_gap(gaps: Sequence[GroupGap]) -> GapScore:
     """Return the largest gap over columns, which are drawn and shuffled one by one."""
-    base, tuned = float(max(spread(gap.base_G) for gap in gaps)), float(max(spread(gap.tuned_G) for gap in gaps))
+    base = float(max(np.ptp(gap.base_G) for gap in gaps))
+    tuned = float(max(np.ptp(gap.tuned_G) for gap in gaps))
     base_R = np.max([gap.base_R for gap in gaps], axis=0)
     tuned_R = np.max([gap.tuned_R for gap in gaps], axis=0)
     chance_R = np.max([gap.chance_R for gap in gaps], axis=0)
+    rows = max(sum(map(len, gap.groups.values())) for gap in gaps)
     known = chance_R[np.isfinite(chance_R)]
-    return GapScore(
-        base,
-        tuned,
-        interval(tuned - base, tuned_R - base_R, max(gap.rows for gap in gaps)),
-        float(known.mean()) if len(known) else float("nan"),
-        share_above(known, tuned),
-    )
-
-
-def spread(values_xG: Floats) -> Floats:
-    """Return largest minus smallest over the groups."""
-    return np.asarray(values_xG.max(-1) - values_xG.min(-1), dtype=np.float64)
+    p = (int((known >= tuned - 1e-12).sum()) + 1) / (len(known) + 1) if np.isfinite(tuned) else 1.0
+    mean = float(known.mean()) if len(known) else float("nan")
+    return GapScore(base, tuned, interval(tuned - base, tuned_R - base_R, rows), mean, p)
 
 
 def part(measure: Measure, rows: Ints) -> Measure:
@@ -182,21 +171,15 @@ def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floa
 
 def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
     """Return the gap [R] between groups of the same sizes whose rows are drawn by lot from all of them."""
-    every = np.concatenate(groups)
-    ends = np.cumsum([0, *map(len, groups)])
+    every, ends = np.concatenate(groups), np.cumsum([0, *map(len, groups)])
+    count, generator = PERMUTATIONS if measure.weighted is None else OF_RANKS, np.random.default_rng(seed)
+    chunk = max(1, min(count, CHUNK_CELLS // len(every)))
     gaps = []
-    for shuffled_RN in shuffles(every, seed, PERMUTATIONS if measure.weighted is None else OF_RANKS):
-        values = [value_of_rows(measure, shuffled_RN[:, a:b]) for a, b in pairwise(ends)]
-        gaps.append(spread(np.stack(values, axis=1)))
-    return np.concatenate(gaps)
-
-
-def shuffles(rows: Ints, seed: int, count: int) -> Iterator[Ints]:
-    """Yield rows in random order [R, N], some shuffles at a time."""
-    generator = np.random.default_rng(seed)
-    chunk = max(1, min(count, CHUNK_CELLS // len(rows)))
     for start in range(0, count, chunk):
-        yield generator.permuted(np.tile(rows, (min(chunk, count - start), 1)), axis=1)
+        shuffled_RN = generator.permuted(np.tile(every, (min(chunk, count - start), 1)), axis=1)
+        values = [value_of_rows(measure, shuffled_RN[:, a:b]) for a, b in pairwise(ends)]
+        gaps.append(np.ptp(np.stack(values, axis=1), axis=1))
+    return np.concatenate(gaps)
 
 
 def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
@@ -207,11 +190,6 @@ def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
     counts_RN = np.zeros((len(rows_RM), len(measure.sums_NK)))
     np.put_along_axis(counts_RN, rows_RM, 1.0, axis=1)
     return measure.resampled(counts_RN)
-
-
-def share_above(chance_R: Floats, gap: float) -> float:
-    """Return how often chance makes a gap that is as large, never below 1 / (R + 1)."""
-    return (int((chance_R >= gap - 1e-12).sum()) + 1) / (len(chance_R) + 1) if np.isfinite(gap) else 1.0
 
 
 def gap_tables(gaps: Sequence[GroupGap]) -> Iterator[StudyTable]:
