@@ -132,8 +132,7 @@ def find_gaps(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int)
 
 def group_rows(parts: Parts, measure: Measure) -> tuple[dict[str, Ints], dict[str, int]]:
     """Return the numbers of a metric's rows by group, and the sizes of the slices that are too small or no group."""
-    names = np.array([parts.by_row[row] for row in measure.at])
-    slices = {name: np.flatnonzero(names == name) for name in parts.names}
+    slices = {name: np.flatnonzero(np.isin(measure.at, list(rows))) for name, rows in parts.items()}
     groups = {name: rows for name, rows in slices.items() if name not in NO_GROUP and len(rows) >= FEWEST_ROWS}
     others = {name: len(rows) for name, rows in slices.items() if name not in groups}
     return groups, {name: size for name, size in others.items() if size or name not in NO_GROUP}

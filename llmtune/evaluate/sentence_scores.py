@@ -6,7 +6,6 @@ After Nangia et al., "CrowS-Pairs", EMNLP 2020, section 3, and Nadeem et al., "S
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
@@ -39,17 +38,10 @@ ENCODER_STEREOSET = (
 )
 
 
-@dataclass(frozen=True)
-class Masked:
-    """A text with one token masked, and which token that was."""
+EncodedPair = Tree | list[list[Example]]
+"""A pair as token ids: for a decoder; or for an encoder, by option, texts with one token masked each.
 
-    example: Example
-    at: int
-    target: int
-
-
-EncodedPair = Tree | list[list[Masked]]
-"""A pair as token ids: for a decoder, or for an encoder by option."""
+Of a masked text the span says where, and the target which token that was."""
 
 
 def encode_pairs(pairs: Sequence[Pair], processor: PreTrainedTokenizerBase, masked: bool) -> list[EncodedPair]:
@@ -79,7 +71,7 @@ def text_lengths(encoded: EncodedPair) -> list[int]:
     """Return the tokens of each text that a model reads for a pair."""
     if isinstance(encoded, Tree):
         return [encoded.longest]
-    return [len(text.example.input_ids) for option in encoded for text in option]
+    return [len(text.input_ids) for option in encoded for text in option]
 
 
 def score_pairs(
@@ -100,9 +92,9 @@ def score_pairs(
     logs = [0.0] * len(texts)
 
     def take(i: int, output: ModelOutput, row: int) -> None:
-        logs[i] = float(output.logits[row, texts[i].at].float().log_softmax(-1)[texts[i].target])
+        logs[i] = float(output.logits[row, texts[i].spans[0]].float().log_softmax(-1)[texts[i].target_ids[0]])
 
-    run_encoder(model, [text.example for text in texts], pad_id, device, take, advance)
+    run_encoder(model, texts, pad_id, device, take, advance)
     log, option = iter(logs), iter(options)
     return [[reduce_logs([next(log) for _ in next(option)], pair.layout) for _ in pair.options] for pair in pairs]
 
@@ -159,7 +151,7 @@ def join_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> Tree | str:
 # Encoders
 
 
-def mask_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> list[list[Masked]] | str:
+def mask_pair(pair: Pair, processor: PreTrainedTokenizerBase) -> list[list[Example]] | str:
     """Return the masked texts that the options of a pair are scored by."""
     if pair.layout == "within":
         filled = [fill_blank(pair, option, processor) for option in pair.options]
@@ -186,7 +178,7 @@ def in_common(more: Encoding, less: Encoding) -> list[list[int]]:
     return [[a for a, _ in kept], [b for _, b in kept]]
 
 
-def fill_blank(pair: Pair, option: str, processor: PreTrainedTokenizerBase) -> list[Masked]:
+def fill_blank(pair: Pair, option: str, processor: PreTrainedTokenizerBase) -> list[Example]:
     """Mask the tokens of the word at the blank in turn: those before it stand, those behind it are left out."""
     encoding: Encoding = processor(option).encodings[0]
     first, end = word_at_blank(pair.context, option) or (0, len(option))
@@ -195,9 +187,10 @@ def fill_blank(pair: Pair, option: str, processor: PreTrainedTokenizerBase) -> l
     return [mask_token(encoding, at, processor, [i for i in every if i <= at or i > inside[-1]]) for at in inside]
 
 
-def mask_token(encoding: Encoding, at: int, processor: PreTrainedTokenizerBase, kept: Sequence[int] = ()) -> Masked:
+def mask_token(encoding: Encoding, at: int, processor: PreTrainedTokenizerBase, kept: Sequence[int] = ()) -> Example:
     """Mask the token at one position; with `kept`, of the positions there are those alone."""
     positions = kept or range(len(encoding.ids))
     ids = [int(processor.mask_token_id) if i == at else encoding.ids[i] for i in positions]
     kinds = [encoding.type_ids[i] for i in positions] if "token_type_ids" in processor.model_input_names else []
-    return Masked(Example(ids, [], 0, third_ids=kinds if any(kinds) else ()), at, encoding.ids[at])
+    target = [encoding.ids[at]]
+    return Example(ids, [at, at + 1], 0, target_ids=target, third_ids=kinds if any(kinds) else ())

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import pairwise
 from typing import TypeGuard, TypeVar
 
@@ -28,20 +27,10 @@ LONGEST_WHOLE = 1e12
 OTHER, MISSING = "(other)", "(none)"
 QUARTERS = (0.25, 0.5, 0.75)
 Name = TypeVar("Name", int, str)
+Parts = Mapping[str, Set[int]]
+"""The test rows apart by one column: the indexes of the rows of each slice, by its name.
 
-
-@dataclass(frozen=True)
-class Parts:
-    """The test rows apart by one column."""
-
-    names: tuple[str, ...]
-    """Of the slices: numbers and ranges of them upwards, else the most frequent first; what is left over last."""
-    by_row: tuple[str, ...]
-    """[N] the name of each row's slice."""
-
-    def indexes(self, name: str) -> frozenset[int]:
-        """Return the indexes of the rows in one slice."""
-        return frozenset(n for n, own in enumerate(self.by_row) if own == name)
+Numbers and ranges of them come upwards, else the most frequent first; what is left over comes last."""
 
 
 def read_slices(
@@ -79,15 +68,16 @@ def split_by_value(values: Sequence[object]) -> Parts:
     numeric = len(numbers) == sum(value is not None for value in values)
     if len({*names} - {MISSING}) > MOST_VALUES and numeric:
         edges_Q = sorted({float(edge) for edge in np.quantile(numbers, QUARTERS, method="lower")})
-        ranges = name_ranges(edges_Q)
-        names = [ranges[int(np.searchsorted(edges_Q, value))] if is_number(value) else MISSING for value in values]
-        return Parts(tuple(name for name in dict.fromkeys((*ranges, MISSING)) if name in names), tuple(names))
-    counted = Counter(names)
-    frequent = sorted(counted.keys() - {MISSING}, key=lambda name: (-counted[name], name))[:MOST_VALUES]
-    if numeric:
-        frequent.sort(key=float)
-    names = [name if name in frequent or name == MISSING else OTHER for name in names]
-    return Parts(tuple(name for name in (*frequent, OTHER, MISSING) if name in names), tuple(names))
+        order = name_ranges(edges_Q)
+        names = [order[int(np.searchsorted(edges_Q, value))] if is_number(value) else MISSING for value in values]
+    else:
+        counted = Counter(names)
+        order = sorted(counted.keys() - {MISSING}, key=lambda name: (-counted[name], name))[:MOST_VALUES]
+        if numeric:
+            order.sort(key=float)
+        names = [name if name in order or name == MISSING else OTHER for name in names]
+    rows = rows_by(names)
+    return {name: rows[name] for name in dict.fromkeys((*order, OTHER, MISSING)) if name in rows}
 
 
 def name_ranges(edges_Q: Sequence[float]) -> list[str]:
@@ -115,7 +105,7 @@ def one_line(text: str, longest: int) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def rows_by(names: Sequence[Name]) -> dict[Name, set[int]]:
+def rows_by(names: Iterable[Name]) -> dict[Name, set[int]]:
     """Return the rows of each name, in the order in which the names appear."""
     rows: dict[Name, set[int]] = {}
     for number, name in enumerate(names):
@@ -126,7 +116,7 @@ def rows_by(names: Sequence[Name]) -> dict[Name, set[int]]:
 def score_slices(columns: Mapping[str, Parts], measures: PairedMeasures, seed: int) -> dict[str, tuple[Slice, ...]]:
     """Score both models on every slice of every column."""
     return {
-        column: tuple(score_slice(name, parts.indexes(name), measures, seed) for name in parts.names)
+        column: tuple(score_slice(name, rows, measures, seed) for name, rows in parts.items())
         for column, parts in columns.items()
     }
 

@@ -92,19 +92,6 @@ def test_the_score_of_a_handful_of_rows_is_that_of_the_library_though_classes_ar
     assert found == pytest.approx(wanted, abs=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize(("kind", "metric"), CASES)
-def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(kind, metric):
-    scores, references = draw(kind)
-    counts = np.random.default_rng(1).multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=5).astype(float)
-    wanted = []
-    for row in counts:
-        rows = np.repeat(np.arange(ROWS), row.astype(int))
-        wanted.append(by_the_library(metric, kind, scores[rows], [references[i] for i in rows]))
-    assert measure_classes(metric, kind, scores, references, LABELS).resampled(counts) == pytest.approx(
-        wanted, abs=1e-12
-    )
-
-
 @pytest.mark.parametrize("metric", CLASS_METRICS["single"])
 def test_two_classes_are_scored_as_the_library_scores_them(metric):
     labels = ("no", "yes")
@@ -162,9 +149,3 @@ def test_the_majority_of_numbers_is_their_mean():
     assert scores.tolist() == [[3.0]] * 4
     assert measure_classes("mse", "regression", scores, [3.0, 4.0, 3.0, 3.0], ()).value == 0.25
     assert measure_classes("spearman", "regression", scores, [3.0, 4.0, 2.0, 3.0], ()).value == 0
-
-
-@pytest.mark.parametrize(("kind", "metric"), CASES)
-def test_classes_of_no_rows_have_no_score(kind, metric):
-    width = 1 if kind == "regression" else 3
-    assert math.isnan(measure_classes(metric, kind, np.empty((0, width)), [], LABELS).value)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,18 +66,3 @@ def test_tags_are_read_leniently():
         ("LOC", 4, 5),
     ]
     assert entities_of([]) == entities_of(["O"]) == []
-
-
-@pytest.mark.parametrize("metric", ENTITY_METRICS)
-def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
-    counts = np.array([[2.0, 0, 1, 1], [0, 1, 3, 0], [1, 1, 1, 1], [0, 0, 4, 0]])
-    wanted = []
-    for row in counts:
-        rows = np.repeat(np.arange(4), row.astype(int))
-        wanted.append(measure_entities(metric, [PREDICTED[i] for i in rows], [REFERENCE[i] for i in rows]).value)
-    assert measure_entities(metric, PREDICTED, REFERENCE).resampled(counts) == pytest.approx(wanted, abs=1e-12)
-
-
-@pytest.mark.parametrize("metric", ENTITY_METRICS)
-def test_entities_of_no_rows_have_no_score(metric):
-    assert math.isnan(measure_entities(metric, [], []).value)

@@ -1,9 +1,13 @@
-"""Every row's part in every score comes back from disk as it was, and is told from another's by the row's content."""
+"""What every metric of every task has to do: count rows as often as they are drawn, and come back from disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from llmtune.data.chat_rows import ToolCall
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import CLASS_METRICS, Kind, measure_classes
 from llmtune.evaluate.metric import Measure, compare
-from llmtune.evaluate.ner_metrics import measure_entities
+from llmtune.evaluate.ner_metrics import ENTITY_METRICS, measure_entities
 from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measures, name_rows, reorder, save_measures
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
@@ -24,112 +28,135 @@ from llmtune.tasks.preference_metrics import measure_preferences
 
 ROWS = 12
 random = np.random.default_rng(3)
-TEXTS = ["a red fox", "the blue bird", "no", "a house by the river"] * 3
-SAID = ["a red fox", "a blue bird", "yes", "the river"] * 3
+REFERENCES = ["The cat sat on the mat, and it stayed.", "Ein Satz\nmit zwei Zeilen.", "vier", "猫が座っている"] * 3
+TEXTS = ["The cat sat on a mat and it stayed .", "Zwei Zeilen\nmit einem Satz.", " vier\n", ""] * 3
 LABELS = ("red", "green", "blue")
+RIGHT = [["B-X", "I-X", "O"], ["B-Y", "B-X", "O"], ["O", "O", "O"]] * 4
+FOUND = [["B-X", "O", "O"], ["B-Y", "I-Y", "O"], ["O", "B-X", "O"], ["B-X", "I-X", "O"]] * 3
+COUNTS = [random.random(ROWS), random.integers(0, 2, ROWS) * 1.0, random.integers(2, 9, ROWS) * 1.0]
+SAID = [
+    {"chosen": -i * 0.1, "rejected": -1.0, "chosen_tokens": 3, "rejected_tokens": 2, "kl": 0.1 * i} for i in range(ROWS)
+]
+BEFORE = [{**one, "chosen": -0.5} for one in SAID]
+ANSWERS = [{"answer": -i * 0.1} for i in range(ROWS)]
 
 
-def classes(kind: Kind, labels: tuple[str, ...]) -> list[Measure]:
+def of(values: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    return [values[row] for row in rows]
+
+
+def classes(kind: Kind, labels: tuple[str, ...]) -> dict[str, Callable[[list[int]], Measure]]:
     scores = random.random((ROWS, 1 if kind == "regression" else len(labels)))
-    single = [labels[i % len(labels)] for i in range(ROWS)]
-    references = {"single": single, "multi": [[one] for one in single], "regression": [i % 5 for i in range(ROWS)]}
-    return [measure_classes(metric, kind, scores, references[kind], labels) for metric in CLASS_METRICS[kind]]  # type: ignore[arg-type]
+    right = [labels[i % len(labels)] for i in range(ROWS)]
+    references: Any = {"single": right, "multi": [[one] for one in right], "regression": [i % 5.0 for i in range(ROWS)]}
+
+    def build(metric: str, rows: list[int]) -> Measure:
+        return measure_classes(metric, kind, scores[rows], of(references[kind], rows), labels)
+
+    return {f"{metric} of {kind} {len(labels)}": partial(build, metric) for metric in CLASS_METRICS[kind]}
 
 
-def tokens() -> list[Measure]:
-    nats, correct, counts = random.random(ROWS), random.integers(0, 2, ROWS), random.integers(2, 9, ROWS)
-    return [measure_tokens(metric, nats, correct * 1.0, counts * 1.0, counts * 4.0) for metric in TOKEN_METRICS]
+def tokens(metric: str, rows: list[int]) -> Measure:
+    nats, correct, counts = (values[rows] for values in COUNTS)
+    return measure_tokens(metric, nats, correct, counts, counts * 4)
 
 
-def entities() -> list[Measure]:
-    right, found = [["B-X", "I-X", "O"]] * ROWS, [["B-X", "O", "O"], ["B-X", "I-X", "O"]] * (ROWS // 2)
-    return [measure_entities(metric, found, right) for metric in ("accuracy", "precision", "recall", "f1")]
+def preferences(metric: str, rows: list[int]) -> Measure:
+    found = measure_preferences(metric, of(SAID, rows), [], PreferenceSection(), of(BEFORE, rows))
+    assert found is not None
+    return found
 
 
-def preferences() -> list[Measure]:
-    said = [
-        {"chosen": -i * 0.1, "rejected": -1.0, "chosen_tokens": 3, "rejected_tokens": 2, "kl": 0.1} for i in range(ROWS)
-    ]
-    base = [{**one, "chosen": -0.5} for one in said]
-    dpo, kto = PreferenceSection(), PreferenceSection(loss="kto")
-    names = ("accuracy", "margin", "likelihood_accuracy", "kl", "loss")
-    found = [measure_preferences(metric, said, [], dpo, base) for metric in names]
-    answers = [{"answer": -i * 0.1} for i in range(ROWS)]
-    thumbs = [i % 2 == 0 for i in range(ROWS)]
-    found.append(measure_preferences("margin", answers, thumbs, kto, [{"answer": -0.5}] * ROWS))
-    assert None not in found
-    return [one for one in found if one is not None]
+def thumbs(rows: list[int]) -> Measure:
+    good, base = [row % 2 == 0 for row in rows], [{"answer": -0.5}] * len(rows)
+    found = measure_preferences("margin", of(ANSWERS, rows), good, PreferenceSection(loss="kto"), base)
+    assert found is not None
+    return found
 
 
-def tools() -> list[Measure]:
-    call: ToolCall = {"type": "function", "function": {"name": "clock", "arguments": {}}}
-    answers = [[ParsedAnswer("", tool_calls=(call,) * (i % 2))] * 2 for i in range(ROWS)]
-    turns = [[ToolTurn({"tools": []}, [call]), ToolTurn({"tools": []}, [])]] * ROWS
-    return [measure_tools(metric, dict(enumerate(answers)), dict(enumerate(turns))) for metric in TOOL_METRICS]
+CALL: ToolCall = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+CALLED = [[ParsedAnswer("", tool_calls=(CALL,) * (i % 2))] * 2 for i in range(ROWS)]
+TURNS = [[ToolTurn({"tools": []}, [CALL]), ToolTurn({"tools": []}, [])]] * ROWS
 
 
-GROUPS: dict[str, Callable[[], list[Measure]]] = {
-    "tokens": tokens,
-    "texts": lambda: [build(SAID, TEXTS) for build in TEXT_MEASURES.values()],
-    "one label": lambda: classes("single", LABELS),
-    "two labels": lambda: classes("single", LABELS[:2]),
-    "many labels": lambda: classes("multi", LABELS[:2]),
-    "numbers": lambda: classes("regression", LABELS),
-    "entities": entities,
-    "transcripts": lambda: [measure_wer(SAID, TEXTS, "none"), measure_cer(SAID, TEXTS, "none")],
-    "preferences": preferences,
-    "tools": tools,
+def tools(metric: str, rows: list[int]) -> Measure:
+    return measure_tools(metric, dict(enumerate(of(CALLED, rows))), dict(enumerate(of(TURNS, rows))))
+
+
+METRICS: dict[str, Callable[[list[int]], Measure]] = {
+    **{metric: partial(tokens, metric) for metric in TOKEN_METRICS},
+    **{
+        f"{metric} of texts": lambda rows, build=build: build(of(TEXTS, rows), of(REFERENCES, rows))
+        for metric, build in TEXT_MEASURES.items()
+    },
+    **classes("single", LABELS),
+    **classes("single", LABELS[:2]),
+    **classes("multi", LABELS[:2]),
+    **classes("regression", LABELS),
+    **{
+        f"{metric} of entities": lambda rows, metric=metric: measure_entities(metric, of(FOUND, rows), of(RIGHT, rows))
+        for metric in ENTITY_METRICS
+    },
+    "wer": lambda rows: measure_wer(of(TEXTS, rows), of(REFERENCES, rows)),
+    "cer": lambda rows: measure_cer(of(TEXTS, rows), of(REFERENCES, rows)),
+    **{
+        f"{one} of pairs": partial(preferences, one)
+        for one in ("accuracy", "margin", "likelihood_accuracy", "kl", "loss")
+    },
+    "margin of thumbs": thumbs,
+    **{f"{metric} of tools": partial(tools, metric) for metric in TOOL_METRICS},
 }
+"""Every metric, built of some of twelve rows."""
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_a_measure_comes_back_as_it_was(tmp_path: Path, group: str) -> None:
+@pytest.fixture(scope="module")
+def drawn() -> np.ndarray:
+    return np.random.default_rng(1).multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=4).astype(float)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(name: str, drawn: np.ndarray) -> None:
+    wanted = [METRICS[name](np.repeat(np.arange(ROWS), row.astype(int)).tolist()).value for row in drawn]
+    assert METRICS[name](list(range(ROWS))).resampled(drawn) == pytest.approx(wanted, abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if not name.endswith(("pairs", "thumbs"))])
+def test_a_metric_of_no_rows_is_not_a_number(name: str) -> None:
+    assert math.isnan(METRICS[name]([]).value)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_measure_comes_back_as_it_was(tmp_path: Path, name: str, drawn: np.ndarray) -> None:
     at = tuple(range(1, ROWS + 1))
     rows = name_rows([f"row {i}" for i in range(ROWS + 1)])
-    drawn = random.multinomial(ROWS, np.full(ROWS, 1 / ROWS), size=5).astype(float)
-    for was in GROUPS[group]():
-        was = Measure(was.metric, was.sums_NK, was.formula, was.right_wrong, was.signature, was.weighted, at)
-        save_measures(tmp_path, PerRowScores({}, {was.metric: was}, rows))
-        found = load_measures(tmp_path)
-        now = found.tuned[was.metric]
-        assert (found.rows, found.base) == (rows, {})
-        assert (now.at, now.right_wrong, now.signature) == (at, was.right_wrong, was.signature)
-        np.testing.assert_array_equal(now.resampled(drawn), was.resampled(drawn), err_msg=was.metric)
-        turned = reorder(now, list(range(ROWS))[::-1], at)
-        np.testing.assert_allclose(turned.resampled(drawn[:, ::-1]), was.resampled(drawn), err_msg=was.metric)
-        assert compare(now, was, 1).value == 0
+    was = replace(METRICS[name](list(range(ROWS))), at=at)
+    save_measures(tmp_path, PerRowScores({}, {was.metric: was}, rows))
+    found = load_measures(tmp_path)
+    now = found.tuned[was.metric]
+    assert (found.rows, found.base) == (rows, {})
+    assert (now.at, now.right_wrong, now.signature) == (at, was.right_wrong, was.signature)
+    np.testing.assert_array_equal(now.resampled(drawn), was.resampled(drawn))
+    turned = reorder(now, list(range(ROWS))[::-1], at)
+    np.testing.assert_allclose(turned.resampled(drawn[:, ::-1]), was.resampled(drawn))
+    assert compare(now, was, 1).value == 0
 
 
 def test_every_metric_of_every_task_is_among_those_that_come_back() -> None:
-    tried = {one.metric for group in GROUPS.values() for one in group()}
+    tried = {build(list(range(ROWS))).metric for build in METRICS.values()}
     known = {metric for facts in TASK_FACTS.values() for metric in facts.metrics}
     assert known - tried <= {"choice_accuracy", "answers_cut"}  # means, as exact_match and rouge are
 
 
-def test_the_same_measures_give_the_same_bytes(tmp_path: Path) -> None:
-    found = {one.metric: one for one in tokens()}
+def test_the_same_measures_give_the_same_bytes_and_those_that_were_cut_short_are_an_error(tmp_path: Path) -> None:
+    found = {metric: tokens(metric, list(range(ROWS))) for metric in TOKEN_METRICS}
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_measures(tmp_path / name, PerRowScores(found, found, name_rows(["x"] * ROWS)))
-    assert (tmp_path / "a" / MEASURES).read_bytes() == (tmp_path / "b" / MEASURES).read_bytes()
-
-
-@pytest.mark.parametrize("damage", [b"", b"PK not a zip", None])
-def test_scores_that_are_damaged_or_gone_are_an_error_with_what_to_do(tmp_path: Path, damage: bytes | None) -> None:
-    save_measures(tmp_path, PerRowScores(rows=("a-1",)))
-    if damage is None:
-        (tmp_path / MEASURES).unlink()
-    else:
-        (tmp_path / MEASURES).write_bytes(damage)
+    whole = (tmp_path / "a" / MEASURES).read_bytes()
+    assert whole == (tmp_path / "b" / MEASURES).read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 5):
+        (tmp_path / "a" / MEASURES).write_bytes(whole[:size])
+        with pytest.raises(EnvironmentProblem, match=r"damaged(.|\n)*llmtune evaluate"):
+            load_measures(tmp_path / "a")
     with pytest.raises(EnvironmentProblem, match="llmtune evaluate"):
-        load_measures(tmp_path)
-
-
-def test_scores_that_were_cut_short_are_an_error(tmp_path: Path) -> None:
-    found = {one.metric: one for one in tokens()}
-    save_measures(tmp_path, PerRowScores(found, found, name_rows(["x"] * ROWS)))
-    whole = (tmp_path / MEASURES).read_bytes()
-    for size in (10, len(whole) // 2, len(whole) - 5):
-        (tmp_path / MEASURES).write_bytes(whole[:size])
-        with pytest.raises(EnvironmentProblem, match="damaged"):
-            load_measures(tmp_path)
+        load_measures(tmp_path / "gone")

@@ -71,8 +71,8 @@ def test_an_encoder_scores_the_own_set_as_crows_pairs_defines_it(encoder, family
 def test_words_that_differ_are_seen_and_not_scored(encoder):
     _, tokenizer = encoder("bert")
     (asked,) = encode_pairs([Pair(("the red dog", "the big old dog"), "x:1", "x")], tokenizer, True)
-    assert [[tokenizer.decode([text.target]) for text in option] for option in asked] == [["the", "dog"]] * 2
-    masked = tokenizer.decode(asked[1][0].example.input_ids)
+    assert [[tokenizer.decode(text.target_ids) for text in option] for option in asked] == [["the", "dog"]] * 2
+    masked = tokenizer.decode(asked[1][0].input_ids)
     assert masked.split()[1:-1] == ["[MASK]", "big", "old", "dog"]
 
 

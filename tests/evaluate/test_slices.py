@@ -12,7 +12,7 @@ from llmtune.errors import DataError
 from llmtune.evaluate.auroc_and_correlation import measure_correlation
 from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
 from llmtune.evaluate.results import load_evaluation, save_evaluation
-from llmtune.evaluate.slices import Parts, read_slices, score_slices, split_by_value
+from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
 from llmtune.recipe import load_recipe
 
 ROWS = 40
@@ -41,39 +41,38 @@ def rows_of_two_kinds(extra=()):
 
 def test_a_value_is_a_slice_the_most_frequent_first_and_what_is_missing_last():
     parts = split_by_value(["b", None, "a", "b", "", "c", "a", "b"])
-    assert parts.names == ("b", "a", "c", "(none)")
-    assert parts.by_row == ("b", "(none)", "a", "b", "(none)", "c", "a", "b")
+    assert list(parts.items()) == [("b", {0, 3, 7}), ("a", {2, 6}), ("c", {5}), ("(none)", {1, 4})]
 
 
 def test_of_many_values_the_twelve_most_frequent_stand_alone():
     values = [f"v{i:02}" for i in range(20)] + ["v07", "v07", "v19"]
     parts = split_by_value(values)
-    assert parts.names[:3] == ("v07", "v19", "v00")
-    assert parts.names[-1] == "(other)"
-    assert len(parts.names) == 13
-    assert parts.by_row.count("(other)") == 8
+    assert list(parts)[:3] == ["v07", "v19", "v00"]
+    assert list(parts)[-1] == "(other)"
+    assert len(parts) == 13
+    assert len(parts["(other)"]) == 8
 
 
 def test_numbers_of_many_values_are_put_into_four_ranges_of_as_many_rows():
     parts = split_by_value([*range(100, 200), None])
-    assert parts.names == ("up to 124", "above 124, up to 149", "above 149, up to 174", "above 174", "(none)")
-    assert [parts.by_row.count(name) for name in parts.names] == [25, 25, 25, 25, 1]
-    assert split_by_value([i * 1_000_000 for i in range(16)]).names[0] == "up to 3000000"
-    assert split_by_value([i / 64 for i in range(16)]).names[0] == "up to 0.046875"
-    assert parts.by_row[24:26] == ("up to 124", "above 124, up to 149")
+    assert list(parts) == ["up to 124", "above 124, up to 149", "above 149, up to 174", "above 174", "(none)"]
+    assert list(map(len, parts.values())) == [25, 25, 25, 25, 1]
+    assert next(iter(split_by_value([i * 1_000_000 for i in range(16)]))) == "up to 3000000"
+    assert next(iter(split_by_value([i / 64 for i in range(16)]))) == "up to 0.046875"
+    assert (24 in parts["up to 124"], 25 in parts["above 124, up to 149"]) == (True, True)
 
 
 def test_numbers_of_few_values_truth_values_and_lists_are_values_as_any():
-    assert split_by_value([30, 4, 30]).names == ("4", "30")
-    assert split_by_value([True, False, True]).names == ("true", "false")
-    assert split_by_value([["a", "é"], ["a", "é"]]).names == ('["a", "é"]',)
-    assert split_by_value([math.nan, 1.0, *range(20)]).names[-1] == "(other)"
+    assert tuple(split_by_value([30, 4, 30])) == ("4", "30")
+    assert tuple(split_by_value([True, False, True])) == ("true", "false")
+    assert tuple(split_by_value([["a", "é"], ["a", "é"]])) == ('["a", "é"]',)
+    assert list(split_by_value([math.nan, 1.0, *range(20)]))[-1] == "(other)"
 
 
 def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
     generator = np.random.default_rng(0)
     before, after = generator.random(60) < 0.4, generator.random(60) < 0.8
-    parts = Parts(("a", "b"), tuple("ab"[i % 2] for i in range(60)))
+    parts = {"a": {*range(0, 60, 2)}, "b": {*range(1, 60, 2)}}
     found = score_slices(
         {"kind": parts}, PairedMeasures({"exact_match": right(before)}, {"exact_match": right(after)}), 7
     )["kind"]
@@ -85,7 +84,7 @@ def test_the_scores_of_a_slice_are_those_of_its_rows_alone():
 
 
 def test_a_metric_of_some_rows_is_sliced_by_its_own_rows():
-    parts = Parts(("a", "b"), ("a", "b", "a", "b"))
+    parts = {"a": {0, 2}, "b": {1, 3}}
     some = right([True, False], at=(0, 2))
     (a, b) = score_slices({"kind": parts}, PairedMeasures({"exact_match": some}, {"exact_match": some}), 0)["kind"]
     assert (a.rows, a.difference["exact_match"].n, a.tuned["exact_match"]) == (2, 2, 0.5)
@@ -105,7 +104,7 @@ def test_a_correlation_of_a_slice_is_that_of_its_rows_alone():
 
 
 def test_a_slice_of_few_rows_has_scores_and_no_interval():
-    parts = Parts(("a",), ("a",) * 9)
+    parts = {"a": {*range(9)}}
     (one,) = score_slices({"k": parts}, PairedMeasures({"m": right([False] * 9)}, {"m": right([True] * 9)}), 0)["k"]
     change = one.difference["m"]
     assert (change.value, change.n) == (1, 9)
@@ -163,7 +162,7 @@ def test_a_column_that_the_task_uses_can_be_a_slice_and_one_that_is_renamed(tmp_
     source = {"path": str(tmp_path / "rows.jsonl"), "columns": {"completion": "answer"}}
     found = prepared(tmp_path, console, rows, ["completion", "answer"], deduplicate="none", train=source)
     parts = read_slices(found, ["completion", "answer"], range(found.counts["test"]))
-    assert set(parts["completion"].names) == set(COLOURS)
+    assert set(parts["completion"]) == set(COLOURS)
     assert parts["completion"] == parts["answer"]
 
 

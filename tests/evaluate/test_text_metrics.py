@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,10 +30,6 @@ PAIRS = st.lists(st.tuples(st.text("ab .,é\n", max_size=24), st.text("ab .,é\n
 COUNTS = np.array([[2.0, 0, 1, 3, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]])
 
 
-def repeated(rows, counts):
-    return [row for row, count in zip(rows, counts, strict=True) for _ in range(int(count))]
-
-
 @pytest.mark.parametrize("metric", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
 def test_rouge_is_the_mean_f1_of_rouge_score(metric):
     scorer = RougeScorer([metric], use_stemmer=False)
@@ -59,18 +53,6 @@ def test_corpus_scores_are_those_of_sacrebleu_for_any_texts(pairs):
     assert measure_ter(texts, references).value == pytest.approx(corpus_ter(texts, [references]).score, abs=1e-9)
     chrf = CHRF().corpus_score(texts, [references]).score
     assert measure_chrf(texts, references).value == pytest.approx(chrf, abs=1e-9)
-
-
-@pytest.mark.parametrize("metric", TEXT_MEASURES)
-def test_rows_that_are_drawn_several_times_count_as_if_they_stood_there_so_often(metric):
-    build = TEXT_MEASURES[metric]
-    wanted = [build(repeated(TEXTS, counts), repeated(REFERENCES, counts)).value for counts in COUNTS]
-    assert build(TEXTS, REFERENCES).resampled(COUNTS) == pytest.approx(wanted, abs=1e-9)
-
-
-@pytest.mark.parametrize("metric", TEXT_MEASURES)
-def test_a_text_metric_without_rows_is_not_a_number(metric):
-    assert math.isnan(TEXT_MEASURES[metric]([], []).value)
 
 
 def test_the_length_ratio_is_words_by_words_of_all_rows():
