@@ -7,11 +7,10 @@ Q inner edges.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from itertools import pairwise
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from llmtune.data.row_store import iterate_columns
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.evaluate.metric import PairedMeasures
 from llmtune.records import Rows, Slice
+from llmtune.report.number_format import is_number
 from llmtune.report.verdict import FEWEST_ROWS
 
 MOST_VALUES = 12
@@ -85,11 +85,6 @@ def name_ranges(edges_Q: Sequence[float]) -> list[str]:
     texts = [f"{edge:.0f}" if edge.is_integer() and abs(edge) < LONGEST_WHOLE else f"{edge:g}" for edge in edges_Q]
     inner = [f"above {low}, up to {high}" for low, high in pairwise(texts)]
     return [f"up to {texts[0]}", *inner, f"above {texts[-1]}"]
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def write_value(value: object) -> str:
