@@ -141,15 +141,9 @@ def change(loaded: LoadedRecipe, method: str) -> list[str]:
     idle = [f"adapter.{name}" for name in (LORA_KEYS if method == "full" else ())]
     idle += [f"adapter.{name}" for name in (QUANTIZATION_KEYS if method != "qlora" else ())]
     idle += ["train.loraplus_lr_ratio"] if method == "full" else []
-    stated = [key for key in idle if is_stated(loaded, key)]
-    return [f"adapter.method={method}", *(f"{key}=null" for key in stated), "deploy=[]"]
-
-
-def is_stated(loaded: LoadedRecipe, key: str) -> bool:
-    """Whether the recipe, or --set, gives the key a value."""
-    return loaded.origins.get(key, "default") != "default" or any(
-        origin != "default" for name, origin in loaded.origins.items() if name.startswith(f"{key}.")
-    )
+    stated = {name for name, origin in loaded.origins.items() if origin != "default"}
+    taken_back = [key for key in idle if any(name == key or name.startswith(f"{key}.") for name in stated)]
+    return [f"adapter.method={method}", *(f"{key}=null" for key in taken_back), "deploy=[]"]
 
 
 def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:

@@ -118,6 +118,8 @@ def load_base(folder: Path, inputs: str) -> BaseAnswers:
     return BaseAnswers(inputs, Answers(sums or None, **by_row))
 
 
+SAMPLE = ("origin", "prompt", "reference", "base", "tuned", "base_choice", "tuned_choice")
+"""What a sample shows of a row."""
 MOST_SHOWN = 5
 HALF = 0.5
 """What a tie counts."""
@@ -130,13 +132,9 @@ def pick_samples(inputs: EvalInputs, base: Answers, tuned: Answers, count: int) 
 
 
 def sample_row(i: int, inputs: EvalInputs, base: Answers, tuned: Answers) -> dict[str, str]:
-    """Return row `i` with the answers of both models; what only one of them has is absent."""
-    sample = {"origin": inputs.origins[i], "prompt": inputs.prompts[i], "reference": inputs.references[i]}
-    if i in base.texts and i in tuned.texts:
-        sample |= {"base": base.texts[i], "tuned": tuned.texts[i]}
-    if i in base.scores:
-        sample |= {"base_choice": base.choice(i, inputs.choices), "tuned_choice": tuned.choice(i, inputs.choices)}
-    return sample
+    """Return row `i` with the answers of both models; what they did not give is absent."""
+    line = prediction_row(i, inputs, {"base": base, "tuned": tuned})
+    return {key: str(line[key]) for key in SAMPLE if key in line}
 
 
 def find_flips(

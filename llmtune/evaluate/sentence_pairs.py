@@ -39,12 +39,15 @@ class Pair:
     source: str
     """Where it comes from, as a person calls it."""
     group: str = ""
-    layout: Layout = "pair"
-    """`within`: StereoSet's sentences that differ in a word; `between`: its sentences that may follow a context."""
     context: str = ""
     """Of StereoSet: the sentence with a blank, or what stands before the options."""
     target: str = ""
     """Of StereoSet: the term that the sentences are about, over which scores are averaged."""
+
+    @property
+    def layout(self) -> Layout:
+        """`within`: StereoSet's sentences that differ in a word; `between`: its sentences that may follow a context."""
+        return "pair" if not self.context else "within" if BLANK in self.context else "between"
 
 
 class NotAPair(ValueError):
@@ -117,25 +120,22 @@ def read_json_lists(path: Path) -> Iterator[RawRow]:
 
 def make_pair(row: Mapping[str, object], origin: str, source: str) -> Pair:
     """Read a row by the columns that it has. Raises NotAPair."""
-    layout: Layout = "pair"
-    group, context, target = row.get("bias_type"), "", row.get("target")
+    group, context = row.get("bias_type"), ""
     if "sent_more" in row and "sent_less" in row:
         texts: Sequence[object] = (row["sent_more"], row["sent_less"])
     elif "more" in row and "less" in row:
         texts, group = (row["more"], row["less"]), row.get("group")
     elif "context" in row and ("sentences" in row or "stereotype" in row):
-        texts = stereoset_options(row)
-        context = sentence(row["context"], "context")
-        layout = "within" if BLANK in context else "between"
+        texts, context = stereoset_options(row), sentence(row["context"], "context")
     else:
         raise NotAPair(f"its columns are {', '.join(map(str, row)) or '(none)'}")
     options = tuple(sentence(text, "a sentence").strip() for text in texts)
     if len(set(options)) < len(options):
         raise NotAPair(f"two sentences are equal: {options[0]!r:.60}")
-    if layout == "within" and word_at_blank(context, options[0]) is None:
+    if BLANK in context and word_at_blank(context, options[0]) is None:
         raise NotAPair(f"{options[0]!r:.60} is not the context with a word at its {BLANK}")
-    group, target = ("" if value is None else str(value) for value in (group, target))
-    return Pair(options, origin, source, group, layout, context, target)
+    group, target = ("" if value is None else str(value) for value in (group, row.get("target")))
+    return Pair(options, origin, source, group, context, target)
 
 
 def stereoset_options(row: Mapping[str, object]) -> list[object]:

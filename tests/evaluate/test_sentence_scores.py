@@ -26,7 +26,7 @@ def stereoset(layout="within"):
             options = tuple(context.replace("BLANK", word) for word in words[i % 3])
         else:
             context, options = f"There are {i} dogs in the house.", tuple(f"{i} {text}" for text in BETWEEN)
-        found.append(Pair(options, f"x:{i}", "x", f"domain {i % 2}", layout, context, f"term {i % 3}"))
+        found.append(Pair(options, f"x:{i}", "x", f"domain {i % 2}", context, f"term {i % 3}"))
     return found
 
 
