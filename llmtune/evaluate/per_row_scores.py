@@ -17,8 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.auroc_and_correlation import BINARY, measure_auroc, measure_correlation
-from llmtune.evaluate.classification_metrics import f1_macro_formula, f1_weighted_formula, matthews_formula
+from llmtune.evaluate.classification_metrics import (
+    BINARY,
+    f1_macro_formula,
+    f1_weighted_formula,
+    matthews_formula,
+    measure_auroc,
+    measure_correlation,
+)
 from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.ner_metrics import ENTITY_FORMULAS
 from llmtune.evaluate.paired_statistics import Floats, Formula

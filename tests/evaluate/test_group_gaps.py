@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llmtune.evaluate.auroc_and_correlation import measure_correlation
+from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.group_gaps import find_gaps, gap_tables, group_rows, score_gap
 from llmtune.evaluate.metric import PairedMeasures, measure_right
 from llmtune.evaluate.slices import split_by_value

@@ -9,7 +9,7 @@ import pytest
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
-from llmtune.evaluate.auroc_and_correlation import measure_correlation
+from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
 from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
