@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
 from llmtune.evaluate.results import load_evaluation
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.recipe.source_map import walk
-from llmtune.recipe.task_facts import PREDICTED
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
 from llmtune.records import Evaluation, Json
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 
@@ -75,7 +75,11 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
     if not evaluation.tuned:
         fix = "Give data.test a share of the rows, and run it again."
         raise RecipeError.of("nothing was measured in this run: it has no test rows", str(path), fix)
-    return OpenedRun(name, run, recipe_of_run(run).recipe, evaluation, load_measures(folder))
+    recipe, measures = recipe_of_run(run).recipe, load_measures(folder)
+    # cut answers are counted on whatever rows were answered, also those that are only shown: compared where asked for
+    unasked = {CUT_METRIC} - {*recipe.evaluate.metrics}
+    tuned = {metric: one for metric, one in measures.tuned.items() if metric not in unasked}
+    return OpenedRun(name, run, recipe, evaluation, replace(measures, tuned=tuned))
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
