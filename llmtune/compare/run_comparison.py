@@ -195,7 +195,8 @@ def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]
     trained, other = (run.folder.manifest["steps"]["evaluate"]["facts"].get("trained") for run in (first, second))
     if alike and trained and trained == other:
         return Verdict(UNKNOWN, "Both are one and the same model, byte for byte.")
-    found = verdict(Evaluation({}, second.evaluation.tuned, difference, (), (), 0))
+    alone = {} if difference else second.evaluation.tuned  # how low scores are by themselves is not about the pair
+    found = verdict(Evaluation({}, alone, difference, (), (), 0))
     word = WORDS.get(found.word, UNKNOWN)
     alike = alike and all(key.startswith(UNTRAINED) for key in find_differing(first, second))
     if not alike or (rows := learned_rows(first)) is None or rows != learned_rows(second):
