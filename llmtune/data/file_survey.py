@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from llmtune.data.byte_streams import guess_encoding
-from llmtune.data.column_mapping import rename
+from llmtune.data.column_mapping import ALIASES, rename
 from llmtune.data.file_readers import NOT_UTF8
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
@@ -104,7 +104,8 @@ def _likely(task: str, columns: Mapping[str, str], survey: Survey) -> bool:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
     if task == "classify":
         labels = [str(row.get(columns["label"])) for row in survey.rows]
-        return len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
+        is_answer = columns["label"].lower() in ALIASES["chat"]["completion"]
+        return not is_answer and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
     return True
 
 

@@ -87,8 +87,10 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
 
 
 def _is_text(rows: RawRows, name: str) -> bool:
-    """Whether a column holds words; numbers, dates and identifiers are none."""
+    """Whether a column holds words that differ from row to row; numbers, dates and identifiers are none."""
     values = [value for row in rows if isinstance(value := row.get(name), str) and value.strip()]
+    if len(values) > 2 and len(set(values)) == 1:
+        return False
     letters = [sum(sign.isalpha() or sign.isspace() for sign in value) / len(value) for value in values]
     return len(values) >= SMALLEST_SHARE * len(rows) and mean(letters) > SMALLEST_SHARE
 

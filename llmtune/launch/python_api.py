@@ -120,7 +120,7 @@ def run_recipe(
     for line in marks_left(loaded):
         console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
     check_recipe(loaded)
-    with gc_paused():
+    with console.status("loading the libraries"), gc_paused():
         from llmtune.pipeline import Trainer, run_pipeline
         from llmtune.session import Options
 
@@ -139,7 +139,7 @@ def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offl
 
     loaded = recipe_of_run(read_run(run), sets)
     prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
-    with gc_paused():
+    with console.status("loading the libraries"), gc_paused():
         from llmtune.pipeline import evaluate_run
 
     return evaluate_run(loaded, run, console, offline=offline)

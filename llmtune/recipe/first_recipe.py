@@ -16,6 +16,8 @@ TEMPLATE_TOKENS = 48
 """What a chat template adds to a row, with room to spare."""
 LENGTHS = (64, 8192)
 ANSWER_LENGTHS = (16, 1024)
+TEXT_LENGTH = 1024
+"""Plain text is split into rows of so many tokens."""
 ANSWERS: Mapping[str, str] = {"completion": "completion", "translate": "target", "summarize": "summary"}
 """By task, the key of a canonical row that holds what is generated."""
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -60,6 +62,8 @@ class FirstRecipe:
     """The line `train: ...` of its section `data`."""
     model: str
     max_length: int
+    on_overlong: str | None
+    """What becomes of rows that are longer all the same; None for an error."""
     max_new_tokens: int | None
     metrics: tuple[str, ...]
 
@@ -76,6 +80,7 @@ class FirstRecipe:
             f"  {self.source}",
             "  test: 0.1  # share of the rows that only the evaluation sees",
             f"  max_length: {self.max_length}  # tokens: the longest row, estimated; a longer one is an error",
+            *([f"  on_overlong: {self.on_overlong}"] if self.on_overlong else []),
             "model:",
             f"  name: {self.model}  # a folder, owner/model on the hub, or builtin:NAME",
         ]
@@ -98,7 +103,11 @@ def propose(
 ) -> FirstRecipe:
     """Return the first recipe for canonical rows; `model` is the user's own choice."""
     longest = max(len(_text(row)) for row in rows)
-    answers = [answer for row in rows if (answer := _answer(task, row)) is not None]
+    is_text = task == "completion" and not any(row["prompt"] for row in rows)
+    lengths = (LENGTHS[0], TEXT_LENGTH) if is_text else LENGTHS
+    overlong = longest / CHARACTERS_A_TOKEN > lengths[1]
+    long_way = "split" if is_text else "truncate" if "truncate" in TASK_FACTS[task].overlong else "drop"
+    answers = [] if is_text else [answer for row in rows if (answer := _answer(task, row)) is not None]
     metrics = METRICS[task]
     if task == "chat" and len(set(answers)) <= min(FEW_ANSWERS, len(answers) // 4):
         metrics = ("loss", "exact_match", "choice_accuracy")
@@ -107,7 +116,8 @@ def propose(
         task=task,
         source=source,
         model=model or choose_model(task, memory_bytes),
-        max_length=_tokens(longest, LENGTHS, TEMPLATE_TOKENS),
+        max_length=_tokens(longest, lengths, TEMPLATE_TOKENS),
+        on_overlong=long_way if overlong else None,
         max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
         metrics=metrics,
     )

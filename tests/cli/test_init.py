@@ -52,6 +52,7 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
     [
         ("text,category", [(f"text number {i}", "abc"[i % 3]) for i in range(24)], "classify"),
         ("Anliegen,Art", [(f"Frage Nummer {i}", "abc"[i % 3]) for i in range(24)], "classify"),
+        ("kind,body,answer", [("ticket", f"where is {i}?", "abc"[i % 3]) for i in range(24)], "chat"),
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
         ("article,highlights", [("A long text.", "Text.")], "summarize"),
@@ -75,6 +76,13 @@ def test_what_is_stated_is_taken_and_paths_are_those_of_the_recipe(here: Path) -
     recipe = load_recipe("recipes/mine.yaml").recipe
     assert (recipe.task, recipe.model.name, recipe.data.train[0].encoding) == ("completion", "owner/model", "cp1252")
     assert recipe.data.train[0].path == str(here / "rows.csv")
+
+
+def test_a_book_is_split_into_rows(here: Path) -> None:
+    (here / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+    assert init("book.txt").exit_code == 0
+    recipe = load_recipe("book.yaml").recipe
+    assert (recipe.task, recipe.data.max_length, recipe.data.on_overlong) == ("completion", 1024, "split")
 
 
 @pytest.mark.parametrize(
