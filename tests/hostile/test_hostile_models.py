@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from safetensors.torch import load_file, save_file
 from support.hostile import attempt
 from support.runs import write_colours, write_recipe
+
+from llmtune.adapter import load
 
 DEEP = '{"a":' * 1000 + "1" + "}" * 1000
 Damage = Callable[[Path], object]
@@ -93,7 +96,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+def cases(kinds: Iterable[str], brief: Sequence[str]) -> list[ParameterSet]:
+    """Return all kinds of damage; those that are not `brief` belong to the slow suite."""
+    return [pytest.param(kind, marks=() if kind in brief else pytest.mark.slow) for kind in kinds]
+
+
+BRIEF_MODELS = ("no heads", "a million layers", "quantised", "deep tokenizer", "weights pipe", "overlapping tensors")
+
+
+@pytest.mark.parametrize("kind", cases(MODELS, (*BRIEF_MODELS, "NaN weights", "zero weights")))
 def test_a_damaged_model_is_refused_by_name(here: Path, tiny_llama: Path, chat_rows: Path, kind: str) -> None:
     damage, words = MODELS[kind]
     damage(shutil.copytree(tiny_llama, here / "model"))
@@ -133,7 +144,7 @@ ADAPTERS = {
     "no alpha": (state(CONFIG, lora_alpha=None), "lora_alpha is None"),
     "alpha of zero": (state(CONFIG, lora_alpha=0), "lora_alpha is 0"),
     "bad expression": (state(CONFIG, target_modules="((("), "cannot be matched"),
-    "exploding expression": (state(CONFIG, target_modules="([a-z_.0-9]+)+!"), "it took more than 2 s"),
+    "exploding expression": (state(CONFIG, target_modules="([a-z_.0-9]+)+!"), "it took more than 0.3 s"),
     "bad pattern": (state(CONFIG, rank_pattern={"((": 4}), "cannot be matched"),
     "number for a pattern": (state(CONFIG, alpha_pattern=5), "alpha_pattern is 5"),
     "another kind": (state(CONFIG, peft_type="NOPE"), "cannot be read"),
@@ -150,8 +161,14 @@ def go_on(trained: Path, tiny_llama: Path, code: int) -> str:
     return attempt("adapt", "recipe.yaml", "--out", "run", code=code)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_damaged_adapter_is_not_gone_on_from(here: Path, tiny_llama: Path, trained: Path, kind: str) -> None:
+BRIEF_ADAPTERS = ("text for the rank", "exploding expression", "deep", "NaN weights")
+
+
+@pytest.mark.parametrize("kind", cases(ADAPTERS, BRIEF_ADAPTERS))
+def test_a_damaged_adapter_is_not_gone_on_from(
+    here: Path, tiny_llama: Path, trained: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "PATTERN_SECONDS", 0.3)
     damage, words = ADAPTERS[kind]
     damage(shutil.copytree(trained / "run" / "adapter", here / "adapter"))
     assert words in go_on(trained, tiny_llama, 4)

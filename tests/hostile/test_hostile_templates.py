@@ -10,6 +10,8 @@ from support.hostile import attempt
 from support.models import CHATML
 from support.runs import write_recipe
 
+from llmtune.data import chat_template, template_limits
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
     "loop": (LOOP, "does not end"),
@@ -42,8 +44,17 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_a_hostile_template_is_refused(here: Path, tiny_llama: Path, chat_rows: Path, kind: str) -> None:
+BRIEF = ("loop", "a gigabyte of text", "a long text", "half a character", "deep loops", "attributes", "escape codes")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in BRIEF else pytest.mark.slow) for kind in TEMPLATES]
+)
+def test_a_hostile_template_is_refused(
+    here: Path, tiny_llama: Path, chat_rows: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (template_limits, chat_template):
+        monkeypatch.setattr(module, "SECONDS", 0.5)
     template, words = TEMPLATES[kind]
     (here / "template.jinja").write_text(template + CHATML)
     write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, model={"chat_template": "template.jinja"})
