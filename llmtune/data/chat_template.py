@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmtune.data.answer_format import (
     ANSWER,
@@ -135,12 +136,11 @@ class ChatTemplate:
             if not all(conversations):
                 raise ValueError("an answer has nothing before it")
             with limited(SECONDS + SECONDS_MORE * len(conversations), EXTRA_BYTES):
-                texts = self.processor.apply_chat_template(
-                    [list(messages) for messages in conversations],
+                texts, _ = render_jinja_template(  # what `apply_chat_template` calls once it has copied all messages
+                    conversations=[list(messages) for messages in conversations],
                     chat_template=self.text(),
                     add_generation_prompt=answer_next,
-                    tokenize=False,
-                    **self.kwargs,
+                    **{**self.processor.special_tokens_map, **self.kwargs},
                 )
         except (*_RENDER_ERRORS, LimitExceeded):
             return [self._render_or_refuse(messages, answer_next) for messages in conversations]

@@ -40,10 +40,18 @@ class RenderingCheck:
             thoughts: Which answers' thoughts have to show: others' are left out where the template does so.
             write: What made the rendering.
         """
-        shape = (bool(tools), *(_shape(message, i in thoughts) for i, message in enumerate(messages)))
+        shape = (bool(tools), *[_shape(message, i in thoughts) for i, message in enumerate(messages)])
         if shape not in self._shapes:
             self._shapes[shape] = self._probe(messages, tools, thoughts, write)
-        return self._shapes[shape] or self._changed(messages, tools, unmark(text), thoughts)
+        if self._shapes[shape] is not None:
+            return self._shapes[shape]
+        text = unmark(text)
+        plain = not tools and not any(
+            "tool_calls" in message or message.get("reasoning_content") for message in messages
+        )
+        if plain and all(message["content"].strip() in text for message in messages):
+            return None
+        return self._changed(messages, tools, text, thoughts)
 
     def _probe(self, messages: Sequence[Message], tools: Tools, thoughts: Collection[int], write: Write) -> str | None:
         """Look what is left out of a conversation of this shape, whatever is said in it."""
@@ -77,14 +85,8 @@ def _forms(line: str) -> Iterator[str]:
 
 
 def _shape(message: Message, thinks: bool) -> object:
-    calls = message.get("tool_calls") or ()
-    return (
-        message["role"],
-        bool(message["content"].strip()),
-        len(calls),
-        thinks and bool(message.get("reasoning_content")),
-        "name" in message,
-    )
+    calls = len(message.get("tool_calls") or ())
+    return (message["role"], *message, message["content"].isspace(), not message["content"], calls, thinks)
 
 
 def _pieces(

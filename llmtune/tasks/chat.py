@@ -59,7 +59,8 @@ class Chat(DecoderTask[ChatRow]):
 
     def prompt_ids(self, row: ChatRow, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
         """Return the token ids of the rendered conversation, ready for the next answer."""
-        return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"))
+        reasoning = row.get("train_reasoning")
+        return render_prompt(row["messages"], processor, recipe, tools=row.get("tools"), reasoning=reasoning)
 
 
 def answers_of(row: ChatRow) -> list[int]:

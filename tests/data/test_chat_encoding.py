@@ -18,6 +18,7 @@ from support.templates import (
     TOOLS,
     WRONGLY_MARKED,
     conversation,
+    family_tokenizer,
     recipe_for,
     tokenizer_with,
 )
@@ -186,6 +187,29 @@ def test_tools_are_rendered_and_calls_are_learned():
     prompt = render_prompt(row["messages"][:1], tokenizer, recipe_for(), tools=row["tools"])
     assert example.input_ids[: len(prompt)] == prompt
     assert "sum" in tokenizer.decode(prompt)
+
+
+def test_thoughts_are_learned_kept_or_dropped_and_a_row_may_say_so():
+    tokenizer = family_tokenizer("qwen-3.5")
+    row = canonical_messages(conversation("one", "<think>hm</think>two")["messages"])
+    (learns,), (keeps,), (drops,) = (encode(row, tokenizer, reasoning=how) for how in ("learn", "keep", "drop"))
+    assert learned(learns, tokenizer) == ["hm\n</think>\n\ntwo<|im_end|>"]
+    assert learned(keeps, tokenizer) == ["two<|im_end|>"]
+    assert keeps.input_ids == learns.input_ids
+    assert learned(drops, tokenizer) == ["\n</think>\n\ntwo<|im_end|>"]
+    (kept,) = encode({**row, "train_reasoning": "keep"}, tokenizer)
+    assert kept == keeps
+
+
+@pytest.mark.parametrize(
+    ("family", "row", "lost"),
+    [
+        ("phi-3-first", conversation("one", "two", system="be kind"), "leaves out the system message"),
+        ("deepseek-v3", conversation("one", "so </think> two"), "leaves out or changes the text of message 2"),
+    ],
+)
+def test_a_row_that_the_template_does_not_write_whole_says_what_is_lost(family, row, lost):
+    assert lost in encode(row, family_tokenizer(family))
 
 
 # Completion
