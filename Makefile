@@ -18,7 +18,7 @@ MEASURE = mkdir -p $(BENCH) && $(BIN)/python benchmarks/$(1).py --pairs $(PAIRS)
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu check format docs site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu check format docs architectures site same build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,9 @@ format: $(READY)  ## Bring the code into form
 docs: $(READY) models  ## Write the generated pages anew, and the pictures of docs/inside.md (runs the quickstart once)
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/pictures.py
+
+architectures: $(READY)  ## Train every architecture of transformers small, and write docs/architectures.md
+	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
 
 $(SITE): $(READY)
 	$(PIP) --editable '.[docs]'

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
 from llmtune.adapter.load import continue_adapter, find_adapter
 from llmtune.adapter.reference_model import keep_reference, switches_off
-from llmtune.adapter.target_modules import are_transposed, ends_with, group_by_ending, resolve_targets, shorten
-from llmtune.adapter.wiring_check import prove_wiring
+from llmtune.adapter.target_modules import are_transposed, ends_with, group_by_ending, shorten
+from llmtune.adapter.wiring_check import find_targets, prove_wiring
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.config import head_names, in_heads, linear_shapes
 from llmtune.model.library_logging import hushed
@@ -116,21 +117,30 @@ def wrap_full(selected: SelectedModel) -> AdaptedModel:
 def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> AdaptedModel:
     selected.model.requires_grad_(False)
     if recipe.adapter.start_from is not None:
-        model = continue_adapter(selected, recipe.adapter, Path(recipe.adapter.start_from), console)
+        model = continue_adapter(selected, recipe, Path(recipe.adapter.start_from), console)
     else:
-        model = _new_adapter(selected, recipe)
+        model = _new_adapter(selected, recipe, console)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
     prove_wiring(model, selected, recipe)
+    _check_reload(model)
     fuse_products(model)
     return wrap(selected, model, recipe.adapter.method)
 
 
-def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
+def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> PeftModel:
     adapter = recipe.adapter
     whole = _find_whole(selected, adapter)
-    targets = [name for name in resolve_targets(selected.model, adapter) if not in_heads(name, whole)]
-    RecipeError.collect([*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)])
+    found, left_out = find_targets(selected, recipe)
+    targets = [name for name in found if not in_heads(name, whole)]
+    if left_out:
+        groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(left_out).items())
+        console.print(
+            f"all-linear leaves out {len(left_out)} modules that the input does not reach: {groups}", highlight=False
+        )
+    problems = [*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)]
+    tokens = _find_added_tokens(selected, recipe)
+    RecipeError.collect([*problems, *_find_token_conflicts(tokens or {}, [*targets, *whole])])
     config = LoraConfig(
         task_type=selected.peft_task_type,
         r=adapter.r,
@@ -145,7 +155,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe) -> PeftModel:
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         fan_in_fan_out=are_transposed(selected.model),
-        trainable_token_indices=_find_added_tokens(selected, recipe),
+        trainable_token_indices=tokens,
     )
     torch.manual_seed(recipe.seed)
     try:
@@ -222,6 +232,34 @@ def _find_added_tokens(selected: SelectedModel, recipe: Recipe) -> dict[str, lis
     if not getattr(model.config, "tie_word_embeddings", False):
         layers.append(model.get_output_embeddings())
     return {name: ids for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def _check_reload(model: PeftModel) -> None:
+    """Raise RecipeError where PEFT would lose weights when it reads the adapter again.
+
+    It takes their names for those of an older checkpoint, by transformers' table for the model type.
+    """
+    result = set_peft_model_state_dict(model, get_peft_model_state_dict(model, save_embedding_layers=False))
+    if result.unexpected_keys:
+        raise RecipeError.of(
+            f"PEFT would not read {len(result.unexpected_keys)} of the adapter's weights again: it takes one for "
+            f"{result.unexpected_keys[0]}",
+            "adapter.target_modules",
+            "Leave the modules of that name out with adapter.exclude_modules.",
+        )
+
+
+def _find_token_conflicts(layers: Iterable[str], adapted: Sequence[str]) -> list[Problem]:
+    """Find among what gets an adapter the `layers` of which only the rows of added tokens are trained."""
+    return [
+        Problem(
+            f"{name} is trained in the rows of model.add_tokens alone, and here as a whole",
+            "adapter.target_modules" if name in adapted else "adapter.modules_to_save",
+            "Omit it here, or omit model.add_tokens.",
+        )
+        for name in layers
+        if any(ends_with([name], entry) for entry in adapted)
+    ]
 
 
 def adapter_settings(recipe: Recipe) -> list[object]:

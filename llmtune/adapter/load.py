@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
-from llmtune.adapter.target_modules import are_transposed, ends_with, resolve_targets
+from llmtune.adapter.target_modules import are_transposed, ends_with
+from llmtune.adapter.wiring_check import find_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import UNREADABLE, readable
 from llmtune.model.library_logging import hushed
@@ -24,7 +25,7 @@ from llmtune.records import SelectedModel
 from llmtune.store.resource_limits import limited
 
 if TYPE_CHECKING:
-    from llmtune.recipe import AdapterSection
+    from llmtune.recipe import AdapterSection, Recipe
 
 PATTERN_SECONDS = 2.0
 MAX_RANK = 2**14
@@ -75,16 +76,16 @@ def _check_weights(source: Path) -> None:
         )
 
 
-def continue_adapter(selected: SelectedModel, adapter: AdapterSection, folder: Path, console: Console) -> PeftModel:
+def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, console: Console) -> PeftModel:
     """Put the adapter in `folder` into the model, ready to go on training. What the recipe states must agree with it.
 
     Raises RecipeError for what does not agree; EnvironmentProblem for a folder that is missing or damaged.
     """
-    source = find_adapter(folder)
+    source, adapter = find_adapter(folder), recipe.adapter
     config = read_config(source)
     problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
-        problems = list(_compare_targets(config, selected, adapter, source))
+        problems = list(_compare_targets(config, selected, recipe, source))
     RecipeError.collect(problems)
     made_for = config.base_model_name_or_path
     if made_for not in (selected.model_ref.name, str(selected.model_ref.path)):
@@ -241,10 +242,8 @@ def _read_names(path: Path) -> dict[int, str]:
         raise EnvironmentProblem.of(f"cannot be read: {error}", str(path), "The file is damaged.") from error
 
 
-def _compare_targets(
-    config: LoraConfig, selected: SelectedModel, adapter: AdapterSection, source: Path
-) -> Iterator[Problem]:
-    expected = set(resolve_targets(selected.model, adapter))
+def _compare_targets(config: LoraConfig, selected: SelectedModel, recipe: Recipe, source: Path) -> Iterator[Problem]:
+    expected = set(find_targets(selected, recipe)[0])
     named = config.target_modules or set()
     names = [name for name, _ in selected.model.named_modules()]
     actual = {name for entry in named for name in ends_with(names, entry)}

@@ -9,6 +9,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +33,7 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     model = cast(PeftModel, adapted.model)
     if adapted.selected.quantized:
         model = _without_quantization(model, adapted.selected, onto)
+    _untie_adapted_embedding(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # PEFT found a NaN
@@ -42,6 +45,20 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     if hasattr(merged.config, "use_cache"):
         merged.config.use_cache = True
     return cast(PreTrainedModel, merged)
+
+
+def _untie_adapted_embedding(model: PeftModel) -> None:
+    """Give a head that shares an adapted embedding its own copy, in place: the adapter leaves the head as it was."""
+    inner = model.get_base_model()
+    if inner.main_input_name == "input_values":  # those that read waves have no embedding
+        return
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None or not isinstance(embedding, LoraLayer | ModulesToSaveWrapper):
+        return
+    original = embedding.get_base_layer() if isinstance(embedding, LoraLayer) else embedding.original_module
+    if head.weight is original.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        inner.config.get_text_config().tie_word_embeddings = inner.config.tie_word_embeddings = False
 
 
 def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:

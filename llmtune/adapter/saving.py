@@ -147,7 +147,10 @@ def _double_rank(config: LoraConfig) -> dict[str, object]:
 def _save_model(adapted: AdaptedModel, folder: Path) -> None:
     model = cast(PreTrainedModel, adapted.model)
     dtype = stored_dtype(adapted.selected)
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    whole = model.state_dict()
+    tied = model.all_tied_weights_keys or {}  # of these one is written, though copies in another format are two
+    twice = {name for name, source in tied.items() if whole[name].data_ptr() == whole[source].data_ptr()}
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in whole.items() if name not in twice}
     with writing_weights(folder):
         model.save_pretrained(folder, state_dict=state)
     path = folder / "config.json"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
@@ -25,8 +27,9 @@ _LAYER = re.compile(r"(?:^|.*?\.)[^.]*\.(\d+)\.")
 def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str]:
     """Return the full names of all modules that get an adapter, in the model's order.
 
-    `all-linear` stands for every linear module but the heads; a text is a regular expression over whole names; a list
-    holds name endings. `exclude_modules`, `modules_to_save` and `layers_to_transform` take names away.
+    `all-linear` stands for every linear module that PEFT can adapt, but the heads; a text is a regular expression over
+    whole names; a list holds name endings. `exclude_modules`, `modules_to_save` and `layers_to_transform` take names
+    away.
 
     Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
     """
@@ -36,7 +39,7 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
     patterns = adapter.target_modules
     problems: list[Problem] = []
     if patterns == "all-linear":
-        targets = [name for name in linears if not in_heads(name, heads)]
+        targets = [name for name in linears if not in_heads(name, heads) and _is_adaptable(model, name)]
     else:
         targets, problems = _match("adapter.target_modules", patterns, names, linears)
     excluded: list[str] = []
@@ -95,6 +98,15 @@ def ends_with(names: Iterable[str], ending: str) -> list[str]:
 def are_transposed(model: torch.nn.Module) -> bool:
     """Whether projections keep their weights as [inputs, outputs], as GPT-2's Conv1D does."""
     return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _is_adaptable(model: torch.nn.Module, name: str) -> bool:
+    """Whether PEFT puts a LoRA on this module: not where Mamba's kernels read its weights behind the module's back."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return False
+    return True
 
 
 def _match(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
+from llmtune.adapter.target_modules import resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.config import linear_shapes
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
 from llmtune.records import SelectedModel
@@ -36,8 +40,8 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
         RecipeError: some adapters sit where no gradient arrives, such as the image tower of a model that reads text.
     """
     device = selected.model.device
-    inputs = {name: part.to(device) for name, part in _probe(selected, recipe).items()}
-    modes = {name: module.training for name, module in model.named_modules()}
+    inputs = _probe(selected, recipe)
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     cuda = [device] if device.type == "cuda" else []
@@ -48,13 +52,12 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
         on = _scores(model, inputs)
         if not moved or torch.equal(on.detach(), off):
             raise NotWiredError("moving the adapter's weights does not change the model's output")
-        weights = torch.randn(on.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        torch.autograd.backward((on.float() * weights).sum())
+        _backward(on)
         dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter)]
     for parameter in model.parameters():
         parameter.grad = None
-    for name, module in model.named_modules():
-        module.training = modes[name]
+    for module, mode in modes.items():
+        module.training = mode
     if dead:
         raise RecipeError(_describe_dead(dead))
 
@@ -67,6 +70,53 @@ def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
     what = "its outputs are all the same" if finite else "its outputs are no finite numbers"
     fix = "Its weights or its configuration are damaged: get it again from where it comes from, or set model.dtype."
     raise EnvironmentProblem.of(f"the model computes nothing: {what}", str(selected.model_ref.path), fix)
+
+
+def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
+    names = resolve_targets(selected.model, recipe.adapter)
+    if recipe.adapter.target_modules != "all-linear":
+        return names, []
+    reached = _find_reached(selected, recipe, names)
+    if not reached:
+        raise RecipeError.of("no linear module is reached by the input", "adapter.target_modules", "Name the modules.")
+    return [name for name in names if name in reached], [name for name in names if name not in reached]
+
+
+def _find_reached(selected: SelectedModel, recipe: Recipe, names: Sequence[str]) -> set[str]:
+    """Return those of the modules `names` that take part in an answer to a text: a gradient arrives at what they give.
+
+    It does not at the image tower of a model that reads images too, at a pooling layer that a head leaves out, or where
+    a layer reads a module's weights by itself. Experts count as reached: a few tokens are not sent to all of them.
+    """
+    given: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def watch(name: str, _: object, inputs: tuple[torch.Tensor], output: object) -> torch.Tensor | None:
+        # PEFT adds to what a linear layer gives: not to a router's choice, nor to groups that are multiplied apart.
+        if not isinstance(output, torch.Tensor) or output.shape != (*inputs[0].shape[:-1], widths[name]):
+            return None
+        given[name].append(torch.zeros_like(output, requires_grad=True))
+        return output + given[name][-1]
+
+    model, device = selected.model, selected.model.device
+    widths = {name: outputs for name, (_, outputs) in linear_shapes(model).items()}
+    hooks = [model.get_submodule(name).register_forward_hook(partial(watch, name)) for name in names]
+    try:
+        with compute_context(resolve_dtype(recipe.model.dtype, device.type), device.type):
+            scores = _scores(model, _probe(selected, recipe))
+            _refuse_dead_base(scores.detach(), selected)
+            if scores.requires_grad:  # else nothing was reached
+                _backward(scores)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    reached = {name for name, parts in given.items() if any(p.grad is not None and bool(p.grad.any()) for p in parts)}
+    return reached | {name for name in names if "expert" in name}
+
+
+def _backward(scores: torch.Tensor) -> None:
+    weights = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0)).to(scores.device)
+    torch.autograd.backward((scores.float() * weights).sum())
 
 
 @contextmanager
@@ -91,9 +141,9 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
                 parameters[name].copy_(start)
 
 
-def _scores(model: PeftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def _scores(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return all outputs of the head as one row of numbers."""
-    takes_cache = "use_cache" in inspect.signature(type(model.get_base_model()).forward).parameters
+    takes_cache = "use_cache" in inspect.signature(type(unwrap(model)).forward).parameters
     output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
     parts = [output.logits] if "logits" in output else [output.start_logits, output.end_logits]
     return torch.cat([part.reshape(-1) for part in parts])
@@ -111,7 +161,8 @@ def _probe(selected: SelectedModel, recipe: Recipe) -> dict[str, torch.Tensor]:
         heard = {name: torch.randn((1, _PROBE_SAMPLES), generator=generator)}
     else:
         heard = {"input_ids": ids_BT}
-    return heard | ({"decoder_input_ids": ids_BT} if config.is_encoder_decoder else {})
+    inputs = heard | ({"decoder_input_ids": ids_BT} if config.is_encoder_decoder else {})
+    return {name: part.to(selected.model.device) for name, part in inputs.items()}
 
 
 def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shape legend: B rows of a batch, T positions of a row, S predicted tokens of the
 A batch is a dict of CPU tensors:
 
     input_ids       int64 [B, T]
-    position_ids    int64 [B, T]   packed: B = 1 and positions restart at each document; padded: 0 .. T-1
+    position_ids    int64 [B, T]   packed only: B = 1 and positions restart at each document; others the model counts
     attention_mask  int64 [B, T]   padded only
     cu_seq_lens_q, cu_seq_lens_k   int32 [D + 1], packed only: where documents start, and the end of the last
     max_length_q, max_length_k     int, packed only: the longest document
@@ -73,7 +73,6 @@ def collate_padded(examples: Sequence[Example], pad_id: int | None) -> Batch:
         attention_mask[row, : len(document)] = 1
     return {
         "input_ids": torch.from_numpy(input_ids),
-        "position_ids": torch.arange(longest).expand(shape).contiguous(),
         "attention_mask": torch.from_numpy(attention_mask),
         **_predictions(examples, documents, np.arange(len(examples)) * longest),
     }

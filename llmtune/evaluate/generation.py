@@ -17,6 +17,7 @@ from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import memory_limit
+from llmtune.model.oom import is_out_of_memory
 from llmtune.model.self_checks import positions_depend_on_neighbours
 from llmtune.recipe import TASK_FACTS
 
@@ -174,7 +175,12 @@ def ignores_padding(model: torch.nn.Module, settings: GenerationConfig, device: 
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
     greedy = GenerationConfig(**options, pad_token_id=settings.pad_token_id, use_cache=True)
     batches = [prompts, *([prompt] for prompt in prompts)]
-    together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
+    try:
+        together, *alone = (torch.stack(_generate(model, batch, greedy, device).logits, 1).float() for batch in batches)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
     apart = (together - torch.cat(alone)).square().mean().sqrt()
     return bool(apart <= TOLERANCE.get(computing_dtype(model, device), 0.1) * together.std())
 

@@ -32,7 +32,12 @@ from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.oom import explain_oom
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
-from llmtune.model.self_checks import isolates_documents, positions_depend_on_neighbours, take_loss_at_head
+from llmtune.model.self_checks import (
+    explain_unreadable,
+    isolates_documents,
+    positions_depend_on_neighbours,
+    take_loss_at_head,
+)
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 if TYPE_CHECKING:
@@ -84,10 +89,12 @@ def load_model(
         if training:
             fuse_norms(model)
         model.eval()
+        task.check_model(model, processor, recipe)
+        if training and model.main_input_name == "input_ids":
+            _check_readable(model, model_ref, recipe, task, processor)
         _check_positions(model, model_ref, recipe)
         packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
         plan = plan or plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
-    task.check_model(model, processor, recipe)
     return SelectedModel(
         model_ref,
         model,
@@ -100,6 +107,18 @@ def load_model(
         new_weights=new,
         packs=packs,
     )
+
+
+def _check_readable(
+    model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe, task: TaskInterface, processor: PreTrainedTokenizerBase
+) -> None:
+    """Raise RecipeError for a model that cannot read text, sees padding, or sees the tokens that it is to predict."""
+    dtype = resolve_dtype(recipe.model.dtype, model.device.type)
+    writes = task.auto_class == CAUSAL or model.config.is_encoder_decoder
+    reason = explain_unreadable(model, dtype, processor.pad_token_id or 0, writes)
+    if reason is not None:
+        what = f"{model_ref.name} is a {type(model).__name__}, which {reason}"
+        raise RecipeError.of(what, "model.name", "Take another model.")
 
 
 def _check_positions(model: PreTrainedModel, model_ref: ModelRef, recipe: Recipe) -> None:

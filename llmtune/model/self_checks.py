@@ -13,10 +13,13 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedModel
 
+from llmtune.data.encoder_batches import pad
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, token_losses
 from llmtune.model.chunked_cross_entropy import install_head_loss, remove_head_loss
+from llmtune.model.config import first_line
 from llmtune.model.device import compute_context
 from llmtune.model.model_inputs import read_inputs
+from llmtune.model.oom import is_out_of_memory
 from llmtune.model.packed_attention import PACKED
 from llmtune.records import Batch
 
@@ -24,6 +27,8 @@ _LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the logits' standard deviation; a leak or wrong positions move them by about as much as they are."""
 _LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of a token's nats; the formats round logits of a few units about so much."""
+_UNREADABLE = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What models raise for inputs that they were not made for."""
 _TOKENS = 6
 _WIDEST = 256
 """The widest window of an encoder over whose edge its proof looks; more tokens would take a slow machine too long."""
@@ -38,10 +43,15 @@ def isolates_documents(model: PreTrainedModel, dtype: torch.dtype, decodes: bool
     window = 0 if decodes else getattr(model.config, "sliding_window", None) or 0
     documents = _documents(model, _TOKENS + (window if window <= _WIDEST else 0))
     read = predicted_logits if decodes else _class_logits
-    with torch.inference_mode(), compute_context(dtype, model.device.type):
-        with _own_attention(model):
-            alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
-        together = read(model, _pack(documents, model.device)).float()
+    try:
+        with torch.inference_mode(), compute_context(dtype, model.device.type):
+            with _own_attention(model):
+                alone = torch.cat([read(model, _pack([document], model.device)).float() for document in documents])
+            together = read(model, _pack(documents, model.device)).float()
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        return False
     if together.shape != alone.shape:
         return False
     spread = alone.std() if decodes else alone.std(0).mean()
@@ -55,7 +65,7 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """
     if not install_head_loss(model):
         return False
-    size = model.get_input_embeddings().weight.shape[0]
+    size = _vocabulary(model)
     batch = _pack([[size * (7 * i % 10) // 10 for i in range(1, 9)]], model.device)
     with torch.inference_mode(), compute_context(dtype, model.device.type):
         at_head = causal_loss(model, batch, by_row=True).row_sums
@@ -66,6 +76,47 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
         return True
     remove_head_loss(model)
     return False
+
+
+def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:
+    """Return what keeps `model`, in eval mode, from reading rows of text; None if nothing does.
+
+    A few tokens are tried; whether a row gets beside a longer one, where it is padded, what it gets alone; and where
+    next tokens are predicted (`writes`), whether they are hidden until then.
+    """
+    try:
+        with torch.inference_mode(), compute_context(dtype, model.device.type):
+            alone, beside = (_scores_of_first(model, rows, padding) for rows in ([_TOKENS], [_TOKENS, 2 * _TOKENS]))
+            ahead = alone
+            if writes and model.config.is_encoder_decoder:
+                ahead = _scores_of_first(model, [_TOKENS], padding, _TOKENS // 2)
+            elif writes:
+                ahead = _scores_of_first(model, [2 * _TOKENS], padding)
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        return f"cannot read text by itself: {first_line(error)}"
+    allowed = _LEAK[dtype] * alone.square().mean().sqrt()
+    if (beside - alone).square().mean().sqrt() > allowed:
+        return "reads a row otherwise beside a longer one than alone: it does not leave the padding out"
+    same = min(len(ahead), len(alone))
+    if (ahead[:same] - alone[:same]).square().mean().sqrt() > allowed:
+        return "sees the tokens that it is to predict: it is no decoder, or not set up as one"
+    return None
+
+
+def _scores_of_first(
+    model: PreTrainedModel, lengths: Sequence[int], padding: int, written: int = _TOKENS
+) -> torch.Tensor:
+    """Return what the head gives for the first of some rows, which are padded; `written` tokens go to a decoder."""
+    ids = [row[:length] for row, length in zip(_documents(model, max(lengths)), lengths, strict=False)]
+    read = {"input_ids": pad(ids, padding), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
+    inputs = read_inputs(model, {name: part.to(model.device) for name, part in read.items()})
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :written]
+    output = model(**inputs)
+    logits = output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return logits[0, : lengths[0]].float() if logits.dim() > 2 else logits[0].float()
 
 
 def positions_depend_on_neighbours(model: torch.nn.Module, length: int) -> bool:
@@ -101,8 +152,14 @@ def _class_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def _documents(model: PreTrainedModel, length: int) -> list[list[int]]:
     """Return three documents of tokens from all over the vocabulary."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = _vocabulary(model)
     return [[size * (7 * (i % 6 + 1) + (j + i // 6) % 7) // 50 for i in range(length)] for j in (1, 3, 2)]
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Return how many tokens there are: the embedding can have more rows, and the configuration name more tokens."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    return min(rows, int(getattr(model.config.get_text_config(), "vocab_size", rows)))
 
 
 @contextmanager
@@ -122,7 +179,6 @@ def _pack(documents: list[list[int]], device: torch.device) -> Batch:
     predict_S = torch.arange(len(ids_T), device=device)
     batch = {
         "input_ids": ids_T[None],
-        "position_ids": torch.cat([torch.arange(len(document), device=device) for document in documents])[None],
         "predict_S": predict_S,
         "targets_S": ids_T,
         "rows_S": predict_S,
@@ -131,5 +187,6 @@ def _pack(documents: list[list[int]], device: torch.device) -> Batch:
     if len(documents) > 1:
         starts = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32, device=device)
         longest = max(map(len, documents))
+        batch["position_ids"] = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
         batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     return batch

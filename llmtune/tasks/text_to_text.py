@@ -36,7 +36,7 @@ from llmtune.tasks.base import DecoderTask, RowT, Task
 from llmtune.tasks.language_codes import has_languages, language_tokens, set_languages, starts_with_language
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
@@ -87,6 +87,10 @@ class EncoderDecoder(TextToText[RowT]):
 
     auto_class = "AutoModelForSeq2SeqLM"
     peft_task_type = "SEQ_2_SEQ_LM"
+
+    def supports(self, config: PretrainedConfig) -> bool:
+        """Whether the model has both parts: some of the class write behind what they heard, as a decoder."""
+        return bool(getattr(config, "is_encoder_decoder", False))
 
     def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
         """Refuse a decoder without a start token."""

@@ -161,6 +161,19 @@ def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
         assert torch.equal(ours[name], parameter), name
 
 
+@pytest.mark.parametrize(
+    ("adapter", "where"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules"),
+    ],
+)
+def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where):
+    with pytest.raises(RecipeError, match=r"model\.embed_tokens is trained in the rows of model\.add_tokens") as caught:
+        adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, **adapter)
+    assert caught.value.problems[0].where == f"adapter.{where}"
+
+
 def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):
     """BERT's kinds of tokens: an adapter that changes nothing yet starts at the loss of the whole model."""
     model, losses = build_bert(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), {}

@@ -18,14 +18,19 @@ METHODS = [
     {"bias": "all"},
     {"model": {"add_tokens": ["<tool>"]}},
     {"method": "full"},
+    {"target_modules": "all-linear", "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT, of the embedding
 @pytest.mark.parametrize("options", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_merged_model_is_plain_and_gives_the_same_logits(tiny_llama, tiny_gpt2, tmp_path, family, options):
     folder = {"llama": tiny_llama, "gpt2": tiny_gpt2}[family]
-    adapted = train_a_little(folder, **dict(options))
+    renamed = {"embed_tokens": "wte", "q_proj": "c_attn"} if family == "gpt2" else {}
+    named = {key: [renamed.get(name, name) for name in names] for key, names in options.items() if type(names) is list}
+    adapted = train_a_little(folder, **{**options, **named})
     wanted = logits(adapted.model)
     merged = merge(adapted)
     assert isinstance(merged, PreTrainedModel)

@@ -136,6 +136,7 @@ def test_full_weights_are_a_plain_model_folder_in_the_format_they_came_in(tmp_pa
     save_adapter(adapted, tmp_path / "weights")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "weights")
     assert plain.dtype == getattr(torch, stored)
+    assert "lm_head.weight" not in load_file(tmp_path / "weights" / "model.safetensors"), "it is the embedding's"
     assert plain.config.use_cache is True
     assert adapted.model.dtype == torch.float32
     tolerance = 1e-6 if stored == "float32" else 0.05

@@ -31,17 +31,39 @@ def test_an_adapter_that_does_nothing_or_cannot_be_switched_off_is_found(tiny_ll
 
 
 def test_adapters_where_no_gradient_arrives_are_named(tiny_llama):
-    recipe = recipe_with(tiny_llama)
+    recipe = recipe_with(tiny_llama, adapter={"target_modules": ["q_proj", "tower"]})
     selected = open_model(recipe)
     selected.model.model.layers[0].tower = torch.nn.Linear(4, 4)
     with pytest.raises(RecipeError) as caught:
         inject(selected, recipe, quiet())
     assert "model.layers.0.tower" in str(caught.value)
     assert "adapter.exclude_modules" in str(caught.value)
-    recipe = recipe_with(tiny_llama, adapter={"exclude_modules": ["tower"]})
+
+
+class Router(torch.nn.Linear):
+    """Gives its choice beside the scores, as Llama 4's and Phi-3.5-MoE's do: nothing can be added to a pair."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+def test_all_linear_leaves_out_what_no_input_reaches_and_says_so(tiny_llama, console):
+    """The image tower of a model that reads images too, a pooling layer that the head does not use, a router."""
+    recipe = recipe_with(tiny_llama)
     selected = open_model(recipe)
-    selected.model.model.layers[0].tower = torch.nn.Linear(4, 4)
-    inject(selected, recipe, quiet())
+    mlp = selected.model.model.layers[0].mlp
+    mlp.tower = torch.nn.Linear(64, 64)
+    mlp.ignored, mlp.router = torch.nn.Linear(64, 4), Router(64, 4)
+
+    def call_both(module, inputs):
+        module.ignored(inputs[0]), module.router(inputs[0])
+
+    mlp.register_forward_pre_hook(call_both)
+    adapted = inject(selected, recipe, console)
+    assert len(adapted.matched_modules) == 14
+    said = " ".join(console.file.getvalue().split())
+    assert "all-linear leaves out 3 modules that the input does not reach: tower × 1, ignored × 1, router × 1" in said
 
 
 def test_the_proof_puts_back_weights_modes_gradients_and_random_state(tiny_llama):

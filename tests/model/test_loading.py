@@ -128,6 +128,26 @@ def test_generation_ends_at_the_tokenizers_end_token(tmp_path):
     assert settings.pad_token_id == 3
 
 
+@pytest.mark.parametrize(
+    ("family", "auto", "task", "reason"),
+    [
+        ("bert", AutoModelForCausalLM, {"task": "chat"}, "sees the tokens that it is to predict"),
+        ("convbert", AutoModelForMaskedLM, {"task": "token-classify"}, "it does not leave the padding out"),
+        ("esm", AutoModelForMaskedLM, {"task": "token-classify"}, "cannot read text by itself"),
+    ],
+)
+def test_a_model_that_does_not_read_rows_of_text_as_such_is_refused_by_name(tmp_path, family, auto, task, reason):
+    train_tokenizer().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **({"mask_token_id": None} if family == "esm" else {}))
+    model = auto.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=f"which .*{reason}"):
+        open_model(recipe_with(tmp_path).model_copy(update=task))
+
+
 def scaled_positions(kind: str) -> dict[str, object]:
     """RoPE that stretches for rows beyond 64 tokens."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {"factor": 2.0}

@@ -42,6 +42,7 @@ FAMILIES = {
     "gpt_neox": ({}, PACKED),
     "gpt2": ({"n_embd": 64, "n_head": 4, "n_layer": 2}, PACKED),
     "stablelm": ({}, "sdpa"),
+    "roberta": ({"is_decoder": True}, PACKED),  # its positions begin behind the padding id
 }
 LENGTHS = [3, 11, 7, 7, 1, 18]
 

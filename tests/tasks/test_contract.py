@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from support import families
 from support.models import build_gpt2, build_llama
 from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_training
+from support.runs import llmtune
+from support.training import read_metrics
 from support.variants import predict
 from transformers import AutoModelForCTC
 
+from llmtune.adapter.merging import merge
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import answer_reader, generate
@@ -67,6 +71,7 @@ NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "start_logits", "end_logits")
 MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
+WITH_DROPOUT = ("completion-full", "classify-qlora", "ctc", "ctc-headless")
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -267,6 +272,67 @@ def compare(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, abs=1e-4) if isinstance(one, float) else other)
 
 
+def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a model reads of a batch, and what its head gives."""
+    inputs = read_inputs(model, batch)
+    if unwrap(model).config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
+    with torch.no_grad():
+        output = model.eval()(**inputs)
+    return inputs, {key: output[key] for key in LOGITS if key in output}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.method != "full"])
+def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, finished):
+    run, _ = finished(name)
+    context, models, processor, _ = opened(run)
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
+    batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
+    with models.base() as model:
+        _, base = outputs(model, batch)
+    adapted = models.adapted
+    _, tuned = outputs(adapted.model, batch)
+    with adapted.model.disable_adapter():
+        _, off = outputs(adapted.model, batch)
+    _, merged = outputs(merge(adapted, "dequantized"), batch)
+    assert not any(torch.equal(tuned[key], base[key]) for key in base)
+    assert all(torch.equal(off[key], base[key]) for key in base), "nothing is computed otherwise: not a bit differs"
+    # A sum of two products in float32 is one product by now: digits of the logits, which are below 50, change.
+    torch.testing.assert_close(merged, tuned, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@every_case
+def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_path):
+    run, _ = finished(name)
+    result = "weights" if CASES[name].method == "full" else "adapter"
+    halved = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(halved / result)
+    last, *left = sorted((halved / "checkpoints").iterdir(), key=lambda path: -int(path.name.removeprefix("step-")))
+    assert left
+    shutil.rmtree(last)
+    recipe = load_recipe(str(run.parent / "recipe.yaml"))
+    report = run_pipeline(recipe, Options(out=halved, until="train"), quiet())
+    assert report["train"]["resumed_from"] == int(left[0].name.removeprefix("step-"))
+    weights = [path.relative_to(run) for path in (run / result).glob("*.safetensors")]
+    assert [(halved / path).read_bytes() for path in weights] == [(run / path).read_bytes() for path in weights] != []
+
+
+@pytest.mark.slow
+@every_case
+def test_two_processes_learn_as_one(name, finished, tmp_path):
+    run, _ = finished(name)
+    words = ("launch", "local", str(run.parent / "recipe.yaml"), "--processes", 2, "--threads", 1, "--out", "two")
+    two = llmtune(*words, cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    pairs = list(zip(read_metrics(run), read_metrics(tmp_path / "two"), strict=True))
+    assert len(pairs) > 3
+    # Sums in another order: the last digits differ, and grow from step to step. Dropout is drawn a process at a time.
+    tolerance = 0.05 if name in WITH_DROPOUT else 1e-3
+    for alone, together in pairs[:5]:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
+
+
 RELOAD = """
 import json, sys
 import peft, torch, transformers
@@ -309,13 +375,10 @@ def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
         context, models, processor, _ = opened(run)
         reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
         batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
-        with models.tuned() as model, torch.no_grad():
-            inputs = read_inputs(model, batch)
-            if unwrap(model).config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
-            output = model.eval()(**inputs)
+        with models.tuned() as model:
+            inputs, output = outputs(model, batch)
         save_file({key: part.contiguous() for key, part in inputs.items()}, place / f"{name}.inputs")
-        save_file({key: output[key].contiguous() for key in LOGITS if key in output}, place / f"{name}.ours")
+        save_file({key: part.contiguous() for key, part in output.items()}, place / f"{name}.ours")
         folder = run / ("weights" if case.method == "full" else "adapter")
         files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
         asked.append([str(folder), context.task.auto_class, case.method, *files])

@@ -1,0 +1,173 @@
+"""Every architecture of the installed transformers, built small: configurations shrunk by the names of fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from support.models import train_tokenizer
+
+VOCABULARY = 425
+
+
+class Kind(NamedTuple):
+    """A kind of model: what trains it here, and the types of it that transformers has."""
+
+    task: str
+    auto_class: str
+    types: Mapping[str, object]
+    sections: dict[str, Any]
+
+
+_TAGGERS = modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+KINDS = {
+    "causal": Kind("chat", "AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, {}),
+    "encoder": Kind(
+        "token-classify",
+        "AutoModelForTokenClassification",
+        {name: None for name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES if name in _TAGGERS},
+        {"token_classify": {"labels": ["PLACE"]}},
+    ),
+    "encoder-decoder": Kind(
+        "summarize", "AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, {}
+    ),
+}
+EXACT = {
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("decoder_start_token_id", "pad_token_id", "pad_index"), 3),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "sep_token_id", "eod_token_id"), 2),
+    "bos_token_id": 0,
+}
+"""As the tokenizer has them."""
+SIZES: tuple[tuple[str, float], ...] = (
+    (r".*(dropout|drop|jitter).*|.*pdrop", 0.0),
+    (r".*(period|interval|layer_step|every_n_layers|_pattern|layers_per_group|layer_group_size)", 2),
+    (r".*layer_offset", 1),
+    (r"(.*_)?(num|n)?_?(hidden_|encoder_|decoder_|input_|output_)?layers?", 2),
+    (r".*(mamba|ssm).*heads", 8),
+    (r".*(key_value|kv|key)_heads", 2),
+    (r".*heads?|.*_head_num", 4),
+    (r"index_topk.*|keep_window_size", 64),  # more than a row has: among keys of equal score the choice is by chance
+    (r"topk_group|n_group", 1),
+    (r".*(experts?_per_tok|topk|top_k|moe_k)", 2),
+    (r".*num.*shared_experts?|n_shared_experts", 1),
+    (r".*experts|zero_expert_num|num_hashes", 4),
+    (r".*(head_dim|head_size|d_head|d_kv|kv_channels|dim_head|rotary_dim|query_pre_attn_scalar)", 16),
+    (r".*rank", 16),
+    (r".*(intermediate|ffn|feed_forward|d_ff|dff|dim_ff|inner|mlp_size|mid).*", 96),
+    (
+        r".*(hidden|embed|embedding|backbone|dim|projection|proj).*size|d_model|n_embd|(.*_)?dim",
+        64,
+    ),
+    (r".*vocab_size.*|.*hash_byte_group_vocab", VOCABULARY),
+    (r".*position.*|n_ctx|max_seq.*|context_length|seq_length|max_length", 256),
+    (r".*(window|state|chunk_size|block_size|local_attention|chunk_length|chunk_len).*", 16),
+    (r".*(buckets|size_base)", 32),
+)
+"""By a pattern of a field's name, the largest number that it may be."""
+LAYER_KINDS = {"layer_types", "mlp_layer_types", "layers_block_type"}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 16), "attn_layers": ["local", "lsh"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+}
+"""What the patterns do not know."""
+
+
+def shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """A configuration with small numbers; those of other tokens than text are put at the end of the vocabulary."""
+    values: dict[str, Any] = {}
+    others = iter(range(VOCABULARY - 1, 0, -1))
+    for field in dataclasses.fields(config_class):
+        default = field.default
+        if field.name in EXACT:
+            values[field.name] = EXACT[field.name]
+        if not isinstance(default, int | float) or isinstance(default, bool) or field.name in EXACT:
+            continue
+        largest = next((size for pattern, size in SIZES if re.fullmatch(pattern, field.name)), None)
+        if re.fullmatch(r".*_token_(id|index)", field.name) and largest is None:
+            values[field.name] = next(others)
+        elif largest is not None and default > largest:
+            values[field.name] = largest
+    values |= _one_layer_of_each_kind(config_class)
+    parts = {name: shrink(type(part)) for name, part in _parts(config_class).items()}
+    if "kv_lora_rank" in values:  # latent attention: keys for every head
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    values |= parts | SPECIAL.get(config_class.model_type, {})
+    return config_class(**values)
+
+
+def _one_layer_of_each_kind(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Where layers differ: one of each kind that the architecture has by default."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    whole = config_class() if fields & LAYER_KINDS else None
+    kinds = {name: [*dict.fromkeys(getattr(whole, name, None) or ())] for name in LAYER_KINDS & fields}
+    count = max([len(names) for names in kinds.values()], default=0)
+    chosen: dict[str, Any] = {
+        name: [names[min(i, len(names) - 1)] for i in range(count)] for name, names in kinds.items() if names
+    }
+    return chosen | {"num_hidden_layers": count} if count > 1 else {}
+
+
+def _parts(config_class: type[PreTrainedConfig]) -> dict[str, PreTrainedConfig]:
+    if not config_class.sub_configs:
+        return {}
+    whole = config_class()
+    found = {name: getattr(whole, name, None) for name in config_class.sub_configs}
+    return {name: part for name, part in found.items() if isinstance(part, PreTrainedConfig)}
+
+
+def _silence(config: PreTrainedConfig) -> None:
+    """Switch dropout off, also that which a part takes from the whole; in place."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            _silence(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def build(kind: str, model_type: str, folder: Path) -> None:
+    """Save the model with random weights, large enough that attention matters, and a tokenizer."""
+    config = shrink(CONFIG_MAPPING[model_type])
+    if kind == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    if kind == "encoder-decoder":
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 3, 3, 2
+    if isinstance(decoder := getattr(config, "decoder", None), PreTrainedConfig) and hasattr(decoder, "is_decoder"):
+        decoder.is_decoder = decoder.add_cross_attention = True
+    _silence(config)
+    torch.manual_seed(0)
+    auto = transformers.AutoModelForMaskedLM if kind == "encoder" else getattr(transformers, KINDS[kind].auto_class)
+    model = auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.requires_grad and parameter.std() < 0.1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    train_tokenizer().save_pretrained(folder)
