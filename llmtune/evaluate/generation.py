@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from transformers import GenerationConfig
 
 from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
+from llmtune.data.tokenization import decode
 from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
@@ -30,6 +31,8 @@ CACHE_SHARE = 1 / 8
 """Of the device's memory, what the keys and values of one batch may take up."""
 MOST_ROWS = {"cpu": 256, "cuda": 512}
 """Rows of one batch: matrix products with more rows are no faster a row."""
+PROMPT_END = 64
+"""Tokens at the end of a prompt that hold all that a template begins an answer with."""
 FEW_PROMPTS = 2
 """So many prompts are answered by transformers' loop: ours is tried on a model before it is used."""
 
@@ -65,12 +68,28 @@ def answer_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatT
     return read_template(processor, recipe) if TASK_FACTS[recipe.task].templated and processor.chat_template else None
 
 
-def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> Callable[[Sequence[int], Tools], ParsedAnswer]:
-    """Return what reads the generated ids of an answer, given the tools that it may call."""
+def answer_reader(processor: PreTrainedTokenizerBase, recipe: Recipe) -> AnswerReader:
+    """Return what reads the generated ids of an answer, given the tools that it may call and the ids of its prompt."""
     template = answer_template(processor, recipe)
-    if template is None:
-        return lambda ids, tools: ParsedAnswer(cast(str, processor.decode(ids, skip_special_tokens=True)))
-    return lambda ids, tools: parse_answer(ids, template, tools)
+
+    def read(ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
+        if template is None:
+            return ParsedAnswer(cast(str, processor.decode(ids, skip_special_tokens=True)))
+        return parse_answer(ids, template, tools, prompt_end(processor, prompt))
+
+    return read
+
+
+def prompt_end(processor: PreTrainedTokenizerBase, prompt: Sequence[int]) -> str | None:
+    """Return the end of a prompt as text, where the template may have begun the answer; None without a prompt."""
+    return decode(processor, prompt[-PROMPT_END:]) if len(prompt) else None
+
+
+class AnswerReader(Protocol):
+    """Reads generated ids."""
+
+    def __call__(self, ids: Sequence[int], tools: Tools, prompt: Sequence[int] = ()) -> ParsedAnswer:
+        """Return the answer in its parts."""
 
 
 @dataclass(frozen=True)

@@ -104,24 +104,26 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             advance = add_bar(bars, f"{name}: answers", len(flat))
             outputs = generate(model, flat, context.processor, recipe, device=device, advance=advance)
     known = dict(zip(trees, scores, strict=True))
-    return read_outputs(Answers(sums, {}, known), {i: len(asked) for i, asked in prompts.items()}, outputs, context)
+    return read_outputs(Answers(sums, {}, known), prompts, outputs, context)
 
 
 def read_outputs(
-    answers: Answers, asked: Mapping[int, int], outputs: Sequence[CompletionOutput], context: EvalContext
+    answers: Answers,
+    prompts: Mapping[int, Sequence[Sequence[int]]],
+    outputs: Sequence[CompletionOutput],
+    context: EvalContext,
 ) -> Answers:
-    """Add the answers to rows: of each row as many outputs as were `asked` of it, one after the other."""
+    """Add the answers to rows: of each row as many outputs as it has prompts, one after the other."""
     inputs = context.inputs
     assert inputs is not None
     read = answer_reader(context.processor, context.recipe) if outputs else None
     left = iter(outputs)
-    for row, count in asked.items():
+    for row, asked in prompts.items():
         assert read is not None
-        own = [*islice(left, count)]
-        tools = inputs.questions[row].get("tools")
-        parsed = [read(output.token_ids, tools) for output in own]
+        own, tools = [*islice(left, len(asked))], inputs.questions[row].get("tools")
+        parsed = [read(output.token_ids, tools, ids) for output, ids in zip(own, asked, strict=True)]
         answers.texts[row] = write_answer(parsed[-1].text, parsed[-1].tool_calls)
-        answers.cut[row] = sum(output.finish_reason == "length" for output in own) / count
+        answers.cut[row] = sum(output.finish_reason == "length" for output in own) / len(own)
         if row in inputs.turns or parsed[-1].reasoning or parsed[-1].tool_calls:
             answers.parts[row] = parsed
     return answers

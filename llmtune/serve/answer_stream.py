@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.data.answer_parser import canonical_call, response_parser
 from llmtune.data.chat_rows import ToolCall
 from llmtune.data.chat_template import ChatTemplate, Tools
+from llmtune.evaluate.generation import prompt_end
 from llmtune.serve.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ class AnswerStream:
         template: ChatTemplate | None = None,
         tools: Tools = None,
         stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
     ) -> None:
         self.processor, self.ends, self.template = processor, ends, template
-        self.parser = None if template is None else response_parser(template, tools)
+        self.parser = None if template is None else response_parser(template, tools, prompt_end(processor, prompt))
         self.detokenizer = Detokenizer(self._decode, stops)
         self._parts = {CONTENT: _Part(), REASONING: _Part()}
         self._body = ""

@@ -110,7 +110,7 @@ class ChatSession:
                 queue.put(error)
 
         stops = set(answer_ends(self.model, self.processor, self.recipe))
-        stream = AnswerStream(self.processor, stops, answer_template(self.processor, self.recipe))
+        stream = AnswerStream(self.processor, stops, answer_template(self.processor, self.recipe), prompt=prompt)
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:

@@ -72,6 +72,8 @@ class ServedModel:
         """Turn the ids of an answer into its text."""
         return answer_reader(self.processor, self.recipe)(end_output(ids, self.stops).token_ids, None).text
 
-    def stream(self, *, chat: bool, tools: Tools = None, stops: Sequence[str] = ()) -> AnswerStream:
+    def stream(
+        self, prompt: Sequence[int], *, chat: bool, tools: Tools = None, stops: Sequence[str] = ()
+    ) -> AnswerStream:
         """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
-        return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops)
+        return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)

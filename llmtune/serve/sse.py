@@ -36,7 +36,7 @@ class GeneratedAnswer:
         self.served, self.begun = pending.job.served, list(pending.begun)
         self.prompt = list(pending.job.ids[: len(pending.job.ids) - len(self.begun)])
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-        self.stream = self.served.stream(chat=chat, tools=pending.tools, stops=stops)
+        self.stream = self.served.stream(self.prompt, chat=chat, tools=pending.tools, stops=stops)
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.started, self.created = time.monotonic(), int(time.time())
         self.finish_reason = "stop"

@@ -13,6 +13,7 @@ from rich.console import Console
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
+from llmtune.serve.vllm_parsers import parser_options
 from llmtune.session import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
@@ -70,7 +71,7 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
     command += ["--dtype", recipe.model.dtype, "--generation-config", "vllm"]
     command += ["--override-generation-config", json.dumps(generation)]
     if (template := whole / "chat_template.jinja").is_file():
-        command += ["--chat-template", str(template)]
+        command += ["--chat-template", str(template), *parser_options(template.read_text("utf-8"))]
     if first.method == "qlora" and not options.merged:
         command += ["--quantization", "bitsandbytes"]
     if recipe.model.trust_remote_code:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from support.templates import EMPTY_THOUGHTS, recipe_for, tokenizer_with
+from support.templates import HERMES, recipe_for, tokenizer_with
 
 from llmtune.data.answer_parser import parse_answer
 from llmtune.data.chat_template import read_template
 from llmtune.serve.answer_stream import AnswerStream, Delta
 
-TOKENIZER = tokenizer_with(EMPTY_THOUGHTS)
+TOKENIZER = tokenizer_with(HERMES)
 TEMPLATE = read_template(TOKENIZER, recipe_for())
 CALLS = (
     '<think>\nOne, then the other.\n</think>\n\nI look it up.\n<tool_call>\n{"name": "sum", "arguments": {"a": 1}}\n'

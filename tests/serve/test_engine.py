@@ -40,7 +40,7 @@ class Client:
 
     def text(self):
         assert isinstance(self.end(), End)
-        return self.served.decode(self.ids)
+        return self.served.read(self.ids)
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def start():
 def as_generate(tuned, question):
     """The answer of `llmtune generate`."""
     served = served_of(tuned)
-    return "".join(ChatSession(served.model, served.processor, served.recipe, served.task).answer(question))
+    session = ChatSession(served.model, served.processor, served.recipe, served.task)
+    return "".join(piece.content for piece in session.answer(question))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+from support.models import CHATML
+from support.templates import ALWAYS_THINKS, HERMES
+
+from llmtune.serve.vllm_parsers import parser_options
+
+CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
+
+
+@pytest.mark.parametrize(
+    ("template", "options"),
+    [
+        (CHATML, []),
+        (HERMES, [*CALLS, "hermes"]),
+        (HERMES + "{% if enable_thinking %}{% endif %}", [*CALLS, "hermes", "--reasoning-parser", "qwen3"]),
+        (HERMES + "<function=", [*CALLS, "qwen3_xml"]),
+        ("<｜Assistant｜>{% if thinking %}<think>{% endif %}", ["--reasoning-parser", "deepseek_v3"]),
+        ("<｜Assistant｜>{{ content.split('</think>')[-1] }}", []),
+        ("<|start|>assistant<|channel|>final", [*CALLS, "openai", "--reasoning-parser", "openai_gptoss"]),
+        ("[TOOL_CALLS]", [*CALLS, "mistral"]),
+        (ALWAYS_THINKS.replace("\n", r"\n"), ["--reasoning-parser", "deepseek_r1"]),
+    ],
+)
+def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
+    assert parser_options(template) == options
