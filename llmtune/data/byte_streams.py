@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import pyarrow as pa
 
 from llmtune.errors import DataError
-from llmtune.user_files import open_regular
+from llmtune.recipe.user_files import open_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

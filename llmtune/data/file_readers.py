@@ -30,7 +30,7 @@ from llmtune.data.byte_streams import (
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
 from llmtune.data.rejected_rows import RowError, describe
 from llmtune.errors import DataError
-from llmtune.user_files import check_regular
+from llmtune.recipe.user_files import check_regular
 
 MAX_ROW_BYTES = 8 * 2**20
 """A line or field above this is a mistake in the file (no line ends, a quote that is never closed), not a row."""

@@ -24,9 +24,9 @@ from llmtune.data.schema_inference import infer_columns, source_line, written_pa
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.records import SIDES
 from llmtune.store.atomic_files import hash_file, hash_recording
-from llmtune.user_files import match_files, walk_files
 
 ENDINGS = {
     ".jsonl": "jsonl",

@@ -22,10 +22,10 @@ from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, TunedModel,
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
 from llmtune.model.processor import load_processor
+from llmtune.recipe.user_files import read_text
 from llmtune.records import Row
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import explained, write_json
-from llmtune.user_files import read_text
 
 ENDPOINT_CERTIFICATE = "endpoint.certificate.json"
 MIN_AGREEMENT = 0.9

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from llmtune.errors import DataError, EnvironmentProblem, Problem
 from llmtune.recipe.eval_suites_section import TASK_FILES
-from llmtune.user_files import read_text
+from llmtune.recipe.user_files import read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe

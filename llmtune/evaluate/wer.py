@@ -18,7 +18,7 @@ import numpy as np
 
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.user_files import read_text
+from llmtune.recipe.user_files import read_text
 
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk

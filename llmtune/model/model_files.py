@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import transformers
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.recipe.user_files import check_regular, open_regular, read_text
 from llmtune.store.atomic_files import MODEL_ENDINGS
-from llmtune.user_files import check_regular, open_regular, read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection

@@ -12,8 +12,8 @@ from llmtune.data.chat_template import fix_date
 from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
+from llmtune.recipe.user_files import read_text
 from llmtune.records import ModelRef
-from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from llmtune.recipe import ModelSection

@@ -18,7 +18,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from llmtune.errors import Problem, RecipeError
-from llmtune.user_files import read_bytes
+from llmtune.recipe.user_files import read_bytes
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 24

@@ -16,6 +16,7 @@ from llmtune.adapter.merging import merge
 from llmtune.errors import Problem, RecipeError
 from llmtune.model.heads import head_is_new
 from llmtune.model.processor import load_processor
+from llmtune.recipe.user_files import read_text
 from llmtune.records import ModelRef
 from llmtune.serve.engine import Engine
 from llmtune.serve.http_app import build_app
@@ -23,7 +24,6 @@ from llmtune.serve.middleware import LOOPBACK, AccessRules, digest
 from llmtune.serve.served_model import ServedModel
 from llmtune.serve.server import bind_socket, run_server
 from llmtune.session import Models, RunContext, open_finished
-from llmtune.user_files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
-from llmtune.user_files import NotAFileError, open_regular, read_text
+from llmtune.recipe.user_files import NotAFileError, open_regular, read_text
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem, system_errno
+from llmtune.recipe.user_files import read_text
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.train.divergence import LossHistory
 from llmtune.train.metrics_log import METRICS
-from llmtune.user_files import read_text
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 from support.hostile import attempt, prepare
 
-from llmtune import user_files
+from llmtune.recipe import user_files
 
 QUESTION = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
