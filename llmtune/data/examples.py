@@ -25,6 +25,7 @@ from llmtune.data.overlong import TOO_LONG, Encoded, Lost
 from llmtune.data.rejected_rows import listed
 from llmtune.data.row_store import iterate_texts
 from llmtune.data.task_interface import TaskInterface
+from llmtune.data.tool_support import check_tools
 from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
@@ -181,8 +182,10 @@ def encode_rows(
     Raises:
         DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
             `data.max_dropped` allows are bad; or a side is left without a row.
-        EnvironmentProblem: the chat template cannot be split into turns; the disk is full; the folder is read-only.
+        EnvironmentProblem: the chat template cannot be split into turns, or leaves out tools that many rows have; the
+            disk is full; the folder is read-only.
     """
+    check_tools(rows, processor, recipe)
     tally, total = _Tally(), sum(rows.counts.values())
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)

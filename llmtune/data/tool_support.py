@@ -1,0 +1,88 @@
+"""Whether a chat template writes the tools, calls and results that rows have: asked before any row is encoded."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from llmtune.data.answer_format import TOOL
+from llmtune.data.chat_rows import Tool
+from llmtune.data.chat_template import ChatTemplate, read_template
+from llmtune.data.row_store import iterate_texts
+from llmtune.data.template_kwargs import template_variables
+from llmtune.errors import EnvironmentProblem
+from llmtune.records import Row, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmtune.recipe import Recipe
+
+KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
+"""As rows have them on disk. Within a text, quotes have backslashes before them."""
+CONVERSATIONS = ("chat", "preference")
+"""Tasks whose rows are conversations."""
+OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
+
+
+def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    """Refuse a chat template that leaves out what rows have of tools, with what would mend it.
+
+    Rows that it cannot write, no more than `data.max_dropped` allows, are left out one by one instead.
+
+    Raises:
+        EnvironmentProblem: it leaves out declarations of tools, calls or results.
+    """
+    if recipe.task not in CONVERSATIONS or not processor.chat_template:
+        return
+    texts = (text for side in rows.files for _, text in iterate_texts(rows, side))
+    used = Counter(_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))
+    del used[()]
+    if used.total() <= recipe.data.max_dropped * rows.rows_in:
+        return
+    template = read_template(processor, recipe)
+    written = _written(template)
+    lost = {parts: count for parts, count in used.items() if not written.issuperset(parts)}
+    count = sum(lost.values())
+    if count <= recipe.data.max_dropped * rows.rows_in:
+        return
+    left_out = [part for part in dict.fromkeys(part for parts in lost for part in parts) if part not in written]
+    what = f"the chat template leaves out {', '.join(left_out)}, which {count:,} of {rows.rows_in:,} rows have"
+    switch = _find_switch(template, {part for parts in used for part in parts})
+    fix = f"Set model.chat_template_kwargs: {switch}." if switch else f"{OTHER}, or a model whose template does."
+    raise EnvironmentProblem.of(what, template.name, fix)
+
+
+def _parts(row: Row) -> tuple[str, ...]:
+    """Return what a row has of tools."""
+    messages = row.get("messages", ())
+    has = {
+        "tools": bool(row.get("tools")),
+        "calls of tools": any(message.get("tool_calls") for message in messages),
+        "results of calls": any(message["role"] == "tool" for message in messages),
+    }
+    return tuple(part for part, there in has.items() if there)
+
+
+def _written(template: ChatTemplate) -> frozenset[str]:
+    """Return what a template writes of tools, by the names of `_parts`."""
+    calls = template.calls
+    writes = {
+        "tools": calls.writes_tools,
+        "calls of tools": calls.writes_calls,
+        "results of calls": calls.writes_results,
+    }
+    return frozenset(part for part, whether in writes.items() if whether)
+
+
+def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
+    """Return the switch of a template with which it writes all that is used, as a recipe has it."""
+    for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
+        for value in (True, False):
+            switched = replace(template, kwargs={**template.kwargs, name: value})
+            if _written(switched).issuperset(used):
+                return f"{{{name}: {str(value).lower()}}}"
+    return None
