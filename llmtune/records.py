@@ -354,6 +354,8 @@ class Contamination:
     """A few that overlap: kind, where the test row and the training row stand, what they share."""
     scores: tuple[Slice, ...]
     """Both models on clean and on overlapping rows; empty where none overlaps."""
+    prompted: int = 0
+    """Test rows whose whole prompt is that of a training row; earlier versions did not count them."""
 
 
 @dataclass(frozen=True)

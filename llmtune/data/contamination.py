@@ -1,4 +1,4 @@
-"""Test rows that stand in the training rows: equal, nearly equal, or with thirteen words in a row in common.
+"""Test rows that stand in the training rows: equal, nearly so, of the same prompt, or with thirteen words in common.
 
 Runs of 13 words are the measure of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C; runs that
 stand in more than ten training rows are left out there and here: they are boilerplate, or the template of all rows.
@@ -10,20 +10,24 @@ Legend: W words, V runs of words, R texts of a batch, G distinct runs of the tes
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmtune.data.deduplication import I64, U64, hash_words, match_near
-from llmtune.data.row_hash import spoken_text
+from llmtune.data.row_hash import hash_content, spoken_text
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
 from llmtune.records import Row, Rows
 
 WORDS = 13
 COMMON_ROWS = 10
 """A run in more training rows than this tells nothing of a single test row."""
+COMMON_SHARE = 0.1
+"""A prompt in more than ten training rows and in more than this share of them is the task itself."""
+ANSWERS = ("completion", "target", "summary", "chosen", "rejected", "answer", "good")
+"""Keys of rows that are no part of a prompt."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,6 +42,8 @@ class Overlap:
     """Test rows of fewer than 13 words."""
     equal: dict[int, int]
     near: dict[int, int]
+    prompted: dict[int, int]
+    """Rows whose whole prompt is that of a training row, system message and tools included."""
     worded: dict[int, int]
     """Short rows whose words are all those of a training row, in order."""
     shared: dict[int, int]
@@ -50,7 +56,7 @@ class Overlap:
     @property
     def rows(self) -> frozenset[int]:
         """All test rows that overlap in one way or another."""
-        return frozenset((*self.equal, *self.near, *self.worded, *self.shared))
+        return frozenset((*self.equal, *self.near, *self.prompted, *self.worded, *self.shared))
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
     What is compared is all that is said but for the system message; of questions about a text, questions and answers:
     that several are about one text is usual. Takes some fifty bytes for each word of the test rows.
     """
+    prompts = _PromptSearch(json.loads(text) for _, text in iterate_texts(rows, "test"))
     texts = [compared_text(json.loads(text)) for _, text in iterate_texts(rows, "test")]
     test_numbers = {name: number for number, name in enumerate(iterate_ids(rows, "test"))}
     tests = find_runs(texts)
@@ -87,7 +94,9 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
         for number, (name, text) in enumerate(written, start=first):
             if name not in numbers:
                 numbers[name] = number
-                new[number] = compared_text(json.loads(text))
+                row = json.loads(text)
+                new[number] = compared_text(row)
+                prompts.add(row, number)
             if name in test_numbers:
                 equal.setdefault(test_numbers[name], number)
         trained = find_runs(list(new.values()))
@@ -104,6 +113,7 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
         short=frozenset(tests.short),
         equal=equal,
         near=_find_near(rows, known, len(texts)) if near else {},
+        prompted=prompts.found(len(numbers)),
         worded=worded,
         shared=shared,
         runs=runs,
@@ -116,6 +126,18 @@ def compared_text(row: Row) -> str:
     if "context" in row:
         return " ".join([row["question"], *(answer["text"] for answer in row["answers"])])
     return str(row["text"]) if "audio" in row else spoken_text(row)
+
+
+def prompt_row(row: Row) -> Row | None:
+    """Return a row with nothing for an answer; None where nothing is asked.
+
+    None too where several rows about one input are usual, or the comparison of words leaves out answers anyway.
+    """
+    prompt = {key: "" if key in ANSWERS else value for key, value in row.items()}
+    if "messages" in row and prompt == row:
+        answers = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        prompt["messages"] = row["messages"][: answers[-1]] if answers else []
+    return prompt if prompt != row and spoken_text(prompt).strip() else None
 
 
 def find_runs(texts: Sequence[str]) -> _Runs:
@@ -134,6 +156,34 @@ def find_runs(texts: Sequence[str]) -> _Runs:
         text_W[:count][inside_V],
         {text: word_W[begin_R[text] : end_R[text]].tobytes() for text in short},
     )
+
+
+class _PromptSearch:
+    """Counts the training rows that have the prompt of each test row."""
+
+    def __init__(self, tests: Iterator[Row]) -> None:
+        self._prompts = [self._hash(row) for row in tests]
+        self._first: dict[bytes, int] = {}
+        self._count = Counter(dict.fromkeys(filter(None, self._prompts), 0))
+
+    def add(self, row: Row, number: int) -> None:
+        """Count a training row."""
+        prompt = self._hash(row)
+        if prompt in self._count:
+            self._count[prompt] += 1
+            self._first.setdefault(prompt, number)
+
+    def found(self, train_rows: int) -> dict[int, int]:
+        """Return by test row the first training row with its prompt, unless that is the task of too many rows."""
+        most = max(COMMON_ROWS, COMMON_SHARE * train_rows)
+        tests = enumerate(self._prompts)
+        return {i: self._first[prompt] for i, prompt in tests if prompt and 0 < self._count[prompt] <= most}
+
+    @staticmethod
+    def _hash(row: Row) -> bytes:
+        """Hash a prompt; nothing where there is none."""
+        prompt = prompt_row(row)
+        return b"" if prompt is None else hash_content(prompt)
 
 
 class _RunSearch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.data.contamination import Overlap, compared_text, find_overlap
+from llmtune.data.contamination import Overlap, compared_text, find_overlap, prompt_row
 from llmtune.data.row_store import iterate_texts, read_rows
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext
 from llmtune.evaluate.metric import PairedMeasures
@@ -10,7 +10,13 @@ from llmtune.evaluate.slices import one_line, score_slice
 from llmtune.records import Contamination, Rows, Slice
 
 CLEAN, OVERLAPPING = "clean rows", "overlapping rows"
-KINDS = {"equal": "equal", "near": "nearly equal", "worded": "the same words", "shared": "13 words in a row"}
+KINDS = {
+    "equal": "equal",
+    "near": "nearly equal",
+    "prompted": "the same prompt",
+    "worded": "the same words",
+    "shared": "13 words in a row",
+}
 """Ways to overlap, the plainest first, by their name in `Overlap`."""
 SHOWN = 6
 LONGEST_SHOWN = 200
@@ -29,6 +35,7 @@ def find_contamination(rows: Rows, context: EvalContext, measures: PairedMeasure
         train_rows=overlap.train_rows,
         equal=len(overlap.equal),
         near=len(overlap.near),
+        prompted=len(overlap.prompted),
         short=len(overlap.short),
         worded=len(overlap.worded),
         shared=len(overlap.shared),
@@ -60,13 +67,16 @@ def show_examples(rows: Rows, overlap: Overlap) -> tuple[dict[str, str], ...]:
     chosen = list(pairs)[:SHOWN]
     test_origins = origins(rows, SPLIT, set(chosen))
     train_origins = origins(rows, "train", {pairs[test][1] for test in chosen})
-    texts = dict(zip(chosen, map(compared_text, read_rows(rows, SPLIT, chosen)), strict=True))
+    alike = {
+        test: compared_text((pairs[test][0] == "prompted" and prompt_row(row)) or row)
+        for test, row in zip(chosen, read_rows(rows, SPLIT, chosen), strict=True)
+    }
     return tuple(
         {
             "kind": KINDS[pairs[test][0]],
             "test": test_origins[test],
             "train": train_origins[pairs[test][1]],
-            "words": one_line(overlap.runs[test] if pairs[test][0] == "shared" else texts[test], LONGEST_SHOWN),
+            "words": one_line(overlap.runs[test] if pairs[test][0] == "shared" else alike[test], LONGEST_SHOWN),
         }
         for test in chosen
     )

@@ -260,6 +260,7 @@ def overlap_table(overlap: Contamination) -> Table:
     kinds = [
         ("equal", overlap.equal, overlap.rows),
         ("nearly equal (80 % of their word triples in common)", overlap.near, overlap.rows),
+        ("the same prompt, whatever the answer", overlap.prompted, overlap.rows),
         ("13 words in a row in common, of rows that are so long", overlap.shared, overlap.rows - overlap.short),
         ("the same words in the same order, of shorter rows", overlap.worded, overlap.short),
     ]
@@ -272,15 +273,23 @@ def overlap_table(overlap: Contamination) -> Table:
 
 def overlap_sentence(overlap: Contamination) -> str:
     """Return how many test rows overlap, how, and how many were left out before for that reason."""
-    number, names = overlap.overlapping, ("equal", "nearly equal", "with 13 words in a row in common")
-    parts = (overlap.equal, overlap.near, overlap.shared, overlap.worded)
+    number, names = (
+        overlap.overlapping,
+        ("equal", "nearly equal", "with the same prompt", "with 13 words in a row in common"),
+    )
+    parts = (overlap.equal, overlap.near, overlap.prompted, overlap.shared, overlap.worded)
     text = f"None of the {count(overlap.rows)} test rows overlaps with a training row "
-    text += "(equal, nearly equal, 13 words in a row)."
+    text += "(equal, nearly equal, the same prompt, 13 words in a row)."
     if number:
         named = zip(parts, (*names, "short, with the same words"), strict=True)
         verb = "overlaps" if number == 1 else "overlap"
         text = f"{count(number)} of {count(overlap.rows)} test rows ({share(number, overlap.rows)}) {verb} with a "
         text += f"training row: {', '.join(f'{count(part)} {name}' for part, name in named if part)}."
+    if overlap.prompted:
+        text += (
+            " Set data.split_by to a column that is equal for rows of one question, or take the questions of the test "
+        )
+        text += "rows out of training."
     if left := sum(overlap.dropped.values()):
         were = "row was" if left == 1 else "rows were"
         text += f" {count(left)} other {were} kept out of training for that, or out of validation."

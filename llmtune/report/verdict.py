@@ -81,7 +81,7 @@ def list_doubts(evaluation: Evaluation) -> list[str]:
     found = evaluation.contamination
     if found is not None and found.rows and found.overlapping >= MUCH_OVERLAP * found.rows:
         share = found.overlapping / found.rows
-        doubts.append(f"But {share:.0%} of the test rows stand in the training rows: the gain may be memory.")
+        doubts.append(f"But {share:.0%} of the test rows overlap with training rows: the gain may be memory.")
     return doubts
 
 

@@ -5,8 +5,10 @@ import random
 import re
 
 import pytest
+from support.rows import prepare as prepare_split
+from support.rows import write_jsonl
 
-from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap
+from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap, prompt_row
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_texts
 from llmtune.recipe import load_recipe
@@ -158,3 +160,56 @@ def test_found_are_those_that_a_plain_comparison_finds(prepare):
         assert (number in found.worded) == (len(said) < WORDS and said in sides["train"])
     assert len(found.shared) >= 12
     assert found.worded
+
+
+def asked(question, answer, system="Answer briefly."):
+    said = (("system", system), ("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def test_questions_with_several_answers_are_found_on_both_sides_unless_split_by_question(tmp_path):
+    numbers = [(question, answer) for question in range(50) for answer in range(8)]
+    rows = [{**asked(f"What is question {q}?", f"Answer{q}x{a} to it"), "question": q} for q, a in numbers]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    found = find_overlap(prepare_split(tmp_path, path, test=0.2), near=False)
+    assert found.test_rows > 50
+    assert len(found.prompted) > 0.95 * found.test_rows
+    assert found.rows == set(found.prompted)
+    apart = find_overlap(prepare_split(tmp_path, path, out="apart", test=0.2, split_by="question"), near=False)
+    assert apart.test_rows > 50
+    assert apart.rows == set()
+
+
+def test_prompts_are_the_same_only_where_all_of_them_is(prepare):
+    train = [asked("Good or bad? A fine film", "good"), asked("Which?", "this"), asked("Who?", "Ada")]
+    train.append({"messages": [*asked("First?", "One")["messages"], *asked("Then?", "Two")["messages"][1:]]})
+    test = [
+        asked("Good or bad? A poor film", "bad"),
+        asked("Which?", "that", system="Answer at length."),
+        asked(" Who? ", "Bob"),
+        asked("First?", "Uno"),
+        {"messages": [*asked("First?", "One")["messages"], *asked("Then?", "Due")["messages"][1:]]},
+    ]
+    assert find_overlap(prepare(train, test, task="chat"), near=False).prompted == {2: 2, 4: 3}
+
+
+def test_texts_without_a_prompt_have_no_prompt_in_common(prepare):
+    assert find_overlap(prepare([text(30)], [text(30, 100)]), near=False).prompted == {}
+    pairs = prepare([pair("Say it:", " one"), pair("Or this:", " two")], [pair("Say it:", " three")])
+    assert find_overlap(pairs, near=False).prompted == {0: 0}
+
+
+def test_a_prompt_that_many_rows_have_is_the_task_and_no_overlap(prepare):
+    train, test = [asked("A joke, please", f"joke{i}") for i in range(COMMON_ROWS + 1)], [asked("A joke, please", "x")]
+    assert find_overlap(prepare(train, test, task="chat"), near=False).prompted == {}
+    more = [asked(f"Question {i}?", f"answer{i}") for i in range(100)]
+    assert find_overlap(prepare(train + more, test, task="chat"), near=False).prompted == {0: 0}
+
+
+def test_of_questions_about_a_text_and_of_labels_no_prompts_are_compared():
+    assert (
+        prompt_row({"question": "Who?", "context": "Ada was here.", "answers": [{"text": "Ada", "start": 0}]}) is None
+    )
+    assert prompt_row({"text": "good film", "pair": None, "label": "yes"}) is None
+    pairs = {"messages": asked("Who?", "Ada")["messages"], "chosen": "Bob", "rejected": "Eve"}
+    assert prompt_row(pairs) == {**pairs, "chosen": "", "rejected": ""}

@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.rows import prepare, write_jsonl
 
+from llmtune.data.contamination import find_overlap
+from llmtune.evaluate.contaminated_scores import show_examples
 from llmtune.evaluate.results import load_evaluation, save_evaluation
 
 COLOURS = ("red", "green", "blue")
@@ -63,3 +66,12 @@ def test_rows_left_out_for_being_like_a_test_row_are_told(contaminated, make_ben
     assert found.contamination.near == 0
     assert found.contamination.dropped == {"near a test row": 12}
     assert "12 other rows were kept out of training" in " ".join(bench.console.file.getvalue().split())
+
+
+def test_of_rows_with_the_same_prompt_the_prompt_is_shown_and_not_the_answer(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [turn("Who was here first?", "Ada was")])
+    test = write_jsonl(tmp_path / "test.jsonl", [turn("Who was here first?", "Nobody I know of")])
+    rows = prepare(tmp_path, str(train), test=str(test))
+    (shown,) = show_examples(rows, find_overlap(rows, near=False))
+    assert (shown["kind"], shown["words"]) == ("the same prompt", "Who was here first?")
+    assert shown["train"].endswith("train.jsonl:1")

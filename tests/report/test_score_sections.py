@@ -105,24 +105,33 @@ def test_test_rows_that_overlap_are_counted_and_scored_apart(measured):
     page, text, terminal = shown(measured)
     for shown_text in (page, text, " ".join(terminal.split())):
         assert "12 of 148 test rows (8.1 %) overlap with a training row" in shown_text
-    assert "3 nearly equal, 9 with 13 words in a row in common, 1 short, with the same words. 17 other rows" in page
+    assert "3 nearly equal, 2 with the same prompt, 9 with 13 words in a row in common, 1 short, with the same" in page
+    assert "same words. Set data.split_by to a column" in page
+    assert "out of training. 17 other rows" in page
     assert "210 runs of 13 words stand in more than ten training rows" in page
     assert "test.jsonl:4" in page
     assert "/home/ada/data/test.jsonl" not in page
     assert "late &lt;b&gt;parcel&lt;/b&gt;" in page
     assert "| `clean rows` | 0.1000 | 0.7500 | ✅ +0.6500 | +0.5000 to +0.8000 | 0.010 | 136 |" in text
     assert "| `all rows` | 0.5200 | 0.8000 |" in text
-    counts = [["0", "148", "0.0 %"], ["3", "148", "2.0 %"], ["9", "128", "7.0 %"], ["1", "20", "5.0 %"]]
+    counts = [
+        ["0", "148", "0.0 %"],
+        ["3", "148", "2.0 %"],
+        ["2", "148", "1.4 %"],
+        ["9", "128", "7.0 %"],
+        ["1", "20", "5.0 %"],
+    ]
     assert [row[1:] for row in overlap_table(measured.contamination).rows] == counts
 
 
 def test_without_any_overlap_one_sentence_says_so(measured):
-    nothing = {"equal": 0, "near": 0, "worded": 0, "shared": 0, "overlapping": 0, "dropped": {}}
+    nothing = {"equal": 0, "near": 0, "prompted": 0, "worded": 0, "shared": 0, "overlapping": 0, "dropped": {}}
     none = replace(measured.contamination, **nothing, scores=(), examples=())
     page, text, _ = shown(replace(measured, contamination=none))
     assert "None of the 148 test rows overlaps with a training row" in page
     assert "what they share" not in page
     assert "clean rows" not in text
+    assert "split_by" not in page
     one = replace(none, overlapping=1, shared=1, dropped={"near a test row": 1})
     assert "1 of 148 test rows (0.7 %) overlaps with a training row" in overlap_sentence(one)
     assert "1 other row was kept out" in overlap_sentence(one)

@@ -183,7 +183,7 @@ def test_a_gain_on_rows_that_were_trained_on_may_be_memory():
     overlap = Contamination(100, 900, 12, 0, 0, 0, 0, 12, 0, {}, (), ())
     found = verdict(Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100, contamination=overlap))
     assert found.word == "mixed"
-    assert "12% of the test rows stand in the training rows" in found.reason
+    assert "12% of the test rows overlap with training rows" in found.reason
 
 
 def test_a_gain_of_little_is_called_small():
