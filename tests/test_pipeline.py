@@ -55,7 +55,7 @@ def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> No
     report = json.loads((finished / "run" / "report.json").read_text())
     assert {"recipe", "task", "steps", "data", "model", "adapter", "train", "evaluation", "gates"} <= report.keys()
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    assert set(report["evaluation"]["difference"]) == {"loss", "accuracy", "exact_match"}
+    assert set(report["evaluation"]["difference"]) == {"loss", "accuracy", "exact_match", "answers_cut"}
     assert {"value", "interval", "p", "n", "test"} == report["evaluation"]["difference"]["loss"].keys()
     assert sum(report["data"]["kept"].values()) + sum(report["data"]["dropped"].values()) == report["data"]["rows_in"]
 

@@ -118,7 +118,7 @@ def test_a_run_that_is_evaluated_again_evaluates_its_seeds_too(
     shutil.copytree(finished[0], place / "judged")
     loaded = recipe_of_run(read_run(place / "judged"), ["evaluate.metrics=[loss, perplexity]"])
     report = evaluate_run(loaded, place / "judged", Console(quiet=True), offline=True)
-    assert set(report["evaluation"]["seeds"]["metrics"]) == {"loss", "perplexity"}
+    assert set(report["evaluation"]["seeds"]["metrics"]) == {"loss", "perplexity", "answers_cut"}
     assert report["evaluation"]["seeds"]["missing"] == []
 
 

@@ -56,6 +56,8 @@ def shorten(recipe: str, model: Path) -> list[str]:
         "train.learning_rate": 0.01,
         "evaluate.gates": "[]",
     }
+    if written.model.chat_template_kwargs:
+        values["model.chat_template_kwargs"] = "null"
     if written.generation.max_new_tokens != 128:
         values["generation.max_new_tokens"] = 4
     if recipe.startswith("speech"):
@@ -82,7 +84,7 @@ def test_recipe_runs_to_the_end_on_a_tiny_model_of_its_kind(recipe: str, tmp_pat
     assert report["data"]["rows_in"] == 48
     assert report["adapter"]["method"] == ("qlora" if recipe == "chat-qlora" else "lora")
     evaluation = report["evaluation"]
-    assert set(evaluation["tuned"]) == set(loaded.recipe.evaluate.metrics) - BESIDE.get(recipe, set())
+    assert set(evaluation["tuned"]) - {"answers_cut"} == set(loaded.recipe.evaluate.metrics) - BESIDE.get(recipe, set())
     assert evaluation["difference"]
     if recipe not in LEARNS_SLOWLY and "loss" in evaluation["difference"]:
         assert evaluation["tuned"]["loss"] < evaluation["base"]["loss"]

@@ -35,8 +35,12 @@ RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 def infer_columns(rows: RawRows, task: str, folder: Path | None = None) -> dict[str, str] | None:
     """Return a mapping of columns by which `task` reads these rows; None where none that was tried does."""
     wanted = READINGS.get(task)
-    texts = [name for name in dict.fromkeys(name for row in rows for name in row) if _is_text(rows, name)]
-    if wanted is None or len(texts) < len(wanted):
+    if wanted is None:
+        return None
+    known = {name for ours in wanted for name in (ours, *ALIASES[task].get(ours, ()))}
+    names = dict.fromkeys(name for row in rows for name in row)
+    texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
+    if len(texts) < len(wanted):
         return None
     columns = _assign(rows, task, wanted, texts)
     return columns if columns and reads(rows, task, columns, folder) else None

@@ -166,8 +166,8 @@ def test_what_whisper_writes_down_is_traced(tmp_path):
         (("--prompt", " \n"), ("--prompt", "empty")),
         (("--prompt", "word " * 3000), ("--prompt", "2,048 positions", "Shorten")),
         (("--prompt", "fox " * 1900, "--max-new-tokens", "256"), ("--max-new-tokens", "2,048")),
-        (("--prompt", "x", "--context", "y"), ("--context", "no use")),
-        (("--prompt", "x", "--plain", "--system", "y"), ("--system", "no use")),
+        (("--prompt", "x", "--context", "y"), ("--context", "does not apply")),
+        (("--prompt", "x", "--plain", "--system", "y"), ("--system", "does not apply")),
         (("--audio", "tone.wav"), ("--audio", "--prompt")),
     ],
 )

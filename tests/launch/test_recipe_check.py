@@ -73,7 +73,7 @@ def test_a_folder_with_the_work_of_another_recipe_is_refused_with_both_ways_out(
     (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
     write_recipe(here / "mine.yaml", "owner/model", "rows.csv")
     (here / "out").mkdir()
-    done = {"prepare": {"state": "done", "inputs": "", "outputs": {}, "facts": {}}}
+    done = {"prepare": {"state": "done", "inputs": "", "started": 0.0, "outputs": {}, "facts": {}}}
     (here / "out" / "run.json").write_text(json.dumps({"fingerprint": "f" * 64, "steps": done, "findings": {}}))
     found = invoke("run", "mine.yaml", "--out", "out")
     assert found.exit_code == 2
