@@ -42,15 +42,15 @@ from llmtune.model.device import resolve_dtype
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import Recipe, load_recipe
 
-SIDES = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 def main() -> int:
     asked = read_arguments()
     torch.set_num_threads(asked.threads)
     recipe = load_recipe(asked.run / "recipe.yaml").recipe
-    rows = {side: read_side(asked.run, side) for side in SIDES}
-    labels = sorted({str(row["label"]) for side in SIDES for row in rows[side]})
+    rows = {side: read_side(asked.run, side) for side in SPLITS}
+    labels = sorted({str(row["label"]) for side in SPLITS for row in rows[side]})
     folder = asked.model or find_model(recipe)
     began = time.monotonic()
     trainer, encoded = build(recipe, asked.method, folder, rows, labels)
@@ -61,7 +61,7 @@ def main() -> int:
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     found: dict[str, Any] = {
         "method": asked.method,
-        "rows": {side: len(rows[side]) for side in SIDES},
+        "rows": {side: len(rows[side]) for side in SPLITS},
         "trainable": trainable,
         "seconds": round(seconds, 1),
         "accuracy": float(np.mean(right)),
@@ -130,7 +130,7 @@ def build(
                 for row in rows[side]
             ]
         )
-        for side in SIDES
+        for side in SPLITS
         if rows[side]
     }
     arguments = describe_training(recipe, dtype, "validation" in encoded)

@@ -20,12 +20,12 @@ Json = dict[str, Any]
 Row = dict[str, Any]
 """A row in canonical form; its keys are those of the TypedDict of its task (`llmtune.tasks`)."""
 
-SIDES = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows after reading, checking, deduplicating and splitting: one Arrow file a side, and how they came about.
+    """Rows after reading, checking, deduplicating and splitting: one Arrow file a split, and how they came about.
 
     Each file has the columns `id` (hex content hash), `origin` (`file:line`), `row` (the canonical row as JSON) and
     `columns` (what the row's source says in the columns that `evaluate` names, as JSON; null where it names none).
@@ -38,11 +38,11 @@ class Rows:
     dropped: dict[str, int]
     """Rows left out, by reason: `bad: ...`, `exact duplicate`, `near duplicate`, `near a test row` and so on."""
     content_hash: str
-    """Hash over the kept rows of all sides, in order."""
+    """Hash over the kept rows of all splits, in order."""
     columns: tuple[str, ...] = ()
     """Names of the columns that were kept beside the rows."""
     columns_hash: str = ""
-    """Hash over `columns` of the test side, in order; empty where nothing is asked for."""
+    """Hash over `columns` of the test split, in order; empty where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def span_sizes(spans: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows on disk, one Arrow file a side, in the order of `Rows`; the columns are those of `Example`.
+    """Encoded rows on disk, one Arrow file a split, in the order of `Rows`; the columns are those of `Example`.
 
-    `row` beside them is an index into the side's rows.
+    `row` beside them is an index into the split's rows.
     """
 
     folder: Path
@@ -106,11 +106,11 @@ class Examples:
     tokens: dict[str, int]
     supervised: dict[str, int]
     longest: dict[str, int]
-    """By side, the highest cost of an example in tokens."""
+    """By split, the highest cost of an example in tokens."""
     dropped: dict[str, int]
     content_hash: str
     reach: dict[str, int] = field(default_factory=dict)
-    """By side, the longest sequence that the model reads or writes, in tokens."""
+    """By split, the longest sequence that the model reads or writes, in tokens."""
     lost: dict[str, int] = field(default_factory=dict)
     """What rows lost that were cut: `rows`, `answers`, `tokens` and `supervised` tokens."""
 
@@ -384,11 +384,11 @@ class Evaluation:
     contamination: Contamination | None = None
     """None without test rows."""
 
-    def by_name(self, side: str) -> dict[str, float]:
+    def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned` by the names that gates use, those of the studies among them."""
-        scores = dict(getattr(self, side))
+        scores = dict(getattr(self, split))
         for name, study in self.studies.items():
-            scores |= {f"{name}.{metric}": value for metric, value in getattr(study, side).items()}
+            scores |= {f"{name}.{metric}": value for metric, value in getattr(study, split).items()}
         return scores
 
     def differences(self) -> dict[str, Difference]:

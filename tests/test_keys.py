@@ -222,6 +222,8 @@ FLIPS = {
     **flips(
         "train",
         "events",
+        "train.eval_steps=1",
+        "train.save_steps=1",
         "train.learning_rate=4.0",
         "train.max_grad_norm=0",
         "train.optim=sgd",

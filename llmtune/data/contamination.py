@@ -234,8 +234,8 @@ def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
     count = rows.counts["train"]
 
     def texts() -> Iterator[tuple[int, list[str]]]:
-        for side, offset in (("train", 0), ("test", count)):
-            for first, batch in iterate_batches(rows, side):
+        for split, offset in (("train", 0), ("test", count)):
+            for first, batch in iterate_batches(rows, split):
                 yield offset + first, [spoken_text(json.loads(text)) for text in batch.column("row").to_pylist()]
 
     matches = match_near(kept, np.arange(count, count + tests), texts)

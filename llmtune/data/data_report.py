@@ -43,7 +43,7 @@ def describe_examples(
 ) -> dict[str, object]:
     """Print the data report and return it as JSON can hold it.
 
-    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a side; `supervised_share` (None where no
+    Keys: `rows_in`; `rows`, `examples`, `tokens`, `supervised` and `longest` a split; `supervised_share` (None where no
     tokens are predicted); `dropped` by reason (`rows` and `examples` together); `lost` (what rows lost that were cut:
     `rows`, `answers`, `tokens`, and `supervised` ones); `histogram` (training examples: `edges`
     in tokens, `counts`); `example`, the first training example as pieces `[text, learned]`.
@@ -57,7 +57,7 @@ def describe_examples(
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0
-    blocks = [_sides(rows, examples), _dropped(rows.rows_in, dropped)]
+    blocks = [_splits(rows, examples), _dropped(rows.rows_in, dropped)]
     if examples.lost:
         blocks.append(Note(lost_sentence(examples.lost, sum(examples.supervised.values())), "note"))
     blocks.append(_bars(edges, counts))
@@ -119,14 +119,14 @@ def _numbers(*headings: str) -> list[Column]:
     return [Column(heading, "number") for heading in headings]
 
 
-def _sides(rows: Rows, examples: Examples) -> Table:
+def _splits(rows: Rows, examples: Examples) -> Table:
     cells = []
-    for side, count in examples.counts.items():
-        tokens, learned = examples.tokens[side], examples.supervised[side]
+    for split, count in examples.counts.items():
+        tokens, learned = examples.tokens[split], examples.supervised[split]
         share = f"{learned / tokens:.1%}" if tokens else "-"
-        numbers = [f"{number:,}" for number in (rows.counts[side], count, tokens, learned)]
-        cells.append([side, *numbers, share, f"{examples.longest[side]:,}"])
-    return Table(["side", *_numbers("rows", "examples", "tokens", "learned", "share", "longest")], cells, "data")
+        numbers = [f"{number:,}" for number in (rows.counts[split], count, tokens, learned)]
+        cells.append([split, *numbers, share, f"{examples.longest[split]:,}"])
+    return Table(["split", *_numbers("rows", "examples", "tokens", "learned", "share", "longest")], cells, "data")
 
 
 def _dropped(rows_in: int, dropped: dict[str, int]) -> Table | Note:
@@ -147,10 +147,10 @@ def _bars(edges: list[int], counts: list[int]) -> Table:
 
 def _classes(classes: dict[str, dict[str, int]]) -> Table:
     """Show how the classes are spread, the most frequent first."""
-    sides = list(next(iter(classes.values())))
+    splits = list(next(iter(classes.values())))
     total = sum(counts["train"] for counts in classes.values()) or 1
     cells = []
     for name, counts in sorted(classes.items(), key=lambda item: -item[1]["train"]):
         share = f"{counts['train'] / total:.1%}" if counts["train"] else "none"
-        cells.append([name, *(f"{counts[side]:,}" for side in sides), share])
-    return Table(["class", *_numbers(*sides, "share of train")], cells, "classes")
+        cells.append([name, *(f"{counts[split]:,}" for split in splits), share])
+    return Table(["class", *_numbers(*splits, "share of train")], cells, "classes")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from llmtune.data.row_store import Index
 from llmtune.data.splits import mix
-from llmtune.records import SIDES
+from llmtune.records import SPLITS
 
 Texts = Callable[[], Iterator[tuple[int, list[str]]]]
 """Gives all texts in batches, each with the number of its first."""
@@ -51,12 +51,12 @@ LETTERS = np.isin(np.arange(256), [*b"0123456789abcdefghijklmnopqrstuvwxyz", *ra
 
 
 PRIORITY = np.array([2, 1, 0], dtype=np.int8)
-"""By side: what stands in test is kept first, then validation, then train."""
+"""By split: what stands in test is kept first, then validation, then train."""
 KEPT = ""
 
 
-def drop_equal(index: Index, side_N: npt.NDArray[np.int8], method: str) -> npt.NDArray[np.object_]:
-    """Find rows that equal another: across sides always, on one side unless `method` is none.
+def drop_equal(index: Index, split_N: npt.NDArray[np.int8], method: str) -> npt.NDArray[np.object_]:
+    """Find rows that equal another: across splits always, in one split unless `method` is none.
 
     Returns:
         [N] the reason why a row is dropped, or KEPT. Of rows that are equal but for composition and outer white space,
@@ -64,39 +64,39 @@ def drop_equal(index: Index, side_N: npt.NDArray[np.int8], method: str) -> npt.N
     """
     reason_N = np.full(len(index), KEPT, dtype=object)
     high_N, low_N = index.content.T
-    priority_N = PRIORITY[side_N]
+    priority_N = PRIORITY[split_N]
     order = np.lexsort((index.text, priority_N, low_N, high_N))
     new = np.ones(len(order), dtype=bool)
     new[1:] = (high_N[order[1:]] != high_N[order[:-1]]) | (low_N[order[1:]] != low_N[order[:-1]])
     first_of = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
-    across = side_N[order] != side_N[first_of]
-    for side, name in enumerate(SIDES):
-        reason_N[order[across & (side_N[first_of] == side)]] = f"equal to a {name} row"
+    across = split_N[order] != split_N[first_of]
+    for split, name in enumerate(SPLITS):
+        reason_N[order[across & (split_N[first_of] == split)]] = f"equal to a {name} row"
     if method != "none":
         reason_N[order[~across & ~new]] = "exact duplicate"
     return reason_N
 
 
-def drop_near(index: Index, side_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], texts: Texts) -> None:
+def drop_near(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], texts: Texts) -> None:
     """Find rows that are nearly another that is kept, and write the reason into `reason_N` in place.
 
-    Test rows come first, then validation, then train, and on a side the smallest hash: a row is dropped if a row before
+    Test rows come first, then validation, then train, and in a split the smallest hash: a row is dropped if one before
     it that was kept is near. So no two kept rows are near each other, and each dropped row is near a kept one.
 
     Args:
         index: The rows.
-        side_N: [N] index into SIDES.
+        split_N: [N] index into SPLITS.
         reason_N: [N] why a row was dropped already; KEPT where it was not.
         texts: Gives the texts of all rows in order, in batches, each with the number of its first row.
     """
     kept = np.flatnonzero(reason_N == KEPT)
-    priority = PRIORITY[side_N[kept]]
+    priority = PRIORITY[split_N[kept]]
     high, low = index.content[kept].T
     order = kept[np.lexsort((low, high, priority))]
     for row, near in find_near(order, texts).items():
-        sides = side_N[near]
-        same = sides[np.argmin(PRIORITY[sides])]
-        reason_N[row] = "near duplicate" if same == side_N[row] else f"near a {SIDES[same]} row"
+        splits = split_N[near]
+        same = splits[np.argmin(PRIORITY[splits])]
+        reason_N[row] = "near duplicate" if same == split_N[row] else f"near a {SPLITS[same]} row"
 
 
 class _KeptRows:
@@ -189,7 +189,7 @@ def _common_triples(order: I64, texts: Texts) -> U32:
 
 
 def _spread(count: int) -> I64:
-    """Places of the sample in an order that is by side and hash: evenly over it."""
+    """Places of the sample in an order that is by split and hash: evenly over it."""
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
 

@@ -73,16 +73,16 @@ SCHEMA = pa.schema(
 class _RowBatch:
     """Rows that are encoded at a time."""
 
-    side: str
+    split: str
     first: int
-    """The number of the first of them on its side."""
+    """The number of the first of them on its split."""
     rows: list[tuple[str, str]]
     """Origin and JSON of each."""
 
 
 @dataclass(frozen=True)
 class _EncodedBatch:
-    side: str
+    split: str
     rows: int
     examples: pa.RecordBatch | None
     """None where no row could be used."""
@@ -117,7 +117,7 @@ class _BatchEncoder:
                 kept.append((number, example))
                 if example.lost is not None:
                     lost.update({"rows": 1, **Lost(*example.lost)._asdict()})
-        return _EncodedBatch(batch.side, len(batch.rows), record_batch(kept) if kept else None, refused, lost)
+        return _EncodedBatch(batch.split, len(batch.rows), record_batch(kept) if kept else None, refused, lost)
 
 
 @dataclass
@@ -137,23 +137,23 @@ class _Tally:
     """The first rows that cannot be used for another reason."""
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
 
-    def begin(self, side: str) -> None:
+    def begin(self, split: str) -> None:
         for name in COUNTED:
-            getattr(self, name)[side] = 0
+            getattr(self, name)[split] = 0
 
-    def add(self, side: str, batch: pa.RecordBatch) -> None:
+    def add(self, split: str, batch: pa.RecordBatch) -> None:
         """Count examples as `record_batch` returns them; the hash is over columns, which are few, not over rows."""
-        self.digest.update(f"{side} {batch.num_rows}\n".encode())
+        self.digest.update(f"{split} {batch.num_rows}\n".encode())
         for column in batch.columns:
             parts = (column.offsets, column.values) if pa.types.is_list(column.type) else (column,)
             for part in parts:
                 self.digest.update(part.to_numpy())
         costs, reaches = batch.column("tokens").to_numpy(), batch.column("reach").to_numpy()
-        self.counts[side] += batch.num_rows
-        self.tokens[side] += int(costs.sum(dtype=np.int64))
-        self.supervised[side] += int(batch.column("supervised").to_numpy().sum(dtype=np.int64))
-        self.longest[side] = max(self.longest[side], int(costs.max()))
-        self.reach[side] = max(self.reach[side], int(reaches.max()))
+        self.counts[split] += batch.num_rows
+        self.tokens[split] += int(costs.sum(dtype=np.int64))
+        self.supervised[split] += int(batch.column("supervised").to_numpy().sum(dtype=np.int64))
+        self.longest[split] = max(self.longest[split], int(costs.max()))
+        self.reach[split] = max(self.reach[split], int(reaches.max()))
 
     def refuse(self, origin: str, reason: str) -> None:
         """Count a row that was left out; without its length or its words, which differ."""
@@ -173,7 +173,7 @@ def encode_rows(
     console: Console,
     pool: Callable[..., WorkerPool[_RowBatch, _EncodedBatch]] = WorkerPool,
 ) -> Examples:
-    """Encode all rows into one Arrow file a side in `folder`; `examples.json` beside them is written last.
+    """Encode all rows into one Arrow file a split in `folder`; `examples.json` beside them is written last.
 
     Rows that cannot be encoded are left out, counted by reason in `Examples.dropped` and listed one by one, with file
     and line, in `left_out.jsonl` beside `folder`. A row that `data.on_overlong` splits makes several examples with the
@@ -181,7 +181,7 @@ def encode_rows(
 
     Raises:
         DataError: a row is longer than `data.max_length` and `data.on_overlong` is error; more rows than
-            `data.max_dropped` allows are bad; or a side is left without a row.
+            `data.max_dropped` allows are bad; or a split is left without a row.
         EnvironmentProblem: the chat template cannot be split into turns, or leaves out tools that many rows have; the
             disk is full; the folder is read-only.
     """
@@ -192,24 +192,24 @@ def encode_rows(
         (folder / RECORD).unlink(missing_ok=True)
         with show_progress(console, MofNCompleteColumn()) as progress, listed(folder.parent / LEFT_OUT) as left_out:
             bar = progress.add_task("encode", total=total)
-            batches = (batch for side in rows.files for batch in _batches(side, iterate_texts(rows, side)))
+            batches = (batch for split in rows.files for batch in _batches(split, iterate_texts(rows, split)))
             encoded = pool(_BatchEncoder(task.encode, processor, recipe)).map(batches, lambda b: len(b.rows), total)
-            for side, results in groupby(encoded, key=lambda result: result.side):
-                tally.begin(side)
-                with _written(folder / f"{side}.arrow") as write:
+            for split, results in groupby(encoded, key=lambda result: result.split):
+                tally.begin(split)
+                with _written(folder / f"{split}.arrow") as write:
                     for result in results:
                         for origin, reason in result.refused:
                             left_out({"where": origin, "reason": reason})
                             tally.refuse(origin, reason)
                         tally.lost.update(result.lost)
                         if result.examples is not None:
-                            tally.add(side, result.examples)
+                            tally.add(split, result.examples)
                             write(result.examples)
                         progress.advance(bar, result.rows)
         _refuse(tally, rows, recipe, folder.parent / LEFT_OUT)
         counted = {name: dict(getattr(tally, name)) for name in COUNTED}
         record = {
-            "files": {side: f"{side}.arrow" for side in rows.files},
+            "files": {split: f"{split}.arrow" for split in rows.files},
             **counted,
             "dropped": dict(sorted((+tally.dropped).items())),
             "lost": dict(tally.lost),
@@ -228,17 +228,17 @@ def load_examples(folder: Path) -> Examples:
     record = read_json(folder / RECORD)
     if record is None:
         raise DataError.of("no encoded examples here", str(folder), AGAIN)
-    files = {side: folder / name for side, name in record.pop("files").items()}
+    files = {split: folder / name for split, name in record.pop("files").items()}
     missing = [Problem("missing", str(path), AGAIN) for path in files.values() if not path.is_file()]
     DataError.collect(missing)
     return Examples(folder=folder, files=files, **record)
 
 
 class ExampleReader:
-    """The examples of one side in random access; nothing but the tokens asked for is read into memory."""
+    """The examples of one split in random access; nothing but the tokens asked for is read into memory."""
 
-    def __init__(self, examples: Examples, side: str) -> None:
-        with pa.memory_map(str(examples.files[side])) as source:
+    def __init__(self, examples: Examples, split: str) -> None:
+        with pa.memory_map(str(examples.files[split])) as source:
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
@@ -282,8 +282,8 @@ class ExampleReader:
         return np.concatenate([np.empty(0, dtype=np.int32), *parts]).astype(np.int32)
 
 
-def _batches(side: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]:
-    """Cut the rows of a side into batches of a count and a size that keep memory flat.
+def _batches(split: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]:
+    """Cut the rows of a split into batches of a count and a size that keep memory flat.
 
     The last batch has two rows where there are two: what is learned from an answer that is another row's needs one.
     """
@@ -297,10 +297,10 @@ def _batches(side: str, texts: Iterator[tuple[str, str]]) -> Iterator[_RowBatch]
         characters += len(row[1])
         if (len(batch) >= most or characters > BATCH_CHARACTERS) and ahead is not None:
             kept = batch[:-1] if len(batch) > 1 else batch
-            yield _RowBatch(side, first, kept)
+            yield _RowBatch(split, first, kept)
             first, batch, characters = first + len(kept), batch[len(kept) :], 0
     if batch:
-        yield _RowBatch(side, first, batch)
+        yield _RowBatch(split, first, batch)
 
 
 @contextmanager
@@ -340,9 +340,9 @@ def _refuse(tally: _Tally, rows: Rows, recipe: Recipe, list_file: Path) -> None:
     too_long = tally.dropped[TOO_LONG]
     _refuse_long(tally, too_long, recipe, list_file)
     _refuse_bad(tally, too_long, rows, recipe, list_file)
-    empty = [side for side, count in tally.counts.items() if not count and (rows.counts[side] or side == "train")]
+    empty = [split for split, count in tally.counts.items() if not count and (rows.counts[split] or split == "train")]
     fix = f"Give more rows, or raise data.max_length. All that were left out: {list_file}."
-    DataError.collect(Problem(f"no row is left for {side}", fix=fix) for side in empty)
+    DataError.collect(Problem(f"no row is left for {split}", fix=fix) for split in empty)
 
 
 def _refuse_long(tally: _Tally, too_long: int, recipe: Recipe, list_file: Path) -> None:

@@ -22,7 +22,7 @@ from llmtune.data.row_store import HashedRow, Spool
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe import DataSection
-from llmtune.records import SIDES
+from llmtune.records import SPLITS
 
 SHOWN = 20
 
@@ -134,9 +134,9 @@ def _read_input(
 ) -> None:
     one = detected.input
     limit = one.source.limit
-    side = -1 if one.side is None else SIDES.index(one.side)
+    split = -1 if one.split is None else SPLITS.index(one.split)
     columns = detected.columns
-    tested = bool(kept_columns) and (one.side == "test" or (one.side is None and not isinstance(data.test, tuple)))
+    tested = bool(kept_columns) and (one.split == "test" or (one.split is None and not isinstance(data.test, tuple)))
     for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
         if limit is not None and taken[one.number] >= limit:
             return
@@ -151,7 +151,7 @@ def _read_input(
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
-            group = _group(raw, data.split_by, required=side < 0) or int.from_bytes(content[8:], "big")
+            group = _group(raw, data.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
         except RowError as error:
             account.add_bad(origin, error)
             continue
@@ -164,11 +164,11 @@ def _read_input(
             account.columns.update(dict.fromkeys(raw))
             kept = json.dumps({name: raw[name] for name in kept_columns if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
-        spool.add(HashedRow(origin, text, kept, content, text_hash, group, one.number, side))
+        spool.add(HashedRow(origin, text, kept, content, text_hash, group, one.number, split))
 
 
 def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:
-    """Hash the value that decides the side; None where that is the row's own content."""
+    """Hash the value that decides the split; None where that is the row's own content."""
     if split_by is None:
         return None
     value = raw.get(split_by)

@@ -1,7 +1,7 @@
-"""Step 1, first half: from the recipe's sources to checked, deduplicated, split rows in one Arrow file a side.
+"""Step 1, first half: from the recipe's sources to checked, deduplicated, split rows in one Arrow file a split.
 
-Near duplicates are looked for if `deduplicate: near` asks for it, on one side and across sides; equal rows across sides
-are dropped whatever it says.
+Near duplicates are looked for if `deduplicate: near` asks for it, in a split and across splits; rows that are equal
+across splits are dropped whatever it says.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from llmtune.data.ingest import Account, read_inputs, show_progress
 from llmtune.data.row_hash import spoken_text
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
-from llmtune.data.splits import TRAIN, assign_sides, count_copies, drop_shared_groups
+from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
 from llmtune.errors import DataError, Problem
 from llmtune.recipe import DataSection, Recipe
 from llmtune.recipe.data_section import ENCODING_KEYS
-from llmtune.records import SIDES, Rows
+from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -38,7 +38,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     """Read, check, deduplicate and split the recipe's data into `folder`.
 
     What is kept depends on the rows, not on the order of files. Memory grows by some 50 bytes a row (600 with
-    `deduplicate: near`), whatever the rows' length. Sides keep the order of the sources.
+    `deduplicate: near`), whatever the rows' length. Splits keep the order of the sources.
 
     Args:
         recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
@@ -46,7 +46,7 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
         console: Shows progress, bad rows and what was left out.
 
     Raises:
-        DataError: Missing or unreadable files, unknown formats, too many bad rows, a side without rows: all at once.
+        DataError: Missing or unreadable files, unknown formats, too many bad rows, a split without rows: all at once.
         EnvironmentProblem: The folder cannot be written, or the hub not be reached.
     """
     data, task = recipe.data, recipe.task
@@ -66,12 +66,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
             account = read_inputs(detected, data, task, spool, bad, console, columns)
             spool.close()
             index = spool.index()
-            side_N, reason_N, notes = _decide(index, data, spool, console)
-            copies_N = count_copies(index, side_N, _weights(data))
+            split_N, reason_N, notes = _decide(index, data, spool, console)
+            copies_N = count_copies(index, split_N, _weights(data))
             reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
             copies_N[reason_N != KEPT] = 0
-            _check_sides(data, side_N, copies_N, reason_N)
-            rows = _write(folder, spool, index, side_N, copies_N, account, reason_N, tuple(columns))
+            _check_splits(data, split_N, copies_N, reason_N)
+            rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns))
     _print_summary(rows, account, notes, console)
     return rows
 
@@ -79,12 +79,12 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
 def _decide(
     index: Index, data: DataSection, spool: Spool, console: Console
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.object_], list[str]]:
-    """Give each row its side and, if it is dropped, the reason."""
-    shares = {side: share for side in SIDES[1:] if isinstance(share := getattr(data, side), float | int)}
-    side_N, notes = assign_sides(index, shares.get("validation", 0.0), shares.get("test", 0.0))
-    reason_N = drop_equal(index, side_N, data.deduplicate)
+    """Give each row its split and, if it is dropped, the reason."""
+    shares = {split: share for split in SPLITS[1:] if isinstance(share := getattr(data, split), float | int)}
+    split_N, notes = assign_splits(index, shares.get("validation", 0.0), shares.get("test", 0.0))
+    reason_N = drop_equal(index, split_N, data.deduplicate)
     if data.split_by is not None:
-        drop_shared_groups(index, side_N, reason_N, data.split_by)
+        drop_shared_groups(index, split_N, reason_N, data.split_by)
     if data.deduplicate == "near":
         with show_progress(console) as progress:
             total = 2 * spool.path.stat().st_size
@@ -95,30 +95,30 @@ def _decide(
                     progress.advance(bar, batch.nbytes)
                     yield first, [spoken_text(json.loads(row)) for row in batch.column("row").to_pylist()]
 
-            drop_near(index, side_N, reason_N, texts)
-    return side_N, reason_N, notes
+            drop_near(index, split_N, reason_N, texts)
+    return split_N, reason_N, notes
 
 
 def _weights(data: DataSection) -> list[float]:
     return [
         source.weight
-        for side in SIDES
-        for source in (getattr(data, side) if isinstance(getattr(data, side), tuple) else ())
+        for split in SPLITS
+        for source in (getattr(data, split) if isinstance(getattr(data, split), tuple) else ())
     ]
 
 
-def _check_sides(
+def _check_splits(
     data: DataSection,
-    side_N: npt.NDArray[np.int8],
+    split_N: npt.NDArray[np.int8],
     copies_N: npt.NDArray[np.int64],
     reason_N: npt.NDArray[np.object_],
 ) -> None:
-    """Refuse a side that was asked for and has no row left."""
+    """Refuse a split that was asked for and has no row left."""
     problems = []
-    for side, name in enumerate(SIDES):
-        required = side == TRAIN or isinstance(getattr(data, name), tuple) or getattr(data, name) > 0
-        if required and not copies_N[side_N == side].any():
-            lost = Counter(reason_N[side_N == side].tolist())
+    for split, name in enumerate(SPLITS):
+        required = split == TRAIN or isinstance(getattr(data, name), tuple) or getattr(data, name) > 0
+        if required and not copies_N[split_N == split].any():
+            lost = Counter(reason_N[split_N == split].tolist())
             why = ", ".join(f"{count} {reason}" for reason, count in lost.most_common()) or "none was read"
             fix = "Give more rows, or set `deduplicate: exact` if rows that look alike are meant."
             problems.append(Problem(f"no row is left for {name}: {why}", f"data.{name}", fix))
@@ -129,23 +129,23 @@ def _write(
     folder: Path,
     spool: Spool,
     index: Index,
-    side_N: npt.NDArray[np.int8],
+    split_N: npt.NDArray[np.int8],
     copies_N: npt.NDArray[np.int64],
     account: Account,
     reason_N: npt.NDArray[np.object_],
     columns: tuple[str, ...],
 ) -> Rows:
-    counts = {name: int(copies_N[side_N == side].sum()) for side, name in enumerate(SIDES)}
-    files = {name: folder / f"{name}.rows.arrow" for name in SIDES if counts[name]}
+    counts = {name: int(copies_N[split_N == split].sum()) for split, name in enumerate(SPLITS)}
+    files = {name: folder / f"{name}.rows.arrow" for name in SPLITS if counts[name]}
     writers = {name: RowWriter(path) for name, path in files.items()}
     for first, batch in spool.batches():
         here = slice(first, first + batch.num_rows)
-        for side, name in enumerate(SIDES):
-            taken = np.repeat(np.arange(batch.num_rows), np.where(side_N[here] == side, copies_N[here], 0))
+        for split, name in enumerate(SPLITS):
+            taken = np.repeat(np.arange(batch.num_rows), np.where(split_N[here] == split, copies_N[here], 0))
             if len(taken):
                 writers[name].add(batch.take(pa.array(taken)), index.content[here][taken])
     digest = hashlib.sha256()
-    for name in SIDES:
+    for name in SPLITS:
         if name in writers:
             digest.update(f"{name} {writers[name].close()}\n".encode())
         else:

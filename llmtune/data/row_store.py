@@ -32,7 +32,7 @@ NUMBERS = pa.schema(
         "text": pa.uint64(),
         "group": pa.uint64(),
         "source": pa.int32(),
-        "side": pa.int8(),
+        "split": pa.int8(),
     }
 )
 
@@ -48,11 +48,11 @@ class Index:
     text: U64
     """[N] hash of the row to the last byte: which of equal rows comes first must not depend on the order of files."""
     group: U64
-    """[N] hash of what decides the side: of the content, or of the `split_by` value."""
+    """[N] hash of what decides the split: of the content, or of the `split_by` value."""
     source: npt.NDArray[np.int32]
     """[N] number of the source among all of the recipe's."""
-    side: npt.NDArray[np.int8]
-    """[N] index into SIDES as its source says, or -1 where the split decides."""
+    split: npt.NDArray[np.int8]
+    """[N] index into SPLITS as its source says, or -1 where the split decides."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,7 +69,7 @@ class HashedRow:
     text: int
     group: int
     source: int
-    side: int
+    split: int
 
 
 class Spool(AbstractContextManager["Spool"]):
@@ -98,7 +98,7 @@ class Spool(AbstractContextManager["Spool"]):
         self._writer.write_batch(pa.record_batch([pa.array(part, pa.string()) for part in texts], schema=TEXTS))
         content_N2 = np.frombuffer(b"".join(row.content for row in rows), dtype=">u8").astype(np.uint64).reshape(-1, 2)
         numbers = [content_N2[:, 0], content_N2[:, 1], [row.text for row in rows], [row.group for row in rows]]
-        numbers += [[row.source for row in rows], [row.side for row in rows]]
+        numbers += [[row.source for row in rows], [row.split for row in rows]]
         arrays = [pa.array(column, kind) for column, kind in zip(numbers, NUMBERS.types, strict=True)]
         self._numbers.append(pa.record_batch(arrays, schema=NUMBERS))
         self._rows, self._bytes = [], 0
@@ -118,14 +118,14 @@ class Spool(AbstractContextManager["Spool"]):
     def index(self) -> Index:
         """Return the numbers of all rows."""
         table = pa.Table.from_batches(self._numbers, NUMBERS).combine_chunks()
-        high, low, text, group, source, side = (np.from_dlpack(column.chunk(0)) for column in table.columns)
+        high, low, text, group, source, split = (np.from_dlpack(column.chunk(0)) for column in table.columns)
         content_N2 = np.stack([high, low], axis=1)
         return Index(
             content=content_N2.astype(np.uint64),
             text=text.astype(np.uint64),
             group=group.astype(np.uint64),
             source=source.astype(np.int32),
-            side=side.astype(np.int8),
+            split=split.astype(np.int8),
         )
 
     def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -138,7 +138,7 @@ class Spool(AbstractContextManager["Spool"]):
 
 
 class RowWriter:
-    """Writes the file of one side under another name, and gives it its own at the end."""
+    """Writes the file of one split under another name, and gives it its own at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -185,7 +185,7 @@ class RowWriter:
 
 def save_rows(rows: Rows) -> None:
     """Write the record of `rows` into its folder; file names are relative, so that the folder can be moved."""
-    files = {side: path.name for side, path in rows.files.items()}
+    files = {split: path.name for split, path in rows.files.items()}
     write_json(rows.folder / RECORD, {"files": files, **{name: getattr(rows, name) for name in RECORDED}})
 
 
@@ -200,16 +200,16 @@ def load_rows(folder: Path) -> Rows:
     if not isinstance(record, dict) or missing:
         what = f"{missing[0]} is missing" if missing else "there are no prepared rows"
         raise DataError.of(what, str(folder), "Run the recipe again: what is missing is made again.")
-    files = {side: folder / name for side, name in record.pop("files").items()}
+    files = {split: folder / name for split, name in record.pop("files").items()}
     return Rows(folder=folder, files=files, **{**record, "columns": tuple(record.get("columns", ()))})
 
 
-def iterate_batches(rows: Rows, side: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yield the rows of a side as they stand in its file, each batch with the number of its first row."""
-    if side not in rows.files:
+def iterate_batches(rows: Rows, split: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Yield the rows of a split as they stand in its file, each batch with the number of its first row."""
+    if split not in rows.files:
         return
     first = 0
-    with pa.memory_map(str(rows.files[side])) as source:
+    with pa.memory_map(str(rows.files[split])) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
@@ -217,41 +217,41 @@ def iterate_batches(rows: Rows, side: str) -> Iterator[tuple[int, pa.RecordBatch
             first += batch.num_rows
 
 
-def iterate_rows(rows: Rows, side: str) -> Iterator[tuple[str, Row]]:
-    """Yield (origin, row) of a side in order; nothing for a side that has no rows."""
-    for origin, text in iterate_texts(rows, side):
+def iterate_rows(rows: Rows, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield (origin, row) of a split in order; nothing for a split that has no rows."""
+    for origin, text in iterate_texts(rows, split):
         yield origin, json.loads(text)
 
 
-def iterate_ids(rows: Rows, side: str) -> Iterator[str]:
-    """Yield what each row of a side is known by: 32 hex digits of its content, wherever it stands."""
-    for _, batch in iterate_batches(rows, side):
+def iterate_ids(rows: Rows, split: str) -> Iterator[str]:
+    """Yield what each row of a split is known by: 32 hex digits of its content, wherever it stands."""
+    for _, batch in iterate_batches(rows, split):
         yield from batch.column("id").to_pylist()
 
 
-def iterate_texts(rows: Rows, side: str) -> Iterator[tuple[str, str]]:
-    """Yield (origin, row as JSON) of a side in order; nothing for a side that has no rows."""
-    for _, batch in iterate_batches(rows, side):
+def iterate_texts(rows: Rows, split: str) -> Iterator[tuple[str, str]]:
+    """Yield (origin, row as JSON) of a split in order; nothing for a split that has no rows."""
+    for _, batch in iterate_batches(rows, split):
         yield from zip(batch.column("origin").to_pylist(), batch.column("row").to_pylist(), strict=True)
 
 
-def iterate_columns(rows: Rows, side: str) -> Iterator[dict[str, object]]:
-    """Yield by row of a side, in order, what its source says in the columns that were kept; mostly nothing."""
-    for _, batch in iterate_batches(rows, side):
+def iterate_columns(rows: Rows, split: str) -> Iterator[dict[str, object]]:
+    """Yield by row of a split, in order, what its source says in the columns that were kept; mostly nothing."""
+    for _, batch in iterate_batches(rows, split):
         there = "columns" in batch.schema.names  # rows that an earlier version prepared have none
         for text in batch.column("columns").to_pylist() if there else [None] * batch.num_rows:
             yield json.loads(text) if text else {}
 
 
-def read_rows(rows: Rows, side: str, indexes: Sequence[int]) -> list[Row]:
-    """Return the rows of a side at `indexes`, in that order; nothing else is read."""
+def read_rows(rows: Rows, split: str, indexes: Sequence[int]) -> list[Row]:
+    """Return the rows of a split at `indexes`, in that order; nothing else is read."""
     if not len(indexes):
         return []
-    firsts, batches = zip(*iterate_batches(rows, side), strict=True)
+    firsts, batches = zip(*iterate_batches(rows, split), strict=True)
     places = np.asarray(indexes, dtype=np.int64)
     count = firsts[-1] + batches[-1].num_rows
     if places.min() < 0 or places.max() >= count:
-        raise IndexError(f"{side} has {count} rows")
+        raise IndexError(f"{split} has {count} rows")
     numbers = np.searchsorted(firsts, places, side="right") - 1
     texts = (
         batches[number].column("row")[place - firsts[number]].as_py()

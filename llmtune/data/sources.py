@@ -25,7 +25,7 @@ from llmtune.errors import STEERING, DataError, Problem, nearest, visible
 from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.user_files import match_files, walk_files
-from llmtune.records import SIDES
+from llmtune.records import SPLITS
 from llmtune.store.atomic_files import hash_file, hash_recording
 
 ENDINGS = {
@@ -54,12 +54,12 @@ LOOKED_THROUGH = 1000
 
 @dataclass(frozen=True)
 class Input:
-    """A file (or hub data set) that is read, and for which side."""
+    """A file (or hub data set) that is read, and for which split."""
 
     source: Source
     number: int
     """The source's position among all of the recipe's."""
-    side: str | None
+    split: str | None
     """None where the split decides."""
     name: str
     """How it is called in origins and messages."""
@@ -105,11 +105,11 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
     """
     detected: list[Detected] = []
     problems: list[Problem] = []
-    for number, (key, side, source) in enumerate(_sources(data)):
+    for number, (key, split, source) in enumerate(_sources(data)):
         if local_only and hub.dataset_name(source) is not None:
             continue
         try:
-            of_source = [_detect(one, task, problems) for one in _inputs(source, number, side, key)]
+            of_source = [_detect(one, task, problems) for one in _inputs(source, number, split, key)]
         except DataError as error:
             problems += error.problems
             continue
@@ -123,20 +123,20 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
 
 
 def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
-    """Yield every source with its key and the side it is for."""
-    for side in SIDES:
-        sources = getattr(data, side)
+    """Yield every source with its key and the split it is for."""
+    for split in SPLITS:
+        sources = getattr(data, split)
         if isinstance(sources, tuple):
             for number, source in enumerate(sources):
-                key = f"data.{side}" if len(sources) == 1 else f"data.{side}[{number}]"
-                yield key, None if side == "train" else side, source
+                key = f"data.{split}" if len(sources) == 1 else f"data.{split}[{number}]"
+                yield key, None if split == "train" else split, source
 
 
-def _inputs(source: Source, number: int, side: str | None, key: str) -> list[Input]:
+def _inputs(source: Source, number: int, split: str | None, key: str) -> list[Input]:
     if hub.dataset_name(source) is not None:
-        return [Input(source, number, side, source.path, None, "hub")]
+        return [Input(source, number, split, source.path, None, "hub")]
     return [
-        Input(source, number, side, written_path(str(path)), path, _container(path, source, key))
+        Input(source, number, split, written_path(str(path)), path, _container(path, source, key))
         for path in find_files(source, key)
     ]
 
@@ -174,7 +174,7 @@ def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
     """Return a line of the recipe by which the file can be read, tried on its first rows."""
     columns = infer_columns(rows, task, one.path.parent if one.path else None)
-    return source_line(one.side or "train", one.source, columns=columns) if columns else None
+    return source_line(one.split or "train", one.source, columns=columns) if columns else None
 
 
 def encoding_hint(one: Input) -> Problem | None:
@@ -182,7 +182,7 @@ def encoding_hint(one: Input) -> Problem | None:
     encoding = None if one.path is None or one.source.encoding else guess_encoding(one.path)
     if encoding is None:
         return None
-    line = source_line(one.side or "train", one.source, encoding=encoding)
+    line = source_line(one.split or "train", one.source, encoding=encoding)
     return Problem(f"the file looks like {encoding}, not UTF-8", one.name, f"State it: {line}")
 
 
@@ -319,9 +319,9 @@ def list_sources(data: DataSection, task: str) -> tuple[str, list[SourceFile]]:
     digest = hashlib.sha256()
     problems: list[Problem] = []
     listed: list[SourceFile] = []
-    for key, side, source in _sources(data):
+    for key, split, source in _sources(data):
         settings = source.model_dump(mode="json", exclude={"path"})
-        digest.update(json.dumps([side, settings], sort_keys=True).encode())
+        digest.update(json.dumps([split, settings], sort_keys=True).encode())
         try:
             for file in _hash_source(source, key, task):
                 digest.update(f"{file.name} {file.hash}\n".encode())

@@ -1,4 +1,4 @@
-"""Sides: a row goes to train, validation or test by a hash, so that it stays where it is when the data grows."""
+"""Splits: a row goes to train, validation or test by a hash, so that it stays where it is when the data grows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from llmtune.data.row_store import U64, Index
 from llmtune.errors import DataError
-from llmtune.records import SIDES
+from llmtune.records import SPLITS
 
-TRAIN, VALIDATION, TEST = range(len(SIDES))
+TRAIN, VALIDATION, TEST = range(len(SPLITS))
 
 
 def mix(values: U64, salt: int) -> U64:
@@ -28,8 +28,8 @@ def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
     return (mix(values, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def assign_sides(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
-    """Give every row its side.
+def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDArray[np.int8], list[str]]:
+    """Give every row its split.
 
     A group's position in [0, 1) is a hash; test takes the positions below `test`, validation the next. A share that
     would get nothing, which happens with few rows, gets the group with the lowest position instead.
@@ -40,57 +40,57 @@ def assign_sides(index: Index, validation: float, test: float) -> tuple[npt.NDAr
         test: The same for test.
 
     Returns:
-        [N] index into SIDES, and notes for a person.
+        [N] index into SPLITS, and notes for a person.
 
     Raises:
-        DataError: There are not enough groups for one on each side.
+        DataError: There are not enough groups for one on each split.
     """
-    side_N = index.side.copy()
-    open_N = side_N < 0
+    split_N = index.split.copy()
+    open_N = split_N < 0
     positions, of_row = np.unique(fraction(index.group[open_N], salt=1), return_inverse=True)
-    requested = [(side, share) for side, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
+    requested = [(split, share) for split, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
     if requested and len(positions) < len(requested) + 1:
         raise _too_few(len(positions), requested)
-    group_side = np.full(len(positions), TRAIN, dtype=np.int8)
+    group_split = np.full(len(positions), TRAIN, dtype=np.int8)
     notes: list[str] = []
     first, upto = 0, 0.0
-    for side, share in requested:
+    for split, share in requested:
         upto += share
         last = max(int(np.searchsorted(positions, upto)), first)
         if last == first:
             last = first + 1
-            notes.append(f"a share of {share:g} of {len(positions)} rows gave {SIDES[side]} none; it got one")
-        group_side[first:last] = side
+            notes.append(f"a share of {share:g} of {len(positions)} rows gave {SPLITS[split]} none; it got one")
+        group_split[first:last] = split
         first = last
     if requested and first >= len(positions):
         raise _too_few(len(positions), requested)
-    side_N[open_N] = group_side[of_row]
-    return side_N, notes
+    split_N[open_N] = group_split[of_row]
+    return split_N, notes
 
 
 def _too_few(groups: int, requested: list[tuple[int, float]]) -> DataError:
-    names = " and ".join(f"{SIDES[side]} ({share:g})" for side, share in requested)
+    names = " and ".join(f"{SPLITS[split]} ({share:g})" for split, share in requested)
     what = f"{groups} different rows (or `split_by` values) are too few to leave some for {names} besides train"
     fix = "Give more rows, or sources of their own, or set the share to 0. A short text file is one row."
     return DataError(*DataError.of(what, "data.train", fix).problems)
 
 
-def count_copies(index: Index, side_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
-    """Say how often each row stands in its side: a train row as often as its source's weight says, others once.
+def count_copies(index: Index, split_N: npt.NDArray[np.int8], weights: list[float]) -> npt.NDArray[np.int64]:
+    """Say how often each row stands in its split: a train row as often as its source's weight says, others once.
 
     A weight of 2.3 is two copies of each row and a third of three tenths of them, chosen by hash.
     """
     weight_N = np.asarray(weights, dtype=np.float64)[index.source]
     whole_N = np.floor(weight_N)
     more_N = fraction(index.content[:, 1], salt=2) < weight_N - whole_N
-    return np.where(side_N == TRAIN, whole_N + more_N, 1).astype(np.int64)
+    return np.where(split_N == TRAIN, whole_N + more_N, 1).astype(np.int64)
 
 
 def drop_shared_groups(
-    index: Index, side_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
+    index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], split_by: str
 ) -> None:
     """Drop rows whose `split_by` value stands in a source that was given for test or validation, in place."""
-    for side, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
-        given = index.group[index.side == side]
-        shared = np.isin(index.group, given) & np.isin(side_N, below) & (reason_N == "")
-        reason_N[shared] = f"same {split_by} as a {SIDES[side]} row"
+    for split, below in ((TEST, (TRAIN, VALIDATION)), (VALIDATION, (TRAIN,))):
+        given = index.group[index.split == split]
+        shared = np.isin(index.group, given) & np.isin(split_N, below) & (reason_N == "")
+        reason_N[shared] = f"same {split_by} as a {SPLITS[split]} row"

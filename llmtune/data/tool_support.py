@@ -38,7 +38,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     """
     if recipe.task not in CONVERSATIONS or not processor.chat_template:
         return
-    texts = (text for side in rows.files for _, text in iterate_texts(rows, side))
+    texts = (text for split in rows.files for _, text in iterate_texts(rows, split))
     used = Counter(_parts(json.loads(text)) for text in texts if any(key in text for key in KEYS))
     del used[()]
     if used.total() <= recipe.data.max_dropped * rows.rows_in:

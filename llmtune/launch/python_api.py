@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.records import SIDES, Json
+from llmtune.records import SPLITS, Json
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def make_console(*, quiet: bool = False) -> Console:
 def names_remote(recipe: Recipe) -> bool:
     """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
-    sources = [source for split in SIDES for source in recipe.data.sources(split)]
+    sources = [source for split in SPLITS for source in recipe.data.sources(split)]
     remote_data = any(source.path.startswith("hub:") for source in sources) or studies_remote(recipe)
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation

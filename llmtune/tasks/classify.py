@@ -34,7 +34,7 @@ from llmtune.model.config import head_names, in_heads
 from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import ClassifySection
-from llmtune.records import SIDES, AdaptedModel, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
     UNKNOWN_LABEL,
@@ -103,8 +103,8 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
                 a key of the section that has no effect on this kind.
         """
         section = section_of(recipe)
-        labels = {side: [row["label"] for _, row in iterate_rows(rows, side)] for side in SIDES}
-        every = [label for side in SIDES for label in labels[side]]
+        labels = {split: [row["label"] for _, row in iterate_rows(rows, split)] for split in SPLITS}
+        every = [label for split in SPLITS for label in labels[split]]
         kind = infer_kind(every) if section.kind == "auto" else section.kind
         RecipeError.collect(idle_keys(section, kind))
         update: dict[str, object] = {"kind": kind}
@@ -146,12 +146,12 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         """Count the rows of each class in each split; of numbers there is nothing to count."""
         if recipe.classify is None or recipe.classify.kind == "regression":
             return {}
-        counts: dict[str, dict[str, int]] = {name: dict.fromkeys(SIDES, 0) for name in recipe.classify.labels or ()}
-        for side in SIDES:
-            for _, row in iterate_rows(rows, side):
+        counts: dict[str, dict[str, int]] = {name: dict.fromkeys(SPLITS, 0) for name in recipe.classify.labels or ()}
+        for split in SPLITS:
+            for _, row in iterate_rows(rows, split):
                 for name in names_of(row["label"]):
                     if name in counts:
-                        counts[name][side] += 1
+                        counts[name][split] += 1
         return counts
 
     def encode(self, rows: Sequence[ClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:

@@ -26,7 +26,7 @@ from llmtune.model.heads import name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import TokenClassifySection
-from llmtune.records import SIDES, Batch, Example, Loss, Rows
+from llmtune.records import SPLITS, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
 
@@ -62,7 +62,7 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         Raises DataError where there are none.
         """
         section = recipe.token_classify or TokenClassifySection()
-        tags = (tag for side in SIDES for _, row in iterate_rows(rows, side) for tag in row["tags"])
+        tags = (tag for split in SPLITS for _, row in iterate_rows(rows, split) for tag in row["tags"])
         kinds = {tag[2:] for tag in tags if tag != OUTSIDE}
         own = kinds_of(config)
         labels = section.labels or (own if own and set(own) == kinds else tuple(sorted(kinds)))
@@ -90,10 +90,12 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
     def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
         """Count the entities of each kind in each split."""
         counts = {
-            side: Counter(tag[2:] for _, row in iterate_rows(rows, side) for tag in row["tags"] if tag.startswith("B-"))
-            for side in SIDES
+            split: Counter(
+                tag[2:] for _, row in iterate_rows(rows, split) for tag in row["tags"] if tag.startswith("B-")
+            )
+            for split in SPLITS
         }
-        return {label: {side: counts[side][label] for side in SIDES} for label in labels_of(recipe)}
+        return {label: {split: counts[split][label] for split in SPLITS} for label in labels_of(recipe)}
 
     def encode(
         self, rows: Sequence[TokenClassifyRow], processor: PreTrainedTokenizerBase, recipe: Recipe

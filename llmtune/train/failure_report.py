@@ -77,5 +77,5 @@ def _explain(training: TrainContext, step: int, figures: str, what: str, guilty:
     if guilty:
         rows = sorted({int(training.examples.rows[index]) for index in guilty})
         shown = ", ".join(str(row) for row in rows[:SHOWN_ROWS]) + (", ..." if len(rows) > SHOWN_ROWS else "")
-        problems.append(Problem(f"rows of this step to look at: {shown}", "data (train side, counted from 0)"))
+        problems.append(Problem(f"rows of this step to look at: {shown}", "data (train split, counted from 0)"))
     return TrainingError(*problems)

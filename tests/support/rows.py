@@ -13,7 +13,7 @@ from rich.console import Console
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_rows
 from llmtune.recipe import Recipe, load_recipe
-from llmtune.records import SIDES, Rows
+from llmtune.records import SPLITS, Rows
 
 
 def chat(question: str, answer: str = "yes", **more: Any) -> dict[str, Any]:
@@ -47,4 +47,4 @@ def rows_of(rows: Rows, side: str = "train") -> list[dict[str, Any]]:
 
 def questions(rows: Rows) -> dict[str, list[str]]:
     """First message of every row, by side, sorted."""
-    return {side: sorted(row["messages"][0]["content"] for row in rows_of(rows, side)) for side in SIDES}
+    return {side: sorted(row["messages"][0]["content"] for row in rows_of(rows, side)) for side in SPLITS}
