@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,10 +25,6 @@ if TYPE_CHECKING:
 
 BINS = 10
 BAR_CELLS = 40
-SHOWN_CHARACTERS = 2000
-
-Piece = tuple[str, bool]
-"""A text, and whether it is learned."""
 
 
 def describe_examples(
@@ -89,30 +83,6 @@ def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:
     edges = list(range(low, high + width, width))
     counts, _ = np.histogram(lengths, bins=edges)
     return edges, counts.tolist()
-
-
-def highlight(ids: Sequence[int], spans: Sequence[int], processor: PreTrainedTokenizerBase) -> list[Piece]:
-    """Cut token ids into stretches of text, and say of each whether it lies in `spans`."""
-    learned = [False] * len(ids)
-    for start, end in zip(spans[::2], spans[1::2], strict=True):
-        learned[start:end] = [True] * (end - start)
-    pieces = []
-    for flag, pairs in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
-        pieces.append((decode_shortened([token for token, _ in pairs], processor), flag))
-    return pieces
-
-
-def decode_shortened(ids: Sequence[int], processor: PreTrainedTokenizerBase) -> str:
-    """Return the text of token ids, special ones too, without the middle of a long one."""
-    return _cut(processor.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _cut(text: str) -> str:
-    """Leave the middle of a long text out, and say how much that is."""
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def _numbers(*headings: str) -> list[Column]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.data_report import Piece, highlight
+from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.task_interface import Encoded
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.metric import Measure

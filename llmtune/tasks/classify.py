@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llmtune.data.data_report import Piece, decode_shortened
 from llmtune.data.encoder_batches import encoder_batch
+from llmtune.data.highlighting import Piece, decode_shortened
 from llmtune.data.labelled_rows import ClassifyRow, Label
 from llmtune.data.overlong import Lost, too_long
 from llmtune.data.row_store import iterate_rows

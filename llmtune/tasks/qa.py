@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from llmtune.data.data_report import Piece, highlight
 from llmtune.data.encoder_batches import encoder_batch, require_offsets
+from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows

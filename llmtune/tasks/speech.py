@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional
 
 from llmtune.data.audio import Samples, SpeechRow
-from llmtune.data.data_report import Piece, highlight
 from llmtune.data.encoder_batches import IGNORED, pad
+from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem, RecipeError

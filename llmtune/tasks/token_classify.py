@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.data.data_report import Piece, decode_shortened
 from llmtune.data.encoder_batches import IGNORED, encoder_batch, require_offsets
+from llmtune.data.highlighting import Piece, decode_shortened
 from llmtune.data.labelled_rows import OUTSIDE, TokenClassifyRow, find_words
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
