@@ -42,7 +42,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "preference-offline": build_llama,
 }
 """A tiny model of the kind that each recipe names."""
-LEARNS_SLOWLY = {"completion-masked", "translate", "summarize", "qa", "preference", "speech"}
+LEARNS_SLOWLY = {"completion-masked", "translate", "summarize", "qa", "preference", "preference-offline", "speech"}
 
 
 def shorten(recipe: str, model: Path) -> list[str]:

@@ -18,7 +18,6 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
-from llmtune.recipe.user_files import NotAFileError, open_regular, read_text
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -65,6 +64,8 @@ def plain(value: object) -> object:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of our own; None if it is missing or was damaged from outside."""
+    from llmtune.recipe.user_files import NotAFileError, read_text  # not for --help: it brings the recipe's schema
+
     try:
         return json.loads(read_text(path, MAX_JSON_BYTES))
     except (FileNotFoundError, NotADirectoryError, NotAFileError, ValueError, RecursionError):
@@ -76,6 +77,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises EnvironmentProblem where it may not be read.
     """
+    from llmtune.recipe.user_files import read_text
+
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines
@@ -112,12 +115,16 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
+    from llmtune.recipe.user_files import open_regular
+
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_recording(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hex: recordings are many and large."""
+    from llmtune.recipe.user_files import open_regular
+
     with open_regular(path) as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
