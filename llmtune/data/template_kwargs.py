@@ -13,6 +13,7 @@ from llmtune.errors import Problem, RecipeError, nearest
 
 GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 """What every template is given, whatever the recipe says."""
+REMOVE = "Remove it; null takes back what an extended or shipped recipe sets: `model.chat_template_kwargs: null`."
 _GENERATION_TAGS = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 """Tags of transformers' own, which other readers of Jinja do not know."""
 
@@ -40,7 +41,7 @@ def refuse_unread(kwargs: Mapping[str, object], template: str | Mapping[str, str
         Problem(
             f"the chat template never reads {name!r}",
             f"model.chat_template_kwargs.{name}",
-            f"{nearest(name, read)} It reads: {', '.join(read) or 'nothing of the kind'}.".strip(),
+            f"{nearest(name, read)} It reads: {', '.join(read) or 'nothing of the kind'}. {REMOVE}".strip(),
         )
         for name in kwargs
         if name not in read
