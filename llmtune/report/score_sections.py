@@ -63,7 +63,7 @@ def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note
 def gate_section(gates: Sequence[GateResult]) -> Section:
     """What became of each gate."""
     rows: Rows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
-    return Section("Gates", [Table(["gate", "wanted", "got", "result"], rows)] if rows else [])
+    return Section("Gates", [Table(["gate", "wanted", Column("got", "number"), "result"], rows)] if rows else [])
 
 
 def passed_cell(gate: GateResult) -> Cell:
