@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmtune.errors import EnvironmentProblem, system_errno
+from llmtune.model.oom import MEMORY_ERRORS, is_out_of_memory
 from llmtune.recipe.user_files import read_text
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.train.divergence import LossHistory
@@ -178,26 +179,37 @@ def sweep(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | Damage:
-    """Read a checkpoint onto the CPU, or say why it cannot be used; nothing pickled beyond tensors is loaded."""
+    """Read a checkpoint onto the CPU, or say why it cannot be used; nothing pickled beyond tensors is loaded.
+
+    Raises MemoryError where memory runs out, and OSError where no file can be opened: neither is a damage.
+    """
     try:
-        content = json.loads(read_text(folder / STATE))
-        known = content.pop("sha256", None)  # earlier versions wrote none
-        if known is not None and known != hash_value(content):
-            return Damage(folder, f"{STATE} is not what was written")
-        for name, expected in content["files"].items():
-            if hash_file(folder / name) != expected:
-                return Damage(folder, f"{name} is not what was written")
-        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        weights = load_file(folder / WEIGHTS)
-        return Checkpoint(folder, TrainState(**content["state"]), weights, optimizer, content["fingerprint"])
+        return _read(folder)
     except FileNotFoundError as error:
         return Damage(folder, f"{Path(error.filename).name} is missing")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return Damage(folder, f"{STATE} is not what was written")
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError):
-        return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} holds something else than tensors")
-    except OSError as error:
+    except (OSError, pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        if system_errno(error) == errno.ENOMEM or (isinstance(error, MEMORY_ERRORS) and is_out_of_memory(error)):
+            raise MemoryError(str(error)) from error
+        if not isinstance(error, OSError):
+            return Damage(folder, f"{OPTIMIZER} or {WEIGHTS} holds something else than tensors")
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return Damage(folder, f"it cannot be read: {error.strerror}")
+
+
+def _read(folder: Path) -> Checkpoint | Damage:
+    content = json.loads(read_text(folder / STATE))
+    known = content.pop("sha256", None)  # earlier versions wrote none
+    if known is not None and known != hash_value(content):
+        return Damage(folder, f"{STATE} is not what was written")
+    for name, expected in content["files"].items():
+        if hash_file(folder / name) != expected:
+            return Damage(folder, f"{name} is not what was written")
+    optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    weights = load_file(folder / WEIGHTS)
+    return Checkpoint(folder, TrainState(**content["state"]), weights, optimizer, content["fingerprint"])
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:

@@ -75,18 +75,26 @@ def _try_heaviest_work(
     with _random_states():
         save(training, state, before)
         try:
-            while (pace := _fits(training, state.budget)) is None:
-                _put_back(training, before)
+            while (pace := _rehearse(training, state, before, after)) is None:
                 shrink_budget(training, state, console, on_budget, "the rehearsal")
-            save(training, state, after)
-            _put_back(training, after)
-            _put_back(training, before)
         except BaseException:
             if training.accelerator.is_main_process:
                 _discard(before, after)
             raise
         run_on_main(training.accelerator, lambda: _discard(before, after))
     return pace
+
+
+def _rehearse(training: TrainContext, state: TrainState, before: Path, after: Path) -> float | None:
+    """Try a step, a validation, a save and a reload, and put back what was saved in `before`.
+
+    Returns the seconds that a token took; None where memory ran out in one of the processes.
+    """
+    pace = _fits(training, state.budget)
+    if pace is not None:
+        save(training, state, after)
+        pace = pace if _put_back(training, after) else None
+    return pace if _put_back(training, before) else None
 
 
 def shrink_budget(
@@ -162,15 +170,20 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
     )
 
 
-def _put_back(training: TrainContext, folder: Path) -> None:
-    found = read_checkpoint(folder)
-    if isinstance(found, Damage):
-        raise EnvironmentProblem.of(
-            f"a checkpoint did not read back as it was written: {found.reason}",
-            str(folder.parent),
-            "The disk or its driver loses data: give the run another folder with --out.",
-        )
-    restore_checkpoint(training, found)
+def _put_back(training: TrainContext, folder: Path) -> bool:
+    """Return False if memory ran out in one of the processes."""
+
+    def work() -> None:
+        found = read_checkpoint(folder)
+        if isinstance(found, Damage):
+            raise EnvironmentProblem.of(
+                f"a checkpoint did not read back as it was written: {found.reason}",
+                str(folder.parent),
+                "The disk or its driver loses data: give the run another folder with --out.",
+            )
+        restore_checkpoint(training, found)
+
+    return not any_process(training.accelerator, not try_memory(training, work))
 
 
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:

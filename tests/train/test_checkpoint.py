@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -7,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
-from support.process import Watched, train_in_process
+from support.process import Watched, run_in_child, train_in_process
 from support.training import adapt, make_recipe, read_metrics, run_training, trained_bytes, with_methods
 
 from llmtune.errors import EnvironmentProblem, Stopped
 from llmtune.tasks.registry import get_task
-from llmtune.train.checkpoint import Checkpoint, Damage, list_checkpoints, read_checkpoint, write_folder
+from llmtune.train.checkpoint import (
+    Checkpoint,
+    Damage,
+    TrainState,
+    list_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+    write_folder,
+)
 
 KILLS = [
     "line:Rehearsed",
@@ -74,6 +84,29 @@ def test_damage_is_seen_and_named(name, how, copy):
     if (how, name) != ("flipped", "state.json"):  # one bit of it may be in a space
         assert isinstance(found, Damage)
         assert name in found.reason
+
+
+def _read_with_little_memory(folder):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20,) * 2)
+    try:
+        print(read_checkpoint(folder))
+    except MemoryError as error:
+        print("MemoryError", error)
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_memory_that_runs_out_while_reading_is_no_damage(part, tmp_path):
+    large = torch.zeros(64, 2**20)
+    write_checkpoint(
+        tmp_path / "step-1",
+        {"a": large if part == "weights" else large[:1]},
+        {"optimizer": {"a": large if part == "optimizer" else large[:1]}, "schedule": {}},
+        TrainState(budget=1),
+        "inputs",
+    )
+    done = run_in_child(_read_with_little_memory, tmp_path / "out", tmp_path / "step-1")
+    assert done.stdout.startswith("MemoryError"), done
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(copy, finished, examples, console):
