@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,14 +25,6 @@ OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the pictures (default: RUN/explain, or explain/NAME).")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model brings (never of a run).")]
-
-
-class View(StrEnum):
-    """Which pictures `attention` draws beside its page."""
-
-    heatmap = "heatmap"
-    graph = "graph"
-    both = "both"
 
 
 @app.callback()
@@ -63,23 +54,18 @@ def attention(
         str | None, typer.Option("--kind", help="self, masked-self or cross (default: all that the model has).")
     ] = None,
     layer: Annotated[
-        str | None,
+        int | None,
         typer.Option(
-            "--layer", help="A number from 0, or all (default: where words look at words most; of a run, changed most)."
+            "--layer", min=0, help="Counted from 0 (default: where words look at words most; of a run, changed most)."
         ),
     ] = None,
     head: Annotated[
-        str, typer.Option("--head", help="A number from 0, mean, all, or rollout: through all layers up to this one.")
+        str, typer.Option("--head", help="A number from 0, mean, or rollout: through all layers up to this one.")
     ] = "mean",
-    view: Annotated[View, typer.Option("--view", help="Pictures beside the page.")] = View.both,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Weight from which the graph has an edge (default: about two edges a word)."),
     ] = None,
-    special: Annotated[
-        bool, typer.Option("--special", help="Draw a graph's edges to special tokens and to the first one as well.")
-    ] = False,
-    words: Annotated[bool, typer.Option("--words", help="Put the pieces of a word into one row.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, max=2048, help="Longest text that is drawn, in tokens.")] = 512,
     cut: Annotated[bool, typer.Option("--cut", help="Cut what is too long, instead of refusing it.")] = False,
     out: OutFolder = None,
@@ -88,18 +74,18 @@ def attention(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which words look at which: every layer and head, as heatmap and as graph; base, tuned and difference."""
+    """Show which words look at which: as heatmap, as graph and as a page of all heads; base, tuned, difference."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
         from llmtune.explain.attention_explainer import explain_attention
-        from llmtune.explain.attention_view import AttentionOptions
+        from llmtune.explain.attention_maps import AttentionOptions
         from llmtune.explain.inputs import AttentionRequest
         from llmtune.explain.target import open_target
 
     console = stderr_console()
     looked = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    request = AttentionRequest(text, target, pair, audio, language, chat, words, max_tokens, cut)
-    options = AttentionOptions(kind, layer, head, view.value, threshold, special)
+    request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut)
+    options = AttentionOptions(kind, layer, head, threshold)
     _show(explain_attention(looked, request, options, out or looked.folder, console), looked, as_json)
 
 

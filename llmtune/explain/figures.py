@@ -49,8 +49,6 @@ class Panel:
     """[R, C]; what is no number is left blank."""
     difference: bool = False
     """Whether the numbers are differences, which may be negative."""
-    unseen: str = UNSEEN
-    """Colour of what is blank."""
     gamma: float = 0.5
     """Colours follow this power of a value: with the square root small ones are seen."""
     written: str = ""
@@ -63,8 +61,6 @@ class Ticks:
 
     name: str
     labels: Sequence[str]
-    positions: Sequence[float] | None = None
-    """Where they stand, in cells; at each cell by default."""
     special: Sequence[bool] = ()
     """Which are slanted and grey."""
 
@@ -150,16 +146,14 @@ def draw_heatmap(
 ) -> None:
     """Draw one heatmap with its labels and its colour bar."""
     colours = DIFFERENCE_COLOURS if panel.difference else WEIGHT_COLOURS
-    colour_map = LinearSegmentedColormap.from_list("values", list(colours)).with_extremes(bad=panel.unseen)
+    colour_map = LinearSegmentedColormap.from_list("values", list(colours)).with_extremes(bad=UNSEEN)
     norm, most = _norm(panel)
     image = axes.imshow(panel.values, cmap=colour_map, norm=norm, interpolation="none", aspect=cell[1] / cell[0])
     axes.set_title(panel.title, fontsize=9.5, color=MUTED, loc="left")
     axes.xaxis.tick_top()
     for axis, ticks, edge in ((axes.yaxis, rows, cell[1]), (axes.xaxis, columns, cell[0])):
-        positions = list(range(len(ticks.labels))) if ticks.positions is None else list(ticks.positions)
-        gap = (positions[1] - positions[0]) * edge if len(positions) > 1 else LABEL_IN
-        every = max(1, math.ceil(LABEL_IN / gap))
-        axis.set_ticks(positions[::every], list(ticks.labels)[::every])
+        every = max(1, math.ceil(LABEL_IN / edge))
+        axis.set_ticks(list(range(0, len(ticks.labels), every)), list(ticks.labels)[::every])
         for tick, special in zip(axis.get_ticklabels(), list(ticks.special)[::every], strict=False):
             if special:
                 tick.set(color=WARN, fontstyle="italic")

@@ -61,8 +61,6 @@ class AttentionRequest:
     """Of a plain model: what is spoken, or both languages of a translator, with a comma between."""
     chat: bool = False
     """Whether the text goes into the model's chat template, as a user's message."""
-    words: bool = False
-    """Whether the pieces of a word share a row."""
     max_tokens: int = 512
     cut: bool = False
     """Whether a text that is too long is cut instead of refused."""

@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -144,18 +144,6 @@ def _write_bytes(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("llmtune.bytes", _write_bytes)
 
 
-def joined(token: Token, piece: Token) -> Token:
-    """Return a token with a piece that continues it appended; bytes that make a character together become it."""
-    return replace(token, text=BYTES.sub(_decode_match, token.text + piece.text))
-
-
-def _decode_match(match: re.Match[str]) -> str:
-    try:
-        return bytes(int(number, 16) for number in ONE_BYTE.findall(match[0])).decode()
-    except UnicodeDecodeError:
-        return match[0]
-
-
 def label(token: Token, longest: int = LONGEST) -> str:
     """Return a row's label: one line, cut where it is long, `·` in front where a word continues.
 
@@ -217,19 +205,6 @@ class Line:
     def special(self) -> list[bool]:
         """Which rows are not of the text itself."""
         return [token.special for token in self.tokens]
-
-    def by_word(self) -> Line:
-        """Put the pieces of a word into one row."""
-        tokens: list[Token] = []
-        sizes: list[int] = []
-        for token, size in zip(self.tokens, self.sizes, strict=True):
-            if token.continues and tokens:
-                tokens[-1] = joined(tokens[-1], token)
-                sizes[-1] += size
-            else:
-                tokens.append(token)
-                sizes.append(size)
-        return Line(tuple(tokens), tuple(sizes))
 
     def __len__(self) -> int:
         return len(self.tokens)

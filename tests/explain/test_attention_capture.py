@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.attention_capture import (
-    CROSS,
-    MASKED,
-    SELF,
-    Attended,
-    AttentionMaps,
-    Lines,
-    attend,
-    merge,
-    most_telling_layer,
-    roll,
-    shape_of,
-)
+from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, attend, shape_of
+from llmtune.explain.attention_maps import AttentionMaps, Lines, Selection, merge, most_telling_layer, roll
 from llmtune.explain.target import family_of
 from llmtune.explain.token_text import Line, Token
 from llmtune.model.loading import load_plain
@@ -177,11 +167,10 @@ def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
 
 
 def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
-    maps = AttentionMaps(Lines(line(*[1] * 7)), keep=lambda layer: layer == 1)
+    maps = AttentionMaps(("model",), Lines(line(*[1] * 7)), {MASKED: (2, 4)}, Selection((MASKED,), 1, "mean", None))
     model, seen = load("llama"), see(load("llama"), "llama")
-    attend(model, inputs_for("llama"), "decoder", maps.add)
-    first, second = maps.weights[MASKED].values()
-    assert list(first) == ["mean", "rollout"]
+    attend(model, inputs_for("llama"), "decoder", partial(maps.add, "model"))
+    first, second = maps.kept["model"][MASKED].values()
     assert np.allclose([second[head] for head in range(4)], seen[1].weights.numpy())
     assert np.allclose(second["mean"], seen[1].weights.mean(0).numpy(), atol=1e-6)
     assert np.allclose(second["rollout"], roll(roll(None, first["mean"]), second["mean"]), atol=1e-6)

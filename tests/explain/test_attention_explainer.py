@@ -17,9 +17,10 @@ from support.families import build_t5
 from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from llmtune.explain import attention_explainer
+from llmtune.errors import RecipeError
+from llmtune.explain import attention_maps
 from llmtune.explain.attention_explainer import explain_attention
-from llmtune.explain.attention_view import AttentionOptions
+from llmtune.explain.attention_maps import AttentionOptions
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
 from llmtune.recipe import load_recipe
@@ -33,14 +34,8 @@ CHAT = [
 ]
 PAIRS = [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]
 QUICK = {"train": {"num_train_epochs": 2}, "evaluate": {"metrics": ["loss"]}}
-FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-heads.png", "attention-heads.svg"}
-GRAPHS = {"attention-graph.svg", "attention-graph.graphml", "attention-graph.json"}
+FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-graph.svg", "attention-graph.graphml"}
 PAGE = {"attention.html", "attention.json"}
-NAMESPACES = {
-    "http://www.w3.org/2000/svg",
-    "http://www.w3.org/1999/xlink",
-    "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray
 
 def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
     found, out = explained
-    assert names(out) == FIGURES | GRAPHS | PAGE == {Path(file).name for file in found["files"]}
+    assert names(out) == FIGURES | PAGE == {Path(file).name for file in found["files"]}
     assert found["sides"] == ["base", "tuned"]
     kind = found["attention"]["masked-self"]
     assert (kind["layers"], kind["heads"]) == (2, 4)
@@ -117,7 +112,7 @@ def test_the_three_kinds_of_an_encoder_decoder_are_told_apart(built, tmp_path):
     assert "".join(token["text"] for token in found["tokens"]["target"] if not token["special"]).strip() == "Der Himmel"
     assert "cross/0/rollout" not in str(kinds["cross"]["values"].keys())
     for kind in ("self", "masked-self", "cross"):
-        for name in FIGURES | GRAPHS:
+        for name in FIGURES:
             stem, ending = name.split(".")
             assert f"{stem}-{kind}.{ending}" in names(tmp_path)
         assert f"attention, layer {found['attention'][kind]['shown']['layer']}" in (
@@ -172,28 +167,12 @@ def test_a_message_in_the_chat_template_is_what_the_run_was_trained_on(run, tmp_
     assert [token["special"] for token in found["tokens"]["source"]].count(True) == 3
 
 
-def test_pieces_of_a_word_share_a_row_if_asked(built, tmp_path):
-    found = values_of(invoke(built("bert"), "--text", "jumpsuit is", "--words", "--out", tmp_path, "--json"))
-    assert [token["text"] for token in found["tokens"]["source"]] == ["[CLS]", "jumpsuit", "is", "[SEP]"]
-    kind = page_data(tmp_path / "attention.html")["kinds"][0]
-    assert np.abs(unpack(kind, "model", 0, 2).sum(-1) - 1).max() < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("options", "files"),
-    [
-        ("--view heatmap", FIGURES),
-        ("--view graph", GRAPHS),
-        ("--layer 1 --head 3", {"attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS),
-        ("--layer 0 --head all", {"attention-heads.png", "attention-heads.svg"} | GRAPHS),
-        ("--layer all --head rollout", {"attention-heads.png", "attention-heads.svg"} | GRAPHS),
-    ],
-)
-def test_view_layer_and_head_choose_what_is_drawn_beside_the_page(built, tmp_path, options, files):
-    values_of(invoke(built("bert"), "--text", TEXT, *options.split(), "--out", tmp_path, "--json"))
-    assert names(tmp_path) == files | PAGE
-    if "--head 3" in options:
-        assert "layer 1, head 3" in (tmp_path / "attention-heatmap.svg").read_text("utf-8")
+def test_layer_and_head_choose_what_is_drawn(built, tmp_path):
+    asked = ("--text", TEXT, "--layer", 1, "--head", 3, "--out", tmp_path, "--json")
+    found = values_of(invoke(built("bert"), *asked))
+    assert found["attention"]["self"]["shown"]["layer"] == 1
+    for name in ("attention-heatmap.svg", "attention-graph.svg"):
+        assert "layer 1, head 3" in (tmp_path / name).read_text("utf-8")
 
 
 def test_letters_that_no_font_of_this_machine_has_are_said_once(tmp_path):
@@ -229,23 +208,19 @@ def test_what_is_missing_empty_or_of_no_use_is_named_with_the_cure(built, tmp_pa
 
 def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
     asked = (built("llama"), "--text", "a b")
-    expect(invoke(*asked, "--layer", "2"), 2, "--layer: there is no layer 2: the model has 2", "from 0 to 1, or all")
-    expect(invoke(*asked, "--head", "4"), 2, "--head: there is no head 4", "from 0 to 3, mean, rollout or all")
-    expect(invoke(*asked, "--head", "-1"), 2, "--head: '-1' is no head")
+    expect(invoke(*asked, "--layer", "2"), 2, "--layer: there is no layer 2: the model has 2", "from 0 to 1")
+    expect(invoke(*asked, "--head", "4"), 2, "--head: there is no head '4': a layer has 4", "0 to 3, mean or rollout")
     expect(invoke(*asked, "--head", "meen"), 2, "Did you mean 'mean'?")
     expect(invoke(*asked, "--kind", "cross"), 2, "--kind", "This model has masked-self.")
     expect(invoke(built("t5"), "--text", "a", "--kind", "cross", "--head", "rollout"), 2, "has no rollout")
 
 
 def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_for(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(attention_explainer, "MOST_NUMBERS", 1000)
-    console, target = quiet(), open_quietly(built("bert"))
-    with pytest.raises(attention_explainer.RecipeError, match="too many to keep"):
-        explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(head="1"), tmp_path, quiet())
-    explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(), tmp_path / "means", console)
-    assert names(tmp_path / "means") == {"attention-heatmap.png", "attention-heatmap.svg"} | GRAPHS | PAGE
-    assert "attention-heads: left out" in console.file.getvalue()
-    explain_attention(target, AttentionRequest(text=TEXT), AttentionOptions(layer="1", head="2"), tmp_path, quiet())
+    monkeypatch.setattr(attention_maps, "MOST_NUMBERS", 1000)
+    target, request = open_quietly(built("bert")), AttentionRequest(text=TEXT)
+    with pytest.raises(RecipeError, match="too many to keep"):
+        explain_attention(target, request, AttentionOptions(head="1"), tmp_path, quiet())
+    explain_attention(target, request, AttentionOptions(layer=1, head="2"), tmp_path, quiet())
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]

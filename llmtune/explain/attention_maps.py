@@ -1,0 +1,256 @@
+"""What is kept of the attention of all models on one text, and what of it is drawn.
+
+Shapes: H heads, Q queries (rows), T keys (columns), both in tokens or, of a recording, in stretches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, Kind
+from llmtune.explain.target import BASE, TUNED
+from llmtune.explain.token_text import Line
+
+Matrix = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+MEAN, ROLLOUT = "mean", "rollout"
+Head = int | str
+"""A head by its number, or MEAN or ROLLOUT."""
+Shape = Mapping[Kind, tuple[int, int]]
+"""Layers and heads of each kind of attention."""
+DIFFERENCE = "difference"
+"""What is shown beside the models of a run: tuned minus base."""
+MOST_NUMBERS = 12_000_000
+"""Weights that are kept and in the page, 2.7 bytes each: 32 MB. Where there are more, heads are those of one layer."""
+EDGES_PER_WORD = 1.5
+"""About how many edges a graph has where no threshold is given."""
+LOWEST = 0.01
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The options of `explain attention` that say what is drawn; None is what shows most."""
+
+    kind: str | None = None
+    layer: int | None = None
+    head: str = MEAN
+    """A number from 0, MEAN or ROLLOUT."""
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is drawn; the model has it."""
+
+    kinds: tuple[Kind, ...]
+    layer: int | None
+    """None: that which shows most."""
+    head: Head
+    threshold: float | None
+    """The weight from which a graph has an edge; None: about EDGES_PER_WORD edges a word."""
+
+
+def select(shape: Shape, options: AttentionOptions) -> Selection:
+    """Check the options against what the model has.
+
+    Raises RecipeError for a kind, a layer or a head that is not there.
+    """
+    kinds = tuple(kind for kind in shape if options.kind in (None, kind))
+    if not kinds:
+        fix = f"This model has {', '.join(shape)}.{nearest(str(options.kind), list(shape))}"
+        raise RecipeError.of(f"there is no attention called {options.kind!r}", "--kind", fix)
+    layers, heads = (max(shape[kind][which] for kind in kinds) for which in (0, 1))
+    if options.layer is not None and options.layer >= layers:
+        what = f"there is no layer {options.layer}: the model has {layers}"
+        raise RecipeError.of(what, "--layer", f"Use a number from 0 to {layers - 1}.")
+    head: Head = options.head
+    if options.head not in (MEAN, ROLLOUT):
+        if not options.head.isdigit() or int(options.head) >= heads:
+            fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(options.head, [MEAN, ROLLOUT])}"
+            raise RecipeError.of(f"there is no head {options.head!r}: a layer has {heads}", "--head", fix)
+        head = int(options.head)
+    if options.layer is not None:  # an encoder may have more layers than its decoder
+        kinds = tuple(kind for kind in kinds if options.layer < shape[kind][0])
+    if isinstance(head, int):
+        kinds = tuple(kind for kind in kinds if head < shape[kind][1])
+    elif head == ROLLOUT:
+        kinds = tuple(kind for kind in kinds if kind != CROSS)
+    if not kinds:
+        what = "cross-attention has no rollout: its rows and columns are different texts"
+        raise RecipeError.of(what, "--head", f"Use {MEAN} or a number.")
+    return Selection(kinds, options.layer, head, options.threshold)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What the model reads, and (encoder-decoders) what its decoder reads."""
+
+    source: Line
+    target: Line | None = None
+
+    def of(self, kind: Kind) -> tuple[Line, Line]:
+        """Return the queries and the keys."""
+        if self.target is None or kind == SELF:
+            return self.source, self.source
+        return (self.target, self.source) if kind == CROSS else (self.target, self.target)
+
+    def count(self, kind: Kind) -> int:
+        """Return how many weights a head has, of masked attention those that are not hidden."""
+        rows, columns = map(len, self.of(kind))
+        return rows * (rows + 1) // 2 if kind == MASKED else rows * columns
+
+    def among_words(self, kind: Kind) -> Mask:
+        """Return where a word looks at another one [Q, T]: neither is special, nor the first, nor are they the same."""
+        rows, columns = self.of(kind)
+        words_QT: Mask = ~np.array(rows.special)[:, None] & ~np.array(columns.special)[None, :]
+        if kind != CROSS:
+            words_QT[:, 0] = False
+            np.fill_diagonal(words_QT, False)
+        return words_QT
+
+
+@dataclass
+class AttentionMaps:
+    """The weights of all models; `add` takes them in while a model runs."""
+
+    models: tuple[str, ...]
+    lines: Lines
+    shape: Shape
+    selection: Selection
+    kept: dict[str, dict[Kind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
+    """By model, kind, layer and head [Q, T]: MEAN over the heads, ROLLOUT (not of cross-attention), heads by number."""
+    _rolled: dict[tuple[str, Kind], Matrix] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = (layers * heads * self.lines.count(kind) for kind, (layers, heads) in self.shape.items())
+        numbers = len(self.models) * sum(sizes)
+        self.keeps_all_heads = numbers <= MOST_NUMBERS
+        if not self.keeps_all_heads and self.selection.layer is None and isinstance(self.selection.head, int):
+            what = f"the heads of all layers are {numbers / 1e6:.0f} million weights on this text: too many to keep"
+            raise RecipeError.of(what, "--layer", "Name a layer, or give a shorter text.")
+
+    def add(self, model: str, seen: Attended) -> None:
+        """Keep mean and rollout of one layer, and its heads where there is room, or it is the layer that is drawn."""
+        rows, columns = self.lines.of(seen.kind)
+        weights_HQT = seen.weights.cpu().numpy()
+        mean_QT = weights_HQT.mean(axis=0)
+        kept: dict[Head, Matrix] = {MEAN: merge(mean_QT, rows, columns)}
+        if seen.kind != CROSS:
+            rolled = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
+            kept[ROLLOUT] = merge(rolled, rows, columns)
+        if self.keeps_all_heads or seen.layer == self.selection.layer:
+            kept.update(enumerate(np.array(merge(weights_HQT, rows, columns))))
+        self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = kept
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What stands side by side: the model; or base, tuned and their difference."""
+        return (*self.models, DIFFERENCE) if self.models == (BASE, TUNED) else self.models
+
+    def layers(self, kind: Kind) -> list[int]:
+        """Return the layers that have this kind of attention: in some models only every fourth one."""
+        return sorted(self.kept[self.models[0]].get(kind, ()))
+
+    def heads(self, kind: Kind, layer: int) -> list[Head]:
+        """Return what was kept of a layer: MEAN, ROLLOUT and heads by number."""
+        return list(self.kept[self.models[0]][kind][layer])
+
+    def weights(self, model: str, kind: Kind, layer: int, head: Head) -> Matrix:
+        """Return weights [Q, T] of a model, or tuned minus base."""
+        if model == DIFFERENCE:
+            return self.weights(TUNED, kind, layer, head) - self.weights(BASE, kind, layer, head)
+        return self.kept[model][kind][layer][head]
+
+    @cached_property
+    def drawn_layers(self) -> dict[Kind, int]:
+        """The layer that is drawn of each kind; raises RecipeError for one that has no such attention."""
+        chosen: dict[Kind, int] = {}
+        for kind in self.selection.kinds:
+            known, layer = self.layers(kind), self.selection.layer
+            if layer is not None and layer not in known:
+                fix = f"Those that have: {', '.join(map(str, known))}."
+                raise RecipeError.of(f"layer {layer} has no {kind} attention", "--layer", fix)
+            means = [{at: self.weights(model, kind, at, MEAN) for at in known} for model in self.models]
+            base, words_QT = means[0] if len(means) > 1 else None, self.lines.among_words(kind)
+            chosen[kind] = most_telling_layer(means[-1], base, words_QT) if layer is None else layer
+        return chosen
+
+    def drawn(self, model: str, kind: Kind) -> Matrix:
+        """Return weights [Q, T] of the layer and head that are drawn."""
+        return self.weights(model, kind, self.drawn_layers[kind], self.selection.head)
+
+    def threshold(self, kind: Kind) -> float:
+        """Return the weight from which a graph has an edge."""
+        if self.selection.threshold is not None:
+            return self.selection.threshold
+        return find_threshold(self.drawn(self.models[-1], kind), self.lines.among_words(kind))
+
+
+def merge(weights: Matrix, rows: Line, columns: Line) -> Matrix:
+    """Bring [..., positions, positions] to [..., Q, T]: columns of a stretch are added, its rows averaged.
+
+    So rows go on summing to 1 (Clark et al., "What Does BERT Look At?", 2019, section 4.1).
+    """
+    if weights.shape[-2:] == (len(rows), len(columns)):
+        return weights
+    starts_T, starts_Q = ([0, *accumulate(line.sizes)][:-1] for line in (columns, rows))
+    added = np.add.reduceat(weights, starts_T, axis=-1)
+    summed = np.add.reduceat(added, starts_Q, axis=-2)
+    merged: Matrix = (summed / np.asarray(rows.sizes)[:, None]).astype(np.float32)
+    return merged
+
+
+def roll(before_TT: Matrix | None, mean_TT: Matrix) -> Matrix:
+    """Add a layer to the attention rollout: half of each position is its own (the residual), half its heads' mean.
+
+    Rows of the result sum to 1 where those of `mean_TT` do. `before_TT` is the rollout up to the layer before, None
+    before the first. Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020, section 3, where W_att is
+    the mean over heads.
+    """
+    mixed_TT = 0.5 * mean_TT + 0.5 * np.eye(len(mean_TT), dtype=np.float32)
+    return mixed_TT if before_TT is None else mixed_TT @ before_TT
+
+
+def most_telling_layer(means: Mapping[int, Matrix], base: Mapping[int, Matrix] | None, words_QT: Mask) -> int:
+    """Return the layer that shows most: where single words look at single words, or where that was moved most.
+
+    Much of what a model attends to is the first token, special ones, the word itself, or some token that all others
+    look at, which says little about the text (Clark et al., 2019, section 3.2; Xiao et al., "Efficient Streaming
+    Language Models with Attention Sinks", 2024): only weights `among_words` count, as far as they are above what
+    others look at the same word with. `base` has the means of the base model, beside those of the tuned one.
+    """
+    if not words_QT.any():
+        return max(means)
+    rows_T = np.maximum(words_QT.sum(axis=0), 1)
+
+    def shows(layer: int) -> float:
+        weights_QT = means[layer] * words_QT
+        if base is not None:
+            return float(np.abs(weights_QT - base[layer] * words_QT).sum())
+        above_QT = np.maximum(weights_QT - weights_QT.sum(axis=0) / rows_T, 0) * words_QT
+        return float((above_QT**2).sum())
+
+    return max(means, key=shows)
+
+
+def strongest_pairs(weights_QT: Matrix, shown_QT: Mask, most: int) -> Sequence[tuple[int, int]]:
+    """Return row and column of the largest weights in size where they are shown."""
+    sizes = np.where(shown_QT, np.abs(weights_QT), 0)
+    order = np.argsort(-sizes, axis=None, kind="stable")[:most]
+    places = (divmod(int(at), weights_QT.shape[1]) for at in order)
+    return [place for place in places if sizes[place] > 0]
+
+
+def find_threshold(weights_QT: Matrix, words_QT: Mask) -> float:
+    """Return a threshold that leaves about EDGES_PER_WORD edges a word among those between words."""
+    between = weights_QT[words_QT] if words_QT.any() else weights_QT.ravel()
+    count = min(between.size, math.ceil(EDGES_PER_WORD * len(weights_QT)))
+    return max(LOWEST, round(float(np.partition(between, -count)[-count]), 3))
