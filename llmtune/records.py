@@ -258,7 +258,7 @@ class Difference:
     p: float
     n: int
     test: str = ""
-    """Where p comes from: `McNemar exact` or `paired bootstrap`; empty where there is none."""
+    """Where p comes from: `McNemar mid-p`, `paired permutation` or `paired bootstrap`; empty where there is none."""
 
 
 @dataclass(frozen=True)

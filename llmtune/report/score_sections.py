@@ -78,8 +78,8 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
     text = f"{'Baseline and tuned model' if baseline else 'Both models'} answered the same rows. Green and red: the "
     text += "paired interval leaves zero out. The verdict asks for more: that the change holds among all the metrics "
     text += "that were looked at (Holm’s correction of p)."
-    if exact := [name for name, change in changes.items() if change.test == "McNemar exact"]:
-        text += f" p of {words(exact)}: McNemar’s exact test; of all else: the bootstrap that gives the intervals."
+    if exact := [name for name, change in changes.items() if change.test == "McNemar mid-p"]:
+        text += f" p of {words(exact)}: McNemar’s test (mid-p); of all else: swaps of the two models’ answers."
     if evaluation.tuned.keys() - changes.keys():
         text += " A dash: measured of the tuned model alone."
     blocks: list[Block] = [difference_table(rows, base=base_name(evaluation), code=True)]

@@ -68,8 +68,8 @@ def test_rows_that_became_right_are_found_in_a_real_evaluation(measured):
     assert found.flips.keys() == {"exact_match", "choice_accuracy"}
     for metric, flips in found.flips.items():
         assert (flips.gained - flips.lost) / flips.rows == pytest.approx(found.difference[metric].value)
-        assert found.difference[metric].test == "McNemar exact"
-    assert found.difference["loss"].test == "paired bootstrap"
+        assert found.difference[metric].test == "McNemar mid-p"
+    assert found.difference["loss"].test == "paired permutation"
     assert found.flips["exact_match"].gained > 0
     for row in found.flips["exact_match"].gained_rows:
         assert row["tuned"].strip() == row["reference"].strip() != row["base"].strip()
