@@ -14,7 +14,7 @@ import typer
 
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
-from llmtune.errors import DataError, RecipeError, nearest
+from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
 from llmtune.store.atomic_files import explained
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def init(
     survey = survey_file(path)
     readings = list_readings(survey, task)
     if not readings:
-        fix = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename the columns."
-        raise DataError.of(f"no task reads the columns {', '.join(survey.columns)}", str(path), fix)
+        raise _unread(survey, task)
     reading = _choose(readings, asks, console)
     _describe(survey, reading, readings, console)
     cuda = likely_device() == "cuda"
@@ -87,6 +86,17 @@ def init(
         return
     typer.echo(f"wrote {target} (task {reading.task}, model {recipe.model}) and {SCHEMA}")
     typer.echo(f"next: llmtune run {target}")
+
+
+def _unread(survey: Survey, task: str | None) -> LlmtuneError:
+    from llmtune.data.file_survey import refusals
+    from llmtune.recipe import TASK_FACTS
+
+    known = "\n    ".join(refusals(survey))
+    ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename" if task is None else "Rename"
+    fix = f"The first row is bad:\n    {known}" if known else f"{ways} the columns."
+    reader = "no task reads" if task is None else f"task: {task} does not read"
+    return DataError.of(f"{reader} these rows; their columns are {', '.join(survey.columns)}", str(survey.path), fix)
 
 
 def _only_file() -> str:

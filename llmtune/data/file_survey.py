@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -89,6 +90,20 @@ def list_readings(survey: Survey, task: str | None = None) -> list[Reading]:
     if not readings:
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
     return [reading for reading in readings if reading.rows]
+
+
+def refusals(survey: Survey) -> list[str]:
+    """Return what is wrong with the first row, by each task that knows its columns."""
+    found = []
+    first, folder = survey.rows[:LOOKED_AT], survey.path.parent
+    for task in BY_NAME:
+        with suppress(DataError):
+            row_format = detect_format(first, task, {}, None, str(survey.path))
+            try:
+                parse_row(rename(first[0], map_columns(row_format, first, task, {})), row_format, task, folder)
+            except RowError as error:
+                found.append(f"as {task}: {error}")
+    return found
 
 
 def _inferred(survey: Survey, task: str | None) -> Iterator[tuple[str, dict[str, str]]]:

@@ -27,6 +27,8 @@ READINGS: Mapping[str, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
 }
 """By task, the columns that are looked for: what is given first, what is learned last."""
+COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["preference"]["rejected"])
+"""Columns of answers of which one is the worse: no other task may learn from them."""
 SMALLEST_SHARE = 0.5
 """Share of the rows that must be readable: a file may have bad rows."""
 RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
@@ -38,7 +40,7 @@ def infer_columns(rows: RawRows, task: str, folder: Path | None = None) -> dict[
     if wanted is None:
         return None
     known = {name for ours in wanted for name in (ours, *ALIASES[task].get(ours, ()))}
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row if task == "preference" or name.lower() not in COMPARED)
     texts = [name for name in names if name.lower() in known or _is_text(rows, name)]
     if len(texts) < len(wanted):
         return None

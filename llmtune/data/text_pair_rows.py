@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
@@ -15,6 +16,8 @@ THUMBS = {
     **dict.fromkeys(("false", "0", "0.0", "down", "no", "bad", "\N{THUMBS DOWN SIGN}"), False),
 }
 """How a thumb may be written where a file has no truth values."""
+TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+"""Begins a turn in a conversation that is written as one text, as Anthropic's HH-RLHF has it."""
 
 
 class TranslateRow(TypedDict):
@@ -107,8 +110,13 @@ def thumb_from_conversation(row: Mapping[str, object]) -> Row:
 
 
 def _turns(value: object) -> object:
-    """Read messages that stand in a cell as JSON, as in CSV; any other text is left as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+    """Read messages that stand in one text, as JSON or as a transcript; any other text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    before, *turns = TRANSCRIPT.split(value.lstrip())
+    if not before and len(turns) > 2 and turns[0] == "Human":
+        return [{"role": who, "content": text.strip()} for who, text in zip(turns[::2], turns[1::2], strict=True)]
+    if value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
         parsed = json.loads(value)

@@ -90,7 +90,7 @@ def test_a_book_is_split_into_rows(here: Path) -> None:
     [
         (("rows.cvs",), 2, "Did you mean 'rows.csv'?"),
         (("rows.csv", "--task", "chatt"), 2, "Did you mean 'chat'?"),
-        (("rows.csv", "--task", "speech"), 3, "no task reads the columns id, value"),
+        (("rows.csv", "--task", "speech"), 3, "task: speech does not read these rows; their columns are id, value"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], code: int, words: str) -> None:
@@ -98,3 +98,25 @@ def test_what_cannot_be_is_refused(arguments: tuple[str, ...], code: int, words:
     done = init(*arguments)
     assert done.exit_code == code
     assert words in done.stderr
+
+
+def write_lines(name: str, rows: list[dict[str, object]]) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_answers_that_were_compared_are_preferences_and_never_taught_as_replies() -> None:
+    asked = "\n\nHuman: Who was number {i}?\n\nAssistant: "
+    rows = [{one: asked.format(i=i) + f"The {one} one, {i}." for one in ("chosen", "rejected")} for i in range(40)]
+    write_lines("hh.jsonl", rows)
+    assert init().exit_code == 0
+    assert load_recipe("hh.yaml").recipe.task == "preference"
+    write_lines("compared.jsonl", [{"topic": f"Ships of {i}", **row} for i, row in enumerate(rows)])
+    assert init("compared.jsonl", "--task", "chat").exit_code == 3
+
+
+def test_rows_that_no_task_can_use_are_told_with_what_is_wrong_in_the_first() -> None:
+    write_lines("conll.jsonl", [{"tokens": ["Ada", "wrote"], "ner_tags": [1, 0]}] * 20)
+    for arguments in ((), ("--task", "token-classify")):
+        done = init(*arguments)
+        assert done.exit_code == 3
+        assert "as token-classify: not a tag: tag 1 is 1;" in done.stderr

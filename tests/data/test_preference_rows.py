@@ -69,6 +69,16 @@ def test_a_pair_may_stand_at_the_end_of_a_conversation_with_a_system_message_and
     assert read({**outside, "tools": json.dumps([tool])}) == wanted
 
 
+def test_a_pair_may_be_two_transcripts():
+    start = "\n\nHuman: Hello\n\nAssistant: Good day\n\nHuman: Which colour?\n\nAssistant:"
+    assert read({"chosen": f"{start} Red.\n\nHuman-made.", "rejected": f"{start} Blue."}) == {
+        "messages": [*EARLIER, QUESTION],
+        "chosen": "Red.\n\nHuman-made.",
+        "rejected": "Blue.",
+    }
+    assert refusal({"chosen": f"{start} Red.", "rejected": start}) == "no answer: 'rejected' is empty"
+
+
 def test_answers_that_are_more_than_one_message_share_all_but_the_last():
     more = [{"role": "assistant", "content": "Of what?"}, {"role": "user", "content": "The sky."}]
     row = {"prompt": [QUESTION], "chosen": [*more, RED], "rejected": [*more, BLUE]}
