@@ -30,8 +30,8 @@ MAX_MESSAGES = 1000
 MAX_PREFIXES = 2**29
 """Messages times characters: each answer is rendered with all that is before it."""
 MESSAGE_KEYS = frozenset(
-    {"role", "content", "from", "value", "train", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
-    | {*REASONING_KEYS}
+    {"role", "content", "from", "value", "train", "weight", "loss_weight"}
+    | {"tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS}
 )
 TRAIN_REASONING = ("learn", "keep", "drop")
 
@@ -209,7 +209,7 @@ def _message(turn: object, number: int) -> Message:
     if stated == "function_call":
         calls, content = [_call(_parse_json(content, f"{where}: the function call"), where)], ""
     message = _said(turn, content, where, role, bool(calls))
-    train = turn.get("train", turn.get("weight"))  # OpenAI's fine-tuning format says weight: 0 or 1
+    train = turn.get("train", turn.get("weight", turn.get("loss_weight")))  # OpenAI's and LLaMA-Factory's: 0 or 1
     if train is not None:
         if train not in (0, 1):
             raise RowError("wrong type", f"{where}: 'train' is {train!r}; it must be true or false")
@@ -237,7 +237,7 @@ def _said(turn: Mapping[str, object], content: object, where: str, role: str, ca
     thoughts = ""
     if isinstance(content, list):
         thoughts = "\n\n".join(_thought(part, where) for part in content if _is_thought(part))
-        content = "".join(_part(part, where) for part in content if not _is_thought(part))
+        content = "".join(_part(part, where) for part in content if not (_is_thought(part) or _is_call(part)))
     if content is None:
         content = ""
     if not isinstance(content, str):
@@ -274,9 +274,13 @@ def _is_thought(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
 
 
+def _is_call(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") == "tool_call"
+
+
 def _thought(part: Mapping[str, object], where: str) -> str:
     """Read a part of content that holds thoughts, as Anthropic and Mistral write it."""
-    value = part.get("thinking", part.get("reasoning", part.get("text")))
+    value = part.get("thinking", part.get("reasoning", part.get("text", part.get("value"))))
     if isinstance(value, list):
         return "".join(_part(inner, where) for inner in value)
     return text_of(value, f"{where}: the thoughts in a part")
@@ -292,13 +296,15 @@ def _part(part: object, where: str) -> str:
         raise RowError(
             "content that is not text", f"{where}: a part of type {kind!r}; only text can be trained on so far"
         )
-    return text_of(part.get("text"), f"{where}: 'text' of a part")
+    return text_of(part.get("text", part.get("value")), f"{where}: 'text' of a part")
 
 
 def _tool_calls(turn: Mapping[str, object], where: str) -> list[ToolCall]:
     calls = _parse_json(turn.get("tool_calls"), f"{where}: 'tool_calls'")
     if not calls and turn.get("function_call"):
         calls = [_parse_json(turn["function_call"], f"{where}: 'function_call'")]
+    if not calls and isinstance(parts := turn.get("content"), list):
+        calls = [_parse_json(part.get("value"), f"{where}: a call in a part") for part in parts if _is_call(part)]
     if not calls:
         return []
     if not isinstance(calls, list):

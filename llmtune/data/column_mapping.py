@@ -53,8 +53,8 @@ ALIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "preference": {
         "prompt": ("question", "instruction", "query", "input"),
         "completion": _ANSWERS,
-        "chosen": ("chosen_response", "preferred"),
-        "rejected": ("rejected_response", "dispreferred"),
+        "chosen": ("chosen_response", "chosen_messages", "preferred"),
+        "rejected": ("rejected_response", "rejected_messages", "dispreferred"),
     },
 }
 """By task, our name of a column and what others call it."""

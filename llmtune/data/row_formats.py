@@ -193,6 +193,8 @@ FORMATS = {
     )
 }
 CONVERSATIONS = ("messages", "conversations")
+MEDIA = {f"{kind}{s}": f"<{kind}>" for kind in ("image", "video", "audio") for s in ("", "s")}
+"""Columns of what is not text, and the mark that stands for it in a text."""
 COLUMNS = tuple(sorted({name for one in FORMATS.values() for name in one.columns}))
 """Canonical column names: what the keys of `columns:` may be."""
 
@@ -339,12 +341,22 @@ def parse_row(
             other = next((one.name for one in FORMATS.values() if all(column in row for column in one.required)), None)
             hint = f"; it looks like a {other} row" if other else ""
             raise RowError("missing column", f"{row_format.name} rows need {name!r}{hint}")
+    _refuse_media(row, row_format)
     parse = row_format.parser(task)
     assert parse is not None, "detect_format() returns formats that the task can parse"
     if folder is not None:  # files that the row names get their whole path
         files = {column: find_recording(row[column]) for column in row_format.files}
         row = {**row, **{column: str((folder / name).absolute()) for column, name in files.items() if name}}
     return parse(row)
+
+
+def _refuse_media(row: Mapping[str, object], row_format: RowFormat) -> None:
+    """Refuse a text that stands around a picture, a film or a recording in another column; raises RowError."""
+    for name, mark in MEDIA.items():
+        if name in row_format.columns or not row.get(name):
+            continue
+        if any(mark in str(row[column]) for column in row_format.columns if column in row):
+            raise RowError("content that is not text", f"{mark} stands for what is in {name!r}; only text is learned")
 
 
 def unused_keys(row: Mapping[str, object], row_format: RowFormat, columns: Mapping[str, str]) -> list[str]:

@@ -133,6 +133,38 @@ def test_openai_tool_calls_get_their_arguments_as_an_object():
     assert got[4]["content"] == "It rains."
 
 
+def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
+    def says(role, *parts, weight):
+        content = [{"type": kind, "value": value} for kind, value in parts]
+        return {"role": role, "content": content, "loss_weight": weight}
+
+    call = '{"name": "weather", "arguments": {"city": "Bern"}}'
+    answers = ("reasoning", "Look it up."), ("tool_call", call)
+    row = {
+        "messages": [
+            says("user", ("text", "hi"), weight=0.0),
+            says("assistant", *answers, weight=1.0),
+            says("tool", ("text", "rain"), weight=0.0),
+            says("assistant", ("text", "It rains."), weight=1.0),
+        ],
+        "tools": json.dumps([TOOL]),
+    }
+    asked, called, result, answer = canonical(row)["messages"]
+    function = {"name": "weather", "arguments": {"city": "Bern"}}
+    assert (asked["content"], result["content"], answer["content"]) == ("hi", "rain", "It rains.")
+    assert (called["reasoning"], called["content"], called["train"]) == ("Look it up.", "", True)
+    assert called["tool_calls"] == [{"type": "function", "function": function}]
+    assert unused_keys(row, FORMATS["messages"], {}) == []
+
+
+@pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
+def test_a_row_whose_text_stands_around_a_picture_is_refused(column, mark):
+    row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
+    assert f"{mark} stands for what is in '{column}'" in bad(row)
+    assert canonical(row | {column: []}) == chat(f"{mark}What is this?")
+    assert canonical(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
+
+
 def test_null_keys_that_parquet_fills_in_do_not_count():
     row = {"messages": [{"role": "user", "content": "q", "tool_calls": None, "name": None, "train": None},
                         {"role": "assistant", "content": "yes", "tool_calls": None}], "tools": None}  # fmt: skip
