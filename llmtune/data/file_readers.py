@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -207,6 +207,7 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
 def _read_parquet(path: Path, name: str, advance: Advance) -> Iterator[RawRow]:
     size = check_regular(path).st_size
     with pq.ParquetFile(path) as file:
+        classes = _class_names(file.schema_arrow.metadata or {})
         total, number, grown = file.metadata.num_rows, 0, 0
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
             advance(size * batch.num_rows // total)
@@ -217,7 +218,29 @@ def _read_parquet(path: Path, name: str, advance: Advance) -> Iterator[RawRow]:
             for index in range(batch.num_rows):
                 number += 1
                 value = whole[index] if isinstance(whole, list) else _values(batch.slice(index, 1))
-                yield f"{name}:row {number}", value[0] if isinstance(value, list) else value
+                value = value[0] if isinstance(value, list) else value
+                if isinstance(value, dict):
+                    value |= {
+                        name: name_classes(names, value[name]) for name, names in classes.items() if name in value
+                    }
+                yield f"{name}:row {number}", value
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the names of the classes that a column has as numbers, as the datasets library notes them in a file."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
+        inner = {column: feature.get("feature", feature) for column, feature in features}
+        return {column: list(one["names"]) for column, one in inner.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or none
+        return {}
+
+
+def name_classes(names: Sequence[str], value: object) -> object:
+    """Return the name of a class, or of each in a list; what is no class, such as -1, is none."""
+    if isinstance(value, list):
+        return [name_classes(names, one) for one in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, TypedDict
 
 import xxhash
 
-from llmtune.data.file_readers import RawRow
+from llmtune.data.file_readers import RawRow, name_classes
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.recipe import Source
 from llmtune.store.atomic_files import explained, write_text
 
 if TYPE_CHECKING:
-    from datasets import ClassLabel, Dataset, IterableDataset
+    from datasets import Dataset, IterableDataset
 
 HUB = "hub:"
 HubRow = dict[str, object]
@@ -117,7 +117,7 @@ def as_files_hold_it(
     for column, feature in features.items():
         inner = getattr(feature, "feature", feature)  # of a list
         if isinstance(inner, ClassLabel):
-            makers[column] = partial(name_classes, inner)
+            makers[column] = partial(name_classes, inner.names)
         if getattr(feature, "decode", False):  # a field of sounds, pictures, films
             rows = rows.cast_column(column, replace(feature, decode=False))
         if isinstance(feature, Audio):
@@ -127,13 +127,6 @@ def as_files_hold_it(
         return {**row, **{column: make(row[column]) for column, make in makers.items() if column in row}}
 
     return rows, plain
-
-
-def name_classes(feature: ClassLabel, value: int | list[int] | None) -> object:
-    """Return the name of a class, or of each in a list; None and -1, which stand for none, as None."""
-    if isinstance(value, list):
-        return [name_classes(feature, one) for one in value]
-    return None if value is None or value < 0 else feature.int2str(value)
 
 
 def store_recording(value: Recording | None) -> str | None:

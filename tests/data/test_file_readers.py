@@ -235,6 +235,13 @@ def test_parquet_rows_are_numbered_across_batches(tmp_path):
     assert len(found) == 1500
 
 
+@pytest.mark.parametrize("noted", ["[", "[1]", '{"info": 3}', '{"info": {"features": {"n": {"_type": "ClassLabel"}}}}'])
+def test_what_another_program_notes_in_a_parquet_file_is_left_alone(noted, tmp_path):
+    table = pa.table({"n": [1]}).replace_schema_metadata({"huggingface": noted})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert list(read_file(tmp_path / "rows.parquet", "p", "parquet")) == [("p:row 1", {"n": 1})]
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["x"] * 1000}), path)

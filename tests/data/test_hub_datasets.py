@@ -19,6 +19,7 @@ from rich.console import Console
 from support.audio import write_tone
 from support.rows import make_recipe
 
+from llmtune.data.file_readers import read_file
 from llmtune.data.hub_datasets import as_files_hold_it
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.sources import hash_sources
@@ -226,12 +227,16 @@ def plain_rows(rows):
     return [plain(row) for row in rows]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_numbers_of_classes_become_their_names_in_lists_too(streamed):
+@pytest.mark.parametrize("source", ["hub", "streamed", "file"])
+def test_numbers_of_classes_become_their_names_in_lists_too(source, tmp_path):
     columns = {"label": [1, 0, -1, None], "tags": [[0, 1, 2], [], [0], None], "n": [5, 6, 7, 8]}
     features = {"label": ClassLabel(names=["bad", "good"]), "tags": List(TAGS), "n": Value("int64")}
     made = Dataset.from_dict(columns, features=Features(features))
-    rows = plain_rows(made.to_iterable_dataset() if streamed else made)
+    if source == "file":
+        made.to_parquet(tmp_path / "rows.parquet")
+        rows = [row for _, row in read_file(tmp_path / "rows.parquet", "rows.parquet", "parquet")]
+    else:
+        rows = plain_rows(made.to_iterable_dataset() if source == "streamed" else made)
     assert [row["label"] for row in rows] == ["good", "bad", None, None]
     assert [row["tags"] for row in rows] == [["O", "B-PERSON", "I-PERSON"], [], ["O"], None]
     assert [row["n"] for row in rows] == [5, 6, 7, 8]
