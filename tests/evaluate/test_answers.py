@@ -10,7 +10,7 @@ from support.models import build_llama
 from support.templates import EMPTY_THOUGHTS, HERMES, conversation
 
 from llmtune.data.row_store import iterate_rows
-from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
 from llmtune.recipe.task_facts import TOOL_METRICS
 
 LONG = """
@@ -90,9 +90,9 @@ def test_a_row_that_ends_in_a_call_is_no_text_and_is_shown_as_a_call(tmp_path, b
     assert found.samples[0]["reference"].startswith('weather({"city": ')
 
 
-def test_metrics_of_tools_are_left_out_where_no_row_has_tools(measured):
-    _, found, _ = measured
-    assert not {*TOOL_METRICS} & {*found.tuned, *found.signatures}
+def test_metrics_of_tools_are_left_out_where_no_row_has_tools(bench):
+    assert {*TOOL_METRICS} <= {*choose_metrics(bench.recipe, has_tools=True)}
+    assert not {*TOOL_METRICS} & {*choose_metrics(bench.recipe, has_tools=False)}
 
 
 def test_answers_that_were_cut_are_counted_and_told(bench, console):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from support.models import build_llama
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
-from llmtune.errors import DataError, GateFailed
+from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe import load_recipe
@@ -181,50 +178,3 @@ def test_a_group_has_a_score_and_an_interval_beside_those_of_its_tasks(done: Pat
     assert change["n"] == 40
     assert change["interval"][0] > 0
     assert {"every_colour_inner.acc", "likely_colours.perplexity"} <= found["difference"].keys()
-
-
-def test_a_gate_on_a_benchmark_ends_the_run_with_its_exit_code(done: Path) -> None:
-    kept = "evaluate.benchmarks=[{task: " + str(done / "choose.yaml") + "}]"
-    with pytest.raises(GateFailed, match=r"benchmarks\.choose\.acc > 0\.99") as failed:
-        again(done, kept, 'evaluate.gates=["benchmarks.choose.acc > 0.99"]')
-    assert failed.value.exit_code == 6
-
-
-def command_line(place: Path, *model_args: str, tasks: str) -> dict[str, float]:
-    """What lm-eval's own command line says, in a process of its own, a request at a time."""
-    command = ["--model", "hf", "--model_args", ",".join(["dtype=float32", *model_args]), "--tasks", tasks]
-    command += ["--include_path", str(place), "--device", "cpu", "--batch_size", "1", "--output_path", "said"]
-    program = Path(sys.executable).with_name("lm_eval")
-    subprocess.run([program, *command], cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-    newest = max((place / "said").rglob("results_*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return numbers(json.loads(newest.read_text()))
-
-
-@pytest.mark.slow
-def test_scores_of_the_packaged_model_are_those_of_lm_evals_command_line(tmp_path: Path) -> None:
-    from llmtune.model.builtin_models import resolve_builtin
-
-    write_tasks(tmp_path)
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        "builtin:smollm2-135m-instruct",
-        write_jsonl(tmp_path / "rows.jsonl", rows_to_learn()),
-        task="completion",
-        data={"test": 0.0, "validation": 0.0, "deduplicate": "none"},
-        train={"max_steps": 12, "num_train_epochs": None, "learning_rate": 2e-4, "batch_size": 8},
-        evaluate={"metrics": None, "benchmarks": ["choose.yaml", "write.yaml", "read.yaml"]},
-    )
-    quiet = Console(file=io.StringIO())
-    run_pipeline(load_recipe(str(recipe)), Options(out=tmp_path / "run", offline=True), quiet)
-    model = resolve_builtin("smollm2-135m-instruct", quiet)
-    names = "chosen_colours,written_colours,read_colours"
-    for name, adapter in (("base", []), ("tuned", ["peft=run/adapter"])):
-        told = without_resampled(command_line(tmp_path, f"pretrained={model}", *adapter, tasks=names))
-        assert numbers(lm_eval_files(tmp_path, name)) == pytest.approx(told, rel=1e-5)
-    scores = study(tmp_path)
-    assert scores["base"]["choose.acc"] != scores["tuned"]["choose.acc"]
-
-
-def without_resampled(told: dict[str, float]) -> dict[str, float]:
-    """Leave out lm-eval's standard errors of corpus scores, in whose place paired intervals stand."""
-    return {key: value for key, value in told.items() if "chrf_stderr" not in key}

@@ -14,7 +14,7 @@ from support import families
 from support.benchmark_tasks import CHOOSE
 from support.runs import write_recipe
 
-from llmtune.errors import DataError, GateFailed, RecipeError
+from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.forgetting import ForgettingSuite, read_questions
 from llmtune.evaluate.lm_eval import quietly
@@ -120,29 +120,6 @@ def test_questions_that_the_context_does_not_hold_are_left_out_and_told(bench, t
     assert "1 questions longer than the model's context are left out" in found.signatures["accuracy"]
 
 
-@pytest.fixture
-def run(tmp_path, tiny_llama, chat_rows, console):
-    def go(**sections):
-        write_recipe(tmp_path / "recipe.yaml", tiny_llama, chat_rows, **sections)
-        return run_pipeline(load_recipe(str(tmp_path / "recipe.yaml")), Options(out=tmp_path / "out"), console)
-
-    return go
-
-
-def test_a_tuning_that_ruins_the_model_fails_a_gate_on_forgetting(run, tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(read_texts(["own"])[1].paragraphs))
-    gates = ["forgetting.perplexity <= base * 1.05", "forgetting.perplexity.low < base"]
-    evaluate = {"metrics": None, "gates": gates, "forgetting": {"texts": ["text.txt"], "questions": []}}
-    full = {"method": "full", "r": None, "lora_alpha": None}
-    with pytest.raises(GateFailed, match=r"forgetting\.perplexity <= base \* 1\.05"):
-        run(evaluate=evaluate, data={"test": 0}, adapter=full, train={"num_train_epochs": 8})
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [gate["passed"] for gate in report["gates"]] == [False, False]
-    found = report["evaluation"]["studies"]["forgetting"]
-    assert found["tuned"]["perplexity"] > 1.05 * found["base"]["perplexity"]
-    assert "forgetting.perplexity" in (tmp_path / "out" / "report.md").read_text()
-
-
 def test_a_model_that_is_no_decoder_is_refused_before_anything_is_read_for_it(tmp_path, console):
     families.build_t5(tmp_path / "t5")
     rows = [{"document": f"The {i}th fox jumps over {i} dogs.", "summary": f"fox {i}"} for i in range(40)]
@@ -177,17 +154,10 @@ def test_the_questions_that_come_with_llmtune_have_no_pattern():
 
 BAD_QUESTIONS = [
     ("{", "Invalid JSON"),
-    ("[1]", "Input should be an object"),
-    ('{"question": "a?", "choices": ["x"], "answer": 0}', "choices: Tuple should have at least 2 items"),
     ('{"question": "a?", "choices": ["x", "x"], "answer": 0}', "two choices are equal"),
-    ('{"question": "a?", "choices": ["x", 5], "answer": 0}', "choices.1: Input should be a valid string"),
     ('{"question": "a?", "choices": ["x", " "], "answer": 0}', "choices.1: there is no text"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 2}', "'answer' is 2; name a choice"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": true}', "answer.int: Input should be a valid integer"),
-    ('{"question": "a?", "choices": ["x", "y"]}', "answer: Field required"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": "z"}', "'answer' is 'z'; name a choice"),
-    ('{"question": " ", "choices": ["x", "y"], "answer": 0}', "question: String should have at least 1 character"),
-    ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "topic": 3}', "topic: Input should be a valid string"),
     ('{"question": "a?", "choices": ["x", "y"], "answer": 0, "label": 0}', "label: Extra inputs are not permitted"),
 ]
 
@@ -198,14 +168,3 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, told):
     with pytest.raises(DataError, match=r"q\.jsonl:3") as found:
         read_questions((str(tmp_path / "q.jsonl"),))
     assert told in str(found.value)
-
-
-def test_questions_that_cannot_be_read_are_told_all_at_once(tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n\n")
-    (tmp_path / "latin.jsonl").write_bytes(b"\n\xe9")
-    with pytest.raises(DataError) as found:
-        read_questions([str(tmp_path / name) for name in ("latin.jsonl", "empty.txt", "missing.jsonl")])
-    told = str(found.value)
-    assert "latin.jsonl:2" in told
-    assert "there is no question in it" in told
-    assert "missing.jsonl: there is no such file" in told

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.evaluate import greedy_decoding as greedy
-from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, common_beginning, write_greedily
+from llmtune.evaluate.greedy_decoding import Columns, Writing, column_bytes_of, write_greedily
 from llmtune.model.packed_attention import PACKED, install_packed
 
 SIZE = 90
@@ -115,14 +115,6 @@ def test_prompts_are_read_in_parts_and_what_they_share_only_once(monkeypatch):
         found = write_greedily(model, prompts, 1, set(), "cpu")
     assert read == [(1, 12), (4, 6), (4, 5)]
     assert found == [[token] for token in (row[0] for row in by_transformers(model, prompts, 1, {0}))]
-
-
-def test_a_beginning_leaves_each_prompt_a_token_of_its_own():
-    assert common_beginning([[1, 2, 3], [1, 2, 4]]) == 2
-    assert common_beginning([[1, 2, 3], [1, 2]]) == 1
-    assert common_beginning([[1, 2], [1, 2]]) == 1
-    assert common_beginning([[1], [2, 3]]) == 0
-    assert common_beginning([[1, 2, 3]]) == 2
 
 
 def test_a_model_that_keeps_a_state_is_left_to_transformers():

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import torch
-from support.classifying import colour_rows, recipe_for, run
-from support.families import build_bert
+from support.classifying import run
 from support.runs import write_recipe
 
 from llmtune import session
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.evaluate.eval_inputs import EvalContext, make_inputs
-from llmtune.evaluate.inference import predict, score_tokens
+from llmtune.evaluate.inference import predict
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.loading import load_model
 from llmtune.session import Models, open_finished
@@ -82,32 +78,3 @@ def test_all_weights_trained_are_held_one_model_at_a_time(tmp_path, tiny_llama, 
         assert tuned is not base
     assert "_selected" not in vars(models)
     assert len(loads) == 2
-
-
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_losses_of_packed_rows_are_those_of_padded_ones(tmp_path: Path, tiny_llama, chat_rows, console, kind):
-    train = {"max_steps": 2, "num_train_epochs": None}
-    if kind == "encoder":
-        rows = [{**row, "text": row["text"] + " and so on" * (i % 7)} for i, row in enumerate(colour_rows())]
-        recipe = recipe_for(tmp_path / "r.yaml", build_bert(tmp_path / "bert"), rows, train=train)
-    else:
-        recipe = write_recipe(tmp_path / "r.yaml", tiny_llama, chat_rows, train=train)
-    _, folder = run(recipe)
-    models, plan = opened(folder, console)
-    task, read, found = models.context.task, [], {}
-    with models.tuned() as model, torch.inference_mode():
-        assert models.packs
-        model.eval()
-        for packs in (True, False):
-            collate = task.collator(models.processor, models.context.recipe, packs)
-
-            def noted(examples, draw, collate=collate):
-                batch = collate(examples, draw)
-                read.append((batch["input_ids"].numel(), sum(example.tokens for example in examples)))
-                return batch
-
-            found[packs] = score_tokens(model, plan, task, noted, "cpu", packed=packs)
-    assert read[0][0] == read[0][1]
-    assert read[-1][0] > read[-1][1]
-    torch.testing.assert_close(torch.tensor(found[True].nats), torch.tensor(found[False].nats), atol=1e-4, rtol=1e-5)
-    assert (found[True].correct == found[False].correct).all()

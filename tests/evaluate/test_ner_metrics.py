@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import metrics as seqeval
 
-from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
+from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entity_table, measure_entities
 
 REFERENCE = [
     ["B-PER", "I-PER", "O", "B-LOC"],
@@ -56,13 +56,3 @@ def test_the_table_of_types_is_that_of_seqeval():
             "support": "support",
         }.items():
             assert row[ours] == pytest.approx(wanted[theirs], abs=1e-12)
-
-
-def test_tags_are_read_leniently():
-    assert entities_of(["I-PER", "I-LOC", "O", "B-LOC", "B-LOC", "I-LOC"]) == [
-        ("PER", 0, 0),
-        ("LOC", 1, 1),
-        ("LOC", 3, 3),
-        ("LOC", 4, 5),
-    ]
-    assert entities_of([]) == entities_of(["O"]) == []

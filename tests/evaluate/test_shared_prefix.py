@@ -15,7 +15,6 @@ from llmtune.evaluate.shared_prefix import (
     choice_trees,
     find_choices,
     make_tree,
-    score_as_rows,
     score_as_trees,
     score_trees,
     takes_trees,
@@ -80,13 +79,6 @@ def test_a_tree_scores_like_separate_forward_passes_with_learned_positions(tiny_
     with torch.inference_mode():
         assert takes_trees(model, trees[0], "cpu")
         for tree, scores in zip(trees, score_as_trees(model, trees, "cpu"), strict=True):
-            assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
-
-
-def test_separate_rows_are_scored_in_batches_as_one_by_one(tiny_llama):
-    model, trees = load(tiny_llama), make_trees(3)
-    with torch.inference_mode():
-        for tree, scores in zip(trees, score_as_rows(model, trees, "cpu"), strict=True):
             assert scores == pytest.approx(by_hand(model, tree), abs=1e-4)
 
 

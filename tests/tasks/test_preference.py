@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from support.pairs import gradient, quiet, recipe_of, run_recipe, start_training
+from support.pairs import quiet, recipe_of, run_recipe
 from support.rows import chat, write_jsonl
 from support.runs import llmtune, write_recipe
 from support.training import read_metrics, run_training, trained_bytes
@@ -25,7 +25,6 @@ from llmtune.recipe import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.generate import answer_once
 from llmtune.session import Models, Options, open_finished
-from llmtune.train.accumulation import validation_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
@@ -136,10 +135,6 @@ def plain_models(run, report):
     if (run / "weights").exists():
         return base, AutoModelForCausalLM.from_pretrained(run / "weights").eval()
     return base, AutoPeftModelForCausalLM.from_pretrained(run / "adapter").eval()
-
-
-def opened(run, name="recipe.yaml", **metrics):
-    return load_recipe(str(run / name), [f"{key}={value}" for key, value in metrics.items()])
 
 
 @pytest.mark.parametrize("name", ["dpo", "dpo-full", "dpo-gpt2", "ipo", "orpo"])
@@ -271,23 +266,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_
 
 
 # Micro-batches and processes
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_micro_batches_of_one_row_give_the_gradient_and_the_validation_loss_of_one_batch(loss, tiny_llama, tmp_path):
-    sections = sections_of(loss, adapter={"lora_dropout": 0.0})
-    recipe = recipe_of(tmp_path, tiny_llama, rows_for(loss), "preference", **sections)
-    training = start_training(recipe, tmp_path / "run")
-    with torch.no_grad():
-        for i, parameter in enumerate(training.parameters):  # away from the start, where the estimate of KTO is zero
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    one, single = gradient(training, 1)
-    large, whole = gradient(training, 100_000)
-    assert one == pytest.approx(large, rel=1e-6)
-    assert float((single - whole).norm() / whole.norm()) < 1e-5
-    assert float(whole.norm()) > 1e-3
-    assert validation_loss(training, 1) == pytest.approx(validation_loss(training, 100_000), rel=1e-6)
-    assert training.model.training
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -356,13 +356,6 @@ def test_the_kl_to_the_reference_is_the_plain_one_however_it_is_cut(folder, monk
             wanted = float(torch.distributions.kl_divergence(policy, base).sum())
             assert wanted > 0.01
             assert float(found[row]) == pytest.approx(wanted, rel=1e-4)
-
-
-def test_an_adapter_at_its_start_is_the_reference(folder):
-    tuned, batch = open_tuned(folder, moved=False), pair_batch(some_pairs(folder))
-    assert kl_to_reference(tuned, batch, tuned.disable_adapter).tolist() == pytest.approx([0.0] * 8, abs=1e-6)
-    loss = preference_loss(tuned, batch, replace(ALL[0], label_smoothing=0.0), tuned.disable_adapter)
-    assert float(loss.sum.detach() / loss.count) == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_a_reward_is_not_read_at_another_padding_token(folder):

@@ -9,13 +9,12 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import groupby
 
-import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
 from rich.console import Console
-from support.audio import make_tone, write_cut, write_tone
+from support.audio import make_tone, write_tone
 from support.families import build_wav2vec2, build_whisper
 from support.pairs import start_training
 from support.rows import write_jsonl
@@ -25,7 +24,6 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.evaluate.wer import make_normaliser
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
@@ -80,23 +78,6 @@ def finished(tmp_path_factory, models, clips):
     return cache(get)
 
 
-def predictions(folder):
-    return [json.loads(line) for line in (folder / "run/evaluation/predictions.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("form", SPEECH)
-def test_error_rates_are_those_of_jiwer_on_the_saved_predictions_after_the_named_normaliser(form, finished):
-    folder, report = finished(form)
-    rows = predictions(folder)
-    name = SPEECH[form].get("normalizer", "basic")
-    clean = make_normaliser(name, "fr")
-    for side in ("base", "tuned"):
-        wanted, said = ([clean(row[key]) for row in rows] for key in ("reference", side))
-        assert report["evaluation"][side]["wer"] == pytest.approx(jiwer.wer(wanted, said), abs=1e-12)
-        assert report["evaluation"][side]["cer"] == pytest.approx(jiwer.cer(wanted, said), abs=1e-12)
-    assert f"normaliser {'whisper (basic)' if name == 'whisper' else name}" in report["evaluation"]["signatures"]["wer"]
-
-
 # Bad rows and changed ones
 
 
@@ -108,36 +89,6 @@ def small_folder(folder, count=12):
         lines.append(f"{i}.wav,word")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
-
-
-def test_a_recording_that_cannot_be_decoded_is_named_with_file_and_line_before_training(models, tmp_path):
-    folder = small_folder(tmp_path / "clips")
-    write_cut(folder / "cut.flac")
-    with (folder / "metadata.csv").open("a") as file:
-        file.write("cut.flac,word\n")
-    data = {"validation": 0, "test": 0}
-    with pytest.raises(DataError, match="lost sync") as error:
-        run(tmp_path, recipe_file(tmp_path, models["letters"], folder, {}, data=data), until="prepare")
-    assert error.value.exit_code == 3
-    assert str(error.value.problems[1].where).endswith("metadata.csv:14")
-    assert "cut.flac" in error.value.problems[1].what
-
-
-def test_a_recording_longer_than_a_window_is_refused_by_name_and_dropped_on_request(models, tmp_path):
-    folder = small_folder(tmp_path / "clips")
-    write_tone(folder / "long.wav", 3)
-    with (folder / "metadata.csv").open("a") as file:
-        file.write("long.wav,word\n")
-    data = {"validation": 0, "test": 0}
-    file = recipe_file(tmp_path, models["whisper"], folder, SPEECH["whisper"], data=data)
-    with pytest.raises(DataError, match=r"too long: 3\.0 s, and 2 s are heard at once") as error:
-        run(tmp_path, file, until="prepare")
-    assert str(error.value.problems[1].where).endswith("metadata.csv:14")
-    assert "speech.window_seconds" in error.value.problems[0].what
-    data["on_overlong"] = "drop"
-    file = recipe_file(tmp_path, models["whisper"], folder, SPEECH["whisper"], data=data)
-    report = run(tmp_path / "other", file, until="prepare")
-    assert report["data"]["dropped"]["too long"] == 1
 
 
 def test_a_recording_that_changes_in_place_is_read_anew(models, tmp_path):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from seqeval.metrics import f1_score, precision_score, recall_score
 from support import families, pairs
 from support.pairs import quiet
 from support.variants import TOKEN_CLASSIFY, predict
@@ -49,28 +46,6 @@ def finished(tmp_path_factory, built):
     sections["train"] = {"num_train_epochs": 3, "learning_rate": 5e-3}
     sections["evaluate"] = {"metrics": ["loss", "f1", "precision", "recall", "accuracy"]}
     return folder / "run", run_recipe(folder, built("bert"), ROWS, **sections)
-
-
-def predictions(run):
-    return [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-
-
-def wanted_tags(line):
-    return ROWS[int(line["origin"].rpartition(":")[2]) - 1]["tags"]
-
-
-def test_the_scores_are_those_of_seqeval_on_the_predictions(finished):
-    run, report = finished
-    lines = predictions(run)
-    said, wanted = [line["tuned_prediction"] for line in lines], [wanted_tags(line) for line in lines]
-    assert [line["tuned"] for line in lines] == [" ".join(tags) for tags in said]
-    scores = report["evaluation"]["tuned"]
-    for metric, reference in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
-        assert scores[metric] == pytest.approx(reference(wanted, said), abs=1e-12)
-    pairs = [pair for row in zip(said, wanted, strict=True) for pair in zip(*row, strict=True)]
-    assert scores["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
-    table = report["evaluation"]["details"]["tuned"]["classes"]
-    assert [(entry["label"], entry["support"]) for entry in table] == [("COLOUR", len(lines)), ("THING", len(lines))]
 
 
 def test_the_data_report_counts_entities_by_kind_and_side(finished):

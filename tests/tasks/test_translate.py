@@ -101,19 +101,6 @@ def test_the_loss_is_the_models_own_but_for_a_language_which_is_given_and_not_le
     assert float(ours.sum) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "mbart25"])
-@torch.no_grad()
-def test_padding_does_not_change_the_loss_of_a_row(name, folders):
-    model, processor, recipe = opened(folders[name], name)
-    examples = examples_of(processor, recipe)
-    assert len({len(example.input_ids) for example in examples}) > 1
-    together = TRANSLATE.loss(model, batch_of(examples, processor, recipe), by_row=True)
-    alone = [TRANSLATE.loss(model, batch_of([example], processor, recipe), by_row=True) for example in examples]
-    assert together.row_sums.tolist() == pytest.approx([float(loss.sum) for loss in alone], rel=1e-5)
-    assert together.row_correct.tolist() == [float(loss.correct) for loss in alone]
-    assert together.count == sum(loss.count for loss in alone) == sum(example.supervised for example in examples)
-
-
 # Answers
 
 
@@ -130,21 +117,6 @@ def test_an_answer_begins_as_the_targets_of_training_do(name, folders):
         written = generate(model, read, settings)
     assert torch.equal(written[:, : given.shape[1]], given)
     assert written.shape[1] > given.shape[1]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_answers_are_written_from_the_ids_of_training(name, folders):
-    model, processor, recipe = talkative(folders[name], name)
-    seen = []
-    encoder = model.get_encoder()
-    encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append({**kwargs}), with_kwargs=True)
-    texts = predict(TRANSLATE, model, ASKED, processor, recipe)
-    assert len(texts) == len(ASKED)
-    (given,) = seen
-    masks = given["attention_mask"].bool()
-    ids = [row[mask].tolist() for row, mask in zip(given["input_ids"], masks, strict=True)]
-    expected = [list(example.input_ids) for example in examples_of(processor, recipe)]
-    assert sorted(ids) == sorted(expected)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -207,8 +179,6 @@ def test_a_decoder_whose_start_is_not_known_is_refused(folders):
 
 # Whole runs
 
-UNTIED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-
 
 def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
     model = families.build_t5(tmp_path / "model")
@@ -237,17 +207,6 @@ def test_qlora_leaves_the_output_layer_and_its_tied_embedding_alone(tmp_path):
     assert len(whole) == 4 < len(adapted)
     assert tuned.selected.plan.parts["weights"] == pytest.approx(weights, rel=0.02)
     assert report["adapter"]["matched_modules"] == 2 * 6 + 2 * 10  # q, k, v, o, wi, wo; the decoder attends twice
-
-
-@pytest.mark.slow
-def test_a_t5_that_has_learned_its_rows_writes_them(tmp_path):
-    model = families.build_t5(tmp_path / "model", **UNTIED)
-    train = {"num_train_epochs": 40, "learning_rate": 3.0e-3}
-    report = run_recipe(tmp_path, model, PAIRS, "translate", adapter={"method": "full"}, train=train)
-    scores = report["evaluation"]
-    assert scores["base"]["chrf"] < 20
-    assert scores["tuned"]["chrf"] > 50  # the colours and things of unseen pairs are known
-    assert scores["difference"]["chrf"]["interval"][0] > 0
 
 
 # By prompt
