@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -13,7 +13,6 @@ from llmtune.compare.opened_runs import OpenedRun, find_differing
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
 from llmtune.evaluate.metric import Measure, compare, ratio
-from llmtune.evaluate.per_row_scores import reorder
 from llmtune.records import Difference, Evaluation, GateResult
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import verdict
@@ -182,7 +181,8 @@ def join_rows(run: OpenedRun, metric: str) -> Measure:
     """Return a metric with its rows in the order of what they are known by, the same for every run."""
     names = run.row_names(metric)
     order = sorted(range(len(names)), key=names.__getitem__)
-    return reorder(run.measures.tuned[metric], order, tuple(range(len(order))))
+    measure = run.measures.tuned[metric]
+    return replace(measure, sums_NK=measure.sums_NK[order], at=tuple(range(len(order))))
 
 
 def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtune.evaluate.metric import Measure, columns, measure_means, measure_right
-from llmtune.evaluate.paired_statistics import Floats, Weighted
+from llmtune.evaluate.paired_statistics import Floats, Ranking, Weighted
 
 Kind = Literal["single", "multi", "regression"]
 Reference = str | float | Sequence[str]
@@ -184,21 +184,29 @@ def measure_auroc(scores_NK: Floats, true_NK: NDArray[np.bool_], *, binary: bool
 
     A class that all rows or none belong to has no area and is left out of the mean; NaN where that is so for all.
     """
-    classes = [1] if binary else list(range(true_NK.shape[1]))
-    areas = [area(scores_NK[:, k], true_NK[:, k]) for k in classes]
     signature = BINARY if binary else "mean over the labels, each against the rest"
-    seen = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
-    return Measure("auroc", seen, None, signature=signature, weighted=partial(mean_of_known, areas))
+    seen_NK = np.concatenate([scores_NK, true_NK], axis=1).astype(np.float64)
+    return Measure("auroc", seen_NK, None, signature=signature, ranking=second_area if binary else mean_area)
 
 
-def mean_of_known(parts: list[Weighted], counts_RN: Floats) -> Floats:
-    """Return the mean [R] of those parts that are numbers; NaN where none is."""
-    total_R, known_R = np.zeros(len(counts_RN)), np.zeros(len(counts_RN))
-    for part in parts:
-        values_R = part(counts_RN)
-        total_R += np.nan_to_num(values_R)
-        known_R += np.isfinite(values_R)
-    return np.asarray(np.where(known_R > 0, total_R / np.maximum(known_R, 1), np.nan), dtype=np.float64)
+def second_area(seen_NK: Floats) -> Weighted:
+    """Return the area of the second class, of scores [N, K] and, beside them, which class is right."""
+    return area(seen_NK[:, 1], seen_NK[:, seen_NK.shape[1] // 2 + 1] > 0)
+
+
+def mean_area(seen_NK: Floats) -> Weighted:
+    """Return the mean area of those classes that have one."""
+    areas = [area(scores_N, true_N > 0) for scores_N, true_N in zip(*np.split(seen_NK.T, 2), strict=True)]
+
+    def weighted(counts_RN: Floats) -> Floats:
+        total_R, known_R = np.zeros(len(counts_RN)), np.zeros(len(counts_RN))
+        for one in areas:
+            values_R = one(counts_RN)
+            total_R += np.nan_to_num(values_R)
+            known_R += np.isfinite(values_R)
+        return np.asarray(np.where(known_R > 0, total_R / np.maximum(known_R, 1), np.nan), dtype=np.float64)
+
+    return weighted
 
 
 def area(scores_N: Floats, true_N: NDArray[np.bool_]) -> Weighted:
@@ -227,16 +235,27 @@ def measure_correlation(metric: str, predicted_N: Floats, reference_N: Floats) -
     same as NaN.
     """
     signature = "0 where all predictions are the same"
-    seen = columns(predicted_N, reference_N)
-    if metric == "pearson":
-        return Measure(metric, seen, None, signature=signature, weighted=partial(pearson, predicted_N, reference_N))
-    assert metric == "spearman"
-    predicted, reference = group(predicted_N), group(reference_N)
+    return Measure(metric, columns(predicted_N, reference_N), None, signature=signature, ranking=RANKINGS[metric])
 
-    def weighted(counts_RN: Floats) -> Floats:
-        return pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
 
-    return Measure(metric, seen, None, signature=signature, weighted=weighted)
+def correlation(seen_N2: Floats) -> Weighted:
+    """Return Pearson's correlation of numbers side by side."""
+    return partial(pearson, seen_N2[:, 0], seen_N2[:, 1])
+
+
+def rank_correlation(seen_N2: Floats) -> Weighted:
+    """Return Spearman's correlation of numbers side by side."""
+    predicted, reference = map(group, seen_N2.T)
+    return lambda counts_RN: pearson(ranks(predicted, counts_RN), ranks(reference, counts_RN), counts_RN)
+
+
+RANKINGS: dict[str, Ranking] = {
+    "auroc": mean_area,
+    BINARY: second_area,
+    "pearson": correlation,
+    "spearman": rank_correlation,
+}
+"""By metric, or by the signature of the one that has two."""
 
 
 def group(numbers_N: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:

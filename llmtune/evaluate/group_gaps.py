@@ -159,7 +159,7 @@ def part(measure: Measure, rows: Ints) -> Measure:
 
 def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
     """Return the metric [R, G] of groups whose rows are drawn anew; the same draws for every metric and model."""
-    resamples = RESAMPLES if measure.weighted is None else OF_RANKS
+    resamples = RESAMPLES if measure.ranking is None else OF_RANKS
     values = []
     for number, rows in enumerate(groups):
         group = part(measure, rows)
@@ -171,7 +171,7 @@ def resample_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floa
 def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Floats:
     """Return the gap [R] between groups of the same sizes whose rows are drawn by lot from all of them."""
     every, ends = np.concatenate(groups), np.cumsum([0, *map(len, groups)])
-    count, generator = PERMUTATIONS if measure.weighted is None else OF_RANKS, np.random.default_rng(seed)
+    count, generator = PERMUTATIONS if measure.ranking is None else OF_RANKS, np.random.default_rng(seed)
     chunk = max(1, min(count, CHUNK_CELLS // len(every)))
     gaps = []
     for start in range(0, count, chunk):
@@ -183,8 +183,7 @@ def shuffle_groups(measure: Measure, groups: Sequence[Ints], seed: int) -> Float
 
 def value_of_rows(measure: Measure, rows_RM: Ints) -> Floats:
     """Return the metric [R] of M rows each time."""
-    if measure.weighted is None:
-        assert measure.formula is not None
+    if measure.formula is not None:
         return measure.formula(measure.sums_NK[rows_RM].sum(1))
     counts_RN = np.zeros((len(rows_RM), len(measure.sums_NK)))
     np.put_along_axis(counts_RN, rows_RM, 1.0, axis=1)

@@ -1,6 +1,6 @@
-"""One metric of one model on N rows: sums that add up row by row and a formula over them, or a function of rows drawn.
+"""One metric of one model on N rows: sums that add up row by row and a formula over them, or a ranking of the rows.
 
-Shapes: N rows, M of them, K sums a row, R resamples.
+Shapes: N rows, K sums a row, R resamples.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from llmtune.evaluate.paired_statistics import (
     BOOTSTRAP,
-    CHUNK_CELLS,
     Floats,
     Formula,
+    Ranking,
     Weighted,
     difference,
     difference_weighted,
@@ -26,15 +27,15 @@ from llmtune.records import Difference
 
 @dataclass(frozen=True)
 class Measure:
-    """One metric of one model on N rows, by `formula`, or by `weighted` where that is there."""
+    """One metric of one model on N rows, by `formula`, or by `ranking` where that is there."""
 
     metric: str
     sums_NK: Floats  # noqa: N815
-    """Sums by row; with `weighted`, the numbers of each row that it reads: where they are equal, the values are."""
+    """Sums by row; with `ranking`, the numbers of each row that it reads: where they are equal, the values are."""
     formula: Formula | None
     right_wrong: bool = False
     signature: str = ""
-    weighted: Weighted | None = None
+    ranking: Ranking | None = None
     at: tuple[int, ...] = ()
     """[N] indexes of these rows into the evaluated rows."""
 
@@ -43,38 +44,23 @@ class Measure:
         """The metric over all rows; NaN without rows."""
         if len(self.sums_NK) == 0:
             return math.nan
-        if self.weighted is not None:
-            return float(self.resampled(np.ones((1, len(self.sums_NK))))[0])
-        assert self.formula is not None
-        return float(self.formula(self.sums_NK.sum(0)))
+        if self.formula is not None:
+            return float(self.formula(self.sums_NK.sum(0)))
+        return float(self.resampled(np.ones((1, len(self.sums_NK))))[0])
 
-    def resampled(self, counts_RN: Floats) -> Floats:
-        """Return the metric [R] of rows that are drawn counts_RN[r, n] times."""
-        if self.weighted is not None:
-            return self.weighted(counts_RN)
+    @cached_property
+    def resampled(self) -> Weighted:
+        """The metric [R] of rows that are drawn counts_RN[r, n] times."""
+        if self.ranking is not None:
+            return self.ranking(self.sums_NK)
         assert self.formula is not None
-        return self.formula(counts_RN @ self.sums_NK)
+        formula = self.formula
+        return lambda counts_RN: formula(counts_RN @ self.sums_NK)
 
     def subset(self, rows: Collection[int]) -> Measure:
         """Return the metric of those rows alone whose index is in `rows`."""
         kept = [n for n, row in enumerate(self.at) if row in rows]
-        weighted, total = self.weighted, len(self.sums_NK)
-
-        def of_kept(counts_RM: Floats) -> Floats:
-            assert weighted is not None
-            values = []
-            for part_RM in np.array_split(counts_RM, -(-counts_RM.shape[0] * total // CHUNK_CELLS) or 1):
-                counts_RN = np.zeros((len(part_RM), total))
-                counts_RN[:, kept] = part_RM
-                values.append(weighted(counts_RN))
-            return np.concatenate(values)
-
-        return replace(
-            self,
-            sums_NK=self.sums_NK[kept],
-            weighted=None if weighted is None else of_kept,
-            at=tuple(self.at[n] for n in kept),
-        )
+        return replace(self, sums_NK=self.sums_NK[kept], at=tuple(self.at[n] for n in kept))
 
 
 @dataclass(frozen=True)
@@ -115,8 +101,7 @@ def compare(base: Measure, tuned: Measure, seed: int) -> Difference:
     assert base.metric == tuned.metric
     rows = len(base.sums_NK)
     assert rows == len(tuned.sums_NK)
-    if tuned.weighted is None:
-        assert tuned.formula is not None
+    if tuned.formula is not None:
         return difference(base.sums_NK, tuned.sums_NK, tuned.formula, right_wrong=tuned.right_wrong, seed=seed)
     if rows > 1 and np.array_equal(base.sums_NK, tuned.sums_NK):
         return Difference(0.0, 0.0, 0.0, 1.0, rows, BOOTSTRAP)

@@ -20,6 +20,8 @@ Formula = Callable[[Floats], Floats]
 """Maps summed statistics [..., K] to the metric's value [...]."""
 Weighted = Callable[[Floats], Floats]
 """Maps how often each row is drawn [R, N] to the metric's values [R]."""
+Ranking = Callable[[Floats], Weighted]
+"""Makes that of the numbers of each row [N, K], for a metric that no sums are enough for."""
 
 RESAMPLES = 5000
 CHUNK_CELLS = 200_000

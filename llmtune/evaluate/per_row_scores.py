@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import (
     BINARY,
+    RANKINGS,
     f1_macro_formula,
     f1_weighted_formula,
     matthews_formula,
-    measure_auroc,
-    measure_correlation,
 )
 from llmtune.evaluate.metric import Measure, PairedMeasures, difference_of_ratios, ratio
 from llmtune.evaluate.ner_metrics import ENTITY_FORMULAS
@@ -48,20 +47,6 @@ FORMULAS: dict[str, Formula] = {
     "apart": difference_of_ratios,
 }
 """Formulas by the names that they have on disk."""
-
-
-def rebuild_auroc(seen_NK: Floats, signature: str) -> Measure:
-    """Build AUROC again from scores and classes side by side."""
-    half = seen_NK.shape[1] // 2
-    return measure_auroc(seen_NK[:, :half], seen_NK[:, half:] > 0, binary=signature == BINARY)
-
-
-RANKS: dict[str, Callable[[Floats, str], Measure]] = {
-    "auroc": rebuild_auroc,
-    "pearson": lambda seen_N2, signature: measure_correlation("pearson", seen_N2[:, 0], seen_N2[:, 1]),
-    "spearman": lambda seen_N2, signature: measure_correlation("spearman", seen_N2[:, 0], seen_N2[:, 1]),
-}
-"""Metrics that no sums are enough for: made again from the numbers of each row."""
 
 
 class Description(TypedDict):
@@ -105,10 +90,8 @@ def save_measures(folder: Path, scores: PerRowScores) -> None:
 
 
 def describe(measure: Measure) -> Description:
-    """Describe how a metric is computed from its sums: by the name of its formula."""
-    formula = measure.metric
-    if measure.weighted is None:
-        formula = next(name for name, known in FORMULAS.items() if known is measure.formula)
+    """Describe how a metric is computed from its sums: by the name of its formula, or its own for one of ranks."""
+    formula = next((name for name, known in FORMULAS.items() if known is measure.formula), measure.metric)
     return {"formula": formula, "right_wrong": measure.right_wrong, "signature": measure.signature}
 
 
@@ -146,13 +129,7 @@ def load_measures(folder: Path) -> PerRowScores:
 
 def rebuild(metric: str, sums_NK: Floats, at: tuple[int, ...], described: Description) -> Measure:
     """Make one metric again from its sums and the name of its formula."""
-    formula, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
-    if formula in RANKS:
-        ranked = RANKS[formula](sums_NK, signature)
-        return Measure(metric, ranked.sums_NK, None, right_wrong, signature, ranked.weighted, at)
-    return Measure(metric, sums_NK, FORMULAS[formula], right_wrong, signature, None, at)
-
-
-def reorder(measure: Measure, order: Sequence[int], at: tuple[int, ...]) -> Measure:
-    """Return the metric with its rows in another order: `order` [N] are the positions that they have now."""
-    return rebuild(measure.metric, measure.sums_NK[list(order)], at, describe(measure))
+    name, right_wrong, signature = described["formula"], described["right_wrong"], described["signature"]
+    ranking = RANKINGS.get(BINARY if signature == BINARY else name)
+    formula = FORMULAS[name] if ranking is None else None
+    return Measure(metric, sums_NK, formula, right_wrong, signature, ranking, at)

@@ -18,7 +18,7 @@ from llmtune.compare.opened_runs import name_runs, open_runs
 from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, reorder, save_measures
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, save_measures
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 
 
@@ -55,7 +55,7 @@ def turn_rows(found: PerRowScores) -> PerRowScores:
     def move(one: Measure) -> Measure:
         turned = list(range(len(one.at)))
         random.Random(5).shuffle(turned)
-        return reorder(one, turned, tuple(places[one.at[n]] for n in turned))
+        return replace(one, sums_NK=one.sums_NK[turned], at=tuple(places[one.at[n]] for n in turned))
 
     rows = tuple(found.rows[was] for was in order)
     sides = [{metric: move(one) for metric, one in side.items()} for side in (found.base, found.tuned)]

@@ -28,8 +28,9 @@ def test_token_metrics_are_weighted_by_their_denominators():
 
 def largest(numbers):
     """The largest number among the drawn rows: no sum is enough for it."""
-    rows = np.asarray(numbers, dtype=float)
-    return Measure("largest", rows[:, None], None, weighted=lambda counts_RN: np.where(counts_RN > 0, rows, 0).max(1))
+    rows_N1 = np.asarray(numbers, dtype=float)[:, None]
+    ranking = lambda rows_N1: lambda counts_RN: np.where(counts_RN > 0, rows_N1[:, 0], 0).max(1)  # noqa: E731
+    return Measure("largest", rows_N1, None, ranking=ranking)
 
 
 def test_a_measure_by_rows_has_the_value_of_every_row_drawn_once():
