@@ -42,11 +42,10 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
-from llmtune.report.assembly import report_json
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.score_sections import seed_table
-from llmtune.report.write import write_report
+from llmtune.report.write import report_json, write_report
 from llmtune.session import (
     Models,
     Options,

@@ -33,9 +33,8 @@ from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
 from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
-from llmtune.report.assembly import collect_facts
-from llmtune.report.explain_links import find_explanations
-from llmtune.report.report_record import Report, Seeds
+from llmtune.report.report_page import find_explanations
+from llmtune.report.report_record import Report, Seeds, collect_facts
 from llmtune.report.seed_variance import describe_spread
 from llmtune.report.verdict import verdict
 from llmtune.store.atomic_files import hash_folder, hash_value, read_json_lines

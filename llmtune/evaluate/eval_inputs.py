@@ -125,7 +125,7 @@ def make_inputs(
         questions=tuple(questions),
         targets=tuple(task.reference(row) for _, row in held_out),
         answered=tuple(answered),
-        prompt_ids={i: [render(task, row, processor, recipe) for row in before] for i, before in asked.items()},
+        prompt_ids={i: [task.prompt_ids(row, processor, recipe) for row in before] for i, before in asked.items()},
         turns={i: turns[i] for i in asked if turns[i]},
         choices=choices,
         trees=trees,
@@ -151,11 +151,6 @@ def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
     if has_tools or metrics != recipe.variant.default_metrics:
         return metrics
     return tuple(metric for metric in metrics if metric not in TOOL_METRICS)
-
-
-def render(task: EvaluatedTask, question: Row, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-    """Return the token ids to go on from."""
-    return [int(token) for token in task.prompt_ids(question, processor, recipe)]
 
 
 def resolve_choices(rows: Rows, task: EvaluatedTask, recipe: Recipe, references: Sequence[str]) -> tuple[str, ...]:

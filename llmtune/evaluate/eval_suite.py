@@ -16,7 +16,7 @@ from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.inference import add_bar, context_limit, inference_on
 from llmtune.evaluate.metric import Measure, PairedMeasures
-from llmtune.records import Advance, Study, StudyTable
+from llmtune.records import Advance, Difference, Study, StudyTable
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -83,23 +83,26 @@ class EvalSuite(Generic[Output]):
             else {}
             for name in ("base", "tuned")
         )
-        return self.study(PairedMeasures(base, tuned))
+        measured = PairedMeasures(base, tuned)
+        difference = measured.differences(self.context.recipe.seed, self.fewest_rows)
+        signatures = {metric: one.signature for metric, one in tuned.items()}
+        limits, tables = (self.limits(), self.tables(measured)) if tuned else ("", ())
+        return self.study(*measured.scores(), difference, signatures, limits, tables)
 
-    def study(self, measured: PairedMeasures) -> Study:
-        """Return the scores and differences of the suite's own measures."""
-        base, tuned = measured.scores()
-        signatures = {metric: one.signature for metric, one in measured.tuned.items()}
-        return Study(
-            title="",
-            base=base,
-            tuned=tuned,
-            difference=measured.differences(self.context.recipe.seed, self.fewest_rows),
-            meanings={metric: self.metrics[metric][0] for metric in tuned},
-            better={metric: self.metrics[metric][1] for metric in tuned},
-            signatures={next(iter(self.metrics)): self.unmeasured} if self.unmeasured else signatures,
-            limits=self.limits() if tuned else "",
-            tables=tuple(self.tables(measured)) if tuned else (),
-        )
+    def study(
+        self,
+        base: dict[str, float],
+        tuned: dict[str, float],
+        difference: dict[str, Difference],
+        signatures: dict[str, str],
+        limits: str = "",
+        tables: Iterable[StudyTable] = (),
+    ) -> Study:
+        """Return scores with what the suite's metrics mean, or why the first of them was not measured."""
+        meanings = {metric: self.metrics[metric][0] for metric in tuned}
+        better = {metric: self.metrics[metric][1] for metric in tuned}
+        signatures = {next(iter(self.metrics)): self.unmeasured} if self.unmeasured else signatures
+        return Study("", base, tuned, difference, meanings, better, signatures, limits, tuple(tables))
 
     def limits(self) -> str:
         """Write, in plain words, what the numbers can show and what they cannot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.evaluate.metric import Measure
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 Prediction = Any
 """What a task predicts of a row: a JSON value."""
+PredictionT = TypeVar("PredictionT")
+
+
+@dataclass(frozen=True)
+class EvalPrediction(Generic[PredictionT]):
+    """What one model predicted of some rows, beside what is right."""
+
+    predictions: Sequence[PredictionT]
+    references: Sequence[Any]
+    base: Sequence[PredictionT] | None = None
+    """What the base model predicted of them; None where that is not known of all."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +78,13 @@ class EvaluatedTask(TaskInterface, Protocol):
     def format_prediction(self, prediction: Prediction) -> str:
         """Write a prediction as a person reads it."""
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[Prediction],
-        references: Sequence[Prediction],
-        recipe: Recipe,
-        base: Sequence[Prediction] | None = None,
-    ) -> Measure | None:
-        """Return a metric that is the task's own; None for one that it has not. `base` are the base's predictions."""
+    def compute_metric(self, metric: str, found: EvalPrediction[Any], recipe: Recipe) -> Measure | None:
+        """Return a metric that is the task's own; None for one that it has not."""
 
     def baseline(
         self, references: Sequence[Prediction], prompts: Sequence[Row], recipe: Recipe
     ) -> tuple[str, list[Prediction]]:
         """Return name and predictions of what stands for a base model whose head is new, from training references."""
 
-    def class_table(
-        self, predictions: Sequence[Prediction], references: Sequence[Prediction], recipe: Recipe
-    ) -> dict[str, Any] | None:
+    def class_table(self, found: EvalPrediction[Any], recipe: Recipe) -> dict[str, Any] | None:
         """Return what the report shows beside the scores (classes, confusion); None for a task without classes."""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from llmtune.data.row_store import iterate_ids, iterate_rows
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
-from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import Answers, measure, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
@@ -156,8 +156,8 @@ def compare_answers(
     base_scores, tuned_scores = measures.scores()
     details = {}
     for name, answers in (("base", base), ("tuned", tuned)):
-        references = [inputs.targets[i] for i in answers.predictions]
-        table = task.class_table(list(answers.predictions.values()), references, recipe) if references else None
+        found = EvalPrediction([*answers.predictions.values()], [inputs.targets[i] for i in answers.predictions])
+        table = task.class_table(found, recipe) if answers.predictions else None
         if table is not None:
             details[name] = table
     return Evaluation(

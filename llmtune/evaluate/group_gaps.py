@@ -57,7 +57,7 @@ class GroupGapSuite(EvalSuite[None]):
         few = f"no two groups of {' or '.join(without)} have {FEWEST_ROWS} rows" if without else ""
         if not gaps:
             self.unmeasured = f"not measured: {few}" if few else ""
-            return self.study(PairedMeasures())
+            return self.study({}, {}, {}, {})
         largest = [gap for gap in gaps if gap.metric == gaps[0].metric]
         score = score_gap(largest)
         by_chance = (
@@ -65,18 +65,9 @@ class GroupGapSuite(EvalSuite[None]):
             f"and one as large as the tuned model's in {100 * score.p:.2g} of 100 draws"
         )
         what = f"{gaps[0].metric} by {', '.join(gap.column for gap in largest)}"
-        meaning, better = self.metrics["gap"]
-        return Study(
-            title="",
-            base={"gap": score.base},
-            tuned={"gap": score.tuned},
-            difference={"gap": score.difference},
-            meanings={"gap": meaning},
-            better={"gap": better},
-            signatures={"gap": "; ".join(part for part in (what, METHOD, by_chance, few) if part)},
-            limits=f"{LIMITS} Here {by_chance}.",
-            tables=tuple(gap_tables(gaps)),
-        )
+        signature = "; ".join(part for part in (what, METHOD, by_chance, few) if part)
+        scores = {"gap": score.base}, {"gap": score.tuned}, {"gap": score.difference}
+        return self.study(*scores, {"gap": signature}, f"{LIMITS} Here {by_chance}.", gap_tables(gaps))
 
 
 @dataclass(frozen=True)

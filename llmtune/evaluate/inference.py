@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs
-from llmtune.evaluate.evaluated_task import EvaluatedTask, LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, LoadedModel
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
 from llmtune.evaluate.metric import Measure, measure_means, measure_right
 from llmtune.evaluate.paired_statistics import Floats
@@ -172,47 +172,30 @@ def measure(context: EvalContext, answers: Answers, base: Answers) -> dict[str, 
     """
     inputs = context.inputs
     assert inputs is not None
-    measures: dict[str, Measure] = {}
-    for metric in dict.fromkeys((*inputs.metrics, CUT_METRIC)):
-        one = measure_one(metric, context, answers, base)
-        if one is not None and len(one.sums_NK):
-            assert len(one.at) == len(one.sums_NK)
-            measures[metric] = one
-    return measures
+    metrics = dict.fromkeys((*inputs.metrics, CUT_METRIC))
+    measures = {metric: measure_one(metric, context, inputs, answers, base) for metric in metrics}
+    return {metric: one for metric, one in measures.items() if one is not None and len(one.sums_NK)}
 
 
-def measure_one(metric: str, context: EvalContext, answers: Answers, base: Answers) -> Measure | None:
+def measure_one(
+    metric: str, context: EvalContext, inputs: EvalInputs, answers: Answers, base: Answers
+) -> Measure | None:
     """Turn answers into one metric; None where it means nothing here."""
-    inputs = context.inputs
-    assert inputs is not None
     if metric == CUT_METRIC:
         cut = measure_means(metric, [*answers.cut.values()], "share of answers that max_new_tokens ended")
         return replace(cut, at=tuple(answers.cut))
     if metric in TOOL_SCORES:
         return measure_tools(metric, answers.parts, inputs.turns)
-    measured = measure_by_task(metric, context, answers, base)
-    if measured is None and metric in TOKEN_METRICS:
-        return measure_sums(metric, context, answers.sums)
-    if measured is None and not context.task.predicts:
-        return measure_answers(metric, inputs, answers)
-    return measured
-
-
-def measure_by_task(metric: str, context: EvalContext, answers: Answers, base: Answers) -> Measure | None:
-    """Return a metric as the task itself measures it; None where it leaves that to what is common."""
-    inputs, task = context.inputs, context.task
-    assert inputs is not None
     values, others = (one.predictions or {i: one.text(i) for i in one.texts} for one in (answers, base))
-    if not values:
-        return None
-    measured = task.compute_metric(
-        metric,
-        list(values.values()),
-        [inputs.targets[i] for i in values],
-        context.recipe,
-        base=[others[i] for i in values] if all(i in others for i in values) else None,
-    )
-    return None if measured is None else replace(measured, at=tuple(values))
+    if values:
+        before = [others[i] for i in values] if values.keys() <= others.keys() else None
+        found = EvalPrediction([*values.values()], [inputs.targets[i] for i in values], before)
+        measured = context.task.compute_metric(metric, found, context.recipe)
+        if measured is not None:
+            return replace(measured, at=tuple(values))
+    if metric in TOKEN_METRICS:
+        return measure_sums(metric, context, answers.sums)
+    return None if context.task.predicts else measure_answers(metric, inputs, answers)
 
 
 def measure_sums(metric: str, context: EvalContext, sums: TokenSums | None) -> Measure | None:

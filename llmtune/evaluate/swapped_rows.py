@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from llmtune.errors import DataError, Problem
-from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, render, write_prompt
+from llmtune.evaluate.eval_inputs import EvalContext, EvalInputs, write_prompt
 from llmtune.evaluate.eval_suite import OWN_FILES, EvalSuite, read_sources, read_utf8
 from llmtune.evaluate.inference import predict
 from llmtune.evaluate.metric import Measure, PairedMeasures, measure_right
@@ -233,7 +233,7 @@ class SwapSuite(EvalSuite[SwapAnswers]):
             inputs,
             questions=tuple(questions),
             answered=tuple(range(len(questions))),
-            prompt_ids={i: [render(task, question, processor, recipe)] for i, question in enumerate(written)},
+            prompt_ids={i: [task.prompt_ids(question, processor, recipe)] for i, question in enumerate(written)},
             turns={},
             trees=dict(enumerate(trees)),
             metrics=(),

@@ -25,7 +25,7 @@ from llmtune.recipe import Recipe, SpeechSection
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages
-from llmtune.tasks.recordings import extract_features, feature_extractor, read_windows
+from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
 from llmtune.tasks.speech import count_frames
 from llmtune.tasks.text_to_text import (
     EncoderDecoder,
@@ -37,7 +37,6 @@ from llmtune.tasks.text_to_text import (
     target_ids,
     write_targets,
 )
-from llmtune.tasks.transcripts import is_multilingual, set_speech
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

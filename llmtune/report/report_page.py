@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
 from llmtune.records import Evaluation
-from llmtune.report.blocks import TONES, Compared, Page, Tone, VerdictCard
-from llmtune.report.explain_links import explain_section
+from llmtune.report.blocks import TONES, Compared, Links, Page, Section, Text, Tone, VerdictCard
 from llmtune.report.metric_info import rank_metrics
 from llmtune.report.number_format import DASH, count
 from llmtune.report.report_record import Report
@@ -27,6 +31,17 @@ TITLES: dict[str, tuple[str, Tone]] = {
 }
 BEARING = {HELPED: (1,), HARMED: (-1,), MIXED: (1, -1)}
 """Directions of a difference that bear a verdict out."""
+
+FOLDER = "explain"
+"""In the run folder."""
+MEANINGS = {
+    "attention": ("Attention", "which words look at which, by layer and head"),
+    "generation": ("Generation", "how an answer comes about, word by word"),
+    "positions": ("Positions", "how the model knows the order of words"),
+    "model": ("Architecture", "the parts of the model, their shapes and their cost"),
+    "adapter": ("Adapter", "how far each layer moved: where the tuning went"),
+}
+"""By the first word of a page's name: its title, and what it shows."""
 
 
 def make_page(report: Report) -> Page:
@@ -89,3 +104,34 @@ def headline(evaluation: Evaluation, word: str) -> Compared | None:
     telling = [name for name in ranked if signs.get(name) in BEARING.get(word, ())]
     metric = next(iter(telling or ranked), None)
     return compare_metric(metric, evaluation, metric.replace("_", " ")) if metric else None
+
+
+# Pages that look inside the model: they come after the run, if they come
+
+
+def find_explanations(run: Path) -> list[str]:
+    """Return the names of the pages in a run folder, without `.html`, in the order of MEANINGS."""
+    order = list(MEANINGS)
+    names = [path.stem for path in (run / FOLDER).glob("*.html") if not path.name.startswith(".")]
+    return sorted(names, key=lambda name: (order.index(kind_of(name)) if kind_of(name) in order else len(order), name))
+
+
+def explain_section(names: Sequence[str], *, trained: bool) -> Section:
+    """Links to the pages, or where there are none the command to type; nothing before training."""
+    text = "Where do base and tuned model part, and what changed inside? `llmtune explain generation RUN --prompt "
+    text += "TEXT` makes a page of it, with RUN this folder; `llmtune explain --help` lists what else there is to see."
+    shown = [Links([link(name) for name in names])] if names else [Text(text)] if trained else []
+    return Section("Look inside", shown, anchor="inside", brief=False)
+
+
+def link(name: str) -> tuple[str, str, str]:
+    """Return address, title and meaning of a page."""
+    kind = kind_of(name)
+    title, meaning = MEANINGS.get(kind, (name, ""))
+    rest = name.removeprefix(kind).strip("-").replace("-", " ")
+    return f"{FOLDER}/{quote(name)}.html", f"{title}: {rest}" if rest else title, meaning
+
+
+def kind_of(name: str) -> str:
+    """Return the first word of a page's name."""
+    return re.split(r"[^a-z]", name, maxsplit=1)[0]

@@ -7,15 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmtune.report.assembly import report_json
-from llmtune.report.explain_links import explain_section, find_explanations
+from llmtune.records import Json
 from llmtune.report.junit import to_junit
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_html import render_section, to_html
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.report_page import make_page
+from llmtune.report.report_page import explain_section, find_explanations, make_page
 from llmtune.report.report_record import Report
-from llmtune.report.text_files import replace_file, to_json
+from llmtune.report.text_files import as_json, replace_file, to_json
 
 FILES = ("report.html", "report.md", "report.json", "junit.xml")
 INSIDE = re.compile(r'<section class="card" id="inside">.*?</section>', re.DOTALL)
@@ -32,6 +31,16 @@ def write_report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in zip(FILES, texts, strict=True):
         replace_file(folder / name, text)
+
+
+def report_json(report: Report) -> Json:
+    """Return what report.json holds: the fields of the report, the seeds among the scores."""
+    values: Json = as_json(report)
+    seeds, verdict = values.pop("seeds"), values.pop("verdict")
+    if values["evaluation"]:
+        del values["evaluation"]["gates"]  # they stand beside it
+        values["evaluation"]["seeds"] = seeds
+    return values | {"verdict": verdict}
 
 
 def link_explanations(run: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from llmtune.data.collators import causal_collator
 from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.tool_metrics import ToolTurn
 from llmtune.model.causal_lm_loss import causal_loss
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 RowT = TypeVar("RowT")
 """A row of the task: a TypedDict."""
-PredictionT = TypeVar("PredictionT")
-"""What the task predicts of a row: a JSON value."""
 
 
 @dataclass(frozen=True)
@@ -185,14 +183,7 @@ class Task(Generic[RowT, PredictionT]):
 
     # Evaluation
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[PredictionT],
-        references: Sequence[Any],
-        recipe: Recipe,
-        base: Sequence[PredictionT] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
         """Return a metric that is the task's own."""
         return None
 
@@ -202,9 +193,7 @@ class Task(Generic[RowT, PredictionT]):
         """Return name and predictions of what stands for a base model whose head is new."""
         raise NotImplementedError
 
-    def class_table(
-        self, predictions: Sequence[PredictionT], references: Sequence[Any], recipe: Recipe
-    ) -> dict[str, Any] | None:
+    def class_table(self, found: EvalPrediction[PredictionT], recipe: Recipe) -> dict[str, Any] | None:
         """Return what the report shows beside the scores; None for a task without classes."""
         return None
 

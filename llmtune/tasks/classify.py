@@ -26,7 +26,7 @@ from llmtune.evaluate.classification_metrics import (
     majority_scores,
     measure_classes,
 )
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.paired_statistics import Floats
 from llmtune.evaluate.token_batches import run_encoder
@@ -253,20 +253,13 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         """Write the label."""
         return format_label(prediction["label"])
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[ClassPrediction],
-        references: Sequence[Label],
-        recipe: Recipe,
-        base: Sequence[ClassPrediction] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> Measure | None:
         """Measure predicted classes, or numbers."""
         section = section_of(recipe)
         if section.kind == "auto" or metric not in CLASS_METRICS[section.kind]:
             return None
-        targets = [as_target(label, section.kind) for label in references]
-        return measure_classes(metric, section.kind, scores_of(predictions), targets, section.labels or ())
+        targets = [as_target(label, section.kind) for label in found.references]
+        return measure_classes(metric, section.kind, scores_of(found.predictions), targets, section.labels or ())
 
     def baseline(
         self, references: Sequence[Label], prompts: Sequence[ClassifyRow], recipe: Recipe
@@ -283,15 +276,13 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         ]
         return BASELINES[section.kind], predictions
 
-    def class_table(
-        self, predictions: Sequence[ClassPrediction], references: Sequence[Label], recipe: Recipe
-    ) -> dict[str, Any]:
+    def class_table(self, found: EvalPrediction[ClassPrediction], recipe: Recipe) -> dict[str, Any]:
         """Return the table of classes, and for one label a row the confusion matrix."""
         section = section_of(recipe)
         if section.kind == "regression" or section.kind == "auto":
             return {}
-        labels, scores = section.labels or (), scores_of(predictions)
-        targets = [as_target(label, section.kind) for label in references]
+        labels, scores = section.labels or (), scores_of(found.predictions)
+        targets = [as_target(label, section.kind) for label in found.references]
         tables: dict[str, Any] = {"classes": class_table(section.kind, scores, targets, labels)}
         if section.kind == "single":
             tables["confusion"] = {"labels": list(labels), "counts": confusion(scores, targets, labels)}

@@ -20,7 +20,7 @@ from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, LlmtuneError, Problem
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
@@ -211,16 +211,9 @@ class Preference(Task[Row, Ratings]):
         names = ("chosen", "rejected", "answer")
         return ", ".join(f"{name} {prediction[name]:.4g}" for name in names if name in prediction)
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[Ratings],
-        references: Sequence[bool],
-        recipe: Recipe,
-        base: Sequence[Ratings] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[Ratings], recipe: Recipe) -> Measure | None:
         """Measure what is made of the answers, against the untuned model where the loss is."""
-        return measure_preferences(metric, predictions, references, section_of(recipe), base)
+        return measure_preferences(metric, found.predictions, found.references, section_of(recipe), found.base)
 
 
 class RewardModel(Preference):

@@ -16,7 +16,7 @@ from llmtune.data.labelled_rows import QaRow
 from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
@@ -25,7 +25,7 @@ from llmtune.model.model_inputs import read_inputs
 from llmtune.recipe import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.answer_windows import Window, answer_tokens, cut_context, explain_missing, find_span, trim
-from llmtune.tasks.base import Endpoint, PredictionT, Task, loss_of_rows
+from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, fill_template
 
 if TYPE_CHECKING:
@@ -81,21 +81,14 @@ class Qa(Task[QaRow, PredictionT]):
         """Return all answers; none is an empty list."""
         return [answer["text"] for answer in row["answers"] or ()]
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[PredictionT],
-        references: Sequence[list[str]],
-        recipe: Recipe,
-        base: Sequence[PredictionT] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
         """Measure answers as the SQuAD 2 script counts; the words for `no answer` are the empty answer."""
         if metric not in METRICS:
             return None
         empty = section_of(recipe).no_answer.strip().lower().rstrip(".")
-        texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in predictions]
+        texts = [str(answer["text"] if isinstance(answer, dict) else answer) for answer in found.predictions]
         texts = ["" if text.strip().lower().rstrip(".") == empty else text for text in texts]
-        return measure_squad(metric, texts, references)
+        return measure_squad(metric, texts, found.references)
 
 
 class ExtractiveQa(Qa[Span]):

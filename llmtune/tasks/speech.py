@@ -19,7 +19,7 @@ from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.overlong import too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.token_batches import move_to
@@ -34,6 +34,8 @@ from llmtune.tasks.recordings import (
     feature_extractor,
     read_samples,
     read_windows,
+    set_speech,
+    spell,
     transcribe,
     window_seconds,
 )
@@ -44,7 +46,6 @@ from llmtune.tasks.text_to_text import (
     encoder_decoder_loss,
     generate,
 )
-from llmtune.tasks.transcripts import set_speech, spell
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -77,21 +78,14 @@ class Speech(Task[SpeechRow, str]):
         spans = example.target_spans or [0, len(example.target_ids)]
         return [(f"[{len(example.audio):,} samples]\n", False), *highlight(example.target_ids, spans, processor)]
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[str],
-        references: Sequence[str],
-        recipe: Recipe,
-        base: Sequence[str] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure transcripts after the recipe's normaliser."""
         if metric not in MEASURES:
             return None
         section = recipe.speech or SpeechSection()
         language = section.language if section.task == "transcribe" and section.language else "en"
         spellings = find_spellings(recipe.model) if section.normalizer == "whisper" else None
-        return MEASURES[metric](predictions, references, section.normalizer, language, spellings)
+        return MEASURES[metric](found.predictions, found.references, section.normalizer, language, spellings)
 
 
 class Whisper(Speech):

@@ -23,7 +23,7 @@ from llmtune.data.overlong import Lost, too_long
 from llmtune.data.task_interface import Encoded
 from llmtune.data.tokenization import cut_start
 from llmtune.errors import EnvironmentProblem, Problem
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES
@@ -61,16 +61,9 @@ class TextToText(Task[RowT, str]):
         """Return what is read, as the model's kind wants it, and what is written."""
         raise NotImplementedError
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[str],
-        references: Sequence[Any],
-        recipe: Recipe,
-        base: Sequence[str] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[str], recipe: Recipe) -> Measure | None:
         """Measure generated texts; metrics of tokens are not the task's own."""
-        return TEXT_MEASURES[metric](predictions, references) if metric in TEXT_MEASURES else None
+        return TEXT_MEASURES[metric](found.predictions, found.references) if metric in TEXT_MEASURES else None
 
 
 def fill_template(template: str, **fields: str | None) -> str:

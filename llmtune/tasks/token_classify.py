@@ -16,7 +16,7 @@ from llmtune.data.overlong import too_long
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError
-from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.ner_metrics import ENTITY_METRICS, entities_of, entity_table, measure_entities
 from llmtune.evaluate.token_batches import run_encoder
@@ -181,16 +181,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         """Name the entities of a text."""
         return list_entities(row["tokens"], prediction)
 
-    def compute_metric(
-        self,
-        metric: str,
-        predictions: Sequence[list[str]],
-        references: Sequence[list[str]],
-        recipe: Recipe,
-        base: Sequence[list[str]] | None = None,
-    ) -> Measure | None:
+    def compute_metric(self, metric: str, found: EvalPrediction[list[str]], recipe: Recipe) -> Measure | None:
         """Measure entities, and with `accuracy` tags."""
-        return measure_entities(metric, predictions, references) if metric in ENTITY_METRICS else None
+        return measure_entities(metric, found.predictions, found.references) if metric in ENTITY_METRICS else None
 
     def baseline(
         self, references: Sequence[list[str]], prompts: Sequence[TokenClassifyRow], recipe: Recipe
@@ -199,11 +192,9 @@ class TokenClassify(Task[TokenClassifyRow, list[str]]):
         tag = Counter(tag for tags in references for tag in tags).most_common(1)[0][0]
         return f"the most frequent tag ({tag}) on every word", [[tag] * len(row["tokens"]) for row in prompts]
 
-    def class_table(
-        self, predictions: Sequence[list[str]], references: Sequence[list[str]], recipe: Recipe
-    ) -> dict[str, Any]:
+    def class_table(self, found: EvalPrediction[list[str]], recipe: Recipe) -> dict[str, Any]:
         """Return the table of kinds of entities."""
-        return {"classes": entity_table(predictions, references)}
+        return {"classes": entity_table(found.predictions, found.references)}
 
 
 def labels_of(recipe: Recipe) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from support.variants import EXTRACTIVE_QA, predict
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, RobertaConfig
 
 from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe, load_recipe
 from llmtune.session import open_finished
@@ -222,9 +223,10 @@ def test_braces_in_a_context_are_left_alone(built):
 def test_the_words_for_no_answer_count_as_none_whatever_their_case(built):
     about = generative(no_answer="Unknown.")
     wanted = [[], [], ["blue"], ["unknown"]]
-    found = qa.VARIANTS[1].compute_metric("exact_match", ["unknown", "Unknown. ", "Unknown.", "blue"], wanted, about)
+    given = EvalPrediction(["unknown", "Unknown. ", "Unknown.", "blue"], wanted)
+    found = qa.VARIANTS[1].compute_metric("exact_match", given, about)
     assert found.value == 0.5
-    assert qa.VARIANTS[1].compute_metric("loss", [], [], about) is None
+    assert qa.VARIANTS[1].compute_metric("loss", given, about) is None
 
 
 # Who does what

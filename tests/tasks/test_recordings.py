@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Ve
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe import Recipe
+from llmtune.tasks.recordings import set_speech, spell
 from llmtune.tasks.speech import count_frames
-from llmtune.tasks.transcripts import set_speech, spell
 
 TEXT = "The sky is blue."
 

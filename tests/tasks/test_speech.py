@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
@@ -240,9 +241,10 @@ def test_spellings_are_those_that_the_model_brings_and_the_report_says_where_it_
     folder = build_whisper(tmp_path / "model", multilingual=False)
     speech = {"normalizer": "whisper"}
     recipe = load_recipe(str(recipe_file(tmp_path, folder, clips, speech))).recipe
-    plain = VARIANTS[0].compute_metric("wer", ["The colour's grey"], ["the color is gray"], recipe)
+    found = EvalPrediction(["The colour's grey"], ["the color is gray"])
+    plain = VARIANTS[0].compute_metric("wer", found, recipe)
     (folder / "normalizer.json").write_text(json.dumps({"colour": "color", "grey": "gray"}))
-    unified = VARIANTS[0].compute_metric("wer", ["The colour's grey"], ["the color is gray"], recipe)
+    unified = VARIANTS[0].compute_metric("wer", found, recipe)
     assert (plain.value, unified.value) == (0.5, 0)
     assert "whisper (English, spellings not unified)" in plain.signature
     assert "whisper (English)," in unified.signature

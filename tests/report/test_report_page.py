@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from llmtune.report.explain_links import explain_section, find_explanations, link
+from llmtune.report.report_page import explain_section, find_explanations, link
 from llmtune.report.write import link_explanations, write_report
 
 LINKS = re.compile(r'<a href="(explain/[^"]*)">([^<]*)</a>')
