@@ -13,7 +13,7 @@ from rich.markup import escape
 from llmtune.compare.opened_runs import check_alike, open_runs
 from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
-from llmtune.records import Json
+from llmtune.records import Difference, Json
 from llmtune.report.blocks import (
     Block,
     Bullets,
@@ -248,14 +248,12 @@ def draw_comparison(path: Path, runs: Sequence[RunSummary]) -> None:
 def shown_metrics(runs: Sequence[RunSummary]) -> list[str]:
     """Return the metrics that say most and have a better side, of those that every run has with an interval."""
     metrics = [metric for metric in rank_metrics(runs[0].difference) if better_side(metric)]
-    known = [metric for metric in metrics if all(metric in run.difference for run in runs)]
-    return [metric for metric in known if not any(map(missing, ends_of(runs, metric)))][:MOST_SCORES]
+    changes = {metric: [run.difference.get(metric) for run in runs] for metric in metrics}
 
+    def is_known(change: Difference | None) -> bool:
+        return change is not None and not any(map(missing, (change.value, change.low, change.high)))
 
-def ends_of(runs: Sequence[RunSummary], metric: str) -> list[float]:
-    """Return gains and ends of their intervals of all runs."""
-    changes = [run.difference[metric] for run in runs]
-    return [end for change in changes for end in (change.value, change.low, change.high)]
+    return [metric for metric in metrics if all(map(is_known, changes[metric]))][:MOST_SCORES]
 
 
 def draw_bars(axes: Axes, runs: Sequence[RunSummary], name: str) -> None:

@@ -111,21 +111,17 @@ def check_alike(runs: Sequence[OpenedRun]) -> None:
         if one.recipe.task != task
     )
     rows = set(first.measures.rows)
-    DataError.collect(
-        Problem(describe_other_rows(rows, own, first.name, one.name), one.name, ROWS_FIX)
-        for one in others
-        if (own := set(one.measures.rows)) != rows
-    )
+    problems = []
+    for one in others:
+        if (own := set(one.measures.rows)) != rows:
+            what = f"not measured on the same rows: of {len(rows | own)} test rows {len(rows & own)} are in both, "
+            what += f"{len(rows - own)} are in {first.name} alone, {len(own - rows)} in {one.name} alone"
+            problems.append(Problem(what, one.name, ROWS_FIX))
+    DataError.collect(problems)
     fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
     RecipeError.collect(
         Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
     )
-
-
-def describe_other_rows(left: set[str], right: set[str], first: str, second: str) -> str:
-    """Return how many test rows either run has alone."""
-    alone = f"{len(left - right)} are in {first} alone, {len(right - left)} in {second} alone"
-    return f"not measured on the same rows: of {len(left | right)} test rows {len(left & right)} are in both, {alone}"
 
 
 def find_other_settings(first: OpenedRun, second: OpenedRun) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtune.evaluate.metric import Measure, ratio
+from llmtune.evaluate.metric import Measure, columns, ratio
 from llmtune.evaluate.paired_statistics import Floats
 
 Entity = tuple[str, int, int]
@@ -32,22 +32,14 @@ def measure_entities(metric: str, predicted_tags: Tags, reference_tags: Tags) ->
     rows = list(zip(predicted_tags, reference_tags, strict=True))
     assert all(len(predicted) == len(reference) for predicted, reference in rows)
     if metric == "accuracy":
-        sums_N2 = np.array([tag_counts(*row) for row in rows], dtype=np.float64).reshape(-1, 2)
+        right = [sum(tag == wanted for tag, wanted in zip(*row, strict=True)) for row in rows]
+        sums_N2 = columns(np.array(right), np.array([len(reference) for _, reference in rows]))
         return Measure(metric, sums_N2, ratio, signature="share of tokens with the right tag")
-    sums_N3 = np.array([entity_counts(*row) for row in rows], dtype=np.float64).reshape(-1, 3)
+    entities = [(set(entities_of(predicted)), set(entities_of(reference))) for predicted, reference in rows]
+    counts = [(len(found & expected), len(found), len(expected)) for found, expected in entities]
+    sums_N3 = np.array(counts, dtype=np.float64).reshape(-1, 3)
     signature = "entities of all types together, right where type, first and last token are; 0 where there are none"
     return Measure(metric, sums_N3, ENTITY_FORMULAS[metric], signature=signature)
-
-
-def tag_counts(predicted: Sequence[str], reference: Sequence[str]) -> tuple[int, int]:
-    """Return the right tags of a row, and all."""
-    return sum(tag == right for tag, right in zip(predicted, reference, strict=True)), len(reference)
-
-
-def entity_counts(predicted: Sequence[str], reference: Sequence[str]) -> tuple[int, int, int]:
-    """Return how many entities of a row are rightly predicted, predicted, and right."""
-    found, expected = set(entities_of(predicted)), set(entities_of(reference))
-    return len(found & expected), len(found), len(expected)
 
 
 def precision_formula(sums: Floats) -> Floats:

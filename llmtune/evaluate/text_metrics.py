@@ -177,10 +177,8 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
     Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", 2018, official evaluation script.
     """
     compared = same_answer if metric == "exact_match" else shared_words
-    values = [
-        max(compared(text, answer) for answer in known_answers(right))
-        for text, right in zip(texts, answers, strict=True)
-    ]
+    known = ([answer for answer in right if bare(answer)] or [""] for right in answers)
+    values = [max(compared(text, answer) for answer in right) for text, right in zip(texts, known, strict=True)]
     signature = (
         "SQuAD 2.0, share of 1: lower case, without punctuation and articles; the best of several answers; "
         "an empty text is right where there is no answer"
@@ -189,11 +187,6 @@ def measure_squad(metric: str, texts: Sequence[str], answers: Sequence[Sequence[
         return measure_right([value == 1 for value in values], metric, signature)
     assert metric == "f1"
     return measure_means(metric, values, signature)
-
-
-def known_answers(answers: Sequence[str]) -> list[str]:
-    """Leave out the answers that nothing is left of; the empty text where none remains."""
-    return [answer for answer in answers if bare(answer)] or [""]
 
 
 def bare(text: str) -> str:

@@ -73,18 +73,12 @@ def error_rate(sums: Floats) -> Floats:
 
 def errors_and_lengths(alignments: Sequence[Sequence[AlignmentChunk]], references: Sequence[Sequence[str]]) -> Floats:
     """Return [N, (errors, reference length)] of what jiwer aligned."""
-    rows = [
-        (sum(chunk_errors(chunk) for chunk in chunks), len(words))
-        for chunks, words in zip(alignments, references, strict=True)
-    ]
+    rows = []
+    for chunks, words in zip(alignments, references, strict=True):
+        wrong = [chunk for chunk in chunks if chunk.type != "equal"]
+        sizes = [max(one.ref_end_idx - one.ref_start_idx, one.hyp_end_idx - one.hyp_start_idx) for one in wrong]
+        rows.append((sum(sizes), len(words)))
     return np.asarray(rows, dtype=np.float64).reshape(-1, 2)
-
-
-def chunk_errors(chunk: AlignmentChunk) -> int:
-    """Count the words that are substituted, deleted or inserted in one stretch of an alignment."""
-    if chunk.type == "equal":
-        return 0
-    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
 
 
 def make_normaliser(name: str, language: str = "", spellings: Mapping[str, str] | None = None) -> Normaliser:

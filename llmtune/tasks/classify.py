@@ -244,7 +244,10 @@ class Classify(Task[ClassifyRow, ClassPrediction]):
         predictions: dict[int, ClassPrediction] = {}
 
         def take(i: int, output: SequenceClassifierOutput, row: int) -> None:
-            predictions[i] = classify_logits(output.logits[row].float(), section)
+            scores_K = output.logits[row].float()
+            if section.kind != "regression":
+                scores_K = scores_K.sigmoid() if section.kind == "multi" else scores_K.softmax(-1)
+            predictions[i] = {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
         run_encoder(loaded.model, examples, loaded.processor.pad_token_id, loaded.device, take, loaded.advance)
         return [predictions[i] for i in range(len(rows))]
@@ -330,15 +333,6 @@ def class_target(label: Label | None, section: ClassifySection) -> tuple[list[in
     weights = section.class_weights
     weight = [float(weights.get(named[0], 1.0))] if isinstance(weights, dict) else []
     return [labels.index(named[0])], weight
-
-
-def classify_logits(logits_K: torch.Tensor, section: ClassifySection) -> ClassPrediction:
-    """Turn a row's logits [K] into its label and scores."""
-    if section.kind == "regression":
-        scores_K = logits_K
-    else:
-        scores_K = logits_K.sigmoid() if section.kind == "multi" else logits_K.softmax(-1)
-    return {"label": label_of(scores_K, section), "scores": scores_K.tolist()}
 
 
 def label_of(scores_K: torch.Tensor | Floats, section: ClassifySection) -> Label:

@@ -3,6 +3,8 @@ import pytest
 from llmtune.recipe import load_recipe
 
 TWO = "data.train=[a.jsonl, b.jsonl]"
+MASKED, PREFERENCE = ["task=completion", "completion.objective=masked"], ["task=preference"]
+POINTING, WRITING = ["task=qa", "qa.style=extractive"], ["task=qa", "qa.style=generative"]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,12 @@ TWO = "data.train=[a.jsonl, b.jsonl]"
         (["task=completion", "model.chat_template_kwargs={a: 1}"], "model.chat_template_kwargs"),
         (["task=completion", "data.train_on=assistant"], "data.train_on"),
         (["completion={objective: causal}"], "completion"),
+        (["task=completion", "completion.mask_probability=0.2"], "completion.mask_probability"),
+        ([*MASKED, "generation.num_beams=2"], "generation.num_beams"),
+        ([*POINTING, "generation.num_beams=2"], "generation.num_beams"),
+        ([*POINTING, "qa.no_answer=x"], "qa.no_answer"),
+        ([*WRITING, "qa.stride=8"], "qa.stride"),
+        ([*WRITING, "qa.null_score_diff_threshold=0"], "qa.null_score_diff_threshold"),
         (["data.test=0", "evaluate.metrics=[loss]"], "evaluate.metrics"),
         (["data.test=0", "evaluate.gates=['loss < 3']"], "evaluate.gates"),
         (["data.test=0", "evaluate.samples=3"], "evaluate.samples"),
@@ -126,6 +134,17 @@ def test_the_same_key_is_accepted_where_it_has_an_effect(write, sets, key):
         (["train.report_to=[wandb, wandb]"], "twice", "once"),
         (["evaluate.metrics=[los]"], "unknown metric 'los'", "Did you mean 'loss'?"),
         (["evaluate.metrics=[]"], "is empty", "omit the key"),
+        ([*MASKED, "evaluate.metrics=[chrf]"], "'chrf' cannot be measured", "loss, perplexity, accuracy."),
+        ([*MASKED, "evaluate.gates=['bits_per_byte < base']"], "about a metric that is not computed", ""),
+        (["task=qa", "qa.stride=384", "data.max_length=384"], "'qa.stride' is 384, and a window has 384 tokens", ""),
+        ([*POINTING, "data.on_overlong=truncate"], "'data.on_overlong' is 'truncate'", ""),
+        ([*PREFERENCE, "preference.loss=kto", "evaluate.metrics=[loss]"], "'loss' cannot be measured", "margin, kl."),
+        ([*PREFERENCE, "preference.loss=orpo", "evaluate.metrics=[loss]"], "'loss' cannot be measured", "kl."),
+        ([*PREFERENCE, "preference.loss=reward", "evaluate.metrics=[kl]"], "'kl' cannot be measured", "margin."),
+        ([*PREFERENCE, "adapter.method=full", "evaluate.metrics=[kl]"], "there is no adapter that", "Remove it"),
+        ([*PREFERENCE, "adapter.bias=all", "evaluate.metrics=[kl]"], "with its adapter off, too", "Remove it"),
+        ([*PREFERENCE, "preference.loss=kto", "evaluate.gates=['loss > 0']"], "that is not computed", "no such thing"),
+        (["task=summarize", "summarize.prompt=Say it."], "'summarize.prompt' does not contain {document}", ""),
         (["evaluate.metrics=[loss, loss]"], "names a metric twice", "once"),
         (["evaluate.metrics=[choice_accuracy]", "evaluate.choices=null"], "needs choices", "auto"),
         (["evaluate.choices=[a, a]"], "names an answer twice", "once"),
@@ -146,3 +165,7 @@ def test_values_that_do_not_go_together_are_refused(refuse, sets, what, fix):
 
 def test_an_early_stop_needs_validation_rows_but_its_defaults_are_no_mistake(write):
     assert load_recipe(write(), ["data.validation=0"]).recipe.train.load_best_model_at_end
+
+
+def test_masked_tokens_have_a_choice_of_metrics_of_their_own(write):
+    assert load_recipe(write(), MASKED).recipe.evaluate.metrics == ("loss", "perplexity", "accuracy")

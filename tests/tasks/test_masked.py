@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.processor import load_processor
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks.registry import choose_variant
 
@@ -114,46 +114,3 @@ def test_a_head_whose_weights_are_missing_does_not_start_at_random(built, tmp_pa
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EnvironmentProblem, match="2 weights are missing in the files, cls"):
         run_recipe(tmp_path, folder)
-
-
-def check_recipe(tmp_path, **sections):
-    text = {"recipe_version": 1, "name": "t", "task": "completion", "model": {"name": "x/y"}}
-    text |= {"data": {"train": "rows.jsonl", "test": 0.1}, "completion": {"objective": "masked"}}
-    for name, section in sections.items():
-        text[name] = {**text.get(name, {}), **section}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(text))
-    return load_recipe(str(tmp_path / "recipe.yaml"))
-
-
-@pytest.mark.parametrize("metric", ["bits_per_byte", "exact_match", "chrf", "choice_accuracy"])
-def test_metrics_that_masked_tokens_do_not_have_are_refused_with_those_they_have(tmp_path, metric):
-    with pytest.raises(RecipeError) as caught:
-        check_recipe(tmp_path, evaluate={"metrics": ["loss", metric]})
-    assert f"'{metric}' cannot be measured with completion.objective: masked" in str(caught.value)
-    assert "What can be: loss, perplexity, accuracy." in str(caught.value)
-
-
-def test_the_task_s_own_choice_of_metrics_leaves_them_out(tmp_path):
-    loaded = check_recipe(tmp_path)
-    assert loaded.recipe.evaluate.metrics == ("loss", "perplexity", "accuracy")
-    text = loaded.to_yaml()
-    (tmp_path / "again.yaml").write_text(text)
-    assert load_recipe(str(tmp_path / "again.yaml")).recipe == loaded.recipe
-    with pytest.raises(RecipeError, match="about a metric that is not computed"):
-        check_recipe(tmp_path, evaluate={"gates": ["bits_per_byte < base"]})
-
-
-@pytest.mark.parametrize(
-    ("sections", "said"),
-    [
-        ({"generation": {"num_beams": 2}}, "'generation.num_beams' has no effect"),
-        (
-            {"completion": {"objective": "causal", "mask_probability": 0.2}},
-            "'completion.mask_probability' has no effect",
-        ),
-    ],
-)
-def test_keys_without_effect_are_refused(tmp_path, sections, said):
-    with pytest.raises(RecipeError) as caught:
-        check_recipe(tmp_path, **sections)
-    assert said in str(caught.value)

@@ -11,14 +11,14 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from support.pairs import quiet, recipe_of, run_recipe
 from support.rows import chat, write_jsonl
-from support.runs import llmtune, write_recipe
+from support.runs import llmtune
 from support.training import read_metrics, run_training, trained_bytes
 from support.variants import predict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
@@ -303,30 +303,6 @@ def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, ti
     assert problem.what.startswith(f"preference.loss: {loss} learns from ")
     assert str(tmp_path / "rows.jsonl") in problem.where
     assert problem.fix.startswith("Set preference.loss to ")
-
-
-@pytest.mark.parametrize(
-    ("loss", "metric", "more"),
-    [
-        *[("kto", metric, {}) for metric in ("loss", "likelihood_accuracy")],
-        ("orpo", "loss", {}),
-        *[("reward", metric, {}) for metric in ("kl", "likelihood_accuracy")],
-        ("dpo", "kl", {"adapter": {"method": "full", "r": None, "lora_alpha": None}}),
-        ("ipo", "kl", {"adapter": {"bias": "all"}}),
-    ],
-)
-def test_a_metric_that_cannot_be_had_is_a_mistake_of_the_recipe(loss, metric, more, tmp_path):
-    rows = write_jsonl(tmp_path / "rows.jsonl", [])
-    sections = sections_of(loss, **more)
-    stated = {"metrics": ["accuracy", metric]}
-    path = write_recipe(tmp_path / "a.yaml", "model", rows, task="preference", evaluate=stated, **sections)
-    with pytest.raises(RecipeError, match=f"'{metric}' cannot be measured: ") as caught:
-        load_recipe(str(path))
-    assert caught.value.exit_code == 2
-    gated = {"metrics": None, "gates": [f"{metric} > 0"]}
-    path = write_recipe(tmp_path / "b.yaml", "model", rows, task="preference", evaluate=gated, **sections)
-    with pytest.raises(RecipeError, match="about a metric that is not computed"):
-        load_recipe(str(path))
 
 
 def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(runs):

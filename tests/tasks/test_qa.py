@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe import Recipe
 from llmtune.session import open_finished
 from llmtune.tasks import qa
 from llmtune.tasks.registry import VARIANTS, choose_variant, get_task
@@ -244,26 +244,6 @@ def test_the_form_is_that_of_the_model_and_a_style_that_it_cannot_do_is_refused(
     assert caught.value.exit_code == 2
     with pytest.raises(RecipeError, match="needs AutoModelForSeq2SeqLM or AutoModelForCausalLM"):
         form(built("bert"), style="generative")
-
-
-@pytest.mark.parametrize(
-    ("sections", "said"),
-    [
-        ({"qa": {"style": "generative", "stride": 8}}, "'qa.stride' has no effect with qa.style: generative"),
-        ({"qa": {"style": "extractive", "no_answer": "x"}}, "'qa.no_answer' has no effect"),
-        ({"qa": {"style": "generative", "null_score_diff_threshold": 0}}, "'qa.null_score_diff_threshold' has no"),
-        ({"qa": {"stride": 64}}, "'qa.stride' is 64, and a window has 128 tokens"),
-        ({"qa": {"style": "extractive", "stride": 8}, "data": {"on_overlong": "truncate"}}, "is 'truncate'"),
-        ({"qa": {"style": "extractive", "stride": 8}, "generation": {"num_beams": 2}}, "'generation.num_beams' has no"),
-    ],
-)
-def test_keys_of_the_other_style_are_refused(tmp_path, sections, said):
-    data = {"train": "rows.jsonl", "max_length": 128, **sections.pop("data", {})}
-    text = {"recipe_version": 1, "name": "t", "task": "qa", "data": data, "model": {"name": "x/y"}, **sections}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(text))
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(str(tmp_path / "recipe.yaml"))
-    assert said in str(caught.value)
 
 
 def test_a_task_says_its_rows_for_people():

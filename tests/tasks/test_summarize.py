@@ -7,7 +7,7 @@ from support.pairs import DOCUMENTS, quiet, recipe_of, run_recipe
 from support.variants import predict
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from llmtune.errors import DataError, RecipeError
+from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.session import Options
@@ -70,9 +70,3 @@ def test_a_long_document_is_refused_by_default_and_a_long_summary_always(t5, tmp
         assert caught.value.exit_code == 3
         assert "data.max_length is 16" in str(caught.value)
         assert f"{tmp_path / name / 'rows.jsonl'}:" in str(caught.value)
-
-
-def test_a_prompt_without_the_document_is_refused(t5, tmp_path):
-    recipe = recipe_of(tmp_path, t5, DOCUMENTS, "summarize", summarize={"prompt": "Summarize this."})
-    with pytest.raises(RecipeError, match=r"'summarize.prompt' does not contain {document}"):
-        load_recipe(str(recipe))
