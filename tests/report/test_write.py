@@ -114,6 +114,7 @@ def test_nothing_but_the_four_files_is_left(report, tmp_path):
 
 
 def test_the_report_needs_neither_torch_nor_transformers_nor_numpy():
-    script = "import sys, llmtune.report.write as _; print({'torch', 'transformers', 'numpy', 'matplotlib'} & {*sys.modules})"
+    heavy = {"torch", "transformers", "numpy", "matplotlib"}
+    script = f"import sys, llmtune.report.write; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
