@@ -169,20 +169,6 @@ def test_metrics_of_pairs_are_those_of_plain_models(name, runs):
         assert score == pytest.approx(np.mean(found[metric]), abs=2e-5), metric
 
 
-def test_metrics_of_thumbs_are_those_of_plain_models(runs):
-    run, report = runs("kto")
-    base, tuned = plain_models(run, report)
-    tokenizer = AutoTokenizer.from_pretrained(report["recipe"]["model"]["name"])
-    rewards = {True: [], False: []}
-    for row in test_rows(run):
-        (_, before), (_, after) = (plain_logps(model, tokenizer, row, row["answer"]) for model in (base, tuned))
-        rewards[row["good"]].append(0.1 * float((after - before).sum()))
-    right = [reward > 0 for reward in rewards[True]] + [reward < 0 for reward in rewards[False]]
-    scores = report["evaluation"]["tuned"]
-    assert scores["accuracy"] == pytest.approx(np.mean(right))
-    assert scores["margin"] == pytest.approx(np.mean(rewards[True]) - np.mean(rewards[False]), abs=2e-5)
-
-
 def score(run, rows):
     """What the model of a run says to rows, read back as llmtune reads it."""
     context, place = open_finished(run, quiet(), True)

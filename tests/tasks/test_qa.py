@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
+import math
 
 import pytest
 import torch
 from support import families
-from support.pairs import quiet, run_recipe
-from support.rows import write_jsonl
+from support.pairs import run_recipe
+from support.rows import prepare, write_jsonl
 from support.variants import EXTRACTIVE_QA, predict
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer, RobertaConfig
 
@@ -17,18 +16,11 @@ from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.model.memory_plan import context_length
 from llmtune.recipe import Recipe
-from llmtune.session import open_finished
 from llmtune.tasks import qa
 from llmtune.tasks.registry import VARIANTS, choose_variant, get_task
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-SHORT = {"data": {"max_length": 64}, "qa": {"stride": 8}}
-RUNS = {
-    "bert": {**SHORT, "train": {"num_train_epochs": 5, "learning_rate": 1e-2}},
-    "t5": {"data": {"max_length": 192}, "train": {"num_train_epochs": 3, "learning_rate": 2e-2}},
-}
-"""A model that points at the answer, and one that writes it."""
 
 
 def answered(thing, colour, other):
@@ -50,39 +42,9 @@ ANSWERED = [answered(thing, colour, other) for thing in THINGS for colour in COL
 ROWS = [*ANSWERED, *(unanswered(thing, colour) for thing in THINGS for colour in COLOURS)]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, built):
-    """`finished("bert")` is the run folder of one of RUNS, and its report, made when asked for."""
-
-    def run(family):
-        folder = tmp_path_factory.mktemp(family)
-        evaluate = {"metrics": ["loss", "exact_match", "f1"]}
-        return folder / "run", run_recipe(folder, built(family), ROWS, "qa", evaluate=evaluate, **RUNS[family])
-
-    return cache(run)
-
-
-def predictions(run):
-    return [json.loads(line) for line in (run / "evaluation" / "predictions.jsonl").read_text().splitlines()]
-
-
-def windows(tokenizer, max_length=64, stride=8, rows=ROWS):
-    about = Recipe.model_validate(
-        {
-            "task": "qa",
-            "data": {"train": "rows.jsonl", "max_length": max_length},
-            "model": {"name": "tiny"},
-            "qa": {"stride": stride},
-        }
-    )
-    canonical = [
-        {
-            **row,
-            "answers": [{"text": text, "start": row["context"].index(text)} for text in row["answers"]["text"]],
-        }
-        for row in rows
-    ]
-    return about, canonical, EXTRACTIVE_QA.encode(canonical, tokenizer, about)
+def recipe_with(section=None, **data):
+    content = {"task": "qa", "data": {"train": "rows.jsonl", **data}, "model": {"name": "tiny"}, "qa": section}
+    return Recipe.model_validate(content)
 
 
 class Scores(torch.nn.Module):
@@ -107,14 +69,7 @@ def ask(threshold, first, last, null, built, context="The fox is blue.", **secti
     model = Scores(
         AutoConfig.from_pretrained(built("bert")), {ids[0]: first, ids[2]: null}, {ids[1]: last, ids[2]: null}
     )
-    about = Recipe.model_validate(
-        {
-            "task": "qa",
-            "data": {"train": "rows.jsonl", "max_length": 24},
-            "model": {"name": "tiny"},
-            "qa": {"stride": 4, "null_score_diff_threshold": threshold, **section},
-        }
-    )
+    about = recipe_with({"stride": 4, "null_score_diff_threshold": threshold, **section}, max_length=24)
     row = {"question": "Which?", "context": context, "answers": None}
     (said,) = predict(EXTRACTIVE_QA, model, [row], tokenizer, about)
     return said
@@ -140,15 +95,13 @@ def test_the_best_of_all_windows_is_taken_and_the_lowest_score_of_no_answer(buil
     assert said["null_score"] == 2.0
 
 
-def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, tmp_path, finished):
-    rows = write_jsonl(tmp_path / "test.jsonl", [*ROWS[:6], unanswered("cat", "red")])
-    sections = {"data": {"max_length": 64, "test": str(rows)}, "qa": {"stride": 8}, "train": {"num_train_epochs": 1}}
-    run_recipe(tmp_path, built("bert"), ANSWERED[10:34], "qa", **sections)
-    assert all(line["tuned"] != "(no answer)" for line in predictions(tmp_path / "run"))
-    context, _ = open_finished(tmp_path / "run", quiet(), True)
-    assert context.recipe.qa.null_score_diff_threshold == float("inf")
-    context, _ = open_finished(finished("bert")[0], quiet(), True)
-    assert context.recipe.qa.null_score_diff_threshold == 0.0
+def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, tmp_path):
+    config, about = AutoConfig.from_pretrained(built("bert")), generative(style="extractive")
+    for threshold, rows in ((math.inf, ANSWERED), (0.0, ROWS)):
+        write_jsonl(tmp_path / f"{threshold}.jsonl", rows)
+        prepared = prepare(tmp_path, f"{threshold}.jsonl", "qa", str(threshold), deduplicate="exact")
+        assert EXTRACTIVE_QA.infer_labels(about, prepared, config).qa.null_score_diff_threshold == threshold
+    assert ask(math.inf, 2.0, 3.0, 99.0, built)["text"] == "fox is blue"
 
 
 # RoBERTa's positions begin behind the padding token's number
@@ -159,8 +112,9 @@ def test_the_context_of_roberta_is_512_and_not_514(built):
     tokenizer = AutoTokenizer.from_pretrained(built("roberta"))
     model = AutoModelForQuestionAnswering.from_pretrained(built("roberta"))
     assert context_length(model.config) == families.LONGEST
-    about, _, encoded = windows(tokenizer, families.LONGEST, rows=[unanswered("cat", "red " * 600)])
-    batch = EXTRACTIVE_QA.collator(tokenizer, about)(encoded[0][:1], 0)
+    about, row = recipe_with({"stride": 8}, max_length=families.LONGEST), unanswered("cat", "red " * 600)
+    (windows,) = EXTRACTIVE_QA.encode([{**row, "answers": []}], tokenizer, about)
+    batch = EXTRACTIVE_QA.collator(tokenizer, about)(windows[:1], 0)
     assert batch["input_ids"].shape == (1, families.LONGEST)
     with torch.no_grad():
         assert torch.isfinite(EXTRACTIVE_QA.loss(model, batch).sum)
@@ -181,9 +135,7 @@ ROW = {"question": "Which?", "context": "The fox is blue.", "answers": [{"text":
 
 
 def generative(**section):
-    return Recipe.model_validate(
-        {"task": "qa", "data": {"train": "r.jsonl"}, "model": {"name": "tiny"}, "qa": section or None}
-    )
+    return recipe_with(section or None)
 
 
 def test_an_encoder_decoder_reads_question_and_context_and_writes_words_for_no_answer(built):
