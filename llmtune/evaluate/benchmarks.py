@@ -35,7 +35,7 @@ from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_me
 from llmtune.evaluate.paired_statistics import Floats, Formula
 from llmtune.model.device import resolve_dtype
 from llmtune.recipe import Recipe
-from llmtune.recipe.eval_suites_section import plain_name, suite_name
+from llmtune.recipe.eval_suites_section import plain_name
 from llmtune.records import Study
 from llmtune.store.atomic_files import write_text
 
@@ -100,14 +100,12 @@ class BenchmarkSuite(EvalSuite[dict[str, Score]]):
     def run(self, name: str, model: torch.nn.Module) -> None:
         """Run all benchmarks on one model, and keep lm-eval's own results."""
         scores: dict[str, Score] = {}
-        results = {}
         with progress_bars(self.context.console) as bars:
             for benchmark in self.benchmarks:
-                found, truncated = run_benchmark(benchmark, name, model, self.context, bars)
-                results[suite_name(benchmark.section.task)] = found
-                scores |= read_scores(benchmark, found, truncated)
-        if self.context.folder is not None:
-            save_results(self.context.folder / "benchmarks" / f"{name}.json", results)
+                results, truncated = run_benchmark(benchmark, name, model, self.context, bars)
+                scores |= read_scores(benchmark, results, truncated)
+                if self.context.folder is not None:
+                    save_results(self.context.folder / "benchmarks" / name / f"{benchmark.name}.json", results)
         self.outputs[name] = scores
 
     def compare(self, rows: PairedMeasures) -> Study:
@@ -290,32 +288,10 @@ def describe_score(benchmark: Benchmark, task: str, results: EvalResults, trunca
     return ", ".join(parts)
 
 
-# lm-eval's own file
-
-
-def save_results(path: Path, results: Mapping[str, Mapping[str, object]]) -> None:
-    """Write one model's results, by benchmark, as lm-eval's own command line does, all in one file."""
+def save_results(path: Path, results: EvalResults) -> None:
+    """Write one model's results of a benchmark as lm-eval's own command line does."""
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge(results)
-    write_text(path, json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
-
-
-def merge(results: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """Join lm-eval's results: what is by task stands side by side; settings are by benchmark where they differ."""
-    merged: dict[str, object] = {}
-    for key in dict.fromkeys(key for one in results.values() for key in one if key != "samples"):
-        values = [one.get(key) for one in results.values()]
-        mappings = [value or {} for value in values if isinstance(value, dict | None)]
-        if len(mappings) < len(values):
-            merged[key] = values[0]
-        elif key == "config":
-            by_setting = {name: [one.get(name) for one in mappings] for mapping in mappings for name in mapping}
-            merged[key] = {
-                name: each[0] if all(one == each[0] for one in each) else dict(zip(results, each, strict=True))
-                for name, each in by_setting.items()
-            }
-        else:
-            merged[key] = {name: one for mapping in mappings for name, one in mapping.items()}
-    return merged
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    write_text(path, json.dumps(kept, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")

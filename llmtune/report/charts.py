@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from llmtune.report.number_format import missing, score, short
+from llmtune.report.number_format import short
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 480, 52, 14, 12, 34
-SMALL_WIDTH, SMALL_HEIGHT, MARGIN = 160, 26, 8
-"""Size of a picture in a cell of a table, and what it leaves free on both sides."""
+SMALL_WIDTH, SMALL_HEIGHT = 160, 26
+"""Size of a picture in a cell of a table."""
 MOST_POINTS, MOST_DOTS = 300, 12
 Point = tuple[float, float]
 TOO_LARGE = 1e30  # no axis reaches there; false for NaN too
@@ -97,42 +97,17 @@ def draw_interval(value: float, low: float, high: float, *, better: int, label: 
     left, right = sorted((low_x, high_x))
     tone = "better" if left > center else "worse" if right < center else "unsure"
     parts = [
-        *small_axes(center),
+        element("line", class_="axis", x1=4, x2=SMALL_WIDTH - 4, y1=middle, y2=middle),
+        element("line", class_="zero", x1=center, x2=center, y1=3, y2=SMALL_HEIGHT - 3),
         element("line", class_=f"span {tone}", x1=left, x2=max(right, left + 1), y1=middle, y2=middle),
         element("circle", class_=f"dot {tone}", cx=value_x, cy=middle, r=4.5),
     ]
     return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, label)
 
 
-def draw_dots(base: float, values: Sequence[float], *, label: str) -> Markup:
-    """Draw scores as dots on one line, and the base as a stroke across it."""
-    ends = [base, *values]
-    if any(map(missing, ends)) or min(ends) == max(ends):
-        return Markup("")
-    low, high = min(ends), max(ends)
-
-    def x_at(value: float) -> float:
-        return MARGIN + (SMALL_WIDTH - 2 * MARGIN) * (value - low) / (high - low)
-
-    parts = small_axes(x_at(base), element("title", f"base {score(base)}"))
-    for value in values:
-        dot: dict[str, str | float] = {"class_": "dot train", "cx": x_at(value), "cy": SMALL_HEIGHT // 2, "r": 4}
-        parts.append(element("circle", element("title", score(value)), **dot, fill_opacity="0.6"))
-    return svg(parts, SMALL_WIDTH, SMALL_HEIGHT, label)
-
-
 def draw_meter(share: float) -> Markup:
     """Draw a bar that is filled by a share from 0 to 1."""
     return element("div", element("b", style=f"width: {100 * share:.1f}%"), class_="meter")
-
-
-def small_axes(x: float, title: str = "") -> list[Markup]:
-    """Draw the line of a small picture, and a stroke across it."""
-    middle = SMALL_HEIGHT // 2
-    return [
-        element("line", class_="axis", x1=4, x2=SMALL_WIDTH - 4, y1=middle, y2=middle),
-        element("line", title, class_="zero", x1=x, x2=x, y1=3, y2=SMALL_HEIGHT - 3),
-    ]
 
 
 def heading(title: str) -> Markup:

@@ -23,10 +23,10 @@ from llmtune.report.blocks import (
     Text,
     difference_table,
 )
-from llmtune.report.charts import draw_dots, draw_meter
+from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
-from llmtune.report.report_record import Seeds, Spread
+from llmtune.report.report_record import Seeds
 from llmtune.report.sample_view import read_samples
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -126,18 +126,8 @@ def seed_table(seeds: Seeds, base: str = "base") -> Table:
         scores = [score(one) for one in (spread.base, *spread.scores, spread.mean, spread.deviation)]
         tone = TONES[(1 if spread.better else -1) if spread.larger else 0]
         ends, gain = f"{score(spread.lowest)} to {score(spread.highest)}", Cell(signed(spread.gain), tone)
-        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain, seed_dots(metric, spread)])
-    return Table(["metric", *(Column(name, "number") for name in names), Column("┆ base  ● a seed", "picture")], rows)
-
-
-def seed_dots(metric: str, spread: Spread) -> Cell:
-    """Each seed's score as a dot, where all of them are numbers."""
-    base, scores = spread.base, [one for one in spread.scores if one is not None]
-    if base is None or len(scores) < len(spread.scores):
-        return Cell()
-    return Cell(
-        picture=draw_dots(base, scores, label=f"{metric}: base {score(base)}, seeds {', '.join(map(score, scores))}")
-    )
+        rows.append([Cell(metric, note=lower_note(metric), code=True), *scores, ends, gain])
+    return Table(["metric", *(Column(name, "number") for name in names)], rows)
 
 
 def class_section(details: Json, base: str, *, entities: bool) -> Section:

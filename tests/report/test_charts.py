@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.report.charts import Curve, draw_curves, draw_dots, draw_histogram, draw_interval, ticks
+from llmtune.report.charts import Curve, draw_curves, draw_histogram, draw_interval, ticks
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -36,7 +36,6 @@ def test_curves_of_any_numbers_are_well_formed(points):
 def test_a_chart_without_anything_to_draw_is_left_out():
     assert draw_curves([Curve("loss", [(1, math.nan)])], label="x") == ""
     assert draw_histogram([0, 1], [0], label="x") == ""
-    assert draw_dots(1.0, [1.0, 1.0], label="x") == ""
     assert draw_interval(0.1, math.nan, 0.2, better=1, label="x") == ""
 
 
@@ -46,12 +45,6 @@ def test_an_interval_above_zero_is_right_of_it_only_where_more_is_better(better,
     dot, zero = root.find("circle"), root.findall("line")[1]
     assert dot.get("class") == f"dot {tone}"
     assert (float(dot.get("cx")) > float(zero.get("x1"))) is (better == 1)
-
-
-def test_dots_lie_in_the_order_of_their_scores_with_the_base_as_a_stroke():
-    root = ElementTree.fromstring(draw_dots(0.1, [0.5, 0.3], label="x"))
-    first, second = (float(dot.get("cx")) for dot in root.findall("circle"))
-    assert float(root.findall("line")[1].get("x1")) < second < first
 
 
 def test_a_histogram_has_a_bar_a_count_as_high_as_it_is():
