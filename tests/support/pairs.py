@@ -19,7 +19,7 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.session import Models, Options, open_finished
+from llmtune.session import Options
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import TrainContext, set_up
@@ -61,13 +61,6 @@ def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     """Run all steps of `recipe_of` in `folder / run`; returns the report."""
     recipe = recipe_of(folder, *about, **sections)
     return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
-
-
-def tuned_logits(run: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the tuned model of a run says to `batch`, read back as llmtune reads it."""
-    context, place = open_finished(run, quiet(), True)
-    with Models(context, place, load_processor(place, context.recipe.model)).tuned() as model, torch.no_grad():
-        return model(**batch, use_cache=False).logits
 
 
 def start_training(path: Path, folder: Path) -> TrainContext:

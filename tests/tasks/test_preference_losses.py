@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.collators import collate_padded
+from llmtune.recipe import PreferenceSection
 from llmtune.records import Example
 from llmtune.tasks import preference_losses as preference
 from llmtune.tasks.preference_losses import (
@@ -36,14 +37,8 @@ THUMBS = [True, False, False, True]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-@dataclass(frozen=True)
-class Settings:
-    loss: str
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    center_rewards_coefficient: float | None = None
+def settings_of(loss, **more):
+    return PreferenceSection(loss=loss, **more)
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ def test_dpo_and_ipo_are_those_of_trl(folder, tmp_path, loss, theirs, beta):
     rows = list(trainer.train_dataset)
     wanted = referee(trainer, rows)
     batch = pair_batch(encoded_pairs(rows))
-    ours = step(tuned, [batch], Settings(loss, beta=beta))
+    ours = step(tuned, [batch], settings_of(loss, beta=beta))
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
     assert_equal_gradients(ours.gradients, wanted.gradients)
     assert ours.correct / ours.count == pytest.approx(trainer._metrics["train"]["rewards/accuracies"][-1])
@@ -215,7 +210,7 @@ def test_smoothed_dpo_is_that_of_trl_pair_by_pair(folder, tmp_path):
     trainer = make_trainer("dpo", folder, tuned, text_rows(), tmp_path, **options)
     for row in trainer.train_dataset:
         wanted = referee(trainer, [row])
-        ours = step(tuned, [pair_batch(encoded_pairs([row]))], Settings("dpo", beta=0.3, label_smoothing=0.2))
+        ours = step(tuned, [pair_batch(encoded_pairs([row]))], settings_of("dpo", beta=0.3, label_smoothing=0.2))
         assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
         assert_equal_gradients(ours.gradients, wanted.gradients)
 
@@ -236,7 +231,7 @@ def test_kto_is_that_of_trl(folder, tmp_path, sign):
     encoded = list(trainer.train_dataset)
     wanted = referee(trainer, encoded)
     pairs = [Pair(row["prompt_ids"], row["completion_ids"], row["KL_completion_ids"]) for row in encoded]
-    batch, settings = thumb_batch(pairs, THUMBS), Settings("kto", beta=0.4, **weights)
+    batch, settings = thumb_batch(pairs, THUMBS), settings_of("kto", beta=0.4, **weights)
     ours = step(tuned, [batch], settings)
     kl_sum, kl_rows = step_statistics(tuned, batch, settings, tuned.disable_adapter)
     assert (kl_sum > 0) == (sign > 0)
@@ -257,7 +252,7 @@ def test_orpo_is_that_of_trl_with_the_prompt_in_its_likelihood(folder, tmp_path)
         pairs.append(
             Pair(row["chosen_input_ids"][:start], row["chosen_input_ids"][start:], row["rejected_input_ids"][start:])
         )
-    batch, settings = pair_batch(pairs), Settings("orpo", beta=0.7)
+    batch, settings = pair_batch(pairs), settings_of("orpo", beta=0.7)
     ours = step(tuned, [batch], settings)
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
     assert_equal_gradients(ours.gradients, wanted.gradients)
@@ -273,7 +268,7 @@ def test_the_reward_models_loss_is_that_of_trl(folder, tmp_path, coefficient):
     trainer = make_trainer("reward", folder, tuned, rows, tmp_path, center_rewards_coefficient=coefficient)
     wanted = referee(trainer, rows)
     batch = pair_batch(pairs)
-    ours = step(tuned, [batch], Settings("reward", center_rewards_coefficient=coefficient))
+    ours = step(tuned, [batch], settings_of("reward", center_rewards_coefficient=coefficient))
     assert ours.mean == pytest.approx(wanted.mean, abs=1e-5, rel=1e-5)
     assert any("score" in name for name in wanted.gradients)
     assert_equal_gradients(ours.gradients, wanted.gradients)
@@ -281,11 +276,11 @@ def test_the_reward_models_loss_is_that_of_trl(folder, tmp_path, coefficient):
 
 
 ALL = [
-    Settings("dpo", beta=0.3, label_smoothing=0.1),
-    Settings("ipo", beta=0.3),
-    Settings("kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
-    Settings("orpo", beta=0.5),
-    Settings("reward", center_rewards_coefficient=0.1),
+    settings_of("dpo", beta=0.3, label_smoothing=0.1),
+    settings_of("ipo", beta=0.3),
+    settings_of("kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
+    settings_of("orpo", beta=0.5),
+    settings_of("reward", center_rewards_coefficient=0.1),
 ]
 
 
