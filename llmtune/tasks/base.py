@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from llmtune.data.collators import causal_collator
-from llmtune.data.highlighting import Piece, highlight
 from llmtune.data.task_interface import Encoded
-from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel, PredictionT
-from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.tool_metrics import ToolTurn
+from llmtune.evaluate.evaluated_task import EvaluatedTask, PredictionT
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.records import AdaptedModel, Batch, Collate, Example, Loss, Rows
+from llmtune.records import Batch, Collate, Example, Loss, Rows
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
 
@@ -39,29 +35,13 @@ class Endpoint:
     """The field for what `llmtune generate` calls the prompt."""
 
 
-class Task(Generic[RowT, PredictionT]):
-    """A task for one kind of model; the defaults are those of a task that answers in text behind a prompt.
+class Task(EvaluatedTask, Generic[RowT, PredictionT]):
+    """A task for one kind of model; the defaults are those of a task that answers in text behind a prompt."""
 
-    `llmtune.data.task_interface` and `llmtune.evaluate.evaluated_task` say what the facts and methods mean that are not
-    explained here.
-    """
-
-    name: str
-    auto_class: str
-    peft_task_type: str | None = None
     required_inputs: tuple[str, ...] = ("prompt",)
     """What a person must give to `llmtune generate`: prompt, context, audio, answer."""
     optional_inputs: tuple[str, ...] = ()
     """What a person may give beside it: system, pair."""
-    packs: bool = False
-    predicts_tokens: bool = True
-    trains_head: bool = False
-    has_step_statistics: bool = False
-    has_row_loss: bool = True
-    loss_unit: str = "rows"
-    continues_text: bool = False
-    predicts: bool = True
-    rates_answers: bool = False
     free_prompt: bool = False
     """Whether a person's own words are the prompt, with no other text around them than the chat template's."""
     is_conversational: bool = False
@@ -74,53 +54,17 @@ class Task(Generic[RowT, PredictionT]):
         """What a person gives to `llmtune generate`, and whether it is needed."""
         return {**dict.fromkeys(self.required_inputs, True), **dict.fromkeys(self.optional_inputs, False)}
 
-    # Which recipes and models
-
     def matches(self, recipe: Recipe) -> bool:
         """Whether this variant is what the recipe asks for."""
-        return True
-
-    def supports(self, config: PretrainedConfig) -> bool:
-        """Whether a model with this configuration will do, beyond having the class."""
         return True
 
     def infer_labels(self, recipe: Recipe, rows: Rows, config: PretrainedConfig) -> Recipe:
         """Return the recipe with what the rows decide, such as names of classes."""
         return recipe
 
-    def configure_head(self, config: PretrainedConfig, recipe: Recipe) -> None:
-        """Set in place what the size of the head depends on."""
-
-    def check_model(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        """Refuse what would go wrong later; called once the model is loaded."""
-
-    def needs_reference_model(self, recipe: Recipe) -> bool:
-        """Whether training compares with the model as it was."""
-        return False
-
-    # Rows
-
     def make_row(self, given: Mapping[str, str | None]) -> RowT:
         """Return the prompt row of what a person gave, by the names of `inputs`."""
         raise NotImplementedError
-
-    def split_answer(self, row: RowT) -> tuple[RowT, str]:
-        """Return the row without its answer, and the answer as text."""
-        raise NotImplementedError
-
-    def reference(self, row: RowT) -> Any:
-        """Return what predictions are compared with."""
-        return self.split_answer(row)[1]
-
-    def tool_turns(self, row: RowT, recipe: Recipe) -> list[ToolTurn]:
-        """Return all answers of a row that has tools."""
-        return []
-
-    def class_counts(self, rows: Rows, recipe: Recipe) -> dict[str, dict[str, int]]:
-        """Return, by label, its rows (or entities) in each split."""
-        return {}
-
-    # Training
 
     def encode(self, rows: Sequence[RowT], processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Encoded]:
         """Return the examples of each row, or the reason why it has none."""
@@ -144,58 +88,9 @@ class Task(Generic[RowT, PredictionT]):
         """Make one micro-batch; what is random in it, such as masks, is drawn by `draw`, 0 in evaluation."""
         raise NotImplementedError
 
-    def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
-        """Return the summed loss and its count."""
-        raise NotImplementedError
-
-    def start_head(self, adapted: AdaptedModel, examples: Iterable[Example], recipe: Recipe) -> None:
-        """Set in place where a new head starts."""
-
-    def guessing_loss(self, config: PretrainedConfig, examples: Iterable[Example], recipe: Recipe) -> float:
-        """Return the loss of guessing: a token of the vocabulary, or one answer of a few."""
-        return math.log(config.get_text_config().vocab_size) if self.predicts_tokens else 1.0
-
-    def step_statistics(self, model: torch.nn.Module, batch: Batch) -> list[float]:
-        """Return sums that the loss needs of a whole step."""
-        return []
-
-    def highlighted_text(self, example: Example, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[Piece]:
-        """Return stretches of text, and whether they are learned."""
-        return highlight(example.input_ids, example.spans, processor)
-
-    # Answers
-
-    def prompt_ids(self, row: RowT, processor: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
-        """Return the token ids to generate from."""
-        raise NotImplementedError
-
-    def predict(self, rows: Sequence[RowT], loaded: LoadedModel) -> list[PredictionT]:
-        """Return a prediction for each prompt row, in their order."""
-        raise NotImplementedError
-
-    def format_prediction(self, prediction: PredictionT) -> str:
-        """Write a prediction as a person reads it."""
-        return str(prediction)
-
     def format_answer(self, prediction: PredictionT, row: RowT) -> str:
         """Write the prediction of one prompt row for the terminal, with more detail where there is any."""
         return self.format_prediction(prediction)
-
-    # Evaluation
-
-    def compute_metric(self, metric: str, found: EvalPrediction[PredictionT], recipe: Recipe) -> Measure | None:
-        """Return a metric that is the task's own."""
-        return None
-
-    def baseline(
-        self, references: Sequence[Any], prompts: Sequence[RowT], recipe: Recipe
-    ) -> tuple[str, list[PredictionT]]:
-        """Return name and predictions of what stands for a base model whose head is new."""
-        raise NotImplementedError
-
-    def class_table(self, found: EvalPrediction[PredictionT], recipe: Recipe) -> dict[str, Any] | None:
-        """Return what the report shows beside the scores; None for a task without classes."""
-        return None
 
     def output_kind(self, recipe: Recipe) -> str:
         """Return what the outputs of a head are: `choice` (one of K), `yes-no` (K questions) or `number`."""
