@@ -101,7 +101,7 @@ def test_where_every_training_row_has_an_answer_no_answer_is_never_said(built, t
         write_jsonl(tmp_path / f"{threshold}.jsonl", rows)
         prepared = prepare(tmp_path, f"{threshold}.jsonl", "qa", str(threshold), deduplicate="exact")
         assert EXTRACTIVE_QA.infer_labels(about, prepared, config).qa.null_score_diff_threshold == threshold
-    assert ask(math.inf, 2.0, 3.0, 99.0, built)["text"] == "fox is blue"
+    assert ask(1e30, 2.0, 3.0, 99.0, built)["text"] == "fox is blue"
 
 
 # RoBERTa's positions begin behind the padding token's number
