@@ -23,7 +23,7 @@ from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measur
 from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
 from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
-from llmtune.evaluate.token_batches import release_memory
+from llmtune.model.oom import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows
 from llmtune.report.render_terminal import print_sections

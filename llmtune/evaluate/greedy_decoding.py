@@ -266,9 +266,7 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
         taken = writing.leave([0])
         second_BV = writing.step(torch.tensor([added[order[slot]] for slot in taken], device=device), 0)
         alone = [plain_logits(model, [*prompts[i], added[i]], device) for i in range(3)]
-    except (ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError):
-        return None
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         return None

@@ -111,9 +111,7 @@ def takes_trees(model: torch.nn.Module, tree: Tree, device: str) -> bool:
     separate = score_as_rows(model, [tree], device)[0]
     try:
         joint = score_as_trees(model, [tree], device)[0]
-    except (ValueError, TypeError, IndexError, AttributeError):
-        return False
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         return False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, takewhile
 
 import torch
@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from llmtune.data.encoder_batches import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.model_inputs import read_inputs
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Advance, Batch, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
@@ -39,21 +39,17 @@ def run_in_batches(
     while left:
         fitting = count_packed(lengths, left, budget) if packed else batch_size(lengths[left[0]], budget)
         batch = left[: fitting if most is None else min(fitting, most)]
-        try:
-            work(batch)
+        if fits_in_memory(partial(work, batch)):
             left = left[len(batch) :]
             continue
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise EnvironmentProblem.of(
-                    f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
-                    fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
-                ) from None
-            half = batch[: len(batch) // 2]
-            budget = sum(lengths[i] for i in half) if packed else lengths[left[0]] * len(half)
-        release_memory()  # here the error does not hold the batch's tensors any more
+        if len(batch) == 1:
+            raise EnvironmentProblem.of(
+                f"out of memory while evaluating a single row of {lengths[batch[0]]} tokens",
+                fix="Set data.max_length or generation.max_new_tokens lower, or use a larger device.",
+            )
+        half = batch[: len(batch) // 2]
+        budget = sum(lengths[i] for i in half) if packed else lengths[left[0]] * len(half)
+        release_memory()
 
 
 def batch_size(longest: int, budget: int) -> int:
@@ -65,13 +61,6 @@ def count_packed(lengths: Sequence[int], left: Sequence[int], budget: int) -> in
     """Return how many of the first rows in `left` fit into `budget` positions end to end; one at least."""
     totals = accumulate(lengths[i] for i in left)
     return max(1, sum(1 for _ in takewhile(lambda total: total <= budget, totals)))
-
-
-def release_memory() -> None:
-    """Let go of what nobody holds (a model's modules refer to one another), and hand cached GPU memory back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def budget_for(device: str, budgets: dict[str, int]) -> int:

@@ -208,7 +208,7 @@ def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, dev
             batch = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
             nats += float(task.loss(model, batch, False).sum)
     del model
-    release_memory(torch.device(device))
+    release_memory()
     return nats / math.log(2) / max(1, sum(example.target_bytes for example in examples))
 
 

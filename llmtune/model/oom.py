@@ -49,11 +49,10 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     return True
 
 
-def release_memory(device: torch.device) -> None:
+def release_memory() -> None:
     """Give back what is no longer used, so that a smaller attempt or another model finds the room."""
     gc.collect()  # a model's modules refer to one another
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -16,9 +16,8 @@ from llmtune.errors import LlmtuneError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import cache_budget
 from llmtune.evaluate.greedy_decoding import column_bytes_of
-from llmtune.evaluate.token_batches import release_memory
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.oom import is_out_of_memory
+from llmtune.model.oom import is_out_of_memory, release_memory
 from llmtune.serve.continuous_batch import LiveRows
 from llmtune.serve.generation_stream import stream_generation
 from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping

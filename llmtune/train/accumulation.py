@@ -133,7 +133,7 @@ def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
     if fits_in_memory(work):
         return True
     training.optimizer.zero_grad(set_to_none=True)
-    release_memory(training.device)
+    release_memory()
     return False
 
 
