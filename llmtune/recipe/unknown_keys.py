@@ -7,6 +7,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import BRANCHES, Section, find_section, is_section
 from llmtune.recipe.source_map import Key, SourceMap, dotted
 
+THREADS = "All cores are used, or as many as the option `--threads` says; omit it."
 ALIASES = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "train_batch_size"),
@@ -26,7 +27,7 @@ ALIASES = {
     "torch_dtype": "Use 'model.dtype'.",
     **dict.fromkeys(("load_in_4bit", "quantization"), "Use 'adapter.method: qlora'."),
     **dict.fromkeys(("model_name_or_path", "base_model"), "Use 'model.name'."),
-    **dict.fromkeys(("attn_impl", "flash_attention"), "Use 'model.attn_implementation'."),
+    **dict.fromkeys(("attn", "attn_impl", "flash_attention"), "Use 'model.attn_implementation'."),
     **dict.fromkeys(("lora_r", "rank", "lora_rank"), "Use 'adapter.r'."),
     "alpha": "Use 'adapter.lora_alpha'.",
     "dropout": "Use 'adapter.lora_dropout'.",
@@ -40,10 +41,18 @@ ALIASES = {
         "It belongs to a source: `train: {path: rows.csv, columns: {prompt: question, completion: answer}}`.",
     ),
     "train_file": "Use 'data.train'.",
-    "val_set_size": "Use 'data.validation'.",
+    **dict.fromkeys(("val_set_size", "val_size"), "Use 'data.validation'."),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "Use 'data.max_length'."),
-    "sample_packing": "Use 'data.packing'.",
+    **dict.fromkeys(("sample_packing", "group_by_length", "length_column_name"), "Use 'data.packing'."),
+    "shuffle": "Rows are drawn in an order that 'seed' decides; omit it.",
+    **dict.fromkeys(("num_proc", "dataset_num_proc", "preprocessing_num_workers", "dataloader_num_workers"), THREADS),
+    **dict.fromkeys(("evaluation_strategy", "eval_strategy"), "Use 'train.eval_steps'."),
+    "save_strategy": "Use 'train.save_steps'.",
     **dict.fromkeys(("train_on_inputs", "assistant_only_loss"), "Use 'data.train_on': assistant, last or all."),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "Use `llmtune deploy publish RUN` after the run."),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "local_rank"), "A recipe does not state where it runs: see `llmtune launch local --help`."
+    ),
     "output_dir": "A recipe does not state where it runs: use the option `--out`.",
     "num_processes": "A recipe does not state where it runs: use `llmtune launch local --processes N`.",
     "device": "A recipe does not state where it runs: llmtune picks the device.",
@@ -60,11 +69,8 @@ def unknown_key(key: Key, source_map: SourceMap) -> Problem:
     allowed = sorted(section.model_fields) if section else []
     elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == name]
     if name in ALIASES:
-        hint = f" {ALIASES[name]}"
-    elif elsewhere:
-        hint = f" Did you mean '{elsewhere[0]}'?"
-    else:
-        hint = nearest(name, allowed)
+        return Problem(f"unknown key '{dotted(key)}'", source_map.where(key), ALIASES[name])
+    hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else nearest(name, allowed)
     if not parents:
         allowed.append("extends")
     fix = f"{hint} Allowed here: {', '.join(allowed)}.".strip()
