@@ -9,8 +9,8 @@ from llmtune.data.rejected_rows import RowError, describe
 
 FIELD = re.compile(r"\{([^{}]+)\}")
 """A column's name in a template."""
-_PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request")
-_ANSWERS = ("response", "answer", "output", "outputs", "assistant", "reply", "bot")
+_PROMPTS = ("question", "query", "input", "inputs", "user", "human", "request", "problem")
+_ANSWERS = ("response", "answer", "output", "outputs", "target", "targets", "assistant", "reply", "bot", "solution")
 _CONVERSATION = {
     "prompt": _PROMPTS,
     "completion": _ANSWERS,

@@ -13,7 +13,7 @@ from llmtune.data.column_mapping import ALIASES
 from llmtune.data.row_formats import COLUMNS
 from llmtune.errors import DataError
 
-ANSWERS = ("answer", "response", "output", "assistant", "reply")
+ANSWERS = ("answer", "response", "output", "assistant", "reply", "targets", "solution")
 TICKETS = [(f"Order {i}", f"Where is parcel number {i * 7}, please?", f"It is on its way, {i}.") for i in range(30)]
 
 
@@ -38,7 +38,7 @@ def refusal(folder: Path, train: object, task: str = "chat") -> str:
     "header",
     [
         *("prompt,response", "question,answer", "input,output", "instruction,response", "user,assistant"),
-        *("Question,Answer", "query,reply", "id,question,answer,date"),
+        *("Question,Answer", "query,reply", "id,question,answer,date", "inputs,targets", "problem,solution"),
     ],
 )
 def test_a_question_and_its_answer_under_usual_names_are_a_conversation(tmp_path, header):
