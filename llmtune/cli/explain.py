@@ -78,15 +78,13 @@ def attention(
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
         from llmtune.explain.attention_explainer import explain_attention
-        from llmtune.explain.attention_maps import AttentionOptions
         from llmtune.explain.inputs import AttentionRequest
         from llmtune.explain.target import open_target
 
     console = stderr_console()
     looked = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut)
-    options = AttentionOptions(kind, layer, head, threshold)
-    _show(explain_attention(looked, request, options, out or looked.folder, console), looked, as_json)
+    request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut, kind, layer, head, threshold)
+    _show(explain_attention(looked, request, out or looked.folder, console), looked, as_json)
 
 
 @app.command()
@@ -124,15 +122,16 @@ def generation(
     """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
     prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.explain.generation_explainer import GenerationOptions, explain_generation
+        from llmtune.explain.generation_explainer import explain_generation
         from llmtune.explain.inputs import PromptRequest
         from llmtune.explain.target import open_target
 
     console = stderr_console()
     target = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    request = PromptRequest(prompt, system, context, audio, plain)
-    options = GenerationOptions(max_new_tokens, temperature, top_p, top_k, sample, seed)
-    _show(explain_generation(target, request, options, out or target.folder, console, top=top), target, as_json)
+    request = PromptRequest(
+        prompt, system, context, audio, plain, max_new_tokens, temperature, top_p, top_k, sample, seed
+    )
+    _show(explain_generation(target, request, out or target.folder, console, top=top), target, as_json)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.serve.chat_session import ChatSession
+    from llmtune.serve.finished_run import FinishedRun
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
 YOU = "\001\033[1;32m\002you\001\033[0m\002 "
@@ -62,31 +63,30 @@ def generate(
     given = {"context": context, "pair": pair, "answer": answer, "system": system}
     given["audio"] = None if audio is None else str(audio)
     if rows is not None:
-        stated = [text, prompt, *given.values()]
-        _answer_file(
-            run, rows, output, any(stated), threads=threads, base=base, offline=offline, longest=max_new_tokens
-        )
-        return
-    if output is not None:
+        _check_file(rows, [text, prompt, *given.values()])
+    elif output is not None:
         raise RecipeError.of("--output goes with --input", "--output", "Redirect standard output: > FILE.")
-    given["prompt"] = _prompt(text, prompt, needed=audio is None)
+    else:
+        given["prompt"] = _prompt(text, prompt, needed=audio is None)
     prepare_environment(network=False, threads=threads)
     with console.status("loading the model"), gc_paused():
-        from llmtune.serve.generate import answer_once, stream_answer
-
-    if as_json:
+        from llmtune.serve.finished_run import FinishedRun
+    finished = FinishedRun(run, offline, console)
+    if rows is not None:
+        _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
+    elif as_json:
         with console.status("answering"):
-            said = answer_once(run, given, console, base=base, max_new_tokens=max_new_tokens, offline=offline)
-        stated_inputs = {name: value for name, value in given.items() if value is not None}
-        print_json({**stated_inputs, **said, "model": "base" if base else "tuned", "run": str(run)})
-        return
-    pieces = stream_answer(run, given, console, base=base, max_new_tokens=max_new_tokens, offline=offline)
-    with console.status("loading the model"):
-        first = next(pieces, "")
-    print_text(first)
-    for piece in pieces:
-        print_text(piece)
-    print_text("\n")
+            said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
+        stated = {name: value for name, value in given.items() if value is not None}
+        print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
+    else:
+        pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
+        with console.status("loading the model"):
+            first = next(pieces, "")
+        print_text(first)
+        for piece in pieces:
+            print_text(piece)
+        print_text("\n")
 
 
 def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None:
@@ -99,29 +99,19 @@ def _prompt(text: str | None, prompt: str | None, *, needed: bool) -> str | None
     return sys.stdin.read().rstrip("\n") or None
 
 
-def _answer_file(
-    run: Path,
-    rows: Path,
-    output: Path | None,
-    also: bool,
-    *,
-    threads: int | None,
-    base: bool,
-    offline: bool,
-    longest: int | None,
-) -> None:
-    if also:
+def _check_file(rows: Path, stated: Sequence[str | None]) -> None:
+    if any(stated):
         raise RecipeError.of("with --input the rows of the file are asked", "--input", "Omit the other texts.")
     if not rows.is_file():
         raise RecipeError.of("there is no such file", str(rows), "Check the path of --input.")
-    prepare_environment(network=False, threads=threads)
-    console = stderr_console()
-    with console.status("loading the model"), gc_paused():
-        from llmtune.serve.answer_file import answer_file
 
-    answered, bad = answer_file(run, rows, output, console, base=base, max_new_tokens=longest, offline=offline)
+
+def _answer_file(run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None) -> None:
+    from llmtune.serve.answer_file import answer_file
+
+    answered, bad = answer_file(run, rows, output, base=base, max_new_tokens=max_new_tokens)
     where = f" to {output}" if output else ""
-    console.print(f"{answered:,} rows answered{where}" + (f"; {bad:,} could not be read" if bad else ""))
+    run.console.print(f"{answered:,} rows answered{where}" + (f"; {bad:,} could not be read" if bad else ""))
 
 
 @handled
@@ -136,9 +126,9 @@ def chat(
     console = stderr_console()
     with console.status("loading the model"):
         with gc_paused():
-            from llmtune.serve.generate import open_session
+            from llmtune.serve.finished_run import FinishedRun
 
-        session = open_session(run, console, base=base, offline=offline)
+        session = FinishedRun(run, offline, console).chat(base=base)
     prompt = YOU if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if prompt:
         import readline  # noqa: F401 - makes the arrow keys of input() work: earlier lines, and moving in a line

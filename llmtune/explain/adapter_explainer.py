@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.explanation import PAGE_STYLE, Explanation, write_explanation
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, in_percent, write_explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.trained_modules import (
@@ -256,11 +256,6 @@ def _list_moves(moves: Sequence[Move]) -> Table:
         rows.append([Cell(move.module, code=True), WORDS.get(move.kind, move.kind), *numbers])
     numeric = [Column(name, "number") for name in ("moved", "effective rank", "‖ΔW‖", "‖W‖")]
     return Table([Column("module"), Column("trained"), *numeric], rows)
-
-
-def in_percent(value: float | None) -> str:
-    """Write a share in percent, in three digits."""
-    return "–" if value is None else f"{100 * value:.3g} %"
 
 
 def summarise(moved: MoveMap) -> Iterator[str]:

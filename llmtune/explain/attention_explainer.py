@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from llmtune.explain.attention_maps import (
     MEAN,
     MOST_NUMBERS,
     AttentionMaps,
-    AttentionOptions,
     Lines,
     Matrix,
     Selection,
@@ -34,14 +33,23 @@ from llmtune.explain.attention_maps import (
     select,
     strongest_pairs,
 )
-from llmtune.explain.explanation import Explanation, asset, write_explanation
+from llmtune.explain.explanation import Explanation, asset, in_percent, write_explanation
 from llmtune.explain.figures import DIFFERENCE_COLOURS, WEIGHT_COLOURS
-from llmtune.explain.inputs import AttentionRequest, ModelInputs, decode_target, read_text
+from llmtune.explain.generation_trace import Sampling, trace_answer
+from llmtune.explain.inputs import AttentionRequest, ModelInputs, fit_tokens, read_text, transcript_ids
 from llmtune.explain.target import Family, Target
 from llmtune.explain.token_text import Line, label, name_tokens
+from llmtune.model.memory_plan import context_length
+from llmtune.model.model_inputs import decoder_inputs
 from llmtune.report.blocks import Block, Bullets, Column, Html, Page, Section, Table, Text
 from llmtune.store.atomic_files import explained
+from llmtune.tasks.text_to_text import target_ids
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LONGEST_ANSWER = 64
+"""Tokens that an encoder-decoder writes where there is no --target."""
 FULL = 65535
 """What 1 is written as in the page, in 16 bits: weights are right to 0.00001."""
 STRONGEST = 2
@@ -80,9 +88,7 @@ class LayerSummary:
     """Of a run."""
 
 
-def explain_attention(
-    target: Target, request: AttentionRequest, options: AttentionOptions, out: Path, console: Console
-) -> Explanation:
+def explain_attention(target: Target, request: AttentionRequest, out: Path, console: Console) -> Explanation:
     """Show the attention on one text: words, the strongest pairs of each layer, figures and a page in `out`.
 
     Raises:
@@ -91,7 +97,7 @@ def explain_attention(
         EnvironmentProblem: the model is gone, or does not show its attention.
     """
     shape = shape_of(target.config, target.family)
-    selection = select(shape, options)
+    selection = select(shape, request)
     inputs = read_text(target, request)
     if inputs.note:
         console.print(f"attention: {inputs.note}", markup=False)
@@ -131,6 +137,24 @@ def capture(
             attend(model, tensors, target.family, partial(maps.add, name))
     assert maps is not None, "there is one model at least"
     return maps, answer
+
+
+def decode_target(
+    model: PreTrainedModel, inputs: ModelInputs, target: Target, request: AttentionRequest
+) -> tuple[list[int], str]:
+    """Return the tokens that the decoder reads, and the text: --target, or the model's own greedy answer."""
+    assert inputs.pair is not None, "an encoder-decoder reads and writes"
+    text = inputs.pair.target
+    if not text:
+        room = (context_length(target.config) or LONGEST_ANSWER + 1) - (len(inputs.decoder_ids) or 1)
+        trace = trace_answer(model, inputs, target.processor, Sampling(min(LONGEST_ANSWER, room)), layers=False)
+        text, request = trace.text.strip(), replace(request, cut=True)
+    pair = replace(inputs.pair, target=text)
+    if target.is_whisper:
+        return fit_tokens(transcript_ids(pair, target), "--target", target, request), text
+    labels, _, end = target_ids(pair, target.processor)
+    shifted = decoder_inputs(model, torch.tensor([labels], device=model.device))[0].tolist()
+    return fit_tokens([int(i) for i in shifted[:end]], "--target", target, request), text
 
 
 # What each layer looks at
@@ -211,7 +235,7 @@ def make_tables(
         columns += [Column(name, "number") for name in names]
         rows = []
         for one in layers:
-            shares = [share(part) for part in (one.among_words, one.first, one.mean_change) if part is not None]
+            shares = [in_percent(part) for part in (one.among_words, one.first, one.mean_change) if part is not None]
             pairs = (
                 f"{isolated(pair['from'])} → {isolated(pair['to'])} {pair['weight']:.2f}" for pair in one.strongest
             )
@@ -226,11 +250,6 @@ def isolated(word: str) -> str:
     """Put marks around a word that is written from right to left; terminals that know none may show them."""
     turned = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in word)
     return f"{ISOLATE}{word}{POP}" if turned else word
-
-
-def share(part: float) -> str:
-    """Write a share in percent."""
-    return f"{100 * part:.0f} %" if part >= 0.01 or part == 0 else f"{100 * part:.2g} %"
 
 
 def make_page(target: Target, maps: AttentionMaps, tables: Sequence[Block]) -> Page:

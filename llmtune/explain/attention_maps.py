@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, Kind
+from llmtune.explain.inputs import AttentionRequest
 from llmtune.explain.target import BASE, TUNED
 from llmtune.explain.token_text import Line
 
@@ -36,17 +37,6 @@ LOWEST = 0.01
 
 
 @dataclass(frozen=True)
-class AttentionOptions:
-    """The options of `explain attention` that say what is drawn; None is what shows most."""
-
-    kind: str | None = None
-    layer: int | None = None
-    head: str = MEAN
-    """A number from 0, MEAN or ROLLOUT."""
-    threshold: float | None = None
-
-
-@dataclass(frozen=True)
 class Selection:
     """What is drawn; the model has it."""
 
@@ -58,27 +48,27 @@ class Selection:
     """The weight from which a graph has an edge; None: about EDGES_PER_WORD edges a word."""
 
 
-def select(shape: Shape, options: AttentionOptions) -> Selection:
+def select(shape: Shape, request: AttentionRequest) -> Selection:
     """Check the options against what the model has.
 
     Raises RecipeError for a kind, a layer or a head that is not there.
     """
-    kinds = tuple(kind for kind in shape if options.kind in (None, kind))
+    kinds = tuple(kind for kind in shape if request.kind in (None, kind))
     if not kinds:
-        fix = f"This model has {', '.join(shape)}.{nearest(str(options.kind), list(shape))}"
-        raise RecipeError.of(f"there is no attention called {options.kind!r}", "--kind", fix)
+        fix = f"This model has {', '.join(shape)}.{nearest(str(request.kind), list(shape))}"
+        raise RecipeError.of(f"there is no attention called {request.kind!r}", "--kind", fix)
     layers, heads = (max(shape[kind][which] for kind in kinds) for which in (0, 1))
-    if options.layer is not None and options.layer >= layers:
-        what = f"there is no layer {options.layer}: the model has {layers}"
+    if request.layer is not None and request.layer >= layers:
+        what = f"there is no layer {request.layer}: the model has {layers}"
         raise RecipeError.of(what, "--layer", f"Use a number from 0 to {layers - 1}.")
-    head: Head = options.head
-    if options.head not in (MEAN, ROLLOUT):
-        if not options.head.isdigit() or int(options.head) >= heads:
-            fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(options.head, [MEAN, ROLLOUT])}"
-            raise RecipeError.of(f"there is no head {options.head!r}: a layer has {heads}", "--head", fix)
-        head = int(options.head)
-    if options.layer is not None:  # an encoder may have more layers than its decoder
-        kinds = tuple(kind for kind in kinds if options.layer < shape[kind][0])
+    head: Head = request.head
+    if request.head not in (MEAN, ROLLOUT):
+        if not request.head.isdigit() or int(request.head) >= heads:
+            fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(request.head, [MEAN, ROLLOUT])}"
+            raise RecipeError.of(f"there is no head {request.head!r}: a layer has {heads}", "--head", fix)
+        head = int(request.head)
+    if request.layer is not None:  # an encoder may have more layers than its decoder
+        kinds = tuple(kind for kind in kinds if request.layer < shape[kind][0])
     if isinstance(head, int):
         kinds = tuple(kind for kind in kinds if head < shape[kind][1])
     elif head == ROLLOUT:
@@ -86,7 +76,7 @@ def select(shape: Shape, options: AttentionOptions) -> Selection:
     if not kinds:
         what = "cross-attention has no rollout: its rows and columns are different texts"
         raise RecipeError.of(what, "--head", f"Use {MEAN} or a number.")
-    return Selection(kinds, options.layer, head, options.threshold)
+    return Selection(kinds, request.layer, head, request.threshold)
 
 
 @dataclass(frozen=True)

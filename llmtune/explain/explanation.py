@@ -53,3 +53,8 @@ def figure_block(svg: Path, description: str) -> Html:
     data = base64.b64encode(svg.read_bytes()).decode("ascii")
     image = Markup('<div class="figure"><img alt="{}" src="data:image/svg+xml;base64,{}"></div>')
     return Html(image.format(description, data))
+
+
+def in_percent(value: float | None) -> str:
+    """Write a share in percent, in three digits."""
+    return "–" if value is None else f"{100 * value:.3g} %"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,19 +17,9 @@ from rich.console import Console
 from llmtune.errors import RecipeError
 from llmtune.explain.explanation import Explanation, write_explanation
 from llmtune.explain.generation_page import Generation, make_page
-from llmtune.explain.generation_trace import (
-    LayerPrediction,
-    Sampling,
-    Step,
-    TokenScore,
-    Trace,
-    score_answer,
-    trace_answer,
-    trace_masks,
-)
+from llmtune.explain.generation_trace import Sampling, TokenScore, Trace, score_answer, trace_answer, trace_masks
 from llmtune.explain.inputs import NO_WORDS_FIX, ModelInputs, PromptRequest, read_prompt
 from llmtune.explain.target import BASE, TUNED, Target
-from llmtune.explain.token_text import Token
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
 from llmtune.store.atomic_files import explained
@@ -43,20 +33,8 @@ SLUG_LETTERS = 40
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How the answer is to be made; what is None is left to the run's recipe, or to defaults."""
-
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    sample: bool | None = None
-    seed: int | None = None
-
-
 def explain_generation(
-    target: Target, request: PromptRequest, options: GenerationOptions, folder: Path, console: Console, *, top: int = 5
+    target: Target, request: PromptRequest, folder: Path, console: Console, *, top: int = 5
 ) -> Explanation:
     """Trace the answer of each model, and write the page and its numbers into `folder`; tables list `top` words.
 
@@ -65,7 +43,7 @@ def explain_generation(
         DataError: the chat template does not take the messages, or a recording cannot be read.
     """
     prompt = read_prompt(target, request)
-    sampling = resolve_sampling(options, prompt, target)
+    sampling = resolve_sampling(request, prompt, target)
     if target.recipe is not None and target.recipe.generation.num_beams > 1:
         console.print(f"generation: one answer is followed, not the run's {target.recipe.generation.num_beams} beams")
     traces, scores = trace_models(target, prompt, sampling, console)
@@ -76,26 +54,26 @@ def explain_generation(
         )
 
 
-def resolve_sampling(options: GenerationOptions, prompt: ModelInputs, target: Target) -> Sampling:
+def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target) -> Sampling:
     """Fill what was left open from the recipe of a run, or with defaults; raises RecipeError for too long an answer."""
     own = target.recipe.generation if target.recipe else None
     sampled = own if own is not None and own.do_sample else None
-    longest = options.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
+    longest = request.max_new_tokens or min(own.max_new_tokens if own else FEW_TOKENS, MOST_TOKENS)
     room = context_length(target.config)
     if room is not None and not prompt.masks:
         before = len(prompt.decoder_ids) or 1 if target.config.is_encoder_decoder else len(prompt.ids)
-        if room - before < (options.max_new_tokens or 1):
-            what = f"{before:,} tokens and {options.max_new_tokens or 1} new ones do not fit into the model's {room:,}"
+        if room - before < (request.max_new_tokens or 1):
+            what = f"{before:,} tokens and {request.max_new_tokens or 1} new ones do not fit into the model's {room:,}"
             raise RecipeError.of(what, "--prompt", "Shorten the prompt, or lower --max-new-tokens.")
         longest = min(longest, room - before)
     return Sampling(
         max_new_tokens=longest,
-        temperature=_first(options.temperature, sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
-        top_p=_first(options.top_p, sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
-        top_k=_first(options.top_k, sampled.top_k if sampled else None, 0),
+        temperature=_first(request.temperature, sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
+        top_p=_first(request.top_p, sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
+        top_k=_first(request.top_k, sampled.top_k if sampled else None, 0),
         min_p=sampled.min_p if sampled else None,
-        sample=_first(options.sample, sampled is not None) and not prompt.masks,
-        seed=_first(options.seed, target.recipe.seed if target.recipe else 0),
+        sample=_first(request.sample, sampled is not None) and not prompt.masks,
+        seed=_first(request.seed, target.recipe.seed if target.recipe else 0),
     )
 
 
@@ -117,7 +95,7 @@ def trace_models(
                     traces[name] = trace_model(model, prompt, target, sampling)
             if TUNED not in traces or prompt.masks:
                 return
-            answer = (prompt, traces[TUNED].prefix, traces[TUNED].ids)
+            answer = (prompt, target.processor, traces[TUNED].prefix, traces[TUNED].ids)
             scores[name] = score_answer(model, *answer)
             if name == TUNED and hasattr(model, "disable_adapter"):
                 with model.disable_adapter():
@@ -155,56 +133,16 @@ def slug(request: PromptRequest) -> str:
 
 def to_json(generation: Generation) -> dict[str, object]:
     """Return everything as JSON values, tokens with their text."""
-    prompt, traces = generation.prompt, generation.traces
-    given = {name: value for name, value in generation.request.named().items() if value is not None}
-
-    def named(token: Token, **more: object) -> dict[str, object]:
-        return {"id": token.id, "text": token.text, "special": token.special, **more}
-
-    def describe_layer(layer: LayerPrediction) -> dict[str, object]:
-        says = zip(layer.ids, layer.probabilities, strict=True)
-        return {"says": [named(generation.token(i), probability=p) for i, p in says], "chosen": layer.chosen}
-
-    def describe_step(step: Step, token: Token) -> dict[str, object]:
-        columns = zip(step.ids, step.probabilities, step.kept, strict=True)
-        return {
-            "token": named(token),
-            "probability": step.probability,
-            "entropy_bits": step.entropy_bits,
-            "kept_tokens": step.kept_tokens,
-            "candidates": [named(generation.token(i), probability=p, kept=kept) for i, p, kept in columns],
-            "layers": None if step.layers is None else [describe_layer(layer) for layer in step.layers],
-        }
-
+    prompt, request = generation.prompt, generation.request.named()
     return {
-        "subject": generation.target.name,
+        "model": generation.target.name,
         "family": generation.target.family,
-        "given": given,
+        "given": {name: value for name, value in request.items() if value is not None},
         "note": prompt.note,
-        "tokens": [named(token) for token in generation.prompt_tokens],
+        "tokens": [asdict(token) for token in generation.prompt_tokens],
         "masked": bool(prompt.masks),
-        "choice": asdict(generation.sampling),
-        "traces": {
-            name: {
-                "text": trace.text,
-                "ended": trace.ended,
-                "lens": all(step.layers is not None for step in trace.steps),
-                "steps": [
-                    describe_step(step, token)
-                    for step, token in zip(trace.steps, generation.tokens(trace.ids), strict=True)
-                ],
-            }
-            for name, trace in traces.items()
-        },
+        "sampling": asdict(generation.sampling),
+        "traces": {name: asdict(trace) for name, trace in generation.traces.items()},
         "parting": generation.parting,
-        "comparison": [
-            named(
-                generation.token(i),
-                base=base.probability,
-                tuned=tuned.probability,
-                base_rank=base.rank,
-                base_says=named(generation.token(base.likeliest), probability=base.likeliest_probability),
-            )
-            for i, base, tuned in generation.compared
-        ],
+        "scores": {name: [asdict(score) for score in scores] for name, scores in generation.scores.items()},
     }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.explain.explanation import PAGE_STYLE
-from llmtune.explain.generation_trace import Sampling, Step, TokenScore, Trace
+from llmtune.explain.generation_trace import Candidate, Sampling, Step, TokenScore, Trace
 from llmtune.explain.inputs import ModelInputs, PromptRequest
 from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.token_text import Token, name_tokens, word_label
@@ -49,34 +49,18 @@ class Generation:
     scores: dict[str, list[TokenScore]]
     """Of a run, what base and tuned model make of each token of the tuned model's answer."""
 
-    known: dict[int, Token] = field(default_factory=dict)
-    """Tokens by themselves, as far as they were asked for."""
-
-    def tokens(self, ids: Sequence[int]) -> list[Token]:
-        """Return the tokens of a text."""
-        return name_tokens(self.target.processor, ids)
-
-    def token(self, token: int) -> Token:
-        """Return one token by itself."""
-        if token not in self.known:
-            self.known[token] = self.tokens([token])[0]
-        return self.known[token]
-
-    def word(self, token: int) -> str:
-        """Return one token as a word by itself."""
-        return word_label(self.token(token))
-
     @property
     def prompt_tokens(self) -> list[Token]:
         """The prompt; of a recording, what the decoder begins with."""
-        return self.tokens(self.prompt.ids or self.prompt.decoder_ids)
+        return name_tokens(self.target.processor, self.prompt.ids or self.prompt.decoder_ids)
 
     @property
-    def compared(self) -> list[tuple[int, TokenScore, TokenScore]]:
+    def compared(self) -> list[tuple[Token, TokenScore, TokenScore]]:
         """Each token of the tuned model's answer, and what base and tuned model make of it; of a run alone."""
         if not self.scores:
             return []
-        return list(zip(self.traces[TUNED].ids, self.scores[BASE], self.scores[TUNED], strict=True))
+        tokens = [step.token for step in self.traces[TUNED].steps]
+        return list(zip(tokens, self.scores[BASE], self.scores[TUNED], strict=True))
 
     @property
     def parting(self) -> int | None:
@@ -160,7 +144,7 @@ def _lens_blocks(generation: Generation, at: int) -> Iterator[Block]:
     for layer in range(count):
         row = ["0: input" if layer == 0 else str(layer)]
         for found in (layers[at][layer] for layers in known.values()):
-            row += [generation.word(found.ids[0]), share(found.probabilities[0]), share(found.chosen)]
+            row += [*_word_and_share(found.likeliest[0]), share(found.chosen)]
         rows.append(row)
     every = -(-count // MOST_LAYERS)
     yield Table(columns, [row for i, row in enumerate(rows) if i % every == 0 or i == count - 1], scroll=True)
@@ -168,24 +152,23 @@ def _lens_blocks(generation: Generation, at: int) -> Iterator[Block]:
     for name, layers in known.items():
         trace = generation.traces[name]
         grid = [[step[layer] for step in layers] for layer in reversed(range(count))]
-        tips = [
-            [
-                ", ".join(f"{generation.word(i)} {share(p)}" for i, p in zip(cell.ids, cell.probabilities, strict=True))
-                for cell in row
-            ]
-            for row in grid
-        ]
         yield Heatmap(
             rows=[str(layer) for layer in reversed(range(count))],
-            columns=[word_label(token) for token in generation.tokens(trace.ids)],
-            values=[[cell.probabilities[0] for cell in row] for row in grid],
+            columns=[word_label(step.token) for step in trace.steps],
+            values=[[cell.likeliest[0].probability for cell in row] for row in grid],
             label="What each layer would predict at each step",
             title=name if len(known) > 1 else "",
             down="layer",
             across="the answer",
-            texts=[[generation.word(cell.ids[0]) for cell in row] for row in grid],
-            tips=tips,
+            texts=[[word_label(cell.likeliest[0].token) for cell in row] for row in grid],
+            tips=[
+                [", ".join(" ".join(_word_and_share(one)) for one in cell.likeliest) for cell in row] for row in grid
+            ],
         )
+
+
+def _word_and_share(candidate: Candidate) -> list[str]:
+    return [word_label(candidate.token), share(candidate.probability)]
 
 
 def describe_sampling(sampling: Sampling) -> str:
@@ -204,27 +187,26 @@ def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
     columns = [Column("", "number"), Column(word), *numeric, Column("could also be")]
     several = len(generation.traces) > 1
     for name, trace in generation.traces.items():
-        words = [word_label(token) for token in generation.tokens(trace.ids)]
         rows = []
-        for number, (step, said) in enumerate(zip(trace.steps, words, strict=True), 1):
-            others = [f"{generation.word(i)} {share(p)}" for i, p in step.pairs if i != step.id][: max(0, top - 1)]
+        for number, step in enumerate(trace.steps, 1):
+            others = [one for one in step.candidates if one.token.id != step.token.id][: max(0, top - 1)]
             numbers = [share(step.probability), f"{step.entropy_bits:.2f}", f"{step.kept_tokens:,}"]
-            rows.append([str(number), said, *numbers, ", ".join(others)])
+            listed = ", ".join(" ".join(_word_and_share(one)) for one in others)
+            rows.append([str(number), word_label(step.token), *numbers, listed])
         yield Table(columns, rows, name if several else "", scroll=True)
     yield Text(CANDIDATES, "soft")
     for name, trace in generation.traces.items():
-        words = [word_label(token) for token in generation.tokens(trace.ids)]
-        yield _candidates(generation, trace.steps, words, name if several else "")
+        yield _candidates(trace.steps, name if several else "")
 
 
-def _candidates(generation: Generation, steps: Sequence[Step], words: Sequence[str], title: str) -> Heatmap:
+def _candidates(steps: Sequence[Step], title: str) -> Heatmap:
     values: list[list[float | None]] = [[None] * len(steps) for _ in range(RANKS)]
     texts = [[""] * len(steps) for _ in range(RANKS)]
     for column, step in enumerate(steps):
-        for rank, (i, p, kept) in enumerate(zip(step.ids[:RANKS], step.probabilities, step.kept, strict=False)):
-            values[rank][column] = p if kept else -p
-            texts[rank][column] = f"{generation.word(i)}\n{share(p)}"
-    ranks = [str(rank + 1) for rank in range(RANKS)]
+        for rank, one in enumerate(step.candidates[:RANKS]):
+            values[rank][column] = one.probability if one.kept else -one.probability
+            texts[rank][column] = "\n".join(_word_and_share(one))
+    ranks, words = [str(rank + 1) for rank in range(RANKS)], [word_label(step.token) for step in steps]
     return Heatmap(ranks, words, values, "The likeliest words of each step", title, "rank", "the answer", texts)
 
 
@@ -233,7 +215,7 @@ def _outputs(generation: Generation) -> Iterator[Block]:
     for name, trace in generation.traces.items():
         end = "" if trace.ended else f" … ({len(trace.steps)} tokens, no end)"
         model = f"{name}: " if len(generation.traces) > 1 else ""
-        yield Text(f"{model}{join_tokens(generation.tokens(trace.ids))}{end}")
+        yield Text(f"{model}{join_tokens([step.token for step in trace.steps])}{end}")
 
 
 def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
@@ -242,25 +224,24 @@ def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
     if at is None:
         yield Text("They do not part: both write the same, word for word.")
     else:
-        common = join_tokens(generation.tokens(traces[TUNED].ids[:at]))
+        common = join_tokens([step.token for step in traces[TUNED].steps[:at]])
         where = f"Both begin alike; they part at word {at + 1}, after: {common}" if at else "At the first word."
         chance = " Words were drawn at random, so they may part by chance." if generation.sampling.sample else ""
         columns, cells = [], []
         for name in (BASE, TUNED):
             columns += [Column(name), Column("p", "number")]
-            steps = traces[name].steps[at : at + 1]
-            listed = [pair for step in steps for pair in step.pairs]
-            written = [[generation.word(i), share(p)] for i, p in listed[:top]] or [["its answer has ended", ""]]
+            listed = [one for step in traces[name].steps[at : at + 1] for one in step.candidates]
+            written = [_word_and_share(one) for one in listed[:top]] or [["its answer has ended", ""]]
             cells.append(written + [["", ""]] * (top - len(written)))
         yield Text(where + chance)
         yield Table(columns, [[*base, *tuned] for base, tuned in zip(*cells, strict=True)])
     rows: list[list[Cell | str]] = []
     for token, base, tuned in generation.compared:
-        first = f"{generation.word(base.likeliest)} {share(base.likeliest_probability)}"
+        first = " ".join(_word_and_share(base.likeliest))
         numbers = [share(base.probability, exact=True), share(tuned.probability, exact=True)]
         meter, factor = Cell(picture=draw_meter(tuned.probability)), times(base.probability, tuned.probability)
         said = "the same" if base.rank == 1 else first
-        rows.append([generation.word(token), *numbers, meter, factor, f"{base.rank:,}", said])
+        rows.append([word_label(token), *numbers, meter, factor, f"{base.rank:,}", said])
     if rows:
         heads = [Column("word"), Column("base", "number"), Column("tuned", "number"), Column("", "picture")]
         heads += [

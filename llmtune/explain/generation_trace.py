@@ -8,7 +8,8 @@ embeddings before them, P masked positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +25,7 @@ from transformers.generation.utils import GenerationMixin
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
 from llmtune.explain.logit_lens import HiddenStates, read_lens
+from llmtune.explain.token_text import Token, token_namer
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.tasks.text_to_text import decoder_settings
 
@@ -44,8 +46,8 @@ class Sampling:
     """How a token is chosen, or would be: `sample` draws from what is kept, else the likeliest is taken."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float = 1.0
+    top_p: float = 1.0
     top_k: int = 0
     """0: all."""
     min_p: float | None = None
@@ -72,11 +74,21 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that could come next."""
+
+    token: Token
+    probability: float
+    """Before temperature, top-k and top-p."""
+    kept: float | None = None
+    """Its probability after temperature, top-k and top-p, 0 where it is cut off; None where nothing is drawn."""
+
+
+@dataclass(frozen=True)
 class LayerPrediction:
     """What one layer would predict: its likeliest tokens, and how likely the token is that was chosen in the end."""
 
-    ids: list[int]
-    probabilities: list[float]
+    likeliest: list[Candidate]
     chosen: float
 
 
@@ -84,23 +96,15 @@ class LayerPrediction:
 class Step:
     """One token of an answer, or of a text with masks one mask."""
 
-    id: int
+    token: Token
     probability: float
     """Before temperature, top-k and top-p."""
-    ids: list[int]
-    """The likeliest tokens that could come next."""
-    probabilities: list[float]
-    kept: list[float]
-    """Of each of these tokens its probability after temperature, top-k and top-p; 0 where it is cut off."""
-    kept_tokens: int
     entropy_bits: float
+    kept_tokens: int
+    candidates: list[Candidate]
+    """The likeliest first."""
     layers: list[LayerPrediction] | None
     """From the embeddings to the last layer; None where the model's layers cannot be read by themselves."""
-
-    @property
-    def pairs(self) -> list[tuple[int, float]]:
-        """Each of the likeliest tokens with its probability."""
-        return list(zip(self.ids, self.probabilities, strict=True))
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Trace:
     @property
     def ids(self) -> list[int]:
         """The tokens of the answer."""
-        return [step.id for step in self.steps]
+        return [step.token.id for step in self.steps]
 
 
 @dataclass
@@ -137,11 +141,13 @@ def trace_answer(
     prompt: ModelInputs,
     processor: PreTrainedTokenizerBase,
     sampling: Sampling,
+    *,
+    layers: bool = True,
 ) -> Trace:
-    """Let the model answer and record it."""
+    """Let the model answer and record it, with what each of its layers would predict."""
     inner, recipe = unwrap(model), sampling.recipe(prompt.recipe)
-    recorder = Recorder()
-    with torch.random.fork_rng(), only_these_settings(model) as own, HiddenStates(model, [-1]) as states:
+    recorder, states = Recorder(), HiddenStates(model, [-1])
+    with torch.random.fork_rng(), only_these_settings(model) as own, states if layers else nullcontext():
         torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
             settings = decoder_settings(own, model, processor, recipe, prompt.first)
@@ -159,7 +165,7 @@ def trace_answer(
     stops = set(ends if isinstance(ends, list) else [ends])
     return Trace(
         prefix=prefix,
-        steps=list(list_steps(answer, recorder.logs, sampling, states)),
+        steps=list(list_steps(answer, recorder.logs, sampling, states, processor)),
         text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
         ended=answer[-1] in stops,
     )
@@ -184,36 +190,43 @@ def trace_masks(
     filled = list(prompt.ids)
     for at, token in zip(prompt.masks, answer, strict=True):
         filled[at] = token
-    steps = list(list_steps(answer, list(logs_PV), sampling, states))
+    steps = list(list_steps(answer, list(logs_PV), sampling, states, processor))
     return Trace(prompt.ids, steps, str(processor.decode(filled, skip_special_tokens=True)), True)
 
 
 def list_steps(
-    answer: Sequence[int], logs: Sequence[torch.Tensor], sampling: Sampling, states: HiddenStates
+    answer: Sequence[int],
+    logs: Sequence[torch.Tensor],
+    sampling: Sampling,
+    states: HiddenStates,
+    processor: PreTrainedTokenizerBase,
 ) -> Iterator[Step]:
     """Yield what is shown of each step, by its log-probabilities [V] and the hidden states of its layers."""
-    lens = read_lens(states)
+    lens, name = read_lens(states), token_namer(processor)
     for token, logs_V in zip(answer, logs, strict=True):
         top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
         warped_V = sampling.warp(logs_V[None])[0]
+        columns = (top.indices, top.values.exp(), warped_V.softmax(-1)[top.indices])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         yield Step(
-            id=token,
+            token=name(token),
             probability=math.exp(float(logs_V[token])),
-            ids=top.indices.tolist(),
-            probabilities=top.values.exp().tolist(),
-            kept=warped_V.softmax(-1)[top.indices].tolist(),
-            kept_tokens=int(warped_V.isfinite().sum()),
             entropy_bits=float(torch.special.entr(logs_V.exp()).sum()) / math.log(2),
-            layers=None if lens is None else list_layers(next(lens), token),
+            kept_tokens=int(warped_V.isfinite().sum()),
+            candidates=[Candidate(name(i), probability, kept) for i, probability, kept in rows],
+            layers=None if lens is None else list_layers(next(lens), token, name),
         )
 
 
-def list_layers(logits_LV: torch.Tensor, token: int) -> list[LayerPrediction]:
+def list_layers(logits_LV: torch.Tensor, token: int, name: Callable[[int], Token]) -> list[LayerPrediction]:
     """Return what each layer would predict by its logits [L, V]."""
     shares_LV = logits_LV.softmax(-1)
     top = shares_LV.topk(LENS_TOKENS)
     columns = zip(top.indices.tolist(), top.values.tolist(), shares_LV[:, token].tolist(), strict=True)
-    return [LayerPrediction(ids, shares, chosen) for ids, shares, chosen in columns]
+    return [
+        LayerPrediction([Candidate(name(i), share) for i, share in zip(ids, shares, strict=True)], chosen)
+        for ids, shares, chosen in columns
+    ]
 
 
 @dataclass(frozen=True)
@@ -223,13 +236,16 @@ class TokenScore:
     probability: float
     rank: int
     """How many tokens are likelier, and one."""
-    likeliest: int
-    likeliest_probability: float
+    likeliest: Candidate
 
 
 @torch.inference_mode()
 def score_answer(
-    model: torch.nn.Module, prompt: ModelInputs, prefix: Sequence[int], answer: Sequence[int]
+    model: torch.nn.Module,
+    prompt: ModelInputs,
+    processor: PreTrainedTokenizerBase,
+    prefix: Sequence[int],
+    answer: Sequence[int],
 ) -> list[TokenScore]:
     """Score each token of an answer that is given to the model (teacher forcing)."""
     inner = unwrap(model)
@@ -247,4 +263,5 @@ def score_answer(
     own_A1 = logs_AV.gather(-1, chosen_A1)
     best = logs_AV.max(-1)
     columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
-    return [TokenScore(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    name, rows = token_namer(processor), zip(*(column.tolist() for column in columns), strict=True)
+    return [TokenScore(own, rank, Candidate(name(first), share)) for own, rank, first, share in rows]

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,42 +14,26 @@ from llmtune.data.audio import Samples, SpeechRow
 from llmtune.data.chat_template import render_prompt
 from llmtune.data.completion_encoding import prompt_ids
 from llmtune.errors import DataError, Problem, RecipeError
-from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.evaluate.generation import only_these_settings
 from llmtune.explain.target import Target
 from llmtune.explain.token_text import Line, time_line
 from llmtune.model.memory_plan import context_length
-from llmtune.model.model_inputs import decoder_inputs
 from llmtune.recipe import Recipe, SpeechSection
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.recordings import extract_features, feature_extractor, is_multilingual, read_windows, set_speech
 from llmtune.tasks.speech import count_frames
-from llmtune.tasks.text_to_text import (
-    EncoderDecoder,
-    Pair,
-    decoder_settings,
-    first_token,
-    generate,
-    source_ids,
-    target_ids,
-    write_targets,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from llmtune.tasks.text_to_text import EncoderDecoder, Pair, first_token, source_ids, target_ids
 
 LONGEST_PROMPT = 4096  # tokens: the attention of a longer one does not fit into common memory in full
 LARGEST_FIGURE = 2048  # tokens that --max-tokens allows
-LONGEST_ANSWER = 64  # tokens that an encoder-decoder writes where there is no --target
 MASKED_HEADS = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
 NO_WORDS_FIX = "`llmtune explain attention` and `llmtune explain model` look inside such a model."
 
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """The options of `explain attention` that say what is read; None is not given."""
+    """The options of `explain attention`: what is read, and what of it is drawn; None is not given."""
 
     text: str | None = None
     target: str | None = None
@@ -63,11 +46,19 @@ class AttentionRequest:
     max_tokens: int = 512
     cut: bool = False
     """Whether a text that is too long is cut instead of refused."""
+    kind: str | None = None
+    """Of attention; None: all that the model has."""
+    layer: int | None = None
+    """None: that which shows most."""
+    head: str = "mean"
+    """A number from 0, mean, or rollout."""
+    threshold: float | None = None
+    """Weight from which a graph has an edge."""
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """The options of `explain generation` that say what is continued; None is not given."""
+    """The options of `explain generation`: what is continued, and how; None is left to the recipe, or to defaults."""
 
     prompt: str | None = None
     system: str | None = None
@@ -75,9 +66,15 @@ class PromptRequest:
     audio: Path | None = None
     plain: bool = False
     """Whether the prompt of a plain model goes without its chat template."""
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    sample: bool | None = None
+    seed: int | None = None
 
     def named(self) -> dict[str, str | None]:
-        """Return it by the names of the options."""
+        """Return what is continued by the names of the options."""
         audio = str(self.audio) if self.audio else None
         return {"prompt": self.prompt, "system": self.system, "context": self.context, "audio": audio}
 
@@ -138,16 +135,36 @@ def make_pair(target: Target, given: Mapping[str, str | None], written: str = ""
     return Pair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-def first_window(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, int]:
-    """Return what is heard of a recording at once, and in how many such windows it would be heard whole.
+@dataclass(frozen=True)
+class Recording:
+    """What is heard of a recording at once."""
+
+    samples: Samples
+    seconds: float
+    is_whole: bool
+
+
+def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> Recording:
+    """Read the first window of a recording.
 
     Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
     """
     row: SpeechRow = {"audio": str(Path(str(audio)).absolute()), "content": "", "text": ""}
-    windows = read_windows([row], feature_extractor(target.processor), recipe)
+    extract = feature_extractor(target.processor)
+    windows = read_windows([row], extract, recipe)
     if not windows:
         raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
-    return windows[0][1], len(windows)
+    samples = windows[0][1]
+    return Recording(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
+
+
+def _whisper_inputs(target: Target, recording: Recording, recipe: Recipe) -> ModelInputs:
+    """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
+    set_speech(target.processor, recipe)
+    features = extract_features(feature_extractor(target.processor), [recording.samples])["input_features"]
+    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
+    tensors = {"input_features": features, "attention_mask": all_1T}
+    return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
 
 
 # Attention
@@ -165,12 +182,13 @@ def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
     if target.takes_audio:
         return _read_recording(target, request, recipe)
     text, processor, tensors = str(request.text), target.processor, {}
-    pair, kinds = None, None
+    pair = kinds = first = None
     if target.family == "encoder-decoder":
         pair = make_pair(target, {"prompt": text}, request.target or "", request.language)
         with _language_errors(target):
             whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_overlong": "error"})})
             ids = source_ids(pair, processor, whole)
+        first = first_token(pair, processor)
         if pair.target:
             fit_tokens(target_ids(pair, processor)[0], "--target", target, request)
     elif request.chat:
@@ -183,7 +201,7 @@ def read_text(target: Target, request: AttentionRequest) -> ModelInputs:
     ids = fit_tokens(ids, "--text", target, request)
     if kinds is not None:
         tensors["token_type_ids"] = torch.tensor([kinds[: len(ids)]])
-    return ModelInputs(ids, recipe, tensors, pair)
+    return ModelInputs(ids, recipe, tensors, pair, first=first)
 
 
 def check_text_options(target: Target, request: AttentionRequest) -> None:
@@ -241,26 +259,23 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
 
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
-    samples, windows = first_window(target, request.audio, recipe)
-    extract = feature_extractor(target.processor)
-    seconds = len(samples) / extract.sampling_rate
-    if windows > 1 and not request.cut:
+    recording, extract = read_recording(target, request.audio, recipe), feature_extractor(target.processor)
+    seconds = recording.seconds
+    if not (recording.is_whole or request.cut):
         what = f"it is longer than the {seconds:.1f} s that the model reads at once"
         raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:.1f} s alone.")
-    tensors = extract_features(extract, [samples])
     if not target.is_whisper:
-        frames = count_frames(len(samples), target.config)
+        frames = count_frames(len(recording.samples), target.config)
         if not frames:
             raise DataError.of("it is too short for a single frame", "--audio", "Give a longer recording.")
-        line = time_line(seconds, frames, frames)
-        return ModelInputs([], recipe, {"input_values": tensors["input_values"]}, frames=line)
+        values = extract_features(extract, [recording.samples])["input_values"]
+        return ModelInputs([], recipe, {"input_values": values}, frames=time_line(seconds, frames, frames))
     section = recipe.speech or SpeechSection()
     language = request.language or section.language
     guessed = language is None and is_multilingual(target.processor)
     section = section.model_copy(update={"language": "en" if guessed else language})
-    recipe = recipe.model_copy(update={"speech": section})
     with _language_errors(target):
-        set_speech(target.processor, recipe)
+        inputs = _whisper_inputs(target, recording, recipe.model_copy(update={"speech": section}))
     pair = Pair("", (request.target or "").strip())
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
@@ -268,7 +283,7 @@ def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -
     filled = math.ceil(seconds / extract.chunk_length * frames)  # type: ignore[attr-defined]
     line = time_line(seconds, max(1, min(frames, filled)), frames)
     note = "taken as English; set another language with --language" if guessed else ""
-    return ModelInputs([], recipe, {"input_features": tensors["input_features"]}, pair, line, note=note)
+    return replace(inputs, pair=pair, frames=line, note=note)
 
 
 def transcript_ids(pair: Pair, target: Target) -> list[int]:
@@ -276,42 +291,6 @@ def transcript_ids(pair: Pair, target: Target) -> list[int]:
     processor = target.processor
     text = processor(f" {pair.target}", add_special_tokens=False)["input_ids"] if pair.target else []
     return [*processor.prefix_tokens, *text]
-
-
-def decode_target(
-    model: PreTrainedModel, inputs: ModelInputs, target: Target, request: AttentionRequest
-) -> tuple[list[int], str]:
-    """Return the tokens that the decoder reads, and the text: --target, or the model's own greedy answer."""
-    assert inputs.pair is not None, "an encoder-decoder reads and writes"
-    text = inputs.pair.target
-    if not text:
-        text, request = _greedy_answer(model, inputs, target).strip(), replace(request, cut=True)
-    pair = replace(inputs.pair, target=text)
-    if target.is_whisper:
-        return fit_tokens(transcript_ids(pair, target), "--target", target, request), text
-    labels, _, end = target_ids(pair, target.processor)
-    shifted = decoder_inputs(model, torch.tensor([labels], device=model.device))[0].tolist()
-    return fit_tokens([int(i) for i in shifted[:end]], "--target", target, request), text
-
-
-def _greedy_answer(model: PreTrainedModel, inputs: ModelInputs, target: Target) -> str:
-    greedy = {"max_new_tokens": LONGEST_ANSWER, "do_sample": False, "num_beams": 1}
-    generation = type(inputs.recipe.generation).model_validate(greedy)
-    recipe, device = inputs.recipe.model_copy(update={"generation": generation}), str(model.device)
-    processor, pair = target.processor, inputs.pair
-    assert pair is not None
-    with torch.inference_mode():
-        if not target.is_whisper:
-            return write_targets([pair], LoadedModel(model, processor, recipe, device))[0]
-        prefix = list(processor.prefix_tokens)
-        features = inputs.tensors["input_features"].to(device)
-        tensors = {"input_features": features, "decoder_input_ids": torch.tensor([prefix], device=device)}
-        tensors["attention_mask"] = torch.ones((1, features.shape[-1]), dtype=torch.int64, device=device)
-        with only_these_settings(model) as own:
-            settings = decoder_settings(own, model, processor, recipe)
-            settings.max_new_tokens = min(LONGEST_ANSWER, target.config.max_target_positions - len(prefix))
-            written_1T = generate(model, tensors, settings)
-        return str(processor.decode(written_1T[0, len(prefix) :].tolist(), skip_special_tokens=True))
 
 
 # Generation
@@ -328,7 +307,9 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
     if target.is_whisper:
-        return _read_first_window(target, request, recipe)
+        recording = read_recording(target, request.audio, recipe)
+        note = "" if recording.is_whole else f"Only the first {recording.seconds:.0f} s of the recording are heard."
+        return replace(_whisper_inputs(target, recording, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
     elif task is not None and task.continues_text:
@@ -383,15 +364,3 @@ def _read_masked(text: str, target: Target, recipe: Recipe) -> ModelInputs:
         raise RecipeError.of(what, "--prompt", fix)
     ids = list(processor(text, verbose=False)["input_ids"])
     return ModelInputs(ids, recipe, masks=tuple(at for at, i in enumerate(ids) if i == processor.mask_token_id))
-
-
-def _read_first_window(target: Target, request: PromptRequest, recipe: Recipe) -> ModelInputs:
-    set_speech(target.processor, recipe)
-    samples, windows = first_window(target, request.audio, recipe)
-    extract = feature_extractor(target.processor)
-    features = extract_features(extract, [samples])["input_features"]
-    all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
-    seconds = len(samples) / extract.sampling_rate
-    note = f"Only the first {seconds:.0f} s of the recording are heard." if windows > 1 else ""
-    tensors = {"input_features": features, "attention_mask": all_1T}
-    return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens), note=note)

@@ -73,6 +73,11 @@ def name_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return tokens
 
 
+def token_namer(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Token]:
+    """Return what gives a token by itself, and remembers it."""
+    return cache(lambda token: name_tokens(tokenizer, [token])[0])
+
+
 def _inside_words(texts: Sequence[str]) -> list[bool]:
     """Return of each text whether it begins within a word of all texts joined."""
     within = {at for word in WORD.finditer("".join(texts)) for at in range(word.start() + 1, word.end())}

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-import torch
 from rich.progress import MofNCompleteColumn
 
 from llmtune.data.column_mapping import rename, used_columns, with_aliases
@@ -18,17 +17,12 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import COLUMNS
 from llmtune.data.sources import local_input
 from llmtune.errors import DataError, RecipeError
-from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_reader, generate
-from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.serve.generate import check_request, load_session
-from llmtune.session import open_finished
+from llmtune.serve.finished_run import FinishedRun
+from llmtune.serve.served_model import ServedModel
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llmtune.recipe import Recipe
-    from llmtune.serve.chat_session import ChatSession
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),
@@ -45,14 +39,7 @@ Inputs = dict[str, str | None]
 
 
 def answer_file(
-    run: Path,
-    rows: Path,
-    output: Path | None,
-    console: Console,
-    *,
-    base: bool,
-    max_new_tokens: int | None,
-    offline: bool,
+    run: FinishedRun, rows: Path, output: Path | None, *, base: bool, max_new_tokens: int | None
 ) -> tuple[int, int]:
     """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
 
@@ -67,25 +54,22 @@ def answer_file(
     header = list(dict.fromkeys(name for _, row in raw if not isinstance(row, RowError) for name in row))
     if not header:
         raise DataError.of("no row can be read", str(rows))
-    context, model_ref = open_finished(run, console, offline)
-    stated = context.recipe.data.train[0].columns
+    stated = run.recipe.data.train[0].columns
     known = {ours: theirs for ours, theirs in stated.items() if used_columns({ours: theirs}, header) <= set(header)}
-    columns = with_aliases(known, COLUMNS, header, context.recipe.task)
-    asked = _columns_of(context.task.inputs, [*columns, *header], str(rows))
-    request: Inputs = dict.fromkeys(asked, "text")
-    check_request(context, model_ref, request, base=base, max_new_tokens=max_new_tokens)
-    session = load_session(context, model_ref, console, base=base, max_new_tokens=max_new_tokens)
+    columns = with_aliases(known, COLUMNS, header, run.recipe.task)
+    asked = _columns_of(run.task.inputs, [*columns, *header], str(rows))
+    served = run.load(dict.fromkeys(asked, "text"), base=base, max_new_tokens=max_new_tokens)
     answered = 0
     with ExitStack() as stack:
         file = stack.enter_context(output.open("w", encoding="utf-8")) if output else sys.stdout
-        progress = stack.enter_context(show_progress(console, MofNCompleteColumn()))
+        progress = stack.enter_context(show_progress(run.console, MofNCompleteColumn()))
         bar = progress.add_task("rows", total=len(raw))
         for first in range(0, len(raw), AT_ONCE):
             batch = raw[first : first + AT_ONCE]
             given = [
                 row if isinstance(row, RowError) else _inputs(row, columns, asked, rows.parent) for _, row in batch
             ]
-            answers = _answer(session, [one for one in given if _is_inputs(one)])
+            answers = _answer(served, [one for one in given if _is_inputs(one)])
             for (origin, row), one in zip(batch, given, strict=True):
                 line = {} if isinstance(row, RowError) else dict(row)
                 line |= next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
@@ -127,22 +111,19 @@ def _inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
-def _answer(session: ChatSession, given: Sequence[Inputs]) -> Iterator[dict[str, object]]:
+def _answer(served: ServedModel, given: Sequence[Inputs]) -> Iterator[dict[str, object]]:
     """Yield the answer of each, computed in batches."""
-    task, recipe, device = session.task, session.recipe, str(session.model.device)
+    task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
-    if not task.predicts:
-        prompts = [task.prompt_ids(row, session.processor, recipe) for row in rows]
-        read = answer_reader(session.processor, recipe)
-        for output in generate(session.model, prompts, session.processor, recipe, device=device):
-            parsed = read(output.token_ids, None)
-            yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
+    if task.predicts:
+        for prediction in served.predict(rows):
+            yield {"answer": task.format_prediction(prediction), **_scores(prediction, recipe)}
         return
-    dtype = resolve_dtype(recipe.model.dtype, session.model.device.type)
-    with torch.inference_mode(), compute_context(dtype, device):
-        predictions = task.predict(rows, LoadedModel(session.model, session.processor, recipe, device))
-    for prediction in predictions:
-        yield {"answer": task.format_prediction(prediction), **_scores(prediction, recipe)}
+    prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
+    read = answer_reader(served.processor, recipe)
+    for output in generate(served.model, prompts, served.processor, recipe, device=served.device):
+        parsed = read(output.token_ids, None)
+        yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
 
 
 def _scores(prediction: object, recipe: Recipe) -> dict[str, object]:

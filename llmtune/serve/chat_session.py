@@ -8,19 +8,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.generation import answer_ends, answer_template
-from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.memory_plan import context_length
 from llmtune.records import Row
-from llmtune.serve.answer_stream import AnswerStream, Delta
-from llmtune.serve.generation_stream import stream_generation
-from llmtune.tasks.base import AnyTask
+from llmtune.serve.answer_stream import Delta
+from llmtune.serve.served_model import ServedModel
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmtune.recipe import Recipe
 
 
 class ChatSession:
@@ -31,15 +24,8 @@ class ChatSession:
     conversation goes the same way again.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: PreTrainedTokenizerBase,
-        recipe: Recipe,
-        task: AnyTask,
-        console: Console | None = None,
-    ) -> None:
-        self.model, self.processor, self.recipe, self.task, self.console = model, processor, recipe, task, console
+    def __init__(self, served: ServedModel, console: Console | None = None) -> None:
+        self.served, self.recipe, self.task, self.console = served, served.recipe, served.task, console
         self.history: list[dict[str, str]] = []
         self.forgotten = 0
         """Messages at the start of the history that have no room in the model's context."""
@@ -81,10 +67,10 @@ class ChatSession:
 
     def _fit(self, rows: list[Row]) -> list[int]:
         """Return the ids of the first row that leaves room for an answer; each next row remembers one question less."""
-        room, new = context_length(unwrap(self.model).config), self.recipe.generation.max_new_tokens
+        room, new = self.served.context, self.recipe.generation.max_new_tokens
         ids: list[int] = []
         for row in rows:
-            ids = self.task.prompt_ids(row, self.processor, self.recipe)
+            ids = self.task.prompt_ids(row, self.served.processor, self.recipe)
             if room is None or len(ids) + new <= room:
                 forgotten = len(rows[0].get("messages", ())) - len(row.get("messages", ()))
                 if forgotten > self.forgotten and self.console is not None:
@@ -102,15 +88,13 @@ class ChatSession:
         cancelled = threading.Event()
 
         def work() -> None:
-            model, seed = self.model, self.recipe.seed + turn
             try:
-                stream_generation(model, self.processor, self.recipe, prompt, seed, queue.put, cancelled.is_set)
+                self.served.generate(prompt, self.recipe, self.recipe.seed + turn, queue.put, cancelled.is_set)
                 queue.put(None)
             except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for text
                 queue.put(error)
 
-        stops = set(answer_ends(self.model, self.processor, self.recipe))
-        stream = AnswerStream(self.processor, stops, answer_template(self.processor, self.recipe), prompt=prompt)
+        stream = self.served.stream(prompt, chat=True)
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:

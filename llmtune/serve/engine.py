@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import cache_budget
 from llmtune.evaluate.greedy_decoding import column_bytes_of
-from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.oom import is_out_of_memory, release_memory
 from llmtune.serve.continuous_batch import LiveRows
-from llmtune.serve.generation_stream import stream_generation
 from llmtune.serve.request_queue import End, Event, Job, RequestQueue, Stopping
 from llmtune.serve.sampling import TokenSampler, recipe_for, sample_tokens
 from llmtune.serve.schemas import ApiError
@@ -164,11 +161,9 @@ class Engine:
         """Answer by transformers' loop: beams, and models whose rows cannot be generated side by side by ours."""
         served = job.served
         assert job.sampling is not None, "only a job with a prompt is generated"
-        ids = stream_generation(
-            served.model,
-            served.processor,
-            recipe_for(served.recipe, job.sampling),
+        ids = served.generate(
             job.ids,
+            recipe_for(served.recipe, job.sampling),
             job.sampling.seed,
             job.deliver,
             lambda: job.cancelled.is_set() or self.queue.expired,
@@ -181,13 +176,8 @@ class Engine:
         """Predict from rows at once; where one of them cannot be used, from each by itself."""
         if not jobs:
             return
-        served = batch.served
-        dtype = resolve_dtype(served.recipe.model.dtype, served.model.device.type)
-        rows = [job.row for job in jobs]
-        loaded = LoadedModel(served.model, served.processor, served.recipe, served.device)
         try:
-            with compute_context(dtype, served.device):
-                predictions = served.task.predict(rows, loaded)
+            predictions = batch.served.predict([job.row for job in jobs if job.row is not None])
         except LlmtuneError as error:
             if len(jobs) == 1:
                 self.queue.leave(jobs.pop(), error)

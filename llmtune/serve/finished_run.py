@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
+from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.generation import generate
 from llmtune.evaluate.results import load_evaluation
+from llmtune.model.heads import head_is_new
+from llmtune.model.processor import load_processor
+from llmtune.recipe import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef
+from llmtune.serve.answer_stream import Delta
 from llmtune.serve.chat_session import ChatSession
-from llmtune.serve.generate import answer as answer_request
-from llmtune.serve.generate import check_request, load_session
-from llmtune.session import RunContext, open_finished
+from llmtune.serve.served_model import ServedModel
+from llmtune.session import Models, RunContext, open_finished
 from llmtune.store.run_folder import read_run, recipe_of_run
+from llmtune.tasks.base import AnyTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
+
+Inputs = Mapping[str, str | None]
+"""What a task is given, by the names of `Task.inputs`."""
 
 
 @dataclass
@@ -39,7 +49,8 @@ class FinishedRun:
 
     folder: Path
     offline: bool = False
-    _sessions: dict[bool, ChatSession] = field(default_factory=dict, repr=False)
+    console: Console = field(default_factory=lambda: Console(stderr=True, quiet=True), repr=False)
+    _loaded: dict[bool, ServedModel] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         read_run(self.folder).require_trained()
@@ -100,31 +111,105 @@ class FinishedRun:
             RecipeError: something is not given, or given and not used by this task.
             DataError: what is given cannot be used.
         """
-        request = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
-        request["audio"] = None if audio is None else str(audio)
-        check_request(*self._opened, request, base=base, max_new_tokens=max_new_tokens)
-        session = self._session(base)
-        if max_new_tokens is not None:
-            longer = session.recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
-            recipe = session.recipe.model_copy(update={"generation": longer})
-            session = ChatSession(session.model, session.processor, recipe, session.task)
-        return str(answer_request(session, request)["text"])
+        inputs = {"prompt": prompt, "system": system, "context": context, "pair": pair, "answer": answer}
+        inputs["audio"] = None if audio is None else str(audio)
+        return str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
+
+    def answer(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> dict[str, object]:
+        """Answer once, whatever the task.
+
+        Returns `text`, as a person reads it, and `prediction`, as the task has it; `reasoning` where the model thought
+        first. Raises as `generate` does.
+        """
+        served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
+        task = served.task
+        if task.free_prompt:
+            pieces = list(_ask(served, inputs))
+            text, thoughts = "".join(piece.content for piece in pieces), "".join(piece.reasoning for piece in pieces)
+            return {"text": text, "prediction": text, **({"reasoning": thoughts} if thoughts else {})}
+        row = task.make_row(inputs)
+        prediction: object
+        if task.predicts:
+            (prediction,) = served.predict([row])
+        else:
+            ids = task.prompt_ids(row, served.processor, served.recipe)
+            (output,) = generate(served.model, [ids], served.processor, served.recipe, device=served.device)
+            prediction = served.read(output.token_ids)
+        return {"text": task.format_answer(prediction, row), "prediction": prediction}
+
+    def stream(self, inputs: Inputs, *, base: bool = False, max_new_tokens: int | None = None) -> Iterator[str]:
+        """Yield the text of `answer` in pieces as they come, where the task has free prompts."""
+        if not self.task.free_prompt:
+            yield str(self.answer(inputs, base=base, max_new_tokens=max_new_tokens)["text"])
+            return
+        served = self.load(inputs, base=base, max_new_tokens=max_new_tokens)
+        yield from (piece.content for piece in _ask(served, inputs) if piece.content)
+
+    def chat(self, *, base: bool = False) -> ChatSession:
+        """Begin a conversation; raises RecipeError where the task has none."""
+        if not self.task.free_prompt:
+            fix = "Use: llmtune generate RUN, which asks one thing at a time."
+            raise RecipeError.of(f"a model of task {self.task.name} holds no conversation", str(self.folder), fix)
+        return ChatSession(self._load(base), self.console)
 
     def model(self, *, base: bool = False) -> PreTrainedModel:
         """Return the tuned model with its adapter, or the base, in evaluation mode on the best device."""
-        return self._session(base).model
+        return cast("PreTrainedModel", self._load(base).model)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer (of speech: the processor) with the chat template of the run."""
-        return self._session(base=False).processor
+        return self._load(base=False).processor
+
+    def load(self, inputs: Inputs, *, base: bool, max_new_tokens: int | None) -> ServedModel:
+        """Load a model once it is known that it can be asked `inputs`; raises RecipeError where it cannot."""
+        context, model_ref = self._opened
+        _check_inputs(context.task, inputs)
+        if max_new_tokens is not None and not TASK_FACTS[context.recipe.task].generates:
+            raise RecipeError.of("this run's model generates no text", "--max-new-tokens", "Omit it.")
+        if base and head_is_new(model_ref, context.recipe, context.task):
+            fix = "Omit --base: the head was made and trained by this run."
+            raise RecipeError.of("the base model has no trained head for this task", "--base", fix)
+        served = self._load(base)
+        if max_new_tokens is None:
+            return served
+        generation = served.recipe.generation.model_copy(update={"max_new_tokens": max_new_tokens})
+        return replace(served, recipe=served.recipe.model_copy(update={"generation": generation}))
+
+    @property
+    def task(self) -> AnyTask:
+        """The task, in the variant that the run's model supports."""
+        return self._opened[0].task
 
     @cached_property
     def _opened(self) -> tuple[RunContext, ModelRef]:
-        return open_finished(self.folder, Console(stderr=True, quiet=True), self.offline)
+        return open_finished(self.folder, self.console, self.offline)
 
-    def _session(self, base: bool) -> ChatSession:
-        if base not in self._sessions:
+    def _load(self, base: bool) -> ServedModel:
+        if base not in self._loaded:
             context, model_ref = self._opened
-            self._sessions[base] = load_session(context, model_ref, context.console, base=base, max_new_tokens=None)
-        return self._sessions[base]
+            models = Models(context, model_ref, load_processor(model_ref, context.recipe.model))
+            with models.base() if base else models.tuned() as model:
+                name = "base" if base else "tuned"
+                self._loaded[base] = ServedModel(name, model, models.processor, context.recipe, context.task)
+        return self._loaded[base]
+
+
+def _ask(served: ServedModel, inputs: Inputs) -> Iterator[Delta]:
+    return ChatSession(served).answer(str(inputs["prompt"]), system=inputs.get("system"))
+
+
+def _check_inputs(task: AnyTask, inputs: Inputs) -> None:
+    """Raise RecipeError for the inputs of a task that are missing, and for those that it does not use."""
+    accepted = ", ".join(f"--{name}" for name in task.inputs)
+    problems = [
+        Problem(f"task {task.name} needs it", f"--{name}", f"Give {accepted}.")
+        for name, required in task.inputs.items()
+        if required and not (inputs.get(name) or "").strip()
+    ]
+    problems += [
+        Problem(f"task {task.name} does not use it", f"--{name}", f"Omit it; give {accepted}.")
+        for name, value in inputs.items()
+        if value is not None and name not in task.inputs
+    ]
+    RecipeError.collect(problems)

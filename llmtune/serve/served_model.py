@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from peft import PeftModel
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from llmtune.data.chat_template import Tools
-from llmtune.evaluate.generation import answer_ends, answer_reader, answer_template, end_output
+from llmtune.evaluate.evaluated_task import LoadedModel
+from llmtune.evaluate.generation import (
+    answer_ends,
+    answer_reader,
+    answer_template,
+    end_output,
+    generation_settings,
+    only_these_settings,
+)
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.memory_plan import context_length
+from llmtune.records import Row
 from llmtune.serve.answer_stream import AnswerStream
 from llmtune.tasks.base import AnyTask
 
@@ -68,6 +81,12 @@ class ServedModel:
                 self.model.set_adapter(self.adapter, inference_mode=True)
             yield
 
+    def predict(self, rows: Sequence[Row]) -> Sequence[object]:
+        """Return what the task predicts of rows, as in the evaluation."""
+        dtype = resolve_dtype(self.recipe.model.dtype, self.model.device.type)
+        with torch.inference_mode(), compute_context(dtype, self.device):
+            return self.task.predict(rows, LoadedModel(self.model, self.processor, self.recipe, self.device))
+
     def read(self, ids: Sequence[int]) -> str:
         """Turn the ids of an answer into its text."""
         return answer_reader(self.processor, self.recipe)(end_output(ids, self.stops).token_ids, None).text
@@ -77,3 +96,62 @@ class ServedModel:
     ) -> AnswerStream:
         """Return what takes the ids of an answer as they come; `chat` says that the template's parts are told apart."""
         return AnswerStream(self.processor, self.stops, self.template if chat else None, tools, stops, prompt)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        recipe: Recipe,
+        seed: int,
+        deliver: Callable[[list[int]], None],
+        is_cancelled: Callable[[], bool],
+    ) -> list[int]:
+        """Generate one answer by transformers' own loop, as the recipe's `generation` says, and return its ids.
+
+        `deliver` gets the tokens as they come, those of beams at the end.
+        """
+        settings = generation_settings(self.model, self.processor, recipe)
+        beams = settings.num_beams > 1
+        ids_BT = torch.tensor([list(prompt)], device=self.model.device)
+        with torch.random.fork_rng(), only_these_settings(self.model):
+            torch.manual_seed(seed)
+            out_BT = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                generation_config=settings,
+                streamer=None if beams else _TokenStreamer(deliver),
+                stopping_criteria=StoppingCriteriaList([_Cancelled(is_cancelled)]),
+            )
+        ids = cast(list[int], out_BT[0, len(prompt) :].tolist())
+        if beams:
+            stops = settings.eos_token_id or ()
+            end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
+            ids = ids[: end + 1]  # behind it is padding
+            deliver(ids)
+        return ids
+
+
+class _TokenStreamer(BaseStreamer):  # type: ignore[misc]
+    """Delivers new tokens; what comes first is the prompt."""
+
+    def __init__(self, deliver: Callable[[list[int]], None]) -> None:
+        self.deliver = deliver
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then a token at a time."""
+        if self.prompt_seen:
+            self.deliver(value.reshape(-1).tolist())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """There is no more: `generate` returns."""
+
+
+class _Cancelled(StoppingCriteria):  # type: ignore[misc]
+    """Ends generation when nobody wants more."""
+
+    def __init__(self, is_cancelled: Callable[[], bool]) -> None:
+        self.is_cancelled = is_cancelled
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.is_cancelled(), device=input_ids.device)

@@ -13,12 +13,47 @@ from rich.console import Console
 from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
-from llmtune.serve.vllm_parsers import parser_options
 from llmtune.session import trained_name
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
 """What vLLM accepts for --max-lora-rank; a higher one is left for it to refuse."""
+Parsers = Sequence[tuple[tuple[str, ...], str]]
+"""Marks that a template has all of, and the parser; the first that fits counts. Names are those of
+https://docs.vllm.ai/en/latest/features/tool_calling.html and `reasoning_outputs.html`."""
+TOOL_PARSERS: Parsers = (
+    (("<|channel|>", "<|start|>"), "openai"),
+    (("<arg_key>",), "glm45"),
+    (("<minimax:tool_call>",), "minimax_m2"),
+    (("<tool_call>", "<function="), "qwen3_xml"),
+    (("<tool_call>",), "hermes"),
+    (("<tool_calls>",), "hunyuan_a13b"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
+    (("<|START_ACTION|>", "<|START_THINKING|>"), "cohere_command3"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("<|tool_call|>", "<|start_of_role|>"), "granite"),
+    (("<|tool_call|>",), "phi4_mini_json"),
+    (("<function_calls>",), "olmo3"),
+    (("<start_function_call>",), "functiongemma"),
+    (("<|header_start|>", '"parameters"'), "llama4_json"),
+    (("<|header_start|>", "tools"), "llama4_pythonic"),
+    (("<|start_header_id|>", "tools"), "llama3_json"),
+)
+REASONING_PARSERS: Parsers = (
+    (("<|channel|>", "<|start|>"), "openai_gptoss"),
+    (("<arg_key>", "<think>"), "glm45"),
+    (("<minimax:tool_call>", "<think>"), "minimax_m2_append_think"),
+    (("<|START_THINKING|>",), "cohere_command3"),
+    (("[THINK]",), "mistral"),
+    (("<answer>", "<think>"), "hunyuan_a13b"),
+    (("Here is my thought process",), "granite"),
+    (("<｜Assistant｜>", "thinking"), "deepseek_v3"),
+    (("<｜Assistant｜>", "<think>"), "deepseek_r1"),
+    (("enable_thinking", "<think>"), "qwen3"),
+    ((r"<|im_start|>assistant\n<think>",), "deepseek_r1"),
+)
 
 
 def serve_by_vllm(runs: Mapping[str, Path], options: ServeOptions, console: Console) -> None:
@@ -77,3 +112,13 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
     if recipe.model.trust_remote_code:
         command.append("--trust-remote-code")
     return [*command, *adapters]
+
+
+def parser_options(template: str) -> list[str]:
+    """Return the options of `vllm serve` for a chat template; none for what no parser is known for."""
+    tools, reasoning = (
+        next((name for marks, name in parsers if all(mark in template for mark in marks)), None)
+        for parsers in (TOOL_PARSERS, REASONING_PARSERS)
+    )
+    options = ["--enable-auto-tool-choice", "--tool-call-parser", tools] if tools else []
+    return [*options, "--reasoning-parser", reasoning] if reasoning else options

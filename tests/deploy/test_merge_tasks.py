@@ -20,7 +20,7 @@ from llmtune.deploy.parity import compare_outputs
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
-from llmtune.serve.generate import answer_once
+from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Options, open_finished
 
 ROWS = {task: rows for task, (_, rows) in served_tasks.TASKS.items()} | {"classify": colour_rows(40)}
@@ -101,11 +101,11 @@ def test_every_task_merges_into_a_folder_of_its_plain_class(case, tmp_path, trai
         assert set(model.config.id2label.values()) == {"red", "green", "blue"}
         said = pipeline("text-classification", model=str(run / "merged"))("the green fox number 3")
         asked = {"prompt": "the green fox number 3"}
-        assert said[0]["label"] == answer_once(run, asked, console, offline=True)["prediction"]["label"]
+        assert said[0]["label"] == FinishedRun(run).answer(asked)["prediction"]["label"]
     if case == "translate":
         tokenizer = AutoTokenizer.from_pretrained(run / "merged")
         ids = model.generate(**tokenizer("The sky is blue.", return_tensors="pt"), max_new_tokens=8)
-        asked = answer_once(run, {"prompt": "The sky is blue."}, console, offline=True)
+        asked = FinishedRun(run).answer({"prompt": "The sky is blue."})
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == asked["text"]
     if case == "whisper":
         assert (model.generation_config.language, model.generation_config.task) == ("fr", "transcribe")

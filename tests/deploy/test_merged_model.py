@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -148,13 +146,6 @@ def test_number_format_is_the_one_that_was_asked_for(tune, tmp_path, console, dt
     assert str(model.dtype) == f"torch.{dtype}" == f"torch.{certificate['dtype']}"
 
 
-def test_large_models_are_cut_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
-    monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
-    certificate = merge_model(tune(), tmp_path / "merged", console)
-    assert len(certificate["files"]) > 1
-    assert (tmp_path / "merged/model.safetensors.index.json").is_file()
-
-
 def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text(
@@ -179,34 +170,6 @@ def test_all_mistakes_of_a_call_are_told_at_once(tune, tmp_path, console):
     with pytest.raises(RecipeError, match="a file stands where a folder is needed"):
         merge_model(tune(), tmp_path / "mine/thesis.txt/merged", console)
     assert (tmp_path / "mine/thesis.txt").exists()
-
-
-def test_completion_merges_as_well(tune, tiny_gpt2, tmp_path, console):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "The quick brown fox."}\n')
-    certificate = merge_model(
-        tune(tiny_gpt2, task="completion", data={"train": str(rows)}), tmp_path / "merged", console
-    )
-    assert certificate["passed"]
-    assert certificate["measured"]["effect_kl"] > 0.001
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """What writes beyond `size` bytes fails, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_disk_without_room_for_the_weights_is_explained_and_nothing_is_left(tune, tmp_path, console):
-    with files_of_at_most(50_000), pytest.raises(EnvironmentProblem, match=r"cannot be written .* are free") as raised:
-        merge_model(tune(), tmp_path / "out" / "merged", console)
-    assert "--out" in str(raised.value)
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_template_that_a_server_would_render_otherwise_fails(tune, tmp_path, console, monkeypatch):

@@ -90,16 +90,6 @@ def test_the_command_writes_page_pictures_and_numbers(chat_run: Path, tmp_path: 
     assert page.count("--heat:") >= 21
 
 
-def test_without_out_the_pages_lie_in_the_run_and_its_report_links_to_them(chat_run: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(chat_run, run)
-    expect(invoke(run), 0, "linked from:")
-    expect(explain("model", run, "--no-measure"), 0, "linked from:")
-    report = (run / "report.html").read_text()
-    assert 'href="explain/adapter.html"' in report
-    assert 'href="explain/model.html"' in report
-
-
 def test_a_full_training_is_held_against_the_base(full_run: Path, tmp_path: Path):
     found = look(full_run)
     tuned = load_file(full_run / "weights" / "model.safetensors")
@@ -178,17 +168,6 @@ def test_a_run_whose_model_is_gone_is_an_error_of_the_machine(chat_run: Path, tm
     (run / "llmtune.lock").write_text(lock.replace(str(chat_run.parent.parent / "llama"), str(tmp_path / "gone")))
     for command in ("adapter", "model"):
         expect(explain(command, run), 4, "gone")
-
-
-def test_a_damaged_adapter_is_named(chat_run: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    shutil.copytree(chat_run, run)
-    weights = run / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    for command in ("adapter", "model"):
-        expect(explain(command, run), 4, "adapter_model.safetensors", "is cut")
-    shutil.rmtree(run / "adapter")
-    expect(invoke(run), 4, "there is no adapter here")
 
 
 def test_tuned_weights_that_are_gone_are_named(full_run: Path, tmp_path: Path):

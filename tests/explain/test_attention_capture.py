@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
@@ -89,18 +89,6 @@ def test_weights_are_those_that_the_model_gives_out_itself(load, name):
         assert len(own) == len(wanted)
         for weights_HQT, whole_1HQT in zip(own, wanted, strict=True):
             assert torch.equal(weights_HQT, whole_1HQT[0])
-
-
-def test_a_window_hides_what_is_too_far_back():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MistralConfig(**shape, num_key_value_heads=1, vocab_size=100, sliding_window=3)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for one in see(model, "mistral"):
-        assert one.kind == MASKED
-        assert not one.weights.tril(-3).any()
-        assert one.weights.tril(-2).any()
-        assert (one.weights.sum(-1) - 1).abs().max() < 1e-5
 
 
 def test_an_encoder_whose_layers_see_a_neighbourhood_is_no_masked_one(load):

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from llmtune.errors import RecipeError
 from llmtune.explain import attention_maps
 from llmtune.explain.attention_explainer import explain_attention
-from llmtune.explain.attention_maps import AttentionOptions
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
 from llmtune.recipe import load_recipe
@@ -217,10 +216,10 @@ def test_an_unknown_layer_head_or_kind_is_refused_with_what_there_is(built):
 
 def test_where_there_is_no_room_for_all_the_heads_are_those_of_the_layer_asked_for(built, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_maps, "MOST_NUMBERS", 1000)
-    target, request = open_quietly(built("bert")), AttentionRequest(text=TEXT)
+    target = open_quietly(built("bert"))
     with pytest.raises(RecipeError, match="too many to keep"):
-        explain_attention(target, request, AttentionOptions(head="1"), tmp_path, quiet())
-    explain_attention(target, request, AttentionOptions(layer=1, head="2"), tmp_path, quiet())
+        explain_attention(target, AttentionRequest(text=TEXT, head="1"), tmp_path, quiet())
+    explain_attention(target, AttentionRequest(text=TEXT, layer=1, head="2"), tmp_path, quiet())
     kind = page_data(tmp_path / "attention.html")["kinds"][0]
     assert {"model/1/mean", "model/1/rollout", "model/1/2"} <= set(kind["values"])
     assert "model/0/2" not in kind["values"]

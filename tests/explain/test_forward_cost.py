@@ -138,10 +138,3 @@ def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Pa
     result = invoke(folder, "--out", tmp_path / "out")
     assert result.exit_code == 4, result.exception
     assert "cannot be built from its configuration" in " ".join(result.stderr.split())
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(tiny_gpt2: Path, tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    result = invoke(tiny_gpt2, "--out", tmp_path / "file", "--no-measure")
-    assert result.exit_code == 4, result.exception
-    assert "--out" in result.stderr

@@ -64,10 +64,9 @@ def test_base_and_tuned_answers_part_and_what_moved_is_told(told):
     at = told["parting"]
     assert [s["token"]["id"] for s in base[:at]] == [s["token"]["id"] for s in tuned[:at]]
     assert base[at]["token"]["id"] != tuned[at]["token"]["id"]
-    assert told["comparison"][0]["tuned"] > 2 * told["comparison"][0]["base"]
-    assert [row["id"] for row in told["comparison"]] == [step["token"]["id"] for step in tuned]
-    for row, step in zip(told["comparison"], tuned, strict=True):
-        assert row["tuned"] == pytest.approx(step["probability"], rel=1e-3)
+    assert told["scores"]["tuned"][0]["probability"] > 2 * told["scores"]["base"][0]["probability"]
+    for score, step in zip(told["scores"]["tuned"], tuned, strict=True):
+        assert score["probability"] == pytest.approx(step["probability"], rel=1e-3)
 
 
 def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_training(told, trained):
@@ -77,9 +76,11 @@ def test_the_base_is_the_model_without_its_adapter_and_the_prompt_that_of_traini
     ids = render_prompt([{"role": "user", "content": QUESTION}], tokenizer, loaded)
     assert [token["id"] for token in told["tokens"]] == ids
     answer = [step["token"]["id"] for step in told["traces"]["tuned"]["steps"]]
-    wanted = score_answer(model, ModelInputs(ids, loaded), ids, answer)
-    assert [row["base"] for row in told["comparison"]] == pytest.approx([w.probability for w in wanted], rel=1e-3)
-    assert [row["base_rank"] for row in told["comparison"]] == [w.rank for w in wanted]
+    wanted = score_answer(model, ModelInputs(ids, loaded), tokenizer, ids, answer)
+    assert [row["probability"] for row in told["scores"]["base"]] == pytest.approx(
+        [w.probability for w in wanted], rel=1e-3
+    )
+    assert [row["rank"] for row in told["scores"]["base"]] == [w.rank for w in wanted]
     with torch.inference_mode():
         first = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
     assert told["traces"]["base"]["steps"][0]["probability"] == pytest.approx(float(first.max()), rel=1e-3)
@@ -95,10 +96,9 @@ def test_a_run_that_trained_all_weights_has_a_base_of_its_own(tmp_path):
         evaluate={"metrics": ["loss"]},
     )
     told = values_of(invoke(run, "--prompt", QUESTION, "--json", "--max-new-tokens", 3))
-    first = told["comparison"][0]
-    assert first["tuned"] > first["base"]
-    if told["parting"] == 0:
-        assert first["base_says"]["id"] == told["traces"]["base"]["steps"][0]["token"]["id"]
+    base, tuned = (told["scores"][name][0] for name in ("base", "tuned"))
+    assert tuned["probability"] > base["probability"]
+    assert base["likeliest"]["token"] == told["traces"]["base"]["steps"][0]["token"]
 
 
 def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
@@ -155,7 +155,7 @@ def test_what_whisper_writes_down_is_traced(tmp_path):
     told = values_of(invoke(model, "--audio", sound, "--max-new-tokens", 3, "--json", "--out", tmp_path))
     assert [token["special"] for token in told["tokens"]] == [True] * len(told["tokens"])
     assert told["note"] == "Only the first 2 s of the recording are heard."
-    assert told["traces"]["model"]["lens"]
+    assert all(step["layers"] for step in told["traces"]["model"]["steps"])
     expect(invoke(model, "--prompt", "x", "--out", tmp_path), 2, "--prompt", "--audio")
 
 

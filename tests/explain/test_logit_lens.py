@@ -51,52 +51,29 @@ def albert() -> Any:
     return AlbertForMaskedLM(AlbertConfig(vocab_size=64, num_hidden_layers=4, **shape))
 
 
-ENDINGS = {
-    "llama": (AutoModelForCausalLM, lambda model, hidden: model.lm_head(model.model.norm(hidden))),
-    "gpt2": (AutoModelForCausalLM, lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden))),
-    "t5": (
-        AutoModelForSeq2SeqLM,
-        lambda model, hidden: model.lm_head(model.decoder.final_layer_norm(hidden) * model.config.d_model**-0.5),
-    ),
-    "bert": (AutoModelForMaskedLM, lambda model, hidden: model.cls(hidden)),
-    "modernbert": (AutoModelForMaskedLM, None),
+BEHIND = {
+    "llama": lambda model, hidden: model.lm_head(model.model.norm(hidden)),
+    "gpt2": lambda model, hidden: model.lm_head(model.transformer.ln_f(hidden)),
+    "t5": lambda model, hidden: model.lm_head(model.decoder.final_layer_norm(hidden) * model.config.d_model**-0.5),
+    "bert": lambda model, hidden: model.cls(hidden),
 }
-"""By family the class, and what stands behind its layers."""
+"""By family what stands behind its layers: norm, scale and head."""
+AUTO = {"bert": AutoModelForMaskedLM, "modernbert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+AUTO |= {"bart": AutoModelForSeq2SeqLM, "whisper": AutoModelForSpeechSeq2Seq}
+MADE = {"gemma2": gemma2, "albert": albert}
+"""With a soft cap; with one layer that is used again and again."""
 
 
-@pytest.mark.parametrize("family", list(ENDINGS))
-def test_each_layer_is_read_through_the_models_own_norm_scale_and_head(built, family):
-    auto, ending = ENDINGS[family]
-    model = auto.from_pretrained(built(family))
-    _, lens, output = look(model, input_ids=IDS, **({"decoder_input_ids": IDS} if family == "t5" else {}))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert", "modernbert", "bart", "whisper", *MADE])
+def test_each_layer_is_read_through_the_models_own_ending(built, family):
+    model = MADE[family]() if family in MADE else AUTO.get(family, AutoModelForCausalLM).from_pretrained(built(family))
+    inputs = {"input_features": torch.randn(1, 80, 200)} if family == "whisper" else {"input_ids": IDS}
+    _, lens, output = look(model, **inputs, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
-    states = output.decoder_hidden_states if family == "t5" else output.hidden_states
+    states = output.decoder_hidden_states if model.config.is_encoder_decoder else output.hidden_states
     assert lens.shape[:2] == (2, len(states))
-    for layer, hidden in enumerate(states[:-1] if ending else ()):  # decoders give the last one behind the norm
-        torch.testing.assert_close(lens[:, layer], ending(model, hidden)[0, PLACES], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("make", [gemma2, albert])
-def test_soft_caps_and_shared_layers_are_read_as_the_model_does(make):
-    model = make()
-    _, lens, output = look(model, input_ids=IDS)
-    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-5)
-    assert lens.shape[1] == model.config.num_hidden_layers + 1
-    if make is gemma2:
-        assert float(lens.abs().max()) < 2.0
-
-
-@pytest.mark.parametrize(("family", "auto"), [("bart", AutoModelForSeq2SeqLM), ("whisper", AutoModelForSpeechSeq2Seq)])
-def test_the_decoder_of_an_encoder_decoder_is_what_is_read(built, family, auto):
-    model = auto.from_pretrained(built(family))
-    inputs = {"decoder_input_ids": IDS}
-    if family == "whisper":
-        inputs["input_features"] = torch.randn(1, 80, 200)
-    else:
-        inputs["input_ids"] = IDS
-    _, lens, output = look(model, **inputs)
-    torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
-    assert lens.shape[1] == model.config.decoder_layers + 1
+    for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is given behind the norm
+        torch.testing.assert_close(lens[:, layer], BEHIND[family](model, hidden)[0, PLACES], rtol=1e-4, atol=1e-4)
 
 
 def test_the_layers_of_a_mixture_are_not_taken_for_its_experts(tiny_llama):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.models import train_tokenizer
 from support.templates import HERMES, recipe_for, tokenizer_with
 
 from llmtune.data.answer_parser import parse_answer
 from llmtune.data.chat_template import read_template
-from llmtune.serve.answer_stream import AnswerStream, Delta
+from llmtune.serve.answer_stream import AnswerStream, Delta, Detokenizer
 
 TOKENIZER = tokenizer_with(HERMES)
 TEMPLATE = read_template(TOKENIZER, recipe_for())
@@ -65,14 +68,36 @@ def test_a_call_that_cannot_be_read_becomes_text():
     assert stream.content.endswith("and more")
 
 
-def test_a_stop_text_ends_the_answer():
-    stream, _ = stream_of("one two three", stops=["two"])
-    assert stream.content == "one"
-    assert stream.detokenizer.stopped
+# The text of it
+
+LETTER_TOKENIZER = train_tokenizer()
+LETTERS = "añ日🐈 .xyz"
 
 
-def test_without_a_template_all_is_text():
-    stream = AnswerStream(TOKENIZER, TEMPLATE.end_ids)
-    ids = TOKENIZER(" <think>blue</think> ")["input_ids"]
-    pieces = [stream.add([token]).content for token in ids] + [stream.close().content]
-    assert "".join(pieces) == " <think>blue</think> "
+def decode(ids):
+    return LETTER_TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+@given(
+    st.text(LETTERS, max_size=30),
+    st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(1, 4), min_size=1),
+)
+def test_pieces_join_to_the_text_before_the_first_stop_whatever_they_come_in(text, stops, sizes):
+    ids = LETTER_TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    detokenizer, pieces, at = Detokenizer(decode, stops), [], 0
+    for size in sizes * (len(ids) + 1):
+        pieces.append(detokenizer.add(ids[at : at + size]))
+        at += size
+    pieces.append(detokenizer.close())
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    expected = text[: min(ends)[1]] if ends else text
+    assert "".join(pieces) == detokenizer.text == expected
+    assert detokenizer.stopped == bool(ends)
+
+
+def test_half_a_character_is_never_returned():
+    ids = LETTER_TOKENIZER("🐈", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    detokenizer = Detokenizer(decode)
+    assert [detokenizer.add([token]) for token in ids] == [""] * (len(ids) - 1) + ["🐈"]

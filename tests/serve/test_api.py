@@ -36,7 +36,7 @@ def talk(served):
 
 
 def said_by_session(served):
-    session = ChatSession(served.model, served.processor, served.recipe, served.task)
+    session = ChatSession(served)
     return "".join(piece.content for piece in session.answer(QUESTION[0]["content"]))
 
 

@@ -7,12 +7,14 @@ import pytest
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.generation import answer_reader, generate
 from llmtune.serve.chat_session import ChatSession
+from llmtune.serve.served_model import ServedModel
 from llmtune.tasks.registry import get_task
 
 
 def session_of(tuned, console=None):
     adapted, recipe = tuned
-    return ChatSession(adapted.model, adapted.selected.processor, recipe, get_task(recipe.task), console)
+    served = ServedModel("tuned", adapted.model, adapted.selected.processor, recipe, get_task(recipe.task))
+    return ChatSession(served, console)
 
 
 def say(session, prompt, keep=False):
@@ -23,9 +25,9 @@ def say(session, prompt, keep=False):
 def test_pieces_join_to_what_evaluation_generates(tune, generation):
     session = session_of(tune(generation=generation))
     row = {"messages": [{"role": "user", "content": "Which colour has the cat?"}]}
-    ids = session.task.prompt_ids(row, session.processor, session.recipe)
-    [output] = generate(session.model, [ids], session.processor, session.recipe, device="cpu")
-    wanted = answer_reader(session.processor, session.recipe)(output.token_ids, None).text
+    ids = session.task.prompt_ids(row, session.served.processor, session.recipe)
+    [output] = generate(session.served.model, [ids], session.served.processor, session.recipe, device="cpu")
+    wanted = answer_reader(session.served.processor, session.recipe)(output.token_ids, None).text
     pieces = [piece.content for piece in session.answer("Which colour has the cat?")]
     assert "".join(pieces) == wanted != ""
     assert len(pieces) > 1 or generation.get("num_beams")
@@ -58,7 +60,7 @@ def test_history_is_part_of_the_next_prompt_only_where_it_is_kept(tune):
 
 def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
     session = session_of(tune(generation={"max_new_tokens": 4}), console)
-    session.model.config.max_position_embeddings = 64
+    session.served.context = 64
     for number in range(6):
         say(session, f"Question number {number}?", keep=True)
     assert len(session.history) == 12
@@ -69,14 +71,14 @@ def test_oldest_turns_are_left_out_when_the_context_is_full(tune, console):
 
 def test_a_prompt_without_room_in_the_context_is_refused_with_numbers(tune):
     session = session_of(tune())
-    session.model.config.max_position_embeddings = 32
+    session.served.context = 32
     with pytest.raises(RecipeError, match="context holds 32"):
         list(session.answer("word " * 100))
 
 
 def test_a_failure_while_generating_reaches_the_reader(tune, monkeypatch):
     session = session_of(tune())
-    monkeypatch.setattr(session.model, "generate", lambda **kwargs: 1 / 0)
+    monkeypatch.setattr(session.served.model, "generate", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(session.answer("Hello"))
 
@@ -93,7 +95,7 @@ def test_closing_the_answer_ends_its_thread_and_keeps_nothing(tune):
 
 def test_a_message_that_the_template_refuses_is_a_data_error(tune):
     session = session_of(tune())
-    session.processor.chat_template = "{{ raise_exception('no roles at all') }}"
+    session.served.processor.chat_template = "{{ raise_exception('no roles at all') }}"
     with pytest.raises(DataError, match="no roles at all"):
         list(session.answer("Hello"))
 

@@ -63,7 +63,7 @@ def start():
 def as_generate(tuned, question):
     """The answer of `llmtune generate`."""
     served = served_of(tuned)
-    session = ChatSession(served.model, served.processor, served.recipe, served.task)
+    session = ChatSession(served)
     return "".join(piece.content for piece in session.answer(question))
 
 
@@ -112,18 +112,6 @@ def test_models_that_share_a_base_take_turns_and_stay_apart(tune, start):
     assert [texts[at::3] for at in range(3)] == alone
     assert alone[0] != alone[1] != alone[2] != alone[0]
     assert alone[0] == expected
-
-
-def test_an_answer_ends_at_its_end_token_or_at_its_length(tune, start):
-    served = served_of(tune(generation={"max_new_tokens": 20}))
-    engine = start(served)
-    client = Client(engine, served, QUESTIONS[0])
-    assert client.end() == End("length")
-    assert len(client.ids) == 20
-    served.stops = {client.ids[6]}
-    again = Client(engine, served, QUESTIONS[0])
-    assert again.end() == End("stop")
-    assert again.ids == client.ids[: client.ids.index(client.ids[6]) + 1]
 
 
 def test_who_gives_up_leaves_batch_and_queue_and_the_others_get_their_answers(tune, start):

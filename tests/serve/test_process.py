@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import signal
 import socket
@@ -16,10 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
-from rich.console import Console
 from support.serving import Process, wait_until
 
-from llmtune.serve.generate import answer_once
+from llmtune.serve.finished_run import FinishedRun
 
 KEY = "correct-horse-battery"
 QUESTION = [{"role": "user", "content": "What comes after 3 and before 5?"}]
@@ -66,8 +64,7 @@ def test_adapters_of_two_runs_and_their_base_are_served_by_name(server: Process,
         "other": ("other", False),
         "tiny-llama": ("plain", True),
     }.items():
-        console = Console(file=io.StringIO())
-        assert answer_once(runs[run], given, console, base=base, max_new_tokens=8)["text"] == said[name]
+        assert FinishedRun(runs[run]).answer(given, base=base, max_new_tokens=8)["text"] == said[name]
     assert said["plain"] != said["other"]
 
 

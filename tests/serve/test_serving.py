@@ -19,7 +19,7 @@ from support.serving import serving
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.serve.generate import answer_once
+from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_key
 
 KEY = "correct-horse-battery"
@@ -41,7 +41,7 @@ def test_merged_weights_say_what_the_adapter_says(runs: dict[str, Path]) -> None
     assert list(models) == ["one"]
     assert not any("lora" in name for name, _ in models["one"].model.named_parameters())
     question = {"role": "user", "content": "What comes after 3?"}
-    wanted = answer_once(runs["plain"], {"prompt": question["content"]}, quiet())["text"]
+    wanted = FinishedRun(runs["plain"]).answer({"prompt": question["content"]})["text"]
     with serving(*models.values()) as url:
         answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": [question]}).json()
     assert answer["choices"][0]["message"]["content"] == wanted

@@ -18,7 +18,7 @@ from support.rows import write_jsonl
 from support.served_tasks import COLOURS, finish, finish_with, quiet
 from support.serving import serving
 
-from llmtune.serve.generate import answer_once
+from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs
 
 CASES: dict[str, tuple[str, list[dict[str, str]]]] = {
@@ -70,7 +70,7 @@ def test_an_endpoint_answers_what_generate_answers(case: str, finished: Callable
     names = {"context": "context", "answer": "answer", "prompt": "text", **FIELDS.get(case, {})}
     with serving(*served_models(run)) as url:
         for given in inputs:
-            expected = answer_once(run, given, quiet())
+            expected = FinishedRun(run).answer(given)
             body = {names[key]: value for key, value in given.items()}
             response = httpx.post(f"{url}{path}", json=body)
             assert response.status_code == 200, response.text
@@ -116,7 +116,7 @@ def test_rows_asked_at_once_are_predicted_together_and_stay_apart(
 def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> None:
     run = finish("speech", tmp_path)
     recording = write_tone(tmp_path / "heard.wav", 0.7)
-    expected = answer_once(run, {"audio": str(recording)}, quiet())["text"]
+    expected = FinishedRun(run).answer({"audio": str(recording)})["text"]
     with serving(*served_models(run)) as url:
         address = f"{url}/v1/transcribe"
         encoded = base64.b64encode(recording.read_bytes()).decode()
@@ -136,23 +136,13 @@ def test_a_recording_is_transcribed_as_base64_or_as_a_file(tmp_path: Path) -> No
             assert "/tmp" not in bad.text
 
 
-@pytest.mark.parametrize("case", ["completion", "dpo"])
-def test_models_that_continue_a_text_have_openais_endpoints_alone(
-    case: str, tmp_path: Path, tiny_gpt2: Path, tiny_llama: Path
-) -> None:
-    if case == "completion":
-        rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"number {i} is red"} for i in range(30)])
-        run = finish_with(tmp_path, tiny_gpt2, rows, task="completion")
-    else:
-        rows = write_jsonl(tmp_path / "rows.jsonl", PREFERENCES)
-        run = finish_with(tmp_path, tiny_llama, rows, task="preference", preference={"loss": "dpo"})
-    expected = answer_once(run, {"prompt": "Number 4?"}, quiet())["text"]
+def test_a_model_that_continues_a_text_has_openais_endpoint_for_that_alone(tmp_path: Path, tiny_gpt2: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"number {i} is red"} for i in range(30)])
+    run = finish_with(tmp_path, tiny_gpt2, rows, task="completion")
+    expected = FinishedRun(run).answer({"prompt": "Number 4?"})["text"]
     with serving(*served_models(run)) as url:
         chat = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "Number 4?"}]})
-        if case == "completion":
-            assert chat.status_code == 404
-            answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Number 4?"}).json()
-            assert answer["choices"][0]["text"] == expected
-            assert 'data-kind="completion"' in httpx.get(url).text
-        else:
-            assert chat.json()["choices"][0]["message"]["content"] == expected
+        assert chat.status_code == 404
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "Number 4?"}).json()
+        assert answer["choices"][0]["text"] == expected
+        assert 'data-kind="completion"' in httpx.get(url).text

@@ -23,7 +23,7 @@ from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS
-from llmtune.serve.generate import answer_once
+from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Models, Options, open_finished
 
 pytestmark = [
@@ -181,7 +181,7 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
     run, _ = runs("reward")
     row = test_rows(run)[0]
     given = {"prompt": row["messages"][0]["content"], "answer": row["chosen"]}
-    said = answer_once(run, given, quiet(), offline=True)["prediction"]
+    said = FinishedRun(run).answer(given)["prediction"]
     (pair,) = score(run, [row])
     assert said == {"answer": pytest.approx(pair["chosen"], abs=1e-6)}
 

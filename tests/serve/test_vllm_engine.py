@@ -4,7 +4,7 @@ import pytest
 from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES
 
-from llmtune.serve.vllm_parsers import parser_options
+from llmtune.serve.vllm_engine import parser_options
 
 CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
 
