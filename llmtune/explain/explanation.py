@@ -58,3 +58,22 @@ def figure_block(svg: Path, description: str) -> Html:
 def in_percent(value: float | None) -> str:
     """Write a share in percent, in three digits."""
     return "–" if value is None else f"{100 * value:.3g} %"
+
+
+def probability(value: float, *, exact: bool = False) -> str:
+    """Write a probability in five letters; a small one as such, or with its power of ten."""
+    if value >= 0.995:
+        return "1.00" if value >= 0.9995 else f"{value:.3f}"
+    if value >= 0.005:
+        return f"{value:.2f}"
+    if exact:
+        return f"{value:.0e}" if value else "0"
+    return f"{value:.3f}" if value >= 0.0005 else "<.001"
+
+
+def times(base: float, tuned: float) -> str:
+    """Write by which factor a probability grew or shrank."""
+    if not base:
+        return "∞" if tuned else "1"
+    factor = tuned / base
+    return f"× {factor:,.0f}" if factor >= 9.5 else f"× {factor:.1f}" if factor >= 0.1 else f"× {factor:.0e}"

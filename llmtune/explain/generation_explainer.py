@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,13 +16,24 @@ import torch
 from rich.console import Console
 
 from llmtune.errors import RecipeError
-from llmtune.explain.explanation import Explanation, write_explanation
-from llmtune.explain.generation_page import Generation, make_page
-from llmtune.explain.generation_trace import Sampling, TokenScore, Trace, score_answer, trace_answer, trace_masks
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, probability, times, write_explanation
+from llmtune.explain.generation_trace import (
+    Candidate,
+    Sampling,
+    Step,
+    TokenScore,
+    Trace,
+    score_answer,
+    trace_answer,
+    trace_masks,
+)
 from llmtune.explain.inputs import NO_WORDS_FIX, ModelInputs, PromptRequest, read_prompt
 from llmtune.explain.target import BASE, TUNED, Target
+from llmtune.explain.token_text import Token, name_tokens, word_label
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.memory_plan import context_length
+from llmtune.report.blocks import Block, Cell, Column, Details, Heatmap, Page, Section, Table, Text
+from llmtune.report.charts import draw_meter
 from llmtune.store.atomic_files import explained
 
 MOST_TOKENS = 256
@@ -31,6 +43,74 @@ SHOWN_TEMPERATURE, SHOWN_TOP_P = 0.7, 0.9
 """What is shown where nobody says how to sample: common settings."""
 SLUG_LETTERS = 40
 T = TypeVar("T")
+LEAD = (
+    "A model writes a word at a time. Here is each of its steps: the prompt cut into tokens, what every layer would "
+    "predict if it were the last one, how likely each next word is, and the text so far."
+)
+LEAD_MASKED = (
+    "An encoder fills in what is masked, all at once. Here is each mask: what every layer would predict in its place, "
+    "and how likely each word is."
+)
+LENS = (
+    "The logit lens: every layer’s state read as if it were the last one. The deeper the colour, the surer the layer; "
+    "point at a cell for what else it would predict. Row 0 is what goes into the first layer."
+)
+CANDIDATES = (
+    "The likeliest words of each step, with their probabilities: blue where temperature, top-k and top-p would keep "
+    "them, red where they would be cut off."
+)
+HEAD, TAIL = 70, 30
+"""Tokens of a long prompt that are shown at once."""
+MOST_LAYERS, RANKS = 40, 10
+"""Layers of the table, and words of a step in the picture."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers to one prompt."""
+
+    target: Target
+    request: PromptRequest
+    prompt: ModelInputs
+    sampling: Sampling
+    traces: dict[str, Trace]
+    """By model."""
+    scores: dict[str, list[TokenScore]]
+    """Of a run, what base and tuned model make of each token of the tuned model's answer."""
+
+    @property
+    def prompt_tokens(self) -> list[Token]:
+        """The prompt; of a recording, what the decoder begins with."""
+        return name_tokens(self.target.processor, self.prompt.ids or self.prompt.decoder_ids)
+
+    @property
+    def compared(self) -> list[tuple[Token, TokenScore, TokenScore]]:
+        """Each token of the tuned model's answer, and what base and tuned model make of it; of a run alone."""
+        if not self.scores:
+            return []
+        tokens = [step.token for step in self.traces[TUNED].steps]
+        return list(zip(tokens, self.scores[BASE], self.scores[TUNED], strict=True))
+
+    @property
+    def parting(self) -> int | None:
+        """The first step at which base and tuned model differ; None where they do not, or there is one model."""
+        if BASE not in self.traces or TUNED not in self.traces:
+            return None
+        return find_parting(self.traces[BASE].ids, self.traces[TUNED].ids)
+
+    @property
+    def shown_step(self) -> int:
+        """The step at which layers are looked at: where the models part, else the first."""
+        at = self.parting
+        return at if at is not None and all(at < len(trace.steps) for trace in self.traces.values()) else 0
+
+
+def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
+    """Return the first step, counted from 0, at which two answers differ; None where they are the same."""
+    for at, pair in enumerate(zip(base, tuned, strict=False)):
+        if pair[0] != pair[1]:
+            return at
+    return None if len(base) == len(tuned) else min(len(base), len(tuned))
 
 
 def explain_generation(
@@ -128,9 +208,6 @@ def slug(request: PromptRequest) -> str:
     return f"{letters[:SLUG_LETTERS].rsplit('-', 1)[0]}-{digest}".strip("-")
 
 
-# JSON
-
-
 def to_json(generation: Generation) -> dict[str, object]:
     """Return everything as JSON values, tokens with their text."""
     prompt, request = generation.prompt, generation.request.named()
@@ -146,3 +223,176 @@ def to_json(generation: Generation) -> dict[str, object]:
         "parting": generation.parting,
         "scores": {name: [asdict(score) for score in scores] for name, scores in generation.scores.items()},
     }
+
+
+# Page
+
+
+def make_page(generation: Generation, top: int) -> Page:
+    """Return the stages, and of a run where base and tuned model part; `top` tokens of a step are step."""
+    masked, at = bool(generation.prompt.masks), generation.shown_step
+    where = f"At step {at + 1}" + (", where they part:" if generation.parting is not None else ":")
+    sections = [
+        Section("1 Prompt to tokens", list(_describe_prompt(generation))),
+        Section("2 Model processing", [Text(where), *_lens_blocks(generation, at)], anchor="lens"),
+        Section("3 Word prediction", list(_step_blocks(generation, top)), anchor="prediction"),
+        Section("4 The masks, filled in" if masked else "4 Output so far", list(_outputs(generation)), anchor="output"),
+    ]
+    if len(generation.traces) > 1:
+        sections.insert(0, Section("Where base and tuned part", list(_describe_parting(generation, top))))
+    target, request = generation.target, generation.request
+    system = [("system", request.system)] if request.system else []
+    text = " ".join((request.prompt or Path(str(request.audio or "")).name).split())
+    return Page(
+        f"Generation: {text if len(text) <= 70 else text[:69] + '…'}",
+        sections,
+        chips=[("model", target.short_name), ("family", target.family), *system],
+        lead=LEAD_MASKED if masked else LEAD,
+        navigation=False,
+        style=PAGE_STYLE,
+    )
+
+
+def _describe_prompt(generation: Generation) -> Iterator[Block]:
+    tokens, note = generation.prompt_tokens, generation.prompt.note
+    shown = join_tokens(tokens)
+    if len(tokens) <= HEAD + TAIL:
+        yield Text(f"{len(tokens)} tokens: {shown}")
+    else:
+        more = f" … {len(tokens) - HEAD - TAIL:,} more … "
+        yield Text(f"{len(tokens)} tokens: {join_tokens(tokens[:HEAD])}{more}{join_tokens(tokens[-TAIL:])}")
+        yield Details("all tokens", [Text(shown)])
+    if note:
+        yield Text(note, "note")
+
+
+def join_tokens(tokens: Sequence[Token]) -> str:
+    """Write tokens one after the other, a line between them; a leading space is a space."""
+    words = (word_label(token, 40) for token in tokens)
+    pairs = zip(words, tokens, strict=True)
+    return "│".join(word.replace("␣", " ", 1) if token.text.startswith(" ") else word for word, token in pairs)
+
+
+def _lens_blocks(generation: Generation, at: int) -> Iterator[Block]:
+    """Yield what each layer would predict: at one step of all models beside one another, and at all steps."""
+    known = {name: [step.layers for step in trace.steps if step.layers] for name, trace in generation.traces.items()}
+    if any(not layers for layers in known.values()):
+        yield Text("The layers of this model cannot be read by themselves.", "note")
+        return
+    columns = [Column("layer", "number")]
+    for name in known:
+        says = "predicts" if len(known) == 1 else f"{name} predicts"
+        columns += [Column(says), Column("p", "number"), Column("p(chosen)", "number")]
+    count = len(next(iter(known.values()))[0])
+    rows = []
+    for layer in range(count):
+        row = ["0: input" if layer == 0 else str(layer)]
+        for found in (layers[at][layer] for layers in known.values()):
+            row += [*_word_and_probability(found.likeliest[0]), probability(found.chosen)]
+        rows.append(row)
+    every = -(-count // MOST_LAYERS)
+    yield Table(columns, [row for i, row in enumerate(rows) if i % every == 0 or i == count - 1], scroll=True)
+    yield Text(LENS, "soft")
+    for name, layers in known.items():
+        trace = generation.traces[name]
+        grid = [[step[layer] for step in layers] for layer in reversed(range(count))]
+        yield Heatmap(
+            rows=[str(layer) for layer in reversed(range(count))],
+            columns=[word_label(step.token) for step in trace.steps],
+            values=[[cell.likeliest[0].probability for cell in row] for row in grid],
+            label="What each layer would predict at each step",
+            title=name if len(known) > 1 else "",
+            down="layer",
+            across="the answer",
+            texts=[[word_label(cell.likeliest[0].token) for cell in row] for row in grid],
+            tips=[
+                [", ".join(" ".join(_word_and_probability(one)) for one in cell.likeliest) for cell in row]
+                for row in grid
+            ],
+        )
+
+
+def _word_and_probability(candidate: Candidate) -> list[str]:
+    return [word_label(candidate.token), probability(candidate.probability)]
+
+
+def describe_sampling(sampling: Sampling) -> str:
+    """Say how a token is chosen, and what would be kept."""
+    kept = f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    if sampling.top_k:
+        kept += f", top-k {sampling.top_k}"
+    return f"drawn with {kept}, seed {sampling.seed}" if sampling.sample else f"greedy; kept: by {kept}"
+
+
+def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
+    """Yield a row a step: the word, how likely it was, and the others; and on a page the likeliest as a picture."""
+    yield Text(describe_sampling(generation.sampling))
+    word = "mask" if generation.prompt.masks else "word"
+    numeric = [Column(name, "number") for name in ("p", "bits", "kept")]
+    columns = [Column("", "number"), Column(word), *numeric, Column("could also be")]
+    several = len(generation.traces) > 1
+    for name, trace in generation.traces.items():
+        rows = []
+        for number, step in enumerate(trace.steps, 1):
+            others = [one for one in step.candidates if one.token.id != step.token.id][: max(0, top - 1)]
+            numbers = [probability(step.probability), f"{step.entropy_bits:.2f}", f"{step.kept_tokens:,}"]
+            listed = ", ".join(" ".join(_word_and_probability(one)) for one in others)
+            rows.append([str(number), word_label(step.token), *numbers, listed])
+        yield Table(columns, rows, name if several else "", scroll=True)
+    yield Text(CANDIDATES, "soft")
+    for name, trace in generation.traces.items():
+        yield _candidates(trace.steps, name if several else "")
+
+
+def _candidates(steps: Sequence[Step], title: str) -> Heatmap:
+    values: list[list[float | None]] = [[None] * len(steps) for _ in range(RANKS)]
+    texts = [[""] * len(steps) for _ in range(RANKS)]
+    for column, step in enumerate(steps):
+        for rank, one in enumerate(step.candidates[:RANKS]):
+            values[rank][column] = one.probability if one.kept else -one.probability
+            texts[rank][column] = "\n".join(_word_and_probability(one))
+    ranks, words = [str(rank + 1) for rank in range(RANKS)], [word_label(step.token) for step in steps]
+    return Heatmap(ranks, words, values, "The likeliest words of each step", title, "rank", "the answer", texts)
+
+
+def _outputs(generation: Generation) -> Iterator[Block]:
+    """Yield each model's answer, token by token."""
+    for name, trace in generation.traces.items():
+        end = "" if trace.ended else f" … ({len(trace.steps)} tokens, no end)"
+        model = f"{name}: " if len(generation.traces) > 1 else ""
+        yield Text(f"{model}{join_tokens([step.token for step in trace.steps])}{end}")
+
+
+def _describe_parting(generation: Generation, top: int) -> Iterator[Block]:
+    """Yield what base and tuned model could write at the step where their answers part, and how far they agree."""
+    at, traces = generation.parting, generation.traces
+    if at is None:
+        yield Text("They do not part: both write the same, word for word.")
+    else:
+        common = join_tokens([step.token for step in traces[TUNED].steps[:at]])
+        where = f"Both begin alike; they part at word {at + 1}, after: {common}" if at else "At the first word."
+        chance = " Words were drawn at random, so they may part by chance." if generation.sampling.sample else ""
+        columns, cells = [], []
+        for name in (BASE, TUNED):
+            columns += [Column(name), Column("p", "number")]
+            listed = [one for step in traces[name].steps[at : at + 1] for one in step.candidates]
+            written = [_word_and_probability(one) for one in listed[:top]] or [["its answer has ended", ""]]
+            cells.append(written + [["", ""]] * (top - len(written)))
+        yield Text(where + chance)
+        yield Table(columns, [[*base, *tuned] for base, tuned in zip(*cells, strict=True)])
+    rows: list[list[Cell | str]] = []
+    for token, base, tuned in generation.compared:
+        first = " ".join(_word_and_probability(base.likeliest))
+        numbers = [probability(base.probability, exact=True), probability(tuned.probability, exact=True)]
+        meter, factor = Cell(picture=draw_meter(tuned.probability)), times(base.probability, tuned.probability)
+        said = "the same" if base.rank == 1 else first
+        rows.append([word_label(token), *numbers, meter, factor, f"{base.rank:,}", said])
+    if rows:
+        heads = [Column("word"), Column("base", "number"), Column("tuned", "number"), Column("", "picture")]
+        heads += [
+            Column("times", "number"),
+            Column("its rank in the base", "number"),
+            Column("there the base predicts"),
+        ]
+        note = "Each word is read behind the words of the tuned model’s answer that stand before it."
+        yield Table(heads, rows, "How the tuning moved each word of the tuned model’s answer", note, scroll=True)

@@ -18,7 +18,7 @@ from support.models import build_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from llmtune.data.chat_template import render_prompt
-from llmtune.explain.generation_page import find_parting
+from llmtune.explain.generation_explainer import find_parting
 from llmtune.explain.generation_trace import Sampling, score_answer
 from llmtune.explain.inputs import ModelInputs
 from llmtune.recipe import load_recipe
