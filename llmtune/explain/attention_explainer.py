@@ -260,6 +260,7 @@ def make_page(target: Target, maps: AttentionMaps, tables: Sequence[Block]) -> P
         for kind, known in layers.items()
         for layer in known
     )
+    complete = maps.keeps_all_heads and numbers <= MOST_NUMBERS
     if numbers > MOST_NUMBERS:
         layers = {kind: [layer] for kind, layer in maps.drawn_layers.items()}
     note = "The text is long: this page has the heads of one layer at most. --layer names it; a shorter text has room."
@@ -273,7 +274,7 @@ def make_page(target: Target, maps: AttentionMaps, tables: Sequence[Block]) -> P
     return Page(
         f"Attention in {target.name}",
         [
-            Section("", [*interactive, *([] if maps.keeps_all_heads else [Text(note, "note")])], brief=False),
+            Section("", [*interactive, *([] if complete else [Text(note, "note")])], brief=False),
             Section("Strongest between words", tables),
             Section("How to read it", [Bullets(READING, soft=True)], brief=False),
         ],

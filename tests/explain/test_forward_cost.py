@@ -20,7 +20,6 @@ from llmtune.explain.forward_cost import (
     Cost,
     Measured,
     UncountableError,
-    choose_lengths,
     count_cost,
     measure_block,
     value,
@@ -82,12 +81,6 @@ def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: 
     LongT5ForConditionalGeneration(config).save_pretrained(folder)
     with pytest.raises(UncountableError, match="is no polynomial"):
         count(folder)
-
-
-def test_lengths_end_at_the_context():
-    assert choose_lengths(512) == [64, 128, 256, 512]
-    assert choose_lengths(40) == [40]
-    assert choose_lengths(None)[-1] == 8192
 
 
 def test_a_block_and_its_attention_are_timed_by_length(tiny_gpt2: Path):

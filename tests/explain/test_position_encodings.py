@@ -41,48 +41,34 @@ def test_the_encoding_is_the_papers_formula_number_by_number(length, pairs, base
             assert table[k, 2 * i + 1] == pytest.approx(math.cos(angle), abs=1e-9)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_the_first_row_of_a_learned_table_is_what_the_model_adds_at_the_first_token(built, family):
-    model = load(built(family))
-    (scheme,) = find_schemes(model)
-    assert scheme.kind == "learned"
-    ids = torch.tensor([[7, 9, 11]])
-    seen = []
-    model.embeddings.position_embeddings.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.inference_mode():
-        model(input_ids=ids)
-    np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, seen[0].shape[-1])[-3:].numpy(), atol=1e-6)
-
-
-def test_both_halves_of_bart_have_tables_that_begin_at_two(built):
-    model = load(built("bart"))
-    encoder, decoder = find_schemes(model)
-    assert (encoder.title, decoder.title) == (
-        "Learned position table of the encoder",
-        "Learned position table of the decoder",
-    )
-    weight = model.encoder.embed_positions.weight.detach().numpy()
-    np.testing.assert_allclose(encoder.values, weight[2:])
-    assert len(encoder.values) == model.config.max_position_embeddings
-
-
-def test_a_table_that_was_filled_with_sines_is_told_from_a_learned_one(built):
-    found = find_schemes(load(built("whisper")))
-    assert [scheme.kind for scheme in found] == ["sinusoidal", "learned"]
+TABLES = {
+    "bert": ("embeddings.position_embeddings", ["learned"]),
+    "roberta": ("embeddings.position_embeddings", ["learned"]),
+    "bart": ("encoder.embed_positions", ["learned", "learned"]),
+    "whisper": ("", ["sinusoidal", "learned"]),
+    "marian": ("encoder.embed_positions", ["sinusoidal"]),
+    "nllb": ("encoder.embed_positions", ["sinusoidal"]),
+}
+"""By family the module that adds the first table, and the kinds of all."""
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
-@pytest.mark.parametrize("family", ["marian", "nllb"])
-def test_the_first_row_of_sines_is_what_the_model_adds_at_the_first_token(built, family):
-    model = load(built(family))
-    seen = []
-    model.encoder.embed_positions.register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([[7, 9, 11]]), decoder_input_ids=torch.tensor([[7]]))
+@pytest.mark.parametrize("family", TABLES)
+def test_the_first_row_of_a_table_is_what_the_model_adds_at_the_first_token(built, family):
+    model, (module, kinds) = load(built(family)), TABLES[family]
     found = find_schemes(model)
-    assert {scheme.kind for scheme in found} == {"sinusoidal"}
-    scheme = found[0]
-    np.testing.assert_allclose(scheme.values[:3], seen[0].reshape(-1, scheme.values.shape[1])[:3].numpy(), atol=1e-6)
+    assert [scheme.kind for scheme in found] == kinds
+    if len(kinds) > 1:
+        assert [scheme.title.rpartition(" ")[2] for scheme in found] == ["encoder", "decoder"]
+    if module:
+        seen = []
+        model.get_submodule(module).register_forward_hook(lambda module, args, output: seen.append(output))
+        ids = torch.tensor([[7, 9, 11]])
+        more = {"decoder_input_ids": ids[:, :1]} if model.config.is_encoder_decoder else {}
+        with torch.inference_mode():
+            model(input_ids=ids, **more)
+        added = seen[0].reshape(-1, seen[0].shape[-1])[-3:].numpy()
+        np.testing.assert_allclose(found[0].values[:3], added, atol=1e-6)
 
 
 def test_rotary_cosines_are_those_that_the_model_computes(tiny_llama):
