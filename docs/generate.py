@@ -1,4 +1,4 @@
-"""Writes the pages that follow from the code: recipe and command line reference, and the JSON Schema for editors.
+"""Writes the pages that follow from code and tests: references, guarantees, and the JSON Schema for editors.
 
 python docs/generate.py            write them
 python docs/generate.py --check    exit 1 if one of them is not what would be written
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from guarantees_page import guarantee_blocks
 from recipe_reference import recipe_reference
 
 from llmtune.cli.app import app
 from llmtune.recipe import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES_BEGIN, PACKAGES_END = "<!-- packages: made by `make docs` -->", "<!-- end of packages -->"
+PACKAGES = ("<!-- packages: made by `make docs` -->", "<!-- end of packages -->")
+GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
 CODE_HEAD = """\
 # Map of the code
 
@@ -53,7 +55,8 @@ def main() -> int:
         ROOT / "docs/recipe.md": recipe_reference(),
         ROOT / "docs/cli.md": command_reference(),
         ROOT / "docs/code.md": code_map(),
-        ROOT / "CONTRIBUTING.md": contributing(),
+        ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
+        ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     if "--check" not in sys.argv[1:]:
@@ -66,16 +69,21 @@ def main() -> int:
     return 1 if stale else 0
 
 
-def contributing() -> str:
-    """Return CONTRIBUTING.md with the line a package between its two marks made anew."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    before, _, rest = text.partition(PACKAGES_BEGIN)
-    _, _, after = rest.partition(PACKAGES_END)
+def between(page: Path, marks: tuple[str, str], text: str) -> str:
+    """Return a page with what stands between its two marks made anew."""
+    begin, end = marks
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def package_lines() -> str:
+    """Return a line a package, and a line a module beside the packages."""
     modules = [path for path in sorted((ROOT / "llmtune").glob("*.py")) if not path.name.startswith("__")]
     packages = sorted((ROOT / "llmtune").glob("*/__init__.py"))
     lines = [f"{path.name:<14} {role(path)}" for path in modules]
     lines += [f"{path.parent.name + '/':<14} {role(path)}" for path in packages]
-    return "\n".join([f"{before}{PACKAGES_BEGIN}", "```", *lines, "```", f"{PACKAGES_END}{after}"])
+    return "\n".join(["```", *lines, "```"])
 
 
 def code_map() -> str:

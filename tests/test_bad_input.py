@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import write_recipe
-from typer.testing import CliRunner, Result
-
-from llmtune.cli.app import app
+from support.runs import invoke, write_recipe
+from typer.testing import Result
 
 
 @pytest.fixture
@@ -26,10 +24,6 @@ def model(here: Path, tiny_llama: Path) -> Path:
     return shutil.copytree(tiny_llama, here / "model")
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def expect(result: Result, code: int, *words: str) -> None:
     shown = " ".join(result.stderr.split())
     assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
@@ -41,41 +35,6 @@ def expect(result: Result, code: int, *words: str) -> None:
 def run_with(rows: Path, model_folder: Path, *arguments: str, command: str = "run", **sections: Any) -> Result:
     write_recipe(Path("tiny.yaml"), model_folder, rows, **sections)
     return invoke(command, "tiny.yaml", "--out", "run", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("sections", "code", "words"),
-    [
-        ({"train": {"learning_rat": 1e-3}}, 2, ("tiny.yaml:", "train.learning_rat", "learning_rate")),
-        ({"evaluate": {"gates": ["los <= 0.1"]}, "train": {"batch_size": 0}}, 2, ("tiny.yaml:", "los", "batch_size")),
-        ({"adapter": {"target_modules": ["q_prj"]}}, 2, ("q_prj", "q_proj")),
-        ({"data": {"train": "missing.jsonl"}}, 3, ("missing.jsonl",)),
-        ({"data": {"train": "bad.jsonl", "max_dropped": 0.0}}, 3, ("bad.jsonl:20", "JSON")),
-        ({"data": {"max_length": 16}}, 3, ("rows.jsonl:", "on_overlong")),
-        ({"model": {"name": "./no-model"}}, 4, ("no-model",)),
-    ],
-)
-def test_a_mistake_is_named_before_training(
-    here: Path, chat_rows: Path, model: Path, sections: dict[str, Any], code: int, words: tuple[str, ...]
-) -> None:
-    lines = chat_rows.read_text().splitlines()
-    (here / "bad.jsonl").write_text("\n".join([*lines[:19], lines[19][:30], *lines[20:]]))
-    shutil.copy(chat_rows, here / "rows.jsonl")
-    expect(run_with(Path("rows.jsonl"), model, **sections), code, *words)
-    assert not (here / "run" / "checkpoints").exists()
-
-
-def test_pickled_weights_are_refused_unless_asked_for(here: Path, chat_rows: Path, model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    expect(run_with(chat_rows, model), 2, "pytorch_model.bin", "use_safetensors")
-
-
-def test_a_model_that_wants_remote_code_is_refused(here: Path, chat_rows: Path, model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_odd.Odd"}
-    (model / "config.json").write_text(json.dumps(config))
-    (model / "modeling_odd.py").write_text("raise SystemExit('this code ran')")
-    expect(run_with(chat_rows, model), 2, "trust_remote_code")
 
 
 def test_a_model_that_gguf_cannot_hold_is_refused_before_training(here: Path, tiny_gpt2: Path) -> None:

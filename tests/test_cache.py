@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.models import build_llama
-from support.runs import write_colours, write_recipe
-from typer.testing import CliRunner, Result
-
-from llmtune.cli.app import app
-
-FAST = {"max_steps": 2, "num_train_epochs": None}
+from support.runs import FAST, invoke, write_colours, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +49,6 @@ def finished(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return kept / "place"
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def change_rows(place: Path) -> str:
     """Change rows in place; returns what they were."""
     text = (place / "rows.jsonl").read_text()
@@ -70,14 +61,6 @@ def done(*arguments: object) -> dict[str, bool]:
     result = invoke(*arguments, "--json")
     assert result.exit_code == 0, (result.stderr, result.exception)
     return {step["name"]: step["skipped"] for step in json.loads(result.stdout)["steps"]}
-
-
-def test_rows_that_change_in_place_are_read_trained_and_scored_anew(finished: Path) -> None:
-    before = (finished / "run/adapter/adapter_model.safetensors").read_bytes()
-    change_rows(finished)
-    skipped = done("run", "tiny.yaml", "--out", "run")
-    assert not any(skipped[step] for step in ("prepare", "encode", "train", "evaluate"))
-    assert (finished / "run/adapter/adapter_model.safetensors").read_bytes() != before
 
 
 def test_a_slice_that_is_new_or_whose_column_changes_is_scored_and_nothing_trained(place: Path) -> None:

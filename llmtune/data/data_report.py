@@ -15,6 +15,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
+from llmtune.report.redaction import redact_all
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.run_sections import lost_sentence
 
@@ -47,7 +48,7 @@ def describe_examples(
     dropped = dict(rows.dropped)
     for reason, count in examples.dropped.items():
         dropped[reason] = dropped.get(reason, 0) + count
-    pieces = task.highlighted_text(train[0], processor, recipe)
+    pieces = redact_all(task.highlighted_text(train[0], processor, recipe))  # the console is a log, in CI to others
     classes = task.class_counts(rows, recipe)
     tokens = sum(examples.tokens.values())
     share = sum(examples.supervised.values()) / tokens if tokens else 0.0

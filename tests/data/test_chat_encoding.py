@@ -32,20 +32,6 @@ from llmtune.errors import EnvironmentProblem
 CHAT = conversation("one two", "three", "four five", "six")
 
 
-@pytest.mark.parametrize("name", STABLE)
-def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
-    tokenizer = tokenizer_with(STABLE[name])
-    (example,) = encode(CHAT, tokenizer)
-    expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
-    assert example.input_ids == expected[: len(example.input_ids)]
-    assert not tokenizer.decode(expected[len(example.input_ids) :]).strip()
-    first, second = (text.strip() for text in learned(example, tokenizer))
-    end = first.removeprefix("three").strip()
-    assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer, recipe_for())
-    assert (first.split(end)[0].strip(), second.split(end)[0].strip()) == ("three", "six")
-    assert example.target_bytes == len("three") + len("six")
-
-
 @pytest.mark.parametrize("template", [*STABLE.values(), THINKING, ENDS_TWICE])
 @settings(max_examples=25, deadline=None)
 @given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=3))

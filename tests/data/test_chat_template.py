@@ -10,7 +10,6 @@ from support.templates import (
     DOUBLED_START,
     EMPTY_THOUGHTS,
     ENDS_TWICE,
-    LLAMA2,
     LLAMA3,
     NO_END,
     NO_PROMPT,
@@ -137,19 +136,6 @@ def test_what_the_template_is_told_comes_from_the_recipe():
     tokenizer = tokenizer_with("{{ mood or '' }}" + CHATML)
     ids = render_prompt(CHAT["messages"][:1], tokenizer, recipe_for(kwargs={"mood": "kind"}))
     assert tokenizer.decode(ids).startswith("kind<|im_start|>")
-
-
-def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = tokenizer_with(LLAMA2)
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
-    )
-    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    (examples,) = encode_chat([CHAT], tokenizer, recipe_for())
-    assert examples[0].input_ids.count(tokenizer.bos_token_id) == 1
-    assert render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()).count(tokenizer.bos_token_id) == 1
 
 
 def test_messages_are_cleaned_without_a_change_to_the_row():

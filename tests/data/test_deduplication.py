@@ -145,23 +145,6 @@ def test_each_way_of_deduplicating_drops_what_it_says(tmp_path, method, kept):
     assert rows.dropped == want[method]
 
 
-@pytest.mark.parametrize("method", ["none", "exact", "near"])
-def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
-    long = " ".join(WORDS[:60])
-    write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat("b"), chat("c"), chat(long), chat("d")])
-    write_jsonl(tmp_path / "validation.jsonl", [chat("b"), chat("a "), chat("v")])
-    write_jsonl(tmp_path / "test.jsonl", [chat("a"), chat(long + " more")])
-    rows = prepare(tmp_path, "train.jsonl", validation="validation.jsonl", test="test.jsonl", deduplicate=method)
-    near = method == "near"
-    assert questions(rows) == {
-        "train": ["c", "d"] if near else ["c", "d", long],
-        "validation": ["b", "v"],
-        "test": ["a", long + " more"],
-    }
-    want = {"equal to a test row": 2, "equal to a validation row": 1} | ({"near a test row": 1} if near else {})
-    assert rows.dropped == want
-
-
 def test_a_validation_row_near_a_test_row_is_dropped(tmp_path):
     long = " ".join(WORDS[:60])
     write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat(long + " x")])

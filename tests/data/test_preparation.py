@@ -98,24 +98,6 @@ def test_origins_name_file_and_line(tmp_path, monkeypatch):
     assert origins[:3] == ["in/a.jsonl:1", "in/a.jsonl:3", "pairs.parquet:row 1"]
 
 
-def test_bad_rows_above_the_allowed_share_are_an_error_that_lists_them_all(tmp_path):
-    good = [json.dumps(chat(f"q{i}")) for i in range(60)]
-    bad = [json.dumps(chat("")), '{"messages": [', json.dumps({"messages": [{"role": "user", "content": "q"}]})] * 8
-    lines = [*good[:30], *bad, *good[30:]]
-    (tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
-    message = fail(tmp_path, "a.jsonl")
-    assert "25 of 85 rows are bad: 29.4%, and data.max_dropped allows 5.0%" in message
-    assert "a.jsonl:31: empty content: message 1 (user) says nothing" in message
-    assert "a.jsonl:32: not valid JSON: " in message
-    assert "a.jsonl:33: no assistant answer" in message
-    assert "and 5 more bad rows" in message
-    listed = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
-    assert len(listed) == 25
-    assert listed[-1]["origin"].endswith("a.jsonl:85")
-    assert listed[-1]["reason"] == "not UTF-8"
-    assert not (tmp_path / "out/rows.json").exists()
-
-
 def test_few_bad_rows_are_left_out_counted_and_shown(tmp_path, console):
     write_jsonl(tmp_path / "a.jsonl", [*(chat(f"q{i}") for i in range(60)), chat(""), chat("x", "")])
     rows = prepare_rows(make_recipe(tmp_path, "a.jsonl"), tmp_path / "out", console)
@@ -288,20 +270,6 @@ def test_any_text_comes_out_as_it_went_in(pairs):
             write_jsonl(Path(folder) / "a.jsonl", [chat(*pair) for pair in pairs])
             rows = prepare(Path(folder), "a.jsonl", deduplicate="none", max_dropped=1.0)
             assert rows_of(rows) == wanted
-
-
-@given(st.lists(st.binary(max_size=50) | st.just(json.dumps(chat("q")).encode()), min_size=1, max_size=6))
-@settings(max_examples=80, deadline=None)
-def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for(lines):
-    with tempfile.TemporaryDirectory() as folder:
-        data = b"\n".join(lines)
-        (Path(folder) / "a.jsonl").write_bytes(data)
-        try:
-            rows = prepare(Path(folder), "a.jsonl", deduplicate="none", max_dropped=1.0)
-        except DataError:
-            return
-    filled = sum(1 for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r\x0b\x0c"))
-    assert rows.rows_in == filled == rows.counts["train"] + sum(rows.dropped.values())
 
 
 def test_the_rows_half_imports_neither_torch_nor_transformers_nor_datasets():

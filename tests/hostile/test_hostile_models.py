@@ -112,21 +112,6 @@ def test_a_damaged_model_is_refused_by_name(here: Path, tiny_llama: Path, chat_r
     assert words in attempt("adapt", "recipe.yaml", "--out", "run", code=(2, 4))
 
 
-def test_a_pickle_with_code_does_not_run_where_pickles_are_allowed(
-    here: Path, tiny_llama: Path, chat_rows: Path
-) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-            return os.system, ("touch ran",)
-
-    model = shutil.copytree(tiny_llama, here / "model")
-    (model / "model.safetensors").unlink()
-    torch.save({"a": Evil()}, model / "pytorch_model.bin")
-    write_recipe(here / "recipe.yaml", model, chat_rows, model={"use_safetensors": False})
-    assert "cannot be loaded" in attempt("adapt", "recipe.yaml", "--out", "run", code=4)
-    assert not (here / "ran").exists()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained")

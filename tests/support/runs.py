@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from typer.testing import CliRunner, Result
 
+from llmtune.cli.app import app
+
+FAST = {"max_steps": 2, "num_train_epochs": None}
 TINY: dict[str, Any] = {
     "recipe_version": 1,
     "name": "tiny",
@@ -51,6 +55,11 @@ def write_colours(path: Path) -> Path:
                 turns = [{"role": "user", "content": question}, {"role": "assistant", "content": colour}]
                 file.write(json.dumps({"messages": turns}) + "\n")
     return path
+
+
+def invoke(*arguments: object) -> Result:
+    """Run the llmtune command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def llmtune(

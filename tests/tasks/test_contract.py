@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
 LOGITS = ("logits", "start_logits", "end_logits")
 MASKED = {"completion": {"objective": "masked"}, "generation": {"max_new_tokens": None}}
-WITH_DROPOUT = ("completion-full", "classify-qlora", "ctc", "ctc-headless")
+WITH_DROPOUT = ("completion-full", "classify-qlora", "ctc", "ctc-headless", "ctc-qlora", "ctc-full")
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -86,6 +87,7 @@ class Case:
     sections: dict[str, Any] = field(default_factory=dict)
     method: str = "lora"
     config: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 def speech(**section: Any) -> dict[str, Any]:
@@ -133,6 +135,25 @@ CASES = {
     "preference-orpo": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "orpo"}}),
     "reward": Case("preference", 1, build_llama, PREFERENCES, {"preference": {"loss": "reward"}, **NO_TEXT}),
 }
+RELATIVES = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
+    "saved": {"modules_to_save": ["norm"]},
+}
+VARIED = {
+    f"{name}-{method}": replace(case, method=method)
+    for name, case in CASES.items()
+    for method in RATES
+    if not name.endswith((*RATES,)) and method != case.method and f"{name}-{method}" not in CASES
+}
+"""The methods in which the default suite does not train a variant."""
+RELATED = {f"chat-{name}": replace(CASES["chat"], adapter=adapter) for name, adapter in RELATIVES.items()}
+SLOW = VARIED | RELATED
+CELLS = CASES | SLOW
+"""All variants of tasks with LoRA, QLoRA and all weights, and a decoder with the relatives of LoRA."""
 BASELINES = {
     "qa-extractive": "no answer to every question",
     "classify": "the most frequent class",
@@ -143,7 +164,8 @@ BASELINES = {
     "reward": "the same score for every answer",
 }
 """What stands in the place of a base model without a trained head."""
-every_case = pytest.mark.parametrize("name", CASES)
+EVERY = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CELLS]
+every_case = pytest.mark.parametrize("name", EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +174,10 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callab
     models: dict[str, Path] = {}
 
     def write(name: str, folder: Path, **changes: Any) -> Path:
-        case = CASES[name]
+        case = CELLS[name]
         if name not in models:
             models[name] = case.build(tmp_path_factory.mktemp("models") / name, **case.config)
-        sections = {**case.sections, "adapter": {"method": case.method, "lora_dropout": 0.0}}
+        sections = {**case.sections, "adapter": {"method": case.method, "lora_dropout": 0.0, **case.adapter}}
         if case.method == "full":
             sections["adapter"] = {"method": "full"}
         sections["train"] = {"learning_rate": RATES[case.method], "num_train_epochs": 3}
@@ -193,14 +215,15 @@ def opened(run: Path) -> Any:
 @every_case
 def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, recipe_file, tmp_path):
     found = []
-    packings = (True, False) if VARIANTS[CASES[name].task][CASES[name].variant].packs else (False,)
+    case = CELLS[name]
+    packings = (True, False) if VARIANTS[case.task][case.variant].packs else (False,)
     for packing in packings:
         changes = (
             {"data": {"packing": packing}} if packing else {"data": {"packing": False} if len(packings) > 1 else {}}
         )
         path = recipe_file(name, tmp_path / str(packing), **changes)
         training = start_training(path, tmp_path / str(packing) / "run")
-        assert training.task is VARIANTS[CASES[name].task][CASES[name].variant]
+        assert training.task is VARIANTS[case.task][case.variant]
         with torch.no_grad():
             for i, parameter in enumerate(training.parameters):  # away from the start, where half the gradient is zero
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -216,9 +239,9 @@ def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, 
 def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name, finished):
     _, report = finished(name)
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
-    scores, variant = report["evaluation"], VARIANTS[CASES[name].task][CASES[name].variant]
+    scores, variant = report["evaluation"], VARIANTS[CELLS[name].task][CELLS[name].variant]
     assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
-    baseline = BASELINES.get(name.removesuffix("-full").removesuffix("-qlora"))
+    baseline = BASELINES.get(re.sub("-(full|qlora)$", "", name))
     assert scores["baseline"] == baseline
     row_loss = {"loss"} & scores["tuned"].keys() if baseline and variant.has_row_loss else set()
     assert scores["tuned"].keys() - scores["base"].keys() == row_loss
@@ -282,7 +305,7 @@ def outputs(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[dict[str, An
     return inputs, {key: output[key] for key in LOGITS if key in output}
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.method != "full"])
+@pytest.mark.parametrize("name", [cell for cell in EVERY if CELLS[cell.values[0]].method != "full"])
 def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, finished):
     run, _ = finished(name)
     context, models, processor, _ = opened(run)
@@ -305,7 +328,7 @@ def test_switched_off_the_adapter_leaves_the_base_and_merged_in_it_stays(name, f
 @every_case
 def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_path):
     run, _ = finished(name)
-    result = "weights" if CASES[name].method == "full" else "adapter"
+    result = "weights" if CELLS[name].method == "full" else "adapter"
     halved = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(halved / result)
     last, *left = sorted((halved / "checkpoints").iterdir(), key=lambda path: -int(path.name.removeprefix("step-")))
@@ -319,7 +342,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(name, finished, tmp_p
 
 
 @pytest.mark.slow
-@every_case
+@pytest.mark.parametrize("name", CASES | RELATED)
 def test_two_processes_learn_as_one(name, finished, tmp_path):
     run, _ = finished(name)
     words = ("launch", "local", str(run.parent / "recipe.yaml"), "--processes", 2, "--threads", 1, "--out", "two")
@@ -337,12 +360,12 @@ RELOAD = """
 import json, sys
 import peft, torch, transformers
 from safetensors.torch import load_file, save_file
-for folder, auto_class, method, inputs, outputs in json.load(open(sys.argv[1])):
+for folder, auto_class, method, skipped, inputs, outputs in json.load(open(sys.argv[1])):
     options, plain = {"dtype": torch.float32}, getattr(transformers, auto_class)
     if method == "qlora":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "classifier", "bert.pooler"])
+            bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=skipped)
     if method == "full":
         model = plain.from_pretrained(folder, **options)
     elif auto_class == "AutoModelForCTC":  # AutoPeftModel wants an embedding of tokens, which it does not have
@@ -369,24 +392,39 @@ assert not any(name.startswith("llmtune") for name in sys.modules)
 @pytest.fixture(scope="module")
 def reloaded(finished: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """What a script without llmtune makes of a batch with each result, as a file; beside it what llmtune does."""
-    place, asked = tmp_path_factory.mktemp("reloaded"), []
-    for name, case in CASES.items():
+    place, known = tmp_path_factory.mktemp("reloaded"), set()
+
+    def reload(name: str) -> Path:
+        if name not in known:
+            together = list(SLOW if name in SLOW else CASES)
+            read_in_plain_classes(together, finished, place)
+            known.update(together)
+        return place / name
+
+    return reload
+
+
+def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], place: Path) -> None:
+    """Give a batch to each result, here and in a script of its own."""
+    asked = []
+    for name in names:
         run, _ = finished(name)
         context, models, processor, _ = opened(run)
         reader = ExampleReader(load_examples(run / "data" / "examples"), "test")
         batch = context.task.collator(processor, context.recipe, False)([reader[0], reader[1]], 0)
         with models.tuned() as model:
             inputs, output = outputs(model, batch)
+            quantized = getattr(unwrap(model).config, "quantization_config", None)
         save_file({key: part.contiguous() for key, part in inputs.items()}, place / f"{name}.inputs")
         save_file({key: part.contiguous() for key, part in output.items()}, place / f"{name}.ours")
-        folder = run / ("weights" if case.method == "full" else "adapter")
+        folder = run / ("weights" if CELLS[name].method == "full" else "adapter")
         files = [str(place / f"{name}.{part}") for part in ("inputs", "plain")]
-        asked.append([str(folder), context.task.auto_class, case.method, *files])
+        skipped = quantized and quantized.llm_int8_skip_modules
+        asked.append([str(folder), context.task.auto_class, CELLS[name].method, skipped, *files])
     (place / "asked.json").write_text(json.dumps(asked))
     command = [sys.executable, "-c", RELOAD, str(place / "asked.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    return lambda name: place / name
 
 
 @every_case

@@ -48,20 +48,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(finished, ex
     assert trained_bytes(tmp_path / "other") != trained_bytes(folder)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_micro_batches_of_one_row_give_the_gradients_of_one_large_batch(packing, examples, tmp_path, tiny_llama):
-    recipe = make_recipe(tmp_path, tiny_llama, data={"packing": packing}, train={"max_steps": 6})
-    one = run_training(tmp_path / "one", recipe, examples, budget=40)
-    all_eight = run_training(tmp_path / "eight", recipe, examples, budget=8 * 40)
-    assert (one.micro_batch_tokens, all_eight.micro_batch_tokens) == (40, 320)
-    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "eight"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-    small, large = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "eight"))
-    for name, tensor in small.items():
-        torch.testing.assert_close(tensor, large[name], rtol=1e-3, atol=1e-5)
-
-
 def test_the_first_step_is_logged_and_lines_in_between_are_means(finished, examples, tmp_path):
     folder, recipe, _ = finished
     sparse = recipe.model_copy(update={"train": recipe.train.model_copy(update={"logging_steps": 4, "eval_steps": 16})})

@@ -83,14 +83,6 @@ def test_out_of_memory_before_or_during_training_halves_the_budget_and_changes_n
     assert trained_bytes(tmp_path / "run") == before
 
 
-def test_a_validation_batch_that_does_not_fit_is_found_before_step_1(tmp_path, tiny_llama, examples, console):
-    task = chat_with_memory_for(100, when=lambda model: not model.training)
-    trained, _ = run(tmp_path / "run", make_recipe(tmp_path, tiny_llama), examples, task, console)
-    assert trained.micro_batch_tokens == 80
-    said = console.file.getvalue()
-    assert said.index("Out of memory in the rehearsal") < said.index("step 1/")
-
-
 def test_a_budget_below_the_longest_row_starts_at_the_longest_row(tmp_path, tiny_llama, examples):
     trained = run_training(tmp_path / "run", make_recipe(tmp_path, tiny_llama), examples, budget=1)
     assert trained.micro_batch_tokens == 40

@@ -1,12 +1,14 @@
-"""Every key of the recipe does something: each is flipped, and what is resolved from the recipe must change.
+"""What must be impossible with recipes: a key that is accepted and does nothing.
 
-Nothing goes through the pipeline: each key is looked for in the object that its step makes of it.
+Each key is flipped, and what is resolved from the recipe must change. Nothing goes through the pipeline: each key is
+looked for in the object that its step makes of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import typing
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,6 +41,7 @@ from llmtune.session import RunContext
 from llmtune.store.run_folder import default_path, peek_run
 from llmtune.train.accumulation import step_gradients, validation_loss
 from llmtune.train.loop import train
+from llmtune.train.optimizer import build_optimizer
 from llmtune.train.setup import set_up
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -167,15 +170,19 @@ class Flip:
     recipe: str = "tiny.yaml"
 
 
-def flips(section: str, look: str, *also: str, recipe: str = "tiny.yaml", **values: str) -> dict[str, Flip]:
-    return {f"{section}.{name}": Flip(value, look, also, recipe) for name, value in values.items()}
+def flips(
+    section: str, look: str, *also: str, recipe: str = "tiny.yaml", at: str = "", **values: str
+) -> dict[str, Flip]:
+    """Flips of a section's keys; `at` names where else than in the first task a key is read, and is read anew."""
+    return {f"{section}.{name}{at}": Flip(value, look, also, recipe) for name, value in values.items()}
 
 
 PAIRS = "data.train.path=pairs.jsonl"
 WEIGHED = "data.train=[{path: pairs.jsonl, weight: 1}, {path: rows.jsonl}]"
 HIGH_RATE = ("train.learning_rate=3.0", "train.max_grad_norm=0")
 STATES = "adapter.init_lora_weights=false"
-SAMPLING = "generation.do_sample=true"
+GENERATION = {"max_new_tokens": "2", "do_sample": "true", "repetition_penalty": "50.0", "num_beams": "3"}
+DRAWING = {"temperature": "5.0", "top_k": "2", "top_p": "0.1", "min_p": "0.9"}
 BENCHMARK = "evaluate.benchmarks"
 QUIZ = "evaluate.benchmarks.task=quiz.yaml"
 
@@ -188,6 +195,7 @@ FLIPS = {
     **flips("data", "rows", "data.train=holes.jsonl", max_dropped="0.0"),
     **flips("data.train", "rows", PAIRS, "task=completion", format="text"),
     **flips("data.train", "rows", PAIRS, columns="{prompt: completion, completion: prompt}"),
+    **flips("data.train", "rows", "data.train.path=latin.csv", "task=completion", encoding="cp1252"),
     **flips("data.train", "rows", WEIGHED, weight="2.0"),
     **flips("data.train", "rows", "data.train.path=rows.jsonl", limit="30"),
     **flips("data", "examples", train_on="all", max_length="20"),
@@ -232,10 +240,12 @@ FLIPS = {
     ),
     **flips("train", "events", *HIGH_RATE, "train.eval_steps=1", early_stopping_patience="1"),
     **flips("train", "events", "train.early_stopping_patience=1", "train.eval_steps=1", early_stopping_threshold="5.0"),
-    **flips("generation", "evaluation", max_new_tokens="2", do_sample="true", repetition_penalty="50.0", num_beams="3"),
-    **flips(
-        "generation", "evaluation", "generation.do_sample=true", temperature="5.0", top_k="2", top_p="0.1", min_p="0.9"
-    ),
+    **flips("generation", "evaluation", **GENERATION),
+    **flips("generation", "evaluation", "generation.do_sample=true", **DRAWING),
+    **flips("generation", "evaluation", recipe="t5.yaml", at="@t5", **GENERATION),
+    **flips("generation", "evaluation", "generation.do_sample=true", recipe="t5.yaml", at="@t5", **DRAWING),
+    **flips("generation", "evaluation", recipe="speech.yaml", at="@whisper", **GENERATION),
+    **flips("generation", "evaluation", "generation.do_sample=true", recipe="speech.yaml", at="@whisper", **DRAWING),
     **flips("evaluate", "evaluation", metrics="[loss, exact_match, rougeL]", gates="['loss < base']", limit="3"),
     **flips("evaluate", "evaluation", choices="[red, green, blue]", samples="1", slices="[group]"),
     **flips("evaluate.forgetting", "evaluation", "evaluate.forgetting.questions=[]", texts="[other.jinja]"),
@@ -262,19 +272,21 @@ FLIPS = {
     **flips("preference", "loss", recipe="thumbs.yaml", desirable_weight="3.0", undesirable_weight="3.0"),
     **flips("preference", "loss", "preference.loss=reward", recipe="preference.yaml", center_rewards_coefficient="0.5"),
 }
+HUB = "data/test_hub_datasets.py"
 ELSEWHERE = {
+    "recipe_version": "recipe/test_validation.py::"
+    "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
     "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
-    "data.train.config": "data/test_hub_datasets.py::test_rows_are_those_of_the_commit_that_was_hashed",
-    "data.train.split": "data/test_hub_datasets.py::test_a_split_that_is_not_there",
-    "data.train.encoding": "data/test_column_mapping.py::test_of_a_file_that_is_not_utf_8_",
-    "data.train.revision": "data/test_hub_datasets.py::test_rows_of_another_commit_are_refused_offline",
-    "data.unknown_tokens": "data/test_examples.py::test_a_target_that_the_tokenizer_does_not_know",
+    "data.train.config": f"{HUB}::test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on",
+    "data.train.split": f"{HUB}::test_a_split_that_is_not_there_is_told",
+    "data.train.revision": f"{HUB}::test_rows_of_another_commit_are_refused_offline",
+    "data.unknown_tokens": "data/test_examples.py::"
+    "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
-    "deploy": "deploy/test_gguf_run.py::test_",
+    "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }
-"""Keys that need a hub, several trainings or a trained model, each with the test that holds it."""
-ONE_VALUE = {"recipe_version"}
+"""Keys that have one value, or need a hub, several trainings or a trained model, each with the test that holds it."""
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -289,10 +301,15 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_no_key_of_the_schema_is_left_out() -> None:
     known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
-    sources = {f"data.train.{name}" for name in Source.model_fields if name != "path"}
-    assert known | sources | {"data.train"} == FLIPS.keys() | ELSEWHERE.keys() | ONE_VALUE
-    for file, _, name in (test.partition("::") for test in ELSEWHERE.values()):
-        assert f"def {name}" in (Path(__file__).parent / file).read_text(), name
+    known |= {"data.train", *(f"data.train.{name}" for name in Source.model_fields if name != "path")}
+    flipped = {key.partition("@")[0] for key in FLIPS}
+    assert not flipped & ELSEWHERE.keys()
+    assert known == flipped | ELSEWHERE.keys()
+    for key, test in ELSEWHERE.items():
+        file, _, name = test.partition("::")
+        text = (Path(__file__).parents[1] / file).read_text()
+        assert f"def {name}(" in text, test
+        assert key.rpartition(".")[2] in text, test
 
 
 @pytest.mark.parametrize("key", FLIPS)
@@ -302,9 +319,32 @@ def test_a_flipped_key_changes_what_is_resolved(place: Path, key: str, monkeypat
         monkeypatch.setattr("llmtune.model.memory_plan.memory_limit", lambda device: 1000)
     flip = FLIPS[key]
     plain = look(place, flip, flip.also)
-    flipped = look(place, flip, (*flip.also, f"{key}={flip.value}"))
+    flipped = look(place, flip, (*flip.also, f"{key.partition('@')[0]}={flip.value}"))
     assert plain != flipped
     assert not (plain.startswith("refused") and flipped.startswith("refused")), (plain, flipped)
+
+
+@pytest.mark.guarantee(
+    10,
+    cannot="a key that is accepted and does nothing",
+    kept="Every key of the schema is flipped, and an object that is resolved from the recipe has to change. A key "
+    "without effect in a recipe is refused.",
+    shows="error full.yaml:... 'adapter.r' has no effect with adapter.method: full -> ",
+    also=["test_a_flipped_key_changes_what_is_resolved", "test_no_key_of_the_schema_is_left_out"],
+)
+def test_a_key_that_nothing_reads_is_found_by_flipping_it(place, run, without, shows):
+    def forgetful(model, recipe, device):
+        train = recipe.train.model_copy(update={"adam_beta1": 0.9})
+        return build_optimizer(model, recipe.model_copy(update={"train": train}), device)
+
+    def resolved(*sets: str) -> object:
+        return Resolved("tiny.yaml", sets, Path(tempfile.mkdtemp(dir=place))).optimizer()
+
+    plain = resolved()
+    with without("llmtune.train.setup.build_optimizer", forgetful):
+        assert resolved("train.adam_beta1=0.5") == plain, "accepted, and nothing done"
+    assert resolved("train.adam_beta1=0.5") != plain
+    shows(run("prepare", recipe="full.yaml", code=2, adapter={"method": "full", "r": 8}))
 
 
 LOOKED: dict[tuple[str, ...], str] = {}
@@ -342,6 +382,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "holes.jsonl").write_text("".join([*chat, '{"messages": []}\n']))
     pairs = [json.dumps({"prompt": f"{question} ", "completion": f"{answer}."}) for question, answer in questions]
     (place / "pairs.jsonl").write_text("\n".join(pairs) + "\n")
+    lines = ["prompt,completion", *(f"{question},é {answer}" for question, answer in questions)]
+    (place / "latin.csv").write_text("\n".join(lines), encoding="cp1252")
     (place / "sentences.jsonl").write_text('{"more": "The cat is red.", "less": "The dog is red."}\n')
     (place / "words.csv").write_text("cat,dog\n")
     (place / "quiz.yaml").write_text(LM_EVAL_TASK)
@@ -389,6 +431,8 @@ def make_tasks(place: Path, questions: list[tuple[str, str]]) -> None:
     pointing = {"qa": {"stride": 20, "style": "extractive"}, "data": {"max_length": 80}}
     languages = {"source_language": "English", "target_language": "German"}
     write("masked", "completion", "encoder", "text", ["loss"], completion={"objective": "masked"}, **quiet)
+    families.build_t5(place / "t5")
+    write("t5", "translate", "t5", "translation", ["loss", "chrf"])
     write("translate", "translate", "model", "translation", ["loss", "chrf"], translate=languages)
     write("summarize", "summarize", "model", "summary", ["loss", "rougeL"])
     write("qa", "qa", "encoder", "facts", ["exact_match", "f1"], **pointing, **quiet)

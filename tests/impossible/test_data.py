@@ -1,0 +1,326 @@
+"""What must be impossible with data: each failure is provoked first, with its guard taken away, then seen caught."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.adapting import build_family
+from support.encoding import encode, learned
+from support.models import CHATML
+from support.rows import chat, prepare, questions, write_jsonl
+from support.templates import (
+    DOUBLED_START,
+    LLAMA2,
+    NO_END,
+    STABLE,
+    conversation,
+    recipe_for,
+    tokenizer_with,
+)
+from support.training import read_metrics
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from llmtune.data import chat_turns
+from llmtune.data.chat_template import render_prompt, stop_ids
+from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.data.row_store import load_rows
+from llmtune.errors import DataError
+from llmtune.evaluate.generation import answer_reader
+
+CHAT = conversation("one two", "three", "four five", "six")
+
+
+def decoded(place: Path, example: int = 0) -> str:
+    """The text of a training example, as the model reads it."""
+    reader = ExampleReader(load_examples(place / "run/data/examples"), "train")
+    return AutoTokenizer.from_pretrained(place / "model").decode(reader[example].input_ids)
+
+
+@pytest.mark.guarantee(
+    0,
+    cannot="anything that a row says is lost in the rendering, or words of the template count as its answer",
+    kept="A conversation of the same shape, whose texts are words of their own, is rendered once; then each text of a "
+    "row is looked for in its rendering. Answers are read, and their bytes counted, without what the template writes.",
+    shows="error rows.jsonl:1: the chat template leaves out the system message",
+)
+def test_what_a_row_says_is_in_what_the_model_reads(place, run, without, shows):
+    forgetful = CHATML.replace("{{ '<|im", "{% if message['role'] != 'system' %}{{ '<|im", 1).replace(
+        "{% endfor %}", "{% endif %}{% endfor %}", 1
+    )
+    (place / "model/chat_template.jinja").write_text(forgetful)
+    write_jsonl(place / "rows.jsonl", [conversation(f"q{i}", "yes", system="be kind") for i in range(9)])
+    with without("llmtune.data.chat_encoding._missing", lambda groups, chat, check: None):
+        run("prepare")
+    assert "be kind" not in decoded(place), "lost, and nobody was told"
+    shows(run("prepare", "--fresh", code=3))
+    named = tokenizer_with(
+        CHATML.replace("'\n' + message", "'\n' + ('Say: ' if loop.index % 2 == 0 else '') + message")
+    )
+    (example,) = encode(CHAT, named)
+    written = learned(example, named)[0]
+    assert written == "Say: three<|im_end|>", "the template's word is written as well"
+    assert answer_reader(named, recipe_for())(named(written)["input_ids"], None).text == "three"
+    assert example.target_bytes == len("three" + "six")
+
+
+@pytest.mark.guarantee(
+    1,
+    cannot="an assistant mask that is empty, or everything",
+    kept="Spans come from rendering the template with and without the turn, and are held against its own "
+    "`{% generation %}` marks. The share of supervised tokens and one coloured example are shown before step 1.",
+    shows="the chat template's {% generation %} marks are not where its answers are",
+)
+def test_the_mask_of_a_conversation_is_its_answers(place, run, shows):
+    def share(template: str) -> float:
+        """What of a conversation transformers' own mask has learned."""
+        masked = tokenizer_with(template).apply_chat_template(
+            CHAT["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        return float(np.mean(masked["assistant_masks"]))
+
+    everything = "{% generation %}" + CHATML + "{% endgeneration %}"
+    assert (share(CHATML), share(everything)) == (0, 1), "nothing is learned by the one, and questions by the other"
+    assert "% of all tokens are learned. ╭─ one example: green is learned" in run("prepare")
+    report = json.loads((place / "run/report.json").read_text())["data"]
+    assert 0 < report["supervised_share"] < 0.5
+    (place / "model/chat_template.jinja").write_text(everything)
+    shows(run("prepare", code=3))
+
+
+@pytest.mark.guarantee(
+    2,
+    cannot="a row whose target was cut away",
+    kept="A row that is too long is an error; or dropped and counted, cut where no target is lost, or split between "
+    "turns: data.on_overlong says which.",
+    shows="error rows.jsonl:40: too long: ... tokens, data.max_length is 60",
+)
+def test_no_choice_for_rows_that_are_too_long_cuts_a_target_away(place, run, shows):
+    long = conversation("one", "cat " * 100)
+    write_jsonl(place / "rows.jsonl", [*(chat(f"q{i}", "fox") for i in range(39)), long])
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    cut = tokenizer.apply_chat_template(long["messages"], truncation=True, max_length=60)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in cut[-20:], "an answer without its end, learned as one"
+    data = {"test": 0.2, "validation": 0, "max_length": 60, "max_dropped": 0.0}
+    for choice in ("error", "split", "truncate"):
+        said = run("prepare", "--fresh", code=3, data={**data, "on_overlong": choice})
+        shows(said)
+    assert "its last answer does not fit with any of its question" in said
+    assert "1 too long" in run("prepare", "--fresh", data={**data, "on_overlong": "drop"})
+    report = json.loads((place / "run/report.json").read_text())["data"]
+    assert report["dropped"] == {"too long": 1}
+
+
+@pytest.mark.guarantee(
+    3,
+    cannot="rows dropped without a count and a reason",
+    kept="Each row that is read is kept, or counted under a reason; rejected rows are listed with file and line.",
+    shows="42 rows read; ... 2 left out: bad: empty content",
+    also=["test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for"],
+)
+def test_rows_are_dropped_with_a_count_and_a_reason(place, run, without, shows):
+    def lost() -> int:
+        data = json.loads((place / "run/report.json").read_text())["data"]
+        return data["rows_in"] - sum(data["kept"].values()) - sum(data["dropped"].values())
+
+    with (place / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(chat("")) + "\n" + json.dumps(chat("x", "")) + "\n")
+    with without("llmtune.data.ingest.Account.add_bad", lambda account, origin, error: None):
+        assert "empty content" not in run("prepare")
+    assert lost() == 2, "dropped, and nobody was told"
+    shows(run("prepare", "--fresh"))
+    assert lost() == 0
+
+
+@given(st.lists(st.binary(max_size=50) | st.just(json.dumps(chat("q")).encode()), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None)
+def test_any_bytes_in_a_file_give_rows_or_an_error_and_every_line_is_accounted_for(lines):
+    with tempfile.TemporaryDirectory() as folder:
+        data = b"\n".join(lines)
+        (Path(folder) / "a.jsonl").write_bytes(data)
+        try:
+            rows = prepare(Path(folder), "a.jsonl", deduplicate="none", max_dropped=1.0)
+        except DataError:
+            return
+    filled = sum(1 for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip(b" \t\r\x0b\x0c"))
+    assert rows.rows_in == filled == rows.counts["train"] + sum(rows.dropped.values())
+
+
+@pytest.mark.guarantee(
+    4,
+    cannot="an end-of-turn token that is not supervised",
+    kept="What the template writes after an answer, up to the token that ends a turn, belongs to its span. A template "
+    "without such a token is refused.",
+    shows="an assistant's turn does not end in a token of its own but in ...: answers could not end",
+    also=["test_each_answer_is_learned_with_its_end_and_nothing_else"],
+)
+def test_answers_are_learned_with_their_end_and_so_they_end(place, run, without, shows):
+    def cut() -> float:
+        """The share of answers that only the limit of tokens has ended."""
+        return json.loads((place / "run/report.json").read_text())["evaluation"]["tuned"]["answers_cut"]
+
+    really_split = chat_turns._split_end
+    learn = {"train": {"num_train_epochs": 6}}
+    with without("llmtune.data.chat_turns._split_end", lambda *turn: (really_split(*turn)[0], "")):
+        run("run", **learn)
+    assert cut() == 1, "no answer ever ends"
+    run("run", "--fresh", **learn)
+    assert cut() == 0
+    (place / "model/chat_template.jinja").write_text(NO_END)
+    shows(run("prepare", "--fresh", code=4))
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_each_answer_is_learned_with_its_end_and_nothing_else(name):
+    tokenizer = tokenizer_with(STABLE[name])
+    (example,) = encode(CHAT, tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT["messages"])["input_ids"]
+    assert example.input_ids == expected[: len(example.input_ids)]
+    assert not tokenizer.decode(expected[len(example.input_ids) :]).strip()
+    first, second = (text.strip() for text in learned(example, tokenizer))
+    end = first.removeprefix("three").strip()
+    assert tokenizer.convert_tokens_to_ids(end) in stop_ids(tokenizer, recipe_for())
+    assert (first.split(end)[0].strip(), second.split(end)[0].strip()) == ("three", "six")
+    assert example.target_bytes == len("three") + len("six")
+
+
+@pytest.mark.guarantee(
+    5,
+    cannot="a doubled start token; different ids in training, evaluation, chat and serving for the same messages",
+    kept="One function renders the prompt for all of them, and it adds no token that the template has written.",
+    shows="the template writes '<|endoftext|>' twice at the start",
+    also=[
+        "data/test_chat_encoding.py::test_an_answer_is_learned_from_the_very_ids_that_it_will_be_generated_from",
+        "serve/test_api.py::test_a_conversation_has_the_ids_of_training_whatever_form_it_comes_in",
+        "test_pipeline.py::test_generate_and_chat_answer_as_in_the_evaluation",
+    ],
+)
+def test_the_start_token_stands_once_whatever_the_tokenizer_adds_by_itself(place, run, shows):
+    tokenizer = tokenizer_with(LLAMA2)
+    start = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", start)]
+    )
+    text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert tokenizer(text)["input_ids"][:2] == [start, start], "what scripts do that tokenize a rendered text"
+    (example,) = encode(CHAT, tokenizer)
+    assert example.input_ids.count(start) == 1
+    assert render_prompt(CHAT["messages"][:1], tokenizer, recipe_for()) == example.input_ids[: example.spans[0]]
+    (place / "model/chat_template.jinja").write_text(DOUBLED_START)
+    shows(run("prepare", code=4))
+
+
+@pytest.mark.guarantee(
+    6,
+    cannot="attention or loss that leaks across packed rows",
+    kept="Packing is tried on the loaded model: each of three rows has to get the logits that it gets alone.",
+    shows="error data.packing: in ... rows that are packed together see one another: its architecture keeps no border "
+    "between them -> Set data.packing: false.",
+    also=["model/test_packed_attention.py::test_packed_logits_are_those_of_each_document_alone"],
+)
+def test_packed_and_unpacked_training_give_the_same_losses(place, run, without, shows):
+    def losses(**sections: object) -> list[list[float]]:
+        found = []
+        for packing in (True, False):
+            run("train", "--fresh", data={"packing": packing}, **sections)
+            found.append([line["loss"] for line in read_metrics(place / "run")])
+        return found
+
+    packed, padded = losses()
+    assert packed == pytest.approx(padded, abs=1e-4)
+    leaky = {"model": {"name": str(build_family(place / "leaky", "bloom", n_head=4))}}
+    with without("llmtune.model.loading.isolates_documents", lambda model, dtype, decodes: True):
+        packed, padded = losses(**leaky)
+    assert packed != pytest.approx(padded, abs=1e-4), "rows see one another"
+    shows(run("train", "--fresh", code=2, **leaky))
+
+
+@pytest.mark.guarantee(
+    7,
+    cannot="a stale cache",
+    kept="A step is skipped only if the hash of everything that it depends on is the one that it was made with.",
+    shows="prepare unchanged, skipped ... train unchanged, skipped",
+    also=["test_cache.py"],
+)
+def test_rows_that_change_in_place_are_read_trained_and_scored_anew(place, run, without, shows):
+    def weights() -> bytes:
+        return (place / "run/adapter/adapter_model.safetensors").read_bytes()
+
+    run("run")
+    before, rows = weights(), (place / "rows.jsonl").read_text()
+    shows(run("run"))
+    (place / "rows.jsonl").write_text(rows.replace("Which colour", "What colour"))
+    with without("llmtune.store.run_folder.RunFolder.is_valid", lambda folder, step, inputs: folder.is_done(step)):
+        run("run")
+    assert weights() == before, "the adapter of other rows"
+    assert "skipped" not in run("run")
+    assert weights() != before
+
+
+@pytest.mark.guarantee(
+    8,
+    cannot="a row of the test split in the training rows",
+    kept="The split is a hash of the content. Rows that equal one of another split are dropped and counted, and by "
+    "data.deduplicate: near those that are nearly so.",
+    shows="1 left out: equal to a test row",
+    also=["test_a_row_of_test_never_stands_in_train_or_validation"],
+)
+def test_a_row_of_test_that_stands_in_the_training_file_is_left_out(place, run, without, shows):
+    (place / "test.jsonl").write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[5]))
+    data = {"test": "test.jsonl"}
+    everything = lambda index, split_N, method: np.full(len(index), "", dtype=object)  # noqa: E731
+    with without("llmtune.data.preparation.drop_equal", everything):
+        run("prepare", data=data)
+    train, test = (questions(load_rows(place / "run/data/rows"))[split] for split in ("train", "test"))
+    assert set(test) < set(train), "what is measured was learned"
+    shows(run("prepare", "--fresh", data=data))
+    train, test = (questions(load_rows(place / "run/data/rows"))[split] for split in ("train", "test"))
+    assert not set(test) & set(train)
+
+
+@pytest.mark.parametrize("method", ["none", "exact", "near"])
+def test_a_row_of_test_never_stands_in_train_or_validation(tmp_path, method):
+    long = " ".join(f"word{i % 47}" for i in range(60))
+    write_jsonl(tmp_path / "train.jsonl", [chat("a"), chat("b"), chat("c"), chat(long), chat("d")])
+    write_jsonl(tmp_path / "validation.jsonl", [chat("b"), chat("a "), chat("v")])
+    write_jsonl(tmp_path / "test.jsonl", [chat("a"), chat(long + " more")])
+    rows = prepare(tmp_path, "train.jsonl", validation="validation.jsonl", test="test.jsonl", deduplicate=method)
+    near = method == "near"
+    assert questions(rows) == {
+        "train": ["c", "d"] if near else ["c", "d", long],
+        "validation": ["b", "v"],
+        "test": ["a", long + " more"],
+    }
+    want = {"equal to a test row": 2, "equal to a validation row": 1} | ({"near a test row": 1} if near else {})
+    assert rows.dropped == want
+
+
+@pytest.mark.guarantee(
+    9,
+    cannot="a bad row without file, line number and reason",
+    kept="All bad rows are reported at once; above data.max_dropped they stop the run.",
+    shows="error 25 of 85 rows are bad: 29.4%, and data.max_dropped allows 5.0% ... error rows.jsonl:31: empty "
+    "content: message 1 (user) says nothing error rows.jsonl:32: not valid JSON: ... error rows.jsonl:33: no "
+    "assistant answer",
+)
+def test_bad_rows_are_named_with_file_line_and_reason(place, run, shows):
+    good = [json.dumps(chat(f"q{i}")) for i in range(60)]
+    bad = [json.dumps(chat("")), '{"messages": [', json.dumps({"messages": [{"role": "user", "content": "q"}]})] * 8
+    lines = [*good[:30], *bad, *good[30:]]
+    (place / "rows.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\n")
+    with pytest.raises(json.JSONDecodeError) as bare:
+        json.loads(bad[1])
+    assert "rows.jsonl" not in str(bare.value), "what the parser alone says: neither file nor line"
+    said = run("prepare", code=3)
+    shows(said)
+    assert "and 5 more bad rows" in said
+    listed = [json.loads(line) for line in (place / "run/data/bad_rows.jsonl").read_text().splitlines()]
+    assert len(listed) == 25
+    assert (listed[-1]["origin"], listed[-1]["reason"]) == ("rows.jsonl:85", "not UTF-8")
+    assert not (place / "run/data/rows").exists()
