@@ -18,7 +18,7 @@ MEASURE = mkdir -p $(BENCH) && $(BIN)/python benchmarks/$(1).py --pairs $(PAIRS)
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu check format docs architectures site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu check format docs architectures torture site same build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ docs: $(READY) models  ## Write the generated pages anew, and the pictures of do
 
 architectures: $(READY)  ## Train every architecture of transformers small, and write docs/architectures.md
 	PYTHONPATH=tests $(BIN)/python -m support.architecture_checks
+
+torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: with disks that are full)
+	PYTHONPATH=tests $(BIN)/python -m support.torture --rounds 240 >docs/torture.md
 
 $(SITE): $(READY)
 	$(PIP) --editable '.[docs]'

@@ -293,23 +293,24 @@ def train(
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
     adapt_inputs = adapter_inputs(context.recipe, model_ref, examples)
     inputs = train_inputs(context.recipe, adapt_inputs)
-    steps = context.folder.manifest["steps"]
+    manifest = context.folder.manifest
     if context.folder.is_valid("train", inputs):
         context.begin("adapt", skipped=True)
         context.begin("train", skipped=True)
-        return
-    for step in ("evaluate", "deploy"):
-        steps.pop(step, None)  # of another training
-    if "train" not in steps or steps["train"]["inputs"] != inputs:
-        context.folder.findings["micro_batch_tokens"] = context.findings.get("micro_batch_tokens", plan.tokens)
-        shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
-    context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
-    context.folder.manifest.pop("lock", None)
-    context.folder.write()
-    lock_run(context, model_ref, loaded.fingerprint)
-    trainer(context, model_ref, examples, adapt_inputs, inputs)
-    context.folder.manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
-    context.folder.write()
+    else:
+        for step in ("evaluate", "deploy"):
+            manifest["steps"].pop(step, None)  # of another training
+        if "train" not in manifest["steps"] or manifest["steps"]["train"]["inputs"] != inputs:
+            context.folder.findings["micro_batch_tokens"] = context.findings.get("micro_batch_tokens", plan.tokens)
+            shutil.rmtree(context.folder.path / "explain", ignore_errors=True)  # of another training too
+        context.folder.findings["start_from"] = adapter_settings(context.recipe)[-1]
+        manifest.pop("lock", None)
+        context.folder.write()
+        lock_run(context, model_ref, loaded.fingerprint)
+        trainer(context, model_ref, examples, adapt_inputs, inputs)
+    if "lock" not in manifest:  # here, as a run may be killed just before it
+        manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
+        context.folder.write()
 
 
 def evaluate(
@@ -349,10 +350,9 @@ def evaluate(
 
 def deploy(context: RunContext, model_ref: ModelRef) -> None:
     """What `run` makes at the end: the merged model and the GGUF file, each certified."""
-    trained = context.trained_hash
     settings = context.recipe.generation.model_dump(mode="json")
     products = context.recipe.deploy
-    inputs = hash_value([__version__, trained, model_ref.content_hash, settings, sorted(products)])
+    inputs = hash_value([__version__, context.trained_hash, model_ref.content_hash, settings, sorted(products)])
     made = {"merged": "merged", "gguf": f"gguf/{DEFAULT_FORMAT}"}
     with context.step("deploy", inputs, [made[name] for name in products]) as step:
         if not step.skipped:

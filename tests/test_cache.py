@@ -209,3 +209,14 @@ def test_a_remote_tracker_is_refused_offline(place: Path) -> None:
     result = invoke("run", "tiny.yaml", "--out", "run", "--offline", "--set", "train.report_to=[wandb]")
     assert result.exit_code == 4
     assert "train.report_to" in result.stderr
+
+
+def test_the_lock_names_what_was_trained_though_the_run_was_killed_before_that_was_noted(finished: Path) -> None:
+    lock = (finished / "run/llmtune.lock").read_text()
+    manifest = json.loads((finished / "run/run.json").read_text())
+    del manifest["lock"]
+    (finished / "run/run.json").write_text(json.dumps(manifest))
+    without = {key: value for key, value in json.loads(lock).items() if key != "trained"}
+    (finished / "run/llmtune.lock").write_text(json.dumps(without))
+    assert done("train", "tiny.yaml", "--out", "run")["train"]
+    assert (finished / "run/llmtune.lock").read_text() == lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -136,7 +137,11 @@ app.add_typer(launch.app, name="launch")
 def main() -> None:
     """Entry point of the `llmtune` command."""
     sys.excepthook = _report_bug
-    app()
+    try:
+        app()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)  # the end of the interpreter takes a moment, and nothing to save
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -74,7 +74,8 @@ def handled(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as stop:
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             word = "terminated" if number == signal.SIGTERM else "interrupted"
-            kept = "; finished steps are kept. To go on, run the same command again." if "recipe" in kwargs else ""
+            kept = "; finished steps are kept" if "recipe" in kwargs else ""
+            kept += ". To go on, run the same command again." if kwargs.keys() & {"recipe", "out"} else ""
             stderr_console().print(f"{word}{kept}")
             raise typer.Exit(128 + number) from None
 

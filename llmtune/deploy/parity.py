@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem
+from llmtune.errors import EnvironmentProblem, GateFailed, Problem, system_errno
 from llmtune.model.oom import is_out_of_memory
 from llmtune.store.atomic_files import read_json, write_json
 
@@ -172,13 +172,13 @@ def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]]
     """Load a product as a user would, without anything of llmtune; `load` gives the model and its loading info.
 
     Raises:
-        EnvironmentProblem: it cannot be loaded.
+        EnvironmentProblem: it cannot be loaded; what the system refuses passes as it is.
         GateFailed: weights are missing in it, or left over.
     """
     try:
         model, info = load()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or system_errno(error) is not None:
             raise
         raise EnvironmentProblem.of(f"{product} cannot be loaded again: {error}") from error
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"]}):

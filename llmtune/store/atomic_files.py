@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_pro
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NO_PLACE = {errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF}
+"""What file systems without locks answer: some of networks."""
 MAX_JSON_BYTES = 2**30
 
 
@@ -95,22 +100,71 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
+def exclusive(path: Path, place: Path) -> Iterator[None]:
+    """Hold a file or folder, and with it `place`, against other processes; where the file system has no locks, do not.
+
+    Raises EnvironmentProblem, which names the process that holds it.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in {errno.EWOULDBLOCK, *NO_LOCKS}:
+                raise
+            if error.errno == errno.EWOULDBLOCK:
+                what = f"another llmtune process works in this folder{_holder(handle)}"
+                fix = "Wait for it, or choose another folder with --out."
+                raise EnvironmentProblem.of(what, str(place), fix) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """Name the process that has the same file open; nothing where the system does not tell."""
+    import psutil  # not for --help
+
+    own = os.fstat(handle)
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                if process.pid != os.getpid() and os.path.samestat(link.stat(), own):
+                    started = time.strftime("%H:%M:%S", time.localtime(process.create_time()))
+                    return f": process {process.pid}, started at {started} ({shlex.join(process.cmdline())})"
+    return ""
+
+
+@contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into; put it in the place of `folder` at the end, or remove it on an error."""
+    """Give an empty folder to write into; put it in the place of `folder` at the end, or remove it on an error.
+
+    Raises EnvironmentProblem while another process does the same.
+    """
     temporary = folder.with_name(f".{folder.name}.new")
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    temporary.mkdir(parents=True, exist_ok=True)
+    with exclusive(temporary, folder):
+        try:
+            for leftover in temporary.iterdir():
+                remove(leftover)
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def hash_file(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +14,19 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llmtune import __version__
-from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.errors import Problem, RecipeError
 from llmtune.recipe import LoadedRecipe, reload_recipe
 from llmtune.records import StepTiming
-from llmtune.store.atomic_files import explained, hash_listing, hash_path, list_folder, read_json, write_json
+from llmtune.store.atomic_files import (
+    exclusive,
+    explained,
+    hash_listing,
+    hash_path,
+    list_folder,
+    read_json,
+    remove,
+    write_json,
+)
 from llmtune.store.profile import Meter
 
 MANIFEST = "run.json"
@@ -190,13 +198,7 @@ def open_run(path: Path, fingerprint: str, *, resume: bool = False, fresh: bool 
     with explained(path):
         peek_run(path, fingerprint, resume=resume, fresh=fresh)  # nothing is made where it refuses
         path.mkdir(parents=True, exist_ok=True)
-        with (path / ".lock").open("a") as lock_file:
-            try:
-                fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                what = "another llmtune process works in this folder"
-                fix = "wait for it, or choose another folder with --out"
-                raise EnvironmentProblem.of(what, str(path), fix) from None
+        with exclusive(path / ".lock", path):
             folder = peek_run(path, fingerprint, resume=resume, fresh=fresh)
             _sweep(path)
             if fresh:
@@ -274,7 +276,7 @@ def _sweep(path: Path) -> None:
     for folder in (path, path / "data"):
         for pattern in (".*.tmp", ".*.new", ".*.old"):
             for leftover in folder.glob(pattern):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                remove(leftover)
 
 
 def _remove_run(path: Path) -> None:

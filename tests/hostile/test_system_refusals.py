@@ -10,8 +10,10 @@ import pyarrow as pa
 import pytest
 import typer
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from llmtune.cli.output_streams import handled
+from llmtune.deploy.parity import load_product
 from llmtune.errors import EnvironmentProblem
 from llmtune.store.atomic_files import explained
 
@@ -48,6 +50,14 @@ def test_a_library_that_hides_the_number_in_its_text_is_understood(tmp_path: Pat
     hidden = SafetensorError('Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "" }')
     with pytest.raises(EnvironmentProblem, match=r"the disk is full: .* MB free"), explained(tmp_path / "x"):
         raise hidden
+
+
+def test_a_product_that_cannot_be_loaded_for_want_of_threads_is_not_called_broken() -> None:
+    def load() -> tuple[PreTrainedModel, dict[str, set[str]]]:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(EnvironmentProblem, match="ulimit -u"), explained(Path("merged")):
+        load_product(load, "the merged model")
 
 
 def test_another_error_stays_a_bug() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,20 @@ def test_a_staged_folder_replaces_the_old_one_only_when_it_is_complete(tmp_path:
     with staged(target) as folder:
         (folder / "rows").write_text("third")
     assert (target / "rows").read_text() == "third"
+
+
+def test_two_processes_do_not_stage_one_folder(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    path = f"pathlib.Path({str(target)!r})"
+    code = f"import pathlib\nfrom llmtune.store.atomic_files import staged\nwith staged({path}): pass"
+    with staged(target) as folder:
+        (folder / "file").write_text("mine")
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"another llmtune process works in this folder: process {os.getpid()}" in other.stderr
+    assert (target / "file").read_text() == "mine"
+    with staged(target):
+        pass
+    assert not list(target.iterdir())
 
 
 def test_what_json_cannot_hold_becomes_null_or_text_and_a_torn_file_reads_as_missing(tmp_path: Path) -> None:

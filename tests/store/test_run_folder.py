@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -90,12 +91,12 @@ def test_a_folder_where_another_recipe_has_made_nothing_yet_or_that_is_started_o
     assert read_run(tmp_path / "run").manifest["fingerprint"] == "cc"
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     run = f"pathlib.Path({str(tmp_path / 'run')!r})"
     code = f"import pathlib\nfrom llmtune.store.run_folder import open_run\nwith open_run({run}, 'aa'): pass"
     with open_run(tmp_path / "run", "aa"):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "another llmtune process" in other.stderr
+    assert f"another llmtune process works in this folder: process {os.getpid()}, started at" in other.stderr
 
 
 @pytest.mark.parametrize(("manifest", "words"), [(None, "not a run folder"), ('{"steps": ', "not a run folder")])

@@ -1,0 +1,34 @@
+"""Whatever happens to a command: the same one goes on, nothing is lost, and the bytes are those of no disturbance."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.torture import DEFAULT_ROUNDS, Torture, plan
+
+ROUNDS = int(os.environ.get("TORTURE_ROUNDS", DEFAULT_ROUNDS))
+SEED = int(os.environ.get("TORTURE_SEED", 0))
+
+
+@pytest.fixture(scope="module")
+def torture() -> Iterator[Torture]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Torture(Path(folder), SEED)
+        yield made
+        made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "fault", "fresh"),
+    [pytest.param(number, *one, id=f"{number} {one[0]}") for number, one in enumerate(plan(ROUNDS, SEED))],
+)
+def test_a_command_that_was_disturbed_goes_on_and_nothing_is_lost(
+    torture: Torture, number: int, fault: str, fresh: bool
+) -> None:
+    outcome = torture.play(number, fault, fresh=fresh)
+    assert outcome.good, "\n".join([str(outcome), *outcome.wrong])
