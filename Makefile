@@ -13,8 +13,11 @@ JOBS ?= 2
 QUICKSTART ?= runs/quickstart
 BENCH ?= build/bench
 PAIRS ?= 5
+DTYPE ?= bfloat16
 LLAMAFACTORY ?=
 MEASURE = mkdir -p $(BENCH) && $(BIN)/python benchmarks/$(1).py --pairs $(PAIRS)
+TRAINING = $(call MEASURE,training) --dtype $(DTYPE) $(PEERS)
+OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
@@ -102,10 +105,11 @@ site: $(SITE)  ## The documentation as a site, in site/; a dead link fails
 same: $(READY) $(MODELS)  ## Run recipes at BASE and as they are now: do bytes and digits agree?
 	$(BIN)/python benchmarks/same.py --base $(BASE)
 
-# Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions.
-bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS and LLAMAFACTORY may be set
-	$(call MEASURE,training) --threads 1 $(PEERS) --json $(BENCH)/training.json >/dev/null
-	$(call MEASURE,training) --threads $$(nproc) $(PEERS) --json $(BENCH)/training-cores.json >/dev/null
+# Hours. LLAMAFACTORY is the python of an environment with LLaMA-Factory, which does not go with these versions. Processors
+# without AVX-512 are stood for by DTYPE=float32 ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
+bench: $(READY) $(MODELS)  ## Side by side with other tools, into benchmarks/RESULTS.md; PAIRS, DTYPE, LLAMAFACTORY may be set
+	$(TRAINING) --threads 1 --json $(BENCH)/training$(OTHER).json >/dev/null
+	$(TRAINING) --threads $$(nproc) --json $(BENCH)/training$(OTHER)-cores.json >/dev/null
 	$(call MEASURE,training) --pairs 1 --steps 30 --tokens 1024 $(PEERS) --losses benchmarks/losses.svg --json $(BENCH)/losses.json >/dev/null
 	$(call MEASURE,curve) --json $(BENCH)/curve.json >/dev/null
 	$(call MEASURE,memory) --json $(BENCH)/memory.json >/dev/null

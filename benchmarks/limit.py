@@ -10,6 +10,7 @@ What a step needs, of a causal model whose frozen linear layers carry adapters (
 
 Each product is timed by itself in the model's number format in this process, as often as it takes for a steady best;
 its rate is the highest of several numbers of rows. Nothing else counts: no norms, softmax, optimiser or memory traffic.
+A beginning that rows share, such as a system prompt, counts in every row here, though llmtune computes it once.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ def describe_machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # those that torch may use
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.system(),

@@ -56,7 +56,8 @@ def write_training(found: Found) -> str:
     settings = (
         f"{asked['dtype']}, {asked['threads']} thread(s), about {asked['tokens']:,} real tokens a step, packs of "
         f"{asked['pack']:,}, padded micro-batches of {asked['padded_rows']} rows; {asked['steps']} timed steps after "
-        f"one to warm up, {len(next(iter(runs.values())))} turns."
+        f"one to warm up, {len(next(iter(runs.values())))} turns; instructions: "
+        f"{found['machine'].get('instructions', 'all that the processor has')}."
     )
     head = ["tool", "tokens per cpu-s", "llmtune against it", "tokens per s", "llmtune against it", "peak memory"]
     head += ["above the loaded model", "learned", "trainable"]
@@ -255,6 +256,8 @@ SECTIONS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "training": ("Training, one thread", write_training),
     "training-padded": ("Training beside padded tools, one thread", write_training),
     "training-cores": ("Training, all cores", write_training),
+    "training-float32": ("Training in float32, one thread", write_training),
+    "training-float32-cores": ("Training in float32, all cores", write_training),
     "losses": ("Losses", write_losses),
     "curve": ("Packed against unpacked", write_curve),
     "memory": ("Memory in training", write_memory),

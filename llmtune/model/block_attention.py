@@ -29,11 +29,34 @@ class _Block(NamedTuple):
     end: int
     first: int
     last: int
+    prefix: slice
+    """Keys that stand before these, elsewhere in the row."""
+
+    @property
+    def before(self) -> int:
+        """Keys that stand elsewhere."""
+        return int(self.prefix.stop - self.prefix.start)
+
+    @property
+    def keys(self) -> int:
+        """All keys that it sees."""
+        return self.before + self.last - self.first
 
     @property
     def is_short(self) -> bool:
         """Whether its weights are kept for the backward pass: they are no more than other activations."""
-        return self.last - self.first <= _KEPT
+        return self.keys <= _KEPT
+
+    def take(self, row_KTD: torch.Tensor) -> torch.Tensor:
+        """Return keys or values that it sees: [K, N, D]."""
+        own_KND = row_KTD[:, self.first : self.last]
+        return own_KND if self.before == 0 else torch.cat([row_KTD[:, self.prefix], own_KND], dim=1)
+
+    def add(self, row_KTD: torch.Tensor, part_KND: torch.Tensor) -> None:
+        """Add to what it sees, in place."""
+        if self.before:
+            row_KTD[:, self.prefix] += part_KND[:, : self.before]
+        row_KTD[:, self.first : self.last] += part_KND[:, self.before :]
 
 
 def attend_documents(
@@ -44,15 +67,17 @@ def attend_documents(
     scaling: float | None = None,
     window: int | None = None,
     causal: bool = True,
+    prefixes: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Attend within each document: [1, H, T, D], [1, K, T, D], [1, K, T, E] -> [1, T, H, E].
 
-    `lengths` adds up to T. A query sees `window` keys up to its own when causal, else those less than `window`
+    `lengths` adds up to T. With `prefixes`, for causal attention alone, each document goes on from the positions of the
+    row between two numbers. A query sees `window` keys up to its own when causal, else those less than `window`
     positions away on either side. Scores are kept in the format of the inputs, sums within products in float32, as in
     eager attention. The weights of short documents are kept for the backward pass, those of others computed again.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    blocks, kind = tuple(_blocks(lengths, window, causal)), query.device.type
+    blocks, kind = tuple(_blocks(lengths, window, causal, prefixes)), query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -60,15 +85,18 @@ def attend_documents(
     return cast(torch.Tensor, out)
 
 
-def _blocks(lengths: Sequence[int], window: int | None, causal: bool) -> Iterator[_Block]:
+def _blocks(
+    lengths: Sequence[int], window: int | None, causal: bool, prefixes: Sequence[tuple[int, int]] | None
+) -> Iterator[_Block]:
     begin = 0
-    for length in lengths:
+    for length, prefix in zip(lengths, prefixes or [(0, 0)] * len(lengths), strict=True):
+        shared = slice(*prefix)
         stop, step = begin + length, _BLOCK if length > 2 * _BLOCK else length
         for start in range(begin, stop, max(1, step)):
             end = min(start + step, stop)
-            first = begin if window is None else max(begin, start - window + 1)
+            first = begin if window is None or prefix[1] else max(begin, start - window + 1)
             last = end if causal else stop if window is None else min(stop, end + window - 1)
-            yield _Block(start, end, first, last)
+            yield _Block(start, end, first, last, shared)
         begin = stop
 
 
@@ -97,7 +125,7 @@ class _Attention(torch.autograd.Function):
                 weights_KQN = _weights(scaled_HTD, key[0], block, window, causal)
                 if block.is_short:
                     short.append(weights_KQN)
-                found_KQE = torch.bmm(weights_KQN, value[0, :, block.first : block.last])
+                found_KQE = torch.bmm(weights_KQN, block.take(value[0]))
                 out_1THE[0, block.start : block.end] = _heads_last(found_KQE, query.shape[1] // kept)
         ctx.save_for_backward(query, key, value, *short)
         return out_1THE
@@ -109,23 +137,22 @@ class _Attention(torch.autograd.Function):
         query, key, value, *short = ctx.saved_tensors
         saved = iter(short)
         (gradient_1THE,), groups = outputs, query.shape[1] // key.shape[1]
-        apart = all(block.last <= after.first for block, after in pairwise(ctx.blocks))
+        apart = all(block.last <= after.first and not after.before for block, after in pairwise(ctx.blocks))
         summed = query.dtype if apart else torch.promote_types(query.dtype, torch.float32)  # sums over blocks
         dq_THD = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
         dk_KTD = torch.zeros(key.shape[1:], dtype=summed, device=key.device)
         dv_KTE = torch.zeros(value.shape[1:], dtype=summed, device=key.device)
         scaled_HTD = query[0] * ctx.scale
         for block in ctx.blocks:
-            seen = slice(block.first, block.last)
             weights_KQN = next(saved) if block.is_short else _weights(scaled_HTD, key[0], block, *ctx.options)
             out_HQE = gradient_1THE[0, block.start : block.end].transpose(0, 1)
             out_KQE = out_HQE.reshape(key.shape[1], -1, value.shape[3])
-            dv_KTE[:, seen] += torch.bmm(weights_KQN.transpose(1, 2), out_KQE)
-            raised_KQN = torch.bmm(out_KQE, value[0, :, seen].transpose(1, 2))
+            block.add(dv_KTE, torch.bmm(weights_KQN.transpose(1, 2), out_KQE))
+            raised_KQN = torch.bmm(out_KQE, block.take(value[0]).transpose(1, 2))
             raised_KQN = torch._softmax_backward_data(raised_KQN, weights_KQN, -1, weights_KQN.dtype)
-            dq_THD[block.start : block.end] = _heads_last(torch.bmm(raised_KQN, key[0, :, seen]), groups)
+            dq_THD[block.start : block.end] = _heads_last(torch.bmm(raised_KQN, block.take(key[0])), groups)
             queries_KQD = scaled_HTD[:, block.start : block.end].reshape(key.shape[1], -1, key.shape[3])
-            dk_KTD[:, seen] += torch.bmm(raised_KQN.transpose(1, 2), queries_KQD)
+            block.add(dk_KTD, torch.bmm(raised_KQN.transpose(1, 2), queries_KQD))
         dq_HTD = dq_THD.mul_(ctx.scale).transpose(0, 1)
         return dq_HTD[None], dk_KTD.to(key.dtype)[None], dv_KTE.to(value.dtype)[None], None, None, None, None
 
@@ -136,9 +163,9 @@ def _weights(
     """Return what each query of a block gives to the keys that it sees: [K, G * Q, N], rows add up to one."""
     kept, size = key_KTD.shape[0], block.end - block.start
     queries_KQD = scaled_HTD[:, block.start : block.end].reshape(kept, -1, key_KTD.shape[2])
-    scores_KQN = torch.bmm(queries_KQD, key_KTD[:, block.first : block.last].transpose(1, 2))
+    scores_KQN = torch.bmm(queries_KQD, block.take(key_KTD).transpose(1, 2))
     if causal or window is not None:
-        shape = (size, block.last - block.first, block.start - block.first, window, causal)
+        shape = (size, block.keys, block.before + block.start - block.first, window, causal)
         unseen = _unseen(*shape, scores_KQN.dtype, scores_KQN.device)
         if unseen is not None:
             scores_KQN.view(-1, size, shape[1]).add_(unseen)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmtune.model.chunked_cross_entropy import CrossEntropy, takes_head_loss
-from llmtune.model.packed_attention import PACKED
+from llmtune.model.packed_attention import PACKED, PREFIXES
+from llmtune.model.prefix_packing import share_prefixes, takes_shared_prefixes
 from llmtune.records import Loss
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Any]
 """The tensors of one micro-batch; `llmtune.data.collators` has the legend."""
-_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", PREFIXES)
 
 
 def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -31,6 +32,8 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     """
     if not takes_head_loss(unwrap(model)):
         return token_losses(predicted_logits(model, batch), batch, by_row)
+    if takes_shared_prefixes(unwrap(model)):
+        batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
     output = model(**_inputs(model, batch), **targets)
     return _sum_up(output["losses_S"], output["correct_S"] if by_row else None, batch)

@@ -37,6 +37,7 @@ from llmtune.model.self_checks import (
     isolates_documents,
     positions_depend_on_neighbours,
     take_loss_at_head,
+    try_shared_prefixes,
 )
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
@@ -150,7 +151,8 @@ def _check_packing(
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
     packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
     if decodes:
-        if not take_loss_at_head(model, dtype):
+        at_head = take_loss_at_head(model, dtype)
+        if not at_head:
             console.print(
                 "Loss: from whole logits, because the model's head is not a linear layer on top of its backbone."
             )
@@ -161,6 +163,8 @@ def _check_packing(
                 "data.packing",
                 "Set data.packing: false.",
             )
+        if packs and at_head:
+            try_shared_prefixes(model, dtype)
         return packs
     if packs and attention == PACKED and not isolates_documents(model, dtype, decodes):
         reason = f"{type(model).__name__} reads rows that stand in one line otherwise than each alone"

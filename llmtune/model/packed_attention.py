@@ -37,6 +37,8 @@ PACKED = "llmtune_packed"
 """The name under which transformers knows this attention."""
 LENGTHS = "document_lengths"
 """The name under which a model's body hands the lengths of the documents in a packed row to its layers."""
+PREFIXES = "document_prefixes"
+"""The name of where in the row the beginning of each document stands, if it shares that with others; CPU alone."""
 documents_inside: ContextVar[list[int] | None] = ContextVar("documents_inside", default=None)
 """The same lengths, while the body runs on a packed row."""
 _TOLERANCE = 0.05
@@ -88,7 +90,7 @@ def attend_packed(
 
     query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D], the signature of transformers' attention interface.
     """
-    lengths = kwargs.pop(LENGTHS, None)
+    lengths, prefixes = kwargs.pop(LENGTHS, None), kwargs.pop(PREFIXES, None)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     options = Options(dropout, scaling, sliding_window, softcap, s_aux, causal)
     plain = softcap is None and s_aux is None
@@ -104,7 +106,9 @@ def attend_packed(
         starts, longest = kwargs["cu_seq_lens_q"], max(lengths)
         return attend_varlen(query, key, value, starts, longest, scaling, sliding_window, causal), None
     if plain and dropout == 0 and not query.is_cuda:
-        return attend_documents(query, key, value, lengths, scaling, sliding_window, causal), None
+        return attend_documents(query, key, value, lengths, scaling, sliding_window, causal, prefixes), None
+    if prefixes is not None:
+        return attend_prefixed(query, key, value, lengths, prefixes, options), None
     return attend_runs(query, key, value, lengths, options), None
 
 
@@ -184,6 +188,25 @@ def attend_runs(
         q, k, v = (part.reshape(count, length, *part.shape[1:]).transpose(1, 2) for part in parts)
         outputs.append(_attend_run(q, k, v, options).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
+
+
+def attend_prefixed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    prefixes: Sequence[tuple[int, int]],
+    options: Options,
+) -> torch.Tensor:
+    """Attend a document at a time, each behind its prefix: [1, H, T, D], [1, K, T, D] -> [1, T, H, D]; causal alone."""
+    outputs, begin = [], 0
+    for length, (first, last) in zip(lengths, prefixes, strict=True):
+        own, ahead = slice(begin, begin + length), last - first
+        k, v = (torch.cat([part[:, :, first:last], part[:, :, own]], dim=2) for part in (key, value))
+        mask = band(length, ahead + length, options.window, True, query.device, ahead)
+        outputs.append(attend_scores(query[:, :, own], k, v, mask, options).transpose(1, 2))
+        begin += length
+    return torch.cat(outputs, dim=1)
 
 
 def _attend_run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:

@@ -21,6 +21,7 @@ from llmtune.model.device import compute_context
 from llmtune.model.model_inputs import read_inputs
 from llmtune.model.oom import is_out_of_memory
 from llmtune.model.packed_attention import PACKED
+from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
 _LEAK = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -76,6 +77,32 @@ def take_loss_at_head(model: PreTrainedModel, dtype: torch.dtype) -> bool:
         return True
     remove_head_loss(model)
     return False
+
+
+def try_shared_prefixes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let documents of a packed row share their beginning, in place, where that gives what each has with its own.
+
+    A state that layers carry from token to token beside attention, for one, does not go on from there. `model` takes
+    its loss at its head, and is in eval mode.
+    """
+    beginning = _documents(model, 2 * _TOKENS)[0]
+    documents = [[*beginning, *own] for own in _documents(model, _TOKENS)]
+    batch = _pack(documents, model.device)
+    losses = []
+    try:
+        with torch.inference_mode(), compute_context(dtype, model.device.type):
+            for allowed in (False, True):
+                allow_shared_prefixes(model, allowed)
+                losses.append(causal_loss(model, batch, by_row=True).row_sums)
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        allow_shared_prefixes(model, False)
+        return
+    apart, shared = losses
+    assert apart is not None
+    assert shared is not None
+    allow_shared_prefixes(model, bool((shared - apart).square().mean().sqrt() <= _LEAK[dtype] * apart.std()))
 
 
 def explain_unreadable(model: PreTrainedModel, dtype: torch.dtype, padding: int, writes: bool) -> str | None:

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
+from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import memory_limit
+from llmtune.model.prefix_packing import whole_documents
 from llmtune.train.accumulation import make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
@@ -119,6 +121,7 @@ def _fits(training: TrainContext, budget: int) -> float | None:
     """
     most = len(training.examples) if training.recipe.train.batch_tokens else training.recipe.train.batch_size
     reader, held_out = training.examples, training.validation
+    chunked = takes_head_loss(training.adapted.selected.model)  # logits take the same memory, however many there are
 
     def step() -> None:
         for index, rows in enumerate(batches):
@@ -128,13 +131,15 @@ def _fits(training: TrainContext, budget: int) -> float | None:
 
     def validate() -> None:
         assert held_out is not None
-        for rows in heaviest(held_out.lengths, held_out.supervised, budget, training.packed, len(held_out)):
+        supervised = held_out.lengths if chunked else held_out.supervised
+        for rows in heaviest(held_out.lengths, supervised, budget, training.packed, len(held_out)):
             batch = make_whole_batch(training, held_out, rows)
             with torch.no_grad(), training.compute():
                 training.task.loss(training.model, batch, False)
 
-    batches = list(heaviest(reader.lengths, reader.supervised, budget, training.packed, most))
-    with training.accelerator.no_sync(training.model):
+    supervised = reader.lengths if chunked else reader.supervised
+    batches = list(heaviest(reader.lengths, supervised, budget, training.packed, most))
+    with training.accelerator.no_sync(training.model), whole_documents():
         began = time.perf_counter()
         fits = try_memory(training, step)
         pace = (time.perf_counter() - began) / max(1, sum(int(reader.lengths[rows].sum()) for rows in batches))

@@ -49,6 +49,27 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, kep
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("block", "kept"), [(256, 192), (4, 0)])
+@pytest.mark.parametrize("window", [None, 1, 8])
+def test_behind_a_shared_beginning_it_is_attention_of_the_whole_documents(monkeypatch, block, kept, window):
+    monkeypatch.setattr(documents, "_BLOCK", block)
+    monkeypatch.setattr(documents, "_KEPT", kept)
+    shared, own = 6, [5, 1, 30]
+    parts = inputs(4, 2, shared + sum(own))
+    rows = [[*range(shared), *range(end - length, end)] for length, end in zip(own, (11, 12, 42), strict=True)]
+    got = attend_documents(*parts, [shared, *own], 0.3, window, True, [(0, 0), *[(0, shared)] * 3])
+    whole = [part[:, :, [at for row in rows for at in row]] for part in parts]
+    wanted = dense(*whole, [len(row) for row in rows], 0.3, window, True)
+    last = [at for at, place in enumerate(place for row in rows for place in row) if place >= shared]
+    wanted = torch.cat([wanted[:, :shared], wanted[:, last]], dim=1)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    raised = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
+    for one, other in zip(
+        torch.autograd.grad(got, parts, raised), torch.autograd.grad(wanted, parts, raised), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_without_a_scale_it_is_the_roots_of_the_width():
     parts = inputs(2, 2, 12)
     torch.testing.assert_close(attend_documents(*parts, [12]), dense(*parts, [12], None, None, True))
