@@ -35,8 +35,7 @@ from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.render_terminal import print_page
 from llmtune.report.score_sections import full_note, passed_cell, words
-from llmtune.report.text_files import as_json, replace_file, to_json
-from llmtune.store.atomic_files import explained, hash_value
+from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,15 +115,15 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
     """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON."""
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_page(comparison)
-    content: Json = as_json(comparison)
+    content: Json = plain(comparison)
     for run in content["runs"]:  # only where methods are compared runs have rates and gates
         for key in [key for key in ("rate", "gates") if run[key] is None]:
             del run[key]
     print_page(page, console)
     with explained(out):
         write_page(out / "compare.html", page)
-        replace_file(out / "compare.md", to_markdown(page))
-        replace_file(out / "compare.json", to_json(content))
+        write_text(out / "compare.md", to_markdown(page))
+        write_json(out / "compare.json", content)
         draw_comparison(out / "compare", comparison.runs)
     console.print(f"comparison: {escape(str(out / 'compare.html'))}")
     return content

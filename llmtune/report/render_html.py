@@ -12,13 +12,12 @@ from markupsafe import Markup, escape
 
 from llmtune.report.blocks import Page, Section
 from llmtune.report.number_format import score, signed
-from llmtune.report.text_files import as_json, replace_file
+from llmtune.store.atomic_files import plain, write_text
 
 
 def write_page(path: Path, page: Page) -> Path:
     """Write a page in one step and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, to_html(page))
+    write_text(path, to_html(page))
     return path
 
 
@@ -59,6 +58,6 @@ def prose(text: str) -> Markup:
 
 def embed_json(data: object) -> Markup:
     """Return JSON that can stand inside a script element: no end tag or comment can begin in it."""
-    text = json.dumps(as_json(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(safe)  # noqa: S704 - nothing in it can end the element

@@ -14,9 +14,8 @@ from llmtune.report.render_html import render_section, to_html
 from llmtune.report.render_markdown import to_markdown
 from llmtune.report.report_page import explain_section, find_explanations, make_page
 from llmtune.report.report_record import Report
-from llmtune.report.text_files import as_json, replace_file, to_json
+from llmtune.store.atomic_files import plain, write_json, write_text
 
-FILES = ("report.html", "report.md", "report.json", "junit.xml")
 INSIDE = re.compile(r'<section class="card" id="inside">.*?</section>', re.DOTALL)
 
 
@@ -27,15 +26,15 @@ def write_report(report: Report, folder: Path) -> None:
     """
     safe = redact_all(report)
     page = make_page(safe)
-    texts = (to_html(page), to_markdown(page), to_json(report_json(safe)), to_junit(safe))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(FILES, texts, strict=True):
-        replace_file(folder / name, text)
+    write_text(folder / "report.html", to_html(page))
+    write_text(folder / "report.md", to_markdown(page))
+    write_json(folder / "report.json", report_json(safe))
+    write_text(folder / "junit.xml", to_junit(safe))
 
 
 def report_json(report: Report) -> Json:
     """Return what report.json holds: the fields of the report, the seeds among the scores."""
-    values: Json = as_json(report)
+    values: Json = plain(report)
     seeds, verdict = values.pop("seeds"), values.pop("verdict")
     if values["evaluation"]:
         del values["evaluation"]["gates"]  # they stand beside it
@@ -58,6 +57,6 @@ def link_explanations(run: Path) -> bool:
         return False
     report["explanations"] = find_explanations(run)
     section = render_section(explain_section(report["explanations"], trained=bool(report.get("train"))))
-    replace_file(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
-    replace_file(run / "report.json", to_json(report))
+    write_text(run / "report.html", INSIDE.sub(lambda found: section, page, count=1))
+    write_json(run / "report.json", report)
     return True

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from llmtune.errors import EnvironmentProblem, Problem, system_errno, system_problem
+from llmtune.records import Difference
 
 MODEL_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja", ".bin", ".py", ".tiktoken")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -38,11 +39,14 @@ def find_cache() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step, so that a reader sees the old or the new text and nothing between."""
+    """Replace `path` by `text` in one step, so that a reader sees the old or the new text and nothing between.
+
+    What UTF-8 cannot hold is replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -52,15 +56,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON; numbers that JSON cannot hold (NaN, infinities) become null."""
+    """Write `value` as `plain` makes it, as JSON that any parser takes."""
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: object) -> object:
-    """Turn paths into text, tuples into lists and numbers that JSON cannot hold into None, all the way down."""
+def plain(value: object) -> Any:
+    """Return what JSON can hold, all the way down: records by their fields, NaN and infinities as None, paths as text.
+
+    A difference is `{value, interval: [low, high], p, n, test}`.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, dict):
+    if isinstance(value, Difference):
+        middle, low, high, p = map(plain, (value.value, value.low, value.high, value.p))
+        return {"value": middle, "interval": [low, high], "p": p, "n": value.n, "test": value.test}
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
