@@ -24,7 +24,7 @@ from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
-from llmtune.model.model_inputs import decoder_inputs, read_inputs
+from llmtune.model.model_inputs import decoder_inputs, move_to, read_inputs
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
 from llmtune.session import Models, RunContext, trained_name
@@ -314,7 +314,7 @@ def with_answer(task: AnyTask, row: Row, prediction: object) -> Row:
 def read_outputs(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [N, K] that `model` has for one batch, on the CPU in float32."""
     inner = unwrap(model)
-    moved = {key: part.to(inner.device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
+    moved = move_to(inner.device, batch)
     if "samples_R" in moved:
         pieces = [model(**inputs).logits for inputs, _ in heard_at_once(model, moved)]
         return torch.cat([part.flatten(0, -2) for part in pieces]).float().cpu()

@@ -11,9 +11,9 @@ from transformers.utils import ModelOutput
 
 from llmtune.data.encoder_batches import pad, pad_texts
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.model_inputs import read_inputs
+from llmtune.model.model_inputs import move_to, read_inputs
 from llmtune.model.oom import fits_in_memory, release_memory
-from llmtune.records import Advance, Batch, Example
+from llmtune.records import Advance, Example
 
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 """Positions in one batch, padding included, for losses and likelihoods."""
@@ -66,14 +66,6 @@ def count_packed(lengths: Sequence[int], left: Sequence[int], budget: int) -> in
 def budget_for(device: str, budgets: dict[str, int]) -> int:
     """Return the budget of the device's kind; an unknown kind gets the CPU's."""
     return budgets.get(device.split(":")[0], budgets["cpu"])
-
-
-def move_to(device: str, batch: Batch) -> Batch:
-    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,12 +24,12 @@ from llmtune.explain.module_calls import (
     find_orders,
     find_units,
     is_positions,
-    linear_shape,
     norm_kind,
     record_calls,
     write_shape,
 )
 from llmtune.explain.target import Target
+from llmtune.model.config import linear_shape
 from llmtune.model.memory_plan import context_length
 
 TITLES = {

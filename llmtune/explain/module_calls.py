@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmtune.explain.fake_model import FakeModel
 from llmtune.explain.position_encodings import SLOPED
+from llmtune.model.config import linear_shape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -201,13 +202,6 @@ def norm_kind(module: nn.Module) -> str:
     if isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return type(module).__name__
     return "RMSNorm" if "RMS" in name or not hasattr(module, "bias") else name
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Return inputs and outputs of a linear module; None for others."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
-    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
 def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:

@@ -198,13 +198,14 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig,
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Return (inputs, outputs) of every linear module by its name, 4-bit ones too."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            shapes[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
-    return shapes
+    return {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}
+
+
+def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Return inputs and outputs of a linear module; None for others."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,14 @@ DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What they read beside that of a packed row; positions follow from it."""
 
 
+def move_to(device: torch.device | str, batch: Batch) -> Batch:
+    """Return a batch whose tensors are on the device; numbers and settings beside them stay as they are."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def read_inputs(model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """Return what of a batch this model reads; features of sound in the number format of its weights."""
     inner = unwrap(model)

@@ -23,6 +23,7 @@ from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, format_bytes, resolve_dtype
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, micro_batch_tokens, plan_memory
+from llmtune.model.model_inputs import move_to
 from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
@@ -204,8 +205,7 @@ def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, dev
     nats = 0.0
     with torch.inference_mode(), compute_context(resolve_dtype(recipe.model.dtype, device), device):
         for group in _group(examples, budget):
-            batch = collate(group, 0)
-            batch = {key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in batch.items()}
+            batch = move_to(device, collate(group, 0))
             nats += float(task.loss(model, batch, False).sum)
     del model
     release_memory()

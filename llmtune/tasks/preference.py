@@ -22,9 +22,10 @@ from llmtune.data.task_interface import Encoded
 from llmtune.errors import DataError, LlmtuneError, Problem
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, move_to, run_in_batches
+from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.heads import name_outputs, set_padding
+from llmtune.model.model_inputs import move_to
 from llmtune.recipe import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task

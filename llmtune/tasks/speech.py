@@ -22,10 +22,9 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
 from llmtune.evaluate.generation import only_these_settings
 from llmtune.evaluate.metric import Measure
-from llmtune.evaluate.token_batches import move_to
 from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import unwrap
-from llmtune.model.model_inputs import read_inputs
+from llmtune.model.model_inputs import move_to, read_inputs
 from llmtune.recipe import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
 from llmtune.tasks.base import Endpoint, Task

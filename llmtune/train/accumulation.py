@@ -12,6 +12,7 @@ import torch
 
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import RecipeError, TrainingError
+from llmtune.model.model_inputs import move_to
 from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
@@ -147,11 +148,7 @@ def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
 
 def make_batch(training: TrainContext, reader: ExampleReader, rows: Indexes, draw: int = 0) -> Batch:
     """Collate examples and put their tensors on the device; `draw` is the step, by which masks are drawn."""
-    batch = training.collate([reader[int(row)] for row in rows], draw)
-    return {
-        key: value.to(training.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+    return move_to(training.device, training.collate([reader[int(row)] for row in rows], draw))
 
 
 def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexes) -> Batch:
