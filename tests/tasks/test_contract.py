@@ -230,6 +230,7 @@ def test_micro_batches_padding_and_packing_change_no_loss_and_no_gradient(name, 
         found += [gradient(training, budget) for budget in (1, 100_000)]
     (loss, one), *others = found
     assert float(one.norm()) > 0.01
+    # The same sums in another order: float32 keeps six digits of a loss; where terms cancel, a gradient keeps four.
     for other_loss, other in others:
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert float((other - one).norm() / one.norm()) < 2e-4
@@ -241,7 +242,7 @@ def test_a_run_learns_and_measures_base_and_tuned_model_by_the_same_metrics(name
     assert report["train"]["train_loss"] < report["train"]["first_loss"]
     scores, variant = report["evaluation"], VARIANTS[CELLS[name].task][CELLS[name].variant]
     assert scores["difference"].keys() == scores["base"].keys() & scores["tuned"].keys()
-    baseline = BASELINES.get(re.sub("-(full|qlora)$", "", name))
+    baseline = BASELINES.get(re.sub(f"-({'|'.join(RATES)})$", "", name))
     assert scores["baseline"] == baseline
     row_loss = {"loss"} & scores["tuned"].keys() if baseline and variant.has_row_loss else set()
     assert scores["tuned"].keys() - scores["base"].keys() == row_loss
@@ -284,7 +285,7 @@ def test_answers_to_many_rows_are_those_to_one_and_those_of_the_evaluation(name,
 
 
 def compare(one: Any, other: Any) -> None:
-    """Hold two predictions against each other, their numbers but for rounding."""
+    """Hold two predictions against each other, their numbers but for rounding: padded rows add in another order."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -429,7 +430,8 @@ def read_in_plain_classes(names: list[str], finished: Callable[[str], Any], plac
 
 @every_case
 def test_what_was_tuned_reloads_with_plain_classes_and_gives_the_same(name, reloaded):
-    ours, plain = (load_file(reloaded(f"{name}.{part}")) for part in ("ours", "plain"))
+    ours, plain = (load_file(f"{reloaded(name)}.{part}") for part in ("ours", "plain"))
     assert ours.keys() == plain.keys() != set()
+    # The plain classes compute with their own norms, attention and adapters: the last digits of logits below 50 differ.
     for key, logits in ours.items():
         torch.testing.assert_close(plain[key], logits, rtol=1e-4, atol=1e-4)
