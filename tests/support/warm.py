@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import select
@@ -20,17 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-MODULES = (
-    *("llmtune.cli.app", "llmtune.pipeline", "llmtune.reproduce", "llmtune.deploy.gguf_export", "llmtune.cli.doctor"),
-    *(
-        "llmtune.serve.generate",
-        "llmtune.serve.serve_runs",
-        "llmtune.compare.compare_runs",
-        "llmtune.store.verification",
-    ),
+import llmtune
+
+LAZY = (
     *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert", "torch._dynamo"),
     *("transformers.models.bert.tokenization_bert", "scipy.stats", "sacrebleu", "pyarrow.parquet", "pyarrow.csv"),
 )
+"""What is imported late, beside llmtune's own modules."""
 PAGE = resource.getpagesize()
 BUG = "Traceback (most recent call last)"
 
@@ -224,7 +221,8 @@ def become(request: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    for module in MODULES:
+    own = [module.name for module in pkgutil.walk_packages(llmtune.__path__, "llmtune.")]
+    for module in [*(name for name in own if not name.endswith("__main__")), *LAZY]:
         importlib.import_module(module)
     become(serve())
     from llmtune.cli import main
