@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import __version__
-from llmtune.data.hub_datasets import HUB, resolve_commit
 from llmtune.evaluate.lm_eval_tasks import list_task_files
-from llmtune.evaluate.sentence_pairs import hub_source
+from llmtune.evaluate.sentence_pairs import hub_commits
 from llmtune.recipe import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
@@ -23,7 +22,7 @@ def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows,
     ]
     settings.append(recipe.task_section() or {})
     settings.append([hash_file(path) for path in suite_files(recipe)])
-    settings.append(suite_commits(recipe))
+    settings.append(hub_commits(recipe.evaluate.fairness.pairs if recipe.evaluate.fairness else ()))
     contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
     return hash_value([__version__, versions, contents, settings, recipe.seed])
@@ -42,13 +41,6 @@ def base_inputs(
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
-
-
-def suite_commits(recipe: Recipe) -> list[str]:
-    """Return the commits of the hub's data sets that suites of the evaluation read."""
-    fairness = recipe.evaluate.fairness
-    named = [source for source in (fairness.pairs if fairness else ()) if source.startswith(HUB)]
-    return [resolve_commit(hub_source(source).path.removeprefix(HUB), None) for source in named]
 
 
 def suite_files(recipe: Recipe) -> list[Path]:

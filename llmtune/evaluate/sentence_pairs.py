@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmtune.data.file_readers import RawRow, read_file
-from llmtune.data.hub_datasets import HUB, read_hub
+from llmtune.data.hub_datasets import HUB, read_hub, resolve_commit
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
@@ -103,6 +103,12 @@ def hub_source(source: str) -> Source:
     owner, *name = source.removeprefix(HUB).split("/")
     config = name.pop() if len(name) > 1 else None
     return Source(path=HUB + "/".join([owner, *name]), config=config)
+
+
+def hub_commits(sources: Sequence[str]) -> list[str]:
+    """Return the commits of the data sets of the hub that are among the sources."""
+    named = [hub_source(source).path.removeprefix(HUB) for source in sources if source.startswith(HUB)]
+    return [resolve_commit(name, None) for name in named]
 
 
 def read_json_lists(path: Path) -> Iterator[RawRow]:

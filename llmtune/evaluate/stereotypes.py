@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from llmtune.data.hub_datasets import HUB, resolve_commit
+from llmtune.data.hub_datasets import HUB
 from llmtune.errors import RecipeError
 from llmtune.evaluate.eval_inputs import EvalContext
 from llmtune.evaluate.eval_suite import Bar, EvalSuite
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, ratio
 from llmtune.evaluate.paired_statistics import Floats
-from llmtune.evaluate.sentence_pairs import Pair, hub_source, read_pairs
+from llmtune.evaluate.sentence_pairs import Pair, hub_commits, read_pairs
 from llmtune.evaluate.sentence_scores import (
     DECODER,
     DECODER_STEREOSET,
@@ -93,9 +93,7 @@ class StereotypeSuite(EvalSuite[list[Scores]]):
         """
         sources = recipe.evaluate.fairness.pairs if recipe.evaluate.fairness else ()
         read_pairs([source for source in sources if not source.startswith(HUB)])
-        for source in sources:
-            if source.startswith(HUB):
-                resolve_commit(hub_source(source).path.removeprefix(HUB), None)
+        hub_commits(sources)
 
     @classmethod
     def check_variant(cls, recipe: Recipe, task: EvaluatedTask, model: str) -> None:
