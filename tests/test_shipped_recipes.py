@@ -13,7 +13,12 @@ import pytest
 from rich.console import Console
 from support import families
 from support.models import build_llama
+from support.templates import recipe_for, tokenizer_with
 
+from llmtune.data.answer_parser import parse_answer
+from llmtune.data.chat_encoding import encode_chat
+from llmtune.data.chat_rows import chat_from_messages
+from llmtune.data.chat_template import read_template
 from llmtune.errors import EnvironmentProblem
 from llmtune.pipeline import Options, run_pipeline
 from llmtune.recipe import find_recipe, list_recipes, load_recipe
@@ -23,6 +28,10 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "quickstart": build_llama,
     "chat": build_llama,
     "chat-qlora": build_llama,
+    "chat-tools": build_llama,
+    "chat-tools-offline": build_llama,
+    "chat-reasoning": build_llama,
+    "chat-reasoning-offline": build_llama,
     "completion": build_llama,
     "completion-masked": families.build_bert,
     "completion-offline": build_llama,
@@ -56,6 +65,9 @@ def shorten(recipe: str, model: Path) -> list[str]:
         "train.learning_rate": 0.01,
         "evaluate.gates": "[]",
     }
+    if recipe.startswith("chat-tools"):
+        template = RECIPES / "templates/chatml.jinja"
+        values |= {"data.max_length": 2048, "generation.max_new_tokens": 4, "model.chat_template": template}
     if written.model.chat_template_kwargs:
         values["model.chat_template_kwargs"] = "null"
     if written.generation.max_new_tokens != 128:
@@ -138,6 +150,21 @@ def test_shipped_rows_are_whole_and_their_origin_is_noted(name: str) -> None:
     texts = [str([row["messages"][-2]["content"]] if "messages" in row else row) for row in rows]
     assert len(set(texts)) == len(texts)
     assert all("messages" in row or any(row.get(column) for column in SAYS) for row in rows)
+
+
+@pytest.mark.parametrize("name", ["home-tools", "word-problems"])
+def test_the_shipped_template_writes_tools_and_thoughts_so_that_they_are_read_back(name: str) -> None:
+    tokenizer, recipe = tokenizer_with((RECIPES / "templates/chatml.jinja").read_text()), recipe_for(max_length=4096)
+    template = read_template(tokenizer, recipe)
+    for line in (RECIPES / f"data/{name}.jsonl").read_text("utf-8").splitlines():
+        row = chat_from_messages(json.loads(line))
+        (examples,) = encode_chat([row], tokenizer, recipe)
+        assert not isinstance(examples, str), examples
+        start, end = examples[-1].spans[-2:]
+        read = parse_answer(examples[-1].input_ids[start:end], template, row.get("tools"))
+        said = row["messages"][-1]
+        assert (read.text, read.reasoning) == (said["content"], said.get("reasoning"))
+        assert list(read.tool_calls) == said.get("tool_calls", [])
 
 
 def test_shipped_answers_stand_in_their_contexts_and_tags_fit_their_words() -> None:

@@ -238,8 +238,10 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     opens, closes, between = before, behind, None
     if two and not call.field.get("transform_each"):
         first, second = _find_call(two, 0), _find_call(two, two.rindex(NAME))
-        between = two[first.end : second.start] or None if first and second else None
-    if between is not None:
+        between = two[first.end : second.start] if first and second else None
+        if between == "" and (field := _adjacent_objects(one)):
+            return field, ()
+    if between:
         opens = _from_mark(_shared_end(before, between), before)
         closes = shared_start(behind, between.removesuffix(opens))
     marks = (before.removesuffix(opens).strip(), behind.removeprefix(closes).strip())
@@ -254,7 +256,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
     field["open_pattern"] = f"{opening}{head}"
     if closes.strip():
         field["close"] = closes.strip()
-    elif between is not None:
+    elif between:
         field["close_pattern"] = f"(?={again}{head})"
     return field, tuple(mark for mark in marks if mark)
 
@@ -296,6 +298,20 @@ def _with_object(text: str, name: int) -> _Call | None:
             field: Json = {"content": "json", "repeats": True, "transform": _NAMED}
             return _Call(name, end, {**field, "head": rf"(?P<name>{A_NAME}){between}\s*(?=\{{)"})
     return None
+
+
+def _adjacent_objects(one: str) -> Json | None:
+    """Return the field of calls that are objects with nothing between them: each ends where the next begins."""
+    name = one.index(NAME)
+    call = _with_object(one, name)
+    if call is None:
+        return None
+    begin, end = (
+        r"\s*".join(map(re.escape, re.split(r"\s+", part))) for part in (one[:name].strip(), one[call.end :].strip())
+    )
+    field = {**call.field}
+    field["open_pattern"] = rf"(?:{BEGINNING}|(?<=\}}\s*)){begin}{field.pop('head')}"
+    return {**field, "close_pattern": rf"{end}(?=\s*(?:{begin}|\Z))"}
 
 
 def _as_python(text: str, name: int) -> _Call | None:

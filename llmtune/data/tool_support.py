@@ -26,6 +26,8 @@ KEYS = ('"tools":', '"tool_calls":', '"role":"tool"')
 CONVERSATIONS = ("chat", "preference")
 """Tasks whose rows are conversations."""
 OTHER = "Set model.chat_template to a Jinja file that writes `tools`, `tool_calls` and messages of the role `tool`"
+CHATML = "<|im_start|>"
+"""A model whose own template writes it can learn tools by the template that comes with llmtune."""
 
 
 def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) -> None:
@@ -52,7 +54,8 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     left_out = [part for part in dict.fromkeys(part for parts in lost for part in parts) if part not in written]
     what = f"the chat template leaves out {', '.join(left_out)}, which {count:,} of {rows.rows_in:,} rows have"
     switch = _find_switch(template, {part for parts in used for part in parts})
-    fix = f"Set model.chat_template_kwargs: {switch}." if switch else f"{OTHER}, or a model whose template does."
+    other = " (`builtin:chatml` is one)" if CHATML in template.text() else ""
+    fix = f"Set model.chat_template_kwargs: {switch}." if switch else f"{OTHER}{other}, or a model whose template does."
     raise EnvironmentProblem.of(what, template.name, fix)
 
 

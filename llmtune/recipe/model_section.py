@@ -9,10 +9,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute
 from llmtune.recipe.task_variant import TaskVariant
 
+BUILTIN = "builtin:"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 Attention = Annotated[
     Annotated[Literal["auto", "eager", "sdpa"], Tag("switch")]
@@ -32,6 +34,13 @@ def absolute_model(name: str, folder: Path) -> str:
     return absolute(name, folder) if is_folder(name, folder) else name
 
 
+def absolute_template(name: str, folder: Path) -> str:
+    """Return the path of a chat template: `builtin:NAME` comes with llmtune, anything else is seen from `folder`."""
+    if name.startswith(BUILTIN):
+        return str(recipes_folder() / "templates" / f"{name.removeprefix(BUILTIN)}.jinja")
+    return absolute(name, folder)
+
+
 class ModelSection(Section):
     """The model to start from: one by name, or candidates among which the best for the rows is chosen."""
 
@@ -47,8 +56,8 @@ class ModelSection(Section):
     """Number format of the weights and the computation. Default `auto`: bfloat16 where the device computes in it, else
     float32, because float16 needs loss scaling."""
     chat_template: Text | None = None
-    """File with a Jinja chat template that replaces the model's own. Default none: the template that the model was
-    trained with is the right one for it."""
+    """File with a Jinja chat template that replaces the model's own; `builtin:chatml` comes with llmtune, and writes
+    tools and thoughts. Default none: the template that the model was trained with is the right one for it."""
     chat_template_kwargs: dict[str, object] = Field(default={})
     """Values handed to the chat template, e.g. `enable_thinking: false`; the same in training, evaluation and chat.
     Default none: what a template does by itself."""
@@ -68,7 +77,7 @@ class ModelSection(Section):
     """Refuse a model whose lower bound of memory exceeds the device. Default true; false overrules a plan that is
     known to be wrong."""
 
-    paths: ClassVar = {"name": absolute_model, "candidates": absolute_model, "chat_template": absolute}
+    paths: ClassVar = {"name": absolute_model, "candidates": absolute_model, "chat_template": absolute_template}
 
     def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
         """Report a model that is not named, or named twice, and settings that it or the task does not read."""
@@ -96,8 +105,8 @@ class ModelSection(Section):
 def _is_local(diagnostics: Diagnostics, key: str, name: str) -> bool:
     """Whether a model's name is a packaged model or a folder; one that can be no model's is reported."""
     what, folder = f"'{key}' is {name!r}", diagnostics.source_map.folder(key)
-    if name.startswith("builtin:"):
-        if not name.removeprefix("builtin:").strip():
+    if name.startswith(BUILTIN):
+        if not name.removeprefix(BUILTIN).strip():
             diagnostics.add(key, f"{what}, without a name", "Write builtin:NAME.")
         return True
     if is_folder(name, folder):

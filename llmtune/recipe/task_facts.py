@@ -201,7 +201,7 @@ TASK_FACTS = _facts(
     TaskFacts(
         "speech",
         "write down what is said",
-        ("loss", "wer", "cer"),
+        ("loss", "wer", "cer", CUT_METRIC),
         ("loss", "wer", "cer"),
         section="speech",
         generates=True,

@@ -35,6 +35,7 @@ TOOL_PARSERS: Parsers = (
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
     (("<|tool_call|>", "<|start_of_role|>"), "granite"),
     (("<|tool_call|>",), "phi4_mini_json"),
+    (("<|tool_call_start|>",), "lfm2"),
     (("<function_calls>",), "olmo3"),
     (("<start_function_call>",), "functiongemma"),
     (("<|header_start|>", '"parameters"'), "llama4_json"),
@@ -44,7 +45,7 @@ TOOL_PARSERS: Parsers = (
 REASONING_PARSERS: Parsers = (
     (("<|channel|>", "<|start|>"), "openai_gptoss"),
     (("<arg_key>", "<think>"), "glm45"),
-    (("<minimax:tool_call>", "<think>"), "minimax_m2_append_think"),
+    (("<minimax:tool_call>", "<think>"), "minimax_m2"),
     (("<|START_THINKING|>",), "cohere_command3"),
     (("[THINK]",), "mistral"),
     (("<answer>", "<think>"), "hunyuan_a13b"),

@@ -112,9 +112,9 @@ def transcribe(
     count: int,
     windows: Sequence[tuple[int, Samples]],
     loaded: LoadedModel,
-    write: Callable[[list[Samples]], list[str]],
+    write: Callable[[list[int]], list[str]],
 ) -> list[str]:
-    """Return the text of `count` rows, out of what `write` makes of batches of their windows.
+    """Return the text of `count` rows, out of what `write` makes of batches of their windows, given by number.
 
     Out of memory makes batches smaller.
     """
@@ -126,7 +126,7 @@ def transcribe(
 
     def work(batch: list[int]) -> None:
         done = 0
-        for at, text in zip(batch, write([windows[at][1] for at in batch]), strict=True):
+        for at, text in zip(batch, write(batch), strict=True):
             texts[at] = text
             row = windows[at][0]
             left[row] -= 1

@@ -156,24 +156,30 @@ class Whisper(Speech):
         set_speech(processor, recipe)
         windows = read_windows(rows, extract, recipe)
         prefix = list(processor.prefix_tokens)
+        cut: dict[int, bool] = {}
         with torch.random.fork_rng(), only_these_settings(model) as own:
             torch.manual_seed(recipe.seed)
             settings = decoder_settings(own, model, processor, recipe)
             room = unwrap(model).config.max_target_positions - len(prefix)
             settings.max_new_tokens = min(recipe.generation.max_new_tokens, room)
 
-            def write(sounds: list[Samples]) -> list[str]:
-                features = extract_features(extract, sounds)["input_features"]
-                begun_BT = torch.tensor([prefix] * len(sounds))
-                all_BT = torch.ones((len(sounds), features.shape[-1]), dtype=torch.int64)  # silence behind it is heard
+            def write(batch: list[int]) -> list[str]:
+                features = extract_features(extract, [windows[at][1] for at in batch])["input_features"]
+                begun_BT = torch.tensor([prefix] * len(batch))
+                all_BT = torch.ones((len(batch), features.shape[-1]), dtype=torch.int64)  # silence behind it is heard
                 inputs = {"input_features": features, "attention_mask": all_BT, "decoder_input_ids": begun_BT}
-                written_BT = generate(model, {key: part.to(loaded.device) for key, part in inputs.items()}, settings)
-                texts: list[str] = processor.batch_decode(
-                    written_BT[:, len(prefix) :].tolist(), skip_special_tokens=True
-                )
+                begun = {key: part.to(loaded.device) for key, part in inputs.items()}
+                written = generate(model, begun, settings)[:, len(prefix) :].tolist()
+                for at, ids in zip(batch, written, strict=True):
+                    row = windows[at][0]
+                    cut[row] = cut.get(row, False) or not {*settings.eos_token_id} & {*ids}
+                texts: list[str] = processor.batch_decode(written, skip_special_tokens=True)
                 return texts
 
-            return transcribe(len(rows), windows, loaded, write)
+            texts = transcribe(len(rows), windows, loaded, write)
+        for row, is_cut in cut.items():
+            loaded.note_end(row, is_cut)
+        return texts
 
 
 class Ctc(Speech):
@@ -288,7 +294,8 @@ class Ctc(Speech):
         windows = read_windows(rows, feature_extractor(processor), loaded.recipe)
         windows = [(i, window) for i, window in windows if count_frames(len(window), config)]  # else too short
 
-        def write(sounds: list[Samples]) -> list[str]:
+        def write(at_once: list[int]) -> list[str]:
+            sounds = [windows[at][1] for at in at_once]
             batch = collate([spoken_example(sound, "", [], [], 0, 0) for sound in sounds], 0)
             moved = move_to(loaded.device, batch)
             texts = []

@@ -7,11 +7,12 @@ import json
 import pytest
 from support.learning import weather_row
 from support.models import build_llama
-from support.templates import EMPTY_THOUGHTS, HERMES, conversation
+from support.templates import EMPTY_THOUGHTS, HERMES, conversation, recipe_for, tokenizer_with
 
 from llmtune.data.row_store import iterate_rows
 from llmtune.evaluate.eval_inputs import choose_metrics, warn_of_cuts
-from llmtune.recipe.task_facts import TOOL_METRICS
+from llmtune.evaluate.generation import answer_reader
+from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
 
 LONG = """
 recipe_version: 1
@@ -41,6 +42,13 @@ def test_empty_thoughts_of_the_template_are_no_part_of_an_answer(tmp_path, build
     for line in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines()):
         assert line["tuned"] == line["reference"]
         assert line["tuned_right"]
+
+
+@pytest.mark.parametrize("task", [name for name, facts in TASK_FACTS.items() if facts.templated and facts.generates])
+def test_every_task_that_asks_by_the_template_reads_its_answers_by_it(task):
+    tokenizer = tokenizer_with(EMPTY_THOUGHTS)
+    written = tokenizer("<think>\n\n</think>\n\nred<|im_end|>")["input_ids"]
+    assert answer_reader(tokenizer, recipe_for(task))(written, None).text == "red"
 
 
 @pytest.fixture(scope="module")

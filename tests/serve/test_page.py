@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 from support.browser import browser
 from support.driving import open_browser
+from support.learning import WEATHER
 from support.serving import served_of, serving
 
 from llmtune.serve.middleware import digest
@@ -44,6 +46,61 @@ def test_a_question_is_typed_and_its_answer_streams_in_as_text(tune, tmp_path):
             assert page.run("document.documentElement.scrollWidth <= innerWidth"), f"{width}: it scrolls sideways"
 
 
+def test_thoughts_calls_and_markdown_are_shown_and_nothing_of_them_is_markup(learned_url, tmp_path):
+    with open_browser(tmp_path / "profile") as page:
+        page.open(learned_url)
+        page.wait("document.querySelector('#model').options.length === 2")
+        page.click("#settings summary")
+        page.type("#system", "Be fine.")
+        page.type("#prompt", "Show it!")
+        page.press_enter()
+        page.wait(f"{SAID}.length && {DONE}")
+        said = "document.querySelector('.model .said')"
+        tags = page.run(f"[...{said}.querySelectorAll('*')].map(e => e.localName)")
+        assert tags == ["h3", "p", "strong", "code", "ul", "li", "li", "pre", "code", "p", "a"]
+        assert page.run(f"{said}.querySelector('pre').textContent") == "<i id=injected>code</i>"
+        assert page.run(f"{said}.querySelector('a').href") == "https://example.org/"
+        assert "[bad](javascript:alert(1)) <i id=injected>no</i>" in page.run(f"{said}.textContent")
+        page.run("document.querySelector('#system').value = ''")
+        page.click("#forget")
+        page.type("#prompt", "Think!")
+        page.press_enter()
+        page.wait(f"{SAID}.length && {DONE}")
+        thoughts = "document.querySelector('.thoughts')"
+        assert page.run(f"{thoughts}.lastChild.textContent") == "two and two"
+        assert page.run(f"{thoughts}.open") is False
+        assert page.run(f"{SAID}[0]") == "Four."
+
+
+def test_a_person_writes_the_results_of_calls_and_two_models_answer_side_by_side(learned_url, tmp_path):
+    calls = "[...document.querySelectorAll('.call')].map(e => e.textContent)"
+    with open_browser(tmp_path / "profile") as page:
+        page.open(learned_url)
+        page.resize(1100, 800)
+        page.wait("document.querySelector('#model').options.length === 2")
+        page.run("document.querySelector('#beside').value = 'base'")
+        page.run("document.querySelector('#beside').dispatchEvent(new Event('change'))")
+        page.click("#settings summary")
+        page.type("#tools", json.dumps([WEATHER]))
+        page.click("#settings summary")
+        page.type("#prompt", "And in Rome?")
+        page.press_enter()
+        page.wait(f"{calls}.length && {DONE}")
+        assert page.run(calls)[0] == 'weather({"city": "Rome"})'
+        left, right = page.run("[...document.querySelectorAll('.model')].map(e => e.getBoundingClientRect().x)")
+        assert left < right
+        assert page.run("prompt.placeholder") == "Result of weather (tiny)"
+        page.take_picture(tmp_path / "two.png")
+        page.type("#prompt", "sun")
+        page.press_enter()
+        page.wait(f"{SAID}.length === 3 && {DONE}")
+        assert page.run(f"{SAID}[2]") == "In Rome: sun."
+        page.resize(360, 700, dark=True)
+        page.take_picture(tmp_path / "two-360.png")
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert page.errors == []
+
+
 def test_stop_ends_the_answer_and_its_row_leaves(tune, tmp_path):
     served = served_of(tune(generation={"max_new_tokens": 2000}))
     with serving(served) as url, open_browser(tmp_path / "profile") as page:
@@ -74,7 +131,7 @@ def test_where_a_key_is_needed_there_is_a_field_for_it(tune, tmp_path):
         page.wait("document.querySelector('#model').options.length === 1")
         page.type("#prompt", "Hello?")
         page.press_enter()
-        page.wait(f"({SAID}[1] || '').length > 0 && {DONE}")
+        page.wait(f"({SAID}[0] || '').length > 0 && {DONE}")
 
 
 def test_the_documentation_needs_nothing_from_elsewhere(tune, tmp_path: Path):

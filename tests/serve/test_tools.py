@@ -6,40 +6,14 @@ import json
 
 import openai
 import pytest
-from support.learning import WEATHER, learn_by_heart, weather_row
-from support.models import build_llama
-from support.serving import serving
-from support.templates import HERMES, recipe_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from llmtune.serve.served_model import ServedModel
-from llmtune.tasks.registry import get_task
-
-THOUGHT = {"role": "assistant", "content": "Four.", "reasoning": "two and two"}
-ROWS = [weather_row("Paris"), weather_row("Rome"), {"messages": [{"role": "user", "content": "Think!"}, THOUGHT]}]
+from support.learning import WEATHER, weather_row
+from support.templates import HERMES, tokenizer_with
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("tools") / "hermes", HERMES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def client(folder, tokenizer):
-    """A client of OpenAI's package whose server has a model that learned the rows by heart."""
-    model, processor = AutoModelForCausalLM.from_pretrained(folder), tokenizer
-    recipe = recipe_for(max_length=2048)
-    recipe = recipe.model_copy(update={"generation": recipe.generation.model_copy(update={"max_new_tokens": 160})})
-    task = get_task("chat")
-    examples = [example for encoded in task.encode(ROWS, processor, recipe) for example in encoded]
-    learn_by_heart(model, examples, task, processor.pad_token_id, steps=150)
-    served = ServedModel("tiny", model.eval(), processor, recipe, task)
-    with serving(served) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as opened:
+@pytest.fixture
+def client(learned_url):
+    """A client of OpenAI's package, of a server whose model learned rows with tools by heart."""
+    with openai.OpenAI(base_url=f"{learned_url}/v1", api_key="none") as opened:
         yield opened
 
 
@@ -86,10 +60,10 @@ def test_thoughts_arrive_as_reasoning_content(client, stream):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_that_is_asked_for_begins_the_answer(client, tokenizer, choice):
+def test_a_call_that_is_asked_for_begins_the_answer(client, choice):
     asked = {"messages": [{"role": "user", "content": "four"}], "tools": [WEATHER], "tool_choice": choice}
     made = client.chat.completions.create(model="tiny", **asked, extra_body={"return_token_ids": True})
-    written = tokenizer.decode(made.choices[0].token_ids)
+    written = tokenizer_with(HERMES).decode(made.choices[0].token_ids)
     assert written.startswith('<tool_call>\n{"name": "weather", "arguments": {')
     assert made.usage.completion_tokens == len(made.choices[0].token_ids)
     free = client.chat.completions.create(model="tiny", messages=asked["messages"], tools=[WEATHER])

@@ -20,6 +20,8 @@ CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
         ("<｜Assistant｜>{{ content.split('</think>')[-1] }}", []),
         ("<|start|>assistant<|channel|>final", [*CALLS, "openai", "--reasoning-parser", "openai_gptoss"]),
         ("[TOOL_CALLS]", [*CALLS, "mistral"]),
+        ("<|tool_call_start|>", [*CALLS, "lfm2"]),
+        ("<minimax:tool_call>{{ '<think>' }}", [*CALLS, "minimax_m2", "--reasoning-parser", "minimax_m2"]),
         (ALWAYS_THINKS.replace("\n", r"\n"), ["--reasoning-parser", "deepseek_r1"]),
     ],
 )

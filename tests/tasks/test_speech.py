@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSpeechSeq
 
 from llmtune.data.audio import cut_windows, read_recording, to_float
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
-from llmtune.evaluate.evaluated_task import EvalPrediction
+from llmtune.evaluate.evaluated_task import EvalPrediction, LoadedModel
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
@@ -203,6 +204,27 @@ def test_a_long_recording_is_heard_in_windows_whose_texts_are_joined(
     assert len(parts) >= 3
     assert whole
     assert sum(seen) == len(rows)
+
+
+def test_a_recording_with_a_window_that_max_new_tokens_ended_counts_as_cut(finished, clips, tmp_path):
+    sound = np.concatenate([make_tone(1.6 + i / 10, pitch_hz=200 * (i + 1)) for i in range(2)])
+    soundfile.write(tmp_path / "long.wav", sound, 16_000)
+    rows = [asked(clips / "4.wav"), asked(tmp_path / "long.wav")]
+    with tuned(finished("whisper")[0]) as (model, processor, recipe), torch.no_grad():
+        short = recipe.generation.model_copy(update={"max_new_tokens": 1})
+        ends = []
+        loaded = LoadedModel(
+            *(model, processor, recipe.model_copy(update={"generation": short}), "cpu"),
+            note_end=lambda row, is_cut: ends.append((row, is_cut)),
+        )
+        WHISPER.predict(rows, loaded)
+        assert sorted(ends) == [(0, True), (1, True)]
+        ends.clear()
+        unwrap(model).generation_config.eos_token_id = [*range(len(processor))]  # whatever it writes is an end
+        WHISPER.predict(rows, loaded)
+        assert sorted(ends) == [(0, False), (1, False)]
+    assert "answers_cut" in finished("whisper")[1]["evaluation"]["tuned"]
+    assert "answers_cut" not in finished("letters")[1]["evaluation"]["tuned"]
 
 
 def test_letters_are_the_likeliest_of_each_frame_without_repeats_blanks_and_special_tokens(models, clips, tmp_path):
