@@ -36,6 +36,8 @@ TOOL: Json = {
         },
     },
 }
+TOOLS, CALLS, RESULTS = TOOL_PARTS = ("tools", "calls of tools", "results of calls")
+"""What a template may leave out of a conversation with tools."""
 A_NAME = r"[\w.:/-]+"
 """Names of tools, as a pattern."""
 BEGINNING = r"\A\s*"
@@ -142,10 +144,8 @@ def _closing_mark(opener: str) -> str | None:
 class CallFormat:
     """How calls of tools stand in an answer."""
 
-    writes_tools: bool
-    """Whether the declarations of tools are written."""
-    writes_calls: bool
-    writes_results: bool
+    writes: frozenset[str]
+    """What of tools is written: of `TOOL_PARTS`."""
     argument_texts: bool = False
     """Whether arguments have to be handed over as JSON texts."""
     end: str = ""
@@ -172,14 +172,15 @@ def probe_calls(
     """
     tools = [TOOL]
     asked = write([QUESTION], tools=tools, answer_next=True) or ""
-    shown = all(text in asked for text in (NAME, *KEYS))
+    found = {TOOLS} if all(text in asked for text in (NAME, *KEYS)) else set()
     bodies = {texts: _calls_behind(write, asked, opener, texts, 1) for texts in (False, True)}
     texts = _prefers_texts(bodies[False], bodies[True])
     result: Json = {"role": "tool", "content": RESULT, "tool_call_id": CALL_ID, "name": NAME}
     answered = write([QUESTION, call_message(texts=texts), result], tools=tools) or ""
+    found |= {RESULTS} if RESULT in answered else set()
     body = bodies[texts]
     if body is None or not all(text in body for text in (NAME, *KEYS, *VALUES)):
-        return CallFormat(shown, False, RESULT in answered)
+        return CallFormat(frozenset(found))
     written = body.rstrip()
     if ends_with_next:
         written = answered[answered.index(body) + len(body) :].lstrip() if body in answered else ""
@@ -190,7 +191,7 @@ def probe_calls(
     )
     field, marks = read_calls(one, two if two.count(NAME) == 2 else None)
     long = write([QUESTION, call_message(texts=texts, call_id=LONG_ID)], tools=tools)
-    return CallFormat(shown, True, RESULT in answered, texts, end, field, marks, long is None)
+    return CallFormat(frozenset({*found, CALLS}), texts, end, field, marks, long is None)
 
 
 def _calls_behind(write: Write, asked: str, opener: str, texts: bool, calls: int) -> str | None:
@@ -264,7 +265,7 @@ def read_calls(one: str, two: str | None) -> tuple[Json | None, tuple[str, ...]]
 def _find_call(text: str, start: int) -> _Call | None:
     """Find the call of the probe's tool from `start` on, in one of the ways in which templates write calls."""
     name = text.index(NAME, start)
-    return _as_object(text, name) or _with_object(text, name) or _as_python(text, name) or _with_tags(text, name)
+    return _as_object(text, name) or _with_object(text, name) or _as_python(text) or _with_tags(text, name)
 
 
 def _as_object(text: str, name: int) -> _Call | None:
@@ -314,9 +315,9 @@ def _adjacent_objects(one: str) -> Json | None:
     return {**field, "close_pattern": rf"{end}(?=\s*(?:{begin}|\Z))"}
 
 
-def _as_python(text: str, name: int) -> _Call | None:
+def _as_python(text: str) -> _Call | None:
     """Read calls that are a list in Python: `[name(key="value")]`."""
-    found = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text[:name] + text[name:])
+    found = re.search(rf"\[\s*{NAME}\({KEYS[0]}\s*=", text)
     if found is None or "]" not in text:
         return None
     function = {"name": "{name}", "arguments": "{arguments}"}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_rows import ChatRow, Message
-from llmtune.data.chat_template import ChatTemplate, TemplateRefusal, Tools, marks_answers, read_template
+from llmtune.data.chat_template import ChatTemplate, Rendered, TemplateRefusal, Tools, marks_answers, read_template
 from llmtune.data.chat_turns import Turn, cut_turn, split_turn, with_answer
 from llmtune.data.overlong import NOTHING, Encoded, fit_chat
-from llmtune.data.prepared_chats import Chat, Ids, prepare_chats, tokenize_chats
+from llmtune.data.prepared_chats import Chat, Ids, encode_drafts, prepare_chats
 from llmtune.data.rendering_check import RenderingCheck
 from llmtune.data.tokenization import continue_ids, cut_start, decode
 from llmtune.data.whole_chat_encoding import encode_whole
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llmtune.recipe import Recipe
-
-Rendered = str | TemplateRefusal
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class _Draft:
 
     @property
     def texts(self) -> list[str]:
-        """All that must be tokenized to find where answers begin and end."""
+        """Whole texts, and what is before and up to the end of each answer."""
         prefixes = [prefix for group in self.groups for turn in group.turns for prefix in _prefixes(group, turn)]
         return [*(group.text for group in self.groups), *prefixes]
 
@@ -86,17 +84,7 @@ def encode_chat(rows: Sequence[ChatRow], processor: PreTrainedTokenizerBase, rec
 
 def _encode_turns(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[Encoded]:
     """Supervise the assistant's turns, whatever the lengths."""
-    drafts = _draft_turns(rows, template, recipe)
-    texts = [text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]
-    ids, refused = tokenize_chats(template, texts)
-
-    def assemble(draft: _Draft | str) -> Encoded:
-        if isinstance(draft, str):
-            return draft
-        reason = next((refused[text] for text in draft.texts if text in refused), None) if refused else None
-        return reason or _assemble_turns(draft, template, ids)
-
-    return [assemble(draft) for draft in drafts]
+    return encode_drafts(_draft_turns(rows, template, recipe), template, _assemble_turns)
 
 
 def _draft_turns(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe) -> list[_Draft | str]:

@@ -79,6 +79,10 @@ class TemplateRefusal(Exception):
     """The template does not take these messages; the text says why."""
 
 
+Rendered = str | TemplateRefusal
+"""A rendered conversation, or why there is none."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's template, and how it ends the assistant's turns."""
@@ -126,9 +130,7 @@ class ChatTemplate:
         check_text(text, self.name)
         return cast(str, text)
 
-    def render_batch(
-        self, conversations: Sequence[Conversation], answer_next: bool = False
-    ) -> list[str | TemplateRefusal]:
+    def render_batch(self, conversations: Sequence[Conversation], answer_next: bool = False) -> list[Rendered]:
         """Render conversations without tools, each as `render` does; in one call where none of them is refused."""
         if not conversations:
             return []
@@ -148,7 +150,7 @@ class ChatTemplate:
             check_text(text, self.name)
         return list(cast(list[str], texts))
 
-    def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> str | TemplateRefusal:
+    def _render_or_refuse(self, messages: Conversation, answer_next: bool) -> Rendered:
         try:
             return self.render(messages, None, answer_next)
         except TemplateRefusal as refusal:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from llmtune.data.chat_rows import ChatRow, Message
 from llmtune.data.chat_template import SPELL_OUT, ChatTemplate, Tools
@@ -17,6 +17,7 @@ from llmtune.data.control_tokens import (
     joined_text,
     mark,
 )
+from llmtune.data.overlong import Encoded
 from llmtune.data.tokenization import tokenize_distinct
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
 
 Ids = Mapping[str, list[int]]
 """The token ids of each rendered text."""
+
+
+class Draft(Protocol):
+    """A conversation as text, before it is tokenized."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All that must be tokenized to find what is learned."""
+
+
+D = TypeVar("D", bound=Draft)
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,11 @@ def _prepare(row: ChatRow, template: ChatTemplate, recipe: Recipe, pattern: re.P
     return Chat(mark(messages, pattern), mark(tools, pattern), reasoning == "keep", marked=True)
 
 
-def tokenize_chats(template: ChatTemplate, texts: Iterable[str]) -> tuple[Ids, Mapping[str, str]]:
-    """Return the ids of rendered texts, and why those that have none cannot be written."""
-    distinct = dict.fromkeys(texts)
+def encode_drafts(
+    drafts: Sequence[D | str], template: ChatTemplate, assemble: Callable[[D, ChatTemplate, Ids], Encoded]
+) -> list[Encoded]:
+    """Return what `assemble` makes of each draft with the ids of its texts, or the reason why there is nothing."""
+    distinct = dict.fromkeys(text for draft in drafts if not isinstance(draft, str) for text in draft.texts)
     marked = [text for text in distinct if is_marked(text)]
     ids = tokenize_distinct(template.processor, [text for text in distinct if not is_marked(text)])
     refused = {}
@@ -72,4 +86,11 @@ def tokenize_chats(template: ChatTemplate, texts: Iterable[str]) -> tuple[Ids, M
             ids[text] = encode_marked(template.processor, text)
         except UnwritableTextError as error:
             refused[text] = str(error)
-    return ids, refused
+
+    def encode(draft: D | str) -> Encoded:
+        if isinstance(draft, str):
+            return draft
+        reason = next((refused[text] for text in draft.texts if text in refused), None) if refused else None
+        return reason or assemble(draft, template, ids)
+
+    return [encode(draft) for draft in drafts]

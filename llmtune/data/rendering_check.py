@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
+from llmtune.data.answer_format import TOOL
 from llmtune.data.chat_rows import Message, Tool
 from llmtune.data.chat_template import ChatTemplate, TemplateRefusal, Tools
 from llmtune.data.control_tokens import unmark
@@ -56,7 +57,7 @@ class RenderingCheck:
     def _probe(self, messages: Sequence[Message], tools: Tools, thoughts: Collection[int], write: Write) -> str | None:
         """Look what is left out of a conversation of this shape, whatever is said in it."""
         probes = [_probe_message(message, i) for i, message in enumerate(messages)]
-        declared = [_probe_tool()] if tools else None
+        declared = [cast(Tool, TOOL)] if tools else None
         try:
             text = write(probes, declared)
         except TemplateRefusal:
@@ -159,9 +160,3 @@ def _probe_message(message: Message, number: int) -> Message:
 def _probe_function(number: str, texts: bool) -> dict[str, object]:
     arguments = {f"zqkey{number}": f"zqvalue{number}"}
     return {"name": f"zqname{number}", "arguments": json.dumps(arguments) if texts else arguments}
-
-
-def _probe_tool() -> Tool:
-    parameters = {"type": "object", "properties": {"zqparameter": {"type": "string", "description": "A word."}}}
-    function = {"name": "zqtool", "description": "Looks up zqdescription.", "parameters": parameters}
-    return {"type": "function", "function": {**function, "parameters": {**parameters, "required": ["zqparameter"]}}}

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from llmtune.data.answer_format import TOOL
+from llmtune.data.answer_format import TOOL, TOOL_PARTS
 from llmtune.data.chat_rows import Tool
 from llmtune.data.chat_template import ChatTemplate, read_template
 from llmtune.data.row_store import iterate_texts
@@ -46,7 +46,7 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
     if used.total() <= recipe.data.max_dropped * rows.rows_in:
         return
     template = read_template(processor, recipe)
-    written = _written(template)
+    written = template.calls.writes
     lost = {parts: count for parts, count in used.items() if not written.issuperset(parts)}
     count = sum(lost.values())
     if count <= recipe.data.max_dropped * rows.rows_in:
@@ -62,23 +62,12 @@ def check_tools(rows: Rows, processor: PreTrainedTokenizerBase, recipe: Recipe) 
 def _parts(row: Row) -> tuple[str, ...]:
     """Return what a row has of tools."""
     messages = row.get("messages", ())
-    has = {
-        "tools": bool(row.get("tools")),
-        "calls of tools": any(message.get("tool_calls") for message in messages),
-        "results of calls": any(message["role"] == "tool" for message in messages),
-    }
-    return tuple(part for part, there in has.items() if there)
-
-
-def _written(template: ChatTemplate) -> frozenset[str]:
-    """Return what a template writes of tools, by the names of `_parts`."""
-    calls = template.calls
-    writes = {
-        "tools": calls.writes_tools,
-        "calls of tools": calls.writes_calls,
-        "results of calls": calls.writes_results,
-    }
-    return frozenset(part for part, whether in writes.items() if whether)
+    has = (
+        row.get("tools"),
+        any(message.get("tool_calls") for message in messages),
+        any(message["role"] == "tool" for message in messages),
+    )
+    return tuple(part for part, there in zip(TOOL_PARTS, has, strict=True) if there)
 
 
 def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
@@ -86,6 +75,6 @@ def _find_switch(template: ChatTemplate, used: Collection[str]) -> str | None:
     for name in sorted(template_variables(template.text([cast(Tool, TOOL)]))):
         for value in (True, False):
             switched = replace(template, kwargs={**template.kwargs, name: value})
-            if _written(switched).issuperset(used):
+            if switched.calls.writes.issuperset(used):
                 return f"{{{name}: {str(value).lower()}}}"
     return None

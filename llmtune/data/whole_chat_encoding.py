@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.data.chat_rows import ChatRow, Message
-from llmtune.data.chat_template import ChatTemplate, TemplateRefusal, Tools
+from llmtune.data.chat_template import ChatTemplate, Rendered, TemplateRefusal, Tools
 from llmtune.data.chat_turns import cut_turn, with_answer
 from llmtune.data.control_tokens import unmark
 from llmtune.data.overlong import NOTHING, Encoded
-from llmtune.data.prepared_chats import Chat, Ids, prepare_chats, tokenize_chats
+from llmtune.data.prepared_chats import Chat, Ids, encode_drafts, prepare_chats
 from llmtune.data.rendering_check import RenderingCheck
 from llmtune.records import Example
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
-
-Rendered = str | TemplateRefusal
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class _WholeDraft:
 
     @property
     def texts(self) -> list[str]:
-        """All that must be tokenized to find those messages."""
+        """The whole, and what is before and up to the end of each of those messages."""
         return [self.text, *(self.text[:offset] for border in self.borders for offset in border)]
 
 
@@ -45,9 +43,7 @@ def encode_whole(rows: Sequence[ChatRow], template: ChatTemplate, recipe: Recipe
         chat if isinstance(chat, str) else _draft_whole(row, chat, check, rendered.get(k))
         for k, (row, chat) in enumerate(zip(rows, chats, strict=True))
     ]
-    texts = [text for draft in drafts if isinstance(draft, _WholeDraft) for text in draft.texts]
-    ids, refused = tokenize_chats(template, texts)
-    return [draft if isinstance(draft, str) else _assemble_whole(draft, ids, refused) for draft in drafts]
+    return encode_drafts(drafts, template, _assemble_whole)
 
 
 def _has_parts(chat: Chat) -> bool:
@@ -105,9 +101,7 @@ def _thought_ranges(messages: Sequence[Message], text: str) -> list[tuple[int, i
     return ranges
 
 
-def _assemble_whole(draft: _WholeDraft, ids_of: Ids, refused: Mapping[str, str]) -> Encoded:
-    if reason := next((refused[text] for text in draft.texts if text in refused), None):
-        return reason
+def _assemble_whole(draft: _WholeDraft, template: ChatTemplate, ids_of: Ids) -> Encoded:
     ids = ids_of[draft.text]
     learned = [False, *[True] * (len(ids) - 1)]
     for start, end in draft.borders:
