@@ -29,6 +29,7 @@ from llmtune.data.answer_format import (
     probe_calls,
     probe_thoughts,
     response_template,
+    shared_start,
 )
 from llmtune.data.chat_messages import clean, with_argument_texts, with_short_ids
 from llmtune.data.chat_rows import Message, Tool
@@ -340,8 +341,7 @@ def _without_probe(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTe
 def _difference(template: ChatTemplate, prompt: str, whole: str) -> str:
     """Return what the probe's answer adds to its prompt."""
     if not whole.startswith(prompt):
-        same = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if len({*pair}) > 1), len(whole))
-        start = max(0, same - 20)
+        start = max(0, len(shared_start(prompt, whole)) - 20)
         what = f"the template cannot be split into turns: it asks for an answer with {prompt[start:]!r}"
         what += f" but writes one as {whole[start:]!r}"
         raise EnvironmentProblem.of(what, template.name, f"{_FIX} begins an answer as it asks for one.")
@@ -381,8 +381,7 @@ def _turn_end(template: ChatTemplate, tail: str, special: Sequence[str]) -> tupl
 
 def _first_special(text: str, special: Sequence[str]) -> str | None:
     """Return the token in `text`, of those that are no ordinary text, that stands first."""
-    present = [(text.index(token), -len(token), token) for token in special if token in text]
-    return min(present)[2] if present else None
+    return min((token for token in special if token in text), key=text.index, default=None)
 
 
 def _refuse_doubled_start(template: ChatTemplate, whole: str) -> None:
