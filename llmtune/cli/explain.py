@@ -75,16 +75,12 @@ def attention(
     as_json: AsJson = False,
 ) -> None:
     """Show which words look at which: as heatmap, as graph and as a page of all heads; base, tuned, difference."""
-    prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with gc_paused():
-        from llmtune.explain.attention_explainer import explain_attention
-        from llmtune.explain.inputs import AttentionRequest
-        from llmtune.explain.target import open_target
+    looked = _open(run, threads, offline, trust_remote_code)
+    from llmtune.explain.attention_explainer import explain_attention
+    from llmtune.explain.inputs import AttentionRequest
 
-    console = stderr_console()
-    looked = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
     request = AttentionRequest(text, target, pair, audio, language, chat, max_tokens, cut, kind, layer, head, threshold)
-    _show(explain_attention(looked, request, out or looked.folder, console), looked, as_json)
+    _show(explain_attention(looked, request, out or looked.folder, stderr_console()), looked, as_json)
 
 
 @app.command()
@@ -120,18 +116,14 @@ def generation(
     as_json: AsJson = False,
 ) -> None:
     """Show how an answer comes about, word by word: tokens, layers, likely words; and where base and tuned part."""
-    prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with gc_paused():
-        from llmtune.explain.generation_explainer import explain_generation
-        from llmtune.explain.inputs import PromptRequest
-        from llmtune.explain.target import open_target
+    target = _open(run, threads, offline, trust_remote_code)
+    from llmtune.explain.generation_explainer import explain_generation
+    from llmtune.explain.inputs import PromptRequest
 
-    console = stderr_console()
-    target = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
     request = PromptRequest(
         prompt, system, context, audio, plain, max_new_tokens, temperature, top_p, top_k, sample, seed
     )
-    _show(explain_generation(target, request, out or target.folder, console, top=top), target, as_json)
+    _show(explain_generation(target, request, out or target.folder, stderr_console(), top=top), target, as_json)
 
 
 @app.command()
@@ -158,17 +150,15 @@ def positions(
     as_json: AsJson = False,
 ) -> None:
     """Show how a model knows the order of words: sines, a learned table, rotations (RoPE), biases by distance (T5)."""
-    prepare_environment(network=run is not None and is_remote_model(run) and not offline, threads=threads)
+    if run is None:
+        prepare_environment(network=False, threads=threads)
+    target = None if run is None else _open(run, threads, offline, trust_remote_code)
     with gc_paused():
         from llmtune.explain.positions_explainer import PositionsRequest, explain_positions
-        from llmtune.explain.target import open_target
 
-    console = stderr_console()
-    trusted = {"offline": offline, "trust_remote_code": trust_remote_code}
-    target = None if run is None else open_target(run, console, **trusted)
     folder = out or (target.folder if target else Path("explain") / "sinusoidal")
     request = PositionsRequest(text, length, dimension, base)
-    _show(explain_positions(request, target, folder, console), target, as_json)
+    _show(explain_positions(request, target, folder, stderr_console()), target, as_json)
 
 
 @app.command()
@@ -185,14 +175,10 @@ def model(
     as_json: AsJson = False,
 ) -> None:
     """Draw the architecture: parts, shapes, parameters, residual paths, what was trained, and what a text costs."""
-    prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
-    with gc_paused():
-        from llmtune.explain.model_explainer import explain_model
-        from llmtune.explain.target import open_target
+    target = _open(run, threads, offline, trust_remote_code)
+    from llmtune.explain.model_explainer import explain_model
 
-    console = stderr_console()
-    target = open_target(run, console, offline=offline, trust_remote_code=trust_remote_code)
-    _show(explain_model(target, out or target.folder, console, measure=measure), target, as_json)
+    _show(explain_model(target, out or target.folder, stderr_console(), measure=measure), target, as_json)
 
 
 @app.command()
@@ -205,14 +191,19 @@ def adapter(
     as_json: AsJson = False,
 ) -> None:
     """Show where the tuning went: how far each layer and module of a run's model moved, and in how many directions."""
-    prepare_environment(network=False, threads=threads)
+    target = _open(str(run), threads, offline)
+    from llmtune.explain.adapter_explainer import explain_adapter
+
+    _show(explain_adapter(target, out or target.folder, stderr_console()), target, as_json)
+
+
+def _open(run: str, threads: int | None, offline: bool, trust_remote_code: bool = False) -> Target:
+    """Open a run or a model by its name."""
+    prepare_environment(network=is_remote_model(run) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.explain.adapter_explainer import explain_adapter
         from llmtune.explain.target import open_target
 
-    console = stderr_console()
-    target = open_target(str(run), console, offline=offline)
-    _show(explain_adapter(target, out or target.folder, console), target, as_json)
+    return open_target(run, stderr_console(), offline=offline, trust_remote_code=trust_remote_code)
 
 
 def _show(explanation: Explanation, target: Target | None, as_json: bool) -> None:
