@@ -130,6 +130,13 @@ def test_number_format_is_the_one_that_was_asked_for(tune, tmp_path, console, dt
     assert str(model.dtype) == f"torch.{dtype}" == f"torch.{certificate['dtype']}"
 
 
+def test_large_models_are_cut_into_files_with_an_index(tune, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(merging, "SHARD_SIZE", "100KB")
+    certificate = merge_model(tune(), tmp_path / "merged", console)
+    assert len(certificate["files"]) > 1
+    assert (tmp_path / "merged/model.safetensors.index.json").is_file()
+
+
 def test_template_of_the_recipe_and_stop_tokens_go_into_the_folder(tune, tmp_path, console):
     template = tmp_path / "mine.jinja"
     template.write_text(
