@@ -121,7 +121,7 @@ def together(moves: Iterable[Move]) -> float | None:
 
 
 def explain_adapter(target: Target, folder: Path, console: Console) -> Explanation:
-    """Write page, figures and numbers of a run into `folder`.
+    """Write page and figures of a run into `folder`.
 
     Raises EnvironmentProblem where what was trained is gone or damaged, or the files cannot be written.
     """

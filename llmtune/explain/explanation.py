@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from llmtune.report.blocks import Html, Page
 from llmtune.report.render_html import write_page
-from llmtune.store.atomic_files import write_json
 
 PAGE_STYLE = """
 p { overflow-wrap: anywhere; } th.number { white-space: normal; }
@@ -28,7 +27,7 @@ class Explanation:
     """The result of a command."""
 
     values: dict[str, object]
-    """As JSON."""
+    """What `--json` prints."""
     page: Page
     """Its brief sections are what the terminal shows."""
     files: list[Path]
@@ -41,11 +40,10 @@ def asset(name: str) -> str:
 
 
 def write_explanation(stem: Path, values: dict[str, object], page: Page, figures: Sequence[Path] = ()) -> Explanation:
-    """Write page and values into `stem` with .html and .json; the figures are there already."""
-    path, numbers = (stem.with_name(f"{stem.name}.{ending}") for ending in ("html", "json"))
+    """Write the page into `stem` with .html; the figures are there already."""
+    path = stem.with_name(f"{stem.name}.html")
     write_page(path, page)
-    write_json(numbers, values)
-    return Explanation(values, page, [path, *figures, numbers])
+    return Explanation(values, page, [path, *figures])
 
 
 def figure_block(svg: Path, description: str) -> Html:

@@ -116,7 +116,7 @@ def find_parting(base: Sequence[int], tuned: Sequence[int]) -> int | None:
 def explain_generation(
     target: Target, request: PromptRequest, folder: Path, console: Console, *, top: int = 5
 ) -> Explanation:
-    """Trace the answer of each model, and write the page and its numbers into `folder`; tables list `top` words.
+    """Trace the answer of each model, and write the page into `folder`; tables list `top` words.
 
     Raises:
         RecipeError: the prompt is empty or too long, an option has no use, or the model predicts no words.

@@ -93,7 +93,7 @@ class Portrait:
 
 
 def explain_model(target: Target, folder: Path, console: Console, *, measure: bool = True) -> Explanation:
-    """Write page, figures and numbers into `folder`; no weights are loaded.
+    """Write page and figures into `folder`; no weights are loaded.
 
     Raises:
         EnvironmentProblem: the model cannot be built from its configuration, the run's adapter is gone, or the files

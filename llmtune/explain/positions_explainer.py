@@ -82,7 +82,7 @@ class Positions:
 
 
 def explain_positions(request: PositionsRequest, target: Target | None, folder: Path, console: Console) -> Explanation:
-    """Write page, figures and numbers into `folder`.
+    """Write page and figures into `folder`.
 
     Raises:
         RecipeError: a text that is empty or longer than the model's positions; an option out of range or of no use.

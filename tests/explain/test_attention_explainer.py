@@ -34,7 +34,6 @@ CHAT = [
 PAIRS = [{"source": f"number {i} is red", "target": "blue"} for i in range(24)]
 QUICK = {"train": {"num_train_epochs": 2}, "evaluate": {"metrics": ["loss"]}}
 FIGURES = {"attention-heatmap.png", "attention-heatmap.svg", "attention-graph.svg", "attention-graph.graphml"}
-PAGE = {"attention.html", "attention.json"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def unpack(kind: dict[str, Any], side: str, layer: int, head: Any) -> np.ndarray
 
 def test_a_run_shows_base_tuned_and_difference_in_all_files(explained):
     found, out = explained
-    assert names(out) == FIGURES | PAGE == {Path(file).name for file in found["files"]}
+    assert names(out) == {*FIGURES, "attention.html"} == {Path(file).name for file in found["files"]}
     assert found["sides"] == ["base", "tuned"]
     kind = found["attention"]["masked-self"]
     assert (kind["layers"], kind["heads"]) == (2, 4)

@@ -107,7 +107,7 @@ def test_the_report_of_the_run_links_to_the_page_and_stays_as_it_was(run):
     assert "llmtune explain generation RUN" in (run / "report.html").read_text()
     expect(invoke(run, "--prompt", QUESTION), 0, "linked from:", "report.html")
     name = "generation-which-colour-has-number-7"
-    assert {path.name for path in (run / "explain").iterdir()} == {f"{name}.html", f"{name}.json"}
+    assert {path.name for path in (run / "explain").iterdir()} == {f"{name}.html"}
     assert f'href="explain/{name}.html"' in (run / "report.html").read_text()
     assert json.loads((run / "report.json").read_text()) == {**before, "explanations": [name]}
 
