@@ -21,10 +21,10 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu check format docs architectures torture site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest check format docs architectures torture site same build bench clean
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(READY)  ## A virtual environment with llmtune and its development tools
 
@@ -71,6 +71,33 @@ test-slow: $(READY) models $(LLAMA)  ## What takes longer, the packaged models i
 
 test-gpu: $(READY)  ## What needs a CUDA device
 	$(BIN)/pytest -m gpu
+
+# PyPI's torch for Linux computes with CUDA: about 3 GB. PIP_FIND_LINKS and pip's settings could name another build.
+CUDA_VENV ?= .venv-cuda
+$(CUDA_VENV)/fake_cuda.so: pyproject.toml tests/fake_cuda/device.cpp
+	$(PYTHON) -m venv $(CUDA_VENV)
+	env -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null $(CUDA_VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	torch=$$($(CUDA_VENV)/bin/python -c 'import torch; print(torch.__path__[0])') && \
+	$(CXX) -std=c++20 -shared -fPIC -I$$torch/include tests/fake_cuda/device.cpp -o $@ \
+	-L$$torch/lib -Wl,-rpath,$$torch/lib -lc10 -ltorch_cpu
+
+test-fake-cuda: $(CUDA_VENV)/fake_cuda.so  ## Steps, losses, validation, answers on CUDA tensors without a GPU
+	LD_PRELOAD=$(abspath $<) $(CUDA_VENV)/bin/pytest -m slow tests/fake_cuda
+
+# Environments of their own, .venv-oldest and .venv-newest; uv derives the versions from pyproject.toml.
+RESOLUTION_oldest := lowest-direct
+RESOLUTION_newest := highest
+CORE = tests/adapter tests/cli/test_doctor.py tests/evaluate/test_generation.py tests/evaluate/test_lm_eval.py \
+	tests/model/test_loading.py tests/model/test_packed_attention.py tests/tasks/test_contract.py tests/train
+
+test-oldest: versions-oldest  ## Adapters, loading, training, every task: with the lowest versions that are allowed
+test-newest: versions-newest  ## The same with the newest versions
+
+versions-%:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) --editable '.[test]'
+	.venv-$*/bin/pytest -m 'not slow and not gpu' -n $(JOBS) --dist loadfile $(CORE)
 
 check: $(READY)  ## Format, lint, types, layers, budget, generated pages
 	$(BIN)/ruff format --check .

@@ -9,10 +9,12 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -53,7 +55,8 @@ def examine(console: Console, switched_off: Sequence[str] | None = None, *, impo
     if switched_off is None:
         switched_off = offline_switches()
     with Console(stderr=True).status("importing the libraries" if imports else "looking"):
-        checks = [_check_python(), *(_check_library(name, imports) for name in PACKAGES), _check_device()]
+        checks = [_check_python(), *(_check_library(name, imports) for name in PACKAGES), *_check_bounds()]
+    checks += [_check_device()]
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or psutil.cpu_count(logical=False) or 1
     cores = count_cores()
     checks += [check_threads(threads if "OMP_NUM_THREADS" in os.environ else min(threads, cores), cores)]
@@ -91,6 +94,21 @@ def _check_library(name: str, imports: bool) -> Check:
         found = f"{version}, but it cannot be imported: {reason}"
         return Check(name, "missing", found, f"pip install --force-reinstall {name}")
     return Check(name, "good", version)
+
+
+def _check_bounds() -> list[Check]:
+    """Name every library that is installed in another version than llmtune is tested with, as its own metadata say."""
+    try:
+        stated = [Requirement(line) for line in requires("llmtune-cli") or ()]
+    except PackageNotFoundError:  # run from its source
+        return []
+    tested = {one.name: one.specifier for one in stated if not one.marker or "test" not in str(one.marker)}
+    installed = package_versions([*tested])
+    return [
+        Check(name, "note", f"{version}; llmtune is tested with {bounds}", f"pip install '{name}{bounds}'")
+        for name, bounds in tested.items()
+        if (version := installed[name]) and not bounds.contains(version, prereleases=True)
+    ]
 
 
 def _check_device() -> Check:

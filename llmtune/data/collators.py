@@ -9,6 +9,7 @@ A batch is a dict of CPU tensors:
     attention_mask  int64 [B, T]   padded only
     cu_seq_lens_q, cu_seq_lens_k   int32 [D + 1], packed only: where documents start, and the end of the last
     max_length_q, max_length_k     int, packed only: the longest document
+    document_lengths  ints, packed only: tokens of each document; nobody has to wait for the device to know them
     predict_S       int64 [S]      flat index into B * T of the position that predicts
     targets_S       int64 [S]      the token that it predicts
     rows_S          int64 [S]      which example of this micro-batch the token belongs to
@@ -57,6 +58,7 @@ def documents_of(documents: Sequence[Int64]) -> Batch:
         "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
+        "document_lengths": lengths.tolist(),
     }
 
 

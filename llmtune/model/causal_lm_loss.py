@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from llmtune.model.chunked_cross_entropy import CrossEntropy, takes_head_loss
-from llmtune.model.packed_attention import PACKED, PREFIXES
+from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
 from llmtune.model.prefix_packing import share_prefixes, takes_shared_prefixes
 from llmtune.records import Loss
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Any]
 """The tensors of one micro-batch; `llmtune.data.collators` has the legend."""
-_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", PREFIXES)
+_PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS, PREFIXES)
 
 
 def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:

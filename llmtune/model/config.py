@@ -136,12 +136,16 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
         config = AutoConfig.from_pretrained(
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    EnvironmentProblem.collect(
+    text = config.get_text_config()
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    wrong = (
         Problem(f"{name} is {value!r}, and must be a number from 1 to {most:,}", path, NEWER)
         for name, most in MOST.items()
-        for value in as_list(getattr(config.get_text_config(), name, None))
+        for layer in layers
+        for value in as_list(getattr(layer, name, None))
         if type(value) is not int or not 1 <= value <= most
     )
+    EnvironmentProblem.collect(dict.fromkeys(wrong))
     return config
 
 

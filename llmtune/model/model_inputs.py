@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
-from llmtune.model.packed_attention import PACKED
+from llmtune.model.packed_attention import LENGTHS, PACKED
 from llmtune.records import Batch
 
 READ = ("input_ids", "attention_mask", "token_type_ids", "input_features", "input_values")
 """What models read, by its name in a batch."""
-DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS)
 """What they read beside that of a packed row; positions follow from it."""
 
 

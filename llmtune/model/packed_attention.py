@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -152,11 +152,9 @@ def _agrees_with_sdpa(width: int, dtype: torch.dtype, causal: bool, device: torc
     """Compare outputs and gradients with SDPA's on two short documents, once for a head width, format and card."""
     if flash_attn_varlen_func is None and varlen_attn is None:
         return False
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the same numbers on every card
     shapes = [(1, heads, 24, width) for heads in (4, 2, 2)]
-    q, k, v = leaves = [
-        torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_() for shape in shapes
-    ]
+    q, k, v = leaves = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     starts = torch.tensor([0, 7, 24], dtype=torch.int32, device=device)
     for window in (None, 5):
         outputs: list[list[torch.Tensor]] = []
@@ -324,15 +322,16 @@ def install_packed(model: PreTrainedModel) -> None:
         if starts is None or kwargs.get("attention_mask") is not None:
             documents_inside.set(None)
             return args, kwargs
-        # As plain numbers, once a forward pass: layers computed again for the backward pass get them with their inputs.
-        lengths = [end - start for start, end in pairwise(starts.tolist())]
+        # Plain numbers, not the tensor's: a GPU is not waited for. Layers computed again for the backward pass get them
+        # with their inputs.
+        lengths = kwargs[LENGTHS]
         documents_inside.set(lengths)
         if counts:
             positions_1T = kwargs.get("position_ids")
             if positions_1T is None:
                 positions_1T = torch.cat([torch.arange(length, device=starts.device) for length in lengths])[None]
             kwargs = {**kwargs, "position_ids": positions_1T + first}
-        return args, {**kwargs, LENGTHS: lengths}
+        return args, kwargs
 
     def leave(*_: object) -> None:
         documents_inside.set(None)

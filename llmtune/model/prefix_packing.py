@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from llmtune.model.chunked_cross_entropy import takes_head_loss
-from llmtune.model.packed_attention import PACKED, PREFIXES
+from llmtune.model.packed_attention import LENGTHS, PACKED, PREFIXES
 
 _SHORTEST = 8
 """Tokens below which a beginning is not worth its own place."""
@@ -112,6 +112,7 @@ def share_prefixes(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         "position_ids": torch.from_numpy(positions_T[chosen])[None],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
+        LENGTHS: [*map(len, kept)],
         "predict_S": torch.from_numpy(place_T)[batch["predict_S"]],
         PREFIXES: prefixes,
     }

@@ -20,7 +20,7 @@ from llmtune.model.config import first_line
 from llmtune.model.device import compute_context
 from llmtune.model.model_inputs import read_inputs
 from llmtune.model.oom import is_out_of_memory
-from llmtune.model.packed_attention import PACKED
+from llmtune.model.packed_attention import LENGTHS, PACKED
 from llmtune.model.prefix_packing import allow_shared_prefixes
 from llmtune.records import Batch
 
@@ -216,4 +216,5 @@ def _pack(documents: list[list[int]], device: torch.device) -> Batch:
         longest = max(map(len, documents))
         batch["position_ids"] = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
         batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        batch[LENGTHS] = [*map(len, documents)]
     return batch

@@ -31,8 +31,10 @@ from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
 from llmtune.tasks.preference_losses import (
+    count_tokens,
     kl_to_reference,
     preference_loss,
+    prompt_positions,
     row_scores,
     sequence_logps,
     step_statistics,
@@ -134,6 +136,8 @@ class Preference(Task[Row, Ratings]):
             batch["desirable_R"] = torch.tensor([example.values[0] > 0 for example in examples])
         else:
             batch = collate_padded([*examples, *seconds], pad_id)
+        if section.loss == "orpo":
+            batch["prompts_S"] = prompt_positions(batch)
         return batch | {"settings": section, "pairs": len(examples)}
 
     def loss(self, model: torch.nn.Module, batch: Batch, by_row: bool = False) -> Loss:
@@ -342,7 +346,7 @@ def kl_per_token(model: torch.nn.Module, batch: Batch) -> list[float]:
     """Return the divergence [R] from the model without its adapter, in nats per token; 0 for one that has none."""
     if not isinstance(model, PeftModel):
         return [0.0] * int(batch["n_rows"])
-    counts_R = torch.bincount(batch["rows_S"], minlength=batch["n_rows"]).clamp(min=1)
+    counts_R = count_tokens(batch).clamp(min=1)
     kl_R: list[float] = (kl_to_reference(model, batch, model.disable_adapter) / counts_R).tolist()
     return kl_R
 

@@ -84,7 +84,7 @@ def sequence_logps(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, 
     """Return the summed log-probability [R] of each row's supervised tokens, with gradient, and their number [R]."""
     row_sums = causal_loss(model, batch, by_row=True).row_sums
     assert row_sums is not None
-    return -row_sums, _count_tokens(batch)
+    return -row_sums, count_tokens(batch)
 
 
 def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -96,7 +96,8 @@ def row_scores(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     inner = unwrap(model)
     ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
     is_pad_BT = ids_BT == inner.config.get_text_config().pad_token_id
-    assert bool((is_pad_BT | (mask_BT != 0)).all()), "rows are padded with the pad token of the model's configuration"
+    padded = ids_BT.is_cuda or bool((is_pad_BT | (mask_BT != 0)).all())  # a GPU would be waited for
+    assert padded, "rows are padded with the pad token of the model's configuration"
     options = {"use_cache": False} if "use_cache" in inspect.signature(type(inner).forward).parameters else {}
     logits_R1 = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
     assert logits_R1.shape[1] == 1, "a reward model has one label"
@@ -123,7 +124,7 @@ def kl_to_reference(model: torch.nn.Module, batch: Batch, reference: Reference) 
 def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
     chosen_P, rejected_P = _log_ratios(model, batch, reference).chunk(2)
     if settings.loss == "ipo":
-        chosen_counts_P, rejected_counts_P = _count_tokens(batch).clamp(min=1).chunk(2)
+        chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
         margins_P = chosen_P / chosen_counts_P - rejected_P / rejected_counts_P
         losses_P = (margins_P - 1 / (2 * settings.beta)) ** 2
     else:
@@ -147,7 +148,7 @@ def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, ref
     tokens, pairs = (float(total) for total in batch["totals"])
     logps_R, _ = sequence_logps(model, _with_prompts(batch))
     chosen_P, rejected_P, prompts_P = logps_R.chunk(3)
-    chosen_counts_P, rejected_counts_P = _count_tokens(batch).clamp(min=1).chunk(2)
+    chosen_counts_P, rejected_counts_P = count_tokens(batch).clamp(min=1).chunk(2)
     chosen_mean_P, rejected_mean_P = chosen_P / chosen_counts_P, rejected_P / rejected_counts_P
     ratios_P = logsigmoid(_log_odds(chosen_mean_P) - _log_odds(rejected_mean_P))
     likelihood = (chosen_P + prompts_P).sum()
@@ -196,13 +197,21 @@ def _divergence(policy_cV: torch.Tensor, reference_cV: torch.Tensor) -> torch.Te
     return (policy_cV.exp() * (policy_cV - reference_cV)).sum(1)
 
 
-def _with_prompts(batch: Batch) -> Batch:
-    """Return `batch` with P rows more in `rows_S`: the tokens of each chosen row that are not supervised."""
-    ids_BT, pairs = batch["input_ids"], _count_pairs(batch)
-    wanted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+def prompt_positions(batch: Batch) -> torch.Tensor:
+    """Return the flat index in B * T of the positions that predict a token of a chosen row that is not supervised.
+
+    Found on the CPU, where the batch is made: how many there are depends on numbers that a GPU would be waited for.
+    """
+    pairs = _count_pairs(batch)
+    wanted_BT = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     wanted_BT[:pairs, :-1] = batch["attention_mask"][:pairs, 1:] != 0
     wanted_BT.view(-1)[batch["predict_S"]] = False
-    predict_S = wanted_BT.view(-1).nonzero()[:, 0]
+    return wanted_BT.view(-1).nonzero()[:, 0]
+
+
+def _with_prompts(batch: Batch) -> Batch:
+    """Return `batch` with P rows more in `rows_S`: the tokens of each chosen row that are not supervised."""
+    ids_BT, pairs, predict_S = batch["input_ids"], _count_pairs(batch), batch["prompts_S"]
     targets_S = ids_BT.reshape(-1)[predict_S + 1]
     rows_S = predict_S // ids_BT.shape[1] + 2 * pairs
     return {
@@ -220,8 +229,10 @@ def _count_pairs(batch: Batch) -> int:
     return rows // 2
 
 
-def _count_tokens(batch: Batch) -> torch.Tensor:
-    return torch.bincount(batch["rows_S"], minlength=batch["n_rows"])
+def count_tokens(batch: Batch) -> torch.Tensor:
+    """Count each row's supervised tokens: [R]. `bincount` would wait for a GPU."""
+    rows_S: torch.Tensor = batch["rows_S"]
+    return rows_S.new_zeros(batch["n_rows"]).index_add(0, rows_S, torch.ones_like(rows_S))
 
 
 @contextmanager

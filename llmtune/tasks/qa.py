@@ -228,10 +228,9 @@ def window_example(window: Window, ends: tuple[int, int] | None) -> Example:
 def by_window(logits_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Put the logits of each window in a row of its own, [R, T] with the lowest number where there is no token."""
     lowest = torch.finfo(logits_BT.dtype).min
-    if "cu_seq_lens_q" not in batch:
+    if "document_lengths" not in batch:
         return logits_BT.masked_fill(~batch["attention_mask"].bool(), lowest)
-    sizes_R = batch["cu_seq_lens_q"].diff().tolist()
-    return pad_sequence([*torch.split(logits_BT[0], sizes_R)], batch_first=True, padding_value=lowest)
+    return pad_sequence([*torch.split(logits_BT[0], batch["document_lengths"])], batch_first=True, padding_value=lowest)
 
 
 class GenerativeQa(Qa[str]):

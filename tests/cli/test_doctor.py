@@ -60,6 +60,24 @@ def test_what_cannot_be_imported_or_made_is_named_with_its_cure(absent: str, tmp
     assert "Traceback" not in table
 
 
+def test_a_library_outside_the_tested_versions_is_noted_with_what_to_type(tmp_path) -> None:
+    for name, version in (("peft", "0.19.1"), ("rich", "13.0.0")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found, table = examine(PYTHONPATH=path)
+    noted = {
+        check["name"]: check for check in found["checks"] if check["state"] == "note" and check["name"] in "peft rich"
+    }
+    assert noted.keys() == {"peft", "rich"}
+    assert noted["peft"]["found"].startswith("0.19.1; llmtune is tested with ")
+    assert noted["rich"]["fix"] == "pip install 'rich>=14'"
+    assert "pip install 'rich>=14'" in table
+    assert found["ready"]
+    assert found["seconds"] < 3
+
+
 def test_more_threads_than_a_quota_allows_are_noted_with_what_to_type(tmp_path) -> None:
     quota = tmp_path / "cpu.max"
     quota.write_text("100000 100000\n")

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from llmtune.adapter.injection import enable_checkpointing, inject
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
-from llmtune.model.packed_attention import PACKED, first_tokens, install_packed, means, pool_documents
+from llmtune.model.packed_attention import LENGTHS, PACKED, first_tokens, install_packed, means, pool_documents
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.model.self_checks import isolates_documents
@@ -118,9 +118,7 @@ def test_where_documents_see_one_another_the_proof_fails(built, family):
     model = load(built(family), num_labels=3)
     pool_documents(model)
     whole = model.base_model.register_forward_pre_hook(  # as if the lengths got lost on the way
-        lambda module, args, kwargs: (
-            (args, {**kwargs, "cu_seq_lens_q": kwargs["cu_seq_lens_q"][[0, -1]]}) if "cu_seq_lens_q" in kwargs else None
-        ),
+        lambda module, args, kwargs: (args, {**kwargs, LENGTHS: [sum(kwargs[LENGTHS])]}) if LENGTHS in kwargs else None,
         with_kwargs=True,
     )
     install_packed(model)

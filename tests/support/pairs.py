@@ -18,8 +18,10 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe import Recipe, load_recipe
+from llmtune.records import AdaptedModel, Examples
 from llmtune.session import Options
+from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import TrainContext, set_up
@@ -63,8 +65,8 @@ def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
 
 
-def start_training(path: Path, folder: Path) -> TrainContext:
-    """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
+def prepare_training(path: Path, folder: Path) -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
+    """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
     recipe = loaded.recipe
@@ -73,9 +75,12 @@ def start_training(path: Path, folder: Path) -> TrainContext:
     task = choose_variant(recipe, config, place.name)
     recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
     selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
-    adapted = inject(selected, recipe, quiet())
-    examples = load_examples(folder / "data" / "examples")
-    return set_up(adapted, examples, task, recipe, folder, quiet(), "inputs")
+    return inject(selected, recipe, quiet()), load_examples(folder / "data" / "examples"), task, recipe
+
+
+def start_training(path: Path, folder: Path) -> TrainContext:
+    """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
+    return set_up(*prepare_training(path, folder), folder, quiet(), "inputs")
 
 
 def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:

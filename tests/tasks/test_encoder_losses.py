@@ -110,7 +110,7 @@ def test_padding_and_packing_change_neither_loss_nor_gradient(built, name, famil
 
 def test_logits_of_a_packed_row_stand_in_a_row_for_each_window():
     logits_BT = torch.arange(1.0, 7.0)[None]
-    packed = by_window(logits_BT, {"cu_seq_lens_q": torch.tensor([0, 2, 3, 6], dtype=torch.int32)})
+    packed = by_window(logits_BT, {"document_lengths": [2, 1, 3]})
     lowest = torch.finfo(torch.float32).min
     assert packed.tolist() == [[1, 2, lowest], [3, lowest, lowest], [4, 5, 6]]
 

@@ -89,7 +89,8 @@ def example(prompt, answer):
 
 def pair_batch(pairs):
     rows = [example(pair.prompt, pair.first) for pair in pairs] + [example(pair.prompt, pair.second) for pair in pairs]
-    return collate_padded(rows, PAD)
+    batch = collate_padded(rows, PAD)
+    return {**batch, "prompts_S": preference.prompt_positions(batch)}
 
 
 def thumb_batch(pairs, thumbs):
