@@ -79,7 +79,7 @@ def test_a_step_stays_on_the_device_and_waits_for_its_losses_alone(name, dtype, 
 def test_prompts_are_answered_on_the_device(prompts, tmp_path, clips):
     """Many by llmtune's own greedy loop, few by `generate` of transformers."""
     adapted, _, _, recipe = prepare(CASES["chat"], tmp_path, clips, "bfloat16", True, "lora")
-    reads = {"write_greedily": 7, "column_bytes_of": 1, "_generate": 0, "ignores_padding": 1, "generate_batch": 7}
+    reads = {"write_greedily": 7, "column_bytes_of": 1, "_generate": 1, "ignores_padding": 1, "generate_batch": 7}
     with fake_cuda(VERDICT | reads) as mode, torch.no_grad():
         adapted.model.eval()
         move(adapted.model, mode)
