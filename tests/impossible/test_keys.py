@@ -274,6 +274,7 @@ FLIPS = {
 }
 HUB = "data/test_hub_datasets.py"
 ELSEWHERE = {
+    "extends": "recipe/test_loader.py::test_values_of_the_nearer_file_win_and_mappings_are_merged",
     "recipe_version": "recipe/test_validation.py::"
     "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
@@ -301,7 +302,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_no_key_of_the_schema_is_left_out() -> None:
     known = {key for key in keys_of(Recipe) if not key.startswith("data.train.")}
-    known |= {"data.train", *(f"data.train.{name}" for name in Source.model_fields if name != "path")}
+    known |= {"extends", "data.train", *(f"data.train.{name}" for name in Source.model_fields if name != "path")}
     flipped = {key.partition("@")[0] for key in FLIPS}
     assert not flipped & ELSEWHERE.keys()
     assert known == flipped | ELSEWHERE.keys()
