@@ -17,7 +17,7 @@ import typer.main
 from guarantees_page import guarantee_blocks
 from recipe_reference import recipe_reference
 
-from llmtune.cli.app import app
+from llmtune.cli.app import EXIT_CODES, app
 from llmtune.recipe import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +38,6 @@ shipped recipe, `RUN` a run folder.
 
 | exit code | meaning |
 |---|---|
-| 0 | done |
-| 1 | a bug in llmtune |
-| 2 | recipe or usage |
-| 3 | data: missing, unreadable or bad rows |
-| 4 | environment: device, dependency, model, memory, disk, permission, network |
-| 5 | training: diverged, out of memory after every remedy |
-| 6 | a gate, a parity check or a verification failed |
-| 130, 143 | interrupted or terminated, with the work saved |
 """
 
 
@@ -110,7 +102,8 @@ def role(module: Path) -> str:
 
 def command_reference() -> str:
     """Return the reference of all commands as Markdown."""
-    return "\n".join([HEAD, *describe("llmtune", typer.main.get_command(app))]).rstrip() + "\n"
+    codes = [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
+    return "\n".join([HEAD.rstrip(), *codes, "", *describe("llmtune", typer.main.get_command(app))]).rstrip() + "\n"
 
 
 def describe(name: str, command: Any) -> Iterator[str]:

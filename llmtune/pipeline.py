@@ -18,41 +18,37 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
 from llmtune.adapter.load import find_adapter
+from llmtune.conclusion import conclude, make_report
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
-from llmtune.errors import EnvironmentProblem, GateFailed, Problem
+from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
 from llmtune.evaluate.eval_inputs import warn_of_cuts
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, save_evaluation
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
-from llmtune.evaluate.evaluator import print_scores
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
-from llmtune.evaluate.results import load_base, load_evaluation, save_evaluation
+from llmtune.evaluate.results import load_base
 from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.model.device import pick_device
 from llmtune.model.heads import head_is_new
 from llmtune.model.kernels import check_kernels
-from llmtune.model.memory_plan import check_context, check_memory, micro_batch_tokens, plan_memory
+from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_selection import rank_candidates
-from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
-from llmtune.report.redaction import redact_all
-from llmtune.report.render_terminal import print_blocks
-from llmtune.report.score_sections import seed_table
-from llmtune.report.write import report_json, write_report
+from llmtune.report.write import write_report
 from llmtune.session import (
     Models,
     Options,
     RunContext,
     locate_pinned,
     lock_run,
-    make_report,
     open_finished,
     trained_name,
 )
@@ -61,7 +57,6 @@ from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
-from llmtune.tasks.base import next_steps
 from llmtune.train.setup import train_inputs
 
 if TYPE_CHECKING:
@@ -165,7 +160,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        processor = load_processor(model_ref, context.recipe.model)
+        processor = context.read_processor(model_ref)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
         evaluate(context, model_ref, processor, rows, examples)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
@@ -173,22 +168,6 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
                 with_seed(loaded, seed), seed_folder(run, seed), console, offline=offline, base=run / "evaluation"
             )
         return conclude(context, gated=True)
-
-
-def conclude(context: RunContext, *, gated: bool) -> Json:
-    """Write the report and return it; a gate that failed is raised after that."""
-    path = context.folder.path
-    report = redact_all(make_report(context))
-    write_report(report, path)
-    if report.seeds:
-        print_blocks([seed_table(report.seeds)], context.console)
-        context.console.print(report.seeds.told, highlight=False)
-    if gated:
-        context.console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
-        context.console.print(next_steps(path, context.task), highlight=False, markup=False)
-        failed = [gate for gate in report.gates if not gate.passed]
-        GateFailed.collect(Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in failed)
-    return report_json(report)
 
 
 def prepare(context: RunContext) -> Rows:
@@ -252,13 +231,7 @@ def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> Memo
     check_context(model_ref, context.recipe, context.task, max(examples.reach.values()))
     context.resolve_checkpointing(model_ref, longest)
     recipe = context.resolved_recipe
-
-    def plan_for(tokens: int) -> MemoryPlan:
-        return plan_memory(model_ref, recipe, context.task, tokens, context.device)
-
-    budget = micro_batch_tokens(plan_for(longest), longest, longest)
-    step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
-    plan = replace(plan_for(min(budget, step_tokens)), tokens=budget)
+    plan = plan_training(model_ref, recipe, context.task, longest, context.device)
     settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, model_ref.content_hash, settings])
     with context.step("select", inputs) as step:
@@ -363,6 +336,12 @@ def deploy(context: RunContext, model_ref: ModelRef) -> None:
                 step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])
 
 
+def _longest_row(context: RunContext) -> int:
+    """Return the tokens of the longest example that the run has encoded before; without one, what a row may have."""
+    known = context.folder.facts("encode").get("longest")
+    return max(known.values()) if known else context.recipe.data.max_length
+
+
 def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
     """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
     recipe, console, folder = context.recipe, context.console, context.folder
@@ -377,9 +356,10 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
             console.print(f"{escape(name)} would be downloaded first")
             continue
         context.variant = context.choose_variant(model_ref)
-        processor = load_processor(model_ref, recipe.model)
-        context.resolve_checkpointing(model_ref, recipe.data.max_length)
-        plan = plan_memory(model_ref, context.resolved_recipe, context.task, recipe.data.max_length, context.device)
+        processor = context.read_processor(model_ref)
+        longest = _longest_row(context)
+        context.resolve_checkpointing(model_ref, longest)
+        plan = plan_training(model_ref, context.resolved_recipe, context.task, longest, context.device)
         check_memory(plan, context.resolved_recipe, console)
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from llmtune import __version__
 from llmtune.adapter.injection import adapter_settings, describe, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
@@ -21,8 +20,6 @@ from llmtune.data.preparation import rows_inputs
 from llmtune.data.row_store import load_rows
 from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.results import load_evaluation
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device, pick_device
@@ -32,24 +29,18 @@ from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe, Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
-from llmtune.records import AdaptedModel, Evaluation, Examples, ModelRef, Rows, SelectedModel
-from llmtune.report.report_page import find_explanations
-from llmtune.report.report_record import Report, Seeds, collect_facts
-from llmtune.report.seed_variance import describe_spread
-from llmtune.report.verdict import verdict
-from llmtune.store.atomic_files import hash_folder, hash_value, read_json_lines
+from llmtune.records import AdaptedModel, Examples, ModelRef, Rows, SelectedModel
+from llmtune.report.render_terminal import spinner
+from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
 from llmtune.store.run_lock import (
     LOCK,
     Pins,
     SourceRecord,
     check_pin,
-    hardware,
-    package_versions,
     read_pins,
     write_lock,
 )
-from llmtune.store.seed_runs import is_done, seed_folder
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.loop import train
@@ -152,7 +143,9 @@ class RunContext:
     def read_processor(self, model_ref: ModelRef) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer as the recipe wants it, read once for all steps; it is not to be changed."""
         if model_ref.path not in self.processors:
-            self.processors[model_ref.path] = load_processor(model_ref, self.recipe.model)
+            self.processors[model_ref.path] = load_processor(
+                model_ref, self.recipe.model, self.recipe.data.system_prompt
+            )
         return self.processors[model_ref.path]
 
     @contextmanager
@@ -199,7 +192,7 @@ class RunContext:
     def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase) -> AdaptedModel:
         """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one."""
         self.recipe = self.resolved_recipe
-        with self.console.status("loading the model"):
+        with spinner(self.console, "loading the model"):
             selected = load_model(model_ref, self.recipe, self.task, processor, device=self.device, training=True)
         return inject(selected, self.recipe, self.console)
 
@@ -353,43 +346,6 @@ def _source_record(file: SourceFile) -> SourceRecord:
     record = SourceRecord(source=file.source, path=str(file.path) if file.path else None)
     record[file.kind] = file.hash
     return record
-
-
-def make_report(context: RunContext) -> Report:
-    """Put together everything that a run found out."""
-    folder, recipe = context.folder, context.recipe
-    evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
-    seeds = collect_seeds(folder.path, recipe, evaluation)
-    curve = read_json_lines(folder.path / "metrics.jsonl")
-    return Report(
-        llmtune=__version__,
-        name=recipe.name,
-        task=recipe.task,
-        verdict=verdict(evaluation, seeds, curve),
-        recipe=recipe.model_dump(mode="json"),
-        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
-        fingerprint=folder.manifest["fingerprint"],
-        hardware={**hardware(), "device": context.device, "packages": package_versions()},
-        steps=folder.timings(context.skipped),
-        evaluation=evaluation,
-        seeds=seeds,
-        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
-        explanations=find_explanations(folder.path),
-        **collect_facts(folder.manifest, curve),
-    )
-
-
-def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
-    """Return what the scores of all seeds come to; None without further seeds or without scores of the run's own."""
-    if not recipe.train.seeds or own is None or not own.tuned:
-        return None
-    scored = {recipe.seed: own}
-    for seed in recipe.train.seeds:
-        folder = seed_folder(run, seed)
-        evaluation = load_evaluation(folder / "evaluation") if is_done(folder, "evaluate") else None
-        if evaluation is not None:
-            scored[seed] = evaluation
-    return describe_spread(scored, [seed for seed in recipe.train.seeds if seed not in scored])
 
 
 def trained_name(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.models import build_llama
-from support.runs import FAST, invoke, write_colours, write_recipe
+from support.runs import FAST, ROWS, heavy_imports, invoke, write_colours, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,41 @@ def test_a_base_model_that_was_changed_is_not_used_with_the_adapter(finished: Pa
 def test_a_finished_run_is_skipped_step_by_step_and_as_a_whole(finished: Path) -> None:
     assert done("adapt", "tiny.yaml", "--out", "run")["adapt"]
     assert all(done("run", "tiny.yaml", "--out", "run", "--resume").values())
+
+
+def test_a_finished_run_is_shown_again_without_importing_anything_heavy(finished: Path) -> None:
+    assert heavy_imports("run", "tiny.yaml", "--out", "run") == [*ROWS]
+    first = invoke("run", "tiny.yaml", "--out", "run", "--fresh")
+    again = invoke("run", "tiny.yaml", "--out", "run")
+    assert again.exit_code == first.exit_code == 0
+    assert [line for line in again.stderr.splitlines() if line.endswith("unchanged, skipped")] == [
+        f"{step} unchanged, skipped" for step in ("prepare", "encode", "select", "adapt", "train", "evaluate")
+    ]
+    shown = [line for line in first.stderr[first.stderr.index("Scores") :].splitlines() if "answers cut" not in line]
+    assert again.stderr[again.stderr.index("Scores") :].splitlines() == shown
+
+
+@pytest.mark.parametrize(
+    ("path", "step"),
+    [
+        ("run/adapter/adapter_model.safetensors", "train"),
+        ("run/data/examples", "encode"),
+        ("run/report.html", None),
+    ],
+)
+def test_of_a_finished_run_what_is_lost_is_made_again(finished: Path, path: str, step: str | None) -> None:
+    lost = finished / path
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    skipped = done("run", "tiny.yaml", "--out", "run")
+    assert lost.exists()
+    assert step is None or not skipped[step]
+
+
+def test_a_finished_run_that_was_scored_by_other_settings_since_is_scored_again(finished: Path) -> None:
+    done("run", "tiny.yaml", "--out", "run")
+    done("evaluate", "run", "--set", "evaluate.metrics=[loss]")
+    skipped = done("run", "tiny.yaml", "--out", "run")
+    assert (skipped["train"], skipped["evaluate"]) == (True, False)
 
 
 def test_a_lock_holds_model_and_data(finished: Path) -> None:

@@ -21,6 +21,7 @@ from llmtune.model.config import head_names, in_heads, linear_shapes
 from llmtune.model.library_logging import hushed
 from llmtune.model.oom import explain_oom
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
+from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def show_adapter(adapted: AdaptedModel, console: Console) -> None:
         console.print(f"Adapter on {len(adapted.matched_modules)} modules: {groups}", highlight=False)
     console.print(
         f"Trainable: {adapted.trainable:,} of {adapted.total:,} parameters ({share:.2f} %), "
-        f"{adapted.adapter_bytes / 2**20:.1f} MiB to save",
+        f"{format_bytes(adapted.adapter_bytes)} to save",
         highlight=False,
     )
 
@@ -245,7 +246,7 @@ def _check_reload(model: PeftModel) -> None:
             f"PEFT would not read {len(result.unexpected_keys)} of the adapter's weights again: it takes one for "
             f"{result.unexpected_keys[0]}",
             "adapter.target_modules",
-            "Leave the modules of that name out with adapter.exclude_modules.",
+            "Exclude the modules of that name with adapter.exclude_modules.",
         )
 
 

@@ -165,7 +165,7 @@ def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> Non
     """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no adapter is that."""
     wrong = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
     if wrong:
-        what = f"{len(wrong)} weights of the adapter are no finite numbers, {wrong[0]} for one"
+        what = f"{len(wrong)} weights of the adapter are not finite numbers, {wrong[0]} for one"
         raise EnvironmentProblem.of(what, str(source), "It is damaged: get it again, or train again.")
 
 

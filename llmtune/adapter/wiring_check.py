@@ -67,7 +67,7 @@ def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
     finite = bool(scores.isfinite().all())
     if finite and (scores.numel() == 1 or bool(scores.min() != scores.max())):
         return
-    what = "its outputs are all the same" if finite else "its outputs are no finite numbers"
+    what = "its outputs are all the same" if finite else "its outputs are not finite numbers"
     fix = "Its weights or its configuration are damaged: get it again from where it comes from, or set model.dtype."
     raise EnvironmentProblem.of(f"the model computes nothing: {what}", str(selected.model_ref.path), fix)
 
@@ -185,5 +185,5 @@ def _describe_dead(dead: list[str]) -> Problem:
     return Problem(
         f"{len(dead)} adapter weights get no gradient from text, those of {names[0]} for one",
         "adapter.target_modules",
-        "Leave these modules out with adapter.exclude_modules.",
+        "Exclude these modules with adapter.exclude_modules.",
     )

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, init, launch, prompting, recipes, run, verify
+from llmtune.cli import compare, deploy, explain, init, prompting, recipes, run, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
@@ -37,8 +37,21 @@ Words = Annotated[list[str] | None, typer.Argument()]
 ANYTHING = {"ignore_unknown_options": True}
 
 
+EXIT_CODES = {
+    "0": "done",
+    "1": "a bug in llmtune",
+    "2": "recipe or usage",
+    "3": "data: missing, unreadable or bad rows",
+    "4": "environment: device, dependency, model, memory, disk, permission, network",
+    "5": "training: diverged, out of memory after every remedy",
+    "6": "a gate, a parity check or a verification failed",
+    "130, 143": "interrupted or terminated, with the work saved",
+}
+FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'
+
 app = typer.Typer(
     help="Fine-tune a Hugging Face model from one recipe, and prove what the tuning did.",
+    epilog=f"{FIRST_STEPS}\n\nExit codes: {'; '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,7 +79,7 @@ def doctor(
     imports: Annotated[bool, typer.Option("--imports", help="Import every library, to find broken ones.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at versions, devices, memory and disk, and say what to type where something is missing."""
+    """Check versions, devices, memory and disk, and show what to type where something is missing."""
     switched_off = offline_switches()
     prepare_environment(network=False)
     from rich.console import Console
@@ -112,7 +125,7 @@ def show_version(words: Words = None) -> None:
     _print_version(True)
 
 
-COMMANDS = (
+COMMANDS: dict[str, Callable[..., None]] = (
     init.COMMANDS
     | run.COMMANDS
     | prompting.COMMANDS
@@ -120,18 +133,39 @@ COMMANDS = (
     | verify.COMMANDS
     | compare.COMMANDS
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+TREES = {"deploy": deploy.app, "explain": explain.app, "recipes": recipes.app, "launch": run.launch_app}
+PANELS = {
+    "Begin": ("init", "run", "runs", "doctor"),
+    "Use a run": ("generate", "chat", "deploy"),
+    "One step at a time": ("prepare", "select", "adapt", "train", "evaluate"),
+    "Look closer": ("compare", "verify", "reproduce", "explain"),
+    "More": ("recipes", "launch"),
+}
+"""The commands as the help shows them."""
+EXAMPLES = {
+    "init": "llmtune init tickets.csv",
+    "run": "llmtune run tickets.yaml --set train.max_steps=20",
+    "evaluate": "llmtune evaluate RUN --set evaluate.limit=50",
+    "generate": 'llmtune generate latest "TEXT", or llmtune generate latest --input rows.csv --output answers.jsonl',
+    "chat": "llmtune chat latest",
+    "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
+    "verify": "llmtune verify latest",
+    "reproduce": "llmtune reproduce latest",
+}
+
+for _panel, _names in PANELS.items():
+    for _name in _names:
+        if _name in TREES:
+            app.add_typer(TREES[_name], name=_name, rich_help_panel=_panel)
+        else:
+            _example = f"Example: {EXAMPLES[_name]}" if _name in EXAMPLES else None
+            app.command(_name, rich_help_panel=_panel, epilog=_example)(COMMANDS[_name])
 for _name, _command in {
     "help": show_help,
     "version": show_version,
     **{name: _pointer(name) for name in POINTERS},
 }.items():
     app.command(_name, hidden=True, context_settings=ANYTHING)(_command)
-app.add_typer(deploy.app, name="deploy")
-app.add_typer(explain.app, name="explain")
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(launch.app, name="launch")
 
 
 def main() -> None:

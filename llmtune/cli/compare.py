@@ -12,11 +12,14 @@ from llmtune.cli.options import AsJson, Fresh, Offline, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
+from llmtune.launch.python_api import make_console
 from llmtune.records import Json
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
 
 @handled
@@ -47,9 +50,10 @@ def compare(
 ) -> None:
     """Compare runs on the rows that all of them answered, or one recipe trained with several methods."""
     refuse_both(resume, fresh)
+    shown = make_console(stderr=False, quiet=as_json)
     if methods is None:
         stated = {"--learning-rate": learning_rate, "--set": sets, "--resume": resume, "--fresh": fresh}
-        result = _compare_runs(what, out, [name for name, value in stated.items() if value])
+        result = _compare_runs(what, out, [name for name, value in stated.items() if value], shown)
     else:
         from llmtune.compare.compare_methods import MethodOptions, compare_methods, read_methods, read_rates
 
@@ -59,14 +63,14 @@ def compare(
         rates = read_rates(learning_rate or [], chosen)
         prepare_environment(network=not offline, threads=threads)
         options = MethodOptions(chosen, rates, tuple(sets or ()), out, resume, fresh, threads, offline)
-        result = compare_methods(what[0], options, stderr_console())
+        result = compare_methods(what[0], options, stderr_console(), shown)
     if as_json:
         print_json(result)
 
 
-def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) -> Json:
+def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], shown: Console) -> Json:
     RecipeError.collect(
-        Problem("this option is for a recipe with --methods", name, "Leave it out to compare runs that exist.")
+        Problem("this option is for a recipe with --methods", name, "Omit it to compare runs that exist.")
         for name in stated
     )
     from llmtune.store.run_folder import MANIFEST
@@ -77,7 +81,7 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str]) 
     with gc_paused():
         from llmtune.compare.compare_runs import compare_runs
 
-    return compare_runs([Path(one) for one in what], out, stderr_console())
+    return compare_runs([Path(one) for one in what], out, shown)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"compare": compare}

@@ -22,7 +22,7 @@ ENGINES = ("own", "vllm")
 EXTRA = ("fastapi", "uvicorn", "starlette", "prometheus_client", "python_multipart")
 """Packages that the server needs and the rest of llmtune does not."""
 
-app = typer.Typer(help="Make something to ship out of a run.", no_args_is_help=True)
+app = typer.Typer(help="Merge, export, serve, certify or publish a run.", no_args_is_help=True)
 
 
 @app.command()
@@ -118,7 +118,7 @@ def _check_engine(engine: str, stated: list[str]) -> None:
         what = f"there is no engine {engine!r}.{nearest(engine, ENGINES)}"
         raise RecipeError.of(what, "--engine", f"Choose one of: {', '.join(ENGINES)}.")
     if engine == "vllm":
-        fix = "Leave it out; vLLM has settings of its own."
+        fix = "Omit it: vLLM has its own settings."
         RecipeError.collect(Problem("has no effect with --engine vllm", name, fix) for name in stated)
 
 

@@ -24,7 +24,9 @@ Looked = Annotated[
 OutFolder = Annotated[
     Path | None, typer.Option("--out", help="Folder for the pictures (default: RUN/explain, or explain/NAME).")
 ]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model brings (never of a run).")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a model (never that of a run).")
+]
 
 
 @app.callback()
@@ -93,7 +95,9 @@ def generation(
     system: Annotated[str | None, typer.Option("--system", help="A system message before it (chat).")] = None,
     context: Annotated[str | None, typer.Option("--context", help="The text that holds the answer (qa).")] = None,
     audio: Annotated[Path | None, typer.Option("--audio", help="A recording (Whisper).")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Leave a model's chat template out (never of a run).")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Ignore a model's chat template (never that of a run).")
+    ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, max=256, help="Longest answer (default: the run's, or 32).")
     ] = None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtune.data.file_survey import Reading, Survey
+    from llmtune.recipe.first_recipe import FirstRecipe
 
 SCHEMA = "recipe.schema.json"
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
@@ -42,12 +43,8 @@ def init(
 ) -> None:
     """Write a recipe for a file of rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.data.file_survey import list_readings, survey_file
-    from llmtune.data.schema_inference import source_line
     from llmtune.launch.recipe_check import check_recipe
-    from llmtune.recipe import TASK_FACTS, Source, json_schema, load_recipe
-    from llmtune.recipe.first_recipe import propose
-    from llmtune.recipe.yaml_writer import scalar
-    from llmtune.store.machine import likely_device, list_cards, memory_limit
+    from llmtune.recipe import TASK_FACTS, json_schema, load_recipe
 
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
@@ -66,17 +63,7 @@ def init(
         raise _unread(survey, task)
     reading = _choose(readings, asks, console)
     _describe(survey, reading, readings, console)
-    cuda = likely_device() == "cuda"
-    memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
-    written = os.path.relpath(path, target.parent)
-    stated: dict[str, object] = {"columns": dict(reading.columns)} if reading.columns else {}
-    stated |= {"encoding": survey.encoding} if survey.encoding else {}
-    line = (
-        source_line("train", Source(path=written), **{"path": written, **stated})
-        if stated
-        else f"train: {scalar(written)}"
-    )
-    recipe = propose(target.stem, reading.task, line, reading.rows, model=model, memory_bytes=memory)
+    recipe = _propose(survey, reading, target, model)
     with explained(target):
         target.write_text(recipe.to_yaml(), encoding="utf-8")
         target.with_name(SCHEMA).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
@@ -119,12 +106,36 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
     return readings[names.index(answer)]
 
 
+def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> FirstRecipe:
+    from llmtune.data.schema_inference import source_line
+    from llmtune.recipe import Source
+    from llmtune.recipe.first_recipe import propose
+    from llmtune.recipe.yaml_writer import scalar
+    from llmtune.store.machine import likely_device, list_cards, memory_limit
+
+    cuda = likely_device() == "cuda"
+    memory = max(card.memory_bytes for card in list_cards()) if cuda else memory_limit() / 2
+    written = os.path.relpath(survey.path, target.parent)
+    stated: dict[str, object] = {"columns": dict(reading.columns)} if reading.columns else {}
+    stated |= {"encoding": survey.encoding} if survey.encoding else {}
+    line = f"train: {scalar(written)}"
+    if stated:
+        line = source_line("train", Source(path=written), **{"path": written, **stated})
+    unread = _count_unread(survey, reading)
+    return propose(target.stem, reading.task, line, reading.rows, model=model, memory_bytes=memory, unread=unread)
+
+
+def _count_unread(survey: Survey, reading: Reading) -> int:
+    return survey.bad + len(survey.rows) - len(reading.rows)
+
+
 def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
     count = f"{len(survey.rows):,}" + ("" if survey.whole else " and more")
     console.print(f"{survey.path}: {count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}")
-    unread = survey.bad + len(survey.rows) - len(reading.rows)
-    for number, what in ((unread, "cannot be read"), (reading.copies, "are copies of others")):
+    why = f" ({'; '.join(reading.reasons)})" if reading.reasons else ""
+    unread = _count_unread(survey, reading)
+    for number, what in ((unread, f"cannot be read{why}"), (reading.copies, "are copies of others")):
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     others = [one.task for one in readings if one is not reading]

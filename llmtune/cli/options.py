@@ -20,7 +20,7 @@ Sets = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from what is there; exit 2 if there is nothing.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: what the run folder holds is removed.")]
-Lock = Annotated[Path | None, typer.Option("--lock", help="Hold model and data to what this llmtune.lock says.")]
+Lock = Annotated[Path | None, typer.Option("--lock", help="Require the model and data that this llmtune.lock names.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's own choice).")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything that is cheap, say what would run, and stop.")

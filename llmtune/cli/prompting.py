@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmtune.serve.finished_run import FinishedRun
 
 COMMANDS_OF_CHAT = "[dim]/reset forgets the conversation, /quit (or Ctrl-D) ends; Ctrl-C stops an answer.[/]"
+ONCE_MORE = "[dim]Ctrl-C once more ends.[/]"
 YOU = "\001\033[1;32m\002you\001\033[0m\002 "
 """The prompt, with what has no width marked for readline."""
 STDIN = "-"
@@ -56,6 +57,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer with the tuned model of a run: each task is given what it asks for, or a file with many rows."""
+    from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run
 
     read_run(run).require_trained()
@@ -69,19 +71,19 @@ def generate(
     else:
         given["prompt"] = _prompt(text, prompt, needed=audio is None)
     prepare_environment(network=False, threads=threads)
-    with console.status("loading the model"), gc_paused():
+    with spinner(console, "loading the model"), gc_paused():
         from llmtune.serve.finished_run import FinishedRun
     finished = FinishedRun(run, offline, console)
     if rows is not None:
         _answer_file(finished, rows, output, base=base, max_new_tokens=max_new_tokens)
     elif as_json:
-        with console.status("answering"):
+        with spinner(console, "answering"):
             said = finished.answer(given, base=base, max_new_tokens=max_new_tokens)
         stated = {name: value for name, value in given.items() if value is not None}
         print_json({**stated, **said, "model": "base" if base else "tuned", "run": str(run)})
     else:
         pieces = finished.stream(given, base=base, max_new_tokens=max_new_tokens)
-        with console.status("loading the model"):
+        with spinner(console, "loading the model"):
             first = next(pieces, "")
         print_text(first)
         for piece in pieces:
@@ -119,12 +121,13 @@ def chat(
     run: RunArgument, system: System = None, base: Base = False, threads: Threads = None, offline: Offline = False
 ) -> None:
     """Talk to the tuned model of a run. /reset forgets the conversation, /quit ends."""
+    from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run
 
     read_run(run).require_trained()
     prepare_environment(network=False, threads=threads)
     console = stderr_console()
-    with console.status("loading the model"):
+    with spinner(console, "loading the model"):
         with gc_paused():
             from llmtune.serve.finished_run import FinishedRun
 
@@ -134,6 +137,7 @@ def chat(
         import readline  # noqa: F401 - makes the arrow keys of input() work: earlier lines, and moving in a line
 
         console.print(COMMANDS_OF_CHAT)
+    interrupted = False
     while True:
         try:
             line = input(prompt).strip()
@@ -141,10 +145,12 @@ def chat(
             console.print()
             return
         except KeyboardInterrupt as stop:
-            if isinstance(stop, Terminated) or not prompt:
+            if isinstance(stop, Terminated) or not prompt or interrupted:
                 raise
-            console.print(f"\n{COMMANDS_OF_CHAT}")
+            console.print(f"\n{ONCE_MORE}")
+            interrupted = True
             continue
+        interrupted = False
         if line in {"/quit", "/exit"}:
             return
         if line == "/reset":
@@ -153,11 +159,11 @@ def chat(
         elif line.startswith("/"):
             console.print(COMMANDS_OF_CHAT)
         elif line:
-            _print_answer(session, line, system, console)
+            interrupted = not _print_answer(session, line, system, console)
 
 
-def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> None:
-    """Print an answer as it comes; Ctrl-C stops it, and it is not remembered then."""
+def _print_answer(session: ChatSession, line: str, system: str | None, console: Console) -> bool:
+    """Print an answer as it comes; return False where Ctrl-C stopped it, and it is not remembered."""
     try:
         thinking = False
         for piece in session.answer(line, system=system, keep=True):
@@ -167,11 +173,13 @@ def _print_answer(session: ChatSession, line: str, system: str | None, console: 
             print_text(piece.content)
             thinking = not piece.content and (thinking or bool(piece.reasoning))
         print_text("\n")
+        return True
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated) or not sys.stdin.isatty():
             raise
         typer.echo("")
-        console.print("[dim]Stopped; this question is not remembered.[/]")
+        console.print(f"[dim]Stopped; this question is not remembered.[/] {ONCE_MORE}")
+        return False
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "chat": chat}

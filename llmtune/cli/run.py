@@ -1,10 +1,12 @@
-"""`run` and its five steps: the same options, a different place to stop."""
+"""`run`, its five steps and `launch local`: the same options, a different place to stop, or several processes."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -27,6 +29,8 @@ from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe
 from llmtune.records import Json
 
+LAUNCH = "launch"
+Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many; a GPU each, or CPU with gloo.")]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
     "prepare": "Step 1: read, check, deduplicate and split the rows; encode, mask and pack them.",
@@ -34,12 +38,14 @@ SUMMARIES = {
     "adapt": "Step 3: put the adapter in and prove that it is wired.",
     "train": "Step 4: train, with checkpoints.",
     "evaluate": "Step 5: score base and tuned model on the same held-out rows. Takes a run folder as well.",
+    LAUNCH: "Run on this machine: prepare, select and evaluate once, train in N processes.",
 }
 
 
 def _command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
+        processes: Processes = 1,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -64,7 +70,8 @@ def _command(name: str) -> Callable[..., None]:
                 recipe,
                 sets,
                 out=out,
-                until=name,
+                until="run" if name == LAUNCH else name,
+                processes=processes if name == LAUNCH else None,
                 resume=resume,
                 fresh=fresh,
                 lock=lock,
@@ -79,7 +86,11 @@ def _command(name: str) -> Callable[..., None]:
             print_dry_run(result)
 
     command.__doc__ = SUMMARIES[name]
-    return handled(command)
+    shown = handled(command)
+    signature = inspect.signature(command, eval_str=True)
+    kept = [one for one in signature.parameters.values() if one.name != "processes" or name == LAUNCH]
+    shown.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return shown
 
 
 def print_dry_run(result: Json) -> None:
@@ -95,4 +106,11 @@ def refuse_both(resume: bool, fresh: bool) -> None:
         raise RecipeError.of("--resume and --fresh exclude each other", fix="Omit one of them.")
 
 
-COMMANDS = {name: _command(name) for name in SUMMARIES}
+COMMANDS = {name: _command(name) for name in SUMMARIES if name != LAUNCH}
+launch_app = typer.Typer(help="Run a recipe on several processes.", no_args_is_help=True)
+launch_app.command("local")(_command(LAUNCH))
+
+
+@launch_app.callback()
+def _launch() -> None:
+    pass

@@ -31,7 +31,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Versions of packages must be the same as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hold a run against its lock: data, model, adapter and evaluation file by file; exit 6 if one of them changed."""
+    """Check a run against its lock: data, model, adapter and evaluation file by file; exit 6 if one of them changed."""
     from llmtune.store.verification import verify as hold
 
     found = hold(run, strict=strict)
@@ -43,7 +43,7 @@ def verify(
         _print_findings(found.findings)
         GateFailed.collect(found.problems())
         unknown = sorted({finding.kind for finding in found.findings if finding.state == "unknown"})
-        rest = f"; nothing here to hold these against: {', '.join(unknown)}" if unknown else ""
+        rest = f"; nothing here to compare these with: {', '.join(unknown)}" if unknown else ""
         typer.echo(f"verified: what this run rests on is what it was{rest}")
 
 

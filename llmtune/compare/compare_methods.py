@@ -151,8 +151,10 @@ def default_out(loaded: LoadedRecipe, rates: Mapping[str, float]) -> Path:
     return Path("runs") / f"{loaded.recipe.name}-compare-{hash_value([loaded.fingerprint, dict(rates)])[:8]}"
 
 
-def compare_methods(recipe: str, options: MethodOptions, console: Console) -> Json:
+def compare_methods(recipe: str, options: MethodOptions, console: Console, shown: Console) -> Json:
     """Train the recipe with each method in a process of its own, compare the runs, and return the comparison.
+
+    Progress goes to `console`, the comparison to `shown`.
 
     The runs lie in `OUT/<method>/`; each is skipped where it is valid, and goes on where it was stopped.
 
@@ -174,7 +176,7 @@ def compare_methods(recipe: str, options: MethodOptions, console: Console) -> Js
         rate = f"learning rate {stated}{trial.rate}"
         console.rule(f"{number} of {len(trials)}: {trial.method} ({rate})", align="left")
         run_trial(trial.method, command(recipe, trial, out / trial.method, options))
-    return conclude(loaded, trials, out, console)
+    return conclude(loaded, trials, out, shown)
 
 
 def command(recipe: str, trial: Trial, out: Path, options: MethodOptions) -> list[str]:

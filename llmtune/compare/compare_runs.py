@@ -61,7 +61,7 @@ WORDS = {
     "worse": "{second} is worse than {first}.",
     "mixed": "{second} is better than {first} here and worse there.",
 }
-UNKNOWN = "Between {first} and {second} one can’t tell."
+UNKNOWN = "There is no clear difference between {first} and {second}."
 METHOD = (
     "All differences are paired: both models answered the same rows, joined by their content, whatever their order. "
     "The intervals are 95 %, from a bootstrap over rows; “better” and “worse” also ask that the change holds among all "
@@ -154,7 +154,7 @@ def make_page(made: Comparison) -> Page:
         Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
         Section("Method and limits", [Bullets([*METHOD, *folders], soft=True)], anchor="method", brief=False),
     ]
-    footer = f"Made by llmtune {made.llmtune}. `compare.html` is whole in itself and asks nothing of the network."
+    footer = f"Made by llmtune {made.llmtune}. `compare.html` is complete in itself and needs no network."
     return Page(f"{made.name}, compared", sections, [chip for chip in chips if chip[1]], footer=footer)
 
 

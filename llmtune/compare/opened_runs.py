@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
-from llmtune.evaluate.results import load_evaluation
 from llmtune.recipe import TASK_FACTS, Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED

@@ -50,7 +50,7 @@ from llmtune.data.template_limits import (
     check_text,
 )
 from llmtune.data.tokenization import tokenize
-from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
 
     Raises:
         EnvironmentProblem: there is no template, or it cannot be split into turns.
-        RecipeError: `model.chat_template_kwargs` has a name that the template never reads.
+        RecipeError: `model.chat_template_kwargs` has a name that the template never reads, or it omits
+            `data.system_prompt`.
     """
     template = _without_probe(processor, recipe)
     refuse_unread(template.kwargs, processor.chat_template)
@@ -241,6 +242,9 @@ def read_template(processor: PreTrainedTokenizerBase, recipe: Recipe) -> ChatTem
     except TemplateRefusal as refusal:
         raise EnvironmentProblem.of(str(refusal), template.name, f"{_FIX} takes a question and an answer.") from refusal
     check_text(whole, template.name, PROBE_TEXT)
+    if (system := recipe.data.system_prompt) is not None and system.strip() not in prompt:
+        fix = "Omit it, and write what the model is to know into the questions."
+        raise RecipeError.of("it has no effect: the chat template omits system messages", "data.system_prompt", fix)
     thoughts = probe_thoughts(template.write, prompt, whole)
     difference = _difference(template, prompt.removesuffix(thoughts.opener), whole)
     header, _, tail = difference.partition(ANSWER)
@@ -294,7 +298,7 @@ def render_prompt(
         text = template.render(mark(cleaned, pattern), mark(tools, pattern), answer_next=True)
         return encode_marked(processor, text)
     except UnwritableTextError as error:
-        raise DataError.of(str(error), template.name, "Leave it out of the conversation.") from error
+        raise DataError.of(str(error), template.name, "Remove it from the conversation.") from error
     except TemplateRefusal as refusal:
         raise DataError.of(str(refusal), template.name, "Look at the order and the roles of the messages.") from refusal
 

@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from llmtune.data.chat_template import ChatTemplate
 from llmtune.data.examples import ExampleReader
+from llmtune.data.system_message import added_system_message
 from llmtune.data.task_interface import TaskInterface
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Examples, Rows
 from llmtune.report.blocks import Column, Table
 from llmtune.report.blocks import Text as Note
@@ -59,6 +62,8 @@ def describe_examples(
     print_blocks([*blocks, *([_classes(classes)] if classes else [])], console)
     if task.predicts_tokens:
         console.print(f"{share:.1%} of all tokens are learned.")
+    if recipe.data.system_prompt is None:
+        _name_system_message(task, processor, recipe, "".join(text for text, _ in pieces), console)
     coloured = Text.assemble(*((piece, "green" if learned else "dim") for piece, learned in pieces))
     console.print(Panel(coloured, title="one example: green is learned", title_align="left"))
     return {
@@ -75,6 +80,22 @@ def describe_examples(
         "example": [list(piece) for piece in pieces],
         "classes": classes,
     }
+
+
+def _name_system_message(
+    task: TaskInterface, processor: PreTrainedTokenizerBase, recipe: Recipe, example: str, console: Console
+) -> None:
+    """Say which system message the template adds of itself, where the example has it."""
+    if not TASK_FACTS[task.name].templated or not processor.chat_template:
+        return
+    added = added_system_message(ChatTemplate(processor, recipe.model.chat_template_kwargs, ""))
+    if added is not None and added in example:
+        console.print(
+            f"The chat template adds a system message where a row has none: {added!r}. "
+            "Set data.system_prompt to replace it.",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _histogram(lengths: npt.NDArray[np.int32]) -> tuple[list[int], list[int]]:

@@ -15,7 +15,7 @@ from llmtune.data.file_readers import NOT_UTF8
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
 from llmtune.data.row_hash import hash_content
-from llmtune.data.schema_inference import infer_columns, reads
+from llmtune.data.schema_inference import infer_columns, reads, words
 from llmtune.data.sources import LOOKED_AT, local_input
 from llmtune.errors import DataError
 
@@ -57,6 +57,8 @@ class Reading:
     columns: Mapping[str, str]
     """Empty where the file's own names are known."""
     rows: Sequence[Mapping[str, object]]
+    reasons: Sequence[str]
+    """Why other rows cannot be read, each reason once."""
 
     @property
     def copies(self) -> int:
@@ -119,18 +121,18 @@ def _likely(task: str, columns: Mapping[str, str], survey: Survey) -> bool:
         return all(LANGUAGES.fullmatch(name.lower()) for name in columns.values())
     if task == "classify":
         labels = [str(row.get(columns["label"])) for row in survey.rows]
-        is_answer = columns["label"].lower() in ALIASES["chat"]["completion"]
-        return not is_answer and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
+        has_answers = any(words(name) & {*ALIASES["chat"]["completion"]} for name in survey.columns)
+        return not has_answers and len(set(labels)) <= min(MOST_CLASSES, len(labels) // 4)
     return True
 
 
 def _reading(survey: Survey, task: str, columns: Mapping[str, str]) -> Reading:
     row_format = detect_format(survey.rows[:LOOKED_AT], task, columns, None, str(survey.path))
     mapping = map_columns(row_format, survey.rows[:LOOKED_AT], task, columns)
-    rows = []
+    rows, reasons = [], []
     for row in survey.rows:
         try:
             rows.append(parse_row(rename(row, mapping), row_format, task, survey.path.parent))
-        except RowError:
-            continue
-    return Reading(task, columns, rows)
+        except RowError as error:
+            reasons.append(error.reason)
+    return Reading(task, columns, rows, list(dict.fromkeys(reasons)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -186,5 +187,6 @@ def _check_share(account: Account, allowed: float) -> None:
         return
     share = bad / max(account.rows_in, 1)
     what = f"{bad:,} of {account.rows_in:,} rows are bad: {share:.1%}, and data.max_dropped allows {allowed:.1%}"
-    fix = f"Fix them, or raise data.max_dropped. All of them: {account.list_file}"
+    allow = f", or set data.max_dropped: {math.ceil(100 * share) / 100}" if share < 1 else ""
+    fix = f"Fix them{allow}. All of them: {account.list_file}"
     raise DataError(Problem(what, fix=fix), *account.problems())

@@ -31,6 +31,8 @@ COMPARED = ("chosen", "rejected", *ALIASES["preference"]["chosen"], *ALIASES["pr
 """Columns of answers of which one is the worse: no other task may learn from them."""
 SMALLEST_SHARE = 0.5
 """Share of the rows that must be readable: a file may have bad rows."""
+MANY_ROWS = 8
+"""Fewer say nothing about what repeats."""
 RECORDING = re.compile(r"\.(wav|flac|mp3|ogg|opus)$", re.IGNORECASE)
 
 
@@ -68,14 +70,14 @@ def _assign(rows: RawRows, task: str, wanted: Sequence[str], texts: Sequence[str
     """Give each wanted column the one that its name or its values speak for; what is left over joins the first."""
     left, columns = list(texts), dict[str, str]()
     for ours in reversed(wanted[1:]):
-        known = (ours, *ALIASES[task].get(ours, ()))
-        named = [name for name in left if name.lower() in known]
+        named = _named(task, ours, left)
         if task == "preference" and not named:
             return None  # which of two answers is the better one cannot be seen
         columns[ours] = named[0] if named else _by_values(rows, ours, left)
         left.remove(columns[ours])
     if wanted[0] == "audio":
         left = [name for name in left if all(RECORDING.search(str(row.get(name))) for row in rows)]
+    left = _named(task, wanted[0], left) or [name for name in left if not _repeats(rows, name)] or left
     if not left:
         return None
     joined = left if wanted[0] in ("prompt", "text", "document") else left[:1]
@@ -89,7 +91,23 @@ def _by_values(rows: RawRows, ours: str, names: Sequence[str]) -> str:
         return min(names, key=lambda name: len({str(row.get(name)) for row in rows}))
     if ours in ("context", "text"):
         return max(names, key=lambda name: mean(len(str(row.get(name) or "")) for row in rows))
-    return names[-1]
+    return next((name for name in reversed(names) if not _repeats(rows, name)), names[-1])
+
+
+def _named(task: str, ours: str, names: Sequence[str]) -> list[str]:
+    """Return the columns that are called so, or by a usual other name; else those with such a word in their names."""
+    known = {ours, *ALIASES[task].get(ours, ())}
+    return [name for name in names if name.lower() in known] or [name for name in names if words(name) & known]
+
+
+def words(name: str) -> set[str]:
+    """Return the words of a column's name."""
+    return set(re.findall(r"[a-z]+", name.lower()))
+
+
+def _repeats(rows: RawRows, name: str) -> bool:
+    """Whether a column has few values again and again, as a category does."""
+    return len(rows) >= MANY_ROWS and len({str(row.get(name)) for row in rows}) <= len(rows) / 4
 
 
 def _is_text(rows: RawRows, name: str) -> bool:

@@ -21,9 +21,9 @@ from llmtune.deploy.parity import Certificate
 from llmtune.deploy.tuned_model import ANSWER_TOKENS, TextReference, TunedModel, load_tuned
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.generation import answer_ends, answer_reader, end_output
-from llmtune.model.processor import load_processor
 from llmtune.recipe.user_files import read_text
 from llmtune.records import Row
+from llmtune.report.render_terminal import spinner
 from llmtune.session import open_finished
 from llmtune.store.atomic_files import explained, write_json
 
@@ -75,11 +75,11 @@ def certify_run(
         raise RecipeError.of(f"an endpoint of task {context.task.name} has no prompts to compare", "--url", fix)
     with client:
         name = choose_model(client, model, context.recipe.name)
-        tuned = load_tuned(context, model_ref, load_processor(model_ref, context.recipe.model))
+        tuned = load_tuned(context, model_ref, context.read_processor(model_ref))
         tuned = replace(tuned, rows=[row for row in tuned.rows if _is_plain_text(row)])
-        with console.status("asking the tuned model"):
+        with spinner(console, "asking the tuned model"):
             reference = TextReference(tuned)
-        with console.status(f"asking {url}"):
+        with spinner(console, f"asking {url}"):
             chat = tuned.task.is_conversational and bool(tuned.processor.chat_template)
             replies = ask_all(client, name, tuned.questions, chat, _further_parameters(tuned, chat))
     measured = _compare(reference, replies)

@@ -53,9 +53,9 @@ from llmtune.evaluate.generation import answer_ends
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.config import read_model_config
 from llmtune.model.oom import explain_oom
-from llmtune.model.processor import load_processor
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import ModelRef
+from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 
@@ -119,7 +119,7 @@ def check_gguf(context: RunContext, model_ref: ModelRef) -> PreTrainedTokenizerB
     if not context.task.continues_text:
         what = f"a model of task {context.task.name} that does not continue a text cannot be written as GGUF"
         raise RecipeError.of(what, "deploy", "Use the adapter as it is, or what `deploy merge` makes.")
-    processor = load_processor(model_ref, context.recipe.model)
+    processor = context.read_processor(model_ref)
     config = read_model_config(model_ref, context.recipe.model)
     find_architecture(config)
     find_pre_tokenizer(read_tokenizer(processor))
@@ -151,7 +151,7 @@ def export_gguf(
         check_adapter(tuned.model)
     if not selected.quantized:
         tuned.model.float()  # so that sums are rounded once, to the target format
-    with console.status("asking the tuned model"):
+    with spinner(console, "asking the tuned model"):
         export = _Export(tuned, console, number_format)
     memory = explain_oom(f"exporting {selected.model_ref.name}", str(tuned.model.device))
     with explained(out), memory, staged(out) as folder:
@@ -177,7 +177,7 @@ class _Export:
     def write_model(self, folder: Path, onto: Onto) -> Certificate:
         """Merge, write the whole model, and read it back."""
         file = folder / f"{self.name}-{self.number_format.upper()}.gguf"
-        with self.console.status("merging and writing"):
+        with spinner(self.console, "merging and writing"):
             merged = merge_weights(self.tuned.adapted, onto)
             config = merged.config
             write_model(merged, self.vocabulary, file, self.number_format, self.name)
@@ -191,7 +191,7 @@ class _Export:
         """Write the adapter, and read it back; with llama.cpp also on the base, where that is not in 4 bits."""
         file = folder / f"{self.name}-lora-{self.number_format.upper()}.gguf"
         model, selected = cast(PeftModel, self.tuned.model), self.tuned.adapted.selected
-        with self.console.status("writing the adapter"):
+        with spinner(self.console, "writing the adapter"):
             write_adapter(model, file, self.number_format, self.name)
             compared = compare_adapter(model, file, self.number_format)
         note = f"An adapter. Put its base beside it as base.gguf: {selected.model_ref.name}"
@@ -242,7 +242,7 @@ class _Export:
         vocabulary, reference, fixed = read_vocabulary(whole), self.reference, slice(len(PROMPTS))
         length = max(map(len, reference.prompts)) + 2 * ANSWER_TOKENS
         opened = open_gguf(whole, vocabulary, config, length, adapter)
-        with self.console.status("asking the GGUF file"), opened as reader:
+        with spinner(self.console, "asking the GGUF file"), opened as reader:
             logits, same_answers = reference.read_by(reader.logits), reference.same_answers(reader.answer)
             same_ids = served_prompts(self.tuned, vocabulary, reader) == reference.prompts
         parity = reference.judge(logits, same_answers, same_ids)

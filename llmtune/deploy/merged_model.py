@@ -34,6 +34,7 @@ from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
 from llmtune.model.oom import explain_oom, is_out_of_memory
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.records import ModelRef
+from llmtune.report.render_terminal import spinner
 from llmtune.session import RunContext
 from llmtune.store.atomic_files import explained, hash_file, staged
 from llmtune.tasks.text_to_text import decoder_settings
@@ -46,7 +47,7 @@ def merge(
     context: RunContext, model_ref: ModelRef, out: Path | None = None, *, onto: str | None = None, dtype: str = "auto"
 ) -> Certificate:
     """Merge the adapter of a finished run, by default into `merged` of the run, and onto what it was trained on."""
-    processor = load_processor(model_ref, context.recipe.model)
+    processor = context.read_processor(model_ref)
     tuned = load_tuned(context, model_ref, processor, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
     return merge_model(tuned, folder, context.console, onto=onto or training_base(context.recipe), dtype=dtype)
@@ -69,14 +70,14 @@ def merge_model(
     model_ref, quantized = tuned.adapted.selected.model_ref, tuned.adapted.selected.quantized
     exact = target_dtype == _trained_dtype(tuned) == torch.float32
     limits = LIMITS["other base" if quantized and onto == "original" else "exact" if exact else "rounded"]
-    with console.status("asking the tuned model"):
+    with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
     device = str(tuned.adapted.selected.model.device)
     with explained(out), explain_oom(f"merging {model_ref.name}", device), staged(out) as folder:
         other = _compare_other_base(tuned, base, reference, console) if quantized else None
-        with console.status("merging and saving"):
+        with spinner(console, "merging and saving"):
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
-        with console.status("asking the merged model, read back from disk"):
+        with spinner(console, "asking the merged model, read back from disk"):
             merged = _load_back(folder, tuned, device, target_dtype)
             saved_section = tuned.recipe.model.model_copy(update={"chat_template": None, "add_tokens": ()})
             parity = reference.parity(merged, load_processor(replace(model_ref, path=folder), saved_section), folder)
@@ -137,7 +138,7 @@ def _compare_other_base(tuned: TunedModel, onto: Onto, reference: Reference, con
     if tuned.adapted.selected.model.device.type == "cpu" and needed > psutil.virtual_memory().available:
         return {"onto": other, "not_measured": f"the model needs {needed / 1e9:,.1f} GB, and less is free"}
     started = time.perf_counter()
-    with console.status(f"merging onto the {other} weights as well, to compare"):
+    with spinner(console, f"merging onto the {other} weights as well, to compare"):
         try:
             logits = reference.read_logits(cast(PreTrainedModel, merge_weights(tuned.adapted, other)))
             numbers: Certificate = asdict(reference.compare(logits))

@@ -21,7 +21,7 @@ from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate
 from llmtune.deploy.path_redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
-from llmtune.evaluate.results import load_evaluation
+from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text

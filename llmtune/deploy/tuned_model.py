@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.data.chat_messages import clean
@@ -27,11 +28,13 @@ from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.model_inputs import decoder_inputs, move_to, read_inputs
 from llmtune.recipe import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
+from llmtune.report.render_terminal import follow
 from llmtune.session import Models, RunContext, trained_name
 from llmtune.store.atomic_files import hash_folder
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.speech import heard_at_once
 
+T = TypeVar("T")
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -60,6 +63,8 @@ class TunedModel:
     rows: Sequence[Row] = ()
     trained_sha256: str | None = None
     """Hash of the run's folder of what was trained; None where that is in memory alone."""
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    """Where progress is shown."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -105,6 +110,7 @@ def load_tuned(
         context.task,
         read_rows(rows, split, range(min(CERTIFIED_ROWS, rows.counts[split]))),
         hash_folder(context.folder.path / trained_name(context.recipe)),
+        context.console,
     )
 
 
@@ -125,6 +131,10 @@ class Reference(ABC):
         base = self.read_base_logits()
         self.effect = None if base is None else self.compare(base).kl_mean
         """Mean KL from the tuned model to its own base; None where no adapter can be switched off."""
+
+    def follow(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield items with a bar on the terminal."""
+        return follow(self.tuned.console, items, what)
 
     @abstractmethod
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
@@ -197,7 +207,8 @@ class TextReference(Reference):
         reader = TransformersReader(tuned.model)
         self.stops = answer_ends(tuned.model, tuned.processor)
         self.prompts = render_prompts(tuned, tuned.processor)
-        self.answers = [reader.answer(prompt, self.stops) for prompt in self.prompts]
+        self.tuned = tuned
+        self.answers = [reader.answer(prompt, self.stops) for prompt in self.follow(self.prompts, "answers")]
         super().__init__(tuned)
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
@@ -206,12 +217,13 @@ class TextReference(Reference):
 
     def read_by(self, logits_of: Callable[[Ids], torch.Tensor]) -> list[torch.Tensor]:
         """Return what a reader's `logits` are over each prompt and the tuned model's answer to it."""
-        return [logits_of([*prompt, *answer]) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        pairs = list(zip(self.prompts, self.answers, strict=True))
+        return [logits_of([*prompt, *answer]) for prompt, answer in self.follow(pairs, "likelihoods")]
 
     def same_answers(self, answer: Callable[[Ids, Ids], list[int]]) -> list[bool]:
         """Return whether a reader's `answer` to each prompt is that of the tuned model."""
-        pairs = zip(self.prompts, self.answers, strict=True)
-        return [answer(prompt, self.stops) == expected for prompt, expected in pairs]
+        pairs = list(zip(self.prompts, self.answers, strict=True))
+        return [answer(prompt, self.stops) == expected for prompt, expected in self.follow(pairs, "answers")]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
         """Compare a folder of transformers; its prompts are made as in training and as a server makes them."""
@@ -267,7 +279,7 @@ class HeadReference(Reference):
 
     def read_logits(self, model: PreTrainedModel) -> list[torch.Tensor]:
         """Return the logits for each example."""
-        return [read_outputs(model, batch) for batch in self.batches]
+        return [read_outputs(model, batch) for batch in self.follow(self.batches, "outputs")]
 
     def parity(self, model: PreTrainedModel, processor: PreTrainedTokenizerBase, folder: Path) -> Parity:
         """Compare a folder of transformers; predictions are compared as they are written out."""

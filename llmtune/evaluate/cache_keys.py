@@ -7,7 +7,6 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.evaluate.lm_eval_tasks import list_task_files
-from llmtune.evaluate.sentence_pairs import hub_commits
 from llmtune.recipe import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
@@ -16,6 +15,8 @@ from llmtune.store.run_lock import package_versions
 
 def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows, examples: Examples) -> str:
     """Hash what scores depend on: what was trained (by its hash), the rows, and how answers are made and measured."""
+    from llmtune.evaluate.sentence_pairs import hub_commits  # it imports torch
+
     settings: list[Any] = [
         recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
         recipe.generation.model_dump(mode="json"),

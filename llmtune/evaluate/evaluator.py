@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
-from rich.markup import escape
 
 from llmtune.data.row_store import iterate_ids, iterate_rows
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
+from llmtune.evaluate.evaluation_file import print_scores
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import Answers, measure, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
@@ -26,8 +26,6 @@ from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
 from llmtune.model.oom import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, Examples, Rows
-from llmtune.report.render_terminal import print_sections
-from llmtune.report.score_sections import score_sections
 
 if TYPE_CHECKING:
     import torch
@@ -187,15 +185,3 @@ def signatures(measures: Mapping[str, Measure], inputs: EvalInputs, answers: Ans
     if outside := max(0, len(inputs.prompt_ids) - len(answers.texts)):
         by_metric["generated.outside"] = f"{outside} prompts and their answers exceed the model's context; left out"
     return by_metric
-
-
-def print_scores(evaluation: Evaluation, console: Console) -> None:
-    """Print base (or what stands for it, by name), tuned and the difference with its interval, and the gates."""
-    if not evaluation.tuned and not evaluation.studies:
-        console.print("evaluate: none of the metrics could be measured")
-    print_sections(score_sections(evaluation, None), console)
-    for gate in evaluation.gates:
-        word = "[green]passed[/]" if gate.passed else "[red]failed[/]"
-        console.print(
-            f"gate {word}  {escape(gate.name)}  [dim](wanted {escape(gate.wanted)}, got {escape(gate.got)})[/]"
-        )

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
+from llmtune.errors import GateFailed, Problem
 from llmtune.recipe.gate_grammar import Gate, parse_gate
 from llmtune.records import Evaluation, GateResult
 
@@ -45,6 +46,13 @@ def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
     passed = not (math.isnan(actual) or math.isnan(limit)) and COMPARE[gate.op](actual, limit)
     left = f"{gate.part} end of the difference" if gate.part else gate.metric
     return GateResult(gate.text, f"{left} {gate.op} {number(limit)}", number(actual), passed)
+
+
+def require_gates(gates: Sequence[GateResult]) -> None:
+    """Raise GateFailed for those that did not pass."""
+    GateFailed.collect(
+        Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in gates if not gate.passed
+    )
 
 
 def threshold(gate: Gate, base: float) -> float:

@@ -1,4 +1,4 @@
-"""The evaluation on disk (`evaluation.json`, `predictions.jsonl`, `base.json`), and rows of it for a person to read.
+"""Answers on disk (`predictions.jsonl`, `base.json`), and rows of them for a person to read.
 
 Shapes: N rows.
 """
@@ -6,26 +6,22 @@ Shapes: N rows.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from llmtune.data.answer_parser import ParsedAnswer
 from llmtune.evaluate.eval_inputs import EvalInputs
 from llmtune.evaluate.inference import Answers, TokenSums
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.token_batches import cut_evenly
-from llmtune.records import Evaluation, Flips
-from llmtune.store.atomic_files import explained, plain, read_json, write_json, write_text
+from llmtune.records import Flips
+from llmtune.store.atomic_files import explained, plain, read_json, write_text
 
-EVALUATION, PREDICTIONS, BASE = "evaluation.json", "predictions.jsonl", "base.json"
+PREDICTIONS, BASE = "predictions.jsonl", "base.json"
 BY_ROW = ("texts", "scores", "predictions", "parts", "cut")
 """Fields of `Answers` by row, as `base.json` has them."""
-SCORES = ("base", "tuned", "difference")
-"""Keys of `evaluation.json` below which null is a score that is no number."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +32,6 @@ class BaseAnswers:
     """Hash of all that these answers depend on."""
     answers: Answers | None = None
     """None where they are not known yet."""
-
-
-def save_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write `evaluation.json`, in one step."""
-    with explained(folder):
-        write_json(folder / EVALUATION, asdict(evaluation))
-
-
-def load_evaluation(folder: Path) -> Evaluation | None:
-    """Read `evaluation.json`; None if there is none or it was damaged."""
-    saved = read_json(folder / EVALUATION)
-    if saved is None:
-        return None
-    try:
-        return TypeAdapter(Evaluation).validate_python(restore_nan(saved))
-    except ValidationError:
-        return None
-
-
-def restore_nan(value: object, numeric: bool = False) -> object:
-    """Put NaN back where JSON has null for a score; what a task shows in `details` stays as it is."""
-    if isinstance(value, dict):
-        return {
-            key: part if key == "details" else restore_nan(part, numeric or key in SCORES)
-            for key, part in value.items()
-        }
-    if isinstance(value, list):
-        return [restore_nan(part, numeric) for part in value]
-    return math.nan if value is None and numeric else value
 
 
 def save_predictions(folder: Path, inputs: EvalInputs, base: Answers, tuned: Answers) -> None:

@@ -139,7 +139,7 @@ def _open_run(path: Path, console: Console, offline: bool) -> Target:
     data = stated.data.model_copy(update={"packing": False})
     recipe = stated.model_copy(update={"model": model, "data": data})
     context, model_ref = open_finished(path, console, offline, recipe=recipe)
-    models = Models(context, model_ref, load_processor(model_ref, context.recipe.model))
+    models = Models(context, model_ref, context.read_processor(model_ref))
 
     @contextmanager
     def open_model(name: str) -> Iterator[PreTrainedModel]:

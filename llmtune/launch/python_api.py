@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,48 +113,58 @@ def run_recipe(
 
     loaded = load_recipe(recipe, sets)
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
-    peek_run(
-        out or default_path(loaded.recipe.name, loaded.fingerprint), loaded.fingerprint, resume=resume, fresh=fresh
-    )
+    path = out or default_path(loaded.recipe.name, loaded.fingerprint)
+    peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
     if lock is not None:
         read_pins(lock)
-    for line in marks_left(loaded):
-        console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
-    check_recipe(loaded)
-    with console.status("loading the libraries"), gc_paused():
-        from llmtune.pipeline import Trainer, run_pipeline
-        from llmtune.session import Options
+    from llmtune.launch.unchanged_run import find_unchanged, finish_noted, print_unchanged
+    from llmtune.report.junit import failures_in_junit
+    from llmtune.report.render_terminal import spinner
 
-    trainer: Trainer | None = None
-    if processes is not None:
-        from llmtune.launch.local_processes import local_trainer
+    with nullcontext() if dry_run else failures_in_junit(path, loaded.recipe.name):
+        for line in marks_left(loaded):
+            console.print(f"still as the starter has it: {line}", style="yellow", markup=False)
+        check_recipe(loaded)
+        known = None if fresh or dry_run or lock else find_unchanged(loaded, path, until)
+        if known is not None:
+            print_unchanged(known, path, console)
+            return known
+        with spinner(console, "loading the libraries"), gc_paused():
+            from llmtune.pipeline import Trainer, run_pipeline
+            from llmtune.session import Options
 
-        trainer = local_trainer(processes, threads=threads)
-    options = Options(out, resume, fresh, lock, offline, dry_run, until=until)
-    return run_pipeline(loaded, options, console, trainer)
+        trainer: Trainer | None = None
+        if processes is not None:
+            from llmtune.launch.local_processes import local_trainer
+
+            trainer = local_trainer(processes, threads=threads)
+        options = Options(out, resume, fresh, lock, offline, dry_run, until=until)
+        with nullcontext() if dry_run else finish_noted(loaded, path, until):
+            return run_pipeline(loaded, options, console, trainer)
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
     """Score a finished run again, with some settings changed; return what report.json holds."""
+    from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
     prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
-    with console.status("loading the libraries"), gc_paused():
+    with spinner(console, "loading the libraries"), gc_paused():
         from llmtune.pipeline import evaluate_run
 
     return evaluate_run(loaded, run, console, offline=offline)
 
 
-def make_console(*, quiet: bool = False) -> Console:
-    """Return where progress goes: stderr, with colours and bars in a terminal and plain lines elsewhere."""
+def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
+    """Return where progress goes (stderr), or results: with colours and bars in a terminal, plain lines elsewhere."""
     import sys
 
     from llmtune.report.render_terminal import VisibleConsole
 
-    terminal = sys.stderr.isatty()
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if terminal or os.environ.get("COLUMNS") else FILE_WIDTH
-    return VisibleConsole(stderr=True, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
+    return VisibleConsole(stderr=stderr, soft_wrap=not terminal, highlight=False, quiet=quiet, width=width)
 
 
 def names_remote(recipe: Recipe) -> bool:

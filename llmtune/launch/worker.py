@@ -64,7 +64,6 @@ def train_run(run: str) -> Json:
     from llmtune.adapter.injection import describe
     from llmtune.data.examples import load_examples
     from llmtune.data.row_store import load_rows
-    from llmtune.model.processor import load_processor
     from llmtune.report.render_terminal import VisibleConsole
     from llmtune.session import RunContext, locate_pinned
     from llmtune.store.run_folder import read_run, recipe_of_run
@@ -80,7 +79,7 @@ def train_run(run: str) -> Json:
     context = RunContext(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
     model_ref = locate_pinned(context, pins.model)
     context.infer_labels(model_ref, load_rows(folder.path / "data" / "rows"))
-    adapted = context.make_adapted(model_ref, load_processor(model_ref, recipe.model))
+    adapted = context.make_adapted(model_ref, context.read_processor(model_ref))
     adapt = describe(adapted)
     examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
     trained = context.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))

@@ -62,8 +62,3 @@ def memory_limit(device: str) -> int | None:
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return process_memory_limit()
-
-
-def format_bytes(size: int) -> str:
-    """Write a size for people."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

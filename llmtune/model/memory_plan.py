@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,9 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
-from llmtune.model.device import format_bytes, memory_limit, resolve_dtype
+from llmtune.model.device import memory_limit, resolve_dtype
 from llmtune.records import MemoryPlan, ModelRef
+from llmtune.report.number_format import size as format_bytes
 
 if TYPE_CHECKING:
     from llmtune.recipe import AdapterSection, Recipe
@@ -29,6 +31,8 @@ _QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
 """Bytes per 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
 _USABLE = 0.85
 """Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
+_LIBRARIES_BYTES = 650_000_000
+"""What Python, torch and transformers take in memory that a process shares with them: on a CPU; 0.63 GB measured."""
 _CPU_TOKENS = 2048
 """Largest first micro-batch on a CPU: beyond that caches overflow and nothing becomes faster."""
 _CUDA_TOKENS = 32768
@@ -55,6 +59,7 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
     optimizer = (trained_total - small) * optimizer_bytes(recipe.train.optim)
     optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
     parts = {
+        **({"libraries": _LIBRARIES_BYTES} if device == "cpu" else {}),
         "weights": _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes),
         "adapter": 0 if full else 4 * trained_total,
         "gradients": 4 * trained_total,
@@ -68,6 +73,16 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
     if recipe.train.optim.startswith("paged_"):
         lower_bound -= parts["optimizer"]  # moves to the host where it must
     return MemoryPlan(parts, lower_bound, memory_limit(device), device)
+
+
+def plan_training(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> MemoryPlan:
+    """Plan the first micro-batches of rows of at most `longest` tokens; `tokens` is their budget.
+
+    Raises what `plan_memory` raises.
+    """
+    budget = micro_batch_tokens(plan_memory(model_ref, recipe, task, longest, device), longest, longest)
+    step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
+    return replace(plan_memory(model_ref, recipe, task, min(budget, step_tokens), device), tokens=budget)
 
 
 def resolve_checkpointing(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> bool:
@@ -171,15 +186,16 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
     """Name the nearest change of the recipe whose lower bound should fit, by arithmetic on the plan's parts."""
     assert plan.limit is not None
     weights, optimizer, full = plan.parts["weights"], plan.parts["optimizer"], recipe.adapter.method == "full"
+    libraries = plan.parts.get("libraries", 0)
     compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
     parameters = weights // (4 if full else compute_bytes)
-    adapter = parameters // 5 if full else plan.lower_bound - weights  # with its gradients and optimiser
+    rest = libraries + parameters // 5 if full else plan.lower_bound - weights  # adapter, its gradients, optimiser
     if full and "8bit" not in recipe.train.optim and plan.lower_bound - 0.74 * optimizer <= plan.limit:
         return "Set train.optim: adamw_8bit, which should fit."
-    if full and compute_bytes * parameters + adapter <= plan.limit:
+    if full and compute_bytes * parameters + rest <= plan.limit:
         return "Set adapter.method: lora, which should fit."
     # In 4 bits, with a tenth of the weights, the embedding, left whole.
-    if recipe.adapter.method != "qlora" and (0.55 + 0.1 * compute_bytes) * parameters + adapter <= plan.limit:
+    if recipe.adapter.method != "qlora" and (0.55 + 0.1 * compute_bytes) * parameters + rest <= plan.limit:
         return "Set adapter.method: qlora, which should fit."
     return f"Choose a smaller model: {plan.device} has {format_bytes(plan.limit)}."
 

@@ -20,7 +20,7 @@ from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import find_class
-from llmtune.model.device import compute_context, format_bytes, resolve_dtype
+from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, micro_batch_tokens, plan_memory
 from llmtune.model.model_inputs import move_to
@@ -28,6 +28,7 @@ from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
+from llmtune.report.number_format import size as format_bytes
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -164,7 +165,7 @@ def _admit(
     try:
         task = choose(model_ref)
         _, config = find_class(model_ref, recipe, task)
-        processor = load_processor(model_ref, recipe.model)
+        processor = load_processor(model_ref, recipe.model, recipe.data.system_prompt)
         plan = plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
         context = context_length(config)
         out = Candidate(model_ref.name, None, None, plan.lower_bound, context)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.model.device import format_bytes, memory_limit
+from llmtune.model.device import memory_limit
+from llmtune.report.number_format import size as format_bytes
 
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError)
 """What an allocation can fail with (torch.OutOfMemoryError is a RuntimeError): ask `is_out_of_memory` which it was."""

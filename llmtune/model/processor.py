@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import fix_date
+from llmtune.data.system_message import with_system_prompt
 from llmtune.data.template_limits import check_template
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.config import read_model_config, readable
@@ -23,8 +24,12 @@ _FAST = "PreTrainedTokenizerFast"
 _WRITTEN_BY_5_ALONE = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 
-def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokenizerBase:
+def load_processor(
+    model_ref: ModelRef, model: ModelSection, system_prompt: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with `model.chat_template` and `model.add_tokens` applied, and the template's date fixed.
+
+    The template puts `system_prompt` in front of conversations that have no system message.
 
     The padding token falls back on the end token: what is predicted follows from spans, never from token ids, so an
     end token stays supervised.
@@ -59,9 +64,9 @@ def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokeni
     for text in template.values() if isinstance(template, dict) else [template or ""]:
         check_template(str(text), str(model.chat_template or model_ref.path))
     if isinstance(template, dict):  # several that go by name
-        tokenizer.chat_template = {name: fix_date(text) for name, text in template.items()}
+        tokenizer.chat_template = {name: _fix_template(text, system_prompt) for name, text in template.items()}
     elif template is not None:
-        tokenizer.chat_template = fix_date(template)
+        tokenizer.chat_template = _fix_template(template, system_prompt)
     if model.add_tokens:
         known = tokenizer.get_vocab()
         RecipeError.collect(
@@ -71,6 +76,11 @@ def load_processor(model_ref: ModelRef, model: ModelSection) -> PreTrainedTokeni
         )
         tokenizer.add_tokens(list(model.add_tokens))
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _fix_template(template: str, system_prompt: str | None) -> str:
+    dated = fix_date(template)
+    return dated if system_prompt is None else with_system_prompt(dated, system_prompt)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

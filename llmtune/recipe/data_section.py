@@ -16,7 +16,7 @@ from llmtune.recipe.task_variant import TaskVariant
 SPLITS = ("train", "validation", "test")
 ENCODING_KEYS = (
     *("max_length", "on_overlong", "train_on"),
-    *("reasoning", "special_tokens_in_text", "unknown_tokens"),
+    *("reasoning", "special_tokens_in_text", "unknown_tokens", "system_prompt"),
 )
 """Keys that encoded examples depend on, and rows do not."""
 Container = Literal["jsonl", "json", "csv", "parquet"]
@@ -131,6 +131,9 @@ class DataSection(Section):
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learned: all of the assistant's, its last one, or every token. A message may say `train: false`.
     Default `assistant`: what the model has to say."""
+    system_prompt: Text | None = None
+    """The system message of conversations that have none: in training, evaluation, chat and serving, and in the chat
+    template that is saved. Default none: what the template adds by itself, which the data report names."""
     reasoning: Literal["learn", "keep", "drop"] = "learn"
     """What becomes of the thoughts of answers: learned, read as context and not learned, or left out. A row may say
     `train_reasoning`. Default `learn`: a model that is to think before it answers has to write its thoughts."""
@@ -158,7 +161,12 @@ class DataSection(Section):
         if not variant.facts.templated or variant.is_extractive:
             fix = "Remove it: no chat template is used."
             diagnostics.none_has_effect(
-                self, "data", ("reasoning", "special_tokens_in_text"), f"with task: {variant.task}", fix, "task"
+                self,
+                "data",
+                ("reasoning", "special_tokens_in_text", "system_prompt"),
+                f"with task: {variant.task}",
+                fix,
+                "task",
             )
         if not variant.generates:
             fix = "Remove it: no text is learned."

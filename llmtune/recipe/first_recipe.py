@@ -31,6 +31,11 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "speech": ("loss", "wer", "cer"),
     "preference": ("loss", "accuracy", "margin", "kl"),
 }
+DEFAULT_DROPPED, MOST_DROPPED = 0.05, 0.3
+"""Shares of rows that cannot be read: what a recipe allows by itself, and what is too much to go on with."""
+TEST_ROWS = 20
+"""So many are worth an interval; below ten the verdict cannot tell."""
+LEAST_TEST, MOST_TEST = 0.1, 0.3
 FEW_ANSWERS = 20
 """Up to so many different answers are choices, whose likelihoods are compared too."""
 ENCODERS = ("qa", "classify", "token-classify")
@@ -66,6 +71,10 @@ class FirstRecipe:
     """What becomes of rows that are longer all the same; None for an error."""
     max_new_tokens: int | None
     metrics: tuple[str, ...]
+    test: float
+    unread: int
+    """Rows that cannot be read, of `looked_at`."""
+    looked_at: int
 
     def to_yaml(self) -> str:
         """Return the recipe with comments."""
@@ -78,7 +87,8 @@ class FirstRecipe:
             f"task: {self.task}",
             "data:",
             f"  {self.source}",
-            "  test: 0.1  # share of the rows that only the evaluation sees",
+            *self._max_dropped(),
+            f"  test: {self.test}  # share of the rows that only the evaluation sees",
             f"  max_length: {self.max_length}  # tokens: the longest row, estimated; a longer one is an error",
             *([f"  on_overlong: {self.on_overlong}"] if self.on_overlong else []),
             "model:",
@@ -97,11 +107,26 @@ class FirstRecipe:
         ]
         return "\n".join(lines) + "\n"
 
+    def _max_dropped(self) -> list[str]:
+        """Let more bad rows pass than by default, where there are more and most rows are good."""
+        share = self.unread / self.looked_at
+        if not DEFAULT_DROPPED < share < MOST_DROPPED:
+            return []
+        why = f"DECIDE: {self.unread:,} of {self.looked_at:,} rows cannot be read; correct them, or do without them"
+        return [f"  max_dropped: {math.ceil(100 * share + 1) / 100}  # {why}"]
+
 
 def propose(
-    name: str, task: str, source: str, rows: Sequence[Mapping[str, object]], *, model: str | None, memory_bytes: float
+    name: str,
+    task: str,
+    source: str,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    model: str | None,
+    memory_bytes: float,
+    unread: int = 0,
 ) -> FirstRecipe:
-    """Return the first recipe for canonical rows; `model` is the user's own choice."""
+    """Return the first recipe for canonical rows; `model` is the user's own choice, `unread` counts other rows."""
     longest = max(len(_text(row)) for row in rows)
     is_text = task == "completion" and not any(row["prompt"] for row in rows)
     lengths = (LENGTHS[0], TEXT_LENGTH) if is_text else LENGTHS
@@ -120,6 +145,9 @@ def propose(
         on_overlong=long_way if overlong else None,
         max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
         metrics=metrics,
+        test=min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / len(rows)) / 20)),
+        unread=unread,
+        looked_at=len(rows) + unread,
     )
 
 

@@ -96,6 +96,8 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    if dumped["data"]["system_prompt"] is None:
+        del dumped["data"]["system_prompt"]  # runs from before the key was there keep their names
     text = json.dumps(dumped, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

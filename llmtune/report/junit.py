@@ -1,13 +1,18 @@
-"""Gates as JUnit XML, which CI systems show by themselves."""
+"""Gates, or what ended a run, as JUnit XML, which CI systems show by themselves."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from xml.etree import ElementTree as Tree  # written, never read: nothing of it can be attacked
 
+from llmtune.errors import GateFailed, LlmtuneError
 from llmtune.report.number_format import score
+from llmtune.report.redaction import redact_all
 from llmtune.report.report_record import Report
+from llmtune.store.atomic_files import write_text
 
 NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -27,6 +32,35 @@ def to_junit(report: Report) -> str:
         if not gate.passed:
             message = clean(f"wanted {gate.wanted}, got {gate.got}")
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
+    return write_xml(root)
+
+
+@contextmanager
+def failures_in_junit(folder: Path, name: str) -> Iterator[None]:
+    """Write the error that ends the block into `folder/junit.xml`; the failure of a gate is there already."""
+    try:
+        yield
+    except LlmtuneError as error:
+        if not isinstance(error, GateFailed):
+            with suppress(OSError):  # the disk may be what ends it
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / "junit.xml", error_to_junit(name, error))
+        raise
+
+
+def error_to_junit(name: str, error: LlmtuneError) -> str:
+    """Return one test suite with a test case that could not end, and all problems as its text."""
+    counts = {"tests": "1", "failures": "0", "errors": "1", "time": "0"}
+    root = Tree.Element("testsuites", {"name": "llmtune", **counts})
+    suite = Tree.SubElement(root, "testsuite", {"name": f"llmtune.{clean(name)}", "skipped": "0", **counts})
+    case = Tree.SubElement(suite, "testcase", classname="llmtune.run", name=type(error).__name__, time="0")
+    message = clean(redact_all(str(error)))
+    Tree.SubElement(case, "error", message=message.splitlines()[0], type=type(error).__name__).text = message
+    return write_xml(root)
+
+
+def write_xml(root: Tree.Element) -> str:
+    """Return the whole file as text."""
     Tree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + Tree.tostring(root, encoding="unicode") + "\n"
 

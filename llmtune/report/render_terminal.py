@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from textwrap import fill
+from typing import Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from llmtune.errors import visible
-from llmtune.report.blocks import Beside, Block, Bullets, KeyValues, Page, Section, Table, Text
+from llmtune.report.blocks import Beside, Block, Bullets, Column, KeyValues, Page, Section, Table, Text
 
-LONGEST_NAME = 32
-"""Names of rows up to this length stay on one line where there is room for the numbers beside them, never broken."""
+LEAST_TEXT = 12
+"""Columns of names and other texts are never narrower than that."""
+SHORT = 8
+"""Cells up to this length, such as `< 0.001`, are not wrapped."""
+NO_BREAK = "\u00a0"
 STYLES = {"better": "green", "worse": "red"}
+
+
+T = TypeVar("T")
 
 
 class VisibleConsole(Console):
@@ -26,6 +45,22 @@ class VisibleConsole(Console):
         """Render as rich does; what is no control of rich's own is made visible."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+@contextmanager
+def spinner(console: Console, text: str) -> Iterator[None]:
+    """Show on a terminal that something is done, and for how long by now."""
+    columns = (SpinnerColumn(), TextColumn(text), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bars.add_task(text, total=None)
+        yield
+
+
+def follow(console: Console, items: Sequence[T], text: str) -> Iterator[T]:
+    """Yield items one by one, and show on a terminal how many are done and how long the rest will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield from bars.track(items, description=text)
 
 
 def print_page(page: Page, console: Console) -> None:
@@ -62,21 +97,61 @@ def render_blocks(blocks: Sequence[Block], width: int) -> Iterator[RenderableTyp
                 yield from render_blocks([*block.left, *block.right], width)
 
 
-def make_table(block: Table, width: int) -> RichTable:
-    """Return a table for rich; a row has the colour of the first of its cells that has one."""
-    table = RichTable(title=escape(block.title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+def make_table(block: Table, width: int) -> RenderableType:
+    """Return a table for rich; a row has the colour of the first of its cells that has one.
+
+    No number is cut. Where the table is too wide, names fold first, then headings and intervals wrap between their
+    words; where that is not enough, each row is written as a line of headings and values.
+    """
     shown = [number for number, column in enumerate(block.heads) if column.kind != "picture"]
-    longest = {number: max((len(row[number].text) for row in block.cells), default=0) for number in shown}
-    fits = sum(length + 2 for length in longest.values()) <= width
-    for number in shown:
-        is_number = block.heads[number].kind == "number"
-        table.add_column(
-            escape(block.heads[number].heading),
-            justify="right" if is_number else "left",
-            no_wrap=is_number or (number == 0 and fits and longest[number] <= LONGEST_NAME),
-            overflow="fold",
-        )
-    for row in block.cells:
-        tone = next((cell.tone for cell in row if cell.tone), "")
-        table.add_row(*(escape(row[number].text) for number in shown), style=STYLES.get(tone, ""))
+    cells = [[row[number].text for number in shown] for row in block.cells]
+    styles = [STYLES.get(next((cell.tone for cell in row if cell.tone), ""), "") for row in block.cells]
+    heads = [block.heads[number] for number in shown]
+    widths = _column_widths(heads, cells, width)
+    if widths is None:
+        return _as_lines(block.title, heads, cells, styles, width)
+    table = RichTable(title=escape(block.title) or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column, own in zip(heads, widths, strict=True):
+        justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
+        table.add_column(escape(column.heading), justify=justify, width=own, overflow="fold")
+    for texts, style in zip(cells, styles, strict=True):
+        table.add_row(*map(escape, texts), style=style)
     return table
+
+
+def _column_widths(heads: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Return the columns' widths; None where not even the words of all numbers have room side by side."""
+    numbers = [column.kind == "number" for column in heads]
+    room = width - 3 * len(heads) + 1  # the rest is between the columns
+    columns = [[column.heading, *texts] for column, texts in zip(heads, zip(*cells, strict=True), strict=False)]
+    whole = [max(map(cell_len, texts)) for texts in columns]
+    words = [max(cell_len(word) for text in texts for word in _unbroken(text)) for texts in columns]
+    least = [min(LEAST_TEXT, size) for size in whole]
+    for own in (whole, words):
+        fixed = [size if number else low for size, number, low in zip(own, numbers, least, strict=True)]
+        spare = room - sum(fixed)
+        if spare >= 0:
+            break
+    else:
+        return None
+    for at in sorted((at for at, number in enumerate(numbers) if not number), key=lambda at: whole[at]):
+        more = min(spare, whole[at] - fixed[at])
+        fixed[at], spare = fixed[at] + more, spare - more
+    return fixed
+
+
+def _unbroken(text: str) -> list[str]:
+    return text.split() if len(text) > SHORT else [text]
+
+
+def _as_lines(
+    title: str, heads: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str], width: int
+) -> RichText:
+    """Write each row as its name, and headings with values behind it; a value stays beside its heading."""
+    text = RichText(f"{title}\n" if title else "", style="italic")
+    for texts, style in zip(cells, styles, strict=True):
+        pairs = [f"{column.heading} {value}".strip() for column, value in zip(heads, texts, strict=True) if value]
+        joined = "  ".join([texts[0], *(pair.replace(" ", NO_BREAK) for pair in pairs[1:])])
+        text.append(fill(joined, width, subsequent_indent="  ").replace(NO_BREAK, " ") + "\n", style=style)
+    text.rstrip()
+    return text

@@ -59,7 +59,7 @@ def make_page(report: Report) -> Page:
         method_section(evaluation, task),
         recipe_section(report.recipe_yaml),
     ]
-    footer = f"Made by llmtune {report.llmtune}. `report.html` is whole in itself and asks nothing of the network."
+    footer = f"Made by llmtune {report.llmtune}. `report.html` is complete in itself and needs no network."
     return Page(report.name, sections, chips(report), verdict=verdict_card(report), footer=footer)
 
 

@@ -35,6 +35,8 @@ SMALL_GAIN = 0.02
 """A gain of less than this share of the base's score is called small."""
 MUCH_OVERLAP = 0.1
 """From this share of test rows on that stand in training, a gain may be memory."""
+GONE = 0.01
+"""Share of the first loss below which there is nothing left to learn."""
 FALLING = {"validation_loss": 0.02, "loss": 0.05}
 """By how much a loss must fall at the end: from one validation to the next, or from the third quarter to the last."""
 
@@ -52,7 +54,7 @@ def verdict(
     """
     if evaluation is None or not evaluation.difference:
         measured = evaluation is not None and evaluation.tuned
-        alone = "Only the tuned model has scores: there is nothing to hold them against."
+        alone = "Only the tuned model has scores: there is nothing to compare them with."
         return Verdict(UNKNOWN, alone if measured else "Nothing was measured on held-out rows.")
     changes = countable(evaluation.difference)
     if not changes:
@@ -98,10 +100,15 @@ def small_gain(evaluation: Evaluation, gained: Sequence[str]) -> str:
 
 
 def still_falling(curve: Sequence[Mapping[str, object]]) -> bool:
-    """Whether the loss fell to the end: the validation's where there are two, else that of training."""
+    """Whether the loss fell to the end: the validation's where there are two, else that of training.
+
+    One that is nearly gone, against what it was at first, has no way to fall.
+    """
     validations, losses = (
         [float(value) for line in curve if isinstance(value := line.get(name), float | int)] for name in FALLING
     )
+    if losses and (validations or losses)[-1] < GONE * losses[0]:
+        return False
     if len(validations) > 1:
         before, last = validations[-2:]
         return last <= min(validations) and last < before * (1 - FALLING["validation_loss"])

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 
 from llmtune.errors import Problem, RecipeError
+from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate
-from llmtune.evaluate.results import load_evaluation
 from llmtune.model.heads import head_is_new
-from llmtune.model.processor import load_processor
 from llmtune.recipe import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef
 from llmtune.serve.answer_stream import Delta
@@ -188,7 +187,7 @@ class FinishedRun:
     def _load(self, base: bool) -> ServedModel:
         if base not in self._loaded:
             context, model_ref = self._opened
-            models = Models(context, model_ref, load_processor(model_ref, context.recipe.model))
+            models = Models(context, model_ref, context.read_processor(model_ref))
             with models.base() if base else models.tuned() as model:
                 name = "base" if base else "tuned"
                 self._loaded[base] = ServedModel(name, model, models.processor, context.recipe, context.task)

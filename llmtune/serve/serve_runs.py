@@ -174,7 +174,7 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
     """Load the base once, put all adapters on it, and return the models by name; the base comes last."""
     first, *others = opened
     recipe, task = first.context.recipe, first.context.task
-    processor = load_processor(first.model_ref, recipe.model)
+    processor = load_processor(first.model_ref, recipe.model, recipe.data.system_prompt)
     adapted = Models(first.context, first.model_ref, processor).adapted
     if options.merged:
         merged = merge(adapted, "dequantized" if first.method == "qlora" else "original")
@@ -186,7 +186,7 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
     served = {first.name: ServedModel(first.name, model, processor, recipe, task, "default")}
     for number, run in enumerate(others, 2):
         add_adapter(model, f"run{number}", find_adapter(run.path))
-        own = load_processor(run.model_ref, run.context.recipe.model)
+        own = load_processor(run.model_ref, run.context.recipe.model, run.context.recipe.data.system_prompt)
         served[run.name] = ServedModel(run.name, model, own, run.context.recipe, run.context.task, f"run{number}")
     model.set_adapter("default", inference_mode=True)
     name = public_name(first.model_ref)

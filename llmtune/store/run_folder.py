@@ -34,9 +34,10 @@ OWN_FOLDERS = (
     *("data", "model", "adapter", "weights", "checkpoints", "trackers"),
     *("evaluation", "merged", "gguf", "explain", "seeds"),
 )
+REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (
     *("recipe.yaml", "llmtune.lock", "metrics.jsonl", "reproduction.json"),
-    *("report.html", "report.md", "report.json", "junit.xml"),
+    *REPORTS,
     *("merged.failed.json", "endpoint.certificate.json"),
 )
 AFTER_TRAINING = ("evaluate", "generation", "deploy")
@@ -73,6 +74,8 @@ class Manifest(TypedDict):
     """Version that wrote it last."""
     lock: NotRequired[str]
     """Hash of llmtune.lock, once trained."""
+    finished: NotRequired[str]
+    """Hash of what the command that finished it was given, to know a command that has nothing left to do."""
 
 
 @dataclass(frozen=True)

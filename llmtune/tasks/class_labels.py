@@ -29,7 +29,7 @@ def idle_keys(section: ClassifySection, kind: str) -> Iterator[Problem]:
     for name in idle:
         if getattr(section, name) is not None:
             what = f"has no effect: the labels are of the kind '{kind}'"
-            yield Problem(what, f"classify.{name}", "Remove it, or say with classify.kind what the labels are.")
+            yield Problem(what, f"classify.{name}", "Remove it, or state with classify.kind what the labels are.")
 
 
 def infer_kind(labels: Sequence[Label]) -> str:
@@ -44,7 +44,7 @@ def infer_kind(labels: Sequence[Label]) -> str:
         kinds = {"regression" if fractions else "single"} if kinds else kinds
     if len(kinds) > 1:
         what = f"the labels are of several kinds: {' and '.join(sorted(kinds))}"
-        raise DataError.of(what, "classify.kind", "Say which with classify.kind, or fix the rows.")
+        raise DataError.of(what, "classify.kind", "State which with classify.kind, or fix the rows.")
     return kinds.pop() if kinds else "single"
 
 

@@ -85,7 +85,7 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, 
         found: tuple[MakeOptimizer, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except ImportError as error:
         fix = "pip install bitsandbytes, or set train.optim to adamw_torch."
-        raise EnvironmentProblem.of(f"{train.optim} is not to be had here: {error}", "train.optim", fix) from error
+        raise EnvironmentProblem.of(f"{train.optim} is not available here: {error}", "train.optim", fix) from error
     return found
 
 

@@ -18,6 +18,7 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import memory_limit
 from llmtune.model.prefix_packing import whole_documents
+from llmtune.report.render_terminal import spinner
 from llmtune.train.accumulation import make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
@@ -52,7 +53,7 @@ def run_preflight(
             from llmtune.train.torch_compile import check_compiled  # imports the compiler, which takes a second
 
             stack.enter_context(check_compiled(console))
-        stack.enter_context(console.status("rehearsing the largest batch, a validation and a checkpoint"))
+        stack.enter_context(spinner(console, "rehearsing the largest batch, a validation and a checkpoint"))
         pace = _try_heaviest_work(training, state, console, on_budget)
     if training.accelerator.is_main_process:
         console.print(

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from rich.console import Console
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -27,6 +27,7 @@ from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.optimizer import build_optimizer, build_schedule
+from llmtune.train.trackers import start_trackers, tracker_folder
 
 if TYPE_CHECKING:
     from llmtune.recipe import Recipe
@@ -107,11 +108,11 @@ def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Acc
         cpu=device.type == "cpu",
         mixed_precision="no",
         log_with=trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
+        project_config=tracker_folder(folder),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if trackers:
-        accelerator.init_trackers(recipe.name, config=_settings(recipe))
+        start_trackers(accelerator, trackers, recipe.name, folder, _settings(recipe))
     return accelerator
 
 

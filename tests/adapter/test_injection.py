@@ -15,6 +15,7 @@ from llmtune.errors import RecipeError
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.device import compute_context
 from llmtune.model.library_logging import hushed
+from llmtune.report.number_format import size
 
 QUESTIONS = [
     {"question": f"Which colour has the {thing}?", "context": f"The {thing} is {colour}.", "answer": colour}
@@ -98,7 +99,7 @@ def test_matched_modules_share_and_size_are_printed(tiny_llama, console):
     said = console.file.getvalue()
     assert "Adapter on 14 modules: q_proj × 2" in said
     assert f"{adapted.trainable:,} of {adapted.total:,} parameters" in said
-    assert "MiB to save" in said
+    assert f"{size(adapted.adapter_bytes)} to save" in said
     described = describe(adapted)
     assert described["targets"]["down_proj"] == 2
     assert described["share"] == adapted.trainable / adapted.total

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from support.finished import finish_run
 from support.runs import llmtune
 from typer.testing import CliRunner, Result
 
-from llmtune.cli.app import app
+from llmtune.cli.app import EXIT_CODES, app
 from llmtune.report.blocks import Column, Table
 from llmtune.report.render_terminal import print_blocks
 
@@ -85,7 +88,18 @@ def test_names_of_other_tools_are_pointed_to_ours(command: str, instead: str) ->
 def test_help_and_version_are_words_too() -> None:
     assert invoke("version").stdout == invoke("-V").stdout == invoke("--version").stdout
     assert "--dry-run" in invoke("help", "run").stdout
-    assert "--install-completion" in invoke("--help").stdout
+    shown = " ".join(invoke("--help").stdout.split())
+    assert "--install-completion" in shown
+    assert all(f"{code} {meaning}" in shown for code, meaning in EXIT_CODES.items())
+    assert shown.index("Begin") < shown.index("init") < shown.index("Look closer") < shown.index("compare")
+    assert 'Example: llmtune generate latest "TEXT"' in " ".join(invoke("generate", "--help").stdout.split())
+
+
+def test_the_shell_completes_commands() -> None:
+    words = {"_LLMTUNE_COMPLETE": "complete_bash", "COMP_WORDS": "llmtune ru", "COMP_CWORD": "1"}
+    command = Path(sys.executable).with_name("llmtune")
+    done = subprocess.run([command], env={**os.environ, **words}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["run", "runs"]
 
 
 def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothing(folder: Path) -> None:
@@ -98,11 +112,12 @@ def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothi
     assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("width", [40, 60, 80])
 def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
-    heads = [Column("metric"), *(Column(name, kind="number") for name in ("base", "tuned", "difference", "interval"))]
-    numbers = ("0.1234", "0.9876", "+0.8642", "+0.8413 to +0.9524")
+    names = ("base", "tuned", "difference", "95 % interval", "p", "rows")
+    heads = [Column("metric"), *(Column(name, kind="number") for name in names)]
+    numbers = ("0.1234", "0.9876", "+0.8642", "+0.8413 to +0.9524", "< 0.001", "1,234")
     console = Console(width=width, record=True, file=io.StringIO())
     print_blocks([Table(heads, [["a_metric_with_a_long_name", *numbers]])], console)
-    shown = console.export_text()
-    assert all(number in shown for number in numbers)
+    words = console.export_text().split()
+    assert all(word in words for number in numbers for word in number.split())

@@ -39,7 +39,7 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
     recipe = load_recipe("tickets.yaml").recipe
     assert recipe.task == "chat"
     assert recipe.data.train[0].columns == {"prompt": "{subject}\n\n{body}", "completion": "answer"}
-    assert (recipe.data.max_length, recipe.generation.max_new_tokens) == (128, 16)
+    assert (recipe.data.max_length, recipe.generation.max_new_tokens, recipe.data.test) == (128, 16, 0.3)
     assert not recipe.train.model_fields_set
     assert json.loads(Path("recipe.schema.json").read_text())["title"] == "llmtune recipe"
     assert CliRunner().invoke(app, ["recipes", "check", "tickets.yaml"]).exit_code == 0
@@ -53,6 +53,7 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
         ("text,category", [(f"text number {i}", "abc"[i % 3]) for i in range(24)], "classify"),
         ("Anliegen,Art", [(f"Frage Nummer {i}", "abc"[i % 3]) for i in range(24)], "classify"),
         ("kind,body,answer", [("ticket", f"where is {i}?", "abc"[i % 3]) for i in range(24)], "chat"),
+        ("subject,body,answer", [("Order", f"where is {i}?", f"It is at {i}.") for i in range(24)], "chat"),
         ("en,de", [("The dog", "Der Hund"), ("A cat", "Eine Katze")], "translate"),
         ("question,passage,answer", [("Who wrote?", "Ada wrote.", "Ada")], "qa"),
         ("article,highlights", [("A long text.", "Text.")], "summarize"),
@@ -76,6 +77,27 @@ def test_what_is_stated_is_taken_and_paths_are_those_of_the_recipe(here: Path) -
     recipe = load_recipe("recipes/mine.yaml").recipe
     assert (recipe.task, recipe.model.name, recipe.data.train[0].encoding) == ("completion", "owner/model", "cp1252")
     assert recipe.data.train[0].path == str(here / "rows.csv")
+
+
+def test_columns_are_known_by_a_word_of_their_names_and_categories_are_left_out() -> None:
+    rows = [(str(i), f"Where is {i}?", f"It is at {i}.", ("mail", "phone")[i % 2]) for i in range(24)]
+    write("desk.csv", "Ticket,Customer question,Our reply,channel", rows)
+    assert init("desk.csv").exit_code == 0
+    recipe = load_recipe("desk.yaml").recipe
+    assert recipe.task == "chat"
+    assert recipe.data.train[0].columns == {"prompt": "Customer question", "completion": "Our reply"}
+    write("post.csv", "Betreff,Text,Antwort,Kanal", [(f"Nr. {a}", b, c, d) for a, b, c, d in rows])
+    assert init("post.csv", "--task", "chat").exit_code == 0
+    columns = load_recipe("post.yaml").recipe.data.train[0].columns
+    assert columns == {"prompt": "{Betreff}\n\n{Text}", "completion": "Antwort"}
+
+
+def test_rows_that_cannot_be_read_are_named_and_the_recipe_runs_without_them() -> None:
+    write("rows.csv", "question,answer", [(f"Which is {i}?", "This." if i % 10 else "") for i in range(60)])
+    done = init("rows.csv")
+    assert "6 rows cannot be read (no answer)" in done.stderr
+    assert load_recipe("rows.yaml").recipe.data.max_dropped == 0.11
+    assert "max_dropped: 0.11  # DECIDE: 6 of 60 rows cannot be read" in Path("rows.yaml").read_text()
 
 
 def test_a_book_is_split_into_rows(here: Path) -> None:

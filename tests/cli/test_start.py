@@ -9,28 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.runs import llmtune, write_colours, write_recipe
+from support.runs import ROWS, heavy_imports, llmtune, write_colours, write_recipe
 
 from llmtune.store.process_environment import gc_paused
-
-HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
-ROWS = ("numpy",)
-"""What reading the first rows of a file needs."""
-
-
-def heavy_imports(*arguments: str) -> list[str]:
-    code = f"""
-import sys
-sys.argv = ["llmtune", *{list(arguments)!r}]
-from llmtune.cli import main
-try:
-    main()
-except SystemExit as end:
-    print("exit", end.code, file=sys.stderr)
-print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return eval(done.stdout.rsplit("HEAVY", 1)[1])
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("recipes", "list"), ("recipes", "schema")])

@@ -254,14 +254,17 @@ def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, cod
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_prints_one_json_document_and_names_the_page(place, good, train):
+def test_the_command_prints_one_json_document_or_the_comparison_on_stdout(place, good, train):
     train("short", "train.num_train_epochs=1")
     done = llmtune("compare", "good", "short", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert (place / made["folder"] / "compare.html").exists()
     assert made["folder"].startswith("runs/compare-")
-    assert "compare.html" in done.stderr
+    assert done.stderr == ""
+    plain = llmtune("compare", "good", "short", cwd=place)
+    assert f"comparison: {made['folder']}/compare.html" in plain.stdout
+    assert "short minus good" in plain.stdout
 
 
 # The page and the picture

@@ -7,7 +7,7 @@ from support.rows import prepare, write_jsonl
 
 from llmtune.data.contamination import find_overlap
 from llmtune.evaluate.contaminated_scores import show_examples
-from llmtune.evaluate.results import load_evaluation, save_evaluation
+from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 
 COLOURS = ("red", "green", "blue")
 RECIPE = """

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmtune.data.row_store import read_rows
+from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.gates import check_gates
-from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation

@@ -11,8 +11,8 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.evaluate.classification_metrics import measure_correlation
+from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
-from llmtune.evaluate.results import load_evaluation, save_evaluation
 from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
 from llmtune.recipe import load_recipe
 

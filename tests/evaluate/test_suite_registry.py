@@ -12,7 +12,7 @@ from support.runs import write_recipe
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from llmtune.errors import DataError, GateFailed, RecipeError
-from llmtune.evaluate.results import load_evaluation, save_evaluation
+from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.suite_registry import check_inputs, check_variant
 from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection

@@ -135,8 +135,8 @@ ADAPTERS = {
     "another kind": (state(CONFIG, peft_type="NOPE"), "cannot be read"),
     "deep": (write(CONFIG, DEEP), "nested too deeply"),
     "weights pipe": (pipe("adapter_model.safetensors"), "a pipe, not a regular file"),
-    "NaN weights": (weights("adapter_model.safetensors", lambda weight: weight * float("nan")), "no finite numbers"),
-    "whole numbers": (weights("adapter_model.safetensors", lambda weight: weight.int()), "no finite numbers"),
+    "NaN weights": (weights("adapter_model.safetensors", lambda weight: weight * float("nan")), "not finite numbers"),
+    "whole numbers": (weights("adapter_model.safetensors", lambda weight: weight.int()), "not finite numbers"),
 }
 
 

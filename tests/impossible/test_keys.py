@@ -198,7 +198,7 @@ FLIPS = {
     **flips("data.train", "rows", "data.train.path=latin.csv", "task=completion", encoding="cp1252"),
     **flips("data.train", "rows", WEIGHED, weight="2.0"),
     **flips("data.train", "rows", "data.train.path=rows.jsonl", limit="30"),
-    **flips("data", "examples", train_on="all", max_length="20"),
+    **flips("data", "examples", train_on="all", max_length="20", system_prompt="Be brief."),
     **flips("data", "examples", "data.train=thoughts.jsonl", "data.max_dropped=1", reasoning="drop"),
     **flips("data", "examples", "data.train=thoughts.jsonl", "data.max_dropped=1", special_tokens_in_text="refuse"),
     **flips("data", "examples", "data.max_length=50", on_overlong="drop"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from junitparser.xunit2 import JUnitXml
 from support.runs import write_recipe
 from typer.testing import CliRunner, Result
 
@@ -56,6 +57,19 @@ def test_files_columns_models_and_trackers_are_looked_at(
     found = invoke(*command, "mine.yaml")
     assert found.exit_code == code
     assert words in found.stderr.replace("\n    ", " ") or words in found.stderr
+
+
+@pytest.mark.parametrize("command", [["run"], ["train"]])
+def test_what_ends_a_run_before_its_gates_is_an_error_in_junit_xml(here: Path, command: list[str]) -> None:
+    (here / "tickets.csv").write_text("subject,body,answer\nLate,Where is my parcel?,On its way.\n")
+    write_recipe(here / "mine.yaml", "owner/model", "tickets.csv")
+    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3
+    (suite,) = JUnitXml.fromstring((here / "out" / "junit.xml").read_bytes())
+    assert (suite.tests, suite.failures, suite.errors) == (1, 0, 1)
+    (case,) = suite
+    (error,) = case.result
+    assert (error.type, "tickets.csv" in error.text) == ("DataError", True)
+    assert invoke(*command, "mine.yaml", "--out", "out").exit_code == 3  # the folder is not taken for another's
 
 
 def test_a_good_recipe_says_how_its_files_are_read(here: Path) -> None:

@@ -32,7 +32,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import Curve, draw_curves, draw_meter
 from llmtune.report.render_html import to_html
 from llmtune.report.render_markdown import code, table, to_markdown
-from llmtune.report.render_terminal import print_page
+from llmtune.report.render_terminal import follow, print_page, spinner
 
 HOSTILE = (
     "<script>alert(1)</script> \"'><img src=x onerror=alert(1)> | `a``b` | </pre></style> {{ 7*7 }} {% raw %} "
@@ -137,3 +137,13 @@ def test_a_code_span_holds_any_text_in_one_table_cell(text):
         assert fence[0] not in re.findall(r"`+", inside)
         assert span.endswith(fence[0])
     assert len(table(["a"], [[span]]).splitlines()) == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_work_shows_how_far_it_is_on_a_terminal_and_nothing_elsewhere(terminal: bool) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=80)
+    with spinner(console, "merging"):
+        assert list(follow(console, "abc", "answers")) == ["a", "b", "c"]
+    said = file.getvalue()
+    assert ("merging" in said, "3/3" in said, said == "") == (terminal, terminal, not terminal)

@@ -121,7 +121,7 @@ def test_micro_f1_is_named_beside_accuracy_only_where_it_is_another_number(micro
 def test_scores_of_the_tuned_model_alone_tell_nothing():
     found = verdict(Evaluation({}, {"loss": 1.0}, {}, (), (), 100))
     assert found.word == "can't tell"
-    assert "nothing to hold them against" in found.reason
+    assert "nothing to compare them with" in found.reason
 
 
 @pytest.mark.parametrize("evaluation", [None, Evaluation({}, {}, {}, (), (), 0)])
@@ -201,6 +201,7 @@ def test_a_gain_of_little_is_called_small():
         ([4, 3.5, 3, 2.5, 2.0, 1.9, 1.5, 1.4], [1.0], True),
         ([4, 3.5, 2.0, 2.0, 2.0, 2.0, 1.99, 2.0], [], False),
         ([4, 1], [], False),
+        ([5.0, 0.5, 0.1, 0.04], [0.0004, 0.0003], False),
     ],
 )
 def test_a_loss_that_fell_to_the_end_is_said(losses, validations, falling):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.evaluate.results import load_evaluation
+from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.store.run_folder import RunFolder, open_run, read_run, recipe_of_run
 from llmtune.store.verification import verify
 

@@ -76,3 +76,24 @@ def llmtune(
         timeout=timeout,
         check=False,
     )
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy", "bitsandbytes")
+ROWS = ("numpy",)
+"""What reading the first rows of a file needs."""
+
+
+def heavy_imports(*arguments: str, cwd: Path | None = None) -> list[str]:
+    """Run the llmtune command in a new interpreter; return which heavy libraries it imported."""
+    code = f"""
+import sys
+sys.argv = ["llmtune", *{list(arguments)!r}]
+from llmtune.cli import main
+try:
+    main()
+except SystemExit as end:
+    print("exit", end.code, file=sys.stderr)
+print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
+    return eval(done.stdout.rsplit("HEAVY", 1)[1])

@@ -1,0 +1,90 @@
+"""A run that has nothing left to do: known by its files, and shown again without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.markup import escape
+
+from llmtune import __version__
+from llmtune.errors import GateFailed
+from llmtune.evaluate.cache_keys import suite_files
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
+from llmtune.evaluate.gates import require_gates
+from llmtune.recipe import LoadedRecipe
+from llmtune.records import GateResult, Json
+from llmtune.store.atomic_files import hash_file, hash_value, read_json, write_json
+from llmtune.store.machine import likely_device
+from llmtune.store.run_folder import MANIFEST, REPORTS, RunFolder, read_run
+from llmtune.store.run_lock import LOCK, package_versions
+from llmtune.store.verification import verify
+
+CONCLUDING = ("evaluate", "run")
+"""The last steps after which a run has its verdict."""
+LOOSE = ("hardware", "git")
+"""What may be another one: no step depends on it."""
+
+
+@contextmanager
+def finish_noted(loaded: LoadedRecipe, path: Path, until: str) -> Iterator[None]:
+    """Note that a command has done all that it was to do, also where a gate failed at the end of it."""
+    try:
+        yield
+    except GateFailed:
+        _note(loaded, path, until)
+        raise
+    _note(loaded, path, until)
+
+
+def _note(loaded: LoadedRecipe, path: Path, until: str) -> None:
+    if until in CONCLUDING and not loaded.recipe.train.seeds:
+        folder = read_run(path)
+        folder.manifest["finished"] = _hash_command(loaded, folder, until)
+        folder.write()
+
+
+def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
+    """Return the report of a run that this very command has finished, with every step skipped.
+
+    None where anything that it rests on, or any file that it wrote, is not what it was, or cannot be known here.
+    """
+    report: Json | None = read_json(path / "report.json")
+    if report is None or not all((path / name).is_file() for name in (MANIFEST, LOCK, *REPORTS)):
+        return None
+    folder = read_run(path)
+    if folder.manifest.get("finished") != _hash_command(loaded, folder, until):
+        return None
+    findings = verify(path, strict=True).findings
+    if any(finding.state != "same" for finding in findings if finding.kind not in LOOSE):
+        return None
+    steps = [step | {"skipped": True} for step in report["steps"]]
+    write_json(path / "report.json", report | {"steps": steps})
+    return report | {"steps": steps}
+
+
+def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
+    recipe = loaded.recipe
+    template = [Path(recipe.model.chat_template)] if recipe.model.chat_template else []
+    files = [hash_file(path) for path in (*suite_files(recipe), *template) if path.is_file()]
+    inputs = {name: step["inputs"] for name, step in folder.manifest["steps"].items() if step["state"] == "done"}
+    machine = [likely_device(), package_versions(("lm-eval",))]
+    return hash_value([__version__, str(folder.path), until, recipe.model_dump(mode="json"), files, inputs, machine])
+
+
+def print_unchanged(report: Json, path: Path, console: Console) -> None:
+    """Print what the command printed at its end; raises GateFailed where a gate did not hold."""
+    console.print(f"[bold]llmtune {__version__}[/] {escape(report['name'])} -> {escape(str(path))}")
+    for step in report["steps"]:
+        console.print(f"[bold cyan]{step['name']}[/] [dim]unchanged, skipped[/]")
+    gates = tuple(TypeAdapter(list[GateResult]).validate_python(report["gates"]))
+    if evaluation := load_evaluation(path / "evaluation"):
+        print_scores(replace(evaluation, gates=gates), console)
+    verdict = report["verdict"]
+    console.print(f"[bold]{verdict['word']}[/]: {escape(verdict['reason'])}", highlight=False)
+    console.print(read_run(path).findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+    require_gates(gates)

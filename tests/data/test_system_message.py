@@ -1,0 +1,68 @@
+"""The system message of conversations that have none: the template's own is named, the recipe's takes its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.runs import write_colours, write_recipe
+from support.templates import CHATML, DEFAULT_SYSTEM, LLAMA2, NO_SYSTEM, recipe_for, tokenizer_with
+from typer.testing import CliRunner
+
+from llmtune import load_run
+from llmtune.cli.app import app
+from llmtune.data.chat_template import ChatTemplate, read_template
+from llmtune.data.system_message import added_system_message, with_system_prompt
+from llmtune.errors import RecipeError
+
+FAMILIES = Path(__file__).parent.parent / "support" / "chat_families"
+PROMPT = 'Say "yes" or\n{{ no }} \\ übrigens.'
+QUESTION = {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, LLAMA2, (FAMILIES / "smollm-2.jinja").read_text()])
+def test_the_recipes_system_prompt_renders_as_the_same_message_in_the_row_and_gives_way_to_one(template: str) -> None:
+    stated = [{"role": "system", "content": PROMPT}, QUESTION]
+    render = tokenizer_with(with_system_prompt(template, PROMPT)).apply_chat_template
+    assert render([QUESTION], tokenize=False) == tokenizer_with(template).apply_chat_template(stated, tokenize=False)
+    other = [{"role": "system", "content": "Be brief."}, QUESTION]
+    assert render(other, tokenize=False) == tokenizer_with(template).apply_chat_template(other, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML, None),
+        (NO_SYSTEM, None),
+        (DEFAULT_SYSTEM, "You are kind."),
+        (with_system_prompt(LLAMA2, "Be brief."), "Be brief."),
+        (
+            (FAMILIES / "smollm-2.jinja").read_text(),
+            "You are a helpful AI assistant.",
+        ),
+    ],
+)
+def test_the_message_that_a_template_adds_of_itself_is_found(template: str, message: str | None) -> None:
+    assert added_system_message(ChatTemplate(tokenizer_with(template), {}, "")) == message
+
+
+def test_a_template_without_system_messages_refuses_the_key() -> None:
+    deaf = with_system_prompt(CHATML.replace("in messages", "in messages if message.role != 'system'"), "Be brief.")
+    with pytest.raises(RecipeError, match="omits system messages"):
+        read_template(tokenizer_with(deaf), recipe_for(system_prompt="Be brief."))
+
+
+def test_what_is_trained_answers_with_the_system_prompt_and_its_template_has_it(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"max_steps": 2, "num_train_epochs": None}
+    data = {"system_prompt": "Name a colour."}
+    rows = write_colours(tmp_path / "rows.jsonl")
+    write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, train=train, data=data)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["run", "tiny.yaml", "--out", "run"])
+    assert done.exit_code == 0, done.stderr
+    assert "Name a colour." in done.stderr
+    assert "Name a colour." in Path("run/adapter/chat_template.jinja").read_text()
+    rendered = load_run("run").tokenizer.apply_chat_template([QUESTION], tokenize=False)
+    assert rendered.startswith("<|im_start|>system\nName a colour.<|im_end|>\n")

@@ -1,0 +1,36 @@
+"""How a run ends: what its trackers get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.runs import write_colours, write_recipe
+from typer.testing import CliRunner
+
+from llmtune.cli.app import app
+
+
+def test_trackers_get_scores_verdict_and_run_folder(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    train = {"max_steps": 2, "num_train_epochs": None, "report_to": "tensorboard"}
+    write_recipe(tmp_path / "tiny.yaml", tiny_llama, write_colours(tmp_path / "rows.jsonl"), train=train)
+    done = CliRunner().invoke(app, ["run", "tiny.yaml", "--out", "run", "--offline", "--json"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiny"))
+    events.Reload()
+    for model in ("base", "tuned"):
+        (logged,) = events.Scalars(f"evaluation/{model}/loss")
+        assert (logged.step, logged.value) == (2, pytest.approx(report["evaluation"][model]["loss"]))
+    texts = {
+        tag.removesuffix("/text_summary"): events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+    }
+    assert texts["run_folder"] == "run"
+    assert texts["verdict"].startswith(report["verdict"]["word"])
