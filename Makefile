@@ -21,7 +21,7 @@ OTHER = $(if $(filter-out bfloat16,$(DTYPE)),-$(DTYPE))
 PEERS = $(if $(LLAMAFACTORY),--llamafactory $(LLAMAFACTORY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest check format docs architectures torture site same build bench clean
+.PHONY: help setup models demo test test-slow test-gpu test-fake-cuda test-oldest test-newest check format docs architectures torture hostile site same build bench clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -120,6 +120,9 @@ architectures: $(READY)  ## Train every architecture of transformers small, and 
 
 torture: $(READY)  ## Disturb commands in 240 rounds, and write docs/torture.md (as root: with disks that are full)
 	PYTHONPATH=tests $(BIN)/python -m support.torture --rounds 240 >docs/torture.md
+
+hostile: $(READY)  ## Run commands on hostile files, models, templates, each measured; print the table
+	PYTHONPATH=tests $(BIN)/python -m support.hostile_corpus
 
 $(SITE): $(READY)
 	$(PIP) --editable '.[docs]'

@@ -33,12 +33,14 @@ _IN_TEXT = {
     "storagefull": errno.ENOSPC,
     "pytorchstreamwriter": errno.ENOSPC,
     "unexpected pos": errno.ENOSPC,
+    " requested and ": errno.ENOSPC,  # numpy: so many bytes requested and so many written
     "file too large": errno.EFBIG,
     "read-only file system": errno.EROFS,
     "permission denied": errno.EACCES,
     "too many open files": errno.EMFILE,
     "cannot allocate memory": errno.ENOMEM,
     "can't start new thread": errno.EAGAIN,
+    "resource temporarily unavailable": errno.EAGAIN,
 }
 _CODE = re.compile(r"(?:os error|os \{ code:|\[errno) (\d+)")
 

@@ -96,7 +96,9 @@ def _system_refusals() -> Iterator[None]:
     """Turn what the system refuses, wherever it does (disk, memory, open files), into an error that says what to do."""
     try:
         yield
-    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+    except LlmtuneError:
+        raise
+    except Exception as error:  # libraries have errors of their own for it, such as pyarrow.ArrowException
         problem = system_problem(error)
         if problem is None:
             raise

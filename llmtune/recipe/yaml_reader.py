@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ruamel.yaml import YAML, nodes
-from ruamel.yaml.error import MarkedYAMLError, StreamMark, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, StreamMark, YAMLError
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
@@ -167,7 +168,12 @@ def parse_yaml(text: str, label: str, folder: Path, by_line: bool = True) -> Nod
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = PlainResolver
     try:
-        root = yaml.compose(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)
+            root = yaml.compose(text)
+    except ReusedAnchorWarning as warning:
+        what = str(warning).strip().splitlines()[0]
+        raise RecipeError.of(f"not valid YAML: {what}", label, "Give each anchor a name of its own.") from None
     except MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
         where = reader.where(error.problem_mark or error.context_mark)

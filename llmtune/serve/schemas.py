@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from openai.types import Model
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llmtune.data.chat_rows import MAX_MESSAGES
+
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -134,9 +136,9 @@ class Message(RequestModel):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
     """The thoughts of an earlier answer, which the chat template may leave out. (Not in OpenAI's API.)"""
@@ -176,7 +178,7 @@ class NamedToolChoice(RequestModel):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: PositiveInt | None = None
     """OpenAI's newer name of `max_tokens`."""
     tools: list[ToolDefinition] | None = None

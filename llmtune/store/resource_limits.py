@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 
 MEMORY = Path("/proc/self/statm")
+AGAIN_SECONDS = 0.5
+"""When a stop is tried again: Python ignores an error that falls into a destructor or a callback of its collector."""
 
 
 class LimitExceeded(Exception):
@@ -34,7 +36,7 @@ def limited(seconds: float, extra_bytes: int | None = None) -> Iterator[None]:
         raise LimitExceeded(f"it took more than {seconds:g} s")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of a timer around this one
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)  # of a timer around this one
     limits = resource.getrlimit(resource.RLIMIT_AS)
     try:
         if extra_bytes is not None:

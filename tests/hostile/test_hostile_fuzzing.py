@@ -17,6 +17,7 @@ from llmtune.data.chat_template import ChatTemplate, TemplateRefusal
 from llmtune.data.file_readers import read_file
 from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
+from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.yaml_reader import parse_yaml
 
 MANY = settings(max_examples=10_000, deadline=None)
@@ -24,6 +25,29 @@ PIECES = ["{", "}", "[", "]", '"', ",", ":", "\n", "\\ud800", "\0", "1e999", "a"
 YAML = [
     *("a", ":", " ", "\n", "- ", "[", "]", "{", "}", "&x ", "*x", "!!str ", "!", "|", ">", "'", '"', "<<", "?", "#"),
     "~",
+]
+GATE = [
+    *(
+        "exact_match",
+        "loss",
+        "base",
+        ".low",
+        ".high",
+        ".",
+        "-",
+        "_",
+        ">=",
+        "<=",
+        "==",
+        ">",
+        "<",
+        "=",
+        " ",
+        "\t",
+        "+",
+        "*",
+    ),
+    *("0.8", "1e5", "1e999", "-", "nan", "inf", "9" * 400, "\u0663", "forgetting.perplexity", "\n"),
 ]
 JINJA = [
     *("{{", "}}", "{%", "%}", " for x in messages ", " endfor ", " if ", " endif ", "messages", "[0]", ".content", "|"),
@@ -56,11 +80,25 @@ def test_any_text_is_yaml_or_an_error_of_the_recipe(text):
         parse_yaml(text, "recipe.yaml", Path("/"))
 
 
+@pytest.mark.slow
+@given(st.text(max_size=60) | st.lists(st.sampled_from(GATE), max_size=12).map("".join))
+@MANY
+def test_any_text_is_a_gate_or_an_error_of_the_recipe(text):
+    try:
+        gate = parse_gate(text)
+    except RecipeError:
+        return
+    assert parse_gate(gate.text) == gate
+    assert gate.against_base or gate.number == gate.number
+
+
 @cache
 def tokenizer():
     return train_tokenizer()
 
 
+# The stop of an endless template may fall into hypothesis' own callback of the collector, which Python reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @given(st.lists(st.sampled_from(JINJA), max_size=25).map("".join))
 @MANY

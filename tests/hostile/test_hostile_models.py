@@ -112,6 +112,21 @@ def test_a_damaged_model_is_refused_by_name(here: Path, tiny_llama: Path, chat_r
     assert words in attempt("adapt", "recipe.yaml", "--out", "run", code=(2, 4))
 
 
+REMOTE = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_does_not_run_without_being_allowed(
+    here: Path, tiny_llama: Path, chat_rows: Path, name: str
+) -> None:
+    model = shutil.copytree(tiny_llama, here / "model")
+    (model / "own.py").write_text("open('ran', 'w')\n")
+    state(name, auto_map=REMOTE, **({"model_type": "own"} if name == "config.json" else {}))(model)
+    write_recipe(here / "recipe.yaml", model, chat_rows)
+    assert "trust_remote_code" in attempt("adapt", "recipe.yaml", "--out", "run", code=2)
+    assert not (here / "ran").exists()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained")
@@ -129,7 +144,7 @@ ADAPTERS = {
     "no alpha": (state(CONFIG, lora_alpha=None), "lora_alpha is None"),
     "alpha of zero": (state(CONFIG, lora_alpha=0), "lora_alpha is 0"),
     "bad expression": (state(CONFIG, target_modules="((("), "cannot be matched"),
-    "exploding expression": (state(CONFIG, target_modules="([a-z_.0-9]+)+!"), "it took more than 0.3 s"),
+    "exploding expression": (state(CONFIG, target_modules="([a-z_.0-9]+)+!"), "it took more than"),
     "bad pattern": (state(CONFIG, rank_pattern={"((": 4}), "cannot be matched"),
     "number for a pattern": (state(CONFIG, alpha_pattern=5), "alpha_pattern is 5"),
     "another kind": (state(CONFIG, peft_type="NOPE"), "cannot be read"),

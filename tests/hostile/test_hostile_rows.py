@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from support.hostile import attempt, prepare
+from support.runs import write_recipe
 
 from llmtune.recipe import user_files
 
@@ -41,6 +42,17 @@ def test_a_walk_through_folders_has_an_end(here: Path, monkeypatch: pytest.Monke
         (here / "deep" / str(number)).mkdir(parents=True)
     for source in ("deep", "deep/**/*.jsonl"):
         assert "more than 50 folders" in prepare(source, code=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["~", ".", "**/*.jsonl", "/**/*.jsonl"])
+def test_a_walk_through_a_whole_disk_ends_soon(here: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    for number in range(user_files.MAX_FOLDERS + 1 if source != "/**/*.jsonl" else 0):
+        (here / str(number)).mkdir()
+    assert (
+        "no such file" in prepare(source, code=3) if source == "~" else "folders are in it" in prepare(source, code=3)
+    )
 
 
 def test_a_walk_goes_round_no_circle_and_into_no_hidden_folder(here: Path, chat_rows: Path) -> None:
@@ -116,6 +128,60 @@ def test_a_line_or_cell_that_is_no_row_is_refused(here: Path) -> None:
     assert "100,000 columns" in prepare("wide.csv", code=3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("megabytes", [31, 50])
+@pytest.mark.parametrize("form", ["one text", "one message", "many messages", "deep"])
+def test_a_row_of_many_megabytes_is_refused(here: Path, megabytes: int, form: str) -> None:
+    count = megabytes * 10**6
+    turns = [QUESTION, {**ANSWER, "content": "b " * (count // 2)}]
+    row = {
+        "one text": lambda: json.dumps({"prompt": "a b " * (count // 4), "completion": "b"}),
+        "one message": lambda: json.dumps({"messages": turns}),
+        "many messages": lambda: json.dumps({"messages": [QUESTION, ANSWER] * (count // 70)}),
+        "deep": lambda: '{"a":' * (count // 6) + "1" + "}" * (count // 6),
+    }[form]()
+    Path("rows.jsonl").write_text(f"{row}\n{PAIR * 40}")
+    assert "more than 8 MiB" in prepare("rows.jsonl", code=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [200, 10_000])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_rows_nested_ten_thousand_deep_are_bad_rows(here: Path, depth: int, name: str) -> None:
+    row = '{"prompt": ' + "[" * depth + "]" * depth + ', "completion": "b"}'
+    Path(name).write_text(row if name == "rows.jsonl" else f"[{row}]")
+    prepare(name, code=3)
+
+
+@pytest.mark.slow
+def test_near_duplicates_of_five_megabytes_are_compared_in_little_memory(here: Path) -> None:
+    text = " ".join(f"word{number * 7919 % 65537}" for number in range(500_000))
+    rows = [{"prompt": f"{number} {text}", "completion": "b"} for number in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + PAIR)
+    prepare("rows.jsonl", code=(0, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["path", "lock", "template", "start_from", "extends"])
+@pytest.mark.parametrize("target", ["/proc/self/environ", "../../../../../../../../../etc/shadow", "../secret"])
+def test_a_path_that_leads_to_secrets_shows_none_of_them(
+    here: Path, chat_rows: Path, tiny_llama: Path, key: str, target: str
+) -> None:
+    (here.parent / "secret").write_text("hf_token-s3cret-0123456789abcdef: [")
+    sections = {
+        "path": {"data": {"train": {"path": target, "format": "jsonl"}}},
+        "template": {"model": {"chat_template": target}},
+        "start_from": {"adapter": {"start_from": target, "r": None, "lora_alpha": None}},
+    }
+    write_recipe(here / "recipe.yaml", tiny_llama, chat_rows, **sections.get(key, {}))
+    if key == "extends":
+        (here / "recipe.yaml").write_text(f"{(here / 'recipe.yaml').read_text()}extends: {target}\n")
+    lock = ["--lock", target] if key == "lock" else []
+    said = attempt("prepare", "recipe.yaml", "--out", "run", *lock, code=(2, 3, 4))
+    assert "s3cret" not in said
+    assert "root:" not in said
+
+
 BOMBS = {
     "empty.jsonl.gz": lambda: gzip.compress(b"\n" * 100_000_000),
     "empty.jsonl.zst": lambda: zstandard.ZstdCompressor().compress(b"\n" * 100_000_000),
@@ -146,7 +212,9 @@ def test_a_text_that_stands_in_a_parquet_file_once_and_in_all_its_rows_is_refuse
     assert int(done.stdout.split()[-1]) < 1_000_000
 
 
-@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.timestamp("us", "Mars/Olympus"), pa.date32()])
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("us"), pa.timestamp("us", "Mars/Olympus"), pa.date32(), pa.duration("s")]
+)
 def test_a_parquet_value_that_python_cannot_hold_is_a_bad_row_that_names_the_column(
     here: Path, kind: pa.DataType
 ) -> None:

@@ -24,6 +24,11 @@ REFUSALS = {
     "handles in an import": (ImportError("libx.so: cannot open: Too many open files"), "ulimit -n"),
     "memory": (MemoryError(), "the memory is used up"),
     "Arrow's memory": (pa.ArrowMemoryError("malloc of size 1 failed"), "the memory is used up"),
+    "Arrow's threads": (
+        pa.ArrowException("Failed to launch worker thread: Resource temporarily unavailable"),
+        "ulimit -u",
+    ),
+    "numpy's writer": (OSError("4096 requested and 0 written"), "the disk is full"),
     "threads": (RuntimeError("can't start new thread"), "ulimit -u"),
     "torch's writer": (
         RuntimeError("PytorchStreamWriter failed writing file"),

@@ -53,6 +53,7 @@ def test_plain_scalars_follow_the_core_schema_of_yaml_1_2(text, value):
         ("a: 1\n---\nb: 2\n", "expected a single document", "recipe.yaml:2"),
         ("a: &a {b: 1}\nc:\n  <<: *a\n", "merge keys", "recipe.yaml:3"),
         ("? [a]\n: 3\n", "a key must be text", "recipe.yaml:1"),
+        ("a: &x 1\nb: &x 2\n", "found duplicate anchor 'x'", "recipe.yaml"),
         ("a: *b\n", "undefined alias 'b'", "recipe.yaml:1"),
         ("a: &a [*a]\n", "nested more than 24 deep", "recipe.yaml:1"),
         (BOMB, "more than 20,000 values", "recipe.yaml:1"),

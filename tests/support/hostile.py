@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -25,20 +27,38 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise TooLateError
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """How a command ended."""
+
+    code: int
+    said: str
+    error: object = None
+
+
 def attempt(*arguments: object, code: int | tuple[int, ...], seconds: float = SECONDS) -> str:
-    """Run a command in this process and return what it says; `code` is what it may end with."""
+    """Run a command and return what it says; `code` is what it may end with."""
+    found = RUNNERS[-1]([str(argument) for argument in arguments], seconds)
+    assert found.code in (code if isinstance(code, tuple) else (code,)), (found.said, found.error)
+    assert "Traceback" not in found.said
+    assert not STEERING.search(found.said.replace("\r", "")), found.said
+    return " ".join(found.said.split())
+
+
+def run_here(arguments: Sequence[str], seconds: float) -> Attempt:
+    """Run a command in this process, for so long and no longer."""
     handler = signal.signal(signal.SIGALRM, _stop)
     left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result: Result = CliRunner().invoke(app, list(arguments))
     finally:
         signal.setitimer(signal.ITIMER_REAL, left)
         signal.signal(signal.SIGALRM, handler)
-    said = result.stderr
-    assert result.exit_code in (code if isinstance(code, tuple) else (code,)), (said, result.exception)
-    assert "Traceback" not in said
-    assert not STEERING.search(said.replace("\r", "")), said
-    return " ".join(said.split())
+    return Attempt(result.exit_code, result.stderr, result.exception)
+
+
+RUNNERS: list[Callable[[Sequence[str], float], Attempt]] = [run_here]
+"""The last one runs commands: here, or measured in a process of their own."""
 
 
 def prepare(rows: Path | str, *, code: int | tuple[int, ...], task: str = "chat", **source: object) -> str:

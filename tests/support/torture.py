@@ -181,8 +181,6 @@ class Torture:
             if not chosen.damages:
                 outcome.lost += find_lost(again.said, done, newest, scenario)
             self._compare(outcome, reference, spoiled)
-            if not outcome.good and os.environ.get("TORTURE_KEEP"):
-                shutil.copytree(self.round, Path(os.environ["TORTURE_KEEP"]) / str(number))
             return outcome
 
     def _judge(self, outcome: Outcome, ended: Ended, fault: Fault) -> None:

@@ -1,0 +1,125 @@
+"""A real server and real sockets: clients that ask nothing, slowly or too much keep no other from an answer."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from support.finished import finish_run
+from support.runs import llmtune
+from support.serving import Process
+
+from llmtune.serve.connections import HEAD_SECONDS
+
+IDLE = 1200
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return finish_run(tmp_path_factory.mktemp("served"), tiny_llama, evaluate={"metrics": ["loss"]})
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Process]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with Process(run) as process:
+        yield process
+        process.terminate()
+        code, errors = process.end()
+        assert (code, "Traceback" in errors) == (143, False), errors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def connect(server: Process) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+@contextmanager
+def longest_wait(server: Process, figures: dict[str, float]) -> Iterator[None]:
+    """Ask for /health all the time inside the block, and note the longest that an answer took."""
+    done = threading.Event()
+    waits: list[float] = []
+
+    def watch() -> None:
+        with httpx.Client(timeout=60) as client:
+            while not done.is_set():
+                began = time.monotonic()
+                assert client.get(f"{server.url}/health/ready").status_code == 200
+                waits.append(time.monotonic() - began)
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        figures["asked"], figures["longest"] = len(waits), max(waits)
+
+
+def test_twelve_hundred_idle_connections_shut_nobody_out(server: Process) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(server)) for _ in range(IDLE)]
+        began = time.monotonic()
+        asked = {"messages": [{"role": "user", "content": "What comes after 3?"}], "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=30)
+        seconds = time.monotonic() - began
+        assert answer.status_code == 200
+        print(f"{len(idle)} idle connections: an answer after {seconds:.2f} s")
+        assert seconds < 5
+
+
+def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(server: Process) -> None:
+    with connect(server) as slow:
+        slow.settimeout(0.5)
+        slow.sendall(b"GET /health/ready HTTP/1.1\r\nHost: localhost\r\nX: ")
+        began = time.monotonic()
+        while time.monotonic() - began < 3 * HEAD_SECONDS:
+            try:
+                slow.sendall(b"x")
+                if slow.recv(100) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        seconds = time.monotonic() - began
+        print(f"a slow head is cut after {seconds:.1f} s")
+        assert seconds < HEAD_SECONDS + 5
+
+
+LARGE = {
+    "one message of 1.9 MB": [{"role": "user", "content": "some words " * 172_000}],
+    "30,000 messages": [{"role": ("user", "assistant")[n % 2], "content": f"word {n}"} for n in range(29_999)],
+    "60,000 parts": [{"role": "user", "content": [{"type": "text", "text": ""}] * 60_000}],
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_request_holds_up_no_other_answer(server: Process, kind: str) -> None:
+    figures: dict[str, float] = {}
+    with longest_wait(server, figures):
+        began = time.monotonic()
+        asked = {"messages": LARGE[kind], "max_tokens": 1}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=120)
+        seconds = time.monotonic() - began
+    print(f"{kind}: {answer.status_code} after {seconds:.1f} s; /health {figures}")
+    assert answer.status_code in (400, 413)
+    assert figures["longest"] < 0.5
+
+
+def test_a_key_file_that_is_a_device_is_refused(run: Path) -> None:
+    done = llmtune("deploy", "serve", run, "--api-key-file", "/dev/zero", cwd=run.parent, timeout=60)
+    assert done.returncode == 2
+    assert "not a regular file" in done.stderr
