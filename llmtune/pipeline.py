@@ -18,7 +18,6 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
 from llmtune.adapter.load import find_adapter
-from llmtune.conclusion import conclude, make_report
 from llmtune.data.data_report import describe_examples
 from llmtune.data.examples import encode_rows, examples_inputs, load_examples
 from llmtune.data.preparation import prepare_rows
@@ -30,9 +29,10 @@ from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, save_evaluation
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
-from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.results import load_base
+from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.model.device import pick_device
 from llmtune.model.heads import head_is_new
@@ -42,22 +42,18 @@ from llmtune.model.model_selection import rank_candidates
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
-from llmtune.report.write import write_report
-from llmtune.session import (
-    Models,
-    Options,
-    RunContext,
-    locate_pinned,
-    lock_run,
-    open_finished,
-    trained_name,
-)
+from llmtune.report.render_terminal import print_blocks
+from llmtune.report.score_sections import seed_table
+from llmtune.report.write import report_json, write_report
+from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_file, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
+from llmtune.tasks.base import next_steps
 from llmtune.train.setup import train_inputs
+from llmtune.train.trackers import log_results
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,9 +91,29 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, train
         )
         run_steps(context, loaded, options, trainer or RunContext.train_here)
         if recipe.train.seeds and options.until in UNTIL:
-            write_report(make_report(context), path)  # a further seed may be stopped
+            write_report(
+                make_report(context.folder, recipe, context.device, context.skipped), path
+            )  # a further seed may be stopped
             run_seeds(context, loaded, options, trainer)
         return conclude(context, gated=options.until in {"run", "evaluate"})
+
+
+def conclude(context: RunContext, *, gated: bool) -> Json:
+    """Write the report and return it; print the verdict, send it to trackers, and raise a gate that failed."""
+    path, console = context.folder.path, context.console
+    report = make_report(context.folder, context.recipe, context.device, context.skipped)
+    write_report(report, path)
+    if report.seeds:
+        print_blocks([seed_table(report.seeds)], console)
+        console.print(report.seeds.told, highlight=False)
+    if gated:
+        if not context.skipped.get("evaluate", True):
+            log_results(report, context.recipe.train.report_to, path, context.device, offline=context.offline)
+        console.print(f"[bold]{report.verdict.word}[/]: {escape(report.verdict.reason)}", highlight=False)
+        context.folder.note(next_steps=next_steps(path, context.task))
+        console.print(context.folder.findings["next_steps"], highlight=False, markup=False, soft_wrap=True)
+        require_gates(report.gates)
+    return report_json(report)
 
 
 def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:

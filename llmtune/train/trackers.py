@@ -8,7 +8,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from llmtune.report.report_record import Report
 from llmtune.store.atomic_files import explained, read_json, write_json
+from llmtune.store.process_environment import LOCAL_TRACKERS
 
 NAMED = {
     "wandb": "name",
@@ -42,13 +44,21 @@ def start_trackers(
             write_json(run / FOLDER / IDS, ids)
 
 
-def log_results(
-    names: Sequence[str], project: str, run: Path, device: str, values: Mapping[str, str | float], step: int
-) -> None:
-    """Send what a run came to, to the trackers that have its training."""
-    accelerator = Accelerator(cpu=device == "cpu", log_with=list(names), project_config=tracker_folder(run))
-    start_trackers(accelerator, names, project, run, None)
-    accelerator.log({**values}, step=step)
+def log_results(report: Report, trackers: Sequence[str], run: Path, device: str, *, offline: bool) -> None:
+    """Send scores, verdict and run folder to the trackers that have the training; offline to those on this machine."""
+    names = [name for name in trackers if name in LOCAL_TRACKERS or not offline]
+    if not names or report.evaluation is None or report.train is None:
+        return
+    values: dict[str, str | float] = {
+        f"evaluation/{model}/{metric}": score
+        for model in ("base", "tuned")
+        for metric, score in report.evaluation.by_name(model).items()
+    }
+    values |= {f"evaluation/difference/{name}": one.value for name, one in report.evaluation.differences().items()}
+    values |= {"verdict": f"{report.verdict.word}: {report.verdict.reason}", "run_folder": str(run)}
+    accelerator = Accelerator(cpu=device == "cpu", log_with=names, project_config=tracker_folder(run))
+    start_trackers(accelerator, names, report.name, run, None)
+    accelerator.log(values, step=report.train["steps"])
     accelerator.end_training()
 
 

@@ -1,4 +1,4 @@
-"""How a run ends: what its trackers get."""
+"""What trackers get when a run ends."""
 
 from __future__ import annotations
 

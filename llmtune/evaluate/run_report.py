@@ -1,0 +1,58 @@
+"""The report of a run, put together from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmtune import __version__
+from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.gates import check_gates
+from llmtune.recipe import Recipe
+from llmtune.records import Evaluation
+from llmtune.report.redaction import redact_all
+from llmtune.report.report_page import find_explanations
+from llmtune.report.report_record import Report, Seeds, collect_facts
+from llmtune.report.seed_variance import describe_spread
+from llmtune.report.verdict import verdict
+from llmtune.store.atomic_files import read_json_lines
+from llmtune.store.run_folder import RunFolder
+from llmtune.store.run_lock import hardware, package_versions
+from llmtune.store.seed_runs import is_done, seed_folder
+
+
+def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping[str, bool]) -> Report:
+    """Put together everything that a run found out, without its secrets."""
+    evaluation = load_evaluation(folder.path / "evaluation") if folder.is_done("evaluate") else None
+    seeds = collect_seeds(folder.path, recipe, evaluation)
+    curve = read_json_lines(folder.path / "metrics.jsonl")
+    report = Report(
+        llmtune=__version__,
+        name=recipe.name,
+        task=recipe.task,
+        verdict=verdict(evaluation, seeds, curve),
+        recipe=recipe.model_dump(mode="json"),
+        recipe_yaml=(folder.path / "recipe.yaml").read_text(encoding="utf-8"),
+        fingerprint=folder.manifest["fingerprint"],
+        hardware={**hardware(), "device": device, "packages": package_versions()},
+        steps=folder.timings(skipped),
+        evaluation=evaluation,
+        seeds=seeds,
+        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
+        explanations=find_explanations(folder.path),
+        **collect_facts(folder.manifest, curve),
+    )
+    return redact_all(report)
+
+
+def collect_seeds(run: Path, recipe: Recipe, own: Evaluation | None) -> Seeds | None:
+    """Return what the scores of all seeds come to; None without further seeds or without scores of the run's own."""
+    if not recipe.train.seeds or own is None or not own.tuned:
+        return None
+    scored = {recipe.seed: own}
+    for seed in recipe.train.seeds:
+        folder = seed_folder(run, seed)
+        evaluation = load_evaluation(folder / "evaluation") if is_done(folder, "evaluate") else None
+        if evaluation is not None:
+            scored[seed] = evaluation
+    return describe_spread(scored, [seed for seed in recipe.train.seeds if seed not in scored])
