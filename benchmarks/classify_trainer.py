@@ -40,7 +40,8 @@ from transformers import (
 from llmtune.evaluate.metric import compare, measure_right
 from llmtune.model.device import resolve_dtype
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 
 SPLITS = ("train", "validation", "test")
 

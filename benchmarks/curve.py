@@ -37,7 +37,7 @@ from watch import describe_training, watch
 from llmtune.data.examples import ExampleReader
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.records import Example, Examples, ModelRef
 from llmtune.session import Options, RunContext
 from llmtune.train.batch_plan import StepPlan

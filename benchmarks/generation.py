@@ -39,7 +39,8 @@ from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.registry import get_task
 
 Prompts = list[list[int]]

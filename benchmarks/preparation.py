@@ -107,7 +107,7 @@ def run_llmtune(file: Path, asked: argparse.Namespace) -> dict[str, Any]:
     from llmtune.data.row_store import iterate_rows
     from llmtune.model.processor import load_processor
     from llmtune.model.resolve import resolve_model
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
     from llmtune.tasks.registry import get_task
     from llmtune.train.batch_plan import best_fit
 
@@ -156,7 +156,7 @@ def run_trl(file: Path, asked: argparse.Namespace, processes: int | None = None)
     from trl import SFTConfig, SFTTrainer
 
     from llmtune.model.resolve import resolve_model
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
     torch.set_num_threads(asked.threads)
     disable_progress_bars()

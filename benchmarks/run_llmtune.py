@@ -18,7 +18,7 @@ from rich.console import Console
 
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.records import Examples, Loss, ModelRef
 from llmtune.session import Options, RunContext
 from llmtune.train.loop import train

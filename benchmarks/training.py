@@ -129,7 +129,7 @@ def find_model(name: str) -> Path:
     from rich.console import Console
 
     from llmtune.model.resolve import resolve_model
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
     return resolve_model(name, ModelSection(name=name), Console(stderr=True), offline=True).path
 

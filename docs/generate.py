@@ -18,7 +18,7 @@ from guarantees_page import guarantee_blocks
 from recipe_reference import recipe_reference
 
 from llmtune.cli.app import EXIT_CODES, app
-from llmtune.recipe import json_schema
+from llmtune.recipe.schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("<!-- packages: made by `make docs` -->", "<!-- end of packages -->")

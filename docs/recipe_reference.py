@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from llmtune.recipe import TASK_FACTS, Recipe, Source, json_schema
+from llmtune.recipe.data_section import Source
 from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.gate_grammar import FORMS
-from llmtune.recipe.schema import EXTENDS
+from llmtune.recipe.schema import EXTENDS, Recipe, json_schema
 from llmtune.recipe.section import Section, find_section
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.train_section import SCHEDULE_OPTIONS
 from llmtune.recipe.yaml_writer import scalar
 

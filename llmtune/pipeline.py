@@ -40,7 +40,7 @@ from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_selection import rank_candidates
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import LoadedRecipe
+from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.score_sections import seed_table

@@ -16,7 +16,9 @@ from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.model.device import describe_device, pick_device
 from llmtune.pipeline import KEPT, Trainer, run_pipeline
-from llmtune.recipe import DataSection, LoadedRecipe, Recipe, Source
+from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
 from llmtune.session import Options
 from llmtune.store.atomic_files import hash_file, list_folder, write_json

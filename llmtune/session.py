@@ -27,7 +27,8 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import resolve_checkpointing
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import LoadedRecipe, Recipe
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
 from llmtune.records import AdaptedModel, Examples, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner

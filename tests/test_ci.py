@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from llmtune import __version__
 from llmtune.cli.app import app
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 CI = ROOT / "examples" / "ci"

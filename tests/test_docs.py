@@ -13,7 +13,7 @@ from support.runs import llmtune
 from typer.main import get_command
 
 from llmtune.cli.app import app
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [

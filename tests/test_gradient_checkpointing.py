@@ -10,7 +10,7 @@ from support.runs import write_recipe
 
 from llmtune.adapter.injection import inject
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 SAID = "train.gradient_checkpointing: auto computes activations again"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llmtune.cli.app import app
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.reproduce import Tolerances, explain, reproduce
 from llmtune.session import Options
 from llmtune.store.run_folder import read_run

@@ -19,7 +19,7 @@ from support.runs import llmtune, write_recipe
 
 from llmtune.errors import GateFailed, Problem, Stopped
 from llmtune.pipeline import evaluate_run, run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options, RunContext
 from llmtune.store.run_folder import read_run, recipe_of_run
 from llmtune.store.verification import verify

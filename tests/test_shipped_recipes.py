@@ -21,7 +21,8 @@ from llmtune.data.chat_rows import chat_from_messages
 from llmtune.data.chat_template import read_template
 from llmtune.errors import EnvironmentProblem
 from llmtune.pipeline import Options, run_pipeline
-from llmtune.recipe import find_recipe, list_recipes, load_recipe
+from llmtune.recipe.builtin import find_recipe, list_recipes
+from llmtune.recipe.loader import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 BUILDERS: dict[str, Callable[[Path], Path]] = {

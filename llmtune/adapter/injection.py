@@ -25,7 +25,8 @@ from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
 
 if TYPE_CHECKING:
-    from llmtune.recipe import AdapterSection, Recipe
+    from llmtune.recipe.adapter_section import AdapterSection
+    from llmtune.recipe.schema import Recipe
 
 _MUTATING = ("pissa", "olora")
 """Starts that move a part of the base weights into the adapter."""

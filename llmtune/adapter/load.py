@@ -25,7 +25,8 @@ from llmtune.records import SelectedModel
 from llmtune.store.resource_limits import limited
 
 if TYPE_CHECKING:
-    from llmtune.recipe import AdapterSection, Recipe
+    from llmtune.recipe.adapter_section import AdapterSection
+    from llmtune.recipe.schema import Recipe
 
 PATTERN_SECONDS = 2.0
 MAX_RANK = 2**14

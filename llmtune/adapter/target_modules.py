@@ -16,7 +16,7 @@ from llmtune.model.config import head_names, in_heads, linear_shapes
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
-    from llmtune.recipe import AdapterSection
+    from llmtune.recipe.adapter_section import AdapterSection
 
 _ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
 PATTERN_SECONDS = 2.0

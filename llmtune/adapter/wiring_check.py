@@ -20,7 +20,7 @@ from llmtune.model.library_logging import hushed
 from llmtune.records import SelectedModel
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 _PROBE_TOKENS = 12
 _PROBE_SAMPLES = 8000

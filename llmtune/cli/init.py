@@ -44,7 +44,9 @@ def init(
     """Write a recipe for a file of rows: task, columns, lengths and a model that fits this machine."""
     from llmtune.data.file_survey import list_readings, survey_file
     from llmtune.launch.recipe_check import check_recipe
-    from llmtune.recipe import TASK_FACTS, json_schema, load_recipe
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.recipe.schema import json_schema
+    from llmtune.recipe.task_facts import TASK_FACTS
 
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
@@ -77,7 +79,7 @@ def init(
 
 def _unread(survey: Survey, task: str | None) -> LlmtuneError:
     from llmtune.data.file_survey import refusals
-    from llmtune.recipe import TASK_FACTS
+    from llmtune.recipe.task_facts import TASK_FACTS
 
     known = "\n    ".join(refusals(survey))
     ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename" if task is None else "Rename"
@@ -108,7 +110,7 @@ def _choose(readings: list[Reading], asks: bool, console: Console) -> Reading:
 
 def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) -> FirstRecipe:
     from llmtune.data.schema_inference import source_line
-    from llmtune.recipe import Source
+    from llmtune.recipe.data_section import Source
     from llmtune.recipe.first_recipe import propose
     from llmtune.recipe.yaml_writer import scalar
     from llmtune.store.machine import likely_device, list_cards, memory_limit

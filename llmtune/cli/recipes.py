@@ -23,7 +23,7 @@ def list_(as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmtune.recipe import list_recipes
+    from llmtune.recipe.builtin import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -46,7 +46,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print a recipe with every value resolved."""
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
     if as_json:
@@ -65,7 +65,7 @@ def new(
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file (default: print).")] = None,
 ) -> None:
     """Write a recipe to start from; comments mark what must be set."""
-    from llmtune.recipe import new_recipe
+    from llmtune.recipe.builtin import new_recipe
 
     text = new_recipe(task)
     if out is None:
@@ -83,7 +83,7 @@ def new(
 def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) -> None:
     """Check a recipe: every problem at once, with file and line; and the files, columns and trackers that it names."""
     from llmtune.launch.recipe_check import check_recipe, marks_left
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets or [])
     marks = marks_left(loaded)
@@ -105,6 +105,6 @@ def check(recipe: RecipeArgument, sets: Sets = None, as_json: AsJson = False) ->
 @handled
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from llmtune.recipe import json_schema
+    from llmtune.recipe.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))

@@ -27,8 +27,8 @@ from rich.markup import escape
 
 from llmtune import errors
 from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError, Stopped, nearest
-from llmtune.recipe import LoadedRecipe, load_recipe
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
+from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import GateResult, Json
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network

@@ -11,9 +11,9 @@ from pathlib import Path
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
-from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
-from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
+from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TASK_FACTS
 from llmtune.records import Evaluation, Json
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 

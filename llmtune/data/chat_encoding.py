@@ -19,7 +19,7 @@ from llmtune.records import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from llmtune.store.resource_limits import LimitExceeded, limited
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Conversation = Sequence[Mapping[str, object]]
 """Messages of whatever origin; `clean` makes those that templates take."""

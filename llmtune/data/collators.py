@@ -32,7 +32,7 @@ from llmtune.records import Batch, Collate, Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Int64 = npt.NDArray[np.int64]
 

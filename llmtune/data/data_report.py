@@ -25,7 +25,7 @@ from llmtune.report.run_sections import lost_sentence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 BINS = 10
 BAR_CELLS = 40

@@ -29,8 +29,8 @@ from llmtune.data.tool_support import check_tools
 from llmtune.data.unknown_tokens import UNKNOWN, find_unknown, refused_token
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem
-from llmtune.recipe import TASK_FACTS
 from llmtune.recipe.data_section import ENCODING_KEYS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Example, Examples, ModelRef, Rows
 from llmtune.store.atomic_files import explained, hash_value, read_json, write_json
 from llmtune.store.run_lock import package_versions
@@ -38,7 +38,7 @@ from llmtune.store.run_lock import package_versions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 BATCH_ROWS = 512
 BATCH_RECORDINGS = 32

@@ -14,7 +14,7 @@ import xxhash
 
 from llmtune.data.file_readers import RawRow, name_classes
 from llmtune.errors import DataError, EnvironmentProblem
-from llmtune.recipe import Source
+from llmtune.recipe.data_section import Source
 from llmtune.store.atomic_files import explained, write_text
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from llmtune.data.row_hash import hash_content, to_json
 from llmtune.data.row_store import HashedRow, Spool
 from llmtune.data.sources import Detected, encoding_hint
 from llmtune.errors import DataError, Problem, nearest
-from llmtune.recipe import DataSection
+from llmtune.recipe.data_section import DataSection
 from llmtune.records import SPLITS
 
 SHOWN = 20

@@ -26,8 +26,8 @@ from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
 from llmtune.errors import DataError, Problem
-from llmtune.recipe import DataSection, Recipe
-from llmtune.recipe.data_section import ENCODING_KEYS
+from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
+from llmtune.recipe.schema import Recipe
 from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value
 

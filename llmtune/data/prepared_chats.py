@@ -23,7 +23,7 @@ from llmtune.data.tokenization import tokenize_distinct
 if TYPE_CHECKING:
     import re
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Ids = Mapping[str, list[int]]
 """The token ids of each rendered text."""

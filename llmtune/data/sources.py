@@ -22,8 +22,9 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
 from llmtune.errors import STEERING, DataError, Problem, nearest, visible
-from llmtune.recipe import TASK_FACTS, DataSection, Source
 from llmtune.recipe.builtin import recipes_folder
+from llmtune.recipe.data_section import DataSection, Source
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.user_files import match_files, walk_files
 from llmtune.records import SPLITS
 from llmtune.store.atomic_files import hash_file, hash_recording

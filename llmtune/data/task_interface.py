@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Encoded: TypeAlias = list[Example] | str
 """The examples of a row, or the reason why it has none."""

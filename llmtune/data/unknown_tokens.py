@@ -11,7 +11,7 @@ from llmtune.records import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 UNKNOWN = "text that the tokenizer does not know (<unk>) in what is learned"
 """How the reason begins for a row with such a target."""

@@ -16,7 +16,7 @@ from llmtune.data.rendering_check import RenderingCheck
 from llmtune.records import Example
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

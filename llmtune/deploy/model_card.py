@@ -17,7 +17,8 @@ from rich.console import Console
 from llmtune.deploy.hub import PACKAGED_MODELS, UNKNOWN, find_license
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.deploy.path_redaction import hide_paths, is_local_path
-from llmtune.recipe import TASK_FACTS, Recipe
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
 from llmtune.report.metric_info import METRIC_NOTES
 from llmtune.report.number_format import missing

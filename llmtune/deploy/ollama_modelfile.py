@@ -16,7 +16,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from llmtune.data.chat_template import TemplateRefusal, read_template
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.store.atomic_files import write_text
 
 Messages = Sequence[dict[str, str]]

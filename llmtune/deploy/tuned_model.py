@@ -26,7 +26,7 @@ from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.model_inputs import decoder_inputs, move_to, read_inputs
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
 from llmtune.report.render_terminal import follow
 from llmtune.session import Models, RunContext, trained_name

@@ -34,8 +34,8 @@ from llmtune.evaluate.lm_eval import (
 from llmtune.evaluate.metric import Measure, PairedMeasures, columns, measure_means, ratio
 from llmtune.evaluate.paired_statistics import Floats, Formula
 from llmtune.model.device import resolve_dtype
-from llmtune.recipe import Recipe
 from llmtune.recipe.eval_suites_section import plain_name
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Study
 from llmtune.store.atomic_files import write_text
 

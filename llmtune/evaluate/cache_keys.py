@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.evaluate.lm_eval_tasks import list_task_files
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
 from llmtune.store.run_lock import package_versions

@@ -23,7 +23,7 @@ from llmtune.records import Examples, Row, Rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 SPLIT = "test"
 

@@ -19,7 +19,7 @@ from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.records import Advance, Difference, Study, StudyTable
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 OWN_FILES = resources.files("llmtune.evaluate")
 """What comes with llmtune: `general` and `groups`."""

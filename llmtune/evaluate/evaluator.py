@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 ModelLoaders: TypeAlias = "Mapping[str, Callable[[], AbstractContextManager[torch.nn.Module]]]"
 """Contexts that load the "base" and "tuned" model."""

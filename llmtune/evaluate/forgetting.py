@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PROMPT = "Question: {question}\nAnswer:"
 """As lm-eval puts ARC and its like; what follows is a space and the answer."""

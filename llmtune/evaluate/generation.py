@@ -20,12 +20,12 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.device import memory_limit
 from llmtune.model.oom import is_out_of_memory
 from llmtune.model.self_checks import positions_depend_on_neighbours
-from llmtune.recipe import TASK_FACTS
+from llmtune.recipe.task_facts import TASK_FACTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 CACHE_SHARE = 1 / 8
 """Of the device's memory, what the keys and values of one batch may take up."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 KEY = "evaluate.benchmarks"
 RUN_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, OSError)

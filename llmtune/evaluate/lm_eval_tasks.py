@@ -23,7 +23,7 @@ from llmtune.recipe.eval_suites_section import TASK_FILES
 from llmtune.recipe.user_files import read_text
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PACKAGE, EXTRA = "lm_eval", "benchmarks"
 READERS = frozenset({"json", "csv", "parquet", "text", "arrow", "pandas", "xml", "imagefolder", "audiofolder"})

@@ -8,7 +8,7 @@ from pathlib import Path
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact_all
 from llmtune.report.report_page import find_explanations

@@ -15,7 +15,7 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.data.sources import ENDINGS, PACKED
 from llmtune.errors import DataError, Problem
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
-from llmtune.recipe import Source
+from llmtune.recipe.data_section import Source
 from llmtune.recipe.eval_suites_section import OWN
 
 BLANK = "BLANK"

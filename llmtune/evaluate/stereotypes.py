@@ -38,7 +38,7 @@ from llmtune.report.verdict import FEWEST_ROWS
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 MASKED = "AutoModelForMaskedLM"
 WITH_LIKELIHOODS = ("AutoModelForCausalLM", MASKED)

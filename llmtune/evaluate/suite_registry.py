@@ -19,7 +19,7 @@ from llmtune.recipe.eval_suites_section import SUITE_KEYS
 from llmtune.records import Study
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Suite = EvalSuite[Any]
 SUITES: dict[str, dict[str, type[Suite]]] = {

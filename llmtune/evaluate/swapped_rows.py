@@ -29,7 +29,7 @@ from llmtune.report.verdict import FEWEST_ROWS
 if TYPE_CHECKING:
     import torch
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 FIX = "Write two different words a line: woman,man"
 TEXTS = ("prompt", "completion", "source", "document", "question", "context", "text", "pair", "chosen", "rejected")

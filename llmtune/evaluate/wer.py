@@ -23,7 +23,7 @@ from llmtune.recipe.user_files import read_text
 if TYPE_CHECKING:
     from jiwer import AlignmentChunk
 
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
 SPELLINGS = "normalizer.json"
 NORMALISERS = ("none", "basic", "whisper")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmtune.explain.inputs import ModelInputs
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 LISTED = 40
 """Tokens of a step that are listed, the likeliest first."""

@@ -17,7 +17,8 @@ from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.explain.target import Target
 from llmtune.explain.token_text import Line, time_line
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe import Recipe, SpeechSection
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_sections import SpeechSection
 from llmtune.tasks.chat import Chat
 from llmtune.tasks.completion import MaskedCompletion
 from llmtune.tasks.language_codes import has_languages

@@ -18,7 +18,8 @@ from llmtune.model.device import pick_device
 from llmtune.model.loading import load_plain
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import ModelSection, Recipe
+from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.store.run_folder import MANIFEST, read_run, recipe_of_run
 from llmtune.tasks.chat import Chat

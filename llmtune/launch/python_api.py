@@ -14,7 +14,7 @@ from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
 
 
@@ -55,7 +55,7 @@ def run(
         LlmtuneError: one of its kinds, with all that is wrong in one message. After a `GateFailed` the run folder is
             complete, and `load_run` opens it.
     """
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
     sets = [f"{key}={value}" for key, value in (set or {}).items()]
@@ -107,7 +107,7 @@ def run_recipe(
 ) -> Json:
     """Run a recipe in this process, or train it in several; return what report.json holds."""
     from llmtune.launch.recipe_check import check_recipe, marks_left
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path, peek_run
     from llmtune.store.run_lock import read_pins
 

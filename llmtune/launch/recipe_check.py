@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem, nearest
-from llmtune.recipe import LoadedRecipe, new_recipe
+from llmtune.recipe.builtin import new_recipe
+from llmtune.recipe.loader import LoadedRecipe
 
 if TYPE_CHECKING:
     from llmtune.data.sources import Detected

@@ -16,7 +16,7 @@ from llmtune.errors import GateFailed
 from llmtune.evaluate.cache_keys import suite_files
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
 from llmtune.evaluate.gates import require_gates
-from llmtune.recipe import LoadedRecipe
+from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import GateResult, Json
 from llmtune.store.atomic_files import hash_file, hash_value, read_json, write_json
 from llmtune.store.machine import likely_device

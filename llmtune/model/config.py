@@ -23,7 +23,8 @@ from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
 if TYPE_CHECKING:
-    from llmtune.recipe import ModelSection, Recipe
+    from llmtune.recipe.model_section import ModelSection
+    from llmtune.recipe.schema import Recipe
 
 NEWER = "The file is damaged, or the model is newer than the installed transformers: pip install -U transformers."
 OTHER_CLASSES = "llmtune_other_classes"

@@ -14,7 +14,7 @@ from llmtune.records import ModelRef
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 _UNNAMED = "LABEL_"
 

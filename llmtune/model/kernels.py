@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 _OWN_LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 """Liger's options for the loss, which is llmtune's own: on the supervised tokens only, with a sum and a count."""

@@ -42,7 +42,8 @@ from llmtune.model.self_checks import (
 from llmtune.records import MemoryPlan, ModelRef, SelectedModel
 
 if TYPE_CHECKING:
-    from llmtune.recipe import ModelSection, Recipe
+    from llmtune.recipe.model_section import ModelSection
+    from llmtune.recipe.schema import Recipe
 
 NOT_LOADED = "the weights cannot be loaded"
 AGAIN = "Get the model again from where it comes from; `llmtune doctor` shows what this machine has."

@@ -21,7 +21,8 @@ from llmtune.records import MemoryPlan, ModelRef
 from llmtune.report.number_format import size as format_bytes
 
 if TYPE_CHECKING:
-    from llmtune.recipe import AdapterSection, Recipe
+    from llmtune.recipe.adapter_section import AdapterSection
+    from llmtune.recipe.schema import Recipe
 
 _OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
 """State bytes per trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""

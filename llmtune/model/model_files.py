@@ -15,7 +15,7 @@ from llmtune.recipe.user_files import check_regular, open_regular, read_text
 from llmtune.store.atomic_files import MODEL_ENDINGS
 
 if TYPE_CHECKING:
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
 _LONGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_JSON_BYTES = 2**28

@@ -31,7 +31,7 @@ from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
 from llmtune.report.number_format import size as format_bytes
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""

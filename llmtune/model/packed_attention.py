@@ -31,7 +31,7 @@ from llmtune.recipe.task_facts import TASK_FACTS
 
 if TYPE_CHECKING:
     from llmtune.data.task_interface import TaskInterface
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PACKED = "llmtune_packed"
 """The name under which transformers knows this attention."""

@@ -17,7 +17,7 @@ from llmtune.recipe.user_files import read_text
 from llmtune.records import ModelRef
 
 if TYPE_CHECKING:
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
 PREPROCESSOR = "preprocessor_config.json"
 _FAST = "PreTrainedTokenizerFast"

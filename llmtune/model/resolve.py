@@ -27,7 +27,7 @@ from llmtune.records import ModelRef
 from llmtune.store.atomic_files import list_model
 
 if TYPE_CHECKING:
-    from llmtune.recipe import ModelSection
+    from llmtune.recipe.model_section import ModelSection
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")

@@ -22,7 +22,7 @@ from llmtune.serve.finished_run import FinishedRun
 from llmtune.serve.served_model import ServedModel
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 INPUT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "text", "source", "document"),

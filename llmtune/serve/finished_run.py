@@ -16,7 +16,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.generation import generate
 from llmtune.model.heads import head_is_new
-from llmtune.recipe import TASK_FACTS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult, ModelRef
 from llmtune.serve.answer_stream import Delta
 from llmtune.serve.chat_session import ChatSession
@@ -28,7 +28,7 @@ from llmtune.tasks.base import AnyTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Inputs = Mapping[str, str | None]
 """What a task is given, by the names of `Task.inputs`."""

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

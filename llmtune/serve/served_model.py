@@ -33,7 +33,7 @@ from llmtune.tasks.base import AnyTask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from llmtune.recipe import TASK_FACTS
+from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.serve.request_queue import End
 from llmtune.serve.schemas import ERROR_RESPONSES, ApiError, RequestModel, Text
 from llmtune.serve.sse import until_disconnect

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmtune.errors import EnvironmentProblem, Problem
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 LOCAL_TRACKERS = {"tensorboard"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

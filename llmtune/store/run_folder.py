@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from llmtune import __version__
 from llmtune.errors import Problem, RecipeError
-from llmtune.recipe import LoadedRecipe, reload_recipe
+from llmtune.recipe.loader import LoadedRecipe, reload_recipe
 from llmtune.records import StepTiming
 from llmtune.store.atomic_files import (
     exclusive,

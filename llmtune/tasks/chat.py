@@ -15,7 +15,7 @@ from llmtune.tasks.base import DecoderTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 class Chat(DecoderTask[ChatRow]):

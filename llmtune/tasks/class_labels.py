@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from llmtune.data.labelled_rows import Label
 from llmtune.errors import DataError, Problem, RecipeError
 from llmtune.evaluate.classification_metrics import CLASS_METRICS
-from llmtune.recipe import TASK_FACTS, ClassifySection
+from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_sections import ClassifySection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -33,7 +33,7 @@ from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.config import head_names, in_heads
 from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import read_inputs
-from llmtune.recipe import ClassifySection
+from llmtune.recipe.task_sections import ClassifySection
 from llmtune.records import SPLITS, AdaptedModel, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
 from llmtune.tasks.class_labels import (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 FEWEST = 2
 """Classes that there must be."""

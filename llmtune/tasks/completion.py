@@ -20,7 +20,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.causal_lm_loss import causal_loss
-from llmtune.recipe import CompletionSection
+from llmtune.recipe.task_sections import CompletionSection
 from llmtune.records import Batch, Example, Loss
 from llmtune.tasks.base import DecoderTask, Endpoint, Task
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.modeling_outputs import MaskedLMOutput
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 Ids: TypeAlias = npt.NDArray[np.int64]
 

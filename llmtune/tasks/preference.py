@@ -26,7 +26,7 @@ from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batc
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.heads import name_outputs, set_padding
 from llmtune.model.model_inputs import move_to
-from llmtune.recipe import PreferenceSection
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Example, Loss, Row, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.chat import question_messages
@@ -44,7 +44,7 @@ from llmtune.tasks.preference_metrics import Ratings, measure_preferences
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 class Preference(Task[Row, Ratings]):

@@ -39,7 +39,7 @@ import torch
 from torch.nn.functional import log_softmax, logsigmoid
 
 from llmtune.model.causal_lm_loss import causal_loss, predicted_logits, unwrap
-from llmtune.recipe import PreferenceSection
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Batch, Loss
 
 Reference = Callable[[], AbstractContextManager[object]]

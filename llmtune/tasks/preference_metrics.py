@@ -15,7 +15,7 @@ from llmtune.evaluate.metric import Measure, columns, difference_of_ratios, meas
 from llmtune.evaluate.paired_statistics import Floats
 
 if TYPE_CHECKING:
-    from llmtune.recipe import PreferenceSection
+    from llmtune.recipe.task_sections import PreferenceSection
 
 Ratings: TypeAlias = dict[str, float]
 """What a model makes of a row's answers: log-probabilities or scores by name."""

@@ -22,7 +22,7 @@ from llmtune.evaluate.text_metrics import measure_squad
 from llmtune.evaluate.token_batches import run_encoder
 from llmtune.model.config import is_encoder
 from llmtune.model.model_inputs import read_inputs
-from llmtune.recipe import QaSection
+from llmtune.recipe.task_sections import QaSection
 from llmtune.records import Batch, Example, Loss, Rows
 from llmtune.tasks.answer_windows import Window, answer_tokens, cut_context, explain_missing, find_span, trim
 from llmtune.tasks.base import Endpoint, Task, loss_of_rows
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 METRICS = ("exact_match", "f1")
 SOURCE = "question: {question} context: {context}"

@@ -16,12 +16,12 @@ from llmtune.data.rejected_rows import RowError
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError, nearest
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.token_batches import budget_for, run_in_batches
-from llmtune.recipe import SpeechSection
+from llmtune.recipe.task_sections import SpeechSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 WINDOWS = {"cpu": 8, "cuda": 64}
 """Windows that are heard at once."""

@@ -22,7 +22,7 @@ from llmtune.tasks.base import AnyTask, Task
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 __all__ = ["VARIANTS", "AnyTask", "Task", "choose_variant", "get_task"]
 

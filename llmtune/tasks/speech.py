@@ -25,7 +25,7 @@ from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.wer import find_spellings, measure_cer, measure_wer
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import move_to, read_inputs
-from llmtune.recipe import SpeechSection
+from llmtune.recipe.task_sections import SpeechSection
 from llmtune.records import Batch, Collate, Example, Loss
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.recordings import (
@@ -49,7 +49,7 @@ from llmtune.tasks.text_to_text import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 MEASURES = {"wer": measure_wer, "cer": measure_cer}
 MASKING = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")

@@ -10,7 +10,7 @@ from llmtune.tasks.base import Endpoint
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PROMPT = "{document}\n\nSummarize the text above."
 """The text comes first: where it is cut to `data.max_length`, its start goes, and the instruction stays."""

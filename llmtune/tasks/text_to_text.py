@@ -38,7 +38,7 @@ from llmtune.tasks.language_codes import has_languages, language_tokens, set_lan
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PROMPT_CUTS = 6
 """How often a prompt is cut: a cut text may take a token more than was counted."""

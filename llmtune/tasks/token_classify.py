@@ -25,7 +25,7 @@ from llmtune.model.config import is_encoder
 from llmtune.model.heads import name_outputs
 from llmtune.model.memory_plan import context_length
 from llmtune.model.model_inputs import read_inputs
-from llmtune.recipe import TokenClassifySection
+from llmtune.recipe.task_sections import TokenClassifySection
 from llmtune.records import SPLITS, Batch, Example, Loss, Rows
 from llmtune.tasks.base import Endpoint, Task
 from llmtune.tasks.class_labels import UNKNOWN_LABEL
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from transformers.modeling_outputs import TokenClassifierOutput
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 class TokenClassify(Task[TokenClassifyRow, list[str]]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.data.text_pair_rows import TranslateRow
 from llmtune.errors import Problem, RecipeError
-from llmtune.recipe import TranslateSection
+from llmtune.recipe.task_sections import TranslateSection
 from llmtune.tasks.base import Endpoint
 from llmtune.tasks.language_codes import has_languages
 from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, TextToText, fill_template
@@ -15,7 +15,7 @@ from llmtune.tasks.text_to_text import EncoderDecoder, Pair, PromptedDecoder, Te
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 PROMPT = "Translate from {source_language} into {target_language}.\n\n{source}"
 

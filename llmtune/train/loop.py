@@ -44,7 +44,7 @@ from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.signals import StopRequest, catch_signals
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 FIRST_SCALE = 2.0**16
 """Loss scale that float16 starts with; halved, and the step done again, whenever a gradient overflows."""

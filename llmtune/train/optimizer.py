@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from llmtune.errors import EnvironmentProblem, RecipeError
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")

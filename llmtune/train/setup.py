@@ -30,7 +30,7 @@ from llmtune.train.optimizer import build_optimizer, build_schedule
 from llmtune.train.trackers import start_trackers, tracker_folder
 
 if TYPE_CHECKING:
-    from llmtune.recipe import Recipe
+    from llmtune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from support.adapting import logits, open_model, quiet, recipe_with, train_a_lit
 from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.adapter.reference_model import KEPT, keep_reference, reference_of, switches_off
 from llmtune.adapter.saving import save_adapter
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 
 FRESH = {"lora": {}, "dora": {"use_dora": True}, "qlora": {"method": "qlora"}}
 COPIED = {

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from llmtune.cli.app import app
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 

@@ -14,7 +14,7 @@ from support.finished import write_sums
 from support.runs import write_recipe
 
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 ROWS = 60

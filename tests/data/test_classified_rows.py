@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from llmtune.data.labelled_rows import classified
 from llmtune.data.rejected_rows import RowError
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.classify import tokenize_texts
 
 

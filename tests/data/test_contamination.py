@@ -11,7 +11,7 @@ from support.rows import write_jsonl
 from llmtune.data.contamination import COMMON_ROWS, WORDS, compared_text, find_overlap, prompt_row
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_texts
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 RECIPE = """
 recipe_version: 1

@@ -34,7 +34,7 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_rows
 from llmtune.data.sources import hash_sources
 from llmtune.errors import LlmtuneError
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 for number, file in enumerate(sys.argv[2:]):
     data = load_recipe(file).recipe
     try:

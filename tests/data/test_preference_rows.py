@@ -13,7 +13,7 @@ from support.variants import PREFERENCE
 
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, parse_row
-from llmtune.recipe import PreferenceSection
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference import encode_answers
 
 QUESTION = {"role": "user", "content": "Which colour?"}

@@ -13,7 +13,7 @@ from support.runs import write_recipe
 from llmtune.data.rejected_rows import listed
 from llmtune.errors import DataError
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 BAD = '{"messages": [{"role": "user", "con'

@@ -15,7 +15,7 @@ import resource, sys
 from pathlib import Path
 from rich.console import Console
 from llmtune.data.preparation import prepare_rows
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 rows = prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]), Console(quiet=True))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 accounted = sum(rows.counts.values()) + sum(rows.dropped.values())

@@ -21,7 +21,7 @@ from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.tasks.registry import choose_variant
 
 

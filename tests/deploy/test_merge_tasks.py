@@ -19,7 +19,7 @@ from llmtune.deploy.merged_model import merge as merge_run
 from llmtune.deploy.parity import compare_outputs
 from llmtune.errors import GateFailed
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Options, open_finished
 

@@ -18,7 +18,7 @@ from llmtune.deploy.ollama_modelfile import (
     split_template,
     write_chat,
 )
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 LLAMA3 = templates.LLAMA3.replace("<|eot_id|>", "<|im_end|>")
 GEMMA = (

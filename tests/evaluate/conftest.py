@@ -22,7 +22,8 @@ from llmtune.evaluate.text_metrics import METRICS
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.registry import get_task
 
 RECIPE = """

@@ -20,7 +20,7 @@ from support.runs import write_recipe
 from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval import quietly
 from llmtune.pipeline import evaluate_run, run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks

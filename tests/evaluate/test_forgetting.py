@@ -22,8 +22,8 @@ from llmtune.evaluate.metric import PairedMeasures
 from llmtune.evaluate.perplexity import read_texts
 from llmtune.evaluate.suite_registry import check_variant
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import ForgettingSection
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from llmtune.tasks.registry import VARIANTS
 

@@ -15,7 +15,7 @@ from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, recipe_with, write_ta
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.evaluate.lm_eval import check_benchmarks, load_benchmarks, quietly
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from llmtune.evaluate.per_row_scores import MEASURES, PerRowScores, load_measure
 from llmtune.evaluate.text_metrics import TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.tool_metrics import ToolTurn, measure_tools
 from llmtune.evaluate.wer import measure_cer, measure_wer
-from llmtune.recipe import TASK_FACTS, PreferenceSection
-from llmtune.recipe.task_facts import TOOL_METRICS
+from llmtune.recipe.task_facts import TASK_FACTS, TOOL_METRICS
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences
 
 ROWS = 12

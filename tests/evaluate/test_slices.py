@@ -14,7 +14,7 @@ from llmtune.evaluate.classification_metrics import measure_correlation
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.metric import Measure, PairedMeasures, compare, measure_right
 from llmtune.evaluate.slices import read_slices, score_slices, split_by_value
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 ROWS = 40
 COLOURS = ("red", "green")

@@ -14,8 +14,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from llmtune.errors import DataError, GateFailed, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.suite_registry import check_inputs, check_variant
-from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import FairnessSection
+from llmtune.recipe.loader import load_recipe
 from llmtune.tasks import classify, completion
 from llmtune.tasks.registry import get_task
 

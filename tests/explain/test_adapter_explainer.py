@@ -20,7 +20,7 @@ from support.models import build_llama
 from llmtune.explain.adapter_explainer import MoveMap, arrange, explain_adapter, measure
 from llmtune.explain.trained_modules import Move, find_trained, read_adapter
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 invoke = partial(explain, "adapter")

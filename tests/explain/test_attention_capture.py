@@ -20,7 +20,7 @@ from llmtune.explain.attention_maps import AttentionMaps, Lines, Selection, merg
 from llmtune.explain.target import family_of
 from llmtune.explain.token_text import Line, Token
 from llmtune.model.loading import load_plain
-from llmtune.recipe import ModelSection
+from llmtune.recipe.model_section import ModelSection
 from llmtune.records import ModelRef
 
 FAMILIES = ("bert", "gpt2", "llama", "t5", "bart", "whisper", "deberta", "wav2vec2")

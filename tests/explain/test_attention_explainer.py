@@ -22,7 +22,7 @@ from llmtune.explain import attention_maps
 from llmtune.explain.attention_explainer import explain_attention
 from llmtune.explain.inputs import AttentionRequest
 from llmtune.model.library_logging import hushed
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 invoke = partial(explain, "attention")
 

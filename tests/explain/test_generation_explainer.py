@@ -21,7 +21,7 @@ from llmtune.data.chat_template import render_prompt
 from llmtune.explain.generation_explainer import find_parting
 from llmtune.explain.generation_trace import Sampling, score_answer
 from llmtune.explain.inputs import ModelInputs
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 invoke = partial(explain, "generation")
 

@@ -17,7 +17,7 @@ from transformers import (
 from llmtune.explain.generation_trace import Sampling, list_steps, score_answer, trace_answer, trace_masks
 from llmtune.explain.inputs import ModelInputs
 from llmtune.explain.logit_lens import HiddenStates
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 
 SMALLEST = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
 GREEDY = Sampling(max_new_tokens=6, temperature=0.7, top_p=0.9)

@@ -36,7 +36,9 @@ from llmtune.model.kernels import check_kernels
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import check_memory
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, Source, load_recipe
+from llmtune.recipe.data_section import Source
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.session import RunContext
 from llmtune.store.run_folder import default_path, peek_run
 from llmtune.train.accumulation import step_gradients, validation_loss

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.runs import invoke, write_recipe
 
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.validation import schema_problems
 
 RATE = "train.learning_rate"

@@ -23,7 +23,7 @@ from llmtune.model.heads import head_is_new, name_outputs
 from llmtune.model.loading import load_model, put_in_order
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.tasks.registry import get_task
 

@@ -18,7 +18,7 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.model_selection import rank_candidates
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Rows
 from llmtune.tasks.registry import get_task
 

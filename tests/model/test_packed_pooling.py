@@ -22,7 +22,7 @@ from llmtune.model.packed_attention import LENGTHS, PACKED, first_tokens, instal
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.model.self_checks import isolates_documents
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, SelectedModel
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant

@@ -13,7 +13,7 @@ from support.adapting import quiet, recipe_with
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import ModelSection
+from llmtune.recipe.model_section import ModelSection
 
 COMMIT = "a" * 40
 NOWHERE = "http://127.0.0.1:9"

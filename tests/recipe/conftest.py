@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import Problem, RecipeError
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 MINIMAL = "task: chat\ndata: {train: rows.jsonl}\nmodel: {name: owner/model}\n"
 

@@ -1,8 +1,9 @@
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import find_recipe, json_schema, list_recipes, load_recipe, new_recipe
-from llmtune.recipe.schema import Recipe
+from llmtune.recipe.builtin import find_recipe, list_recipes, new_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe, json_schema
 from llmtune.recipe.section import Section, descriptions, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
 

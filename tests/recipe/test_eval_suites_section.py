@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from llmtune.recipe import load_recipe
 from llmtune.recipe.eval_suites_section import plain_name, suite_name
 from llmtune.recipe.gate_grammar import GATE
+from llmtune.recipe.loader import load_recipe
 
 FAIR = "evaluate.fairness={}"
 HARNESS = "evaluate.benchmarks=[arc_easy, own/colours.yaml]"

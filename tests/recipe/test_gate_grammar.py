@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import Gate, parse_gate
+from llmtune.recipe.gate_grammar import Gate, parse_gate
 
 
 @pytest.mark.parametrize(

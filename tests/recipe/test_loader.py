@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import Source, load_recipe
+from llmtune.recipe.data_section import Source
+from llmtune.recipe.loader import load_recipe
 
 
 def test_a_minimal_recipe_has_every_default_of_the_design(write):

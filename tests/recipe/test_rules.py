@@ -1,6 +1,6 @@
 import pytest
 
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 
 TWO = "data.train=[a.jsonl, b.jsonl]"
 MASKED, PREFERENCE = ["task=completion", "completion.objective=masked"], ["task=preference"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.recipe import load_recipe, reload_recipe
+from llmtune.recipe.loader import load_recipe, reload_recipe
 
 FULL = """name: mine
 seed: 7

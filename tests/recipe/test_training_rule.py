@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.yaml_reader import MAX_BYTES, parse_yaml, resolve_scalar
 from llmtune.recipe.yaml_writer import scalar
 

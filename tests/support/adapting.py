@@ -19,7 +19,7 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel
 from llmtune.tasks.registry import get_task
 from support.models import train_tokenizer

@@ -30,7 +30,7 @@ from llmtune.model.library_logging import hushed
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Example
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from support.rows import write_jsonl
 
 COLOURS = ("red", "green", "blue", "black")

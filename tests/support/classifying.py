@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples
 from llmtune.session import Options
 from llmtune.tasks import classify

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from llmtune.cli.app import app
 from llmtune.explain.target import Target, open_target
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from support.rows import write_jsonl
 from support.runs import write_recipe

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import llmtune
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
 from llmtune.tasks.base import AnyTask
 from llmtune.train.setup import TrainContext, set_up

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from support.runs import write_recipe
 

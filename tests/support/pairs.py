@@ -18,7 +18,8 @@ from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Examples
 from llmtune.session import Options
 from llmtune.tasks.base import AnyTask

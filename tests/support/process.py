@@ -43,7 +43,7 @@ class Watched(io.TextIOBase):
 
 def main(words: list[str]) -> int:
     from llmtune.errors import LlmtuneError
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
     from support.training import adapt, read_examples, run_training
 
     parser = argparse.ArgumentParser()

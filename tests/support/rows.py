@@ -12,7 +12,8 @@ from rich.console import Console
 
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import iterate_rows
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import SPLITS, Rows
 
 

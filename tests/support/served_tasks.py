@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from support.audio import write_tone
 from support.families import build_bert, build_t5, build_whisper

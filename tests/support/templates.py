@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from support.models import CHATML, byte_level_tokenizer, train_tokenizer
 
 LLAMA2 = (

@@ -18,7 +18,8 @@ from llmtune.data.examples import SCHEMA, record_batch
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, TrainedRun
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import AnyTask

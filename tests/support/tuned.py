@@ -12,7 +12,8 @@ from llmtune.adapter.injection import inject
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel
 from llmtune.tasks.registry import get_task
 from support.runs import write_recipe

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmtune.evaluate.evaluated_task import LoadedModel
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import VARIANTS
 

@@ -16,7 +16,7 @@ def train_tiny(folder: str, run: str) -> dict[str, float]:
     """Train as `support.training` does, from a recipe and examples that the test left in `folder`."""
     from rich.console import Console
 
-    from llmtune.recipe import load_recipe
+    from llmtune.recipe.loader import load_recipe
     from support.training import read_examples, run_training
 
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from llmtune.data.encoder_batches import IGNORED
 from llmtune.errors import EnvironmentProblem
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks import qa
 from llmtune.tasks.answer_windows import find_span
 from llmtune.tasks.token_classify import tag_names, tokenize_words

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from llmtune.data.examples import ExampleReader
 from llmtune.errors import DataError, RecipeError
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from llmtune.tasks import classify
 

@@ -31,7 +31,7 @@ from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.tasks.registry import VARIANTS
 

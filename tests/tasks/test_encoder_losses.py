@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from llmtune.data.encoder_batches import IGNORED
 from llmtune.model.packed_attention import PACKED, install_packed, pool_documents
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.records import Example, Loss
 from llmtune.tasks.qa import by_window
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM, BertModel
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.processor import load_processor
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks.registry import choose_variant
 

@@ -15,7 +15,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmtune.data.collators import collate_padded
-from llmtune.recipe import PreferenceSection
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.records import Example
 from llmtune.tasks import preference_losses as preference
 from llmtune.tasks.preference_losses import (

@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.errors import DataError
-from llmtune.recipe import PreferenceSection, Recipe
+from llmtune.recipe.schema import Recipe
+from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences, rewards
 
 # PEFT asks

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenize
 from llmtune.errors import DataError, RecipeError
 from llmtune.evaluate.evaluated_task import EvalPrediction
 from llmtune.model.memory_plan import context_length
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks import qa
 from llmtune.tasks.registry import VARIANTS, choose_variant, get_task
 

@@ -15,7 +15,7 @@ from support.variants import CTC, WHISPER
 from transformers import AutoConfig, AutoTokenizer, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks.recordings import set_speech, spell
 from llmtune.tasks.speech import count_frames
 

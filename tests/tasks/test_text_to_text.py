@@ -8,7 +8,7 @@ from support.templates import CHATML, tokenizer_with
 from transformers import AutoTokenizer, MBartTokenizer
 
 from llmtune.errors import RecipeError
-from llmtune.recipe import Recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.tasks import summarize, translate
 from llmtune.tasks.language_codes import set_languages, starts_with_language
 from llmtune.tasks.text_to_text import first_token, target_ids

@@ -13,7 +13,8 @@ from llmtune.data.row_store import load_rows
 from llmtune.errors import DataError
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.tasks import token_classify
 from llmtune.tasks.registry import get_task

@@ -24,7 +24,8 @@ from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.generation import answer_ends, only_these_settings
 from llmtune.model.model_inputs import decoder_inputs
 from llmtune.model.processor import load_processor
-from llmtune.recipe import Recipe, load_recipe
+from llmtune.recipe.loader import load_recipe
+from llmtune.recipe.schema import Recipe
 from llmtune.session import Models, open_finished
 from llmtune.tasks import translate
 from llmtune.tasks.text_to_text import check_decoder_start, decoder_settings, first_token, generate

@@ -9,7 +9,7 @@ from support.pairs import quiet
 
 from llmtune.errors import TrainingError
 from llmtune.pipeline import run_pipeline
-from llmtune.recipe import load_recipe
+from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 from llmtune.train.divergence import WINDOW, Divergence
 
