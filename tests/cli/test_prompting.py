@@ -70,6 +70,8 @@ def test_up_shows_the_line_before_and_interrupts_stop_the_answer_then_the_progra
     terminal.wait_for("forgotten")
     terminal.type("\x03")
     terminal.wait_for("once more ends")
+    terminal.wait_for("you")
+    time.sleep(0.5)
     terminal.type("\x03")
     terminal.wait_for("interrupted")
     assert terminal.exit_code() == 130

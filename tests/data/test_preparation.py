@@ -285,7 +285,7 @@ def test_a_full_or_read_only_disk_is_an_environment_problem(tmp_path, options, s
     (tmp_path / "disk").mkdir()
     script = (
         "import sys; from pathlib import Path; from rich.console import Console\n"
-        "from llmtune.data.preparation import prepare_rows; from llmtune.recipe import load_recipe\n"
+        "from llmtune.data.preparation import prepare_rows; from llmtune.recipe.loader import load_recipe\n"
         "from llmtune.errors import EnvironmentProblem\n"
         "try: prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]) / 'out', Console(quiet=True))\n"
         "except EnvironmentProblem as error: print(error)"

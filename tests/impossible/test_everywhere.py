@@ -77,7 +77,7 @@ def test_a_token_in_a_row_stands_in_no_report(place, run, without, shows):
     (place / "rows.jsonl").write_text(rows)
     with (
         without("llmtune.report.write.redact_all", lambda value: value),
-        without("llmtune.pipeline.redact_all", lambda value: value),
+        without("llmtune.evaluate.run_report.redact_all", lambda value: value),
         without("llmtune.data.data_report.redact_all", lambda value: value),
     ):
         assert TOKEN in run("run")

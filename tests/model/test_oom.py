@@ -14,7 +14,7 @@ from llmtune.model.oom import explain_oom, is_out_of_memory
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)])
 def test_an_allocation_that_fails_says_what_was_done_and_what_there_is(allocate):
     with (
-        pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]iB"),
+        pytest.raises(EnvironmentProblem, match=r"out of memory while loading x: cpu has [\d.]+ [GM]B"),
         explain_oom("loading x", "cpu"),
     ):
         allocate()

@@ -118,7 +118,7 @@ def test_files_are_relative_to_the_recipe_and_names_stay(write, tmp_path):
 
 def test_checking_a_recipe_imports_no_heavy_library(write):
     code = (
-        "import sys; from llmtune.recipe import load_recipe; load_recipe(sys.argv[1], [sys.argv[2]]);"
+        "import sys; from llmtune.recipe.loader import load_recipe; load_recipe(sys.argv[1], [sys.argv[2]]);"
         "print([m for m in ('torch', 'transformers', 'numpy', 'peft', 'datasets', 'lm_eval') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(write()), HARNESS]
