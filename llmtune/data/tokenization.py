@@ -32,6 +32,8 @@ FEWEST_TEXTS = 16
 """Below this nothing is gained by pieces."""
 MOST_PIECES = 2**17
 """Pieces whose ids are kept; then all are forgotten: some 30 MB."""
+JOINED_PIECES = 256
+"""New pieces that are tokenized as one text."""
 WORD_START = r" (?<=[A-Za-z,.;:!?] )(?=[A-Za-z])"
 """A space where byte-level tokenizers cut: it belongs to the word behind it."""
 PROBE_PARTS = (
@@ -92,6 +94,7 @@ class _Pieces:
         self._backend = backend
         added = backend.get_added_tokens_decoder().items()
         self._added = {token.content: _to_bytes([number]) for number, token in added}
+        self._separator = next(((number, token.content) for number, token in added if token.special), None)
         longest_first = sorted(self._added, key=lambda content: (-len(content), content))
         self._cut_added = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else "(?!)").split
         words = self.usable and _cuts_before_words(backend)
@@ -118,10 +121,28 @@ class _Pieces:
         starts = {words[0] for words in pieces} - self._first.keys()
         others = set(chain.from_iterable(words[1:] for words in pieces)) - self._word.keys()
         new = [*starts, *(f" {word}" for word in others)]
-        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
-        ids = [_to_bytes(encoding.ids) for encoding in encodings]
+        ids = self._encode(new)
         self._first.update(zip(starts, ids, strict=False))
         self._word.update(zip(others, ids[len(starts) :], strict=True))
+
+    def _encode(self, pieces: Sequence[str]) -> list[bytes]:
+        """Return the ids of each piece; many in one text, a special token between them, cost less than each alone."""
+        if self._separator is not None:
+            number, content = self._separator
+            texts = [content.join(pieces[i : i + JOINED_PIECES]) for i in range(0, len(pieces), JOINED_PIECES)]
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            ids = [piece for encoding in encodings for piece in _split_ids(encoding.ids, number)]
+            if len(ids) == len(pieces):
+                return ids
+        encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+        return [_to_bytes(encoding.ids) for encoding in encodings]
+
+
+def _split_ids(ids: Sequence[int], separator: int) -> list[bytes]:
+    """Return the ids between separators, as int32 in bytes."""
+    joined = memoryview(_to_bytes(ids)).cast("i")
+    ends = [*(i for i, number in enumerate(ids) if number == separator), len(ids)]
+    return [joined[start:end].tobytes() for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
 def _to_bytes(ids: Sequence[int]) -> bytes:
