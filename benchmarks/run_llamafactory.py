@@ -1,12 +1,14 @@
 """One training by LLaMA-Factory, packed: `PYTHON run_llamafactory.py ASKED.json ANSWER.json`, in its own environment.
 
 `neat_packing` is its packing in which documents do not see one another, and sdpa the fastest attention that it offers
-on a CPU. It fills packs up to `cutoff_len` with padding, which is not counted.
+on a CPU. It fills packs up to `cutoff_len` with padding, which is not counted. It trains in the format that a model was
+saved in, so for another one it is given a copy.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from importlib.machinery import ModuleSpec
@@ -14,6 +16,7 @@ from importlib.util import module_from_spec
 from pathlib import Path
 
 from clock import Clock, answer, read_asked
+from transformers import AutoModelForCausalLM
 from watch import describe_training, watch
 
 
@@ -33,7 +36,7 @@ def main() -> None:
             **describe_training(asked, str(Path(folder) / "out"), packed=True),
             "stage": "sft",
             "do_train": True,
-            "model_name_or_path": asked.model,
+            "model_name_or_path": str(save_as(asked.dtype, asked.model, Path(folder) / "model")),
             "template": "smollm2",
             "dataset": "rows",
             "dataset_dir": folder,
@@ -50,6 +53,13 @@ def main() -> None:
         }
         run_exp(settings, callbacks=[loaded])
     answer(path, clock.found())
+
+
+def save_as(dtype: str, model: str, folder: Path) -> Path:
+    """Save a copy of a model, with its tokenizer, in another format."""
+    shutil.copytree(model, folder)
+    AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(folder)
+    return folder
 
 
 def do_without_torchaudio() -> None:
