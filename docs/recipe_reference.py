@@ -134,10 +134,11 @@ def schedule_lines() -> Iterator[str]:
 def gate_text() -> str:
     """Explain gates."""
     return (
-        "A gate is `METRIC OP WANTED` with `>=`, `<=`, `>`, `<` or `==`, and WANTED a number, `base`, or `base` with\n"
-        f"`+`, `-` or `*` and a number:\n{FORMS}.\n"
+        "A gate is `METRIC OP WANTED` with `>=`, `<=`, `>`, `<` or `==`, and WANTED a number, `base` or `champion`,\n"
+        f"or one of these with `+`, `-` or `*` and a number:\n{FORMS}.\n"
         "`X > base` compares the scores of the tuned and the base model. `X.low > base` means that the low end of the\n"
-        "paired 95 % interval of their difference is above zero; `X.high < base` that its high end is below. A gate\n"
+        "paired 95 % interval of their difference is above zero; `X.high < base` that its high end is below.\n"
+        "`champion` is the run that `evaluate.champion` names. A gate\n"
         "that fails ends the run with exit code 6. Metrics of a study are called `STUDY.METRIC`: those of\n"
         "`evaluate.forgetting`, `evaluate.fairness` and `evaluate.benchmarks`."
     )

@@ -26,6 +26,7 @@ from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
+from llmtune.evaluate.champion import check_champion, make_challenge
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, save_evaluation
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
@@ -137,8 +138,9 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, train
     if options.until == "adapt":
         adapt(context, model_ref, processor, adapter_inputs(context.recipe, model_ref, examples))
         return
-    if options.until != "train" and not context.folder.is_done("train"):
-        load_benchmarks(context.recipe, context.console)  # what it refuses, it refuses before hours of training
+    if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
+        check_champion(loaded.recipe, context.folder.path, rows, examples)
+        load_benchmarks(context.recipe, context.console)
     train(context, loaded, model_ref, examples, plan, trainer)
     if options.until == "train":
         return
@@ -331,6 +333,7 @@ def evaluate(
                 headless=head_is_new(model_ref, recipe, context.task),
                 packs=lambda: models.packs,
                 known=load_base(context.base or folder, base),
+                challenge=make_challenge(context.folder),
             )
             save_evaluation(evaluation, folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)

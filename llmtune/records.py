@@ -359,6 +359,18 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class Champion:
+    """The run that the tuned model is held against, on the same test rows."""
+
+    folder: str
+    scores: dict[str, float]
+    difference: dict[str, Difference]
+    """Tuned minus champion."""
+    left_out: dict[str, str]
+    """By metric, why it could not be compared."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Base and tuned model on the same held-out rows."""
 
@@ -383,6 +395,8 @@ class Evaluation:
     """By name: forgetting, fairness, benchmarks; those that the recipe asks for."""
     contamination: Contamination | None = None
     """None without test rows."""
+    champion: Champion | None = None
+    """None where the recipe names none."""
 
     def by_name(self, split: str) -> dict[str, float]:
         """Return the scores of `base` or `tuned` by the names that gates use, those of the studies among them."""

@@ -203,8 +203,8 @@ def check_folder(out: Path) -> None:
 def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: Console) -> Json:
     """Compare the runs that are there now; the libraries that this needs are loaded only here."""
     from llmtune.compare.compare_runs import finish
-    from llmtune.compare.opened_runs import check_alike, open_runs
     from llmtune.compare.run_comparison import make_comparison
+    from llmtune.evaluate.opened_runs import check_alike, open_runs
 
     folders = [out / trial.method for trial in trials]
     runs = open_runs(folders)

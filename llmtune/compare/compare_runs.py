@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.compare.opened_runs import check_alike, open_runs
 from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
+from llmtune.evaluate.opened_runs import check_alike, open_runs
 from llmtune.records import Difference, Json
 from llmtune.report.blocks import (
     Block,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
-
 from llmtune import __version__
-from llmtune.compare.opened_runs import OpenedRun, find_differing
 from llmtune.data.row_store import iterate_ids, load_rows
 from llmtune.errors import LlmtuneError
-from llmtune.evaluate.metric import Measure, compare, ratio
+from llmtune.evaluate.opened_runs import OpenedRun, find_differing, pair_metrics
 from llmtune.records import Difference, Evaluation, GateResult
 from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import verdict
@@ -160,29 +157,8 @@ def find_notes(runs: Sequence[OpenedRun]) -> Iterator[str]:
 
 def compare_pair(first: OpenedRun, second: OpenedRun) -> Pair:
     """Return paired differences, second minus first, with the verdict and what had to be left out."""
-    difference: dict[str, Difference] = {}
-    left_out = {}
-    for metric in dict.fromkeys([*first.measures.tuned, *second.measures.tuned]):
-        having = [run for run in (first, second) if metric in run.measures.tuned]
-        if len(having) == 1:
-            left_out[metric] = f"measured in {having[0].name} alone"
-            continue
-        before, after = (join_rows(run, metric) for run in having)
-        if before.sums_NK.shape[1] != after.sums_NK.shape[1]:
-            left_out[metric] = "measured with other classes"
-        elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):
-            left_out[metric] = "counted in other units by row, such as tokens of another tokenizer"
-        else:
-            difference[metric] = compare(before, after, first.recipe.seed)
+    difference, left_out = pair_metrics(first, second)
     return Pair(first.name, second.name, difference, left_out, judge(first, second, difference))
-
-
-def join_rows(run: OpenedRun, metric: str) -> Measure:
-    """Return a metric with its rows in the order of what they are known by, the same for every run."""
-    names = run.row_names(metric)
-    order = sorted(range(len(names)), key=names.__getitem__)
-    measure = run.measures.tuned[metric]
-    return replace(measure, sums_NK=measure.sums_NK[order], at=tuple(range(len(order))))
 
 
 def judge(first: OpenedRun, second: OpenedRun, difference: dict[str, Difference]) -> Verdict:

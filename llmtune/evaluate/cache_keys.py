@@ -7,6 +7,8 @@ from typing import Any
 
 from llmtune import __version__
 from llmtune.evaluate.lm_eval_tasks import list_task_files
+from llmtune.evaluate.per_row_scores import MEASURES
+from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Examples, ModelRef, Rows
 from llmtune.store.atomic_files import hash_file, hash_value
@@ -18,11 +20,11 @@ def evaluation_inputs(recipe: Recipe, trained: str, model: ModelRef, rows: Rows,
     from llmtune.evaluate.sentence_pairs import hub_commits  # it imports torch
 
     settings: list[Any] = [
-        recipe.evaluate.model_dump(mode="json", exclude={"gates"}),
+        recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}),
         recipe.generation.model_dump(mode="json"),
     ]
     settings.append(recipe.task_section() or {})
-    settings.append([hash_file(path) for path in suite_files(recipe)])
+    settings.append([hash_file(path) for path in evaluation_files(recipe)])
     settings.append(hub_commits(recipe.evaluate.fairness.pairs if recipe.evaluate.fairness else ()))
     contents = [trained, model.content_hash, rows.content_hash, examples.content_hash, rows.columns_hash]
     versions = package_versions(("torch", "transformers", "peft", *(["lm-eval"] if recipe.evaluate.benchmarks else [])))
@@ -37,17 +39,18 @@ def base_inputs(
     `adapter` is what `adapter_settings` returns.
     """
     sections = (recipe.generation, recipe.model)
-    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={"gates"}), device]
+    settings: list[Any] = [recipe.evaluate.model_dump(mode="json", exclude={*GATE_KEYS}), device]
     settings += [recipe.task_section(), adapter, *(one.model_dump(mode="json") for one in sections)]
     contents = [model.content_hash, rows.content_hash, examples.content_hash]
     drawn = recipe.seed if recipe.generation.do_sample else None
     return hash_value([__version__, package_versions(("torch", "transformers")), contents, settings, drawn])
 
 
-def suite_files(recipe: Recipe) -> list[Path]:
-    """Return the files that suites of the evaluation read; one that is not there is left for its suite to report."""
-    forgetting, fairness = recipe.evaluate.forgetting, recipe.evaluate.fairness
+def evaluation_files(recipe: Recipe) -> list[Path]:
+    """Return the files that the evaluation reads besides the run's own; one that is not there is reported elsewhere."""
+    forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
+    named += [f"{champion}/evaluation/{MEASURES}"] if champion else []
     named += [*(fairness.pairs + fairness.swaps if fairness else ())]
     read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
     return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]

@@ -16,7 +16,7 @@ from llmtune.report.score_sections import score_sections
 from llmtune.store.atomic_files import explained, read_json, write_json
 
 EVALUATION = "evaluation.json"
-SCORES = ("base", "tuned", "difference")
+SCORES = ("base", "tuned", "difference", "scores")
 """Keys of `evaluation.json` below which null is a score that is no number."""
 
 

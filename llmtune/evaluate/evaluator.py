@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rich.console import Console
 
-from llmtune.data.row_store import iterate_ids, iterate_rows
+from llmtune.data.row_store import iterate_rows
 from llmtune.evaluate.contaminated_scores import find_contamination
 from llmtune.evaluate.eval_inputs import SPLIT, EvalContext, EvalInputs, make_inputs
 from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask
@@ -19,13 +19,13 @@ from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import Answers, measure, predict
 from llmtune.evaluate.metric import Measure, PairedMeasures
 from llmtune.evaluate.paired_statistics import METHOD
-from llmtune.evaluate.per_row_scores import PerRowScores, name_rows, save_measures
+from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows, save_measures
 from llmtune.evaluate.results import BaseAnswers, find_flips, pick_samples, save_base, save_predictions
 from llmtune.evaluate.slices import score_slices
 from llmtune.evaluate.suite_registry import Suite, compare_outputs, make_suites
 from llmtune.model.oom import release_memory
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.records import Evaluation, Examples, Rows
+from llmtune.records import Champion, Evaluation, Examples, Rows
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,7 @@ def evaluate(
     headless: bool = False,
     packs: Callable[[], bool | None] = lambda: None,
     known: BaseAnswers | None = None,
+    challenge: Callable[[Evaluation, PerRowScores], Champion] | None = None,
 ) -> Evaluation:
     """Score `models["base"]` and `models["tuned"]` on the test rows; each is entered once, base first.
 
@@ -58,8 +59,8 @@ def evaluate(
     entered. `packs` says of the model that was entered last whether rows stand end to end while its losses are taken;
     None leaves that to the recipe. With a `folder`, every row's prompt, reference and both answers go to
     `predictions.jsonl` in it, and its part in each score to `measures.npz`. With `known`, what the base model answered
-    is kept there, and it does not run again where that is known already. Without test rows the evaluation holds what
-    the suites measured, and no model is entered where the recipe names none.
+    is kept there, and it does not run again where that is known already. `challenge` compares with a champion. Without
+    test rows the evaluation holds what the suites measured, and no model is entered where the recipe names none.
 
     Raises DataError for `evaluate.choices` that no reference answer is among and for `evaluate.slices` by columns that
     were not kept, EnvironmentProblem where a single row does not fit in memory.
@@ -81,12 +82,16 @@ def evaluate(
     if inputs is not None:
         base, tuned = answers["base"], answers["tuned"]
         measures = PairedMeasures(measure(context, base, base), measure(context, tuned, base))
+        scores = PerRowScores(measures.base, measures.tuned, name_test_rows(rows, inputs.rows))
         if folder is not None:
-            save_rows(folder, inputs, rows, base, tuned, measures)
+            save_predictions(folder, inputs, base, tuned)
+            save_measures(folder, scores)
         if folder is not None and known is not None and stand_in is None:
             save_base(folder, base, known.inputs)
         evaluation = compare_answers(context, inputs, base, tuned, measures)
         evaluation = replace(evaluation, contamination=find_contamination(rows, context, measures))
+        if challenge is not None:
+            evaluation = replace(evaluation, champion=challenge(evaluation, scores))
     evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
     evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation))
     print_scores(evaluation, console)
@@ -124,16 +129,6 @@ def run_models(
                 suite.run(name, model)
         del model  # else the base's weights stay while the tuned ones are loaded
         release_memory()
-
-
-def save_rows(
-    folder: Path, inputs: EvalInputs, rows: Rows, base: Answers, tuned: Answers, measures: PairedMeasures
-) -> None:
-    """Write what both models answered to each row, and each row's part in the scores."""
-    save_predictions(folder, inputs, base, tuned)
-    ids = list(iterate_ids(rows, SPLIT))
-    names = name_rows([ids[row] for row in inputs.rows])
-    save_measures(folder, PerRowScores(measures.base, measures.tuned, names))
 
 
 def predict_baseline(context: EvalContext, inputs: EvalInputs, rows: Rows) -> tuple[str, Answers]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llmtune.errors import GateFailed, Problem
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.records import Evaluation, GateResult
+from llmtune.records import Difference, Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -23,7 +23,8 @@ def check_gates(gates: Sequence[str], evaluation: Evaluation) -> tuple[GateResul
     """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
 
     `X > base` compares the scores. `X.low > base` sets the low end of the paired 95 % interval of the difference in
-    place of the difference itself: with nothing but `base` on the right, it must be above zero.
+    place of the difference itself: with nothing but `base` on the right, it must be above zero. `champion` stands for
+    the run that `evaluate.champion` names.
 
     Raises RecipeError for a text that is not a gate.
     """
@@ -32,20 +33,35 @@ def check_gates(gates: Sequence[str], evaluation: Evaluation) -> tuple[GateResul
 
 def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
     """Check one gate."""
-    base, tuned = evaluation.by_name("base"), evaluation.by_name("tuned")
-    if gate.metric not in tuned or (gate.against_base and gate.metric not in base):
-        return GateResult(gate.text, gate.text, "not measured", passed=False)
+    tuned, (scores, differences) = evaluation.by_name("tuned"), opponent(gate, evaluation)
+    if gate.metric not in tuned or (gate.against and gate.metric not in scores):
+        return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
     if gate.part is None:
-        actual, limit = tuned[gate.metric], threshold(gate, base.get(gate.metric, math.nan))
+        actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
     else:
-        change, score = evaluation.differences().get(gate.metric), base[gate.metric]
+        change, score = differences.get(gate.metric), scores[gate.metric]
         if change is None:
             return GateResult(gate.text, gate.text, "no interval", passed=False)
         actual = change.low if gate.part == "low" else change.high
         limit = threshold(gate, score) - score
     passed = not (math.isnan(actual) or math.isnan(limit)) and COMPARE[gate.op](actual, limit)
     left = f"{gate.part} end of the difference" if gate.part else gate.metric
+    left += " from the champion" if gate.part and gate.against == "champion" else ""
     return GateResult(gate.text, f"{left} {gate.op} {number(limit)}", number(actual), passed)
+
+
+def opponent(gate: Gate, evaluation: Evaluation) -> tuple[Mapping[str, float], Mapping[str, Difference]]:
+    """Return the scores of the model that the gate compares with, and the tuned model's differences from them."""
+    if gate.against != "champion":
+        return evaluation.by_name("base"), evaluation.differences()
+    champion = evaluation.champion
+    return (champion.scores, champion.difference) if champion else ({}, {})
+
+
+def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
+    """Return why there is no score to compare with."""
+    left_out = evaluation.champion.left_out if evaluation.champion and gate.against == "champion" else {}
+    return f"not comparable: {left_out[gate.metric]}" if gate.metric in left_out else "not measured"
 
 
 def require_gates(gates: Sequence[GateResult]) -> None:
@@ -55,9 +71,9 @@ def require_gates(gates: Sequence[GateResult]) -> None:
     )
 
 
-def threshold(gate: Gate, base: float) -> float:
-    """Return the right-hand side of the gate as a score."""
-    return base * gate.factor + gate.offset if gate.number is None else gate.number
+def threshold(gate: Gate, other: float) -> float:
+    """Return the right-hand side of the gate as a score; `other` is that of the model it compares with."""
+    return other * gate.factor + gate.offset if gate.number is None else gate.number
 
 
 def number(value: float) -> str:

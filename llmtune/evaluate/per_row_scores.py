@@ -16,6 +16,7 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.data.row_store import iterate_ids
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.classification_metrics import (
     BINARY,
@@ -29,6 +30,7 @@ from llmtune.evaluate.ner_metrics import ENTITY_FORMULAS
 from llmtune.evaluate.paired_statistics import Floats, Formula
 from llmtune.evaluate.text_metrics import bleu_formula, chrf_formula, exponential_ratio, ter_formula
 from llmtune.evaluate.wer import error_rate
+from llmtune.records import Rows
 from llmtune.store.atomic_files import explained
 
 MEASURES = "measures.npz"
@@ -73,6 +75,12 @@ def name_rows(ids: Sequence[str]) -> tuple[str, ...]:
         seen[row] += 1
         named.append(f"{row}-{seen[row]}")
     return tuple(named)
+
+
+def name_test_rows(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
+    """Return what the test rows of these numbers are known by."""
+    ids = list(iterate_ids(rows, "test"))
+    return name_rows([ids[number] for number in numbers])
 
 
 def save_measures(folder: Path, scores: PerRowScores) -> None:

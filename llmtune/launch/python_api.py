@@ -145,10 +145,12 @@ def run_recipe(
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
     """Score a finished run again, with some settings changed; return what report.json holds."""
+    from llmtune.evaluate.champion import open_champion
     from llmtune.report.render_terminal import spinner
     from llmtune.store.run_folder import read_run, recipe_of_run
 
     loaded = recipe_of_run(read_run(run), sets)
+    open_champion(loaded.recipe, run)
     prepare_environment(network=studies_remote(loaded.recipe) and not offline, threads=threads)
     with spinner(console, "loading the libraries"), gc_paused():
         from llmtune.pipeline import evaluate_run

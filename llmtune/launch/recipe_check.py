@@ -23,11 +23,14 @@ def check_recipe(loaded: LoadedRecipe) -> list[Detected]:
     """Check what the recipe names on this machine; return how its local files are read.
 
     Raises:
+        RecipeError: `evaluate.champion` is no run of this task with scores.
         EnvironmentProblem: a tracker is not installed, or a model's folder is not there.
         DataError: a file is missing, empty or in no format that the task knows.
     """
     from llmtune.data.sources import resolve_inputs  # it imports pyarrow, which `--help` does not need
+    from llmtune.evaluate.champion import open_champion  # so does this
 
+    open_champion(loaded.recipe)
     EnvironmentProblem.collect(_missing(loaded))
     return resolve_inputs(loaded.recipe.data, loaded.recipe.task, local_only=True)
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from llmtune import __version__
 from llmtune.errors import GateFailed
-from llmtune.evaluate.cache_keys import suite_files
+from llmtune.evaluate.cache_keys import evaluation_files
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
 from llmtune.evaluate.gates import require_gates
 from llmtune.recipe.loader import LoadedRecipe
@@ -70,7 +70,7 @@ def find_unchanged(loaded: LoadedRecipe, path: Path, until: str) -> Json | None:
 def _hash_command(loaded: LoadedRecipe, folder: RunFolder, until: str) -> str:
     recipe = loaded.recipe
     template = [Path(recipe.model.chat_template)] if recipe.model.chat_template else []
-    files = [hash_file(path) for path in (*suite_files(recipe), *template) if path.is_file()]
+    files = [hash_file(path) for path in (*evaluation_files(recipe), *template) if path.is_file()]
     inputs = {name: step["inputs"] for name, step in folder.manifest["steps"].items() if step["state"] == "done"}
     machine = [likely_device(), package_versions(("lm-eval",))]
     return hash_value([__version__, str(folder.path), until, recipe.model_dump(mode="json"), files, inputs, machine])

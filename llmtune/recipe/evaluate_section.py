@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag
 
@@ -17,11 +19,13 @@ from llmtune.recipe.eval_suites_section import (
     fairness_without_effect,
 )
 from llmtune.recipe.gate_grammar import Gate, parse_gate
-from llmtune.recipe.section import Count, Many, Section, Text, by_type, sections_by
+from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type, sections_by
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
 from llmtune.recipe.task_variant import TaskVariant
 
-NEED_TEST_ROWS = ("metrics", "gates", "limit", "choices", "samples", "slices")
+NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
+GATE_KEYS = frozenset({"gates", "champion"})
+"""Keys that judge scores and do not change what the models answer."""
 CHOICE = "choice_accuracy"
 Choices = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[Many[Text], Field(min_length=2), Tag("items")],
@@ -41,6 +45,9 @@ class EvaluateSection(Section):
     gates: Many[str] = ()
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`; one that fails ends the run
     with exit code 6. Default none: a gate is a decision."""
+    champion: Text | None = None
+    """A run folder, such as that of the model in production: the tuned model is compared with it on the same test rows,
+    and gates may say `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
     limit: Count | None = None
     """Most test rows that answers are generated for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -63,6 +70,8 @@ class EvaluateSection(Section):
     """Public benchmarks by lm-evaluation-harness (extra `benchmarks`): names of its tasks or task files. Default none:
     most of them are large and come over the network."""
 
+    paths: ClassVar = {"champion": absolute}
+
     @property
     def columns(self) -> dict[str, str]:
         """Columns that are kept beside the test rows, each with the key that names it."""
@@ -77,6 +86,7 @@ class EvaluateSection(Section):
         if self.forgetting:
             self.forgetting.check(diagnostics, variant)
         self._check_unmeasured(diagnostics, variant)
+        self._check_champion(diagnostics)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
@@ -151,13 +161,25 @@ class EvaluateSection(Section):
                 fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
                 diagnostics.add(key, f"the gate {text!r} is about an unknown metric", fix, "evaluate.metrics", "task")
 
+    def _check_champion(self, diagnostics: Diagnostics) -> None:
+        for key, gate in self._parsed_gates():
+            if gate.against == "champion" and "." in gate.metric:
+                fix = "Compare with `base`: of a champion only scores of the test rows are known."
+                diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
+            elif gate.against == "champion" and self.champion is None:
+                fix = "Set evaluate.champion to a run folder, or compare with `base`."
+                what = f"the gate {gate.text!r} names a champion, and there is none"
+                diagnostics.add(key, what, fix, "evaluate.champion")
+
+    def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
+        for i, text in enumerate(self.gates):
+            with suppress(RecipeError):
+                yield f"evaluate.gates.{i}", parse_gate(text)
+
     def _suite_gates(self) -> list[tuple[str, Gate]] | None:
         """Return the gates, each with its key, where all are about suites, which need no test rows; else None."""
-        try:
-            gates = [(f"evaluate.gates.{i}", parse_gate(text)) for i, text in enumerate(self.gates)]
-        except RecipeError:
-            return None
-        return gates if all("." in gate.metric for _, gate in gates) else None
+        gates = list(self._parsed_gates())
+        return gates if len(gates) == len(self.gates) and all("." in gate.metric for _, gate in gates) else None
 
     def _check_suite_gate(
         self, diagnostics: Diagnostics, key: str, gate: Gate, variant: TaskVariant, has_test: bool

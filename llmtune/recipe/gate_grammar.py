@@ -1,8 +1,8 @@
-"""The grammar of a gate: `metric[.low|.high] OP wanted`, where wanted is a number, `base`, or `base` and a number.
+"""The grammar of a gate: `metric[.low|.high] OP wanted`, where wanted is a number, or a model's score and a number.
 
 Examples: `exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`,
-`exact_match.low > base`. Metrics of a study are `study.metric`: `forgetting.perplexity <= base * 1.05`,
-`fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
+`exact_match.low > base`, `exact_match.low > champion - 0.01`. Metrics of a study are `study.metric`:
+`forgetting.perplexity <= base * 1.05`, `fairness.gap <= 0.05`, `benchmarks.arc_easy.acc > base`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from llmtune.errors import RecipeError
 
 Operator = Literal[">=", "<=", ">", "<", "=="]
 Part = Literal["low", "high"]
+Opponent = Literal["base", "champion"]
 
 NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 NAME = r"[A-Za-z][A-Za-z0-9_]*(?:-[A-Za-z0-9_]+)*"
 GATE = re.compile(
     rf"\s*(?P<metric>{NAME}(?:\.(?!(?:low|high)\b){NAME})*)(?:\.(?P<part>low|high))?"
     r"\s*(?P<op>>=|<=|==|>|<)"
-    rf"\s*(?:(?P<number>{NUMBER})|base(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
+    rf"\s*(?:(?P<number>{NUMBER})|(?P<against>base|champion)(?:\s*(?P<sign>[*+-])\s*(?P<operand>{NUMBER}))?)\s*",
     re.ASCII,
 )
 FORMS = (
     "`exact_match >= 0.8`, `rougeL > base`, `loss < base - 0.02`, `perplexity <= base * 1.05`, "
-    "`exact_match.low > base`, `forgetting.perplexity <= base * 1.05`"
+    "`exact_match.low > base`, `exact_match.low > champion - 0.01`, `forgetting.perplexity <= base * 1.05`"
 )
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition on one metric: `metric[.part] op number`, or `metric[.part] op base * factor + offset`."""
+    """A condition on one metric: `metric[.part] op number`, or `metric[.part] op against * factor + offset`."""
 
     text: str
     metric: str
@@ -41,14 +42,11 @@ class Gate:
     """`low` or `high` end of the paired 95 % interval of the difference; None for the tuned model's score."""
     op: Operator
     number: float | None
-    """What is wanted, or None where it is taken from the base model's score."""
+    """What is wanted, or None where it is taken from the score of another model."""
+    against: Opponent | None = None
+    """That other model: the base, or the champion."""
     factor: float = 1.0
     offset: float = 0.0
-
-    @property
-    def against_base(self) -> bool:
-        """Whether the gate compares with the base model."""
-        return self.number is None
 
 
 def parse_gate(text: str) -> Gate:
@@ -60,9 +58,9 @@ def parse_gate(text: str) -> Gate:
     part = cast("Part | None", match["part"])
     if part and match["number"] is not None:
         raise RecipeError.of(
-            f"{text!r} compares the {part} end of a difference from the base with a number",
+            f"{text!r} compares the {part} end of a difference with a number, and names no model it is from",
             None,
-            f"Write `{match['metric']}.{part} {match['op']} base`, or omit `.{part}`.",
+            f"Write `{match['metric']}.{part} {match['op']} base`, or `champion`; or omit `.{part}`.",
         )
     return Gate(
         text=" ".join(text.split()),
@@ -70,6 +68,7 @@ def parse_gate(text: str) -> Gate:
         part=part,
         op=cast("Operator", match["op"]),
         number=None if match["number"] is None else float(match["number"]),
+        against=cast("Opponent | None", match["against"]),
         factor=operand if sign == "*" else 1.0,
         offset=-operand if sign == "-" else operand if sign == "+" else 0.0,
     )

@@ -40,6 +40,7 @@ def score_sections(evaluation: Evaluation, task: str | None, seeds: Seeds | None
     return [
         score_section(evaluation, task),
         sample_section(evaluation, task),
+        champion_section(evaluation, task),
         seed_section(seeds, base),
         class_section(evaluation.details, base, entities=answer_kind(task) == "tags"),
         slice_section(evaluation.slices, base),
@@ -88,6 +89,21 @@ def score_section(evaluation: Evaluation, task: str | None) -> Section:
         blocks.append(Text(f"The baseline is `{baseline}`, {why}.", "note"))
     blocks.append(Text(text, "soft"))
     return Section("Scores on held-out rows", blocks if rows else [], "Scores", "scores")
+
+
+def champion_section(evaluation: Evaluation, task: str | None) -> Section:
+    """A row a metric against the champion, and what could not be compared."""
+    champion = evaluation.champion
+    if champion is None:
+        return Section("Against the champion", [])
+    rows = [
+        Compared(name, champion.scores[name], evaluation.tuned[name], change, better_side(name), full_note(name, task))
+        for name, change in champion.difference.items()
+    ]
+    blocks: list[Block] = [Text(f"The champion, `{Path(champion.folder).name}`, answered the same test rows.")]
+    blocks += [difference_table(rows, base="champion", code=True)] if rows else []
+    blocks += [Text(f"`{metric}` is left out: {why}.") for metric, why in sorted(champion.left_out.items())]
+    return Section("Against the champion", blocks, "Champion", "champion")
 
 
 def full_note(metric: str, task: str | None) -> str:

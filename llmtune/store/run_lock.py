@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.store.atomic_files import hash_file, hash_value, list_folder, list_model, read_json, write_json
 
 LOCK = "llmtune.lock"
@@ -162,7 +163,9 @@ def hash_keys(recipe: Path, judging: bool = False) -> dict[str, str]:
 
 def _without_folders(value: object) -> object:
     if isinstance(value, dict):
-        return {key: [] if key == "seeds" else _without_folders(item) for key, item in value.items() if key != "gates"}
+        return {
+            key: [] if key == "seeds" else _without_folders(item) for key, item in value.items() if key not in GATE_KEYS
+        }
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

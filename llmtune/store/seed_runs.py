@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.store.atomic_files import explained, hash_value, staged, write_json
 from llmtune.store.run_folder import MANIFEST, RunFolder, read_manifest
@@ -29,11 +30,20 @@ def without_seeds(loaded: LoadedRecipe) -> LoadedRecipe:
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"train": train}))
 
 
+def without_gates(loaded: LoadedRecipe) -> LoadedRecipe:
+    """Return the recipe without gates and all that only they use."""
+    section = loaded.recipe.evaluate
+    defaults = {key: type(section).model_fields[key].default for key in GATE_KEYS}
+    recipe = loaded.recipe.model_copy(update={"evaluate": section.model_copy(update=defaults)})
+    return replace(
+        loaded, recipe=recipe, without_effect=loaded.without_effect | {f"evaluate.{key}" for key in GATE_KEYS}
+    )
+
+
 def with_seed(loaded: LoadedRecipe, seed: int) -> LoadedRecipe:
     """Return the recipe for one further seed; gates and deployment are the run's own affair."""
-    alone = without_seeds(loaded)
-    judged = alone.recipe.evaluate.model_copy(update={"gates": ()})
-    recipe = alone.recipe.model_copy(update={"seed": seed, "evaluate": judged, "deploy": ()})
+    alone = without_gates(without_seeds(loaded))
+    recipe = alone.recipe.model_copy(update={"seed": seed, "deploy": ()})
     origins = {**loaded.origins, "seed": loaded.origins.get("train.seeds", "train.seeds")}
     return replace(alone, recipe=recipe, origins=origins, fingerprint=hash_value([loaded.fingerprint, seed]))
 

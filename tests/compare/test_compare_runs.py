@@ -14,10 +14,10 @@ import pytest
 from support.runs import llmtune
 
 from llmtune.compare.compare_runs import compare_runs, describe_costs, describe_pair, finish, shown_metrics
-from llmtune.compare.opened_runs import name_runs, open_runs
 from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.metric import Measure
+from llmtune.evaluate.opened_runs import name_runs, open_runs
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, save_measures
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 

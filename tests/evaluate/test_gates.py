@@ -6,7 +6,7 @@ import pytest
 
 from llmtune.errors import RecipeError
 from llmtune.evaluate.gates import check_gates
-from llmtune.records import Difference, Evaluation
+from llmtune.records import Champion, Difference, Evaluation
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
@@ -19,6 +19,12 @@ EVALUATION = Evaluation(
     gates=(),
     samples=(),
     rows=100,
+    champion=Champion(
+        "runs/best",
+        {"exact_match": 0.79},
+        {"exact_match": Difference(0.01, -0.02, 0.04, 0.5, 100)},
+        {"loss": "counted in other units by row"},
+    ),
 )
 
 
@@ -46,6 +52,12 @@ EVALUATION = Evaluation(
         ("chrf >= 0", False),  # not a number
         ("chrf.low > base", False),
         ("rougeL > base", False),  # not measured
+        ("exact_match > champion", True),
+        ("exact_match > champion + 0.02", False),
+        ("exact_match.low > champion - 0.03", True),
+        ("exact_match.low > champion - 0.01", False),
+        ("exact_match.low > champion * 0.96", True),  # 4 % of 0.79 is more than 0.03
+        ("exact_match.high < champion + 0.05", True),
     ],
 )
 def test_a_gate_says_whether_its_condition_holds(gate, passed):
@@ -59,6 +71,12 @@ def test_a_gate_says_what_was_wanted_and_what_was_got():
     assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
     assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
     assert absent.got == "not measured"
+
+
+def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():
+    left_out, unknown = check_gates(["loss.high < champion", "chrf.low > champion"], EVALUATION)
+    assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units by row")
+    assert (unknown.passed, unknown.got) == (False, "not measured")
 
 
 def test_what_is_not_a_gate_is_refused():

@@ -89,7 +89,7 @@ def test_any_text_is_a_gate_or_an_error_of_the_recipe(text):
     except RecipeError:
         return
     assert parse_gate(gate.text) == gate
-    assert gate.against_base or gate.number == gate.number
+    assert gate.against or gate.number == gate.number
 
 
 @cache

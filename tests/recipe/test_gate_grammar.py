@@ -10,18 +10,25 @@ from llmtune.recipe.gate_grammar import Gate, parse_gate
     ("text", "gate"),
     [
         ("exact_match >= 0.8", Gate("exact_match >= 0.8", "exact_match", None, ">=", 0.8)),
-        ("rougeL>base", Gate("rougeL>base", "rougeL", None, ">", None)),
-        (" wer <  base - 0.02 ", Gate("wer < base - 0.02", "wer", None, "<", None, 1.0, -0.02)),
-        ("loss <= base + 1e-3", Gate("loss <= base + 1e-3", "loss", None, "<=", None, 1.0, 1e-3)),
-        ("perplexity <= base * 1.05", Gate("perplexity <= base * 1.05", "perplexity", None, "<=", None, 1.05, 0.0)),
-        ("exact_match.low > base", Gate("exact_match.low > base", "exact_match", "low", ">", None)),
-        ("loss.high < base", Gate("loss.high < base", "loss", "high", "<", None)),
+        ("rougeL>base", Gate("rougeL>base", "rougeL", None, ">", None, "base")),
+        (" wer <  base - 0.02 ", Gate("wer < base - 0.02", "wer", None, "<", None, "base", 1.0, -0.02)),
+        ("loss <= base + 1e-3", Gate("loss <= base + 1e-3", "loss", None, "<=", None, "base", 1.0, 1e-3)),
+        (
+            "perplexity <= base * 1.05",
+            Gate("perplexity <= base * 1.05", "perplexity", None, "<=", None, "base", 1.05, 0.0),
+        ),
+        ("exact_match.low > base", Gate("exact_match.low > base", "exact_match", "low", ">", None, "base")),
+        ("loss.high < base", Gate("loss.high < base", "loss", "high", "<", None, "base")),
+        (
+            "exact_match.low>champion - 0.01",
+            Gate("exact_match.low>champion - 0.01", "exact_match", "low", ">", None, "champion", 1.0, -0.01),
+        ),
         ("chrf == -.5", Gate("chrf == -.5", "chrf", None, "==", -0.5)),
     ],
 )
 def test_every_form_of_a_gate_is_read(text, gate):
     assert parse_gate(text) == gate
-    assert parse_gate(text).against_base == (gate.number is None)
+    assert (gate.against is None) == (gate.number is not None)
 
 
 NO_GATES = ["", "loss", "loss >", "> 3", "loss = 3", "loss => 3", "loss > base > 3", "loss > base / 2", "loss > base *"]

@@ -1,33 +1,36 @@
-"""Runs opened to be compared: recipe, scores and every row's part in them; and whether they were measured alike."""
+"""Runs opened to be compared: recipe, scores and every row's part in them; whether they were measured alike; pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.metric import Measure, compare, ratio
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
+from llmtune.recipe.evaluate_section import GATE_KEYS
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.source_map import walk
 from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED, TASK_FACTS
-from llmtune.records import Evaluation, Json
+from llmtune.records import Difference, Evaluation, Json
 from llmtune.store.run_folder import RunFolder, read_run, recipe_of_run
 
-DECIDES_NOTHING = ("name", "deploy", "evaluate.gates")
+DECIDES_NOTHING = ("name", "deploy", *(f"evaluate.{key}" for key in GATE_KEYS))
 """Keys that change neither what is trained nor how it is measured."""
 ROWS_FIX = "Run both on the same data, with the same data.test and data.split_by."
 
 
 @dataclass(frozen=True)
-class OpenedRun:
-    """One run with its scores."""
+class ScoredRun:
+    """What one run was asked and what it scored."""
 
     name: str
-    folder: RunFolder
     recipe: Recipe
     evaluation: Evaluation
     measures: PerRowScores
@@ -40,6 +43,13 @@ class OpenedRun:
     def row_names(self, metric: str) -> list[str]:
         """Return what the rows of a metric are known by."""
         return [self.measures.rows[at] for at in self.measures.tuned[metric].at]
+
+
+@dataclass(frozen=True)
+class OpenedRun(ScoredRun):
+    """One run with its scores, from its folder."""
+
+    folder: RunFolder
 
 
 def open_runs(paths: Sequence[Path]) -> list[OpenedRun]:
@@ -75,11 +85,14 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
     if not evaluation.tuned:
         fix = "Give data.test a share of the rows, and run it again."
         raise RecipeError.of("nothing was measured in this run: it has no test rows", str(path), fix)
-    recipe, measures = recipe_of_run(run).recipe, load_measures(folder)
-    # cut answers are counted on whatever rows were answered, also those that are only shown: compared where asked for
+    recipe = recipe_of_run(run).recipe
+    return OpenedRun(name, recipe, evaluation, keep_asked(load_measures(folder), recipe), run)
+
+
+def keep_asked(measures: PerRowScores, recipe: Recipe) -> PerRowScores:
+    """Leave cut answers out unless they are asked for: they are counted on rows that are only shown, too."""
     unasked = {CUT_METRIC} - {*recipe.evaluate.metrics}
-    tuned = {metric: one for metric, one in measures.tuned.items() if metric not in unasked}
-    return OpenedRun(name, run, recipe, evaluation, replace(measures, tuned=tuned))
+    return replace(measures, tuned={name: one for name, one in measures.tuned.items() if name not in unasked})
 
 
 def name_runs(paths: Sequence[Path]) -> list[str]:
@@ -96,13 +109,23 @@ def name_runs(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def check_alike(runs: Sequence[OpenedRun]) -> None:
+def check_alike(runs: Sequence[ScoredRun]) -> None:
     """Refuse runs that were not measured on the same rows in the same way, with all that differs.
 
     Raises:
         RecipeError: other tasks, or other settings of measurement.
         DataError: other test rows.
     """
+    check_rows(runs)
+    first, *others = runs
+    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
+    RecipeError.collect(
+        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
+    )
+
+
+def check_rows(runs: Sequence[ScoredRun]) -> None:
+    """Refuse runs of other tasks (RecipeError) or with other test rows (DataError)."""
     first, *others = runs
     task = first.recipe.task
     RecipeError.collect(
@@ -118,24 +141,13 @@ def check_alike(runs: Sequence[OpenedRun]) -> None:
             what += f"{len(rows - own)} are in {first.name} alone, {len(own - rows)} in {one.name} alone"
             problems.append(Problem(what, one.name, ROWS_FIX))
     DataError.collect(problems)
-    fix = "Measure one of them again with the other's: llmtune evaluate RUN --set KEY=VALUE"
-    RecipeError.collect(
-        Problem(what, one.name, fix + keys) for one in others for what, keys in find_other_settings(first, one)
-    )
 
 
-def find_other_settings(first: OpenedRun, second: OpenedRun) -> Iterator[tuple[str, str]]:
+def find_other_settings(first: ScoredRun, second: ScoredRun) -> Iterator[tuple[str, str]]:
     """Yield what differs in how two runs were measured, and the keys that decide it where they are not in that."""
     before, after, name = first.measures.tuned, second.measures.tuned, first.name
     shared = [metric for metric in before if metric in after]
-    facts = TASK_FACTS[first.recipe.task]
-    keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
-    keys += ["generation."] if PREDICTED & set(shared) and facts.generates else []
-    if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
-        keys += ["data.max_length", "data.on_overlong"]
-    for key, (one, other) in find_differing(first, second).items():
-        if key.startswith(tuple(keys)):
-            yield f"measured with {key}: {other}, and {name} with {one}", ""
+    yield from ((what, "") for what in find_other_keys(first, second, shared))
     for metric in shared:
         signatures = before[metric].signature, after[metric].signature
         if signatures[0] != signatures[1]:
@@ -152,13 +164,52 @@ def find_other_settings(first: OpenedRun, second: OpenedRun) -> Iterator[tuple[s
         yield f"no metric in common: {', '.join(after)}, and {name} has {', '.join(before)}", ""
 
 
-def find_choices(run: OpenedRun, metric: str) -> list[str]:
+def find_other_keys(first: ScoredRun, second: ScoredRun, metrics: Collection[str]) -> Iterator[str]:
+    """Yield the keys of two recipes that make another measurement of some metrics, with both values."""
+    facts = TASK_FACTS[first.recipe.task]
+    keys = ["data.train_on", *([f"{facts.section}."] if facts.section else [])]
+    keys += ["generation."] if PREDICTED & set(metrics) and facts.generates else []
+    if any(run.recipe.data.on_overlong in ("truncate", "split") for run in (first, second)):
+        keys += ["data.max_length", "data.on_overlong"]
+    for key, (one, other) in find_differing(first, second).items():
+        if key.startswith(tuple(keys)):
+            yield f"measured with {key}: {other}, and {first.name} with {one}"
+
+
+def find_choices(run: ScoredRun, metric: str) -> list[str]:
     """Return the words that describe the answers which a metric chooses among, in any order."""
     return sorted(run.evaluation.signatures.get(f"{metric}.choices", "").replace(",", " ").split())
 
 
-def find_differing(first: OpenedRun, second: OpenedRun) -> dict[str, tuple[object, object]]:
+def find_differing(first: ScoredRun, second: ScoredRun) -> dict[str, tuple[object, object]]:
     """Return the keys whose values differ between two recipes, with both values."""
     keys = dict.fromkeys([*first.settings, *second.settings])
     pairs = {key: (first.settings.get(key), second.settings.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def pair_metrics(first: ScoredRun, second: ScoredRun) -> tuple[dict[str, Difference], dict[str, str]]:
+    """Return paired differences by metric, second minus first; and by metric why another could not be compared."""
+    difference: dict[str, Difference] = {}
+    left_out = {}
+    for metric in dict.fromkeys([*first.measures.tuned, *second.measures.tuned]):
+        having = [run for run in (first, second) if metric in run.measures.tuned]
+        if len(having) == 1:
+            left_out[metric] = f"measured in {having[0].name} alone"
+            continue
+        before, after = (join_rows(run, metric) for run in having)
+        if before.sums_NK.shape[1] != after.sums_NK.shape[1]:
+            left_out[metric] = "measured with other classes"
+        elif before.formula is ratio and not np.array_equal(before.sums_NK[:, 1], after.sums_NK[:, 1]):
+            left_out[metric] = "counted in other units by row, such as tokens of another tokenizer"
+        else:
+            difference[metric] = compare(before, after, first.recipe.seed)
+    return difference, left_out
+
+
+def join_rows(run: ScoredRun, metric: str) -> Measure:
+    """Return a metric with its rows in the order of what they are known by, the same for every run."""
+    names = run.row_names(metric)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    measure = run.measures.tuned[metric]
+    return replace(measure, sums_NK=measure.sums_NK[order], at=tuple(range(len(order))))

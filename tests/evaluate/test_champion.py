@@ -1,0 +1,131 @@
+"""`evaluate.champion`: what is opened, what is refused, and what the pairs come to."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.finished import finish_run
+from support.runs import invoke, write_recipe
+
+from llmtune.errors import DataError, RecipeError
+from llmtune.evaluate.cache_keys import evaluation_files
+from llmtune.evaluate.champion import compare_with_champion, open_champion
+from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.evaluate.metric import measure_right
+from llmtune.evaluate.per_row_scores import PerRowScores, load_measures
+from llmtune.recipe.loader import load_recipe
+from llmtune.records import Evaluation
+from llmtune.store.atomic_files import hash_file
+
+GATE = "evaluate.gates=['accuracy.low > champion - 0.5']"
+
+
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    return finish_run(tmp_path_factory.mktemp("champion"), tiny_llama, train={"num_train_epochs": 1})
+
+
+def scored(right: list[bool], names: list[str]) -> tuple[Evaluation, PerRowScores]:
+    measure = replace(measure_right(right, "accuracy"), at=tuple(range(len(right))))
+    measures = PerRowScores({}, {"accuracy": measure}, tuple(names))
+    return Evaluation({}, {"accuracy": measure.value}, {}, (), (), len(right)), measures
+
+
+def recipe_with(champion: Path, *sets: str) -> Any:
+    return load_recipe(champion.parent.parent / "tiny.yaml", [f"evaluate.champion={champion}", *sets]).recipe
+
+
+def test_rows_are_paired_by_their_content_whatever_their_order(champion: Path) -> None:
+    opened = open_champion(recipe_with(champion))
+    assert opened is not None
+    names = ["a", "b", "c", "d", "e", "f"]
+    evaluation, measures = scored([True, True, False, False, True, False], names)
+    first = replace(opened, evaluation=evaluation, measures=measures)
+    turned = scored([False, True, True, False, True, True], names[::-1])
+    found = compare_with_champion(first, opened.recipe, *turned)
+    assert found.folder == str(champion)
+    assert found.scores == {"accuracy": 0.5}
+    assert found.difference["accuracy"].value == pytest.approx(1 / 6)  # c became right
+    with pytest.raises(
+        DataError, match="of 7 test rows 5 are in both, 1 are in the champion alone, 1 in this run alone"
+    ):
+        compare_with_champion(first, opened.recipe, *scored([True] * 6, [*names[1:], "g"]))
+
+
+def test_another_task_and_the_run_itself_are_no_champion(champion: Path) -> None:
+    other = recipe_with(champion).model_copy(update={"task": "completion"})
+    with pytest.raises(RecipeError, match="has task chat, and this recipe task completion"):
+        open_champion(other)
+    with pytest.raises(RecipeError, match="compared with itself"):
+        open_champion(recipe_with(champion), champion)
+
+
+def test_a_champion_that_is_none_ends_the_check_and_the_run_with_exit_code_2(champion: Path, tmp_path: Path) -> None:
+    recipe = champion.parent.parent / "tiny.yaml"
+    unscored = shutil.copytree(champion, tmp_path / "unscored")
+    manifest = (unscored / "run.json").read_text()
+    (unscored / "run.json").write_text(manifest.replace('"evaluate": {', '"other": {'))
+    for path, cure in ((tmp_path / "gone", "name the folder that"), (unscored, "llmtune evaluate")):
+        for command in (["recipes", "check", recipe], ["run", recipe, "--out", tmp_path / "new"]):
+            done = invoke(*command, "--set", f"evaluate.champion={path}", "--set", GATE)
+            assert done.exit_code == 2, done.output
+            assert "evaluate.champion" in done.stderr
+            assert cure in " ".join(done.stderr.split())
+    assert not (tmp_path / "new" / "data").exists()
+
+
+def test_other_rows_and_other_settings_are_refused_before_training(
+    champion: Path, tmp_path: Path, tiny_llama: Path
+) -> None:
+    rows = (champion.parent.parent / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(rows[:30]))
+    evaluate = {"champion": str(champion), "gates": ["accuracy.low > champion - 0.5"]}
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_llama, "fewer.jsonl", evaluate=evaluate)
+    done = invoke("run", recipe, "--out", tmp_path / "rows")
+    assert done.exit_code == 3, done.output
+    assert "are in the champion alone, 0 in this run alone" in " ".join(done.stderr.split())
+    assert not (tmp_path / "rows" / "adapter").exists()
+    own = champion.parent.parent / "tiny.yaml"
+    sets = ["--set", f"evaluate.champion={champion}", "--set", GATE, "--set", "generation.max_new_tokens=4"]
+    done = invoke("run", own, "--out", tmp_path / "settings", *sets, "--set", "seed=8")
+    assert done.exit_code == 2, done.output
+    assert "generation.max_new_tokens" in done.stderr
+    assert not (tmp_path / "settings" / "adapter").exists()
+
+
+def test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another(
+    champion: Path, tmp_path: Path
+) -> None:
+    recipe = champion.parent.parent / "tiny.yaml"
+    best = shutil.copytree(champion, tmp_path / "best")
+    sets = ["--set", f"evaluate.champion={best}", "--set", GATE]
+    done = invoke("run", recipe, "--out", tmp_path / "again", *sets)
+    assert done.exit_code == 0, done.output
+    found = load_evaluation(tmp_path / "again" / "evaluation")
+    assert found is not None
+    assert found.champion is not None
+    assert found.champion.difference["loss"].value == 0
+    assert found.champion.scores == {name: found.tuned[name] for name in found.champion.scores}
+    assert "Against the champion" in (tmp_path / "again" / "report.md").read_text()
+    again = invoke("run", recipe, "--out", tmp_path / "again", *sets)
+    assert again.stderr.count("unchanged, skipped") == 6, again.stderr
+    (measures,) = (path for path in evaluation_files(recipe_with(best)) if path.name == "measures.npz")
+    before = hash_file(measures)
+    sums = load_measures(best / "evaluation").tuned["loss"].sums_NK
+    assert np.isfinite(sums).all()
+    assert invoke("evaluate", best, "--set", "evaluate.metrics=[accuracy]").exit_code == 0
+    assert hash_file(measures) != before
+    changed = invoke("run", recipe, "--out", tmp_path / "again", *sets)
+    assert changed.stderr.count("unchanged, skipped") == 5, changed.stderr
+    found = load_evaluation(tmp_path / "again" / "evaluation")
+    assert found is not None
+    assert found.champion is not None
+    assert found.champion.left_out == {
+        "loss": "measured in this run alone",
+        "exact_match": "measured in this run alone",
+    }
