@@ -114,7 +114,11 @@ def test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against
     assert "Against the champion" in (tmp_path / "again" / "report.md").read_text()
     again = invoke("run", recipe, "--out", tmp_path / "again", *sets)
     assert again.stderr.count("unchanged, skipped") == 6, again.stderr
-    (measures,) = (path for path in evaluation_files(recipe_with(best)) if path.name == "measures.npz")
+    (measures,) = (
+        path
+        for path in evaluation_files(recipe_with(champion, f"evaluate.champion={best}"))
+        if path.name == "measures.npz"
+    )
     before = hash_file(measures)
     sums = load_measures(best / "evaluation").tuned["loss"].sums_NK
     assert np.isfinite(sums).all()
