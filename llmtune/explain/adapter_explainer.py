@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.explanation import PAGE_STYLE, Explanation, in_percent, write_explanation
+from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, in_percent, write_explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.target import BASE, TUNED, Target
 from llmtune.explain.trained_modules import (
@@ -29,12 +31,13 @@ from llmtune.explain.trained_modules import (
 )
 from llmtune.model.heads import head_is_new
 from llmtune.records import ModelRef
-from llmtune.report.blocks import Block, Cell, Column, Heatmap, KeyValues, Page, Section, Table, Text
+from llmtune.report.blocks import Cell, Column, KeyValues, Page, Section, Table, Text
 from llmtune.report.number_format import count, score
 from llmtune.store.atomic_files import explained
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """A module in a list of layers: the list, the layer's number, the module below it."""
+Axis = Literal["layer", "column"]
 STRONGEST = 20
 CELL_IN, WIDE_IN, MOST_IN, WRITTEN_IN = 0.21, 0.5, 14.0, 0.17
 """Height and width of a cell; height of the deepest map; height of a cell from which its number is written into it."""
@@ -44,12 +47,12 @@ LEAD = (
 )
 MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None]]] = (
     (
-        "Moved, % of the weights’ norm: ‖ΔW‖ / ‖W‖",
-        "The norm of the change as a share of the norm of the weights.",
+        "Moved, % of the weights’ norm",
+        "The norm of the change as a share of the norm of the weights: ‖ΔW‖ / ‖W‖.",
         lambda move: None if move.relative is None else 100 * move.relative,
     ),
     (
-        "Effective rank of the change: exp H(σ)",
+        "Effective rank of the change",
         "How many directions the change really uses: exp of the entropy of its singular values. At most the adapter’s "
         "rank; far below it, a smaller rank would have done.",
         lambda move: move.effective_rank,
@@ -60,7 +63,7 @@ MEASURES: Sequence[tuple[str, str, Callable[[Move], float | None]]] = (
 
 @dataclass(frozen=True)
 class MoveMap:
-    """Moves by layer and kind of module."""
+    """How far all modules of a run moved."""
 
     run: str
     """Of the run's folder."""
@@ -68,56 +71,46 @@ class MoveMap:
     method: str
     new_head: bool
     """Whether the head was made by this run, so that it moved from a random start."""
-    cells: dict[tuple[str, str], Move]
-    """By layer and module."""
-    beside: tuple[Move, ...]
-    """Outside of the layers: heads, embeddings."""
+    moves: Sequence[Move]
+    """Those in layers first, in their order."""
 
     @property
-    def moves(self) -> list[Move]:
-        """All of them."""
-        return [*self.cells.values(), *self.beside]
+    def in_layers(self) -> list[Move]:
+        """Those in layers; heads and embeddings stand beside them."""
+        return [move for move in self.moves if move.layer is not None]
 
-    def names(self, axis: int) -> list[str]:
-        """Return the layers (axis 0) or the kinds of modules (1)."""
-        return list(dict.fromkeys(place[axis] for place in self.cells))
+    def by(self, axis: Axis) -> dict[str, list[Move]]:
+        """Return the moves in layers by layer, or by kind of module."""
+        groups: dict[str, list[Move]] = {}
+        for move in self.in_layers:
+            groups.setdefault(str(getattr(move, axis)), []).append(move)
+        return groups
 
-    def together(self, axis: int) -> dict[str, float]:
-        """Return how far each layer (axis 0) or kind of module (1) moved."""
-        return {
-            name: together(move for place, move in self.cells.items() if place[axis] == name) or 0.0
-            for name in self.names(axis)
-        }
+    def sizes(self, axis: Axis) -> dict[str, float]:
+        """Return how far each layer, or kind of module, moved."""
+        return {name: together(moves) or 0.0 for name, moves in self.by(axis).items()}
 
     def values(self, measure: Callable[[Move], float | None]) -> Values:
-        """Return a measure by layer and column, [rows, columns]; NaN where there is none."""
-        found = {place: measure(move) for place, move in self.cells.items()}
-        rows = [[found.get((row, column)) for column in self.names(1)] for row in self.names(0)]
+        """Return a measure by layer and kind of module, [rows, columns]; NaN where there is none."""
+        found = {(move.layer, move.column): measure(move) for move in self.in_layers}
+        rows = [[found.get((layer, column)) for column in self.by("column")] for layer in self.by("layer")]
         return np.array(rows, dtype=np.float64)
 
     def to_json(self) -> dict[str, object]:
         """Return all of it as JSON values."""
-        everywhere = [*self.cells.items(), *(((None, None), move) for move in self.beside)]
         return {
-            "run": self.run,
-            "model": self.model,
-            "method": self.method,
+            **{key: value for key, value in vars(self).items() if key != "moves"},
             "relative": together(self.moves),
-            "by_layer": self.together(0),
-            "by_module": self.together(1),
-            "new_head": self.new_head,
-            "moves": [
-                {"layer": row, "column": column, **asdict(move), "relative": move.relative}
-                for (row, column), move in everywhere
-            ],
+            "by_layer": self.sizes("layer"),
+            "by_module": self.sizes("column"),
+            "moves": [{**asdict(move), "relative": move.relative} for move in self.moves],
         }
 
 
-def together(moves: Iterable[Move]) -> float | None:
+def together(moves: Sequence[Move]) -> float | None:
     """Return how far modules moved as one: the norm of all their changes against that of all their weights."""
-    found = list(moves)
-    weight = sum(move.weight**2 for move in found) ** 0.5
-    return sum(move.change**2 for move in found) ** 0.5 / weight if weight else None
+    weight = math.hypot(*(move.weight for move in moves))
+    return math.hypot(*(move.change for move in moves)) / weight if weight else None
 
 
 def explain_adapter(target: Target, folder: Path, console: Console) -> Explanation:
@@ -128,7 +121,8 @@ def explain_adapter(target: Target, folder: Path, console: Console) -> Explanati
     moved = measure(target, console)
     with explained(folder):
         figures = draw_moves(folder / "adapter", moved)
-        return write_explanation(folder / "adapter", moved.to_json(), make_page(moved), figures)
+        page = make_page(moved, figures[-1] if figures else None)
+        return write_explanation(folder / "adapter", moved.to_json(), page, figures)
 
 
 def measure(target: Target, console: Console) -> MoveMap:
@@ -179,7 +173,7 @@ def _full_moves(target: Target) -> Iterator[Move]:
 
 
 def arrange(target: Target, moves: Sequence[Move]) -> MoveMap:
-    """Put moves into rows (layers) and columns (kinds of modules); what is in no layer stands apart."""
+    """Give each move its layer and its kind of module; what is in no layer stands behind the others, without them."""
     assert target.recipe is not None
     assert target.task is not None
     parts = {move.module: match.groups() for move in moves if (match := LAYER.fullmatch(move.module))}
@@ -189,57 +183,42 @@ def arrange(target: Target, moves: Sequence[Move]) -> MoveMap:
     words = halves if len(set(halves.values())) == len(lists) else {name: name for name in lists}
     inside = [move for move in moves if move.module in parts]
     inside.sort(key=lambda move: (lists.index(parts[move.module][0]), int(parts[move.module][1])))
-    cells: dict[tuple[str, str], Move] = {}
+    placed = []
     for move in inside:
         prefix, number, rest = parts[move.module]
-        row = number if len(lists) == 1 else f"{words[prefix]} {number}"
-        cells[row, shorten(rest, below)] = move
+        layer = number if len(lists) == 1 else f"{words[prefix]} {number}"
+        placed.append(replace(move, layer=layer, column=shorten(rest, below)))
+    model_ref = ModelRef(target.name, Path(target.config.name_or_path), None, "")
     return MoveMap(
         run=target.short_name,
         model=str(target.recipe.model.name),
         method=target.recipe.adapter.method,
-        new_head=head_is_new(
-            ModelRef(target.name, Path(target.config.name_or_path), None, ""), target.recipe, target.task
-        ),
-        cells=cells,
-        beside=tuple(move for move in moves if move.module not in parts),
+        new_head=head_is_new(model_ref, target.recipe, target.task),
+        moves=[*placed, *(move for move in moves if move.module not in parts)],
     )
 
 
 # Page and figures
 
 
-def make_page(moved: MoveMap) -> Page:
+def make_page(moved: MoveMap, figure: Path | None) -> Page:
     """Return what moved: by module, by layer, and which modules moved most."""
     base = KeyValues([("base model", moved.model), ("method", moved.method)])
     sections = [Section("", [*map(Text, summarise(moved)), base])]
-    if moved.cells:
-        sections.append(Section("By layer and module", list(_heatmaps(moved)), brief=False))
+    if figure is not None:
+        meanings = [Text(f"{title}. {meaning}", "soft") for title, meaning, _ in MEASURES]
+        drawn = figure_block(figure, "How far each module of each layer moved, and in how many directions")
+        sections.append(Section("By layer and module", [drawn, *meanings], brief=False))
         sections.append(Section("By module", [_by_module(moved)]))
     strongest = sorted(moved.moves, key=lambda move: -(move.relative or 0.0))[:STRONGEST]
     sections.append(Section("What moved most", [_list_moves(strongest)]))
-    if moved.beside:
-        sections.append(Section("Outside of the layers", [_list_moves(moved.beside)], brief=False))
+    if beside := [move for move in moved.moves if move.layer is None]:
+        sections.append(Section("Outside of the layers", [_list_moves(beside)], brief=False))
     return Page(f"Where the tuning went: {moved.run}", sections, lead=LEAD, navigation=False, style=PAGE_STYLE)
 
 
-def _heatmaps(moved: MoveMap) -> Iterator[Block]:
-    for title, meaning, value_of in MEASURES:
-        values = moved.values(value_of)
-        if np.isnan(values).all():
-            continue
-        most = float(np.nanmax(values)) or 1.0
-        shares = [[None if np.isnan(value) else value / most for value in row] for row in values.tolist()]
-        texts = [["" if np.isnan(value) else f"{value:.3g}" for value in row] for row in values.tolist()]
-        yield Text(meaning, "soft")
-        yield Heatmap(moved.names(0), moved.names(1), shares, f"{title}, by layer", title, "layer", "", texts)
-
-
 def _by_module(moved: MoveMap) -> Table:
-    rows = []
-    for column, relative in moved.together(1).items():
-        moves = [move for (_, name), move in moved.cells.items() if name == column]
-        rows.append([column, in_percent(relative), _mean_rank(moves)])
+    rows = [[name, in_percent(together(moves)), _mean_rank(moves)] for name, moves in moved.by("column").items()]
     return Table([Column("module"), Column("moved", "number"), Column("effective rank", "number")], rows)
 
 
@@ -266,8 +245,7 @@ def summarise(moved: MoveMap) -> Iterator[str]:
         return
     what = "The weights" if moved.method == "full" else f"The {len(moved.moves)} modules that were trained"
     yield f"{what} moved by {in_percent(whole)} of their norm, taken together."
-    for axis, kind in ((0, "layer"), (1, "module")):
-        sizes = moved.together(axis)
+    for kind, sizes in (("layer", moved.sizes("layer")), ("module", moved.sizes("column"))):
         if len(sizes) > 1:
             order = sorted(sizes, key=lambda key: -sizes[key])
             first, last = (f"{key} ({in_percent(sizes[key])})" for key in (order[0], order[-1]))
@@ -280,11 +258,11 @@ def summarise(moved: MoveMap) -> Iterator[str]:
 
 def draw_moves(stem: Path, moved: MoveMap) -> list[Path]:
     """Draw movement beside effective rank into `stem` with .png and .svg; nothing where there are no layers."""
-    if not moved.cells:
+    if not moved.in_layers:
         return []
-    cell = (WIDE_IN, min(CELL_IN, MOST_IN / len(moved.names(0))))
+    rows, columns = Ticks("layer", list(moved.by("layer"))), Ticks("", list(moved.by("column")))
+    cell = (WIDE_IN, min(CELL_IN, MOST_IN / len(rows.labels)))
     written = ".3g" if cell[1] >= WRITTEN_IN else ""
-    panels = [Panel(title.partition(":")[0], moved.values(of), gamma=1.0, written=written) for title, _, of in MEASURES]
+    panels = [Panel(title, moved.values(measure), gamma=1.0, written=written) for title, _, measure in MEASURES]
     panels = [panel for panel in panels if not np.isnan(panel.values).all()]
-    rows, columns = Ticks("layer", moved.names(0)), Ticks("", moved.names(1))
     return draw_heatmaps(stem, panels, rows, columns, title="Where the tuning went", cell=cell)[0]

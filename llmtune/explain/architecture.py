@@ -7,30 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from llmtune.explain.fake_model import FakeModel, UntraceableError
-from llmtune.explain.module_calls import (
-    BIASES,
-    PLAIN,
-    Branch,
-    ModuleCall,
-    describe_feed_forward,
-    describe_heads,
-    describe_window,
-    find_branches,
-    find_orders,
-    find_units,
-    is_positions,
-    norm_kind,
-    record_calls,
-    write_shape,
-)
+from llmtune.explain.module_calls import PLAIN, Group, ModuleCall, Place, find_units, group_calls, record_calls
+from llmtune.explain.position_encodings import SLOPED
 from llmtune.explain.target import Target
 from llmtune.model.config import linear_shape
 from llmtune.model.memory_plan import context_length
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 TITLES = {
     "attention": "Self-attention",
@@ -39,6 +29,10 @@ TITLES = {
     "experts": "Experts",
     "convolution": "Convolution",
 }
+BIASES = ("relative_attention_bias", "rel_embeddings", "relative_attention_bias_embedding")
+"""Last parts of the names of modules that hold a bias by distance."""
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation")
+"""Keys of a configuration that name the activation."""
 
 
 @dataclass(frozen=True)
@@ -57,33 +51,26 @@ class Part:
     """A part of a model, as it is drawn."""
 
     kind: str
-    """embedding, positions, norm, linear, convolutions, other, or the role of a branch."""
+    """embedding, positions, norm, linear, convolutions, other, or the role of a part of a block."""
     title: str
     about: str = ""
     weights: tuple[Weights, ...] = ()
+    place: Place = ""
+    """Within a block how it is reached."""
+    added: bool = False
+    """Whether it is added to what comes from below; in a block, to the residual path."""
     tied: bool = False
     """Whether it uses the weights of a part before it."""
-    added: bool = False
-    """Whether it is added to what comes from below."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of its modules."""
+        return [weights.name for weights in self.weights]
 
     @property
     def parameters(self) -> int:
         """Its own."""
         return sum(weights.parameters for weights in self.weights)
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """Branches that leave the residual path at one point and join it at one; more than one is a parallel block."""
-
-    branches: tuple[tuple[Part, ...], ...]
-    behind: tuple[Part, ...] = ()
-    """Norms on the residual path, after the sum: a post-norm block."""
-
-    @property
-    def parts(self) -> list[Part]:
-        """All of its parts in their order."""
-        return [*(part for branch in self.branches for part in branch), *self.behind]
 
 
 @dataclass(frozen=True)
@@ -95,16 +82,14 @@ class Blocks:
     """Which they are in their list, from 0."""
     runs: int
     """How often a text passes through one of them; more than once where weights are shared."""
-    sublayers: tuple[Sublayer, ...]
-    typical: int
-    """Parameters of one of them."""
+    parts: tuple[Part, ...]
     bias_table: int = 0
     """Parameters of the bias by distance that the first one holds for all, as T5's does."""
 
     @property
-    def parameters(self) -> int:
-        """Of all of them together."""
-        return len(self.numbers) * self.typical + self.bias_table
+    def typical(self) -> int:
+        """Parameters of one of them."""
+        return sum(part.parameters for part in self.parts)
 
     @property
     def title(self) -> str:
@@ -160,8 +145,7 @@ def describe_model(target: Target, fake: FakeModel) -> Architecture:
     config, context = model.config.get_text_config(), context_length(model.config)
     reader = _Reader(fake, target.family)
     stacks = tuple(reader.describe_stack(name) for name in reader.lists)
-    counted = sum(part.parameters for stack in stacks for part in (*stack.before, *stack.behind))
-    counted += sum(blocks.parameters for stack in stacks for blocks in stack.blocks)
+    used = {value for call in reader.calls.values() for value in call.module.parameters()} if stacks else set()
     return Architecture(
         name=target.name,
         model_class=type(model).__name__,
@@ -172,7 +156,7 @@ def describe_model(target: Target, fake: FakeModel) -> Architecture:
         vocabulary=getattr(config, "vocab_size", None),
         context=context if context and context > 0 else None,
         stacks=stacks,
-        other=model.num_parameters() - counted,
+        other=model.num_parameters() - sum(value.numel() for value in used),
         untraced=reader.untraced,
     )
 
@@ -192,8 +176,9 @@ class _Reader:
             self.untraced = str(error)
             calls = [ModuleCall(name, module) for name, module in find_units(fake.model).items()]
         self.runs = Counter(call.name for call in calls)
-        self.calls = {call.name: call for call in reversed(calls)}  # the first of each
-        self.calls = dict(reversed(self.calls.items()))
+        self.calls: dict[str, ModuleCall] = {}  # the first of each
+        for call in calls:
+            self.calls.setdefault(call.name, call)
         self.lists = self._find_lists()
 
     def _find_lists(self) -> list[str]:
@@ -216,13 +201,12 @@ class _Reader:
         role = next((half for half in ("encoder", "decoder") if half in owner.split(".")), None)
         word = role if self.family == "encoder-decoder" and role else self.family if len(self.lists) == 1 else owner
         own = [call for call in self.calls.values() if self._stack_of(call.name) == name]
-        inside = [at for at, call in enumerate(own) if call.name.startswith(f"{name}.")]
-        first = own[: inside[0]]
-        last = [call for at, call in enumerate(own) if at > inside[0] and at not in inside]
+        start = next(at for at, call in enumerate(own) if call.name.startswith(f"{name}."))
+        outside = [call for call in own[start:] if not call.name.startswith(f"{name}.")]
         config = getattr(self.model.get_submodule(owner), "config", None) or self.config
-        orders = tuple(dict.fromkeys(find_orders(config, self.model.get_submodule(owner), first)))
-        before, blocks = self._describe_pieces(first), tuple(self._group_blocks(name, word, orders))
-        behind = self._describe_pieces(last, len(before))
+        orders = tuple(dict.fromkeys(find_orders(config, self.model.get_submodule(owner), own[:start])))
+        before, blocks = self._describe_pieces(own[:start]), tuple(self._group_blocks(name, word, orders))
+        behind = self._describe_pieces(outside, len(before))
         final = name == self.lists[-1]
         if final and behind and behind[-1].title == "Linear":
             behind = (*behind[:-1], replace(behind[-1], title="Head"))
@@ -248,55 +232,43 @@ class _Reader:
 
     # Blocks
 
-    def _group_blocks(self, name: str, stack: str, orders: Sequence[str]) -> Iterator[Blocks]:
-        """Yield runs of blocks that are built alike."""
-        blocks: list[Blocks] = []
-        for number in sorted(
-            {int(call[len(name) + 1 :].split(".")[0]) for call in self.calls if call.startswith(f"{name}.")}
-        ):
+    def _group_blocks(self, name: str, stack: str, orders: Sequence[str]) -> list[Blocks]:
+        """Return runs of blocks that are built alike."""
+        found: list[Blocks] = []
+        inside = [call for call in self.calls.values() if call.name.startswith(f"{name}.")]
+        for number in sorted({int(call.name[len(name) + 1 :].split(".")[0]) for call in inside}):
             block = f"{name}.{number}"
-            calls = [call for call in self.calls.values() if call.name.startswith(f"{block}.")]
+            calls = [call for call in inside if call.name.startswith(f"{block}.")]
             tables = [call for call in calls if call.name.endswith(BIASES)]
-            branches = find_branches(self.model, block, [call for call in calls if call not in tables])
-            sublayers = tuple(self._describe_sublayer(block, joined, stack, orders) for joined in branches)
+            groups = group_calls(self.model, block, [call for call in calls if call not in tables])
+            parts = tuple(self._describe_part(block, group, stack, orders) for group in groups)
             bias = sum(weights.parameters for call in tables for weights in self._read_weights(call, block))
-            size = sum(part.parameters for sublayer in sublayers for part in sublayer.parts)
             runs = min(self.runs[call.name] for call in calls)
-            before = blocks[-1] if blocks else None
-            if before and (before.sublayers, before.runs) == (sublayers, runs):
-                blocks[-1] = replace(before, numbers=(*before.numbers, number), bias_table=before.bias_table + bias)
+            before = found[-1] if found else None
+            if before and (before.parts, before.runs) == (parts, runs):
+                found[-1] = replace(before, numbers=(*before.numbers, number), bias_table=before.bias_table + bias)
             else:
-                blocks.append(Blocks(name, (number,), runs, sublayers, size, bias))
-        yield from blocks
+                found.append(Blocks(name, (number,), runs, parts, bias))
+        return found
 
-    def _describe_sublayer(self, block: str, branches: Sequence[Branch], stack: str, orders: Sequence[str]) -> Sublayer:
-        def norms(calls: Sequence[ModuleCall]) -> tuple[Part, ...]:
-            return tuple(self._describe_norm(call, block) for call in calls)
-
-        described = tuple(
-            (*norms(branch.before), self._describe_branch(block, branch, stack, orders), *norms(branch.after))
-            for branch in branches
-        )
-        return Sublayer(described, norms(branches[-1].behind))
-
-    def _describe_norm(self, call: ModuleCall, block: str = "") -> Part:
-        return Part("norm", norm_kind(call.module), "", tuple(self._read_weights(call, block)))
-
-    def _describe_branch(self, block: str, branch: Branch, stack: str, orders: Sequence[str]) -> Part:
-        weights = [found for call in (*branch.calls, *branch.inner) for found in self._read_weights(call, block)]
-        title = TITLES[branch.role]
-        if "attention" not in branch.role:
-            return Part(branch.role, title, describe_feed_forward(self.config, branch.calls), tuple(weights))
-        about = [describe_heads(self.config, stack)]
-        if branch.inner:
-            about.append(f"{norm_kind(branch.inner[0].module)} on queries and keys")
-        if branch.role == "cross-attention":
-            about.append("keys and values: encoder")
-        else:
-            title = "Masked self-attention" if stack == "decoder" else title
-            about += [order for order in orders if order.startswith(("rotary", "relative", "linear"))]
-            about.append(describe_window(self.config, causal=stack == "decoder"))
-        return Part(branch.role, title, "; ".join(filter(None, about)), tuple(weights))
+    def _describe_part(self, block: str, group: Group, stack: str, orders: Sequence[str]) -> Part:
+        """Describe a part of a block."""
+        weights = tuple(found for call in (*group.calls, *group.inner) for found in self._read_weights(call, block))
+        kind, about = group.role, [""]
+        title = norm_kind(group.calls[0].module) if kind == "norm" else TITLES[kind]
+        if "attention" in kind:
+            about = [describe_heads(self.config, stack)]
+            if group.inner:
+                about.append(f"{norm_kind(group.inner[0].module)} on queries and keys")
+            if kind == "cross-attention":
+                about.append("keys and values: encoder")
+            else:
+                title = f"Masked {title.lower()}" if stack == "decoder" else title
+                about += [order for order in orders if order.startswith(("rotary", "relative", "linear"))]
+                about.append(describe_window(self.config, causal=stack == "decoder"))
+        elif kind != "norm":
+            about = [describe_feed_forward(self.config, group.calls)]
+        return Part(kind, title, "; ".join(filter(None, about)), weights, group.place, group.added)
 
     def _read_weights(self, call: ModuleCall, block: str = "") -> Iterator[Weights]:
         """Yield the weights of a module; parameters count for the part that uses them first."""
@@ -314,42 +286,122 @@ class _Reader:
 
     def _describe_pieces(self, calls: Sequence[ModuleCall], before: int = 0) -> tuple[Part, ...]:
         """Describe what stands before or behind the blocks; a list of convolutions is drawn as one."""
-        pieces: list[Part] = []
-        lists: Counter[str] = Counter()
+        pieces: dict[str, Part] = {}
         for call in calls:
             listed = re.match(r"(.+?)\.\d+\.", call.name)
             if listed is None:
-                pieces.append(self._describe_piece(call, first=not before and not pieces))
+                pieces[call.name] = self._describe_piece(call, first=not before and not pieces)
                 continue
-            size = sum(weights.parameters for weights in self._read_weights(call))
-            if listed[1] not in lists:
-                pieces.append(Part("convolutions", "", "", ()))
-            lists[listed[1]] += isinstance(call.module, _ConvNd)
-            whole = sum(found.parameters for found in pieces[-1].weights) + size
-            title = f"{lists[listed[1]]} convolutions"
-            pieces[-1] = replace(pieces[-1], title=title, weights=(Weights(listed[1], "", whole),))
-        return tuple(pieces)
+            together = [one for one in calls if one.name.startswith(f"{listed[1]}.")]
+            sizes = sum(weights.parameters for weights in self._read_weights(call))
+            sizes += pieces[listed[1]].parameters if listed[1] in pieces else 0
+            title = f"{sum(isinstance(one.module, _ConvNd) for one in together)} convolutions"
+            pieces[listed[1]] = Part("convolutions", title, "", (Weights(listed[1], "", sizes),))
+        return tuple(pieces.values())
 
     def _describe_piece(self, call: ModuleCall, *, first: bool) -> Part:
         """Describe a part beside the blocks; positions and types of tokens are added to what comes before them."""
-        if call.is_norm:
-            return self._describe_norm(call)
-        module, last = call.module, call.name.rpartition(".")[2]
+        module = call.module
         known = any(id(value) in self.counted for value in module.parameters())
         weights = tuple(self._read_weights(call))
-        about = weights[0].shape if weights else "computed"
-        tied = known and not isinstance(module, _ConvNd)
-        about += (", the embedding’s weights" if linear_shape(module) else ", same weights") if tied else ""
-        if is_positions(call):
-            return Part("positions", "Positions", about, weights, tied, added=not first)
-        if isinstance(module, nn.Embedding):
-            types = "type" in last
-            return Part("embedding", "Token types" if types else "Embedding", about, weights, tied, added=types)
-        if isinstance(module, _ConvNd):
+        if call.is_norm:
+            return Part("norm", norm_kind(module), "", weights)
+        if isinstance(module, _ConvNd) and not is_positions(call):
             about = f"over {module.kernel_size[0]}, every {module.stride[0]}"
             return Part("convolutions", "Convolution", about, weights)
-        if not linear_shape(module):
-            return Part("other", type(module).__name__, about, weights, tied)
-        if call.output is not None and math.prod(call.output.shape[:-1]) == 1:
-            about += ", once for the text"
-        return Part("linear", "Pooler" if "pooler" in call.name else "Linear", about, weights, tied)
+        tied = known and not isinstance(module, _ConvNd)
+        about = weights[0].shape if weights else "computed"
+        about += (", the embedding’s weights" if linear_shape(module) else ", same weights") if tied else ""
+        kind, title, added = "other", type(module).__name__, False
+        if is_positions(call):
+            kind, title, added = "positions", "Positions", not first
+        elif isinstance(module, nn.Embedding):
+            added = "type" in call.name.rpartition(".")[2]
+            kind, title = "embedding", "Token types" if added else "Embedding"
+        elif linear_shape(module):
+            kind, title = "linear", "Pooler" if "pooler" in call.name else "Linear"
+            if call.output is not None and math.prod(call.output.shape[:-1]) == 1:
+                about += ", once for the text"
+        return Part(kind, title, about, weights, added=added, tied=tied)
+
+
+# What is written on them
+
+
+def norm_kind(module: nn.Module) -> str:
+    """Return the kind of a norm: those that take no mean away have no bias, whatever their class is called."""
+    name = type(module).__name__
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return name
+    return "RMSNorm" if "RMS" in name or not hasattr(module, "bias") else name
+
+
+def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:
+    """Write inputs and outputs of a matrix, rows and width of a table; of several matrices, how many."""
+    if shape := linear_shape(module):
+        return f"{shape[0]:,} → {shape[1]:,}"
+    sizes = [f"{edge:,}" for edge in parameters[0].shape] if parameters else []
+    if isinstance(module, nn.Embedding):
+        return " × ".join(sizes)
+    if len(sizes) == 3:
+        return f"{sizes[0]} × ({sizes[1]} × {sizes[2]})"
+    return f"{sizes[1]} → {sizes[0]}" if len(sizes) == 2 else ""
+
+
+def describe_heads(config: PretrainedConfig, half: str) -> str:
+    """Say how many heads there are, and how many of them for keys and values where these are fewer."""
+    keys = (f"{half}_attention_heads", "num_attention_heads", "num_heads", "n_head")
+    heads = next((number for key in keys if isinstance(number := getattr(config, key, None), int)), 0)
+    if not heads:
+        return ""
+    width = getattr(config, "hidden_size", None)
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or (width and width // heads)
+    fewer = getattr(config, "num_key_value_heads", None) or heads
+    return f"{heads} heads of {size}" + (f", {fewer} for keys and values" if fewer < heads else "")
+
+
+def describe_feed_forward(config: PretrainedConfig, calls: Sequence[ModuleCall]) -> str:
+    """Say how wide it is, how many experts it has, its activation, and whether two projections are multiplied."""
+    shapes = [shape for call in calls if (shape := linear_shape(call.module))]
+    experts = [part.shape[0] for call in calls for part in call.module.parameters() if part.ndim == 3]
+    wide = shapes[-1][0] if shapes else 0
+    gated = bool(experts) or len(shapes) > 2 or (wide and shapes[0][1] == 2 * wide)
+    size = f"{experts[0]} experts, a router" if experts else f"{wide:,} wide" if wide else ""
+    activation = next((str(getattr(config, key)) for key in ACTIVATIONS if getattr(config, key, None)), "")
+    return ", ".join(filter(None, [size, activation, "gated" if gated else ""]))
+
+
+def describe_window(config: PretrainedConfig, *, causal: bool) -> str:
+    """Say how far attention reaches where a configuration has a sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    sliding = sum(bool(re.search("sliding|local|chunked", kind)) for kind in kinds)
+    if not window or (kinds and not sliding) or getattr(config, "use_sliding_window", True) is False:
+        return ""
+    reach = f"window {window:,} tokens back" if causal else f"window {window:,} each way"
+    return f"{reach} in {sliding} of {len(kinds)} layers" if kinds and sliding < len(kinds) else reach
+
+
+def is_positions(call: ModuleCall) -> bool:
+    """Whether a module adds positions to what it is given."""
+    last = call.name.rpartition(".")[2].lower()
+    return "pos" in last or last == "wpe" or "Positional" in type(call.module).__name__ or "pos_conv" in call.name
+
+
+def find_orders(config: PretrainedConfig, owner: nn.Module, before: Sequence[ModuleCall]) -> Iterator[str]:
+    """Yield how a stack knows the order of words, from its modules and its configuration."""
+    for call in filter(is_positions, before):
+        weight = getattr(call.module, "weight", None)
+        if "pos_conv" in call.name:
+            yield "a convolution over neighbours"
+        else:
+            sines = "sinus" in type(call.module).__name__.lower() or weight is None or not weight.requires_grad
+            yield "sines, fixed" if sines else "a learned table"
+    inside = dict(owner.named_modules())
+    rotary = any("rotary" in type(module).__name__.lower() for module in inside.values())
+    if rotary or getattr(config, "rotary_dim", None):
+        yield "rotary: queries and keys are turned by their position"
+    if any(name.endswith(BIASES) for name in inside):
+        yield "relative: a learned bias by distance"
+    if config.model_type in SLOPED or getattr(config, "alibi", False):
+        yield "linear biases by distance (ALiBi)"

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from llmtune.explain.architecture import TITLES, Architecture, Blocks, Part, Stack, Sublayer
+from llmtune.explain.architecture import TITLES, Architecture, Blocks, Part, Stack
+from llmtune.explain.explanation import brief_size
 from llmtune.explain.figures import BLUE, GREY, INK, MUTED, figure_settings, save_figure
-from llmtune.explain.module_calls import brief_size
 from llmtune.explain.trained_modules import TrainedModules, shorten
 
 BOX, HEAD, LINE, GAP = 276.0, 25.0, 16.0, 20.0
@@ -121,7 +121,7 @@ class _Column:
     def box(self, part: Part, names: Callable[[str], Sequence[str]]) -> None:
         """Draw a part: its title, what it is, and its modules with what was trained at each."""
         about = [line for words in part.about.split("; ") for line in textwrap.wrap(words, LETTERS)]
-        inside = [weights.name for weights in part.weights]
+        inside = part.names
         marks = [self.trained.mark(names(name)) if self.trained else "" for name in inside]
         rows = list(zip(part.weights, marks, strict=True)) if part.kind in TITLES or any(marks) else []
         tall = HEAD + LINE * (len(about) + len(rows)) + (6 if about or rows else 0)
@@ -162,11 +162,29 @@ class _Column:
         self.sum()
 
     def blocks(self, blocks: Blocks, *, ordered: bool) -> None:
-        """Draw a block in its frame, with how often it comes."""
+        """Draw a block in its frame, with how often it comes, and its residual path at the left of its parts."""
         self.arrow()
-        bottom = self.y
-        for sublayer in blocks.sublayers:
-            self.sublayer(sublayer, blocks, ordered=ordered)
+        bottom = start = self.y
+        for part in blocks.parts:
+            if part.place == "branch":
+                start = self.y + 8
+                self.line((self.middle, self.y), (self.middle, self.y + 14))
+                self.y += 14
+            if part.place == "beside":
+                words = "and beside it, from the same place"
+                self.text(self.middle, self.y + GAP / 2, words, anchor="center", color=MUTED)
+                self.y += GAP
+            else:
+                self.arrow()
+            self.box(part, blocks.names)
+            if part.kind == "cross-attention":
+                self.doors.append(self.y - 12)
+            if part.added and ordered:
+                self.arrow()
+                rail, y = self.left - RAIL + 20, self.y + 8
+                way = ((self.middle, start), (rail, start), (rail, y), (self.middle - 10, y))
+                self.line(*way, colour=GREY, width=1.5, arrow=True)
+                self.sum()
         self.line((self.middle, self.y), (self.middle, self.y + 30))
         top, self.y = self.y + 30, bottom
         self.frame(self.left - RAIL + 4, BOX + RAIL + 10, top - bottom, ("none", PLAIN[1]), "--")
@@ -176,31 +194,3 @@ class _Column:
         self.text(right, y, f"× {len(blocks.numbers) * blocks.runs}", size=16, weight="bold", color=INK)
         each = f"{brief_size(blocks.typical)}{' each' if len(blocks.numbers) > 1 else ''}"
         self.text(right, y - 22, "same weights" if blocks.runs > 1 else each, size=8.5, color=MUTED)
-
-    def sublayer(self, sublayer: Sublayer, blocks: Blocks, *, ordered: bool) -> None:
-        """Draw what leaves the residual path and joins it again, and the path itself at its left."""
-        self.line((self.middle, self.y), (self.middle, self.y + 14))
-        start = self.y + 8
-        self.y += 14
-        for number, branch in enumerate(sublayer.branches):
-            if number:
-                self.text(
-                    self.middle, self.y + GAP / 2, "and beside it, from the same place", anchor="center", color=MUTED
-                )
-                self.y += GAP
-            for at, part in enumerate(branch):
-                if at or not number:
-                    self.arrow()
-                self.box(part, blocks.names)
-                if part.kind == "cross-attention":
-                    self.doors.append(self.y - 12)
-        if not ordered:
-            return
-        self.arrow()
-        rail, y = self.left - RAIL + 20, self.y + 8
-        way = ((self.middle, start), (rail, start), (rail, y), (self.middle - 10, y))
-        self.line(*way, colour=GREY, width=1.5, arrow=True)
-        self.sum()
-        for part in sublayer.behind:
-            self.arrow()
-            self.box(part, blocks.names)

@@ -28,7 +28,6 @@ from llmtune.explain.attention_maps import (
     AttentionMaps,
     Lines,
     Matrix,
-    Selection,
     Shape,
     select,
     strongest_pairs,
@@ -97,11 +96,11 @@ def explain_attention(target: Target, request: AttentionRequest, out: Path, cons
         EnvironmentProblem: the model is gone, or does not show its attention.
     """
     shape = shape_of(target.config, target.family)
-    selection = select(shape, request)
+    select(shape, request)  # a mistake is named before any weights are read
     inputs = read_text(target, request)
     if inputs.note:
         console.print(f"attention: {inputs.note}", markup=False)
-    maps, answer = capture(target, inputs, request, selection, shape, console)
+    maps, answer = capture(target, inputs, request, shape, console)
     summaries = {kind: [summarise(maps, kind, layer) for layer in maps.layers(kind)] for kind in maps.drawn_layers}
     with console.status("drawing"), explained(out):
         figures = draw_figures(maps, out, console)
@@ -110,12 +109,7 @@ def explain_attention(target: Target, request: AttentionRequest, out: Path, cons
 
 
 def capture(
-    target: Target,
-    inputs: ModelInputs,
-    request: AttentionRequest,
-    selection: Selection,
-    shape: Shape,
-    console: Console,
+    target: Target, inputs: ModelInputs, request: AttentionRequest, shape: Shape, console: Console
 ) -> tuple[AttentionMaps, str | None]:
     """Run each model once on the same tokens; returns what was kept of each, and what the decoder wrote."""
     maps: AttentionMaps | None = None
@@ -133,7 +127,7 @@ def capture(
                     if not inputs.pair.target:
                         what = f"target: {answer!r}, the {name}'s own answer; --target gives another"
                         console.print(what, markup=False)
-                maps = AttentionMaps(target.models, Lines(source, line), shape, selection)
+                maps = AttentionMaps(target.models, Lines(source, line), shape, request)
             attend(model, tensors, target.family, partial(maps.add, name))
     assert maps is not None, "there is one model at least"
     return maps, answer
@@ -147,8 +141,8 @@ def decode_target(
     text = inputs.pair.target
     if not text:
         room = (context_length(target.config) or LONGEST_ANSWER + 1) - (len(inputs.decoder_ids) or 1)
-        trace = trace_answer(model, inputs, target.processor, Sampling(min(LONGEST_ANSWER, room)), layers=False)
-        text, request = trace.text.strip(), replace(request, cut=True)
+        answer = trace_answer(model, inputs, target.processor, Sampling(min(LONGEST_ANSWER, room)))
+        text, request = answer.text.strip(), replace(request, cut=True)
     pair = replace(inputs.pair, target=text)
     if target.is_whisper:
         return fit_tokens(transcript_ids(pair, target), "--target", target, request), text
@@ -192,7 +186,7 @@ def to_json(
             "heads": maps.shape[kind][1],
             "shown": {
                 "layer": maps.drawn_layers[kind],
-                "head": maps.selection.head,
+                "head": maps.head,
                 "threshold": maps.threshold(kind),
             },
             "by_layer": [asdict(layer) for layer in layers],
@@ -241,7 +235,7 @@ def make_tables(
             )
             rows.append([str(one.layer), ", ".join(pairs), *shares])
         title = f"{title_of(kind, family)} ({len(layers)} layers, {maps.shape[kind][1]} heads)"
-        head = maps.selection.head if isinstance(maps.selection.head, str) else f"head {maps.selection.head}"
+        head = maps.head if isinstance(maps.head, str) else f"head {maps.head}"
         yield Table(columns, rows, title)
         yield Text(f"drawn: {kind}, layer {maps.drawn_layers[kind]}, {head}")
 
@@ -309,7 +303,7 @@ def _describe(family: Family, maps: AttentionMaps, kind: Kind, layers: Sequence[
         "axes": AXES[kind],
         "layers": list(layers),
         "heads": maps.shape[kind][1],
-        "shown": {"layer": maps.drawn_layers[kind], "head": str(maps.selection.head)},
+        "shown": {"layer": maps.drawn_layers[kind], "head": str(maps.head)},
         "threshold": maps.threshold(kind),
         "values": values,
     }

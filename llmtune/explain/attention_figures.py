@@ -56,9 +56,9 @@ def draw_figures(maps: AttentionMaps, out: Path, console: Console) -> list[Path]
     """Draw a heatmap and a graph of the layer and head that are selected, of each kind of attention."""
     files: list[Path] = []
     missing: set[str] = set()
-    for kind in maps.selection.kinds:
-        end = "" if len(maps.selection.kinds) == 1 else f"-{kind}"
-        title = f"{NAMES[kind]}, {describe(maps.selection.head, maps.drawn_layers[kind])}"
+    for kind in maps.kinds:
+        end = "" if len(maps.kinds) == 1 else f"-{kind}"
+        title = f"{NAMES[kind]}, {describe(maps.head, maps.drawn_layers[kind])}"
         drawn, letters = _draw_heatmap(maps, kind, out / f"{STEM}-heatmap{end}", title)
         missing |= set(letters)
         files += [*drawn, *_draw_graph(maps, kind, out / f"{STEM}-graph{end}", title)]

@@ -36,24 +36,12 @@ EDGES_PER_WORD = 1.5
 LOWEST = 0.01
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is drawn; the model has it."""
-
-    kinds: tuple[Kind, ...]
-    layer: int | None
-    """None: that which shows most."""
-    head: Head
-    threshold: float | None
-    """The weight from which a graph has an edge; None: about EDGES_PER_WORD edges a word."""
-
-
-def select(shape: Shape, request: AttentionRequest) -> Selection:
-    """Check the options against what the model has.
+def select(shape: Shape, request: AttentionRequest) -> tuple[tuple[Kind, ...], Head]:
+    """Check the options against what the model has; returns the kinds of attention that are drawn, and the head.
 
     Raises RecipeError for a kind, a layer or a head that is not there.
     """
-    kinds = tuple(kind for kind in shape if request.kind in (None, kind))
+    kinds = [kind for kind in shape if request.kind in (None, kind)]
     if not kinds:
         fix = f"This model has {', '.join(shape)}.{nearest(str(request.kind), list(shape))}"
         raise RecipeError.of(f"there is no attention called {request.kind!r}", "--kind", fix)
@@ -61,22 +49,19 @@ def select(shape: Shape, request: AttentionRequest) -> Selection:
     if request.layer is not None and request.layer >= layers:
         what = f"there is no layer {request.layer}: the model has {layers}"
         raise RecipeError.of(what, "--layer", f"Use a number from 0 to {layers - 1}.")
-    head: Head = request.head
-    if request.head not in (MEAN, ROLLOUT):
-        if not request.head.isdigit() or int(request.head) >= heads:
-            fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(request.head, [MEAN, ROLLOUT])}"
-            raise RecipeError.of(f"there is no head {request.head!r}: a layer has {heads}", "--head", fix)
-        head = int(request.head)
-    if request.layer is not None:  # an encoder may have more layers than its decoder
-        kinds = tuple(kind for kind in kinds if request.layer < shape[kind][0])
-    if isinstance(head, int):
-        kinds = tuple(kind for kind in kinds if head < shape[kind][1])
-    elif head == ROLLOUT:
-        kinds = tuple(kind for kind in kinds if kind != CROSS)
+    head: Head = int(request.head) if request.head.isdigit() else request.head
+    if head not in (MEAN, ROLLOUT, *range(heads)):
+        fix = f"Use a number from 0 to {heads - 1}, {MEAN} or {ROLLOUT}.{nearest(request.head, [MEAN, ROLLOUT])}"
+        raise RecipeError.of(f"there is no head {request.head!r}: a layer has {heads}", "--head", fix)
+    if head == ROLLOUT:
+        kinds = [kind for kind in kinds if kind != CROSS]
+    # an encoder may have more layers, or heads, than its decoder
+    last, most = request.layer or 0, head if isinstance(head, int) else 0
+    kinds = [kind for kind in kinds if last < shape[kind][0] and most < shape[kind][1]]
     if not kinds:
         what = "cross-attention has no rollout: its rows and columns are different texts"
         raise RecipeError.of(what, "--head", f"Use {MEAN} or a number.")
-    return Selection(kinds, request.layer, head, request.threshold)
+    return tuple(kinds), head
 
 
 @dataclass(frozen=True)
@@ -114,16 +99,18 @@ class AttentionMaps:
     models: tuple[str, ...]
     lines: Lines
     shape: Shape
-    selection: Selection
+    request: AttentionRequest
+    """What is drawn: without a layer the one that shows most, without a threshold about EDGES_PER_WORD edges a word."""
     kept: dict[str, dict[Kind, dict[int, dict[Head, Matrix]]]] = field(default_factory=dict)
     """By model, kind, layer and head [Q, T]: MEAN over the heads, ROLLOUT (not of cross-attention), heads by number."""
     _rolled: dict[tuple[str, Kind], Matrix] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.kinds, self.head = select(self.shape, self.request)
         sizes = (layers * heads * self.lines.count(kind) for kind, (layers, heads) in self.shape.items())
         numbers = len(self.models) * sum(sizes)
         self.keeps_all_heads = numbers <= MOST_NUMBERS
-        if not self.keeps_all_heads and self.selection.layer is None and isinstance(self.selection.head, int):
+        if not self.keeps_all_heads and self.request.layer is None and isinstance(self.head, int):
             what = f"the heads of all layers are {numbers / 1e6:.0f} million weights on this text: too many to keep"
             raise RecipeError.of(what, "--layer", "Name a layer, or give a shorter text.")
 
@@ -136,7 +123,7 @@ class AttentionMaps:
         if seen.kind != CROSS:
             rolled = self._rolled[model, seen.kind] = roll(self._rolled.get((model, seen.kind)), mean_QT)
             kept[ROLLOUT] = merge(rolled, rows, columns)
-        if self.keeps_all_heads or seen.layer == self.selection.layer:
+        if self.keeps_all_heads or seen.layer == self.request.layer:
             kept.update(enumerate(np.array(merge(weights_HQT, rows, columns))))
         self.kept.setdefault(model, {}).setdefault(seen.kind, {})[seen.layer] = kept
 
@@ -163,8 +150,8 @@ class AttentionMaps:
     def drawn_layers(self) -> dict[Kind, int]:
         """The layer that is drawn of each kind; raises RecipeError for one that has no such attention."""
         chosen: dict[Kind, int] = {}
-        for kind in self.selection.kinds:
-            known, layer = self.layers(kind), self.selection.layer
+        for kind in self.kinds:
+            known, layer = self.layers(kind), self.request.layer
             if layer is not None and layer not in known:
                 fix = f"Those that have: {', '.join(map(str, known))}."
                 raise RecipeError.of(f"layer {layer} has no {kind} attention", "--layer", fix)
@@ -175,12 +162,12 @@ class AttentionMaps:
 
     def drawn(self, model: str, kind: Kind) -> Matrix:
         """Return weights [Q, T] of the layer and head that are drawn."""
-        return self.weights(model, kind, self.drawn_layers[kind], self.selection.head)
+        return self.weights(model, kind, self.drawn_layers[kind], self.head)
 
     def threshold(self, kind: Kind) -> float:
         """Return the weight from which a graph has an edge."""
-        if self.selection.threshold is not None:
-            return self.selection.threshold
+        if self.request.threshold is not None:
+            return self.request.threshold
         return find_threshold(self.drawn(self.models[-1], kind), self.lines.among_words(kind))
 
 

@@ -53,6 +53,25 @@ def figure_block(svg: Path, description: str) -> Html:
     return Html(image.format(description, data))
 
 
+def briefly(number: float) -> str:
+    """Write a number in three digits: 134,515,008 is 135 M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
+    return f"{number:g}"
+
+
+def operations(number: float) -> str:
+    """Write a number of floating-point operations."""
+    text = briefly(number)
+    return f"{text}FLOPs" if text[-1].isalpha() else f"{text} FLOPs"
+
+
+def brief_size(number: float) -> str:
+    """Write a number of parameters in three digits, none as nothing; a thousand million is B, as usual for models."""
+    return briefly(number).replace("G", "B") if number else ""
+
+
 def in_percent(value: float | None) -> str:
     """Write a share in percent, in three digits."""
     return "–" if value is None else f"{100 * value:.3g} %"

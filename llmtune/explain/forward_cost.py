@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -33,7 +34,7 @@ BUDGET_SECONDS, RUN_SECONDS = 10.0, 0.25
 """Of all lengths, and of one; the quickest run counts."""
 MOST_BYTES = 1 << 30
 """Of a block's parameters."""
-Polynomial = tuple[int, int, int]
+Polynomial = npt.NDArray[np.int64]
 """a, b and c of a + b L + c L²."""
 Arguments = tuple[tuple[object, ...], dict[str, object]]
 
@@ -53,16 +54,15 @@ class Cost:
     @property
     def others(self) -> Polynomial:
         """All but attention's own."""
-        a, b, c = (whole - part for whole, part in zip(self.total, self.attention, strict=True))
-        return a, b, c
+        return self.total - self.attention
 
     def crossing(self) -> int | None:
         """Return the length from which attention's own products cost more than all else; None where there is none."""
-        a, b, c = (part - other for part, other in zip(self.attention, self.others, strict=True))
-        if c <= 0 or a + b + c >= 0:
+        more = self.attention - self.others
+        if more[2] <= 0 or value(more, 1) >= 0:
             return None
-        root = max(np.roots([c, b, a]).real)
-        return next(n for n in range(max(1, int(root) - 1), int(root) + 3) if a + b * n + c * n * n >= 0)
+        root = int(max(np.roots(more[::-1]).real))
+        return next(n for n in range(max(1, root - 1), root + 3) if value(more, n) >= 0)
 
     def at(self, tokens: int) -> dict[str, float]:
         """Return what a text of so many tokens costs."""
@@ -71,10 +71,9 @@ class Cost:
         return {"tokens": tokens, "flops": whole, "flops_per_token": whole / tokens, "attention_share": shared}
 
 
-def value(polynomial: Polynomial, tokens: float) -> float:
+def value(polynomial: Polynomial, tokens: int) -> int:
     """Return what a part costs over `tokens` tokens."""
-    a, b, c = polynomial
-    return a + b * tokens + c * tokens * tokens
+    return int(polynomial @ (1, tokens, tokens * tokens))
 
 
 def count_cost(fake: FakeModel, context: int | None) -> Cost:
@@ -91,10 +90,9 @@ def count_cost(fake: FakeModel, context: int | None) -> Cost:
         raise UncountableError(str(error)) from error
     polynomials = []
     for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
-        a, b, c = (int(part) for part in np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])))
-        if value((a, b, c), longest) != found[3]:
+        polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])).astype(np.int64))
+        if value(polynomials[-1], longest) != found[3]:
             raise UncountableError(f"the cost of {name} is no polynomial of the length")
-        polynomials.append((a, b, c))
     return Cost(*polynomials)
 
 

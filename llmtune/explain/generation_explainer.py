@@ -167,24 +167,18 @@ def trace_models(
     """Open each model and let it answer; of a run, let both score the tuned model's answer as well."""
     traces: dict[str, Trace] = {}
     scores: dict[str, list[TokenScore]] = {}
-
-    def look(name: str) -> None:
-        with target.open_model(name) as model:
-            if name not in traces:
-                with console.status(f"{name} answers"):
-                    traces[name] = trace_model(model, prompt, target, sampling)
-            if TUNED not in traces or prompt.masks:
-                return
-            answer = (prompt, target.processor, traces[TUNED].prefix, traces[TUNED].ids)
-            scores[name] = score_answer(model, *answer)
-            if name == TUNED and hasattr(model, "disable_adapter"):
-                with model.disable_adapter():
-                    scores[BASE] = score_answer(model, *answer)
-
     for name in target.models:
-        look(name)
+        with target.open_model(name) as model, console.status(f"{name} answers"):
+            traces[name] = trace_model(model, prompt, target, sampling)
+            if name == TUNED and not prompt.masks:
+                answer = (prompt, target.processor, traces[TUNED].prefix, traces[TUNED].ids)
+                scores[TUNED] = score_answer(model, *answer)
+                if hasattr(model, "disable_adapter"):
+                    with model.disable_adapter():
+                        scores[BASE] = score_answer(model, *answer)
     if TUNED in scores and BASE not in scores:  # all weights were trained: the base is a model of its own
-        look(BASE)
+        with target.open_model(BASE) as model:
+            scores[BASE] = score_answer(model, *answer)
     return traces, scores
 
 

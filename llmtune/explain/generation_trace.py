@@ -1,15 +1,14 @@
 """An answer step by step: what could come next, how likely it was, and what each layer would have predicted.
 
 The answer is made by transformers' own `generate`, so that it is the one that the model gives elsewhere; a logits
-processor that changes nothing and hooks at the layers record it. Shapes: V vocabulary, T tokens, L layers and the
-embeddings before them, P masked positions.
+processor that changes nothing records it. Then the model reads its answer once more, and its layers are looked at.
+Shapes: V vocabulary, T tokens, A those of the answer, L layers and the embeddings before them, P masked positions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -24,7 +23,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerationMixin
 
 from llmtune.evaluate.generation import generation_settings, only_these_settings
-from llmtune.explain.logit_lens import HiddenStates, read_lens
+from llmtune.explain.logit_lens import ForwardPass, read_lens, run_forward
 from llmtune.explain.token_text import Token, token_namer
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.tasks.text_to_text import decoder_settings
@@ -137,72 +136,79 @@ class Recorder(LogitsProcessor):  # type: ignore[misc]
 
 
 def trace_answer(
-    model: torch.nn.Module,
-    prompt: ModelInputs,
-    processor: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    *,
-    layers: bool = True,
+    model: torch.nn.Module, prompt: ModelInputs, processor: PreTrainedTokenizerBase, sampling: Sampling
 ) -> Trace:
-    """Let the model answer and record it, with what each of its layers would predict."""
-    inner, recipe = unwrap(model), sampling.recipe(prompt.recipe)
-    recorder, states = Recorder(), HiddenStates(model, [-1])
-    with torch.random.fork_rng(), only_these_settings(model) as own, states if layers else nullcontext():
+    """Let the model answer, and look at each step and at what each layer would predict there."""
+    inner, recipe, recorder = unwrap(model), sampling.recipe(prompt.recipe), Recorder()
+    with torch.random.fork_rng(), only_these_settings(model) as own:
         torch.manual_seed(sampling.seed)
         if inner.config.is_encoder_decoder:
             settings = decoder_settings(own, model, processor, recipe, prompt.first)
         else:
             settings = generation_settings(model, processor, recipe)
         settings.max_new_tokens = sampling.max_new_tokens
-        inputs = {name: move(part, inner) for name, part in prompt.text_tensors.items()}
+        inputs = place_inputs(prompt, inner)
         if prompt.decoder_ids:
             inputs["decoder_input_ids"] = torch.tensor([prompt.decoder_ids], device=inner.device)
         options = {"generation_config": settings, "logits_processor": LogitsProcessorList([recorder])}
         ids = cast(list[int], GenerationMixin.generate(inner, **inputs, **options)[0].tolist())
     written = len(recorder.logs)
-    prefix, answer = ids[:-written], ids[-written:]
-    ends = settings.eos_token_id or []
+    prefix, answer, ends = ids[:-written], ids[-written:], settings.eos_token_id or []
     stops = set(ends if isinstance(ends, list) else [ends])
+    seen = read_again(model, prompt, prefix, answer)
     return Trace(
         prefix=prefix,
-        steps=list(list_steps(answer, recorder.logs, sampling, states, processor)),
+        steps=list(list_steps(answer, recorder.logs, sampling, seen, processor)),
         text=str(processor.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
         ended=answer[-1] in stops,
     )
 
 
-def move(part: torch.Tensor, inner: PreTrainedModel) -> torch.Tensor:
-    """Bring an input to the model's device and, if it is no token, to its number format."""
-    return part.to(inner.device, inner.dtype) if part.is_floating_point() else part.to(inner.device)
+def place_inputs(prompt: ModelInputs, inner: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Bring inputs to the model's device and, if they are no tokens, to its number format."""
+    return {
+        name: part.to(inner.device, inner.dtype) if part.is_floating_point() else part.to(inner.device)
+        for name, part in prompt.text_tensors.items()
+    }
 
 
 def trace_masks(
     model: torch.nn.Module, prompt: ModelInputs, processor: PreTrainedTokenizerBase, sampling: Sampling
 ) -> Trace:
     """Let an encoder fill in each mask of a text, all at once; a mask is a step."""
-    inner = unwrap(model)
-    inputs = {name: part.to(inner.device) for name, part in prompt.text_tensors.items()}
-    with torch.inference_mode(), HiddenStates(model, prompt.masks) as states:
-        model(**inputs)
-    assert states.last is not None
-    logs_PV = states.last.log_softmax(-1)
+    seen = run_forward(model, place_inputs(prompt, unwrap(model)), prompt.masks)
+    logs_PV = seen.logits.log_softmax(-1)
     answer = logs_PV.argmax(-1).tolist()
     filled = list(prompt.ids)
     for at, token in zip(prompt.masks, answer, strict=True):
         filled[at] = token
-    steps = list(list_steps(answer, list(logs_PV), sampling, states, processor))
+    steps = list(list_steps(answer, list(logs_PV), sampling, seen, processor))
     return Trace(prompt.ids, steps, str(processor.decode(filled, skip_special_tokens=True)), True)
+
+
+def read_again(
+    model: torch.nn.Module, prompt: ModelInputs, prefix: Sequence[int], answer: Sequence[int]
+) -> ForwardPass:
+    """Let a model read an answer, its own or another's, and see what it would predict at each of its tokens."""
+    inner = unwrap(model)
+    ids_1T = torch.tensor([[*prefix, *answer[:-1]]], device=inner.device)
+    inputs: dict[str, object] = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+    if inner.config.is_encoder_decoder:
+        inputs = {**place_inputs(prompt, inner), "decoder_input_ids": ids_1T}
+    if "logits_to_keep" in accepted_arguments(inner.__class__):
+        inputs["logits_to_keep"] = len(answer)
+    return run_forward(model, inputs, slice(-len(answer), None))
 
 
 def list_steps(
     answer: Sequence[int],
     logs: Sequence[torch.Tensor],
     sampling: Sampling,
-    states: HiddenStates,
+    seen: ForwardPass,
     processor: PreTrainedTokenizerBase,
 ) -> Iterator[Step]:
     """Yield what is shown of each step, by its log-probabilities [V] and the hidden states of its layers."""
-    lens, name = read_lens(states), token_namer(processor)
+    lens, name = read_lens(seen), token_namer(processor)
     for token, logs_V in zip(answer, logs, strict=True):
         top = logs_V.topk(min(LISTED, int(logs_V.isfinite().sum())))
         warped_V = sampling.warp(logs_V[None])[0]
@@ -239,7 +245,6 @@ class TokenScore:
     likeliest: Candidate
 
 
-@torch.inference_mode()
 def score_answer(
     model: torch.nn.Module,
     prompt: ModelInputs,
@@ -248,19 +253,8 @@ def score_answer(
     answer: Sequence[int],
 ) -> list[TokenScore]:
     """Score each token of an answer that is given to the model (teacher forcing)."""
-    inner = unwrap(model)
-    ids_1T = torch.tensor([[*prefix, *answer[:-1]]], device=inner.device)
-    inputs: dict[str, object] = {}
-    if inner.config.is_encoder_decoder:
-        inputs = {name: move(part, inner) for name, part in prompt.text_tensors.items()}
-        inputs["decoder_input_ids"] = ids_1T
-    else:
-        inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
-    if "logits_to_keep" in accepted_arguments(inner.__class__):
-        inputs["logits_to_keep"] = len(answer)
-    logs_AV = model(**inputs).logits[0, -len(answer) :].float().log_softmax(-1)
-    chosen_A1 = torch.tensor(answer, device=logs_AV.device)[:, None]
-    own_A1 = logs_AV.gather(-1, chosen_A1)
+    logs_AV = read_again(model, prompt, prefix, answer).logits.log_softmax(-1)
+    own_A1 = logs_AV.gather(-1, torch.tensor(answer)[:, None])
     best = logs_AV.max(-1)
     columns = (own_A1[:, 0].exp(), (logs_AV > own_A1).sum(-1) + 1, best.indices, best.values.exp())
     name, rows = token_namer(processor), zip(*(column.tolist() for column in columns), strict=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
 from llmtune.model.oom import is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 64
 """Hidden states that are read at once: that many times the vocabulary is in memory."""
@@ -36,78 +40,57 @@ def find_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(max((part for depth, part in lists if depth == nearest), key=len, default=()))
 
 
-class HiddenStates:
-    """Keeps, of each forward pass of a model, the hidden states at some positions before and behind every layer.
+@dataclass
+class ForwardPass:
+    """What one pass of a model gave at the positions that are looked at."""
 
-    Use it as a context. `passes` holds a list a forward pass, of L tensors [P, D], on the CPU; `first` and `last` the
-    model's own logits at those positions, [P, V], of the first pass and the last.
-    """
-
-    def __init__(self, model: torch.nn.Module, positions: Sequence[int]) -> None:
-        self.model = unwrap(model)
-        self.positions = list(positions)
-        self.passes: list[list[torch.Tensor]] = []
-        self.first: torch.Tensor | None = None
-        self.last: torch.Tensor | None = None
-        self.output_sizes: dict[torch.nn.Module, int] = dict.fromkeys(find_layers(model), 0)
-        """The length of the tuple that a layer returns; 0 where it returns the hidden state alone."""
-        self._stack = ExitStack()
-
-    def __enter__(self) -> HiddenStates:
-        hooks = [self.model.register_forward_pre_hook(lambda *_: self.passes.append([]))]
-        hooks.append(self.model.register_forward_hook(self._keep_logits))
-        for layer in self.output_sizes:
-            hooks.append(layer.register_forward_pre_hook(self._keep_input, with_kwargs=True))
-            hooks.append(layer.register_forward_hook(self._keep_output))
-        for hook in hooks:
-            self._stack.callback(hook.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _keep_input(
-        self, layer: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]
-    ) -> None:
-        if not self.passes[-1]:  # the first layer's
-            self.passes[-1].append(self._pick(args[0] if args else kwargs["hidden_states"]))
-
-    def _keep_output(self, layer: torch.nn.Module, args: tuple[object, ...], output: Output) -> None:
-        self.output_sizes[layer] = len(output) if isinstance(output, tuple) else 0
-        hidden = output[0] if isinstance(output, tuple) else output
-        assert hidden is not None
-        self.passes[-1].append(self._pick(hidden))
-
-    def _keep_logits(self, model: torch.nn.Module, args: tuple[object, ...], output: BaseModelOutput) -> None:
-        self.last = self._pick(output.logits)
-        self.first = self.last if self.first is None else self.first
-
-    def _pick(self, hidden_1TD: torch.Tensor) -> torch.Tensor:
-        return hidden_1TD.detach()[0, self.positions].float().cpu()
-
-    def stacked(self) -> torch.Tensor | None:
-        """Return the hidden states of all passes, [passes * P, L, D]; None where a layer was not seen once a pass."""
-        counts = {len(seen) for seen in self.passes}
-        shapes = {part.shape for seen in self.passes for part in seen}
-        if not self.passes or len(counts) != 1 or len(shapes) != 1 or counts.pop() < 2:
-            return None
-        return torch.cat([torch.stack(seen, dim=1) for seen in self.passes])
+    model: PreTrainedModel
+    logits: torch.Tensor
+    """[P, V], on the CPU."""
+    hidden: list[torch.Tensor]
+    """Before and behind every layer [P, D], on the CPU."""
+    output_sizes: Mapping[torch.nn.Module, int]
+    """By layer the length of the tuple that it returns; 0 where it returns the hidden state alone."""
 
 
-def read_lens(states: HiddenStates) -> Iterator[torch.Tensor] | None:
-    """Return logits [L, V] for each position of each pass; None where this model's layers cannot be read so.
+@torch.inference_mode()
+def run_forward(model: torch.nn.Module, inputs: Mapping[str, object], positions: Sequence[int] | slice) -> ForwardPass:
+    """Run a model once, and keep its logits and hidden states at some positions."""
+    hidden: list[torch.Tensor] = []
+    sizes: dict[torch.nn.Module, int] = dict.fromkeys(find_layers(model), 0)
+
+    def pick(whole_1TD: torch.Tensor) -> torch.Tensor:
+        return whole_1TD[0, positions].float().cpu()
+
+    def keep_input(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        if not hidden:  # the first layer's
+            hidden.append(pick(args[0] if args else kwargs["hidden_states"]))
+
+    def keep_output(layer: torch.nn.Module, args: tuple[object, ...], output: Output) -> None:
+        sizes[layer] = len(output) if isinstance(output, tuple) else 0
+        hidden.append(pick(cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)))
+
+    with ExitStack() as hooks:
+        for layer in sizes:
+            hooks.callback(layer.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(keep_output).remove)
+        logits = pick(model(**inputs).logits)
+    return ForwardPass(unwrap(model), logits, hidden, sizes)
+
+
+def read_lens(seen: ForwardPass) -> Iterator[torch.Tensor] | None:
+    """Return logits [L, V] for each position; None where this model's layers cannot be read so.
 
     Nothing is assumed of what stands behind the layers (norm, scale, soft cap, bias): the model itself is run with
     layers that do nothing but return the hidden state. The last layer's logits have to be the model's own: that is
     checked before anything is returned.
     """
-    hidden_NLD = states.stacked()
-    if hidden_NLD is None:
+    if len(seen.hidden) < 2 or len({part.shape for part in seen.hidden}) > 1:
         return None
+    hidden_PLD = torch.stack(seen.hidden, dim=1)
     try:
-        for row, logits_PV in ((0, states.first), (-1, states.last)):
-            assert logits_PV is not None
-            if not agree(replay(states, hidden_NLD[row, -1:])[0], logits_PV[row]):
+        for row in (0, -1):
+            if not agree(replay(seen, hidden_PLD[row, -1:])[0], seen.logits[row]):
                 return None
     except SHAPE_ERRORS:
         return None
@@ -115,7 +98,7 @@ def read_lens(states: HiddenStates) -> Iterator[torch.Tensor] | None:
         if is_out_of_memory(error):
             raise
         return None
-    return (torch.cat([replay(states, part) for part in hidden_LD.split(ROWS)]) for hidden_LD in hidden_NLD)
+    return (torch.cat([replay(seen, part) for part in hidden_LD.split(ROWS)]) for hidden_LD in hidden_PLD)
 
 
 def agree(read_V: torch.Tensor, expected_V: torch.Tensor) -> bool:
@@ -128,9 +111,9 @@ def agree(read_V: torch.Tensor, expected_V: torch.Tensor) -> bool:
 
 
 @torch.inference_mode()
-def replay(states: HiddenStates, hidden_RD: torch.Tensor) -> torch.Tensor:
+def replay(seen: ForwardPass, hidden_RD: torch.Tensor) -> torch.Tensor:
     """Return the logits [R, V] that the model makes of hidden states [R, D] as if they came from its last layer."""
-    model = states.model
+    model = seen.model
     weight = model.get_output_embeddings().weight
     # 4-bit weights are bytes: those models say in which format they compute
     dtype = weight.dtype if weight.dtype.is_floating_point else model.dtype
@@ -143,7 +126,7 @@ def replay(states: HiddenStates, hidden_RD: torch.Tensor) -> torch.Tensor:
         inputs |= {"encoder_outputs": BaseModelOutput(last_hidden_state=nothing), "decoder_input_ids": ids_R1}
     else:
         inputs["input_ids"] = ids_R1
-    with replaced_layers(states.output_sizes, hidden_R1D):
+    with replaced_layers(seen.output_sizes, hidden_R1D):
         return cast(torch.Tensor, model(**inputs).logits[:, -1].float().cpu())
 
 

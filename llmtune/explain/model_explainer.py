@@ -13,9 +13,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.console import Console
 
 from llmtune.errors import EnvironmentProblem
-from llmtune.explain.architecture import Architecture, Blocks, Part, describe_model
+from llmtune.explain.architecture import Architecture, Blocks, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
-from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, write_explanation
+from llmtune.explain.explanation import (
+    PAGE_STYLE,
+    Explanation,
+    brief_size,
+    briefly,
+    figure_block,
+    operations,
+    write_explanation,
+)
 from llmtune.explain.fake_model import build_fake_model
 from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
 from llmtune.explain.forward_cost import (
@@ -27,7 +35,6 @@ from llmtune.explain.forward_cost import (
     measure_block,
     value,
 )
-from llmtune.explain.module_calls import brief_size, briefly, operations
 from llmtune.explain.target import Target
 from llmtune.explain.trained_modules import TrainedModules, find_trained, shorten
 from llmtune.model.config import UNREADABLE, first_line
@@ -79,7 +86,8 @@ class Portrait:
         cost, measured = self.cost, self.measured
         flops: dict[str, object] | None = None
         if isinstance(cost, Cost):
-            flops = {**asdict(cost), "crossing": cost.crossing(), "at": self.costs(cost)}
+            formulas = {name: formula.tolist() for name, formula in asdict(cost).items()}
+            flops = {**formulas, "crossing": cost.crossing(), "at": self.costs(cost)}
         return {
             **asdict(self.architecture),
             "base": self.base,
@@ -132,7 +140,7 @@ def count_parts(architecture: Architecture) -> dict[str, int]:
             counts[GROUPS.get(part.kind, "Other")] += part.parameters
         for blocks in stack.blocks:
             counts["Positions"] += blocks.bias_table
-            for part in (part for sublayer in blocks.sublayers for part in sublayer.parts):
+            for part in blocks.parts:
                 title = GROUPS.get(part.kind) or part.kind.capitalize()
                 counts[title] += len(blocks.numbers) * part.parameters
     counts["Other"] += architecture.other
@@ -186,40 +194,33 @@ def _part_tables(portrait: Portrait) -> Iterator[Block]:
     if architecture.untraced:
         reason = f"The model could not be run on shapes alone ({architecture.untraced}), so the order of its parts is"
         yield Text(f"{reason} not known; shapes and sizes are.", "note")
-    columns = [
-        Column("part"),
-        Column("shape"),
-        Column("parameters", "number"),
-        *([Column("trained")] if trained else []),
-    ]
+    columns = [Column("part"), Column("shape"), Column("parameters", "number")]
     for stack in architecture.stacks:
-        rows = [_row(part, [weights.name for weights in part.weights], trained) for part in stack.before]
+        rows = [_row(part.title, part.about, part.parameters, part.names, trained) for part in stack.before]
         for blocks in stack.blocks:
             rows += _block_rows(blocks, trained)
-        rows += [_row(part, [weights.name for weights in part.weights], trained) for part in stack.behind]
-        yield Table(columns, [row[: len(columns)] for row in rows], stack.name)
+        rows += [_row(part.title, part.about, part.parameters, part.names, trained) for part in stack.behind]
+        yield Table([*columns, *([Column("trained")] if trained else [])], rows, stack.name)
 
 
-def _row(part: Part, names: Sequence[str], trained: TrainedModules | None) -> list[str]:
-    mark = trained.mark(names) if trained else ""
-    return [part.title, part.about, brief_size(part.parameters), mark]
+def _row(title: str, about: str, size: int, names: Sequence[str], trained: TrainedModules | None) -> list[str]:
+    return [title, about, brief_size(size), *([trained.mark(names)] if trained else [])]
 
 
 def _block_rows(blocks: Blocks, trained: TrainedModules | None) -> Iterator[list[str]]:
     again = ", the same weights each time" if blocks.runs > 1 else ""
-    yield [f"{len(blocks.numbers) * blocks.runs} × block{again}", blocks.title, brief_size(blocks.typical), ""]
-    for sublayer in blocks.sublayers:
-        for number, branch in enumerate(sublayer.branches):
-            joined = "+ " if number == 0 else "and beside it "
-            chain = " → ".join(part.title for part in branch)
-            yield [f"{STEP}{joined}{chain}", next(part.about for part in branch if part.kind != "norm"), "", ""]
-            modules = [weights for part in branch if part.kind != "norm" for weights in part.weights]
-            for weights in modules:
-                name = shorten(weights.name, [found.name for found in modules])
-                mark = trained.mark(blocks.names(weights.name)) if trained else ""
-                yield [STEP * 2 + name, weights.shape, brief_size(weights.parameters), mark]
-        for part in sublayer.behind:
-            yield [f"{STEP}{part.title}", "on the residual path", brief_size(part.parameters), ""]
+    times = f"{len(blocks.numbers) * blocks.runs} × block{again}"
+    yield _row(times, blocks.title, blocks.typical, [], trained)
+    for part in blocks.parts:
+        if part.kind == "norm":
+            about = "on the residual path" if part.place == "path" else ""
+            yield _row(f"{STEP}{part.title}", about, part.parameters, [], trained)
+            continue
+        joined = "and beside it " if part.place == "beside" else "+ "
+        yield _row(f"{STEP}{joined}{part.title}", part.about, 0, [], trained)
+        for weights in part.weights:
+            name, modules = STEP * 2 + shorten(weights.name, part.names), blocks.names(weights.name)
+            yield _row(name, weights.shape, weights.parameters, modules, trained)
 
 
 def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block]:
@@ -288,18 +289,18 @@ def draw_figures(portrait: Portrait, folder: Path) -> list[Path]:
     if isinstance(cost, Cost):
         crossing = cost.crossing()
         longest = max(2 * (crossing or 0), min(context or 4096, 32768), 1024)
-        lengths = np.geomspace(16, longest, 61).tolist()
-        lines = [
-            ("products with weights", BLUE, lengths, [value(cost.others, tokens) for tokens in lengths]),
-            ("attention's own products", ORANGE, lengths, [value(cost.attention, tokens) for tokens in lengths]),
+        tokens = [int(length) for length in np.geomspace(16, longest, 61)]
+        lines: Lines = [
+            ("products with weights", BLUE, tokens, [value(cost.others, length) for length in tokens]),
+            ("attention's own products", ORANGE, tokens, [value(cost.attention, length) for length in tokens]),
         ]
         title = "Floating-point operations of a text"
         files += draw_growth(folder / "model-cost", lines, title, "FLOPs", crossing=crossing)
     if isinstance(measured, Measured) and len(measured.points) > 1:
-        lengths = [float(point.tokens) for point in measured.points]
+        tokens = [point.tokens for point in measured.points]
         lines = [
-            ("a block", BLUE, lengths, [point.block_seconds for point in measured.points]),
-            ("its self-attention", ORANGE, lengths, [point.attention_seconds for point in measured.points]),
+            ("a block", BLUE, tokens, [point.block_seconds for point in measured.points]),
+            ("its self-attention", ORANGE, tokens, [point.attention_seconds for point in measured.points]),
         ]
         files += draw_growth(folder / "model-time", lines, "One block, measured", "seconds")
     return files

@@ -162,6 +162,10 @@ class Move:
     effective_rank: float | None = None
     """exp of the entropy of its singular values as shares (Roy and Vetterli, 2007): how many directions it really uses.
     Of DoRA that of BA alone. None where it is no matrix, or too large a one."""
+    layer: str | None = None
+    """The layer that it is in; None beside the layers."""
+    column: str | None = None
+    """Which module of the layer it is."""
 
     @property
     def relative(self) -> float | None:

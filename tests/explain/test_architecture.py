@@ -23,9 +23,9 @@ from transformers import (
 
 from llmtune.explain.architecture import Architecture, Blocks, Part, describe_model
 from llmtune.explain.architecture_figure import draw_architecture
+from llmtune.explain.explanation import briefly
 from llmtune.explain.fake_model import FakeModel, build_fake_model, fake_model
 from llmtune.explain.model_explainer import count_parts
-from llmtune.explain.module_calls import briefly
 from llmtune.explain.trained_modules import TrainedModule, TrainedModules, shorten
 
 FAMILIES = ("llama", "gpt2", "bert", "distilbert", "roberta", "deberta", "modernbert", "t5", "mt5", "bart", "nllb")
@@ -60,16 +60,14 @@ def describe_config(auto: Any, settings: Any, kind: str = "decoder") -> Architec
 
 
 def branches_of(blocks: Blocks) -> list[Part]:
-    return [part for sublayer in blocks.sublayers for part in sublayer.parts if part.kind != "norm"]
+    return [part for part in blocks.parts if part.kind != "norm"]
 
 
 def spell(blocks: Blocks) -> str:
-    """Norms in brackets, `|` between branches side by side, `>` before norms on the path."""
-    words = []
-    for sublayer in blocks.sublayers:
-        sides = ["".join(f"[{p.title}]" if p.kind == "norm" else p.kind for p in side) for side in sublayer.branches]
-        words.append(" | ".join(sides) + "".join(f" > [{part.title}]" for part in sublayer.behind))
-    return ", ".join(words)
+    """Norms in brackets, `|` between branches side by side, `>` before norms on the path, `+` where a branch ends."""
+    signs = {"": "", "branch": ", ", "beside": " | ", "path": " > "}
+    words = [signs[p.place] + (f"[{p.title}]" if p.kind == "norm" else p.kind) + "+" * p.added for p in blocks.parts]
+    return "".join(words).removeprefix(", ")
 
 
 def texts_of(path: Path) -> list[str | None]:
@@ -104,19 +102,19 @@ def test_stacks_and_blocks_are_those_of_the_configuration(built: Built, family: 
 
 
 WIRED = """
-causal llama: [RMSNorm]attention, [RMSNorm]feed-forward
-causal gpt2: [LayerNorm]attention, [LayerNorm]feed-forward
-masked bert: attention > [LayerNorm], feed-forward > [LayerNorm]
-causal gemma2: [RMSNorm]attention[RMSNorm], [RMSNorm]feed-forward[RMSNorm]
-causal olmo2: attention[RMSNorm], feed-forward[RMSNorm]
-causal gpt_neox: [LayerNorm]attention | [LayerNorm]feed-forward
-causal phi: [LayerNorm]attention | [LayerNorm]feed-forward
-causal mixtral: [RMSNorm]attention, [RMSNorm]experts
-causal opt: [LayerNorm]attention, [LayerNorm]feed-forward
-masked albert: attention > [LayerNorm], feed-forward > [LayerNorm]
-seq2seq t5: [RMSNorm]attention, [RMSNorm]cross-attention, [RMSNorm]feed-forward
-seq2seq bart: attention > [LayerNorm], cross-attention > [LayerNorm], feed-forward > [LayerNorm]
-seq2seq mbart: [LayerNorm]attention, [LayerNorm]cross-attention, [LayerNorm]feed-forward
+causal llama: [RMSNorm]attention+, [RMSNorm]feed-forward+
+causal gpt2: [LayerNorm]attention+, [LayerNorm]feed-forward+
+masked bert: attention+ > [LayerNorm], feed-forward+ > [LayerNorm]
+causal gemma2: [RMSNorm]attention[RMSNorm]+, [RMSNorm]feed-forward[RMSNorm]+
+causal olmo2: attention[RMSNorm]+, feed-forward[RMSNorm]+
+causal gpt_neox: [LayerNorm]attention | [LayerNorm]feed-forward+
+causal phi: [LayerNorm]attention | feed-forward+
+causal mixtral: [RMSNorm]attention+, [RMSNorm]experts+
+causal opt: [LayerNorm]attention+, [LayerNorm]feed-forward+
+masked albert: attention+ > [LayerNorm], feed-forward+ > [LayerNorm]
+seq2seq t5: [RMSNorm]attention+, [RMSNorm]cross-attention+, [RMSNorm]feed-forward+
+seq2seq bart: attention+ > [LayerNorm], cross-attention+ > [LayerNorm], feed-forward+ > [LayerNorm]
+seq2seq mbart: [LayerNorm]attention+, [LayerNorm]cross-attention+, [LayerNorm]feed-forward+
 """
 
 
@@ -179,8 +177,8 @@ def test_blocks_that_differ_are_drawn_apart(built: Built):
     """ModernBERT's first block has no norm before its attention, and its attention reaches 8 tokens in two of three."""
     (stack,) = describe(built("modernbert"))[0].stacks
     assert [(blocks.title, spell(blocks)) for blocks in stack.blocks] == [
-        ("block 0", "attention, [LayerNorm]feed-forward"),
-        ("blocks 1 to 2", "[LayerNorm]attention, [LayerNorm]feed-forward"),
+        ("block 0", "attention+, [LayerNorm]feed-forward+"),
+        ("blocks 1 to 2", "[LayerNorm]attention+, [LayerNorm]feed-forward+"),
     ]
     assert "window 8 each way in 2 of 3 layers" in branches_of(stack.blocks[0])[0].about
 
@@ -204,7 +202,7 @@ def test_a_model_that_cannot_be_run_is_drawn_without_a_path(built: Built, tmp_pa
     fake.model.forward = broken
     drawn = describe_model(target, fake)
     assert drawn.untraced == "cannot be run"
-    assert drawn.stacks[0].blocks[0].parameters == architecture.stacks[0].blocks[0].parameters
+    assert drawn.stacks[0].blocks[0].typical == architecture.stacks[0].blocks[0].typical
     shown = texts_of(draw_architecture(tmp_path / "model", drawn, None)[0])
     assert "Masked self-attention" in shown
     assert "+" not in shown  # no residual path is drawn
@@ -216,8 +214,8 @@ def test_a_drawing_has_a_sum_for_each_residual_path_and_stands_alone(built: Buil
     (path,) = draw_architecture(tmp_path / "model", architecture, None)
     shown = texts_of(path)
     assert shown.count("× 2") == len(architecture.stacks)
-    sublayers = [sublayer for stack in architecture.stacks for blocks in stack.blocks for sublayer in blocks.sublayers]
-    assert shown.count("+") == len(sublayers) + added  # positions, token types
+    parts = [part for stack in architecture.stacks for blocks in stack.blocks for part in blocks.parts]
+    assert shown.count("+") == sum(part.added for part in parts) + added  # positions, token types
     assert set(re.findall(r'(?:href|src)="([^"#][^"]*)"', path.read_text())) == set()
 
 

@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmtune.errors import EnvironmentProblem
 from llmtune.explain.attention_capture import CROSS, MASKED, SELF, Attended, attend, shape_of
-from llmtune.explain.attention_maps import AttentionMaps, Lines, Selection, merge, most_telling_layer, roll
+from llmtune.explain.attention_maps import AttentionMaps, Lines, merge, most_telling_layer, roll
+from llmtune.explain.inputs import AttentionRequest
 from llmtune.explain.target import family_of
 from llmtune.explain.token_text import Line, Token
 from llmtune.model.loading import load_plain
@@ -155,7 +156,7 @@ def test_rollout_is_the_product_of_halved_attention_and_halved_identity():
 
 
 def test_what_is_kept_of_a_decoder_are_its_heads_their_mean_and_the_rollout_of_the_means(load):
-    maps = AttentionMaps(("model",), Lines(line(*[1] * 7)), {MASKED: (2, 4)}, Selection((MASKED,), 1, "mean", None))
+    maps = AttentionMaps(("model",), Lines(line(*[1] * 7)), {MASKED: (2, 4)}, AttentionRequest(layer=1))
     model, seen = load("llama"), see(load("llama"), "llama")
     attend(model, inputs_for("llama"), "decoder", partial(maps.add, "model"))
     first, second = maps.kept["model"][MASKED].values()

@@ -10,7 +10,8 @@ from support.explaining import quiet
 
 from llmtune.explain.attention_capture import CROSS, SELF, Kind
 from llmtune.explain.attention_figures import draw_figures, find_edges
-from llmtune.explain.attention_maps import EDGES_PER_WORD, MEAN, AttentionMaps, Lines, Selection, find_threshold
+from llmtune.explain.attention_maps import EDGES_PER_WORD, MEAN, AttentionMaps, Lines, find_threshold
+from llmtune.explain.inputs import AttentionRequest
 from llmtune.explain.token_text import Line, Token
 
 WORDS = ["[CLS]", "the", "cat", "שלום", "日本"]
@@ -33,7 +34,7 @@ def line(words: list[str]) -> Line:
 def maps_of(lines: Lines, kind: Kind = SELF, **models: np.ndarray) -> AttentionMaps:
     """One layer whose mean is what is given, and a threshold of 0.3."""
     kept = {model: {kind: {0: {MEAN: weights}}} for model, weights in models.items()}
-    return AttentionMaps(tuple(models), lines, {kind: (1, 1)}, Selection((kind,), 0, MEAN, 0.3), kept)
+    return AttentionMaps(tuple(models), lines, {kind: (1, 1)}, AttentionRequest(layer=0, threshold=0.3), kept)
 
 
 def test_edges_are_the_weights_from_the_threshold_on_of_any_model_but_not_to_where_attention_is_parked():

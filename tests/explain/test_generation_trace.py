@@ -11,15 +11,13 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
 )
 
 from llmtune.explain.generation_trace import Sampling, list_steps, score_answer, trace_answer, trace_masks
 from llmtune.explain.inputs import ModelInputs
-from llmtune.explain.logit_lens import HiddenStates
+from llmtune.explain.logit_lens import ForwardPass
 from llmtune.recipe.schema import Recipe
 
-SMALLEST = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
 GREEDY = Sampling(max_new_tokens=6, temperature=0.7, top_p=0.9)
 
 
@@ -85,8 +83,8 @@ def test_probabilities_are_those_of_a_plain_forward_pass(llama):
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.9, 0), (1.0, 5), (0.8, 10)])
 def test_what_is_kept_is_what_sorting_and_adding_up_leaves(llama, temperature, top_p, top_k):
     logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 3
-    states = HiddenStates(AutoModelForCausalLM.from_config(LlamaConfig(**SMALLEST)), [])  # which nobody runs
-    (found,) = list_steps([0], [logits.log_softmax(-1)], Sampling(1, temperature, top_p, top_k), states, llama[1])
+    seen = ForwardPass(llama[0], logits[None], [], {})
+    (found,) = list_steps([0], [logits.log_softmax(-1)], Sampling(1, temperature, top_p, top_k), seen, llama[1])
     shares = np.exp(np.log(torch.softmax(logits.double(), -1).numpy()) / temperature)
     shares /= shares.sum()
     order = np.argsort(-shares)

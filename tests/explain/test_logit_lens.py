@@ -15,27 +15,19 @@ from transformers import (
     Gemma2ForCausalLM,
 )
 
-from llmtune.explain.logit_lens import HiddenStates, find_layers, read_lens
+from llmtune.explain.logit_lens import find_layers, read_lens, run_forward
 
 IDS = torch.tensor([[5, 9, 31, 7, 12, 40]])
 PLACES = [2, 5]
 
 
-@pytest.fixture(autouse=True)
-def _without_gradients():
-    with torch.no_grad():
-        yield
-
-
-def look(model: Any, places: list[int] = PLACES, **inputs: torch.Tensor) -> tuple[HiddenStates, torch.Tensor, Any]:
-    """A watch over one forward pass, what the lens reads, and the output with all hidden states."""
+def look(model: Any, places: list[int] = PLACES, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """What the lens reads of one forward pass, and the output with all hidden states."""
     model.eval()
-    with HiddenStates(model, places) as watch:
-        model(**inputs)
-    output = model(**inputs, output_hidden_states=True)
-    lens = read_lens(watch)
+    lens = read_lens(run_forward(model, inputs, places))
     assert lens is not None
-    return watch, torch.stack(list(lens)), output
+    with torch.no_grad():
+        return torch.stack(list(lens)), model(**inputs, output_hidden_states=True)
 
 
 def gemma2() -> Any:
@@ -68,12 +60,14 @@ MADE = {"gemma2": gemma2, "albert": albert}
 def test_each_layer_is_read_through_the_models_own_ending(built, family):
     model = MADE[family]() if family in MADE else AUTO.get(family, AutoModelForCausalLM).from_pretrained(built(family))
     inputs = {"input_features": torch.randn(1, 80, 200)} if family == "whisper" else {"input_ids": IDS}
-    _, lens, output = look(model, **inputs, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
+    lens, output = look(model, **inputs, **({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}))
     torch.testing.assert_close(lens[:, -1], output.logits[0, PLACES], rtol=1e-4, atol=1e-4)
     states = output.decoder_hidden_states if model.config.is_encoder_decoder else output.hidden_states
     assert lens.shape[:2] == (2, len(states))
     for layer, hidden in enumerate(states[:-1] if family in BEHIND else ()):  # the last one is given behind the norm
-        torch.testing.assert_close(lens[:, layer], BEHIND[family](model, hidden)[0, PLACES], rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            wanted = BEHIND[family](model, hidden)[0, PLACES]
+        torch.testing.assert_close(lens[:, layer], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_layers_of_a_mixture_are_not_taken_for_its_experts(tiny_llama):
@@ -86,17 +80,13 @@ def test_a_model_whose_reading_is_not_what_it_says_has_no_lens(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     # an ending that depends on the length of the text cannot be read a position at a time
     model.model.norm.register_forward_hook(lambda module, args, output: output + output.mean(dim=1, keepdim=True))
-    with HiddenStates(model, PLACES) as watch:
-        model(input_ids=IDS)
-    assert read_lens(watch) is None
+    assert read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) is None
 
 
 def test_nothing_of_looking_stays_in_the_model(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     before = model.eval()(input_ids=IDS).logits
-    with HiddenStates(model, PLACES) as watch:
-        model(input_ids=IDS)
-    assert list(read_lens(watch) or [])
+    assert list(read_lens(run_forward(model, {"input_ids": IDS}, PLACES)) or [])
     assert torch.equal(model(input_ids=IDS).logits, before)
     for module in model.modules():
         assert not module._forward_hooks
