@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -57,63 +57,42 @@ def attend(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], family: F
     options: dict[str, object] = {key: part.to(inner.device) for key, part in inputs.items() if key in accepted}
     if "use_cache" in accepted:
         options["use_cache"] = False
-    capture = _Capture(inner, family, look)
-    with torch.inference_mode(), _capturing(capture):
+    half = inner.get_encoder() if family == "encoder-decoder" else inner
+    encoder = set() if half is inner else set(half.modules())
+    layers: dict[Kind, list[int]] = {}
+
+    def attention(module: torch.nn.Module, *args: object, **given: object) -> tuple[torch.Tensor, torch.Tensor | None]:
+        eager = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+        output, weights = eager(module, *args, **given)
+        if weights is not None:
+            kind = SELF if module in encoder else MASKED if is_causal(module, weights) else CROSS if encoder else SELF
+            before = layers.setdefault(kind, [])
+            own = getattr(module, "layer_idx", None)
+            before.append(own if isinstance(own, int) and own not in before else len(before))  # ALBERT's are all one
+            look(Attended(kind, before[-1], weights[0].float()))
+        return output, weights
+
+    with torch.inference_mode(), _as_eager(attention):
         body(**options)
-        if not capture.layers:
+        if not layers:
             _read_outputs(body, options, family, look)
 
 
-@dataclass
-class _Capture:
-    """Which modules are looked at, and which layers were seen so far."""
-
-    model: PreTrainedModel
-    family: Family
-    look: Look
-    layers: dict[Kind, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.own = {id(module) for module in self.model.modules()}
-        encoder = self.model.get_encoder() if self.family == "encoder-decoder" else None
-        self.encoder = set() if encoder in (None, self.model) else {id(module) for module in encoder.modules()}
-
-    def add(self, module: torch.nn.Module, weights_HQT: torch.Tensor) -> None:
-        kind = self.kind_of(module, weights_HQT)
-        before = self.layers.setdefault(kind, [])
-        own = getattr(module, "layer_idx", None)
-        layer = own if isinstance(own, int) and own not in before else len(before)  # ALBERT's layers are all the same
-        before.append(layer)
-        self.look(Attended(kind, layer, weights_HQT))
-
-    def kind_of(self, module: torch.nn.Module, weights_HQT: torch.Tensor) -> Kind:
-        """Tell the three apart: by the half of the model, and by whether any query sees a later key."""
-        queries, keys = weights_HQT.shape[1:]
-        if id(module) in self.encoder:
-            return SELF
-        causal = bool(getattr(module, "is_causal", False))
-        if queries == keys > 1:
-            causal = not bool(weights_HQT.triu(1).any())
-        return MASKED if causal else CROSS if self.encoder else SELF
+def is_causal(module: torch.nn.Module, weights_1HQT: torch.Tensor) -> bool:
+    """Whether no query sees a later key."""
+    queries, keys = weights_1HQT.shape[2:]
+    if queries == keys > 1:
+        return not bool(weights_1HQT[0].triu(1).any())
+    return bool(getattr(module, "is_causal", False))
 
 
 @contextmanager
-def _capturing(capture: _Capture) -> Iterator[None]:
-    """Stand between the model and its own eager attention.
+def _as_eager(attention: Callable[..., object]) -> Iterator[None]:
+    """Stand between models and their own eager attention.
 
     transformers looks up the name of the attention in its interface before it falls back on the model's own function,
     which `eager` has no entry for: with one, the model still believes that it is eager, as it is.
     """
-
-    def attention(
-        module: torch.nn.Module, *args: object, **options: object
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        eager = inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
-        output, weights = eager(module, *args, **options)
-        if id(module) in capture.own and weights is not None:
-            capture.add(module, weights[0].float())
-        return output, weights
-
     assert EAGER not in ALL_ATTENTION_FUNCTIONS, "attention is captured already"
     ALL_ATTENTION_FUNCTIONS[EAGER] = attention
     try:

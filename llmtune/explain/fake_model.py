@@ -28,7 +28,7 @@ UNRUNNABLE = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexErr
 
 
 class UntraceableError(Exception):
-    """The model cannot be run on shapes alone."""
+    """The model cannot be run on shapes alone, or its cost is no polynomial of the length."""
 
 
 @dataclass(frozen=True)

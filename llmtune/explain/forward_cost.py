@@ -39,10 +39,6 @@ Polynomial = npt.NDArray[np.int64]
 Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
-class UncountableError(Exception):
-    """The cost of a model is no polynomial of the length, or it cannot be run on shapes."""
-
-
 @dataclass(frozen=True)
 class Cost:
     """Floating-point operations of one forward pass over L tokens, in both halves of an encoder-decoder."""
@@ -79,20 +75,17 @@ def value(polynomial: Polynomial, tokens: int) -> int:
 def count_cost(fake: FakeModel, context: int | None) -> Cost:
     """Count what the model costs.
 
-    Raises UncountableError where it cannot be run on shapes, or where the count at a fourth length is another than the
+    Raises UntraceableError where it cannot be run on shapes, or where the count at a fourth length is another than the
     formula says, as with attention within blocks of a fixed size.
     """
     longest = min(CHECKED, context or CHECKED)
     lengths = COUNTED if longest > max(COUNTED) else (1, 2, 3)
-    try:
-        counts = [count_flops(fake, tokens) for tokens in (*lengths, longest)]
-    except UntraceableError as error:
-        raise UncountableError(str(error)) from error
+    counts = [count_flops(fake, tokens) for tokens in (*lengths, longest)]
     polynomials = []
     for name, found in zip(("a text", "attention"), zip(*counts, strict=True), strict=True):
         polynomials.append(np.rint(np.linalg.solve(np.vander(lengths, 3, True), found[:3])).astype(np.int64))
         if value(polynomials[-1], longest) != found[3]:
-            raise UncountableError(f"the cost of {name} is no polynomial of the length")
+            raise UntraceableError(f"the cost of {name} is no polynomial of the length")
     return Cost(*polynomials)
 
 

@@ -20,7 +20,6 @@ from llmtune.explain.explanation import PAGE_STYLE, Explanation, probability, ti
 from llmtune.explain.generation_trace import (
     Candidate,
     Sampling,
-    Step,
     TokenScore,
     Trace,
     score_answer,
@@ -56,13 +55,12 @@ LENS = (
     "point at a cell for what else it would predict. Row 0 is what goes into the first layer."
 )
 CANDIDATES = (
-    "The likeliest words of each step, with their probabilities: blue where temperature, top-k and top-p would keep "
-    "them, red where they would be cut off."
+    "Words in brackets would be cut off by temperature, top-k and top-p; the others would be kept to draw from."
 )
 HEAD, TAIL = 70, 30
 """Tokens of a long prompt that are shown at once."""
-MOST_LAYERS, RANKS = 40, 10
-"""Layers of the table, and words of a step in the picture."""
+MOST_LAYERS = 40
+"""Of the table."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +317,7 @@ def describe_sampling(sampling: Sampling) -> str:
 
 
 def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
-    """Yield a row a step: the word, how likely it was, and the others; and on a page the likeliest as a picture."""
+    """Yield a row a step: the word, how likely it was, and the others, in brackets those that would be cut off."""
     yield Text(describe_sampling(generation.sampling))
     word = "mask" if generation.prompt.masks else "word"
     numeric = [Column(name, "number") for name in ("p", "bits", "kept")]
@@ -330,23 +328,11 @@ def _step_blocks(generation: Generation, top: int) -> Iterator[Block]:
         for number, step in enumerate(trace.steps, 1):
             others = [one for one in step.candidates if one.token.id != step.token.id][: max(0, top - 1)]
             numbers = [probability(step.probability), f"{step.entropy_bits:.2f}", f"{step.kept_tokens:,}"]
-            listed = ", ".join(" ".join(_word_and_probability(one)) for one in others)
+            words = ((" ".join(_word_and_probability(one)), one.kept) for one in others)
+            listed = ", ".join(word if kept else f"({word})" for word, kept in words)
             rows.append([str(number), word_label(step.token), *numbers, listed])
         yield Table(columns, rows, name if several else "", scroll=True)
     yield Text(CANDIDATES, "soft")
-    for name, trace in generation.traces.items():
-        yield _candidates(trace.steps, name if several else "")
-
-
-def _candidates(steps: Sequence[Step], title: str) -> Heatmap:
-    values: list[list[float | None]] = [[None] * len(steps) for _ in range(RANKS)]
-    texts = [[""] * len(steps) for _ in range(RANKS)]
-    for column, step in enumerate(steps):
-        for rank, one in enumerate(step.candidates[:RANKS]):
-            values[rank][column] = one.probability if one.kept else -one.probability
-            texts[rank][column] = "\n".join(_word_and_probability(one))
-    ranks, words = [str(rank + 1) for rank in range(RANKS)], [word_label(step.token) for step in steps]
-    return Heatmap(ranks, words, values, "The likeliest words of each step", title, "rank", "the answer", texts)
 
 
 def _outputs(generation: Generation) -> Iterator[Block]:

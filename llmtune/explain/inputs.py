@@ -136,17 +136,8 @@ def make_pair(target: Target, given: Mapping[str, str | None], written: str = ""
     return Pair(str(given["prompt"]), written, languages[0], languages[-1])
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What is heard of a recording at once."""
-
-    samples: Samples
-    seconds: float
-    is_whole: bool
-
-
-def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> Recording:
-    """Read the first window of a recording.
+def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> tuple[Samples, float, bool]:
+    """Return the first window of a recording, its seconds, and whether it is all of the recording.
 
     Raises DataError where it cannot be read, and RecipeError where there is no sound in it.
     """
@@ -156,13 +147,13 @@ def read_recording(target: Target, audio: Path | None, recipe: Recipe) -> Record
     if not windows:
         raise RecipeError.of("it holds no sound", "--audio", "Give a recording with sound in it.")
     samples = windows[0][1]
-    return Recording(samples, len(samples) / extract.sampling_rate, len(windows) == 1)
+    return samples, len(samples) / extract.sampling_rate, len(windows) == 1
 
 
-def _whisper_inputs(target: Target, recording: Recording, recipe: Recipe) -> ModelInputs:
+def _whisper_inputs(target: Target, samples: Samples, recipe: Recipe) -> ModelInputs:
     """Return what Whisper reads, and the tokens of language and task that its answer begins with."""
     set_speech(target.processor, recipe)
-    features = extract_features(feature_extractor(target.processor), [recording.samples])["input_features"]
+    features = extract_features(feature_extractor(target.processor), [samples])["input_features"]
     all_1T = torch.ones((1, features.shape[-1]), dtype=torch.int64)  # the silence behind a sound counts
     tensors = {"input_features": features, "attention_mask": all_1T}
     return ModelInputs([], recipe, tensors, decoder_ids=list(target.processor.prefix_tokens))
@@ -260,23 +251,23 @@ def fit_tokens(ids: Sequence[int], where: str, target: Target, request: Attentio
 
 
 def _read_recording(target: Target, request: AttentionRequest, recipe: Recipe) -> ModelInputs:
-    recording, extract = read_recording(target, request.audio, recipe), feature_extractor(target.processor)
-    seconds = recording.seconds
-    if not (recording.is_whole or request.cut):
+    extract = feature_extractor(target.processor)
+    samples, seconds, is_whole = read_recording(target, request.audio, recipe)
+    if not (is_whole or request.cut):
         what = f"it is longer than the {seconds:.1f} s that the model reads at once"
         raise DataError.of(what, "--audio", f"Shorten it, or add --cut to look at its first {seconds:.1f} s alone.")
     if not target.is_whisper:
-        frames = count_frames(len(recording.samples), target.config)
+        frames = count_frames(len(samples), target.config)
         if not frames:
             raise DataError.of("it is too short for a single frame", "--audio", "Give a longer recording.")
-        values = extract_features(extract, [recording.samples])["input_values"]
+        values = extract_features(extract, [samples])["input_values"]
         return ModelInputs([], recipe, {"input_values": values}, frames=time_line(seconds, frames, frames))
     section = recipe.speech or SpeechSection()
     language = request.language or section.language
     guessed = language is None and is_multilingual(target.processor)
     section = section.model_copy(update={"language": "en" if guessed else language})
     with _language_errors(target):
-        inputs = _whisper_inputs(target, recording, recipe.model_copy(update={"speech": section}))
+        inputs = _whisper_inputs(target, samples, recipe.model_copy(update={"speech": section}))
     pair = Pair("", (request.target or "").strip())
     if pair.target:
         fit_tokens(transcript_ids(pair, target), "--target", target, request)
@@ -308,9 +299,9 @@ def read_prompt(target: Target, request: PromptRequest) -> ModelInputs:
     recipe = target.recipe or target.default_recipe(chat=not request.plain)
     task, processor = target.task, target.processor
     if target.is_whisper:
-        recording = read_recording(target, request.audio, recipe)
-        note = "" if recording.is_whole else f"Only the first {recording.seconds:.0f} s of the recording are heard."
-        return replace(_whisper_inputs(target, recording, recipe), note=note)
+        samples, seconds, is_whole = read_recording(target, request.audio, recipe)
+        note = "" if is_whole else f"Only the first {seconds:.0f} s of the recording are heard."
+        return replace(_whisper_inputs(target, samples, recipe), note=note)
     if target.family == "encoder":
         inputs = _read_masked(str(request.prompt), target, recipe)
     elif task is not None and task.continues_text:

@@ -24,12 +24,11 @@ from llmtune.explain.explanation import (
     operations,
     write_explanation,
 )
-from llmtune.explain.fake_model import build_fake_model
+from llmtune.explain.fake_model import UntraceableError, build_fake_model
 from llmtune.explain.figures import BLUE, LINE, MUTED, ORANGE, figure_settings, save_figure
 from llmtune.explain.forward_cost import (
     Cost,
     Measured,
-    UncountableError,
     choose_lengths,
     count_cost,
     measure_block,
@@ -121,7 +120,7 @@ def explain_model(target: Target, folder: Path, console: Console, *, measure: bo
         architecture = describe_model(target, fake)
         try:
             cost = count_cost(fake, architecture.context)
-        except UncountableError as error:
+        except UntraceableError as error:
             cost = str(error)
     measured = measure_block(fake, architecture, console) if measure else "--no-measure was given"
     base = str(target.recipe.model.name) if target.recipe else None

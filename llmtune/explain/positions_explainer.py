@@ -197,9 +197,7 @@ def _describe(scheme: Scheme, positions: Positions) -> Iterator[Block]:
     if scheme.kind in ("bias", "slopes"):
         yield _head_table(scheme, positions.length)
         return
-    if scheme.kind == "rotary":
-        yield _wave_table(scheme, positions.length)
-    elif not positions.name or positions.words:
+    if scheme.kind != "rotary" and (not positions.name or positions.words):
         yield _encoding_table(scheme, positions)
     alike = similarity_by_distance(scheme, positions.length)
     chosen = [distance for distance in (0, *(2**i for i in range(10))) if distance < len(alike)]
@@ -223,17 +221,6 @@ def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
 def number(value: float) -> str:
     """Write it with two decimals; there is no -0.00."""
     return f"{round(float(value), 2) + 0.0:.2f}"
-
-
-def _wave_table(scheme: Scheme, length: int) -> Table:
-    """Return some pairs of dimensions: the angle of a position, the length of the wave, and turns over the text."""
-    rows = []
-    for pair in np.unique(np.linspace(0, len(scheme.values) - 1, 12).round().astype(int)):
-        angle = float(scheme.values[pair])
-        turn = f"{2 * np.pi / angle:,.1f}" if angle else "∞"
-        rows.append([str(pair), f"{angle:.6f}", turn, f"{length * angle / (2 * np.pi):,.2f}"])
-    names = ("pair", "radians per position", "positions per turn", f"turns in {length:,}")
-    return Table([Column(name, "number") for name in names], rows)
 
 
 def _head_table(scheme: Scheme, length: int) -> Table:

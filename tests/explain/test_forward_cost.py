@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtune.explain import forward_cost
 from llmtune.explain.architecture import describe_model
-from llmtune.explain.fake_model import build_fake_model, make_inputs
+from llmtune.explain.fake_model import UntraceableError, build_fake_model, make_inputs
 from llmtune.explain.forward_cost import (
     Cost,
     Measured,
-    UncountableError,
     count_cost,
     measure_block,
     value,
@@ -80,7 +78,7 @@ def test_attention_over_blocks_of_a_fixed_size_is_not_given_a_formula(tmp_path: 
     folder = families.build_t5(tmp_path / "long")
     config = LongT5Config(vocab_size=350, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, local_radius=7)
     LongT5ForConditionalGeneration(config).save_pretrained(folder)
-    with pytest.raises(UncountableError, match="is no polynomial"):
+    with pytest.raises(UntraceableError, match="is no polynomial"):
         count(folder)
 
 
@@ -108,21 +106,12 @@ def test_measuring_ends_with_its_time_and_a_large_block_is_not_tried(tiny_llama:
     assert "parameters" in measure(tiny_llama)
 
 
-def test_the_command_writes_page_drawings_and_numbers(tiny_gpt2: Path, tmp_path: Path):
-    result = invoke(tiny_gpt2, "--out", tmp_path / "out", "--no-measure")
-    assert result.exit_code == 0, result.stderr
-    for name in ("model.html", "model.svg", "model-cost.svg"):
-        assert f"{name}" in result.stderr
-        assert (tmp_path / "out" / name).stat().st_size > 500
-    assert not (tmp_path / "out" / "model-time.svg").exists()
+def test_without_measuring_there_are_parts_and_costs_and_no_times(tiny_gpt2: Path, tmp_path: Path):
+    result = invoke(tiny_gpt2, "--out", tmp_path, "--no-measure")
     for word in ("Masked self-attention", "c_attn", "64 → 192", "gelu", "a learned table", "160,064", "tokens"):
         assert word in result.stdout, word
-    page = (tmp_path / "out" / "model.html").read_text()
-    assert "default-src 'none'" in page
-    assert "Not measured: --no-measure was given." in page
-    assert not [address for address in page.split('"') if address.startswith("http")]
-    for name in ("model.svg", "model-cost.svg"):
-        ElementTree.parse(tmp_path / "out" / name)
+    assert "Not measured: --no-measure was given." in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"model.html", "model.svg", "model-cost.svg"}
 
 
 def test_a_configuration_that_no_model_can_be_built_from_is_refused(tmp_path: Path):

@@ -37,7 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_page_runs_and_writes_its_picture(models: dict[str, Path], tmp_path: Path, monkeypatch, line):
+def test_a_command_of_the_page_runs_and_writes_whole_files_that_ask_nothing_of_the_network(
+    models: dict[str, Path], tmp_path: Path, monkeypatch, line
+):
     monkeypatch.chdir(ROOT)  # the page names a recording of the repository
     words = [str(models.get(word, word)) for word in shlex.split(line)[1:]]
     quick = ["--no-measure"] if words[1] == "model" and "model-time" not in picture_of(line) else []
@@ -48,6 +50,11 @@ def test_a_command_of_the_page_runs_and_writes_its_picture(models: dict[str, Pat
     }
     if picture_of(line):
         assert (tmp_path / picture_of(line)).stat().st_size > 500
+    (page,) = (file.read_text("utf-8") for file in tmp_path.glob("*.html"))
+    assert "default-src 'none'" in page
+    assert not re.search(r"(?:src|href)=.(?:https?:)?//", page)
+    for drawing in tmp_path.glob("*.svg"):
+        ElementTree.parse(drawing)
 
 
 def picture_of(line: str) -> str:

@@ -70,28 +70,27 @@ def test_the_effective_rank_counts_directions_of_equal_strength():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}, {"use_dora": True}])
-def test_moves_are_those_of_the_merged_weights(tiny_llama: Path, options):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+LLAMA = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+CONVOLUTIONS = [f"wav2vec2.feature_extractor.conv_layers.{number}.conv" for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "count"),
+    [
+        ("llama", LLAMA, 6),
+        ("llama", {**LLAMA, "use_rslora": True}, 6),
+        ("llama", {**LLAMA, "rank_pattern": {"q_proj": 2}}, 6),
+        ("llama", {**LLAMA, "use_dora": True}, 6),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}, 6),
+        ("gpt2", {"target_modules": ["wpe"]}, 1),
+        ("wav2vec2", {"target_modules": CONVOLUTIONS}, 3),
+    ],
+)
+def test_moves_are_those_of_the_merged_weights(built, family, options, count):
+    auto = AutoModelForCTC if family == "wav2vec2" else AutoModelForCausalLM
+    model = auto.from_pretrained(built(family))
     base = weights_of(model)
-    assert_as_merged(base, random_adapter(model, target_modules=["q_proj", "v_proj", "down_proj"], **options), 6)
-
-
-def test_transposed_projections_are_measured_too(tiny_gpt2: Path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    base = weights_of(model)
-    adapted = random_adapter(model, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True)
-    assert_as_merged(base, adapted, 6)
-
-
-def test_embeddings_and_convolutions_are_measured_too(built, tiny_gpt2: Path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    base = weights_of(model)
-    assert_as_merged(base, random_adapter(model, target_modules=["wpe"]), 1)
-    speech = AutoModelForCTC.from_pretrained(built("wav2vec2"))
-    base = weights_of(speech)
-    names = [f"wav2vec2.feature_extractor.conv_layers.{number}.conv" for number in range(3)]
-    assert_as_merged(base, random_adapter(speech, target_modules=names), 3)
+    assert_as_merged(base, random_adapter(model, **options), count)
 
 
 def test_a_head_that_is_trained_whole_is_compared_with_what_it_was(built):
