@@ -202,7 +202,7 @@ def _describe(scheme: Scheme, positions: Positions) -> Iterator[Block]:
     alike = similarity_by_distance(scheme, positions.length)
     chosen = [distance for distance in (0, *(2**i for i in range(10))) if distance < len(alike)]
     columns = [Column("apart by"), *(Column(str(distance), "number") for distance in chosen)]
-    yield Table(columns, [["alike", *(number(alike[distance]) for distance in chosen)]])
+    yield Table(columns, [["alike", *(f"{alike[distance]:z.2f}" for distance in chosen)]])
 
 
 def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
@@ -211,16 +211,11 @@ def _encoding_table(scheme: Scheme, positions: Positions) -> Table:
     columns = [Column("position", "number"), *([Column("word")] if words else [])]
     columns += [Column(str(column), "number") for column in range(min(COLUMNS, values.shape[1]))]
     rows = [
-        [str(at), *words[at : at + 1], *(number(value) for value in values[at, :COLUMNS])]
+        [str(at), *words[at : at + 1], *(f"{value:z.2f}" for value in values[at, :COLUMNS])]
         for at in range(min(ROWS, len(values)))
     ]
     cut = len(values) > ROWS or values.shape[1] > COLUMNS
     return Table(columns, rows, note=f"The first of {len(values):,} × {values.shape[1]:,} numbers." if cut else "")
-
-
-def number(value: float) -> str:
-    """Write it with two decimals; there is no -0.00."""
-    return f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def _head_table(scheme: Scheme, length: int) -> Table:
@@ -228,7 +223,7 @@ def _head_table(scheme: Scheme, length: int) -> Table:
     distances, values = scheme.added(length)
     chosen = [distance for distance in (-64, -16, -4, -1, 0, 1, 4, 16, 64) if distance in distances]
     rows = [
-        [str(head), *(number(line[distances.index(distance)]) for distance in chosen)]
+        [str(head), *(f"{line[distances.index(distance)]:z.2f}" for distance in chosen)]
         for head, line in enumerate(values[:HEADS])
     ]
     names = ["head", *(f"{distance:+d}" if distance else "0" for distance in chosen)]

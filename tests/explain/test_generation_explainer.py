@@ -122,6 +122,12 @@ def test_the_terminal_shows_the_four_stages_and_where_they_part(trained, tmp_pat
     assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
 
 
+def test_words_that_would_be_cut_off_stand_in_brackets(tiny_llama, tmp_path):
+    kept = ("--top", 3, "--top-k", 2, "--top-p", 1, "--max-new-tokens", 1)
+    shown = invoke(tiny_llama, "--prompt", "red", *kept, "--out", tmp_path).stdout
+    assert re.search(r" 2 +\S+ [\d.]+, \(\S+ [\d.]+\)", shown)
+
+
 def test_hostile_words_stay_words_on_the_page(tiny_llama, tmp_path):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     expect(invoke(tiny_llama, "--prompt", hostile, "--max-new-tokens", 2, "--out", tmp_path), 0)
