@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -109,8 +108,8 @@ class MoveMap:
 
 def together(moves: Sequence[Move]) -> float | None:
     """Return how far modules moved as one: the norm of all their changes against that of all their weights."""
-    weight = math.hypot(*(move.weight for move in moves))
-    return math.hypot(*(move.change for move in moves)) / weight if weight else None
+    weight = sum(move.weight**2 for move in moves) ** 0.5
+    return sum(move.change**2 for move in moves) ** 0.5 / weight if weight else None
 
 
 def explain_adapter(target: Target, folder: Path, console: Console) -> Explanation:
