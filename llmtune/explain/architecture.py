@@ -13,7 +13,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from llmtune.explain.fake_model import FakeModel, UntraceableError
-from llmtune.explain.module_calls import PLAIN, Group, ModuleCall, Place, find_units, group_calls, record_calls
+from llmtune.explain.module_calls import (
+    PLAIN,
+    Group,
+    ModuleCall,
+    Place,
+    find_units,
+    group_calls,
+    norm_kind,
+    record_calls,
+    write_shape,
+)
 from llmtune.explain.position_encodings import SLOPED
 from llmtune.explain.target import Target
 from llmtune.model.config import linear_shape
@@ -326,26 +336,6 @@ class _Reader:
 
 
 # What is written on them
-
-
-def norm_kind(module: nn.Module) -> str:
-    """Return the kind of a norm: those that take no mean away have no bias, whatever their class is called."""
-    name = type(module).__name__
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return name
-    return "RMSNorm" if "RMS" in name or not hasattr(module, "bias") else name
-
-
-def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:
-    """Write inputs and outputs of a matrix, rows and width of a table; of several matrices, how many."""
-    if shape := linear_shape(module):
-        return f"{shape[0]:,} → {shape[1]:,}"
-    sizes = [f"{edge:,}" for edge in parameters[0].shape] if parameters else []
-    if isinstance(module, nn.Embedding):
-        return " × ".join(sizes)
-    if len(sizes) == 3:
-        return f"{sizes[0]} × ({sizes[1]} × {sizes[2]})"
-    return f"{sizes[1]} → {sizes[0]}" if len(sizes) == 2 else ""
 
 
 def describe_heads(config: PretrainedConfig, half: str) -> str:

@@ -185,12 +185,5 @@ def _write_numbers(axes: Axes, panel: Panel, colour_map: Colormap, norm: Normali
     for row, column in np.argwhere(~np.isnan(panel.values)):
         value = float(panel.values[row, column])
         light = sum(colour_map(float(norm(value)))[:3]) > 1.6
-        axes.text(
-            column,
-            row,
-            f"{value:z{panel.written}}",
-            ha="center",
-            va="center",
-            color="black" if light else "white",
-            fontsize=6.5,
-        )
+        text, ink = f"{value:z{panel.written}}", "black" if light else "white"
+        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=6.5)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -41,7 +40,6 @@ FEW_TOKENS = 32
 SHOWN_TEMPERATURE, SHOWN_TOP_P = 0.7, 0.9
 """What is shown where nobody says how to sample: common settings."""
 SLUG_LETTERS = 40
-T = TypeVar("T")
 LEAD = (
     "A model writes a word at a time. Here is each of its steps: the prompt cut into tokens, what every layer would "
     "predict if it were the last one, how likely each next word is, and the text so far."
@@ -144,19 +142,16 @@ def resolve_sampling(request: PromptRequest, prompt: ModelInputs, target: Target
             what = f"{before:,} tokens and {request.max_new_tokens or 1} new ones do not fit into the model's {room:,}"
             raise RecipeError.of(what, "--prompt", "Shorten the prompt, or lower --max-new-tokens.")
         longest = min(longest, room - before)
-    return Sampling(
+    sample, seed = request.sample, request.seed
+    return Sampling(  # none of its numbers may be 0 but top-k and the seed
         max_new_tokens=longest,
-        temperature=_first(request.temperature, sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
-        top_p=_first(request.top_p, sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
-        top_k=_first(request.top_k, sampled.top_k if sampled else None, 0),
+        temperature=request.temperature or (sampled.temperature or 1.0 if sampled else SHOWN_TEMPERATURE),
+        top_p=request.top_p or (sampled.top_p or 1.0 if sampled else SHOWN_TOP_P),
+        top_k=request.top_k or (sampled and sampled.top_k) or 0,
         min_p=sampled.min_p if sampled else None,
-        sample=_first(request.sample, sampled is not None) and not prompt.masks,
-        seed=_first(request.seed, target.recipe.seed if target.recipe else 0),
+        sample=(sampled is not None if sample is None else sample) and not prompt.masks,
+        seed=seed if seed is not None else target.recipe.seed if target.recipe else 0,
     )
-
-
-def _first(*values: T | None) -> T:
-    return next(value for value in values if value is not None)
 
 
 def trace_models(

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.explain.fake_model import FakeModel
+from llmtune.model.config import linear_shape
 
 Role = Literal["norm", "attention", "cross-attention", "feed-forward", "experts", "convolution"]
 ROLES: Sequence[tuple[Role, str]] = (
@@ -173,3 +174,23 @@ def join_path(groups: Sequence[Group]) -> None:
         sources.append(group.source)
     if groups:
         groups[-1].added = groups[-1].place != "path"
+
+
+def norm_kind(module: nn.Module) -> str:
+    """Return the kind of a norm: those that take no mean away have no bias, whatever their class is called."""
+    name = type(module).__name__
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return name
+    return "RMSNorm" if "RMS" in name or not hasattr(module, "bias") else name
+
+
+def write_shape(module: nn.Module, parameters: Sequence[nn.Parameter]) -> str:
+    """Write inputs and outputs of a matrix, rows and width of a table; of several matrices, how many."""
+    if shape := linear_shape(module):
+        return f"{shape[0]:,} → {shape[1]:,}"
+    sizes = [f"{edge:,}" for edge in parameters[0].shape] if parameters else []
+    if isinstance(module, nn.Embedding):
+        return " × ".join(sizes)
+    if len(sizes) == 3:
+        return f"{sizes[0]} × ({sizes[1]} × {sizes[2]})"
+    return f"{sizes[1]} → {sizes[0]}" if len(sizes) == 2 else ""
