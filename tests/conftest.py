@@ -1,7 +1,6 @@
 """Fixtures of all tests: tiny real models, chat rows, a quiet console. No network, one thread."""
 
-from __future__ import annotations
-
+import gc
 import io
 import os
 from pathlib import Path
@@ -13,6 +12,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 from rich.console import Console
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Freeze what is there, as the command line does: every run looks for garbage thrice, in all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +33,13 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.models import build_gpt2
 
     return build_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

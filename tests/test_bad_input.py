@@ -1,7 +1,5 @@
 """Bad input at the command line: the right exit code, place, cause and cure, and never a traceback."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +8,6 @@ from typing import Any
 import pytest
 from support.runs import invoke, write_recipe
 from typer.testing import Result
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The benchmarks measure what they say: the same rows for all, real tokens, ratios within a turn."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The jobs in examples/ci: what GitHub and GitLab take, with commands that exist, files that a run writes."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib

@@ -1,7 +1,5 @@
 """What README and docs say is so: commands parse, recipes check, links lead somewhere, and the tutorial runs."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Every guarantee has a test that provokes its failure; docs/guarantees.md is made from them."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,8 +1,7 @@
-"""The whole pipeline on a tiny model: skips, equal bytes, plain PEFT, kill and go on, no network."""
-
-from __future__ import annotations
+"""The whole pipeline on a tiny model: equal bytes, no network, no secret, kill and go on."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,44 +10,48 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
+from support.finished import write_sums
 from support.renames import run_until
-from support.runs import llmtune, write_recipe
-
-from llmtune.model.processor import load_processor
-from llmtune.session import Models, open_finished
+from support.runs import invoke, llmtune, write_recipe
 
 SECRET = "hf_" + "s3cret" * 6
+SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+"""Of the libraries, which llmtune sets by itself."""
+WITHOUT_SOCKETS = """
+import socket, sys
+def refuse(*arguments, **options):
+    raise OSError("sockets are blocked")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from llmtune.cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(120):
-            question = f"What comes after {i} and before {i + 2}?"
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": str(i + 1)}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, rows: Path) -> Path:
-    """A folder with the recipe and one finished run in it."""
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with the recipe and one finished run in it, made with sockets blocked and secrets in the environment."""
     folder = tmp_path_factory.mktemp("finished")
-    write_recipe(folder / "tiny.yaml", tiny_llama, rows)
-    done = llmtune("run", "tiny.yaml", "--out", "run", cwd=folder, HF_TOKEN=SECRET, WANDB_API_KEY=SECRET)
+    write_recipe(folder / "tiny.yaml", tiny_llama, write_sums(folder / "rows.jsonl", 120))
+    environment = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    environment |= {"HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET}
+    command = [sys.executable, "-c", WITHOUT_SOCKETS, "run", "tiny.yaml", "--out", "run"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert SECRET not in done.stderr + done.stdout
     return folder
+
+
+@pytest.fixture
+def here(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
 
 
 def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> None:
+def test_a_run_with_sockets_blocked_leaves_the_folder_that_the_design_describes(finished: Path) -> None:
     names = {path.name for path in (finished / "run").iterdir()}
     wanted = {"recipe.yaml", "llmtune.lock", "run.json", "data", "adapter", "checkpoints", "evaluation"}
     assert wanted | {"metrics.jsonl", "report.html", "report.md", "report.json", "junit.xml"} <= names
@@ -60,39 +63,11 @@ def test_a_run_leaves_the_folder_that_the_design_describes(finished: Path) -> No
     assert sum(report["data"]["kept"].values()) + sum(report["data"]["dropped"].values()) == report["data"]["rows_in"]
 
 
-def test_the_same_recipe_twice_gives_equal_bytes(finished: Path) -> None:
-    done = llmtune("train", "tiny.yaml", "--out", "twin", cwd=finished)
-    assert done.returncode == 0, done.stderr
-    assert adapter_bytes(finished / "twin") == adapter_bytes(finished / "run")
-
-
-PLAIN_PEFT = """
-import json, sys, torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-model = AutoPeftModelForCausalLM.from_pretrained("run/adapter", dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained("run/adapter")
-messages = [{"role": "user", "content": "What comes after 5?"}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-with torch.no_grad():
-    logits = model(torch.tensor([ids])).logits[0, -1]
-assert "llmtune" not in sys.modules
-print(json.dumps({"ids": ids, "logits": logits.tolist()}))
-"""
-
-
-def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PLAIN_PEFT], cwd=finished, capture_output=True, text=True, check=True)
-    plain = json.loads(done.stdout)
-    context, place = open_finished(finished / "run", Console(quiet=True), offline=True)
-    processor = load_processor(place, context.recipe.model)
-    ids = context.task.prompt_ids(
-        {"messages": [{"role": "user", "content": "What comes after 5?"}]}, processor, context.recipe
-    )
-    assert ids == plain["ids"]
-    with Models(context, place, processor).tuned() as model, torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0, -1]
-    torch.testing.assert_close(logits, torch.tensor(plain["logits"]), atol=1e-5, rtol=1e-5)
+def test_the_same_recipe_twice_gives_equal_bytes(here: Path) -> None:
+    """In this process, beside the run in a process of its own."""
+    done = invoke("train", "tiny.yaml", "--out", "twin")
+    assert done.exit_code == 0, done.stderr
+    assert adapter_bytes(here / "twin") == adapter_bytes(here / "run")
 
 
 def losses(run: Path) -> list[float]:
@@ -106,33 +81,16 @@ def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: Path) -> N
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
-def test_generate_and_chat_answer_as_in_the_evaluation(finished: Path) -> None:
-    lines = (finished / "run/evaluation/predictions.jsonl").read_text().splitlines()
+def test_generate_and_chat_answer_as_in_the_evaluation(here: Path) -> None:
+    lines = (here / "run/evaluation/predictions.jsonl").read_text().splitlines()
     row = next(line for line in map(json.loads, lines) if line["tuned"].strip())
     prompt = row["prompt"].removeprefix("user: ")
-    done = llmtune("generate", "run", "--prompt", prompt, "--json", cwd=finished)
-    assert done.returncode == 0, done.stderr
+    done = invoke("generate", "run", "--prompt", prompt, "--json")
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["text"].strip() == row["tuned"].strip()
-    talk = llmtune("chat", "run", cwd=finished, stdin=f"{prompt}\n/reset\n{prompt}\n/quit\n")
-    assert talk.returncode == 0, talk.stderr
+    talk = invoke("chat", "run", stdin=f"{prompt}\n/reset\n{prompt}\n/quit\n")
+    assert talk.exit_code == 0, talk.stderr
     assert talk.stdout.split() == row["tuned"].split() * 2
-
-
-def test_a_run_with_sockets_blocked_goes_through(tmp_path: Path, tiny_llama: Path, rows: Path) -> None:
-    write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, train={"max_steps": 2, "num_train_epochs": None})
-    code = """
-import socket, sys
-def refuse(*arguments, **options):
-    raise OSError("sockets are blocked")
-socket.socket.connect = refuse
-socket.create_connection = refuse
-socket.getaddrinfo = refuse
-sys.argv = ["llmtune", "run", "tiny.yaml", "--out", "run"]
-from llmtune.cli import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

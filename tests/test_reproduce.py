@@ -1,7 +1,5 @@
 """`reproduce`: the same bytes from the lock, at another place too; what differs is named, what changed is refused."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil
@@ -12,10 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 from support.finished import write_sums
-from support.runs import write_recipe
-from typer.testing import CliRunner
+from support.runs import invoke, write_recipe
 
-from llmtune.cli.app import app
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -137,6 +133,6 @@ def test_a_run_is_not_reproduced_into_itself_nor_before_it_was_trained(project: 
     with pytest.raises(RecipeError, match="name another folder"):
         again(project / "runs/tiny", project / "runs" / ".." / "runs" / "tiny")
     (tmp_path / "run.json").write_text(json.dumps({"fingerprint": "aa", "steps": {}, "findings": {}}))
-    done = CliRunner().invoke(app, ["reproduce", str(tmp_path)])
+    done = invoke("reproduce", tmp_path)
     assert done.exit_code == 2
     assert "no trained model yet" in done.stderr

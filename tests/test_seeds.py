@@ -1,7 +1,5 @@
 """`train.seeds`: a whole run for each further seed, on the same rows, skipped where valid, gone on with when killed."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

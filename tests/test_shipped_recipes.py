@@ -1,7 +1,5 @@
 """The recipes that come with llmtune: each runs to the end with local weights and the rows that are shipped."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

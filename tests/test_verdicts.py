@@ -1,7 +1,5 @@
 """A model that learned, one made worse on purpose and one that did not change: verdict, gates and exit codes."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -9,10 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from support.runs import write_recipe
-from typer.testing import CliRunner, Result
-
-from llmtune.cli.app import app
+from support.runs import invoke, write_recipe
+from typer.testing import Result
 
 ANSWERS = {"cat": "red", "dog": "green", "bird": "blue", "fish": "black"}
 WRONG = dict(zip(ANSWERS, [*ANSWERS.values()][1:] + [*ANSWERS.values()][:1], strict=True))
@@ -48,7 +44,7 @@ def run(place: Path, name: str, model: Path, rows: str, test: str = "test.jsonl"
     data = {"validation": 0.0, "test": str(place / test), "deduplicate": "none"}
     sections = {"adapter": LEARNING, "train": TRAINING, "evaluate": MEASURED, **sections}
     recipe = write_recipe(place / f"{name}.yaml", model, place / rows, data=data, name=name, **sections)
-    return CliRunner().invoke(app, ["run", str(recipe), "--out", str(place / name)])
+    return invoke("run", recipe, "--out", place / name)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The wheel: built, installed outside the checkout, and still able to find the shipped recipes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -34,9 +32,13 @@ def test_the_installed_wheel_lists_and_checks_the_shipped_recipes(installed: Pat
     where = run_installed(installed, "-c", "import llmtune; print(llmtune.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
     listed = run_installed(installed, "-m", "llmtune", "recipes", "list")
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
-        assert recipe.stem in listed
-        assert "good" in run_installed(installed, "-m", "llmtune", "recipes", "check", recipe.stem)
+    names = sorted(recipe.stem for recipe in (ROOT / "recipes").glob("*.yaml"))
+    assert all(name in listed for name in names)
+    checks = (
+        f"from llmtune.recipe.loader import load_recipe; [print(load_recipe(name).recipe.name) for name in {names}]"
+    )
+    assert run_installed(installed, "-c", checks).split() == names
+    assert "good" in run_installed(installed, "-m", "llmtune", "recipes", "check", names[0])
 
 
 def test_the_wheel_holds_what_it_needs_at_run_time(installed: Path) -> None:

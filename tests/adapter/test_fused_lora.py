@@ -1,7 +1,5 @@
 """LoRA's products in one function give what PEFT's layer gives, and step aside where they cannot."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Adapters: seeded, in float32, on the modules that were meant, switched on and off, learning."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

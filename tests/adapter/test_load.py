@@ -1,7 +1,5 @@
 """Going on from an adapter: the same model as where it stopped, and no silent disagreement with the recipe."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Merged in memory: the same logits as with the adapter beside, on the base that was asked for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.adapting import logits, open_model, recipe_with, train_a_little

@@ -1,7 +1,5 @@
 """The model as it was before training, whatever kind of adapter it has: found, and put back without a trace."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.adapting import logits, open_model, quiet, recipe_with, train_a_little
@@ -20,9 +18,6 @@ COPIED = {
 }
 LOSSES = {"dpo": True, "ipo": True, "kto": True, "orpo": False}
 """By loss, whether it has a reference."""
-
-# PEFT asks
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def recipe_of(model, loss="dpo", **adapter) -> Recipe:

@@ -1,10 +1,6 @@
 """What is saved loads with plain PEFT and gives the same logits; what is damaged is told."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,18 +26,6 @@ METHODS = {
     "bias": {"bias": "lora_only"},
     "whole": {},
 }
-SCRIPT = """
-import sys, torch, warnings
-warnings.simplefilter("ignore")
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-assert not any(name.startswith("llmtune") for name in sys.modules)
-ids = torch.arange(5, 45)[None]
-print(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
-torch.save(model.eval()(input_ids=ids).logits[0].detach(), sys.argv[2])
-"""
 
 
 def plain_peft(folder: Path) -> torch.Tensor:
@@ -73,16 +57,6 @@ def test_every_method_loads_with_plain_peft_and_gives_the_same_logits(tiny_llama
     tolerance = 2e-5 if "pissa" in method or method == "olora" else 1e-5
     torch.testing.assert_close(plain_peft(tmp_path), wanted, atol=tolerance, rtol=0)
     torch.testing.assert_close(logits(load_adapter(base, tmp_path).model), wanted, atol=tolerance, rtol=0)
-
-
-def test_a_script_that_does_not_know_llmtune_loads_it(tiny_llama, tmp_path):
-    adapted = train_a_little(tiny_llama)
-    save_adapter(adapted, tmp_path / "adapter")
-    words = [sys.executable, "-c", SCRIPT, tmp_path / "adapter", tmp_path / "logits"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.startswith("<|im_start|>user")
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(adapted.model))
 
 
 def test_a_qlora_adapter_comes_back_on_the_same_quantised_base(tiny_llama, tmp_path):

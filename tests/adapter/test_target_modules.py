@@ -1,7 +1,5 @@
 """What the recipe calls modules is resolved to the names that a model has; what matches nothing is an error."""
 
-from __future__ import annotations
-
 import pytest
 from support.adapting import build_family, open_model, quiet, recipe_with
 

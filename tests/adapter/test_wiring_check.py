@@ -1,7 +1,5 @@
 """The proof of wiring finds adapters that do nothing, and leaves everything as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer

@@ -1,7 +1,5 @@
 """What people type by habit works, or is answered with what to type."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -12,10 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from support.finished import finish_run
-from support.runs import llmtune
-from typer.testing import CliRunner, Result
+from support.runs import invoke
 
-from llmtune.cli.app import EXIT_CODES, app
+from llmtune.cli.app import EXIT_CODES
 from llmtune.report.blocks import Column, Table
 from llmtune.report.render_terminal import print_blocks
 
@@ -33,10 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 @pytest.fixture(autouse=True)
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-
-
-def invoke(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, list(arguments), input=stdin)
 
 
 def test_a_text_is_an_argument_an_option_or_standard_input_and_a_run_is_found_by_name() -> None:
@@ -103,13 +96,13 @@ def test_the_shell_completes_commands() -> None:
 
 
 def test_the_end_of_a_run_says_the_verdict_and_what_to_type_and_quiet_says_nothing(folder: Path) -> None:
-    done = llmtune("run", "tiny.yaml", "--out", "runs/tiny", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = invoke("run", "tiny.yaml", "--out", "runs/tiny")
+    assert done.exit_code == 0, done.stderr
     verdict = json.loads((folder / "runs/tiny/report.json").read_text())["verdict"]
     assert f"{verdict['word']}: {verdict['reason']}" in done.stderr
     assert "next: llmtune chat runs/tiny" in done.stderr
-    quiet = llmtune("run", "tiny.yaml", "--out", "runs/tiny", "--quiet", cwd=folder)
-    assert (quiet.returncode, quiet.stderr) == (0, "")
+    quiet = invoke("run", "tiny.yaml", "--out", "runs/tiny", "--quiet")
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])

@@ -1,24 +1,19 @@
 """From a file of rows to a recipe that runs, with nothing to fill in but what a person must decide."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from support.runs import invoke
+from typer.testing import Result
 
-from llmtune.cli.app import app
 from llmtune.recipe.loader import load_recipe
 
 TICKETS = [(str(i), f"Order {i} late", f"Where is parcel number {i}?", f"It comes in {i} days.") for i in range(40)]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def write(name: str, header: str, rows: list[tuple[str, ...]], encoding: str = "utf-8") -> None:
@@ -27,7 +22,7 @@ def write(name: str, header: str, rows: list[tuple[str, ...]], encoding: str = "
 
 
 def init(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["init", *arguments])
+    return invoke("init", *arguments)
 
 
 def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -> None:
@@ -42,7 +37,7 @@ def test_a_file_of_tickets_gives_a_recipe_that_is_good_and_what_to_type_next() -
     assert (recipe.data.max_length, recipe.generation.max_new_tokens, recipe.data.test) == (128, 16, 0.3)
     assert not recipe.train.model_fields_set
     assert json.loads(Path("recipe.schema.json").read_text())["title"] == "llmtune recipe"
-    assert CliRunner().invoke(app, ["recipes", "check", "tickets.yaml"]).exit_code == 0
+    assert invoke("recipes", "check", "tickets.yaml").exit_code == 0
     again = init("tickets.csv")
     assert (again.exit_code, "--out" in again.stderr) == (2, True)
 

@@ -1,7 +1,5 @@
 """`llmtune chat` in a terminal of its own."""
 
-from __future__ import annotations
-
 import os
 import pty
 import select

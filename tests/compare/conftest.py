@@ -1,7 +1,5 @@
 """One small recipe, run once, and copies of that run."""
 
-from __future__ import annotations
-
 import io
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`llmtune compare RECIPE --methods`: one recipe trained with each on the same budget, in processes of their own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import llmtune, write_recipe
+from support.runs import invoke, llmtune, write_recipe
 
 from llmtune.compare.compare_methods import (
     MethodOptions,
@@ -195,9 +193,10 @@ def wait_until_free(run: Path) -> None:
                 return
 
 
-def test_nothing_to_resume_is_told(place: Path) -> None:
-    done = llmtune("compare", "tiny.yaml", "--methods", "full,lora", "--out", "nowhere", "--resume", cwd=place)
-    assert done.returncode == 2
+def test_nothing_to_resume_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    done = invoke("compare", "tiny.yaml", "--methods", "full,lora", "--out", "nowhere", "--resume")
+    assert done.exit_code == 2
     assert "nothing to resume" in done.stderr
     assert not (place / "nowhere").exists()
 

@@ -1,7 +1,5 @@
 """`llmtune compare RUN RUN`: what differs is told from what does not, and what cannot be compared is refused."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.runs import llmtune
+from support.runs import invoke
 
 from llmtune.compare.compare_runs import compare_runs, describe_costs, describe_pair, finish, shown_metrics
 from llmtune.compare.run_comparison import make_comparison
@@ -247,22 +245,24 @@ def test_runs_are_named_by_the_shortest_ends_that_tell_them_apart():
         (["good", "good", "--methods", "full,lora"], 2, "--methods goes with one recipe"),
     ],
 )
-def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, code, said):
-    done = llmtune("compare", *words, cwd=place)
-    assert (done.returncode, done.stdout) == (code, "")
+def test_a_call_that_makes_no_sense_ends_with_what_to_do(place, good, words, code, said, monkeypatch):
+    monkeypatch.chdir(place)
+    done = invoke("compare", *words)
+    assert (done.exit_code, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_prints_one_json_document_or_the_comparison_on_stdout(place, good, train):
+def test_the_command_prints_one_json_document_or_the_comparison_on_stdout(place, good, train, monkeypatch):
     train("short", "train.num_train_epochs=1")
-    done = llmtune("compare", "good", "short", "--json", cwd=place)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(place)
+    done = invoke("compare", "good", "short", "--json")
+    assert done.exit_code == 0, done.stderr
     made = json.loads(done.stdout)
     assert (place / made["folder"] / "compare.html").exists()
     assert made["folder"].startswith("runs/compare-")
     assert done.stderr == ""
-    plain = llmtune("compare", "good", "short", cwd=place)
+    plain = invoke("compare", "good", "short")
     assert f"comparison: {made['folder']}/compare.html" in plain.stdout
     assert "short minus good" in plain.stdout
 

@@ -1,7 +1,5 @@
 """Answers as models write them, in their parts."""
 
-from __future__ import annotations
-
 import pytest
 from support.templates import EMPTY_THOUGHTS, family_tokenizer, recipe_for, tokenizer_with
 

@@ -1,7 +1,5 @@
 """Recordings: every format heard alike, every broken one named with its place, whatever way they are listed."""
 
-from __future__ import annotations
-
 import struct
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Ids and supervised spans of conversations and completions."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

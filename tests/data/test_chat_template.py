@@ -1,7 +1,5 @@
 """Prompts and turns by difference, over templates of all kinds."""
 
-from __future__ import annotations
-
 import pytest
 from support.models import train_tokenizer
 from support.templates import (

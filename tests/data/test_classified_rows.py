@@ -1,7 +1,5 @@
 """Rows of task classify: labels of any type from any file, bad rows by name, and what a model reads of a text."""
 
-from __future__ import annotations
-
 import pytest
 from support.families import build_bert, build_distilbert, build_roberta
 from support.rows import prepare, rows_of

@@ -1,7 +1,5 @@
 """Micro-batches: what is predicted from where, packed and padded."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Files as people have them: other names of columns, several columns for one, another encoding."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

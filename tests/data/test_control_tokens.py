@@ -1,7 +1,5 @@
 """Special tokens in what is said: text, in training as in every prompt."""
 
-from __future__ import annotations
-
 import pytest
 from support.encoding import learned
 from support.templates import CHATML, conversation, family_tokenizer, recipe_for, tokenizer_with

@@ -4,8 +4,6 @@ Shown twice over: by the prompts and renderings of transformers' own `apply_chat
 format is, stated by hand in `support.conversation_table`. What the reader makes of it is what the row said.
 """
 
-from __future__ import annotations
-
 import pytest
 from support.conversation_table import DOCS, FAMILIES, MARKS, SHAPES, rendered_table, tools_of
 from support.templates import FAMILY_FILES, family_tokenizer, recipe_for

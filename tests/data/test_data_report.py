@@ -1,7 +1,5 @@
 """The data report: what is printed, and what goes into the run's report."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

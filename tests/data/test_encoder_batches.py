@@ -1,7 +1,5 @@
 """Packed or padded, an encoder reads the same tokens and predicts the same of them."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,22 +1,22 @@
 """Data sets by name, against a small hub on this machine: the commit that is hashed is the one that is read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
 from support.audio import write_tone
+from support.http_server import Headers, answering
+from support.hub import read_repository
 from support.rows import make_recipe
 
 from llmtune.data.file_readers import read_file
@@ -48,75 +48,32 @@ for number, file in enumerate(sys.argv[2:]):
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few answers of the hub's API that reading a data set needs; its branch moves after it was asked for once."""
+@dataclass
+class Hub:
+    """A data set; its branch moves after it was asked for once."""
 
-    moves: bool
-    asked: list[str]
+    address: str = ""
+    asked: list[str] = field(default_factory=list)
+    train: bytes | None = None
+    """A Parquet file in the place of the rows."""
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        wanted = json.loads(self.rfile.read(length) or b"{}").get("paths", [])
-        commit = self.commit()
-        found = [self.entry(name, commit) for name in wanted if name in self.files(commit)]
-        self.answer(200, json.dumps(found).encode())
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        path = self.path.split("?")[0]
-        commit = self.commit()
-        if path.startswith("/api/datasets/") and "/tree/" in path:
-            below = path.partition("/tree/")[2].partition("/")[2]
-            tree = [] if below else [self.entry(name, commit) for name in self.files(commit)]
-            return self.answer(200, json.dumps(tree).encode())
-        if path.startswith("/api/datasets/"):
-            siblings = [{"rfilename": name} for name in self.files(commit)]
-            body = {"id": "owner/name", "sha": commit, "siblings": siblings, "tags": [], "private": False}
-            return self.answer(200, json.dumps(body).encode())
-        name = path.rpartition("/")[2]
-        if "/resolve/" not in path or name not in self.files(commit):
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        tag = {"ETag": f'"{name}-{commit[:4]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        return self.answer(200, self.files(commit)[name], tag)
-
-    def commit(self) -> str:
-        """The commit that the address names, else that of the branch: the old one the first time it is asked for."""
-        if OLD in self.path or NEW in self.path:
-            return OLD if OLD in self.path else NEW
-        seen = sum(1 for path in self.asked if OLD not in path and NEW not in path)
-        return NEW if self.moves and seen > 1 else OLD
-
-    def files(self, commit: str) -> dict[str, bytes]:
+    def answer(self, verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
+        if verb != "POST":
+            self.asked.append(path)
+        commit = next((commit for commit in (OLD, NEW) if commit in path), None)
+        if commit is None:
+            commit = OLD if sum(OLD not in path and NEW not in path for path in self.asked) <= 1 else NEW
         answer = "old" if commit == OLD else "new"
         rows = [{"prompt": f"question {i}", "completion": answer} for i in range(8)]
-        return {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
-
-    def entry(self, name: str, commit: str) -> dict[str, object]:
-        return {"type": "file", "path": name, "size": len(self.files(commit)[name]), "oid": commit}
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+        files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
+        return read_repository(path, body, {"train.parquet": self.train} if self.train else files, commit)
 
 
 @pytest.fixture
-def hub() -> Iterator[type[Hub]]:
-    handler = type("Here", (Hub,), {"moves": True, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        handler.address = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield handler
-        server.shutdown()
+def hub() -> Iterator[Hub]:
+    found = Hub()
+    with answering(found.answer) as found.address:
+        yield found
 
 
 def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat") -> list[list[str]]:
@@ -201,7 +158,7 @@ def sounds(tmp_path_factory) -> bytes:
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path, limit):
-    hub.files = lambda self, commit: {"train.parquet": sounds}
+    hub.train = sounds
     source = {"path": "hub:owner/name", "limit": limit}
     ((_, *rows),) = read(hub, tmp_path, source, task="speech")
     found = []

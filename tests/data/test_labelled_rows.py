@@ -1,7 +1,5 @@
 """Rows of questions with answers in a context, and of words with tags, in the forms that people have them in."""
 
-from __future__ import annotations
-
 import json
 from itertools import pairwise
 

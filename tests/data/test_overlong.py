@@ -1,7 +1,5 @@
 """Rows longer than `data.max_length`, under each choice of `data.on_overlong`."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

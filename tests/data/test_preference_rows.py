@@ -1,7 +1,5 @@
 """Preferences as people have them: every row format, every bad row, and the ids that are made of them."""
 
-from __future__ import annotations
-
 import csv
 import json
 

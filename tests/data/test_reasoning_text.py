@@ -1,7 +1,5 @@
 """Thoughts in rows, in all the ways of writing them."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmtune.data.chat_rows import canonical_messages, chat_from_messages

@@ -1,7 +1,5 @@
 """The lists of rows that were not used: they stand where messages say, whatever became of the step's own folder."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

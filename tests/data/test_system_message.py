@@ -1,16 +1,12 @@
 """The system message of conversations that have none: the template's own is named, the recipe's takes its place."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-from support.runs import write_colours, write_recipe
+from support.runs import invoke, write_colours, write_recipe
 from support.templates import CHATML, DEFAULT_SYSTEM, LLAMA2, NO_SYSTEM, recipe_for, tokenizer_with
-from typer.testing import CliRunner
 
 from llmtune import load_run
-from llmtune.cli.app import app
 from llmtune.data.chat_template import ChatTemplate, read_template
 from llmtune.data.system_message import added_system_message, with_system_prompt
 from llmtune.errors import RecipeError
@@ -52,15 +48,12 @@ def test_a_template_without_system_messages_refuses_the_key() -> None:
         read_template(tokenizer_with(deaf), recipe_for(system_prompt="Be brief."))
 
 
-def test_what_is_trained_answers_with_the_system_prompt_and_its_template_has_it(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_trained_answers_with_the_system_prompt_and_its_template_has_it(here: Path, tiny_llama: Path) -> None:
     train = {"max_steps": 2, "num_train_epochs": None}
     data = {"system_prompt": "Name a colour."}
-    rows = write_colours(tmp_path / "rows.jsonl")
-    write_recipe(tmp_path / "tiny.yaml", tiny_llama, rows, train=train, data=data)
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, ["run", "tiny.yaml", "--out", "run"])
+    rows = write_colours(here / "rows.jsonl")
+    write_recipe(here / "tiny.yaml", tiny_llama, rows, train=train, data=data)
+    done = invoke("run", "tiny.yaml", "--out", "run")
     assert done.exit_code == 0, done.stderr
     assert "Name a colour." in done.stderr
     assert "Name a colour." in Path("run/adapter/chat_template.jinja").read_text()

@@ -1,7 +1,5 @@
 """Rows of translations and summaries, from every way of writing them to the canonical one."""
 
-from __future__ import annotations
-
 import pytest
 from support.rows import prepare, write_jsonl
 

@@ -1,7 +1,5 @@
 """Ids of many texts joined from their pieces, against those of each text tokenized whole."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

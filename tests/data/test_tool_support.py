@@ -1,7 +1,5 @@
 """Templates that leave out tools are refused before rows are encoded, by the rows that have them."""
 
-from __future__ import annotations
-
 import pytest
 from support.conversation_table import FAMILIES, SHAPES, WITH_TOOLS, tools_of
 from support.rows import write_jsonl

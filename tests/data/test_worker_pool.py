@@ -1,7 +1,5 @@
 """Work on several cores: results in order, whatever the number of workers."""
 
-from __future__ import annotations
-
 import operator
 import os
 import pickle

@@ -1,7 +1,5 @@
 """A tiny chat model with an adapter that does something, as a run would have left it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What llama.cpp itself makes of our files; `make test-slow` installs llama-cpp-python, which compiles it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from pathlib import Path
 

@@ -1,13 +1,10 @@
-from __future__ import annotations
-
 import json
 
 import pytest
 from support.finished import finish_run
 from support.models import build_llama
-from typer.testing import CliRunner
+from support.runs import invoke
 
-from llmtune.cli.app import app
 from llmtune.store.atomic_files import read_json
 
 
@@ -18,7 +15,7 @@ def run(tmp_path_factory):
 
 
 def deploy(run, *arguments):
-    return CliRunner().invoke(app, ["deploy", "gguf", str(run), *arguments])
+    return invoke("deploy", "gguf", run, *arguments)
 
 
 def test_a_recipe_makes_the_file_at_the_end_of_run(run):

@@ -1,7 +1,5 @@
 """Merging models of the other tasks: heads, encoder-decoders, models that hear; loaded again by plain transformers."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A small chat run up to evaluation: rows, examples, and a model before and after it has learned the test rows."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Answers in the template's parts: their text, their calls, and those that were cut."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

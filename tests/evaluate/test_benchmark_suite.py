@@ -1,7 +1,5 @@
 """Benchmarks of lm-eval on base and tuned model: its own scores, with paired intervals."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -22,8 +20,6 @@ from llmtune.evaluate.lm_eval import quietly
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Tasks of lm-eval: what cannot be run is refused before a model is loaded."""
 
-from __future__ import annotations
-
 import io
 import logging
 import random

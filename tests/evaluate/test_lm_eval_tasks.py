@@ -1,7 +1,5 @@
 """Task files of lm-eval, read without it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Both models of a finished run: loaded once, scored packed, the same as each alone."""
 
-from __future__ import annotations
-
 import pytest
 from support.classifying import run
 from support.runs import write_recipe

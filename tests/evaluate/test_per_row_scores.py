@@ -1,7 +1,5 @@
 """What every metric of every task has to do: count rows as often as they are drawn, and come back from disk."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

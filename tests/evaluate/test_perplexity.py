@@ -1,7 +1,5 @@
 """General text in windows: each token is scored once, and counts for its paragraph."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import accumulate
 

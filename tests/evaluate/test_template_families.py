@@ -1,7 +1,5 @@
 """Models that learned a few rows by heart under the templates of many families: their answers are right."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.learning import learn_by_heart

@@ -1,7 +1,5 @@
 """Calls of tools against the calls that a row has."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmtune.data.answer_parser import ParsedAnswer

@@ -1,7 +1,5 @@
 """Tests on a CUDA device; all of them are skipped where there is none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

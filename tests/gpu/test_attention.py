@@ -1,7 +1,5 @@
 """Packed attention on a CUDA device: flash kernels where they agree with SDPA, the same logits as row by row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.adapting import build_family, documents, packed, padded, quiet, recipe_with

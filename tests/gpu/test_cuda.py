@@ -1,7 +1,5 @@
 """bf16 LoRA, QLoRA, recovery from lack of memory, and the shipped recipes, on a CUDA device."""
 
-from __future__ import annotations
-
 import gc
 import io
 import json

@@ -1,7 +1,5 @@
 """Kernels that only a CUDA device has: the same training with them, and none of it done in silence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`import llmtune`: the same runs as the command line's, as objects."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -9,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.finished import write_sums
-from support.runs import llmtune as command
-from support.runs import write_recipe
+from support.runs import invoke, write_recipe
 
 import llmtune
 from llmtune.errors import GateFailed, RecipeError
@@ -24,7 +21,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return write_recipe(folder / "tiny.yaml", tiny_llama, "rows.jsonl", evaluate=gates)
 
 
-def test_a_run_from_python_is_that_of_the_command_line(recipe: Path) -> None:
+def test_a_run_from_python_is_that_of_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recipe.parent)
     run = llmtune.run(recipe, out=recipe.parent / "run", set={"train.num_train_epochs": 1}, quiet=True)
     report = json.loads((recipe.parent / "run" / "report.json").read_text())
     assert run.report == report
@@ -34,7 +32,7 @@ def test_a_run_from_python_is_that_of_the_command_line(recipe: Path) -> None:
 
     again = llmtune.load_run(recipe.parent / "run")
     question = "What comes after 3 and before 5?"
-    done = command("generate", "run", "--prompt", question, cwd=recipe.parent)
+    done = invoke("generate", "run", "--prompt", question)
     assert again.generate(question) + "\n" == done.stdout
     assert len(again.tokenizer(again.generate(question, max_new_tokens=2))["input_ids"]) <= 4
     assert again.model() is again.model()

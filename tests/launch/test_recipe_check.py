@@ -1,29 +1,19 @@
 """What is wrong with the files and tools that a recipe names is said before anything heavy is imported."""
 
-from __future__ import annotations
-
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from junitparser.xunit2 import JUnitXml
-from support.runs import write_recipe
-from typer.testing import CliRunner, Result
-
-from llmtune.cli.app import app
+from support.runs import invoke, write_recipe
 
 LIGHT = ["recipes", "check"]
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "llmtune.pipeline", None)  # importing it would be an error
-    return tmp_path
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+def without_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llmtune.pipeline", None)  # importing it would be an error
 
 
 COMMANDS = pytest.mark.parametrize("command", [["recipes", "check"], ["run", "--dry-run"], ["run"]], ids=" ".join)

@@ -1,7 +1,5 @@
 """Every architecture of the installed transformers trains as in plain transformers, or is refused by name."""
 
-from __future__ import annotations
-
 import pytest
 import transformers
 from support.architecture_checks import PAGE, check, write_row

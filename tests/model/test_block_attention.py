@@ -1,7 +1,5 @@
 """Attention within documents is attention over the whole row with a mask that keeps them apart."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention

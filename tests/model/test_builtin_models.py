@@ -1,7 +1,5 @@
 """Packaged models: found without being imported, verified, converted once; right answers, right tokens."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """The loss is the textbook's, however rows are put together; logits stand at predicted positions alone."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The loss taken at the head is that of the logits, with the same gradient; whole logits never stand anywhere."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """A Whisper written in CTranslate2's format comes back as the model that it was."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

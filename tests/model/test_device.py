@@ -1,7 +1,5 @@
 """Number formats and memory limits of this machine."""
 
-from __future__ import annotations
-
 import resource
 
 import psutil

@@ -1,7 +1,5 @@
 """A norm in one function gives the same bytes forward and the same gradient; other kinds of norm stay as they are."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

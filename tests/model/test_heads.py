@@ -1,7 +1,5 @@
 """New heads and trained ones: named, told apart, made from the seed, never in 4 bits, never given a LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights come into memory as the recipe says, whole, the same each time."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plan's bytes are those that are measured, and a refusal names a recipe that fits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

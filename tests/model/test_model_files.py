@@ -1,7 +1,5 @@
 """What is wrong with a model folder is told by name, before anything is loaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

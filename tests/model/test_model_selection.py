@@ -1,7 +1,5 @@
 """Candidates are ranked by what they know of the user's rows; those that cannot be used are left out with a reason."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

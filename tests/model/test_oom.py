@@ -1,7 +1,5 @@
 """Memory that runs out is an error with numbers and advice; anything else passes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.adapting import build_family, load_without_room

@@ -1,7 +1,5 @@
 """Packed rows give the logits that each document gives alone, in every family that is tuned."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Encoders with their heads say the same of a packed row as of each text alone, or rows are padded and it is said."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

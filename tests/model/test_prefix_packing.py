@@ -1,7 +1,5 @@
 """A beginning that documents share stands in a packed row once, and losses and gradients are as if it stood in each."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """The tokenizer as the recipe wants it, saved so that transformers 4 and 5 read it alike."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

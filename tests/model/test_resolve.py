@@ -1,15 +1,15 @@
 """A model reference is a folder, a packaged model or a hub name; each way of not finding it says what to do."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 from support.adapting import quiet, recipe_with
+from support.http_server import Headers, answering
+from support.hub import read_repository
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.resolve import resolve_model
@@ -55,51 +55,34 @@ def test_a_name_that_can_be_nothing_is_refused(name, tmp_path, monkeypatch):
         resolve_model(name, recipe_with("x").model, quiet(), offline=True)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few answers of the hub's API that a download needs."""
+REFUSALS = {
+    "gated": (403, "GatedRepo"),
+    "nothing": (404, "RepoNotFound"),
+    "no-such-branch": (404, "RevisionNotFound"),
+    "broken": (500, "Oops"),
+}
+
+
+@dataclass
+class Hub:
+    """A hub whose models differ by the words in their names."""
 
     files: dict[str, bytes]
-    requests: list[str]
+    url: str = ""
+    requests: list[str] = field(default_factory=list)
 
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.requests.append(self.path)
+    def answer(self, verb: str, path: str, headers: Headers, body: bytes) -> tuple[int, Any, Headers]:
+        self.requests.append(path)
+        for word, (status, code) in REFUSALS.items():
+            if word in path:
+                return status, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"}
         files = dict(self.files)
-        if "pickled" in self.path:
+        if "pickled" in path:
             del files["model.safetensors"]
-        if "cut" in self.path:
+        if "cut" in path:
             index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
             files["model.safetensors.index.json"] = json.dumps(index).encode()
-        _, *parts = self.path.split("?")[0].split("/")
-        refusals = {"gated": (403, "GatedRepo"), "nothing": (404, "RepoNotFound")}
-        refusals |= {"no-such-branch": (404, "RevisionNotFound"), "broken": (500, "Oops")}
-        for word, (status, code) in refusals.items():
-            if word in self.path:
-                return self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"})
-        if parts[:2] == ["api", "models"] and "tree" in parts:
-            tree = [{"type": "file", "path": name, "size": len(body), "oid": "0" * 40} for name, body in files.items()]
-            return self.answer(200, json.dumps(tree).encode())
-        if parts[:2] == ["api", "models"]:
-            siblings = [{"rfilename": name} for name in files]
-            body = {"id": "/".join(parts[2:4]), "modelId": "x/y", "sha": COMMIT, "siblings": siblings, "tags": []}
-            return self.answer(200, json.dumps(body).encode())
-        name = "/".join(parts[4:])
-        if parts[2:3] != ["resolve"] or name not in files:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        return self.answer(200, files[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
+        return read_repository(path, body, files, COMMIT)
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +90,9 @@ def hub(tiny_llama):
     """A hub on this machine."""
     files = {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
     files |= {"pytorch_model.bin": b"pickle", "modeling_x.py": b"raise SystemExit", "onnx/model.safetensors": b"x"}
-    kind = type("Served", (Hub,), {"files": files, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    kind.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield kind
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    found = Hub(files)
+    with answering(found.answer) as found.url:
+        yield found
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """A writer of recipe files, for tests of the recipe package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The suites of `evaluate`: refused where this task's models have no answer to them, and gates on what they measure."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Origins outlive the run folder: what a resolved recipe says of its values is taken back from it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

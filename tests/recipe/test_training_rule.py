@@ -1,7 +1,5 @@
 """What a recipe leaves open of epochs, rate and batch is chosen by its rows and its model; what it states stays."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmtune.recipe.loader import load_recipe

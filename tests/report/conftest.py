@@ -1,7 +1,5 @@
 """A report as a finished run makes it (report.json), that of a classifier (headed.json), and suites (suites.json)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

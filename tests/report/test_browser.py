@@ -1,7 +1,5 @@
 """The report in a browser: plots drawn, nothing asked of the network, readable on a phone, in light and in dark."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Gates as JUnit XML, read back by a parser that is not ours."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Every metric that a recipe may name is explained, has a direction and a rank."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmtune.recipe.task_facts import TASK_FACTS

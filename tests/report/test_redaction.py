@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from llmtune.report.redaction import redact, redact_all

@@ -1,7 +1,5 @@
 """What was measured, as page, as Markdown and on the terminal."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 

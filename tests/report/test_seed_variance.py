@@ -1,7 +1,5 @@
 """Several seeds: mean and spread of each score, and the sentence that holds the gain against the spread."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

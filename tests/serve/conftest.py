@@ -1,7 +1,5 @@
 """A tiny chat model with an adapter, two finished runs on one base, and a server whose model knows its answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

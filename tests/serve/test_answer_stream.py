@@ -1,7 +1,5 @@
 """Answers in their parts, as they are generated."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

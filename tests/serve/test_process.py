@@ -1,7 +1,5 @@
 """The server as a process of its own: keys, hostile clients, many at once, and its end."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

@@ -1,7 +1,5 @@
 """What the server documents of itself is so: schemathesis asks it for what it documents, and for what it does not."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

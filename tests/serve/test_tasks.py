@@ -1,7 +1,5 @@
 """One endpoint for each task whose answer is no conversation: it answers what `generate` answers."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import functools

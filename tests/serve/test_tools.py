@@ -1,7 +1,5 @@
 """Tools and thoughts through OpenAI's client: a call, its arguments, its result, and the answer."""
 
-from __future__ import annotations
-
 import json
 
 import openai

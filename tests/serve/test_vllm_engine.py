@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES

@@ -1,7 +1,5 @@
 """The first difference of two runs, stage by stage."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

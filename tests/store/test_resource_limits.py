@@ -1,7 +1,5 @@
 """What strangers' code may take, and no more."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

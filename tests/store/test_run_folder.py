@@ -1,7 +1,5 @@
 """The run folder: refusals, the step cache, the lock against a second process, folders of an older version."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`verify`: every claim of a run against what is there now, each change named by its file."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -10,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.finished import finish_run
-from typer.testing import CliRunner
+from support.runs import invoke
 
-from llmtune.cli.app import app
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import hash_file
 from llmtune.store.run_lock import LOCK, read_pins
@@ -67,7 +64,7 @@ def test_a_run_is_verified_where_it_was_made_and_where_its_project_was_copied_to
 def test_one_changed_byte_of_the_data_is_named_with_its_file_and_exit_code_6(project: Path) -> None:
     flip_byte(project / "rows.jsonl", 40)
     assert failed(verify(project / "runs/tiny")) == [("data", "rows.jsonl", "changed")]
-    done = CliRunner().invoke(app, ["verify", str(project / "runs/tiny")])
+    done = invoke("verify", project / "runs/tiny")
     assert done.exit_code == 6
     assert f"{project / 'rows.jsonl'}: data: changed since the run: its hash was" in done.stderr.replace("\n", "")
     assert "run the recipe again" in done.stderr

@@ -1,7 +1,5 @@
 """A recipe, a loaded model and a batch from plain numbers, for tests of `llmtune.model` and `llmtune.adapter`."""
 
-from __future__ import annotations
-
 import io
 import resource
 from collections.abc import Callable, Sequence

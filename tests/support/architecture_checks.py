@@ -3,8 +3,6 @@
 `make architectures` writes what came of it into docs/architectures.md.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import warnings

@@ -1,7 +1,5 @@
 """Every architecture of the installed transformers, built small: configurations shrunk by the names of fields."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

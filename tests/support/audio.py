@@ -1,7 +1,5 @@
 """Tiny real audio files: tones in any format that libsndfile writes, and broken ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

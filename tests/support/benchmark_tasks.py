@@ -1,7 +1,5 @@
 """Task files of lm-eval about colours, with their rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A page in headless Chromium: what it shows, what it asks of the network, and how it looks on a phone."""
 
-from __future__ import annotations
-
 import html
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Classifiers that learn colours: rows, recipes, tiny models of every family, and runs of them."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 `python tests/support/conversation_table.py` writes the table anew.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from dataclasses import dataclass, field

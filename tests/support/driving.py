@@ -1,7 +1,5 @@
 """Chromium without a window, driven over a pipe by its own protocol: typing, clicking, reading, pictures."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

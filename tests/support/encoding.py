@@ -1,7 +1,5 @@
 """Encode one row, and see what of it is learned."""
 
-from __future__ import annotations
-
 from tokenizers.processors import TemplateProcessing
 
 from llmtune.data.chat_encoding import encode_chat

@@ -4,8 +4,6 @@ What two devices or formats would not do together fails as it would on a GPU; a 
 which the host would wait, is refused unless it is expected.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -3,8 +3,6 @@
 All are of width 64 with weights large enough that attention matters. `config` goes into the model's configuration.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import string

@@ -1,7 +1,5 @@
 """A run that went through all five steps in this process, on a tiny model and rows of its own."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tiny models of every family that can be written as GGUF, with weights large enough that all of them matter."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

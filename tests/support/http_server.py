@@ -1,7 +1,5 @@
 """An HTTP server on the loopback interface for as long as a block lasts, answered by a function."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +10,7 @@ from typing import Any
 
 Headers = Mapping[str, str] | Message
 Answer = Callable[[str, str, Headers, bytes], tuple[int, Any, Headers]]
-"""Called with verb, path, headers and body; returns the status, what becomes JSON, and further headers."""
+"""Called with verb, path, headers and body; returns the status, bytes or what becomes JSON, and further headers."""
 
 
 @contextmanager
@@ -25,14 +23,15 @@ def answering(answer: Answer) -> Iterator[str]:
         def respond(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, said, further = answer(self.command, self.path, self.headers, body)
-            content = json.dumps(said).encode()
+            content = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **further}.items():
                 self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = respond  # noqa: N815 - the names that http.server calls
+        do_GET = do_HEAD = do_POST = do_PUT = respond  # noqa: N815 - the names that http.server calls
 
         def log_message(self, *about: Any) -> None:
             pass

@@ -1,6 +1,4 @@
-"""A hub on this machine: the few paths of its API that an upload needs, served over HTTP, and what was put there."""
-
-from __future__ import annotations
+"""A hub on this machine: the few paths of its API that an upload or a download needs, served over HTTP."""
 
 import base64
 import json
@@ -14,7 +12,7 @@ from support.http_server import Headers, answering
 
 @dataclass
 class Hub:
-    """What is on it."""
+    """What was put on it."""
 
     url: str = ""
     repos: dict[str, bool] = field(default_factory=dict)
@@ -84,3 +82,23 @@ def keep(hub: Hub, line: dict[str, Any]) -> None:
         hub.files[value["path"]] = base64.b64decode(value["content"])
     elif line["key"] == "lfsFile":
         hub.files[value["path"]] = hub.objects[value["oid"]]
+
+
+def read_repository(path: str, body: bytes, files: dict[str, bytes], commit: str) -> tuple[int, Any, Headers]:
+    """Answer what a download asks of a repository: what it is, its tree, some of its paths, a file."""
+    path = path.partition("?")[0]
+    if not path.startswith("/api/"):
+        name = path.partition("/resolve/")[2].partition("/")[2]
+        if name not in files:
+            return 404, b"", {"X-Error-Code": "EntryNotFound"}
+        tag = {"ETag": f'"{name}-{commit[:4]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        return 200, files[name], tag
+    tree = [{"type": "file", "path": name, "size": len(content), "oid": commit} for name, content in files.items()]
+    if "/tree/" in path:
+        return 200, [] if path.partition("/tree/")[2].count("/") else tree, {}
+    if "/paths-info/" in path:
+        wanted = json.loads(body or b"{}").get("paths", [])
+        return 200, [entry for entry in tree if entry["path"] in wanted], {}
+    name = "/".join(path.split("/")[3:5])
+    siblings = [{"rfilename": name} for name in files]
+    return 200, {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": [], "private": False}, {}

@@ -1,7 +1,5 @@
 """Models that learn a few rows by heart, and rows with tools for them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny random models with a tokenizer trained on the spot; real classes, no mocks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Rows of translations and summaries, and whole runs on them in this process."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How likely sentences are, by plain transformers: one forward pass a text, no batches, nothing of llmtune."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Sequence

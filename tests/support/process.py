@@ -6,8 +6,6 @@ FOLDER holds `recipe.yaml` and `examples`. `--kill line:TEXT` ends the process b
 of FILE when TEXT is printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """llmtune in a process of its own that is killed, without warning, before so many files were put in their place."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

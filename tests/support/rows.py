@@ -1,7 +1,5 @@
 """Recipes and data files for tests of the rows."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable

@@ -1,11 +1,10 @@
 """Recipes for tests, and ways to run them: in this process, or as a user would."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,9 @@ def write_colours(path: Path) -> Path:
     return path
 
 
-def invoke(*arguments: object) -> Result:
+def invoke(*arguments: object, stdin: str | None = None) -> Result:
     """Run the llmtune command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def llmtune(
@@ -83,17 +82,19 @@ ROWS = ("numpy",)
 """What reading the first rows of a file needs."""
 
 
-def heavy_imports(*arguments: str, cwd: Path | None = None) -> list[str]:
-    """Run the llmtune command in a new interpreter; return which heavy libraries it imported."""
+def heavy_imports(*commands: Sequence[str]) -> dict[str, list[str]]:
+    """Run llmtune commands one after the other in a new interpreter; return the heavy libraries that each imported."""
     code = f"""
 import sys
-sys.argv = ["llmtune", *{list(arguments)!r}]
 from llmtune.cli import main
-try:
-    main()
-except SystemExit as end:
-    print("exit", end.code, file=sys.stderr)
-print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
+for command in {commands!r}:
+    known, sys.argv = {{*sys.modules}}, ["llmtune", *command]
+    try:
+        main()
+    except SystemExit as end:
+        print("exit", end.code, file=sys.stderr)
+    print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules and name not in known])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=cwd)
-    return eval(done.stdout.rsplit("HEAVY", 1)[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = [eval(line.removeprefix("HEAVY")) for line in done.stdout.splitlines() if line.startswith("HEAVY")]
+    return {" ".join(command): names for command, names in zip(commands, found, strict=True)}

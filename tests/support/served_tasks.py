@@ -1,7 +1,5 @@
 """Runs of the tasks whose answer is no conversation, on tiny models and a few rows."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

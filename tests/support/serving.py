@@ -1,7 +1,5 @@
 """Servers for tests: a real process, or the application behind uvicorn in a thread of this one."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -11,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import uvicorn
@@ -54,7 +52,7 @@ class Process:
         _, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, errors
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *about: object) -> None:

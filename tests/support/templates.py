@@ -1,7 +1,5 @@
 """Chat templates of the kinds that models have, written on the spot, and recipes to encode with them."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small trainings on a tiny model: random rows written as prepared examples, no text and no template in between."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The variants of the tasks by name, and predictions on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What workers of the launcher run in tests; arguments come as text."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

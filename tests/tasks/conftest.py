@@ -1,7 +1,5 @@
 """What the tests of several tasks share, each made once: tiny models of the families, and tones with transcripts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

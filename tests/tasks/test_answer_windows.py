@@ -1,7 +1,5 @@
 """Windows with the ends of answers, tags at the first tokens of words, and texts whose words are hidden."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

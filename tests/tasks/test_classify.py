@@ -1,7 +1,5 @@
 """Task classify from end to end: every family and method, every kind of label, bad rows, and what is left on disk."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

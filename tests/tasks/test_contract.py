@@ -1,7 +1,5 @@
 """What every task promises, for every variant: batches change nothing, answers are those of one row, results reload."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -35,10 +33,6 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.session import Models, Options, open_finished
 from llmtune.tasks.registry import VARIANTS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
-]
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
 WORDS = [

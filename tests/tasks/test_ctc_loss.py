@@ -1,7 +1,5 @@
 """The loss of models of letters: that of transformers, summed, and the same a row whatever it is padded with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support.variants import CTC

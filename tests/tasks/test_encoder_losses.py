@@ -1,7 +1,5 @@
 """Losses of encoders: padding and packing change none of them in any family, and they equal torch's own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Completion with `objective: masked`: hidden words are guessed by encoders."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

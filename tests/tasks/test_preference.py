@@ -1,7 +1,5 @@
 """Preference learning by every loss: whole runs, their numbers computed again by plain classes, and what is refused."""
 
-from __future__ import annotations
-
 import math
 import shutil
 
@@ -25,10 +23,6 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Models, Options, open_finished
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
-]
 
 THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
 COLOURS = ("red", "green", "blue", "black", "white")

@@ -1,7 +1,5 @@
 """Preference losses and their gradients are those of TRL's trainers, however a step is cut and padded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -25,9 +23,6 @@ from llmtune.tasks.preference_losses import (
     sequence_logps,
     step_statistics,
 )
-
-# PEFT and TRL use the old names
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
 
 PAD = 3
 PROMPTS = ["Which colour is the sky?", "How many legs has a cat?", "Name a bird, quickly", "one two"]

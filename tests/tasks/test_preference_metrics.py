@@ -1,7 +1,5 @@
 """What models make of better and worse answers, row by row and as metrics."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -17,9 +15,6 @@ from llmtune.errors import DataError
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference_metrics import measure_preferences, rewards
-
-# PEFT asks
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 BASE = [
     {"chosen": -10.0, "rejected": -8.0, "chosen_tokens": 5.0, "rejected_tokens": 4.0, "kl": 0.0},

@@ -1,7 +1,5 @@
 """Questions on a text: encoders that point at the answer, decoders and encoder-decoders that write it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Recordings as examples: tokens of language and task, letters and their case, and what cannot be trained on."""
 
-from __future__ import annotations
-
 import json
 import string
 

@@ -1,7 +1,5 @@
 """Task speech from recordings to a report: Whisper and models of letters, tuned each way, reloaded by plain classes."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

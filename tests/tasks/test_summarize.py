@@ -1,7 +1,5 @@
 """Summaries with encoder-decoders and by prompt with decoders: what is cut, what is measured, whole runs."""
 
-from __future__ import annotations
-
 import pytest
 from support.pairs import DOCUMENTS, quiet, recipe_of, run_recipe
 from support.variants import predict
@@ -15,7 +13,6 @@ from llmtune.tasks import summarize
 
 METRICS = {"loss", "rouge1", "rouge2", "rougeL", "rougeLsum", "length_ratio"}
 SHORT = {"max_length": 16, "on_overlong": "truncate"}
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The table of tasks, and what a task says of a row."""
 
-from __future__ import annotations
-
 import pytest
 from support.templates import CHATML, conversation, recipe_for, tokenizer_with
 

@@ -1,7 +1,5 @@
 """Pairs of texts as ids: for encoder-decoders of every family, and by prompt for decoders."""
 
-from __future__ import annotations
-
 import pytest
 from support import families
 from support.templates import CHATML, tokenizer_with
@@ -20,7 +18,6 @@ LANGUAGES = {
     "mbart": {"source_language": "en_XX", "target_language": "fr_XX"},
 }
 FAMILIES = ("t5", "mt5", "bart", "mbart", "nllb", "marian")
-pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 
 
 def recipe_for(task="translate", section=None, **data):

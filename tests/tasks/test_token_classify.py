@@ -1,7 +1,5 @@
 """Words that are marked in a text: aligned to tokens, learned, counted as seqeval counts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from support import families, pairs

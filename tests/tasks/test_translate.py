@@ -1,7 +1,5 @@
 """Translation with encoder-decoders of every family, and by prompt with decoders: losses, answers, whole runs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -36,10 +34,6 @@ ROWS = [{**pair, "source_language": None, "target_language": None} for pair in P
 ROWS[0]["source"] += " Nobody has seen it before today, and nobody will again."
 ROWS[1]["target"] += " et personne ne le voit"
 ASKED = [translate.VARIANTS[0].split_answer(row)[0] for row in ROWS[:5]]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks
-]
 
 
 def build_mbart25(folder, **config):

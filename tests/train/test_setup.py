@@ -1,7 +1,5 @@
 """What a training starts from, before its first step."""
 
-from __future__ import annotations
-
 import pytest
 from support import families
 from support.classifying import recipe_for

@@ -1,29 +1,21 @@
 """What trackers get when a run ends."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
-from support.runs import write_colours, write_recipe
-from typer.testing import CliRunner
-
-from llmtune.cli.app import app
+from support.runs import invoke, write_colours, write_recipe
 
 
-def test_trackers_get_scores_verdict_and_run_folder(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackers_get_scores_verdict_and_run_folder(here: Path, tiny_llama: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.chdir(tmp_path)
     train = {"max_steps": 2, "num_train_epochs": None, "report_to": "tensorboard"}
-    write_recipe(tmp_path / "tiny.yaml", tiny_llama, write_colours(tmp_path / "rows.jsonl"), train=train)
-    done = CliRunner().invoke(app, ["run", "tiny.yaml", "--out", "run", "--offline", "--json"])
+    write_recipe(here / "tiny.yaml", tiny_llama, write_colours(here / "rows.jsonl"), train=train)
+    done = invoke("run", "tiny.yaml", "--out", "run", "--offline", "--json")
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
-    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiny"))
+    events = EventAccumulator(str(here / "run" / "trackers" / "tiny"))
     events.Reload()
     for model in ("base", "tuned"):
         (logged,) = events.Scalars(f"evaluation/{model}/loss")
