@@ -2,7 +2,9 @@
 
 import gc
 import io
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -33,6 +35,24 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.models import build_gpt2
 
     return build_gpt2(tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`built("bert", **config)` is the folder of a tiny model, which no test may change."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def build(family: str, **config: object) -> Path:
+        from support import families, models
+
+        key = family, json.dumps(config, sort_keys=True)
+        if key not in made:
+            name = f"build_{family}"
+            builder = getattr(families, name, None) or getattr(models, name)
+            made[key] = builder(tmp_path_factory.mktemp("models") / family, **config)
+        return made[key]
+
+    return build
 
 
 @pytest.fixture

@@ -37,11 +37,6 @@ def test_a_model_that_gguf_cannot_hold_is_refused_before_training(here: Path, ti
     assert not (here / "run" / "checkpoints").exists()
 
 
-def test_a_gate_that_fails_is_exit_code_6(here: Path, chat_rows: Path, model: Path) -> None:
-    result = run_with(chat_rows, model, evaluate={"metrics": ["loss"], "gates": ["loss <= 0.0001"]})
-    expect(result, 6, "loss <= 0.0001")
-
-
 def test_a_folder_that_cannot_be_the_runs_is_refused(here: Path, chat_rows: Path, model: Path) -> None:
     expect(run_with(chat_rows, model, "--resume"), 2, "resume")
     (here / "file").touch()

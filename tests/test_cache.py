@@ -174,11 +174,7 @@ def test_a_finished_run_is_shown_again_without_importing_anything_heavy(finished
 
 @pytest.mark.parametrize(
     ("path", "step"),
-    [
-        ("run/adapter/adapter_model.safetensors", "train"),
-        ("run/data/examples", "encode"),
-        ("run/report.html", None),
-    ],
+    [("run/adapter/adapter_model.safetensors", "train"), ("run/data/examples", "encode"), ("run/report.html", None)],
 )
 def test_of_a_finished_run_what_is_lost_is_made_again(finished: Path, path: str, step: str | None) -> None:
     lost = finished / path

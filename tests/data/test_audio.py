@@ -5,15 +5,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from support.audio import (
-    FORMATS,
-    make_tone,
-    write_cut,
-    write_empty,
-    write_no_audio,
-    write_no_samples,
-    write_tone,
-)
+from support.audio import FORMATS, make_tone, write_cut, write_empty, write_no_audio, write_no_samples, write_tone
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 
 from llmtune.data.audio import check_recording, cut_windows, read_recording, to_float

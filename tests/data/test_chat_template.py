@@ -21,13 +21,7 @@ from support.templates import (
 
 from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_messages import clean
-from llmtune.data.chat_template import (
-    fix_date,
-    read_template,
-    render_prompt,
-    special_tokens,
-    stop_ids,
-)
+from llmtune.data.chat_template import fix_date, read_template, render_prompt, special_tokens, stop_ids
 from llmtune.data.chat_turns import cut_turn
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 

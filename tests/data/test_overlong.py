@@ -5,11 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.encoding import complete, encode, learned, with_start_token
 from support.models import CHATML, train_tokenizer
-from support.templates import (
-    THINKING,
-    conversation,
-    tokenizer_with,
-)
+from support.templates import THINKING, conversation, tokenizer_with
 
 from llmtune.data.overlong import Lost
 

@@ -155,10 +155,7 @@ def test_an_answer_that_calls_a_tool_is_no_text_to_prefer():
 
 
 def test_a_table_may_hold_messages_as_json_and_texts_that_only_look_like_it(tmp_path):
-    rows = [
-        (json.dumps([QUESTION]), json.dumps([RED]), json.dumps(BLUE)),
-        ("[1, 2] or {3}?", '{"answer": 3}', "[]"),
-    ]
+    rows = [(json.dumps([QUESTION]), json.dumps([RED]), json.dumps(BLUE)), ("[1, 2] or {3}?", '{"answer": 3}', "[]")]
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("prompt", "chosen", "rejected"), *rows])
     found = rows_of(prepare(tmp_path, "rows.csv", "preference"))

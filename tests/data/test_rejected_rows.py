@@ -15,9 +15,7 @@ from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
 
 BAD = '{"messages": [{"role": "user", "con'
-LONG = json.dumps(
-    {"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "yes"}]},
-)
+LONG = json.dumps({"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "yes"}]})
 
 
 def prepare(folder: Path, model: Path, rows: Path, console: Console, **data: object) -> None:

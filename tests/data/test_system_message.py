@@ -32,10 +32,7 @@ def test_the_recipes_system_prompt_renders_as_the_same_message_in_the_row_and_gi
         (NO_SYSTEM, None),
         (DEFAULT_SYSTEM, "You are kind."),
         (with_system_prompt(LLAMA2, "Be brief."), "Be brief."),
-        (
-            (FAMILIES / "smollm-2.jinja").read_text(),
-            "You are a helpful AI assistant.",
-        ),
+        ((FAMILIES / "smollm-2.jinja").read_text(), "You are a helpful AI assistant."),
     ],
 )
 def test_the_message_that_a_template_adds_of_itself_is_found(template: str, message: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from support.benchmark_tasks import write_tasks
 from support.learning import learn_by_heart
 from support.runs import write_colours
 
@@ -32,6 +33,13 @@ data: {{train: {rows}, test: 0.4, validation: 0, deduplicate: exact}}
 model: {{name: {model}, dtype: float32}}
 generation: {{max_new_tokens: 6}}
 """
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with tasks of lm-eval."""
+    write_tasks(tmp_path)
+    return tmp_path
 
 
 @dataclass

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, recipe_with, write_tasks
+from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, recipe_with
 
 from llmtune.errors import DataError, EnvironmentProblem, LlmtuneError, RecipeError
 from llmtune.evaluate.lm_eval import check_benchmarks, load_benchmarks, quietly
 from llmtune.recipe.schema import Recipe
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    write_tasks(tmp_path)
-    return tmp_path
 
 
 def test_lm_eval_stays_quiet_and_leaves_random_numbers_alone(

@@ -4,17 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from support.benchmark_tasks import CHOOSE, recipe_with, write_tasks
+from support.benchmark_tasks import CHOOSE, recipe_with
 
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.evaluate.lm_eval_tasks import check_task_files, list_task_files, read_task_file
 from llmtune.launch.python_api import names_remote
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    write_tasks(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,7 @@ def right(values, at=None):
 def rows_of_two_kinds(extra=()):
     return [
         {
-            "messages": [
-                {"role": "user", "content": f"{i} colour?"},
-                {"role": "assistant", "content": COLOURS[i % 2]},
-            ],
+            "messages": [{"role": "user", "content": f"{i} colour?"}, {"role": "assistant", "content": COLOURS[i % 2]}],
             "topic": ["sea", "sky", "wood"][i % 3],
             "size": i * 10,
             **dict(extra),

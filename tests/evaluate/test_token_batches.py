@@ -18,8 +18,7 @@ def test_every_row_is_done_once_and_no_batch_exceeds_the_budget():
 
 
 @pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()],
+    "error", [torch.OutOfMemoryError("cuda"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
 def test_out_of_memory_halves_the_batch_and_nothing_is_left_out(error):
     done = []

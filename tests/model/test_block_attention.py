@@ -28,6 +28,13 @@ def dense(query, key, value, lengths, scaling, window, causal):
     return out.transpose(1, 2)
 
 
+def compare(got, wanted, parts):
+    """Hold outputs and gradients against each other."""
+    raised = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
+    gradients = [torch.autograd.grad(out, parts, raised) for out in (got, wanted)]
+    torch.testing.assert_close([got, *gradients[0]], [wanted, *gradients[1]], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("block", "kept"), [(256, 192), (256, 6), (4, 0)])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
@@ -39,12 +46,7 @@ def test_outputs_and_gradients_are_those_of_a_dense_mask(monkeypatch, block, kep
     parts = inputs(heads, heads // groups, sum(lengths))
     got = attend_documents(*parts, lengths, 0.3, window, causal)
     wanted = dense(*parts, lengths, 0.3, window, causal)
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-    raised = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
-    for one, other in zip(
-        torch.autograd.grad(got, parts, raised), torch.autograd.grad(wanted, parts, raised), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    compare(got, wanted, parts)
 
 
 @pytest.mark.parametrize(("block", "kept"), [(256, 192), (4, 0)])
@@ -60,12 +62,7 @@ def test_behind_a_shared_beginning_it_is_attention_of_the_whole_documents(monkey
     wanted = dense(*whole, [len(row) for row in rows], 0.3, window, True)
     last = [at for at, place in enumerate(place for row in rows for place in row) if place >= shared]
     wanted = torch.cat([wanted[:, :shared], wanted[:, last]], dim=1)
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-    raised = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=wanted.dtype)
-    for one, other in zip(
-        torch.autograd.grad(got, parts, raised), torch.autograd.grad(wanted, parts, raised), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    compare(got, wanted, parts)
 
 
 def test_without_a_scale_it_is_the_roots_of_the_width():

@@ -1,7 +1,5 @@
 """New heads and trained ones: named, told apart, made from the seed, never in 4 bits, never given a LoRA."""
 
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import families
-from support.adapting import quiet
-from support.models import build_gpt2, build_llama
+from support.adapting import open_model, quiet
+from support.classifying import BUILDERS
 from support.training import with_methods
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
@@ -18,22 +16,12 @@ from llmtune.adapter.injection import inject
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER, head_names, in_heads
 from llmtune.model.heads import head_is_new, name_outputs
-from llmtune.model.loading import load_model, put_in_order
-from llmtune.model.processor import load_processor
+from llmtune.model.loading import put_in_order
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
-from llmtune.records import AdaptedModel, SelectedModel
+from llmtune.records import AdaptedModel
 from llmtune.tasks.registry import get_task
 
-BUILDERS: dict[str, Callable[..., Path]] = {
-    "bert": families.build_bert,
-    "roberta": families.build_roberta,
-    "distilbert": families.build_distilbert,
-    "deberta": families.build_deberta,
-    "modernbert": families.build_modernbert,
-    "llama": build_llama,
-    "gpt2": build_gpt2,
-}
 HEADS = {
     "bert": ["classifier"],
     "roberta": ["classifier"],
@@ -46,11 +34,6 @@ HEADS = {
 CLASSIFY = get_task("classify")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Callable[[str], Path]:
-    return cache(lambda family: BUILDERS[family](tmp_path_factory.mktemp(family)))
-
-
 def recipe_of(folder: Path, labels: tuple[str, ...] = ("a", "b", "c"), seed: int = 42, **adapter: Any) -> Recipe:
     kind = {"kind": "single", "labels": labels} if labels else {"kind": "regression"}
     content = {"task": "classify", "seed": seed, "data": {"train": "x.jsonl"}, "classify": kind}
@@ -59,14 +42,8 @@ def recipe_of(folder: Path, labels: tuple[str, ...] = ("a", "b", "c"), seed: int
     return Recipe.model_validate(content)
 
 
-def load(recipe: Recipe) -> SelectedModel:
-    place = resolve_model(str(recipe.model.name), recipe.model, quiet())
-    processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, CLASSIFY, processor, device="cpu", training=True)
-
-
 def adapt(recipe: Recipe) -> AdaptedModel:
-    return inject(load(recipe), recipe, quiet())
+    return inject(open_model(recipe), recipe, quiet())
 
 
 def is_new(recipe: Recipe) -> bool:
@@ -181,7 +158,7 @@ def test_a_target_that_is_a_head_is_refused_by_name(built):
 def test_the_start_of_a_new_head_is_a_function_of_the_seed(built, family):
     def start(seed: int) -> dict[str, torch.Tensor]:
         torch.rand(seed)  # what was drawn before does not matter
-        selected = load(recipe_of(built(family), seed=seed))
+        selected = open_model(recipe_of(built(family), seed=seed))
         state = selected.model.state_dict()
         return {name: state[name] for name in selected.new_weights}
 
@@ -201,25 +178,25 @@ def test_a_trained_head_for_these_classes_is_the_base_and_for_others_starts_anew
     stored = AutoModelForSequenceClassification.from_pretrained(tmp_path).state_dict()[head]
     same = recipe_of(tmp_path)
     assert not is_new(same)
-    kept = load(same)
+    kept = open_model(same)
     assert kept.new_weights == ()
     assert torch.equal(kept.model.state_dict()[head], stored)
     for labels in (("a", "b", "x"), ("a", "b"), ("a", "b", "c", "d"), ()):
         other = recipe_of(tmp_path, labels)
         assert is_new(other)
-        drawn = load(other)
+        drawn = open_model(other)
         assert head in drawn.new_weights
         weights = drawn.model.state_dict()[head]
         assert len(weights) == max(1, len(labels))
         assert not any(torch.equal(row, old) for row in weights for old in stored)
         assert weights.std() < 0.1
-        assert torch.equal(load(other).model.state_dict()[head], weights)
+        assert torch.equal(open_model(other).model.state_dict()[head], weights)
 
 
 def test_a_head_drawn_anew_has_norms_of_one_and_biases_of_zero(built, tmp_path):
     families.build_modernbert(tmp_path)
     save_classifier(tmp_path, built("modernbert"), ["x", "y", "z"])
-    state = load(recipe_of(tmp_path)).model.state_dict()
+    state = open_model(recipe_of(tmp_path)).model.state_dict()
     assert torch.equal(state["head.norm.weight"], torch.ones(64))
     assert torch.equal(state["classifier.bias"], torch.zeros(3))
 
@@ -230,7 +207,7 @@ def test_a_missing_weight_of_the_body_is_no_new_head(built, tmp_path):
     del tensors["bert.encoder.layer.0.output.dense.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EnvironmentProblem, match=r"bert\.encoder\.layer\.0\.output\.dense\.weight"):
-        load(recipe_of(tmp_path))
+        open_model(recipe_of(tmp_path))
 
 
 def test_a_task_without_a_head_of_its_own_has_no_new_head(built):

@@ -1,29 +1,21 @@
 """Encoders with their heads say the same of a packed row as of each text alone, or rows are padded and it is said."""
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from support import families
-from support.adapting import quiet
+from support.adapting import open_model, quiet, task_for
 from support.models import build_llama
 from transformers import AutoModelForSequenceClassification
 
 from llmtune.adapter.injection import enable_checkpointing, inject
-from llmtune.model.config import read_model_config
-from llmtune.model.loading import load_model
 from llmtune.model.packed_attention import LENGTHS, PACKED, first_tokens, install_packed, means, pool_documents
-from llmtune.model.processor import load_processor
-from llmtune.model.resolve import resolve_model
 from llmtune.model.self_checks import isolates_documents
 from llmtune.recipe.schema import Recipe
-from llmtune.records import Example, SelectedModel
-from llmtune.tasks.base import AnyTask
-from llmtune.tasks.registry import choose_variant
+from llmtune.records import Example
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "classify": {"classify": {"kind": "single", "labels": ["a", "b", "c"]}},
@@ -40,29 +32,10 @@ def recipe_of(folder: Path, task: str, **sections: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(content | sections)
 
 
-def task_for(recipe: Recipe) -> AnyTask:
-    place = resolve_model(str(recipe.model.name), recipe.model, quiet())
-    return choose_variant(recipe, read_model_config(place, recipe.model), place.name)
-
-
-def open_model(recipe: Recipe, console: Console) -> SelectedModel:
-    assert recipe.model.name is not None
-    place = resolve_model(recipe.model.name, recipe.model, console)
-    task = task_for(recipe)
-    processor = load_processor(place, recipe.model)
-    return load_model(place, recipe, task, processor, device="cpu", training=True, console=console)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """An encoder's folder: `built(family)`."""
-    return cache(lambda family: getattr(families, f"build_{family}")(tmp_path_factory.mktemp(family)))
-
-
 @pytest.mark.parametrize("task", SECTIONS)
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert"])
 def test_encoders_are_proven_to_pack(built, family, task, console):
-    selected = open_model(recipe_of(built(family), task), console)
+    selected = open_model(recipe_of(built(family), task), console=console)
     assert selected.packs
     assert selected.model.config._attn_implementation == PACKED
     assert "padded" not in console.file.getvalue()
@@ -78,21 +51,21 @@ def test_encoders_are_proven_to_pack(built, family, task, console):
     ],
 )
 def test_rows_of_other_models_are_padded_and_it_is_said(tmp_path, build, task, reason, console):
-    selected = open_model(recipe_of(build(tmp_path), task), console)
+    selected = open_model(recipe_of(build(tmp_path), task), console=console)
     assert not selected.packs
     assert selected.model.config._attn_implementation != PACKED
     said = " ".join(console.file.getvalue().split())
     assert f"Rows are padded, those of like length together, because {reason}" in said
     console.file.truncate(0)
-    open_model(recipe_of(tmp_path, task, data={"packing": False}), console)
+    open_model(recipe_of(tmp_path, task, data={"packing": False}), console=console)
     assert "padded" not in console.file.getvalue()
 
 
 def test_rows_are_padded_where_the_recipe_says_so_or_names_another_attention(built, console):
     folder = built("bert")
-    assert not open_model(recipe_of(folder, "classify", data={"packing": False}), console).packs
+    assert not open_model(recipe_of(folder, "classify", data={"packing": False}), console=console).packs
     assert console.file.getvalue() == ""
-    selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console)
+    selected = open_model(recipe_of(folder, "classify", model={"attn_implementation": "eager"}), console=console)
     assert not selected.packs
     assert "because model.attn_implementation names another attention" in console.file.getvalue()
 
@@ -148,7 +121,7 @@ def test_first_tokens_and_means_are_those_of_each_document():
 def test_documents_stay_apart_within_an_adapter(built, family, task):
     """PEFT's classes for these tasks leave out arguments that they do not know."""
     recipe = recipe_of(built(family), task)
-    selected = open_model(recipe, quiet())
+    selected = open_model(recipe)
     adapted = inject(selected, recipe, quiet())
     task_of, processor = task_for(recipe), selected.processor
     texts = ["the fox is red", "the sky is blue and the fox has four legs .", "four", "two and two"]
@@ -175,7 +148,7 @@ def test_documents_stay_apart_within_an_adapter(built, family, task):
 def test_layers_that_are_computed_again_for_the_backward_pass_keep_documents_apart(tmp_path, family):
     config = {"classifier_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     recipe = recipe_of(getattr(families, f"build_{family}")(tmp_path, **config), "classify")
-    selected = open_model(recipe, quiet())
+    selected = open_model(recipe)
     model = selected.model.train()
     model.requires_grad_(True)
     examples = [Example(list(range(5, 5 + size)), [], 0, target_ids=[size % 3]) for size in (4, 20, 7)]

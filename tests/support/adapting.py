@@ -14,12 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.errors import EnvironmentProblem
+from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Example, SelectedModel
-from llmtune.tasks.registry import get_task
+from llmtune.tasks.base import AnyTask
+from llmtune.tasks.registry import choose_variant
 from support.models import train_tokenizer
 
 SHAPE = {
@@ -61,13 +63,18 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def task_for(recipe: Recipe) -> AnyTask:
+    place = resolve_model(str(recipe.model.name), recipe.model, quiet())
+    return choose_variant(recipe, read_model_config(place, recipe.model), place.name)
+
+
 def open_model(recipe: Recipe, training: bool = True, console: Console | None = None) -> SelectedModel:
     """Locate and load the recipe's model on the CPU."""
     assert recipe.model.name is not None
     console = console or quiet()
     place = resolve_model(recipe.model.name, recipe.model, console)
     processor = load_processor(place, recipe.model)
-    task = get_task(recipe.task)
+    task = task_for(recipe)
     return load_model(place, recipe, task, processor, device="cpu", training=training, console=console)
 
 

@@ -62,10 +62,7 @@ SIZES: tuple[tuple[str, float], ...] = (
     (r".*(head_dim|head_size|d_head|d_kv|kv_channels|dim_head|rotary_dim|query_pre_attn_scalar)", 16),
     (r".*rank", 16),
     (r".*(intermediate|ffn|feed_forward|d_ff|dff|dim_ff|inner|mlp_size|mid).*", 96),
-    (
-        r".*(hidden|embed|embedding|backbone|dim|projection|proj).*size|d_model|n_embd|(.*_)?dim",
-        64,
-    ),
+    (r".*(hidden|embed|embedding|backbone|dim|projection|proj).*size|d_model|n_embd|(.*_)?dim", 64),
     (r".*vocab_size.*|.*hash_byte_group_vocab", VOCABULARY),
     (r".*position.*|n_ctx|max_seq.*|context_length|seq_length|max_length", 256),
     (r".*(window|state|chunk_size|block_size|local_attention|chunk_length|chunk_len).*", 16),

@@ -1,4 +1,4 @@
-"""Rows of translations and summaries, and whole runs on them in this process."""
+"""Rows of translations, summaries and preferences, and whole runs on them in this process."""
 
 import io
 from collections.abc import Iterable
@@ -37,6 +37,17 @@ PAIRS = [
 DOCUMENTS = [
     {"document": f"{pair['source']} Nobody else is here. We have seen it twice.", "summary": pair["target"]}
     for pair in PAIRS
+]
+_TOLD = [
+    (thing, colour) for thing in ["cat", "dog", "bird", "fish", "fox", "house", "river", "stone"] for colour in COLOURS
+]
+LIKED = [
+    {"prompt": f"{i}. Which colour has the {t}?", "chosen": f"The {t} is {c}.", "rejected": f"one two {c}"}
+    for i, (t, c) in enumerate(_TOLD)
+]
+THUMBS = [
+    {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 != 0}
+    for i, row in enumerate(LIKED)
 ]
 LANGUAGES = {
     "nllb": {"source_language": "eng_Latn", "target_language": "fra_Latn"},

@@ -13,10 +13,7 @@ def decoder_log(model: Any, tokenizer: Any, text: str, context: str = "") -> tup
     before = [tokenizer.bos_token_id]
     if context:
         before += tokenizer(context, add_special_tokens=False).input_ids
-        ids = [
-            tokenizer.bos_token_id,
-            *tokenizer(f"{context} {text}", add_special_tokens=False).input_ids,
-        ]
+        ids = [tokenizer.bos_token_id, *tokenizer(f"{context} {text}", add_special_tokens=False).input_ids]
         assert ids[: len(before)] == before
     else:
         ids = before + tokenizer(text, add_special_tokens=False).input_ids

@@ -8,6 +8,7 @@ of FILE when TEXT is printed.
 
 import argparse
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -115,6 +116,7 @@ def run_in_child(work: Callable[..., None], outputs: Path, *arguments: object) -
 
 
 def _redirect(paths: Sequence[Path], work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    gc.freeze()  # what the server imported is no garbage
     for stream, path in enumerate(paths, start=1):
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), stream)
     work(*arguments)

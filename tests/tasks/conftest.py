@@ -1,26 +1,7 @@
-"""What the tests of several tasks share, each made once: tiny models of the families, and tones with transcripts."""
-
-import json
+"""What the tests of several tasks share, made once: tones with transcripts."""
 
 import pytest
-from support import families
 from support.audio import write_tone
-from support.classifying import BUILDERS
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """`built("bert", **config)` is the folder of a tiny model, which no test may change."""
-    made = {}
-
-    def build(family, **config):
-        key = family, json.dumps(config, sort_keys=True)
-        if key not in made:
-            builder = BUILDERS.get(family) or getattr(families, f"build_{family}")
-            made[key] = builder(tmp_path_factory.mktemp("models") / family, **config)
-        return made[key]
-
-    return build
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import families
 from support.models import build_gpt2, build_llama
-from support.pairs import DOCUMENTS, PAIRS, gradient, quiet, recipe_of, start_training
+from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, quiet, recipe_of, start_training
 from support.runs import llmtune
 from support.training import read_metrics
 from support.variants import predict
@@ -53,14 +53,6 @@ TAGS = [
 ANSWERS = [
     {"question": f"Which colour has the {t}?", "context": text, "answer": "" if i % 5 == 4 else c}
     for i, (text, t, c) in enumerate(WORDS)
-]
-PREFERENCES = [
-    {"prompt": f"{i}. Which colour has the {t}?", "chosen": f"The {t} is {c}.", "rejected": f"one two {c}"}
-    for i, (_, t, c) in enumerate(WORDS)
-]
-THUMBS = [
-    {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 != 0}
-    for i, row in enumerate(PREFERENCES)
 ]
 NO_TEXT = {"generation": {"max_new_tokens": None}}
 RATES = {"lora": 1e-2, "qlora": 4e-3, "full": 2e-3}
@@ -124,10 +116,10 @@ CASES = {
     "whisper-full": Case("speech", 0, families.build_whisper, sections=speech(language="fr"), method="full"),
     "ctc-headless": Case("speech", 1, build_headless, sections=speech()),
     "ctc": Case("speech", 1, families.build_wav2vec2, sections=speech()),
-    "preference": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "dpo"}}),
+    "preference": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "dpo"}}),
     "preference-kto": Case("preference", 0, build_llama, THUMBS, {"preference": {"loss": "kto"}}),
-    "preference-orpo": Case("preference", 0, build_llama, PREFERENCES, {"preference": {"loss": "orpo"}}),
-    "reward": Case("preference", 1, build_llama, PREFERENCES, {"preference": {"loss": "reward"}, **NO_TEXT}),
+    "preference-orpo": Case("preference", 0, build_llama, LIKED, {"preference": {"loss": "orpo"}}),
+    "reward": Case("preference", 1, build_llama, LIKED, {"preference": {"loss": "reward"}, **NO_TEXT}),
 }
 RELATIVES = {
     "dora": {"use_dora": True},

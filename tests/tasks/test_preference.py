@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from support.pairs import quiet, recipe_of, run_recipe
+from support.pairs import LIKED, THUMBS, quiet, recipe_of, run_recipe
 from support.rows import chat, write_jsonl
 from support.runs import llmtune
 from support.training import read_metrics, run_training, trained_bytes
@@ -24,17 +24,6 @@ from llmtune.recipe.task_variant import LOSS_METRICS
 from llmtune.serve.finished_run import FinishedRun
 from llmtune.session import Models, Options, open_finished
 
-THINGS = ("cat", "dog", "bird", "fish", "fox", "house", "river", "stone")
-COLOURS = ("red", "green", "blue", "black", "white")
-ASKED = [(f"Which colour has the {thing} now?", thing, colour) for thing in THINGS for colour in COLOURS]
-PAIRS = [
-    {"prompt": f"{i}. {question}", "chosen": f"The {thing} is {colour}.", "rejected": f"one two {colour}"}
-    for i, (question, thing, colour) in enumerate(ASKED)
-]
-THUMBS = [
-    {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 != 0}
-    for i, row in enumerate(PAIRS)
-]
 LOSSES = tuple(LOSS_METRICS)
 QUIET_HEAD = {"generation": {"max_new_tokens": None}}
 """A model that scores answers writes none."""
@@ -46,7 +35,7 @@ RUNS = {
 
 
 def rows_for(loss):
-    return THUMBS if loss == "kto" else PAIRS
+    return THUMBS if loss == "kto" else LIKED
 
 
 def sections_of(loss, **sections):
@@ -187,7 +176,7 @@ def test_a_single_answer_is_scored_from_the_ids_of_training(runs):
 def chatted(tmp_path_factory, tiny_llama):
     """A chat run to go on from: it has learned the good answers."""
     folder = tmp_path_factory.mktemp("chatted")
-    rows = [chat(row["prompt"], row["chosen"]) for row in PAIRS]
+    rows = [chat(row["prompt"], row["chosen"]) for row in LIKED]
     run_recipe(folder, tiny_llama, rows, "chat", evaluate={"metrics": ["loss"]})
     return folder / "run"
 
@@ -197,7 +186,7 @@ def test_going_on_from_an_adapter_holds_it_as_the_reference(chatted, tiny_llama,
     metrics = {"metrics": ["loss", "likelihood_accuracy", "kl", "margin"]}
     train = {"learning_rate": 5.0e-3}
     report = run_recipe(
-        tmp_path, tiny_llama, PAIRS, "preference", **sections_of("dpo", adapter=adapter, evaluate=metrics, train=train)
+        tmp_path, tiny_llama, LIKED, "preference", **sections_of("dpo", adapter=adapter, evaluate=metrics, train=train)
     )
     scores = report["evaluation"]
     assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -227,7 +216,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_keeps_its_reference_and_ends_with_
     adapter = {"start_from": {"r": None, "lora_alpha": None, "start_from": str(chatted)}, "full": {"method": "full"}}
     train = {"max_steps": 6, "num_train_epochs": None, "save_steps": 4, "learning_rate": 1.0e-3}
     sections = sections_of("dpo", adapter=adapter.get(kind, {"init_lora_weights": "pissa"}), train=train)
-    loaded = load_recipe(str(recipe_of(tmp_path, tiny_llama, PAIRS, "preference", **sections)))
+    loaded = load_recipe(str(recipe_of(tmp_path, tiny_llama, LIKED, "preference", **sections)))
     run_pipeline(loaded, Options(out=tmp_path / "run", until="prepare"), quiet())
     examples = load_examples(tmp_path / "run" / "data" / "examples")
     run_training(tmp_path / "whole", loaded.recipe, examples, budget=2048)
@@ -275,7 +264,7 @@ def refuse(kind, folder, model, rows, **sections):
     return caught.value
 
 
-@pytest.mark.parametrize(("loss", "rows"), [("kto", PAIRS), ("dpo", THUMBS), ("reward", THUMBS)])
+@pytest.mark.parametrize(("loss", "rows"), [("kto", LIKED), ("dpo", THUMBS), ("reward", THUMBS)])
 def test_rows_of_the_other_kind_are_one_mistake_and_not_one_a_row(loss, rows, tiny_llama, tmp_path):
     error = refuse(DataError, tmp_path, tiny_llama, rows, **sections_of(loss))
     assert error.exit_code == 3

@@ -35,10 +35,7 @@ from llmtune.tasks.registry import choose_variant
 from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
 
-SPEECH = {
-    "whisper": {"language": "fr", "window_seconds": 2, "normalizer": "whisper"},
-    "letters": {"window_seconds": 2},
-}
+SPEECH = {"whisper": {"language": "fr", "window_seconds": 2, "normalizer": "whisper"}, "letters": {"window_seconds": 2}}
 
 
 def quiet() -> Console:

@@ -15,6 +15,15 @@ def plan(lengths, seed=0, batch_size=4, batch_tokens=None, epochs=1.0, max_steps
     return StepPlan(np.asarray(lengths, dtype=np.int32), seed, batch_size, batch_tokens, epochs, max_steps)
 
 
+def epochs_of(made, lengths, epochs=2):
+    """The rows of the steps of each epoch, which together are every row once."""
+    for epoch in range(epochs):
+        first = epoch * made.steps_per_epoch
+        steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
+        assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+        yield steps
+
+
 def rows_of(made, steps):
     return [made.rows(step).tolist() for step in range(1, steps + 1)]
 
@@ -22,10 +31,7 @@ def rows_of(made, steps):
 @given(lengths_of, st.integers(0, 2**63 - 1), st.integers(1, 7))
 def test_each_epoch_holds_every_row_once_and_steps_have_batch_size_rows(lengths, seed, batch_size):
     made = plan(lengths, seed, batch_size, epochs=2)
-    for epoch in range(2):
-        first = epoch * made.steps_per_epoch
-        steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
-        assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+    for steps in epochs_of(made, lengths):
         assert all(len(rows) == batch_size for rows in steps[:-1])
         assert 1 <= len(steps[-1]) <= batch_size
 
@@ -33,10 +39,7 @@ def test_each_epoch_holds_every_row_once_and_steps_have_batch_size_rows(lengths,
 @given(lengths_of, st.integers(0, 1000), st.integers(60, 200))
 def test_batch_tokens_holds_every_row_once_and_never_more_tokens(lengths, seed, tokens):
     made = plan(lengths, seed, batch_tokens=tokens, epochs=2)
-    for epoch in range(2):
-        first = epoch * made.steps_per_epoch
-        steps = [made.rows(first + step) for step in range(1, made.steps_per_epoch + 1)]
-        assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+    for steps in epochs_of(made, lengths):
         assert all(lengths[rows].sum() <= tokens for rows in steps)
 
 

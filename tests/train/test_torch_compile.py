@@ -58,10 +58,7 @@ def test_rows_of_many_lengths_do_not_have_the_parts_compiled_again_and_again(tmp
 
 def test_a_torch_that_compiles_nothing_is_found_out():
     torch._dynamo.utils.counters.clear()
-    with (
-        pytest.raises(EnvironmentProblem, match="made nothing of them"),
-        check_compiled(Console(file=io.StringIO())),
-    ):
+    with pytest.raises(EnvironmentProblem, match="made nothing of them"), check_compiled(Console(file=io.StringIO())):
         pass
 
 
