@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ for number, file in enumerate(sys.argv[2:]):
 
 @dataclass
 class Hub:
-    """A data set; its branch moves after it was asked for once."""
+    """Data sets; the branch of each moves after it was asked for once."""
 
     address: str = ""
     asked: list[str] = field(default_factory=list)
@@ -62,7 +63,9 @@ class Hub:
             self.asked.append(path)
         commit = next((commit for commit in (OLD, NEW) if commit in path), None)
         if commit is None:
-            commit = OLD if sum(OLD not in path and NEW not in path for path in self.asked) <= 1 else NEW
+            name = re.search("owner/[a-z]+", path)[0]
+            asked = [before for before in self.asked if name in before and OLD not in before and NEW not in before]
+            commit = OLD if len(asked) <= 1 else NEW
         answer = "old" if commit == OLD else "new"
         rows = [{"prompt": f"question {i}", "completion": answer} for i in range(8)]
         files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
@@ -95,13 +98,13 @@ def read(hub, folder, *sources: object, offline: bool = False, task: str = "chat
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("limit", [None, 3])
-def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path, limit):
-    source = {"path": "hub:owner/name", "limit": limit}
-    ((_, *rows),) = read(hub, tmp_path, source)
-    assert rows == [f"hub:owner/name/train:row {i} old" for i in range(1, (limit or 8) + 1)]
-    ((_, *later),) = read(hub, tmp_path, source)
-    assert later[0] == "hub:owner/name/train:row 1 new"
+def test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on(hub, tmp_path):
+    sources = "hub:owner/whole", {"path": "hub:owner/streamed", "limit": 3}
+    (_, *rows), (_, *streamed) = read(hub, tmp_path, *sources)
+    assert rows == [f"hub:owner/whole/train:row {i} old" for i in range(1, 9)]
+    assert streamed == [f"hub:owner/streamed/train:row {i} old" for i in range(1, 4)]
+    later = read(hub, tmp_path, *sources)
+    assert [rows[1] for rows in later] == ["hub:owner/whole/train:row 1 new", "hub:owner/streamed/train:row 1 new"]
 
 
 def test_what_was_read_once_is_read_offline(hub, tmp_path):
@@ -156,11 +159,11 @@ def sounds(tmp_path_factory) -> bytes:
     return (folder / "train.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("limit", [None, 2])
-def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path, limit):
+def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds, tmp_path):
     hub.train = sounds
-    source = {"path": "hub:owner/name", "limit": limit}
-    ((_, *rows),) = read(hub, tmp_path, source, task="speech")
+    whole = "hub:owner/name"
+    (_, *rows), (_, *streamed) = read(hub, tmp_path, whole, {"path": whole, "limit": 2}, task="speech")
+    assert streamed == rows
     found = []
     for row in rows:
         origin, _, text = row.partition(" {")
@@ -175,8 +178,7 @@ def test_recordings_of_a_data_set_become_files_named_for_their_bytes(hub, sounds
     assert [soundfile.info(str(path)).samplerate for path in paths] == [22_050, 16_000]
     assert {path.parent for path in paths} == {tmp_path / "cache" / "llmtune-recordings"}
     assert len(list(paths[0].parent.iterdir())) == 2
-    if limit is None:
-        assert read(hub, tmp_path, source, offline=True, task="speech")[0][1:] == rows
+    assert read(hub, tmp_path, whole, offline=True, task="speech")[0][1:] == rows
 
 
 def plain_rows(rows):
