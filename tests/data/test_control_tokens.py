@@ -1,21 +1,15 @@
 """Special tokens in what is said: text, in training as in every prompt."""
 
 import pytest
-from support.encoding import learned
+from support.encoding import encode, learned
 from support.templates import CHATML, conversation, family_tokenizer, recipe_for, tokenizer_with
 
-from llmtune.data.chat_encoding import encode_chat
 from llmtune.data.chat_template import render_prompt
 from llmtune.errors import DataError
 
 SAYS = conversation(
     "what is <|im_start|>?", "It is not <|im_end|>, but near.", "and <|im_end|>\n<|im_start|>user?", "no"
 )
-
-
-def encode(row, tokenizer, **keys):
-    (result,) = encode_chat([row], tokenizer, recipe_for(**keys))
-    return result
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])

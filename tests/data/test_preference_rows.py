@@ -4,13 +4,12 @@ import csv
 import json
 
 import pytest
+import support.rows
 from support.models import train_tokenizer
 from support.rows import make_recipe, prepare, rows_of, write_jsonl
 from support.templates import CHATML, tokenizer_with
 from support.variants import PREFERENCE
 
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import detect_format, parse_row
 from llmtune.recipe.task_sections import PreferenceSection
 from llmtune.tasks.preference import encode_answers
 
@@ -22,13 +21,11 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def read(row):
-    return parse_row(row, detect_format([row], "preference", {}, None, "file"), "preference")
+    return support.rows.read_row(row, "preference")
 
 
 def refusal(row):
-    with pytest.raises(RowError) as caught:
-        read(row)
-    return str(caught.value)
+    return support.rows.refusal(row, "preference")
 
 
 @pytest.mark.parametrize(

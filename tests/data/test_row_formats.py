@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.rows import chat
+from support.rows import chat, read_row, refusal
 
 from llmtune.data.column_mapping import rename
 from llmtune.data.rejected_rows import RowError
@@ -22,16 +22,6 @@ def detected(rows, task="chat", columns=None, forced=None):
         return detect_format(rows, task, columns or {}, forced, "file").name
     except DataError as error:
         return str(error)
-
-
-def canonical(row, task="chat", name=None):
-    return parse_row(row, FORMATS[name or detected([row], task)], task)
-
-
-def bad(row, task="chat", name=None):
-    with pytest.raises(RowError) as caught:
-        canonical(row, task, name)
-    return str(caught.value)
 
 
 def turns(*pairs):
@@ -75,7 +65,7 @@ def test_columns_map_any_names_and_mistakes_in_them_are_named():
     row = {"question": "q", "answer": "a", "prompt": "something else"}
     columns = {"prompt": "question", "completion": "answer"}
     assert detected([row], columns=columns) == "prompt-completion"
-    assert canonical(rename(row, columns), name="prompt-completion") == chat("q", "a")
+    assert read_row(rename(row, columns), name="prompt-completion") == chat("q", "a")
     assert "no column 'questoin'" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'question'?" in detected([row], columns={"prompt": "questoin"})
     assert "Did you mean 'prompt'?" in detected([row], columns={"promt": "question"})
@@ -98,7 +88,7 @@ def test_sharegpt_becomes_messages():
         "tools": json.dumps([TOOL["function"]]),
     }
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
-    assert canonical(row) == {
+    assert read_row(row) == {
         "messages": [
             {"role": "system", "content": "be kind"},
             {"role": "user", "content": "hi"},
@@ -122,7 +112,7 @@ def test_openai_tool_calls_get_their_arguments_as_an_object():
         ],
         "tools": [TOOL],
     }
-    got = canonical(row)["messages"]
+    got = read_row(row)["messages"]
     assert [message["role"] for message in got] == ["system", "user", "assistant", "tool", "assistant"]
     assert got[1]["name"] == "ann"
     assert got[2]["tool_calls"][0] == {**call, "function": {"name": "weather", "arguments": {"city": "Bern"}}}
@@ -147,7 +137,7 @@ def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
         ],
         "tools": json.dumps([TOOL]),
     }
-    asked, called, result, answer = canonical(row)["messages"]
+    asked, called, result, answer = read_row(row)["messages"]
     function = {"name": "weather", "arguments": {"city": "Bern"}}
     assert (asked["content"], result["content"], answer["content"]) == ("hi", "rain", "It rains.")
     assert (called["reasoning"], called["content"], called["train"]) == ("Look it up.", "", True)
@@ -158,22 +148,22 @@ def test_parts_may_hold_thoughts_text_and_calls_as_llama_factory_writes_them():
 @pytest.mark.parametrize(("column", "mark"), [("images", "<image>"), ("image", "<image>"), ("videos", "<video>")])
 def test_a_row_whose_text_stands_around_a_picture_is_refused(column, mark):
     row = chat(f"{mark}What is this?") | {column: ["cat.jpg"]}
-    assert f"{mark} stands for what is in '{column}'" in bad(row)
-    assert canonical(row | {column: []}) == chat(f"{mark}What is this?")
-    assert canonical(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
+    assert f"{mark} stands for what is in '{column}'" in refusal(row)
+    assert read_row(row | {column: []}) == chat(f"{mark}What is this?")
+    assert read_row(chat("What is this?") | {column: ["cat.jpg"]}) == chat("What is this?")
 
 
 def test_null_keys_that_parquet_fills_in_do_not_count():
     row = {"messages": [{"role": "user", "content": "q", "tool_calls": None, "name": None, "train": None},
                         {"role": "assistant", "content": "yes", "tool_calls": None}], "tools": None}  # fmt: skip
-    assert canonical(row) == chat("q")
+    assert read_row(row) == chat("q")
 
 
 def test_alpaca_means_the_same_turns_in_chat_and_the_same_text_in_completion():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["hi", "hello"]]}
-    assert canonical(row) == turns(("user", "hi"), ("assistant", "hello"), ("user", "Add.\n\n1 2"), ("assistant", "3"))
+    assert read_row(row) == turns(("user", "hi"), ("assistant", "hello"), ("user", "Add.\n\n1 2"), ("assistant", "3"))
     row = {"instruction": "Add.", "input": "", "output": "3", "system": "S"}
-    assert canonical(row, "completion") == {"prompt": "S\n\nAdd.\n\n", "completion": "3"}
+    assert read_row(row, "completion") == {"prompt": "S\n\nAdd.\n\n", "completion": "3"}
 
 
 def test_prompt_and_completion_may_be_messages_and_only_the_completion_is_learned():
@@ -183,13 +173,13 @@ def test_prompt_and_completion_may_be_messages_and_only_the_completion_is_learne
         {"role": "user", "content": "c"},
     ]
     row = {"prompt": earlier, "completion": [{"role": "assistant", "content": "d"}]}
-    got = canonical(row)["messages"]
+    got = read_row(row)["messages"]
     assert [message.get("train") for message in got] == [False, False, False, None]
 
 
 def test_completion_rows_keep_their_text_as_it_is():
-    assert canonical({"prompt": "", "completion": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
-    assert canonical({"text": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
+    assert read_row({"prompt": "", "completion": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
+    assert read_row({"text": " x\n"}, "completion") == {"prompt": "", "completion": " x\n"}
 
 
 @pytest.mark.parametrize(
@@ -231,16 +221,18 @@ def test_completion_rows_keep_their_text_as_it_is():
 )  # fmt: skip
 def test_a_bad_row_says_what_is_wrong_with_it(row, reason):
     with pytest.raises(RowError, match=reason):
-        to_json(canonical(row))
+        to_json(read_row(row))
 
 
 def test_a_row_of_another_format_further_down_is_named():
-    assert bad({"prompt": "p", "completion": "c"}, name="messages").endswith("it looks like a prompt-completion row")
+    assert refusal({"prompt": "p", "completion": "c"}, name="messages").endswith(
+        "it looks like a prompt-completion row"
+    )
 
 
 @given(FILLED, FILLED)
 def test_any_text_survives_and_reads_back(question, answer):
-    row = canonical(chat(question, answer))
+    row = read_row(chat(question, answer))
     assert json.loads(to_json(row)) == chat(question, answer)
     assert "\n" not in to_json(row)
 

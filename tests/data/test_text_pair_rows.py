@@ -1,10 +1,9 @@
 """Rows of translations and summaries, from every way of writing them to the canonical one."""
 
 import pytest
-from support.rows import prepare, write_jsonl
+from support.rows import prepare, read_row, refusal, write_jsonl
 
-from llmtune.data.rejected_rows import RowError
-from llmtune.data.row_formats import FORMATS, detect_format, parse_row
+from llmtune.data.row_formats import detect_format
 from llmtune.errors import DataError
 
 PAIR = {"source": "one", "target": "un"}
@@ -17,25 +16,15 @@ def told(row, task):
         return str(error)
 
 
-def canonical(row, task):
-    return parse_row(row, FORMATS[told(row, task)], task)
-
-
-def bad(row, task):
-    with pytest.raises(RowError) as caught:
-        canonical(row, task)
-    return str(caught.value)
-
-
 def test_a_translation_is_read_with_and_without_its_languages():
-    assert canonical(PAIR, "translate") == {**PAIR, "source_language": None, "target_language": None}
+    assert read_row(PAIR, "translate") == {**PAIR, "source_language": None, "target_language": None}
     named = {**PAIR, "source_language": " eng_Latn ", "target_language": "fra_Latn"}
-    assert canonical(named, "translate") == {**named, "source_language": "eng_Latn"}
-    assert canonical({**named, "target_language": ""}, "translate")["target_language"] is None
+    assert read_row(named, "translate") == {**named, "source_language": "eng_Latn"}
+    assert read_row({**named, "target_language": ""}, "translate")["target_language"] is None
 
 
 def test_a_map_of_two_languages_goes_from_the_first_to_the_second():
-    row = canonical({"translation": {"en": "one", "fr": "un"}, "id": "7"}, "translate")
+    row = read_row({"translation": {"en": "one", "fr": "un"}, "id": "7"}, "translate")
     assert row == {**PAIR, "source_language": None, "target_language": None, "languages": ["en", "fr"]}
 
 
@@ -57,7 +46,7 @@ def test_a_map_of_two_languages_goes_from_the_first_to_the_second():
     ],
 )
 def test_a_row_that_cannot_be_learned_from_is_bad_with_its_reason(row, task, reason):
-    assert reason in bad(row, task)
+    assert reason in refusal(row, task)
 
 
 def test_rows_of_one_task_are_refused_by_the_other():

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from support.adapting import build_family
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support.adapting import build_family, sharpened
+from transformers import AutoTokenizer
 
 from llmtune.evaluate import generation
 from llmtune.evaluate.generation import CompletionOutput, answer_ends, cache_budget, end_output, generate, is_greedy
-from llmtune.model.packed_attention import PACKED, install_packed
 
 LONGROPE = {
     "original_max_position_embeddings": 12,
@@ -23,14 +22,7 @@ PROMPTS = ["The quick brown", "Which colour is the sky? The sky", "one two three
 
 
 def load(folder, attention=None):
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
-    if attention == PACKED:
-        install_packed(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)  # a fresh model repeats itself whatever the prompt
-    return model, AutoTokenizer.from_pretrained(folder)
+    return sharpened(folder, attention), AutoTokenizer.from_pretrained(folder)
 
 
 def settings(bench, **changes):

@@ -2,8 +2,9 @@ import random
 
 import pytest
 import torch
+from support.adapting import sharpened
 from support.training import with_methods
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmtune.data.row_store import iterate_rows
 from llmtune.errors import DataError
@@ -17,7 +18,7 @@ from llmtune.evaluate.shared_prefix import (
     score_trees,
     takes_trees,
 )
-from llmtune.model.packed_attention import PACKED, install_packed
+from llmtune.model.packed_attention import PACKED
 
 END = 2
 SHAPE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -39,17 +40,6 @@ def make_trees(count=7):
     return trees
 
 
-def load(folder, attention="sdpa", sharpen=4.0):
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
-    if attention == PACKED:
-        install_packed(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(sharpen)  # a fresh model hardly looks at what stands before
-    return model
-
-
 def by_hand(model, tree):
     """Each continuation alone, a token at a time, without masks, padding or batches."""
     scores = []
@@ -63,7 +53,7 @@ def by_hand(model, tree):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", PACKED])
 def test_a_tree_scores_like_separate_forward_passes(tiny_llama, attention):
-    model, trees = load(tiny_llama, attention), make_trees()
+    model, trees = sharpened(tiny_llama, attention), make_trees()
     with torch.inference_mode():
         assert takes_trees(model, trees[0], "cpu")
         found = score_trees(model, trees, device="cpu", budget=200)
@@ -73,7 +63,7 @@ def test_a_tree_scores_like_separate_forward_passes(tiny_llama, attention):
 
 
 def test_a_tree_scores_like_separate_forward_passes_with_learned_positions(tiny_gpt2):
-    model, trees = load(tiny_gpt2), make_trees()
+    model, trees = sharpened(tiny_gpt2), make_trees()
     with torch.inference_mode():
         assert takes_trees(model, trees[0], "cpu")
         for tree, scores in zip(trees, score_as_trees(model, trees, "cpu"), strict=True):
@@ -112,7 +102,7 @@ def test_tokens_before_the_answer_are_not_scored_where_the_texts_differ_early():
 
 
 def test_no_tree_no_work(tiny_llama):
-    assert score_trees(load(tiny_llama), [], device="cpu", budget=10) == []
+    assert score_trees(sharpened(tiny_llama), [], device="cpu", budget=10) == []
 
 
 def test_few_short_repeated_answers_are_choices():

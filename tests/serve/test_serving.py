@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import socket
@@ -10,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from rich.console import Console
 from support.finished import finish_run
 from support.models import build_llama
+from support.served_tasks import quiet
 from support.serving import serving
 from typer.testing import CliRunner, Result
 
@@ -22,10 +21,6 @@ from llmtune.serve.serve_runs import ServeOptions, load_models, open_runs, read_
 
 KEY = "correct-horse-battery"
 BRIEF = {"num_train_epochs": None, "max_steps": 1}
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
 
 
 def serve(*arguments: object, **environment: str) -> Result:

@@ -16,6 +16,7 @@ from llmtune.data.collators import collate_packed, collate_padded
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.config import read_model_config
 from llmtune.model.loading import load_model
+from llmtune.model.packed_attention import PACKED, install_packed
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.schema import Recipe
@@ -76,6 +77,18 @@ def open_model(recipe: Recipe, training: bool = True, console: Console | None = 
     processor = load_processor(place, recipe.model)
     task = task_for(recipe)
     return load_model(place, recipe, task, processor, device="cpu", training=training, console=console)
+
+
+def sharpened(folder: Path, attention: str | None = None) -> Any:
+    """A fresh decoder whose weights are made larger: else it hardly looks at what stands before."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
+    if attention == PACKED:
+        install_packed(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
 
 
 def documents(lengths: Sequence[int], vocabulary: int = 400, seed: int = 0) -> list[Example]:

@@ -1,12 +1,10 @@
 """Rows of translations, summaries and preferences, and whole runs on them in this process."""
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from llmtune.adapter.injection import inject
 from llmtune.data.examples import load_examples
@@ -24,6 +22,7 @@ from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients
 from llmtune.train.setup import TrainContext, set_up
+from support.adapting import quiet
 from support.rows import write_jsonl
 from support.runs import write_recipe
 
@@ -53,10 +52,6 @@ LANGUAGES = {
     "nllb": {"source_language": "eng_Latn", "target_language": "fra_Latn"},
     "mbart": {"source_language": "en_XX", "target_language": "fr_XX"},
 }
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def recipe_of(folder: Path, model: Path, rows: Iterable[object], task: str, /, **sections: Any) -> Path:

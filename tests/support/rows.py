@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from llmtune.data.preparation import prepare_rows
+from llmtune.data.rejected_rows import RowError
+from llmtune.data.row_formats import FORMATS, detect_format, parse_row
 from llmtune.data.row_store import iterate_rows
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.schema import Recipe
@@ -24,6 +27,18 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_row(row: dict[str, Any], task: str = "chat", name: str | None = None) -> dict[str, Any]:
+    """The canonical row, in a format that is told by its columns unless it is named."""
+    return parse_row(row, FORMATS[name] if name else detect_format([row], task, {}, None, "file"), task)
+
+
+def refusal(row: dict[str, Any], task: str = "chat", name: str | None = None) -> str:
+    """What is said of a bad row."""
+    with pytest.raises(RowError) as caught:
+        read_row(row, task, name)
+    return str(caught.value)
 
 
 def make_recipe(folder: Path, train: object, task: str = "chat", **data: Any) -> Recipe:

@@ -1,14 +1,12 @@
 """Runs of the tasks whose answer is no conversation, on tiny models and a few rows."""
 
-import io
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options
+from support.adapting import quiet
 from support.audio import write_tone
 from support.families import build_bert, build_t5, build_whisper
 from support.models import build_llama
@@ -16,10 +14,6 @@ from support.rows import write_jsonl
 from support.runs import write_recipe
 
 COLOURS = ("red", "green", "blue")
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
 
 
 def tones(folder: Path) -> list[dict[str, Any]]:

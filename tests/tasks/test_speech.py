@@ -1,7 +1,6 @@
 """Task speech from recordings to a report: Whisper and models of letters, tuned each way, reloaded by plain classes."""
 
 import csv
-import io
 import json
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from rich.console import Console
 from support.audio import make_tone, write_tone
 from support.families import build_wav2vec2, build_whisper
-from support.pairs import start_training
+from support.pairs import quiet, start_training
 from support.rows import write_jsonl
 from support.runs import write_recipe
 from support.variants import CTC, WHISPER, predict
@@ -36,10 +34,6 @@ from llmtune.tasks.speech import VARIANTS
 from llmtune.train.accumulation import make_batch, seed_micro_batch
 
 SPEECH = {"whisper": {"language": "fr", "window_seconds": 2, "normalizer": "whisper"}, "letters": {"window_seconds": 2}}
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 @pytest.fixture(scope="session")
