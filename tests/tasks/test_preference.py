@@ -282,7 +282,7 @@ def test_with_all_weights_trained_the_report_says_why_there_is_no_divergence(run
 def test_thumbs_of_one_kind_alone_have_no_margin_and_the_report_says_so(tiny_llama, tmp_path):
     up = write_jsonl(tmp_path / "up.jsonl", [row for row in THUMBS if row["label"]][:3])
     train = {"max_steps": 2, "num_train_epochs": None}
-    sections = sections_of("kto", data={"test": str(up)}, train=train)
+    sections = sections_of("kto", data={"test": str(up), "validation": 0}, train=train)
     scores = run_recipe(tmp_path / "kto", tiny_llama, THUMBS[:20], "preference", **sections)["evaluation"]
     assert set(scores["tuned"]) == {"accuracy", "kl"}
     assert scores["signatures"]["margin"].startswith("not measured: ")
