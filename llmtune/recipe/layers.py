@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from llmtune.errors import Problem, RecipeError
@@ -23,10 +23,13 @@ INSTEAD = {
 SOURCE_KEYS = (("data", "train"), ("data", "validation"), ("data", "test"))
 
 
-def read_layers(path: Path, chain: tuple[Path, ...] = (), stated_at: str | None = None) -> Node:
+def read_layers(
+    path: Path, known: Collection[str] = (), chain: tuple[Path, ...] = (), stated_at: str | None = None
+) -> Node:
     """Read a recipe file and all that it extends; `stated_at` is where a file of the `chain` names it.
 
-    Raises RecipeError.
+    With `known`, the keys of a recipe, what is extended must have one of them: a recipe of someone else could name a
+    file with secrets, and unknown keys are shown. Raises RecipeError.
     """
     real = Path(os.path.realpath(path))
     if real in chain:
@@ -45,6 +48,9 @@ def read_layers(path: Path, chain: tuple[Path, ...] = (), stated_at: str | None 
         fix = "Write `key: value` lines, e.g. `task: chat`."
         raise RecipeError.of("a recipe is a mapping of keys", root.origin, fix)
     keys = dict(root.value)
+    if stated_at is not None and known and keys and not keys.keys() & {"extends", *known}:
+        fix = "Extend a recipe. The text of other files is not shown."
+        raise RecipeError.of(f"{label(path)} is no recipe: none of its keys is one", stated_at, fix)
     extends = keys.pop("extends", None)
     own = Node(keys, root.origin, folder)
     if extends is None or extends.value is None:
@@ -53,7 +59,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = (), stated_at: str | None 
         what = "'extends' must be the path of one recipe file"
         raise RecipeError.of(what, extends.origin, "Write `extends: base.yaml`.")
     below = Path(os.path.join(folder, os.path.expanduser(extends.value)))
-    return merge(read_layers(below, (*chain, real), extends.origin), own)
+    return merge(read_layers(below, known, (*chain, real), extends.origin), own)
 
 
 def merge(below: Node, above: Node, key: tuple[str, ...] = ()) -> Node:

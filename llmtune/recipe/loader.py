@@ -47,7 +47,7 @@ def load_recipe(name_or_path: str | os.PathLike[str], sets: Sequence[str] = ()) 
     Raises RecipeError with every problem that was found, each with its place and what to do.
     """
     file = find_recipe(name_or_path)
-    return resolve(apply_sets(read_layers(file), sets), file)
+    return resolve(apply_sets(read_layers(file, Recipe.model_fields), sets), file)
 
 
 def resolve(root: Node, file: Path) -> LoadedRecipe:
@@ -74,7 +74,7 @@ def reload_recipe(file: Path, sets: Sequence[str] = (), changeable: Collection[s
 
     Raises RecipeError.
     """
-    text, root = read_text(file), read_layers(file)
+    text, root = read_text(file), read_layers(file, Recipe.model_fields)
     loaded = resolve(root, file)
     loaded = replace(loaded, origins=restore_origins(loaded.origins, loaded.recipe, text))
     if sets:

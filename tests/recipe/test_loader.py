@@ -181,6 +181,14 @@ def test_circles_and_missing_files_of_extends_are_refused_with_their_place(write
         load_recipe("d.yaml")
 
 
+def test_a_file_that_is_extended_and_no_recipe_is_refused_without_its_text(write):
+    write("root:*:19000:0:99999:7::: \ndaemon:*:19000:::\n", "shadow", whole=True)
+    write("task: chat\nextends: shadow\n", "a.yaml", whole=True)
+    with pytest.raises(RecipeError, match=r"a\.yaml:2: .*shadow is no recipe") as caught:
+        load_recipe("a.yaml")
+    assert "19000" not in str(caught.value)
+
+
 def test_a_long_chain_of_extends_is_refused(write):
     for i in range(12):
         write(f"extends: r{i + 1}.yaml\n", f"r{i}.yaml", whole=True)

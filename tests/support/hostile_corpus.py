@@ -51,7 +51,7 @@ class Corpus:
             str(here).encode()
         except (OSError, UnicodeEncodeError):  # a working folder that cannot be named to another process
             return hostile.run_here(arguments, seconds)
-        given = Conditions(environment=SECRETS)
+        given = Conditions(environment={**SECRETS, "HOME": os.environ["HOME"]})
         ended = self.warm.start(arguments, here, Path(self.outputs.name), given).wait(LATE_SECONDS)
         name = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition("::")[2].partition(" (")[0]
         one = Measured(name, ended.code, ended.cpu_seconds, ended.wall_seconds, ended.peak_bytes)
