@@ -179,7 +179,7 @@ class Torture:
                 outcome.wrong.append(f"the same command does not go on: exit {again.code}\n{again.said}")
                 return outcome
             if not chosen.damages:
-                outcome.lost += find_lost(again.said, done, newest, scenario)
+                outcome.lost += find_lost(again.said, done - chosen.redone, newest, scenario)
             self._compare(outcome, reference, spoiled)
             return outcome
 
@@ -494,6 +494,8 @@ class Fault:
     scenarios: tuple[str, ...] = ()
     damages: bool = False
     """Whether it spoils what was finished, which is then rightly done again."""
+    redone: frozenset[str] = frozenset()
+    """Steps that depend on it: they are rightly done again without it."""
 
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -527,7 +529,10 @@ FAULTS = {
         6, under(lambda chance, reference: {"limits": {"RLIMIT_NOFILE": chance.randint(5, 20)}}), (4,)
     ),
     "little memory": Fault(
-        6, under(lambda chance, reference: {"limits": {"RLIMIT_AS": chance.randint(1, 150) * 2**20}}), (4, 5)
+        6,
+        under(lambda chance, reference: {"limits": {"RLIMIT_AS": chance.randint(1, 150) * 2**20}}),
+        (4, 5),
+        redone=frozenset({"select"}),  # its plan is for the memory that there is
     ),
     "checkpoint damaged": Fault(8, send(KILL), (-KILL,), spoil(["checkpoints"]), scenarios=TRAINING, damages=True),
     "output damaged": Fault(5, send(KILL), (-KILL,), spoil(OUTPUTS), scenarios=(*TRAINING, "prepare"), damages=True),

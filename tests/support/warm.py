@@ -149,8 +149,10 @@ class Warm:
     def close(self) -> None:
         """End the warm process."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(30)
+        self.process.stdout.close()
 
 
 def serve() -> dict[str, object]:
