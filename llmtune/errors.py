@@ -39,6 +39,7 @@ _IN_TEXT = {
     "permission denied": errno.EACCES,
     "too many open files": errno.EMFILE,
     "cannot allocate memory": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM,  # the loader of shared libraries, in an import
     "can't start new thread": errno.EAGAIN,
     "resource temporarily unavailable": errno.EAGAIN,
 }

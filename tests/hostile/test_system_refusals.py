@@ -23,6 +23,10 @@ REFUSALS = {
     "handles": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
     "handles in an import": (ImportError("libx.so: cannot open: Too many open files"), "ulimit -n"),
     "memory": (MemoryError(), "the memory is used up"),
+    "memory in an import": (
+        ImportError("libx.so: failed to map segment from shared object"),
+        "the memory is used up",
+    ),
     "Arrow's memory": (pa.ArrowMemoryError("malloc of size 1 failed"), "the memory is used up"),
     "Arrow's threads": (
         pa.ArrowException("Failed to launch worker thread: Resource temporarily unavailable"),
