@@ -139,6 +139,7 @@ def gate_text() -> str:
         "`X > base` compares the scores of the tuned and the base model. `X.low > base` means that the low end of the\n"
         "paired 95 % interval of their difference is above zero; `X.high < base` that its high end is below.\n"
         "`champion` is the run that `evaluate.champion` names. A gate\n"
-        "that fails ends the run with exit code 6. Metrics of a study are called `STUDY.METRIC`: those of\n"
+        "that fails ends the run with exit code 6; `evaluate.when_unsure` says what a gate counts as that\n"
+        "these rows are too few for. Metrics of a study are called `STUDY.METRIC`: those of\n"
         "`evaluate.forgetting`, `evaluate.fairness` and `evaluate.benchmarks`."
     )

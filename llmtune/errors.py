@@ -68,6 +68,7 @@ class LlmtuneError(Exception):
     ├── EnvironmentProblem 4   device, dependency, model, memory, disk, permission, network
     ├── TrainingError      5   diverged, or out of memory after every remedy
     ├── GateFailed         6   a gate, a parity check or a verification failed
+    │   └── GateUnsure     7   these rows are too few for a gate
     └── Stopped       130/143  interrupted or terminated, with the work saved
     """
 
@@ -119,6 +120,12 @@ class GateFailed(LlmtuneError):
     """A gate, a parity check or a verification did not pass."""
 
     exit_code = 6
+
+
+class GateUnsure(GateFailed):
+    """These rows are too few for a gate on an interval, and `evaluate.when_unsure` says that this is told."""
+
+    exit_code = 7
 
 
 class Stopped(LlmtuneError):

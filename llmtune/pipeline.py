@@ -314,7 +314,7 @@ def evaluate(
     with context.step("evaluate", inputs, ["evaluation"]) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
-                gates = check_gates(recipe.evaluate.gates, evaluation)
+                gates = check_gates(recipe.evaluate.gates, evaluation, recipe.evaluate.when_unsure)
                 print_scores(replace(evaluation, gates=gates), context.console)
             return
         with staged(target) as folder:

@@ -294,7 +294,10 @@ class GateResult:
     name: str
     wanted: str
     got: str
-    passed: bool
+    passed: bool | None
+    """None: can't tell, and `evaluate.when_unsure` says that this is an outcome of its own."""
+    note: str = ""
+    """Why one can't tell, whatever that counts as."""
 
 
 @dataclass(frozen=True)

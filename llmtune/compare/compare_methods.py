@@ -26,7 +26,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from llmtune import errors
-from llmtune.errors import EnvironmentProblem, GateFailed, LlmtuneError, Problem, RecipeError, Stopped, nearest
+from llmtune.errors import (
+    EnvironmentProblem,
+    GateFailed,
+    GateUnsure,
+    LlmtuneError,
+    Problem,
+    RecipeError,
+    Stopped,
+    nearest,
+)
 from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import GateResult, Json
@@ -253,7 +262,7 @@ def run_trial(method: str, arguments: Sequence[str]) -> None:
         )
         with handed_on(child):
             code = child.wait()
-        if code not in (0, GateFailed.exit_code):
+        if code not in (0, GateFailed.exit_code, GateUnsure.exit_code):
             raise explain(method, code, output)
 
 

@@ -115,7 +115,11 @@ def _read_scores(folder: RunFolder) -> tuple[Document, Evaluation]:
 def _check_gates(report: Document) -> None:
     fix = "Publish it all the same with --despite-gates: the card then shows them."
     GateFailed.collect(
-        Problem(f"gate failed: wanted {gate['wanted']}, got {gate['got']}", gate["name"], fix)
+        Problem(
+            f"gate {'failed' if gate['passed'] is False else 'not passed'}: wanted {gate['wanted']}, got {gate['got']}",
+            gate["name"],
+            fix,
+        )
         for gate in report["gates"]
         if not gate["passed"]
     )

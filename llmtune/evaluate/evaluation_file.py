@@ -16,6 +16,8 @@ from llmtune.report.score_sections import score_sections
 from llmtune.store.atomic_files import explained, read_json, write_json
 
 EVALUATION = "evaluation.json"
+WORDS = {True: "[green]passed[/]", False: "[red]failed[/]", None: "[yellow]can't tell[/]"}
+"""What a gate comes to."""
 SCORES = ("base", "tuned", "difference", "scores")
 """Keys of `evaluation.json` below which null is a score that is no number."""
 
@@ -55,7 +57,7 @@ def print_scores(evaluation: Evaluation, console: Console) -> None:
         console.print("evaluate: none of the metrics could be measured")
     print_sections(score_sections(evaluation, None), console)
     for gate in evaluation.gates:
-        word = "[green]passed[/]" if gate.passed else "[red]failed[/]"
-        console.print(
-            f"gate {word}  {escape(gate.name)}  [dim](wanted {escape(gate.wanted)}, got {escape(gate.got)})[/]"
-        )
+        word = WORDS[gate.passed]
+        note = f"; {gate.note}" if gate.note else ""
+        told = f"wanted {gate.wanted}, got {gate.got}{note}"
+        console.print(f"gate {word}  {escape(gate.name)}  [dim]({escape(told)})[/]")

@@ -1,4 +1,4 @@
-"""Gates: whether what the recipe wants of the scores holds."""
+"""Gates: whether what the recipe wants of the scores holds, does not, or can't be told with these rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
-from llmtune.errors import GateFailed, Problem
-from llmtune.recipe.gate_grammar import Gate, parse_gate
+from llmtune.errors import GateFailed, GateUnsure, Problem
+from llmtune.evaluate.paired_statistics import row_deviation, rows_needed
+from llmtune.recipe.evaluate_section import WhenUnsure
+from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.records import Difference, Evaluation, GateResult
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -17,37 +19,90 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "==": math.isclose,
 }
+COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
-def check_gates(gates: Sequence[str], evaluation: Evaluation) -> tuple[GateResult, ...]:
+def check_gates(
+    gates: Sequence[str], evaluation: Evaluation, when_unsure: WhenUnsure = "fail"
+) -> tuple[GateResult, ...]:
     """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
 
     `X > base` compares the scores. `X.low > base` sets the low end of the paired 95 % interval of the difference in
     place of the difference itself: with nothing but `base` on the right, it must be above zero. `champion` stands for
-    the run that `evaluate.champion` names.
+    the run that `evaluate.champion` names. A gate on an end of an interval fails if the whole interval lies on the
+    wrong side; if it lies on both, one can't tell, and `when_unsure` says what that counts as.
 
     Raises RecipeError for a text that is not a gate.
     """
-    return tuple(check_gate(parse_gate(text), evaluation) for text in gates)
+    return tuple(check_gate(parse_gate(text), evaluation, when_unsure) for text in gates)
 
 
-def check_gate(gate: Gate, evaluation: Evaluation) -> GateResult:
+def check_gate(gate: Gate, evaluation: Evaluation, when_unsure: WhenUnsure) -> GateResult:
     """Check one gate."""
     tuned, (scores, differences) = evaluation.by_name("tuned"), opponent(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
         return GateResult(gate.text, gate.text, why_unmeasured(gate, evaluation), passed=False)
     if gate.part is None:
         actual, limit = tuned[gate.metric], threshold(gate, scores.get(gate.metric, math.nan))
-    else:
-        change, score = differences.get(gate.metric), scores[gate.metric]
-        if change is None:
-            return GateResult(gate.text, gate.text, "no interval", passed=False)
-        actual = change.low if gate.part == "low" else change.high
-        limit = threshold(gate, score) - score
-    passed = not (math.isnan(actual) or math.isnan(limit)) and COMPARE[gate.op](actual, limit)
-    left = f"{gate.part} end of the difference" if gate.part else gate.metric
-    left += " from the champion" if gate.part and gate.against == "champion" else ""
-    return GateResult(gate.text, f"{left} {gate.op} {number(limit)}", number(actual), passed)
+        wanted = f"{gate.metric} {gate.op} {number(limit)}"
+        return GateResult(gate.text, wanted, number(actual), holds(gate.op, actual, limit))
+    change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
+    if change is None:
+        return GateResult(gate.text, gate.text, "no interval", passed=False)
+    passed, note = decide(gate.op, actual := interval_end(gate, change), change, limit), ""
+    if passed is None:
+        passed, note = COUNTED[when_unsure], f"can't tell: {explain_unsure(gate.op, change, limit)}"
+    origin = " from the champion" if gate.against == "champion" else ""
+    wanted = f"{gate.part} end of the difference{origin} {gate.op} {number(limit)}"
+    return GateResult(gate.text, wanted, number(actual), passed, note)
+
+
+def decide(op: Operator, actual: float, change: Difference, limit: float) -> bool | None:
+    """Whether a gate on one end of an interval holds; None where the interval shows neither it nor its contrary."""
+    if holds(op, actual, limit):
+        return True
+    if op == "==" or math.isnan(limit) or math.isnan(change.value):
+        return False
+    contrary = change.high < limit if op in (">", ">=") else change.low > limit
+    return False if contrary else None
+
+
+def explain_unsure(op: Operator, change: Difference, limit: float) -> str:
+    """Return how many rows would tell, and of which true difference."""
+    if math.isnan(change.low):
+        return f"there is no interval of these {change.n} rows"
+    assumed, needed = plan_rows(op, change, limit)
+    if needed is None:
+        return f"the difference is at the limit, {number(limit)}, where no number of rows would tell"
+    if needed <= change.n:  # enough in four of five cases, and this is the fifth, or something did change
+        assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit))
+    case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
+    few = f"{change.n} rows are too few"
+    return f"{few}; about {needed:,} would tell, with 80 % power, if {case}" if needed else few
+
+
+def plan_rows(op: Operator, change: Difference, limit: float) -> tuple[float, int | None]:
+    """Return a true difference to plan with, and the rows that tell with 80 % power whether it meets a limit.
+
+    Where a gate leaves a margin it is meant for models that do not differ: zero. Else it is what was seen.
+    """
+    assumed = 0.0 if limit != 0 and holds(op, 0.0, limit) else change.value
+    return assumed, rows_needed(row_deviation(change), abs(assumed - limit))
+
+
+def holds(op: Operator, actual: float, limit: float) -> bool:
+    """Whether a comparison of two numbers holds; of what is no number it does not."""
+    return not (math.isnan(actual) or math.isnan(limit)) and COMPARE[op](actual, limit)
+
+
+def interval_end(gate: Gate, change: Difference) -> float:
+    """Return the end of the interval that the gate is about."""
+    return change.low if gate.part == "low" else change.high
+
+
+def margin(gate: Gate, other: float) -> float:
+    """Return the right-hand side of the gate as a difference from the `other` model's score."""
+    return threshold(gate, other) - other
 
 
 def opponent(gate: Gate, evaluation: Evaluation) -> tuple[Mapping[str, float], Mapping[str, Difference]]:
@@ -65,10 +120,17 @@ def why_unmeasured(gate: Gate, evaluation: Evaluation) -> str:
 
 
 def require_gates(gates: Sequence[GateResult]) -> None:
-    """Raise GateFailed for those that did not pass."""
-    GateFailed.collect(
-        Problem(f"gate failed: wanted {gate.wanted}, got {gate.got}", gate.name) for gate in gates if not gate.passed
-    )
+    """Raise GateFailed for those that did not pass; GateUnsure where there are only such that one can't tell of."""
+    failed = [gate for gate in gates if gate.passed is False]
+    GateFailed.collect(Problem(f"gate failed: wanted {outcome(gate)}", gate.name) for gate in failed)
+    fix = "Give data.test more rows, or the gate a wider margin; evaluate.when_unsure says what this counts as."
+    unsure = [gate for gate in gates if gate.passed is None]
+    GateUnsure.collect(Problem(f"wanted {outcome(gate)}", gate.name, fix) for gate in unsure)
+
+
+def outcome(gate: GateResult) -> str:
+    """Return what was wanted, what was got, and why one can't tell."""
+    return "; ".join(part for part in (f"{gate.wanted}, got {gate.got}", gate.note) if part)
 
 
 def threshold(gate: Gate, other: float) -> float:

@@ -7,6 +7,7 @@ function of how often each row was drawn. Shapes: R resamples, N rows, K sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -30,6 +31,9 @@ UNDEFINED_SHARE = 0.01
 """Of the resamples, those that may be without a value (no row of a rare class was drawn) and are left out."""
 ALL_SWAPS = 12
 """Rows up to which every way of swapping the two models' answers is tried."""
+POWER = 0.8
+"""Share of repetitions in which a difference that is there is shown."""
+MOST_STEPS = 20
 SWAPS, BOOTSTRAP, MCNEMAR = "paired permutation", "paired bootstrap", "McNemar mid-p"
 METHOD = (
     f"95 %, paired bootstrap over rows, {RESAMPLES} resamples, expanded percentiles; resamples without a value are "
@@ -135,6 +139,44 @@ def two_sided_p(values_R: Floats) -> float:
     below = (int(np.sum(values_R <= 0)) + 1) / (len(values_R) + 1)
     above = (int(np.sum(values_R >= 0)) + 1) / (len(values_R) + 1)
     return min(1.0, 2 * min(below, above))
+
+
+def row_deviation(change: Difference) -> float:
+    """Return the standard deviation of a row's paired difference, for a mean with an interval as wide as this one."""
+    import scipy.stats
+
+    half = (change.high - change.low) / 2
+    return half * math.sqrt(change.n) / float(scipy.stats.t.ppf(0.975, change.n - 1)) if change.n > 1 else math.nan
+
+
+def smallest_difference(deviation: float, rows: int) -> float:
+    """Return the true difference that so many rows show with 80 % power: their interval then leaves zero out.
+
+    The usual formula of a paired t test, (t of 97.5 % + t of 80 %) standard errors.
+    """
+    import scipy.stats
+
+    if rows < 2:
+        return math.inf
+    return float(sum(scipy.stats.t.ppf((0.975, POWER), rows - 1))) * deviation / math.sqrt(rows)
+
+
+def rows_needed(deviation: float, distance: float) -> int | None:
+    """Return how many rows show, with 80 % power, on which side of a gate's limit the true difference lies.
+
+    `distance` is how far from the limit it lies; None where no number of rows would do.
+    """
+    import scipy.stats
+
+    if not distance > 0 or math.isnan(deviation):
+        return None
+    normal = float(sum(scipy.stats.norm.ppf((0.975, POWER))))
+    rows = max(2, math.ceil((normal * deviation / distance) ** 2))
+    for _ in range(MOST_STEPS):  # t asks for two or three rows more
+        if smallest_difference(deviation, rows) <= distance:
+            break
+        rows += 1
+    return rows
 
 
 def permutation_p(base_NK: Floats, tuned_NK: Floats, formula: Formula, seed: int, resamples: int = RESAMPLES) -> float:

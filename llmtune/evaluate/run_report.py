@@ -38,7 +38,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         steps=folder.timings(skipped),
         evaluation=evaluation,
         seeds=seeds,
-        gates=check_gates(recipe.evaluate.gates, evaluation) if evaluation else (),
+        gates=check_gates(recipe.evaluate.gates, evaluation, recipe.evaluate.when_unsure) if evaluation else (),
         explanations=find_explanations(folder.path),
         **collect_facts(folder.manifest, curve),
     )

@@ -24,9 +24,10 @@ from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
 from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
-GATE_KEYS = frozenset({"gates", "champion"})
+GATE_KEYS = frozenset({"gates", "champion", "when_unsure"})
 """Keys that judge scores and do not change what the models answer."""
 CHOICE = "choice_accuracy"
+WhenUnsure = Literal["fail", "pass", "report"]
 Choices = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[Many[Text], Field(min_length=2), Tag("items")],
     by_type({str: "text"}, "items"),
@@ -70,6 +71,10 @@ class EvaluateSection(Section):
     """Public benchmarks by lm-evaluation-harness (extra `benchmarks`): names of its tasks or task files. Default none:
     most of them are large and come over the network."""
 
+    when_unsure: WhenUnsure = "fail"
+    """What a gate on the end of an interval counts as where the rows show neither it nor its contrary: `fail` (exit
+    code 6), `pass`, or `report` (exit code 7). Default `fail`: what had to be shown was not shown."""
+
     paths: ClassVar = {"champion": absolute}
 
     @property
@@ -86,7 +91,7 @@ class EvaluateSection(Section):
         if self.forgetting:
             self.forgetting.check(diagnostics, variant)
         self._check_unmeasured(diagnostics, variant)
-        self._check_champion(diagnostics)
+        self._check_opponents(diagnostics)
         if has_test:
             diagnostics.repeated("evaluate.slices", self.slices, "a column")
             self._check_metrics(diagnostics, variant)
@@ -161,7 +166,7 @@ class EvaluateSection(Section):
                 fix = f"{nearest(gate.metric, known)} Metrics that are computed: {', '.join(metrics)}.".strip()
                 diagnostics.add(key, f"the gate {text!r} is about an unknown metric", fix, "evaluate.metrics", "task")
 
-    def _check_champion(self, diagnostics: Diagnostics) -> None:
+    def _check_opponents(self, diagnostics: Diagnostics) -> None:
         for key, gate in self._parsed_gates():
             if gate.against == "champion" and "." in gate.metric:
                 fix = "Compare with `base`: of a champion only scores of the test rows are known."
@@ -170,6 +175,11 @@ class EvaluateSection(Section):
                 fix = "Set evaluate.champion to a run folder, or compare with `base`."
                 what = f"the gate {gate.text!r} names a champion, and there is none"
                 diagnostics.add(key, what, fix, "evaluate.champion")
+
+        if not any(gate.part for _, gate in self._parsed_gates()):
+            fix = "Write one such as `exact_match.low > base`, or remove it."
+            key = "evaluate.when_unsure"
+            diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
         for i, text in enumerate(self.gates):

@@ -20,17 +20,21 @@ NOT_XML = re.compile(r"[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 def to_junit(report: Report) -> str:
     """Return one test suite with a test case a gate; verdict and all scores are its properties."""
     gates = report.gates
-    failed = sum(not gate.passed for gate in gates)
+    failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
     seconds = next((step.seconds for step in report.steps if step.name == "evaluate"), 0)
     counts = {"tests": str(len(gates)), "failures": str(failed), "errors": "0", "time": f"{seconds:.3f}"}
     root = Tree.Element("testsuites", {"name": "llmtune", **counts})
-    suite = Tree.SubElement(root, "testsuite", {"name": f"llmtune.{clean(report.name)}", "skipped": "0", **counts})
+    suite = Tree.SubElement(
+        root, "testsuite", {"name": f"llmtune.{clean(report.name)}", "skipped": str(unsure), **counts}
+    )
     add_properties(suite, describe(report))
     for gate in gates:
         case = Tree.SubElement(suite, "testcase", classname="llmtune.gates", name=clean(gate.name), time="0")
-        add_properties(case, {"wanted": gate.wanted, "got": gate.got})
-        if not gate.passed:
-            message = clean(f"wanted {gate.wanted}, got {gate.got}")
+        add_properties(case, {"wanted": gate.wanted, "got": gate.got, **({"note": gate.note} if gate.note else {})})
+        message = clean("; ".join(part for part in (f"wanted {gate.wanted}, got {gate.got}", gate.note) if part))
+        if gate.passed is None:
+            Tree.SubElement(case, "skipped", message=message, type="GateUnsure").text = message
+        elif not gate.passed:
             Tree.SubElement(case, "failure", message=message, type="GateFailed").text = message
     return write_xml(root)
 

@@ -18,7 +18,7 @@ SIGNS = {"better": "✅", "worse": "❌"}
 def to_markdown(page: Page) -> str:
     """Return title, facts and sections, each part where there is one."""
     verdict = page.verdict
-    failed = f", {plain(verdict.gates)}" if verdict and verdict.gates_tone == "worse" else ""
+    failed = f", {plain(verdict.gates)}" if verdict and verdict.gates_tone in ("worse", "unsure") else ""
     parts = [
         f"# {plain(page.title)}{f': {plain(verdict.word)}{failed}' if verdict else ''}",
         plain(verdict.reason if verdict else page.lead),

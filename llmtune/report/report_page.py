@@ -79,9 +79,10 @@ def chips(report: Report) -> list[tuple[str, str]]:
 def verdict_card(report: Report) -> VerdictCard:
     """Return the verdict, how many gates hold, and the one score that says most."""
     gates = report.gates
-    failed = sum(not gate.passed for gate in gates)
+    failed, unsure = (sum(gate.passed is outcome for gate in gates) for outcome in (False, None))
     noun = "gate" if len(gates) == 1 else "gates"
     note = f"{failed} of {len(gates)} {noun} failed" if failed else f"{len(gates)} {noun} passed" if gates else ""
+    note = f"{unsure} of {len(gates)} {noun} can't tell" if unsure and not failed else note
     title, tone = TITLES.get(report.verdict.word, ("Can’t tell", "unsure"))
     evaluation = report.evaluation
     if report.verdict.word == MIXED and evaluation and -1 not in speaking(evaluation.difference).values():
@@ -92,7 +93,7 @@ def verdict_card(report: Report) -> VerdictCard:
         tone=tone,
         reason=report.verdict.reason,
         gates=note,
-        gates_tone=TONES[-1 if failed else 1],
+        gates_tone=TONES[-1 if failed else 0 if unsure else 1],
         headline=headline(evaluation, report.verdict.word) if evaluation else None,
         baseline=(evaluation.baseline if evaluation else None) or "",
     )

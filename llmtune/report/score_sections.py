@@ -68,8 +68,9 @@ def gate_section(gates: Sequence[GateResult]) -> Section:
 
 
 def passed_cell(gate: GateResult) -> Cell:
-    """Return a green or a red word."""
-    return Cell("passed", "better") if gate.passed else Cell("failed", "worse")
+    """Return a word, and why one can't tell."""
+    word = {True: "passed", False: "failed", None: "can't tell"}[gate.passed]
+    return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
 
 
 def score_section(evaluation: Evaluation, task: str | None) -> Section:

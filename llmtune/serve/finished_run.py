@@ -79,8 +79,8 @@ class FinishedRun:
     @property
     def gates(self) -> tuple[GateResult, ...]:
         """What became of each gate of the recipe."""
-        found = self.evaluation
-        return tuple(check_gates(self.recipe.evaluate.gates, found)) if found else ()
+        found, section = self.evaluation, self.recipe.evaluate
+        return check_gates(section.gates, found, section.when_unsure) if found else ()
 
     def generate(
         self,

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from llmtune.errors import RecipeError
-from llmtune.evaluate.gates import check_gates
-from llmtune.records import Champion, Difference, Evaluation
+from llmtune.errors import GateFailed, GateUnsure, RecipeError
+from llmtune.evaluate.gates import check_gates, require_gates
+from llmtune.records import Champion, Difference, Evaluation, GateResult
 
 EVALUATION = Evaluation(
     base={"exact_match": 0.5, "loss": 2.0, "chrf": 40.0},
@@ -69,6 +70,57 @@ def test_a_gate_says_what_was_wanted_and_what_was_got():
     assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
     assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
     assert absent.got == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("gate", "low", "high", "passed"),
+    [
+        ("exact_match.low > champion - 0.05", -0.04, 0.02, True),
+        ("exact_match.low > champion - 0.05", -0.06, 0.02, None),
+        ("exact_match.low > champion - 0.05", -0.09, -0.06, False),
+        ("exact_match.low >= champion", 0.0, 0.0, True),
+        ("exact_match.low > champion", 0.0, 0.0, None),  # the same answers: neither better nor worse
+        ("exact_match.high < champion", -0.03, -0.01, True),
+        ("exact_match.high < champion", -0.03, 0.01, None),
+        ("exact_match.high < champion", 0.01, 0.03, False),
+        ("exact_match.high >= champion", -0.03, 0.01, True),  # no sign that it got worse
+        ("exact_match.high >= champion", -0.03, -0.01, False),
+        ("exact_match.low > champion", math.nan, math.nan, None),
+        ("exact_match.low == champion", -0.01, 0.01, False),
+    ],
+)
+def test_a_gate_on_an_interval_tells_worse_from_too_few_rows(gate, low, high, passed):
+    change = Difference((low + high) / 2 if low == low else 0.0, low, high, 0.5, 40)
+    champion = Champion("runs/best", {"exact_match": 0.5}, {"exact_match": change}, {})
+    evaluation = replace(EVALUATION, champion=champion)
+    (found,) = check_gates([gate], evaluation, "report")
+    assert found.passed is passed
+    assert found.note.startswith("can't tell: ") == (passed is None)
+    for when_unsure, counted in (("fail", False), ("pass", True)):
+        (again,) = check_gates([gate], evaluation, when_unsure)
+        assert again == replace(found, passed=counted if passed is None else passed)
+
+
+def test_one_that_cannot_tell_names_the_rows_that_would():
+    margin, seen = check_gates(
+        ["exact_match.low > champion - 0.01", "exact_match.low > champion"], EVALUATION, "report"
+    )
+    # half the interval, 0.03, is 1.98 standard errors of 100 rows; 2.8 standard errors of 0.01 take 1,797 rows
+    assert margin.note == (
+        "can't tell: 100 rows are too few; about 1,797 would tell, with 80 % power, if nothing changed"
+    )
+    assert seen.note.endswith("about 1,797 would tell, with 80 % power, if the difference is 0.01")
+
+
+def test_gates_end_a_run_by_the_worst_of_them():
+    passed, failed, unsure = (GateResult("a", "a > 1", "2", outcome) for outcome in (True, False, None))
+    require_gates([passed])
+    with pytest.raises(GateFailed) as caught:
+        require_gates([passed, unsure, failed])
+    assert caught.value.exit_code == 6
+    with pytest.raises(GateUnsure) as caught:
+        require_gates([passed, unsure])
+    assert caught.value.exit_code == 7
 
 
 def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():

@@ -59,6 +59,7 @@ POINTING, WRITING = ["task=qa", "qa.style=extractive"], ["task=qa", "qa.style=ge
         (["data.test=0", "evaluate.gates=['loss < 3']"], "evaluate.gates"),
         (["data.test=0", "evaluate.samples=3"], "evaluate.samples"),
         (["data.test=0", "evaluate.champion=runs/best"], "evaluate.champion"),
+        (["evaluate.gates=['loss < base']", "evaluate.when_unsure=report"], "evaluate.when_unsure"),
         (["evaluate.metrics=[loss]", "evaluate.choices=auto"], "evaluate.choices"),
         (["evaluate.metrics=[loss]", "evaluate.limit=3"], "evaluate.limit"),
     ],

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from junitparser import Failure
+from junitparser import Failure, Skipped
 from junitparser.xunit2 import JUnitXml
 
 from llmtune.records import Contamination, Study
@@ -30,6 +30,15 @@ def test_each_gate_is_a_test_case_and_one_that_failed_says_what_was_wanted(repor
     assert result.type == "GateFailed"
     assert result.message == "wanted exact_match >= 0.9, got 0.8"
     assert named(failed) == {"wanted": "exact_match >= 0.9", "got": "0.8"}
+
+
+def test_a_gate_that_cannot_tell_is_skipped_and_says_why(report):
+    gate = replace(report.gates[1], passed=None, note="can't tell: 8 rows are too few")
+    _, suite = read(replace(report, gates=(report.gates[0], gate)))
+    assert (suite.tests, suite.failures, suite.skipped) == (2, 0, 1)
+    (result,) = list(suite)[1].result
+    assert isinstance(result, Skipped)
+    assert result.message == "wanted exact_match >= 0.9, got 0.8; can't tell: 8 rows are too few"
 
 
 def named(element):
