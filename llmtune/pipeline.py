@@ -32,6 +32,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, save
 from llmtune.evaluate.evaluator import evaluate as evaluate_models
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
+from llmtune.evaluate.power import print_plan
 from llmtune.evaluate.results import load_base
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
@@ -309,8 +310,7 @@ def evaluate(
 ) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
     inputs = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
-    target = context.folder.path / "evaluation"
-    recipe = context.recipe
+    recipe, target = context.recipe, context.folder.path / "evaluation"
     with context.step("evaluate", inputs, ["evaluation"]) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
@@ -389,10 +389,12 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
             warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
+            check_champion(loaded.recipe, folder.path, rows, examples)
             trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
             evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
             valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}
     for seed in recipe.train.seeds:
         console.print(f"seed {seed} would follow in {seed_folder(folder.path, seed)}", markup=False)
+    power = print_plan(recipe, folder, console, prepared=valid["prepare"])
     would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
-    return {"folder": str(folder.path), "would_run": would_run, "plans": plans}
+    return {"folder": str(folder.path), "would_run": would_run, "plans": plans, "power": power}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -101,3 +102,59 @@ def test_of_a_model_that_did_not_change_one_cannot_tell(place: Path, unchanged: 
     found = report(place, "unchanged")
     assert found["verdict"]["word"] == "can't tell", (found["verdict"], found["evaluation"]["difference"])
     assert found["evaluation"]["flips"]["exact_match"]["gained"] == 0
+
+
+def challenge(place: Path, name: str, champion: str, folder: Path, *gates: str) -> Result:
+    """Score a copy of a run again, against a champion."""
+    shutil.copytree(place / name, folder)
+    sets = [f"evaluate.champion={place / champion}", "evaluate.when_unsure=report", f"evaluate.gates={[*gates]}"]
+    options = [word for value in sets for word in ("--set", value)]
+    return CliRunner().invoke(app, ["evaluate", str(folder), *options])
+
+
+def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown_to_be_better(
+    place: Path, unchanged: Result, tmp_path: Path
+) -> None:
+    passed = challenge(place, "unchanged", "learned", tmp_path / "same", "choice_accuracy.low > champion - 0.1")
+    assert passed.exit_code == 0, passed.stderr
+    options = ["--set", "evaluate.gates=['choice_accuracy.low > champion']"]
+    better = CliRunner().invoke(app, ["evaluate", str(tmp_path / "same"), *options])
+    assert better.exit_code == 7, better.stderr
+    assert "evaluate unchanged, skipped" in better.stderr
+
+
+def test_a_model_made_worse_on_purpose_fails_against_the_champion(place: Path, harmed: Result, tmp_path: Path) -> None:
+    done = challenge(place, "harmed", "learned", tmp_path / "worse", "choice_accuracy.low > champion - 0.05")
+    assert done.exit_code == 6, done.stderr
+    (gate,) = json.loads((tmp_path / "worse" / "report.json").read_text())["gates"]
+    assert (gate["passed"], gate["note"]) == (False, "")
+
+
+def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
+    place: Path, learned: Result, tmp_path: Path
+) -> None:
+    lines = (place / "test.jsonl").read_text().splitlines(keepends=True)
+    (place / "eight.jsonl").write_text("".join(lines[:8]))
+    sections = {"adapter": {"r": 2, "lora_alpha": 2}, "train": {"num_train_epochs": 0.1, "learning_rate": 1e-9}}
+    measured = {**MEASURED, "gates": []}
+    model = place / "learned" / "weights"
+    assert run(place, "eight", model, "right.jsonl", "eight.jsonl", evaluate=measured, **sections).exit_code == 0
+    folder = tmp_path / "again"
+    done = challenge(place, "eight", "eight", folder, "choice_accuracy.low > champion - 0.01")
+    assert done.exit_code == 7, done.stderr
+    assert "8 rows are too few; about" in " ".join(done.stderr.split())
+    (gate,) = json.loads((folder / "report.json").read_text())["gates"]
+    assert gate["passed"] is None
+    power = json.loads((folder / "report.json").read_text())["power"][0]
+    assert power["gate"] == gate["name"]
+    assert f"about {power['rows_needed']:,} would tell" in gate["note"]
+    suite = ElementTree.parse(folder / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
+    assert "1 of 1 gate can't tell" in (folder / "report.md").read_text()
+    planned = [*("--set", f"evaluate.champion={place / 'eight'}", "--dry-run", "--json")]
+    gates = ["--set", "evaluate.gates=['choice_accuracy.low > champion - 0.01']"]
+    dry = CliRunner().invoke(app, ["run", str(place / "eight.yaml"), "--out", str(tmp_path / "new"), *planned, *gates])
+    assert dry.exit_code == 0, dry.stderr
+    assert json.loads(dry.stdout)["power"][0]["rows_needed"] > 1000
+    assert "as far as the champion differs from its own base" in " ".join(dry.stderr.split())

@@ -8,6 +8,7 @@ from pathlib import Path
 from llmtune import __version__
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.power import list_power
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact_all
@@ -39,6 +40,7 @@ def make_report(folder: RunFolder, recipe: Recipe, device: str, skipped: Mapping
         evaluation=evaluation,
         seeds=seeds,
         gates=check_gates(recipe.evaluate.gates, evaluation, recipe.evaluate.when_unsure) if evaluation else (),
+        power=list_power(recipe.evaluate, evaluation) if evaluation else (),
         explanations=find_explanations(folder.path),
         **collect_facts(folder.manifest, curve),
     )

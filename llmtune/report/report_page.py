@@ -21,7 +21,7 @@ from llmtune.report.run_sections import (
     step_section,
     training_section,
 )
-from llmtune.report.score_sections import compare_metric, gate_section, score_sections
+from llmtune.report.score_sections import compare_metric, gate_section, power_section, score_sections
 from llmtune.report.verdict import HARMED, HELPED, MIXED, speaking
 
 TITLES: dict[str, tuple[str, Tone]] = {
@@ -50,6 +50,7 @@ def make_page(report: Report) -> Page:
     sections = [
         gate_section(report.gates),
         *(score_sections(evaluation, task, report.seeds) if evaluation else []),
+        power_section(report.power),
         explain_section(report.explanations, trained=report.train is not None),
         training_section(report.train),
         data_section(report.data, task),

@@ -25,6 +25,24 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Power:
+    """What so many test rows can show of one metric, with 80 % power; and the rows that a gate about it needs."""
+
+    metric: str
+    against: str
+    """base or champion."""
+    rows: int
+    smallest: float
+    """The smallest true difference that the rows show."""
+    gate: str = ""
+    """As written; empty where no gate is on this interval."""
+    assumed: Number = None
+    """The true difference that `rows_needed` is for."""
+    rows_needed: int | None = None
+    """None where no number of rows would tell."""
+
+
+@dataclass(frozen=True)
 class SeedRun:
     """The scores of one seed, and the ends of their intervals."""
 
@@ -167,6 +185,7 @@ class Report:
     evaluation: Evaluation | None = None
     seeds: Seeds | None = None
     gates: Sequence[GateResult] = ()
+    power: Sequence[Power] = ()
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
     date: str = ""

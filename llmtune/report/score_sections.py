@@ -26,7 +26,7 @@ from llmtune.report.blocks import (
 from llmtune.report.charts import draw_meter
 from llmtune.report.metric_info import LOWER_IS_BETTER, better_side, metric_note, rank_metrics
 from llmtune.report.number_format import count, missing, score, share, signed
-from llmtune.report.report_record import Seeds
+from llmtune.report.report_record import Power, Seeds
 from llmtune.report.sample_view import read_samples
 
 MOST_CLASSES, MOST_PAIRS = 20, 15
@@ -71,6 +71,26 @@ def passed_cell(gate: GateResult) -> Cell:
     """Return a word, and why one can't tell."""
     word = {True: "passed", False: "failed", None: "can't tell"}[gate.passed]
     return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
+
+
+def power_section(power: Sequence[Power], source: str = "") -> Section:
+    """The smallest difference that the test rows show of each metric, and the rows that each gate needs."""
+    rows: Rows = []
+    for one in power:
+        planned = [signed(one.assumed), count(one.rows_needed)] if one.gate else ["", ""]
+        name = Cell(one.gate or one.metric, code=True)
+        rows.append([name, one.against, count(one.rows), score(one.smallest), *planned])
+    numbers = ("test rows", "smallest difference", "planned with", "rows needed")
+    columns: Columns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
+    text = (
+        f"With 80 % power{source}: four of five such evaluations show a true difference of that size, or pass or fail "
+    )
+    text += (
+        "the gate with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
+    )
+    text += "difference that was seen; a dash: at the limit of the gate, where no number of rows would tell."
+    blocks: list[Block] = [Table(columns, rows), Text(text, "soft")] if rows else []
+    return Section("What the rows can show", blocks, "Power", "power", brief=any(one.gate for one in power))
 
 
 def score_section(evaluation: Evaluation, task: str | None) -> Section:

@@ -1,0 +1,136 @@
+"""What rows are said to show, against simulations in which the truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import cache, partial
+
+import numpy as np
+import pytest
+from scipy.stats import nct, t
+
+from llmtune.evaluate import paired_statistics as statistics
+from llmtune.evaluate.gates import decide
+from llmtune.evaluate.metric import ratio
+from llmtune.evaluate.paired_statistics import (
+    difference,
+    draw_counts,
+    row_deviation,
+    rows_needed,
+    smallest_difference,
+)
+from llmtune.evaluate.power import list_power
+from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.records import Champion, Difference, Evaluation
+
+ROWS, TRIALS, MARGIN = 300, 1000, 0.02
+
+
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """The same resamples in each trial, as they cost most of the time: rows are new in each, so trials do not agree."""
+    monkeypatch.setattr(
+        statistics, "draw_counts", cache(lambda rows, seed, resamples: list(draw_counts(rows, 0, resamples)))
+    )
+    monkeypatch.setattr(statistics, "permutation_p", lambda *arguments: 1.0)  # no gate looks at p
+
+
+def right_or_wrong(generator, rows, true):
+    """Two fifths of the rows change sides."""
+    place = generator.random(rows)
+    gained, lost = 0.2 + true / 2, 0.2 - true / 2
+    champion, tuned = place < 0.3 + lost, (place < 0.3) | ((place >= 0.3 + lost) & (place < 0.3 + lost + gained))
+    return np.stack([champion, np.ones(rows)], 1).astype(float), np.stack([tuned, np.ones(rows)], 1).astype(float)
+
+
+def losses(generator, rows, true):
+    shared = generator.gamma(2, 1, rows)
+    noise = generator.gamma(1, 0.5, (2, rows))
+    ones = np.ones(rows)
+    return np.stack([shared + noise[0], ones], 1), np.stack([shared + noise[1] + true, ones], 1)
+
+
+def measure(draw, generator, rows, true):
+    champion, tuned = draw(generator, rows, true)
+    right_wrong = draw is right_or_wrong
+    return difference(champion, tuned, ratio, right_wrong=right_wrong, seed=0, resamples=800)
+
+
+def shares(draw, true, limit, trials=TRIALS):
+    """How often `X.low > champion + limit` passes, fails and can't tell, where the true difference is `true`."""
+    generator, seen = np.random.default_rng(17), Counter()
+    for _ in range(trials):
+        change = measure(draw, generator, ROWS, true)
+        seen[decide(">", change.low, change, limit)] += 1
+    return seen[True] / trials, seen[False] / trials, seen[None] / trials
+
+
+def computed(deviation, distance):
+    """The shares of a paired t test: the true difference lies `distance` above the limit."""
+    free, noncentrality = ROWS - 1, distance * math.sqrt(ROWS) / deviation
+    passed, failed = nct.sf(t.ppf(0.975, free), free, noncentrality), nct.cdf(t.ppf(0.025, free), free, noncentrality)
+    return passed, failed, 1 - passed - failed
+
+
+@pytest.mark.usefixtures("drawn_once")
+@pytest.mark.parametrize("draw", [right_or_wrong, losses])
+def test_gates_pass_fail_and_cannot_tell_as_often_as_an_earlier_run_promised(draw):
+    earlier = measure(draw, np.random.default_rng(1), 3000, 0.0)
+    deviation = row_deviation(earlier)
+    smallest = smallest_difference(deviation, ROWS)
+    near = partial(pytest.approx, abs=0.03)
+    unchanged = shares(draw, 0.0, -smallest)
+    assert unchanged[0] == near(0.8)
+    assert unchanged == near(computed(deviation, smallest))
+    assert unchanged[1] <= 0.05
+    lost = shares(draw, -MARGIN - smallest, -MARGIN)
+    assert lost[1] == near(0.8)
+    assert lost == near(computed(deviation, -smallest))
+    at_the_margin = shares(draw, -MARGIN, -MARGIN, 500)
+    assert at_the_margin[0] <= 0.05
+    no_change = shares(draw, 0.0, 0.0, 500)
+    assert no_change[1] <= 0.05
+    assert no_change == near(computed(deviation, 0.0))
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("distance", [0.001, 0.02, 0.7, 5.0])
+def test_the_rows_needed_are_the_fewest_that_show_the_difference(deviation, distance):
+    rows = rows_needed(deviation, distance)
+    assert smallest_difference(deviation, rows) <= distance
+    assert rows == 2 or smallest_difference(deviation, rows - 1) > distance
+
+
+def test_no_number_of_rows_shows_a_difference_that_is_the_limit():
+    assert rows_needed(0.5, 0.0) is None
+    assert rows_needed(math.nan, 0.1) is None
+
+
+CHANGE = Difference(0.01, -0.02, 0.04, 0.5, 100)
+EVALUATION = Evaluation(
+    {"accuracy": 0.4, "loss": 2.0},
+    {"accuracy": 0.5, "loss": 2.0},
+    {"accuracy": Difference(0.1, 0.05, 0.15, 0.01, 100), "loss": Difference(0.0, 0.0, 0.0, 1.0, 100)},
+    (),
+    (),
+    100,
+    champion=Champion("runs/best", {"accuracy": 0.49}, {"accuracy": CHANGE}, {}),
+)
+
+
+def test_gates_stand_first_and_what_is_not_known_is_left_out():
+    gates = ("accuracy.low > champion - 0.02", "accuracy.low > champion", "accuracy >= 0.3", "loss.high < base")
+    margin, seen, base = list_power(EvaluateSection(gates=gates), EVALUATION)
+    assert [margin.gate, seen.gate, base.gate] == [gates[0], gates[1], ""]
+    assert (margin.assumed, seen.assumed) == (0, 0.01)
+    assert margin.rows_needed == rows_needed(row_deviation(CHANGE), 0.02)
+    assert seen.rows_needed == rows_needed(row_deviation(CHANGE), 0.01)
+    assert (base.metric, base.against, base.rows_needed) == ("accuracy", "base", None)
+    assert margin.smallest == pytest.approx(0.0428, abs=1e-4)
+
+
+def test_other_numbers_of_rows_show_other_differences():
+    (one, *_), (four, *_) = (list_power(EvaluateSection(), EVALUATION, rows) for rows in (100, 400))
+    assert (one.rows, four.rows) == (100, 400)
+    assert four.smallest == pytest.approx(one.smallest / 2, rel=0.01)
