@@ -288,6 +288,7 @@ ELSEWHERE = {
     "test_a_target_that_the_tokenizer_does_not_know_is_a_bad_row_unless_allowed",
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
+    "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
     "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }
