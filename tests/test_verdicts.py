@@ -156,5 +156,5 @@ def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
     gates = ["--set", "evaluate.gates=['choice_accuracy.low > champion - 0.01']"]
     dry = CliRunner().invoke(app, ["run", str(place / "eight.yaml"), "--out", str(tmp_path / "new"), *planned, *gates])
     assert dry.exit_code == 0, dry.stderr
-    assert json.loads(dry.stdout)["power"][0]["rows_needed"] > 1000
-    assert "as far as the champion differs from its own base" in " ".join(dry.stderr.split())
+    assert json.loads(dry.stdout)["power"]["rows"][0]["rows_needed"] > 1000
+    assert "Planned by how far the champion and its own base differ" in " ".join(dry.stderr.split())

@@ -21,8 +21,8 @@ from llmtune.report.score_sections import power_section
 from llmtune.store.atomic_files import plain
 from llmtune.store.run_folder import RunFolder
 
-OF_RUN = ", as far as tuned model and base differed row by row in this run's last evaluation"
-OF_CHAMPION = ", as far as the champion differs from its own base row by row"
+OF_RUN = "the tuned model and the base differed row by row in this run's last evaluation"
+OF_CHAMPION = "the champion and its own base differ row by row"
 UNKNOWN = "What the test rows can show is not known yet: no run was evaluated here, and there is no champion."
 
 
@@ -60,7 +60,7 @@ def measure_power(metric: str, against: str, change: Difference, evaluation: Eva
     return Power(metric, against, rows, smallest_difference(row_deviation(change), rows))
 
 
-def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bool) -> list[Json]:
+def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bool) -> Json:
     """Print what the test rows will be able to show, by an evaluation that is there, and return it.
 
     It is that of the run itself, else that of the champion, whose difference from its base stands for the tuned model's
@@ -75,7 +75,8 @@ def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bo
         seen = replace(seen, champion=Champion(str(champion.folder.path), like.tuned, like.difference, {}))
     power = list_power(recipe.evaluate, seen, rows) if seen else []
     if power:
-        print_sections([replace(power_section(power, source), brief=True)], console)
+        print_sections([replace(power_section(power), brief=True)], console)
+        console.print(f"Planned by how far {source}.", highlight=False)
     elif any(parse_gate(text).part for text in recipe.evaluate.gates):
         console.print(UNKNOWN, highlight=False)
-    return [plain(one) for one in power]
+    return {"source": source if power else None, "rows": [plain(one) for one in power]}

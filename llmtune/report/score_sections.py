@@ -73,7 +73,7 @@ def passed_cell(gate: GateResult) -> Cell:
     return Cell(word, TONES[0 if gate.passed is None else 1 if gate.passed else -1], note=gate.note)
 
 
-def power_section(power: Sequence[Power], source: str = "") -> Section:
+def power_section(power: Sequence[Power]) -> Section:
     """The smallest difference that the test rows show of each metric, and the rows that each gate needs."""
     rows: Rows = []
     for one in power:
@@ -82,9 +82,7 @@ def power_section(power: Sequence[Power], source: str = "") -> Section:
         rows.append([name, one.against, count(one.rows), score(one.smallest), *planned])
     numbers = ("test rows", "smallest difference", "planned with", "rows needed")
     columns: Columns = ["gate or metric", "against", *(Column(name, "number") for name in numbers)]
-    text = (
-        f"With 80 % power{source}: four of five such evaluations show a true difference of that size, or pass or fail "
-    )
+    text = "With 80 % power: four of five such evaluations show a true difference of that size, or pass or fail "
     text += (
         "the gate with that many rows. A gate with a margin is planned with a difference of zero, any other with the "
     )
