@@ -109,7 +109,7 @@ def challenge(place: Path, name: str, champion: str, folder: Path, *gates: str) 
     shutil.copytree(place / name, folder)
     sets = [f"evaluate.champion={place / champion}", "evaluate.when_unsure=report", f"evaluate.gates={[*gates]}"]
     options = [word for value in sets for word in ("--set", value)]
-    return CliRunner().invoke(app, ["evaluate", str(folder), *options])
+    return invoke("evaluate", folder, *options)
 
 
 def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown_to_be_better(
@@ -118,7 +118,7 @@ def test_a_model_that_did_not_change_is_no_worse_than_the_champion_and_not_shown
     passed = challenge(place, "unchanged", "learned", tmp_path / "same", "choice_accuracy.low > champion - 0.1")
     assert passed.exit_code == 0, passed.stderr
     options = ["--set", "evaluate.gates=['choice_accuracy.low > champion']"]
-    better = CliRunner().invoke(app, ["evaluate", str(tmp_path / "same"), *options])
+    better = invoke("evaluate", tmp_path / "same", *options)
     assert better.exit_code == 7, better.stderr
     assert "evaluate unchanged, skipped" in better.stderr
 
@@ -154,7 +154,7 @@ def test_with_eight_test_rows_one_cannot_tell_and_the_rows_needed_are_named(
     assert "1 of 1 gate can't tell" in (folder / "report.md").read_text()
     planned = [*("--set", f"evaluate.champion={place / 'eight'}", "--dry-run", "--json")]
     gates = ["--set", "evaluate.gates=['choice_accuracy.low > champion - 0.01']"]
-    dry = CliRunner().invoke(app, ["run", str(place / "eight.yaml"), "--out", str(tmp_path / "new"), *planned, *gates])
+    dry = invoke("run", place / "eight.yaml", "--out", tmp_path / "new", *planned, *gates)
     assert dry.exit_code == 0, dry.stderr
     assert json.loads(dry.stdout)["power"]["rows"][0]["rows_needed"] > 1000
     assert "Planned by how far the champion and its own base differ" in " ".join(dry.stderr.split())
