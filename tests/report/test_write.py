@@ -45,7 +45,18 @@ def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
         *("adapter", "train", "evaluation", "gates", "power", "deploy", "explanations", "date", "verdict"),
     ]
     assert sorted(saved["evaluation"]) == [
-        *("base", "baseline", "contamination", "details", "difference", "flips", "rows", "samples", "seeds"),
+        *(
+            "base",
+            "baseline",
+            "champion",
+            "contamination",
+            "details",
+            "difference",
+            "flips",
+            "rows",
+            "samples",
+            "seeds",
+        ),
         *("signatures", "slices", "studies", "tuned"),
     ]
     change = {"value": -1.04, "interval": [-1.13, -0.95], "p": 0.001, "n": 148, "test": ""}
