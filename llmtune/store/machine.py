@@ -67,6 +67,11 @@ def has_bfloat16(device: str) -> bool:
     return bool(flags and BFLOAT16_FLAGS & set(flags[1].split()))
 
 
+def is_amd() -> bool:
+    """Whether the processor is one of AMD's."""
+    return "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.is_file() else platform.processor())
+
+
 def memory_limit() -> int:
     """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
     limits = [psutil.virtual_memory().total]
