@@ -10,7 +10,7 @@ import psutil
 import pytest
 from rich.console import Console
 from support.process import Watched
-from support.runs import llmtune, write_recipe
+from support.runs import invoke, llmtune, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.errors import DataError, EnvironmentProblem, Stopped
@@ -47,20 +47,20 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
 
 
-def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(tmp_path, tiny_llama, chat_rows):
-    write_recipe(tmp_path / "tiny.yaml", tiny_llama, chat_rows)
-    two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=tmp_path)
+def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=here)
     assert two.returncode == 0, two.stderr
-    one = llmtune("train", "tiny.yaml", "--out", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    pairs = list(zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True))
+    one = invoke("train", "tiny.yaml", "--out", "one")
+    assert one.exit_code == 0, one.stderr
+    pairs = list(zip(read_metrics(here / "one"), read_metrics(here / "two"), strict=True))
     assert len(pairs) >= 6
     for alone, together in pairs[:10]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")}
+    reports = {name: json.loads((here / name / "report.json").read_text()) for name in ("one", "two")}
     assert reports["two"]["adapter"] == reports["one"]["adapter"]
     assert reports["two"]["train"].keys() == reports["one"]["train"].keys()
-    steps = {name: json.loads((tmp_path / name / "run.json").read_text())["steps"] for name in ("one", "two")}
+    steps = {name: json.loads((here / name / "run.json").read_text())["steps"] for name in ("one", "two")}
     for step in ("adapt", "train"):
         assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
     adapted, trained = steps["two"]["adapt"], steps["two"]["train"]
