@@ -18,8 +18,9 @@ p { overflow-wrap: anywhere; } th.number { white-space: normal; }
 .heatmap td, .heatmap th { white-space: nowrap; overflow-wrap: normal; vertical-align: middle; }
 .figure { background: #fff; border-radius: 8px; overflow-x: auto; }
 .figure img { display: block; max-width: max(100%, 620px); }
+.many table:not(.stacked) { min-width: 620px; }
 """
-"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and heatmaps scroll."""
+"""CSS for pages: figures have the colours of paper also in the dark; on a phone they and wide tables scroll."""
 
 
 @dataclass(frozen=True)

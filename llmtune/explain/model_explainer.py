@@ -199,7 +199,7 @@ def _part_tables(portrait: Portrait) -> Iterator[Block]:
         for blocks in stack.blocks:
             rows += _block_rows(blocks, trained)
         rows += [_row(part.title, part.about, part.parameters, part.names, trained) for part in stack.behind]
-        yield Table([*columns, *([Column("trained")] if trained else [])], rows, stack.name)
+        yield Table([*columns, *([Column("trained")] if trained else [])], rows, stack.name, scroll=True)
 
 
 def _row(title: str, about: str, size: int, names: Sequence[str], trained: TrainedModules | None) -> list[str]:
@@ -233,7 +233,7 @@ def _cost_blocks(portrait: Portrait, figures: dict[str, Path]) -> Iterator[Block
         rows.append([count(at["tokens"]), *numbers])
     names = ("tokens", "a text", "a token", "of it attention")
     yield from map(Text, describe_growth(cost, portrait.architecture))
-    yield Table([Column(name, "number") for name in names], rows)
+    yield Table([Column(name, "number") for name in names], rows, scroll=True)
     yield figure_block(figures["model-cost"], "What a text costs by its length")
     yield Text(COST_NOTE, "soft")
 
