@@ -17,7 +17,6 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from llmtune import __version__
 from llmtune.model.builtin_models import PACKAGED
@@ -34,6 +33,7 @@ BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
 """What an import raises where a library is absent, lacks a shared library, or does not fit another one."""
 State = Literal["good", "note", "missing"]
 STYLES = {"good": "green", "note": "yellow", "missing": "bold red"}
+STATE_WIDTH = max(map(len, STYLES))
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,10 @@ def _size(count: int) -> str:
 
 
 def _show(checks: list[Check], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
+    """Print a line for each; what is to be typed is never cut or broken, so that it can be copied."""
+    width = max(len(check.name) for check in checks)
     for check in checks:
-        table.add_row(check.name, f"[{STYLES[check.state]}]{check.state}[/]", escape(check.found))
+        state = f"[{STYLES[check.state]}]{check.state:<{STATE_WIDTH}}[/]"
+        console.print(f"{check.name:<{width}}  {state}  {escape(check.found)}", highlight=False, soft_wrap=True)
         if check.fix:
-            table.add_row("", "", f"[green]->[/] {escape(check.fix)}")
-    console.print(table)
+            console.print(f"{'':<{width}}  [green]->[/] {escape(check.fix)}", highlight=False, soft_wrap=True)

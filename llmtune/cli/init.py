@@ -123,21 +123,25 @@ def _propose(survey: Survey, reading: Reading, target: Path, model: str | None) 
     line = f"train: {scalar(written)}"
     if stated:
         line = source_line("train", Source(path=written), **{"path": written, **stated})
-    unread = _count_unread(survey, reading)
-    return propose(target.stem, reading.task, line, reading.rows, model=model, memory_bytes=memory, unread=unread)
-
-
-def _count_unread(survey: Survey, reading: Reading) -> int:
-    return survey.bad + len(survey.rows) - len(reading.rows)
+    unread = sum(reading.bad.values())
+    return propose(
+        target.stem,
+        reading.task,
+        line,
+        reading.rows,
+        model=model,
+        memory_bytes=memory,
+        unread=unread,
+        copies=reading.copies,
+    )
 
 
 def _describe(survey: Survey, reading: Reading, readings: list[Reading], console: Console) -> None:
     """Print what was seen, so that a person can tell whether it is right."""
-    count = f"{len(survey.rows):,}" + ("" if survey.whole else " and more")
+    count = f"{len(reading.rows) + sum(reading.bad.values()):,}" + ("" if survey.whole else " and more")
     console.print(f"{survey.path}: {count} rows, {survey.encoding or 'UTF-8'}; columns {', '.join(survey.columns)}")
-    why = f" ({'; '.join(reading.reasons)})" if reading.reasons else ""
-    unread = _count_unread(survey, reading)
-    for number, what in ((unread, f"cannot be read{why}"), (reading.copies, "are copies of others")):
+    notes = [(number, f"cannot be read ({reason})") for reason, number in reading.bad.items()]
+    for number, what in (*notes, (reading.copies, "are copies of others")):
         if number:
             console.print(f"  {number:,} rows {what}", style="yellow", highlight=False)
     others = [one.task for one in readings if one is not reading]

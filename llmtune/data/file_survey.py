@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ class Survey:
     encoding: str | None
     """None for UTF-8."""
     rows: Sequence[Mapping[str, object]]
-    bad: int
+    bad: Mapping[str, int]
+    """Rows that have no columns to read, by the reason."""
     whole: bool
     """Whether all of its rows were looked at."""
 
@@ -57,8 +59,8 @@ class Reading:
     columns: Mapping[str, str]
     """Empty where the file's own names are known."""
     rows: Sequence[Mapping[str, object]]
-    reasons: Sequence[str]
-    """Why other rows cannot be read, each reason once."""
+    bad: Mapping[str, int]
+    """How many other rows cannot be read, by the reason, the commonest first."""
 
     @property
     def copies(self) -> int:
@@ -79,9 +81,10 @@ def survey_file(path: Path) -> Survey:
         source = one.source.model_copy(update={"encoding": encoding})
         found = list(islice(replace(one, source=source).raw_rows(), MOST_ROWS + 1))
     rows = [row for _, row in found[:MOST_ROWS] if not isinstance(row, RowError)]
+    bad = Counter(row.reason for _, row in found[:MOST_ROWS] if isinstance(row, RowError))
     if not rows:
         raise DataError.of("no row can be read", str(path), str(found[0][1]) if found else "The file is empty.")
-    return Survey(path, encoding, rows, min(len(found), MOST_ROWS) - len(rows), len(found) <= MOST_ROWS)
+    return Survey(path, encoding, rows, bad, len(found) <= MOST_ROWS)
 
 
 def list_readings(survey: Survey, task: str | None = None) -> list[Reading]:
@@ -129,10 +132,10 @@ def _likely(task: str, columns: Mapping[str, str], survey: Survey) -> bool:
 def _reading(survey: Survey, task: str, columns: Mapping[str, str]) -> Reading:
     row_format = detect_format(survey.rows[:LOOKED_AT], task, columns, None, str(survey.path))
     mapping = map_columns(row_format, survey.rows[:LOOKED_AT], task, columns)
-    rows, reasons = [], []
+    rows, bad = [], Counter(survey.bad)
     for row in survey.rows:
         try:
             rows.append(parse_row(rename(row, mapping), row_format, task, survey.path.parent))
         except RowError as error:
-            reasons.append(error.reason)
-    return Reading(task, columns, rows, list(dict.fromkeys(reasons)))
+            bad[error.reason] += 1
+    return Reading(task, columns, rows, dict(bad.most_common()))

@@ -246,7 +246,7 @@ def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progr
 def progress_bars(console: Console) -> Progress:
     """Return the progress bars of one model."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:

@@ -125,8 +125,12 @@ def propose(
     model: str | None,
     memory_bytes: float,
     unread: int = 0,
+    copies: int = 0,
 ) -> FirstRecipe:
-    """Return the first recipe for canonical rows; `model` is the user's own choice, `unread` counts other rows."""
+    """Return the first recipe for canonical rows.
+
+    `model` is the user's own choice. `unread` counts other rows, `copies` those of the rows that will be left out.
+    """
     longest = max(len(_text(row)) for row in rows)
     is_text = task == "completion" and not any(row["prompt"] for row in rows)
     lengths = (LENGTHS[0], TEXT_LENGTH) if is_text else LENGTHS
@@ -145,7 +149,7 @@ def propose(
         on_overlong=long_way if overlong else None,
         max_new_tokens=_tokens(max(map(len, answers), default=0), ANSWER_LENGTHS) if answers else None,
         metrics=metrics,
-        test=min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / len(rows)) / 20)),
+        test=min(MOST_TEST, max(LEAST_TEST, math.ceil(20 * TEST_ROWS / (len(rows) - copies)) / 20)),
         unread=unread,
         looked_at=len(rows) + unread,
     )

@@ -87,7 +87,7 @@ def verdict_card(report: Report) -> VerdictCard:
     title, tone = TITLES.get(report.verdict.word, ("Can’t tell", "unsure"))
     evaluation = report.evaluation
     if report.verdict.word == MIXED and evaluation and -1 not in speaking(evaluation.difference).values():
-        title = "Better, but not good enough yet"
+        title = "Better, with reservations"
     return VerdictCard(
         word=report.verdict.word,
         title=title,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -43,8 +44,9 @@ def answer_file(
 ) -> tuple[int, int]:
     """Answer the rows of a file and write a JSON line for each: its columns, `answer`, and for classes their `scores`.
 
-    Columns are read as in training: by the recipe's mapping, and by their usual names. Returns how many rows were
-    answered, and how many could not be read; those have an `error` in place of the answer.
+    A column of the file that is itself called `answer` is written as `reference`. Columns are read as in training: by
+    the recipe's mapping, and by their usual names. Returns how many rows were answered, and how many could not be
+    read; those have an `error` in place of the answer.
 
     Raises:
         RecipeError: the file lacks what the task asks for, or the model cannot be asked so.
@@ -69,14 +71,19 @@ def answer_file(
             given = [
                 row if isinstance(row, RowError) else _inputs(row, columns, asked, rows.parent) for _, row in batch
             ]
-            answers = _answer(served, [one for one in given if _is_inputs(one)])
+            answers = _answer(served, [one for one in given if _is_inputs(one)], partial(progress.advance, bar))
             for (origin, row), one in zip(batch, given, strict=True):
-                line = {} if isinstance(row, RowError) else dict(row)
+                line = {} if isinstance(row, RowError) else _own_columns(row)
                 line |= next(answers) if _is_inputs(one) else {"error": f"{origin}: {one}"}
-                answered += "answer" in line
+                answered += _is_inputs(one)
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            progress.advance(bar, len(batch))
+            progress.update(bar, completed=first + len(batch))
     return answered, len(raw) - answered
+
+
+def _own_columns(row: Mapping[str, object]) -> dict[str, object]:
+    """Return the columns of a row, with the answer that it brings itself out of the model's way."""
+    return {"reference" if name == "answer" and "reference" not in row else name: value for name, value in row.items()}
 
 
 def _is_inputs(one: Inputs | RowError) -> TypeGuard[Inputs]:
@@ -111,8 +118,10 @@ def _inputs(
     return RowError("empty content", f"{empty[0]!r} is empty") if empty else inputs
 
 
-def _answer(served: ServedModel, given: Sequence[Inputs]) -> Iterator[dict[str, object]]:
-    """Yield the answer of each, computed in batches."""
+def _answer(
+    served: ServedModel, given: Sequence[Inputs], advance: Callable[[int], None]
+) -> Iterator[dict[str, object]]:
+    """Yield the answer of each, computed in batches; `advance` is told how many are done."""
     task, recipe = served.task, served.recipe
     rows = [task.make_row(inputs) for inputs in given]
     if task.predicts:
@@ -121,7 +130,7 @@ def _answer(served: ServedModel, given: Sequence[Inputs]) -> Iterator[dict[str, 
         return
     prompts = [task.prompt_ids(row, served.processor, recipe) for row in rows]
     read = answer_reader(served.processor, recipe)
-    for output in generate(served.model, prompts, served.processor, recipe, device=served.device):
+    for output in generate(served.model, prompts, served.processor, recipe, device=served.device, advance=advance):
         parsed = read(output.token_ids, None)
         yield {"answer": parsed.text, **({"reasoning": parsed.reasoning} if parsed.reasoning else {})}
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -5,8 +6,9 @@ import sys
 from importlib.metadata import requires
 
 import pytest
+from rich.console import Console
 
-from llmtune.cli.doctor import check_threads, count_cores
+from llmtune.cli.doctor import Check, _show, check_threads, count_cores
 
 SCRIPT = """
 import json, sys, time
@@ -88,3 +90,10 @@ def test_more_threads_than_a_quota_allows_are_noted_with_what_to_type(tmp_path) 
     assert noted.state == "note"
     assert noted.fix == "llmtune run RECIPE --threads 2"
     assert check_threads(threads=2, cores=2).state == "good"
+
+
+def test_a_command_that_cures_is_never_cut_on_a_narrow_terminal() -> None:
+    command = "pip install --no-deps 'a-package==1.0' && python /home/ada/" + "a-long-folder/" * 9 + "script.py"
+    console = Console(file=io.StringIO(), width=60)
+    _show([Check("builtin:a-model", "note", "not installed; recipes that name it need it", command)], console)
+    assert f"-> {command}\n" in console.file.getvalue()

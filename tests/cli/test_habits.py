@@ -61,6 +61,16 @@ def test_a_file_of_rows_is_answered_row_by_row(folder: Path) -> None:
     assert "no column holds the prompt; found id, remark" in done.stderr
 
 
+def test_an_answer_that_a_row_brings_is_kept_beside_the_models(folder: Path) -> None:
+    (folder / "known.csv").write_text(f"question,answer\n{QUESTION},seven\n,eight\n")
+    done = invoke("generate", "latest", "--input", "known.csv", "--output", "known.jsonl")
+    assert "1 rows answered to known.jsonl; 1 could not be read" in done.stderr
+    first, second = map(json.loads, (folder / "known.jsonl").read_text().splitlines())
+    assert (first["reference"], second["reference"]) == ("seven", "eight")
+    assert first["answer"] == invoke("generate", "latest", QUESTION).stdout.strip("\n")
+    assert "answer" not in second
+
+
 def test_runs_are_listed_with_their_verdicts() -> None:
     (run,) = json.loads(invoke("runs", "--json").stdout)
     assert (run["name"], run["task"], run["step"], run["trained"]) == ("tiny", "chat", "evaluate", True)

@@ -137,3 +137,23 @@ def test_rows_that_no_task_can_use_are_told_with_what_is_wrong_in_the_first() ->
         done = init(*arguments)
         assert done.exit_code == 3
         assert "as token-classify: not a tag: tag 1 is 1;" in done.stderr
+
+
+def test_rows_are_counted_whole_and_each_cause_with_its_own_number() -> None:
+    lines = [f"Order {i} late,Where is parcel {i}?,It comes in {i} days." for i in range(30)]
+    lines += ["a,b,c,d", "a,b", "a,b,", "e,f,g,h"]
+    Path("tickets.csv").write_text("\n".join(["subject,body,answer", *lines]) + "\n")
+    done = init()
+    assert done.exit_code == 0, done.stderr
+    assert "tickets.csv: 34 rows" in done.stderr
+    assert "3 rows cannot be read (wrong number of columns)" in done.stderr
+    assert "1 rows cannot be read (no answer)" in done.stderr
+    assert "4 of 34 rows cannot be read" in Path("tickets.yaml").read_text()
+
+
+def test_copies_do_not_count_where_the_share_of_test_rows_is_chosen() -> None:
+    write("tickets.csv", "id,subject,body,answer", TICKETS)
+    write("copied.csv", "id,subject,body,answer", TICKETS * 4)
+    assert init("tickets.csv").exit_code == init("copied.csv").exit_code == 0
+    shares = [load_recipe(f"{name}.yaml").recipe.data.test for name in ("tickets", "copied")]
+    assert shares[0] == shares[1]

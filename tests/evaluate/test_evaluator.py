@@ -1,13 +1,16 @@
+import io
 import json
 import math
 import weakref
 
 import pytest
 import torch
+from rich.console import Console
 
 from llmtune.data.row_store import read_rows
 from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.gates import check_gates
+from llmtune.evaluate.inference import add_bar, progress_bars
 from llmtune.evaluate.text_metrics import METRICS
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation
@@ -142,3 +145,10 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
     bench.load, bench.steps = watched, 0
     bench.evaluate(metrics=("loss",), samples=0)
     assert len(loaded) == 2
+
+
+def test_bars_leave_no_trace_where_nobody_looks_on():
+    console = Console(file=io.StringIO())
+    with progress_bars(console) as bars:
+        add_bar(bars, "loss", 2)(2)
+    assert console.file.getvalue() == ""

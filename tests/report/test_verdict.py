@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from llmtune.records import Contamination, Difference, Evaluation
-from llmtune.report.report_page import headline
+from llmtune.report.report_page import headline, verdict_card
+from llmtune.report.report_record import Verdict
 from llmtune.report.verdict import still_falling, verdict
 
 BETTER, WORSE, OPEN, UNKNOWN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.2), (math.nan, math.nan)
@@ -182,6 +184,12 @@ def test_a_gain_on_rows_that_were_trained_on_may_be_memory():
     found = verdict(Evaluation({"rougeL": 0.5}, {"rougeL": 0.6}, GAIN, (), (), 100, contamination=overlap))
     assert found.word == "mixed"
     assert "12% of the test rows overlap with training rows" in found.reason
+
+
+def test_the_title_of_a_gain_that_may_be_memory_does_not_call_it_too_small(report):
+    scores = Evaluation({"rougeL": 0.12}, {"rougeL": 0.99}, GAIN, (), (), 100)
+    doubted = replace(report, evaluation=scores, verdict=Verdict("mixed", "But 77% of the test rows overlap."))
+    assert verdict_card(doubted).title == "Better, with reservations"
 
 
 def test_a_gain_of_little_is_called_small():
