@@ -179,9 +179,9 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         console.print(f"These settings stay with the run: {escape(str(run / 'recipe.yaml'))}")
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
-        processor = context.read_processor(model_ref)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        evaluate(context, model_ref, processor, rows, examples)
+        check_champion(loaded.recipe, run, rows, examples)
+        evaluate(context, model_ref, context.read_processor(model_ref), rows, examples)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(
                 with_seed(loaded, seed), seed_folder(run, seed), console, offline=offline, base=run / "evaluation"

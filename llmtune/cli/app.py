@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, init, prompting, recipes, run, verify
+from llmtune.cli import compare, deploy, explain, init, prompting, recipes, release, run, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
@@ -134,13 +134,19 @@ COMMANDS: dict[str, Callable[..., None]] = (
     | verify.COMMANDS
     | compare.COMMANDS
 )
-TREES = {"deploy": deploy.app, "explain": explain.app, "recipes": recipes.app, "launch": run.launch_app}
+TREES = {
+    "deploy": deploy.app,
+    "explain": explain.app,
+    "recipes": recipes.app,
+    "release": release.app,
+    "launch": run.launch_app,
+}
 PANELS = {
     "Begin": ("init", "run", "runs", "doctor"),
     "Use a run": ("generate", "chat", "deploy"),
     "One step at a time": ("prepare", "select", "adapt", "train", "evaluate"),
     "Look closer": ("compare", "verify", "reproduce", "explain"),
-    "More": ("recipes", "launch"),
+    "More": ("recipes", "release", "launch"),
 }
 """The commands as the help shows them."""
 EXAMPLES = {

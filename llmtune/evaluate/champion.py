@@ -10,7 +10,6 @@ from pathlib import Path
 
 from llmtune.errors import LlmtuneError, Problem, RecipeError
 from llmtune.evaluate.opened_runs import (
-    OpenedRun,
     ScoredRun,
     check_alike,
     check_rows,
@@ -20,6 +19,7 @@ from llmtune.evaluate.opened_runs import (
     pair_metrics,
 )
 from llmtune.evaluate.per_row_scores import PerRowScores, name_test_rows
+from llmtune.evaluate.release_file import open_release
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Evaluation, Examples, Rows
 from llmtune.store.run_folder import RunFolder, recipe_of_run
@@ -29,11 +29,11 @@ NAME, OWN = "the champion", "this run"
 NOTHING = Evaluation({}, {}, {}, (), (), 0)
 
 
-def open_champion(recipe: Recipe, run: Path | None = None) -> OpenedRun | None:
+def open_champion(recipe: Recipe, run: Path | None = None) -> ScoredRun | None:
     """Open the champion that a recipe names for the run in the folder `run`; None where it names none.
 
     Raises:
-        RecipeError: no run with scores is there, it has another task, or it is `run` itself.
+        RecipeError: no run with scores or release file is there, it has another task, or it is `run` itself.
         EnvironmentProblem: its scores are damaged.
     """
     if recipe.evaluate.champion is None:
@@ -43,7 +43,7 @@ def open_champion(recipe: Recipe, run: Path | None = None) -> OpenedRun | None:
         fix = "Copy the folder of the champion to another place, and name that."
         raise RecipeError.of("the champion is the folder of this run: it would be compared with itself", KEY, fix)
     try:
-        champion = open_run_scores(path, NAME)
+        champion = open_release(path, NAME) if path.is_file() else open_run_scores(path, NAME)
     except LlmtuneError as error:
         raise type(error)(*(replace(one, where=f"{KEY}: {one.where}") for one in error.problems)) from None
     if champion.recipe.task != recipe.task:
@@ -70,7 +70,7 @@ def check_champion(recipe: Recipe, run: Path, rows: Rows, examples: Examples) ->
     own = ScoredRun(OWN, recipe, NOTHING, PerRowScores(rows=name_test_rows(rows, numbers)))
     check_rows([champion, own])
     shared = [metric for metric in champion.measures.tuned if metric in recipe.evaluate.metrics]
-    fix = f"Give both the same value, or score the champion again: llmtune evaluate {champion.folder.path} --set ..."
+    fix = "Give both the same value, or score the champion again: llmtune evaluate RUN --set ..."
     RecipeError.collect(Problem(what, KEY, fix) for what in find_other_keys(champion, own, shared))
 
 
@@ -82,7 +82,7 @@ def make_challenge(run: RunFolder) -> Callable[[Evaluation, PerRowScores], Champ
 
 
 def compare_with_champion(
-    champion: OpenedRun, recipe: Recipe, evaluation: Evaluation, measures: PerRowScores
+    champion: ScoredRun, recipe: Recipe, evaluation: Evaluation, measures: PerRowScores
 ) -> Champion:
     """Compare the tuned model with the champion, on what both were measured by.
 
@@ -92,4 +92,4 @@ def compare_with_champion(
     check_alike([champion, own])
     difference, left_out = pair_metrics(champion, own)
     scores = {metric: champion.evaluation.tuned[metric] for metric in difference}
-    return Champion(str(champion.folder.path), scores, difference, left_out)
+    return Champion(recipe.evaluate.champion or "", scores, difference, left_out)

@@ -5,6 +5,7 @@ Shapes: N rows of a metric, K sums a row, P evaluated rows.
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections import Counter
@@ -85,6 +86,12 @@ def name_test_rows(rows: Rows, numbers: Sequence[int]) -> tuple[str, ...]:
 
 def save_measures(folder: Path, scores: PerRowScores) -> None:
     """Write `measures.npz`."""
+    with explained(folder):
+        (folder / MEASURES).write_bytes(pack_measures(scores))
+
+
+def pack_measures(scores: PerRowScores) -> bytes:
+    """Return what `measures.npz` holds."""
     arrays: dict[str, NDArray[np.generic]] = {"rows": np.asarray(scores.rows, dtype=np.str_)}
     described: dict[str, dict[str, Description]] = {"base": {}, "tuned": {}}
     for name, one_model in (("base", scores.base), ("tuned", scores.tuned)):
@@ -93,8 +100,9 @@ def save_measures(folder: Path, scores: PerRowScores) -> None:
             arrays[f"{name}/{metric}/sums"] = measure.sums_NK
             arrays[f"{name}/{metric}/at"] = np.asarray(measure.at, dtype=np.int64)
     arrays["record"] = np.asarray(json.dumps({"version": VERSION, **described}))
-    with explained(folder):
-        np.savez_compressed(folder / MEASURES, allow_pickle=False, **arrays)
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    return packed.getvalue()
 
 
 def describe(measure: Measure) -> Description:
@@ -112,7 +120,17 @@ def load_measures(folder: Path) -> PerRowScores:
     path = folder / MEASURES
     fix = "Score the run again: llmtune evaluate RUN"
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return unpack_measures(path.read_bytes(), path, fix)
+    except FileNotFoundError:
+        raise EnvironmentProblem.of("the run has no scores by row", str(path), fix) from None
+    except OSError as error:
+        raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
+
+
+def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
+    """Read what `pack_measures` made; raises EnvironmentProblem about `path` as `load_measures` does."""
+    try:
+        with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
             record = json.loads(str(arrays["record"]))
             if record["version"] != VERSION:
                 raise EnvironmentProblem.of(f"written by another version of llmtune ({record['version']})", str(path))
@@ -129,9 +147,7 @@ def load_measures(folder: Path) -> PerRowScores:
                 for name in ("base", "tuned")
             )
             return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()))
-    except FileNotFoundError:
-        raise EnvironmentProblem.of("the run has no scores by row", str(path), fix) from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 

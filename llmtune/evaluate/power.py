@@ -72,7 +72,7 @@ def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bo
     seen, source = (own, OF_RUN) if own else (champion.evaluation if champion else None, OF_CHAMPION)
     if seen is not None and champion is not None and (own is None or own.champion is None):
         like = champion.evaluation
-        seen = replace(seen, champion=Champion(str(champion.folder.path), like.tuned, like.difference, {}))
+        seen = replace(seen, champion=Champion(recipe.evaluate.champion or "", like.tuned, like.difference, {}))
     power = list_power(recipe.evaluate, seen, rows) if seen else []
     if power:
         print_sections([replace(power_section(power), brief=True)], console)

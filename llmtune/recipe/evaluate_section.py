@@ -47,8 +47,9 @@ class EvaluateSection(Section):
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`; one that fails ends the run
     with exit code 6. Default none: a gate is a decision."""
     champion: Text | None = None
-    """A run folder, such as that of the model in production: the tuned model is compared with it on the same test rows,
-    and gates may say `exact_match.low > champion - 0.01`. Default none: gates compare with the base model."""
+    """A run folder or a release file, such as that of the model in production: the tuned model is compared with it on
+    the same test rows, and gates may say `exact_match.low > champion - 0.01`. Default none: gates compare with the base
+    model."""
     limit: Count | None = None
     """Most test rows that answers are generated for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -172,7 +173,7 @@ class EvaluateSection(Section):
                 fix = "Compare with `base`: of a champion only scores of the test rows are known."
                 diagnostics.add(key, f"the gate {gate.text!r} compares a study with a champion", fix)
             elif gate.against == "champion" and self.champion is None:
-                fix = "Set evaluate.champion to a run folder, or compare with `base`."
+                fix = "Set evaluate.champion to a run folder or a release file, or compare with `base`."
                 what = f"the gate {gate.text!r} names a champion, and there is none"
                 diagnostics.add(key, what, fix, "evaluate.champion")
 

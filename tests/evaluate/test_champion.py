@@ -47,7 +47,7 @@ def test_rows_are_paired_by_their_content_whatever_their_order(champion: Path) -
     evaluation, measures = scored([True, True, False, False, True, False], names)
     first = replace(opened, evaluation=evaluation, measures=measures)
     turned = scored([False, True, True, False, True, True], names[::-1])
-    found = compare_with_champion(first, opened.recipe, *turned)
+    found = compare_with_champion(first, recipe_with(champion), *turned)
     assert found.folder == str(champion)
     assert found.scores == {"accuracy": 0.5}
     assert found.difference["accuracy"].value == pytest.approx(1 / 6)  # c became right

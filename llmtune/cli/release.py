@@ -1,0 +1,116 @@
+"""`llmtune release RUN`: a small file for git; and list, show and diff of such files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from llmtune.cli.options import AsJson, RunArgument
+from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.launch.python_api import make_console
+from llmtune.records import Difference
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A release file.")]
+MAKE = "make"
+
+
+class MakesByDefault(TyperGroup):
+    """A group whose first word, where it is none of its commands, is the run of `make`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command."""
+        words = args if args[0] in self.commands else [MAKE, *args]
+        return super().resolve_command(ctx, words)
+
+
+app = typer.Typer(
+    cls=MakesByDefault,
+    help="Write a run's scores into a small file for git: llmtune release RUN; list, show and diff such files.",
+    no_args_is_help=True,
+)
+
+
+@app.command(MAKE)
+@handled
+def make(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option("--out", help="The file (default: releases/<run folder>.json).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the release file of a run; `release RUN` is short for it. It holds no text of rows and no paths."""
+    from llmtune.deploy.releases import make_release, summarize_release
+    from llmtune.evaluate.release_file import read_release
+
+    path = make_release(run, out)
+    if as_json:
+        print_json(summarize_release(path, read_release(path)))
+    else:
+        typer.echo(f"{path}; as a champion: evaluate.champion: {path}")
+
+
+@app.command("list")
+@handled
+def list_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files are.")] = Path("releases"),
+    as_json: AsJson = False,
+) -> None:
+    """List the releases in a folder, the oldest first."""
+    from llmtune.deploy.releases import list_releases, summarize_release
+    from llmtune.report.number_format import score
+
+    found = list_releases(folder)
+    if as_json:
+        print_json([summarize_release(*one) for one in found])
+        return
+    if not found:
+        stderr_console().print(f"there is no release in {folder} yet; make one: llmtune release RUN", markup=False)
+    for path, release in found:
+        scores = ", ".join(f"{name} {score(value)}" for name, value in release["tuned"].items())
+        typer.echo(f"{path}  {release['date']}  {release['verdict']['word']}  {scores}")
+
+
+@app.command()
+@handled
+def show(file: File, as_json: AsJson = False) -> None:
+    """Show the scores and gates of a release."""
+    from llmtune.deploy.releases import summarize_release
+    from llmtune.evaluate.release_file import read_release
+    from llmtune.records import Evaluation
+    from llmtune.report.render_terminal import print_sections
+    from llmtune.report.score_sections import gate_section, score_section
+
+    release = read_release(file)
+    if as_json:
+        print_json(summarize_release(file, release))
+        return
+    scores = release["base"], release["tuned"], release["difference"]
+    evaluation = Evaluation(*scores, (), (), release["rows"], release["signatures"])
+    sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
+    print_sections(sections, make_console(stderr=False))
+
+
+@app.command()
+@handled
+def diff(first: File, second: File, as_json: AsJson = False) -> None:
+    """Compare two releases row by row, second minus first."""
+    from llmtune.deploy.releases import diff_releases
+    from llmtune.report.blocks import Compared, Section, difference_table
+    from llmtune.report.metric_info import better_side
+    from llmtune.report.render_terminal import print_sections
+    from llmtune.store.atomic_files import plain
+
+    difference, left_out = diff_releases(first, second)
+    if as_json:
+        print_json({"difference": plain(difference), "left_out": left_out})
+        return
+
+    def compared(metric: str, change: Difference) -> Compared:
+        return Compared(metric, None, None, change, better_side(metric))
+
+    table = difference_table([compared(*pair) for pair in difference.items()], base=None)
+    print_sections([Section(f"{second} minus {first}", [table])], make_console(stderr=False))
+    for metric, why in left_out.items():
+        typer.echo(f"{metric} is left out: {why}")

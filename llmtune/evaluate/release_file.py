@@ -1,0 +1,88 @@
+"""A release file: what one run scored, row by row, small enough for git; no text of rows, and no paths."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from llmtune.errors import RecipeError
+from llmtune.evaluate.evaluation_file import restore_nan
+from llmtune.evaluate.opened_runs import ScoredRun
+from llmtune.evaluate.per_row_scores import unpack_measures
+from llmtune.recipe.schema import Recipe
+from llmtune.records import Difference, Evaluation, GateResult, Json
+from llmtune.store.atomic_files import explained, read_json
+
+VERSION = 1
+FIX = "Make it again from its run: llmtune release RUN"
+
+
+class Release(TypedDict):
+    """What the file holds."""
+
+    release_version: int
+    llmtune: str
+    name: str
+    date: str
+    run: str
+    """Name of the run folder."""
+    lock: str
+    """sha256 of llmtune.lock."""
+    trained: str
+    """Hash of the adapter or the weights."""
+    recipe: Json
+    """Resolved; of paths the last part."""
+    verdict: Json
+    base: dict[str, float]
+    tuned: dict[str, float]
+    difference: dict[str, Difference]
+    signatures: dict[str, str]
+    gates: list[GateResult]
+    certificates: dict[str, Json]
+    """What was merged, exported or served, with the numbers of its parity check."""
+    rows: int
+    measures: str
+    """`measures.npz` of the tuned model, in base64: each row by its hash, and its part in each score."""
+
+
+def read_release(path: Path) -> Release:
+    """Read a release file; raises RecipeError where it is none, or of a later version."""
+    with explained(path):
+        content = read_json(path)
+    if content is None:
+        what = "not a release file" if path.exists() else "there is no such file"
+        raise RecipeError.of(what, str(path), "Name a file that 'llmtune release RUN' wrote.")
+    try:
+        found = TypeAdapter(Release).validate_python(restore_nan(content))
+    except ValidationError as error:
+        first: Any = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise RecipeError.of(f"not a release file ({key}: {first['msg']})", str(path), FIX) from None
+    if found["release_version"] > VERSION:
+        what = f"a release of version {found['release_version']}, and this llmtune reads up to {VERSION}"
+        raise RecipeError.of(what, str(path), "Update llmtune.")
+    return found
+
+
+def open_release(path: Path, name: str) -> ScoredRun:
+    """Open a release to be compared, under a name of its own.
+
+    Raises:
+        RecipeError: not a release file.
+        EnvironmentProblem: its scores by row are damaged.
+    """
+    found = read_release(path)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(found["recipe"]))
+        packed = base64.b64decode(found["measures"], validate=True)
+    except (ValidationError, binascii.Error) as error:
+        raise RecipeError.of(f"damaged: {str(error).splitlines()[0]}", str(path), FIX) from None
+    scores = found["base"], found["tuned"], found["difference"]
+    evaluation = Evaluation(*scores, (), (), found["rows"], found["signatures"])
+    return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, FIX))

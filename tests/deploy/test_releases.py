@@ -1,0 +1,86 @@
+"""A run as a file for git: what it holds, what it does not, and that it serves as a champion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.finished import finish_run
+from support.runs import invoke
+
+from llmtune.deploy.releases import diff_releases, list_releases, make_release
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.evaluate.per_row_scores import load_measures
+from llmtune.evaluate.release_file import open_release
+from llmtune.store.atomic_files import hash_file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    evaluate = {"gates": ["loss <= base + 100"]}
+    return finish_run(tmp_path_factory.mktemp("release"), tiny_llama, train={"num_train_epochs": 1}, evaluate=evaluate)
+
+
+@pytest.fixture(scope="module")
+def file(run: Path) -> Path:
+    return make_release(run, run.parent / "releases" / "one.json")
+
+
+def test_a_release_holds_scores_by_row_and_no_text_and_no_path(run: Path, file: Path) -> None:
+    text = file.read_text()
+    content = json.loads(text)
+    assert content["lock"] == hash_file(run / "llmtune.lock")
+    assert [gate["name"] for gate in content["gates"]] == ["loss <= base + 100"]
+    assert str(run.parent.parent) not in text
+    assert "What comes after" not in text
+    opened = open_release(file, "one")
+    own = load_measures(run / "evaluation")
+    assert opened.measures.rows == own.rows
+    assert opened.measures.base == {}
+    for metric in ("loss", "accuracy", "exact_match"):
+        measure = own.tuned[metric]
+        assert (opened.measures.tuned[metric].sums_NK == measure.sums_NK).all()
+        assert opened.evaluation.tuned[metric] == measure.value
+
+
+def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> None:
+    other = make_release(run, file.with_name("two.json"))
+    (file.parent / "package.json").write_text("{}")
+    (file.parent / "numbers.json").write_text("[1]")
+    assert {path for path, _ in list_releases(file.parent)} == {file, other}
+    difference, left_out = diff_releases(file, other)
+    assert {change.value for change in difference.values()} == {0}
+    assert left_out == {}
+
+
+def test_a_file_that_is_no_release_is_refused(file: Path, tmp_path: Path) -> None:
+    for content, error in (
+        ("{}", RecipeError),
+        ("[1]", RecipeError),
+        (file.read_text().replace('"release_version": 1', '"release_version": 9'), RecipeError),
+        (json.dumps({**json.loads(file.read_text()), "measures": "UEsD"}), EnvironmentProblem),
+    ):
+        (tmp_path / "odd.json").write_text(content)
+        with pytest.raises(error):
+            open_release(tmp_path / "odd.json", "odd")
+    with pytest.raises(RecipeError, match="there is no such file"):
+        open_release(tmp_path / "gone.json", "gone")
+
+
+def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_path: Path) -> None:
+    made = invoke("release", run, "--out", tmp_path / "best.json")
+    assert made.exit_code == 0, made.output
+    assert "evaluate.champion" in made.stdout
+    shown = invoke("release", "show", tmp_path / "best.json")
+    assert "loss <= base + 100" in shown.stdout, shown.output
+    listed = json.loads(invoke("release", "list", tmp_path, "--json").stdout)
+    assert [one["name"] for one in listed] == ["tiny"]
+    assert "measures" not in listed[0]
+    compared = json.loads(invoke("release", "diff", tmp_path / "best.json", file, "--json").stdout)
+    assert compared["difference"]["loss"]["value"] == 0
+    sets = ["--set", f"evaluate.champion={tmp_path / 'best.json'}", "--set", "evaluate.gates=['loss.high <= champion']"]
+    done = invoke("run", run.parent.parent / "tiny.yaml", "--out", tmp_path / "next", *sets)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "next" / "report.json").read_text())
+    assert report["evaluation"]["champion"]["difference"]["loss"]["value"] == 0
