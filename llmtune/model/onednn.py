@@ -13,8 +13,7 @@ from typing import cast
 import torch
 from torch.nn.functional import linear
 
-from llmtune.model.oom import is_out_of_memory
-from llmtune.store.machine import is_amd
+from llmtune.store.machine import address_space_limit, is_amd
 
 _TOLERANCE = 1e-4
 """Of the largest element; both round in float32, in other orders."""
@@ -23,16 +22,9 @@ _FEWEST = 16
 
 
 def multiply(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x W^T + bias, without a gradient: [..., I] -> [..., O].
-
-    For each shape oneDNN makes code, in memory that the system has to grant. Where it does not, MKL goes on.
-    """
+    """Return x W^T + bias, without a gradient: [..., I] -> [..., O]."""
     if not torch.compiler.is_compiling() and is_faster(x, weight_OI):
-        try:
-            return _multiply(x, weight_OI, bias_O)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        return _multiply(x, weight_OI, bias_O)
     return linear(x, weight_OI, bias_O)
 
 
@@ -47,8 +39,11 @@ def is_faster(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _is_right() -> bool:
-    """Whether this processor wants it, and torch's own operator is there and gives what `linear` gives."""
-    if not is_amd() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Whether this processor wants it, and torch's own operator is there and gives what `linear` gives.
+
+    Not where the address space is limited: oneDNN makes code for each shape, and torch 2.15 crashes where that fails.
+    """
+    if not is_amd() or address_space_limit() is not None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight_OI = (torch.randn(shape, generator=generator) for shape in ((_FEWEST, 24), (8, 24)))

@@ -80,10 +80,16 @@ def memory_limit() -> int:
             limits.append(int(file.read_text()))
         except (OSError, ValueError):  # absent, or the word "max"
             continue
-    if os.name == "posix":
-        import resource
-
-        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if address_space != resource.RLIM_INFINITY:
-            limits.append(address_space)
+    if (address_space := address_space_limit()) is not None:
+        limits.append(address_space)
     return min(limits)
+
+
+def address_space_limit() -> int | None:
+    """Return the bytes that `ulimit -v` leaves this process; None for no limit."""
+    if os.name != "posix":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit

@@ -89,7 +89,10 @@ def start_training(path: Path, folder: Path) -> TrainContext:
 
 
 def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:
-    """The loss of the first step and its gradient, with micro-batches of so many tokens."""
+    """The loss of the first step and its gradient, with micro-batches of so many tokens.
+
+    Sinusoidal positions (Marian) have none before transformers 5.24, though they are parameters.
+    """
     training.optimizer.zero_grad(set_to_none=True)
     found = step_gradients(training, 1, budget, 1.0)
-    return found.mean, torch.cat([parameter.grad.flatten() for parameter in training.parameters])
+    return found.mean, torch.cat([p.grad.flatten() for p in training.parameters if p.grad is not None])
