@@ -29,21 +29,21 @@ def multiply(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | No
 
 
 def is_faster(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies these."""
+    """Whether oneDNN multiplies these.
+
+    Not where the address space is limited: it makes code for each shape, and torch 2.15 crashes where that fails.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight_OI.dtype != torch.float32:
         return False
-    return x.numel() >= _FEWEST * x.shape[-1] and _is_right()
+    return x.numel() >= _FEWEST * x.shape[-1] and address_space_limit() is None and _is_right()
 
 
 @cache
 @torch.inference_mode(False)
 @torch.no_grad()
 def _is_right() -> bool:
-    """Whether this processor wants it, and torch's own operator is there and gives what `linear` gives.
-
-    Not where the address space is limited: oneDNN makes code for each shape, and torch 2.15 crashes where that fails.
-    """
-    if not is_amd() or address_space_limit() is not None or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    """Whether this processor wants it, and torch's own operator is there and gives what `linear` gives."""
+    if not is_amd() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
     x, weight_OI = (torch.randn(shape, generator=generator) for shape in ((_FEWEST, 24), (8, 24)))
