@@ -12,8 +12,6 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch.autograd.function import once_differentiable
 
-from llmtune.model.onednn import multiply
-
 
 def fuse_products(model: torch.nn.Module) -> int:
     """Let the plain LoRA layers of `model` compute by `FusedLinear`, in place; return how many there are.
@@ -41,8 +39,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
         if isinstance(dropout, torch.nn.Identity) or not self.training:
             bias = None if base.bias is None else base.bias.to(dtype)
             whole = x.to(dtype), base.weight.to(dtype), bias, a_RI, b_OR, scale
-            y_NO = cast(torch.Tensor, _LinearWithLowRank.apply(*whole))  # type: ignore[no-untyped-call]
-            return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+            return cast(torch.Tensor, _LinearWithLowRank.apply(*whole))  # type: ignore[no-untyped-call]
         parts = base(x), dropout(x.to(dtype)), a_RI, b_OR, scale
         return cast(torch.Tensor, _LowRank.apply(*parts))  # type: ignore[no-untyped-call]
 
@@ -77,26 +74,31 @@ class _LinearWithLowRank(torch.autograd.Function):
         b_OR: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """[..., I] -> [N, O]: no view, for a layer may go on in place."""
+        """[..., I] -> [..., O]."""
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.shape[-1])
-            y_NO = multiply(x_NI, weight_OI, bias_O)
-            low_NR = multiply(x_NI, a_RI)
+            y = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+            y_NO = y.view(-1, y.shape[-1])
+            if bias_O is None:
+                torch.mm(x_NI, weight_OI.T, out=y_NO)
+            else:
+                torch.addmm(bias_O, x_NI, weight_OI.T, out=y_NO)
+            low_NR = x_NI @ a_RI.T
             y_NO.addmm_(low_NR, b_OR.T, alpha=scale)
         ctx.save_for_backward(x, weight_OI, a_RI, b_OR, low_NR)
         ctx.scale = scale
-        return y_NO
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradient of y -> of x, A and B."""
         x, weight_OI, a_RI, b_OR, low_NR = ctx.saved_tensors
-        gradient_NO = outputs[0]
+        gradient_NO = outputs[0].reshape(-1, weight_OI.shape[0])
         into_NR, da_RI, db_OR = _low_rank_gradients(gradient_NO, x, low_NR, b_OR, ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = multiply(gradient_NO, weight_OI.T).addmm_(into_NR, a_RI).view(x.shape)
+            dx = (gradient_NO @ weight_OI).addmm_(into_NR, a_RI).view(x.shape)
         return dx, None, None, da_RI, db_OR, None
 
 
@@ -131,7 +133,7 @@ def _low_rank_gradients(
     gradient_NO: torch.Tensor, x: torch.Tensor, low_NR: torch.Tensor, b_OR: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x A^T [N, R], of A and of B."""
-    into_NR = multiply(gradient_NO, b_OR.T).mul_(scale)
+    into_NR = (gradient_NO @ b_OR).mul_(scale)
     da_RI = into_NR.T @ x.reshape(-1, x.shape[-1])
     db_OR = (low_NR.T @ gradient_NO).mul_(scale).T
     return into_NR, da_RI, db_OR

@@ -17,9 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
-
-from llmtune.model.onednn import multiply
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that stand in the compute format at a time: 32 MiB in 16 bits."""
@@ -128,13 +127,12 @@ class _HeadLoss(torch.autograd.Function):
         gradient_SD = torch.empty_like(hidden_SD) if eager else None
         with torch.autocast(hidden_SD.device.type, enabled=False):
             for part in _chunks(count, weight_VD.shape[0], CHUNK_ELEMENTS):
-                logits_cV = multiply(hidden_SD[part], weight_VD, bias_V)
+                logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
                 if choices:
                     correct_S[part] = logits_cV.argmax(1) == targets_S[part]
                 slopes_c = _losses(logits_cV, targets_S[part], shape, losses_S[part], keep=eager)
                 if gradient_SD is not None:
-                    # By now the logits are their gradient, but for the target's own part.
-                    into_cD = multiply(logits_cV, weight_VD.T)
+                    into_cD = logits_cV @ weight_VD  # by now they are the gradient, but for the target's own part
                     own_cD = weight_VD[targets_S[part]].float() * slopes_c[:, None]
                     gradient_SD[part] = (into_cD.float() - own_cD).to(hidden_SD.dtype)
         if trained:
@@ -158,13 +156,13 @@ class _HeadLoss(torch.autograd.Function):
         dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
         db_V = None if bias_V is None else torch.zeros(len(bias_V), dtype=torch.float32, device=weight_VD.device)
         for part in _chunks(len(targets_S), weight_VD.shape[0], CHUNK_ELEMENTS):
-            logits_cV = multiply(hidden_SD[part], weight_VD, bias_V)
+            logits_cV = linear(hidden_SD[part], weight_VD, bias_V)
             losses_c = torch.empty(len(logits_cV), dtype=torch.float32, device=logits_cV.device)
             slopes_c = _losses(logits_cV, targets_S[part], ctx.shape, losses_c, keep=True)
             targets_c1 = targets_S[part, None]
             logits_cV.scatter_add_(1, targets_c1, -slopes_c[:, None].to(logits_cV.dtype))
             logits_cV.mul_(raised_S[part, None])
-            dh_SD[part] = multiply(logits_cV, weight_VD.T)
+            dh_SD[part] = logits_cV @ weight_VD
             dw_VD += logits_cV.T @ hidden_SD[part]
             if db_V is not None:
                 db_V += logits_cV.sum(0, dtype=torch.float32)

@@ -67,11 +67,6 @@ def has_bfloat16(device: str) -> bool:
     return bool(flags and BFLOAT16_FLAGS & set(flags[1].split()))
 
 
-def is_amd() -> bool:
-    """Whether the processor is one of AMD's."""
-    return "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.is_file() else platform.processor())
-
-
 def memory_limit() -> int:
     """Return the bytes that this process may use: the least of RAM, control group and address space (`ulimit -v`)."""
     limits = [psutil.virtual_memory().total]
@@ -80,16 +75,10 @@ def memory_limit() -> int:
             limits.append(int(file.read_text()))
         except (OSError, ValueError):  # absent, or the word "max"
             continue
-    if (address_space := address_space_limit()) is not None:
-        limits.append(address_space)
+    if os.name == "posix":
+        import resource
+
+        address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if address_space != resource.RLIM_INFINITY:
+            limits.append(address_space)
     return min(limits)
-
-
-def address_space_limit() -> int | None:
-    """Return the bytes that `ulimit -v` leaves this process; None for no limit."""
-    if os.name != "posix":
-        return None
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
