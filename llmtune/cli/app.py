@@ -15,6 +15,7 @@ from llmtune import __version__
 from llmtune.cli import compare, deploy, explain, init, prompting, recipes, release, run, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
+from llmtune.cli.usage_hints import CommandGroup
 from llmtune.errors import RecipeError
 from llmtune.store.process_environment import offline_switches, prepare_environment
 
@@ -51,6 +52,7 @@ EXIT_CODES = {
 FIRST_STEPS = 'Your own rows: llmtune init rows.csv, then llmtune run rows.yaml, then llmtune generate rows "TEXT"'
 
 app = typer.Typer(
+    cls=CommandGroup,
     help="Fine-tune a Hugging Face model from one recipe, and prove what the tuning did.",
     epilog=f"{FIRST_STEPS}\n\nExit codes: {'; '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}",
     no_args_is_help=True,

@@ -81,7 +81,7 @@ def _unread(survey: Survey, task: str | None) -> LlmtuneError:
     from llmtune.data.file_survey import refusals
     from llmtune.recipe.task_facts import TASK_FACTS
 
-    known = "\n    ".join(refusals(survey))
+    known = "\n    ".join(refusals(survey, task))
     ways = f"Name a task with --task ({', '.join(TASK_FACTS)}), or rename" if task is None else "Rename"
     fix = f"The first row is bad:\n    {known}" if known else f"{ways} the columns."
     reader = "no task reads" if task is None else f"task: {task} does not read"

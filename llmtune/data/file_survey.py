@@ -92,22 +92,22 @@ def list_readings(survey: Survey, task: str | None = None) -> list[Reading]:
     named = [one for one in BY_NAME if task in (None, one)]
     first, folder = survey.rows[:LOOKED_AT], survey.path.parent
     readings = [_reading(survey, one, {}) for one in named if reads(first, one, {}, folder)]
-    if not readings:
+    if not readings and not refusals(survey, task):  # names that are known count, even where their values are bad
         readings = [_reading(survey, one, columns) for one, columns in _inferred(survey, task)]
     return [reading for reading in readings if reading.rows]
 
 
-def refusals(survey: Survey) -> list[str]:
-    """Return what is wrong with the first row, by each task that knows its columns."""
+def refusals(survey: Survey, task: str | None = None) -> list[str]:
+    """Return what is wrong with the first row, by each task (or the one that is named) that knows its columns."""
     found = []
     first, folder = survey.rows[:LOOKED_AT], survey.path.parent
-    for task in BY_NAME:
+    for one in [one for one in BY_NAME if task in (None, one)]:
         with suppress(DataError):
-            row_format = detect_format(first, task, {}, None, str(survey.path))
+            row_format = detect_format(first, one, {}, None, str(survey.path))
             try:
-                parse_row(rename(first[0], map_columns(row_format, first, task, {})), row_format, task, folder)
+                parse_row(rename(first[0], map_columns(row_format, first, one, {})), row_format, one, folder)
             except RowError as error:
-                found.append(f"as {task}: {error}")
+                found.append(f"as {one}: {error}")
     return found
 
 

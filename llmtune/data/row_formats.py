@@ -312,7 +312,8 @@ def _no_match(
     what = f"the format is not known by the columns {_listed(present)}"
     if suggestion:
         return DataError.of(what, where, f"Map them; this line of the section `data` reads the file:\n    {suggestion}")
-    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in usable[0].required)
+    texts = max(reversed(usable), key=lambda one: min(len(one.required), len(present)))  # not messages, for two texts
+    mapped = ", ".join(f"{name}: YOUR_COLUMN" for name in texts.required)
     source = f"`train: {{path: {where}, columns: {{{mapped}}}}}`"
     return DataError.of(what, where, f"Formats:\n    {known}\n    or map columns in the section `data`: {source}.")
 

@@ -250,6 +250,8 @@ def progress_bars(console: Console) -> Progress:
 
 
 def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:
-    """Add a bar and return what moves it."""
+    """Add a bar and return what moves it; where there is no terminal, a line says what begins."""
+    if not bars.console.is_terminal:
+        bars.console.print(f"{name}: {total:,} rows", highlight=False)
     bar = bars.add_task(name, total=total)
     return lambda rows: bars.advance(bar, rows)

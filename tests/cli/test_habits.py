@@ -124,3 +124,18 @@ def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
     print_blocks([Table(heads, [["a_metric_with_a_long_name", *numbers]])], console)
     words = console.export_text().split()
     assert all(word in words for number in numbers for word in number.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("--model", "x"), "It follows a command: llmtune run ... --model"),
+        (("run", "quickstart", "--lr", "1"), "Use 'train.learning_rate'."),
+        (("run", "quickstart", "--batch-size", "8"), "--set train.batch_size=VALUE"),
+        (("run", "quickstart", "--modl", "x"), "Possible options: --model"),
+    ],
+)
+def test_an_option_that_is_not_there_is_answered_with_what_to_type(words: tuple[str, ...], hint: str) -> None:
+    done = invoke(*words)
+    assert done.exit_code == 2
+    assert hint in " ".join(done.stderr.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())

@@ -157,3 +157,11 @@ def test_copies_do_not_count_where_the_share_of_test_rows_is_chosen() -> None:
     assert init("tickets.csv").exit_code == init("copied.csv").exit_code == 0
     shares = [load_recipe(f"{name}.yaml").recipe.data.test for name in ("tickets", "copied")]
     assert shares[0] == shares[1]
+
+
+def test_recordings_that_are_not_there_are_named_and_never_become_another_task() -> None:
+    write("metadata.csv", "file_name,transcription", [(f"{i}.wav", f"Good morning to all {i} of you.") for i in range(20)])
+    done = init()
+    assert done.exit_code == 3
+    assert "as speech: audio missing: there is no file" in done.stderr
+    assert not Path("metadata.yaml").exists()
