@@ -285,3 +285,7 @@ def test_equal_content_has_an_equal_hash_whatever_its_composition_and_outer_spac
 def test_system_messages_do_not_count_when_texts_are_compared():
     row = turns(("system", "a long text that all rows share"), ("user", "q"), ("assistant", "a"))
     assert spoken_text(row) == "q a"
+
+
+def test_two_columns_of_numbers_are_answered_with_two_columns_to_map() -> None:
+    assert "columns: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}" in detected([{"x1": 1, "x2": 2}])
