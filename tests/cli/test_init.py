@@ -160,7 +160,9 @@ def test_copies_do_not_count_where_the_share_of_test_rows_is_chosen() -> None:
 
 
 def test_recordings_that_are_not_there_are_named_and_never_become_another_task() -> None:
-    write("metadata.csv", "file_name,transcription", [(f"{i}.wav", f"Good morning to all {i} of you.") for i in range(20)])
+    write(
+        "metadata.csv", "file_name,transcription", [(f"{i}.wav", f"Good morning to all {i} of you.") for i in range(20)]
+    )
     done = init()
     assert done.exit_code == 3
     assert "as speech: audio missing: there is no file" in done.stderr
