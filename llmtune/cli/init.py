@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtune.cli.migrate import migrate_file
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import DataError, LlmtuneError, RecipeError, nearest
@@ -38,6 +39,9 @@ def init(
         str | None, typer.Option("--model", help="The model to start from (default: one that fits).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The recipe (default: named after the data).")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Another tool's configuration, as `recipes migrate`.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing; take what is proposed.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -51,6 +55,9 @@ def init(
     if task is not None and task not in TASK_FACTS:
         fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
         raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
+    if from_ is not None:
+        migrate_file(from_, out, task=task, as_json=as_json)
+        return
     path, asks = Path(data or data_option or _only_file()), not yes and not as_json and sys.stdin.isatty()
     if not path.is_file():
         known = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -1,4 +1,4 @@
-"""`llmtune recipes`: list, show, new, check, schema."""
+"""`llmtune recipes`: list, show, new, check, schema, migrate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from llmtune.cli.migrate import migrate
 from llmtune.cli.options import AsJson, RecipeArgument, Sets
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.store.atomic_files import explained
 
-app = typer.Typer(help="Recipes: list, show, new, check, schema.", no_args_is_help=True)
+app = typer.Typer(help="Recipes: list, show, new, check, schema, migrate.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -108,3 +109,6 @@ def schema() -> None:
     from llmtune.recipe.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+app.command("migrate")(migrate)

@@ -167,3 +167,24 @@ def test_recordings_that_are_not_there_are_named_and_never_become_another_task()
     assert done.exit_code == 3
     assert "as speech: audio missing: there is no file" in done.stderr
     assert not Path("metadata.yaml").exists()
+
+
+def test_another_tools_configuration_becomes_the_same_recipe_by_init_and_by_migrate() -> None:
+    write("rows.csv", "id,subject,body,answer", TICKETS)
+    keys = {
+        "base_model": "builtin:minilm-l6-v2",
+        "datasets": [{"path": "./rows.csv", "type": "alpaca"}],
+        "strict": True,
+    }
+    Path("their.yaml").write_text(json.dumps({**keys, "adapter": "lora", "lora_r": 4, "hub_token": "hf_secret"}))
+    done = invoke("recipes", "migrate", "their.yaml", "--out", "one.yaml")
+    assert done.exit_code == 0, done.stderr
+    assert "refused  hub_token: ***: a recipe holds no secrets" in done.stderr
+    assert done.stdout.endswith("next: llmtune recipes check one.yaml\n")
+    assert invoke("init", "--from", "their.yaml", "--out", "two.yaml").exit_code == 0
+    assert Path("one.yaml").read_text() == Path("two.yaml").read_text()
+    assert load_recipe("one.yaml").recipe.adapter.r == 4
+    again = invoke("recipes", "migrate", "their.yaml", "--out", "one.yaml")
+    assert (again.exit_code, "the file exists" in again.stderr) == (2, True)
+    found = json.loads(invoke("recipes", "migrate", "their.yaml", "--out", "three.yaml", "--json").stdout)
+    assert found["counts"]["refused"] == 2

@@ -1,0 +1,203 @@
+"""Configurations of other tools, as they are: YAML, JSON or a command line; and the tables of what becomes of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from llmtune.errors import RecipeError, nearest
+from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_scalar
+
+Facts = Mapping[str, object]
+"""Our keys with values."""
+ROW_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """What becomes of the keys of one tool; `migrations/trl.yaml` says what each part is."""
+
+    tool: str = ""
+    rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    programs: tuple[str, ...] = ()
+    words: Mapping[str, Facts] = field(default_factory=dict)
+    refused_words: Mapping[str, str] = field(default_factory=dict)
+    scripts: Mapping[str, str] = field(default_factory=dict)
+    sections: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    defaults: Facts = field(default_factory=dict)
+    task_defaults: Mapping[str, Facts] = field(default_factory=dict)
+    method_defaults: Mapping[str, Facts] = field(default_factory=dict)
+    always: Facts = field(default_factory=dict)
+    columns: Mapping[str, Facts] = field(default_factory=dict)
+    guesses: Mapping[str, Facts] = field(default_factory=dict)
+    decide: tuple[str, ...] = ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], below: Table | None = None) -> Table:
+        """Read a table; the rules of the one `below` hold for keys that it does not name."""
+        rules: dict[str, Mapping[str, Any]] = dict(below.rules) if below else {}
+        rules |= {key: {"to": f"{section}.{key}"} for section, keys in values.get("same", {}).items() for key in keys}
+        rules |= {key: {"refuse": why} for why, keys in values.get("refused", {}).items() for key in keys}
+        rules |= {key: {"to": rule} if isinstance(rule, str) else rule for key, rule in values.get("keys", {}).items()}
+        parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in values.items()}
+        names = cls.__dataclass_fields__.keys() - {"rules"}
+        return cls(rules=rules, **{name: part for name, part in parts.items() if name in names})
+
+    def find(self, key: str) -> Mapping[str, Any] | None:
+        """Return the rule for a key, maybe by a name with `*`."""
+        wild = (rule for name, rule in self.rules.items() if "*" in name and fnmatchcase(key, name))
+        return self.rules.get(key) or next(wild, None)
+
+    def flatten(self, values: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, object]]:
+        """Yield the keys that the table knows, those of sections in sections with dots."""
+        for key, value in values.items():
+            name = f"{parent}{key}"
+            if isinstance(value, dict) and value and name not in self.rules:
+                yield from self.flatten(value, "" if name in self.sections else f"{name}.")
+            else:
+                yield name, value
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """Return the table of each tool, by the name of its file."""
+    read, folder = YAML(typ="safe"), resources.files("llmtune.recipe") / "migrations"
+    found = {file.name.removesuffix(".yaml"): read.load(file.read_text("utf-8")) for file in folder.iterdir()}
+    trainer = Table.from_mapping(found.pop("trainer"))
+    return {
+        name: Table.from_mapping(found[name], trainer if "extends" in found[name] else None) for name in sorted(found)
+    }
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """A configuration of another tool: its keys, those of sections with dots, as the tool's table knows them."""
+
+    label: str
+    folder: Path
+    table: Table
+    values: dict[str, object]
+    facts: Facts
+    """What the command says beside its options: our keys."""
+
+    @classmethod
+    def read(cls, file: Path, tool: str | None = None) -> ForeignConfig:
+        """Read a file; raises RecipeError where it is of no tool that is known, or of none that `tool` means."""
+        known = tables()
+        if tool is not None and tool not in known:
+            fix = f"{nearest(tool, list(known))} Tools: {', '.join(known)}.".strip()
+            raise RecipeError.of(f"there is no tool {tool!r}", "--tool", fix)
+        text, name = read_text(file), label(file)
+        command = None if file.suffix.lower() in (".yaml", ".yml", ".json") else _find_command(text)
+        if command is not None:
+            table, words = command
+            values, facts = _read_options(known[tool] if tool else table, words, file)
+            return cls(name, file.absolute().parent, known[tool] if tool else table, values, facts)
+        nested = parse_yaml(text, name, file.parent).plain()
+        if not isinstance(nested, dict) or not nested:
+            raise RecipeError.of(
+                "no configuration: it is neither a mapping of keys nor a command of a tool", name, _TOOL
+            )
+        scores = {one: _score(known[one], nested) for one in known}
+        best = tool or max(scores, key=lambda one: scores[one])
+        if tool is None and scores[best][0] == 0:
+            fix = f"Name the tool: --tool {' | '.join(known)}."
+            raise RecipeError.of(f"no tool has such keys: {', '.join(list(map(str, nested))[:8])}", name, fix)
+        return cls(name, file.absolute().parent, known[best], dict(known[best].flatten(nested)), {})
+
+
+_TOOL = "Give a YAML or JSON file of the tool, or a file with its command line."
+
+
+def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
+    """Return how many keys only this tool has, and how many it knows."""
+    keys = dict(table.flatten(nested))
+    return sum(key in table.marks for key in keys), sum(table.find(key) is not None for key in keys) / len(keys)
+
+
+def _find_command(text: str) -> tuple[Table, list[str]] | None:
+    """Find the first line that calls a tool; return its table and the words behind the program."""
+    for line in text.replace("\\\n", " ").splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            continue
+        for position, word in enumerate(words):
+            program = os.path.basename(word)
+            for table in tables().values():
+                if program in table.programs:
+                    return table, words[position + 1 :]
+                if program in table.scripts:
+                    return table, [table.scripts[program], *words[position + 1 :]]
+    return None
+
+
+def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str, object], Facts]:
+    """Read `--key value...`, `--key=value`, `--key` and `key=value`; a configuration that is named lies below them."""
+    options: dict[str, list[object]] = {}
+    facts: dict[str, object] = {}
+    key = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word in ("|", "||", "&&", ";", ">", "2>&1"):
+            break
+        if word.startswith("--") or (equals and table.find(name) is not None):
+            name = name.removeprefix("--").replace("-", "_") if word.startswith("--") else name
+            options.setdefault(name, []).extend([resolve_scalar(value)] if equals else [])
+            key = "" if equals else name
+        elif key and not word.startswith("-"):
+            options[key].append(resolve_scalar(word))
+        elif word in table.refused_words:
+            raise RecipeError.of(
+                f"`{table.tool} {word}` is no training that a recipe can say",
+                label(file),
+                f"{table.refused_words[word]}.",
+            )
+        elif word in table.words:
+            facts |= table.words[word]
+        else:
+            options.setdefault("config" if word.endswith((".yaml", ".yml", ".json")) else "recipe", []).append(word)
+    stated = {name: True if not items else items[0] if len(items) == 1 else items for name, items in options.items()}
+    below: dict[str, object] = {}
+    for base in (Path.cwd(), file.parent):
+        named = base / str(stated.get("config", ""))
+        if "config" in stated and named.is_file():
+            del stated["config"]
+            below = dict(table.flatten(_mapping(named)))
+            break
+    for name in [one for one in stated if one.startswith("no_") and stated[one] is True and table.find(one) is None]:
+        stated[name.removeprefix("no_")] = not stated.pop(name)
+    return below | stated, facts
+
+
+def _mapping(file: Path) -> dict[str, object]:
+    value = parse_yaml(read_text(file), label(file), file.parent).plain()
+    return value if isinstance(value, dict) else {}
+
+
+def first_row(file: Path) -> Mapping[str, object]:
+    """Return the first row of a local file of JSON lines, JSON or CSV; nothing where there is none."""
+    if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):
+        return {}
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        if file.suffix.lower() == ".csv":
+            return dict.fromkeys(next(csv.reader(lines), []), "")
+        try:
+            text = lines.readline(ROW_BYTES) if file.suffix.lower() == ".jsonl" else lines.read(16 * ROW_BYTES)
+            row = json.loads(text)
+        except ValueError:
+            return {}
+    row = row[0] if isinstance(row, list) and row else row
+    return row if isinstance(row, dict) else {}

@@ -1,0 +1,156 @@
+"""Another tool's configuration becomes a recipe: each key is carried, renamed or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import RecipeError
+from llmtune.recipe.foreign_config import ForeignConfig, first_row
+from llmtune.recipe.loader import LoadedRecipe, resolve
+from llmtune.recipe.migration_rules import Migration, Setting, State, apply_rule, move
+from llmtune.recipe.yaml_reader import Node
+
+HELD_OUT: dict[str, tuple[object, str]] = {
+    "data.validation": (0, "none are held out there; 0.05 lets training see how it does"),
+    "data.test": (0, "none are held out there; 0.1 measures what the tuning did"),
+    "data.deduplicate": ("none", "copies are learned there; near keeps one of them"),
+}
+"""What a recipe does by itself, and other tools do not: what they do, and a word on it."""
+REQUIRED = {
+    "task": ("chat", "SET: the task"),
+    "data.train": ("rows.jsonl", "SET: the rows"),
+    "model.name": ("owner/model", "SET: the model"),
+}
+"""What a recipe needs, and what stands for it where the configuration does not say it."""
+
+
+def migrate(file: Path, out: Path, tool: str | None = None, task: str | None = None) -> tuple[Migration, LoadedRecipe]:
+    """Make a recipe that will stand at `out`; return it, with what became of each key.
+
+    Raises RecipeError where the file cannot be read, is of no known tool, or asks for what cannot be done at all.
+    """
+    config = ForeignConfig.read(file, tool)
+    table, migration = config.table, Migration(config, out.absolute().parent)
+    if task is not None:
+        migration.settings["task"] = Setting(task, ["--task"])
+    for ours, value in config.facts.items():
+        migration.settings.setdefault(ours, Setting(value, ["the command"]))
+    for key, value in config.values.items():  # those that decide on the task first
+        if '"task"' in json.dumps(table.find(key)):
+            move(migration, key, value)
+    for ours, value in (fact for key, facts in table.guesses.items() if key in config.values for fact in facts.items()):
+        migration.settings.setdefault(ours, Setting(value, []))
+    _look_at_rows(migration)
+    for key, value in config.values.items():
+        if key not in migration.moved:
+            move(migration, key, value)
+    _look_at_rows(migration)
+    _fill(migration)
+    loaded = _check(migration, out)
+    return migration, loaded
+
+
+def _look_at_rows(migration: Migration) -> None:
+    """Let the first row of a local file decide what the table leaves to it, where nothing else has."""
+    path = migration.settings.get("data.train.0.path")
+    row = first_row(migration.folder / str(path.value)) if path else {}
+    for name, facts in migration.config.table.columns.items():
+        column, _, messages = name.partition(" ")
+        if column in row and (not messages or isinstance(row[column], list)):
+            for ours, value in facts.items():
+                migration.settings.setdefault(ours, Setting(value, [f"the column {column}"]))
+            return
+
+
+def _fill(migration: Migration) -> None:
+    """State what the other tool does where its configuration is silent, and that it holds no rows out."""
+    table, config = migration.config.table, migration.config
+    task = migration.settings.setdefault("task", Setting("chat", [])).value
+    stated, noted = set(migration.settings), dict(migration.moved)
+    method = migration.settings.get("adapter.method")
+    defaults = {**table.defaults, **table.task_defaults.get(str(task), {})}
+    defaults |= table.method_defaults.get(str(method.value if method else "lora"), {})
+    by = f"{table.tool}'s default"
+    factors = {rule["times"] for rule in table.rules.values() if "times" in rule}
+    names = {key for key in config.values if "times" in (table.find(key) or ())}
+    whole = any(ours in stated for ours in factors) and not names
+    for key, value in defaults.items():
+        rule = table.find(key)
+        if rule is None or key in config.values or ("times" in rule and whole):
+            continue
+        before = dict(migration.settings)
+        apply_rule(migration, key, value, rule, "data.train.0")
+        for ours, setting in list(migration.settings.items()):
+            if ours in stated and "times" not in rule:
+                migration.settings[ours] = before[ours]
+            elif setting is not before.get(ours):
+                setting.keys = [*(before[ours].keys if ours in stated else []), by]
+        migration.moved.pop(key, None)
+    migration.moved = noted
+    for ours, (value, why) in (HELD_OUT | {ours: (value, by) for ours, value in table.always.items()}).items():
+        if not any(one == ours or one.startswith(f"{ours}.") for one in migration.settings):
+            migration.settings[ours] = Setting(value, [why])
+
+
+def _check(migration: Migration, out: Path) -> LoadedRecipe:
+    """Check the recipe; what it refuses is taken out, with the recipe's own reason, until it is good."""
+    while True:
+        for ours, (value, what) in REQUIRED.items():
+            if not any(one == ours or one.startswith(f"{ours}.") for one in migration.settings):
+                first = f"{ours}.0.path" if ours == "data.train" else ours
+                migration.settings[first] = Setting(value, [what])
+        try:
+            return resolve(_node(nested(migration.settings), "", migration.folder), out)
+        except RecipeError as error:
+            refused = [
+                _take_out(migration, str(problem.where), f"{problem.what}. {problem.fix or ''}".strip())
+                for problem in error.problems
+            ]
+            if not any(refused):
+                raise
+
+
+def _take_out(migration: Migration, where: str, why: str) -> bool:
+    """Take out the keys at and below one; what they come from is refused. Returns whether there were any."""
+    found = [ours for ours in migration.settings if ours == where or ours.startswith(f"{where}.")]
+    for ours in found:
+        for key in migration.settings.pop(ours).keys:
+            if key in migration.moved:
+                kept = tuple(name for name in migration.moved[key].to if name != ours)
+                state: State = "renamed" if kept else "refused"
+                migration.moved[key] = replace(migration.moved[key], state=state, to=kept, why=why)
+    return bool(found)
+
+
+def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Nest dotted keys; the items of a list stand by number."""
+    root: dict[str, Any] = {}
+    for ours, setting in settings.items():
+        here = root
+        *parents, last = ours.split(".")
+        for name in parents:
+            here = here.setdefault(name, {})
+        here[last] = setting
+    return root
+
+
+def _node(value: Any, key: str, folder: Path) -> Node:
+    """Make a node whose origin is its key, so that a problem names it."""
+    if isinstance(value, Setting):
+        return _plain(value.value, key, folder)
+    items = {name: _node(inner, f"{key}.{name}".lstrip("."), folder) for name, inner in value.items()}
+    if items and all(name.isdigit() for name in items):
+        return Node([items[name] for name in sorted(items, key=int)], key, folder)
+    return Node(items, key, folder)
+
+
+def _plain(value: Any, key: str, folder: Path) -> Node:
+    if isinstance(value, list):
+        return Node([_plain(item, key, folder) for item in value], key, folder)
+    if isinstance(value, dict):
+        return Node({str(name): _plain(item, key, folder) for name, item in value.items()}, key, folder)
+    return Node(value, key, folder)
