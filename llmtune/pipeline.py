@@ -7,7 +7,6 @@ kept as facts in the manifest, so that the report can be written from the run fo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,19 +24,17 @@ from llmtune.data.row_store import load_rows
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem
-from llmtune.evaluate.cache_keys import base_inputs, evaluation_inputs
-from llmtune.evaluate.champion import check_champion, make_challenge
+from llmtune.evaluate.cache_keys import evaluation_inputs
+from llmtune.evaluate.champion import check_champion
 from llmtune.evaluate.eval_inputs import warn_of_cuts
-from llmtune.evaluate.evaluation_file import load_evaluation, print_scores, save_evaluation
-from llmtune.evaluate.evaluator import evaluate as evaluate_models
+from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
 from llmtune.evaluate.power import print_plan
-from llmtune.evaluate.results import load_base
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
+from llmtune.executor import HERE, Executor
 from llmtune.model.device import pick_device
-from llmtune.model.heads import head_is_new
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_selection import rank_candidates
@@ -47,7 +44,7 @@ from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.render_terminal import print_blocks
 from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
-from llmtune.session import Models, Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
+from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_file, hash_value, staged, write_text
 from llmtune.store.process_environment import is_remote_model, refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
@@ -60,13 +57,11 @@ from llmtune.train.trackers import log_results
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Trainer = Callable[[RunContext, ModelRef, Examples, str, str], None]
-"""Runs adapt and train and leaves both steps done in the manifest; it gets the hashes of their inputs last."""
 KEPT = ("micro_batch_tokens", "gradient_checkpointing")
 """Findings of a run that its further seeds and its reproduction keep."""
 
 
-def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, trainer: Trainer | None = None) -> Json:
+def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, executor: Executor | None = None) -> Json:
     """Run the steps of a recipe up to `options.until`; returns what report.json holds.
 
     Raises:
@@ -91,12 +86,12 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, train
         context = RunContext(
             recipe, folder, console, options.offline, pins, held is not None, options.findings, options.base
         )
-        run_steps(context, loaded, options, trainer or RunContext.train_here)
+        run_steps(context, loaded, options, executor or HERE)
         if recipe.train.seeds and options.until in UNTIL:
             write_report(
                 make_report(context.folder, recipe, context.device, context.skipped), path
             )  # a further seed may be stopped
-            run_seeds(context, loaded, options, trainer)
+            run_seeds(context, loaded, options, executor)
         return conclude(context, gated=options.until in {"run", "evaluate"})
 
 
@@ -118,7 +113,7 @@ def conclude(context: RunContext, *, gated: bool) -> Json:
     return report_json(report)
 
 
-def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, trainer: Trainer) -> None:
+def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, executor: Executor) -> None:
     """Run one step after the other, up to the last that is asked for."""
     rows = prepare(context)
     if options.until == "prepare" and not context.recipe.model.name:
@@ -142,15 +137,15 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, train
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
         check_champion(loaded.recipe, context.folder.path, rows, examples)
         load_benchmarks(context.recipe, context.console)
-    train(context, loaded, model_ref, examples, plan, trainer)
+    train(context, loaded, model_ref, examples, plan, executor)
     if options.until == "train":
         return
-    evaluate(context, model_ref, processor, rows, examples)
+    evaluate(context, model_ref, processor, rows, examples, executor)
     if options.until == "run" and context.recipe.deploy:
         deploy(context, model_ref)
 
 
-def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, trainer: Trainer | None) -> None:
+def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, executor: Executor | None) -> None:
     """Run the recipe once for each further seed, as far as the run itself went.
 
     Each is skipped where it is valid, and goes on where it was stopped. Rows, model and micro-batches are held to those
@@ -164,7 +159,7 @@ def run_seeds(context: RunContext, loaded: LoadedRecipe, options: Options, train
         context.console.rule(f"seed {seed}", align="left")
         share_rows(context.folder, out, further.fingerprint)
         base = path / "evaluation"
-        run_pipeline(further, replace(own, out=out, until=UNTIL[options.until], base=base), context.console, trainer)
+        run_pipeline(further, replace(own, out=out, until=UNTIL[options.until], base=base), context.console, executor)
 
 
 def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: bool, base: Path | None = None) -> Json:
@@ -181,7 +176,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
         check_champion(loaded.recipe, run, rows, examples)
-        evaluate(context, model_ref, context.read_processor(model_ref), rows, examples)
+        evaluate(context, model_ref, context.read_processor(model_ref), rows, examples, HERE)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(
                 with_seed(loaded, seed), seed_folder(run, seed), console, offline=offline, base=run / "evaluation"
@@ -280,7 +275,7 @@ def train(
     model_ref: ModelRef,
     examples: Examples,
     plan: MemoryPlan,
-    trainer: Trainer,
+    executor: Executor,
 ) -> None:
     """Steps 3 and 4: adapt and train, going on from the last checkpoint if the inputs are the same."""
     adapt_inputs = adapter_inputs(context.recipe, model_ref, examples)
@@ -299,14 +294,19 @@ def train(
         manifest.pop("lock", None)
         context.folder.write()
         lock_run(context, model_ref, loaded.fingerprint)
-        trainer(context, model_ref, examples, adapt_inputs, inputs)
+        executor.train(context, model_ref, examples, adapt_inputs, inputs)
     if "lock" not in manifest:  # here, as a run may be killed just before it
         manifest["lock"] = note_trained(context.folder.path, trained_name(context.recipe))
         context.folder.write()
 
 
 def evaluate(
-    context: RunContext, model_ref: ModelRef, processor: PreTrainedTokenizerBase, rows: Rows, examples: Examples
+    context: RunContext,
+    model_ref: ModelRef,
+    processor: PreTrainedTokenizerBase,
+    rows: Rows,
+    examples: Examples,
+    executor: Executor,
 ) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
     inputs = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
@@ -318,24 +318,7 @@ def evaluate(
                 print_scores(replace(evaluation, gates=gates), context.console)
             return
         with staged(target) as folder:
-            models = Models(context, model_ref, processor)
-            base = base_inputs(recipe, adapter_settings(recipe), model_ref, rows, examples, context.device)
-            evaluation = evaluate_models(
-                {"base": models.before, "tuned": models.tuned},
-                processor,
-                rows,
-                examples,
-                context.task,
-                recipe,
-                context.console,
-                device=context.device,
-                folder=folder,
-                headless=head_is_new(model_ref, recipe, context.task),
-                packs=lambda: models.packs,
-                known=load_base(context.base or folder, base),
-                challenge=make_challenge(context.folder),
-            )
-            save_evaluation(evaluation, folder)
+            executor.score(context, model_ref, processor, rows, examples, folder=folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
         step.facts.update(trained=context.trained_hash, recipe=judged)
 

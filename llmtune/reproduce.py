@@ -14,8 +14,9 @@ from rich.markup import escape
 
 from llmtune.data.sources import hash_sources
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
+from llmtune.executor import Executor
 from llmtune.model.device import describe_device, pick_device
-from llmtune.pipeline import KEPT, Trainer, run_pipeline
+from llmtune.pipeline import KEPT, run_pipeline
 from llmtune.recipe.data_section import DataSection, Source
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
@@ -56,7 +57,7 @@ def reproduce(
     fresh: bool = False,
     offline: bool = False,
     tolerances: Tolerances | None = None,
-    trainer: Trainer | None = None,
+    executor: Executor | None = None,
 ) -> Json:
     """Run the resolved recipe of `run` again with all that its lock holds, and compare; returns what was found.
 
@@ -82,7 +83,7 @@ def reproduce(
         findings={name: folder.findings[name] for name in KEPT if name in folder.findings},
     )
     loaded = without_gates(without_seeds(replace(loaded, recipe=at_commits(loaded.recipe, lock))))
-    run_pipeline(loaded, options, console, trainer)  # without gates: what counts is whether the same comes out
+    run_pipeline(loaded, options, console, executor)  # without gates: what counts is whether the same comes out
     result = compare(folder, target, lock, verification, tolerances or Tolerances())
     write_json(target / RESULT, result)
     console.print(f"written: {escape(str(target / RESULT))}")

@@ -205,12 +205,17 @@ class RunContext:
         with self.step("train", inputs, [trained_name(self.recipe)], always=True) as step:
             note = self.folder.note
             trained = self.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
-            step.facts.update(trained, processes=1)
+            step.facts.update(trained, processes=1, strategy="ddp")
         del adapted
         gc.collect()  # the model is in reference cycles; evaluation loads its own
 
     def train_adapted(
-        self, adapted: AdaptedModel, examples: Examples, inputs: str, on_budget: Callable[[int], None]
+        self,
+        adapted: AdaptedModel,
+        examples: Examples,
+        inputs: str,
+        on_budget: Callable[[int], None],
+        strategy: str = "ddp",
     ) -> dict[str, object]:
         """Train, from the last checkpoint of the same inputs if there is one; return the facts of the step."""
         trained = train(
@@ -223,6 +228,7 @@ class RunContext:
             budget=self.folder.findings["micro_batch_tokens"],
             on_budget=on_budget,
             inputs=inputs,
+            strategy=strategy,
         )
         return trained.as_facts()
 

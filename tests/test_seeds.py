@@ -16,6 +16,7 @@ from support.renames import run_until
 from support.runs import llmtune, write_recipe
 
 from llmtune.errors import GateFailed, Problem, Stopped
+from llmtune.executor import Executor, score
 from llmtune.pipeline import evaluate_run, run_pipeline
 from llmtune.recipe.loader import load_recipe
 from llmtune.session import Options, RunContext
@@ -162,7 +163,7 @@ def test_a_run_that_was_stopped_at_a_seed_has_a_report_of_the_others_and_goes_on
 
     loaded, options = load_recipe(place / "tiny.yaml", [SEEDS]), Options(out=place / "stopped")
     with pytest.raises(Stopped):
-        run_pipeline(loaded, options, Console(quiet=True), trainer=train)
+        run_pipeline(loaded, options, Console(quiet=True), Executor(train, score))
     assert json.loads((place / "stopped/seeds/8/report.json").read_text())["evaluation"]["tuned"]
     assert json.loads((place / "stopped/report.json").read_text())["evaluation"]["tuned"], (
         "the run's own report is there"

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 
 KEPT = "weights_before_training"
 """On a model whose reference is not just its adapter switched off: what its trainable weights were, by name."""
@@ -44,13 +45,26 @@ def reference_of(model: torch.nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def _put_back(model: torch.nn.Module, kept: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let parameters be other tensors for a while; nothing is copied, and nothing that autograd holds changes."""
+    """Let parameters be other tensors for a while; nothing that autograd holds changes, and only shards are copied."""
     parameters = dict(model.named_parameters())
-    now = {name: parameters[name].data for name in kept}
+    sharded = [name for name in kept if isinstance(parameters[name], DTensor)]
+    now = {name: parameters[name].data for name in kept if name not in sharded}
     try:
-        for name, weights in kept.items():
-            parameters[name].data = weights
+        _exchange(parameters, kept, sharded)
+        for name in now:
+            parameters[name].data = kept[name]
         yield
     finally:
         for name, weights in now.items():
             parameters[name].data = weights
+        _exchange(parameters, kept, sharded)
+
+
+def _exchange(parameters: dict[str, torch.nn.Parameter], kept: dict[str, torch.Tensor], names: list[str]) -> None:
+    """Exchange the numbers of sharded parameters with those kept: FSDP reads from memory that it has set apart."""
+    with torch.no_grad():
+        for name in names:
+            own = cast(DTensor, parameters[name]).to_local()
+            now = own.clone()
+            own.copy_(kept[name])
+            kept[name].copy_(now)

@@ -27,17 +27,18 @@ from llmtune.records import AdaptedModel, SelectedModel
 from llmtune.report.number_format import size as format_bytes
 
 
-def save_adapter(adapted: AdaptedModel, folder: Path) -> None:
+def save_adapter(adapted: AdaptedModel, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter into `folder` (made if absent), in a form that `AutoPeftModelForCausalLM` loads.
 
     PiSSA and OLoRA become plain LoRA on the untouched base: `W_res + s B A = W + s [B, B0] [A; -A0]`, so their rank
-    doubles. With `method: full` the model itself is written, in the number format that it came in.
+    doubles. With `method: full` the model itself is written, in the number format that it came in. `state` are the
+    model's weights by name where it does not hold them whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if adapted.method == "full":
-        _save_model(adapted, folder)
+        _save_model(adapted, folder, state)
     else:
-        _save_lora(adapted, folder)
+        _save_lora(adapted, folder, state)
     save_tokenizer(adapted.selected.processor, folder)
 
 
@@ -73,10 +74,10 @@ def writing_weights(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _save_lora(adapted: AdaptedModel, folder: Path) -> None:
+def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
     model = cast(PeftModel, adapted.model)
     config: LoraConfig = model.peft_config["default"]
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, whole, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     described = config.to_dict()
     start = getattr(model, "start_weights", None)
@@ -144,10 +145,10 @@ def _double_rank(config: LoraConfig) -> dict[str, object]:
     }
 
 
-def _save_model(adapted: AdaptedModel, folder: Path) -> None:
+def _save_model(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
     model = cast(PreTrainedModel, adapted.model)
     dtype = stored_dtype(adapted.selected)
-    whole = model.state_dict()
+    whole = model.state_dict() if whole is None else whole
     tied = model.all_tied_weights_keys or {}  # of these one is written, though copies in another format are two
     twice = {name for name, source in tied.items() if whole[name].data_ptr() == whole[source].data_ptr()}
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in whole.items() if name not in twice}

@@ -27,10 +27,29 @@ from llmtune.cli.options import (
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 from llmtune.launch.python_api import evaluate_folder, run_recipe
+from llmtune.launch.topology import Topology
 from llmtune.records import Json
 
 LAUNCH = "launch"
-Processes = Annotated[int | None, typer.Option("--processes", min=1, help="How many; a GPU each, or CPU with gloo.")]
+PLACES = ("processes", "strategy", "machines", "rank", "address", "max_restarts")
+"""Options of `launch` alone."""
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
+]
+Strategy = Annotated[
+    str, typer.Option("--strategy", help="ddp: each process has all of the model; fsdp: a part of it.", metavar="NAME")
+]
+Machines = Annotated[
+    int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")
+]
+Rank = Annotated[int, typer.Option("--rank", min=0, help="The number of this machine; 0 does what is done once.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Where the machines meet: HOST:PORT of machine 0.", metavar="HOST:PORT")
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
+]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
     "prepare": "Step 1: read, check, deduplicate and split the rows; encode, mask and pack them.",
@@ -38,7 +57,7 @@ SUMMARIES = {
     "adapt": "Step 3: put the adapter in and prove that it is wired.",
     "train": "Step 4: train, with checkpoints.",
     "evaluate": "Step 5: score base and tuned model on the same held-out rows. Takes a run folder as well.",
-    LAUNCH: "Run on this machine: prepare, select and evaluate once, train in N processes.",
+    LAUNCH: "Run here: prepare and select once, train and evaluate in N processes, of this machine or of several.",
 }
 
 
@@ -46,6 +65,11 @@ def _command(name: str) -> Callable[..., None]:
     def command(
         recipe: RecipeArgument,
         processes: Processes = 1,
+        strategy: Strategy = "ddp",
+        machines: Machines = 1,
+        rank: Rank = 0,
+        address: Address = None,
+        max_restarts: MaxRestarts = 0,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -71,7 +95,9 @@ def _command(name: str) -> Callable[..., None]:
                 sets,
                 out=out,
                 until="run" if name == LAUNCH else name,
-                processes=processes if name == LAUNCH else None,
+                topology=Topology(processes, strategy, machines, rank, address, max_restarts)
+                if name == LAUNCH
+                else None,
                 resume=resume,
                 fresh=fresh,
                 lock=lock,
@@ -80,6 +106,8 @@ def _command(name: str) -> Callable[..., None]:
                 offline=offline,
                 console=console,
             )
+        if rank:
+            return  # machine 0 has the result
         if as_json:
             print_json(result)
         elif dry_run:
@@ -88,7 +116,7 @@ def _command(name: str) -> Callable[..., None]:
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
     signature = inspect.signature(command, eval_str=True)
-    kept = [one for one in signature.parameters.values() if one.name != "processes" or name == LAUNCH]
+    kept = [one for one in signature.parameters.values() if one.name not in PLACES or name == LAUNCH]
     shown.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return shown
 

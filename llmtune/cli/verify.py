@@ -93,15 +93,16 @@ def reproduce(
     threads = threads or read_lock(run / LOCK).get("threads")
     prepare_environment(network=names_remote(recipe_of_run(folder).recipe) and not offline, threads=threads)
     with gc_paused():
-        from llmtune.launch.local_processes import local_trainer
+        from llmtune.launch.local_processes import process_executor
+        from llmtune.launch.topology import Topology
         from llmtune.reproduce import Tolerances, explain, processes_of
         from llmtune.reproduce import reproduce as train_again
 
-    processes = processes_of(folder)
-    trainer = local_trainer(processes, threads=threads) if processes > 1 else None
+    topology = Topology(processes_of(folder), folder.facts("train").get("strategy", "ddp"))
+    executor = process_executor(topology, threads=threads) if topology.processes > 1 else None
     tolerances = Tolerances(loss_tolerance, score_tolerance)
     result = train_again(
-        run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances, trainer=trainer
+        run, stderr_console(), out=out, fresh=fresh, offline=offline, tolerances=tolerances, executor=executor
     )
     if as_json:
         print_json(result | ({} if result["equal"] else {"problems": [vars(explain(result))]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -14,6 +15,7 @@ from llmtune.data.answer_parser import ParsedAnswer, parse_answer
 from llmtune.data.chat_template import ChatTemplate, Tools, read_template, stop_ids
 from llmtune.data.tokenization import decode
 from llmtune.evaluate.greedy_decoding import TOLERANCE, column_bytes_of, write_greedily
+from llmtune.evaluate.row_shares import over_processes
 from llmtune.evaluate.shared_prefix import computing_dtype
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import unwrap
@@ -113,8 +115,22 @@ def generate(
 ) -> list[CompletionOutput]:
     """Generate an answer to each prompt (token ids), in batches of similar length padded on the left.
 
-    Random draws start from the recipe's seed and leave torch's generators as they were.
+    Random draws start from the recipe's seed and leave torch's generators as they were. Several processes share the
+    prompts, but where answers are drawn: a draw depends on the prompts beside it.
     """
+    work = partial(_generate_here, model, processor=processor, recipe=recipe, device=device, advance=advance)
+    return work(prompts) if recipe.generation.do_sample else over_processes(prompts, work)
+
+
+def _generate_here(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    device: str,
+    advance: Callable[[int], None],
+) -> list[CompletionOutput]:
     settings = generation_settings(model, processor, recipe)
     stops = set(answer_ends(model, processor, recipe))
     new = recipe.generation.max_new_tokens

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from llmtune.evaluate.evaluated_task import EvalPrediction, EvaluatedTask, Loade
 from llmtune.evaluate.generation import CompletionOutput, answer_reader, generate
 from llmtune.evaluate.metric import Measure, measure_means, measure_right
 from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.row_shares import count_processes, over_processes
 from llmtune.evaluate.shared_prefix import most_likely, score_trees
 from llmtune.evaluate.text_metrics import CHOICE_METRIC, TEXT_MEASURES, TOKEN_METRICS, measure_tokens
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
@@ -89,16 +91,11 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
         if task.predicts:
             advance = add_bar(bars, f"{name}: answers", len(inputs.answered))
             rows = [inputs.questions[i] for i in inputs.answered]
-            cut: dict[int, float] = {}
-
-            def note_end(row: int, is_cut: bool) -> None:
-                cut[inputs.answered[row]] = float(is_cut)
-
-            loaded = LoadedModel(model, context.processor, recipe, device, advance, note_end)
-            values = task.predict(rows, loaded) if rows else []
+            loaded = LoadedModel(model, context.processor, recipe, device, advance)
+            values, cut = predict_rows(task, rows, loaded)
             predictions = dict(zip(inputs.answered, values, strict=True))
             texts = {i: task.format_prediction(value) for i, value in predictions.items()}
-            return Answers(sums, texts, {}, predictions, cut=cut)
+            return Answers(sums, texts, {}, predictions, cut={inputs.answered[row]: end for row, end in cut.items()})
         outputs: list[CompletionOutput] = []
         if prompts:
             flat = [ids for asked in prompts.values() for ids in asked]
@@ -106,6 +103,24 @@ def predict(model: torch.nn.Module, name: str, context: EvalContext, packs: bool
             outputs = generate(model, flat, context.processor, recipe, device=device, advance=advance)
     known = dict(zip(trees, scores, strict=True))
     return read_outputs(Answers(sums, {}, known), prompts, outputs, context)
+
+
+def predict_rows(
+    task: EvaluatedTask, rows: Sequence[Mapping[str, Any]], loaded: LoadedModel
+) -> tuple[list[object], dict[int, float]]:
+    """Return the prediction of each row, and 1 or 0 by the rows whose answer ends: whether it was cut.
+
+    Several processes share the rows, but where answers are drawn at random: a draw depends on the rows beside it.
+    """
+
+    def work(own: Sequence[Mapping[str, Any]]) -> list[tuple[object, bool | None]]:
+        ends: dict[int, bool] = {}
+        values = task.predict(own, replace(loaded, note_end=ends.__setitem__)) if own else []
+        return [(value, ends.get(i)) for i, value in enumerate(values)]
+
+    found = work(rows) if loaded.recipe.generation.do_sample else over_processes(rows, work)
+    ends = {i: float(end) for i, (_, end) in enumerate(found) if end is not None}
+    return [value for value, _ in found], ends
 
 
 def read_outputs(
@@ -144,17 +159,22 @@ def score_tokens(
     `packed` says that `collate` puts examples end to end, so that a batch costs the sum of their lengths.
     """
     reader = inputs.reader
-    nats, correct = np.zeros(len(reader)), np.zeros(len(reader))
 
-    def work(batch: list[int]) -> None:
-        loss = task.loss(model, move_to(device, collate([reader[i] for i in batch], 0)), True)
-        assert loss.row_sums is not None
-        assert loss.row_correct is not None
-        nats[batch] = loss.row_sums.double().cpu().numpy()
-        correct[batch] = loss.row_correct.double().cpu().numpy()
-        advance(len(batch))
+    def score(own: Sequence[int]) -> list[list[float]]:
+        sums = np.zeros((len(own), 2))
 
-    run_in_batches([int(n) for n in reader.lengths], budget_for(device, TOKEN_BUDGET), work, packed=packed)
+        def work(batch: list[int]) -> None:
+            loss = task.loss(model, move_to(device, collate([reader[own[i]] for i in batch], 0)), True)
+            assert loss.row_sums is not None
+            assert loss.row_correct is not None
+            sums[batch] = torch.stack([loss.row_sums, loss.row_correct], 1).double().cpu().numpy()
+            advance(len(batch))
+
+        lengths = [int(reader.lengths[i]) for i in own]
+        run_in_batches(lengths, budget_for(device, TOKEN_BUDGET), work, packed=packed)
+        return sums.tolist()
+
+    nats, correct = np.asarray(over_processes(range(len(reader)), score)).reshape(-1, 2).T
     row_of = np.searchsorted(np.asarray(inputs.rows), np.asarray(reader.rows))
 
     def by_row(values: Floats) -> Floats:
@@ -253,5 +273,5 @@ def add_bar(bars: Progress, name: str, total: int) -> Callable[[int], None]:
     """Add a bar and return what moves it; where there is no terminal, a line says what begins."""
     if not bars.console.is_terminal:
         bars.console.print(f"{name}: {total:,} rows", highlight=False)
-    bar = bars.add_task(name, total=total)
+    bar = bars.add_task(name, total=-(-total // count_processes()))
     return lambda rows: bars.advance(bar, rows)

@@ -14,6 +14,7 @@ import torch
 
 from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import EvaluatedTask
+from llmtune.evaluate.row_shares import over_processes
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, pad_right, run_in_batches
 from llmtune.model.causal_lm_loss import predicted_logits, unwrap
 from llmtune.model.oom import is_out_of_memory
@@ -79,8 +80,14 @@ def score_trees(
 
     Trees need a model that takes any attention mask. That is tried, not asked: the longest tree is scored both
     ways, and if they disagree (recurrent layers, a sliding window, ALiBi) or the model refuses the mask, every branch
-    of every tree is scored as a row of its own.
+    of every tree is scored as a row of its own. Several processes share the trees.
     """
+    return over_processes(trees, lambda own: _score_here(model, own, device, advance, budget))
+
+
+def _score_here(
+    model: torch.nn.Module, trees: Sequence[Tree], device: str, advance: Callable[[int], None], budget: int | None
+) -> list[list[float]]:
     scores: list[list[float]] = [[] for _ in trees]
     if not trees:
         return scores

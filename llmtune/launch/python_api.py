@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune.errors import RecipeError
+from llmtune.launch.topology import Topology, why_not_sharded
 from llmtune.records import SPLITS, Json
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 
@@ -29,6 +31,7 @@ def run(
     set: Mapping[str, object] | None = None,
     until: str = "run",
     processes: int = 1,
+    strategy: str = "ddp",
     resume: bool = False,
     fresh: bool = False,
     lock: str | Path | None = None,
@@ -43,7 +46,8 @@ def run(
         out: the run folder; by default `runs/<name>-<hash>`.
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
         until: the last step to run: train, evaluate, or run for all steps and deployment.
-        processes: in how many processes to train.
+        processes: in how many processes to train and evaluate.
+        strategy: whether each of them has all of the model (ddp) or a part of it (fsdp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
         fresh: start over in the run folder.
         lock: an `llmtune.lock` that model and data must agree with.
@@ -66,7 +70,7 @@ def run(
         sets,
         out=folder,
         until=until,
-        processes=processes if processes > 1 else None,
+        topology=Topology(processes, strategy) if processes > 1 or strategy != "ddp" else None,
         resume=resume,
         fresh=fresh,
         lock=None if lock is None else Path(lock),
@@ -96,7 +100,7 @@ def run_recipe(
     *,
     out: Path | None,
     until: str,
-    processes: int | None = None,
+    topology: Topology | None = None,
     resume: bool = False,
     fresh: bool = False,
     lock: Path | None = None,
@@ -105,13 +109,21 @@ def run_recipe(
     offline: bool = False,
     console: Console,
 ) -> Json:
-    """Run a recipe in this process, or train it in several; return what report.json holds."""
+    """Run a recipe in this process, or in several; return what report.json holds, on another machine than 0 nothing."""
     from llmtune.launch.recipe_check import check_recipe, marks_left
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path, peek_run
     from llmtune.store.run_lock import read_pins
 
     loaded = load_recipe(recipe, sets)
+    if topology is not None and topology.strategy == "fsdp":
+        RecipeError.collect(why_not_sharded(loaded.recipe))
+    if topology is not None and topology.rank:
+        prepare_environment(network=False)
+        from llmtune.launch.local_processes import serve_machine
+
+        serve_machine(topology, console, threads=threads)
+        return {}
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
     path = out or default_path(loaded.recipe.name, loaded.fingerprint)
     peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
@@ -130,17 +142,18 @@ def run_recipe(
             print_unchanged(known, path, console)
             return known
         with spinner(console, "loading the libraries"), gc_paused():
-            from llmtune.pipeline import Trainer, run_pipeline
+            from llmtune.pipeline import run_pipeline
             from llmtune.session import Options
 
-        trainer: Trainer | None = None
-        if processes is not None:
-            from llmtune.launch.local_processes import local_trainer
-
-            trainer = local_trainer(processes, threads=threads)
         options = Options(out, resume, fresh, lock, offline, dry_run, until=until)
         with nullcontext() if dry_run else finish_noted(loaded, path, until):
-            return run_pipeline(loaded, options, console, trainer)
+            if topology is None or dry_run:
+                return run_pipeline(loaded, options, console)
+            from llmtune.launch.local_processes import process_executor
+            from llmtune.launch.machines import opened_board
+
+            with opened_board(topology) as board:
+                return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:

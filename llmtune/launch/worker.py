@@ -6,6 +6,7 @@ parent named in the environment, so that the parent can go on, or fail in the sa
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -16,15 +17,21 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import EnvironmentProblem, LlmtuneError
 from llmtune.records import Json
 from llmtune.store.atomic_files import plain, write_json
 from llmtune.store.process_environment import prepare_environment
 
+if TYPE_CHECKING:
+    from llmtune.records import ModelRef
+    from llmtune.session import RunContext
+
 RESULTS = "LLMTUNE_WORKER_RESULTS"
 """Environment variable: the folder in which workers leave what came of them."""
+LAST_WORDS = "stderr-{}.log"
+"""In that folder: what a process wrote, by its rank. The first of a machine writes to the terminal."""
 PARENT = "LLMTUNE_WORKER_PARENT"
 """Environment variable: the process that workers must not outlive."""
 
@@ -32,16 +39,25 @@ PARENT = "LLMTUNE_WORKER_PARENT"
 def main(arguments: Sequence[str]) -> int:
     """Run the function named first in `arguments`; return the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        log = os.open(Path(os.environ[RESULTS]) / LAST_WORDS.format(_rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, sys.stderr.fileno())
+    faulthandler.enable()  # the last words of a process that breaks
+    own = f"rank-{_rank()}.json"
+    before = Path(os.environ[RESULTS]) / own
+    if before.exists() and "exit" in (left := json.loads(before.read_text())):
+        return int(left["exit"])  # started again after an error that comes again
+    before.unlink(missing_ok=True)
     try:
         value = _find(arguments[0])(*arguments[1:])
     except LlmtuneError as error:
         problems = [[problem.what, problem.where, problem.fix] for problem in error.problems]
-        _leave(f"rank-{_rank()}.json", {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code})
+        _leave(own, {"kind": type(error).__name__, "problems": problems, "exit": error.exit_code})
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BaseException:
-        _leave(f"rank-{_rank()}.json", {"traceback": traceback.format_exc()})
+        _leave(own, {"traceback": traceback.format_exc()})
         raise
     if _rank() == 0:
         _leave("result.json", value)
@@ -56,13 +72,50 @@ def note(**findings: Any) -> None:
     write_json(path, {**known, **findings})
 
 
-def train_run(run: str) -> Json:
+def train_run(run: str, strategy: str) -> Json:
     """Adapt and train in one of several processes, from the run folder alone; return the facts of both steps."""
+    context, model_ref = _open(run)
+    from llmtune.adapter.injection import describe
+    from llmtune.data.examples import load_examples
+
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if again:
+        most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
+        context.console.print(f"[yellow]All processes are started again ({again} of {most} times).[/]")
+    adapted = context.make_adapted(model_ref, context.read_processor(model_ref))
+    adapt = describe(adapted)
+    folder = context.folder
+    examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
+    told = lambda tokens: note(micro_batch_tokens=tokens)  # noqa: E731
+    trained = context.train_adapted(adapted, examples, inputs, told, strategy)
+    return {"adapt": adapt, "train": trained}
+
+
+def evaluate_run(run: str, folder: str, base: str) -> None:
+    """Evaluate in one of several processes, each with a share of the rows; the first writes `folder`."""
+    context, model_ref = _open(run)
+    from accelerate import PartialState
+
+    from llmtune.data.examples import load_examples
+    from llmtune.data.row_store import load_rows
+    from llmtune.executor import score
+
+    PartialState(cpu=context.device == "cpu")
+    context.base = Path(base) if base else None
+    rows, examples = load_rows(Path(run) / "data" / "rows"), load_examples(Path(run) / "data" / "examples")
+    processor = context.read_processor(model_ref)
+    score(context, model_ref, processor, rows, examples, folder=Path(folder), keeps=_rank() == 0)
+
+
+def _open(run: str) -> tuple[RunContext, ModelRef]:
+    """Open the run that the parent has prepared; raises EnvironmentProblem where another machine does not see it."""
+    if not Path(run).is_dir():
+        what = "this machine does not see the run folder"
+        fix = "Give --out a folder on a disk that all machines share, at the same path."
+        raise EnvironmentProblem.of(what, run, fix)
     prepare_environment(network=False)
     import torch
 
-    from llmtune.adapter.injection import describe
-    from llmtune.data.examples import load_examples
     from llmtune.data.row_store import load_rows
     from llmtune.report.render_terminal import VisibleConsole
     from llmtune.session import RunContext, locate_pinned
@@ -79,11 +132,7 @@ def train_run(run: str) -> Json:
     context = RunContext(recipe, folder, console, True, pins)  # offline: the parent has fetched what there is
     model_ref = locate_pinned(context, pins.model)
     context.infer_labels(model_ref, load_rows(folder.path / "data" / "rows"))
-    adapted = context.make_adapted(model_ref, context.read_processor(model_ref))
-    adapt = describe(adapted)
-    examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
-    trained = context.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
-    return {"adapt": adapt, "train": trained}
+    return context, model_ref
 
 
 def _find(entry: str) -> Callable[..., Any]:

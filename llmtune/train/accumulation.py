@@ -9,15 +9,17 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from llmtune.data.examples import ExampleReader
-from llmtune.errors import RecipeError, TrainingError
+from llmtune.errors import TrainingError
 from llmtune.model.model_inputs import move_to
 from llmtune.model.oom import fits_in_memory, release_memory
 from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import any_process, sum_over_processes
 from llmtune.train.setup import TrainContext
+from llmtune.train.sharding import own_part
 
 
 class MicroBatchTooLarge(Exception):
@@ -60,7 +62,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     scale = loss_scale * accelerator.num_processes / expected
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
-    totals = _sum_step_statistics(training, training.examples, groups[:real], step)
+    totals = _sum_step_statistics(training, training.examples, groups, real, step)
 
     def attempt(index: int) -> bool:
         seed_micro_batch(training, step, index)
@@ -107,17 +109,18 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     assert reader is not None, "there are validation examples"
     shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own = cut[accelerator.process_index]
+    own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
     sums: list[tuple[float, int]] = []
-    totals = _sum_step_statistics(training, reader, own, 0)
+    idle = np.asarray([int(reader.lengths.argmin())])
+    groups = own + [idle] * (turns - len(own) if training.sharded else 0)
+    totals = _sum_step_statistics(training, reader, groups, len(own), 0)
     training.model.eval()
     try:
-        for turn in range(max(len(groups) for groups in cut)):
-            real = turn < len(own)
-            group = own[turn] if real else np.asarray([int(reader.lengths.argmin())])
+        for turn in range(turns):
             fits = True
-            if real or training.sharded:
-                fits = try_memory(training, partial(_forward, training, group, real, sums, totals))
+            if turn < len(groups):
+                work = partial(_forward, training, groups[turn], turn < len(own), sums, totals)
+                fits = try_memory(training, work)
             stopped, failed = sum_over_processes(accelerator, [float(stop()), float(not fits)])
             if failed:
                 raise MicroBatchTooLarge
@@ -130,9 +133,14 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
 
 
 def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
-    """Do `work`; return False if memory ran out in it, with gradients dropped and memory given back."""
+    """Do `work`; return False if memory ran out in it, with gradients dropped and memory given back.
+
+    Raises MicroBatchTooLarge where the model is sharded: the others wait for this process in the middle of a layer.
+    """
     if fits_in_memory(work):
         return True
+    if training.sharded:
+        raise MicroBatchTooLarge
     training.optimizer.zero_grad(set_to_none=True)
     release_memory()
     return False
@@ -161,7 +169,12 @@ def make_whole_batch(training: TrainContext, reader: ExampleReader, rows: Indexe
 
 
 def find_guilty_rows(training: TrainContext, suspects: Indexes) -> list[int]:
-    """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is."""
+    """Return those of `suspects` whose loss alone, without training, is no number; all of them if none is.
+
+    All of a sharded model too, which no process can run by itself.
+    """
+    if training.sharded:
+        return [int(row) for row in suspects]
     guilty = []
     training.model.eval()
     with torch.no_grad(), training.compute():
@@ -188,20 +201,15 @@ def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[lis
 
 
 def _sum_step_statistics(
-    training: TrainContext, reader: ExampleReader, groups: Sequence[Indexes], draw: int
+    training: TrainContext, reader: ExampleReader, groups: Sequence[Indexes], real: int, draw: int
 ) -> list[float] | None:
     """Add up, over the micro-batches of all processes, what the loss needs to know of the whole; None if nothing.
 
-    Raises MicroBatchTooLarge if memory ran out.
+    The first `real` ones count; a sharded model runs them all. Raises MicroBatchTooLarge if memory ran out.
     """
     if not training.task.has_step_statistics:
         return None
-    if training.sharded:
-        raise RecipeError.of(
-            f"task {training.task.name} looks at a whole step before its loss, which a sharded model cannot do yet",
-            "preference.loss",
-            "Train it in processes that each hold the whole model.",
-        )
+    groups = groups if training.sharded else groups[:real]
     found: list[list[float]] = []
 
     def look(group: Indexes) -> None:
@@ -217,6 +225,7 @@ def _sum_step_statistics(
         training.model.train(mode)
     if any_process(training.accelerator, not fits):
         raise MicroBatchTooLarge
+    del found[real:]
     width, having = sum_over_processes(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
     nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
     sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
@@ -248,6 +257,7 @@ def _finish_gradients(training: TrainContext, factor: float) -> float:
     if factor != 1:
         for parameter in training.parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+                own_part(parameter.grad).mul_(factor)
     limit = training.recipe.train.max_grad_norm or math.inf
-    return float(training.accelerator.clip_grad_norm_(training.parameters, limit))
+    norm = training.accelerator.clip_grad_norm_(training.parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,7 +1,8 @@
 """Checkpoints, whole or not at all: written to another name, flushed to disk, hashed, then renamed.
 
 A checkpoint is a folder `step-N` with `trainable.safetensors` (trainable weights by parameter name), `optimizer.pt`
-(optimiser and schedule) and `state.json` (counters, and the sha256 of the other two).
+(optimiser and schedule) and `state.json` (counters, and the sha256 of the other files). Where the model is sharded,
+`shards/` holds weights and optimiser state, as torch.distributed.checkpoint writes them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from llmtune.train.metrics_log import METRICS
 
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
+SHARDS = "shards"
 STATE = "state.json"
 _NAME = re.compile(r"step-([1-9][0-9]*)")
 _UNFINISHED = (".tmp-", ".removed-")
@@ -85,9 +87,15 @@ class Checkpoint:
     folder: Path
     state: TrainState
     weights: dict[str, torch.Tensor]
+    """Empty where they are in `shards`."""
     optimizer: OptimizerState
     inputs: str
     """Hash of what training depended on."""
+
+    @property
+    def shards(self) -> Path | None:
+        """The folder of weights and optimiser state, of a sharded model."""
+        return self.folder / SHARDS if (self.folder / SHARDS).is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -98,41 +106,37 @@ class Damage:
     reason: str
 
 
+def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the trainable parameters by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the trainable parameters by name, on the CPU (there itself, not copied); tied ones once."""
-    return {
-        name: parameter.detach().to("cpu").contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def load_trainable(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy `weights` into the trainable parameters of `model`, in place; the names must be the same."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert parameters.keys() == weights.keys(), "a checkpoint holds exactly the trainable parameters"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    return {name: one.detach().to("cpu").contiguous() for name, one in trainable_parameters(model).items()}
 
 
 def write_checkpoint(
     folder: Path,
-    weights: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor] | Path,
     optimizer: OptimizerState,
     state: TrainState,
     inputs: str,
 ) -> Path:
-    """Write the checkpoint `folder`, replacing one of the same name.
+    """Write the checkpoint `folder`, replacing one of the same name; `weights` may be a folder of shards to move there.
 
     Raises EnvironmentProblem if the disk is full or does not let us write; what was there before is then untouched.
     """
 
     def fill(target: Path) -> None:
-        save_file(dict(weights), target / WEIGHTS)
+        if isinstance(weights, Path):
+            weights.rename(target / SHARDS)
+        else:
+            save_file(dict(weights), target / WEIGHTS)
         with (target / OPTIMIZER).open("wb") as file:
             torch.save(dict(optimizer), file)
-        hashes = {name: hash_file(target / name) for name in (WEIGHTS, OPTIMIZER)}
+        files = sorted(path for path in target.rglob("*") if path.is_file())
+        hashes = {path.relative_to(target).as_posix(): hash_file(path) for path in files}
         content = {"format": 1, "fingerprint": inputs, "files": hashes, "state": asdict(state)}
         content["sha256"] = hash_value(content)
         (target / STATE).write_text(json.dumps(content, indent=1))
@@ -147,7 +151,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises EnvironmentProblem as `write_checkpoint` does.
     """
     target = folder.with_name(f".tmp-{folder.name}")
-    with _disk_problems(folder):
+    with disk_problems(folder):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         try:
@@ -208,7 +212,7 @@ def _read(folder: Path) -> Checkpoint | Damage:
         if hash_file(folder / name) != expected:
             return Damage(folder, f"{name} is not what was written")
     optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    weights = load_file(folder / WEIGHTS)
+    weights = {} if (folder / SHARDS).is_dir() else load_file(folder / WEIGHTS)
     return Checkpoint(folder, TrainState(**content["state"]), weights, optimizer, content["fingerprint"])
 
 
@@ -249,7 +253,7 @@ def rotate(checkpoints: Path, limit: int, best_step: int | None) -> None:
 
 def _put_aside(checkpoints: Path, inputs: str, console: Console) -> None:
     aside = checkpoints / f"other-{inputs[:8]}"
-    with _disk_problems(aside):
+    with disk_problems(aside):
         aside.mkdir(exist_ok=True)
     metrics = checkpoints.parent / METRICS
     for path in ([metrics] if metrics.exists() else []) + list_checkpoints(checkpoints):
@@ -262,7 +266,7 @@ def _put_aside(checkpoints: Path, inputs: str, console: Console) -> None:
 
 def _move(path: Path, target: Path) -> Path:
     """Rename a file or folder to `target`, which is replaced."""
-    with _disk_problems(path):
+    with disk_problems(path):
         shutil.rmtree(target, ignore_errors=True)
         return path.rename(target)
 
@@ -277,7 +281,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _disk_problems(folder: Path) -> Iterator[None]:
+def disk_problems(folder: Path) -> Iterator[None]:
     """Turn what a full or forbidden disk raises into an EnvironmentProblem that names `folder`."""
     try:
         yield

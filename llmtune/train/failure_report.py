@@ -12,6 +12,7 @@ from llmtune.train.accumulation import StepLoss, find_guilty_rows
 from llmtune.train.checkpoint import list_checkpoints
 from llmtune.train.distributed import any_process, gather_lists
 from llmtune.train.setup import TrainContext
+from llmtune.train.sharding import own_part
 
 SHOWN_ROWS = 10
 
@@ -32,7 +33,8 @@ def non_finite_error(training: TrainContext, step: int, loss: StepLoss, learning
 def weights_are_numbers(training: TrainContext) -> bool:
     """Say whether all trained weights are finite, in every process."""
     # The extremes rather than every weight: both carry NaN on, and neither needs memory of the model's size.
-    finite = all(bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()) for weight in training.parameters)
+    parts = [own_part(weight.detach()) for weight in training.parameters]
+    finite = all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts if part.numel())
     return not any_process(training.accelerator, not finite)
 
 

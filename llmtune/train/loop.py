@@ -24,7 +24,6 @@ from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
     Damage,
     TrainState,
-    load_trainable,
     read_checkpoint,
     rotate,
     write_folder,
@@ -39,8 +38,9 @@ from llmtune.train.failure_report import (
     weights_are_numbers,
 )
 from llmtune.train.metrics_log import METRICS, Display, Line, append_line, show_progress
-from llmtune.train.preflight import resume, run_preflight, save, shrink_budget
+from llmtune.train.preflight import restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
+from llmtune.train.sharding import whole_state
 from llmtune.train.signals import StopRequest, catch_signals
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ def train(
     budget: int,
     inputs: str,
     on_budget: Callable[[int], None] = lambda tokens: None,
+    strategy: str = "ddp",
 ) -> TrainedRun:
     """Train `adapted` in place and leave `checkpoints/`, `metrics.jsonl` and `adapter/` (or `weights/`) in `folder`.
 
+    `strategy` says what several processes have of the model: all of it each (`ddp`), or a part each (`fsdp`).
     `budget` is the number of tokens in a micro-batch to begin with; `on_budget` gets what it becomes. Training resumes
     from the newest whole checkpoint; the result is the same to the last bit. `inputs` is the hash of everything that
     training depends on: what other inputs have left is put aside, and a trained adapter stays until the new one takes
@@ -94,9 +96,11 @@ def train(
         RecipeError: the schedule or `batch_tokens` cannot be.
     """
     with deterministic():
-        training = set_up(adapted, examples, task, recipe, folder, console, inputs)
-        if not training.accelerator.is_main_process:
-            console, on_budget = Console(quiet=True), lambda tokens: None
+        training = set_up(adapted, examples, task, recipe, folder, console, inputs, strategy)
+        main = training.accelerator.is_main_process
+        console = console if main else Console(quiet=True)
+        if not main and not training.sharded:
+            on_budget = lambda tokens: None  # noqa: E731
         half = training.dtype == torch.float16
         state = TrainState(budget=max(budget, training.longest), loss_scale=FIRST_SCALE if half else 1.0)
         guessing = task.guessing_loss(adapted.selected.model.config, training.examples, recipe)
@@ -107,7 +111,8 @@ def train(
             if state.step < training.plan.total_steps and not state.stopped_early:
                 run_preflight(training, state, console, on_budget)
             rehearsed = time.perf_counter() - rehearsed
-            on_budget(state.budget)
+            if main:
+                on_budget(state.budget)
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(training.device)
             with show_progress(console, state.step, training.plan.total_steps) as display:
@@ -312,11 +317,13 @@ def _finish(run: Run) -> Path:
         if isinstance(best, Damage):
             run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); the last step is taken.[/]")
         else:
-            load_trainable(training.adapted.model, best.weights)
-    folder = training.folder / ("weights" if training.adapted.method == "full" else "adapter")
+            restore_weights(training, best)
+    full = training.adapted.method == "full"
+    folder = training.folder / ("weights" if full else "adapter")
+    whole = whole_state(training.model, trained_only=not full) if training.sharded else None
     run_on_main(
         training.accelerator,
-        lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target)),
+        lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target, whole)),
     )
     return folder
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,16 +20,16 @@ from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import memory_limit
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
-from llmtune.train.accumulation import make_whole_batch, seed_micro_batch, try_memory
+from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
 from llmtune.train.batch_plan import Indexes, heaviest
 from llmtune.train.checkpoint import (
     Checkpoint,
     Damage,
     TrainState,
-    load_trainable,
     newest_checkpoint,
     read_checkpoint,
     sweep,
+    trainable_parameters,
     trainable_weights,
     write_checkpoint,
 )
@@ -36,6 +37,8 @@ from llmtune.train.distributed import any_process, run_on_main
 from llmtune.train.divergence import Divergence
 from llmtune.train.metrics_log import METRICS, cut_back
 from llmtune.train.setup import TrainContext, peak_bytes
+from llmtune.train.sharded_checkpoint import cut_state, read_shards, write_shards
+from llmtune.train.sharding import load_whole
 
 
 def run_preflight(
@@ -80,6 +83,9 @@ def _try_heaviest_work(
         try:
             while (pace := _rehearse(training, state, before, after)) is None:
                 shrink_budget(training, state, console, on_budget, "the rehearsal")
+        except MicroBatchTooLarge:
+            shrink_budget(training, state, console, on_budget, "the rehearsal")
+            raise
         except BaseException:
             if training.accelerator.is_main_process:
                 _discard(before, after)
@@ -105,12 +111,19 @@ def shrink_budget(
 ) -> None:
     """Halve the token budget, down to the longest example at least, and say so.
 
-    Raises TrainingError if it is there already.
+    Raises TrainingError if it is there already, or if the model is sharded: the other processes wait for this one in
+    the middle of a step, which only starting again ends.
     """
     if state.budget <= training.longest:
         raise _does_not_fit(training)
     state.budget = max(state.budget // 2, training.longest)
     on_budget(state.budget)
+    if training.sharded:
+        raise TrainingError.of(
+            f"out of memory in {occasion}",
+            f"process {training.accelerator.process_index}",
+            f"The same command again goes on with micro-batches of {state.budget:,} tokens.",
+        )
     if training.accelerator.is_main_process:
         console.print(f"[yellow]Out of memory in {occasion}: micro-batches shrink to {state.budget:,} tokens.[/]")
 
@@ -164,12 +177,17 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
 
     Raises EnvironmentProblem in every process if the main one cannot write.
     """
+    shards = write_shards(training, folder) if training.sharded else None
+    optimizer = training.optimizer.state_dict()
     run_on_main(
         training.accelerator,
         lambda: write_checkpoint(
             folder,
-            trainable_weights(training.adapted.model),
-            {"optimizer": training.optimizer.state_dict(), "schedule": training.schedule.state_dict()},
+            shards or trainable_weights(training.adapted.model),
+            {
+                "optimizer": {**optimizer, "state": {}} if shards else optimizer,
+                "schedule": training.schedule.state_dict(),
+            },
             state,
             training.inputs,
         ),
@@ -194,11 +212,23 @@ def _put_back(training: TrainContext, folder: Path) -> bool:
 
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     """Make weights, optimiser and schedule what they were when `found` was written, in place."""
-    load_trainable(training.adapted.model, found.weights)
     training.optimizer.optimizer.state.clear()  # before the new one is taken in: it can be as large as the model
-    training.optimizer.load_state_dict(found.optimizer["optimizer"])
+    if found.shards:
+        state = read_shards(training, found.shards)
+    else:
+        load_whole(trainable_parameters(training.adapted.model), found.weights)
+        state = cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
+    training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
     training.schedule.load_state_dict(found.optimizer["schedule"])
     training.optimizer.zero_grad(set_to_none=True)
+
+
+def restore_weights(training: TrainContext, found: Checkpoint) -> None:
+    """Make the weights what they were when `found` was written, in place."""
+    if found.shards:
+        read_shards(training, found.shards, optimizer=False)
+    else:
+        load_whole(trainable_parameters(training.adapted.model), found.weights)
 
 
 def resume(training: TrainContext, state: TrainState, divergence: Divergence, console: Console) -> int | None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 
 from llmtune import __version__
@@ -27,10 +29,14 @@ from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
 from llmtune.train.optimizer import build_optimizer, build_schedule
+from llmtune.train.sharding import shard_model
 from llmtune.train.trackers import start_trackers, tracker_folder
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
+
+SILENCE_SECONDS = 1800
+"""How long a process waits for the others before it gives up: longer than the first one needs for a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class TrainContext:
     @property
     def sharded(self) -> bool:
         """Whether the model is cut over processes, so that each forward pass needs all of them."""
-        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
+        return isinstance(self.model, FSDPModule)
 
     def compute(self) -> AbstractContextManager[object]:
         """Return the context of the model's number format."""
@@ -109,7 +115,10 @@ def build_accelerator(recipe: Recipe, folder: Path, device: torch.device) -> Acc
         mixed_precision="no",
         log_with=trackers or None,
         project_config=tracker_folder(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=SILENCE_SECONDS)),
+        ],
     )
     if trackers:
         start_trackers(accelerator, trackers, recipe.name, folder, _settings(recipe))
@@ -135,8 +144,9 @@ def set_up(
     folder: Path,
     console: Console,
     inputs: str,
+    strategy: str = "ddp",
 ) -> TrainContext:
-    """Put together what training works with; `inputs` as `train` takes them.
+    """Put together what training works with; `inputs` and `strategy` as `train` takes them.
 
     Raises RecipeError or EnvironmentProblem for an optimiser, schedule, tracker or `batch_tokens` that cannot be.
     """
@@ -162,11 +172,7 @@ def set_up(
         )
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
-    optimizer = build_optimizer(adapted.model, recipe, torch.device(accelerator.device))
-    with warnings.catch_warnings():
-        # torch 2.13 wants another name for it, which Accelerate does not have yet.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        model, optimizer = accelerator.prepare(adapted.model, optimizer)
+    model, optimizer = _distribute(accelerator, adapted.model, recipe, strategy)
     processor = adapted.selected.processor
     return TrainContext(
         adapted=adapted,
@@ -185,6 +191,23 @@ def set_up(
         folder=folder,
         inputs=inputs,
     )
+
+
+def _distribute(
+    accelerator: Accelerator, model: torch.nn.Module, recipe: Recipe, strategy: str
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+    """Make a model and its optimiser those of all processes."""
+    device = torch.device(accelerator.device)
+    if strategy == "fsdp" and accelerator.num_processes > 1:  # by torch: Accelerate shards on GPUs alone
+        shard_model(model, device)
+        return model, accelerator.prepare_optimizer(build_optimizer(model, recipe, device))
+    with warnings.catch_warnings():
+        # torch 2.13 wants another name for it, which Accelerate does not have yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        prepared: tuple[torch.nn.Module, AcceleratedOptimizer] = accelerator.prepare(
+            model, build_optimizer(model, recipe, device)
+        )
+        return prepared
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support.training import make_recipe, read_metrics, run_training, write_exam
 
 from llmtune.errors import DataError, EnvironmentProblem, Stopped
 from llmtune.launch.local_processes import WorkerBug, launch_local
+from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
 CLOCKS_APART = 0.5
@@ -22,7 +24,7 @@ CLOCKS_APART = 0.5
 
 @pytest.fixture(autouse=True)
 def workers_find_the_tests(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
 
 
 @pytest.mark.slow
@@ -31,7 +33,7 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     train = {"batch_size": 6, "gradient_checkpointing": True}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
     result = launch_local(
-        [str(tmp_path), str(tmp_path / "two")], 2, console, entry="support.workers:train_tiny", threads=2
+        [str(tmp_path), str(tmp_path / "two")], Topology(2), console, entry="support.workers:train_tiny", threads=2
     )
     one = run_training(tmp_path / "one", recipe, examples)
     assert result["steps"] == one.steps == 22
@@ -47,11 +49,13 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
     assert {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"step-11", "step-22"}
 
 
-def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(here, tiny_llama, chat_rows):
+def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_a_whole_run(
+    here, tiny_llama, chat_rows
+):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
     two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=here)
     assert two.returncode == 0, two.stderr
-    one = invoke("train", "tiny.yaml", "--out", "one")
+    one = invoke("run", "tiny.yaml", "--out", "one")
     assert one.exit_code == 0, one.stderr
     pairs = list(zip(read_metrics(here / "one"), read_metrics(here / "two"), strict=True))
     assert len(pairs) >= 6
@@ -60,6 +64,9 @@ def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(he
     reports = {name: json.loads((here / name / "report.json").read_text()) for name in ("one", "two")}
     assert reports["two"]["adapter"] == reports["one"]["adapter"]
     assert reports["two"]["train"].keys() == reports["one"]["train"].keys()
+    for model in ("base", "tuned"):
+        scores = [reports[name]["evaluation"][model] for name in ("one", "two")]
+        assert scores[1] == pytest.approx(scores[0], rel=1e-4, abs=1e-4)
     steps = {name: json.loads((here / name / "run.json").read_text())["steps"] for name in ("one", "two")}
     for step in ("adapt", "train"):
         assert steps["two"][step]["inputs"] == steps["one"][step]["inputs"]
@@ -71,7 +78,9 @@ def test_the_command_trains_in_two_processes_as_in_one_and_leaves_a_whole_run(he
 def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_as_before(console):
     before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     notes = {}
-    result = launch_local(["a", "b c"], 2, console, entry="support.workers:succeed", threads=5, on_notes=notes.update)
+    result = launch_local(
+        ["a", "b c"], Topology(2), console, entry="support.workers:succeed", threads=5, on_notes=notes.update
+    )
     assert result == {"world": 2, "threads": "2"}
     assert notes == {"heard": ["a", "b c"]}
     assert (dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -79,7 +88,7 @@ def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_
 
 def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
-        launch_local([], 2, console, entry="support.workers:fail_in_rank_one")
+        launch_local([], Topology(2), console, entry="support.workers:fail_in_rank_one")
     assert caught.value.exit_code == 3
     assert caught.value.problems[0].what == "row 7 has no answer"
     assert caught.value.problems[0].where == "process 1, rows.jsonl:7"
@@ -88,19 +97,24 @@ def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
 
 def test_a_bug_in_one_process_comes_with_its_traceback(console):
     with pytest.raises(WorkerBug, match=r"process 1 failed:\n(.|\n)*ZeroDivisionError: a bug"):
-        launch_local([], 2, console, entry="support.workers:crash_in_rank_one")
+        launch_local([], Topology(2), console, entry="support.workers:crash_in_rank_one")
 
 
 def test_a_process_that_the_system_kills_is_named(console):
     with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGKILL") as caught:
-        launch_local([], 2, console, entry="support.workers:die_in_rank_one")
+        launch_local([], Topology(2), console, entry="support.workers:die_in_rank_one")
     assert "too little memory" in caught.value.problems[0].fix
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code", "to"),
+    [
+        (signal.SIGTERM, 143, "parent"),
+        pytest.param(signal.SIGINT, 130, "parent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "worker", marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number, code, tmp_path, tiny_llama):
+def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tmp_path, tiny_llama):
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 200, "save_steps": 10_000, "logging_steps": 1}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
@@ -113,7 +127,7 @@ def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number
     _wait_for(tmp_path / "run" / "metrics.jsonl")
     workers = psutil.Process(parent.pid).children(recursive=True)
     assert len(workers) == 2
-    parent.send_signal(number)
+    (parent if to == "parent" else workers[-1]).send_signal(number)
     out, err = parent.communicate(timeout=120)
     assert parent.returncode == code, err
     assert "a checkpoint is saved" in out
@@ -126,6 +140,41 @@ def test_a_signal_to_the_parent_saves_in_the_workers_and_training_goes_on(number
     with pytest.raises(Stopped, match=f"after step {step + 3} of 1600"):  # one process goes on from what two have saved
         run_training(tmp_path / "run", recipe, examples, console=stop)
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_path, tiny_llama, console):
+    examples = write_examples(tmp_path / "examples", train=60)
+    train = {"num_train_epochs": 10, "save_steps": 5, "logging_steps": 1, "learning_rate": 1e-3}
+    recipe = make_recipe(tmp_path, tiny_llama, train=train)
+    killed = []
+
+    def kill() -> None:
+        _wait_for(tmp_path / "run" / "metrics.jsonl")
+        killed.append(psutil.Process().children(recursive=True)[-1])
+        killed[0].kill()
+
+    threading.Thread(target=kill).start()
+    arguments = [str(tmp_path), str(tmp_path / "run"), strategy]
+    topology = Topology(2, strategy, max_restarts=1)
+    launch_local(arguments, topology, console, entry="support.workers:train_tiny", threads=2)
+    assert "ended with -9" in console.file.getvalue()
+    run_training(tmp_path / "alone", recipe, examples)
+    pairs = list(zip(read_metrics(tmp_path / "alone"), read_metrics(tmp_path / "run"), strict=True))
+    for alone, together in pairs:
+        assert (together["step"], together["loss"]) == (alone["step"], pytest.approx(alone["loss"], rel=1e-4))
+
+
+def test_the_last_words_of_a_process_are_shown(console):
+    with pytest.raises(EnvironmentProblem, match="process 1 was killed by SIGABRT; its last words:") as caught:
+        launch_local([], Topology(2), console, entry="support.workers:break_in_rank_one")
+    assert "the disk is on fire" in str(caught.value)
+    assert "Fatal Python error: Aborted" in str(caught.value)
+
+
+def test_an_error_that_comes_again_is_not_tried_again_for_long(console):
+    with pytest.raises(DataError, match="row 7 has no answer"):
+        launch_local([], Topology(2, max_restarts=3), console, entry="support.workers:fail_in_rank_one")
 
 
 def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
@@ -143,7 +192,10 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
 
 
 def test_one_process_can_be_launched_too(console):
-    assert launch_local([], 1, console, entry="support.workers:succeed", threads=3) == {"world": 1, "threads": "3"}
+    assert launch_local([], Topology(1), console, entry="support.workers:succeed", threads=3) == {
+        "world": 1,
+        "threads": "3",
+    }
 
 
 PARENT = """
@@ -151,8 +203,9 @@ import sys
 from rich.console import Console
 from llmtune.errors import LlmtuneError
 from llmtune.launch.local_processes import launch_local
+from llmtune.launch.topology import Topology
 try:
-    launch_local(sys.argv[1:], 2, Console(stderr=True), entry="support.workers:train_tiny")
+    launch_local(sys.argv[1:], Topology(2), Console(stderr=True), entry="support.workers:train_tiny")
 except LlmtuneError as error:
     print(error)
     sys.exit(error.exit_code)

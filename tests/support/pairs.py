@@ -1,5 +1,6 @@
 """Rows of translations, summaries and preferences, and whole runs on them in this process."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from llmtune.records import AdaptedModel, Examples
 from llmtune.session import Options
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
-from llmtune.train.accumulation import step_gradients
+from llmtune.train.accumulation import step_gradients, validation_loss
+from llmtune.train.distributed import sum_over_processes
 from llmtune.train.setup import TrainContext, set_up
+from llmtune.train.sharding import own_part
 from support.adapting import quiet
 from support.rows import write_jsonl
 from support.runs import write_recipe
@@ -86,6 +89,25 @@ def prepare_training(path: Path, folder: Path) -> tuple[AdaptedModel, Examples, 
 def start_training(path: Path, folder: Path) -> TrainContext:
     """Set up a training on the examples of a recipe, as the pipeline would, before its first step."""
     return set_up(*prepare_training(path, folder), folder, quiet(), "inputs")
+
+
+def learn_a_little(path: Path, strategy: str = "ddp") -> list[list[float]]:
+    """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
+    folder = path.parent / f"prepared-{os.getpid()}"
+    training = set_up(*prepare_training(path, folder), folder, quiet(), "inputs", strategy)
+    before = [own_part(weight.detach()).clone() for weight in training.parameters]
+    numbers = []
+    for step in (1, 2, 3):
+        found = step_gradients(training, step, 100, 1.0)
+        numbers.append([found.mean, found.grad_norm])
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+    moved = [own_part(now.detach()) - then for now, then in zip(training.parameters, before, strict=True)]
+    total = sum(float(part.double().square().sum()) for part in moved)
+    if training.sharded:
+        (total,) = sum_over_processes(training.accelerator, [total])
+    validation = validation_loss(training, 100) if training.validation is not None else 0.0
+    return [*numbers, [float(validation or 0.0), total**0.5]]
 
 
 def gradient(training: TrainContext, budget: int) -> tuple[float, torch.Tensor]:

@@ -80,6 +80,7 @@ def run_training(
     task: AnyTask | None = None,
     on_budget: Callable[[int], None] = lambda tokens: None,
     inputs: str | None = None,
+    strategy: str = "ddp",
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
     return train(
@@ -92,6 +93,7 @@ def run_training(
         budget=budget,
         on_budget=on_budget,
         inputs=inputs or hash_value([recipe.model_dump(mode="json"), examples.content_hash]),
+        strategy=strategy,
     )
 
 

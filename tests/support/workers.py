@@ -10,7 +10,7 @@ from llmtune.errors import DataError
 from llmtune.launch.worker import note
 
 
-def train_tiny(folder: str, run: str) -> dict[str, float]:
+def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]:
     """Train as `support.training` does, from a recipe and examples that the test left in `folder`."""
     from rich.console import Console
 
@@ -19,8 +19,17 @@ def train_tiny(folder: str, run: str) -> dict[str, float]:
 
     recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
     console = Console(file=sys.stderr, width=200)
-    trained = run_training(Path(run), recipe, read_examples(Path(folder) / "examples"), console=console)
+    examples = read_examples(Path(folder) / "examples")
+    trained = run_training(Path(run), recipe, examples, console=console, strategy=strategy)
     return {"steps": trained.steps, "train_loss": trained.train_loss}
+
+
+def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
+    """Take the first steps of every recipe that the test left in `folder`; return their losses and gradient norms."""
+    from support.pairs import learn_a_little
+
+    recipes = sorted(Path(folder).glob("*/recipe.yaml"))
+    return {path.parent.name: learn_a_little(path, strategy) for path in recipes}
 
 
 def succeed(*words: str) -> dict[str, object]:
@@ -47,4 +56,12 @@ def die_in_rank_one() -> None:
     """Be killed by the system in one process."""
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def break_in_rank_one() -> None:
+    """Break in C, after saying why, in one process."""
+    if os.environ["RANK"] == "1":
+        print("the disk is on fire", file=sys.stderr)
+        os.abort()
     time.sleep(60)

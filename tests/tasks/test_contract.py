@@ -1,6 +1,7 @@
 """What every task promises, for every variant: batches change nothing, answers are those of one row, results reload."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import families
 from support.models import build_gpt2, build_llama
-from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, quiet, recipe_of, start_training
+from support.pairs import DOCUMENTS, LIKED, PAIRS, THUMBS, gradient, learn_a_little, quiet, recipe_of, start_training
 from support.runs import llmtune
 from support.training import read_metrics
 from support.variants import predict
@@ -25,6 +26,8 @@ from llmtune.adapter.merging import merge
 from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.data.row_store import iterate_rows, load_rows
 from llmtune.evaluate.generation import answer_reader, generate
+from llmtune.launch.local_processes import launch_local
+from llmtune.launch.topology import Topology
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.model_inputs import decoder_inputs, read_inputs
 from llmtune.model.processor import load_processor
@@ -341,6 +344,40 @@ def test_two_processes_learn_as_one(name, finished, tmp_path):
     tolerance = 0.05 if name in WITH_DROPOUT else 1e-3
     for alone, together in pairs[:5]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_evaluate_as_one(name, finished, tmp_path):
+    run, report = finished(name)
+    again = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(again / "evaluation")
+    (again / "report.json").unlink()
+    words = ("launch", "local", str(run.parent / "recipe.yaml"), "--processes", 2, "--threads", 2, "--out", again)
+    done = llmtune(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train unchanged, skipped" in done.stderr
+    together = json.loads((again / "report.json").read_text())
+    for model in ("base", "tuned"):
+        assert together["evaluation"][model] == pytest.approx(report["evaluation"][model], rel=1e-5, abs=1e-6)
+    lines = [(one / "evaluation" / "predictions.jsonl").read_text().splitlines() for one in (run, again)]
+    for alone, both in zip(*(map(json.loads, one) for one in lines), strict=True):
+        compare(alone, both)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_several_processes_take_the_steps_of_one(strategy, processes, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
+    names = [name for name, case in CELLS.items() if case.method != "qlora" or strategy == "ddp"]
+    alone = {name: learn_a_little(recipe_file(name, tmp_path / name)) for name in names}
+    topology = Topology(processes, strategy)
+    together = launch_local([str(tmp_path), strategy], topology, quiet(), entry="support.workers:learn_all", threads=2)
+    assert together.keys() == alone.keys()
+    for name, steps in alone.items():
+        for one, other in zip(steps, together[name], strict=True):
+            assert other[0] == pytest.approx(one[0], rel=1e-5, abs=1e-6), name
+            assert other[1] == pytest.approx(one[1], rel=1e-3), name
 
 
 RELOAD = """

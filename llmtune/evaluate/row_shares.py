@@ -1,0 +1,27 @@
+"""Rows divided over the processes of an evaluation: each works on its share, and all get what came of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import distributed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def count_processes() -> int:
+    """Return in how many processes this evaluation is made."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def over_processes(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+    """Return `work(items)`, a result for each, where every process does every Nth item; all of them have to call it."""
+    count = count_processes()
+    if count == 1:
+        return list(work(items))
+    own = items[distributed.get_rank() :: count]
+    parts: list[list[Result]] = [[] for _ in range(count)]
+    distributed.all_gather_object(parts, list(work(own)) if own else [])
+    return [parts[i % count][i // count] for i in range(len(items))]

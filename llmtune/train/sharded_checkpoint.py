@@ -1,0 +1,86 @@
+"""Checkpoints of a sharded model: written by all processes at once, read by any number of them, one too."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from llmtune.train.checkpoint import disk_problems, trainable_parameters
+from llmtune.train.distributed import run_on_main
+from llmtune.train.setup import TrainContext
+from llmtune.train.sharding import cut_like
+
+_BY_ALL = next(name for name in signature(HuggingFaceStorageWriter).parameters if name.startswith("save_"))
+"""What torch calls it that every process writes its own file: `save_distributed`, in 2.8 `save_sharded`."""
+WEIGHTS, OPTIMIZER = "weights.", "optimizer."
+"""What the names of tensors begin with: `weights.PARAMETER`, `optimizer.KEY.PARAMETER`."""
+
+
+def write_shards(training: TrainContext, checkpoint: Path) -> Path:
+    """Write weights and optimiser state beside what is to become `checkpoint`, from all processes; return the folder.
+
+    Raises EnvironmentProblem in every process if one of them cannot write.
+    """
+    folder = checkpoint.with_name(f".tmp-shards-{checkpoint.name}")
+    run_on_main(training.accelerator, lambda: shutil.rmtree(folder, ignore_errors=True))
+    parameters = trainable_parameters(training.adapted.model)
+    tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
+    state = training.optimizer.optimizer.state
+    for name, parameter in parameters.items():
+        tensors |= {f"{OPTIMIZER}{key}.{name}": value for key, value in state.get(parameter, {}).items()}
+    with disk_problems(checkpoint):
+        try:
+            save(tensors, storage_writer=cast(Any, HuggingFaceStorageWriter)(str(folder), **{_BY_ALL: True}))
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
+    return folder
+
+
+def read_shards(training: TrainContext, folder: Path, *, optimizer: bool = True) -> dict[int, dict[str, torch.Tensor]]:
+    """Read weights in place; return the optimiser state, by the number of the parameter in its groups."""
+    parameters = trainable_parameters(training.adapted.model)
+    reader = HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, torch.Tensor] = {WEIGHTS + name: parameter for name, parameter in parameters.items()}
+    for stored, known in reader.read_metadata().state_dict_metadata.items() if optimizer else ():
+        if stored.startswith(OPTIMIZER) and isinstance(known, TensorStorageMetadata):
+            like = parameters[stored.removeprefix(OPTIMIZER).split(".", 1)[1]]
+            tensors[stored] = (
+                torch.zeros_like(like, dtype=known.properties.dtype)
+                if known.size == like.shape
+                else torch.zeros(known.size, dtype=known.properties.dtype)
+            )
+    load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    keys = {key.removeprefix(OPTIMIZER).split(".", 1)[0] for key in tensors if key.startswith(OPTIMIZER)}
+    state = {}
+    for index, parameter in enumerate(_numbered(training)):
+        own = {key: tensors.get(f"{OPTIMIZER}{key}.{names[id(parameter)]}") for key in sorted(keys)}
+        if found := {key: value for key, value in own.items() if value is not None}:
+            state[index] = found
+    return state
+
+
+def cut_state(training: TrainContext, state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return this process's part of an optimiser state that was written whole."""
+    parameters = _numbered(training)
+    return {
+        index: {
+            key: cut_like(value, parameters[index]) if torch.is_tensor(value) else value for key, value in own.items()
+        }
+        for index, own in state.items()
+    }
+
+
+def _numbered(training: TrainContext) -> list[torch.Tensor]:
+    """Return the parameters in the order in which the optimiser numbers them."""
+    return [parameter for group in training.optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,154 @@
+"""Two machines: network namespaces with a cable between them, one process each, and what happens to it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.runs import invoke, write_recipe
+from support.training import read_metrics
+
+pytestmark = pytest.mark.slow
+HOST = "10.77.0.1"
+WAIT = 240
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def cable() -> Iterator[Callable[[bool], None]]:
+    """Two machines and a cable between them; gives what cuts it (False) and mends it (True)."""
+    if not shutil.which("ip") or os.geteuid():
+        pytest.skip("network namespaces take root and iproute2")
+    names = [f"llmtune{os.getpid()}-{rank}" for rank in (0, 1)]
+    ends = [f"lt{os.getpid() % 100_000}{rank}" for rank in (0, 1)]
+    for name in names:
+        ip("netns", "add", name)
+    try:
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for rank, (name, end) in enumerate(zip(names, ends, strict=True)):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{rank + 1}/24", "dev", end)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", end, "up")
+        yield lambda whole: ip("-n", names[1], "link", "set", ends[1], "up" if whole else "down")
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.fixture
+def start(cable, here) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command on a machine."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(rank: int, *options: object, port: int = 29511) -> subprocess.Popen[str]:
+        words = ["launch", "local", "tiny.yaml", "--machines", 2, "--rank", rank, "--address", f"{HOST}:{port}"]
+        command = [sys.executable, "-m", "llmtune", *words, "--threads", 1, "--out", "run", *options]
+        inside = ["ip", "netns", "exec", f"llmtune{os.getpid()}-{rank}", *map(str, command)]
+        file = here / f"machine-{rank}-{len(started)}.log"
+        process = subprocess.Popen(inside, cwd=here, stdout=subprocess.DEVNULL, stderr=file.open("w"), text=True)
+        process.log = file  # type: ignore[attr-defined]
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a machine as a power cut does."""
+    if process.poll() is None:
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for one in tree:
+            one.kill()
+        psutil.wait_procs(tree, timeout=10)
+    process.wait()
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    end = time.monotonic() + WAIT
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < step:
+        assert time.monotonic() < end, "training never came that far"
+        time.sleep(0.1)
+
+
+def end_of(*machines: subprocess.Popen[str]) -> list[int]:
+    return [machine.wait(timeout=WAIT) for machine in machines]
+
+
+@pytest.fixture
+def recipe(here, tiny_llama, chat_rows) -> Path:
+    train = {"num_train_epochs": 60, "save_steps": 20, "logging_steps": 1, "learning_rate": 1e-3}
+    return write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=train)
+
+
+def assert_undisturbed(here: Path) -> None:
+    """Hold the run against the same recipe in one process of one machine."""
+    assert invoke("run", "tiny.yaml", "--out", "alone").exit_code == 0
+    pairs = list(zip(read_metrics(here / "alone"), read_metrics(here / "run"), strict=True))
+    for alone, together in pairs:
+        assert together["step"] == alone["step"]
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    scores = [json.loads((here / run / "report.json").read_text())["evaluation"] for run in ("alone", "run")]
+    for model in ("base", "tuned"):
+        assert scores[1][model] == pytest.approx(scores[0][model], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_machines_run_a_recipe_as_one_does(strategy, here, recipe, start):
+    machines = [start(rank, "--strategy", strategy) for rank in (1, 0)]
+    assert end_of(*machines) == [0, 0], [machine.log.read_text() for machine in machines]
+    assert_undisturbed(here)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_machine_that_is_killed_and_started_again_changes_nothing(strategy, here, recipe, start):
+    options = ("--strategy", strategy, "--max-restarts", 2)
+    first, second = start(0, *options), start(1, *options)
+    wait_for_step(here / "run", 50)
+    kill(second)
+    second = start(1, *options)
+    assert end_of(first, second) == [0, 0], first.log.read_text() + second.log.read_text()
+    assert "started again" in first.log.read_text()
+    assert_undisturbed(here)
+
+
+def test_when_machine_0_is_killed_the_other_ends_and_both_go_on_later(here, recipe, start):
+    first, second = start(0, "--max-restarts", 2), start(1, "--max-restarts", 2)
+    wait_for_step(here / "run", 50)
+    kill(first)
+    assert end_of(second) == [4]
+    assert "the connection to machine 0 is lost" in second.log.read_text()
+    machines = start(0, port=29512), start(1, port=29512)
+    assert end_of(*machines) == [0, 0], machines[0].log.read_text()
+    assert "Going on from step-" in machines[0].log.read_text()
+    assert_undisturbed(here)
+
+
+def test_a_cable_that_is_cut_for_twenty_seconds_is_waited_for(here, recipe, start, cable):
+    machines = start(0), start(1)
+    wait_for_step(here / "run", 50)
+    cable(False)
+    seen = len(read_metrics(here / "run"))
+    time.sleep(20)
+    assert len(read_metrics(here / "run")) <= seen + 2
+    cable(True)
+    assert end_of(*machines) == [0, 0], machines[0].log.read_text()
+    assert_undisturbed(here)
+
+
+def test_a_machine_waits_for_machine_0(here, recipe, start):
+    machine = start(1)
+    time.sleep(5)
+    assert machine.poll() is None
+    assert "waiting for machine 0 at 10.77.0.1:29511" in machine.log.read_text()

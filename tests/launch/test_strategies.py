@@ -1,0 +1,130 @@
+"""A model cut over processes (FSDP2) learns what one process learns, and goes on in another number of processes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from support.runs import invoke, write_recipe
+from support.training import make_recipe, read_metrics, run_training, write_examples
+
+from llmtune.launch.local_processes import launch_local
+from llmtune.launch.topology import Topology
+
+TESTS = Path(__file__).parents[1]
+TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
+METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["lm_head"], "use_dora": True}}
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_tests(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+
+
+def train(folder: Path, run: str, processes: int, strategy: str, console) -> Path:
+    """Train the recipe in `folder` in so many processes; return the run folder."""
+    arguments = [str(folder), str(folder / run), strategy]
+    launch_local(arguments, Topology(processes, strategy), console, entry="support.workers:train_tiny", threads=2)
+    return folder / run
+
+
+def losses(run: Path) -> list[float]:
+    return [line[key] for line in read_metrics(run) for key in ("loss", "validation_loss") if key in line]
+
+
+def weights(run: Path) -> dict:
+    (folder,) = [run / name for name in ("adapter", "weights") if (run / name).is_dir()]
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_same(run: Path, other: Path) -> None:
+    assert losses(other) == pytest.approx(losses(run), rel=1e-5)
+    expected, found = weights(run), weights(other)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert float((found[name] - tensor).abs().max()) < 1e-4, name
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("method", "processes", "strategy"),
+    [
+        ("lora", 2, "fsdp"),
+        pytest.param("full", 2, "fsdp", marks=SLOW),
+        pytest.param("added", 2, "fsdp", marks=SLOW),
+        pytest.param("lora", 4, "fsdp", marks=SLOW),
+        pytest.param("full", 4, "fsdp", marks=SLOW),
+        pytest.param("lora", 4, "ddp", marks=SLOW),
+        pytest.param("full", 4, "ddp", marks=SLOW),
+    ],
+)
+def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, strategy, tmp_path, tiny_llama, console):
+    examples = write_examples(tmp_path / "examples", train=61, validation=7)
+    recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN | {"gradient_checkpointing": True}, adapter=METHODS[method])
+    together = train(tmp_path, "together", processes, strategy, console)
+    run_training(tmp_path / "alone", recipe, examples)
+    assert_same(tmp_path / "alone", together)
+    result = "weights" if method == "full" else "adapter"
+    alone, files = ({path.name for path in (run / result).iterdir()} for run in (tmp_path / "alone", together))
+    assert files == alone
+    for name in alone - {"adapter_model.safetensors", "model.safetensors"}:
+        assert (together / result / name).read_bytes() == (tmp_path / "alone" / result / name).read_bytes()
+    if method != "full":
+        AutoPeftModelForCausalLM.from_pretrained(together / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "then"),
+    [
+        pytest.param("lora", (2, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("lora", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
+        pytest.param("lora", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("full", (4, "fsdp"), (2, "fsdp"), marks=SLOW),
+        pytest.param("full", (4, "fsdp"), (1, "ddp"), marks=SLOW),
+        pytest.param("full", (4, "fsdp"), (2, "ddp"), marks=SLOW),
+        pytest.param("full", (1, "ddp"), (4, "fsdp"), marks=SLOW),
+        pytest.param("lora", (2, "ddp"), (2, "fsdp"), marks=SLOW),
+    ],
+)
+def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then, tmp_path, tiny_llama, console):
+    examples = write_examples(tmp_path / "examples", train=61, validation=7)
+    recipe = make_recipe(tmp_path, tiny_llama, train=TRAIN, adapter=METHODS[method])
+    run_training(tmp_path / "alone", recipe, examples)
+    run = train(tmp_path, "run", *first, console)
+    shutil.rmtree(run / ("weights" if method == "full" else "adapter"))
+    for step in (8, 12):
+        shutil.rmtree(run / "checkpoints" / f"step-{step}")
+    content = json.loads((run / "checkpoints" / "step-4" / "state.json").read_text())
+    assert any("shards/" in name for name in content["files"]) == (first[1] == "fsdp")
+    train(tmp_path, "run", *then, console)
+    assert_same(tmp_path / "alone", run)
+
+
+@pytest.mark.parametrize(
+    ("options", "sections", "words"),
+    [
+        (["--strategy", "deepspeed"], {}, ["'deepspeed'", "fsdp"]),
+        (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
+        (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits", "--strategy ddp"]),
+        (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
+        (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),
+        (["--machines", "2"], {}, ["--address", "HOST:PORT"]),
+        (["--machines", "2", "--address", "here"], {}, ["'here' is not HOST:PORT"]),
+        (["--machines", "2", "--rank", "2", "--address", "a:1"], {}, ["--rank", "from 0 to 1"]),
+        (["--address", "a:1"], {}, ["--address", "no effect"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(here, options, sections, words, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llmtune.pipeline", None)  # importing it would be an error
+    (here / "rows.csv").write_text("question,answer\nWhere is my parcel?,On its way.\n")
+    write_recipe(here / "tiny.yaml", "owner/model", "rows.csv", **sections)
+    found = invoke("launch", "local", "tiny.yaml", *options)
+    assert found.exit_code == 2, found.stderr
+    for word in words:
+        assert word in found.stderr.replace("\n    ", " "), found.stderr
