@@ -13,10 +13,13 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from llmtune.data.deduplication import I64, U64, hash_words, match_near
+from llmtune.data.deduplication import match_near
+from llmtune.data.minhash import I64, U64, hash_words
 from llmtune.data.row_hash import hash_content, spoken_text
 from llmtune.data.row_store import iterate_batches, iterate_ids, iterate_texts
 from llmtune.records import Row, Rows
@@ -236,7 +239,8 @@ def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
     def texts() -> Iterator[tuple[int, list[str]]]:
         for split, offset in (("train", 0), ("test", count)):
             for first, batch in iterate_batches(rows, split):
-                yield offset + first, [spoken_text(json.loads(text)) for text in batch.column("row").to_pylist()]
+                yield offset + first, batch.column("row").to_pylist()
 
-    matches = match_near(kept, np.arange(count, count + tests), texts)
+    with TemporaryDirectory(dir=rows.folder.parent, prefix=".keys-") as keys:
+        matches = match_near(kept, np.arange(count, count + tests), texts, Path(keys))
     return {row - count: int(near[0]) for row, near in matches.items()}

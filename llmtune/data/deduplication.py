@@ -9,47 +9,40 @@ estimate's standard deviation at 0.8 is 0.037.
 Rows of one template (a long instruction, a short question) overlap by more than that and are not alike, so triples that
 a tenth of the rows share do not count, unless a row has no more than a word besides them.
 
-Legend: B bytes, W words (and word triples, as many), R rows of a batch, N rows, P minima, L bands.
+Minima are kept of rows that share a band with another row alone. Which those are is found out by the bands' keys, which
+stand on disk; then the minima of these rows are computed again.
+
+Legend: W words (and word triples, as many), R rows of a batch, N rows, P minima, L bands, G buckets.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.data.minhash import BAND_SIZE, BANDS, I64, MINIMA, U32, U64, band_keys, hash_triples, take_minima, without
+from llmtune.data.row_hash import spoken_text
 from llmtune.data.row_store import Index
-from llmtune.data.splits import mix
+from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
 
-Texts = Callable[[], Iterator[tuple[int, list[str]]]]
-"""Gives all texts in batches, each with the number of its first."""
+JsonRows = Callable[[], Iterator[tuple[int, list[str]]]]
+"""Gives all rows, as JSON, in batches, each with the number of its first."""
 
 NEAR = 0.8
-BANDS = 20
-BAND_SIZE = 6
-MINIMA = BANDS * BAND_SIZE
 SAMPLE_ROWS = 4096
 COMMON_SHARE = 0.1
 COMMON_ROWS = 20
 """A word triple in a tenth of all rows (and in 20 at least) is part of a template, and does not count."""
-TRIPLES_OF_A_WORD = 3
 BUCKET_ROWS = 256
 """Kept rows to which a row is compared for one band: a bucket as full as this holds texts of one template."""
-BLOCK_WORDS = 2**15
-"""Word triples that are hashed at a time: they stay in the processor's cache."""
-
-U32 = npt.NDArray[np.uint32]
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
-
-POWERS = np.multiply.accumulate(np.full(2**12, 0x9E3779B97F4A7C15, dtype=np.uint64))
-"""Of an odd number, modulo 2**64: a factor for each place in a word."""
-LETTERS = np.isin(np.arange(256), [*b"0123456789abcdefghijklmnopqrstuvwxyz", *range(0x80, 0x100)])
-
-
+FILE_ROWS = 2**16
+"""Rows of which a file holds the band keys."""
 PRIORITY = np.array([2, 1, 0], dtype=np.int8)
 """By split: what stands in test is kept first, then validation, then train."""
 KEPT = ""
@@ -77,7 +70,9 @@ def drop_equal(index: Index, split_N: npt.NDArray[np.int8], method: str) -> npt.
     return reason_N
 
 
-def drop_near(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], texts: Texts) -> None:
+def drop_near(
+    index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_], rows: JsonRows, folder: Path
+) -> None:
     """Find rows that are nearly another that is kept, and write the reason into `reason_N` in place.
 
     Test rows come first, then validation, then train, and in a split the smallest hash: a row is dropped if one before
@@ -87,13 +82,14 @@ def drop_near(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray
         index: The rows.
         split_N: [N] index into SPLITS.
         reason_N: [N] why a row was dropped already; KEPT where it was not.
-        texts: Gives the texts of all rows in order, in batches, each with the number of its first row.
+        rows: Gives all rows in order.
+        folder: Takes the band keys, 170 bytes a row; those of the same rows that are in it are not computed again.
     """
     kept = np.flatnonzero(reason_N == KEPT)
     priority = PRIORITY[split_N[kept]]
     high, low = index.content[kept].T
     order = kept[np.lexsort((low, high, priority))]
-    for row, near in find_near(order, texts).items():
+    for row, near in find_near(order, rows, folder).items():
         splits = split_N[near]
         same = splits[np.argmin(PRIORITY[splits])]
         reason_N[row] = "near duplicate" if same == split_N[row] else f"near a {SPLITS[same]} row"
@@ -105,41 +101,53 @@ class _KeptRows:
     def __init__(self, signature_NP: U32, bucket_NL: npt.NDArray[np.int32]) -> None:
         self._signature_NP = signature_NP
         self._bucket_NL = bucket_NL
-        self._rows: defaultdict[int, list[int]] = defaultdict(list)
+        self._size_G = np.minimum(np.bincount(bucket_NL[bucket_NL >= 0]), BUCKET_ROWS)
+        self._begin_G = np.cumsum(self._size_G) - self._size_G
+        self._count_G = np.zeros(len(self._size_G), dtype=np.int32)
+        self._rows = np.zeros(int(self._size_G.sum()), dtype=np.int32)
+        """Those of each bucket from its begin on, as many as its count says."""
 
     def add(self, rank: int) -> None:
         """Keep a row; a bucket as full as BUCKET_ROWS takes no more."""
-        for bucket in self._buckets(rank):
-            if len(self._rows[bucket]) < BUCKET_ROWS:
-                self._rows[bucket].append(rank)
+        buckets = self._buckets(rank)
+        buckets = buckets[self._count_G[buckets] < self._size_G[buckets]]
+        self._rows[self._begin_G[buckets] + self._count_G[buckets]] = rank
+        self._count_G[buckets] += 1
 
     def near(self, rank: int) -> I64:
         """Return the kept rows that are near a row."""
-        candidates = {other for bucket in self._buckets(rank) for other in self._rows.get(bucket, ())}
-        rows = np.array(sorted(candidates), dtype=np.int64)
+        buckets = self._buckets(rank)
+        begins, ends = self._begin_G[buckets], self._begin_G[buckets] + self._count_G[buckets]
+        parts = [self._rows[begin:end].tolist() for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        rows = np.array(sorted(set().union(*parts)), dtype=np.int64)
         if not len(rows):
             return rows
         near: I64 = rows[(self._signature_NP[rows] == self._signature_NP[rank]).mean(axis=1) >= NEAR]
         return near
 
-    def _buckets(self, rank: int) -> list[int]:
-        return [bucket for bucket in self._bucket_NL[rank].tolist() if bucket >= 0]
+    def _buckets(self, rank: int) -> npt.NDArray[np.int32]:
+        bucket_L: npt.NDArray[np.int32] = self._bucket_NL[rank]
+        return bucket_L[bucket_L >= 0]
 
 
-def find_near(order: I64, texts: Texts) -> dict[int, I64]:
+def find_near(order: I64, rows: JsonRows, folder: Path) -> dict[int, I64]:
     """Find the rows that are near a row that comes before them in `order` and is kept.
 
     Args:
         order: [N] numbers of the rows that take part, those first that are to be kept first.
-        texts: Gives the texts of all rows.
+        rows: Gives all rows.
+        folder: Takes the band keys; empty, or those of the same rows and order.
 
     Returns:
         Dropped row -> the kept rows that it is near to.
     """
-    signature_NP, bucket_NL = _sign(order, texts)
-    kept = _KeptRows(signature_NP, bucket_NL)
+    common = _common_triples(order, rows)
+    _write_keys(order, rows, common, folder)
+    order = _alike(order, folder)
+    signature_NP = _signatures(order, rows, common)
+    kept = _KeptRows(signature_NP, _buckets(signature_NP))
     dropped: dict[int, I64] = {}
-    for rank in np.flatnonzero((bucket_NL >= 0).any(axis=1)).tolist():
+    for rank in range(len(order)):
         near = kept.near(rank)
         if len(near):
             dropped[int(order[rank])] = order[near]
@@ -148,44 +156,48 @@ def find_near(order: I64, texts: Texts) -> dict[int, I64]:
     return dropped
 
 
-def match_near(known: I64, queries: I64, texts: Texts) -> dict[int, I64]:
+def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> dict[int, I64]:
     """Find the rows of `queries` that are near rows of `known`, and name those; other pairs are not looked at.
 
     Args:
         known: Numbers of rows, of which each band of minima holds the first 256.
         queries: Numbers of other rows.
-        texts: Gives the texts of all rows.
+        rows: Gives all rows.
+        folder: Takes the band keys; empty.
     """
     order = np.concatenate([known, queries])
-    signature_NP, bucket_NL = _sign(order, texts)
-    bucket_NL[~np.isin(bucket_NL, bucket_NL[len(known) :])] = -1  # no query is in it
-    kept = _KeptRows(signature_NP, bucket_NL)
-    for rank in np.flatnonzero((bucket_NL[: len(known)] >= 0).any(axis=1)).tolist():
+    common = _common_triples(order, rows)
+    _write_keys(order, rows, common, folder)
+    order = _alike(order, folder, queries)
+    signature_NP = _signatures(order, rows, common)
+    is_query_N = np.isin(order, queries)
+    kept = _KeptRows(signature_NP, _buckets(signature_NP))
+    for rank in np.flatnonzero(~is_query_N).tolist():
         kept.add(rank)
-    matches = ((int(order[rank]), order[kept.near(rank)]) for rank in range(len(known), len(order)))
+    matches = ((int(order[rank]), order[kept.near(rank)]) for rank in np.flatnonzero(is_query_N).tolist())
     return {row: near for row, near in matches if len(near)}
 
 
-def _sign(order: I64, texts: Texts) -> tuple[U32, npt.NDArray[np.int32]]:
-    """Return the minima and the buckets of each row, by its place in `order`."""
-    signature_NP, has_words_N = _signatures(order, texts, _common_triples(order, texts))
-    return signature_NP, _buckets(signature_NP, has_words_N)
-
-
-def _common_triples(order: I64, texts: Texts) -> U32:
+def _common_triples(order: I64, rows: JsonRows) -> U32:
     """Return, sorted, the word triples that stand in many rows, seen in a sample that depends on the rows alone."""
-    sample = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
-    sample[order[_spread(len(order))]] = True
     seen: list[U32] = []
-    for first, batch in texts():
-        sampled = np.flatnonzero(sample[first : first + len(batch)])
-        if len(sampled):
-            triple_W, row_W = hash_triples([batch[row] for row in sampled])
-            pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
-            seen.append(pairs.astype(np.uint32))
+    for _, batch in _select(order[_spread(len(order))], rows):
+        triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in batch])
+        pairs = np.unique((row_W.astype(np.uint64) << np.uint64(32)) | triple_W)
+        seen.append(pairs.astype(np.uint32))
     triples, counts = np.unique(np.concatenate(seen or [np.zeros(0, np.uint32)]), return_counts=True)
-    rows = min(len(order), SAMPLE_ROWS)
-    return triples[(counts >= COMMON_ROWS) & (counts >= COMMON_SHARE * rows)]
+    sampled = min(len(order), SAMPLE_ROWS)
+    return triples[(counts >= COMMON_ROWS) & (counts >= COMMON_SHARE * sampled)]
+
+
+def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
+    """Yield the rows that are in `order`, as they stand, in batches, with their numbers."""
+    taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
+    taken[order] = True
+    for first, batch in rows():
+        places = np.flatnonzero(taken[first : first + len(batch)])
+        if len(places):
+            yield first + places, [batch[place] for place in places.tolist()]
 
 
 def _spread(count: int) -> I64:
@@ -193,127 +205,91 @@ def _spread(count: int) -> I64:
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, SAMPLE_ROWS)).astype(np.int64))
 
 
-def hash_triples(texts: list[str]) -> tuple[U32, I64]:
-    """Hash every run of three words; the last two words of a text begin shorter runs, so that short texts have some.
+class _Signer:
+    """Computes the minima of a batch of rows, or the keys of their bands; runs in every process."""
 
-    Words are runs of letters and digits in lower case; Chinese, Japanese, Thai, Lao and Burmese characters, which are
-    written without spaces, are words of their own.
+    def __init__(self, common: U32, keys: bool) -> None:
+        self._common = common
+        self._keys = keys
 
-    Returns:
-        [W] hash of each run, [W] which text it is from.
-    """
-    word_W, row_W, _ = hash_words(texts)
-    padded = np.zeros(len(word_W) + 2 * len(texts) + 2, dtype=np.uint64)
-    place_W = np.arange(len(word_W)) + 2 * row_W
-    padded[place_W] = word_W
-    run_W = padded[place_W] + mix(padded[place_W + 1], 1) + mix(padded[place_W + 2], 2)
-    return (mix(run_W, 3) >> np.uint64(32)).astype(np.uint32), row_W
+    def __call__(self, batch: tuple[I64, list[str]]) -> tuple[I64, npt.NDArray[Any]]:
+        """Return the numbers of the rows that have words, and [R, P] their minima or [R, L] keys."""
+        numbers, rows = batch
+        triple_W, row_W = hash_triples([spoken_text(json.loads(row)) for row in rows])
+        triple_W, row_W = without(self._common, triple_W, row_W)
+        begins = np.flatnonzero(np.diff(row_W, prepend=-1))
+        minimum_RP = take_minima(triple_W, begins)
+        return numbers[row_W[begins]], band_keys(minimum_RP) if self._keys else minimum_RP
 
-
-def hash_words(texts: list[str]) -> tuple[U64, I64, I64]:
-    """Hash every word, as a polynomial of its bytes modulo 2**64.
-
-    Returns:
-        [W] the hash of each word, [W] which text it is from, [W] the byte of that text, in lower case, it begins at.
-    """
-    coded = [text.lower().encode() for text in texts]
-    byte_B = np.frombuffer(b"\n".join(coded), dtype=np.uint8)
-    begins = np.cumsum([0, *(len(text) + 1 for text in coded)])
-    inside_B, alone_B = _classify(byte_B)
-    start_B = inside_B.copy()
-    start_B[1:] &= ~inside_B[:-1] | alone_B[1:]
-    start_B[3:] |= inside_B[3:] & alone_B[:-3]
-    start_W = np.flatnonzero(start_B)
-    if not len(start_W):
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    place_B = np.arange(len(byte_B)) - np.repeat(np.append(0, start_W), np.diff(start_W, prepend=0, append=len(byte_B)))
-    term_B = POWERS[place_B % len(POWERS)] * (byte_B + np.uint64(1))
-    term_B[~inside_B] = 0
-    word_W = mix(np.add.reduceat(term_B, start_W), 4)
-    row_W = np.searchsorted(begins, start_W, side="right") - 1
-    return word_W, row_W.astype(np.int64), (start_W - begins[row_W]).astype(np.int64)
+    def map(self, order: I64, rows: JsonRows) -> Iterator[tuple[I64, npt.NDArray[Any]]]:
+        """Yield the results of the rows that are in `order`, on all cores."""
+        return WorkerPool(self).map(_select(order, rows), lambda batch: len(batch[1]), len(order))
 
 
-def _classify(byte_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Tell the bytes of UTF-8 that belong to words, and those that begin a character of three bytes which is a word."""
-    inside_B = LETTERS[byte_B]
-    next_B = np.append(byte_B[1:], np.uint8(0))
-    mark_B = (byte_B == 0xE2) & ((next_B == 0x80) | (next_B == 0x81))  # U+2000 to U+207F: dashes, quotes, spaces
-    for behind in range(3):
-        inside_B[behind:] &= ~mark_B[: len(mark_B) - behind]
-    alone_B = (byte_B >= 0xE3) & (byte_B <= 0xE9)  # U+3000 to U+9FFF: kana and Han
-    alone_B |= (byte_B == 0xE0) & (next_B >= 0xB8) & (next_B <= 0xBB)  # Thai and Lao
-    alone_B |= (byte_B == 0xE1) & (next_B >= 0x80) & (next_B <= 0x82)  # Burmese
-    return inside_B, alone_B
+def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
+    """Write the band keys of rows into files of [1 + L, R], with the rows' numbers; go on behind those that exist."""
+    files = sorted(folder.glob("*.npy"))
+    done = int(np.load(files[-1], mmap_mode="r")[0, -1]) + 1 if files else 0
+    waiting: list[U64] = []
+
+    def write() -> None:
+        keys_LR = np.concatenate(waiting, axis=1)
+        path = folder / f"{int(keys_LR[0, 0]):012}.npy"
+        with path.with_suffix(".partial").open("wb") as file:
+            np.save(file, keys_LR)
+        path.with_suffix(".partial").replace(path)
+        waiting.clear()
+
+    for numbers, keys_RL in _Signer(common, keys=True).map(order[order >= done], rows):
+        if len(numbers):
+            waiting.append(np.concatenate([numbers.astype(np.uint64)[None], keys_RL.T]))
+        if sum(part.shape[1] for part in waiting) >= FILE_ROWS:
+            write()
+    if waiting:
+        write()
 
 
-def _signatures(order: I64, texts: Texts, common: U32) -> tuple[U32, npt.NDArray[np.bool_]]:
-    """Return the minima of every row, by rank, and which rows have words at all."""
-    rank = np.full(int(order.max(initial=-1)) + 1, -1, dtype=np.int64)
+def _alike(order: I64, folder: Path, queries: I64 | None = None) -> I64:
+    """Return, in order, the rows that share a band with another row; with `queries`, with one of these (or are one)."""
+    files = sorted(folder.glob("*.npy"))
+
+    def read(line: int) -> U64:
+        return np.concatenate([np.zeros(0, np.uint64), *(np.load(file, mmap_mode="r")[line] for file in files)])
+
+    number_N = read(0).astype(np.int64)
+    query_N = None if queries is None else np.isin(number_N, queries)
+    alike_N = np.zeros(len(number_N), dtype=bool)
+    for band in range(BANDS):
+        key_N = read(1 + band)
+        places = np.argsort(key_N)
+        equal = np.diff(key_N[places]) == 0
+        places = places[np.append(equal, False) | np.append(False, equal)] if len(places) else places
+        if query_N is not None:
+            places = places[np.isin(key_N[places], key_N[places[query_N[places]]])]
+        alike_N[places] = True
+    taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
+    taken[number_N[alike_N]] = True
+    return order[taken[order]]
+
+
+def _signatures(order: I64, rows: JsonRows, common: U32) -> U32:
+    """Return the minima of rows by their place in `order`; each has words."""
+    rank = np.zeros(int(order.max(initial=-1)) + 1, dtype=np.int64)
     rank[order] = np.arange(len(order))
     signature_NP = np.zeros((len(order), MINIMA), dtype=np.uint32)
-    has_words_N = np.zeros(len(order), dtype=bool)
-    for first, batch in texts():
-        ranks = rank[first : first + len(batch)]
-        used = np.flatnonzero(ranks >= 0)
-        if len(used):
-            triple_W, row_W = hash_triples([batch[row] for row in used])
-            triple_W, row_W = _without(common, triple_W, row_W)
-            if len(triple_W):
-                begins = np.flatnonzero(np.diff(row_W, prepend=-1))
-                rows = ranks[used[row_W[begins]]]
-                signature_NP[rows] = take_minima(triple_W, begins)
-                has_words_N[rows] = True
-    return signature_NP, has_words_N
+    for numbers, minimum_RP in _Signer(common, keys=False).map(order, rows):
+        signature_NP[rank[numbers]] = minimum_RP
+    return signature_NP
 
 
-def _without(common: U32, triple_W: U32, row_W: I64) -> tuple[U32, I64]:
-    """Leave out the triples of a template, but for rows that have no more than one word of their own."""
-    if not len(common) or not len(triple_W):
-        return triple_W, row_W
-    place_W = np.minimum(np.searchsorted(common, triple_W), len(common) - 1)
-    own_W = common[place_W] != triple_W
-    own_R = np.bincount(row_W[own_W], minlength=row_W[-1] + 1) > TRIPLES_OF_A_WORD
-    stays_W = own_W | ~own_R[row_W]
-    return triple_W[stays_W], row_W[stays_W]
-
-
-def take_minima(triple_W: U32, begins: I64) -> U32:
-    """Return [R, P] the smallest value of each of P scrambled orders over each row's triples.
-
-    Args:
-        triple_W: Hashes, rows one after the other.
-        begins: [R] where each row begins; no row is empty.
-    """
-    minimum_RP = np.empty((len(begins), MINIMA), dtype=np.uint32)
-    factors = (mix(np.arange(MINIMA, dtype=np.uint64), 5) >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
-    offsets = (mix(np.arange(MINIMA, dtype=np.uint64), 6) >> np.uint64(32)).astype(np.uint32)
-    ends = np.append(begins[1:], len(triple_W))
-    first = 0
-    while first < len(begins):
-        upto = max(int(np.searchsorted(ends, begins[first] + BLOCK_WORDS, side="right")), first + 1)
-        block = triple_W[begins[first] : ends[upto - 1]]
-        inside = begins[first:upto] - begins[first]
-        scrambled = np.empty_like(block)
-        for place in range(MINIMA):
-            np.multiply(block, factors[place], out=scrambled)
-            np.add(scrambled, offsets[place], out=scrambled)
-            minimum_RP[first:upto, place] = np.minimum.reduceat(scrambled, inside)
-        first = upto
-    return minimum_RP
-
-
-def _buckets(signature_NP: U32, has_words_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+def _buckets(signature_NP: U32) -> npt.NDArray[np.int32]:
     """Return [N, L] which bucket a row is in for each band, numbered over all bands; -1 where it is alone."""
     bucket_NL = np.full((len(signature_NP), BANDS), -1, dtype=np.int32)
-    rows = np.flatnonzero(has_words_N)
     upto = 0
     for band in range(BANDS):
-        key = np.zeros(len(rows), dtype=np.uint64)
-        for place in range(band * BAND_SIZE, (band + 1) * BAND_SIZE):
-            key = mix(key ^ signature_NP[rows, place], 7)
-        _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
+        key_N = band_keys(signature_NP[:, band * BAND_SIZE : (band + 1) * BAND_SIZE])[:, 0]
+        _, inverse, counts = np.unique(key_N, return_inverse=True, return_counts=True)
         number = np.where(counts > 1, np.cumsum(counts > 1) - 1 + upto, -1)
-        bucket_NL[rows, band] = number[inverse]
+        bucket_NL[:, band] = number[inverse]
         upto += int((counts > 1).sum())
     return bucket_NL

@@ -7,10 +7,10 @@ across splits are dropped whatever it says.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,6 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
-from llmtune.data.row_hash import spoken_text
 from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
@@ -87,15 +86,15 @@ def _decide(
         drop_shared_groups(index, split_N, reason_N, data.split_by)
     if data.deduplicate == "near":
         with show_progress(console) as progress:
-            total = 2 * spool.path.stat().st_size
-            bar = progress.add_task("look for near duplicates", total=total)
+            bar = progress.add_task("look for near duplicates", total=3 * spool.path.stat().st_size)
 
-            def texts() -> Iterator[tuple[int, list[str]]]:
+            def rows() -> Iterator[tuple[int, list[str]]]:
                 for first, batch in spool.batches():
                     progress.advance(bar, batch.nbytes)
-                    yield first, [spoken_text(json.loads(row)) for row in batch.column("row").to_pylist()]
+                    yield first, batch.column("row").to_pylist()
 
-            drop_near(index, split_N, reason_N, texts)
+            with TemporaryDirectory(dir=spool.path.parent, prefix=".keys-") as keys:
+                drop_near(index, split_N, reason_N, rows, Path(keys))
     return split_N, reason_N, notes
 
 

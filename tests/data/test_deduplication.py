@@ -1,4 +1,8 @@
+import hashlib
+import json
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.rows import chat, prepare, questions, write_jsonl
 
-from llmtune.data.deduplication import MINIMA, NEAR, find_near, hash_triples, take_minima
+from llmtune.data.deduplication import NEAR, find_near, match_near
+from llmtune.data.minhash import MINIMA, hash_triples, take_minima
 
 WORDS = [
     a + b + c for a in ("ka", "lo", "mi", "tu", "ser") for b in ("ra", "to", "ne", "bi") for c in ("", "s", "n", "ly")
@@ -17,11 +22,16 @@ def sentence(rng: random.Random, count: int) -> list[str]:
     return rng.choices(WORDS, k=count)
 
 
-def near_of(texts: list[str], order: list[int] | None = None) -> dict[int, list[int]]:
-    order = order or list(range(len(texts)))
+def near_of(texts: list[str], order: list[int] | None = None, queries: list[int] | None = None) -> dict[int, list[int]]:
+    rows = np.array(order or range(len(texts)), dtype=np.int64)
     half = len(texts) // 2
-    batches = [(0, texts[:half]), (half, texts[half:])]
-    found = find_near(np.array(order, dtype=np.int64), lambda: iter(batches))
+    lines = [json.dumps({"tokens": [text]}) for text in texts]
+    batches = [(0, lines[:half]), (half, lines[half:])]
+    with tempfile.TemporaryDirectory() as folder:
+        if queries is None:
+            found = find_near(rows, lambda: iter(batches), Path(folder))
+        else:
+            found = match_near(rows, np.array(queries), lambda: iter(batches), Path(folder))
     return {row: near.tolist() for row, near in found.items()}
 
 
@@ -110,12 +120,38 @@ def test_a_crowd_of_near_rows_leaves_one_and_takes_linear_time():
     assert len(near_of([*crowd, *noise])) == 2999
 
 
+def relatives(rng: random.Random) -> list[str]:
+    """Texts of which many are near one another: of one template, of one original, chains, a crowd, without words."""
+    texts = ["", "!!!", "one", "one two"]
+    for _ in range(120):
+        words = sentence(rng, rng.randint(3, 90))
+        for _ in range(rng.choice([1, 1, 2, 3, 9])):
+            changed = rng.randint(0, max(len(words) // 5, 1))
+            texts.append(" ".join([*words[changed:], *sentence(rng, rng.randint(0, changed))]))
+    template = " ".join(sentence(rng, 60))
+    texts += [f"{template} {' '.join(sentence(rng, rng.randint(1, 12)))}" for _ in range(420)]
+    rng.shuffle(texts)
+    return texts
+
+
+def digest_of(found: dict[int, list[int]]) -> str:
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]
+
+
+def test_what_is_near_is_what_a_search_with_the_minima_of_all_rows_found():
+    """The digests are those of a search that kept the minima of all rows in memory."""
+    rng = random.Random(7)
+    for near, matches in (("f0e2f217b46624c0", "d7c6196f0762501d"), ("a733dba335e0d7e8", "58268a9ea73cd556")):
+        texts = relatives(rng)
+        order = rng.sample(range(len(texts)), len(texts) - 20)
+        known = len(order) * 2 // 3
+        assert digest_of(near_of(texts, order)) == near
+        assert digest_of(near_of(texts, order[:known], order[known:])) == matches
+
+
 @given(st.permutations(range(12)))
 @settings(max_examples=25, deadline=None)
 def test_what_is_kept_does_not_depend_on_the_order_of_rows(order):
-    import tempfile
-    from pathlib import Path
-
     rng = random.Random(6)
     rows = []
     for number in range(4):
