@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, init, prompting, recipes, release, run, verify
+from llmtune.cli import compare, deploy, explain, init, prompting, recipes, release, run, schedulers, verify
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.usage_hints import CommandGroup
@@ -141,7 +141,7 @@ TREES = {
     "explain": explain.app,
     "recipes": recipes.app,
     "release": release.app,
-    "launch": run.launch_app,
+    "launch": schedulers.app,
 }
 PANELS = {
     "Begin": ("init", "run", "runs", "doctor"),

@@ -1,0 +1,143 @@
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.runs import invoke, llmtune, write_recipe
+from support.slurm import cluster, missing
+from support.training import read_metrics
+
+LONG = {"num_train_epochs": 40, "save_steps": 100_000, "logging_steps": 1}
+needs_slurm = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    options = ["--partition", "gpu", "--time", "2:00:00", "--gpus-per-node", "8", "--sbatch=--exclude=n3"]
+    result = invoke(
+        *("launch", "slurm", "tiny.yaml", "--dry-run", "--processes", 8, "--machines", 4, "--strategy", "fsdp"),
+        *("--out", "run 1", "--set", "train.learning_rate=2e-3", *options),
+    )
+    assert result.exit_code == 0, result.stderr
+    script = result.stdout
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=True).returncode == 0
+    directives = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {"--nodes=4", "--cpus-per-task=8", "--partition=gpu", "--time=2:00:00", "--requeue"} <= directives
+    assert {"--gpus-per-node=8", "--exclude=n3", "--job-name=tiny"} <= directives
+    (started,) = [line for line in script.splitlines() if line.startswith("srun")]
+    words = shlex.split(shlex.split(started.removesuffix(" &"))[-1])
+    given = dict(itertools.pairwise(words))
+    assert given["--out"] == str(here / "run 1")
+    assert given["--set"] == "train.learning_rate=2e-3"
+    assert (given["--processes"], given["--machines"], given["--strategy"]) == ("8", "4", "fsdp")
+    assert (given["--rank"], given["--address"]) == ("$SLURM_PROCID", "$HEAD:$PORT")
+    assert not list(here.glob("run*"))
+
+
+def test_a_mistake_in_the_recipe_is_found_before_slurm_is_asked(here, tiny_llama):
+    write_recipe(here / "tiny.yaml", tiny_llama, here / "missing.jsonl")
+    result = invoke("launch", "slurm", "tiny.yaml")
+    assert result.exit_code == 3
+    assert "missing.jsonl" in result.stderr
+
+
+def test_a_machine_without_slurm_is_named_with_what_to_do(here, tiny_llama, chat_rows, monkeypatch):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    monkeypatch.setenv("PATH", str(here))
+    result = invoke("launch", "slurm", "tiny.yaml")
+    assert result.exit_code == 4
+    assert "no command sbatch" in result.stderr
+    assert "login node" in result.stderr
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_slurm_preempts_queues_again_and_finishes_with_the_adapter_of_the_local_run(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
+    with cluster(here / "slurm") as environment:
+        job = _launch(here, environment, "--out", "run")
+        _wait(lambda: _lines(here / "run") > 20, job)
+        subprocess.run(["sbatch", "-p", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 1"], env=environment)
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err
+        sent = json.loads(out)
+        shown = subprocess.run(
+            ["scontrol", "show", "job", sent["job"]], env=environment, capture_output=True, text=True
+        )
+    assert "Restarts=1" in shown.stdout
+    assert "stopped by SIGTERM" in err
+    assert err.count("Job 1: running") == 2, err
+    assert "the queue" not in Path(sent["log"]).read_text()
+    local = llmtune("launch", "local", "tiny.yaml", "--threads", 1, "--out", "local", cwd=here)
+    assert local.returncode == 0, local.stderr
+    adapters = [(here / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "local")]
+    assert adapters[0] == adapters[1]
+    assert [line["loss"] for line in read_metrics(here / "run")] == [x["loss"] for x in read_metrics(here / "local")]
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_a_job_that_is_cancelled_or_fails_ends_this_command_with_its_exit_code(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train=LONG)
+    with cluster(here / "slurm") as environment:
+        job = _launch(here, environment, "--out", "run")
+        _wait(lambda: _lines(here / "run") > 5, job)
+        subprocess.run(["scancel", "1"], env=environment, check=True)
+        _, err = job.communicate(timeout=120)
+        assert job.returncode == 143, err
+        assert "a checkpoint is saved" in err
+        failing = _launch(
+            here,
+            environment,
+            "--out",
+            "other",
+            "--set",
+            "evaluate.gates=[exact_match >= 2.0]",
+            "--set",
+            "train.max_steps=2",
+        )
+        _, err = failing.communicate(timeout=240)
+        assert failing.returncode == 6, err
+
+
+@pytest.mark.slow
+@needs_slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may hide a folder from a process")
+def test_the_report_comes_back_from_a_disk_that_only_the_machine_of_the_job_sees(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"num_train_epochs": 1})
+    (here / "scratch").mkdir()
+    with cluster(here / "slurm", private=here / "scratch") as environment:
+        job = _launch(here, environment, "--out", "scratch/run")
+        _, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    assert {path.name for path in (here / "scratch" / "run").iterdir()} == {
+        "report.html",
+        "report.md",
+        "report.json",
+        "junit.xml",
+    }
+
+
+def _launch(folder: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "llmtune", "launch", "slurm", "tiny.yaml", "--threads", "1", "--follow", "--json"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*words, *options], cwd=folder, env=environment, text=True, **streams)
+
+
+def _lines(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+
+def _wait(reached: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not reached():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < end, "training never began"
+        time.sleep(0.05)

@@ -1,0 +1,120 @@
+"""A Slurm cluster of this machine alone: munged, slurmctld and slurmd of the system, in a folder of its own."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PLACES = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+"""Where distributions put daemons."""
+
+SLURM_CONF = """
+ClusterName=llmtune
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PreemptExemptTime=0
+KillWait=60
+MinJobAge=600
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=spot Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+def missing() -> str | None:
+    """Return what of Slurm is not installed, as the reason to skip a test."""
+    lacking = [name for name in DAEMONS if shutil.which(name, path=PLACES) is None]
+    return f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client munge" if lacking else None
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, *, grace: int = 60, private: Path | None = None) -> Iterator[dict[str, str]]:
+    """Start the cluster; yield the environment in which Slurm's commands find it.
+
+    `private` becomes a disk of the machine that runs jobs, which nobody else sees.
+    """
+    host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or subprocess.getoutput("id -un")
+    folder.mkdir(mode=0o755)
+    for name in ("state", "spool"):
+        (folder / name).mkdir(mode=0o755)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+    conf = SLURM_CONF.format(host=host, user=user, folder=folder, grace=grace, ports=_free_ports(2))
+    (folder / "slurm.conf").write_text(conf)
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    environment = {**os.environ, "PATH": PLACES, "SLURM_CONF": str(folder / "slurm.conf")}
+    munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
+    munged += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
+    with contextlib.ExitStack() as stack:
+        slurmd = ["slurmd", "-D"]
+        if private is not None:
+            slurmd = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {private} && exec slurmd -D"]
+        for words in (munged, ["slurmctld", "-D", "-i"], slurmd):
+            stack.enter_context(_daemon(words, environment, folder))
+        _wait_until_idle(environment, folder)
+        yield environment
+
+
+@contextlib.contextmanager
+def _daemon(words: list[str], environment: dict[str, str], folder: Path) -> Iterator[None]:
+    with (folder / f"{words[0]}.out").open("wb") as out:
+        process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        time.sleep(0.5)
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
+    end = time.monotonic() + 30
+    while True:
+        found = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True, check=False
+        )
+        if found.returncode == 0 and set(found.stdout.split()) == {"idle"}:
+            return
+        if time.monotonic() > end:
+            logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
+            raise AssertionError(f"the cluster never came up: {found.stdout}{found.stderr}\n{logs}")
+        time.sleep(0.3)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
