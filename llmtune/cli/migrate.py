@@ -1,4 +1,4 @@
-"""`llmtune recipes migrate`, which is `llmtune init --from` too: a recipe out of another tool's configuration."""
+"""`llmtune recipes migrate`, which is `llmtune init --from FILE` too: a recipe out of another tool's configuration."""
 
 from __future__ import annotations
 

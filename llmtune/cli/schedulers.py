@@ -12,8 +12,8 @@ import typer
 
 from llmtune.cli.options import AsJson, Lock, ModelName, Offline, Out, Quiet, RecipeArgument, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
-from llmtune.cli.run import Processes, launch_app
-from llmtune.errors import Problem, Stopped
+from llmtune.cli.run import MaxRestarts, Processes, Strategy, launch_app
+from llmtune.errors import Problem, RecipeError, Stopped
 from llmtune.launch.job import Job, check_secrets
 from llmtune.records import Json
 
@@ -29,8 +29,9 @@ def _text(name: str, help: str) -> Option:
 SHARED: dict[str, Option] = {
     "recipe": (RecipeArgument, inspect.Parameter.empty),
     "processes": (Processes, 1),
+    "strategy": (Strategy, "ddp"),
     "machines": (Annotated[int, typer.Option("--machines", min=1, help="How many, with --processes on each.")], 1),
-    "strategy": _text("strategy", "ddp or fsdp, as in launch local."),
+    "max_restarts": (MaxRestarts, 0),
     "out": (Out, None),
     "sets": (Sets, None),
     "model": (ModelName, None),
@@ -102,6 +103,7 @@ def _command(name: str, summary: str, own: Mapping[str, Option], start: Callable
 
 
 def _job(given: Mapping[str, Any]) -> Job:
+    from llmtune.launch.topology import Topology, why_not_sharded
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -112,7 +114,12 @@ def _job(given: Mapping[str, Any]) -> Job:
     options += ["--threads", str(given["threads"])] if given["threads"] else []
     options += ["--offline"] if given["offline"] else []
     folder: Path = given["out"] or default_path(loaded.recipe.name, loaded.fingerprint)
-    return Job(loaded, folder, given["processes"], given["machines"], given["strategy"], tuple(options))
+    processes, machines = given["processes"], given["machines"]
+    address = "HOST:1" if machines > 1 else None  # what it will be is known there
+    topology = Topology(processes, given["strategy"], machines, 0, address, given["max_restarts"])
+    if topology.strategy == "fsdp":
+        RecipeError.collect(why_not_sharded(loaded.recipe))
+    return Job(loaded, folder, topology, tuple(options))
 
 
 def _follow(what: str, cancel: str, follow: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ from llmtune.errors import (
     Stopped,
     TrainingError,
 )
+from llmtune.launch.topology import Topology
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Json
@@ -50,9 +51,7 @@ class Job:
     loaded: LoadedRecipe
     folder: Path
     """The run folder."""
-    processes: int = 1
-    machines: int = 1
-    strategy: str | None = None
+    topology: Topology
     options: tuple[str, ...] = ()
     """More options of `launch local`, such as `--set` and its value."""
 
@@ -68,12 +67,13 @@ class Job:
 
     def command(self, program: str, recipe: str, folder: str, rank: str = "", address: str = "") -> str:
         """Return the line for the shell of each machine; `rank` and `address` are what its variables say there."""
-        words = ["launch", "local", recipe, "--out", folder, "--processes", str(self.processes)]
-        words += [*(["--strategy", self.strategy] if self.strategy else []), *self.options]
+        where = self.topology
+        words = ["launch", "local", recipe, "--out", folder, "--processes", str(where.processes)]
+        words += ["--strategy", where.strategy, "--max-restarts", str(where.max_restarts), *self.options]
         line = f"{program} {shlex.join(words)}"
-        if self.machines == 1:
+        if where.machines == 1:
             return line
-        return f'{line} --machines {self.machines} --rank "{rank}" --address "{address}"'
+        return f'{line} --machines {where.machines} --rank "{rank}" --address "{address}"'
 
 
 def call(words: Sequence[str], install: str, stdin: str | None = None) -> str:

@@ -39,15 +39,15 @@ def train_job(
 
     Raises RecipeError where the recipe cannot be sent, or several machines share no storage.
     """
-    if job.machines > 1 and not storage:
-        what = f"{job.machines} machines need a folder that all of them see"
+    if job.topology.machines > 1 and not storage:
+        what = f"{job.topology.machines} machines need a folder that all of them see"
         raise RecipeError.of(what, "--machines", "Name a claim that many may write (ReadWriteMany): --storage CLAIM.")
     recipe = job.shipped or job.loaded.file.name
     folder = f"runs/{job.folder.name}"
     command = job.command("llmtune", recipe, folder, "$PET_NODE_RANK", "$PET_MASTER_ADDR:$PET_MASTER_PORT")
     script = f"mkdir -p {HOME} && cd {HOME}\n{_write_recipe(job)}{with_report(command, folder, '${PET_NODE_RANK:-0}')}"
     limits = {name: value for name, value in resources.items() if value}
-    trainer: Json = {"image": image, "numNodes": job.machines, "numProcPerNode": job.processes}
+    trainer: Json = {"image": image, "numNodes": job.topology.machines, "numProcPerNode": job.topology.processes}
     trainer |= {"command": ["bash", "-c"], "args": [script]}
     if limits:
         trainer["resourcesPerNode"] = {"limits": limits, "requests": dict(limits)}

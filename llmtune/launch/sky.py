@@ -27,8 +27,8 @@ def sky_task(
 
     Raises RecipeError where the recipe or one of its files is outside this folder, or for several machines.
     """
-    if job.machines > 1:
-        what = f"{job.machines} machines need a folder that all of them see, and the storage here is no such folder"
+    if job.topology.machines > 1:
+        what = f"{job.topology.machines} machines need a folder that all of them see, which a bucket is not"
         raise RecipeError.of(what, "--machines", "Take one machine with more GPUs: --gpus H100:8 --processes 8.")
     recipe = _inside(job)
     folder = f"{RUNS if storage else 'runs'}/{job.folder.name}"

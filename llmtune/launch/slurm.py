@@ -57,10 +57,10 @@ export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) PORT=$(
 
 def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
     """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them."""
-    cpus = options.get("cpus-per-task", str(job.processes))
+    cpus = options.get("cpus-per-task", str(job.topology.processes))
     stated = {
         "job-name": job.name,
-        "nodes": str(job.machines),
+        "nodes": str(job.topology.machines),
         "ntasks-per-node": "1",
         "cpus-per-task": cpus,
         "output": f"{job.folder.absolute()}.slurm-%j.log",
@@ -75,7 +75,7 @@ def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (),
     return SCRIPT.format(
         directives="\n".join(lines),
         save_seconds=SAVE_SECONDS,
-        address=ADDRESS if job.machines > 1 else "",
+        address=ADDRESS if job.topology.machines > 1 else "",
         cpus=cpus,
         command=shlex.quote(f"exec {command}"),
         most=MOST_REQUEUES if requeue else 0,

@@ -93,6 +93,8 @@ def test_a_damaged_or_missing_report_in_a_log_leaves_nothing_behind(here):
         (["sky", "tiny.yaml", "--secret", "TOKEN=abc"], 2, "Give its name alone"),
         (["sky", "tiny.yaml", "--machines", "2", "--dry-run"], 2, "one machine with more GPUs"),
         (["kubernetes", "tiny.yaml", "--image", "x", "--machines", "2"], 2, "ReadWriteMany"),
+        (["kubernetes", "tiny.yaml", "--image", "x", "--strategy", "deepspeed"], 2, "ZeRO-3"),
+        (["sky", "tiny.yaml", "--strategy", "fsdp", "--set", "adapter.method=qlora"], 2, "4 bits"),
         (["sky", "tiny.yaml"], 4, "no command sky"),
         (["sky", "OUTSIDE", "--dry-run"], 2, "outside this folder"),
         (["kubernetes", "tiny.yaml"], 2, "--image"),
