@@ -35,6 +35,8 @@ class DataSet:
     metric: str
     max_length: int = 256
     max_new_tokens: int = 1
+    validation: float = 0
+    """A share of rows by whose loss the best checkpoint is taken: what a recipe has by default is 0.05."""
     read: Callable[[Path], Iterator[dict[str, Any]]] | None = None
 
 
@@ -83,7 +85,8 @@ SETS = {
     "movie-sentences": DataSet("classify", MINILM, 700, "accuracy"),
     "debian-mentions": DataSet("token-classify", MINILM, 450, "f1"),
     "debian-facts": DataSet("qa", MINILM, 450, "f1", max_length=384),
-    "alpaca": DataSet("chat", SMOLLM, 240, "loss", read=read_alpaca),
+    "alpaca": DataSet("chat", SMOLLM, 240, "loss", max_length=320, read=read_alpaca),
+    "alpaca-validated": DataSet("chat", SMOLLM, 240, "loss", max_length=320, validation=0.05, read=read_alpaca),
     "reviews": DataSet("classify", MINILM, 700, "accuracy", read=read_reviews),
     "tweets": DataSet("classify", MINILM, 700, "spearman", read=read_tweets),
 }
@@ -142,7 +145,7 @@ def describe_recipe(name: str, data: DataSet, source: str, train: dict[str, floa
         "recipe_version": 1,
         "name": name,
         "task": data.task,
-        "data": {"train": {"path": source, "limit": data.rows}, "validation": 0, "test": 0.3},
+        "data": {"train": {"path": source, "limit": data.rows}, "validation": data.validation, "test": 0.3},
         "model": {"name": data.model},
         "train": train,
         "evaluate": {"metrics": [data.metric]},
