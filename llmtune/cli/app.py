@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
@@ -79,10 +80,22 @@ def _root(
 
 @handled
 def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="A folder of transformers' Trainer: say what it tells.")
+    ] = None,
     imports: Annotated[bool, typer.Option("--imports", help="Import every library, to find broken ones.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check versions, devices, memory and disk, and show what to type where something is missing."""
+    if folder is not None:
+        from rich.console import Console
+
+        from llmtune.cli.trainer_folder import examine_run
+
+        told = examine_run(folder, Console(quiet=as_json))
+        if as_json:
+            print_json(told)
+        return
     switched_off = offline_switches()
     prepare_environment(network=False)
     from rich.console import Console

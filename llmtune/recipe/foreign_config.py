@@ -188,7 +188,7 @@ def _mapping(file: Path) -> dict[str, object]:
 
 
 def first_row(file: Path) -> Mapping[str, object]:
-    """Return the first row of a local file of JSON lines, JSON or CSV, or of a folder's; nothing where there is none."""
+    """Return the first row of a local file of JSON lines, JSON or CSV, or of one in a folder; nothing without one."""
     if file.is_dir():
         file = next((one for one in sorted(file.iterdir()) if one.suffix.lower() in (".jsonl", ".json", ".csv")), file)
     if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):
