@@ -191,7 +191,7 @@ def prepare(context: RunContext) -> Rows:
     with context.step("prepare", inputs, ["data/rows"]) as step:
         if not step.skipped:
             with staged(target) as folder:
-                made = prepare_rows(context.recipe, folder, context.console)
+                made = prepare_rows(context.recipe, folder, context.console, inputs)
             step.facts.update(rows_in=made.rows_in, kept=made.counts, dropped=made.dropped)
     return load_rows(target)
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from llmtune.data.minhash import BAND_SIZE, BANDS, I64, MINIMA, U32, U64, band_keys, hash_triples, take_minima, without
 from llmtune.data.row_hash import spoken_text
-from llmtune.data.row_store import Index
+from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,6 +49,20 @@ DAMAGED = ("Truncated compressed", "decompress failed", "inflate failed")
 RawRow = tuple[str, dict[str, object] | RowError]
 
 
+class JsonLine(NamedTuple):
+    """A line that is not parsed yet: that can be done on another core."""
+
+    line: bytes
+    offset: int
+
+    def parse(self) -> dict[str, object] | RowError:
+        """Return the row, or why there is none."""
+        return _parse_line(self.line, self.offset)
+
+
+LazyRow = tuple[str, dict[str, object] | RowError | JsonLine]
+
+
 def read_file(
     path: Path, name: str, container: str, advance: Advance = lambda count: None, encoding: str | None = None
 ) -> Iterator[RawRow]:
@@ -56,6 +71,14 @@ def read_file(
     Raises:
         DataError: The file cannot be opened, or cannot be read on from some place.
     """
+    for origin, value in read_lazily(path, name, container, advance, encoding):
+        yield origin, value.parse() if isinstance(value, JsonLine) else value
+
+
+def read_lazily(
+    path: Path, name: str, container: str, advance: Advance = lambda count: None, encoding: str | None = None
+) -> Iterator[LazyRow]:
+    """Yield the rows as `read_file` does, lines of JSON as they stand."""
     with explained(name):
         if container == "parquet":
             yield from _read_parquet(path, name, advance)
@@ -97,7 +120,7 @@ def explained(name: str) -> Iterator[None]:
         raise DataError.of(f"the file cannot be read ({error.strerror or error})", name) from error
 
 
-def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
+def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
     offset = number = 0
     while line := stream.readline(MAX_ROW_BYTES):
         number += 1
@@ -107,7 +130,7 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[RawRow]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.isspace():
-            yield f"{name}:{number}", _parse_line(line, offset)
+            yield f"{name}:{number}", JsonLine(line, offset)
         offset += len(line)
 
 
@@ -134,7 +157,7 @@ def not_utf8(byte: int, offset: int) -> RowError:
     return RowError(NOT_UTF8, f"byte 0x{byte:02x} at offset {offset}")
 
 
-def _read_json(stream: ByteStream, name: str) -> Iterator[RawRow]:
+def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
     """Read a JSON file: a list of rows, an object that holds one, or objects one after the other."""
     if _looks_like_lines(stream.peek(1)):
         yield from _read_lines(stream, name)
@@ -299,7 +322,7 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-READERS: dict[str, Callable[[ByteStream, str], Iterator[RawRow]]] = {
+READERS: Mapping[str, Callable[[ByteStream, str], Iterator[LazyRow]]] = {
     "jsonl": _read_lines,
     "json": _read_json,
     "csv": _read_csv,

@@ -1,47 +1,91 @@
-"""Reads all inputs into the spool, and keeps account of every row that is bad."""
+"""Reads all inputs into the spool, on all cores, and keeps account of every row that is bad."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from llmtune.data.column_mapping import rename
-from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8
-from llmtune.data.rejected_rows import Add, RowError, listed
+from llmtune.data.file_readers import MAX_ROW_BYTES, NOT_UTF8, JsonLine, LazyRow
+from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import parse_row
 from llmtune.data.row_hash import hash_content, to_json
-from llmtune.data.row_store import HashedRow, Spool
+from llmtune.data.row_store import BATCH_BYTES, BATCH_ROWS
 from llmtune.data.sources import Detected, encoding_hint
+from llmtune.data.spool import HashedRow, Spool
+from llmtune.data.worker_pool import WorkerPool
 from llmtune.errors import DataError, Problem, nearest
 from llmtune.recipe.data_section import DataSection
-from llmtune.records import SPLITS
+from llmtune.records import SPLITS, Json
 
 SHOWN = 20
+_Parsed = tuple[int, tuple[str, HashedRow | RowError, tuple[str, ...]]]
+"""The place of a row in its input, where it is from, what it is, and the names of its columns if it may be tested."""
 
 
 @dataclass
 class Account:
-    """How many rows were read, how many were bad by reason, and the first of those."""
+    """How far was read, how many rows were bad by reason, and the first of those."""
 
     list_file: Path
-    add_line: Add
-    """Adds a line to `list_file`."""
+    """Gets all bad rows, once all are known."""
+    spooled_list: Path
+    """Has those that are known."""
     rows_in: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     first: list[Problem] = field(default_factory=list)
+    unreadable: list[Problem] = field(default_factory=list)
+    """What is wrong with whole files."""
     columns: dict[str, None] = field(default_factory=dict)
     """Columns of rows that may be tested, where some are asked for."""
+    taken: Counter[int] = field(default_factory=Counter)
+    """Good rows by the number of their source."""
+    position: tuple[int, int] = (0, 0)
+    """The input that is read, and how many of its rows were."""
     hints: list[Problem] = field(default_factory=list)
     """What may be behind many bad rows at once."""
+
+    @classmethod
+    def restore(cls, list_file: Path, spool: Spool) -> Account:
+        """Go on from what `note` returned when the spool's last shard became whole."""
+        account, noted = cls(list_file, spool.folder / list_file.name), spool.noted
+        account.spooled_list.touch()
+        os.truncate(account.spooled_list, noted.get("listed", 0))
+        if noted:
+            account.rows_in, account.position = noted["rows_in"], tuple(noted["position"])
+            account.bad, account.columns = Counter(noted["bad"]), dict.fromkeys(noted["columns"])
+            account.taken = Counter({int(number): count for number, count in noted["taken"].items()})
+            account.first = [Problem(**problem) for problem in noted["first"]]
+            account.unreadable = [Problem(**problem) for problem in noted["unreadable"]]
+        return account
+
+    def note(self) -> Json:
+        """Return what `restore` needs."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        names = ("rows_in", "position", "bad", "taken", "first", "unreadable")
+        noted = {name: getattr(self, name) for name in names}
+        return {**noted, "columns": [*self.columns], "listed": self.spooled_list.stat().st_size}
+
+    @contextmanager
+    def spooled(self) -> Iterator[None]:
+        """Keep the list open for bad rows."""
+        with self.spooled_list.open("ab") as self._lines:
+            yield
 
     def add_bad(self, origin: str, error: RowError) -> None:
         """Count a bad row and put it into the list."""
@@ -49,7 +93,17 @@ class Account:
         what = f"{error.reason}: {error.detail}" if error.detail else error.reason
         if len(self.first) < SHOWN:
             self.first.append(Problem(what, origin))
-        self.add_line({"origin": origin, "reason": error.reason, "detail": error.detail})
+        line = json.dumps({"origin": origin, "reason": error.reason, "detail": error.detail})
+        self._lines.write(line.encode() + b"\n")
+
+    def publish(self) -> None:
+        """Put the list of all bad rows in its place; an old one goes if there are none."""
+        if self.bad:
+            partial = self.list_file.with_name(f".{self.list_file.name}.partial")
+            shutil.copyfile(self.spooled_list, partial)
+            partial.replace(self.list_file)
+        else:
+            self.list_file.unlink(missing_ok=True)
 
     def problems(self) -> list[Problem]:
         """Return what may be behind the bad rows, the first of them, and where to find the others."""
@@ -81,7 +135,7 @@ def read_inputs(
         inputs: What to read.
         data: The recipe's section, for `split_by` and `max_dropped`.
         task: Whose canonical rows are made.
-        spool: Takes the good rows; open.
+        spool: Takes the good rows; what is in it already is not read again.
         list_file: Gets all bad rows; removed if there are none.
         console: Shows the progress.
         columns: Columns to keep beside each row, each with the key that names it.
@@ -90,20 +144,18 @@ def read_inputs(
         DataError: A file cannot be read to its end, the share of bad rows is above `max_dropped`, or no row that may
             be tested has one of `columns`.
     """
-    problems: list[Problem] = []
-    taken: Counter[int] = Counter()
-    with show_progress(console) as progress, listed(list_file) as add_line:
-        account = Account(list_file, add_line)
-        bar = progress.add_task("read rows", total=sum(one.input.size for one in inputs))
-        for one in inputs:
-            try:
-                _read_input(one, data, task, spool, account, taken, progress, bar, tuple(columns or ()))
-            except DataError as error:
-                problems += error.problems
+    account = Account.restore(list_file, spool)
+    if not spool.ended:
+        with account.spooled(), show_progress(console) as progress:
+            bar = progress.add_task("read rows", total=sum(one.input.size for one in inputs))
+            parser = _RowParser(tuple(inputs), task, data.split_by, isinstance(data.test, tuple), tuple(columns or ()))
+            _read_rows(parser, account, spool, lambda count: progress.advance(bar, count))
+            spool.end(account.note)
+    account.publish()
     if account.bad[f"bad: {NOT_UTF8}"]:
         account.hints += [problem for one in inputs if (problem := encoding_hint(one.input))]
-    if problems:
-        raise DataError(*problems, *account.problems())
+    if account.unreadable:
+        raise DataError(*dict.fromkeys(account.unreadable), *account.problems())
     _check_share(account, data.max_dropped)
     check_columns(columns or {}, tuple(account.columns))
     return account
@@ -122,50 +174,113 @@ def check_columns(required: Mapping[str, str], columns: Sequence[str]) -> None:
     )
 
 
-def _read_input(
-    detected: Detected,
-    data: DataSection,
-    task: str,
-    spool: Spool,
-    account: Account,
-    taken: Counter[int],
-    progress: Progress,
-    bar: TaskID,
-    kept_columns: Sequence[str],
-) -> None:
-    one = detected.input
-    limit = one.source.limit
-    split = -1 if one.split is None else SPLITS.index(one.split)
-    columns = detected.columns
-    tested = bool(kept_columns) and (one.split == "test" or (one.split is None and not isinstance(data.test, tuple)))
-    for origin, value in one.raw_rows(lambda count: progress.advance(bar, count)):
-        if limit is not None and taken[one.number] >= limit:
-            return
-        account.rows_in += 1
-        if isinstance(value, RowError):
-            account.add_bad(origin, value)
-            continue
+class _Batch(NamedTuple):
+    """Rows of one input as they stand in it."""
+
+    input: int
+    first: int
+    """How many rows of the input stand before them."""
+    rows: list[LazyRow]
+    bytes: int
+
+
+def _read_rows(parser: _RowParser, account: Account, spool: Spool, advance: Callable[[int], object]) -> None:
+    """Read on from where the account is."""
+    limits = [one.input.source.limit for one in parser.inputs]
+    # The hub does not say how many bytes it will be.
+    total = sum(one.input.size if one.input.path else sys.maxsize for one in parser.inputs)
+    batches = _read_batches(parser.inputs, account, advance)
+    for number, parsed in WorkerPool(parser).map(batches, lambda batch: batch.bytes, total):
+        limit, source = limits[number], parser.inputs[number].input.number
+        for place, (origin, row, names) in parsed:
+            if limit is not None and account.taken[source] >= limit:
+                break
+            account.position = number, place
+            account.rows_in += 1
+            if isinstance(row, RowError):
+                account.add_bad(origin, row)
+            else:
+                account.taken[source] += 1
+                account.columns.update(dict.fromkeys(names))
+                spool.add(row, account.note)
+
+
+def _read_batches(inputs: Sequence[Detected], account: Account, advance: Callable[[int], object]) -> Iterator[_Batch]:
+    """Yield the rows behind the account's position; what is wrong with a file ends it and goes into the account."""
+    read = 0
+
+    def count(size: int) -> None:
+        nonlocal read
+        read += size
+        advance(size)
+
+    begin, skipped = account.position
+    for number, detected in enumerate(inputs[begin:], begin):
+        first, limit, source = skipped if number == begin else 0, detected.input.source.limit, detected.input.number
+        rows: list[LazyRow] = []
         try:
-            raw = rename(value, columns)
-            row = parse_row(raw, detected.row_format, task, one.path.parent if one.path else None)
+            for row in islice(detected.input.lazy_rows(count), first, None):
+                rows.append(row)
+                room = BATCH_ROWS if limit is None else min(BATCH_ROWS, limit - account.taken[source])
+                if len(rows) >= room or read >= BATCH_BYTES:
+                    yield _Batch(number, first, rows, read)
+                    first, rows, read = first + len(rows), [], 0
+                    if limit is not None and account.taken[source] >= limit:
+                        break
+        except DataError as error:
+            account.unreadable += error.problems
+        if rows:
+            yield _Batch(number, first, rows, read)
+            read = 0
+
+
+@dataclass(frozen=True)
+class _RowParser:
+    """Checks, parses and hashes a batch of rows; runs in every process."""
+
+    inputs: tuple[Detected, ...]
+    task: str
+    split_by: str | None
+    has_tests: bool
+    """Whether test has sources of its own."""
+    kept_columns: tuple[str, ...]
+
+    def __call__(self, batch: _Batch) -> tuple[int, list[_Parsed]]:
+        """Return the number of the input, and each row or what is wrong with it."""
+        detected = self.inputs[batch.input]
+        split = detected.input.split
+        tested = bool(self.kept_columns) and (split == "test" or (split is None and not self.has_tests))
+        return batch.input, [
+            (place, self._parse(origin, value.parse() if isinstance(value, JsonLine) else value, detected, tested))
+            for place, (origin, value) in enumerate(batch.rows, batch.first + 1)
+        ]
+
+    def _parse(
+        self, origin: str, value: dict[str, object] | RowError, detected: Detected, tested: bool
+    ) -> tuple[str, HashedRow | RowError, tuple[str, ...]]:
+        """Return where a row is from, what it is, and the names of its columns if it may be tested."""
+        one = detected.input
+        split = -1 if one.split is None else SPLITS.index(one.split)
+        if isinstance(value, RowError):
+            return origin, value, ()
+        try:
+            raw = rename(value, detected.columns)
+            row = parse_row(raw, detected.row_format, self.task, one.path.parent if one.path else None)
             text = to_json(row)
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")
             content = hash_content(row)
-            group = _group(raw, data.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
+            group = _group(raw, self.split_by, required=split < 0) or int.from_bytes(content[8:], "big")
         except RowError as error:
-            account.add_bad(origin, error)
-            continue
+            return origin, error, ()
         except RecursionError:
-            account.add_bad(origin, RowError("nested too deeply", "lists and objects lie hundreds deep in it"))
-            continue
-        taken[one.number] += 1
+            return origin, RowError("nested too deeply", "lists and objects lie hundreds deep in it"), ()
         kept = None
         if tested:
-            account.columns.update(dict.fromkeys(raw))
-            kept = json.dumps({name: raw[name] for name in kept_columns if name in raw}, default=str)
+            kept = json.dumps({name: raw[name] for name in self.kept_columns if name in raw}, default=str)
         text_hash = xxhash.xxh3_64_intdigest(text.encode())
-        spool.add(HashedRow(origin, text, kept, content, text_hash, group, one.number, split))
+        names = tuple(raw) if tested else ()
+        return origin, HashedRow(origin, text, kept, content, text_hash, group, one.number, split), names
 
 
 def _group(raw: Mapping[str, object], split_by: str | None, required: bool) -> int | None:

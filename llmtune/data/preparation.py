@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,10 @@ from rich.markup import escape
 from llmtune import __version__
 from llmtune.data.deduplication import KEPT, drop_equal, drop_near
 from llmtune.data.ingest import Account, read_inputs, show_progress
-from llmtune.data.row_store import RECORD, Index, RowWriter, Spool, save_rows
+from llmtune.data.row_store import RECORD, RowWriter, save_rows
 from llmtune.data.sources import hash_sources, resolve_inputs
 from llmtune.data.splits import TRAIN, assign_splits, count_copies, drop_shared_groups
+from llmtune.data.spool import Index, Spool
 from llmtune.errors import DataError, Problem
 from llmtune.recipe.data_section import ENCODING_KEYS, DataSection
 from llmtune.recipe.schema import Recipe
@@ -31,18 +31,22 @@ from llmtune.records import SPLITS, Rows
 from llmtune.store.atomic_files import explained, hash_value
 
 BAD_ROWS = "bad_rows.jsonl"
+SPOOL = ".spool"
 
 
-def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
+def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | None = None) -> Rows:
     """Read, check, deduplicate and split the recipe's data into `folder`.
 
-    What is kept depends on the rows, not on the order of files. Memory grows by some 50 bytes a row (600 with
-    `deduplicate: near`), whatever the rows' length. Splits keep the order of the sources.
+    What is kept depends on the rows, not on the order of files. Memory grows by some 100 bytes a row, and with
+    `deduplicate: near` by 800 for each row that may be near another one, whatever the rows' length. Splits keep the
+    order of the sources. What was read and compared stands in `.spool` beside the folder until all is done, so that the
+    same preparation goes on there if it is killed; all cores are used where that pays.
 
     Args:
         recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
         folder: Gets `SIDE.rows.arrow` and `rows.json`. If rows are bad, `bad_rows.jsonl` beside it lists all of them.
         console: Shows progress, bad rows and what was left out.
+        inputs: What `rows_inputs` returns for the recipe, if it is known.
 
     Raises:
         DataError: Missing or unreadable files, unknown formats, too many bad rows, a split without rows: all at once.
@@ -60,17 +64,25 @@ def prepare_rows(recipe: Recipe, folder: Path, console: Console) -> Rows:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)  # it must not outlive the files that it describes
-        with Spool(folder / ".spool.arrow") as spool:
-            bad, columns = folder.parent / BAD_ROWS, recipe.evaluate.columns
-            account = read_inputs(detected, data, task, spool, bad, console, columns)
-            spool.close()
-            index = spool.index()
-            split_N, reason_N, notes = _decide(index, data, spool, console)
-            copies_N = count_copies(index, split_N, _weights(data))
-            reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
-            copies_N[reason_N != KEPT] = 0
-            _check_splits(data, split_N, copies_N, reason_N)
-            rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns))
+        names = [one.input.name for one in detected]  # as seen from the folder that the run is started in
+        spool = Spool(folder.parent / SPOOL, hash_value([inputs or rows_inputs(recipe), names]))
+        if len(spool):
+            console.print(f"goes on behind {len(spool):,} rows that were read before", highlight=False)
+        try:
+            with spool:
+                columns = recipe.evaluate.columns
+                account = read_inputs(detected, data, task, spool, folder.parent / BAD_ROWS, console, columns)
+                index = spool.index()
+                split_N, reason_N, notes = _decide(index, data, spool, console)
+                copies_N = count_copies(index, split_N, _weights(data))
+                reason_N[(reason_N == KEPT) & (copies_N == 0)] = "left out by weight"
+                copies_N[reason_N != KEPT] = 0
+                _check_splits(data, split_N, copies_N, reason_N)
+                rows = _write(folder, spool, index, split_N, copies_N, account, reason_N, tuple(columns))
+        except DataError:
+            spool.remove()
+            raise
+        spool.remove()
     _print_summary(rows, account, notes, console)
     return rows
 
@@ -86,15 +98,15 @@ def _decide(
         drop_shared_groups(index, split_N, reason_N, data.split_by)
     if data.deduplicate == "near":
         with show_progress(console) as progress:
-            bar = progress.add_task("look for near duplicates", total=3 * spool.path.stat().st_size)
+            bar = progress.add_task("look for near duplicates", total=3 * spool.size)
 
             def rows() -> Iterator[tuple[int, list[str]]]:
                 for first, batch in spool.batches():
                     progress.advance(bar, batch.nbytes)
                     yield first, batch.column("row").to_pylist()
 
-            with TemporaryDirectory(dir=spool.path.parent, prefix=".keys-") as keys:
-                drop_near(index, split_N, reason_N, rows, Path(keys))
+            (keys := spool.folder / "keys").mkdir(exist_ok=True)
+            drop_near(index, split_N, reason_N, rows, keys)
     return split_N, reason_N, notes
 
 

@@ -1,14 +1,11 @@
-"""Rows on disk: with their hashes while it is decided which are kept, then one Arrow file a split, read again here."""
+"""Prepared rows on disk: one Arrow file a split, written and read again here."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -24,117 +21,7 @@ BATCH_BYTES = 2**22
 RECORD = "rows.json"
 RECORDED = ("counts", "rows_in", "dropped", "content_hash", "columns", "columns_hash")
 SCHEMA = pa.schema({"id": pa.string(), "origin": pa.string(), "row": pa.string(), "columns": pa.string()})
-TEXTS = pa.schema({"origin": pa.string(), "row": pa.string(), "columns": pa.string()})
-NUMBERS = pa.schema(
-    {
-        "high": pa.uint64(),
-        "low": pa.uint64(),
-        "text": pa.uint64(),
-        "group": pa.uint64(),
-        "source": pa.int32(),
-        "split": pa.int8(),
-    }
-)
-
 U64 = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class Index:
-    """Numbers of all good rows, in the order in which they were read. Legend: N rows."""
-
-    content: U64
-    """[N, 2] content hash, two halves; equal for equal rows; it also puts rows in order."""
-    text: U64
-    """[N] hash of the row to the last byte: which of equal rows comes first must not depend on the order of files."""
-    group: U64
-    """[N] hash of what decides the split: of the content, or of the `split_by` value."""
-    source: npt.NDArray[np.int32]
-    """[N] number of the source among all of the recipe's."""
-    split: npt.NDArray[np.int8]
-    """[N] index into SPLITS as its source says, or -1 where the split decides."""
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-
-@dataclass(frozen=True)
-class HashedRow:
-    """A good row as it was read; see `Index` for the numbers and `Rows` for the texts."""
-
-    origin: str
-    row: str
-    columns: str | None
-    content: bytes
-    text: int
-    group: int
-    source: int
-    split: int
-
-
-class Spool(AbstractContextManager["Spool"]):
-    """A temporary file of all good rows. Written once; closed, its rows are read any number of times."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._file, TEXTS)
-        self._rows: list[HashedRow] = []
-        self._bytes = 0
-        self._numbers: list[pa.RecordBatch] = []
-
-    def add(self, row: HashedRow) -> None:
-        """Put one row behind the others."""
-        self._rows.append(row)
-        self._bytes += len(row.row)
-        if len(self._rows) >= BATCH_ROWS or self._bytes >= BATCH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        rows = self._rows
-        if not rows:
-            return
-        texts = [[row.origin for row in rows], [row.row for row in rows], [row.columns for row in rows]]
-        self._writer.write_batch(pa.record_batch([pa.array(part, pa.string()) for part in texts], schema=TEXTS))
-        content_N2 = np.frombuffer(b"".join(row.content for row in rows), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-        numbers = [content_N2[:, 0], content_N2[:, 1], [row.text for row in rows], [row.group for row in rows]]
-        numbers += [[row.source for row in rows], [row.split for row in rows]]
-        arrays = [pa.array(column, kind) for column, kind in zip(numbers, NUMBERS.types, strict=True)]
-        self._numbers.append(pa.record_batch(arrays, schema=NUMBERS))
-        self._rows, self._bytes = [], 0
-
-    def close(self) -> None:
-        """End the file; rows can be read now."""
-        self._flush()
-        self._writer.close()
-        self._file.close()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-
-    def index(self) -> Index:
-        """Return the numbers of all rows."""
-        table = pa.Table.from_batches(self._numbers, NUMBERS).combine_chunks()
-        high, low, text, group, source, split = (np.from_dlpack(column.chunk(0)) for column in table.columns)
-        content_N2 = np.stack([high, low], axis=1)
-        return Index(
-            content=content_N2.astype(np.uint64),
-            text=text.astype(np.uint64),
-            group=group.astype(np.uint64),
-            source=source.astype(np.int32),
-            split=split.astype(np.int8),
-        )
-
-    def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yield the rows, each batch with the number of its first row."""
-        first = 0
-        with pa.OSFile(str(self.path), "rb") as file, pa.ipc.open_stream(file) as reader:
-            for batch in reader:
-                yield first, batch
-                first += batch.num_rows
 
 
 class RowWriter:

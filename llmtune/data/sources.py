@@ -17,7 +17,7 @@ from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import rename
-from llmtune.data.file_readers import NOT_UTF8, RawRow, read_file
+from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
@@ -68,11 +68,16 @@ class Input:
     """None for a hub data set."""
     container: str
 
-    def raw_rows(self, advance: Callable[[int], object] = lambda count: None) -> Iterator[RawRow]:
+    def raw_rows(self) -> Iterator[RawRow]:
         """Read it from its start."""
+        for origin, value in self.lazy_rows(lambda count: None):
+            yield origin, value.parse() if isinstance(value, JsonLine) else value
+
+    def lazy_rows(self, advance: Callable[[int], object]) -> Iterator[LazyRow]:
+        """Read it from its start, lines of JSON as they stand; `advance` is told how many bytes were read."""
         if self.path is None:
-            return hub.read_hub(self.name.removeprefix(hub.HUB), self.source)
-        return read_file(self.path, self.name, self.container, advance, self.source.encoding)
+            return iter(hub.read_hub(self.name.removeprefix(hub.HUB), self.source))
+        return read_lazily(self.path, self.name, self.container, advance, self.source.encoding)
 
     @property
     def size(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.row_store import U64, Index
+from llmtune.data.row_store import U64
+from llmtune.data.spool import Index
 from llmtune.errors import DataError
 from llmtune.records import SPLITS
 

@@ -92,7 +92,7 @@ def _explained(broken: type[Exception]) -> Iterator[None]:
     try:
         yield
     except broken as error:
-        what = "a process that helped to encode rows was killed, most likely for lack of memory"
+        what = "a process that helped with the rows was killed, most likely for lack of memory"
         raise EnvironmentProblem.of(what, fix="Use one core: --threads 1.") from error
 
 

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import zstandard
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from support.rows import chat, make_recipe, prepare, questions, rows_of, write_jsonl
 
 from llmtune.data.preparation import prepare_rows
@@ -219,6 +221,74 @@ def test_single_rows_are_read_by_number_across_batches(tmp_path):
     assert read_rows(rows, "test", []) == []
     with pytest.raises(IndexError):
         read_rows(rows, "train", [5000])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rich.console import Console
+from llmtune.data import deduplication, ingest, preparation, spool
+from llmtune.recipe.loader import load_recipe
+spool.SHARD_BATCHES, deduplication.FILE_ROWS = 2, 3000
+save, write, left = spool.Spool._save, deduplication.np.save, int(sys.argv[3])
+def count(function, *given):
+    global left
+    function(*given)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+spool.Spool._save = lambda *given: count(save, *given)
+deduplication.np.save = lambda *given: count(write, *given)
+preparation.prepare_rows(load_recipe(sys.argv[1]).recipe, Path(sys.argv[2]), Console(width=200))
+"""
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_preparation_that_is_killed_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    rows = [chat("" if i % 97 == 0 else f"question {i} of {i * i} and {i**3 % 1001}") for i in range(7000)]
+    write_jsonl(tmp_path / "a.jsonl", rows[:4500])
+    write_jsonl(
+        tmp_path / "b.jsonl", [*rows[4400:], *(chat(f"question {i} of {i * i} and no more") for i in range(99))]
+    )
+    sources = [{"path": str(tmp_path / "a.jsonl"), "limit": 4000}, str(tmp_path / "b.jsonl")]
+    keys = {"deduplicate": "near", "test": 0.1, "validation": 0.1}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        make_recipe(tmp_path / name, sources, **keys)
+
+    def run(name: str, shards: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, tmp_path / name / "recipe.yaml", tmp_path / name / "out", str(shards)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run("whole", -1).returncode == 0
+    read = []
+    while (done := run("killed", 5)).returncode != 0:  # with a shard whole, and one written that is not yet noted
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        read.append(done.stdout)
+    assert "goes on behind 4,096 rows" in read[1]
+    assert "goes on behind 6,672 rows" in done.stdout
+    assert bytes_in(tmp_path / "killed" / "out") == bytes_in(tmp_path / "whole" / "out")
+    for name in ("whole", "killed"):
+        assert not (tmp_path / name / ".spool").exists()
+    lists = [(tmp_path / name / "bad_rows.jsonl").read_text() for name in ("whole", "killed")]
+    assert lists[0] == lists[1] != ""
+
+
+def test_a_preparation_of_other_rows_does_not_go_on_from_a_killed_one(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"question {i}") for i in range(5000)])
+    recipe = make_recipe(tmp_path, str(tmp_path / "a.jsonl"))
+    command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "out", "1"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert (tmp_path / ".spool").is_dir()
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"other question {i}") for i in range(5000)])
+    console = Console(file=io.StringIO(), width=200)
+    rows = prepare_rows(recipe, tmp_path / "out", console)
+    assert "goes on" not in console.file.getvalue()
+    assert rows.counts["train"] == 5000
+    assert all(row["messages"][0]["content"].startswith("other") for row in rows_of(rows))
 
 
 def test_nothing_is_left_beside_the_files_of_the_record(tmp_path):

@@ -14,6 +14,7 @@ from support.models import CHATML
 from support.rows import write_jsonl
 from support.templates import conversation, recipe_for, tokenizer_with
 
+from llmtune.data import deduplication, ingest
 from llmtune.data.examples import encode_rows
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.worker_pool import WorkerPool, count_cores
@@ -82,6 +83,21 @@ def test_the_same_bytes_are_written_whatever_the_number_of_cores(tmp_path, conso
         assert spread.files[side].read_bytes() == alone.files[side].read_bytes()
     lists = [(tmp_path / name / "left_out.jsonl").read_text().replace(f"/{name}/", "/") for name in ("one", "two")]
     assert lists[0] == lists[1]
+
+
+def test_rows_are_the_same_bytes_whatever_the_number_of_cores(tmp_path, console, monkeypatch):
+    rows = [conversation(f"question {k} {k * k}", "cat " * (k % 70)) for k in range(5000)]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, *rows[:50]])
+    found = []
+    for name, pool in (("one", {"cores": 1}), ("two", {"cores": 2, "eager": True})):
+        for module in (ingest, deduplication):
+            monkeypatch.setattr(module, "WorkerPool", partial(WorkerPool, **pool))
+        recipe = recipe_for(train=str(tmp_path / "rows.jsonl"), deduplicate="near", max_dropped=0.1)
+        prepared = prepare_rows(recipe, tmp_path / name / "rows", console)
+        files = [*sorted((tmp_path / name / "rows").iterdir()), tmp_path / name / "bad_rows.jsonl"]
+        found.append([path.read_bytes() for path in files])
+    assert {"bad: no answer", "exact duplicate"} & prepared.dropped.keys()
+    assert found[0] == found[1]
 
 
 def test_an_error_in_a_worker_is_the_error_of_the_run():
