@@ -135,7 +135,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, execu
         adapt(context, model_ref, processor, adapter_inputs(context.recipe, model_ref, examples))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
-        check_champion(loaded.recipe, context.folder.path, rows, examples)
+        check_champion(loaded.recipe, context.folder, rows, examples)
         load_benchmarks(context.recipe, context.console)
     train(context, loaded, model_ref, examples, plan, executor)
     if options.until == "train":
@@ -175,7 +175,7 @@ def evaluate_run(loaded: LoadedRecipe, run: Path, console: Console, *, offline: 
         for step in ("prepare", "encode", "select", "adapt", "train"):
             context.begin(step, skipped=True)
         rows, examples = load_rows(run / "data" / "rows"), load_examples(run / "data" / "examples")
-        check_champion(loaded.recipe, run, rows, examples)
+        check_champion(loaded.recipe, folder, rows, examples)
         evaluate(context, model_ref, context.read_processor(model_ref), rows, examples, HERE)
         for seed in (one for one in loaded.recipe.train.seeds if is_done(seed_folder(run, one), "train")):
             evaluate_run(
@@ -311,11 +311,11 @@ def evaluate(
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
     inputs = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
     recipe, target = context.recipe, context.folder.path / "evaluation"
+    challenge = make_challenge(context.folder, context.trained_hash, context.console)
     with context.step("evaluate", inputs, ["evaluation"]) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
-                gates = check_gates(recipe.evaluate.gates, evaluation, recipe.evaluate.when_unsure)
-                print_scores(replace(evaluation, gates=gates), context.console)
+                print_scores(replace(evaluation, gates=check_gates(recipe.evaluate, evaluation)), context.console)
             return
         with staged(target) as folder:
             executor.score(context, model_ref, processor, rows, examples, folder=folder)
@@ -372,7 +372,7 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
         if valid.get("encode"):
             examples = load_examples(folder.path / "data" / "examples")
             warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
-            check_champion(loaded.recipe, folder.path, rows, examples)
+            check_champion(loaded.recipe, folder, rows, examples)
             trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
             evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
             valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}

@@ -58,7 +58,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the releases in a folder, the oldest first."""
-    from llmtune.deploy.releases import list_releases, summarize_release
+    from llmtune.deploy.releases import summarize_release
+    from llmtune.evaluate.release_file import list_releases
     from llmtune.report.number_format import score
 
     found = list_releases(folder)

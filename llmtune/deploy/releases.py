@@ -13,7 +13,7 @@ from llmtune.deploy.path_redaction import hide_paths
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
-from llmtune.evaluate.release_file import VERSION, Release, open_release, read_release
+from llmtune.evaluate.release_file import VERSION, Release, open_release
 from llmtune.records import Difference, Json
 from llmtune.store.atomic_files import explained, hash_file, plain, read_json, write_json
 from llmtune.store.run_lock import LOCK
@@ -70,16 +70,6 @@ def find_certificates(run: Path) -> dict[str, Json]:
     files = [*run.glob(f"*/{CERTIFICATE}"), *run.glob(f"*/*/{CERTIFICATE}"), run / ENDPOINT_CERTIFICATE]
     found = {str(file.relative_to(run)): read_json(file) for file in files}
     return {name: content for name, content in found.items() if isinstance(content, dict)}
-
-
-def list_releases(folder: Path) -> list[tuple[Path, Release]]:
-    """Return the releases in a folder, the oldest first; other files are left out."""
-    found = []
-    for path in folder.glob("*.json"):
-        content = read_json(path)
-        if isinstance(content, dict) and "release_version" in content:
-            found.append((path, read_release(path)))
-    return sorted(found, key=lambda one: one[1]["date"])
 
 
 def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dict[str, str]]:

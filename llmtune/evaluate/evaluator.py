@@ -93,7 +93,7 @@ def evaluate(
         if challenge is not None:
             evaluation = replace(evaluation, champion=challenge(evaluation, scores))
     evaluation = replace(evaluation, baseline=stand_in, studies=compare_outputs(suites, measures))
-    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate.gates, evaluation, recipe.evaluate.when_unsure))
+    evaluation = replace(evaluation, gates=check_gates(recipe.evaluate, evaluation))
     print_scores(evaluation, console)
     print_cut(answers, recipe, console)
     return evaluation

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from llmtune.errors import GateFailed, GateUnsure, Problem
-from llmtune.evaluate.paired_statistics import row_deviation, rows_needed
-from llmtune.recipe.evaluate_section import WhenUnsure
+from llmtune.evaluate.paired_statistics import row_deviation, rows_needed, widen
+from llmtune.recipe.evaluate_section import EvaluateSection, WhenUnsure
 from llmtune.recipe.gate_grammar import Gate, Operator, parse_gate
 from llmtune.records import Difference, Evaluation, GateResult
 
@@ -22,22 +22,21 @@ COMPARE: dict[str, Callable[[float, float], bool]] = {
 COUNTED: dict[WhenUnsure, bool | None] = {"fail": False, "pass": True, "report": None}
 
 
-def check_gates(
-    gates: Sequence[str], evaluation: Evaluation, when_unsure: WhenUnsure = "fail"
-) -> tuple[GateResult, ...]:
+def check_gates(section: EvaluateSection, evaluation: Evaluation) -> tuple[GateResult, ...]:
     """Check each gate of `evaluate.gates`; one whose metric was not measured does not pass.
 
-    `X > base` compares the scores. `X.low > base` sets the low end of the paired 95 % interval of the difference in
-    place of the difference itself: with nothing but `base` on the right, it must be above zero. `champion` stands for
-    the run that `evaluate.champion` names. A gate on an end of an interval fails if the whole interval lies on the
-    wrong side; if it lies on both, one can't tell, and `when_unsure` says what that counts as.
+    `X > base` compares the scores. `X.low > base` sets the low end of the paired interval of the difference (95 %, with
+    `evaluate.looks` wider) in place of the difference itself: with nothing but `base` on the right, it must be above
+    zero. `champion` stands for the run that `evaluate.champion` names. A gate on an end of an interval fails if the
+    whole interval lies on the wrong side; if it lies on both, one can't tell, and `when_unsure` says what that counts
+    as.
 
     Raises RecipeError for a text that is not a gate.
     """
-    return tuple(check_gate(parse_gate(text), evaluation, when_unsure) for text in gates)
+    return tuple(check_gate(parse_gate(text), evaluation, section) for text in section.gates)
 
 
-def check_gate(gate: Gate, evaluation: Evaluation, when_unsure: WhenUnsure) -> GateResult:
+def check_gate(gate: Gate, evaluation: Evaluation, section: EvaluateSection) -> GateResult:
     """Check one gate."""
     tuned, (scores, differences) = evaluation.by_name("tuned"), opponent(gate, evaluation)
     if gate.metric not in tuned or (gate.against and gate.metric not in scores):
@@ -49,11 +48,13 @@ def check_gate(gate: Gate, evaluation: Evaluation, when_unsure: WhenUnsure) -> G
     change, limit = differences.get(gate.metric), margin(gate, scores[gate.metric])
     if change is None:
         return GateResult(gate.text, gate.text, "no interval", passed=False)
-    passed, note = decide(gate.op, actual := interval_end(gate, change), change, limit), ""
+    wide, alpha = widen(change, section.alpha), section.alpha
+    passed, note = decide(gate.op, actual := interval_end(gate, wide), wide, limit), ""
     if passed is None:
-        passed, note = COUNTED[when_unsure], f"can't tell: {explain_unsure(gate.op, change, limit)}"
+        passed, note = COUNTED[section.when_unsure], f"can't tell: {explain_unsure(gate.op, change, limit, alpha)}"
     origin = " from the champion" if gate.against == "champion" else ""
-    wanted = f"{gate.part} end of the difference{origin} {gate.op} {number(limit)}"
+    level = f", at {100 * (1 - alpha):.5g} %," if section.looks else ""
+    wanted = f"{gate.part} end of the difference{origin}{level} {gate.op} {number(limit)}"
     return GateResult(gate.text, wanted, number(actual), passed, note)
 
 
@@ -67,27 +68,27 @@ def decide(op: Operator, actual: float, change: Difference, limit: float) -> boo
     return False if contrary else None
 
 
-def explain_unsure(op: Operator, change: Difference, limit: float) -> str:
-    """Return how many rows would tell, and of which true difference."""
+def explain_unsure(op: Operator, change: Difference, limit: float, alpha: float) -> str:
+    """Return how many rows would tell, and of which true difference; `change` has its 95 % interval."""
     if math.isnan(change.low):
         return f"there is no interval of these {change.n} rows"
-    assumed, needed = plan_rows(op, change, limit)
+    assumed, needed = plan_rows(op, change, limit, alpha)
     if needed is None:
         return f"the difference is at the limit, {number(limit)}, where no number of rows would tell"
     if needed <= change.n:  # enough in four of five cases, and this is the fifth, or something did change
-        assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit))
+        assumed, needed = change.value, rows_needed(row_deviation(change), abs(change.value - limit), alpha)
     case = "nothing changed" if assumed == 0 else f"the difference is {number(assumed)}"
     few = f"{change.n} rows are too few"
     return f"{few}; about {needed:,} would tell, with 80 % power, if {case}" if needed else few
 
 
-def plan_rows(op: Operator, change: Difference, limit: float) -> tuple[float, int | None]:
+def plan_rows(op: Operator, change: Difference, limit: float, alpha: float) -> tuple[float, int | None]:
     """Return a true difference to plan with, and the rows that tell with 80 % power whether it meets a limit.
 
     Where a gate leaves a margin it is meant for models that do not differ: zero. Else it is what was seen.
     """
     assumed = 0.0 if limit != 0 and holds(op, 0.0, limit) else change.value
-    return assumed, rows_needed(row_deviation(change), abs(assumed - limit))
+    return assumed, rows_needed(row_deviation(change), abs(assumed - limit), alpha)
 
 
 def holds(op: Operator, actual: float, limit: float) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtune.recipe.evaluate_section import ERROR
 from llmtune.records import Difference
 
 Floats = NDArray[np.float64]
@@ -98,7 +99,7 @@ def interval(value: float, values_R: Floats, rows: int) -> Difference:
         return unknown(value, rows)
     import scipy.stats  # type: ignore[import-untyped]  # takes a third of a second, and training does not need it
 
-    tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(0.025, rows - 1)))
+    tail = float(scipy.stats.norm.cdf(np.sqrt(rows / (rows - 1)) * scipy.stats.t.ppf(ERROR / 2, rows - 1)))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Difference(value, min(float(low), value), max(float(high), value), two_sided_p(defined), rows, BOOTSTRAP)
 
@@ -146,22 +147,38 @@ def row_deviation(change: Difference) -> float:
     import scipy.stats
 
     half = (change.high - change.low) / 2
-    return half * math.sqrt(change.n) / float(scipy.stats.t.ppf(0.975, change.n - 1)) if change.n > 1 else math.nan
+    return (
+        half * math.sqrt(change.n) / float(scipy.stats.t.ppf(1 - ERROR / 2, change.n - 1)) if change.n > 1 else math.nan
+    )
 
 
-def smallest_difference(deviation: float, rows: int) -> float:
+def widen(change: Difference, alpha: float) -> Difference:
+    """Return a difference whose interval has the error `alpha` in place of 5 %.
+
+    Either end moves away from the value as the quantiles of Student's t do: resamples are too few for ends so far out.
+    """
+    import scipy.stats
+
+    if alpha == ERROR or change.n < 2:
+        return change
+    inner, outer = scipy.stats.t.ppf((1 - ERROR / 2, 1 - alpha / 2), change.n - 1)
+    low, high = (change.value + (end - change.value) * float(outer / inner) for end in (change.low, change.high))
+    return replace(change, low=low, high=high)
+
+
+def smallest_difference(deviation: float, rows: int, alpha: float = ERROR) -> float:
     """Return the true difference that so many rows show with 80 % power: their interval then leaves zero out.
 
-    The usual formula of a paired t test, (t of 97.5 % + t of 80 %) standard errors.
+    The usual formula of a paired t test, (t of 97.5 % + t of 80 %) standard errors for an interval with 5 % error.
     """
     import scipy.stats
 
     if rows < 2:
         return math.inf
-    return float(sum(scipy.stats.t.ppf((0.975, POWER), rows - 1))) * deviation / math.sqrt(rows)
+    return float(sum(scipy.stats.t.ppf((1 - alpha / 2, POWER), rows - 1))) * deviation / math.sqrt(rows)
 
 
-def rows_needed(deviation: float, distance: float) -> int | None:
+def rows_needed(deviation: float, distance: float, alpha: float = ERROR) -> int | None:
     """Return how many rows show, with 80 % power, on which side of a gate's limit the true difference lies.
 
     `distance` is how far from the limit it lies; None where no number of rows would do.
@@ -170,10 +187,10 @@ def rows_needed(deviation: float, distance: float) -> int | None:
 
     if not distance > 0 or math.isnan(deviation):
         return None
-    normal = float(sum(scipy.stats.norm.ppf((0.975, POWER))))
+    normal = float(sum(scipy.stats.norm.ppf((1 - alpha / 2, POWER))))
     rows = max(2, math.ceil((normal * deviation / distance) ** 2))
     for _ in range(MOST_STEPS):  # t asks for two or three rows more
-        if smallest_difference(deviation, rows) <= distance:
+        if smallest_difference(deviation, rows, alpha) <= distance:
             break
         rows += 1
     return rows

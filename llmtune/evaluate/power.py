@@ -11,7 +11,7 @@ from llmtune.evaluate.champion import open_champion
 from llmtune.evaluate.evaluation_file import load_evaluation
 from llmtune.evaluate.gates import margin, opponent, plan_rows
 from llmtune.evaluate.paired_statistics import row_deviation, smallest_difference
-from llmtune.recipe.evaluate_section import EvaluateSection
+from llmtune.recipe.evaluate_section import ERROR, EvaluateSection
 from llmtune.recipe.gate_grammar import parse_gate
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Champion, Difference, Evaluation, Json
@@ -37,8 +37,8 @@ def list_power(section: EvaluateSection, evaluation: Evaluation, rows: int | Non
         scores, differences = opponent(gate, evaluation)
         change = differences.get(gate.metric)
         if gate.part and change and gate.metric in scores and has_spread(change):
-            assumed, needed = plan_rows(gate.op, change, margin(gate, scores[gate.metric]))
-            one = measure_power(gate.metric, gate.against or "", change, evaluation, rows)
+            assumed, needed = plan_rows(gate.op, change, margin(gate, scores[gate.metric]), section.alpha)
+            one = measure_power(gate.metric, gate.against or "", change, evaluation, rows, section.alpha)
             found.append(replace(one, gate=gate.text, assumed=assumed, rows_needed=needed))
     gated = {(one.metric, one.against) for one in found}
     champion = evaluation.champion.difference if evaluation.champion else {}
@@ -54,10 +54,12 @@ def has_spread(change: Difference) -> bool:
     return math.isfinite(change.low) and change.high > change.low
 
 
-def measure_power(metric: str, against: str, change: Difference, evaluation: Evaluation, rows: int | None) -> Power:
+def measure_power(
+    metric: str, against: str, change: Difference, evaluation: Evaluation, rows: int | None, alpha: float = ERROR
+) -> Power:
     """Return the smallest difference that the rows of one metric show."""
     rows = rows if rows is not None and change.n == evaluation.rows else change.n
-    return Power(metric, against, rows, smallest_difference(row_deviation(change), rows))
+    return Power(metric, against, rows, smallest_difference(row_deviation(change), rows, alpha))
 
 
 def print_plan(recipe: Recipe, run: RunFolder, console: Console, *, prepared: bool) -> Json:

@@ -18,6 +18,7 @@ from llmtune.evaluate.per_row_scores import unpack_measures
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Difference, Evaluation, GateResult, Json
 from llmtune.store.atomic_files import explained, read_json
+from llmtune.store.run_folder import MANIFEST
 
 VERSION = 1
 FIX = "Make it again from its run: llmtune release RUN"
@@ -68,6 +69,30 @@ def read_release(path: Path) -> Release:
         what = f"a release of version {found['release_version']}, and this llmtune reads up to {VERSION}"
         raise RecipeError.of(what, str(path), "Update llmtune.")
     return found
+
+
+def list_releases(folder: Path) -> list[tuple[Path, Release]]:
+    """Return the releases in a folder, the oldest first; other files are left out."""
+    found = []
+    for path in folder.glob("*.json"):
+        content = read_json(path)
+        if isinstance(content, dict) and "release_version" in content:
+            found.append((path, read_release(path)))
+    return sorted(found, key=lambda one: one[1]["date"])
+
+
+def find_release(path: Path, name: str) -> Path:
+    """Return the newest release of the recipe `name` in a folder of releases; any other path is itself.
+
+    Raises RecipeError for a folder of releases that has none of that name.
+    """
+    if path.is_file() or (path / MANIFEST).exists() or not path.is_dir():
+        return path
+    found = [file for file, release in list_releases(path) if release["name"] == name]
+    if not found:
+        fix = f"Make the first, of a run without gates on the champion: llmtune release RUN --out {path}/first.json"
+        raise RecipeError.of(f"neither a run nor a folder with a release of '{name}'", str(path), fix)
+    return found[-1]
 
 
 def open_release(path: Path, name: str) -> ScoredRun:

@@ -42,7 +42,7 @@ def finish_noted(loaded: LoadedRecipe, path: Path, until: str) -> Iterator[None]
 
 
 def _note(loaded: LoadedRecipe, path: Path, until: str) -> None:
-    if until in CONCLUDING and not loaded.recipe.train.seeds:
+    if until in CONCLUDING and not loaded.recipe.train.seeds and not loaded.recipe.evaluate.looks:
         folder = read_run(path)
         folder.manifest["finished"] = _hash_command(loaded, folder, until)
         folder.write()

@@ -24,9 +24,11 @@ from llmtune.recipe.task_facts import CUT_METRIC, PREDICTED
 from llmtune.recipe.task_variant import TaskVariant
 
 NEED_TEST_ROWS = ("metrics", "gates", "champion", "limit", "choices", "samples", "slices")
-GATE_KEYS = frozenset({"gates", "champion", "when_unsure"})
+GATE_KEYS = frozenset({"gates", "champion", "when_unsure", "looks"})
 """Keys that judge scores and do not change what the models answer."""
 CHOICE = "choice_accuracy"
+ERROR = 0.05
+"""Of a gate on an interval where nothing changed: how often it may claim a change, either way."""
 WhenUnsure = Literal["fail", "pass", "report"]
 Choices = Annotated[
     Annotated[Literal["auto"], Tag("text")] | Annotated[Many[Text], Field(min_length=2), Tag("items")],
@@ -47,9 +49,9 @@ class EvaluateSection(Section):
     """Conditions such as `exact_match >= 0.8`, `rougeL > base` or `exact_match.low > base`; one that fails ends the run
     with exit code 6. Default none: a gate is a decision."""
     champion: Text | None = None
-    """A run folder or a release file, such as that of the model in production: the tuned model is compared with it on
-    the same test rows, and gates may say `exact_match.low > champion - 0.01`. Default none: gates compare with the base
-    model."""
+    """The model in production, as a run folder, a release file, or a folder of releases (the newest of the recipe's
+    name): the tuned model is compared with it on the same test rows, and gates may say `exact_match.low > champion -
+    0.01`. Default none: gates compare with the base model."""
     limit: Count | None = None
     """Most test rows that answers are generated for. Default none: all; a limit saves time."""
     choices: Choices | None = "auto"
@@ -75,8 +77,17 @@ class EvaluateSection(Section):
     when_unsure: WhenUnsure = "fail"
     """What a gate on the end of an interval counts as where the rows show neither it nor its contrary: `fail` (exit
     code 6), `pass`, or `report` (exit code 7). Default `fail`: what had to be shown was not shown."""
+    looks: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    """How many models these test rows will judge, such as 52 for a run a week: gates on intervals share their error of
+    5 % among them, and `releases.jsonl` beside the champion's release file counts. Default none: each run errs by
+    itself."""
 
     paths: ClassVar = {"champion": absolute}
+
+    @property
+    def alpha(self) -> float:
+        """The error of a gate on an interval, both ends together."""
+        return ERROR / (self.looks or 1)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -179,8 +190,11 @@ class EvaluateSection(Section):
 
         if not any(gate.part for _, gate in self._parsed_gates()):
             fix = "Write one such as `exact_match.low > base`, or remove it."
-            key = "evaluate.when_unsure"
-            diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
+            for key in ("evaluate.when_unsure", "evaluate.looks"):
+                diagnostics.no_effect(key, "without a gate on the end of an interval", fix, "evaluate.gates")
+        elif self.champion is None:
+            fix = "Set evaluate.champion to a release file: looks are counted beside it."
+            diagnostics.no_effect("evaluate.looks", "without a champion", fix, "evaluate.champion")
 
     def _parsed_gates(self) -> Iterator[tuple[str, Gate]]:
         for i, text in enumerate(self.gates):

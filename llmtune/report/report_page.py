@@ -48,7 +48,7 @@ def make_page(report: Report) -> Page:
     """Return the page of a report; sections that the run has not reached are empty."""
     evaluation, task = report.evaluation, report.task
     sections = [
-        gate_section(report.gates),
+        gate_section(report.gates, report.look),
         *(score_sections(evaluation, task, report.seeds) if evaluation else []),
         power_section(report.power),
         explain_section(report.explanations, trained=report.train is not None),

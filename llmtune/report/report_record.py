@@ -186,6 +186,8 @@ class Report:
     seeds: Seeds | None = None
     gates: Sequence[GateResult] = ()
     power: Sequence[Power] = ()
+    look: str | None = None
+    """Which of `evaluate.looks` this is; None where they are not counted."""
     deploy: Mapping[str, object] | None = None
     explanations: Sequence[str] = ()
     date: str = ""

@@ -61,10 +61,11 @@ def compare_metric(metric: str, scored: Evaluation | Slice, name: str = "", note
     return Compared(name or metric, base, tuned, change, better_side(metric), note)
 
 
-def gate_section(gates: Sequence[GateResult]) -> Section:
-    """What became of each gate."""
+def gate_section(gates: Sequence[GateResult], look: str | None = None) -> Section:
+    """What became of each gate, and which look at the test rows it was."""
     rows: Rows = [[Cell(gate.name, code=True), gate.wanted, gate.got, passed_cell(gate)] for gate in gates]
-    return Section("Gates", [Table(["gate", "wanted", Column("got", "number"), "result"], rows)] if rows else [])
+    table = Table(["gate", "wanted", Column("got", "number"), "result"], rows)
+    return Section("Gates", [table, *([Text(f"This is {look}.", "soft")] if look else [])] if rows else [])
 
 
 def passed_cell(gate: GateResult) -> Cell:

@@ -79,8 +79,7 @@ class FinishedRun:
     @property
     def gates(self) -> tuple[GateResult, ...]:
         """What became of each gate of the recipe."""
-        found, section = self.evaluation, self.recipe.evaluate
-        return check_gates(section.gates, found, section.when_unsure) if found else ()
+        return check_gates(self.recipe.evaluate, self.evaluation) if self.evaluation else ()
 
     def generate(
         self,

@@ -9,10 +9,10 @@ import pytest
 from support.finished import finish_run
 from support.runs import invoke
 
-from llmtune.deploy.releases import diff_releases, list_releases, make_release
+from llmtune.deploy.releases import diff_releases, make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.per_row_scores import load_measures
-from llmtune.evaluate.release_file import open_release
+from llmtune.evaluate.release_file import list_releases, open_release
 from llmtune.store.atomic_files import hash_file
 
 

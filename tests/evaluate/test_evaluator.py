@@ -12,6 +12,7 @@ from llmtune.evaluate.evaluation_file import load_evaluation, save_evaluation
 from llmtune.evaluate.gates import check_gates
 from llmtune.evaluate.inference import add_bar, progress_bars
 from llmtune.evaluate.text_metrics import METRICS
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.task_facts import CUT_METRIC, TASK_FACTS, TOOL_METRICS
 from llmtune.records import Difference, Evaluation
 
@@ -130,7 +131,7 @@ def test_a_score_that_is_no_number_survives_the_disk_as_json(tmp_path):
     found = load_evaluation(tmp_path)
     assert math.isnan(found.base["loss"])
     assert math.isnan(found.difference["loss"].low)
-    assert check_gates(["loss <= base", "loss.low > base"], found)[0].passed is False
+    assert check_gates(EvaluateSection(gates=("loss <= base", "loss.low > base")), found)[0].passed is False
 
 
 def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):

@@ -5,6 +5,7 @@ import pytest
 
 from llmtune.errors import GateFailed, GateUnsure, RecipeError
 from llmtune.evaluate.gates import check_gates, require_gates
+from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.records import Champion, Difference, Evaluation, GateResult
 
 EVALUATION = Evaluation(
@@ -25,6 +26,10 @@ EVALUATION = Evaluation(
         {"loss": "counted in other units by row"},
     ),
 )
+
+
+def check(evaluation, *gates, **settings):
+    return check_gates(EvaluateSection(gates=gates, **settings), evaluation)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +65,13 @@ EVALUATION = Evaluation(
     ],
 )
 def test_a_gate_says_whether_its_condition_holds(gate, passed):
-    (found,) = check_gates([gate], EVALUATION)
+    (found,) = check(EVALUATION, gate)
     assert found.passed is passed
     assert found.name == gate
 
 
 def test_a_gate_says_what_was_wanted_and_what_was_got():
-    score, low, absent = check_gates(["loss < base - 0.6", "exact_match.low > base + 0.15", "rougeL > 1"], EVALUATION)
+    score, low, absent = check(EVALUATION, "loss < base - 0.6", "exact_match.low > base + 0.15", "rougeL > 1")
     assert (score.wanted, score.got) == ("loss < 1.4", "1.5")
     assert (low.wanted, low.got) == ("low end of the difference > 0.15", "0.1")
     assert absent.got == "not measured"
@@ -93,17 +98,17 @@ def test_a_gate_on_an_interval_tells_worse_from_too_few_rows(gate, low, high, pa
     change = Difference((low + high) / 2 if low == low else 0.0, low, high, 0.5, 40)
     champion = Champion("runs/best", {"exact_match": 0.5}, {"exact_match": change}, {})
     evaluation = replace(EVALUATION, champion=champion)
-    (found,) = check_gates([gate], evaluation, "report")
+    (found,) = check(evaluation, gate, when_unsure="report")
     assert found.passed is passed
     assert found.note.startswith("can't tell: ") == (passed is None)
     for when_unsure, counted in (("fail", False), ("pass", True)):
-        (again,) = check_gates([gate], evaluation, when_unsure)
+        (again,) = check(evaluation, gate, when_unsure=when_unsure)
         assert again == replace(found, passed=counted if passed is None else passed)
 
 
 def test_one_that_cannot_tell_names_the_rows_that_would():
-    margin, seen = check_gates(
-        ["exact_match.low > champion - 0.01", "exact_match.low > champion"], EVALUATION, "report"
+    margin, seen = check(
+        EVALUATION, "exact_match.low > champion - 0.01", "exact_match.low > champion", when_unsure="report"
     )
     # half the interval, 0.03, is 1.98 standard errors of 100 rows; 2.8 standard errors of 0.01 take 1,797 rows
     assert margin.note == (
@@ -124,11 +129,11 @@ def test_gates_end_a_run_by_the_worst_of_them():
 
 
 def test_a_gate_on_what_cannot_be_compared_with_the_champion_fails_and_says_why():
-    left_out, unknown = check_gates(["loss.high < champion", "chrf.low > champion"], EVALUATION)
+    left_out, unknown = check(EVALUATION, "loss.high < champion", "chrf.low > champion")
     assert (left_out.passed, left_out.got) == (False, "not comparable: counted in other units by row")
     assert (unknown.passed, unknown.got) == (False, "not measured")
 
 
 def test_what_is_not_a_gate_is_refused():
     with pytest.raises(RecipeError):
-        check_gates(["exact_match is good"], EVALUATION)
+        check(EVALUATION, "exact_match is good")

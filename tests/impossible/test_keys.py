@@ -289,6 +289,7 @@ ELSEWHERE = {
     "evaluate.champion": "evaluate/test_champion.py::"
     "test_the_same_recipe_again_is_measured_against_the_champion_and_anew_against_another",
     "evaluate.when_unsure": "evaluate/test_gates.py::test_a_gate_on_an_interval_tells_worse_from_too_few_rows",
+    "evaluate.looks": "evaluate/test_looks.py::test_gates_and_plans_are_at_the_level_of_one_look",
     "train.seeds": "test_seeds.py::test_each_further_seed_is_what_the_recipe_with_that_seed_alone_gives",
     "deploy": "deploy/test_gguf_run.py::test_a_recipe_makes_the_file_at_the_end_of_run",
 }

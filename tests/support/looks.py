@@ -1,0 +1,103 @@
+"""Series of models that are held against one champion on the same test rows, where the truth is known.
+
+Shapes: N rows, M models of a series, T series, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import nct, norm, t
+
+from llmtune.evaluate.paired_statistics import draw_counts
+
+Floats = NDArray[Any]
+ROWS, LOOKS, SERIES, RESAMPLES = 300, 50, 1000, 600
+KINDS = ("right or wrong", "losses")
+ANEW = 0.4
+"""Share of answers that have nothing to do with the champion's, though they are right as often."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How often `X.low > champion` passes, fails and can't tell."""
+
+    passed: float
+    failed: float
+    unsure: float
+
+
+def draw_series(kind: str, generator: np.random.Generator, models: int, true: float = 0.0) -> Floats:
+    """Draw what each row of each model has more than the champion's, [N, M]; `true` is the mean of it.
+
+    The champion's part in a row is the same for all models, so their differences from it go together.
+    """
+    if kind == "losses":
+        own = generator.gamma(1, 0.5, (ROWS, 1))
+        return generator.gamma(1, 0.5, (ROWS, models)) - own + true
+    easy = 0.3 + 0.6 * generator.random((ROWS, 1))  # how likely a row is answered rightly
+    champion = generator.random((ROWS, 1)) < easy
+    anew = generator.random((ROWS, models)) < ANEW
+    return np.where(anew, generator.random((ROWS, models)) < easy + true / ANEW, champion).astype(float) - champion
+
+
+def measure_ends(change_NM: Floats, kind: str, looks: int) -> tuple[Floats, Floats]:
+    """Return the ends of each model's interval [M], as `difference` and `widen` have them, for all models at once."""
+    value_M, free = change_NM.mean(0), ROWS - 1
+    if kind == "right or wrong":  # a pseudo-row of either disagreement
+        change_NM = np.concatenate([change_NM, np.ones_like(change_NM[:1]), -np.ones_like(change_NM[:1])])
+    tail = norm.cdf(math.sqrt(ROWS / free) * t.ppf(0.025, free))
+    low_M, high_M = np.quantile(resamples(len(change_NM)) @ change_NM / len(change_NM), [tail, 1 - tail], axis=0)
+    wider = t.ppf(1 - 0.025 / looks, free) / t.ppf(0.975, free)
+    return value_M + (low_M - value_M) * wider, value_M + (high_M - value_M) * wider
+
+
+@cache
+def resamples(rows: int) -> Floats:
+    """The same draws for all: rows are new in each series, so series do not agree."""
+    return np.concatenate(list(draw_counts(rows, 0, RESAMPLES)))
+
+
+@cache
+def first_alarms(kind: str) -> tuple[Floats, Floats]:
+    """Return the number of the first model, from 1, that is said to differ though none does, for each series [T].
+
+    Beyond the last: none. First with the error shared among 50, then with 5 % for each.
+    """
+    generator, found = np.random.default_rng(5), []
+    for _ in range(SERIES):
+        change_NM = draw_series(kind, generator, LOOKS)
+        found.append([first_outside(measure_ends(change_NM, kind, looks)) for looks in (LOOKS, 1)])
+    shared_T, alone_T = np.asarray(found).T
+    return shared_T, alone_T
+
+
+def first_outside(ends: tuple[Floats, Floats]) -> int:
+    """Return the number of the first interval that leaves zero out."""
+    low_M, high_M = ends
+    outside = np.flatnonzero((low_M > 0) | (high_M < 0))
+    return int(outside[0]) + 1 if len(outside) else len(low_M) + 1
+
+
+def share_outcomes(kind: str, true: float) -> Shares:
+    """Return how often one model passes, fails and can't tell at the level of one of 50 looks, over all series."""
+    generator, low, high = np.random.default_rng(6), [], []
+    for _ in range(SERIES):
+        low_M, high_M = measure_ends(draw_series(kind, generator, 1, true), kind, LOOKS)
+        low.append(low_M[0])
+        high.append(high_M[0])
+    passed, failed = float(np.mean(np.asarray(low) > 0)), float(np.mean(np.asarray(high) < 0))
+    return Shares(passed, failed, 1 - passed - failed)
+
+
+def compute_shares(deviation: float, true: float) -> Shares:
+    """Return the shares of a paired t test at that level."""
+    free, centre = ROWS - 1, true * math.sqrt(ROWS) / deviation
+    limit = t.ppf(1 - 0.025 / LOOKS, free)
+    passed, failed = float(nct.sf(limit, free, centre)), float(nct.cdf(-limit, free, centre))
+    return Shares(passed, failed, 1 - passed - failed)
