@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,10 @@ from llmtune.launch.python_api import make_console
 from llmtune.records import Difference
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A release file.")]
+Signers = Annotated[
+    Path | None,
+    typer.Option("--signers", help="Who may sign: lines of a name and an SSH public key. Anyone else fails (exit 6)."),
+]
 MAKE = "make"
 
 
@@ -38,13 +43,14 @@ app = typer.Typer(
 def make(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="The file (default: releases/<run folder>.json).")] = None,
+    sign: Annotated[str | None, typer.Option("--sign", metavar="KEY", help="An SSH key's file, or: sigstore.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the release file of a run; `release RUN` is short for it. It holds no text of rows and no paths."""
     from llmtune.deploy.releases import make_release, summarize_release
     from llmtune.evaluate.release_file import read_release
 
-    path = make_release(run, out)
+    path = make_release(run, out, sign)
     if as_json:
         print_json(summarize_release(path, read_release(path)))
     else:
@@ -75,22 +81,27 @@ def list_(
 
 @app.command()
 @handled
-def show(file: File, as_json: AsJson = False) -> None:
-    """Show the scores and gates of a release."""
+def show(file: File, signers: Signers = None, as_json: AsJson = False) -> None:
+    """Show the scores and gates of a release, and check its signature if it has one."""
     from llmtune.deploy.releases import summarize_release
+    from llmtune.deploy.signatures import check_signature
     from llmtune.evaluate.release_file import read_release
     from llmtune.records import Evaluation
     from llmtune.report.render_terminal import print_sections
     from llmtune.report.score_sections import gate_section, score_section
 
-    release = read_release(file)
+    release, signature = read_release(file), check_signature(file, signers)
     if as_json:
-        print_json(summarize_release(file, release))
+        print_json(summarize_release(file, release) | {"signature": asdict(signature) if signature else None})
         return
     scores = release["base"], release["tuned"], release["difference"]
     evaluation = Evaluation(*scores, (), (), release["rows"], release["signatures"])
     sections = [score_section(evaluation, release["recipe"]["task"]), gate_section(release["gates"])]
     print_sections(sections, make_console(stderr=False))
+    if signature:
+        by = f"signed by {signature.by}" if signature.kind == "ssh" else signature.by
+        whose = "" if signature.checked or signature.kind != "ssh" else "; whose key that is, --signers FILE says"
+        typer.echo(f"{signature.file}: {by}{whose}")
 
 
 @app.command()

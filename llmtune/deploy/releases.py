@@ -10,6 +10,7 @@ from llmtune import __version__
 from llmtune.deploy.endpoint_parity import ENDPOINT_CERTIFICATE
 from llmtune.deploy.parity import CERTIFICATE
 from llmtune.deploy.path_redaction import hide_paths
+from llmtune.deploy.signatures import remove_signatures, sign
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
@@ -21,10 +22,10 @@ from llmtune.store.run_lock import LOCK
 FOLDER = Path("releases")
 
 
-def make_release(run: Path, out: Path | None) -> Path:
+def make_release(run: Path, out: Path | None, signing: str | None = None) -> Path:
     """Write the release file of a run, by default `releases/<name of the run folder>.json`, and return its path.
 
-    Raises:
+    `signing` is as `sign` takes it. Raises as it does, and:
         RecipeError: the run has no scores or no report.
         EnvironmentProblem: its scores are damaged, or the file cannot be written.
     """
@@ -57,6 +58,9 @@ def make_release(run: Path, out: Path | None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         packed = base64.b64encode(pack_measures(measures)).decode()  # nothing in it is a path or a secret
         write_json(target, {**_without_paths(content), "measures": packed})
+        remove_signatures(target)
+    if signing:
+        sign(target, signing)
     return target
 
 
@@ -80,7 +84,12 @@ def diff_releases(first: Path, second: Path) -> tuple[dict[str, Difference], dic
     names = name_runs([first, second])
     before, after = (open_release(path, name) for path, name in zip((first, second), names, strict=True))
     check_alike([before, after])
-    return pair_metrics(before, after)
+    difference, left_out = pair_metrics(before, after)
+    for metric in dict.fromkeys([*before.evaluation.tuned, *after.evaluation.tuned]):
+        having = [one.name for one in (before, after) if metric in one.evaluation.tuned]
+        why = "has no scores by row" if len(having) == 2 else f"measured in {having[0]} alone"
+        left_out |= {} if metric in {*difference, *left_out} else {metric: why}
+    return difference, left_out
 
 
 def summarize_release(path: Path, release: Release) -> Json:

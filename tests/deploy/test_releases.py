@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_releases_are_listed_and_compared_row_by_row(run: Path, file: Path) -> N
     assert {path for path, _ in list_releases(file.parent)} == {file, other}
     difference, left_out = diff_releases(file, other)
     assert {change.value for change in difference.values()} == {0}
-    assert left_out == {}
+    assert left_out == {"answers_cut": "has no scores by row"}
 
 
 def test_a_file_that_is_no_release_is_refused(file: Path, tmp_path: Path) -> None:
@@ -84,3 +85,55 @@ def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "next" / "report.json").read_text())
     assert report["evaluation"]["champion"]["difference"]["loss"]["value"] == 0
+
+
+def test_a_metric_that_one_side_or_no_row_has_is_named(run: Path, file: Path, tmp_path: Path) -> None:
+    content = json.loads(file.read_text())
+    more = {**content, "tuned": {**content["tuned"], "chrf": 1.0}}
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert "answers_cut" in content["tuned"]
+    _, left_out = diff_releases(file, tmp_path / "more.json")
+    assert left_out == {"answers_cut": "has no scores by row", "chrf": "measured in more.json alone"}
+
+
+def test_a_signature_says_whose_a_release_is_and_a_changed_file_fails(run: Path, tmp_path: Path) -> None:
+    for name in ("key", "stranger"):
+        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"{name}@example.org", "-f", str(tmp_path / name)]
+        subprocess.run(words, check=True)
+    signers = tmp_path / "signers"
+    signers.write_text("key@example.org " + (tmp_path / "key.pub").read_text())
+    file = tmp_path / "signed.json"
+    made = invoke("release", run, "--out", file, "--sign", tmp_path / "key")
+    assert made.exit_code == 0, made.output
+    shown = invoke("release", "show", file, "--signers", signers)
+    assert "signed.json.sig: signed by key@example.org" in shown.stdout, shown.output
+    unknown = json.loads(invoke("release", "show", file, "--json").stdout)["signature"]
+    assert (unknown["kind"], unknown["checked"]) == ("ssh", False)
+    assert unknown["by"].startswith("SHA256:")
+    file.write_text(file.read_text().replace('"tiny"', '"best"'))
+    forged = invoke("release", "show", file)
+    assert forged.exit_code == 6
+    assert "not the file that was signed" in forged.stderr
+    invoke("release", run, "--out", file, "--sign", tmp_path / "stranger")
+    refused = invoke("release", "show", file, "--signers", signers)
+    assert refused.exit_code == 6
+    assert "signed by a key that is not in" in " ".join(refused.stderr.split())
+    invoke("release", run, "--out", file)
+    assert not (tmp_path / "signed.json.sig").exists()
+    assert invoke("release", "show", file, "--signers", signers).exit_code == 6
+    gone = invoke("release", run, "--out", file, "--sign", tmp_path / "no-key")
+    assert gone.exit_code == 2
+    assert "there is no SSH key" in " ".join(gone.stderr.split())
+
+
+def test_sigstore_signs_where_it_is_installed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = invoke("release", run, "--out", tmp_path / "one.json", "--sign", "sigstore")
+    assert done.exit_code == 4
+    assert "pip install sigstore" in done.stderr
+    (tmp_path / "sigstore").write_text('#!/bin/sh\necho "$@" >"$3"\n')  # the program talks to a server
+    (tmp_path / "sigstore").chmod(0o755)
+    done = invoke("release", run, "--out", tmp_path / "one.json", "--sign", "sigstore")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "one.json.sigstore.json").read_text().startswith("sign --bundle")
+    assert "sigstore verify identity" in invoke("release", "show", tmp_path / "one.json").stdout
