@@ -25,7 +25,7 @@ from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.cache_keys import evaluation_inputs
-from llmtune.evaluate.champion import check_champion
+from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
 from llmtune.evaluate.gates import check_gates, require_gates
@@ -309,9 +309,11 @@ def evaluate(
     executor: Executor,
 ) -> None:
     """Step 5: base and tuned model on the same held-out rows; gates are read anew each time."""
-    inputs = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
-    recipe, target = context.recipe, context.folder.path / "evaluation"
-    challenge = make_challenge(context.folder, context.trained_hash, context.console)
+    recipe, target, trained = context.recipe, context.folder.path / "evaluation", context.trained_hash
+    inputs = evaluation_inputs(recipe, trained, model_ref, rows, examples)
+    note_look(context.folder, context.console)
+    if context.base is None and context.folder.is_whole("evaluate"):
+        context.base = target  # what the base answered before
     with context.step("evaluate", inputs, ["evaluation"]) as step:
         if step.skipped:
             if evaluation := load_evaluation(target):
@@ -320,7 +322,7 @@ def evaluate(
         with staged(target) as folder:
             executor.score(context, model_ref, processor, rows, examples, folder=folder)
         judged = hash_keys(context.folder.path / "recipe.yaml", judging=True)
-        step.facts.update(trained=context.trained_hash, recipe=judged)
+        step.facts.update(trained=trained, recipe=judged)
 
 
 def deploy(context: RunContext, model_ref: ModelRef) -> None:

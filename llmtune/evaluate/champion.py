@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llmtune.errors import LlmtuneError, Problem, RecipeError
-from llmtune.evaluate.looks import check_looks, count_look
+from llmtune.evaluate.looks import check_looks, count_look, hash_weights
 from llmtune.evaluate.opened_runs import (
     ScoredRun,
     check_alike,
@@ -86,20 +86,21 @@ def check_champion(recipe: Recipe, run: RunFolder, rows: Rows, examples: Example
     check_looks(recipe, champion, run.manifest["fingerprint"])
 
 
-def make_challenge(
-    run: RunFolder, trained: str, console: Console
-) -> Callable[[Evaluation, PerRowScores], Champion] | None:
-    """Return what compares the scores of a run with those of the champion that its recipe names, if it names one.
-
-    The look at them is counted, and noted in the run. `trained` is the hash of what the run trained.
-    """
+def note_look(run: RunFolder, console: Console) -> None:
+    """Count the look at the scores of a trained run, before they are seen, and note it in the run."""
     recipe = recipe_of_run(run).recipe
     champion = open_champion(recipe, run.path)
-    look = count_look(recipe, champion, run.manifest["fingerprint"], trained) if champion else None
+    look = count_look(recipe, champion, run.manifest["fingerprint"], hash_weights(run.path)) if champion else None
     if look:
         console.print(f"evaluate: {look}", highlight=False, markup=False)
     if run.findings.get("look") != look:
         run.note(look=look)
+
+
+def make_challenge(run: RunFolder) -> Callable[[Evaluation, PerRowScores], Champion] | None:
+    """Return what compares the scores of a run with those of the champion that its recipe names, if it names one."""
+    recipe = recipe_of_run(run).recipe
+    champion = open_champion(recipe, run.path)
     return partial(compare_with_champion, champion, recipe) if champion else None
 
 

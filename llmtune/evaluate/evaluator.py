@@ -76,7 +76,7 @@ def evaluate(
         console.print(f"base: the model has no trained head for this, so {stand_in} stands in its place")
     elif inputs is not None and known is not None and known.answers is not None:
         answers["base"] = known.answers
-        console.print("base: what it answered to these rows is known from this run's first seed")
+        console.print("base: what it answered to these rows is known from an evaluation before")
     run_models(models, context, [suite for _, suite in suites], answers, headless, packs)
     evaluation, measures = Evaluation({}, {}, {}, (), (), 0), PairedMeasures()
     if inputs is not None:

@@ -77,8 +77,7 @@ def open_run_scores(path: Path, name: str) -> OpenedRun:
     if not run.is_done("evaluate"):
         raise RecipeError.of("this run has no scores yet", str(path), f"Score it first: llmtune evaluate {path}")
     folder = path / "evaluation"
-    whole = run.is_valid("evaluate", run.manifest["steps"]["evaluate"]["inputs"])
-    evaluation = load_evaluation(folder) if whole else None
+    evaluation = load_evaluation(folder) if run.is_whole("evaluate") else None
     if evaluation is None:
         what = "damaged: the scores are not what the run left there"
         raise EnvironmentProblem.of(what, str(folder), f"Score it again: llmtune evaluate {path}")

@@ -74,9 +74,9 @@ def save_base(folder: Path, answers: Answers, inputs: str) -> None:
         write_text(folder / BASE, json.dumps({"inputs": inputs, "sums": sums, **by_row}, ensure_ascii=False))
 
 
-def load_base(folder: Path, inputs: str) -> BaseAnswers:
+def load_base(folder: Path | None, inputs: str) -> BaseAnswers:
     """Read `base.json`; without answers where there are none, or none from these inputs."""
-    saved = read_json(folder / BASE)
+    saved = read_json(folder / BASE) if folder else None
     if not isinstance(saved, dict) or saved.get("inputs") != inputs or not saved.keys() >= {*BY_ROW}:
         return BaseAnswers(inputs)
     sums = saved["sums"] and TokenSums(**{name: np.asarray(values) for name, values in saved["sums"].items()})

@@ -36,7 +36,7 @@ OWN_FOLDERS = (
 )
 REPORTS = ("report.html", "report.md", "report.json", "junit.xml")
 OWN_FILES = (
-    *("recipe.yaml", "llmtune.lock", "metrics.jsonl", "reproduction.json"),
+    *("recipe.yaml", "llmtune.lock", "metrics.jsonl", "row_losses.npz", "reproduction.json"),
     *REPORTS,
     *("merged.failed.json", "endpoint.certificate.json"),
 )
@@ -118,6 +118,10 @@ class RunFolder:
             return False
         outputs = self.manifest["steps"][step]["outputs"]
         return all(hash_path(self.path / name) == known for name, known in outputs.items())
+
+    def is_whole(self, step: str) -> bool:
+        """Whether `step` was done, from whatever inputs, and its outputs are still what it wrote."""
+        return self.is_done(step) and self.is_valid(step, self.manifest["steps"][step]["inputs"])
 
     @contextmanager
     def step(
