@@ -62,7 +62,9 @@ def draw_looks(path: Path) -> None:
         for name, first_T, colour in zip(names, looks.first_alarms(kind)[::-1], COLOURS, strict=False):
             share = [100 * float(np.mean(first_T <= number)) for number in numbers]
             alarms.plot(numbers, share, color=colour)
-            alarms.annotate(name, (looks.LOOKS, share[-1]), (-4, 5), textcoords="offset points", ha="right", color=colour)
+            alarms.annotate(
+                name, (looks.LOOKS, share[-1]), (-4, 5), textcoords="offset points", ha="right", color=colour
+            )
         alarms.axhline(5, color="grey", linewidth=0.8, linestyle=":")
         alarms.annotate("5 %", (looks.LOOKS, 5), (18, -3), textcoords="offset points", color="grey")
         alarms.set(title="Series with a false alarm, %", xlabel="models without a change", ylim=(-2, 100))

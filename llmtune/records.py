@@ -226,7 +226,7 @@ class Loss:
     correct: torch.Tensor | None = None
     """Scalar: how many of them were right at first choice."""
     row_sums: torch.Tensor | None = None
-    """[rows] the sum a row, only when asked for."""
+    """[rows] the sum a row, without gradient unless it was asked for; None where a loss is not made of rows."""
     row_correct: torch.Tensor | None = None
     """[rows] first choices that were right a row, only when asked for."""
 

@@ -45,6 +45,7 @@ from llmtune.store.run_lock import (
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant, get_task
 from llmtune.train.loop import train
+from llmtune.train.row_losses import list_hardest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,7 +231,8 @@ class RunContext:
             inputs=inputs,
             strategy=strategy,
         )
-        return trained.as_facts()
+        hardest = list_hardest(self.folder.path, load_rows(self.folder.path / "data" / "rows"), examples, self.task)
+        return trained.as_facts() | {"hardest_rows": hardest}
 
 
 @dataclass

@@ -51,7 +51,7 @@ def evaluation_files(recipe: Recipe) -> list[Path]:
     """Return the files that the evaluation reads besides the run's own; one that is not there is reported elsewhere."""
     forgetting, fairness, champion = recipe.evaluate.forgetting, recipe.evaluate.fairness, recipe.evaluate.champion
     named = [*(forgetting.texts + forgetting.questions if forgetting else ())]
-    named += [find_release(Path(champion), recipe.name), f"{champion}/evaluation/{MEASURES}"] if champion else []
+    named += [str(find_release(Path(champion), recipe.name)), f"{champion}/evaluation/{MEASURES}"] if champion else []
     named += [*(fairness.pairs + fairness.swaps if fairness else ())]
     read = [file for benchmark in recipe.evaluate.benchmarks for file in list_task_files(benchmark.task)]
     return [path for path in (*map(Path, named), *read) if path.is_absolute() and path.is_file()]

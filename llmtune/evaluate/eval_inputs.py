@@ -30,7 +30,7 @@ SPLIT = "test"
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """N rows of the test split, in the order of `Rows`."""
+    """N rows of the test split (while training goes on, of the validation split), in the order of `Rows`."""
 
     reader: ExampleReader
     rows: tuple[int, ...]
@@ -77,24 +77,25 @@ class EvalContext:
 
 
 def make_inputs(
-    rows: Rows, examples: Examples, task: EvaluatedTask, processor: PreTrainedTokenizerBase, recipe: Recipe
+    rows: Rows,
+    examples: Examples,
+    task: EvaluatedTask,
+    processor: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    split: str = SPLIT,
 ) -> EvalInputs:
     """Read the test rows that were encoded, render their prompts, look for choices.
 
     Raises DataError for choices that no reference answer is among, and for slices by columns that were not kept.
     """
-    reader = ExampleReader(examples, SPLIT)
+    reader = ExampleReader(examples, split)
     numbers = sorted({int(row) for row in reader.rows})
     fairness, facts = recipe.evaluate.fairness, TASK_FACTS[recipe.task]
     slices = read_slices(rows, recipe.evaluate.slices, numbers)
     groups = read_slices(rows, fairness.groups if fairness else (), numbers, "evaluate.fairness.groups")
     kept = set(numbers)
-    held_out = [pair for number, pair in enumerate(iterate_rows(rows, SPLIT)) if number in kept]
-    questions, references = [], []
-    for _, row in held_out:
-        question, reference = task.split_answer(row)
-        questions.append(question)
-        references.append(reference)
+    held_out = [pair for number, pair in enumerate(iterate_rows(rows, split)) if number in kept]
+    questions, references = zip(*(task.split_answer(row) for _, row in held_out), strict=True)
     turns = [task.tool_turns(row, recipe) for _, row in held_out]
     metrics = choose_metrics(recipe, has_tools=any(turns))
     notes = start_notes(task, recipe)
@@ -104,13 +105,11 @@ def make_inputs(
     limit = (recipe.evaluate.limit if needs_texts else recipe.evaluate.samples) if facts.generates else None
     answered = [answerable[i] for i in cut_evenly(len(answerable), limit)]
     if needs_texts and len(answered) < len(numbers):
-        without = len(numbers) - len(answerable)
-        why = f"; {without} have no prompt or no text answer" if without else ""
-        notes["generated"] = f"answers are generated for {len(answered)} of {len(numbers)} rows{why}"
+        notes["generated"] = describe_answered(len(answered), len(answerable), len(numbers))
     choices, trees = tuple[str, ...](), dict[int, Tree]()
     if CHOICE_METRIC in metrics:
         saying = [i for i in answerable if not calls_tool(turns[i])]
-        choices = resolve_choices(rows, task, recipe, references)
+        choices = resolve_choices(rows, task, recipe, references, split)
         if choices:
             grown = choice_trees([questions[i] for i in saying], choices, task, processor, recipe)
             trees = {i: tree for i, tree in zip(saying, grown, strict=True) if tree is not None}
@@ -136,6 +135,12 @@ def make_inputs(
     )
 
 
+def describe_answered(answered: int, answerable: int, rows: int) -> str:
+    """Describe of how many rows answers are generated."""
+    why = f"; {rows - answerable} have no prompt or no text answer" if answerable < rows else ""
+    return f"answers are generated for {answered} of {rows} rows{why}"
+
+
 def start_notes(task: EvaluatedTask, recipe: Recipe) -> dict[str, str]:
     """Return what the recipe alone says of the metrics: which are not measured and why, and what the base is."""
     known = TASK_FACTS[recipe.task].default_metrics
@@ -153,7 +158,9 @@ def choose_metrics(recipe: Recipe, *, has_tools: bool) -> tuple[str, ...]:
     return tuple(metric for metric in metrics if metric not in TOOL_METRICS)
 
 
-def resolve_choices(rows: Rows, task: EvaluatedTask, recipe: Recipe, references: Sequence[str]) -> tuple[str, ...]:
+def resolve_choices(
+    rows: Rows, task: EvaluatedTask, recipe: Recipe, references: Sequence[str], split: str
+) -> tuple[str, ...]:
     """Return the answers to choose from: those that the recipe lists, or those that the rows show to be few."""
     stated = recipe.evaluate.choices
     if stated is None:
@@ -161,7 +168,7 @@ def resolve_choices(rows: Rows, task: EvaluatedTask, recipe: Recipe, references:
     if stated != "auto":
         check_choices(stated, references)
         return tuple(stated)
-    both = (row for split in ("train", SPLIT) for _, row in iterate_rows(rows, split))
+    both = (row for name in ("train", split) for _, row in iterate_rows(rows, name))
     return find_choices(task.split_answer(row)[1] for row in both if not calls_tool(task.tool_turns(row, recipe)))
 
 

@@ -257,9 +257,14 @@ def context_limit(model: torch.nn.Module) -> int:
 @contextmanager
 def inference_on(model: torch.nn.Module, context: EvalContext) -> Iterator[Progress]:
     """Set a model to evaluation mode, compute in the recipe's number format, and show progress bars."""
+    trains = model.training  # and goes on after this: what it keeps from here must do for gradients too
     model.eval()
     dtype = resolve_dtype(context.recipe.model.dtype, context.device)
-    with torch.inference_mode(), compute_context(dtype, context.device), progress_bars(context.console) as bars:
+    with (
+        torch.no_grad() if trains else torch.inference_mode(),
+        compute_context(dtype, context.device),
+        progress_bars(context.console) as bars,
+    ):
         yield bars
 
 

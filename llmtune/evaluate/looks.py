@@ -106,9 +106,9 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
     known = [line for line in ledger.lines if (line["trained"], line["champion"]) == own]
     if max((line["alpha"] for line in known), default=0.0) < alpha:
         ledger.require_left(alpha, trained)
-        line = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "name": recipe.name, "run": fingerprint}
+        line: Json = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "name": recipe.name, "run": fingerprint}
         line |= {"tests": ledger.tests, "trained": trained, "champion": ledger.champion, "alpha": alpha}
         with explained(ledger.path), ledger.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     looked = dict.fromkeys([*((line["trained"], line["champion"]) for line in ledger.lines), own])
-    return f"look {[*looked].index(own) + 1} of {recipe.evaluate.looks} on these test rows, counted in {ledger.path}"
+    return f"look {[*looked].index(own) + 1} of {recipe.evaluate.looks} on these test rows, counted in {LEDGER}"

@@ -46,9 +46,9 @@ def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) ->
 
 
 def _sum_up(losses_S: torch.Tensor, correct_S: torch.Tensor | None, batch: Batch) -> Loss:
-    if correct_S is None:
-        return Loss(losses_S.sum(), len(losses_S))
     zeros_R, rows_S = losses_S.new_zeros(batch["n_rows"]), batch["rows_S"]
+    if correct_S is None:
+        return Loss(losses_S.sum(), len(losses_S), row_sums=zeros_R.index_add(0, rows_S, losses_S.detach()))
     row_sums = zeros_R.index_add(0, rows_S, losses_S)
     row_correct = zeros_R.index_add(0, rows_S, correct_S.to(losses_S.dtype))
     return Loss(losses_S.sum(), len(losses_S), correct_S.sum(), row_sums, row_correct)

@@ -155,7 +155,7 @@ class Recipe(Section):
         self.data.check(diagnostics, variant)
         self.model.check(diagnostics, variant)
         self.adapter.check(diagnostics)
-        self.train.check(diagnostics, self.data, self.adapter, self.seed)
+        self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, has_test=bool(self.data.test))
         self._check_deploy(diagnostics, variant)

@@ -11,6 +11,8 @@ GENERATED = ("exact_match", *ROUGE, "chrf")
 """Metrics that chat and completion take on generated answers."""
 MACHINE_TRANSLATION = ("bleu", "chrf", "ter", "exact_match")
 TOOL_METRICS = ("tool_call_valid", "tool_name", "tool_arguments", "tool_arguments_f1", "no_call")
+NEAREST_TO_ONE = frozenset({"length_ratio"})
+"""Neither more nor less is better."""
 CUT_METRIC = "answers_cut"
 """Measured wherever answers are generated for other metrics."""
 PREDICTED = frozenset(

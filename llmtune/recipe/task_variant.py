@@ -84,6 +84,12 @@ class TaskVariant:
         return tuple(name for name in self.facts.metrics if name not in self.unmeasured)
 
     @property
+    def eval_metrics(self) -> tuple[str, ...]:
+        """Those that a model has by itself, without its base: what is measured while training, beside the loss."""
+        of_two = {"accuracy", "margin"} if self.loss in ("dpo", "ipo", "kto") else set[str]()
+        return tuple(name for name in self.metrics if name not in {"loss", *of_two})
+
+    @property
     def default_metrics(self) -> tuple[str, ...]:
         """The task's own choice of metrics, as far as they can be measured."""
         return tuple(name for name in self.facts.default_metrics if name in self.metrics)

@@ -10,7 +10,9 @@ from llmtune.errors import nearest
 from llmtune.recipe.adapter_section import AdapterSection
 from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
-from llmtune.recipe.section import Count, Many, Section, Seed, one_or_more
+from llmtune.recipe.section import Count, Many, Section, Seed, Text, one_or_more
+from llmtune.recipe.task_facts import NEAREST_TO_ONE
+from llmtune.recipe.task_variant import TaskVariant
 
 AdamW = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit"]
 PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]
@@ -95,17 +97,22 @@ class TrainSection(Section):
     """Optimiser steps between two lines of metrics. Default 10: smooth enough to read."""
     eval_steps: Count | None = None
     """Optimiser steps between two validations. Default none: at the end of each epoch."""
+    eval_metrics: Many[str] = ()
+    """Metrics of `evaluate.metrics` that each validation measures beside the loss, such as `exact_match` of generated
+    answers. Default none: answers take longer than a loss."""
+    metric_for_best_model: Text = "loss"
+    """What the best checkpoint and early stopping go by: `loss`, or one of `eval_metrics`. Default `loss`."""
     save_steps: Count | None = None
     """Optimiser steps between two checkpoints. Default none: with each validation."""
     save_total_limit: Count = 2
     """Checkpoints that are kept, the best one apart. Default 2: one could be damaged by a bad disk."""
     load_best_model_at_end: bool = True
-    """Take the checkpoint with the lowest validation loss as the result. Default true: the last step is often not the
-    best."""
+    """Take the checkpoint that is best by `metric_for_best_model` as the result. Default true: the last step is often
+    not the best."""
     early_stopping_patience: Count | None = None
-    """Stop after so many validations without a better loss. Default none: run to the end."""
+    """Stop after so many validations that were not better by `metric_for_best_model`. Default none: run to the end."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
-    """How much lower a loss must be to count as better, in nats. Default 0: any gain counts."""
+    """How much better it must be to count, in nats or in units of the metric. Default 0: any gain counts."""
     report_to: Trackers = ()
     """Trackers that metrics are sent to. Default none: nothing leaves the machine unless it is asked to."""
     torch_compile: bool = False
@@ -118,7 +125,9 @@ class TrainSection(Section):
     """Further seeds: the run trains once more with each, on the same rows, into `seeds/SEED/` of its folder, and the
     report says how far the scores lie apart. Default none: each takes as long as the run itself."""
 
-    def check(self, diagnostics: Diagnostics, data: DataSection, adapter: AdapterSection, seed: int) -> None:
+    def check(
+        self, diagnostics: Diagnostics, data: DataSection, adapter: AdapterSection, seed: int, variant: TaskVariant
+    ) -> None:
         """Report settings of the loop that others leave without effect, and seeds that would train the same again."""
         if self.batch_tokens is not None:
             fix, because = "Keep one of them.", "train.batch_tokens"
@@ -127,6 +136,7 @@ class TrainSection(Section):
             fix, because = "Keep one of them.", "train.max_steps"
             diagnostics.no_effect("train.num_train_epochs", "beside train.max_steps", fix, because)
         self._check_validation(diagnostics, data)
+        self._check_metrics(diagnostics, variant)
         self._check_optimizer(diagnostics, adapter)
         self._check_schedule(diagnostics)
         key = "train.seeds"
@@ -142,11 +152,34 @@ class TrainSection(Section):
             fix = "Give data.validation a share of the rows or sources, or remove it."
             names = ["eval_steps", "early_stopping_patience", "early_stopping_threshold"]
             names += ["load_best_model_at_end"] if self.load_best_model_at_end else []
+            names += ["eval_metrics", "metric_for_best_model"]
             diagnostics.none_has_effect(self, "train", names, "without validation rows", fix, "data.validation")
         elif self.early_stopping_patience is None:
             fix = "Set train.early_stopping_patience too, or remove it."
             key, because = "train.early_stopping_threshold", "train.early_stopping_patience"
             diagnostics.no_effect(key, "without a patience", fix, because)
+
+        if not self.load_best_model_at_end and self.early_stopping_patience is None:
+            fix = "Set train.load_best_model_at_end or train.early_stopping_patience, or remove it."
+            key = "train.metric_for_best_model"
+            diagnostics.no_effect(key, "where nothing asks for the best", fix, "train.load_best_model_at_end")
+
+    def _check_metrics(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        key, known = "train.eval_metrics", variant.eval_metrics
+        diagnostics.repeated(key, self.eval_metrics, "a metric")
+        for i, metric in enumerate(self.eval_metrics):
+            if metric not in known:
+                lacking = "is measured anyway" if metric == "loss" else "cannot be measured while training"
+                fix = f"{nearest(metric, known)} What can be: {', '.join(known)}.".strip()
+                diagnostics.add(f"{key}.{i}", f"'{metric}' {lacking}", fix, "task")
+        chosen = self.metric_for_best_model
+        if chosen in NEAREST_TO_ONE:
+            fix = "Choose another of train.eval_metrics, or loss."
+            diagnostics.add("train.metric_for_best_model", f"of {chosen} neither more nor less is better", fix)
+        elif chosen not in ("loss", *self.eval_metrics):
+            fix = f"Add {chosen} to {key}." if chosen in known else f"{nearest(chosen, known)} Or name it loss.".strip()
+            what = f"'train.metric_for_best_model' is {chosen!r}, which is not measured while training"
+            diagnostics.add("train.metric_for_best_model", what, fix, key)
 
     def _check_optimizer(self, diagnostics: Diagnostics, adapter: AdapterSection) -> None:
         if adapter.method == "full" and self.loraplus_lr_ratio is not None:

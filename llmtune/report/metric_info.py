@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.task_facts import NEAREST_TO_ONE, TASK_FACTS
 from llmtune.records import Difference
 
 CHOICE = "choice_accuracy"
 LOWER_IS_BETTER = frozenset(
     {"loss", "perplexity", "bits_per_byte", "wer", "cer", "ter", "mse", "mae", "kl", "answers_cut"},
 )
-NEAREST_TO_ONE = frozenset({"length_ratio"})
-"""Neither more nor less is better."""
 COSTS = frozenset({"kl", "answers_cut"})
 """What a gain is paid with, or measured under: worse in these alone is no harm."""
 

@@ -146,6 +146,18 @@ class AdapterFacts(TypedDict, total=False):
     lora_alpha: float
 
 
+class HardRow(TypedDict):
+    """A training row whose loss stayed above that of the steps it was in; in nats per prediction."""
+
+    origin: str
+    id: str
+    loss: float
+    excess: float
+    seen: int
+    prompt: str
+    reference: str
+
+
 class TrainFacts(TypedDict, total=False):
     """The fields of `records.TrainedRun`, and the lines of metrics.jsonl."""
 
@@ -162,6 +174,7 @@ class TrainFacts(TypedDict, total=False):
     peak_bytes: Number
     stopped_early: str | None
     resumed_from: int | None
+    hardest_rows: list[HardRow]
     curve: Sequence[Mapping[str, object]]
 
 

@@ -26,7 +26,7 @@ from llmtune.report.blocks import (
 )
 from llmtune.report.charts import Curve, Point, draw_curves, draw_histogram, draw_meter, element, heading
 from llmtune.report.number_format import DASH, count, duration, missing, score, share, size
-from llmtune.report.report_record import AdapterFacts, DataFacts, ModelFacts, TrainFacts
+from llmtune.report.report_record import AdapterFacts, DataFacts, HardRow, ModelFacts, TrainFacts
 from llmtune.report.score_sections import signatures
 
 SPLITS = ("train", "validation", "test")
@@ -78,7 +78,48 @@ def training_section(train: TrainFacts | None) -> Section:
         for title, key in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm"))
     )
     courses = [Beside([rate], [norm])] if len(curve) >= FEWEST_POINTS else []
-    return Section("Training", [Beside([drawn], [KeyValues(known(facts))]), *courses])
+    blocks: list[Block] = [Beside([drawn], [KeyValues(known(facts))]), *validation_curves(curve), *courses]
+    return Section("Training", [*blocks, *hardest_rows(train.get("hardest_rows", []))])
+
+
+def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
+    """A picture of each metric that was measured on validation rows while training went on."""
+    lines = [
+        {"step": line["step"], **found} for line in curve if isinstance(found := line.get("validation_metrics"), dict)
+    ]
+    drawn = [
+        Html(
+            draw_curves(
+                [Curve(name, points(lines, name), "validation")], label=f"{name} by step", title=title, height=150
+            )
+        )
+        for name in dict.fromkeys(key for line in lines for key in line if key != "step")
+        if (title := f"{name.replace('_', ' ')} of validation rows")
+    ]
+    return [Beside(drawn[at : at + 1], drawn[at + 1 : at + 2]) for at in range(0, len(drawn), 2)]
+
+
+def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
+    """The training rows that were hardest to learn, folded away; nothing where none is known."""
+    cells: Rows = [
+        [
+            Cell(row["origin"], note=row["id"][:12]),
+            score(row["loss"]),
+            score(row["excess"]),
+            row["prompt"],
+            row["reference"],
+        ]
+        for row in rows
+    ]
+    columns: Columns = ["row", Column("loss", "number"), Column("above its steps", "number"), "prompt", "reference"]
+    text = "Mean loss of a row while it was trained on, and how far that lay above the mean of its steps. Rows "
+    text += "that stay hard are often labelled wrongly: read these first. `row_losses.npz` has all of them."
+    table = Table(columns, cells, scroll=True)
+    return (
+        [Details(f"The {len(rows)} training rows that were hardest to learn", [Text(text, "soft"), table])]
+        if rows
+        else []
+    )
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:

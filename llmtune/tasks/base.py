@@ -128,7 +128,7 @@ def loss_of_rows(losses_R: torch.Tensor, correct_R: torch.Tensor, by_row: bool) 
     """Return the loss of rows that each stand for one prediction."""
     right_R = correct_R.to(losses_R.dtype)
     if not by_row:
-        return Loss(losses_R.sum(), len(losses_R), right_R.sum())
+        return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R.detach())
     return Loss(losses_R.sum(), len(losses_R), right_R.sum(), losses_R, right_R)
 
 

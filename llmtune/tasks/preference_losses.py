@@ -130,7 +130,7 @@ def _direct(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, r
     else:
         logits_P, smoothing = settings.beta * (chosen_P - rejected_P), settings.label_smoothing
         losses_P = -(1 - smoothing) * logsigmoid(logits_P) - smoothing * logsigmoid(-logits_P)
-    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
+    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum(), losses_P.detach())
 
 
 def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
@@ -140,7 +140,7 @@ def _kto(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, refe
     gains_R = torch.where(desirable_R, gains_R, -gains_R)
     weights_R = torch.where(desirable_R, settings.desirable_weight, settings.undesirable_weight)
     losses_R = weights_R * torch.sigmoid(-settings.beta * gains_R)
-    return Loss(losses_R.sum(), len(losses_R), (gains_R > 0).sum())
+    return Loss(losses_R.sum(), len(losses_R), (gains_R > 0).sum(), losses_R.detach())
 
 
 def _orpo(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, reference: Reference | None) -> Loss:
@@ -161,7 +161,7 @@ def _reward(model: torch.nn.Module, batch: Batch, settings: PreferenceSection, r
     losses_P = -logsigmoid(chosen_P - rejected_P)
     if settings.center_rewards_coefficient is not None:
         losses_P = losses_P + settings.center_rewards_coefficient * (chosen_P + rejected_P) ** 2
-    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum())
+    return Loss(losses_P.sum(), len(losses_P), (chosen_P > rejected_P).sum(), losses_P.detach())
 
 
 _LOSSES: Mapping[str, Callable[[torch.nn.Module, Batch, PreferenceSection, Reference | None], Loss]] = {

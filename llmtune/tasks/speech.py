@@ -283,7 +283,7 @@ class Ctc(Speech):
         count = int((labels_BT >= 0).sum())
         zero = torch.zeros((), device=losses_R.device)
         if not by_row:
-            return Loss(losses_R.sum(), count, zero)
+            return Loss(losses_R.sum(), count, zero, losses_R.detach())
         return Loss(losses_R.sum(), count, zero, losses_R, torch.zeros_like(losses_R))
 
     def predict(self, rows: Sequence[SpeechRow], loaded: LoadedModel) -> list[str]:

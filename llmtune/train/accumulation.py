@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +40,10 @@ class StepLoss:
     """Length of the gradient before clipping."""
     suspects: Indexes
     """Training examples of this process whose micro-batch had a loss that is no number."""
+    rows: Indexes
+    """The training examples of the step."""
+    row_sums: npt.NDArray[np.float64]
+    """The sum of each of them; NaN where the task's loss is not made of rows."""
 
     @property
     def finite(self) -> bool:
@@ -85,7 +90,9 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     if not fits:
         raise MicroBatchTooLarge
     sums = [float(loss.sum) for loss in losses[:real]]
-    total, count = sum_over_processes(accelerator, [sum(sums), sum(loss.count for loss in losses[:real])])
+    own = _own_row_sums(rows, groups[:real], losses[:real])
+    counted = float(sum(loss.count for loss in losses[:real]))
+    total, count, *row_sums = sum_over_processes(accelerator, [sum(sums), counted, *own])
     count = max(1, int(count))
     norm = _finish_gradients(training, expected / (count * loss_scale))
     bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
@@ -96,7 +103,20 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
         tokens=int(lengths[rows].sum()),
         grad_norm=norm,
         suspects=np.concatenate([np.empty(0, dtype=np.int64), *bad]),
+        rows=rows,
+        row_sums=np.asarray(row_sums, dtype=np.float64),
     )
+
+
+def _own_row_sums(rows: Indexes, groups: Sequence[Indexes], losses: Sequence[Loss]) -> list[float]:
+    """Return this process's part in the loss of each row of a step; NaN where rows have none by themselves."""
+    place = {int(row): at for at, row in enumerate(rows)}
+    own = [0.0] * len(rows)
+    for group, loss in zip(groups, losses, strict=True):
+        values = [math.nan] * len(group) if loss.row_sums is None else loss.row_sums.tolist()
+        for row, value in zip(group.tolist(), values, strict=True):
+            own[place[row]] += value
+    return own
 
 
 def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool] = lambda: False) -> float | None:
@@ -237,7 +257,7 @@ def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, t
     with training.compute():
         loss = training.task.loss(training.model, batch, False)
     training.accelerator.backward(loss.sum * weight)
-    return Loss(loss.sum.detach(), loss.count)
+    return Loss(loss.sum.detach(), loss.count, row_sums=loss.row_sums)
 
 
 def _forward(

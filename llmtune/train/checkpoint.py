@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from rich.console import Console
@@ -64,6 +64,11 @@ class TrainState:
     log_seconds: float = 0.0
     validation_loss: float | None = None
     best_loss: float | None = None
+    """The validation loss at the best step."""
+    best_metric: float | None = None
+    """`metric_for_best_model` there."""
+    validation_metrics: dict[str, float] = field(default_factory=dict)
+    """`eval_metrics` of the last validation."""
     best_step: int | None = None
     stale_validations: int = 0
     """Validations in a row that were not better by `early_stopping_threshold`."""
@@ -74,10 +79,12 @@ class TrainState:
 
 
 class OptimizerState(TypedDict):
-    """The state dictionaries of optimiser and schedule."""
+    """The state dictionaries of optimiser and schedule, and the losses of the rows so far."""
 
     optimizer: dict[str, object]
     schedule: dict[str, object]
+    row_losses: NotRequired[torch.Tensor]
+    """Earlier versions kept none."""
 
 
 @dataclass(frozen=True)

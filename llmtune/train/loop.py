@@ -18,6 +18,7 @@ from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import Problem, Stopped, TrainingError
 from llmtune.model.oom import fits_in_memory
 from llmtune.records import AdaptedModel, Examples, TrainedRun
+from llmtune.report.metric_info import better_side
 from llmtune.store.profile import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
@@ -39,9 +40,11 @@ from llmtune.train.failure_report import (
 )
 from llmtune.train.metrics_log import METRICS, Display, Line, append_line, show_progress
 from llmtune.train.preflight import restore_weights, resume, run_preflight, save, shrink_budget
+from llmtune.train.row_losses import add_step, save_row_losses
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state
 from llmtune.train.signals import StopRequest, catch_signals
+from llmtune.train.validation_metrics import Scores, metrics_of_validation
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -66,6 +69,8 @@ class Run:
     on_budget: Callable[[int], None]
     rehearsal_seconds: float = 0.0
     seconds_to_first_step: float | None = None
+    measure: Callable[[], Scores] = dict
+    """Measures `train.eval_metrics`."""
 
 
 def train(
@@ -97,6 +102,7 @@ def train(
     """
     with deterministic():
         training = set_up(adapted, examples, task, recipe, folder, console, inputs, strategy)
+        measure = metrics_of_validation(training, examples)
         main = training.accelerator.is_main_process
         console = console if main else Console(quiet=True)
         if not main and not training.sharded:
@@ -116,7 +122,9 @@ def train(
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(training.device)
             with show_progress(console, state.step, training.plan.total_steps) as display:
-                run = Run(training, state, divergence, request, display, console, on_budget, rehearsed)
+                run = Run(
+                    *(training, state, divergence, request, display, console, on_budget, rehearsed), measure=measure
+                )
                 _run_steps(run)
             adapter = _finish(run)
             _stop_if_asked(run)
@@ -156,6 +164,7 @@ def _take_step(run: Run) -> None:
     if run.seconds_to_first_step is None:
         run.seconds_to_first_step = seconds_of_process() - run.rehearsal_seconds
     state.step = step
+    add_step(training.row_losses, loss, training.examples.supervised)
     state.tokens += loss.tokens
     state.supervised += loss.count
     state.seconds += seconds
@@ -211,7 +220,7 @@ def _close_step(run: Run) -> None:
         loss = _validate(run)
         if loss is None:
             return  # stopped in between: done again when training goes on
-        improved = _record_validation(run, loss)
+        improved = _record_validation(run, loss, run.measure())
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
     state.closed = step
@@ -237,21 +246,23 @@ def _validate(run: Run) -> float | None:
         return loss
 
 
-def _record_validation(run: Run, loss: float) -> bool:
-    """Note the validation loss, say whether it is the best so far, and decide on stopping early."""
+def _record_validation(run: Run, loss: float, scores: Scores) -> bool:
+    """Note what a validation found, say whether it is the best so far, and decide on stopping early."""
     state, train = run.state, run.training.recipe.train
-    before = math.inf if state.best_loss is None else state.best_loss
-    state.validation_loss = loss
-    state.stale_validations = 0 if loss < before - train.early_stopping_threshold else state.stale_validations + 1
-    if loss < before:
-        state.best_loss, state.best_step = loss, state.step
+    name = train.metric_for_best_model
+    value, better = {"loss": loss, **scores}.get(name, math.nan), better_side(name)
+    gain = math.inf if state.best_metric is None else better * (value - state.best_metric)
+    improved = gain > 0 and math.isfinite(value)
+    state.validation_loss, state.validation_metrics = loss, scores
+    state.stale_validations = 0 if improved and gain > train.early_stopping_threshold else state.stale_validations + 1
+    if improved:
+        state.best_metric, state.best_loss, state.best_step = value, loss, state.step
     patience = train.early_stopping_patience
     if patience is not None and state.stale_validations >= patience and state.step < run.training.plan.total_steps:
-        state.stopped_early = (
-            f"{patience} validations without a better loss than {state.best_loss:.4f} (step {state.best_step})"
-        )
+        best = "none" if state.best_metric is None else f"{state.best_metric:.4f} (step {state.best_step})"
+        state.stopped_early = f"{patience} validations without a better {name} than {best}"
         run.console.print(f"Stopped early after step {state.step}: {state.stopped_early}.")
-    return loss < before
+    return improved
 
 
 def _log(run: Run, validated: bool) -> None:
@@ -268,10 +279,12 @@ def _log(run: Run, validated: bool) -> None:
     }
     if validated:
         line["validation_loss"] = state.validation_loss
+        line["validation_metrics"] = state.validation_metrics
     state.log_sum, state.log_count, state.log_tokens, state.log_seconds = 0.0, 0, 0, 0.0
     run_on_main(training.accelerator, lambda: append_line(training.folder / METRICS, line))
     if training.recipe.train.report_to:
-        values = {key: value for key, value in line.items() if key != "step"}
+        values = {key: value for key, value in line.items() if key not in ("step", "validation_metrics")}
+        values |= {f"validation_{name}": value for name, value in line.get("validation_metrics", {}).items()}
         training.accelerator.log(values, step=state.step)
     run.display.line(line)
 
@@ -325,6 +338,7 @@ def _finish(run: Run) -> Path:
         training.accelerator,
         lambda: write_folder(folder, lambda target: save_adapter(training.adapted, target, whole)),
     )
+    run_on_main(training.accelerator, lambda: save_row_losses(training.row_losses, training.examples, training.folder))
     return folder
 
 

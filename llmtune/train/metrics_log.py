@@ -30,6 +30,7 @@ class Line(TypedDict):
     tokens_per_second: float
     peak_bytes: int
     validation_loss: NotRequired[float | None]
+    validation_metrics: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -49,8 +50,9 @@ class Display:
     def line(self, line: Line) -> None:
         """Show a line of metrics where there is no bar, and a validation in any case."""
         validation = line.get("validation_loss")
+        scores = "".join(f"  {name} {value:.4f}" for name, value in line.get("validation_metrics", {}).items())
         if self.bar.disable:
-            tail = f"  validation {validation:.4f}" if validation is not None else ""
+            tail = f"  validation {validation:.4f}{scores}" if validation is not None else ""
             self.console.print(
                 f"step {line['step']}/{self.total}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
                 f"{line['tokens_per_second']:,.0f} tokens/s  {line['peak_bytes'] / 1e9:.2f} GB{tail}",
@@ -58,7 +60,7 @@ class Display:
                 soft_wrap=True,
             )
         elif validation is not None:
-            self.console.print(f"step {line['step']}: validation loss {validation:.4f}", highlight=False)
+            self.console.print(f"step {line['step']}: validation loss {validation:.4f}{scores}", highlight=False)
 
 
 @contextmanager

@@ -187,6 +187,7 @@ def save(training: TrainContext, state: TrainState, folder: Path) -> None:
             {
                 "optimizer": {**optimizer, "state": {}} if shards else optimizer,
                 "schedule": training.schedule.state_dict(),
+                "row_losses": torch.from_numpy(training.row_losses),
             },
             state,
             training.inputs,
@@ -220,6 +221,7 @@ def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
         state = cut_state(training, cast(Any, found.optimizer["optimizer"]["state"]))
     training.optimizer.load_state_dict({**found.optimizer["optimizer"], "state": state})
     training.schedule.load_state_dict(found.optimizer["schedule"])
+    training.row_losses[:] = found.optimizer["row_losses"].numpy() if "row_losses" in found.optimizer else 0
     training.optimizer.zero_grad(set_to_none=True)
 
 

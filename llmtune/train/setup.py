@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -41,7 +43,7 @@ SILENCE_SECONDS = 1800
 
 @dataclass(frozen=True)
 class TrainContext:
-    """The parts of one training. The model is trained in place; nothing else here changes."""
+    """The parts of one training. The model is trained in place, and losses are added; nothing else here changes."""
 
     adapted: AdaptedModel
     accelerator: Accelerator
@@ -61,6 +63,8 @@ class TrainContext:
     folder: Path
     inputs: str
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
+    row_losses: npt.NDArray[np.float32]
+    """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -190,6 +194,7 @@ def set_up(
         collate=task.collator(processor, recipe, adapted.selected.packs),
         folder=folder,
         inputs=inputs,
+        row_losses=np.zeros((len(reader), 3), dtype=np.float32),
     )
 
 

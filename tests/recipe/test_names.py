@@ -12,7 +12,9 @@ from llmtune.recipe.schema import GenerationSection
 from llmtune.recipe.task_facts import COLUMNS, CUT_METRIC, GENERATED, LANGUAGE, ROW_FORMATS, TASK_FACTS, TOOL_METRICS
 from llmtune.recipe.train_section import BETAS, EPSILON, SCHEDULE_OPTIONS, Optimizer, Schedule, Tracker, TrainSection
 
-OWN_TRAIN_KEYS = {"batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "seeds"}
+OWN_TRAIN_KEYS = {
+    *("batch_size", "batch_tokens", "early_stopping_patience", "early_stopping_threshold", "eval_metrics", "seeds"),
+}
 OWN_ADAPTER_KEYS = {"method", "start_from"}
 
 

@@ -42,7 +42,7 @@ def test_the_keys_of_the_json_stay_what_programs_read(report, tmp_path):
     saved = json.loads(write(report, tmp_path)["report.json"])
     assert list(saved) == [
         *("llmtune", "name", "task", "recipe", "recipe_yaml", "fingerprint", "hardware", "steps", "data", "model"),
-        *("adapter", "train", "evaluation", "gates", "power", "deploy", "explanations", "date", "verdict"),
+        *("adapter", "train", "evaluation", "gates", "power", "look", "deploy", "explanations", "date", "verdict"),
     ]
     assert sorted(saved["evaluation"]) == [
         *(
