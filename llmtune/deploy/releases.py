@@ -12,6 +12,7 @@ from llmtune.deploy.parity import CERTIFICATE
 from llmtune.deploy.path_redaction import hide_paths
 from llmtune.deploy.signatures import remove_signatures, sign
 from llmtune.errors import RecipeError
+from llmtune.evaluate.looks import hash_weights
 from llmtune.evaluate.opened_runs import check_alike, name_runs, open_run_scores, pair_metrics
 from llmtune.evaluate.per_row_scores import pack_measures
 from llmtune.evaluate.release_file import VERSION, Release, open_release
@@ -41,7 +42,7 @@ def make_release(run: Path, out: Path | None, signing: str | None = None) -> Pat
         date=report["date"],
         run=run.absolute().name,
         lock=hash_file(run / LOCK),
-        trained=opened.folder.facts("evaluate").get("trained", ""),
+        trained=hash_weights(run),
         recipe=opened.recipe.model_dump(mode="json"),
         verdict=report["verdict"],
         base=evaluation.base,

@@ -15,7 +15,7 @@ from llmtune.evaluate.release_file import find_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
-from llmtune.store.atomic_files import explained, hash_value, read_json_lines
+from llmtune.store.atomic_files import explained, hash_file, hash_value, read_json_lines
 
 LEDGER = "releases.jsonl"
 KEY = "evaluate.looks"
@@ -83,6 +83,12 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
 def count_lines(path: Path) -> int:
     """Return how many lines a text file has that are not blank; none where it is not there."""
     return sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines()) if path.exists() else 0
+
+
+def hash_weights(run: Path) -> str:
+    """Hash what a run trained, without what names folders of this machine."""
+    files = [*run.glob("adapter/*.safetensors"), *run.glob("weights/*.safetensors")]
+    return hash_value([hash_file(file) for file in sorted(files)])
 
 
 def check_looks(recipe: Recipe, champion: ScoredRun, fingerprint: str) -> None:
