@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[2]
 CI = ROOT / "examples" / "ci"
-NOBODY = 65534
+OWN_MOUNTS = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
+"""Gives a process mounts of its own."""
 WRITABLE = ("runs", "releases", ".cache")
 """Of a checkout: what a job makes itself."""
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >>"$CALLS"\n'
@@ -36,35 +37,38 @@ class Place:
         return (self.folder / "calls").read_text().splitlines()
 
     def run(self, line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell line as a job does; as root, under a user who owns nothing of the checkout."""
-        drop: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        """Run a shell line as a job does, where the checkout is mounted to be read only, but for what jobs make."""
+        here, made = shlex.quote(str(folder)), shlex.quote(str(made_in(folder)))
+        mounts = [f"mount --bind {here} {here}", f"mount -o remount,bind,ro {here}"]
+        mounts += [f"mount --bind {made}/{name} {here}/{name}" for name in WRITABLE]
+        job = f"cd {here} && exec bash -e -o pipefail -c {shlex.quote(line)}"
         return subprocess.run(
-            ["bash", "-e", "-o", "pipefail", "-c", line],
-            cwd=folder,
+            [*OWN_MOUNTS, "bash", "-e", "-c", " && ".join([*mounts, job])],
             env={**self.environment, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             start_new_session=True,
             check=False,
-            **drop,
         )
 
 
+def made_in(checkout: Path) -> Path:
+    """Where what jobs make in a checkout lies."""
+    return checkout.with_name(f"{checkout.name}.made")
+
+
 def make_place(files: dict[str, str]) -> Place:
-    """Make a repository with these files on a server that every user may push to."""
+    """Make a repository with these files on a server."""
     folder = Path(tempfile.mkdtemp(prefix="llmtune-ci-"))
-    folder.chmod(0o755)
     (folder / "bin").mkdir()
     for name in ("gh", "curl"):
         (folder / "bin" / name).write_text(STUB)
         (folder / "bin" / name).chmod(0o755)
     (folder / "tmp").mkdir()
-    (folder / "tmp").chmod(0o777)
     (folder / "calls").touch()
-    (folder / "calls").chmod(0o666)
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    settings = {"safe.directory": "*", f"url.{folder / 'origin.git'}.insteadOf": HOST, "protocol.file.allow": "always"}
+    settings = {f"url.{folder / 'origin.git'}.insteadOf": HOST, "protocol.file.allow": "always"}
     git = {"GIT_CONFIG_COUNT": str(len(settings))}
     for number, (key, value) in enumerate(settings.items()):
         git |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
@@ -73,9 +77,6 @@ def make_place(files: dict[str, str]) -> Place:
     _git(place, folder, "init", "--quiet", "--bare", "--initial-branch", "main", "origin.git")
     _git(place, folder, "clone", "--quiet", "origin.git", "first")
     commit(place, files)
-    for path_ in (folder / "origin.git").rglob("*"):
-        path_.chmod(0o777)
-    (folder / "origin.git").chmod(0o777)
     return place
 
 
@@ -87,8 +88,6 @@ def commit(place: Place, files: dict[str, str]) -> None:
     _git(place, clone, "add", "--all")
     _git(place, clone, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "change")
     _git(place, clone, "push", "--quiet", "origin", "HEAD:main")
-    for path in (place.folder / "origin.git").rglob("*"):
-        path.chmod(0o777)
 
 
 def _git(place: Place, folder: Path, *words: str) -> str:
@@ -98,16 +97,12 @@ def _git(place: Place, folder: Path, *words: str) -> str:
 
 
 def check_out(place: Place) -> Path:
-    """Check the main branch out into a folder that jobs can read, but for what they make."""
+    """Check the main branch out into a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="checkout-", dir=place.folder))
-    folder.chmod(0o755)
     _git(place, folder, "clone", "--quiet", str(place.folder / "origin.git"), ".")
     for name in WRITABLE:
         (folder / name).mkdir()
-        (folder / name).chmod(0o777)
-    for path in [folder, *folder.iterdir()]:
-        if path.name not in WRITABLE and path.name != ".git":
-            path.chmod(path.stat().st_mode & ~0o222)
+        (made_in(folder) / name).mkdir(parents=True)
     return folder
 
 
@@ -145,7 +140,6 @@ def run_github(place: Place, event: str) -> tuple[str, list[str]]:
         files = {name: place.folder / "tmp" / f"{name}-{folder.name}-{number}" for name in ("out", "summary")}
         for file in files.values():
             file.touch()
-            file.chmod(0o666)
         own = {name: fill(value, known) for name, value in step.get("env", {}).items()}
         own |= {"GITHUB_OUTPUT": str(files["out"]), "GITHUB_STEP_SUMMARY": str(files["summary"])}
         done = place.run(fill(line, known), folder, **variables, **own)
@@ -166,7 +160,7 @@ def applies(condition: str, known: dict[str, str], failed: bool, folder: Path) -
     if "cancelled()" not in text:
         text = f"success() && {text}"
     text = text.replace("!cancelled()", "True").replace("success()", str(not failed))
-    text = re.sub(r"hashFiles\('([^']+)'\)", lambda match: repr("x" * (folder / match[1]).exists()), text)
+    text = re.sub(r"hashFiles\('([^']+)'\)", lambda match: repr("x" * (made_in(folder) / match[1]).exists()), text)
     text = re.sub(r"\b(?:steps|github)\.[\w.]+", lambda match: repr(known.get(match[0], "")), text)
     return bool(eval(text.replace("&&", " and ")))
 
