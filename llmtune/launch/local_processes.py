@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from rich.console import Console
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -157,7 +158,7 @@ def _run_workers(
                 failures = error.failures
             except SignalException as stop:
                 stopped_by = signal.Signals(stop.sigval)
-            except RendezvousError as error:
+            except (RendezvousError, DistError) as error:
                 trouble = f"the machines did not come together: {error}"
         found = [*_read_left(Path(place)), *(_describe_death(Path(place), *one) for one in failures.items())]
     if trouble is not None:
@@ -211,6 +212,8 @@ def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str
     if topology.machines > 1:
         address, interface = own_address(topology)
         os.environ |= {name: os.environ.get(name, interface) for name in CARDS if interface}
+        # A machine that comes back would wait for an address that the others keep from before.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     elif not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
     logger = logging.getLogger("torch.distributed.elastic")

@@ -118,6 +118,8 @@ def run_recipe(
     loaded = load_recipe(recipe, sets)
     if topology is not None and topology.strategy == "fsdp":
         RecipeError.collect(why_not_sharded(loaded.recipe))
+    if topology is not None and topology.machines > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
     if topology is not None and topology.rank:
         prepare_environment(network=False)
         from llmtune.launch.local_processes import serve_machine

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     except BaseException:
         _leave(own, {"traceback": traceback.format_exc()})
+        sys.excepthook = lambda *_: None  # the parent shows it, if nothing else explains the end of this process
         raise
     if _rank() == 0:
         _leave("result.json", value)

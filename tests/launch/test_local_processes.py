@@ -142,7 +142,8 @@ def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tm
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 4))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_after_a_death_all_start_again_from_the_last_checkpoint(strategy, tmp_path, tiny_llama, console):
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 10, "save_steps": 5, "logging_steps": 1, "learning_rate": 1e-3}

@@ -55,7 +55,8 @@ def start(cable, here) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         command = [sys.executable, "-m", "llmtune", *words, "--threads", 1, "--out", "run", *options]
         inside = ["ip", "netns", "exec", f"llmtune{os.getpid()}-{rank}", *map(str, command)]
         file = here / f"machine-{rank}-{len(started)}.log"
-        process = subprocess.Popen(inside, cwd=here, stdout=subprocess.DEVNULL, stderr=file.open("w"), text=True)
+        with file.open("w") as log:
+            process = subprocess.Popen(inside, cwd=here, stdout=subprocess.DEVNULL, stderr=log, text=True)
         process.log = file  # type: ignore[attr-defined]
         started.append(process)
         return process
