@@ -115,14 +115,11 @@ class Board:
 
 
 @contextmanager
-def opened_board(topology: Topology) -> Iterator[Board | None]:
-    """Give the board of machine 0 for as long as its run takes, and post how that ended; None with one machine.
+def opened_board(topology: Topology) -> Iterator[Board]:
+    """Give the board of machine 0 for as long as its run takes, and post how that ended.
 
     Raises EnvironmentProblem where nothing can listen at the address.
     """
-    if topology.machines == 1:
-        yield None
-        return
     try:
         store = TCPStore(topology.host, topology.port, is_master=True, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:

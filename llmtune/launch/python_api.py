@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remo
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmtune.launch.machines import Board
+    from llmtune.recipe.loader import LoadedRecipe
     from llmtune.recipe.schema import Recipe
     from llmtune.serve.finished_run import FinishedRun
 
@@ -110,23 +113,59 @@ def run_recipe(
     console: Console,
 ) -> Json:
     """Run a recipe in this process, or in several; return what report.json holds, on another machine than 0 nothing."""
-    from llmtune.launch.recipe_check import check_recipe, marks_left
     from llmtune.recipe.loader import load_recipe
-    from llmtune.store.run_folder import default_path, peek_run
-    from llmtune.store.run_lock import read_pins
 
     loaded = load_recipe(recipe, sets)
     if topology is not None and topology.strategy == "fsdp":
         RecipeError.collect(why_not_sharded(loaded.recipe))
-    if topology is not None and topology.machines > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
-    if topology is not None and topology.rank:
-        prepare_environment(network=False)
+    prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+    run = partial(
+        _run_loaded,
+        loaded,
+        out=out,
+        until=until,
+        topology=topology,
+        resume=resume,
+        fresh=fresh,
+        lock=lock,
+        threads=threads,
+        dry_run=dry_run,
+        offline=offline,
+        console=console,
+    )
+    if topology is None or topology.machines == 1 or dry_run:
+        return run(board=None)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its sockets warn of each attempt
+    from llmtune.launch.machines import opened_board
+
+    if topology.rank:
         from llmtune.launch.local_processes import serve_machine
 
         serve_machine(topology, console, threads=threads)
         return {}
-    prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
+    with opened_board(topology) as board:
+        return run(board=board)
+
+
+def _run_loaded(
+    loaded: LoadedRecipe,
+    *,
+    out: Path | None,
+    until: str,
+    topology: Topology | None,
+    resume: bool,
+    fresh: bool,
+    lock: Path | None,
+    threads: int | None,
+    dry_run: bool,
+    offline: bool,
+    console: Console,
+    board: Board | None,
+) -> Json:
+    from llmtune.launch.recipe_check import check_recipe, marks_left
+    from llmtune.store.run_folder import default_path, peek_run
+    from llmtune.store.run_lock import read_pins
+
     path = out or default_path(loaded.recipe.name, loaded.fingerprint)
     peek_run(path, loaded.fingerprint, resume=resume, fresh=fresh)
     if lock is not None:
@@ -152,10 +191,8 @@ def run_recipe(
             if topology is None or dry_run:
                 return run_pipeline(loaded, options, console)
             from llmtune.launch.local_processes import process_executor
-            from llmtune.launch.machines import opened_board
 
-            with opened_board(topology) as board:
-                return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
+            return run_pipeline(loaded, options, console, process_executor(topology, board, threads=threads))
 
 
 def evaluate_folder(run: Path, sets: Sequence[str], *, threads: int | None, offline: bool, console: Console) -> Json:
