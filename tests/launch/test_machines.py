@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,6 +147,23 @@ def test_a_cable_that_is_cut_for_twenty_seconds_is_waited_for(here, recipe, star
     cable(True)
     assert end_of(*machines) == [0, 0], machines[0].log.read_text()
     assert_undisturbed(here)
+
+
+@pytest.mark.parametrize(("rank", "restarts"), [(1, 2), (0, 0)])
+def test_sigterm_on_one_machine_saves_on_all(rank, restarts, here, recipe, start):
+    machines = [start(one, "--max-restarts", restarts) for one in (0, 1)]
+    wait_for_step(here / "run", 50)
+    machines[rank].send_signal(signal.SIGTERM)
+    assert end_of(*machines) == [143, 143], machines[0].log.read_text() + machines[1].log.read_text()
+    assert "a checkpoint is saved" in machines[0].log.read_text()
+    assert any(path.name not in ("step-20", "step-40") for path in (here / "run" / "checkpoints").iterdir())
+
+
+def test_a_run_with_nothing_left_to_do_ends_on_all_machines(here, recipe, start):
+    for _ in range(2):
+        machines = [start(rank, "--set", "train.num_train_epochs=2") for rank in (0, 1)]
+        assert end_of(*machines) == [0, 0], machines[0].log.read_text() + machines[1].log.read_text()
+    assert "unchanged, skipped" in machines[0].log.read_text()
 
 
 def test_a_machine_waits_for_machine_0(here, recipe, start):
