@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 import pyarrow as pa
 
+from llmtune.data.object_store import RemoteFile
 from llmtune.errors import DataError
 from llmtune.recipe.user_files import open_regular
 
@@ -55,8 +56,8 @@ class GrowthError(Exception):
 class _CountedFile(io.RawIOBase):
     """A file that reports how far it has been read."""
 
-    def __init__(self, path: Path, advance: Advance) -> None:
-        self._file = open_regular(path)
+    def __init__(self, path: Path | RemoteFile, advance: Advance) -> None:
+        self._file = path.open() if isinstance(path, RemoteFile) else open_regular(path)
         self._advance = advance
         self.count = 0
 
@@ -119,7 +120,7 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextmanager
-def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
+def open_bytes(path: Path | RemoteFile, advance: Advance = lambda count: None) -> Iterator[ByteStream]:
     """Open a file for reading bytes; gzip and zstandard are known by their first bytes and unpacked on the way.
 
     Raises OSError for what is no regular file.
@@ -135,7 +136,7 @@ def open_bytes(path: Path, advance: Advance = lambda count: None) -> Iterator[By
             yield stream
 
 
-def _refuse_bomb(path: Path, kind: str) -> None:
+def _refuse_bomb(path: Path | RemoteFile, kind: str) -> None:
     """Unpack the start of a file, before its rows cost time; what comes later is counted as it is read."""
     packed = _CountedFile(path, lambda count: None)
     is_cut = suppress(OSError)  # that is told once its rows have been read
@@ -156,7 +157,7 @@ def refuse_other_files(stream: ByteStream, name: str) -> None:
         raise DataError.of(f"the file is {kind}, whatever its name says", name, fix)
 
 
-def guess_encoding(path: Path) -> str | None:
+def guess_encoding(path: Path | RemoteFile) -> str | None:
     """Return `cp1252` for a file that is not UTF-8 and reads as what Windows and Excel write in Western Europe."""
     with open_bytes(path) as stream:
         start = stream.read(GUESSED_BYTES)

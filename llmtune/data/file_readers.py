@@ -11,7 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from llmtune.data.byte_streams import (
     refuse_other_files,
 )
 from llmtune.data.json_stream import JsonSyntaxError, read_json_items
+from llmtune.data.object_store import RemoteFile, reached
 from llmtune.data.rejected_rows import RowError, describe
 from llmtune.errors import DataError
 from llmtune.recipe.user_files import check_regular
@@ -76,10 +77,14 @@ def read_file(
 
 
 def read_lazily(
-    path: Path, name: str, container: str, advance: Advance = lambda count: None, encoding: str | None = None
+    path: Path | RemoteFile,
+    name: str,
+    container: str,
+    advance: Advance = lambda count: None,
+    encoding: str | None = None,
 ) -> Iterator[LazyRow]:
     """Yield the rows as `read_file` does, lines of JSON as they stand."""
-    with explained(name):
+    with explained(name), reached(path.url) if isinstance(path, RemoteFile) else nullcontext():
         if container == "parquet":
             yield from _read_parquet(path, name, advance)
             return
@@ -227,9 +232,9 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: Path, name: str, advance: Advance) -> Iterator[RawRow]:
-    size = check_regular(path).st_size
-    with pq.ParquetFile(path) as file:
+def _read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
+    size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
+    with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
         classes = _class_names(file.schema_arrow.metadata or {})
         total, number, grown = file.metadata.num_rows, 0, 0
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):

@@ -265,7 +265,7 @@ class _RowParser:
             return origin, value, ()
         try:
             raw = rename(value, detected.columns)
-            row = parse_row(raw, detected.row_format, self.task, one.path.parent if one.path else None)
+            row = parse_row(raw, detected.row_format, self.task, one.folder)
             text = to_json(row)
             if len(text) > MAX_ROW_BYTES:
                 raise RowError("too large", f"the row has {len(text) / 2**20:.0f} MiB of text")

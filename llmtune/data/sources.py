@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Literal, TypeVar
 
 from llmtune.data import hub_datasets as hub
 from llmtune.data.audio import AUDIO_COLUMNS, find_recording
 from llmtune.data.byte_streams import guess_encoding
 from llmtune.data.column_mapping import rename
 from llmtune.data.file_readers import NOT_UTF8, JsonLine, LazyRow, RawRow, read_lazily
+from llmtune.data.object_store import RemoteFile, find_objects, is_remote
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import FORMATS, RowFormat, detect_format, map_columns, unused_keys
 from llmtune.data.schema_inference import infer_columns, source_line, written_path
@@ -46,6 +47,7 @@ PACKED = (".gz", ".zst", ".zstd")
 CONTAINERS = ("jsonl", "json", "csv", "parquet", "text")
 METADATA = "metadata"
 """Name (without ending) of the file that says all of a folder of recordings; others there are no rows."""
+Found = TypeVar("Found", Path, RemoteFile)
 MAX_FILES = 20_000
 LOOKED_AT = 20
 """Good rows by which a file's format is told."""
@@ -64,7 +66,7 @@ class Input:
     """None where the split decides."""
     name: str
     """How it is called in origins and messages."""
-    path: Path | None
+    path: Path | RemoteFile | None
     """None for a hub data set."""
     container: str
 
@@ -81,8 +83,15 @@ class Input:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, for the progress bar."""
+        """Bytes of the file, for the progress bar."""
+        if isinstance(self.path, RemoteFile):
+            return self.path.size
         return self.path.stat().st_size if self.path else 0
+
+    @property
+    def folder(self) -> Path | None:
+        """What the names of files in its rows are relative to."""
+        return self.path.parent if isinstance(self.path, Path) else None
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def local_input(path: Path) -> Input:
 
 
 def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) -> list[Detected]:
-    """Find the files of every source and look at their first rows; with `local_only`, not at the hub's.
+    """Find the files of every source and look at their first rows; with `local_only`, not at those of others.
 
     Raises:
         DataError: All that is wrong with any of them: missing, empty, unreadable, of an unknown or mixed format.
@@ -112,7 +121,7 @@ def resolve_inputs(data: DataSection, task: str, *, local_only: bool = False) ->
     detected: list[Detected] = []
     problems: list[Problem] = []
     for number, (key, split, source) in enumerate(_sources(data)):
-        if local_only and hub.dataset_name(source) is not None:
+        if local_only and (hub.dataset_name(source) is not None or is_remote(source.path)):
             continue
         try:
             of_source = [_detect(one, task, problems) for one in _inputs(source, number, split, key)]
@@ -141,6 +150,11 @@ def _sources(data: DataSection) -> Iterator[tuple[str, str | None, Source]]:
 def _inputs(source: Source, number: int, split: str | None, key: str) -> list[Input]:
     if hub.dataset_name(source) is not None:
         return [Input(source, number, split, source.path, None, "hub")]
+    if is_remote(source.path):
+        return [
+            Input(source, number, split, file.url, file, _container(PurePosixPath(file.url), source, key))
+            for file in _find_remote(source, key)
+        ]
     return [
         Input(source, number, split, written_path(str(path)), path, _container(path, source, key))
         for path in find_files(source, key)
@@ -179,7 +193,7 @@ def _detect(one: Input, task: str, problems: list[Problem]) -> Detected | None:
 
 def _suggest(one: Input, rows: Sequence[Mapping[str, object]], task: str) -> str | None:
     """Return a line of the recipe by which the file can be read, tried on its first rows."""
-    columns = infer_columns(rows, task, one.path.parent if one.path else None)
+    columns = infer_columns(rows, task, one.folder)
     return source_line(one.split or "train", one.source, columns=columns) if columns else None
 
 
@@ -190,6 +204,13 @@ def encoding_hint(one: Input) -> Problem | None:
         return None
     line = source_line(one.split or "train", one.source, encoding=encoding)
     return Problem(f"the file looks like {encoding}, not UTF-8", one.name, f"State it: {line}")
+
+
+def _find_remote(source: Source, key: str) -> list[RemoteFile]:
+    """Return the files that an address names; of a folder, those that hold data."""
+    files = find_objects(source.path)
+    known = [file for file in files if _ending(PurePosixPath(file.url)) in IN_FOLDERS]
+    return _check_count(files if len(files) == 1 else known or files, key, source.path)
 
 
 def find_files(source: Source, key: str) -> list[Path]:
@@ -253,7 +274,7 @@ def _walked(key: str, source: str) -> Iterator[None]:
         raise DataError.of(error.strerror or str(error), f"{key}: {source}", fix) from error
 
 
-def _check_count(files: list[Path], key: str, source: str) -> list[Path]:
+def _check_count(files: list[Found], key: str, source: str) -> list[Found]:
     """Refuse more files than a data set has, and names that no row could carry; raises DataError."""
     if len(files) > MAX_FILES:
         fix = "Name the folder, or the files, that hold the rows."
@@ -261,11 +282,11 @@ def _check_count(files: list[Path], key: str, source: str) -> list[Path]:
     DataError.collect(
         Problem(
             "the name of this file holds control characters, or is not UTF-8",
-            f"{key}: {visible(str(path))}",
+            f"{key}: {visible(name)}",
             "Give it another name.",
         )
-        for path in files
-        if STEERING.search(str(path))
+        for name in (file.url if isinstance(file, RemoteFile) else str(file) for file in files)
+        if STEERING.search(name)
     )
     return files
 
@@ -278,12 +299,12 @@ def _missing_hint(path: Path) -> str:
     return f"Looked in {parent}.{nearest(path.name, names)}"
 
 
-def _ending(path: Path) -> str:
+def _ending(path: PurePath) -> str:
     """Return the ending that tells the kind of file, with what it is packed in taken off."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in PACKED else path.suffix.lower()
 
 
-def _container(path: Path, source: Source, key: str) -> str:
+def _container(path: PurePath, source: Source, key: str) -> str:
     """Tell how a file is read: as `format` says if that is a kind of file, else by its ending."""
     ending = ENDINGS.get(_ending(path))
     if source.format in CONTAINERS and not (source.format == "text" and ending not in (None, "text")):
@@ -302,9 +323,9 @@ class SourceFile:
     """What the recipe names: a path, a pattern, `builtin:NAME` or `hub:NAME`."""
     name: str
     path: Path | None
-    """None for a data set of the hub."""
-    kind: Literal["sha256", "xxh3_128", "commit"]
-    """sha256; xxh3_128 for a recording; commit for a data set of the hub."""
+    """None for what is not on this machine."""
+    kind: Literal["sha256", "xxh3_128", "commit", "etag"]
+    """sha256; xxh3_128 for a recording; commit for a data set of the hub; etag, with the size, for an address."""
     hash: str
 
 
@@ -345,7 +366,10 @@ def _hash_source(source: Source, key: str, task: str) -> Iterator[SourceFile]:
     if name is not None:
         yield SourceFile(source.path, name, None, "commit", hub.resolve_commit(name, source.revision))
         return
-    for path in find_files(source, key):
+    for file in _find_remote(source, key) if is_remote(source.path) else ():
+        tagged = f"{file.etag}-{file.size}" if file.etag else file.hash()
+        yield SourceFile(source.path, file.url, None, "etag" if file.etag else "sha256", tagged)
+    for path in () if is_remote(source.path) else find_files(source, key):
         yield SourceFile(source.path, path.name, path, "sha256", hash_file(path))
         if TASK_FACTS[task].takes_audio:
             detected = _detect(

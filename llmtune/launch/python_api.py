@@ -222,10 +222,12 @@ def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
 
 
 def names_remote(recipe: Recipe) -> bool:
-    """Whether the recipe names a model, data or a kernel on a hub, or a tracker that sends numbers elsewhere."""
+    """Whether the recipe names a model, data or a kernel on a hub, an address, or a tracker that sends numbers away."""
+    from llmtune.recipe.section import STORES  # not for --help
+
     models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
     sources = [source for split in SPLITS for source in recipe.data.sources(split)]
-    remote_data = any(source.path.startswith("hub:") for source in sources) or studies_remote(recipe)
+    remote_data = any(source.path.startswith(("hub:", *STORES)) for source in sources) or studies_remote(recipe)
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS
     hub_kernel = "/" in recipe.model.attn_implementation
     return any(map(is_remote_model, models)) or remote_data or bool(remote_trackers) or hub_kernel

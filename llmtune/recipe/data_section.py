@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, Tag
 
 from llmtune.errors import nearest
 from llmtune.recipe.diagnostics import Diagnostics
-from llmtune.recipe.section import REMOTE, Count, Section, Text, absolute, by_type, sections_by
+from llmtune.recipe.section import REMOTE, STORES, Count, Section, Text, absolute, by_type, sections_by
 from llmtune.recipe.task_facts import COLUMNS, ROW_FORMATS
 from llmtune.recipe.task_variant import TaskVariant
 
@@ -28,15 +29,16 @@ Format = Literal[Container, "text", ChatFormat, PairFormat, LabelFormat, Prefere
 
 
 def absolute_source(path: str, folder: Path) -> str:
-    """Make a source's path absolute unless it is `hub:NAME` or `builtin:NAME`."""
-    return path if path.startswith(REMOTE) else absolute(path, folder, pattern=True)
+    """Make a source's path absolute unless it is `hub:NAME`, `builtin:NAME` or an address."""
+    return path if path.startswith((*REMOTE, *STORES)) else absolute(path, folder, pattern=True)
 
 
 class Source(Section):
     """Where rows come from. A plain text stands for its `path`."""
 
     path: Text
-    """A file, a glob, a folder, `hub:NAME` or `builtin:NAME`. Relative to the file that states it."""
+    """A file, a glob, a folder, an address (`s3://`, `gs://`, `https://`), `hub:NAME` or `builtin:NAME`. Relative to
+    the file that states it."""
     config: Text | None = None
     """Configuration of a hub data set. Default none: the set's own default."""
     split: Text | None = None
@@ -64,9 +66,12 @@ class Source(Section):
         kind, _, name = self.path.partition(":")
         if self.path.startswith(REMOTE) and not name.strip():
             diagnostics.add(f"{key}.path", f"'{key}.path' is {self.path!r}, without a name", f"Write {kind}:NAME.")
+        elif self.path.startswith(STORES):
+            self._check_address(diagnostics, f"{key}.path", variant)
         elif "://" in self.path:
-            what = f"'{key}.path' is {self.path!r}, an address"
-            diagnostics.add(f"{key}.path", what, "Use a file, a glob, a folder, hub:NAME or builtin:NAME.")
+            what = f"'{key}.path' is {self.path!r}, an address that is not read"
+            fix = f"Use a file, a glob, a folder, {', '.join(STORES)}, hub:NAME or builtin:NAME."
+            diagnostics.add(f"{key}.path", what, fix)
         if kind != "hub":
             fix = "Remove it, or name a hub data set."
             hub_keys = ("config", "split", "revision")
@@ -88,6 +93,21 @@ class Source(Section):
                 what = f"'{key}.columns' maps '{column}', which is not a column that llmtune knows"
                 fix = f"{nearest(column, COLUMNS)} Ours stand on the left: {', '.join(COLUMNS)}.".strip()
                 diagnostics.add(f"{key}.columns.{column}", what, fix)
+
+    def _check_address(self, diagnostics: Diagnostics, key: str, variant: TaskVariant) -> None:
+        """Refuse what may be a secret, which does not belong into a recipe, and is not shown here either."""
+        address = urlsplit(self.path)
+        web = address.scheme.startswith("http")
+        if "@" in address.netloc or (web and (address.query or address.fragment)):
+            what = f"'{key}' is an address with a password or a query, which would stand in every report"
+            fix = "Put passwords into ~/.netrc; for signed addresses use s3:// or gs:// with credentials."
+            diagnostics.add(key, what, fix)
+        elif not address.netloc or not address.path.strip("/"):
+            diagnostics.add(key, f"'{key}' is {self.path!r}, which names no file", "Write BUCKET/FILE behind it.")
+        elif web and ("*" in self.path or self.path.endswith("/")):
+            diagnostics.add(key, f"'{key}' is {self.path!r}: web servers list no files", "Name each file.")
+        if variant.facts.takes_audio:
+            diagnostics.add(key, f"'{key}' is an address; recordings are read from disk", "Fetch them first.", "task")
 
 
 def _is_encoding(name: str) -> bool:

@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 Item = TypeVar("Item")
 REMOTE = ("hub:", "builtin:")
 """Beginnings of a name that is no path."""
+STORES = ("s3://", "gs://", "https://", "http://")
+"""Beginnings of the address of a file in an object store or on a web server."""
 
 
 class Section(BaseModel):

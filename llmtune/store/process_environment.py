@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.records import SPLITS
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -75,10 +76,12 @@ def offline_switches() -> list[str]:
 def refuse_network(recipe: Recipe, *, offline: bool) -> None:
     """Raise EnvironmentProblem where --offline meets what must reach the network; caches of models and data need none.
 
-    That is a tracker that sends numbers elsewhere, and an attention kernel of the hub.
+    That is a tracker that sends numbers elsewhere, an attention kernel of the hub, and data at an address.
     """
     if not offline:
         return
+    from llmtune.recipe.section import STORES  # not for --help
+
     problems = []
     trackers = sorted(set(recipe.train.report_to) - LOCAL_TRACKERS)
     if trackers:
@@ -90,6 +93,11 @@ def refuse_network(recipe: Recipe, *, offline: bool) -> None:
         what = f"the kernel {attention} is fetched from the hub, which --offline forbids"
         fix = "set it to auto (--set model.attn_implementation=auto) or omit --offline"
         problems.append(Problem(what, "model.attn_implementation", fix))
+    for split in SPLITS:
+        for source in recipe.data.sources(split):
+            if source.path.startswith(STORES):
+                what = f"{source.path} is read over the network, which --offline forbids"
+                problems.append(Problem(what, f"data.{split}", "fetch it and give the file, or omit --offline"))
     EnvironmentProblem.collect(problems)
 
 

@@ -37,11 +37,13 @@ class SourceRecord(TypedDict):
     source: str
     """As the recipe has it."""
     path: str | None
-    """None for a data set of the hub."""
+    """None for what is not on this machine."""
     sha256: NotRequired[str]
     xxh3_128: NotRequired[str]
     """Hash of a recording."""
     commit: NotRequired[str]
+    etag: NotRequired[str]
+    """Of a file that an address names: the store's tag and its size."""
 
 
 class LockedModel(TypedDict):

@@ -1,0 +1,116 @@
+"""Files of object stores and web servers, through fsspec: found, told from other versions, and read as streams."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.recipe.section import STORES
+from llmtune.report.redaction import redact
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PACKAGES = {"s3": "'llmtune-cli[s3]'", "gs": "gcsfs"}
+CREDENTIALS = {
+    "s3": "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL for a store of your own.",
+    "gs": "Log in: `gcloud auth application-default login`.",
+}
+TAGS = ("ETag", "etag")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a source's path is an address."""
+    return path.startswith(STORES)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that is read over the network, a block at a time."""
+
+    url: str
+    size: int
+    """Bytes; 0 where the server does not say."""
+    etag: str
+    """Stands for its content; empty where the server has none that does."""
+
+    def open(self) -> Any:
+        """Open it for reading bytes; raises as `reached` says."""
+        with reached(self.url):
+            return _filesystem(self.url).open(self.url, "rb")
+
+    def hash(self) -> str:
+        """Return sha256 of its content, which is read to its end."""
+        with reached(self.url), self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_objects(url: str) -> list[RemoteFile]:
+    """Return the files that an address names, by name: one, those that match a pattern, or all below a folder.
+
+    Raises:
+        DataError: There are none, or they may not be read.
+        EnvironmentProblem: The store cannot be reached, or the package that reads it is not installed.
+    """
+    protocol = url.partition("://")[0]
+    with reached(url):
+        store = _filesystem(url)
+        if protocol.startswith("http"):
+            found = {url: store.info(url)}
+        else:
+            found = store.glob(url, detail=True) if "*" in url or "?" in url else store.find(url, detail=True)
+    files = [
+        RemoteFile(url if protocol.startswith("http") else f"{protocol}://{name}", info.get("size") or 0, _etag(info))
+        for name, info in sorted(found.items())
+        if info["type"] == "file"
+    ]
+    if not files:
+        raise DataError.of("there is no such file or folder", url, "Check the address; `**` crosses folders.")
+    return files
+
+
+def _etag(info: dict[str, Any]) -> str:
+    tag = next((str(info[name]) for name in TAGS if info.get(name)), "")
+    return "" if tag.startswith("W/") else tag.strip('"')  # a weak one may stay while bytes change
+
+
+def _filesystem(url: str) -> AbstractFileSystem:
+    from fsspec import filesystem  # not for --help
+
+    protocol = url.partition("://")[0]
+    options = {"client_kwargs": {"trust_env": True}} if protocol.startswith("http") else {}  # proxies, ~/.netrc
+    return filesystem(protocol, use_listings_cache=False, **options)
+
+
+@contextmanager
+def reached(url: str) -> Iterator[None]:
+    """Turn what the libraries raise into an error that says whose fault it is, without secrets."""
+    protocol = url.partition("://")[0]
+    try:
+        yield
+    except ImportError as error:
+        package = PACKAGES.get(protocol, "'fsspec[http]'")
+        raise EnvironmentProblem.of(f"{protocol}:// needs a package", url, f"pip install {package}") from error
+    except _errors() as error:
+        # fsspec says "not found" of all that a web server answers, or does not.
+        answer = error.__cause__ if protocol.startswith("http") and error.__cause__ else error
+        status = getattr(answer, "status", None)
+        if isinstance(answer, PermissionError) or status in (401, 403):
+            fix = CREDENTIALS.get(protocol, "Put the password into ~/.netrc.")
+            raise DataError.of("the file may not be read (permission denied)", url, fix) from error
+        if isinstance(answer, FileNotFoundError) or status in (404, 410):
+            raise DataError.of("there is no such file", url, "Check the address.") from error
+        what = redact(str(answer).partition("\n")[0]) or type(answer).__name__
+        fix = f"Check the network and its proxy. {CREDENTIALS.get(protocol, '')}".strip()
+        raise EnvironmentProblem.of(f"the store cannot be read ({what})", url, fix) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what is raised by the libraries that are in use."""
+    known = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("gcsfs.retry", "HttpError"))
+    return (OSError, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))
