@@ -15,6 +15,7 @@ from typing import Any
 
 import typer.main
 from guarantees_page import guarantee_blocks
+from peft_methods import peft_methods
 from recipe_reference import recipe_reference
 
 from llmtune.cli.app import EXIT_CODES, app
@@ -49,6 +50,7 @@ def main() -> int:
         ROOT / "docs/code.md": code_map(),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
+        ROOT / "llmtune/recipe/peft_methods.json": peft_methods(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     if "--check" not in sys.argv[1:]:

@@ -132,7 +132,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, execu
     if options.until == "select":
         return
     if options.until == "adapt":
-        adapt(context, model_ref, processor, adapter_inputs(context.recipe, model_ref, examples))
+        adapt(context, model_ref, processor, examples, adapter_inputs(context.recipe, model_ref, examples))
         return
     if options.until != "train" and not context.folder.is_done("train"):  # what they refuse: before hours of training
         check_champion(loaded.recipe, context.folder, rows, examples)
@@ -262,11 +262,13 @@ def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> Memo
     return plan
 
 
-def adapt(context: RunContext, model_ref: ModelRef, processor: PreTrainedTokenizerBase, inputs: str) -> None:
+def adapt(
+    context: RunContext, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, inputs: str
+) -> None:
     """Step 3 alone: put the adapter in, prove it and say what it is; training makes it again from the same seed."""
     with context.step("adapt", inputs) as step:
         if not step.skipped:
-            step.facts.update(describe(context.make_adapted(model_ref, processor)))
+            step.facts.update(describe(context.make_adapted(model_ref, processor, examples)))
 
 
 def train(

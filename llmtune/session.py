@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from llmtune.adapter.data_init import sample_rows
 from llmtune.adapter.injection import adapter_settings, describe, inject
 from llmtune.adapter.load import find_adapter
 from llmtune.adapter.saving import load_adapter
@@ -27,6 +28,7 @@ from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import resolve_checkpointing
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
+from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
@@ -191,17 +193,23 @@ class RunContext:
         decided = self.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
         return self.recipe.model_copy(update={"train": decided})
 
-    def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase) -> AdaptedModel:
-        """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one."""
+    def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples) -> AdaptedModel:
+        """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one.
+
+        `examples` are what a start is found from, where the recipe wants one that is.
+        """
         self.recipe = self.resolved_recipe
         with spinner(self.console, "loading the model"):
             selected = load_model(model_ref, self.recipe, self.task, processor, device=self.device, training=True)
-        return inject(selected, self.recipe, self.console)
+        sample = None
+        if self.recipe.adapter.init_lora_weights in DATA_STARTS:
+            sample = sample_rows(examples, self.task, selected, self.recipe)
+        return inject(selected, self.recipe, self.console, sample)
 
     def train_here(self, model_ref: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
         """Adapt and train in this process, as two steps."""
         with self.step("adapt", adapt_inputs, always=True) as step:
-            adapted = self.make_adapted(model_ref, self.read_processor(model_ref))
+            adapted = self.make_adapted(model_ref, self.read_processor(model_ref), examples)
             step.facts.update(describe(adapted))
         with self.step("train", inputs, [trained_name(self.recipe)], always=True) as step:
             note = self.folder.note

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from llmtune.adapter.data_init import RowSample, finish_start, prepare_start
 from llmtune.adapter.fused_lora import fuse_products
-from llmtune.adapter.load import continue_adapter, find_adapter
+from llmtune.adapter.load import continue_adapter, find_adapter, wrap_model
+from llmtune.adapter.peft_config import find_targets, make_config
 from llmtune.adapter.reference_model import keep_reference, switches_off
-from llmtune.adapter.target_modules import are_transposed, ends_with, group_by_ending, shorten
-from llmtune.adapter.wiring_check import find_targets, prove_wiring
+from llmtune.adapter.target_modules import (
+    are_transposed,
+    count_adapted,
+    ends_with,
+    find_unmatched_parameters,
+    group_by_ending,
+)
+from llmtune.adapter.wiring_check import probe_scores, prove_wiring
 from llmtune.errors import Problem, RecipeError
-from llmtune.model.config import head_names, in_heads, linear_shapes
-from llmtune.model.library_logging import hushed
-from llmtune.model.oom import explain_oom
+from llmtune.model.config import UNREADABLE, expert_parameters, first_line, head_names, in_heads, linear_shapes
+from llmtune.model.experts import count_quantized
+from llmtune.model.oom import explain_oom, is_out_of_memory
+from llmtune.recipe.adapter_section import MUTATING
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
 from llmtune.report.number_format import size as format_bytes
 from llmtune.store.atomic_files import hash_folder, hash_value
@@ -28,14 +37,17 @@ if TYPE_CHECKING:
     from llmtune.recipe.adapter_section import AdapterSection
     from llmtune.recipe.schema import Recipe
 
-_MUTATING = ("pissa", "olora")
-"""Starts that move a part of the base weights into the adapter."""
+
+_OTHER = "Give the method other options or other target_modules, or take another method."
 
 
-def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = None) -> AdaptedModel:
+def inject(
+    selected: SelectedModel, recipe: Recipe, console: Console | None = None, sample: RowSample | None = None
+) -> AdaptedModel:
     """Put the recipe's adapter into `selected.model` (in place), or make all of it trainable with `method: full`.
 
-    Adapter weights are float32. The model comes back in eval mode, its random state untouched but for the seed.
+    `sample` are rows for a start that is found from them. Adapter weights are float32. The model comes back in eval
+    mode, its random state untouched but for the seed.
 
     Raises:
         RecipeError: targets that match nothing, options that do not go together, a start that does not fit.
@@ -45,7 +57,8 @@ def inject(selected: SelectedModel, recipe: Recipe, console: Console | None = No
     console = console or Console(stderr=True)
     torch.manual_seed(recipe.seed)
     with explain_oom(f"putting the adapter into {selected.model_ref.name}", str(selected.model.device)):
-        adapted = wrap_full(selected) if recipe.adapter.method == "full" else _add_adapter(selected, recipe, console)
+        full = recipe.adapter.method == "full"
+        adapted = wrap_full(selected) if full else _add_adapter(selected, recipe, console, sample)
     if selected.needs_reference_model and (recipe.adapter.start_from is not None or not switches_off(adapted.model)):
         keep_reference(adapted.model)
     if recipe.train.gradient_checkpointing is True:  # `auto` is resolved by the step that plans memory
@@ -71,7 +84,7 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 def describe(adapted: AdaptedModel) -> dict[str, object]:
     """Return what the report shows of the adapter, ready for JSON."""
     config = getattr(adapted.model, "peft_config", {}).get("default")
-    shape = {} if config is None else {"r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora}
+    shape = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_dora") if hasattr(config, name)}
     return {
         "method": adapted.method,
         "trainable": adapted.trainable,
@@ -80,6 +93,7 @@ def describe(adapted: AdaptedModel) -> dict[str, object]:
         "matched_modules": len(adapted.matched_modules),
         "targets": group_by_ending(adapted.matched_modules),
         "adapter_bytes": adapted.adapter_bytes,
+        **_weigh(adapted),
         **shape,
     }
 
@@ -87,7 +101,7 @@ def describe(adapted: AdaptedModel) -> dict[str, object]:
 def show_adapter(adapted: AdaptedModel, console: Console) -> None:
     """Print matched modules by their ending, the trainable share and the adapter's size."""
     share = 100 * adapted.trainable / adapted.total
-    if adapted.method != "full":
+    if adapted.matched_modules:
         groups = ", ".join(f"{ending} × {count}" for ending, count in group_by_ending(adapted.matched_modules).items())
         console.print(f"Adapter on {len(adapted.matched_modules)} modules: {groups}", highlight=False)
     console.print(
@@ -95,15 +109,26 @@ def show_adapter(adapted: AdaptedModel, console: Console) -> None:
         f"{format_bytes(adapted.adapter_bytes)} to save",
         highlight=False,
     )
+    words = {"share_under_adapter": "under an adapter", "share_in_4_bits": "in 4 bits"}
+    if shares := ", ".join(f"{share:.1%} {words[name]}" for name, share in _weigh(adapted).items()):
+        console.print(f"Of the base's weights: {shares}", highlight=False)
+
+
+def _weigh(adapted: AdaptedModel) -> dict[str, float]:
+    """Return the shares of the base's weights that have an adapter, and that are kept in 4 bits."""
+    if adapted.method == "full":
+        return {}
+    base = adapted.total - adapted.trainable
+    quantized = {"share_in_4_bits": count_quantized(adapted.model) / base} if adapted.selected.quantized else {}
+    return {"share_under_adapter": count_adapted(adapted.model) / base, **quantized}
 
 
 def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel:
     """Count and describe a model with its adapter in place."""
     trainable, total = model.get_nb_trainable_parameters()
-    parts = (".lora_", ".modules_to_save.", ".trainable_tokens_delta")
-    saved = [parameter for name, parameter in model.named_parameters() if any(part in name for part in parts)]
-    matched = tuple(model.targeted_module_names)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
+    matched = tuple(getattr(model.base_model, "targeted_module_names", ()))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     return AdaptedModel(selected, model, method, trainable, total, matched, size)
 
 
@@ -116,21 +141,24 @@ def wrap_full(selected: SelectedModel) -> AdaptedModel:
     return AdaptedModel(selected, model, "full", trained, total, (), size)
 
 
-def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> AdaptedModel:
+def _add_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> AdaptedModel:
     selected.model.requires_grad_(False)
+    before = None if recipe.adapter.is_lora else probe_scores(selected.model, selected, recipe)
     if recipe.adapter.start_from is not None:
         model = continue_adapter(selected, recipe, Path(recipe.adapter.start_from), console)
     else:
-        model = _new_adapter(selected, recipe, console)
+        model = _new_adapter(selected, recipe, console, sample)
     for parameter in trainable_parameters(model):
         parameter.data = parameter.data.float()
-    prove_wiring(model, selected, recipe)
-    _check_reload(model)
+    if note := prove_wiring(model, selected, recipe, before):
+        console.print(note, highlight=False)
+    if not recipe.adapter.is_prompt:
+        _check_reload(model)
     fuse_products(model)
     return wrap(selected, model, recipe.adapter.method)
 
 
-def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> PeftModel:
+def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, sample: RowSample | None) -> PeftModel:
     adapter = recipe.adapter
     whole = _find_whole(selected, adapter)
     found, left_out = find_targets(selected, recipe)
@@ -141,33 +169,45 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console) -> P
             f"all-linear leaves out {len(left_out)} modules that the input does not reach: {groups}", highlight=False
         )
     problems = [*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)]
+    problems += find_unmatched_parameters(selected.model, adapter.options.get("target_parameters", ()))
     tokens = _find_added_tokens(selected, recipe)
     RecipeError.collect([*problems, *_find_token_conflicts(tokens or {}, [*targets, *whole])])
-    config = LoraConfig(
-        task_type=selected.peft_task_type,
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-        target_modules=shorten(targets, selected.model),
-        modules_to_save=whole or None,
-        bias=adapter.bias,
-        use_dora=adapter.use_dora,
-        use_rslora=adapter.use_rslora,
-        init_lora_weights=adapter.init_lora_weights,
-        rank_pattern=dict(adapter.rank_pattern),
-        alpha_pattern=dict(adapter.alpha_pattern),
-        fan_in_fan_out=are_transposed(selected.model),
-        trainable_token_indices=tokens,
-    )
+    config = make_config(selected, adapter, targets, whole, tokens)
     torch.manual_seed(recipe.seed)
     try:
-        with hushed():
-            model = get_peft_model(selected.model, config)
-    except (ValueError, TypeError) as error:  # a kind of module that PEFT cannot adapt
-        raise RecipeError.of(f"PEFT refuses this adapter: {error}", "adapter") from error
-    if str(adapter.init_lora_weights).startswith(_MUTATING):
+        if isinstance(config, LoraConfig):
+            prepare_start(selected.model, config, sample)
+        model = wrap_model(selected.model, config)
+        if isinstance(config, LoraConfig):
+            finish_start(model, sample)
+    except UNREADABLE as error:  # a kind of module that PEFT cannot adapt, sizes that do not divide
+        if is_out_of_memory(error):
+            raise
+        raise RecipeError.of(f"PEFT refuses this adapter: {first_line(error)}", "adapter", _OTHER) from error
+    if str(adapter.init_lora_weights).startswith(MUTATING):
         keep_start(model)
-    return cast(PeftModel, model)
+    if not trainable_parameters(model):
+        raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
+    _tell_experts(model, targets, adapter, console)
+    return model
+
+
+def _tell_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
+    """Say what becomes of a mixture of experts whose weights are one tensor for all, where the recipe does not."""
+    experts = expert_parameters(model)
+    if not experts or adapter.target_modules != "all-linear" or "target_parameters" in adapter.options:
+        return
+    if moved := sorted(set(targets) - set(model.targeted_module_names)):
+        onto = ", ".join(getattr(model.peft_config["default"], "target_parameters", None) or ())
+        what = (
+            f"PEFT puts the adapters of {len(moved)} modules, {moved[0]} for one, on the fused experts instead: {onto}"
+        )
+        console.print(f"{what}. That is how it reads such names.", highlight=False, markup=False)
+        return
+    share = sum(shape.numel() for shape in experts.values()) / model.get_base_model().num_parameters()
+    how = f"set adapter.target_parameters: [{', '.join(group_by_ending(experts))}]" if adapter.is_lora else "use lora"
+    what = f"all-linear leaves out the experts, {share:.0%} of the weights, which are no linear modules here"
+    console.print(f"{what}: {how} to adapt them.", highlight=False, markup=False)
 
 
 def _find_whole(selected: SelectedModel, adapter: AdapterSection) -> list[str]:
@@ -207,7 +247,7 @@ def keep_start(model: PeftModel) -> None:
 
 def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: list[str]) -> list[Problem]:
     start = str(adapter.init_lora_weights)
-    if not start.startswith(_MUTATING):
+    if not start.startswith(MUTATING):
         return []
     where = "adapter.init_lora_weights"
     if selected.quantized:

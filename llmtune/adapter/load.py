@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from llmtune.adapter.fused_lora import fuse_products
+from llmtune.adapter.peft_config import find_targets
 from llmtune.adapter.target_modules import are_transposed, ends_with
-from llmtune.adapter.wiring_check import find_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.chunked_cross_entropy import remove_head_loss
 from llmtune.model.config import UNREADABLE, readable
 from llmtune.model.library_logging import hushed
 from llmtune.model.model_files import check_safetensors, read_json_object
@@ -84,6 +94,9 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
     """
     source, adapter = find_adapter(folder), recipe.adapter
     config = read_config(source)
+    if not isinstance(config, LoraConfig):
+        what, where = f"is a {config.peft_type} adapter", str(source / "adapter_config.json")
+        raise EnvironmentProblem.of(what, where, "Only LoRA adapters are trained further.")
     problems = [*_compare(config, adapter, source), *_compare_classes(selected, source)]
     if not problems and "target_modules" in adapter.model_fields_set:
         problems = list(_compare_targets(config, selected, recipe, source))
@@ -96,7 +109,7 @@ def continue_adapter(selected: SelectedModel, recipe: Recipe, folder: Path, cons
     return attach(selected, config, source, trainable=True)
 
 
-def attach(selected: SelectedModel, config: LoraConfig, source: Path, *, trainable: bool) -> PeftModel:
+def attach(selected: SelectedModel, config: PeftConfig, source: Path, *, trainable: bool) -> PeftModel:
     """Build the adapter that `config` describes and fill it from `source`.
 
     Raises EnvironmentProblem where weights are missing, left over, of another shape or damaged.
@@ -111,7 +124,7 @@ def add_adapter(model: PeftModel, name: str, source: Path) -> None:
     """Put the adapter in `source` beside those of a model, in place; raises EnvironmentProblem as `attach` does."""
     config = read_config(source)
     config.inference_mode = True
-    config.fan_in_fan_out = are_transposed(model.get_base_model())
+    _set_transposed(config, model.get_base_model())
     check_patterns(config, [module for module, _ in model.get_base_model().named_modules()], source)
 
     def add() -> PeftModel:
@@ -140,7 +153,11 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
         ) from error
     own = {key for key, _ in model.named_parameters() if f".{name}" in key and any(part in key for part in SAVED)}
     missing = [key for key in result.missing_keys if key in own]  # the second name of a tied weight is none of them
-    wrong = missing or list(result.unexpected_keys)
+    left = list(result.unexpected_keys)
+    if not isinstance(model.peft_config[name], LoraConfig):
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        missing, left = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    wrong = missing or left
     if wrong:
         raise EnvironmentProblem.of(
             f"{len(wrong)} weights of the adapter have no counterpart, {wrong[0]} for one",
@@ -151,10 +168,12 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
     return model
 
 
-def check_patterns(config: LoraConfig, names: Sequence[str], source: Path) -> None:
+def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> None:
     """Raise EnvironmentProblem for an expression of an adapter that is none, or that never ends on these modules."""
-    single = [one for one in (config.target_modules, config.exclude_modules) if isinstance(one, str)]
-    endings = [rf"(.*\.)?({key})$" for key in (*(config.rank_pattern or {}), *(config.alpha_pattern or {}))]
+    stated = vars(config)
+    single = [one for one in map(stated.get, ("target_modules", "exclude_modules")) if isinstance(one, str)]
+    patterns = [key for name, keys in stated.items() if name.endswith("_pattern") for key in keys or ()]
+    endings = [rf"(.*\.)?({key})$" for key in patterns]
     what, fix = "an expression in it cannot be matched", "It is damaged."
     with readable(what, str(source / "adapter_config.json"), fix), limited(PATTERN_SECONDS):
         for pattern in (*single, *endings):
@@ -170,27 +189,39 @@ def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> Non
         raise EnvironmentProblem.of(what, str(source), "It is damaged: get it again, or train again.")
 
 
-def put_adapter(model: PreTrainedModel, config: LoraConfig, *, trainable: bool) -> PeftModel:
+def _set_transposed(config: PeftConfig, model: torch.nn.Module) -> None:
+    """Say how projections keep their weights: of here, as in 4 bits those of GPT-2 are turned round."""
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = are_transposed(model)
+
+
+def put_adapter(model: PreTrainedModel, config: PeftConfig, *, trainable: bool) -> PeftModel:
     """Build the adapter that `config` describes around `model`, with weights that are still to be filled in."""
     config.inference_mode = not trainable
-    config.fan_in_fan_out = are_transposed(model)  # in 4 bits GPT-2's projections are turned round
+    _set_transposed(config, model)
     config.base_model_name_or_path = model.name_or_path  # of here, not of where it was trained
-    with hushed():
+    return wrap_model(model, config)
+
+
+def wrap_model(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put an adapter around `model`; vectors before a text move its logits, so that the loss is taken from all."""
+    if config.is_prompt_learning:
+        remove_head_loss(model)
+    with hushed(), warnings.catch_warnings():
+        # PEFT sets patterns for fused experts by itself, and looks for them among modules alone.
+        warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings("ignore", "lora with eva initialization", UserWarning)
         return cast(PeftModel, get_peft_model(model, config))
 
 
-def read_config(source: Path) -> LoraConfig:
-    """Read `adapter_config.json`; raises EnvironmentProblem for another kind of adapter or a damaged file."""
+def read_config(source: Path) -> PeftConfig:
+    """Read `adapter_config.json`; raises EnvironmentProblem for a damaged file."""
     path = source / "adapter_config.json"
     read_json_object(path)  # deeply nested JSON, a pipe
     with readable("cannot be read", str(path), "The file is damaged."):
         config = PeftConfig.from_pretrained(str(source))
     if isinstance(config, LoraConfig):
         EnvironmentProblem.collect(_check_values(config, str(path)))
-    else:
-        raise EnvironmentProblem.of(
-            f"is a {config.peft_type} adapter", str(path), "Only LoRA and its relatives are read."
-        )
     return config
 
 

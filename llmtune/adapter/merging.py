@@ -15,9 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapter.load import put_adapter
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.config import first_line
+from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported
+from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel
+
+_SERVE = "Use it beside its base, with PEFT or with `llmtune generate` and `llmtune serve`."
 
 
 def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "original") -> PreTrainedModel:
@@ -26,17 +31,21 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     A model in 4 bits cannot take an adapter in: it is merged onto the `original` weights, loaded again from where they
     came, or onto the `dequantized` ones, which are what the adapter was trained on.
 
-    Raises EnvironmentProblem where a merged weight is not finite.
+    Raises EnvironmentProblem where a merged weight is not finite, RecipeError for a method that cannot be merged.
     """
     if adapted.method == "full":
         return cast(PreTrainedModel, adapted.model)
     model = cast(PeftModel, adapted.model)
+    if reason := UNMERGEABLE.get(adapted.method):
+        raise RecipeError.of(f"an adapter of {adapted.method} cannot be merged: {reason}", "adapter.method", _SERVE)
     if adapted.selected.quantized:
         model = _without_quantization(model, adapted.selected, onto)
     _untie_adapted_embedding(model)
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # PEFT found a NaN
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        if "NaN" not in str(error):
+            raise RecipeError.of(f"PEFT cannot merge this adapter: {first_line(error)}", "adapter", _SERVE) from error
         raise EnvironmentProblem.of(
             f"the merged weights of {adapted.selected.model_ref.name} are not finite",
             None,
@@ -103,3 +112,5 @@ def _copy_dequantized(quantized: torch.nn.Module, base: torch.nn.Module) -> None
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
             target = cast(torch.nn.Linear | Conv1D, base.get_submodule(name))
             target.weight.copy_(weight.T if isinstance(target, Conv1D) else weight)
+    for name, weight in unpacked_experts(quantized).items():
+        base.get_parameter(name.replace(".base_layer", "")).copy_(weight)

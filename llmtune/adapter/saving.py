@@ -54,7 +54,8 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
         selected.model.requires_grad_(False)
         model = attach(selected, read_config(source), source, trainable=False)
     model.eval()
-    return wrap(selected, model, "qlora" if selected.quantized else "lora")
+    kind = model.peft_config["default"].peft_type.value.lower()
+    return wrap(selected, model, "qlora" if selected.quantized else kind)
 
 
 @contextmanager
@@ -76,14 +77,19 @@ def writing_weights(folder: Path) -> Iterator[None]:
 
 def _save_lora(adapted: AdaptedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> None:
     model = cast(PeftModel, adapted.model)
-    config: LoraConfig = model.peft_config["default"]
+    config = model.peft_config["default"]
     state = get_peft_model_state_dict(model, whole, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if not isinstance(config, LoraConfig):  # layers may share weights, which a file holds once each
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     described = config.to_dict()
     start = getattr(model, "start_weights", None)
     if start is not None:
         tensors = _subtract_start(tensors, start)
         described |= _double_rank(config)
+    if isinstance(config, LoraConfig):  # the weights say how it started; it is not to be found again from rows
+        described |= {"eva_config": None, "corda_config": None, "lora_ga_config": None}
+        described |= {"init_lora_weights": True} if config.init_lora_weights == "eva" else {}
     described |= {"inference_mode": True, **_name_base(adapted.selected)}
     if config.task_type is None:  # `AutoPeftModel` then asks for the class
         kind = type(adapted.selected.model)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.model.config import head_names, in_heads, linear_shapes
+from llmtune.model.config import expert_parameters, head_names, in_heads, linear_shape, linear_shapes
 from llmtune.store.resource_limits import LimitExceeded, limited
 
 if TYPE_CHECKING:
@@ -72,6 +74,31 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
             "no module is left for the adapter", "adapter", f"{_list_linears(linears)} Exclude fewer of them."
         )
     return kept
+
+
+def find_unmatched_parameters(model: torch.nn.Module, patterns: Sequence[str]) -> list[Problem]:
+    """Find entries of `target_parameters` that no parameter is called by; PEFT passes over them with a warning."""
+    names = [name for name, _ in model.named_parameters()]
+    experts = group_by_ending(expert_parameters(model))
+    there = f"Fused experts here: {', '.join(experts)}." if experts else "This model has no fused experts."
+    return [
+        Problem(f"{entry!r} matches no parameter.{nearest(entry, [*experts])}", "adapter.target_parameters", there)
+        for entry in patterns
+        if not ends_with(names, entry)
+    ]
+
+
+def count_adapted(model: torch.nn.Module) -> int:
+    """Return how many weights of the base have an adapter beside them."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, ParamWrapper):
+            total += module.get_param().numel()
+        elif isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            weight = getattr(base, "weight", None)  # in 4 bits it has another shape than its module
+            total += math.prod(linear_shape(base) or (() if weight is None else weight.shape) or (0,))
+    return total
 
 
 def shorten(targets: Sequence[str], model: torch.nn.Module) -> list[str]:

@@ -9,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 
 from llmtune.adapter.target_modules import resolve_targets
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
-from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.causal_lm_loss import unwrap, virtual_tokens
 from llmtune.model.config import linear_shapes
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.library_logging import hushed
@@ -27,12 +28,36 @@ _PROBE_SAMPLES = 8000
 """Half a second at the rate of speech models."""
 
 
+OFF = "base_when_switched_off"
+"""Set on a model whose method was tried: whether it is its base when the adapter is switched off."""
+_SAME = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""How far scores may be apart by rounding alone, of themselves and beside."""
+
+
 class NotWiredError(RuntimeError):
     """The adapter is in place and does nothing: a bug, ours or a library's."""
 
 
-def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> None:
+def probe_scores(model: torch.nn.Module, selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
+    """Return what the head of `model` gives for a few tokens, in eval mode and without gradients."""
+    device = selected.model.device
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad(), compute_context(dtype, device.type), hushed():
+        scores = _scores(model, _probe(selected, recipe))
+    for module, mode in modes.items():
+        module.training = mode
+    return scores
+
+
+def prove_wiring(
+    model: PeftModel, selected: SelectedModel, recipe: Recipe, before: torch.Tensor | None = None
+) -> str | None:
     """Run a few tokens through the model to see that its adapter works; put weights, modes and random state back.
+
+    `before` are the scores of the base, for a method of which it is not known that it starts as the base and leaves it
+    alone. Returns a sentence where it does not.
 
     Raises:
         NotWiredError: moving the adapter's weights leaves the output as it was, or they cannot be switched off.
@@ -45,6 +70,7 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
     model.eval()
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     cuda = [device] if device.type == "cuda" else []
+    start = None if before is None else probe_scores(model, selected, recipe)
     with torch.random.fork_rng(devices=cuda), compute_context(dtype, device.type), _moved(model) as moved:
         with hushed(), torch.no_grad(), model.disable_adapter():
             off = _scores(model, inputs)
@@ -53,13 +79,24 @@ def prove_wiring(model: PeftModel, selected: SelectedModel, recipe: Recipe) -> N
         if not moved or torch.equal(on.detach(), off):
             raise NotWiredError("moving the adapter's weights does not change the model's output")
         _backward(on)
-        dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter)]
+        fused = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ParamWrapper))
+        dead = [name for name, parameter in model.named_parameters() if _is_dead(name, parameter, fused)]
     for parameter in model.parameters():
         parameter.grad = None
     for module, mode in modes.items():
         module.training = mode
     if dead:
         raise RecipeError(_describe_dead(dead))
+    if before is None or start is None:
+        return None
+    setattr(model, OFF, torch.allclose(off, before, rtol=_SAME[dtype], atol=_SAME[dtype]))
+    notes = (
+        []
+        if torch.allclose(start, before, rtol=_SAME[dtype], atol=_SAME[dtype])
+        else ["does not start as the base model"]
+    )
+    notes += [] if getattr(model, OFF) else ["changes the base model even when it is switched off"]
+    return f"The adapter {' and '.join(notes)}: that is how {recipe.adapter.method} works." if notes else None
 
 
 def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
@@ -72,7 +109,7 @@ def _refuse_dead_base(scores: torch.Tensor, selected: SelectedModel) -> None:
     raise EnvironmentProblem.of(f"the model computes nothing: {what}", str(selected.model_ref.path), fix)
 
 
-def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
+def find_reached_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
     """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
     names = resolve_targets(selected.model, recipe.adapter)
     if recipe.adapter.target_modules != "all-linear":
@@ -126,13 +163,14 @@ def _moved(model: PeftModel) -> Iterator[list[str]]:
     That is B, and A at an embedding.
     """
     generator = torch.Generator().manual_seed(0)
-    zero = (".lora_B.", ".lora_embedding_A.")
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if any(part in name for part in zero)}
+    zero = (".lora_B.", ".lora_embedding_A.") if isinstance(model.base_model, LoraModel) else ("",)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in zero)]
+    kept = {name: model.get_parameter(name).detach().clone() for name in names}
     parameters = dict(model.named_parameters())
     try:
         with torch.no_grad():
             for name, start in kept.items():
-                noise = torch.randn(start.shape, generator=generator) * (0.1 / start.shape[1] ** 0.5)
+                noise = torch.randn(start.shape, generator=generator) * (0.1 / max(1, start[0].numel()) ** 0.5)
                 parameters[name].add_(noise.to(start.device, start.dtype))
         yield list(kept)
     finally:
@@ -145,7 +183,9 @@ def _scores(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
     """Return all outputs of the head as one row of numbers."""
     takes_cache = "use_cache" in inspect.signature(type(unwrap(model)).forward).parameters
     output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
-    parts = [output.logits] if "logits" in output else [output.start_logits, output.end_logits]
+    parts = (
+        [output.logits[:, virtual_tokens(model) :]] if "logits" in output else [output.start_logits, output.end_logits]
+    )
     return torch.cat([part.reshape(-1) for part in parts])
 
 
@@ -169,13 +209,19 @@ def _probe_ids(selected: SelectedModel, recipe: Recipe) -> torch.Tensor:
     """Tokens spread over the vocabulary, and those that the recipe adds: [1, T]."""
     size = min(len(selected.processor), selected.model.config.get_text_config().vocab_size)
     ids = [size * (i + 1) // (_PROBE_TOKENS + 1) for i in range(_PROBE_TOKENS)]
+    own = recipe.adapter.options  # activated LoRA is at work behind its tokens, others at theirs
+    ids = [*own.get("alora_invocation_tokens", ()), *own.get("token_indices", ())[:8], *ids]
     ids += selected.processor.convert_tokens_to_ids(list(recipe.model.add_tokens))
     return torch.tensor([ids])
 
 
-def _is_dead(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Experts that the probe's tokens are not sent to have no gradient, and neither have some biases."""
-    if not parameter.requires_grad or "expert" in name or name.endswith("bias"):
+def _is_dead(name: str, parameter: torch.nn.Parameter, fused: tuple[str, ...]) -> bool:
+    """Experts that the probe's tokens are not sent to have no gradient, and neither have some biases.
+
+    (GLoRA's D and E change one.) The names in `fused` begin those of adapters on all experts: some are reached.
+    """
+    apart = "expert" in name and not name.startswith(fused)
+    if not parameter.requires_grad or apart or name.endswith("bias") or ".glora_D." in name or ".glora_E." in name:
         return False
     return parameter.grad is None or not bool(parameter.grad.isfinite().all()) or not bool(parameter.grad.any())
 

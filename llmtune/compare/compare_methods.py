@@ -36,14 +36,16 @@ from llmtune.errors import (
     Stopped,
     nearest,
 )
-from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS
+from llmtune.recipe.adapter_section import LORA_KEYS, QUANTIZATION_KEYS, RESOLVED_KEYS
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
+from llmtune.recipe.peft_options import REFUSED_METHODS, options_of, peft_methods, rate_factor
+from llmtune.recipe.source_map import SET
 from llmtune.records import GateResult, Json
 from llmtune.store.atomic_files import explained, hash_value
 from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import MANIFEST
 
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora", *(name for name in peft_methods() if name not in (*REFUSED_METHODS, "lora")))
 TENTH = 10
 """How much faster an adapter learns than all weights (`train.learning_rate` in the recipe reference)."""
 PARENT = "LLMTUNE_TRIAL_PARENT"
@@ -52,7 +54,7 @@ SECONDS = 0.5
 KINDS = {
     kind.exit_code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LlmtuneError)
 }
-FILES = ("compare.json", "compare.md", "compare.html", "compare.svg", "compare.png")
+FILES = ("compare.json", "compare.md", "compare.html", "compare.svg", "compare.png", "pareto.svg", "pareto.png")
 
 
 @dataclass(frozen=True)
@@ -138,18 +140,28 @@ def choose_rate(loaded: LoadedRecipe, method: str, rates: Mapping[str, float]) -
         return rates[method], "--learning-rate"
     if "learning_rate" not in loaded.recipe.train.model_fields_set:
         return stated, "chosen for the method"
-    if method == "full" and own != "full":
-        return float(f"{stated / TENTH:.6g}"), "a tenth of the recipe's"
-    if method != "full" and own == "full":
-        return float(f"{stated * TENTH:.6g}"), "ten times the recipe's, which is for full"
-    return stated, "the recipe's"
+    factor = rate_factor(method) / rate_factor(own)
+    if factor == 1:
+        return stated, "the recipe's"
+    text = "a tenth of" if factor == 1 / TENTH else "ten times" if factor == TENTH else f"{factor:g} times"
+    return float(f"{stated * factor:.6g}"), f"{text} the recipe's" + (", which is for full" if own == "full" else "")
 
 
 def change(loaded: LoadedRecipe, method: str) -> list[str]:
-    """Return what to set so that the recipe trains with `method`: keys that it does not read are taken back."""
-    idle = [f"adapter.{name}" for name in (LORA_KEYS if method == "full" else ())]
+    """Return what to set so that the recipe trains with `method`: keys that it does not read are taken back.
+
+    A method of PEFT has PEFT's own defaults: of what it shares with LoRA it takes what `--set` states alone.
+    """
+    known, origins = options_of(method), loaded.origins
+    given = [*LORA_KEYS, *loaded.recipe.adapter.options]
+    lora = method in ("lora", "qlora")
+    idle = [
+        f"adapter.{name}"
+        for name in given
+        if name not in known or not (lora or name in RESOLVED_KEYS or origins.get(f"adapter.{name}") == SET)
+    ]
     idle += [f"adapter.{name}" for name in (QUANTIZATION_KEYS if method != "qlora" else ())]
-    idle += ["train.loraplus_lr_ratio"] if method == "full" else []
+    idle += [] if lora else ["train.loraplus_lr_ratio"]
     stated = {name for name, origin in loaded.origins.items() if origin != "default"}
     taken_back = [key for key in idle if any(name == key or name.startswith(f"{key}.") for name in stated)]
     return [f"adapter.method={method}", *(f"{key}=null" for key in taken_back), "deploy=[]"]

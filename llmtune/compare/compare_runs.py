@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
+from llmtune.compare.pareto_picture import draw_pareto
 from llmtune.compare.run_comparison import Comparison, Pair, RunSummary, make_comparison
 from llmtune.errors import RecipeError
 from llmtune.evaluate.opened_runs import check_alike, open_runs
@@ -47,6 +48,7 @@ COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "trainable": ("trained parameters", count),
     "share": ("of all parameters", lambda part: DASH if part is None else f"{100 * part:.2f} %"),
     "disk_bytes": ("weights on disk", size),
+    "forgotten": ("forgotten of general text, bits a byte", score),
 }
 """What a run costs, by its name in `compare.json`: its name for people, and how it is written."""
 RATIOS = {
@@ -112,7 +114,10 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> J
 
 
 def finish(comparison: Comparison, out: Path, console: Console) -> Json:
-    """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON."""
+    """Print a comparison, write compare.json, .md, .html, .svg and .png into `out`, and return it as JSON.
+
+    Of three methods and more there is `pareto.svg` and .png too.
+    """
     comparison = redact_all(replace(comparison, folder=str(out)))
     page = make_page(comparison)
     content: Json = plain(comparison)
@@ -125,6 +130,8 @@ def finish(comparison: Comparison, out: Path, console: Console) -> Json:
         write_text(out / "compare.md", to_markdown(page))
         write_json(out / "compare.json", content)
         draw_comparison(out / "compare", comparison.runs)
+        if comparison.kind == "methods" and len(comparison.runs) > 2 and (metrics := shown_metrics(comparison.runs)):
+            draw_pareto(out / "pareto", comparison.runs, comparison.pairs, metrics[0], SETTINGS)
     console.print(f"comparison: {escape(str(out / 'compare.html'))}")
     return content
 
@@ -163,6 +170,8 @@ def cost_table(runs: Sequence[RunSummary]) -> Table:
     rows: Rows = []
     for name, (title, written) in COSTS.items():
         values: list[float | None] = [getattr(run, name) for run in runs]
+        if name == "forgotten" and all(value is None for value in values):
+            continue  # the recipe does not ask for it
         largest = max((value for value in values if value is not None), default=0) or 1
         rows.append([title, *(Cell(written(value), picture=draw_meter((value or 0) / largest)) for value in values)])
     return Table(["", *(Column(run.name, "number") for run in runs)], rows)

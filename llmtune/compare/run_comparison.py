@@ -44,6 +44,8 @@ class RunSummary:
     parameters: int | None
     share: float | None
     disk_bytes: int | None
+    forgotten: float | None
+    """Bits per byte of general text, tuned minus base, where the recipe asks for `evaluate.forgetting`."""
     baseline: str | None
     base: Mapping[str, float]
     tuned: Mapping[str, float]
@@ -114,6 +116,8 @@ def summarize(run: OpenedRun) -> RunSummary:
     """Return what one run cost and what it scored."""
     train, adapt, evaluation = run.folder.facts("train"), run.folder.facts("adapt"), run.evaluation
     steps = run.folder.manifest["steps"]
+    study = evaluation.studies.get("forgetting")
+    forgotten = study.difference.get("bits_per_byte") if study else None
     weights = (run.folder.path / trained_name(run.recipe)).rglob("*")  # tokenizer and settings are the same for all
     return RunSummary(
         name=run.name,
@@ -132,6 +136,7 @@ def summarize(run: OpenedRun) -> RunSummary:
         parameters=adapt.get("total"),
         share=adapt["trainable"] / adapt["total"] if adapt.get("total") else None,
         disk_bytes=sum(path.stat().st_size for path in weights if path.suffix in {".safetensors", ".bin"}),
+        forgotten=forgotten.value if forgotten else None,
         baseline=evaluation.baseline,
         base=evaluation.base,
         tuned=evaluation.tuned,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 from gguf.quants import dequantize
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
@@ -27,6 +27,11 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
     """Raise RecipeError with everything of an adapter that llama.cpp's adapters cannot hold."""
     if not isinstance(model, PeftModel):
         raise RecipeError.of("this run trained all weights: there is no adapter", "--adapter-only", _FIX)
+    kind = model.peft_config["default"].peft_type
+    if kind != PeftType.LORA:
+        raise RecipeError.of(
+            f"llama.cpp's adapters are LoRA's, and this one is of {kind.lower()}", "--adapter-only", _FIX
+        )
     config, inner = _lora_config(model), unwrap(model)
     embeddings = [inner.get_input_embeddings()]
     if inner.config.tie_word_embeddings:
@@ -36,6 +41,7 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
         "trained biases (bias)": config.bias != "none" or config.lora_bias,
         "modules that are trained whole (modules_to_save)": bool(config.modules_to_save),
         "tokens that are trained (trainable_token_indices)": bool(config.trainable_token_indices),
+        "an adapter on fused experts (target_parameters)": bool(config.target_parameters),
         "an adapter on the embedding": any(isinstance(layer, LoraLayer) for layer in embeddings),
     }
     problems = [what for what, present in unsupported.items() if present]

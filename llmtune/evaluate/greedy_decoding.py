@@ -255,6 +255,9 @@ def column_bytes_of(model: torch.nn.Module, device: str) -> int | None:
     leaves, and what follows is held against plain forward passes. It differs in models that keep a state from token
     to token, or keys and values of their own kind.
     """
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and (adapter.is_prompt_learning or getattr(adapter, "alora_invocation_tokens", None)):
+        return None  # what PEFT puts before a text, or begins in it, it knows in its own `generate` alone
     size = unwrap(model).get_input_embeddings().weight.shape[0]
     ids = [size * (7 * (i % 6 + 1) + i % 5) // 50 for i in range(13)]
     prompts = [ids[:4] + ids[4:5], ids[:4] + ids[5:8], ids[:4] + ids[8:10]]

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from llmtune.errors import EnvironmentProblem
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.explain.explanation import PAGE_STYLE, Explanation, figure_block, in_percent, write_explanation
 from llmtune.explain.figures import Panel, Ticks, Values, draw_heatmaps
 from llmtune.explain.target import BASE, TUNED, Target
@@ -128,9 +128,20 @@ def measure(target: Target, console: Console) -> MoveMap:
     """Measure how far each module moved."""
     trained = find_trained(target)  # headers first: a damaged adapter is found before the weights are read
     assert trained is not None
+    _refuse_other_methods(target)
     found = _full_moves(target) if trained.method == "full" else _moves(target)
     total, hidden = len(trained.modules) or None, not console.is_terminal
     return arrange(target, list(track(found, "measuring", total, console=console, transient=True, disable=hidden)))
+
+
+def _refuse_other_methods(target: Target) -> None:
+    """Raise RecipeError for an adapter that is no product of two matrices beside each module."""
+    assert target.recipe is not None
+    adapter = target.recipe.adapter
+    kind = "experts (target_parameters)" if adapter.options.get("target_parameters") else adapter.method
+    if kind not in ("lora", "qlora", "full"):
+        what = f"how far modules moved is told of LoRA and of whole weights, and this run has an adapter of {kind}"
+        raise RecipeError.of(what, target.name, "`llmtune explain model` and `generation` read this run.")
 
 
 def _moves(target: Target) -> Iterator[Move]:

@@ -83,10 +83,10 @@ def train_run(run: str, strategy: str) -> Json:
     if again:
         most = os.environ["TORCHELASTIC_MAX_RESTARTS"]
         context.console.print(f"[yellow]All processes are started again ({again} of {most} times).[/]")
-    adapted = context.make_adapted(model_ref, context.read_processor(model_ref))
-    adapt = describe(adapted)
     folder = context.folder
     examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
+    adapted = context.make_adapted(model_ref, context.read_processor(model_ref), examples)
+    adapt = describe(adapted)
     told = lambda tokens: note(micro_batch_tokens=tokens)  # noqa: E731
     trained = context.train_adapted(adapted, examples, inputs, told, strategy)
     return {"adapt": adapt, "train": trained}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, Any]
 """The tensors of one micro-batch; `llmtune.data.collators` has the legend."""
+DFT = "loss_weighed_by_probability"
+"""Set on a model that is trained with `train.loss_type: dft`."""
 _PACKING_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", LENGTHS, PREFIXES)
 
 
@@ -31,12 +33,23 @@ def causal_loss(model: torch.nn.Module, batch: Batch, by_row: bool = False) -> L
     `model` may be wrapped by PEFT or DDP. With `by_row` losses and right first choices are also given per row.
     """
     if not takes_head_loss(unwrap(model)):
-        return token_losses(predicted_logits(model, batch), batch, by_row)
+        losses_S, correct_S = CrossEntropy.apply(predicted_logits(model, batch), batch["targets_S"])  # type: ignore[no-untyped-call]
+        return _sum_up(weigh_by_probability(losses_S, model), correct_S if by_row else None, batch)
     if takes_shared_prefixes(unwrap(model)):
         batch = share_prefixes(batch)
     targets = {"predict_S": batch["predict_S"], "targets_S": batch["targets_S"], "choices": by_row}
     output = model(**_inputs(model, batch), **targets)
-    return _sum_up(output["losses_S"], output["correct_S"] if by_row else None, batch)
+    losses_S = weigh_by_probability(output["losses_S"], model)
+    return _sum_up(losses_S, output["correct_S"] if by_row else None, batch)
+
+
+def weigh_by_probability(losses_S: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """Return losses times the probabilities of their tokens, where `model` is marked so and trained (DFT, eq. 9).
+
+    Wu et al., "On the Generalization of SFT", 2025: no gradient goes through the factor.
+    """
+    dft = model.training and getattr(unwrap(model), DFT, False)
+    return losses_S * losses_S.detach().neg().exp() if dft else losses_S
 
 
 def token_losses(logits_SV: torch.Tensor, batch: Batch, by_row: bool = False) -> Loss:
@@ -59,7 +72,7 @@ def predicted_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     accepted = accepted_arguments(type(unwrap(model)))  # type: ignore[arg-type]
     predict_S, width = batch["predict_S"], batch["input_ids"].shape[1]
     inputs = _inputs(model, batch)
-    row_S, column_S = predict_S // width, predict_S % width
+    row_S, column_S = predict_S // width, predict_S % width + virtual_tokens(model)
     if "logits_to_keep" not in accepted:
         return cast(torch.Tensor, model(**inputs).logits[row_S, column_S])
     if len(batch["input_ids"]) == 1:
@@ -72,10 +85,27 @@ def _inputs(model: torch.nn.Module, batch: Batch) -> dict[str, object]:
     inner = unwrap(model)
     accepted = accepted_arguments(type(inner))  # type: ignore[arg-type]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    inputs |= {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch and key in accepted}
+    own = ("attention_mask", "position_ids") if _prompt_config(model) is None else ("attention_mask",)
+    inputs |= {key: batch[key] for key in own if key in batch and key in accepted}
     if inner.config._attn_implementation == PACKED:
         inputs |= {key: batch[key] for key in _PACKING_KEYS if key in batch}
     return inputs
+
+
+def virtual_tokens(model: torch.nn.Module) -> int:
+    """Return how many logits stand before those of the text: one for each vector that prompt tuning puts there."""
+    config = _prompt_config(model)
+    decodes = config is not None and config.task_type == "CAUSAL_LM"
+    before = decodes and config.peft_type in ("PROMPT_TUNING", "P_TUNING")
+    return int(config.num_virtual_tokens) if before else 0
+
+
+def _prompt_config(model: torch.nn.Module) -> Any:
+    """Return PEFT's settings of the vectors that it puts before a text; None where it does not, or they are off."""
+    inner = getattr(model, "module", model)
+    config = getattr(inner, "active_peft_config", None)
+    active = config is not None and config.is_prompt_learning and not inner._adapters_disabled
+    return config if active else None
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel:

@@ -213,6 +213,16 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
     return (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
 
 
+def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of experts that are one parameter for all of them, [experts, ...], by full names."""
+    return {
+        f"{name}.{own}": parameter.shape
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{name} {type(module).__name__}".lower()
+    }
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

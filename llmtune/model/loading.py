@@ -26,6 +26,7 @@ from llmtune.model.config import (
     readable,
 )
 from llmtune.model.device import resolve_dtype
+from llmtune.model.experts import quantize_experts
 from llmtune.model.fused_norms import fuse_norms
 from llmtune.model.kernels import apply_liger
 from llmtune.model.library_logging import unreported
@@ -73,6 +74,9 @@ def load_model(
     console = console or Console(quiet=True)
     with explain_oom(f"loading {model_ref.name}", device):
         model_class, config = find_class(model_ref, recipe, task)
+        if recipe.adapter.is_prompt and task.auto_class != CAUSAL:
+            what = f"{recipe.adapter.method} puts its vectors before a text that a decoder goes on from"
+            raise RecipeError.of(f"{what}, and {model_ref.name} is none", "adapter.method", "Use lora.")
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
@@ -151,6 +155,11 @@ def _check_packing(
     """
     dtype = resolve_dtype(recipe.model.dtype, model.device.type)
     packs, decodes = task.packs and recipe.data.packing, task.auto_class == CAUSAL
+    if packs and (apart := recipe.needs_rows_apart):
+        packs, reason = False, apart
+    if decodes and recipe.adapter.is_prompt:  # what it puts before a text is not what the short way to the loss counts
+        console.print(f"Rows are padded, those of like length together, because {reason}.", highlight=False)
+        return packs
     if decodes:
         at_head = take_loss_at_head(model, dtype)
         if not at_head:
@@ -247,6 +256,8 @@ def _load_weights(
             "The folder is not whole, or it holds another kind of model than config.json says.",
         )
     _refuse_no_numbers(model, model_ref)
+    if recipe.adapter.method == "qlora":
+        quantize_experts(model, recipe.adapter)
     return model if "device_map" in options else model.to(device), tuple(sorted(new))
 
 

@@ -15,8 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
-from llmtune.model.config import build_skeleton, find_class, head_names, in_heads, linear_shapes
+from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.recipe.adapter_section import MUTATING
+from llmtune.recipe.peft_options import options_of
 from llmtune.records import MemoryPlan, ModelRef
 from llmtune.report.number_format import size as format_bytes
 
@@ -24,7 +26,15 @@ if TYPE_CHECKING:
     from llmtune.recipe.adapter_section import AdapterSection
     from llmtune.recipe.schema import Recipe
 
-_OPTIMIZER_BYTES = {"sgd": 0.0, "adafactor": 0.1, "lion": 4.0, "adagrad": 4.0, "rmsprop": 4.0, "ademamix": 12.0}
+_OPTIMIZER_BYTES = {
+    "sgd": 0.0,
+    "muon": 4.0,
+    "adafactor": 0.1,
+    "lion": 4.0,
+    "adagrad": 4.0,
+    "rmsprop": 4.0,
+    "ademamix": 12.0,
+}
 """State bytes per trained parameter, by the start of the optimiser's name; AdamW's two moments are 8."""
 _SMALL = 4096
 """Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
@@ -220,16 +230,24 @@ def _weight_bytes(
     parameters: int = sum(parameter.numel() for parameter in skeleton.parameters())
     if adapter.method == "full":
         return 4 * parameters
-    if adapter.method == "lora":
+    if adapter.method != "qlora":
         return weight_bytes * parameters
     kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
     quantized = sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")})
+    quantized += sum(shape.numel() for shape in expert_parameters(skeleton).values())
     packed = int(quantized * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
     return packed + weight_bytes * (parameters - quantized)
 
 
+_FEW_WEIGHTS = ("ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt")
+"""Methods that train next to nothing beside the base."""
+
+
 def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -> list[int]:
-    """Return the sizes of the low-rank matrices; targets are resolved exactly when the adapter is made."""
+    """Return the sizes of the low-rank matrices; targets are resolved exactly when the adapter is made.
+
+    Other methods than LoRA are taken to train about as much as it does with their rank, or with 16.
+    """
     targeted = adapter.target_modules
     if targeted == "all-linear":
         targets = list(inner.values())
@@ -240,7 +258,9 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
             targets = []
     else:
         targets = [shape for name, shape in inner.items() if name.split(".")[-1] in targeted or name in targeted]
-    rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(("pissa", "olora")) else 1)
+    if "target_modules" not in options_of(adapter.method) or adapter.method in _FEW_WEIGHTS:
+        return []
+    rank = adapter.r * (2 if str(adapter.init_lora_weights).startswith(MUTATING) else 1)
     return [rank * size for shape in targets for size in shape]
 
 

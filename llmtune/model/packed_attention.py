@@ -275,7 +275,7 @@ def choose_attention(
     them, and those of other models are padded.
     """
     decodes = task.auto_class == "AutoModelForCausalLM"
-    packs = task.packs and (decodes or recipe.data.packing)
+    packs = task.packs and (decodes or recipe.data.packing) and not recipe.needs_rows_apart
     attention, reason = None, None
     if recipe.model.attn_implementation != "auto":
         attention = recipe.model.attn_implementation

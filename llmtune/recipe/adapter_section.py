@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, Tag
+from pydantic import ConfigDict, Field, Tag
 
+from llmtune.errors import nearest
 from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.peft_options import (
+    PROMPT_METHODS,
+    REFUSED_METHODS,
+    find_misfits,
+    options_of,
+    peft_methods,
+    readers_of,
+)
 from llmtune.recipe.section import Count, Many, Section, Text, absolute, by_type
+from llmtune.recipe.task_variant import TaskVariant
 
 Texts = Annotated[
     Annotated[str, Tag("text")] | Annotated[Many[str], Tag("items")],
@@ -18,22 +28,52 @@ Layers = Annotated[
     Annotated[int, Field(ge=0), Tag("number")] | Annotated[Many[Annotated[int, Field(ge=0)]], Tag("items")],
     by_type({int: "number", float: "number"}, "items"),
 ]
+_STARTS = r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[1-9][0-9]{0,3}|eva|corda|lora_ga)$"
 InitWeights = Annotated[
     Annotated[bool, Tag("switch")]
-    | Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9][0-9]{0,3})$"), Tag("text")],
+    | Annotated[
+        str,
+        Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[1-9][0-9]{0,3}|eva|corda|lora_ga)$"),
+        Tag("text"),
+    ],
     by_type({bool: "switch"}, "text"),
 ]
+LowRank = Literal["hira", "loha", "lokr", "delora", "gralora", "randlora", "vera", "pvera", "tinylora"]
+Shared = Literal["unilora", "vblora", "lily", "glora", "miss", "peanut", "deft", "adamss", "supertuning", "shira"]
+Spectral = Literal["fourierft", "waveft", "c3a", "frod", "osf", "psoft", "oft", "boft", "hra", "road"]
+Few = Literal["ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt", "shadow"]
+Prompt = Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge", "cpt", "multitask_prompt_tuning"]
+Method = Literal["lora", "qlora", "full", LowRank, Shared, Spectral, Few, Prompt, "adalora", "poly", "xlora"]
+DATA_STARTS = ("eva", "corda", "lora_ga")
+MUTATING = ("pissa", "olora", "corda", "lora_ga")
+"""Starts that move a part of the base weights into the adapter."""
 QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
-class AdapterSection(Section):
-    """What is trained: low-rank adapters by PEFT's own option names, or all weights."""
+def _close(schema: dict[str, Any]) -> None:
+    """Name PEFT's further options in the JSON Schema, which has no others."""
+    schema["additionalProperties"] = False
+    words = {"bool": "boolean", "int": "integer", "float": "number", "str": "string", "dict": "object"}
+    for method, options in peft_methods().items():
+        for name, option in options.items():
+            if name not in AdapterSection.model_fields:
+                kinds = schema["properties"].setdefault(name, {"type": ["null"], "description": "PEFT's option of:"})
+                kinds["type"] = sorted({*kinds["type"], *(words.get(kind, "array") for kind in option["types"])})
+                kinds["description"] += f" {method}"
 
-    method: Literal["lora", "qlora", "full"] = "lora"
+
+class AdapterSection(Section):
+    """What is trained: an adapter by PEFT's own method and option names, or all weights."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_close)
+
+    method: Method = "lora"
     """`lora` trains low-rank matrices beside frozen weights, `qlora` the same on a base in 4 bits, `full` trains every
-    weight. Default `lora`: near the quality of `full` at a fraction of the memory."""
+    weight; all others are PEFT's methods, with PEFT's own options and defaults ([adapter-methods](adapter-methods.md)).
+    Default `lora`: near the quality of `full` at a fraction of the memory."""
     r: int = Field(default=16, ge=1, le=4096)
-    """Rank of the low-rank matrices. Default 16: enough for most tasks of one domain."""
+    """Rank of the low-rank matrices. Default 16: enough for most tasks of one domain. As all keys that LoRA shares with
+    other methods it has PEFT's default there."""
     lora_alpha: Count = 32
     """Scale of the adapter: its output counts `lora_alpha / r` times. Default 32: twice the default rank, so that a
     usual learning rate fits."""
@@ -49,7 +89,7 @@ class AdapterSection(Section):
     """Modules that are trained whole and saved with the adapter. Default none: each costs its full size."""
     layers_to_transform: Layers | None = None
     """Numbers of the layers that get an adapter, counted from 0. Default none: all layers."""
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Literal["none", "all", "lora_only", "oft_only", "delora_only"] = "none"
     """Which biases are trained. Default `none`: with trained biases a model changes even when its adapter is switched
     off."""
     use_dora: bool = False
@@ -58,7 +98,8 @@ class AdapterSection(Section):
     """Scale by `lora_alpha / sqrt(r)` (rsLoRA), which keeps high ranks stable. Default false, as in PEFT."""
     init_lora_weights: InitWeights = True
     """How the matrices start: true (B is zero, so the start is the base model), false (random, for tests of loading),
-    `gaussian`, `pissa`, `pissa_niter_N` or `olora`. Default true: costs nothing and starts from the base."""
+    `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, or from training rows `eva`, `corda`, `lora_ga`.
+    Default true: costs nothing and starts from the base."""
     rank_pattern: dict[str, Count] = Field(default={})
     """Another rank for modules whose name matches the key. Default none: one rank for all."""
     alpha_pattern: dict[str, Count] = Field(default={})
@@ -74,7 +115,12 @@ class AdapterSection(Section):
 
     paths: ClassVar = {"start_from": absolute}
 
-    def check(self, diagnostics: Diagnostics) -> None:
+    @property
+    def options(self) -> dict[str, Any]:
+        """PEFT's options that have no key of their own here, as stated."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool = False) -> None:
         """Report settings that the method, or the adapter to go on from, does not read, and what PEFT does not do."""
         why, method = f"with adapter.method: {self.method}", "adapter.method"
         if self.method == "full":
@@ -88,15 +134,106 @@ class AdapterSection(Section):
             diagnostics.none_has_effect(self, "adapter", kept, "with adapter.start_from", fix, *because)
         if self.method != "qlora":
             diagnostics.none_has_effect(self, "adapter", QUANTIZATION_KEYS, why, "Remove it, or use qlora.", method)
+        self._check_options(diagnostics)
         if self.method != "full":
+            self._check_patterns(diagnostics)
+        if self.is_lora:
             self._check_lora(diagnostics)
+        elif self.method != "full":
+            self._check_method(diagnostics, variant, add_tokens)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the method is LoRA, whatever the base's number format."""
+        return self.method in ("lora", "qlora")
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the method puts trained vectors before a text."""
+        return self.method in PROMPT_METHODS
+
+    @property
+    def needs_rows_apart(self) -> str | None:
+        """Why rows cannot stand in one line with this adapter; None where they can."""
+        if self.is_prompt:
+            return f"{self.method} puts its vectors before each row"
+        return (
+            "an adapter of alora_invocation_tokens begins in each row"
+            if "alora_invocation_tokens" in self.options
+            else None
+        )
+
+    def _check_options(self, diagnostics: Diagnostics) -> None:
+        known = options_of(self.method)
+        for name, value in self.options.items():
+            key = f"adapter.{name}"
+            if name in known:
+                for what, fix in find_misfits(name, value, known[name]):
+                    diagnostics.add(key, f"adapter.method: {self.method}: {what}", fix, "adapter.method")
+            elif others := readers_of(name):
+                what = f"'{key}' has no effect with adapter.method: {self.method}: it is an option of"
+                fix = f"{nearest(name, list(known))} Options of {self.method}: {', '.join(known) or 'none'}.".strip()
+                diagnostics.add(key, f"{what} {', '.join(others)}", fix, "adapter.method")
+
+    def _check_method(self, diagnostics: Diagnostics, variant: TaskVariant, add_tokens: bool) -> None:
+        """Report methods that cannot be trained here, and LoRA's keys that another method does not have."""
+        key, known = "adapter.method", options_of(self.method)
+        if reason := REFUSED_METHODS.get(self.method):
+            what = f"'{key}' is {self.method}, which is not trained here: {reason}"
+            diagnostics.add(key, what, "Take another method, e.g. lora.")
+            return
+        if self.method == "trainable_tokens" and not add_tokens and "token_indices" not in self.options:
+            what = f"'{key}' is trainable_tokens, and no token is named"
+            diagnostics.add(key, what, "Name them as model.add_tokens, or their ids as adapter.token_indices.")
+        elif add_tokens and self.method != "trainable_tokens":
+            what = f"'model.add_tokens' has no effect with {key}: {self.method}, which trains no embedding"
+            diagnostics.add("model.add_tokens", what, "Use lora, qlora, trainable_tokens or full.", key)
+        tasks = ("chat", "completion", "translate", "summarize", "qa")
+        if self.is_prompt and (variant.is_masked or variant.is_extractive or variant.task not in tasks):
+            what = (
+                f"'{key}' is {self.method}, which trains no model of task: {variant.task}: it puts its vectors before"
+            )
+            diagnostics.add(key, f"{what} a text that a decoder goes on from", "Use lora.", "task")
+        if self.start_from is not None:
+            what = f"'adapter.start_from' has no effect with {key}: {self.method}"
+            diagnostics.add("adapter.start_from", what, "Go on from adapters of LoRA alone.", key)
+        for name in LORA_KEYS:
+            idle = name not in known and not (name in RESOLVED_KEYS and "target_modules" in known)
+            default = diagnostics.assume_stated and name not in self.model_fields_set and name not in RESOLVED_KEYS
+            stated = name in known and name in self.model_fields_set and getattr(self, name) is not None
+            for what, fix in find_misfits(name, getattr(self, name), known[name]) if stated else ():
+                diagnostics.add(f"adapter.{name}", f"{key}: {self.method}: {what}", fix, key)
+            if idle or default:
+                fix = f"{nearest(name, list(known))} Options of {self.method}: {', '.join(known)}.".strip()
+                diagnostics.none_has_effect(self, "adapter", (name,), f"with {key}: {self.method}", fix, key)
 
     def _check_lora(self, diagnostics: Diagnostics) -> None:
         start = self.init_lora_weights
-        if self.method == "qlora" and isinstance(start, str) and start.startswith(("pissa", "olora")):
+        if self.options.get("target_parameters"):
+            wrong = {
+                "lora_dropout": self.lora_dropout,
+                "use_dora": self.use_dora,
+                "init_lora_weights": start is not True,
+            }
+            for name in [name for name, stated in wrong.items() if stated]:
+                what = (
+                    f"'adapter.{name}' does not go with adapter.target_parameters: PEFT's LoRA on parameters has it not"
+                )
+                diagnostics.add(f"adapter.{name}", what, "Omit one of them.", "adapter.target_parameters")
+        if self.method == "qlora" and isinstance(start, str) and start.startswith(MUTATING):
             what = f"'adapter.init_lora_weights' is '{start}', which needs weights that are not quantised"
             fix = "Use adapter.method: lora with it, or omit it."
             diagnostics.add("adapter.init_lora_weights", what, fix, "adapter.method")
+        if self.bias not in ("none", "all", "lora_only"):
+            what = f"'adapter.bias' is '{self.bias}', which belongs to another method"
+            diagnostics.add("adapter.bias", what, "Allowed: none, all, lora_only.", "adapter.method")
+
+        readers = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga"}
+        for name in [name for name, reader in readers.items() if name in self.options and reader != start]:
+            why, fix = f"with adapter.init_lora_weights: {start}", f"Set it to {readers[name]}, or remove this."
+            diagnostics.no_effect(f"adapter.{name}", why, fix, "adapter.init_lora_weights")
+
+    def _check_patterns(self, diagnostics: Diagnostics) -> None:
         for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
@@ -110,6 +247,10 @@ class AdapterSection(Section):
 LORA_KEYS = tuple(
     name for name in AdapterSection.model_fields if name not in ("method", "start_from", *QUANTIZATION_KEYS)
 )
+
+
+RESOLVED_KEYS = ("target_modules", "exclude_modules", "layers_to_transform")
+"""Keys that llmtune turns into names of modules by itself, for every method that has targets."""
 
 
 def _is_kept(name: str, diagnostics: Diagnostics) -> bool:

@@ -17,6 +17,7 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section
 from llmtune.recipe.source_map import DEFAULT, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.recipe.train_section import TrainSection
 from llmtune.recipe.validation import validate
 from llmtune.recipe.yaml_reader import Node, read_text
 from llmtune.recipe.yaml_writer import write_yaml
@@ -96,6 +97,9 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
+    for name in ("optim_args", "loss_type", "neftune_noise_alpha"):  # as with the prompt below
+        if dumped["train"][name] == TrainSection.model_fields[name].default:
+            del dumped["train"][name]
     if dumped["data"]["system_prompt"] is None:
         del dumped["data"]["system_prompt"]  # runs from before the key was there keep their names
     text = json.dumps(dumped, sort_keys=True)

@@ -11,6 +11,7 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
+from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.recipe.section import Count, Section, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
@@ -110,6 +111,12 @@ class Recipe(Section):
     """What only `task: speech` has. Default none: its keys' own defaults."""
 
     @property
+    def needs_rows_apart(self) -> str | None:
+        """Why rows cannot stand in one line; None where they can."""
+        noise = "the noise of train.neftune_noise_alpha depends on a row's length"
+        return self.adapter.needs_rows_apart or (noise if self.train.neftune_noise_alpha is not None else None)
+
+    @property
     def variant(self) -> TaskVariant:
         """The task as this recipe trains it."""
         adapter, hindrance = self.adapter, None
@@ -154,8 +161,9 @@ class Recipe(Section):
                 section.check(diagnostics, self.data.max_length)
         self.data.check(diagnostics, variant)
         self.model.check(diagnostics, variant)
-        self.adapter.check(diagnostics)
+        self.adapter.check(diagnostics, variant, bool(self.model.add_tokens))
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
+        self.train.check_task(diagnostics, variant)
         self.generation.check(diagnostics, variant)
         self.evaluate.check(diagnostics, variant, has_test=bool(self.data.test))
         self._check_deploy(diagnostics, variant)
@@ -164,6 +172,10 @@ class Recipe(Section):
         if "merged" in self.deploy and self.adapter.method == "full":
             fix = "Remove it: `weights/` in the run folder is the whole model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
+        reason = UNMERGEABLE.get(self.adapter.method)
+        for product in self.deploy if reason else ():
+            what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
+            diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")
         if "gguf" in self.deploy and (not variant.facts.decodes or variant.is_masked):
             what = f"'deploy: gguf' has no effect with task: {self.task}: its model does not go on from a text"
             diagnostics.add("deploy", what, "Remove it.", "task")

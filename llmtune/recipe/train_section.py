@@ -19,7 +19,9 @@ PagedAdamW = Literal["paged_adamw_8bit", "paged_adamw_32bit"]
 AdEMAMix = Literal["ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"]
 Lion = Literal["lion_32bit", "lion_8bit", "paged_lion_8bit", "paged_lion_32bit"]
 OtherOptimizer = Literal["adafactor", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "sgd"]
-Optimizer = Literal[AdamW, PagedAdamW, AdEMAMix, Lion, OtherOptimizer]
+ScheduleFree = Literal["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"]
+LowRankState = Literal["apollo_adamw", "galore_adamw", "galore_adafactor"]
+Optimizer = Literal[AdamW, PagedAdamW, AdEMAMix, Lion, OtherOptimizer, "muon", ScheduleFree, LowRankState]
 Cosine = Literal["cosine", "cosine_with_restarts", "cosine_with_min_lr"]
 Constant = Literal["constant", "constant_with_warmup"]
 Schedule = Literal["linear", Cosine, "polynomial", Constant, "inverse_sqrt", "warmup_stable_decay"]
@@ -42,9 +44,14 @@ SCHEDULE_OPTIONS = {
 }
 """Options of each schedule in transformers that are numbers and not set by the loop itself."""
 
-BETAS = ("adamw", "paged_adamw", "ademamix", "paged_ademamix", "lion", "paged_lion")
+EPSILON = (
+    *("adamw", "paged_adamw", "ademamix", "paged_ademamix", "muon"),
+    *("schedule_free_adamw", "schedule_free_radam", "apollo_adamw"),
+)
+BETAS = (*EPSILON, "lion", "paged_lion")
 """Beginnings of the optimisers that read `adam_beta1` and `adam_beta2`."""
-EPSILON = BETAS[:4]
+OPTIM_ARGS = ("ademamix", "paged_ademamix", "sgd", "adagrad", "rmsprop", "schedule_free", "apollo", "galore")
+"""Beginnings of the optimisers that read `optim_args`."""
 
 
 class TrainSection(Section):
@@ -66,8 +73,17 @@ class TrainSection(Section):
     """Tokens in one optimiser step over all processes, in place of `batch_size`. Default none: rows are easier to
     reason about."""
     optim: Optimizer = "adamw_torch"
-    """Optimiser, by its name in transformers. Default `adamw_torch`: runs everywhere; `adamw_8bit` and
-    `paged_adamw_8bit` save memory on a GPU."""
+    """Optimiser, by its name in transformers, and torch's `muon`; `schedule_free_*`, `apollo_*` and `galore_*`
+    need `llmtune-cli[optimizers]`. Default `adamw_torch`: runs everywhere; 8-bit ones save memory on a GPU."""
+    optim_args: dict[str, float | str] = Field(default={})
+    """The optimiser's own options, by transformers' names, e.g. `rank` and `update_proj_gap` of GaLore. Default none:
+    the library's values."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """`nll` is cross-entropy; `dft` multiplies each token's by its probability (dynamic fine-tuning), in training
+    alone. Default `nll`: what a language model is made with."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0, le=1000)
+    """Strength of random noise on the embeddings in training (NEFTune), e.g. 5; rows are then padded. Default none: it
+    helps open answers and harms exact ones."""
     loraplus_lr_ratio: float | None = Field(default=None, ge=1, le=1000)
     """How many times faster than `learning_rate` the B matrices of the adapter, and biases with them, learn (LoRA+),
     e.g. 16. Default none: one rate for all, at which `learning_rate` is usually stated."""
@@ -124,6 +140,14 @@ class TrainSection(Section):
     seeds: Many[Seed] = ()
     """Further seeds: the run trains once more with each, on the same rows, into `seeds/SEED/` of its folder, and the
     report says how far the scores lie apart. Default none: each takes as long as the run itself."""
+
+    def check_task(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+        """Report settings of the loss that the task does not read."""
+        why = f"with task: {variant.task}"
+        if variant.facts.takes_audio:
+            diagnostics.no_effect("train.neftune_noise_alpha", why, "Remove it: recordings have no embeddings.", "task")
+        if self.loss_type != "nll" and (variant.without_decoder or variant.loss):
+            diagnostics.no_effect("train.loss_type", why, "Remove it: it is for text that a decoder writes.", "task")
 
     def check(
         self, diagnostics: Diagnostics, data: DataSection, adapter: AdapterSection, seed: int, variant: TaskVariant
@@ -182,13 +206,20 @@ class TrainSection(Section):
             diagnostics.add("train.metric_for_best_model", what, fix, key)
 
     def _check_optimizer(self, diagnostics: Diagnostics, adapter: AdapterSection) -> None:
-        if adapter.method == "full" and self.loraplus_lr_ratio is not None:
-            why, fix = "with adapter.method: full", "Remove it, or use lora or qlora."
+        if not adapter.is_lora and self.loraplus_lr_ratio is not None:
+            why, fix = f"with adapter.method: {adapter.method}", "Remove it, or use lora or qlora."
             diagnostics.no_effect("train.loraplus_lr_ratio", why, fix, "adapter.method")
-        readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON}
+        if self.optim.startswith(("apollo", "galore")) and adapter.method != "full":
+            what = f"'train.optim' is {self.optim}, which saves memory of whole weights, and an adapter has few"
+            diagnostics.add("train.optim", what, "Use adapter.method: full, or adamw_torch.", "adapter.method")
+        if self.optim.startswith("schedule_free") and not self.lr_scheduler_type.startswith("constant"):
+            what = f"'train.optim' is {self.optim}, which has no schedule but a warm-up of the learning rate"
+            fix = "Set train.lr_scheduler_type: constant_with_warmup."
+            diagnostics.add("train.lr_scheduler_type", what, fix, "train.optim")
+        readers = {"adam_beta1": BETAS, "adam_beta2": BETAS, "adam_epsilon": EPSILON, "optim_args": OPTIM_ARGS}
         for name, beginnings in readers.items():
             if not self.optim.startswith(beginnings):
-                why, fix = f"with train.optim: {self.optim}", "Remove it, or use an Adam."
+                why, fix = f"with train.optim: {self.optim}", "Remove it, or use another optimiser."
                 diagnostics.no_effect(f"train.{name}", why, fix, "train.optim")
 
     def _check_schedule(self, diagnostics: Diagnostics) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.peft_options import rate_factor
 from llmtune.recipe.schema import Recipe
 
 WIDTH = 2000
@@ -23,7 +24,6 @@ LORA_RATE = 5e-4
 EXPONENT = 0.78
 HIGHEST_LORA_RATE = 1e-3
 """What narrow models take: the sources have none below a width of 1,000."""
-FULL_SHARE = 0.1
 PREFERENCE_SHARE = 0.2
 """Preferences start from a model that answers already, and leave it when pushed."""
 BATCHES = ((1600, 16), (400, 8), (0, 4))
@@ -57,7 +57,7 @@ def choose_training(recipe: Recipe, rows: int, width: int | None, new_head: bool
     steps, most = (HEAD_STEPS, MOST_HEAD_EPOCHS) if new_head else (STEPS, MOST_EPOCHS)
     epochs = min(most, max(1, math.ceil(steps * batch / max(rows, 1))))
     rate = min(HIGHEST_LORA_RATE, LORA_RATE * (WIDTH / (width or WIDTH)) ** EXPONENT)
-    rate *= FULL_SHARE if recipe.adapter.method == "full" else 1
+    rate *= rate_factor(recipe.adapter.method)
     rate *= PREFERENCE_SHARE if recipe.task == "preference" else 1
     choices = {
         "learning_rate": Choice(float(f"{rate:.1e}"), f"{recipe.adapter.method}, width {width or 'not known'}"),

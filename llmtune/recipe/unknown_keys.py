@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from llmtune.errors import Problem, nearest
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import BRANCHES, Section, find_section, is_section
@@ -61,12 +63,12 @@ ALIASES = {
 """Keys of other tools -> what to write here."""
 
 
-def unknown_key(key: Key, source_map: SourceMap) -> Problem:
-    """Return the problem of an unknown key: what is near it, and which keys are allowed beside it."""
+def unknown_key(key: Key, source_map: SourceMap, others: Collection[str] = ()) -> Problem:
+    """Return the problem of an unknown key: what is near it, and which keys are allowed beside it, `others` too."""
     *parents, last = [step for step in key if step not in BRANCHES]
     name = str(last)
     section = section_at(parents)
-    allowed = sorted(section.model_fields) if section else []
+    allowed = sorted({*section.model_fields, *others}) if section else []
     elsewhere = [path for path in key_paths() if path.rpartition(".")[2] == name]
     if name in ALIASES:
         return Problem(f"unknown key '{dotted(key)}'", source_map.where(key), ALIASES[name])

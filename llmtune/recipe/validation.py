@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from llmtune.errors import Problem, RecipeError, nearest
 from llmtune.recipe.diagnostics import Diagnostics
+from llmtune.recipe.peft_options import options_of, readers_of
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section, descriptions, find_section, is_section
 from llmtune.recipe.source_map import Key, SourceMap, dotted
@@ -45,7 +46,8 @@ RANGES = {
 PATTERNS = {
     "model.attn_implementation": "A kernel is named `owner/name`, with `@revision` or `:function` behind it at most.",
     "name": "Use up to 64 letters, digits, `.`, `-` and `_`, with a letter or digit first: it names a folder.",
-    "adapter.init_lora_weights": "Allowed: true, false, gaussian, pissa, pissa_niter_N (N steps of a fast SVD), olora.",
+    "adapter.init_lora_weights": "Allowed: true, false, gaussian, orthogonal, pissa, pissa_niter_N (N steps of "
+    "a fast SVD), olora, eva, corda, lora_ga.",
 }
 
 
@@ -65,6 +67,8 @@ def validate(root: Node, name: str) -> Recipe:
         keys, problems = schema_problems(error.errors(include_url=False), source_map)
         broken = replace_broken(values, keys)
         recipe = Recipe.model_validate(values)
+    strangers = [name for name in recipe.adapter.model_extra or () if not readers_of(name)]
+    problems += [unknown_key(("adapter", name), source_map, options_of(recipe.adapter.method)) for name in strangers]
     diagnostics = Diagnostics(source_map, broken)
     recipe.check(diagnostics)
     RecipeError.collect(sorted([*problems, *diagnostics.problems], key=file_and_line))

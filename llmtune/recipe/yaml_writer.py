@@ -65,7 +65,7 @@ class Writer:
 
     def section(self, section: Section, key: str, indent: str) -> Iterator[str]:
         """Yield the lines of one section; those of tasks still to come are left out."""
-        for name in type(section).model_fields:
+        for name in (*type(section).model_fields, *(section.model_extra or ())):
             value = getattr(section, name)
             path = f"{key}.{name}" if key else name
             if value is None and name in TASK_SECTIONS:

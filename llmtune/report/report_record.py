@@ -144,6 +144,8 @@ class AdapterFacts(TypedDict, total=False):
     bytes: int
     r: int
     lora_alpha: float
+    share_under_adapter: float
+    share_in_4_bits: float
 
 
 class HardRow(TypedDict):

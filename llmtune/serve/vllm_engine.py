@@ -96,6 +96,13 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
         base = [str(first.model_ref.path), "--tokenizer", str(whole)]
         served = [*base, "--served-model-name", public_name(first.model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
+        for folder, config in zip(folders.values(), configs, strict=True):
+            kind = "experts (target_parameters)" if vars(config).get("target_parameters") else config.peft_type
+            if kind != "LORA":
+                fix = "Merge it and serve that with --merged, or serve it without --engine vllm."
+                raise RecipeError.of(
+                    f"vLLM reads adapters of LoRA on modules, and this one is of {kind}", str(folder), fix
+                )
         rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
         adapters = ["--enable-lora", "--max-lora-rank", str(next(known for known in RANKS if known >= rank))]
         adapters += ["--max-loras", str(len(folders)), "--lora-modules"]

@@ -23,6 +23,7 @@ from llmtune.store.profile import seconds_of_process
 from llmtune.train.accumulation import MicroBatchTooLarge, StepLoss, step_gradients, validation_loss
 from llmtune.train.batch_plan import padding_share
 from llmtune.train.checkpoint import (
+    Checkpoint,
     Damage,
     TrainState,
     read_checkpoint,
@@ -39,7 +40,8 @@ from llmtune.train.failure_report import (
     weights_are_numbers,
 )
 from llmtune.train.metrics_log import METRICS, Display, Line, append_line, show_progress
-from llmtune.train.preflight import restore_weights, resume, run_preflight, save, shrink_budget
+from llmtune.train.optimizer import averaged_weights, set_mode
+from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.row_losses import add_step, save_row_losses
 from llmtune.train.setup import TrainContext, deterministic, peak_bytes, set_up
 from llmtune.train.sharding import whole_state
@@ -217,10 +219,12 @@ def _close_step(run: Run) -> None:
     )
     improved = False
     if validates:
-        loss = _validate(run)
+        with averaged_weights(training.optimizer.optimizer):
+            loss = _validate(run)
+            scores = {} if loss is None else run.measure()
         if loss is None:
             return  # stopped in between: done again when training goes on
-        improved = _record_validation(run, loss, run.measure())
+        improved = _record_validation(run, loss, scores)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
     state.closed = step
@@ -322,6 +326,16 @@ def _stop_if_asked(run: Run) -> None:
     raise Stopped(Problem(what, where, "The same command again goes on from here."), signal_number=number)
 
 
+def _take(training: TrainContext, best: Checkpoint) -> None:
+    """Make the weights those of a checkpoint; an average of them is made from its optimiser's state."""
+    if not hasattr(training.optimizer.optimizer, "eval"):
+        restore_weights(training, best)
+        return
+    seen = training.row_losses.copy()
+    restore_checkpoint(training, best)
+    training.row_losses[:] = seen
+
+
 def _finish(run: Run) -> Path:
     """Put the best weights back if the recipe wants them, and save the adapter (or the weights)."""
     training, state = run.training, run.state
@@ -330,7 +344,8 @@ def _finish(run: Run) -> Path:
         if isinstance(best, Damage):
             run.console.print(f"[yellow]The best checkpoint is damaged ({best.reason}); the last step is taken.[/]")
         else:
-            restore_weights(training, best)
+            _take(training, best)
+    set_mode(training.optimizer.optimizer, "eval")
     full = training.adapted.method == "full"
     folder = training.folder / ("weights" if full else "adapter")
     whole = whole_state(training.model, trained_only=not full) if training.sharded else None

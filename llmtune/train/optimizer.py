@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -52,13 +55,59 @@ def build_optimizer(model: torch.nn.Module, recipe: Recipe, device: torch.device
             **options,
         )
         return made
+    if "params" in options:  # GaLore and APOLLO name the matrices that they project
+        _admit_projectors()
+        options |= {"no_deprecation_warning": True} if train.optim == "galore_adamw" else {}
+        low_rank: torch.optim.Optimizer = optimizer_class(weight_decay=train.weight_decay, **options)
+        return low_rank
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer: torch.optim.Optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    set_mode(optimizer, "train")
     return optimizer
+
+
+def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Let a schedule-free optimiser's weights be those that are trained (`train`), or their average (`eval`)."""
+    if hasattr(optimizer, "eval"):
+        getattr(optimizer, mode)()
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let the weights be a schedule-free optimiser's average for a while, and then those of before to the last bit."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [weight.detach().clone() for weight in weights]
+    set_mode(optimizer, "eval")
+    try:
+        yield
+    finally:
+        set_mode(optimizer, "train")
+        with torch.no_grad():
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+
+
+def _written(value: float | str) -> str:
+    """Return a value as transformers reads it: whole numbers without a point."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _admit_projectors() -> None:
+    """Let a checkpoint hold the projections of GaLore and APOLLO, which are objects beside tensors."""
+    for package, names in (
+        ("galore_torch.galore_projector", ("GaLoreProjector",)),
+        ("apollo_torch.random_projector", ("GradientProjector",)),
+    ):
+        if find_spec(package.partition(".")[0]):
+            module = import_module(package)
+            torch.serialization.add_safe_globals([getattr(module, name) for name in names])
 
 
 def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, dict[str, object]]:
@@ -71,11 +120,20 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, 
             "eps": train.adam_epsilon,
         }
         return torch.optim.AdamW, options | ({"fused": True} if train.optim == "adamw_torch_fused" else {})
+    if train.optim == "muon":
+        from llmtune.train.muon import MuonWithAdamW
+
+        betas = (train.adam_beta1, train.adam_beta2)
+        return MuonWithAdamW, {"lr": train.learning_rate, "betas": betas, "eps": train.adam_epsilon}
     from transformers import Trainer  # brings datasets and pandas along, for which most trainings need not wait
 
     arguments = SimpleNamespace(
         optim=train.optim,
-        optim_args=None,
+        optim_args=",".join(f"{name}={_written(value)}" for name, value in train.optim_args.items()) or None,
+        optim_target_modules="all-linear",
+        parallel_mode=None,
+        weight_decay=train.weight_decay,
+        warmup_steps=0,  # the schedule's
         learning_rate=train.learning_rate,
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
@@ -84,8 +142,11 @@ def _find_class(model: torch.nn.Module, recipe: Recipe) -> tuple[MakeOptimizer, 
     try:
         found: tuple[MakeOptimizer, dict[str, object]] = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     except ImportError as error:
-        fix = "pip install bitsandbytes, or set train.optim to adamw_torch."
+        fix = "pip install bitsandbytes 'llmtune-cli[optimizers]', or set train.optim to adamw_torch."
         raise EnvironmentProblem.of(f"{train.optim} is not available here: {error}", "train.optim", fix) from error
+    except (KeyError, ValueError) as error:
+        what = f"{train.optim} was given {', '.join(train.optim_args) or 'nothing'}: {error}"
+        raise RecipeError.of(what, "train.optim_args", "The names are those of transformers' `optim_args`.") from error
     return found
 
 

@@ -20,11 +20,13 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.integrations.neftune import activate_neftune
 
 from llmtune import __version__
 from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, Problem
+from llmtune.errors import EnvironmentProblem, Problem, RecipeError
+from llmtune.model.causal_lm_loss import DFT
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
@@ -176,6 +178,13 @@ def set_up(
         )
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
+    if train.loss_type == "dft":
+        if task.auto_class != "AutoModelForCausalLM":
+            what = f"the loss dft is for decoders, and {adapted.selected.model_ref.name} has an encoder"
+            raise RecipeError.of(what, "train.loss_type", "Remove it.")
+        setattr(adapted.selected.model, DFT, True)
+    if train.neftune_noise_alpha is not None:
+        activate_neftune(adapted.selected.model, train.neftune_noise_alpha)
     model, optimizer = _distribute(accelerator, adapted.model, recipe, strategy)
     processor = adapted.selected.processor
     return TrainContext(

@@ -163,7 +163,12 @@ def test_an_adapter_for_another_model_and_a_folder_without_one_are_refused(tiny_
     assert "no such folder" in load_damaged(tiny_llama, tmp_path / "gone")
 
 
-@pytest.mark.parametrize("content", ["{", '{"peft_type": "IA3", "task_type": "CAUSAL_LM"}', '{"r": 8}'])
+@pytest.mark.parametrize("content", ["{", '{"peft_type": "IA4"}', '{"r": 8}'])
 def test_a_damaged_adapter_config_is_refused(tiny_llama, adapter, content):
     adapter.with_name("adapter_config.json").write_text(content)
     assert "adapter_config.json" in load_damaged(tiny_llama, adapter.parent)
+
+
+def test_an_adapter_whose_settings_are_of_another_method_is_refused(tiny_llama, adapter):
+    adapter.with_name("adapter_config.json").write_text('{"peft_type": "IA3", "task_type": "CAUSAL_LM"}')
+    assert "have no counterpart" in load_damaged(tiny_llama, adapter.parent)

@@ -34,7 +34,7 @@ from llmtune.recipe.unknown_keys import key_paths
         (
             "adapter: {method: qlra}\n",
             "'adapter.method' is 'qlra'",
-            "Did you mean 'qlora'? Allowed: lora, qlora or full.",
+            "Did you mean 'qlora'? Allowed: lora, qlora, full, hira, ",
         ),
         ("adapter: {init_lora_weights: loft}\n", "'adapter.init_lora_weights' is 'loft'", "pissa_niter_N"),
         ("adapter: {target_modules: 3}\n", "'adapter.target_modules' is 3", "It must be a list."),

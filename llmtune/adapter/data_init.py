@@ -1,0 +1,103 @@
+"""Starts of LoRA that are found from training rows: EVA, CorDA and LoRA-GA, all computed by PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+
+from llmtune.data.examples import ExampleReader
+from llmtune.data.task_interface import TaskInterface
+from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.model_inputs import move_to
+from llmtune.recipe.adapter_section import DATA_STARTS
+from llmtune.records import Batch, Examples, Loss, SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe.schema import Recipe
+
+
+SAMPLED, AT_ONCE = 64, 4
+"""Training rows that a start is found from, and those of them in one micro-batch."""
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Some training rows as micro-batches, and the loss that the task takes of one."""
+
+    batches: Callable[[], Iterator[Batch]]
+    loss: Callable[[torch.nn.Module, Batch], Loss]
+
+    def read(self, model: torch.nn.Module) -> None:
+        """Let `model` read the rows, without gradients."""
+        with torch.no_grad():
+            for batch in self.batches():
+                self.loss(model, batch)
+
+    def learn(self, model: torch.nn.Module) -> None:
+        """Add up the gradients of the rows in `model`."""
+        for batch in self.batches():
+            loss = self.loss(model, batch)
+            (loss.sum / max(1, loss.count)).backward()  # type: ignore[no-untyped-call]
+
+
+def sample_rows(examples: Examples, task: TaskInterface, selected: SelectedModel, recipe: Recipe) -> RowSample:
+    """Return SAMPLED training rows, spread over all, as the task makes micro-batches of them."""
+    reader, collate = ExampleReader(examples, "train"), task.collator(selected.processor, recipe, selected.packs)
+    rows = [len(reader) * i // SAMPLED for i in range(SAMPLED)] if len(reader) > SAMPLED else [*range(len(reader))]
+    dtype, device = resolve_dtype(recipe.model.dtype, selected.model.device.type), selected.model.device
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, len(rows), AT_ONCE):
+            yield move_to(device, collate([reader[row] for row in rows[start : start + AT_ONCE]], 0))
+
+    def loss(model: torch.nn.Module, batch: Batch) -> Loss:
+        with compute_context(dtype, device.type):
+            return task.loss(model, batch, False)
+
+    return RowSample(batches, loss)
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A micro-batch that is where it is read: PEFT moves what it is handed, and warns of numbers beside tensors."""
+
+    batch: Batch
+
+    def to(self, device: object) -> _OnDevice:
+        return self
+
+
+def prepare_start(model: torch.nn.Module, config: LoraConfig, sample: RowSample | None) -> None:
+    """Leave on the modules of `model` what CorDA and LoRA-GA start from; other starts need nothing."""
+    start = config.init_lora_weights
+    if start not in DATA_STARTS:
+        return
+    assert sample is not None, "a start from rows is made where rows are"
+    if start == "corda":
+        preprocess_corda(model, config, lambda: sample.read(model))
+    elif start == "lora_ga":
+        with warnings.catch_warnings():  # of torch: the first layers read tokens, which have no gradient
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+            preprocess_loraga(model, config, lambda: sample.learn(model))
+
+
+def finish_start(model: PeftModel, sample: RowSample | None) -> None:
+    """Let EVA choose the matrices A, and the rank of each module, from what the modules read of the rows."""
+    if model.peft_config["default"].init_lora_weights != "eva":
+        return
+    assert sample is not None, "a start from rows is made where rows are"
+    initialize_lora_eva_weights(
+        model,
+        [_OnDevice(batch) for batch in sample.batches()],
+        forward_fn=lambda model, read: sample.loss(model, read.batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )

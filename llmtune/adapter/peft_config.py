@@ -1,0 +1,106 @@
+"""The recipe's adapter as PEFT's configuration: its options by their names, and the modules that it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, PeftType
+from transformers import PreTrainedModel
+
+from llmtune.adapter.target_modules import are_transposed, shorten
+from llmtune.adapter.wiring_check import find_reached_targets
+from llmtune.errors import RecipeError
+from llmtune.model.config import head_names, in_heads
+from llmtune.recipe.adapter_section import DATA_STARTS
+from llmtune.recipe.peft_options import options_of
+from llmtune.records import SelectedModel
+
+if TYPE_CHECKING:
+    from llmtune.recipe.adapter_section import AdapterSection
+    from llmtune.recipe.schema import Recipe
+
+
+def find_targets(selected: SelectedModel, recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Return the modules that get an adapter, and those that `all-linear` leaves out because no input reaches them."""
+    adapter = recipe.adapter
+    if "target_modules" not in options_of(adapter.method) or _has_own_targets(selected, adapter):
+        return [], []
+    if adapter.method == "trainable_tokens" and adapter.target_modules == "all-linear":
+        return _find_embedding(selected.model), []
+    if adapter.method == "ln_tuning" and adapter.target_modules == "all-linear":
+        return _find_norms(selected.model), []
+    return find_reached_targets(selected, recipe)
+
+
+def _has_own_targets(selected: SelectedModel, adapter: AdapterSection) -> bool:
+    """Whether PEFT knows best which modules a method is for: embeddings, attention, or what it has in its tables."""
+    if adapter.target_modules != "all-linear":
+        return False
+    if adapter.method == "adaption_prompt":
+        return True
+    known = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    return adapter.method == "ia3" and selected.model.config.model_type in known
+
+
+def _find_embedding(model: PreTrainedModel) -> list[str]:
+    if model.main_input_name == "input_values":
+        raise RecipeError.of("a model that reads waves has no tokens to train", "adapter.method", "Use lora.")
+    embedding = model.get_input_embeddings()
+    return [name for name, module in model.named_modules() if module is embedding]
+
+
+def _find_norms(model: torch.nn.Module) -> list[str]:
+    heads = head_names(model)
+    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+    return [name for name in norms if not in_heads(name, heads) and [*model.get_submodule(name).parameters()]]
+
+
+def make_config(
+    selected: SelectedModel,
+    adapter: AdapterSection,
+    targets: Sequence[str],
+    whole: Sequence[str],
+    tokens: dict[str, list[int]] | None,
+) -> PeftConfig:
+    """Return the configuration of an adapter on `targets`, with the modules `whole` and the rows `tokens` trained too.
+
+    Of what LoRA shares with other methods these take only what the recipe states: their defaults are PEFT's own.
+    """
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LORA" if adapter.is_lora else adapter.method.upper())]
+    hints = typing.get_type_hints(kind)
+    keys = set(options_of(adapter.method)) & (
+        type(adapter).model_fields.keys() if adapter.is_lora else adapter.model_fields_set
+    )
+    given = {name: getattr(adapter, name) for name in keys} | adapter.options
+    given |= {"exclude_modules": None, "layers_to_transform": None, "target_modules": None}  # resolved to names
+    if targets:
+        given["target_modules"] = shorten(targets, selected.model)
+    if adapter.init_lora_weights in DATA_STARTS:
+        given.setdefault(f"{adapter.init_lora_weights}_config", {})
+    if adapter.method == "ia3" and targets:
+        given.setdefault("feedforward_modules", [])
+    if tokens is not None:
+        ids = next(iter(tokens.values()))
+        given |= {"token_indices": ids} if adapter.method == "trainable_tokens" else {"trainable_token_indices": tokens}
+    if adapter.is_prompt:
+        given.setdefault("num_virtual_tokens", options_of(adapter.method)["num_virtual_tokens"]["default"])
+        given["tokenizer_name_or_path"] = str(selected.model_ref.path)  # for prompt_tuning_init_text
+    given |= {"modules_to_save": list(whole) or None, "fan_in_fan_out": are_transposed(selected.model)}
+    options = {name: _as_peft(value, hints[name]) for name, value in given.items() if name in hints}
+    return kind(task_type=selected.peft_task_type, **options)
+
+
+def _as_peft(value: Any, hint: object) -> Any:
+    """Return lists for tuples, copies of mappings, and a mapping as the dataclass that PEFT has for it."""
+    if isinstance(value, tuple):
+        return list(value)
+    if not isinstance(value, dict):
+        return value
+    kinds = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+    return typing.cast(Any, kinds[0])(**value) if kinds else dict(value)

@@ -1,0 +1,84 @@
+"""Experts whose weights are one tensor for all: found by name, and kept in 4 bits between two uses.
+
+bitsandbytes quantises linear modules alone; most mixtures of experts in transformers have parameters of three
+dimensions instead, [experts, ...], which stay in 16 bits without a word.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from llmtune.model.config import expert_parameters
+
+if TYPE_CHECKING:
+    from llmtune.recipe.adapter_section import AdapterSection
+
+_PACKED = "packed_in_4_bits"
+
+
+@torch.no_grad()
+def quantize_experts(model: torch.nn.Module, adapter: AdapterSection) -> None:
+    """Keep the fused experts of `model` in 4 bits, in place: unpacked when their module is called, and freed again."""
+    for name in expert_parameters(model):
+        module_name, _, own = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        parameter = module.get_parameter(own)
+        packed, state = quantize_4bit(
+            parameter.data.contiguous(),
+            compress_statistics=adapter.bnb_4bit_use_double_quant,
+            quant_type=adapter.bnb_4bit_quant_type,
+        )
+        parameter.requires_grad_(False)
+        vars(module).setdefault(_PACKED, {})[own] = (parameter, packed, state)
+        _free(parameter)
+        if len(vars(module)[_PACKED]) == 1:
+            module.register_forward_pre_hook(_unpack)
+            module.register_forward_hook(partial(_pack_again), always_call=True)
+
+
+def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what 4 bits left of the experts of `model`, by the names of their parameters."""
+    return {
+        f"{name}.{own}": dequantize_4bit(packed, state)
+        for name, module in model.named_modules()
+        for own, (_, packed, state) in vars(module).get(_PACKED, {}).items()
+    }
+
+
+def count_quantized(model: torch.nn.Module) -> int:
+    """Return how many weights of `model` are kept in 4 bits."""
+    linear = sum(
+        module.in_features * module.out_features for module in model.modules() if isinstance(module, Linear4bit)
+    )
+    packed = [state.shape for module in model.modules() for _, _, state in vars(module).get(_PACKED, {}).values()]
+    return int(linear + sum(shape.numel() for shape in packed))
+
+
+def _unpack(module: torch.nn.Module, inputs: object) -> None:
+    """Let `module` see its weights: as tensors of its own, since what autograd keeps of a parameter is not its data.
+
+    Beneath an adapter they are the parameter's data, to which PEFT adds before anything is kept.
+    """
+    kept: dict[str, tuple[torch.nn.Parameter, torch.Tensor, QuantState]] = vars(module)[_PACKED]
+    for own, (parameter, packed, state) in kept.items():
+        weights = dequantize_4bit(packed, state)
+        if own in getattr(module, "parametrizations", ()):
+            parameter.data = weights
+        else:
+            vars(module)[own] = weights
+
+
+def _pack_again(module: torch.nn.Module, inputs: object, output: object) -> None:
+    for own, (parameter, _, _) in vars(module)[_PACKED].items():
+        vars(module).pop(own, None)
+        _free(parameter)
+
+
+def _free(parameter: torch.nn.Parameter) -> None:
+    """Leave of a parameter its shape and number format, and one number."""
+    parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)

@@ -1,0 +1,119 @@
+"""Experts that are one tensor for all: adapted, quantised, counted, saved as plain PEFT, merged; or said to be left."""
+
+import pytest
+import torch
+from peft import PeftModel
+from support.adapting import build_family, logits, open_model, quiet, recipe_with, train_a_little
+from transformers import AutoModelForCausalLM
+
+from llmtune.adapter.injection import describe, inject
+from llmtune.adapter.merging import merge
+from llmtune.adapter.saving import save_adapter
+from llmtune.deploy.gguf_adapter import check_adapter
+from llmtune.errors import RecipeError
+from llmtune.model.config import expert_parameters
+from llmtune.model.experts import count_quantized, unpacked_experts
+
+EXPERTS = ["gate_up_proj", "down_proj"]
+SMALL = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+FAMILIES = {
+    "qwen3_moe": {"num_experts": 4, **SMALL},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+}
+MORE = {
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, **SMALL},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 0,
+        **SMALL,
+        "num_key_value_heads": 4,
+    },
+}
+ALL = [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    made = {}
+
+    def build(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = build_family(folder, family, **{**FAMILIES, **MORE}[family])
+        return made[family]
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")  # of PEFT's own making
+@pytest.mark.parametrize("family", ALL)
+def test_experts_are_adapted_and_plain_peft_gives_the_same(moe, family, tmp_path):
+    adapted = train_a_little(moe(family), target_parameters=EXPERTS)
+    tuned = logits(adapted.model)
+    with adapted.model.disable_adapter():
+        assert (logits(adapted.model) - tuned).abs().max() > 0.01
+    assert describe(adapted)["share_under_adapter"] > 0.5
+    save_adapter(adapted, tmp_path)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moe(family)), tmp_path)
+    torch.testing.assert_close(logits(plain.eval()), tuned, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(merge(adapted)), tuned, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_in_4_bits_experts_are_quantised_too_and_adapted(moe, family, tmp_path):
+    adapted = train_a_little(moe(family), method="qlora", target_parameters=EXPERTS)
+    facts, experts = describe(adapted), expert_parameters(AutoModelForCausalLM.from_pretrained(moe(family)))
+    assert count_quantized(adapted.model) > sum(shape.numel() for name, shape in experts.items() if shape[1] > 8)
+    assert facts["share_in_4_bits"] > 0.5
+    tuned = logits(adapted.model)
+    assert torch.equal(logits(adapted.model), tuned), "what is unpacked is packed again"
+    with adapted.model.disable_adapter():
+        assert (logits(adapted.model) - tuned).abs().max() > 0.01
+    assert unpacked_experts(adapted.model)
+    torch.testing.assert_close(logits(merge(adapted, "dequantized")), tuned, atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_trains_the_experts_of_a_base_in_4_bits(moe):
+    recipe = recipe_with(moe("qwen3_moe"), adapter={"method": "qlora", "r": 4, "target_parameters": EXPERTS})
+    adapted = inject(open_model(recipe), recipe, quiet())
+    packed = {name: weight.clone() for name, weight in unpacked_experts(adapted.model).items()}
+    optimizer = torch.optim.SGD([p for p in adapted.model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(4):
+        ids = torch.arange(5, 45)[None]
+        loss = adapted.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(weight, packed[name]) for name, weight in unpacked_experts(adapted.model).items())
+
+
+def test_all_linear_says_that_it_leaves_the_experts_out(moe, console):
+    recipe = recipe_with(moe("qwen3_moe"))
+    inject(open_model(recipe), recipe, console)
+    said = " ".join(console.file.getvalue().split())
+    assert "all-linear leaves out the experts" in said
+    assert "set adapter.target_parameters: [gate_up_proj, down_proj] to adapt them" in said
+
+
+def test_a_target_that_no_parameter_is_called_by_is_refused(moe):
+    recipe = recipe_with(moe("mixtral"), adapter={"target_parameters": ["gate_up_pro"]})
+    with pytest.raises(RecipeError, match="Did you mean 'gate_up_proj'"):
+        inject(open_model(recipe), recipe, quiet())
+
+
+def test_llama_cpp_s_adapters_cannot_hold_experts(moe):
+    with pytest.raises(RecipeError, match="fused experts"):
+        check_adapter(train_a_little(moe("qwen3_moe"), target_parameters=EXPERTS).model)
