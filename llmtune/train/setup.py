@@ -178,13 +178,7 @@ def set_up(
         )
     if recipe.adapter.start_from is None:
         task.start_head(adapted, reader, recipe)
-    if train.loss_type == "dft":
-        if task.auto_class != "AutoModelForCausalLM":
-            what = f"the loss dft is for decoders, and {adapted.selected.model_ref.name} has an encoder"
-            raise RecipeError.of(what, "train.loss_type", "Remove it.")
-        setattr(adapted.selected.model, DFT, True)
-    if train.neftune_noise_alpha is not None:
-        activate_neftune(adapted.selected.model, train.neftune_noise_alpha)
+    _mark_loss(adapted, task, recipe)
     model, optimizer = _distribute(accelerator, adapted.model, recipe, strategy)
     processor = adapted.selected.processor
     return TrainContext(
@@ -205,6 +199,21 @@ def set_up(
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
     )
+
+
+def _mark_loss(adapted: AdaptedModel, task: TaskInterface, recipe: Recipe) -> None:
+    """Let a model take the loss, and the noise on its embeddings, that the recipe wants in training; in place.
+
+    Raises RecipeError where its kind has not that loss.
+    """
+    model = adapted.selected.model
+    if recipe.train.loss_type == "dft":
+        if task.auto_class != "AutoModelForCausalLM":
+            what = f"the loss dft is for decoders, and {adapted.selected.model_ref.name} has an encoder"
+            raise RecipeError.of(what, "train.loss_type", "Remove it.")
+        setattr(model, DFT, True)
+    if recipe.train.neftune_noise_alpha is not None:
+        activate_neftune(model, recipe.train.neftune_noise_alpha)
 
 
 def _distribute(
