@@ -65,6 +65,9 @@ def find_class(
             "model.name",
             NEEDS[task.auto_class],
         )
+    if recipe.adapter.is_prompt and task.auto_class != "AutoModelForCausalLM":
+        what = f"{recipe.adapter.method} puts its vectors before a text that a decoder goes on from"
+        raise RecipeError.of(f"{what}, and {model_ref.name} is none", "adapter.method", "Use lora.")
     task.configure_head(config, recipe)
     return auto_class if own_code else auto_class._model_mapping[type(config)], config
 

@@ -74,7 +74,6 @@ def load_model(
     console = console or Console(quiet=True)
     with explain_oom(f"loading {model_ref.name}", device):
         model_class, config = find_class(model_ref, recipe, task)
-        _check_prompt_method(model_ref, recipe, task)
         attention, reason = choose_attention(model_class, config, recipe, task)
         if reason and task.auto_class == CAUSAL:
             console.print(f"Attention: {attention or 'own'}, with a mask over packed rows, because {reason}.")
@@ -111,12 +110,6 @@ def load_model(
         new_weights=new,
         packs=packs,
     )
-
-
-def _check_prompt_method(model_ref: ModelRef, recipe: Recipe, task: TaskInterface) -> None:
-    if recipe.adapter.is_prompt and task.auto_class != CAUSAL:
-        what = f"{recipe.adapter.method} puts its vectors before a text that a decoder goes on from"
-        raise RecipeError.of(f"{what}, and {model_ref.name} is none", "adapter.method", "Use lora.")
 
 
 def _check_readable(
