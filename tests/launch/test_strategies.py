@@ -16,7 +16,7 @@ from llmtune.launch.topology import Topology
 
 TESTS = Path(__file__).parents[1]
 TRAIN = {"batch_size": 6, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 5, "max_steps": 12}
-METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["lm_head"], "use_dora": True}}
+METHODS = {"lora": {}, "full": {"method": "full"}, "added": {"modules_to_save": ["norm"], "use_dora": True}}
 
 
 @pytest.fixture(autouse=True)
