@@ -108,6 +108,24 @@ def test_a_job_that_is_cancelled_or_fails_ends_this_command_with_its_exit_code(h
 
 @pytest.mark.slow
 @needs_slurm
+def test_two_machines_of_a_cluster_train_as_one_does(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    with cluster(here / "slurm", machines=2) as environment:
+        job = _launch(here, environment, "--machines", "2", "--out", "two")
+        _, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    one = invoke("train", "tiny.yaml", "--out", "one")
+    assert one.exit_code == 0, one.stderr
+    pairs = list(zip(read_metrics(here / "one"), read_metrics(here / "two"), strict=True))
+    assert len(pairs) >= 6
+    for alone, together in pairs:
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    report = json.loads((here / "two" / "report.json").read_text())
+    assert report["train"]["steps"] == len(pairs)
+
+
+@pytest.mark.slow
+@needs_slurm
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may hide a folder from a process")
 def test_the_report_comes_back_from_a_disk_that_only_the_machine_of_the_job_sees(here, tiny_llama, chat_rows):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"num_train_epochs": 1})

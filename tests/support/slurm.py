@@ -13,22 +13,22 @@ DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 PLACES = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 """Where distributions put daemons."""
 
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
 SLURM_CONF = """
 ClusterName=llmtune
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -41,8 +41,8 @@ PreemptExemptTime=0
 KillWait=60
 MinJobAge=600
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=spot Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} State=UP
+{nodes}
+PartitionName=spot Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF State=UP
 """
 
@@ -54,28 +54,37 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, grace: int = 60, private: Path | None = None) -> Iterator[dict[str, str]]:
+def cluster(folder: Path, *, machines: int = 1, private: Path | None = None) -> Iterator[dict[str, str]]:
     """Start the cluster; yield the environment in which Slurm's commands find it.
 
-    `private` becomes a disk of the machine that runs jobs, which nobody else sees.
+    Of two machines, both are this one under its two names. `private` becomes a disk of the machine that runs jobs,
+    which nobody else sees.
     """
     host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or subprocess.getoutput("id -un")
-    folder.mkdir(mode=0o755)
-    for name in ("state", "spool"):
-        (folder / name).mkdir(mode=0o755)
+    names = [host, "localhost"][:machines]
+    for path in (folder, folder / "state", *(folder / f"spool.{name}" for name in names)):
+        path.mkdir(mode=0o755)
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
-    conf = SLURM_CONF.format(host=host, user=user, folder=folder, grace=grace, ports=_free_ports(2))
+    control, *ports = _free_ports(1 + machines)
+    nodes = [
+        NODE.format(name=name, host=host, port=port, cpus=2 // machines)
+        for name, port in zip(names, ports, strict=True)
+    ]
+    conf = SLURM_CONF.format(host=host, user=user, folder=folder, port=control, nodes="\n".join(nodes))
     (folder / "slurm.conf").write_text(conf)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     environment = {**os.environ, "PATH": PLACES, "SLURM_CONF": str(folder / "slurm.conf")}
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={folder}/munge.key"]
     munged += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     with contextlib.ExitStack() as stack:
-        slurmd = ["slurmd", "-D"]
-        if private is not None:
-            slurmd = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs none {private} && exec slurmd -D"]
-        for words in (munged, ["slurmctld", "-D", "-i"], slurmd):
+        hidden = (
+            []
+            if private is None
+            else ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {private}; exec "$@"', "-"]
+        )
+        slurmds = [[*hidden, "slurmd", "-D", "-N", name] for name in names]
+        for words in (munged, ["slurmctld", "-D", "-i"], *slurmds):
             stack.enter_context(_daemon(words, environment, folder))
         _wait_until_idle(environment, folder)
         yield environment
@@ -83,7 +92,7 @@ def cluster(folder: Path, *, grace: int = 60, private: Path | None = None) -> It
 
 @contextlib.contextmanager
 def _daemon(words: list[str], environment: dict[str, str], folder: Path) -> Iterator[None]:
-    with (folder / f"{words[0]}.out").open("wb") as out:
+    with (folder / f"{words[0]}.out").open("ab") as out:
         process = subprocess.Popen(words, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         time.sleep(0.5)
         try:
