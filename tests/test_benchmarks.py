@@ -139,3 +139,36 @@ def test_tools_train_side_by_side_and_a_page_comes_of_it(tiny_llama: Path, tmp_p
     page = run("results.py", measured.parent, cwd=tmp_path).stdout
     assert "| TRL, packed |" in page
     assert str(tmp_path) not in page
+
+
+def test_simulated_efficiency_is_the_ring_alone_where_all_steps_are_alike_and_falls_with_uneven_ones(load: Any) -> None:
+    scale: ModuleType = load("scale")
+    even = scale.simulate([2.0], 1e9, 1e-3, 1e9)
+    for count, share in zip(scale.MACHINES, even, strict=True):
+        ring = 2 * (count - 1) / count * 1.0 + 2 * (count - 1) * 1e-3
+        assert share == pytest.approx(2 / (2 + ring))
+    uneven = scale.simulate([1.0, 2.0, 3.0], 1e9, 1e-3, 1e9)
+    assert all(one < other for one, other in zip(uneven[1:], even[1:], strict=True))
+    assert uneven == sorted(uneven, reverse=True)
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_page_on_scale_are_what_the_script_writes(load: Any) -> None:
+    scale: ModuleType = load("scale")
+    page = scale.PAGE.read_text(encoding="utf-8")
+    for table in (scale.memory_table(), scale.time_table(), scale.efficiency_table()):
+        assert "\n".join(scale.lines_of(table)) in page
+
+
+def test_operations_of_a_token_are_those_that_torch_counts(load: Any, tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    scale: ModuleType = load("scale")
+    scale.MODELS["tiny"] = scale.llama(64, 2, 8, 256)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(scale.MODELS["tiny"], attn_implementation="eager")
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros((1, scale.TOKENS), dtype=torch.long))
+    attention = 2 * 2 * 64 * scale.TOKENS  # eager attention multiplies the whole square, of which half is counted
+    assert scale.shape("tiny", "lora").forward == pytest.approx(counter.get_total_flops() / scale.TOKENS - attention)

@@ -1,0 +1,268 @@
+"""Tables of docs/scale.md: memory by llmtune's own plan, time by counted operations, efficiency by simulation.
+
+python benchmarks/scale.py          write the tables
+python benchmarks/scale.py --link   measure the link between two processes of this machine; the page has LOOPBACK
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from llmtune.model import memory_plan
+from llmtune.model.config import build_skeleton, find_class, linear_shapes
+from llmtune.recipe.loader import load_recipe
+from llmtune.records import MemoryPlan, ModelRef
+from llmtune.tasks.registry import get_task
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/scale.md"
+GIB = 2**30
+CARDS = (24, 48, 80, 141)
+"""GiB of the cards that are common."""
+USABLE = 0.85
+TOKENS = 2048
+PROCESSES = 8
+PEAK, EFFICIENCY, PRICE = 989e12, 0.4, 3.0
+"""An H100's dense bfloat16 operations a second (data sheet), the share of them that is assumed, dollars an hour."""
+LINKS = {"1 Gbit/s": 1e9 / 8, "10 Gbit/s": 10e9 / 8, "100 Gbit/s": 100e9 / 8}
+LATENCY = 50e-6
+"""Seconds a message of the simulated links takes at least."""
+LOOPBACK = (8e-5, 8e8)
+"""Seconds a message, bytes a second: gloo between two processes of a machine that was busy beside."""
+SPEEDS, ADAPTER = (228.0, 237.0, 252.0), 4_884_480
+"""Tokens a second of one thread in RESULTS.md (lowest, median, highest; TOKENS a step), and the numbers it trains."""
+STEP_TOKENS = 65_536
+MACHINES = (1, 2, 4, 8, 16, 32)
+DRAWS = 2000
+
+RECIPE = """
+recipe_version: 1
+task: chat
+data: {{train: "builtin:debian-sections", max_length: 2048}}
+model: {{name: {folder}, dtype: bfloat16}}
+adapter: {{method: {method}}}
+train: {{gradient_checkpointing: true, optim: adamw_torch}}
+"""
+Rows = list[Sequence[str]]
+
+
+def llama(hidden: int, layers: int, heads: int, intermediate: int, tie: bool = False) -> LlamaConfig:
+    """Return the shape of a Llama 3."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tie,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def qwen(hidden: int, layers: int, heads: int, kv: int, intermediate: int, vocabulary: int, tie: bool) -> Qwen2Config:
+    """Return the shape of a Qwen 2.5."""
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tie,
+        architectures=["Qwen2ForCausalLM"],
+    )
+
+
+MODELS = {
+    "Qwen2.5 0.5B": qwen(896, 24, 14, 2, 4864, 151_936, True),
+    "Llama 3.2 1B": llama(2048, 16, 32, 8192, True),
+    "Llama 3.2 3B": llama(3072, 28, 24, 8192, True),
+    "Llama 3.1 8B": llama(4096, 32, 32, 14_336),
+    "Qwen2.5 14B": qwen(5120, 48, 40, 8, 13_824, 152_064, False),
+    "Qwen2.5 32B": qwen(5120, 64, 40, 8, 27_648, 152_064, False),
+    "Llama 3.1 70B": llama(8192, 80, 64, 28_672),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the tables need of a model and a method."""
+
+    plan: MemoryPlan
+    forward: float
+    """Operations of a forward pass, a token."""
+    layer_bytes: float
+    """Bytes of the weights of one layer."""
+
+    @property
+    def sharded(self) -> float:
+        """Bytes on one of PROCESSES cards under fsdp: a share of what can be cut, two layers whole, activations."""
+        parts = self.plan.parts
+        kept = sum(parts[name] for name in ("activations", "logits"))
+        return (self.plan.total - kept) / PROCESSES + 2 * self.layer_bytes + kept
+
+    def operations(self, method: str) -> float:
+        """Operations of training, a token: a backward pass counts two forward ones, one where weights are held still.
+
+        One more forward pass is for gradient checkpointing.
+        """
+        return self.forward * (4 if method == "full" else 3)
+
+
+def shape(name: str, method: str) -> Shape:
+    """Plan a training of rows of TOKENS tokens on a card, with gradient checkpointing."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = MODELS[name]
+        config.save_pretrained(folder)
+        (Path(folder) / "recipe.yaml").write_text(RECIPE.format(folder=folder, method=method))
+        recipe, task = load_recipe(Path(folder) / "recipe.yaml").recipe, get_task("chat")
+        ref = ModelRef(name, Path(folder), None, "")
+        memory_plan.memory_limit = lambda device: None  # there is no card here
+        plan = memory_plan.plan_memory(ref, recipe, task, TOKENS, "cuda")
+        skeleton = build_skeleton(*find_class(ref, recipe, task), recipe)
+    linear = {key: rows * columns for key, (rows, columns) in linear_shapes(skeleton).items()}
+    layer = sum(size for key, size in linear.items() if ".layers.0." in key)
+    attention = 2 * config.num_hidden_layers * config.hidden_size * TOKENS  # half of the square: causal
+    return Shape(plan, 2 * sum(linear.values()) + attention, layer * (4 if method == "full" else 2))
+
+
+def card(bytes_needed: float) -> str:
+    """Return the smallest common card that a plan fills to at most 85 %."""
+    fits = [size for size in CARDS if bytes_needed <= USABLE * size * GIB]
+    return f"{fits[0]} GB" if fits else "none"
+
+
+def memory_table() -> Rows:
+    """Return memory and card by model and method; the last columns are for fsdp."""
+    rows: Rows = [["model", "qlora", "card", "lora", "card", "full", "card", f"full, fsdp on {PROCESSES}", "cards"]]
+    for name in MODELS:
+        cells = [name]
+        for method in ("qlora", "lora", "full"):
+            found = shape(name, method)
+            cells += [f"{found.plan.total / GIB:.1f}", card(found.plan.total)]
+        # Each process loads all weights before it keeps its part.
+        needed = max(found.sharded, found.plan.parts["weights"])
+        rows.append([*cells, f"{needed / GIB:.1f}", card(needed)])
+    return rows
+
+
+def time_table() -> Rows:
+    """Return hours and dollars for 100 million tokens on one card, by the operations of a token."""
+    rows: Rows = [
+        ["model", "lora: GFLOP a token", "tokens/s", "hours", "$", "full: GFLOP a token", "tokens/s", "hours", "$"]
+    ]
+    for name in MODELS:
+        cells = [name]
+        for method in ("lora", "full"):
+            operations = shape(name, method).operations(method)
+            speed = PEAK * EFFICIENCY / operations
+            hours = 1e8 / speed / 3600
+            cells += [f"{operations / 1e9:,.1f}", f"{speed:,.0f}", f"{hours:,.1f}", f"{hours * PRICE:,.0f}"]
+        rows.append(cells)
+    return rows
+
+
+def simulate(steps: Sequence[float], gradient_bytes: float, latency: float, bandwidth: float) -> list[float]:
+    """Return the efficiency for each of MACHINES: every step waits for the slowest, then sums gradients in a ring.
+
+    `steps` are the seconds of single steps, drawn with replacement. The sum is not hidden behind the backward pass.
+    """
+    draws, alone = np.random.default_rng(0), statistics.fmean(steps)
+    found = []
+    for count in MACHINES:
+        slowest = draws.choice(steps, (DRAWS, count)).max(axis=1).mean()
+        ring = 2 * (count - 1) * (latency + gradient_bytes / count / bandwidth)
+        found.append(alone / (slowest + ring))
+    return found
+
+
+def efficiency_table() -> Rows:
+    """Return simulated efficiencies: of the training measured here, and of computed ones on one card a machine."""
+    rows: Rows = [["training", "link", "step", "gradients", *(f"{count}" for count in MACHINES)]]
+
+    def row(what: str, link: str, steps: Sequence[float], size: float, latency: float, bandwidth: float) -> None:
+        shares = [f"{share:.0%}" for share in simulate(steps, size, latency, bandwidth)]
+        rows.append([what, link, f"{statistics.fmean(steps):.2f} s", f"{size / 1e6:,.0f} MB", *shares])
+
+    steps = [TOKENS / speed for speed in SPEEDS]
+    spread = np.array(steps) / statistics.fmean(steps)
+    what = "SmolLM2 135M, lora, one core"
+    row(what, "loopback", steps, 4 * ADAPTER, *LOOPBACK)
+    row(what, "1 Gbit/s", steps, 4 * ADAPTER, LATENCY, LINKS["1 Gbit/s"])
+    for method in ("lora", "full"):
+        found = shape("Llama 3.1 8B", method)
+        seconds = STEP_TOKENS * found.operations(method) / (PEAK * EFFICIENCY)
+        for link in ("10 Gbit/s", "100 Gbit/s"):
+            what = f"Llama 3.1 8B, {method}, an H100"
+            row(what, link, list(seconds * spread), found.plan.parts["gradients"], LATENCY, LINKS[link])
+    return rows
+
+
+def link() -> None:
+    """Print seconds a message and bytes a second of gloo's sums between two processes of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_sum, (folder,), 2)
+        seconds = json.loads((Path(folder) / "found").read_text())
+    small, *large = [(float(size), found) for size, found in seconds.items()]
+    # A ring of two: two rounds, each of half of the bytes.
+    slope, _ = np.polyfit(*np.array(large).T, 1)
+    print(f"LOOPBACK = ({small[1] / 2:.1e}, {1 / slope:.1e})")
+
+
+def _sum(rank: int, folder: str) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for size in (4, 2**20, 2**22, 2**24, 2**25):
+        value, times = torch.ones(size // 4), []
+        for _ in range(15):
+            torch.distributed.barrier()
+            started = time.perf_counter()
+            torch.distributed.all_reduce(value)
+            times.append(time.perf_counter() - started)
+        found[size] = statistics.median(times[3:])
+    if rank == 0:
+        (Path(folder) / "found").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def lines_of(rows: Rows) -> Iterator[str]:
+    """Yield a table as Markdown, numbers to the right."""
+    for index, row in enumerate(rows):
+        yield f"| {' | '.join(row)} |"
+        if index == 0:
+            yield f"|---|{'---:|' * (len(row) - 1)}"
+
+
+def main() -> None:
+    """Write the tables between their marks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--link", action="store_true")
+    if parser.parse_args().link:
+        return link()
+    tables = {"memory": memory_table(), "time": time_table(), "efficiency": efficiency_table()}
+    text = PAGE.read_text(encoding="utf-8")
+    for name, rows in tables.items():
+        begin, end = f"<!-- {name}: made by `python benchmarks/scale.py` -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = "\n".join([f"{before}{begin}", *lines_of(rows), "", end]) + rest.split(end, 1)[1]
+    PAGE.write_text(text, encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    main()
