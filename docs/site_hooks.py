@@ -13,7 +13,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ("recipes", "examples", "benchmarks", "llmtune/evaluate/general", "CHANGELOG.md", "CONTRIBUTING.md")
-SHOWN = {".md", ".yaml", ".yml", ".txt", ".svg", ".png"}
+SHOWN = {"", ".md", ".yaml", ".yml", ".txt", ".svg", ".png"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
