@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ def test_two_processes_train_as_one_does(tmp_path, tiny_llama, console):
 def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_a_whole_run(
     here, tiny_llama, chat_rows
 ):
-    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"eval_metrics": ["accuracy", "chrf"]})
     two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=here)
     assert two.returncode == 0, two.stderr
     one = invoke("run", "tiny.yaml", "--out", "one")
@@ -61,6 +62,11 @@ def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_
     assert len(pairs) >= 6
     for alone, together in pairs[:10]:
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert together.get("validation_metrics") == pytest.approx(alone.get("validation_metrics"), abs=1e-4)
+    assert any(line["validation_metrics"] for line in read_metrics(here / "two") if "validation_loss" in line)
+    with np.load(here / "one" / "row_losses.npz") as alone, np.load(here / "two" / "row_losses.npz") as together:
+        assert (alone["seen"] == together["seen"]).all()
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-3)
     reports = {name: json.loads((here / name / "report.json").read_text()) for name in ("one", "two")}
     assert reports["two"]["adapter"] == reports["one"]["adapter"]
     assert reports["two"]["train"].keys() == reports["one"]["train"].keys()
