@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 
 from llmtune.data.deduplication import match_near
 from llmtune.data.minhash import I64, U64, hash_words
@@ -78,7 +79,8 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
     """Compare every test row with all training rows; `near` also looks for nearly equal ones.
 
     What is compared is all that is said but for the system message; of questions about a text, questions and answers:
-    that several are about one text is usual. Takes some fifty bytes for each word of the test rows.
+    that several are about one text is usual. Takes some fifty bytes for each word of the test rows, and for each
+    training row.
     """
     prompts = _PromptSearch(json.loads(text) for _, text in iterate_texts(rows, "test"))
     texts = [compared_text(json.loads(text)) for _, text in iterate_texts(rows, "test")]
@@ -90,13 +92,12 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
         short_tests[words].append(number)
     equal: dict[int, int] = {}
     worded: dict[int, int] = {}
-    numbers: dict[str, int] = {}
+    first_N = _first_copies(rows)
     for first, batch in iterate_batches(rows, "train"):
         new = {}
         written = zip(batch.column("id").to_pylist(), batch.column("row").to_pylist(), strict=True)
         for number, (name, text) in enumerate(written, start=first):
-            if name not in numbers:
-                numbers[name] = number
+            if first_N[number]:
                 row = json.loads(text)
                 new[number] = compared_text(row)
                 prompts.add(row, number)
@@ -109,19 +110,28 @@ def find_overlap(rows: Rows, *, near: bool) -> Overlap:
             for test in short_tests.get(words, ()) if words else ():
                 worded.setdefault(test, int(number_R[short]))
     shared, runs = _first_shared(tests, search, texts)
-    known = np.fromiter(numbers.values(), np.int64, len(numbers))
+    known = np.flatnonzero(first_N)
     return Overlap(
         test_rows=len(texts),
-        train_rows=len(numbers),
+        train_rows=len(known),
         short=frozenset(tests.short),
         equal=equal,
         near=_find_near(rows, known, len(texts)) if near else {},
-        prompted=prompts.found(len(numbers)),
+        prompted=prompts.found(len(known)),
         worded=worded,
         shared=shared,
         runs=runs,
         common=int((search.count_G > COMMON_ROWS).sum()),
     )
+
+
+def _first_copies(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Return which training rows stand there for the first time."""
+    batches = (batch.column("id").to_pylist() for _, batch in iterate_batches(rows, "train"))
+    id_N = np.frombuffer(b"".join(bytes.fromhex("".join(ids)) for ids in batches), dtype="S16")
+    first_N = np.zeros(len(id_N), dtype=bool)
+    first_N[np.unique(id_N, return_index=True)[1]] = True
+    return first_N
 
 
 def compared_text(row: Row) -> str:
