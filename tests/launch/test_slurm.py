@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,24 @@ def test_a_job_that_is_cancelled_or_fails_ends_this_command_with_its_exit_code(h
         )
         _, err = failing.communicate(timeout=240)
         assert failing.returncode == 6, err
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_ctrl_c_ends_the_following_alone_and_says_how_to_cancel(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    with cluster(here / "slurm") as environment:
+        job = _launch(here, environment, "--out", "run", "--sbatch=--hold")
+        queue = ["squeue", "--noheader", "--format=%T"]
+        _wait(lambda: bool(subprocess.run(queue, env=environment, capture_output=True).stdout), job)
+        time.sleep(2)
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=20)
+        assert job.returncode == 130, err
+        assert "stopped following; job 1 goes on" in err
+        assert "To cancel it: scancel 1" in err
+        left = subprocess.run(queue, env=environment, capture_output=True, text=True)
+    assert left.stdout.split() == ["PENDING"]
 
 
 @pytest.mark.slow
