@@ -140,7 +140,8 @@ def _fill(build: Callable[[], PeftModel], source: Path, name: str, base_name: st
     try:
         model = build()
         weights = load_peft_weights(str(source), device="cpu")
-        _refuse_no_numbers(weights, source)
+        whole = () if isinstance(model.peft_config[name], LoraConfig) else (torch.int32, torch.int64)
+        _refuse_no_numbers({key: weight for key, weight in weights.items() if weight.dtype not in whole}, source)
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     except UNREADABLE as error:
         if is_out_of_memory(error):
@@ -182,7 +183,10 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: Path) -> No
 
 
 def _refuse_no_numbers(weights: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no adapter is that."""
+    """Raise EnvironmentProblem where weights are whole numbers, NaN or infinite: no LoRA is that.
+
+    Methods that change single weights (SHiRA) hold where those are.
+    """
     wrong = [name for name, weight in weights.items() if not weight.is_floating_point() or not weight.isfinite().all()]
     if wrong:
         what = f"{len(wrong)} weights of the adapter are not finite numbers, {wrong[0]} for one"

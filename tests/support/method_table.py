@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from llmtune.adapter.injection import inject
 from llmtune.adapter.merging import merge
-from llmtune.adapter.saving import save_adapter
+from llmtune.adapter.saving import load_adapter, save_adapter
 from llmtune.data.examples import load_examples
 from llmtune.data.row_store import load_rows
 from llmtune.errors import LlmtuneError
@@ -228,10 +228,14 @@ class Bench:
         folder = self.folder / "adapter"
         save_adapter(training.adapted, folder)
         task, recipe = self.task, self.recipe
-        fresh = load_model(self.selected.model_ref, recipe, task, self.selected.processor, device="cpu", training=False)
+        fresh, ours = (
+            load_model(self.selected.model_ref, recipe, task, self.selected.processor, device="cpu", training=False)
+            for _ in range(2)
+        )
         with warnings.catch_warnings(action="ignore"):
             plain = PeftModel.from_pretrained(fresh.model, str(folder)).eval()
-        same = torch.allclose(self.scores(plain), tuned, **SAME)
+        loaded = self.scores(load_adapter(ours, folder).model)
+        same = torch.allclose(self.scores(plain), tuned, **SAME) and torch.allclose(loaded, tuned, **SAME)
         return {"saves": "yes", "plain PEFT": "yes" if same else "no"}
 
     def resumed(self, training: TrainContext, method: str) -> str:
