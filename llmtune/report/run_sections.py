@@ -101,25 +101,17 @@ def validation_curves(curve: Sequence[Mapping[str, object]]) -> list[Block]:
 
 def hardest_rows(rows: Sequence[HardRow]) -> list[Block]:
     """The training rows that were hardest to learn, folded away; nothing where none is known."""
-    cells: Rows = [
-        [
-            Cell(row["origin"], note=row["id"][:12]),
-            score(row["loss"]),
-            score(row["excess"]),
-            row["prompt"],
-            row["reference"],
-        ]
-        for row in rows
-    ]
-    columns: Columns = ["row", Column("loss", "number"), Column("above its steps", "number"), "prompt", "reference"]
+    if not rows:
+        return []
+    cells: Rows = []
+    for row in rows:
+        numbers = score(row["loss"]), score(row["excess"])
+        cells.append([f"{row['prompt']} → {row['reference']}", *numbers, Cell(row["origin"], note=row["id"][:12])])
+    columns: Columns = ["prompt → reference", Column("loss", "number"), Column("above its steps", "number"), "row"]
     text = "Mean loss of a row while it was trained on, and how far that lay above the mean of its steps. Rows "
     text += "that stay hard are often labelled wrongly: read these first. `row_losses.npz` has all of them."
-    table = Table(columns, cells, scroll=True)
-    return (
-        [Details(f"The {len(rows)} training rows that were hardest to learn", [Text(text, "soft"), table])]
-        if rows
-        else []
-    )
+    shown: list[Block] = [Text(text, "soft"), Table(columns, cells, scroll=True)]
+    return [Details(f"The {len(rows)} training rows that were hardest to learn", shown)]
 
 
 def points(curve: Sequence[Mapping[str, object]], key: str) -> list[Point]:
