@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
+from support.adapting import build_family
 from support.finished import finish_run
 from support.models import build_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,6 +60,27 @@ def fails(tuned, out, console, message, **options):
     assert raised.value.exit_code == 6
     assert not out.exists()
     return json.loads(out.with_name(f"{out.name}.failed.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_of_experts_are_merged_and_a_reader_that_drops_them_fails(
+    tune, tmp_path, console, monkeypatch, method
+):
+    model = build_family(
+        tmp_path / "moe", "qwen3_moe", num_experts=4, moe_intermediate_size=32, num_experts_per_tok=2, vocab_size=512
+    )
+    adapter = {"method": method, "target_parameters": ["gate_up_proj", "down_proj"], "target_modules": ["q_proj"]}
+    onto = "dequantized" if method == "qlora" else "original"
+    assert merge_model(tune(model, 3.0, adapter=adapter), tmp_path / "whole", console, onto=onto)["passed"]
+
+    def merge_and_drop(adapted, onto):
+        for module in adapted.model.modules():
+            if isinstance(module, ParamWrapper):
+                module.lora_B["default"].weight.data.zero_()
+        return really_merge(adapted, onto)
+
+    monkeypatch.setattr(merging, "merge_weights", merge_and_drop)
+    fails(tune(model, 3.0, adapter=adapter), tmp_path / "dropped", console, "the merged model differs", onto=onto)
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("float32", 0.1), ("bfloat16", 2.0)])
