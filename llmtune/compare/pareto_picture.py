@@ -78,6 +78,8 @@ def _draw(axes: Axes, runs: Sequence[RunSummary], cost: str, metric: str, like_b
     axes.step([costs[i] for i in front], [known[i].tuned[metric] for i in front], where="post", color=FRONT, alpha=0.6)
     if max(costs) > 20 * min(costs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.15)
     axes.set(xlabel=title)
     axes.spines["bottom"].set_visible(True)
