@@ -61,7 +61,7 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
         context.begin("adapt")
         with context.step("train", train_inputs, [trained_name(context.recipe)], always=True) as step:
             found = launch_local(
-                [str(context.folder.path), topology.strategy],
+                [str(context.folder.path.resolve()), topology.strategy],
                 topology,
                 context.console,
                 board=board,
@@ -76,7 +76,8 @@ def process_executor(topology: Topology, board: Board | None = None, *, threads:
             )
 
     def score(context: RunContext, *_: object, folder: Path) -> None:
-        arguments = [str(context.folder.path), str(folder), str(context.base or "")]
+        base = "" if context.base is None else str(context.base.resolve())
+        arguments = [str(context.folder.path.resolve()), str(folder.resolve()), base]
         launch_local(arguments, topology, context.console, entry=EVALUATE_RUN, board=board, threads=threads)
 
     return Executor(train, score)
