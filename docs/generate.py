@@ -23,6 +23,7 @@ from llmtune.recipe.schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("<!-- packages: made by `make docs` -->", "<!-- end of packages -->")
+MEMORY = ("<!-- memory: made by `make docs` from benchmarks/memory_plan.json -->", "<!-- end of memory -->")
 GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
 CODE_HEAD = """\
 # Map of the code
@@ -49,6 +50,7 @@ def main() -> int:
         ROOT / "docs/cli.md": command_reference(),
         ROOT / "docs/code.md": code_map(),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
+        ROOT / "docs/memory.md": between(ROOT / "docs/memory.md", MEMORY, f"\n{memory_table()}\n"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
         ROOT / "llmtune/recipe/peft_methods.json": peft_methods(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
@@ -69,6 +71,31 @@ def between(page: Path, marks: tuple[str, str], text: str) -> str:
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def memory_table() -> str:
+    """Return the table of planned and measured memory, and the errors below it."""
+    cases = json.loads((ROOT / "benchmarks/memory_plan.json").read_text(encoding="utf-8"))
+    lines = [
+        "| model or recipe | method | dtype | rows x tokens | planned | measured | error |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    errors = []
+    for case in cases:
+        planned, measured = case["planned"], case["measured"]
+        errors.append(100 * (planned / measured - 1))
+        dtype = case.get("dtype", "bfloat16") + (", checkpointing" if case.get("checkpointing") else "")
+        about = (
+            f"`{case['recipe']}` | {case['method']} | auto | its own"
+            if "recipe" in case
+            else f"{case['model']} | {case['method']} | {dtype} | {case['rows']} x {case['length']}"
+        )
+        lines.append(f"| {about} | {planned / 1e9:.2f} GB | {measured / 1e9:.2f} GB | {errors[-1]:+.0f} % |")
+    sizes = sorted(map(abs, errors))
+    middle, worst = sizes[len(sizes) // 2], sizes[-1]
+    models = "smollm2 has 135 million parameters, small 50 and tiny 3."
+    said = f"{len(cases)} cases: the error is {middle:.1f} % in the middle and {worst:.0f} % at worst."
+    return "\n".join([*lines, "", f"{said} {models}"])
 
 
 def package_lines() -> str:

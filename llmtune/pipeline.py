@@ -18,7 +18,7 @@ from llmtune import __version__
 from llmtune.adapter.injection import adapter_inputs, adapter_settings, describe
 from llmtune.adapter.load import find_adapter
 from llmtune.data.data_report import describe_examples
-from llmtune.data.examples import encode_rows, examples_inputs, load_examples
+from llmtune.data.examples import encode_rows, examples_inputs, load_examples, row_lengths
 from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
@@ -37,8 +37,7 @@ from llmtune.executor import HERE, Executor
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import rank_candidates
-from llmtune.model.resolve import resolve_model
+from llmtune.model.model_selection import rank_candidates, resolve_candidates
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.render_terminal import print_blocks
@@ -204,7 +203,8 @@ def select_model(context: RunContext, rows: Rows) -> ModelRef:
     assert model.candidates, "a recipe names a model or candidates"
     if context.held and context.pins is not None and context.pins.model in model.candidates:
         return locate_pinned(context, context.pins.model)
-    contents = [resolve_model(name, model, context.console, context.offline).content_hash for name in model.candidates]
+    there, _ = resolve_candidates(context.recipe, context.console, context.offline)
+    contents = [one.content_hash for one in there]
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
     settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, context.device]
     inputs = hash_value([rows.content_hash, settings])
@@ -245,7 +245,7 @@ def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> Memo
     check_context(model_ref, context.recipe, context.task, max(examples.reach.values()))
     context.resolve_checkpointing(model_ref, longest)
     recipe = context.resolved_recipe
-    plan = plan_training(model_ref, recipe, context.task, longest, context.device)
+    plan = plan_training(model_ref, recipe, context.task, longest, context.device, row_lengths(examples))
     settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, model_ref.content_hash, settings])
     with context.step("select", inputs) as step:
@@ -357,6 +357,9 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
         try:
             model_ref = locate_pinned(replace(context, offline=True), name)
         except EnvironmentProblem:
+            if recipe.model.candidates and not is_remote_model(name):
+                console.print(f"{escape(name)} would be left out: it is not there")
+                continue
             if context.offline or not is_remote_model(name):
                 raise
             console.print(f"{escape(name)} would be downloaded first")
@@ -365,7 +368,9 @@ def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
         processor = context.read_processor(model_ref)
         longest = _longest_row(context)
         context.resolve_checkpointing(model_ref, longest)
-        plan = plan_training(model_ref, context.resolved_recipe, context.task, longest, context.device)
+        known = folder.path / "data" / "examples"
+        lengths = row_lengths(load_examples(known)) if folder.facts("encode") and known.is_dir() else None
+        plan = plan_training(model_ref, context.resolved_recipe, context.task, longest, context.device, lengths)
         check_memory(plan, context.resolved_recipe, console)
         plans[name] = {**asdict(plan), "total": plan.total}
         if valid["prepare"] and recipe.model.name:

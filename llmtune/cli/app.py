@@ -13,7 +13,19 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
-from llmtune.cli import compare, deploy, explain, init, prompting, recipes, release, run, schedulers, verify
+from llmtune.cli import (
+    compare,
+    deploy,
+    explain,
+    init,
+    models,
+    prompting,
+    recipes,
+    release,
+    run,
+    schedulers,
+    verify,
+)
 from llmtune.cli.options import AsJson
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.usage_hints import CommandGroup
@@ -153,6 +165,7 @@ TREES = {
     "deploy": deploy.app,
     "explain": explain.app,
     "recipes": recipes.app,
+    "models": models.app,
     "release": release.app,
     "launch": schedulers.app,
 }
@@ -160,8 +173,8 @@ PANELS = {
     "Begin": ("init", "run", "runs", "doctor"),
     "Use a run": ("generate", "chat", "deploy"),
     "One step at a time": ("prepare", "select", "adapt", "train", "evaluate"),
-    "Look closer": ("compare", "verify", "reproduce", "explain"),
-    "More": ("recipes", "release", "launch"),
+    "Look closer": ("compare", "sweep", "verify", "reproduce", "explain"),
+    "More": ("recipes", "models", "release", "launch"),
 }
 """The commands as the help shows them."""
 EXAMPLES = {
@@ -171,6 +184,7 @@ EXAMPLES = {
     "generate": 'llmtune generate latest "TEXT", or llmtune generate latest --input rows.csv --output answers.jsonl',
     "chat": "llmtune chat latest",
     "compare": "llmtune compare RUN RUN, or llmtune compare tickets.yaml --methods full,lora,qlora",
+    "sweep": "llmtune sweep tickets.yaml --space space.yaml --trials 20",
     "verify": "llmtune verify latest",
     "reproduce": "llmtune reproduce latest",
 }

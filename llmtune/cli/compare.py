@@ -1,4 +1,4 @@
-"""`llmtune compare`: runs that exist side by side, or one recipe trained with several methods."""
+"""`llmtune compare`: runs side by side, or one recipe by several methods; `llmtune sweep`: by values of its keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson, Fresh, Offline, Resume, Sets, Threads
+from llmtune.cli.options import AsJson, Fresh, Offline, RecipeArgument, Resume, Sets, Threads
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
@@ -84,4 +84,30 @@ def _compare_runs(what: Sequence[str], out: Path | None, stated: Sequence[str], 
     return compare_runs([Path(one) for one in what], out, shown)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"compare": compare}
+@handled
+def sweep(
+    recipe: RecipeArgument,
+    space: Annotated[Path, typer.Option("--space", metavar="FILE", help="The keys to search, with their values.")],
+    trials: Annotated[int, typer.Option("--trials", min=2, help="So many, the recipe as it is among them.")] = 20,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Trials side by side.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of the sweep (default: one in runs/, named by hash).")
+    ] = None,
+    sets: Sets = None,
+    threads: Threads = None,
+    offline: Offline = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search for better values by validation loss; the same command goes on with a sweep that was stopped."""
+    prepare_environment(network=not offline, threads=threads)
+    with gc_paused():
+        from llmtune.compare.sweep import sweep as run_sweep
+        from llmtune.compare.sweep_trial import SweepOptions
+
+    options = SweepOptions(space, trials, processes, tuple(sets or ()), out, threads, offline)
+    result = run_sweep(recipe, options, stderr_console(), make_console(stderr=False, quiet=as_json))
+    if as_json:
+        print_json(result)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"compare": compare, "sweep": sweep}

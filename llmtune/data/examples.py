@@ -234,6 +234,11 @@ def load_examples(folder: Path) -> Examples:
     return Examples(folder=folder, files=files, **record)
 
 
+def row_lengths(examples: Examples) -> npt.NDArray[np.int32]:
+    """Return what each training example costs, in tokens."""
+    return ExampleReader(examples, "train").lengths
+
+
 class ExampleReader:
     """The examples of one split in random access; nothing but the tokens asked for is read into memory."""
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +42,7 @@ _SMALL = 4096
 """Matrices below this size keep their state in 32 bits in the 8-bit optimisers of bitsandbytes."""
 _QUANTIZED_BYTES = {True: 0.516, False: 0.5625}
 """Bytes per 4-bit weight: blocks of 64 with a float32 scale each, or 8-bit scales with double quantisation."""
-_USABLE = 0.85
+USABLE = 0.85
 """Share of the device's memory that a plan may fill: the rest is for kernels, fragments and the process itself."""
 _LIBRARIES_BYTES = 650_000_000
 """What Python, torch and transformers take in memory that a process shares with them: on a CPU; 0.63 GB measured."""
@@ -56,6 +58,14 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
+    return plan_skeleton(skeleton, recipe, task, tokens, device, memory_limit(device))
+
+
+def plan_skeleton(
+    skeleton: PreTrainedModel, recipe: Recipe, task: TaskInterface, tokens: int, device: str, limit: int | None
+) -> MemoryPlan:
+    """Do the same for a model without weights, and for a device that has `limit` bytes, this machine's or another."""
+    config = skeleton.config
     weight_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, device)).bits // 8
     inner, trained = _trained_sizes(skeleton, recipe, task)
     trained_total = sum(trained)
@@ -75,24 +85,38 @@ def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens
         "adapter": 0 if full else 4 * trained_total,
         "gradients": 4 * trained_total,
         "optimizer": int(optimizer),
-        "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe.train.gradient_checkpointing),
+        "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe, device),
         "logits": logits_at_once * logit_bytes,
     }
+    if (
+        recipe.adapter.method == "qlora" and device == "cpu"
+    ):  # the weights before they are quantised, in the same memory
+        parts["loading"] = weight_bytes * _quantized(skeleton, inner)
     if task.needs_reference_model(recipe) and (full or recipe.adapter.start_from is not None):
         parts["reference"] = 4 * trained_total
-    lower_bound = _fixed(parts) + logit_bytes
+    lower_bound = _fixed(parts) + logit_bytes - parts.get("loading", 0)  # loading is over when training begins
     if recipe.train.optim.startswith("paged_"):
         lower_bound -= parts["optimizer"]  # moves to the host where it must
-    return MemoryPlan(parts, lower_bound, memory_limit(device), device)
+    return MemoryPlan(parts, lower_bound, limit, device)
 
 
-def plan_training(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> MemoryPlan:
+def plan_training(
+    model_ref: ModelRef,
+    recipe: Recipe,
+    task: TaskInterface,
+    longest: int,
+    device: str,
+    lengths: npt.NDArray[np.int32] | None = None,
+) -> MemoryPlan:
     """Plan the first micro-batches of rows of at most `longest` tokens; `tokens` is their budget.
 
-    Raises what `plan_memory` raises.
+    With the `lengths` of the encoded rows a step is planned with the longest of them that packing can join, else with
+    rows that are all as long as the longest. Raises what `plan_memory` raises.
     """
     budget = micro_batch_tokens(plan_memory(model_ref, recipe, task, longest, device), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
+    if lengths is not None and len(lengths) and recipe.data.packing and recipe.train.batch_tokens is None:
+        step_tokens = int(np.sort(lengths)[-recipe.train.batch_size :].sum())
     return replace(plan_memory(model_ref, recipe, task, min(budget, step_tokens), device), tokens=budget)
 
 
@@ -105,7 +129,7 @@ def resolve_checkpointing(model_ref: ModelRef, recipe: Recipe, task: TaskInterfa
     if not getattr(model_class, "supports_gradient_checkpointing", True):
         return False
     plan = plan_memory(model_ref, recipe, task, longest, device)
-    return plan.limit is not None and plan.total > _USABLE * plan.limit
+    return plan.limit is not None and plan.total > USABLE * plan.limit
 
 
 def _fixed(parts: Mapping[str, int]) -> int:
@@ -220,7 +244,7 @@ def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
     per_token = max(1, (plan.parts["activations"] + plan.parts["logits"]) // tokens)
     if plan.limit is None:
         return max(longest, min(cap, _CPU_TOKENS))
-    room = int(_USABLE * plan.limit) - _fixed(plan.parts)
+    room = int(USABLE * plan.limit) - _fixed(plan.parts)
     return max(longest, min(cap, room // per_token))
 
 
@@ -232,11 +256,16 @@ def _weight_bytes(
         return 4 * parameters
     if adapter.method != "qlora":
         return weight_bytes * parameters
-    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
-    quantized = sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")})
-    quantized += sum(shape.numel() for shape in expert_parameters(skeleton).values())
+    quantized = _quantized(skeleton, inner)
     packed = int(quantized * _QUANTIZED_BYTES[adapter.bnb_4bit_use_double_quant])
     return packed + weight_bytes * (parameters - quantized)
+
+
+def _quantized(skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]]) -> int:
+    """Count the weights that are quantised."""
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())  # T5's `wo`, which transformers leaves as it is
+    linear = sum(inputs * outputs for name, (inputs, outputs) in inner.items() if not kept & {*name.split(".")})
+    return linear + sum(shape.numel() for shape in expert_parameters(skeleton).values())
 
 
 _FEW_WEIGHTS = ("ia3", "ln_tuning", "beft", "trainable_tokens", "adaption_prompt")
@@ -264,13 +293,18 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
     return [rank * size for shape in targets for size in shape]
 
 
-def _kept_activations(text: PreTrainedConfig, inner: dict[str, tuple[int, int]], checkpointing: bool | str) -> int:
-    """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer."""
+def _kept_activations(text: PreTrainedConfig, inner: dict[str, tuple[int, int]], recipe: Recipe, device: str) -> int:
+    """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer.
+
+    Beside a base in 4 bits it is 6 intermediate ones. What checkpointing gives back on a CPU stays with the process:
+    docs/memory.md has the measurements.
+    """
     layers = int(getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0))
     hidden = int(getattr(text, "hidden_size", 0))
     intermediate = max((max(shape) for shape in inner.values()), default=4 * hidden)
-    layer = 10 * hidden + 4 * intermediate
-    return layers * hidden + layer if checkpointing is True else layers * layer
+    layer = 10 * hidden + (6 if recipe.adapter.method == "qlora" else 4) * intermediate
+    saves = recipe.train.gradient_checkpointing is True and device != "cpu"
+    return layers * hidden + layer if saves else layers * layer
 
 
 def _draw(plan: MemoryPlan) -> Table:

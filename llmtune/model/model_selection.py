@@ -92,7 +92,7 @@ def rank_candidates(
     Models are loaded one after the other. The ranking is printed and written to `ranking.json` in `folder`.
 
     Raises:
-        RecipeError, EnvironmentProblem: a candidate is not found or damaged; or none is left.
+        RecipeError, EnvironmentProblem: a candidate is damaged, or none is left.
     """
     assert recipe.model.candidates, "the recipe names candidates"
     split = "validation" if rows.counts.get("validation", 0) else "train"
@@ -100,8 +100,8 @@ def rank_candidates(
     indexes = sorted(random.Random(recipe.seed).sample(range(count), min(count, _SAMPLE_ROWS)))  # noqa: S311
     sample = dict(zip(indexes, read_rows(rows, split, indexes), strict=True))
     entrants: list[_Entrant] = []
-    out: list[Candidate] = []
-    for model_ref in _resolve_all(recipe, console, offline):
+    refs, out = resolve_candidates(recipe, console, offline)
+    for model_ref in refs:
         entrant = _admit(model_ref, recipe, choose, sample, device)
         if isinstance(entrant, _Entrant):
             entrants.append(entrant)
@@ -145,17 +145,26 @@ def _draw(ranking: Ranking) -> Table:
     return table
 
 
-def _resolve_all(recipe: Recipe, console: Console, offline: bool) -> list[ModelRef]:
-    """Find every candidate first, so that all that is wrong with their names is reported at once."""
-    refs, problems, kind = [], [], RecipeError
+def resolve_candidates(recipe: Recipe, console: Console, offline: bool) -> tuple[list[ModelRef], list[Candidate]]:
+    """Find every candidate; one that is not there is left out with the reason.
+
+    Raises RecipeError for keys that have to be set first, EnvironmentProblem with all reasons where none is there.
+    """
+    refs: list[ModelRef] = []
+    out: list[Candidate] = []
+    missing: list[Problem] = []
+    refused: list[Problem] = []
     for name in recipe.model.candidates or ():
         try:
             refs.append(resolve_model(name, recipe.model, console, offline))
         except (RecipeError, EnvironmentProblem) as error:
-            kind = type(error)  # type: ignore[assignment]
-            problems += [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
-    kind.collect(problems)
-    return refs
+            named = [dataclasses.replace(problem, what=f"{name}: {problem.what}") for problem in error.problems]
+            (refused if isinstance(error, RecipeError) else missing).extend(named)
+            out.append(Candidate(name, None, error.problems[0].what))
+    RecipeError.collect(refused)
+    if not refs:
+        EnvironmentProblem.collect(missing)
+    return refs, out
 
 
 def _admit(

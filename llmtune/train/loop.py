@@ -39,7 +39,7 @@ from llmtune.train.failure_report import (
     ruined_weights_error,
     weights_are_numbers,
 )
-from llmtune.train.metrics_log import METRICS, Display, Line, append_line, show_progress
+from llmtune.train.metrics_log import METRICS, ON_VALIDATION, Display, Line, append_line, show_progress
 from llmtune.train.optimizer import averaged_weights, set_mode
 from llmtune.train.preflight import restore_checkpoint, restore_weights, resume, run_preflight, save, shrink_budget
 from llmtune.train.row_losses import add_step, save_row_losses
@@ -217,7 +217,7 @@ def _close_step(run: Run) -> None:
     validates = training.validation is not None and (
         last or (epoch_end if train.eval_steps is None else step % train.eval_steps == 0)
     )
-    improved = False
+    improved, loss = False, None
     if validates:
         with averaged_weights(training.optimizer.optimizer):
             loss = _validate(run)
@@ -227,6 +227,8 @@ def _close_step(run: Run) -> None:
         improved = _record_validation(run, loss, scores)
     if step == 1 or last or validates or state.stopped_early or step % train.logging_steps == 0:
         _log(run, validates)
+    if loss is not None and (watch := ON_VALIDATION.get()) is not None:
+        watch(step, loss)
     state.closed = step
     due = (validates or epoch_end) if train.save_steps is None else step % train.save_steps == 0
     if due or last or state.stopped_early or (improved and train.load_best_model_at_end):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmtune.store.atomic_files import explained, plain, read_json_lines, write_text
 
+ON_VALIDATION: ContextVar[Callable[[int, float], None] | None] = ContextVar("on_validation", default=None)
+"""Called with the step and the loss of each validation; what it raises ends the training."""
 METRICS = "metrics.jsonl"
 """In the run folder: a line a log step."""
 

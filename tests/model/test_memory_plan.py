@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from support.adapting import build_family, documents, open_model, packed, quiet, recipe_with
@@ -9,10 +10,13 @@ from support.adapting import build_family, documents, open_model, packed, quiet,
 from llmtune.adapter.injection import inject, trainable_parameters
 from llmtune.errors import EnvironmentProblem
 from llmtune.model.causal_lm_loss import causal_loss
+from llmtune.model.config import build_skeleton, find_class
 from llmtune.model.memory_plan import (
     check_memory,
     micro_batch_tokens,
     plan_memory,
+    plan_skeleton,
+    plan_training,
     resolve_checkpointing,
     suggest_recipe,
 )
@@ -129,8 +133,27 @@ def test_auto_checkpoints_only_where_a_micro_batch_of_the_longest_row_does_not_f
 
 def test_auto_that_is_not_settled_yet_is_planned_as_off(folder):
     on, off, auto = (plan_for(recipe_with(folder, train={"gradient_checkpointing": g})) for g in (True, False, "auto"))
-    assert auto.parts == off.parts
-    assert on.parts["activations"] < off.parts["activations"]
+    assert auto.parts == off.parts == on.parts  # on a CPU what is given back stays with the process
+
+
+def test_checkpointing_is_planned_to_save_activations_on_a_card(folder):
+    plans = []
+    for stated in (True, False):
+        recipe = recipe_with(folder, train={"gradient_checkpointing": stated}, model={"dtype": "bfloat16"})
+        task, place = get_task(recipe.task), resolve_model(recipe.model.name, recipe.model, quiet())
+        skeleton = build_skeleton(*find_class(place, recipe, task), recipe)
+        plans.append(plan_skeleton(skeleton, recipe, task, 512, "cuda", 10**9))
+    assert plans[0].parts["activations"] < 0.6 * plans[1].parts["activations"]  # of two layers
+    assert (plans[0].limit, "libraries" in plans[0].parts) == (10**9, False)
+
+
+def test_a_step_is_planned_with_the_longest_rows_that_it_can_hold(folder):
+    recipe = recipe_with(folder, train={"batch_size": 4})
+    task, place = get_task(recipe.task), resolve_model(recipe.model.name, recipe.model, quiet())
+    lengths = np.array([10] * 50 + [90, 100], dtype=np.int32)
+    known, unknown = (plan_training(place, recipe, task, 100, "cpu", rows) for rows in (lengths, None))
+    assert known.parts["activations"] / unknown.parts["activations"] == pytest.approx((100 + 90 + 10 + 10) / 400)
+    assert known.tokens == unknown.tokens
 
 
 def test_a_model_that_cannot_fit_is_refused_with_what_fits(folder):

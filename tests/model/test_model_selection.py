@@ -145,9 +145,15 @@ def test_one_that_cannot_fit_is_left_out(taught, rows_file, tmp_path, monkeypatc
     assert rank(recipe_for(rows_file, taught, model={"check_memory": False}), tmp_path).chosen.path == taught
 
 
-def test_names_that_are_not_found_are_all_told_at_once(taught, rows_file, tmp_path):
+def test_one_that_is_not_there_is_left_out_with_a_word_and_all_are_told_where_none_is(
+    taught, rows_file, tmp_path, console
+):
+    ranking = rank(recipe_for(rows_file, tmp_path / "no-1", taught), tmp_path, console)
+    assert ranking.chosen.path == taught
+    assert {Path(one.name).name for one in ranking.candidates if one.reason} == {"no-1"}
+    assert "left out because" in console.file.getvalue()
     with pytest.raises(EnvironmentProblem) as caught:
-        rank(recipe_for(rows_file, tmp_path / "no-1", taught, tmp_path / "no-2"), tmp_path)
+        rank(recipe_for(rows_file, tmp_path / "no-1", tmp_path / "no-2"), tmp_path)
     assert len(caught.value.problems) == 2
 
 

@@ -1,0 +1,119 @@
+"""A sweep: what it searches, what it refuses, that it goes on as if it had not been stopped, and what it claims."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from support.rows import chat, write_jsonl
+from support.runs import invoke, write_recipe
+
+from llmtune.recipe.loader import load_recipe
+
+optuna = pytest.importorskip("optuna")
+SPACE = """
+train.learning_rate: {low: 1.0e-4, high: 3.0e-2, log: true}
+adapter.r: [2, 4, 8]
+"""
+COLOURS = ("red", "green", "blue", "black")
+
+
+def write_noise(path: Path, seed: int, rows: int = 60) -> Path:
+    """Questions whose answers are drawn by lot: there is nothing to learn but the words."""
+    draw = random.Random(seed)
+    return write_jsonl(
+        path, [chat(f"Which colour has number {i * 7 + seed}?", draw.choice(COLOURS)) for i in range(rows)]
+    )
+
+
+def write_sweep(model: Path, seed: int = 1) -> Path:
+    rows = write_noise(Path("rows.jsonl"), seed)
+    Path("space.yaml").write_text(SPACE)
+    data = {"validation": 0.2, "test": 0.3, "deduplicate": "none"}
+    train = {"num_train_epochs": 2, "batch_size": 8}
+    return write_recipe(
+        Path("recipe.yaml"), model, rows, data=data, train=train, seed=seed, evaluate={"metrics": ["loss"]}
+    )
+
+
+def run_sweep(out: str, trials: int = 5, **more: object) -> dict[str, object]:
+    from llmtune.compare.sweep import sweep
+    from llmtune.compare.sweep_trial import SweepOptions
+
+    quiet = Console(quiet=True)
+    return sweep("recipe.yaml", SweepOptions(Path("space.yaml"), trials, out=Path(out), **more), quiet, quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_a_sweep_that_was_killed_in_a_trial_ends_as_one_that_was_not(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    write_sweep(tiny_llama)
+    whole = run_sweep("whole", 7)
+    report, calls = optuna.trial.Trial.report, []
+
+    def killed(self: object, value: float, step: int) -> None:
+        calls.append(step)
+        if len(calls) in (3, 8):
+            raise KeyboardInterrupt
+        report(self, value, step)
+
+    monkeypatch.setattr(optuna.trial.Trial, "report", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep("stopped", 7)
+    stopped = run_sweep("stopped", 7)
+    assert stopped == whole
+    assert len({json.dumps(one["values"]) for one in whole["trials"]}) == 7
+    best = load_recipe("stopped/best.yaml").recipe
+    values = whole["values"]
+    assert best.train.learning_rate == values.get("train.learning_rate", 0.01)
+    assert best.adapter.r == values.get("adapter.r", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_trials_side_by_side_are_those_of_a_round_and_the_test_rows_are_read_at_the_end_alone(tiny_llama: Path):
+    write_sweep(tiny_llama)
+    done = invoke(
+        "sweep", "recipe.yaml", "--space", "space.yaml", "--trials", 3, "--processes", 2, "--out", "out", "--json"
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [one["number"] for one in found["trials"]] == [0, 1, 2]
+    measured = {path.parent.name for path in Path("out/trials").glob("*/evaluation")}
+    assert measured == {"000", f"{found['winner']:03d}"}
+    assert "Trials saw training and validation rows alone" in Path("out/sweep.html").read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_space_that_cannot_be_searched_is_refused_with_all_that_is_wrong(tiny_llama: Path):
+    write_sweep(tiny_llama)
+    bad = [
+        "data.max_length: [64, 128]",
+        "train.learning_rat: [1.0, 2.0]",
+        "adapter.r: [4, 0]",
+        "train.max_grad_norm: {low: 2, high: 1}",
+    ]
+    Path("space.yaml").write_text("\n".join(bad))
+    done = invoke("sweep", "recipe.yaml", "--space", "space.yaml")
+    assert done.exit_code == 2
+    for words in (
+        "'data.max_length' cannot be searched",
+        "Did you mean 'train.learning_rate'?",
+        "'adapter.r' is 0",
+        "goes from 2 to 1",
+    ):
+        assert words in done.stderr
+
+
+@pytest.mark.usefixtures("here")
+def test_a_recipe_without_rows_to_rank_by_or_to_measure_on_is_refused(tiny_llama: Path):
+    write_sweep(tiny_llama)
+    for key, words in (("data.validation", "a sweep needs data.validation"), ("data.test", "without test rows")):
+        done = invoke("sweep", "recipe.yaml", "--space", "space.yaml", "--set", f"{key}=0")
+        assert (done.exit_code, words in done.stderr) == (2, True)
+    Path("other").mkdir()
+    Path("other/file").write_text("")
+    done = invoke("sweep", "recipe.yaml", "--space", "space.yaml", "--out", "other")
+    assert (done.exit_code, "no sweep" in done.stderr) == (2, True)

@@ -1,0 +1,100 @@
+"""The catalogue: right about the models it names, and asked in a recipe's own words."""
+
+import json
+
+import pytest
+from support.runs import invoke
+
+from llmtune.model.catalogue import find_model, read_catalogue, select_models
+from llmtune.recipe.task_facts import TASK_FACTS
+
+PARAMETERS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-3-1b-it": 999_885_952,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "openai-community/gpt2": 124_439_808,
+    "EleutherAI/pythia-410m": 405_334_016,
+}
+"""As the hub counts them in the weights."""
+
+
+def test_the_catalogue_has_models_for_every_task_and_says_what_they_are():
+    known = read_catalogue()
+    assert len(known) >= 60
+    for task in TASK_FACTS:
+        found, left_out = select_models(task)
+        assert found
+        assert len(found) + len(left_out) == len(known)
+
+
+def test_shapes_give_the_parameters_that_the_weights_have():
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, count in PARAMETERS.items():
+        model = read_catalogue()[name]
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.model_type, **model.config))
+        assert sum(one.numel() for one in built.parameters()) == count, name
+
+
+def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_that_is_not():
+    found, left_out = select_models("translate", ["apache-2.0"], "de")
+    assert {"google-t5/t5-base", "Qwen/Qwen3-4B"} <= {one.name for one in found}
+    assert left_out["google/gemma-2-2b-it"] == "its licence is gemma"
+    assert left_out["google-bert/bert-base-uncased"] == "a model of the kind encoder cannot do task translate"
+    assert left_out["facebook/bart-base"] == "its languages are en"
+    assert find_model("smollm2-135m").name == "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("list", "--task", "chatt"), "Did you mean 'chat'?"),
+        (("list", "--licence", "apache"), "Did you mean 'apache-2.0'?"),
+        (("list", "--language", "xx"), "no model of the catalogue names the language 'xx'"),
+        (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
+        (("fits",), "one of --memory and --device is needed"),
+        (("fits", "--memory", "much"), "'much' is no amount of memory"),
+        (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
+    ],
+)
+def test_what_is_not_in_the_catalogue_is_refused_with_what_is(words: tuple[str, ...], said: str):
+    done = invoke("models", *words)
+    assert (done.exit_code, said in done.stderr) == (2, True), done.stderr
+
+
+def test_what_fits_is_told_by_method_with_the_longest_row():
+    words = ("--memory", "24GB", "--licence", "llama3.1", "--length", 2048, "--json")
+    found = {(one["model"], one["method"]): one for one in json.loads(invoke("models", "fits", *words).stdout)["fits"]}
+    eight = "meta-llama/Llama-3.1-8B-Instruct"
+    assert found[eight, "full"]["longest"] == 0
+    assert found[eight, "qlora"]["longest"] > found[eight, "lora"]["longest"] > 0
+    assert found[eight, "lora"]["lower_bound"] > 16e9
+    assert found["meta-llama/Llama-3.1-70B-Instruct", "qlora"]["rows"] == 0
+    shown = invoke("models", "fits", "--device", "h100", "--licence", "llama3.1").stdout
+    assert "Llama-3.1-8B" in shown
+    assert "a million tokens" in shown
+
+
+def test_the_catalogue_is_written_as_it_is_read():
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    spec = spec_from_file_location("catalogue_script", Path(__file__).parents[2] / "docs" / "catalogue.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    written = [f"{name}: {script.flow(script.as_entry(model))}" for name, model in read_catalogue().items()]
+    lines = [line for line in script.FILE.read_text("utf-8").splitlines() if not line.startswith("#")]
+    assert written == lines
