@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,10 @@ from llmtune.cli.options import AsJson, Lock, ModelName, Offline, Out, Quiet, Re
 from llmtune.cli.output_streams import handled, print_json, print_text, stderr_console
 from llmtune.cli.run import MaxRestarts, Processes, Strategy, launch_app
 from llmtune.errors import Problem, RecipeError, Stopped
-from llmtune.launch.job import Job, check_secrets
 from llmtune.records import Json
+
+if TYPE_CHECKING:
+    from llmtune.launch.job import Job
 
 app = launch_app
 Option = tuple[Any, Any]
@@ -82,6 +84,8 @@ def _command(name: str, summary: str, own: Mapping[str, Option], start: Callable
     """Add a command to `llmtune launch`: `start` gets the job, the console and `given`, all options by name."""
 
     def command(**given: Any) -> None:
+        from llmtune.launch.job import check_secrets
+
         console = stderr_console(quiet=given["quiet"])
         given["secrets"] = given.get("secrets") or []
         check_secrets(given["secrets"], here=False)
@@ -103,6 +107,7 @@ def _command(name: str, summary: str, own: Mapping[str, Option], start: Callable
 
 
 def _job(given: Mapping[str, Any]) -> Job:
+    from llmtune.launch.job import Job
     from llmtune.launch.topology import Topology, why_not_sharded
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path

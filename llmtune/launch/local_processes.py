@@ -46,8 +46,8 @@ JOIN_SECONDS = 900
 """How long the machines of a run wait for each other before processes start, for the first time or again."""
 CARDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables that name the network card of a machine."""
-SHOWN_LINES = 16
-"""Lines of what a process wrote last that are shown when it died."""
+SHOWN_LINES = 8
+"""Lines of what a process wrote last that are shown when it died, and of what Python adds."""
 
 
 class WorkerBug(RuntimeError):
@@ -276,7 +276,8 @@ def _read_left(place: Path) -> list[Json]:
 def _describe_death(place: Path, rank: int, failure: ProcessFailure) -> Json:
     """Return the signal that a process ended by (0: none), and its last words."""
     log = place / LAST_WORDS.format(rank)
-    words = log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if log.exists() else []
+    said, fatal, dump = (log.read_text(errors="replace") if log.exists() else "").partition("Fatal Python error")
+    words = said.splitlines()[-SHOWN_LINES:] + (fatal + dump).splitlines()[:SHOWN_LINES]
     died = {"rank": rank, "signal": max(0, -failure.exitcode), "exit": failure.exitcode, "words": words}
     return {"name": "death", "time": float(failure.timestamp), **died, "value": None}
 

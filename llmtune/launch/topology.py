@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
-from llmtune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from llmtune.recipe.schema import Recipe
 
 STRATEGIES = ("ddp", "fsdp")
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")

@@ -16,6 +16,7 @@ from llmtune.data.row_store import iterate_ids, iterate_texts
 from llmtune.evaluate.eval_inputs import write_prompt
 from llmtune.evaluate.evaluated_task import EvaluatedTask
 from llmtune.records import Examples, Json, Rows
+from llmtune.report.redaction import redact
 from llmtune.store.atomic_files import explained
 from llmtune.train.accumulation import StepLoss
 
@@ -73,7 +74,7 @@ def list_hardest(folder: Path, rows: Rows, examples: Examples, task: EvaluatedTa
                 loss=float(loss_N[at]),
                 excess=float(excess_N[at]),
                 seen=int(seen_N[at]),
-                prompt=write_prompt(question)[:LONGEST],
-                reference=answer[:LONGEST],
+                prompt=redact(write_prompt(question))[:LONGEST],
+                reference=redact(answer)[:LONGEST],
             )
     return [found[number] for number in worst]

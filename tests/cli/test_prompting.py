@@ -66,6 +66,8 @@ def test_up_shows_the_line_before_and_interrupts_stop_the_answer_then_the_progra
     assert "^[[A" not in shown
     terminal.type("\x15/reset\n")
     terminal.wait_for("forgotten")
+    terminal.wait_for("you")
+    time.sleep(0.5)  # an interrupt in the instant in which the prompt is drawn is lost
     terminal.type("\x03")
     terminal.wait_for("once more ends")
     terminal.wait_for("you")

@@ -148,8 +148,8 @@ def test_the_base_is_gone_when_the_tuned_model_is_loaded(bench):
     assert len(loaded) == 2
 
 
-def test_bars_leave_no_trace_where_nobody_looks_on():
+def test_a_line_stands_for_a_bar_where_nobody_looks_on():
     console = Console(file=io.StringIO())
     with progress_bars(console) as bars:
         add_bar(bars, "loss", 2)(2)
-    assert console.file.getvalue() == ""
+    assert console.file.getvalue() == "loss: 2 rows\n"

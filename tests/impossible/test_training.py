@@ -165,9 +165,6 @@ def test_a_target_and_an_adapter_that_match_nothing_are_refused(place, run, show
 def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, shows):
     train = {"max_steps": 4, "num_train_epochs": None, "save_steps": 2, "optim": "adamw_torch"}
 
-    def weights_alone(training, found):
-        preflight.load_trainable(training.adapted.model, found.weights)
-
     def go_on() -> str:
         shutil.rmtree(place / "run")
         shutil.copytree(place / "whole", place / "run")
@@ -178,7 +175,7 @@ def test_a_run_that_lost_its_end_goes_on_to_the_same_bytes(place, run, without, 
     run("train", train=train)
     (place / "run").rename(place / "whole")
     (place / "run").mkdir()
-    with without("llmtune.train.preflight.restore_checkpoint", weights_alone):
+    with without("llmtune.train.preflight.restore_checkpoint", preflight.restore_weights):
         go_on()
     assert trained_bytes(place / "run") != trained_bytes(place / "whole"), "an optimiser that has forgotten everything"
     shows(go_on())

@@ -137,7 +137,7 @@ def test_the_loss_of_one_label_is_torchs_cross_entropy_over_rows_with_weights_in
     assert loss.count == 6
     assert loss.correct == (logits_RK.argmax(-1) == classes_R).sum()
     torch.testing.assert_close(loss.row_sums, functional.cross_entropy(logits_RK, classes_R, reduction="none"))
-    assert loss_of(logits_RK, by_row=False, classes_R=classes_R).row_sums is None
+    assert loss_of(logits_RK, by_row=False, classes_R=classes_R).row_correct is None
     weight_K = torch.tensor([0.5, 2.0, 3.0, 1.0])
     weighted = loss_of(logits_RK, classes_R=classes_R, weights_R=weight_K[classes_R])
     wanted = functional.cross_entropy(logits_RK, classes_R, weight=weight_K, reduction="sum")
