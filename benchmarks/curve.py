@@ -35,6 +35,7 @@ from transformers import (
 from watch import describe_training, watch
 
 from llmtune.data.examples import ExampleReader
+from llmtune.executor import Executor, score
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -92,7 +93,7 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
             max_steps=settings.max_steps,
         )
         steps.extend([reader[int(row)] for row in plan.rows(step + 1)] for step in range(plan.total_steps))
-        adapted = context.make_adapted(place, load_processor(place, context.recipe.model))
+        adapted = context.make_adapted(place, load_processor(place, context.recipe.model), examples)
         named = adapted.model.named_parameters()
         start.update({name: weight.detach().clone() for name, weight in named if weight.requires_grad})
         train(
@@ -107,7 +108,12 @@ def train_packed(asked: Asked, folder: Path) -> tuple[list[float], list[list[Exa
         )
 
     run = folder / "run"
-    run_pipeline(load_recipe(recipe), Options(out=run, until="train", offline=True), Console(quiet=True), trainer)
+    run_pipeline(
+        load_recipe(recipe),
+        Options(out=run, until="train", offline=True),
+        Console(quiet=True),
+        Executor(trainer, score),
+    )
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return losses, steps, start
 

@@ -16,6 +16,7 @@ import torch
 from clock import Asked, Clock, answer, read_asked
 from rich.console import Console
 
+from llmtune.executor import Executor, score
 from llmtune.model.processor import load_processor
 from llmtune.pipeline import run_pipeline
 from llmtune.recipe.loader import load_recipe
@@ -36,7 +37,7 @@ def main() -> None:
             model["trained"] = train_counted(asked, clock, context, place, examples)
 
         options = Options(out=Path(folder) / "run", until="train", offline=True)
-        run_pipeline(load_recipe(recipe), options, Console(quiet=True), trainer)
+        run_pipeline(load_recipe(recipe), options, Console(quiet=True), Executor(trainer, score))
     found = clock.found()
     if asked.measure_limit:
         from limit import measure_limit
@@ -89,7 +90,7 @@ def train_counted(
 
     task = copy(context.task)
     vars(task)["loss"] = counted
-    adapted = context.make_adapted(place, load_processor(place, context.recipe.model))
+    adapted = context.make_adapted(place, load_processor(place, context.recipe.model), examples)
     clock.loaded(adapted.model)
     train(
         adapted,
