@@ -128,6 +128,12 @@ class GateUnsure(GateFailed):
     exit_code = 7
 
 
+BY_EXIT_CODE: dict[int, type[LlmtuneError]] = {
+    kind.exit_code: kind for kind in (RecipeError, DataError, EnvironmentProblem, TrainingError, GateFailed, GateUnsure)
+}
+"""What another process of llmtune ended with -> the error that ends this one in the same way."""
+
+
 class Stopped(LlmtuneError):
     """The user (SIGINT, 130) or the system (SIGTERM, 143) stopped the run; what was done is saved."""
 

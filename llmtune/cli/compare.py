@@ -12,7 +12,7 @@ from llmtune.cli.options import AsJson, Fresh, Offline, RecipeArgument, Resume, 
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.cli.run import refuse_both
 from llmtune.errors import Problem, RecipeError
-from llmtune.launch.python_api import make_console
+from llmtune.launch.python_api import make_console, names_remote
 from llmtune.records import Json
 from llmtune.store.process_environment import gc_paused, prepare_environment
 
@@ -99,7 +99,10 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Search for better values by validation loss; the same command goes on with a sweep that was stopped."""
-    prepare_environment(network=not offline, threads=threads)
+    from llmtune.recipe.loader import load_recipe
+
+    remote = names_remote(load_recipe(recipe, sets or ()).recipe)
+    prepare_environment(network=remote and not offline, threads=threads)
     with gc_paused():
         from llmtune.compare.sweep import sweep as run_sweep
         from llmtune.compare.sweep_trial import SweepOptions

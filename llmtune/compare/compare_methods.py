@@ -25,8 +25,8 @@ from typing import IO
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune import errors
 from llmtune.errors import (
+    BY_EXIT_CODE,
     EnvironmentProblem,
     GateFailed,
     GateUnsure,
@@ -51,9 +51,6 @@ TENTH = 10
 PARENT = "LLMTUNE_TRIAL_PARENT"
 """Environment variable: the process that a trial must not outlive."""
 SECONDS = 0.5
-KINDS = {
-    kind.exit_code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, LlmtuneError)
-}
 FILES = ("compare.json", "compare.md", "compare.html", "compare.svg", "compare.png", "pareto.svg", "pareto.png")
 
 
@@ -308,7 +305,7 @@ def explain(method: str, code: int, output: IO[str]) -> Exception:
         problems = json.loads(output.read())["error"]["problems"]
     except (ValueError, KeyError, TypeError):
         return TrialBug(f"the run with method {method} ended with exit code {code}: see above")
-    kind = KINDS.get(code, LlmtuneError)
+    kind = BY_EXIT_CODE.get(code, LlmtuneError)
     return kind(*(Problem(f"with method {method}: {one['what']}", one["where"], one["fix"]) for one in problems))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from llmtune.compare.sweep_trial import SweepOptions, open_study, run_trial
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.records import Json
+from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.process_environment import refuse_network
 
@@ -39,9 +41,9 @@ def sweep(recipe: str, options: SweepOptions, console: Console, shown: Console) 
     _check_recipe(loaded)
     space = read_space(options.space, recipe, options.sets)
     refuse_network(loaded.recipe, offline=options.offline)
-    said = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])
-    out = options.out or Path("runs") / f"{loaded.recipe.name}-sweep-{said[:8]}"
-    study = open_study(out, said)
+    searched = hash_value([loaded.fingerprint, {key: repr(one) for key, one in space.items()}])
+    out = options.out or Path("runs") / f"{loaded.recipe.name}-sweep-{searched[:8]}"
+    study = open_study(out, searched)
     console.print(f"searching {', '.join(space)} -> {escape(str(out))}")
     while (done := len(_ended(study))) < options.trials:
         numbers = _next_round(study, min(options.processes, options.trials - done, 1 if not done else options.trials))
@@ -81,17 +83,25 @@ def _run_round(
     from optuna.trial import TrialState
 
     work = [(str(out.absolute()), recipe, options, number) for number in numbers]
-    if len(work) == 1:
-        results = [run_trial(*work[0])]
-    else:
-        with ProcessPoolExecutor(len(work), mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(run_trial, *zip(*work, strict=True)))
+    which = f"trial{'s' if len(work) > 1 else ''} {', '.join(map(str, numbers))} of {options.trials}, counted from 0"
+    with spinner(console, which):
+        results = [run_trial(*work[0])] if len(work) == 1 else _run_side_by_side(work)
     for number, (loss, why) in zip(numbers, results, strict=True):
         trial = study.trials[number]
         if why and number == 0:
-            raise EnvironmentProblem.of(f"the recipe itself does not train: {why}", recipe, "Mend it, then search.")
+            raise EnvironmentProblem.of(f"the recipe itself does not train: {why}", recipe, "Correct it, then search.")
         state = TrialState.COMPLETE if why is None else TrialState.PRUNED if why == "pruned" else TrialState.FAIL
         study.tell(number, loss if state is TrialState.COMPLETE else None, state=state)
         values = ", ".join(f"{key} {value}" for key, value in study.trials[number].params.items()) or "the recipe"
         ended = f"validation loss {loss:.4f}" if why is None else why
         console.print(f"trial {trial.number}: {values}: {ended}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _run_side_by_side(work: Sequence[tuple[str, str, SweepOptions, int]]) -> list[tuple[float | None, str | None]]:
+    """Run each trial in a process of its own; raises EnvironmentProblem where the system killed one."""
+    try:
+        with ProcessPoolExecutor(len(work), mp_context=get_context("spawn")) as pool:
+            return list(pool.map(run_trial, *zip(*work, strict=True)))
+    except BrokenProcessPool as error:
+        fix = "Set --processes lower; the same command goes on."
+        raise EnvironmentProblem.of("a trial was killed, most likely for lack of memory", "--processes", fix) from error

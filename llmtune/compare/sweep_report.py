@@ -51,7 +51,7 @@ class Found:
     """By metric, winner minus recipe on the test rows."""
     word: str
     """better, worse or can't tell: the winner, by the interval of its loss on the test rows."""
-    told: str
+    summary: str
 
 
 def conclude(study: Study, recipe: str, options: SweepOptions, out: Path, console: Console, shown: Console) -> Json:
@@ -99,7 +99,7 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
     gain = float(first.value or 0) - float(winner.value or 0)
     found = Found(trials, winner.number, dict(winner.params), gain, None, None, {}, UNKNOWN, "")
     if winner.number == 0:
-        return replace(found, told="No trial was better than the recipe itself on the validation rows: keep it.")
+        return replace(found, summary="No trial was better than the recipe itself on the validation rows: keep it.")
     runs = open_runs([trial_folder(out, 0), trial_folder(out, winner.number)])
     check_alike(runs)
     difference, _ = pair_metrics(*runs)
@@ -114,15 +114,15 @@ def _judge(study: Study, winner: FrozenTrial, out: Path) -> Found:
     held = f"Of {gain:.4f} nats that it gained on the validation rows, {test_gain:.4f} are there on {loss.n} test rows"
     interval = f"[{-loss.high:.4f}, {-loss.low:.4f}]"
     luck_text = f"{luck:.4f}{share} were luck of the selection" if luck > 0 else "none was luck of the selection"
-    said = {
+    claim = {
         "better": "The winner is better than the recipe.",
         "worse": "The winner is worse than the recipe: keep the recipe.",
         UNKNOWN: "It cannot be told whether the winner is better than the recipe.",
     }[word]
     if loss.high < 0 and not learned:
-        said = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
-    told = f"{said} {held}, with the interval {interval}; {luck_text}."
-    return replace(found, test_gain=test_gain, luck=luck, difference=difference, word=word, told=told)
+        claim = "The winner is better than the recipe, but not shown to be better than the base: no gain is claimed."
+    summary = f"{claim} {held}, with the interval {interval}; {luck_text}."
+    return replace(found, test_gain=test_gain, luck=luck, difference=difference, word=word, summary=summary)
 
 
 def _page(found: Found, recipe: str, complete: int) -> Page:
@@ -149,7 +149,7 @@ def _page(found: Found, recipe: str, complete: int) -> Page:
         "The lowest of many losses is low by chance too: what the test rows do not show was luck of the selection.",
     ]
     sections = [
-        Section("What it says", [Text(found.told)]),
+        Section("What it says", [Text(found.summary)]),
         Section(
             "The winner minus the recipe, on the test rows", [difference_table(scores, base=None)] if scores else []
         ),
@@ -184,7 +184,7 @@ def _best_recipe(found: Found, recipe: str, options: SweepOptions, out: Path) ->
     above = os.path.relpath(find_recipe(recipe), out)
     lines = [
         f"# Trial {found.winner} of {len(found.trials)} of `llmtune sweep`.",
-        f"# {found.told}",
+        f"# {found.summary}",
         f"extends: {scalar(above)}",
     ]
     for section, values in sections.items():

@@ -20,7 +20,7 @@ from llmtune.store.seed_runs import share_rows, without_gates, without_seeds
 if TYPE_CHECKING:
     from optuna import Study
 
-JOURNAL, STATED, METRICS = "journal.log", "space.json", "metrics.jsonl"
+JOURNAL, SEARCHED, METRICS = "journal.log", "space.json", "metrics.jsonl"
 STARTUP = 4
 """Trials that are drawn at random, and that end before any is pruned."""
 
@@ -42,7 +42,7 @@ class Pruned(Exception):
     """Validation goes worse than in the middle of the trials before, at the same step."""
 
 
-def open_study(out: Path, said: str) -> Study:
+def open_study(out: Path, searched: str) -> Study:
     """Open the storage of a sweep, or begin one; a folder of another sweep is refused."""
     try:
         import optuna
@@ -54,15 +54,15 @@ def open_study(out: Path, said: str) -> Study:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-    if names and STATED not in names:
+    if names and SEARCHED not in names:
         raise RecipeError.of("this folder is not empty and no sweep", str(out), "Choose another one with --out.")
-    if names and json.loads((out / STATED).read_text("utf-8")).get("said") != said:
+    if names and json.loads((out / SEARCHED).read_text("utf-8")).get("searched") != searched:
         fix = "Choose another folder with --out: this one holds the trials of another recipe or space."
         raise RecipeError.of("the recipe or the space is another one than before", str(out), fix)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         if not names:
-            write_json(out / STATED, {"said": said})
+            write_json(out / SEARCHED, {"searched": searched})
     storage = JournalStorage(JournalFileBackend(str(out / JOURNAL)))
     return optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True, pruner=_pruner())
 
@@ -90,7 +90,7 @@ def run_trial(out: str, recipe: str, options: SweepOptions, number: int) -> tupl
 
     prepare_environment(network=not options.offline, threads=options.threads)
     folder = Path(out)
-    study = open_study(folder, json.loads((folder / STATED).read_text("utf-8"))["said"])
+    study = open_study(folder, json.loads((folder / SEARCHED).read_text("utf-8"))["searched"])
     study.sampler = _sampler(load_recipe(recipe, options.sets).recipe.seed, number)
     trial = Trial(study, study.trials[number]._trial_id)
     space = read_space(options.space, recipe, options.sets)

@@ -21,17 +21,7 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import walk_tree
 
-from llmtune.errors import (
-    DataError,
-    EnvironmentProblem,
-    GateFailed,
-    GateUnsure,
-    LlmtuneError,
-    Problem,
-    RecipeError,
-    Stopped,
-    TrainingError,
-)
+from llmtune.errors import BY_EXIT_CODE, EnvironmentProblem, LlmtuneError, Problem, RecipeError, Stopped
 from llmtune.launch.topology import Topology
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.loader import LoadedRecipe
@@ -39,9 +29,6 @@ from llmtune.records import Json
 from llmtune.store.run_folder import REPORTS
 
 BEGIN, END = "-----BEGIN LLMTUNE REPORT-----", "-----END LLMTUNE REPORT-----"
-KINDS: dict[int, type[LlmtuneError]] = {
-    kind.exit_code: kind for kind in (RecipeError, DataError, EnvironmentProblem, TrainingError, GateFailed, GateUnsure)
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ def fail_as(code: int, what: str, fix: str) -> LlmtuneError:
     """Return the error that makes this command end with the exit code of the job."""
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return Stopped(Problem(what, fix=fix), signal_number=code - 128)
-    return KINDS.get(code, EnvironmentProblem)(Problem(what, fix=fix))
+    return BY_EXIT_CODE.get(code, EnvironmentProblem)(Problem(what, fix=fix))
 
 
 def with_report(command: str, folder: str, rank: str = "0") -> str:

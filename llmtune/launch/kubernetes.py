@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ def _write_recipe(job: Job) -> str:
     if "extends" in YAML(typ="safe").load(text):
         what = "extends another recipe, which would not be in the container"
         raise RecipeError.of(what, str(job.loaded.file), "Write both into one file.")
-    return f"cat > {job.loaded.file.name} <<'{HEREDOC}'\n{text.rstrip()}\n{HEREDOC}\n"
+    return f"cat > {shlex.quote(job.loaded.file.name)} <<'{HEREDOC}'\n{text.rstrip()}\n{HEREDOC}\n"
 
 
 def _patch(storage: str | None) -> Json:

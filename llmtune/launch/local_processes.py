@@ -29,7 +29,7 @@ from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, Stopped
 from llmtune.executor import Executor
 from llmtune.launch.machines import Board, joined_board, own_address
 from llmtune.launch.topology import Topology
-from llmtune.launch.worker import LAST_WORDS, PARENT, RESULTS
+from llmtune.launch.worker import LAST_WORDS, PARENT, QUIET, RESULTS
 from llmtune.records import Json
 from llmtune.session import trained_name
 from llmtune.store.atomic_files import read_json
@@ -144,7 +144,7 @@ def _run_workers(
     stopped_by, trouble = None, None
     with (
         tempfile.TemporaryDirectory(prefix="llmtune-") as place,
-        _surroundings(share, Path(place), topology) as address,
+        _surroundings(share, Path(place), topology, quiet=console.quiet) as address,
     ):
         with _no_orphans(), _deaths_shown(console, topology):
             machines = f" of each of {topology.machines} machines" if topology.machines > 1 else ""
@@ -201,14 +201,14 @@ def _configure(topology: Topology, place: str, meet: str, address: str) -> Launc
 
 
 @contextmanager
-def _surroundings(threads: int, place: Path, topology: Topology) -> Iterator[str]:
+def _surroundings(threads: int, place: Path, topology: Topology, *, quiet: bool) -> Iterator[str]:
     """Set what workers inherit, and keep torch's launcher quiet; afterwards all of it is as before, signals too.
 
     Gives the address of this machine for the others.
     """
     environment = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    os.environ |= {RESULTS: str(place), PARENT: str(os.getpid())}
+    os.environ |= {RESULTS: str(place), PARENT: str(os.getpid())} | ({QUIET: "1"} if quiet else {})
     address, card = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
     if topology.machines > 1:
         address, interface = own_address(topology)

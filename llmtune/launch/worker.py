@@ -32,6 +32,8 @@ RESULTS = "LLMTUNE_WORKER_RESULTS"
 """Environment variable: the folder in which workers leave what came of them."""
 LAST_WORDS = "stderr-{}.log"
 """In that folder: what a process wrote, by its rank. The first of a machine writes to the terminal."""
+QUIET = "LLMTUNE_WORKER_QUIET"
+"""Environment variable: set where nothing is to be printed."""
 PARENT = "LLMTUNE_WORKER_PARENT"
 """Environment variable: the process that workers must not outlive."""
 
@@ -125,7 +127,8 @@ def _open(run: str) -> tuple[RunContext, ModelRef]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    console = VisibleConsole(stderr=True, quiet=_rank() != 0, soft_wrap=not sys.stderr.isatty(), highlight=False)
+    quiet = _rank() != 0 or QUIET in os.environ
+    console = VisibleConsole(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty(), highlight=False)
     folder = read_run(Path(run))
     recipe = recipe_of_run(folder).recipe
     pins = own_pins(folder.path)

@@ -92,6 +92,13 @@ def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_
     assert (dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_workers_of_a_quiet_command_are_quiet(console):
+    heard = [
+        launch_local([], Topology(1), one, entry="support.workers:is_quiet") for one in (Console(quiet=True), console)
+    ]
+    assert heard == [True, False]
+
+
 def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
     with pytest.raises(DataError) as caught:
         launch_local([], Topology(2), console, entry="support.workers:fail_in_rank_one")

@@ -131,6 +131,13 @@ def test_a_train_job_is_what_kubeflow_has_published(recipe):
     assert subprocess.run(["bash", "-n", "-c", trainer["args"][0]]).returncode == 0
 
 
+def test_a_recipe_with_a_space_in_its_name_is_one_file_in_the_container(recipe, here):
+    (here / "my tiny.yaml").write_text(recipe.read_text())
+    script = dry_run("kubernetes", "my tiny.yaml", "--image", "x")["spec"]["trainer"]["args"][0]
+    assert "cat > 'my tiny.yaml' <<" in script
+    assert "launch local 'my tiny.yaml'" in script
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("gate", "code"), [("loss >= 0", 0), ("exact_match >= 0.9", 6)])
 def test_a_train_job_is_sent_followed_and_its_report_brought_back(gate, code, tiny_llama, chat_rows, here):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from llmtune.errors import DataError
-from llmtune.launch.worker import note
+from llmtune.launch.worker import QUIET, note
 
 
 def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]:
@@ -30,6 +30,11 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
 
     recipes = sorted(Path(folder).glob("*/recipe.yaml"))
     return {path.parent.name: learn_a_little(path, strategy) for path in recipes}
+
+
+def is_quiet() -> bool:
+    """Say whether this worker is to print nothing."""
+    return QUIET in os.environ
 
 
 def succeed(*words: str) -> dict[str, object]:
