@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.families import build_bert
 from support.rows import chat, write_jsonl
 from support.runs import invoke, write_recipe
 
@@ -117,3 +118,34 @@ def test_a_recipe_without_rows_to_rank_by_or_to_measure_on_is_refused(tiny_llama
     Path("other/file").write_text("")
     done = invoke("sweep", "recipe.yaml", "--space", "space.yaml", "--out", "other")
     assert (done.exit_code, "no sweep" in done.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_of_forty_sweeps_where_nothing_can_be_learned_two_at_most_claim_a_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, words = build_bert(tmp_path / "model"), []
+    for seed in range(40):
+        (folder := tmp_path / str(seed)).mkdir()
+        monkeypatch.chdir(folder)
+        draw = random.Random(seed)
+        texts = [f"order {i * 7 + seed} of {draw.choice('abcdef')}" for i in range(80)]
+        labels = [draw.choice(("late", "lost", "paid")) for _ in texts]
+        lines = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+        Path("space.yaml").write_text(
+            "train.learning_rate: {low: 1.0e-5, high: 1.0e-2, log: true}\n"
+            "adapter.r: [2, 4, 8]\ntrain.weight_decay: {low: 0.0, high: 0.2}\n"
+        )
+        write_recipe(
+            Path("recipe.yaml"),
+            encoder,
+            write_jsonl(Path("rows.jsonl"), lines),
+            task="classify",
+            data={"validation": 0.2, "test": 0.3, "deduplicate": "none"},
+            train={"num_train_epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
+            evaluate={"metrics": ["loss", "accuracy"]},
+            generation=None,
+            seed=seed,
+        )
+        words.append(run_sweep("out", 6)["word"])
+    assert words.count("better") <= 2
