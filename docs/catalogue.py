@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
 from llmtune.model.catalogue import CatalogueModel, read_catalogue
 
@@ -35,6 +37,12 @@ SIZES = (
     *("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
     *("encoder_ffn_dim", "decoder_ffn_dim", "num_mel_bins"),
 )
+CLASSES = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModel,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "speech": AutoModelForSpeechSeq2Seq,
+}
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -62,15 +70,25 @@ def read_model(name: str, known: CatalogueModel | None) -> dict[str, Any]:
     licence = card.get("license_name") if card.get("license") == "other" else card.get("license")
     languages = card.get("language") or (known.languages if known else ["en"])
     context = next((config[key] for key in CONTEXTS if config.get(key)), known.context if known else 512)
+    sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
+    kind = known.kind if known else guess_kind(config)
     return {
         "family": known.family if known else name.rpartition("/")[2].split("-")[0],
-        "kind": known.kind if known else guess_kind(config),
+        "kind": kind,
         "licence": licence or (known.licence if known else "other"),
         "languages": [languages] if isinstance(languages, str) else list(languages),
         "context": context,
+        "parameters": count_parameters(kind, config["model_type"], sizes),
         "model_type": config["model_type"],
-        "config": {key: config[key] for key in SIZES if config.get(key) is not None},
+        "config": sizes,
     }
+
+
+def count_parameters(kind: str, model_type: str, sizes: dict[str, Any]) -> int:
+    """Count the parameters of a model of this shape; an encoder's without a head."""
+    with torch.device("meta"):
+        built = CLASSES[kind].from_config(AutoConfig.for_model(model_type, **sizes))
+    return sum(parameter.numel() for parameter in built.parameters())
 
 
 def guess_kind(config: dict[str, Any]) -> str:
@@ -85,7 +103,7 @@ def guess_kind(config: dict[str, Any]) -> str:
 
 def as_entry(model: CatalogueModel) -> dict[str, Any]:
     """Return the entry of a model as the catalogue has it."""
-    names = ("family", "kind", "licence", "languages", "context", "model_type", "config")
+    names = ("family", "kind", "licence", "languages", "context", "parameters", "model_type", "config")
     return {name: getattr(model, name) for name in names}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,27 @@ from llmtune.data.preparation import prepare_rows
 from llmtune.data.row_store import load_rows
 from llmtune.deploy.gguf_export import DEFAULT_FORMAT, check_gguf, make_gguf
 from llmtune.deploy.merged_model import merge
-from llmtune.errors import EnvironmentProblem
+from llmtune.dry_run import dry_run
 from llmtune.evaluate.cache_keys import evaluation_inputs
 from llmtune.evaluate.champion import check_champion, note_look
 from llmtune.evaluate.eval_inputs import warn_of_cuts
 from llmtune.evaluate.evaluation_file import load_evaluation, print_scores
 from llmtune.evaluate.gates import check_gates, require_gates
 from llmtune.evaluate.lm_eval import load_benchmarks
-from llmtune.evaluate.power import print_plan
 from llmtune.evaluate.run_report import make_report
 from llmtune.evaluate.suite_registry import check_inputs
 from llmtune.executor import HERE, Executor
+from llmtune.model.catalogue import candidate_names
 from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
-from llmtune.model.model_selection import rank_candidates, resolve_candidates
+from llmtune.model.model_selection import (
+    rank_candidates,
+    resolve_candidates,
+    show_ranking,
+)
+from llmtune.model.model_trials import FOLDER as TRIALS
+from llmtune.model.model_trials import successive_halving, trial_folder, validation_bits, with_candidate
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.records import Examples, Json, MemoryPlan, ModelRef, Rows
 from llmtune.report.render_terminal import print_blocks
@@ -45,7 +52,7 @@ from llmtune.report.score_sections import seed_table
 from llmtune.report.write import report_json, write_report
 from llmtune.session import Options, RunContext, locate_pinned, lock_run, open_finished, trained_name
 from llmtune.store.atomic_files import hash_file, hash_value, staged, write_text
-from llmtune.store.process_environment import is_remote_model, refuse_network
+from llmtune.store.process_environment import refuse_network
 from llmtune.store.run_folder import default_path, open_run, peek_run
 from llmtune.store.run_lock import hash_keys, note_trained, own_pins, read_pins
 from llmtune.store.seed_runs import UNTIL, is_done, seed_folder, share_rows, with_seed
@@ -76,7 +83,9 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, execu
         find_adapter(Path(recipe.adapter.start_from))
     if options.dry_run:
         seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
-        return dry_run(RunContext(recipe, seen, console, options.offline, held, held=held is not None), loaded)
+        context = RunContext(recipe, seen, console, options.offline, held, held=held is not None)
+        context.device = options.device or context.device
+        return dry_run(context, loaded)
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
         write_text(path / "recipe.yaml", loaded.to_yaml())
@@ -117,7 +126,7 @@ def run_steps(context: RunContext, loaded: LoadedRecipe, options: Options, execu
     rows = prepare(context)
     if options.until == "prepare" and not context.recipe.model.name:
         return
-    model_ref = select_model(context, rows)
+    model_ref = select_model(context, rows, loaded, executor)
     context.infer_labels(model_ref, rows)
     loaded = context.resolve_training(loaded, model_ref, rows)
     write_text(context.folder.path / "recipe.yaml", loaded.to_yaml())
@@ -195,28 +204,38 @@ def prepare(context: RunContext) -> Rows:
     return load_rows(target)
 
 
-def select_model(context: RunContext, rows: Rows) -> ModelRef:
+def select_model(context: RunContext, rows: Rows, loaded: LoadedRecipe, executor: Executor) -> ModelRef:
     """Step 2, first half: find the named model, or rank the candidates on the user's own rows and take the best."""
-    model = context.recipe.model
+    model, folder = context.recipe.model, context.folder.path / "model"
     if model.name:
         return locate_pinned(context, model.name)
-    assert model.candidates, "a recipe names a model or candidates"
-    if context.held and context.pins is not None and context.pins.model in model.candidates:
+    if context.held and context.pins is not None and context.pins.model in candidate_names(context.recipe):
         return locate_pinned(context, context.pins.model)
-    there, _ = resolve_candidates(context.recipe, context.console, context.offline)
+    choose, device, console = context.choose_variant, context.device, context.console
+    there, _ = resolve_candidates(context.recipe, choose, console, device, context.offline)
     contents = [one.content_hash for one in there]
     template = hash_file(Path(model.chat_template)) if model.chat_template else None
-    settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, context.device]
+    settings = [model.model_dump(mode="json"), contents, template, context.recipe.data.max_length, device]
     inputs = hash_value([rows.content_hash, settings])
     known = context.folder.findings.get("ranking")
     if known is None or known["inputs"] != inputs:
-        folder = context.folder.path / "model"
-        ranking = rank_candidates(
-            context.recipe, context.choose_variant, rows, context.console, folder, context.device, context.offline
-        )
+        ranking = rank_candidates(context.recipe, choose, rows, console, folder, device, context.offline)
+        if model.trials:
+            tune = partial(tune_candidate, context, loaded, executor)
+            ranking = successive_halving(ranking, model.trials, tune, console)
+            show_ranking(ranking, console, folder)
         known = {"inputs": inputs, "chosen": ranking.chosen.name, "ranking": ranking.to_dict()}
         context.folder.note(ranking=known)
+        shutil.rmtree(folder / TRIALS, ignore_errors=True)
     return locate_pinned(context, known["chosen"])
+
+
+def tune_candidate(context: RunContext, loaded: LoadedRecipe, executor: Executor, name: str, steps: int) -> float:
+    """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
+    trial, out = with_candidate(loaded, name, steps), trial_folder(context.folder.path, name, steps)
+    share_rows(context.folder, out, trial.fingerprint)
+    run_pipeline(trial, Options(out=out, offline=context.offline, until="train"), context.console, executor)
+    return validation_bits(out)
 
 
 def encode(context: RunContext, rows: Rows, model_ref: ModelRef, processor: PreTrainedTokenizerBase) -> Examples:
@@ -340,53 +359,3 @@ def deploy(context: RunContext, model_ref: ModelRef) -> None:
             if "gguf" in products:
                 written = make_gguf(context, model_ref)
                 step.facts.update(gguf=written, gguf_file=written["file"], gguf_read_by=written["reader"])
-
-
-def _longest_row(context: RunContext) -> int:
-    """Return the tokens of the longest example that the run has encoded before; without one, what a row may have."""
-    known = context.folder.facts("encode").get("longest")
-    return max(known.values()) if known else context.recipe.data.max_length
-
-
-def dry_run(context: RunContext, loaded: LoadedRecipe) -> Json:
-    """`--dry-run`: check what is cheap, say which steps would run, change nothing and download no weights."""
-    recipe, console, folder = context.recipe, context.console, context.folder
-    valid = {"prepare": folder.is_valid("prepare", context.rows_inputs)}
-    plans = {}
-    for name in [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or ()):
-        try:
-            model_ref = locate_pinned(replace(context, offline=True), name)
-        except EnvironmentProblem:
-            if recipe.model.candidates and not is_remote_model(name):
-                console.print(f"{escape(name)} would be left out: it is not there")
-                continue
-            if context.offline or not is_remote_model(name):
-                raise
-            console.print(f"{escape(name)} would be downloaded first")
-            continue
-        context.variant = context.choose_variant(model_ref)
-        processor = context.read_processor(model_ref)
-        longest = _longest_row(context)
-        context.resolve_checkpointing(model_ref, longest)
-        known = folder.path / "data" / "examples"
-        lengths = row_lengths(load_examples(known)) if folder.facts("encode") and known.is_dir() else None
-        plan = plan_training(model_ref, context.resolved_recipe, context.task, longest, context.device, lengths)
-        check_memory(plan, context.resolved_recipe, console)
-        plans[name] = {**asdict(plan), "total": plan.total}
-        if valid["prepare"] and recipe.model.name:
-            rows = load_rows(folder.path / "data" / "rows")
-            context.infer_labels(model_ref, rows)
-            context.resolve_training(loaded, model_ref, rows)
-            valid["encode"] = folder.is_valid("encode", examples_inputs(context.recipe, rows, model_ref, processor))
-        if valid.get("encode"):
-            examples = load_examples(folder.path / "data" / "examples")
-            warn_of_cuts(rows, examples, context.task, processor, context.recipe, console)
-            check_champion(loaded.recipe, folder, rows, examples)
-            trained = train_inputs(context.recipe, adapter_inputs(context.recipe, model_ref, examples))
-            evaluated = evaluation_inputs(context.recipe, context.trained_hash, model_ref, rows, examples)
-            valid |= {"train": folder.is_valid("train", trained), "evaluate": folder.is_valid("evaluate", evaluated)}
-    for seed in recipe.train.seeds:
-        console.print(f"seed {seed} would follow in {seed_folder(folder.path, seed)}", markup=False)
-    power = print_plan(recipe, folder, console, prepared=valid["prepare"])
-    would_run = [step for step in ("prepare", "encode", "train", "evaluate") if not valid.get(step)]
-    return {"folder": str(folder.path), "would_run": would_run, "plans": plans, "power": power}

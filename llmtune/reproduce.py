@@ -108,7 +108,7 @@ def move_recipe(loaded: LoadedRecipe, lock: Lock, run: Path) -> LoadedRecipe:
     recipe = loaded.recipe
     model, adapter = recipe.model, recipe.adapter
     name = find(model.name) if model.name else None
-    candidates = tuple(map(find, model.candidates)) if model.candidates else model.candidates
+    candidates = tuple(map(find, model.candidates)) if isinstance(model.candidates, tuple) else model.candidates
     template = find(model.chat_template) if model.chat_template else None
     model = model.model_copy(update={"name": name, "candidates": candidates, "chat_template": template})
     if adapter.start_from:

@@ -25,13 +25,13 @@ from llmtune.evaluate.suite_registry import check_variant
 from llmtune.model.config import read_model_config
 from llmtune.model.device import describe_device, pick_device
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import resolve_checkpointing
+from llmtune.model.memory_plan import context_length, resolve_checkpointing
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
-from llmtune.recipe.training_rule import choose_training, few_steps, with_choices
+from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
 from llmtune.records import AdaptedModel, Examples, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
@@ -63,6 +63,8 @@ class Options:
     lock: Path | None = None
     offline: bool = False
     dry_run: bool = False
+    device: str | None = None
+    """What a dry run plans for, in place of what computes here: a card that is known, or cpu."""
     until: str = "run"
     """The last step to run: prepare, select, adapt, train, evaluate, or run for all and deploy."""
     pins: Pins | None = None
@@ -119,7 +121,11 @@ class RunContext:
         count = rows.counts.get("train", 0)
         choices = choose_training(self.recipe, count, getattr(config, "hidden_size", None), self.task.trains_head)
         loaded = with_choices(loaded, choices)
-        self.recipe = self.recipe.model_copy(update={"train": loaded.recipe.train})
+        reach = context_length(config)
+        if self.recipe.model.candidates and reach is not None and reach < self.recipe.data.max_length:
+            loaded = with_length(loaded, reach, model_ref.name)
+            self.console.print(f"data.max_length: {reach} (chosen: the context of {model_ref.name})", highlight=False)
+        self.recipe = self.recipe.model_copy(update={"train": loaded.recipe.train, "data": loaded.recipe.data})
         for key, choice in choices.items():
             self.console.print(f"train.{key}: {choice.value:g} (chosen: {choice.why})", highlight=False)
         if warning := few_steps(self.recipe, count):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.options import AsJson
+from llmtune.cli.options import AsJson, Sets
 from llmtune.cli.output_streams import handled, print_json, stderr_console
 from llmtune.errors import RecipeError
 
@@ -20,28 +20,39 @@ app = typer.Typer(help="Models: list, show, fits.", no_args_is_help=True)
 Task = Annotated[str | None, typer.Option("--task", help="Only models that can do this task.")]
 Licence = Annotated[list[str] | None, typer.Option("--licence", help="Only this licence; may be given several times.")]
 Language = Annotated[str | None, typer.Option("--language", help="Only models that name this language: en, de ...")]
+Family = Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be given several times.")]
+MaxParameters = Annotated[float | None, typer.Option("--max-parameters", min=1, help="At most so many: 2e9.")]
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 GAP, WIDTH = "-", 132
 
 
 @app.command("list")
 @handled
-def list_(task: Task = None, licence: Licence = None, language: Language = None, as_json: AsJson = False) -> None:
+def list_(
+    task: Task = None,
+    licence: Licence = None,
+    language: Language = None,
+    family: Family = None,
+    max_parameters: MaxParameters = None,
+    as_json: AsJson = False,
+) -> None:
     """List the models of the catalogue; a recipe may name any other one too."""
     from rich.console import Console
     from rich.table import Table
 
-    from llmtune.model.catalogue import select_models
+    from llmtune.model.catalogue import ModelQuery, select_models
 
-    found, left_out = select_models(task, licence or (), language)
+    found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
     if as_json:
         print_json({"models": [asdict(one) for one in found], "left_out": left_out})
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("model", "kind", "context", "licence", "languages"):
-        table.add_column(column, justify="right" if column == "context" else "left", no_wrap=column == "model")
+    for column in ("model", "parameters", "kind", "context", "licence", "languages"):
+        number = column in ("context", "parameters")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number or column == "model")
     for one in found:
-        table.add_row(one.name, one.kind, f"{one.context:,}", one.licence, " ".join(one.languages))
+        size = f"{one.parameters / 1e9:.2f} G"
+        table.add_row(one.name, size, one.kind, f"{one.context:,}", one.licence, " ".join(one.languages))
     Console().print(table)
     stderr_console().print(f"{len(found)} models, {len(left_out)} left out; --json has the reasons", highlight=False)
 
@@ -68,38 +79,115 @@ def show(
 def fits(
     memory: Annotated[str | None, typer.Option("--memory", help="So much memory, such as 24GB.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="A card (h100, a100-40, 4090 ...) or cpu.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="What this recipe takes, by method and card.")] = None,
+    price: Annotated[
+        list[str] | None, typer.Option("--price", metavar="CARD=N", help="With --recipe: the price of an hour.")
+    ] = None,
+    sets: Sets = None,
     length: Annotated[int, typer.Option("--length", min=8, help="Tokens of a row.")] = 1024,
     task: Annotated[str, typer.Option("--task", help="The task to be tuned for.")] = "chat",
     licence: Licence = None,
     language: Language = None,
+    family: Family = None,
+    max_parameters: MaxParameters = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which models fit, by which method, and with how long rows; by the plan of `llmtune run --dry-run`."""
-    from llmtune.model.catalogue import select_models
+    from llmtune.model.catalogue import ModelQuery, select_models
 
-    found, left_out = select_models(task, licence or (), language)
-    if (memory is None) == (device is None):
-        raise RecipeError.of("one of --memory and --device is needed", "llmtune models fits", "Write: --memory 24GB")
+    found, left_out = select_models(ModelQuery(task, licence or (), language, family or (), max_parameters))
+    if sum(one is not None for one in (memory, device, recipe)) != 1:
+        fix = "Write: --memory 24GB"
+        raise RecipeError.of("one of --memory, --device and --recipe is needed", "llmtune models fits", fix)
+    if recipe is None and (price or sets):
+        raise RecipeError.of("--price and --set have no effect without --recipe", fix="Remove them, or name a recipe.")
     size = None if memory is None else _read_size(memory)
     from llmtune.store.process_environment import prepare_environment
 
     prepare_environment(network=False)
-    from llmtune.compare.model_fits import DRIVER_BYTES, find_device, list_fits
+    if recipe is not None:
+        _fit_recipe(recipe, sets or (), price or (), as_json)
+        return
+    from llmtune.compare.model_fits import list_fits
+    from llmtune.model.device import DRIVER_BYTES, check_card, memory_limit
     from llmtune.report.number_format import size as format_bytes
 
-    room, speed = (size, None) if size is not None else find_device(str(device))
-    on_card = device != "cpu"
-    usable = room - DRIVER_BYTES if on_card else room
+    if device is not None:
+        check_card(device)
+    usable = memory_limit(device) or 0 if device is not None else (size or 0) - DRIVER_BYTES
     with stderr_console().status("planning"):
-        planned = list(list_fits(found, task, usable, length, speed, "cuda" if on_card else "cpu"))
+        planned = list(list_fits(found, task, usable, length, device, "cpu" if device == "cpu" else "cuda"))
     if as_json:
-        about = {"memory_bytes": room, "length": length, "left_out": left_out}
+        about = {"memory_bytes": usable, "length": length, "left_out": left_out}
         print_json(about | {"fits": [asdict(one) for one in planned]})
         return
-    _show(planned, f"Longest row in {format_bytes(room)}, and rows of {length:,} at once", length)
+    where = f"on {device}" if device else f"in {format_bytes(size)}"
+    _show(planned, f"Longest row {where}, and rows of {length:,} at once", length)
     if left_out:
-        reasons = f"{len(left_out)} more are left out by task, licence or language; --json has the reasons"
+        reasons = f"{len(left_out)} more are left out by what was asked for; --json has the reasons"
         stderr_console().print(reasons, highlight=False, soft_wrap=True)
+
+
+def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json: bool) -> None:
+    """Print the table of a recipe: a card a row, a method a column."""
+    from llmtune.compare.model_fits import METHODS, cheapest, list_recipe_fits
+    from llmtune.report.number_format import size
+
+    prices = _read_prices(price)
+    with stderr_console().status("planning"):
+        planned, about = list_recipe_fits(recipe, sets, prices, stderr_console())
+    best = cheapest(planned)
+    if as_json:
+        print_json({**about, "cheapest": best and asdict(best), "fits": [asdict(one) for one in planned]})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{about['model']}, rows of at most {about['length']:,} tokens: memory, time{', cost' if prices else ''}"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    methods = [name for name in METHODS if any(one.method == name for one in planned)]
+    for column in ("card", *methods):
+        table.add_column(column, justify="left" if column == "card" else "right", no_wrap=True)
+    for card in dict.fromkeys(one.card for one in planned):
+        table.add_row(card, *(_recipe_cell(one) for one in planned if one.card == card))
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)
+    unit = "the training" if about["trained_tokens"] else "a million tokens (rows are not prepared yet)"
+    notes = [
+        f"* with train.gradient_checkpointing. Memory is what one row needs. Time is of {unit}, a guess: "
+        f"the maker's 16-bit operations at {about['efficiency']:.0%}, without loading and evaluation.",
+        f"Cheapest by {'these prices' if prices else 'memory'}: {best.card} with {best.method}, {size(best.needed)}."
+        if best
+        else "It fits on none of these cards.",
+    ]
+    for note in notes:
+        stderr_console().print(note, highlight=False, soft_wrap=True)
+
+
+def _recipe_cell(one: Fit) -> str:
+    from llmtune.report.number_format import duration, size
+
+    if not one.rows:
+        return GAP
+    seconds = one.seconds if one.hours is None else 3600 * one.hours
+    time = "" if seconds is None else f", {duration(seconds)}"
+    cost = "" if one.cost is None else f", {one.cost:.2f}"
+    return f"{size(one.needed)}{'*' if one.checkpointing else ''}{time}{cost}"
+
+
+def _read_prices(texts: Sequence[str]) -> dict[str, float]:
+    """Read `h100=2.5` ... Raises RecipeError."""
+    from llmtune.model.device import check_card
+
+    prices: dict[str, float] = {}
+    for text in texts:
+        card, _, value = text.partition("=")
+        check_card(card.strip())
+        try:
+            prices[card.strip()] = float(value)
+        except ValueError:
+            raise RecipeError.of(f"{text!r} is no price", "--price", "Write e.g. --price h100=2.5.") from None
+    return prices
 
 
 def _show(planned: Sequence[Fit], title: str, length: int) -> None:

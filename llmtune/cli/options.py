@@ -25,6 +25,9 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything that is cheap, say what would run, and stop.")
 ]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Plan for this card (h100, a100-40, 4090 ...) or cpu, and stop.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Forbid any network access.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress; errors alone go to stderr.")]

@@ -12,6 +12,7 @@ import typer
 
 from llmtune.cli.options import (
     AsJson,
+    Device,
     DryRun,
     Fresh,
     Lock,
@@ -78,12 +79,16 @@ def _command(name: str) -> Callable[..., None]:
         lock: Lock = None,
         threads: Threads = None,
         dry_run: DryRun = False,
+        device: Device = None,
         offline: Offline = False,
         quiet: Quiet = False,
         as_json: AsJson = False,
     ) -> None:
         refuse_both(resume, fresh)
-        console = stderr_console(quiet=quiet)
+        console, dry_run = stderr_console(quiet=quiet), dry_run or (device is not None and name == "select")
+        if device is not None and not dry_run:
+            what = "--device plans for a card that need not be here, and nothing is trained on it"
+            raise RecipeError.of(what, fix="Add --dry-run; `llmtune doctor` says what computes here.")
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -103,6 +108,7 @@ def _command(name: str) -> Callable[..., None]:
                 lock=lock,
                 threads=threads,
                 dry_run=dry_run,
+                device=device,
                 offline=offline,
                 console=console,
             )
@@ -116,7 +122,8 @@ def _command(name: str) -> Callable[..., None]:
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
     signature = inspect.signature(command, eval_str=True)
-    kept = [one for one in signature.parameters.values() if one.name not in PLACES or name == LAUNCH]
+    left_out = {*(PLACES if name != LAUNCH else ()), *(("device",) if name not in ("run", "select") else ())}
+    kept = [one for one in signature.parameters.values() if one.name not in left_out]
     shown.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return shown
 

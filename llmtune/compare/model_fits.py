@@ -1,4 +1,4 @@
-"""Which models of the catalogue can be tuned in so much memory, by which method, and with how long rows.
+"""What can be tuned in so much memory: models of the catalogue by method and length, or one recipe by method and card.
 
 The plan is that of `--dry-run` and `select` (`llmtune.model.memory_plan`), for the shapes that the catalogue states.
 """
@@ -7,40 +7,30 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
 from transformers import PreTrainedModel
 
+from llmtune.compare.compare_methods import change
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import EnvironmentProblem, RecipeError, nearest
+from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.catalogue import CatalogueModel
 from llmtune.model.config import build_skeleton, find_class, read_model_config
-from llmtune.model.device import memory_limit
-from llmtune.model.memory_plan import USABLE, plan_skeleton
+from llmtune.model.device import CARDS, memory_limit
+from llmtune.model.memory_plan import USABLE, context_length, plan_skeleton
+from llmtune.model.model_selection import describe_model
+from llmtune.recipe.loader import LoadedRecipe, load_recipe
 from llmtune.recipe.schema import Recipe
-from llmtune.records import MemoryPlan, ModelRef
+from llmtune.recipe.training_rule import choose_training
+from llmtune.records import MemoryPlan
+from llmtune.store.run_folder import RunFolder, default_path, read_manifest
 from llmtune.tasks.registry import choose_variant
 
 METHODS = ("full", "lora", "qlora")
-CARDS: Mapping[str, tuple[float, float]] = {
-    "b200": (180e9, 2250e12),
-    "h200": (141e9, 989e12),
-    "h100": (80e9, 989e12),
-    "a100-80": (80e9, 312e12),
-    "a100-40": (40e9, 312e12),
-    "l40s": (48e9, 362e12),
-    "a10": (24e9, 125e12),
-    "l4": (24e9, 121e12),
-    "4090": (24e9, 165e12),
-    "3090": (24e9, 71e12),
-    "t4": (16e9, 65e12),
-}
-"""Cards by name: bytes of memory, and operations a second in 16 bits, dense, by their makers' data sheets."""
 EFFICIENCY = 0.35
 """Share of those operations that training reaches; 0.3 to 0.45 is usual on one card."""
-DRIVER_BYTES = 600_000_000
-"""What CUDA and its libraries keep on a card."""
 FLOPS = {"full": 6, "lora": 4, "qlora": 4}
 """Operations a parameter and token: forward 2, backward 4; 2 where weights are frozen."""
 
@@ -53,6 +43,8 @@ class Fit:
     method: str
     parameters: int
     lower_bound: int
+    needed: int
+    """Bytes that the plan has for one row of the asked length, by the way that fits."""
     longest: int
     """Tokens of the longest row that fits, at most the model's context; 0 where none does."""
     rows: int
@@ -61,76 +53,141 @@ class Fit:
     """Whether a row of the asked length needs `train.gradient_checkpointing`."""
     seconds: float | None
     """Of a million tokens, where the card is known."""
-
-
-def find_device(name: str) -> tuple[float, float | None]:
-    """Return memory in bytes and operations a second of a card or of this machine (`cpu`). Raises RecipeError."""
-    if name == "cpu":
-        return float(memory_limit("cpu") or 0), None
-    if name not in CARDS:
-        fix = f"{nearest(name, list(CARDS))} Cards: {', '.join(CARDS)}, cpu.".strip()
-        raise RecipeError.of(f"the card {name!r} is not known", "--device", fix)
-    return CARDS[name]
+    card: str | None = None
+    hours: float | None = None
+    """Of the training, where its tokens are known."""
+    cost: float | None = None
+    """Of those hours, where the card has a price."""
 
 
 def list_fits(
-    models: Sequence[CatalogueModel], task: str, memory: float, length: int, speed: float | None, device: str
+    models: Sequence[CatalogueModel], task: str, memory: float, length: int, card: str | None, device: str
 ) -> Iterator[Fit]:
     """Yield what fits, a model and method at a time; `device` is cpu or cuda. What cannot be built is left out."""
     with tempfile.TemporaryDirectory() as name:
         for number, model in enumerate(models):
-            folder = Path(name) / str(number)
-            model.write_config(folder)
-            model_ref = ModelRef(model.name, folder, None, "")
+            model_ref = model.write_config(Path(name) / str(number))
             try:
-                recipe = _recipe(task, "lora", False)
+                recipe = _recipe(task, "lora")
                 variant = choose_variant(recipe, read_model_config(model_ref, recipe.model), model.name)
                 model_class, config = find_class(model_ref, recipe, variant)
                 skeleton = build_skeleton(model_class, config, recipe)
             except (RecipeError, EnvironmentProblem):
                 continue
             for method in METHODS:
-                yield _fit(model, skeleton, variant, method, memory, length, speed, device)
+                fit = _fit(skeleton, _recipe(task, method), variant, memory, min(length, model.context), device, card)
+                yield replace(fit, model=model.name, longest=min(model.context, fit.longest))
+
+
+def list_recipe_fits(
+    recipe: str, sets: Sequence[str], prices: Mapping[str, float], console: Console
+) -> tuple[list[Fit], dict[str, object]]:
+    """Return what a recipe takes with each method on each card and on this machine's CPU, and what that rests on.
+
+    Raises RecipeError where the recipe names no model, or one whose shape is not known.
+    """
+    loaded = load_recipe(recipe, sets)
+    name = loaded.recipe.model.name
+    if name is None:
+        fix = "Name one of them: --set model.candidates=null --set model.name=NAME. `llmtune run --dry-run` shows all."
+        raise RecipeError.of("the recipe names several models", "model.candidates", fix)
+    fits: list[Fit] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model_ref = describe_model(name, loaded.recipe, console, Path(folder), offline=False)
+        if model_ref is None:
+            fix = "Bring it here with `llmtune select`, or name a model of `llmtune models list`."
+            raise RecipeError.of(f"the shape of {name} is not known without its files", "model.name", fix)
+        config = read_model_config(model_ref, loaded.recipe.model)
+        variant = choose_variant(loaded.recipe, config, name)
+        model_class, config = find_class(model_ref, loaded.recipe, variant)
+        skeleton = build_skeleton(model_class, config, loaded.recipe)
+        tokens, longest = _trained_tokens(loaded)
+        length = min(longest, context_length(config) or longest)
+        for method in METHODS:
+            try:
+                changed = load_recipe(recipe, [*sets, *change(loaded, method)]).recipe
+            except RecipeError:
+                continue  # the task or another key does not go with this method
+            for card in (*CARDS, "cpu"):
+                fit = _fit(skeleton, changed, variant, memory_limit(card) or 0, length, card, card)
+                hours = None if tokens is None or fit.seconds is None else fit.seconds * tokens / 3.6e9
+                cost = hours * prices[card] if hours is not None and card in prices else None
+                fits.append(replace(fit, model=name, card=card, hours=hours, cost=cost))
+    about = {"model": name, "length": length, "trained_tokens": tokens, "efficiency": EFFICIENCY, "prices": prices}
+    return fits, about
+
+
+def _trained_tokens(loaded: LoadedRecipe) -> tuple[int | None, int]:
+    """Return the tokens of all steps, None before the rows are prepared, and those of the longest row."""
+    recipe = loaded.recipe
+    path = default_path(recipe.name, loaded.fingerprint)
+    manifest = read_manifest(path)
+    facts = RunFolder(path, manifest).facts("encode") if manifest else None
+    if not facts:
+        return None, recipe.data.max_length
+    tokens, rows = facts["tokens"]["train"], facts["counts"]["train"]
+    chosen = choose_training(recipe, rows, None, False)
+    epochs = chosen["num_train_epochs"].value if "num_train_epochs" in chosen else recipe.train.num_train_epochs
+    batch = chosen["batch_size"].value if "batch_size" in chosen else recipe.train.batch_size
+    if recipe.train.max_steps is not None:
+        step = recipe.train.batch_tokens or batch * tokens / max(1, rows)
+        return int(recipe.train.max_steps * step), max(facts["longest"].values())
+    return int(epochs * tokens), max(facts["longest"].values())
+
+
+def cheapest(fits: Sequence[Fit]) -> Fit | None:
+    """Return what costs least of what fits; without prices, the fastest method on the card with the least memory."""
+    fitting = [fit for fit in fits if fit.rows and fit.card in CARDS]
+    priced = [fit for fit in fitting if fit.cost is not None]
+    if priced:
+        return min(priced, key=lambda fit: fit.cost or 0)
+    return min(fitting, key=lambda fit: (CARDS[fit.card or ""][0], fit.seconds or 0, fit.needed), default=None)
 
 
 def _fit(
-    model: CatalogueModel,
     skeleton: PreTrainedModel,
+    recipe: Recipe,
     variant: TaskInterface,
-    method: str,
     memory: float,
     length: int,
-    speed: float | None,
     device: str,
+    card: str | None,
 ) -> Fit:
-    length, room = min(length, model.context), int(USABLE * memory)
+    room = int(USABLE * memory)
+    stated = recipe.train.gradient_checkpointing
     plans = [
-        plan_skeleton(skeleton, _recipe(variant.name, method, saving), variant, length, device, int(memory))
-        for saving in (False, True)
+        plan_skeleton(skeleton, _saving(recipe, one), variant, length, device, int(memory))
+        for one in ((False, True) if stated == "auto" else (stated, stated))
     ]
     tokens = [_tokens(plan, length, room) for plan in plans]
     saving = tokens[0] < length
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    speed, method = CARDS[card][1] if card and card in CARDS else None, recipe.adapter.method
     return Fit(
-        model=model.name,
+        model="",
         method=method,
         parameters=parameters,
         lower_bound=plans[0].lower_bound,
-        longest=min(model.context, max(tokens)),
+        needed=plans[saving].total,
+        longest=max(tokens),
         rows=tokens[saving] // length,
-        checkpointing=saving,
+        checkpointing=saving if stated == "auto" else stated,
         seconds=None if speed is None else FLOPS[method] * parameters * 1e6 / (speed * EFFICIENCY),
     )
 
 
-def _recipe(task: str, method: str, checkpointing: bool) -> Recipe:
+def _saving(recipe: Recipe, saving: bool) -> Recipe:
+    train = recipe.train.model_copy(update={"gradient_checkpointing": saving})
+    return recipe.model_copy(update={"train": train})
+
+
+def _recipe(task: str, method: str) -> Recipe:
     return Recipe.model_validate(
         {
             "task": task,
             "data": {"train": "rows.jsonl"},
             "model": {"name": "model", "dtype": "bfloat16"},
             "adapter": {"method": method},
-            "train": {"gradient_checkpointing": checkpointing},
         }
     )
 

@@ -1,62 +1,15 @@
-"""The Hugging Face hub: names and licences of base models, and a folder uploaded."""
+"""The Hugging Face hub: a folder uploaded."""
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError
+from llmtune.model.resolve import NO_ANSWER
 from llmtune.store.process_environment import offline_switches
-
-NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
-"""The error of the HTTP library that the hub's library stands on."""
-UNKNOWN = "unknown"
-"""The hub's word for a licence that nobody stated."""
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """Where a model of a Python package comes from."""
-
-    name: str
-    license: str
-    difference: str
-
-
-PACKAGED_MODELS = {
-    "smollm2-135m-instruct": PackagedModel(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", "weights rounded to Q4_1"
-    ),
-    "minilm-l6-v2": PackagedModel("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0", "the same weights"),
-    "whisper-tiny.en": PackagedModel("openai/whisper-tiny.en", "mit", "weights in float16"),
-}
-"""By name without `builtin:`."""
-LICENSES = frozenset(files("llmtune.deploy").joinpath("hub_licenses.txt").read_text("utf-8").split())
-"""The hub's short names: https://huggingface.co/docs/hub/repositories-licenses."""
-
-
-def find_license(name: str, folder: Path, base: str | None, *, network: bool) -> str | None:
-    """Find the licence of the base model `name`: that of a packaged one, or by its card in `folder` or on the hub."""
-    packaged = PACKAGED_MODELS.get(name.removeprefix("builtin:"))
-    if packaged is not None:
-        return packaged.license
-    license_name: object = None
-    if (folder / "README.md").is_file():
-        with suppress(ValueError, TypeError, KeyError):
-            license_name = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.get("license")
-    if license_name not in LICENSES and network and base is not None:
-        try:
-            card = HfApi().model_info(base).card_data
-        except NO_ANSWER:
-            return None
-        license_name = card.get("license") if card else None
-    return str(license_name) if license_name in LICENSES else None
 
 
 def check_upload(offline: bool) -> None:

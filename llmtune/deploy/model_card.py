@@ -14,9 +14,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from llmtune.deploy.hub import PACKAGED_MODELS, UNKNOWN, find_license
 from llmtune.deploy.parity import Certificate, describe_parity
 from llmtune.deploy.path_redaction import hide_paths, is_local_path
+from llmtune.model.builtin_models import PACKAGED
+from llmtune.model.licenses import UNKNOWN, find_license
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.records import Evaluation, GateResult
@@ -92,10 +93,10 @@ class Publication:
         name = str(self.lock["model"]["name"])
         if self.options.base_model:
             return self.options.base_model, self.options.base_model, []
-        packaged = PACKAGED_MODELS.get(name.removeprefix("builtin:")) if name.startswith("builtin:") else None
+        packaged = PACKAGED.get(name.removeprefix("builtin:")) if name.startswith("builtin:") else None
         if packaged is not None:
-            note = f"It was trained on {name}, which is {packaged.name} as a package has it ({packaged.difference}): "
-            return packaged.name, name, [note + "numbers were measured on that copy."]
+            note = f"It was trained on {name}, which is {packaged.origin} as a package has it ({packaged.difference}): "
+            return packaged.origin, name, [note + "numbers were measured on that copy."]
         if is_local_path(name):
             note = "Its base model is known by its hash alone: the publisher has not named its model of the hub."
             return None, Path(name).name, [note]

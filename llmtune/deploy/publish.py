@@ -15,13 +15,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from rich.console import Console
 from rich.markup import escape
 
-from llmtune.deploy.hub import LICENSES, check_upload, upload
+from llmtune.deploy.hub import check_upload, upload
 from llmtune.deploy.model_card import Document, Publication, PublishOptions, write_card
 from llmtune.deploy.ollama_modelfile import MODELFILE
 from llmtune.deploy.parity import CERTIFICATE, Certificate
 from llmtune.deploy.path_redaction import hide_paths, is_local_path, recipe_to_share, refuse_paths
 from llmtune.errors import EnvironmentProblem, GateFailed, Problem, RecipeError
 from llmtune.evaluate.evaluation_file import load_evaluation
+from llmtune.model.licenses import LICENSES
 from llmtune.records import Evaluation
 from llmtune.report.redaction import redact
 from llmtune.store.atomic_files import explained, hash_folder, hash_path, read_json, staged, write_json, write_text

@@ -109,6 +109,7 @@ def run_recipe(
     lock: Path | None = None,
     threads: int | None = None,
     dry_run: bool = False,
+    device: str | None = None,
     offline: bool = False,
     console: Console,
 ) -> Json:
@@ -130,6 +131,7 @@ def run_recipe(
         lock=lock,
         threads=threads,
         dry_run=dry_run,
+        device=device,
         offline=offline,
         console=console,
     )
@@ -158,6 +160,7 @@ def _run_loaded(
     lock: Path | None,
     threads: int | None,
     dry_run: bool,
+    device: str | None,
     offline: bool,
     console: Console,
     board: Board | None,
@@ -183,10 +186,13 @@ def _run_loaded(
             print_unchanged(known, path, console)
             return known
         with spinner(console, "loading the libraries"), gc_paused():
+            from llmtune.model.device import check_card
             from llmtune.pipeline import run_pipeline
             from llmtune.session import Options
 
-        options = Options(out, resume, fresh, lock, offline, dry_run, until=until)
+        if device is not None:
+            check_card(device)
+        options = Options(out, resume, fresh, lock, offline, dry_run, device, until)
         with nullcontext() if dry_run else finish_noted(loaded, path, until):
             if topology is None or dry_run:
                 return run_pipeline(loaded, options, console)
@@ -223,9 +229,10 @@ def make_console(*, quiet: bool = False, stderr: bool = True) -> Console:
 
 def names_remote(recipe: Recipe) -> bool:
     """Whether the recipe names a model, data or a kernel on a hub, an address, or a tracker that sends numbers away."""
-    from llmtune.recipe.section import STORES  # not for --help
+    from llmtune.model.catalogue import candidate_names  # not for --help
+    from llmtune.recipe.section import STORES  # nor this
 
-    models = [recipe.model.name] if recipe.model.name else list(recipe.model.candidates or [])
+    models = [recipe.model.name] if recipe.model.name else candidate_names(recipe)
     sources = [source for split in SPLITS for source in recipe.data.sources(split)]
     remote_data = any(source.path.startswith(("hub:", *STORES)) for source in sources) or studies_remote(recipe)
     remote_trackers = set(recipe.train.report_to) - LOCAL_TRACKERS

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import EnvironmentProblem, Problem, nearest
+from llmtune.model.catalogue import candidate_names
 from llmtune.recipe.builtin import new_recipe
 from llmtune.recipe.loader import LoadedRecipe
 
@@ -41,13 +42,12 @@ def _missing(loaded: LoadedRecipe) -> Iterator[Problem]:
             what = f"the tracker {tracker} is not installed"
             yield Problem(what, "train.report_to", f"pip install {tracker.replace('_', '-')}")
     model = loaded.recipe.model
-    for name in [model.name] if model.name else model.candidates or ():
-        if os.path.isabs(name) and not os.path.exists(name):
-            parent = Path(name).parent
-            known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-            yield Problem(
-                f"there is no folder {name}", "model.name", f"Check the path.{nearest(Path(name).name, known)}"
-            )
+    names = [model.name] if model.name else candidate_names(loaded.recipe)
+    missing = [name for name in names if os.path.isabs(name) and not os.path.exists(name)]
+    for name in missing if len(missing) == len(names) else ():  # of several one may be missing: it is left out
+        parent = Path(name).parent
+        known = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        yield Problem(f"there is no folder {name}", "model.name", f"Check the path.{nearest(Path(name).name, known)}")
 
 
 def marks_left(loaded: LoadedRecipe) -> list[str]:

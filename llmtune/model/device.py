@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from llmtune.errors import RecipeError
+from llmtune.errors import RecipeError, nearest
 from llmtune.store.machine import memory_limit as process_memory_limit
+
+CARDS: Mapping[str, tuple[float, float]] = {
+    "b200": (180e9, 2250e12),
+    "h200": (141e9, 989e12),
+    "h100": (80e9, 989e12),
+    "a100-80": (80e9, 312e12),
+    "a100-40": (40e9, 312e12),
+    "l40s": (48e9, 362e12),
+    "a10": (24e9, 125e12),
+    "l4": (24e9, 121e12),
+    "4090": (24e9, 165e12),
+    "3090": (24e9, 71e12),
+    "t4": (16e9, 65e12),
+}
+"""Cards by name: bytes of memory, and operations a second in 16 bits, dense, by their makers' data sheets."""
+DRIVER_BYTES = 600_000_000
+"""What CUDA and its libraries keep on a card."""
+_WITHOUT_BFLOAT16 = ("t4",)
 
 
 def pick_device() -> str:
@@ -26,6 +45,8 @@ def describe_device(device: str) -> dict[str, str]:
 
 def has_fast_bfloat16(device: str) -> bool:
     """Whether `device` multiplies bfloat16 faster than float32: Ampere and later, AVX512-BF16, AMX."""
+    if device in CARDS:
+        return device not in _WITHOUT_BFLOAT16
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability()[0] >= 8
     if device == "cpu":
@@ -57,8 +78,18 @@ def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[o
 def memory_limit(device: str) -> int | None:
     """Return the bytes that `device` has in total, free or not; None where it cannot be known.
 
-    On a CPU: the least of RAM, the control group's limit and the address space that `ulimit -v` allows.
+    Of a card by name, which need not be here, what its driver leaves. On a CPU: the least of RAM, the control group's
+    limit and the address space that `ulimit -v` allows.
     """
+    if device in CARDS:
+        return int(CARDS[device][0]) - DRIVER_BYTES
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return process_memory_limit()
+
+
+def check_card(name: str) -> None:
+    """Raise RecipeError unless `name` is a card that is known, or `cpu`."""
+    if name not in (*CARDS, "cpu"):
+        fix = f"{nearest(name, list(CARDS))} Cards: {', '.join(CARDS)}, cpu.".strip()
+        raise RecipeError.of(f"the card {name!r} is not known", "--device", fix)

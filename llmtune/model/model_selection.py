@@ -6,12 +6,15 @@ import dataclasses
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from huggingface_hub import is_offline_mode
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -19,16 +22,25 @@ from transformers import PreTrainedTokenizerBase
 from llmtune.data.row_store import read_rows
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem, Problem, RecipeError
+from llmtune.model.catalogue import candidate_names, read_catalogue, refuse_licence
 from llmtune.model.config import find_class
 from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.licenses import find_license
 from llmtune.model.loading import load_model
-from llmtune.model.memory_plan import context_length, micro_batch_tokens, plan_memory
+from llmtune.model.memory_plan import (
+    context_length,
+    micro_batch_tokens,
+    plan_memory,
+    plan_training,
+    resolve_checkpointing,
+)
 from llmtune.model.model_inputs import move_to
 from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.records import Example, MemoryPlan, ModelRef, Row, Rows
 from llmtune.report.number_format import size as format_bytes
+from llmtune.store.process_environment import is_remote_model
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
@@ -37,6 +49,8 @@ ChooseTask = Callable[[ModelRef], TaskInterface]
 """Gives the form of the task that a model can do; raises RecipeError where there is none."""
 _SAMPLE_ROWS = 64
 """Enough to tell models apart by more than a few per cent, few enough to take seconds."""
+_MEASURED_ROWS = 1000
+"""Training rows whose lengths are held against a model's context."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,10 @@ class Candidate:
     lower_bound: int | None = None
     """Bytes that training it takes at least."""
     context: int | None = None
+    tuned: float | None = None
+    """Bits per byte of the validation rows after its last trial."""
+    steps: int | None = None
+    """Steps of that trial."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,8 @@ class Ranking:
     rows: int
     """Rows that every candidate was measured on."""
     split: str
+    model_refs: Mapping[str, ModelRef]
+    """Those that were measured, by name."""
 
     def to_dict(self) -> dict[str, object]:
         """Return what the report shows, ready for JSON."""
@@ -94,59 +114,82 @@ def rank_candidates(
     Raises:
         RecipeError, EnvironmentProblem: a candidate is damaged, or none is left.
     """
-    assert recipe.model.candidates, "the recipe names candidates"
     split = "validation" if rows.counts.get("validation", 0) else "train"
-    count = rows.counts[split]
-    indexes = sorted(random.Random(recipe.seed).sample(range(count), min(count, _SAMPLE_ROWS)))  # noqa: S311
-    sample = dict(zip(indexes, read_rows(rows, split, indexes), strict=True))
+    sample, many = _sample(rows, split, _SAMPLE_ROWS, recipe.seed), _sample(rows, "train", _MEASURED_ROWS, recipe.seed)
     entrants: list[_Entrant] = []
-    refs, out = resolve_candidates(recipe, console, offline)
+    refs, out = resolve_candidates(recipe, choose, console, device, offline)
     for model_ref in refs:
-        entrant = _admit(model_ref, recipe, choose, sample, device)
+        entrant = _admit(model_ref, recipe, choose, sample, many, device)
         if isinstance(entrant, _Entrant):
             entrants.append(entrant)
         else:
             out.append(entrant)
     shared = sorted(set.intersection(*(set(entrant.examples) for entrant in entrants))) if entrants else []
     if not shared:
-        problems = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
-        problems += [Problem("there is no row that all candidates can encode")] if entrants else []
-        raise EnvironmentProblem(Problem("no candidate is left", "model.candidates", "Name other models."), *problems)
-    measured: list[tuple[float, Candidate, ModelRef]] = []
+        problems = [Problem("there is no row that all candidates can encode")] if entrants else []
+        raise none_left(out, *problems)
+    measured: list[Candidate] = []
     for entrant in entrants:
         bits = _bits_per_byte(entrant, shared, recipe, device, console)
-        candidate = Candidate(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context)
-        measured.append((bits, candidate, entrant.model_ref))
-    measured.sort(key=lambda entry: (math.isnan(entry[0]), entry[0]))
-    ranking = Ranking(measured[0][2], (*(candidate for _, candidate, _ in measured), *out), len(shared), split)
+        measured.append(Candidate(entrant.model_ref.name, bits, None, entrant.plan.lower_bound, entrant.context))
+    measured.sort(key=lambda one: (math.isnan(one.bits_per_byte or 0), one.bits_per_byte or 0))
+    by_name = {entrant.model_ref.name: entrant.model_ref for entrant in entrants}
+    ranking = Ranking(by_name[measured[0].name], (*measured, *out), len(shared), split, by_name)
+    show_ranking(ranking, console, folder)
+    return ranking
+
+
+def none_left(out: Sequence[Candidate], *problems: Problem) -> EnvironmentProblem:
+    """Return the error where every candidate was left out, with the reason of each."""
+    reasons = [Problem(f"{candidate.name} is left out: {candidate.reason}") for candidate in out]
+    first = Problem("no candidate is left", "model.candidates", "Name other models.")
+    return EnvironmentProblem(first, *reasons, *problems)
+
+
+def _sample(rows: Rows, split: str, size: int, seed: int) -> dict[int, Row]:
+    count = rows.counts[split]
+    indexes = sorted(random.Random(seed).sample(range(count), min(count, size)))  # noqa: S311
+    return dict(zip(indexes, read_rows(rows, split, indexes), strict=True))
+
+
+def show_ranking(ranking: Ranking, console: Console, folder: Path) -> None:
+    """Print a ranking and write it to `ranking.json` in `folder`."""
     console.print(_draw(ranking))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ranking.json").write_text(json.dumps(ranking.to_dict(), indent=2) + "\n", "utf-8")
-    return ranking
 
 
 def _draw(ranking: Ranking) -> Table:
     """Draw the table that shows why the first was taken."""
     title = f"Candidates by bits per byte on {ranking.rows} {ranking.split} rows (lower knows the rows better)"
+    tried = any(candidate.steps for candidate in ranking.candidates)
+    if tried:
+        title += "; those with a trial by the bits after it, on all validation rows"
     table = Table(title=title, title_justify="left")
-    for column in ("", "model", "bits per byte", "needs at least", "context", "left out because"):
-        table.add_column(
-            column, justify="right" if column in ("bits per byte", "needs at least", "context") else "left"
-        )
+    numbers = ("bits per byte", *(["tuned", "steps"] if tried else []), "needs at least", "context")
+    for column in ("", "model", *numbers, "left out because"):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for candidate in ranking.candidates:
         table.add_row(
             "→" if candidate.name == ranking.chosen.name else "",
             candidate.name,
             "" if candidate.bits_per_byte is None else f"{candidate.bits_per_byte:.4f}",
+            *([_number(candidate.tuned, ".4f"), _number(candidate.steps, ",")] if tried else []),
             "" if candidate.lower_bound is None else format_bytes(candidate.lower_bound),
-            "" if candidate.context is None else f"{candidate.context:,}",
+            _number(candidate.context, ","),
             candidate.reason or "",
         )
     return table
 
 
-def resolve_candidates(recipe: Recipe, console: Console, offline: bool) -> tuple[list[ModelRef], list[Candidate]]:
-    """Find every candidate; one that is not there is left out with the reason.
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def resolve_candidates(
+    recipe: Recipe, choose: ChooseTask, console: Console, device: str, offline: bool
+) -> tuple[list[ModelRef], list[Candidate]]:
+    """Find every candidate; one that is not there, or cannot be used by what is known of it, is left out.
 
     Raises RecipeError for keys that have to be set first, EnvironmentProblem with all reasons where none is there.
     """
@@ -154,7 +197,10 @@ def resolve_candidates(recipe: Recipe, console: Console, offline: bool) -> tuple
     out: list[Candidate] = []
     missing: list[Problem] = []
     refused: list[Problem] = []
-    for name in recipe.model.candidates or ():
+    for name in candidate_names(recipe):
+        if (reason := _refuse(name, recipe, choose, device, offline)) is not None:
+            out.append(Candidate(name, None, reason))
+            continue
         try:
             refs.append(resolve_model(name, recipe.model, console, offline))
         except (RecipeError, EnvironmentProblem) as error:
@@ -164,11 +210,96 @@ def resolve_candidates(recipe: Recipe, console: Console, offline: bool) -> tuple
     RecipeError.collect(refused)
     if not refs:
         EnvironmentProblem.collect(missing)
+        raise none_left(out)
     return refs, out
 
 
+def _refuse(name: str, recipe: Recipe, choose: ChooseTask, device: str, offline: bool) -> str | None:
+    """Return why a candidate is left out before it is brought here: its licence, or what the catalogue has of it."""
+    known, allowed = read_catalogue().get(name), recipe.model.licences
+    if allowed:
+        base = name if is_remote_model(name) else None
+        network = not offline and not is_offline_mode()
+        licence = known.licence if known else find_license(name, Path(name), base, network=network)
+        if (reason := refuse_licence(licence, allowed)) is not None:
+            return reason
+    if known is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        model_ref = known.write_config(Path(folder))
+        try:
+            return _too_large(plan_memory(model_ref, recipe, choose(model_ref), 1, device), recipe)
+        except (RecipeError, EnvironmentProblem) as error:
+            return error.problems[0].what
+
+
+def _too_large(plan: MemoryPlan, recipe: Recipe) -> str | None:
+    if not recipe.model.check_memory or plan.limit is None or plan.lower_bound <= plan.limit:
+        return None
+    return f"it needs {format_bytes(plan.lower_bound)}, and {plan.device} has {format_bytes(plan.limit)}"
+
+
+def plan_candidates(
+    recipe: Recipe, choose: ChooseTask, longest: int, device: str, console: Console, offline: bool
+) -> dict[str, MemoryPlan]:
+    """Say what would be ranked and what would be left out, and bring nothing here; return the plans of what is known.
+
+    Raises RecipeError where a query finds nothing, EnvironmentProblem where none would be left.
+    """
+    plans: dict[str, MemoryPlan] = {}
+    out: list[Candidate] = []
+    table = Table("model", "planned", "at least", "", title="Candidates", title_justify="left")
+    names = candidate_names(recipe)
+    for name in names:
+        reason, plan = _refuse(name, recipe, choose, device, True), None
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                model_ref = describe_model(name, recipe, console, Path(folder), offline) if reason is None else None
+                if model_ref is not None:
+                    plan = plans[name] = plan_candidate(model_ref, recipe, choose(model_ref), longest, device)
+                    reason = _too_large(plan, recipe)
+        except (RecipeError, EnvironmentProblem) as error:
+            reason = error.problems[0].what
+        sizes = [format_bytes(plan.total), format_bytes(plan.lower_bound)] if plan else ["", ""]
+        there = model_ref is not None and model_ref.content_hash
+        table.add_row(name, *sizes, f"left out: {reason}" if reason else "" if there else "would be downloaded first")
+        out += [Candidate(name, None, reason)] if reason else []
+    console.print(table)
+    if len(out) == len(names):
+        raise none_left(out)
+    return plans
+
+
+def describe_model(name: str, recipe: Recipe, console: Console, folder: Path, offline: bool) -> ModelRef | None:
+    """Return a model that is here; of one that would be downloaded its shape by the catalogue, without a hash, or None.
+
+    Raises EnvironmentProblem where it cannot be had.
+    """
+    try:
+        return resolve_model(name, recipe.model, console, offline=True)
+    except EnvironmentProblem:
+        if offline or not is_remote_model(name):
+            raise
+        known = read_catalogue().get(name)
+        return known.write_config(folder) if known else None
+
+
+def plan_candidate(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> MemoryPlan:
+    """Plan a training as it would be, `gradient_checkpointing: auto` decided. Raises what `plan_memory` raises."""
+    if recipe.train.gradient_checkpointing == "auto":
+        on = resolve_checkpointing(model_ref, recipe, task, longest, device)
+        train = recipe.train.model_copy(update={"gradient_checkpointing": on})
+        recipe = recipe.model_copy(update={"train": train})
+    return plan_training(model_ref, recipe, task, longest, device)
+
+
 def _admit(
-    model_ref: ModelRef, recipe: Recipe, choose: ChooseTask, sample: dict[int, Row], device: str
+    model_ref: ModelRef,
+    recipe: Recipe,
+    choose: ChooseTask,
+    sample: Mapping[int, Row],
+    many: Mapping[int, Row],
+    device: str,
 ) -> _Entrant | Candidate:
     """Return the candidate ready to be measured, or left out with the reason."""
     try:
@@ -178,21 +309,36 @@ def _admit(
         plan = plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
         context = context_length(config)
         out = Candidate(model_ref.name, None, None, plan.lower_bound, context)
-        if recipe.model.check_memory and plan.limit is not None and plan.lower_bound > plan.limit:
-            reason = f"it needs {format_bytes(plan.lower_bound)}, and {device} has {format_bytes(plan.limit)}"
+        if (reason := _too_large(plan, recipe)) is not None:
             return dataclasses.replace(out, reason=reason)
         encoded = task.encode(list(sample.values()), processor, recipe)
+        lengths = [_reach(row) for row in task.encode(list(many.values()), processor, recipe)]
     except (RecipeError, DataError, EnvironmentProblem) as error:
         return Candidate(model_ref.name, None, error.problems[0].what)
     examples = {index: row for index, row in zip(sample, encoded, strict=True) if isinstance(row, list) and row}
-    longest = max((example.reach for row in examples.values() for example in row), default=0)
-    if context is not None and longest > context:
-        reason = f"its context of {context:,} tokens is shorter than a row of {longest:,}"
-        return dataclasses.replace(out, reason=reason)
     if not examples:
         reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
         return dataclasses.replace(out, reason=reason)
-    return _Entrant(model_ref, task, processor, plan, context, examples)
+    lengths += map(_reach, examples.values())
+    if context is not None and (reason := _too_short(context, lengths, recipe)) is not None:
+        return dataclasses.replace(out, reason=reason)
+    fitting = {index: row for index, row in examples.items() if context is None or _reach(row) <= context}
+    return _Entrant(model_ref, task, processor, plan, context, fitting)
+
+
+def _reach(row: list[Example] | str) -> int:
+    """Return the longest example of an encoded row; 0 for one that cannot be used."""
+    return 0 if isinstance(row, str) else max((example.reach for example in row), default=0)
+
+
+def _too_short(context: int, lengths: Sequence[int], recipe: Recipe) -> str | None:
+    """Say so where a context is too short for the rows: for all of them, or for 99 % if longer ones may be changed."""
+    longest, usual = max(lengths), int(np.percentile(lengths, 99, method="higher"))
+    if usual > context:
+        return f"its context of {context:,} tokens is shorter than the 99th percentile of the rows, {usual:,}"
+    if longest > context and recipe.data.on_overlong == "error":
+        return f"its context of {context:,} tokens is shorter than a row of {longest:,}, and data.on_overlong is error"
+    return None
 
 
 def _bits_per_byte(entrant: _Entrant, shared: Sequence[int], recipe: Recipe, device: str, console: Console) -> float:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _PICKLED = ("pytorch_model", "model.ckpt")
-_NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
+NO_ANSWER = cast(type[Exception], HfHubHTTPError.__bases__[0])
 """The error of the HTTP library that this version of the hub library stands on (httpx, or httpx2)."""
 
 
@@ -99,7 +99,7 @@ def _download(name: str, model: ModelSection, offline: bool) -> Path:
             ignore_patterns=["*/*", "consolidated*"],
             local_files_only=offline,
         )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, _NO_ANSWER) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, LocalEntryNotFoundError, NO_ANSWER) as error:
         raise _explain(error, name, model.revision, offline) from error
     return Path(folder)
 
@@ -110,7 +110,7 @@ def _refuse_pickles(name: str, revision: str) -> None:
         info = HfApi().model_info(name, revision=revision)
     except HfHubHTTPError:
         raise
-    except _NO_ANSWER:
+    except NO_ANSWER:
         return
     files = [entry.rfilename for entry in info.siblings or [] if "/" not in entry.rfilename]
     pickled = [file for file in files if file.startswith(_PICKLED) and not file.endswith(".json")]

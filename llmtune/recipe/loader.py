@@ -17,10 +17,15 @@ from llmtune.recipe.schema import Recipe
 from llmtune.recipe.section import Section
 from llmtune.recipe.source_map import DEFAULT, SourceMap, list_origins, restore_origins
 from llmtune.recipe.task_facts import TASK_FACTS
-from llmtune.recipe.train_section import TrainSection
 from llmtune.recipe.validation import validate
 from llmtune.recipe.yaml_reader import Node, read_text
 from llmtune.recipe.yaml_writer import write_yaml
+
+ADDED = (
+    *(("train", name) for name in ("optim_args", "loss_type", "neftune_noise_alpha")),
+    *(("data", "system_prompt"), ("model", "licences"), ("model", "trials")),
+)
+"""Keys that once were not there: runs from before keep their names, as their defaults are left out of the hash."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,9 @@ def fingerprint(recipe: Recipe) -> str:
     parts = {"seed", "task", "data", "model", "adapter", "train", *([section] if section else [])}
     dumped = recipe.model_dump(mode="json", include=parts)
     dumped["train"]["seeds"] = []
-    for name in ("optim_args", "loss_type", "neftune_noise_alpha"):  # as with the prompt below
-        if dumped["train"][name] == TrainSection.model_fields[name].default:
-            del dumped["train"][name]
-    if dumped["data"]["system_prompt"] is None:
-        del dumped["data"]["system_prompt"]  # runs from before the key was there keep their names
+    for section, name in ADDED:
+        if dumped[section][name] in (None, 0, [], {}, "nll"):
+            del dumped[section][name]
     text = json.dumps(dumped, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

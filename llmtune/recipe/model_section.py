@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from llmtune.recipe.builtin import recipes_folder
 from llmtune.recipe.diagnostics import Diagnostics
-from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute
+from llmtune.recipe.section import REMOTE, Many, Section, Text, absolute, by_type, one_or_more
 from llmtune.recipe.task_variant import TaskVariant
 
 BUILTIN = "builtin:"
@@ -41,15 +41,39 @@ def absolute_template(name: str, folder: Path) -> str:
     return absolute(name, folder)
 
 
+class CatalogueQuery(Section):
+    """What to look for in the catalogue of `llmtune models list`; models that cannot do the task are none anyway."""
+
+    family: Annotated[tuple[Text, ...], BeforeValidator(one_or_more)] = ()
+    """One or more families, such as `Qwen2.5`. Default none: all of them."""
+    language: Text | None = None
+    """A language that the model's card names: `en`, `de` ... Default none: any."""
+    max_parameters: float | None = Field(default=None, ge=1)
+    """Parameters at most, such as `2.0e9`. Default none: what fits into the memory."""
+
+
+Candidates = Annotated[
+    Annotated[Many[Text], Field(min_length=1), Tag("items")] | Annotated[CatalogueQuery, Tag("query")],
+    by_type({dict: "query", CatalogueQuery: "query"}, "items"),
+]
+
+
 class ModelSection(Section):
     """The model to start from: one by name, or candidates among which the best for the rows is chosen."""
 
     name: Text | None = None
     """A folder, a name on the hub (`owner/model`), or `builtin:NAME` for a packaged model. Required unless
     `candidates` is given; no default, because the model is the first decision of a recipe."""
-    candidates: Many[Text] | None = Field(default=None, min_length=1)
-    """Models to choose from, in place of `name`: those that cannot do the task or do not fit are left out, the rest
-    are ranked by bits per byte on a sample of the rows. Default none: ranking loads every candidate."""
+    candidates: Candidates | None = None
+    """Models to choose from, in place of `name`: a list, or what to look for in the catalogue, such as
+    `{family: Qwen2.5, language: de, max_parameters: 2.0e9}`. Those that cannot do the task or do not fit are left out,
+    the rest are ranked by bits per byte on a sample of the rows. Default none: ranking loads every candidate."""
+    licences: Many[Text] = ()
+    """Licences that a candidate may have, under the hub's names, such as `apache-2.0`; one with another licence, or
+    with none that is known, is left out. Default none: any licence."""
+    trials: int = Field(default=0, ge=0)
+    """Steps of a short trial tuning of each candidate; the better half goes on with twice as many, until one is left,
+    which is taken. Needs `data.validation`. Default 0: bits per byte before any tuning decide, which takes seconds."""
     revision: Text = "main"
     """Branch, tag or commit on the hub. Default `main`; the lock file pins the commit it stood for."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -79,7 +103,7 @@ class ModelSection(Section):
 
     paths: ClassVar = {"name": absolute_model, "candidates": absolute_model, "chat_template": absolute_template}
 
-    def check(self, diagnostics: Diagnostics, variant: TaskVariant) -> None:
+    def check(self, diagnostics: Diagnostics, variant: TaskVariant, validates: bool) -> None:
         """Report a model that is not named, or named twice, and settings that it or the task does not read."""
         both = ("model.name", "model.candidates")
         if self.name is None and self.candidates is None:
@@ -88,9 +112,13 @@ class ModelSection(Section):
             fix = "Keep one of them; set the other to null if it comes from an extended recipe."
             diagnostics.add("model.candidates", "both 'model.name' and 'model.candidates' are given", fix, *both)
         names = {"model.name": self.name} if self.name is not None else {}
-        names |= {f"model.candidates.{i}": name for i, name in enumerate(self.candidates or ())}
+        listed = self.candidates if isinstance(self.candidates, tuple) else ()
+        names |= {f"model.candidates.{i}": name for i, name in enumerate(listed)}
         locals_ = [_is_local(diagnostics, key, name) for key, name in names.items()]
-        diagnostics.repeated("model.candidates", self.candidates or (), "a model")
+        diagnostics.repeated("model.candidates", listed, "a model")
+        if self.name is not None:
+            fix = "Remove it, or name model.candidates."
+            diagnostics.none_has_effect(self, "model", ("licences", "trials"), "beside 'model.name'", fix, "model.name")
         if locals_ and all(locals_):
             diagnostics.no_effect("model.revision", "except for a model on the hub", "Remove it.", *both)
         if not variant.facts.templated or variant.is_extractive:
@@ -100,6 +128,9 @@ class ModelSection(Section):
         if self.candidates is not None and (not variant.facts.ranks or variant.is_masked):
             what = f"'model.candidates' cannot be ranked for task: {variant.task}: its rows hold no text"
             diagnostics.add("model.candidates", f"{what} that a model writes", "Name one model as model.name.", "task")
+        if self.trials and not validates:
+            what = "'model.trials' ranks by validation rows, and 'data.validation' is 0"
+            diagnostics.add("model.trials", what, "Set data.validation, such as 0.1.", "data.validation")
 
 
 def _is_local(diagnostics: Diagnostics, key: str, name: str) -> bool:

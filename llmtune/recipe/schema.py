@@ -160,7 +160,7 @@ class Recipe(Section):
             if section:
                 section.check(diagnostics, self.data.max_length)
         self.data.check(diagnostics, variant)
-        self.model.check(diagnostics, variant)
+        self.model.check(diagnostics, variant, bool(self.data.validation))
         self.adapter.check(diagnostics, variant, bool(self.model.add_tokens))
         self.train.check(diagnostics, self.data, self.adapter, self.seed, variant)
         self.train.check_task(diagnostics, variant)

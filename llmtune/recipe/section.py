@@ -88,7 +88,7 @@ def by_type(tags: Mapping[type, str], otherwise: str) -> Discriminator:
     return Discriminator(choose)
 
 
-BRANCHES = ("share", "sources", "text", "items", "switch", "number")
+BRANCHES = ("share", "sources", "text", "items", "switch", "number", "query")
 """Names of union branches: they stand in pydantic's locations, but not in a recipe."""
 
 

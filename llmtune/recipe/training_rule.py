@@ -79,6 +79,13 @@ def with_choices(loaded: LoadedRecipe, choices: Mapping[str, Choice]) -> LoadedR
     return replace(loaded, recipe=recipe, origins=loaded.origins | origins)
 
 
+def with_length(loaded: LoadedRecipe, length: int, model: str) -> LoadedRecipe:
+    """Return a recipe whose rows are no longer than the context of the candidate that was taken."""
+    data = loaded.recipe.data.model_copy(update={"max_length": length})
+    origins = {**loaded.origins, "data.max_length": f"chosen: the context of {model}"}
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}), origins=origins)
+
+
 def few_steps(recipe: Recipe, rows: int) -> str | None:
     """Return a warning where a recipe with so many training rows takes few steps that nobody asked for."""
     train = recipe.train

@@ -208,15 +208,18 @@ def model_section(model: ModelFacts | None) -> Section:
         blocks.append(Shares(named, title))
     ranking = model.get("ranking") or {}
     if candidates := ranking.get("candidates"):
+        tried = any(row.get("steps") for row in candidates)
         rows: Rows = [
             [
                 Cell(row["name"], note=f"left out: {row['reason']}" if row.get("reason") else ""),
                 score(row.get("bits_per_byte")),
+                *([score(row.get("tuned")), count(row.get("steps"))] if tried else []),
                 size(row.get("lower_bound")),
             ]
             for row in candidates
         ]
-        columns: Columns = ["model", Column("bits per byte", "number"), Column("needs", "number")]
+        numbers = ("bits per byte", *(("after a trial", "of steps") if tried else ()), "needs")
+        columns: Columns = ["model", *(Column(name, "number") for name in numbers)]
         blocks.append(Table(columns, rows, "Candidates, ranked on the rows"))
     return Section("Model and memory plan", blocks, "Model", "model", brief=False)
 

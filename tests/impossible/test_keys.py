@@ -283,6 +283,8 @@ ELSEWHERE = {
     "recipe_version": "recipe/test_validation.py::"
     "test_a_key_or_value_that_does_not_fit_is_refused_with_place_cause_and_cure",
     "model.candidates": "model/test_model_selection.py::test_the_model_that_knows_the_rows_best_is_taken",
+    "model.licences": "model/test_model_selection.py::test_one_whose_licence_is_not_allowed_or_not_known_is_left_out",
+    "model.trials": "model/test_model_trials.py::test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders",
     "model.revision": "model/test_resolve.py::test_a_download_pins_the_commit_and_leaves_pickles_and_code_there",
     "data.train.config": f"{HUB}::test_rows_are_those_of_the_commit_that_was_hashed_though_the_branch_moves_on",
     "data.train.split": f"{HUB}::test_a_split_that_is_not_there_is_told",

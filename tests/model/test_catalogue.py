@@ -1,11 +1,12 @@
 """The catalogue: right about the models it names, and asked in a recipe's own words."""
 
 import json
+from pathlib import Path
 
 import pytest
-from support.runs import invoke
+from support.runs import invoke, write_colours, write_recipe
 
-from llmtune.model.catalogue import find_model, read_catalogue, select_models
+from llmtune.model.catalogue import ModelQuery, find_model, read_catalogue, select_models
 from llmtune.recipe.task_facts import TASK_FACTS
 
 PARAMETERS = {
@@ -33,7 +34,7 @@ def test_the_catalogue_has_models_for_every_task_and_says_what_they_are():
     known = read_catalogue()
     assert len(known) >= 60
     for task in TASK_FACTS:
-        found, left_out = select_models(task)
+        found, left_out = select_models(ModelQuery(task))
         assert found
         assert len(found) + len(left_out) == len(known)
 
@@ -46,11 +47,11 @@ def test_shapes_give_the_parameters_that_the_weights_have():
         model = read_catalogue()[name]
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.model_type, **model.config))
-        assert sum(one.numel() for one in built.parameters()) == count, name
+        assert sum(one.numel() for one in built.parameters()) == count == model.parameters, name
 
 
 def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_that_is_not():
-    found, left_out = select_models("translate", ["apache-2.0"], "de")
+    found, left_out = select_models(ModelQuery("translate", ["apache-2.0"], "de"))
     assert {"google-t5/t5-base", "Qwen/Qwen3-4B"} <= {one.name for one in found}
     assert left_out["google/gemma-2-2b-it"] == "its licence is gemma"
     assert left_out["google-bert/bert-base-uncased"] == "a model of the kind encoder cannot do task translate"
@@ -63,11 +64,14 @@ def test_models_are_chosen_by_task_licence_and_language_with_a_reason_for_each_t
     [
         (("list", "--task", "chatt"), "Did you mean 'chat'?"),
         (("list", "--licence", "apache"), "Did you mean 'apache-2.0'?"),
-        (("list", "--language", "xx"), "no model of the catalogue names the language 'xx'"),
+        (("list", "--language", "xx"), "no model of the catalogue has the language 'xx'"),
+        (("list", "--family", "Qwen25"), "Did you mean 'Qwen2.5'?"),
         (("show", "smollm9"), "the catalogue has no model 'smollm9'"),
-        (("fits",), "one of --memory and --device is needed"),
+        (("fits",), "one of --memory, --device and --recipe is needed"),
         (("fits", "--memory", "much"), "'much' is no amount of memory"),
         (("fits", "--device", "h1000"), "Did you mean 'h100'?"),
+        (("fits", "--device", "cpu", "--price", "h100=2"), "have no effect without --recipe"),
+        (("fits", "--recipe", "quickstart", "--price", "h100=much"), "'h100=much' is no price"),
     ],
 )
 def test_what_is_not_in_the_catalogue_is_refused_with_what_is(words: tuple[str, ...], said: str):
@@ -98,3 +102,40 @@ def test_the_catalogue_is_written_as_it_is_read():
     written = [f"{name}: {script.flow(script.as_entry(model))}" for name, model in read_catalogue().items()]
     lines = [line for line in script.FILE.read_text("utf-8").splitlines() if not line.startswith("#")]
     assert written == lines
+
+
+def test_a_recipe_is_planned_by_method_and_card_with_time_and_cost(here):
+    words = ("fits", "--recipe", "chat", "--set", "model.name=Qwen/Qwen2.5-7B-Instruct")
+    done = invoke("models", *words, "--price", "h100=3", "--price", "l4=0.5", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    fits = {(one["card"], one["method"]): one for one in found["fits"]}
+    assert fits["l4", "full"]["rows"] == fits["t4", "lora"]["rows"] == 0
+    assert fits["l4", "qlora"]["rows"] > 0
+    assert fits["h100", "qlora"]["needed"] < fits["h100", "lora"]["needed"] < fits["h100", "full"]["needed"]
+    assert fits["h100", "lora"]["seconds"] == pytest.approx(4 * 7_615_616_512 * 1e6 / (989e12 * 0.35))
+    assert found["trained_tokens"] is found["cheapest"]["cost"] is None
+    assert found["cheapest"]["method"] == "qlora"
+    shown = invoke("models", *words)
+    assert "a guess" in " ".join(shown.stderr.split())
+    assert "a100-40" in shown.stdout
+
+
+def test_a_run_is_planned_for_a_card_that_is_not_here(here, tiny_llama):
+    recipe = write_recipe(Path("r.yaml"), tiny_llama, write_colours(Path("rows.jsonl")), model={"dtype": "auto"})
+    plans = {}
+    for words in (("run", recipe, "--dry-run"), ("select", recipe)):
+        for card in ("t4", "h100"):
+            done = invoke(*words, "--device", card, "--json")
+            assert done.exit_code == 0, done.stderr
+            (plans[card],) = json.loads(done.stdout)["plans"].values()
+            assert f"Memory plan ({card})" in done.stderr
+    assert plans["h100"]["limit"] > 4 * plans["t4"]["limit"]
+    assert plans["h100"]["parts"]["weights"] * 2 == plans["t4"]["parts"]["weights"]  # a T4 has no bfloat16
+    assert not Path("runs").exists()
+    for words, said in (
+        (("run", recipe, "--device", "h100"), "Add --dry-run"),
+        (("select", recipe, "--device", "h1000"), "Did you mean 'h100'?"),
+    ):
+        done = invoke(*words)
+        assert (done.exit_code, said in " ".join(done.stderr.split())) == (2, True), done.stderr

@@ -10,6 +10,7 @@ import torch
 from support.adapting import SHAPE, build_family, quiet
 from support.models import build_llama, train_tokenizer
 from support.rows import chat, write_jsonl
+from support.runs import invoke, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from llmtune.data.preparation import prepare_rows
@@ -163,3 +164,59 @@ def test_a_candidate_with_own_code_is_no_silent_loss(taught, rows_file, tmp_path
     (other / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "m.Own"}}))
     with pytest.raises(RecipeError, match="trust_remote_code"):
         rank(recipe_for(rows_file, taught, other), tmp_path)
+
+
+def test_one_whose_licence_is_not_allowed_or_not_known_is_left_out(taught, rows_file, tmp_path):
+    free, closed = (Path(shutil.copytree(taught, tmp_path / name)) for name in ("free", "closed"))
+    (free / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (closed / "README.md").write_text("---\nlicense: gemma\n---\n")
+    recipe = recipe_for(rows_file, closed, taught, free, "google/gemma-2-2b-it", model={"licences": ("apache-2.0",)})
+    ranking = rank(recipe, tmp_path)
+    assert ranking.chosen.path == free
+    reasons = {Path(candidate.name).name: candidate.reason for candidate in ranking.candidates}
+    assert reasons["closed"] == reasons["gemma-2-2b-it"] == "its licence is gemma"
+    assert reasons[taught.name] == "its licence is not known"
+
+
+def test_a_context_that_is_long_enough_for_99_of_100_rows_will_do_where_longer_ones_may_be_cut(taught, tmp_path):
+    short = build_family(tmp_path / "short", "llama", max_position_embeddings=48)
+    rows = [chat(f"Which colour has number {i}?", COLOURS[i % 4]) for i in range(400)]
+    rows[7] = chat("Which colour? " * 20, "red")
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for share, overlong, reason in ((0, "truncate", None), (0, "error", "data.on_overlong is error")):
+        recipe = recipe_for(file, short, taught, data={"on_overlong": overlong, "validation": share, "max_length": 512})
+        found = {Path(one.name).name: one.reason for one in rank(recipe, tmp_path / overlong).candidates}
+        assert found["short"] is None if reason is None else reason in found["short"]
+    many = [chat("Which colour? " * (20 if i % 10 == 0 else 1) + str(i), "red") for i in range(100)]
+    recipe = recipe_for(write_jsonl(tmp_path / "many.jsonl", many), short, taught, data={"on_overlong": "truncate"})
+    left_out = next(one for one in rank(recipe, tmp_path / "many").candidates if one.reason)
+    assert "context of 48 tokens is shorter than the 99th percentile of the rows" in left_out.reason
+
+
+def test_a_query_finds_candidates_in_the_catalogue_and_a_dry_run_shows_them_with_reasons(rows_file, tmp_path):
+    query = {"family": ["Qwen2.5", "Gemma 2"], "max_parameters": 8.0e9}
+    model = {"name": None, "candidates": query, "licences": ["apache-2.0"]}
+    recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
+    done = invoke("run", recipe, "--dry-run", "--json", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    plans = json.loads(done.stdout)["plans"]
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in plans
+    assert "google/gemma-2-2b-it" not in plans
+    for words in ("would be downloaded first", "left out: its licence is gemma"):
+        assert words in " ".join(done.stderr.split())
+    for changed, words in (
+        ("{family: Qwenn2.5}", "Did you mean 'Qwen2.5'?"),
+        ("{max_parameters: 1000}", "no model of the catalogue is all that is asked for"),
+    ):
+        done = invoke("recipes", "check", recipe, "--set", f"model.candidates={changed}")
+        assert (done.exit_code, words in done.stderr) == (2, True), done.stderr
+
+
+def test_a_missing_candidate_is_not_the_end_of_a_run(taught, rows_file, tmp_path):
+    model = {"name": None, "candidates": [str(tmp_path / "no"), str(taught)]}
+    recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
+    done = invoke("select", recipe, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["name"] == str(taught)
+    done = invoke("select", recipe, "--out", tmp_path / "two", "--set", f"model.candidates=[{tmp_path / 'no'}]")
+    assert (done.exit_code, "there is no folder" in done.stderr) == (4, True)

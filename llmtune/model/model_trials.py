@@ -1,0 +1,76 @@
+"""Candidates tuned for a few steps: those that do well go on with more, until one is left (successive halving).
+
+Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016. Each round
+trains anew, with a schedule of its own length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from llmtune.data.examples import ExampleReader, load_examples
+from llmtune.errors import LlmtuneError, Stopped
+from llmtune.model.model_selection import Candidate, Ranking, none_left
+from llmtune.recipe.loader import LoadedRecipe
+from llmtune.store.atomic_files import hash_value
+from llmtune.store.run_folder import read_run
+from llmtune.store.seed_runs import without_gates, without_seeds
+
+FOLDER = "trials"
+
+
+def successive_halving(ranking: Ranking, steps: int, tune: Callable[[str, int], float], console: Console) -> Ranking:
+    """Return the ranking by trials: `tune` gives the bits per byte of a candidate after so many steps.
+
+    A trial that fails leaves its candidate out, with the reason. Raises EnvironmentProblem where none is left; Stopped.
+    """
+    running = [candidate for candidate in ranking.candidates if candidate.reason is None]
+    out = [candidate for candidate in ranking.candidates if candidate.reason is not None]
+    behind: list[Candidate] = []
+    while len(running) > 1:
+        tuned: list[Candidate] = []
+        for candidate in running:
+            console.rule(f"trial of {candidate.name}: {steps} steps", align="left")
+            try:
+                tuned.append(replace(candidate, tuned=tune(candidate.name, steps), steps=steps))
+            except Stopped:
+                raise
+            except LlmtuneError as error:
+                out.append(replace(candidate, reason=f"its trial failed: {error.problems[0].what}"))
+        tuned.sort(key=lambda one: (math.isnan(one.tuned or 0), one.tuned or 0))
+        kept = math.ceil(len(tuned) / 2)
+        running, behind = tuned[:kept], [*tuned[kept:], *behind]
+        steps *= 2
+    if not running:
+        raise none_left(out)
+    return replace(ranking, chosen=ranking.model_refs[running[0].name], candidates=(*running, *behind, *out))
+
+
+def trial_folder(run: Path, name: str, steps: int) -> Path:
+    """Return the run folder of a trial."""
+    return run / "model" / FOLDER / f"{hash_value(name)[:8]}-{steps}"
+
+
+def with_candidate(loaded: LoadedRecipe, name: str, steps: int) -> LoadedRecipe:
+    """Return the recipe of a trial: one model, so many steps, no gates, further seeds, trackers or deployment."""
+    alone = without_gates(without_seeds(loaded))
+    model = {"name": name, "candidates": None, "licences": (), "trials": 0}
+    train = {"max_steps": steps, "report_to": ()}
+    sections = {
+        "model": alone.recipe.model.model_copy(update=model),
+        "train": alone.recipe.train.model_copy(update=train),
+    }
+    recipe = alone.recipe.model_copy(update={**sections, "deploy": ()})
+    return replace(alone, recipe=recipe, fingerprint=hash_value([loaded.fingerprint, name, steps]))
+
+
+def validation_bits(run: Path) -> float:
+    """Return bits per byte of the validation rows, by the loss that a run has noted."""
+    reader = ExampleReader(load_examples(run / "data" / "examples"), "validation")
+    nats = read_run(run).facts("train")["validation_loss"] * int(reader.supervised.sum())
+    return float(nats / math.log(2) / max(1, sum(example.target_bytes for example in reader)))

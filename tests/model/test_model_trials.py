@@ -1,0 +1,69 @@
+"""Short trials: half of the candidates go on with twice the steps, and the run takes the one that is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.adapting import quiet
+from support.models import build_llama
+from support.runs import invoke, write_colours, write_recipe
+
+from llmtune.errors import EnvironmentProblem, TrainingError
+from llmtune.model.model_selection import Candidate, Ranking
+from llmtune.model.model_trials import successive_halving
+from llmtune.records import ModelRef
+
+
+def ranking(*names: str) -> Ranking:
+    refs = {name: ModelRef(name, Path(name), None, name) for name in names}
+    candidates = tuple(Candidate(name, float(number)) for number, name in enumerate(names))
+    return Ranking(refs[names[0]], (*candidates, Candidate("gone", None, "it is not there")), 8, "validation", refs)
+
+
+def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
+    calls: list[tuple[str, int]] = []
+
+    def tune(name: str, steps: int) -> float:
+        calls.append((name, steps))
+        return {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0, "e": 5.0}[name] / steps
+
+    found = successive_halving(ranking("a", "b", "c", "d", "e"), 10, tune, quiet())
+    assert calls == [*((name, 10) for name in "abcde"), *((name, 20) for name in "dcb"), ("d", 40), ("c", 40)]
+    assert found.chosen.name == "d"
+    assert [(one.name, one.steps) for one in found.candidates] == [
+        *(("d", 40), ("c", 40), ("b", 20), ("a", 10), ("e", 10), ("gone", None))
+    ]
+    assert [one.bits_per_byte for one in found.candidates[:3]] == [3.0, 2.0, 1.0]
+
+
+def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_do():
+    def tune(name: str, steps: int) -> float:
+        if name != "b":
+            raise TrainingError.of("the loss is nan")
+        return 1.0
+
+    found = successive_halving(ranking("a", "b"), 5, tune, quiet())
+    assert found.chosen.name == "b"
+    assert found.candidates[-1].reason == "its trial failed: the loss is nan"
+    with pytest.raises(EnvironmentProblem, match="no candidate is left"):
+        successive_halving(ranking("a", "c"), 5, tune, quiet())
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders(tiny_llama: Path):
+    other = build_llama(Path("other"), seed=3)
+    model = {"name": None, "candidates": [str(tiny_llama), str(other)], "trials": 2}
+    recipe = write_recipe(Path("r.yaml"), "none", write_colours(Path("rows.jsonl")), model=model)
+    done = invoke("select", recipe, "--out", "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)["model"]
+    candidates = told["ranking"]["candidates"]
+    assert told["name"] == candidates[0]["name"] == told["ranking"]["chosen"]
+    assert candidates[0]["tuned"] < candidates[1]["tuned"]
+    assert {one["steps"] for one in candidates} == {2}
+    assert not Path("out/model/trials").exists()
+    assert "Candidates" in Path("out/report.html").read_text()
+    again = invoke("select", recipe, "--out", "out")
+    assert "trial of" not in again.stderr
+    done = invoke("select", recipe, "--out", "other-run", "--set", "data.validation=0")
+    assert (done.exit_code, "'model.trials' ranks by validation rows" in done.stderr) == (2, True)
