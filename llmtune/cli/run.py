@@ -85,10 +85,7 @@ def _command(name: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         refuse_both(resume, fresh)
-        console, dry_run = stderr_console(quiet=quiet), dry_run or (device is not None and name == "select")
-        if device is not None and not dry_run:
-            what = "--device plans for a card that need not be here, and nothing is trained on it"
-            raise RecipeError.of(what, fix="Add --dry-run; `llmtune doctor` says what computes here.")
+        console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -122,7 +119,7 @@ def _command(name: str) -> Callable[..., None]:
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
     signature = inspect.signature(command, eval_str=True)
-    left_out = {*(PLACES if name != LAUNCH else ()), *(("device",) if name not in ("run", "select") else ())}
+    left_out = {*(PLACES if name != LAUNCH else ()), *(() if name in ("run", "select") else ("device",))}
     kept = [one for one in signature.parameters.values() if one.name not in left_out]
     shown.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return shown
@@ -133,6 +130,13 @@ def print_dry_run(result: Json) -> None:
     for step in ("prepare", "encode", "train", "evaluate"):
         typer.echo(f"{step}: {'would run' if step in result['would_run'] else 'unchanged, would be skipped'}")
     typer.echo(f"good; the run folder is {result['folder']}")
+
+
+def plans_only(name: str, device: str | None, dry_run: bool) -> bool:
+    """Whether nothing is done; raises RecipeError where something would be, and a card is named to plan for."""
+    if device is not None and name != "select" and not dry_run:
+        raise RecipeError.of("--device plans for a card that need not be here", fix="Add --dry-run.")
+    return dry_run or device is not None
 
 
 def refuse_both(resume: bool, fresh: bool) -> None:
