@@ -84,8 +84,8 @@ def _command(name: str) -> Callable[..., None]:
         quiet: Quiet = False,
         as_json: AsJson = False,
     ) -> None:
-        refuse_both(resume, fresh)
         console, dry_run = stderr_console(quiet=quiet), plans_only(name, device, dry_run)
+        refuse_both(resume, fresh)
         sets = [*(sets or []), *([f"model.name={json.dumps(model)}"] if model else [])]
         if name == "evaluate" and Path(recipe).is_dir():
             if out or resume or fresh or lock or dry_run:
@@ -109,11 +109,9 @@ def _command(name: str) -> Callable[..., None]:
                 offline=offline,
                 console=console,
             )
-        if rank:
-            return  # machine 0 has the result
-        if as_json:
+        if as_json and not rank:  # machine 0 has the result
             print_json(result)
-        elif dry_run:
+        elif dry_run and not rank:
             print_dry_run(result)
 
     command.__doc__ = SUMMARIES[name]
