@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from llmtune.data.deduplication import match_near
 from llmtune.data.minhash import I64, U64, hash_words
@@ -246,11 +247,11 @@ def _find_near(rows: Rows, kept: I64, tests: int) -> dict[int, int]:
     """Return by test row a training row, of those at `kept`, that is nearly equal to it."""
     count = rows.counts["train"]
 
-    def texts() -> Iterator[tuple[int, list[str]]]:
+    def texts() -> Iterator[tuple[int, pa.Array]]:
         for split, offset in (("train", 0), ("test", count)):
             for first, batch in iterate_batches(rows, split):
-                yield offset + first, batch.column("row").to_pylist()
+                yield offset + first, batch.column("row")
 
     with TemporaryDirectory(dir=rows.folder.parent, prefix=".keys-") as keys:
         matches = match_near(kept, np.arange(count, count + tests), texts, Path(keys))
-    return {row - count: int(near[0]) for row, near in matches.items()}
+        return {row - count: int(near[0]) for row, near in matches}

@@ -9,32 +9,37 @@ estimate's standard deviation at 0.8 is 0.037.
 Rows of one template (a long instruction, a short question) overlap by more than that and are not alike, so triples that
 a tenth of the rows share do not count, unless a row has no more than a word besides them.
 
-Minima are kept of rows that share a band with another row alone. Which those are is found out by the bands' keys, which
-stand on disk; then the minima of these rows are computed again.
+Minima are kept of candidates alone: rows that share a band with another row. Which those are is found out by the bands'
+keys; then the minima of these rows are computed again. Keys, minima and buckets stand on disk, so that memory grows by
+some bytes a row, however many are near.
 
-Legend: W words (and word triples, as many), R rows of a batch, N rows, P minima, L bands, G buckets.
+Legend: W words (and word triples, as many), R rows of a batch, N rows, C candidates, P minima, L bands, G buckets.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from llmtune.data.minhash import BAND_SIZE, BANDS, I64, MINIMA, U32, U64, band_keys, hash_triples, take_minima, without
+from llmtune.data.minhash import BANDS, I64, MINIMA, U32, U64, band_keys, hash_triples, take_minima, without
 from llmtune.data.row_hash import spoken_text
 from llmtune.data.spool import Index
 from llmtune.data.worker_pool import WorkerPool
 from llmtune.records import SPLITS
 
-JsonRows = Callable[[], Iterator[tuple[int, list[str]]]]
+JsonRows = Callable[[], Iterator[tuple[int, pa.Array]]]
 """Gives all rows, as JSON, in batches, each with the number of its first."""
 
 NEAR = 0.8
+ENOUGH = round(NEAR * MINIMA)
+"""Equal minima of near rows, at least."""
 SAMPLE_ROWS = 4096
 COMMON_SHARE = 0.1
 COMMON_ROWS = 20
@@ -43,6 +48,10 @@ BUCKET_ROWS = 256
 """Kept rows to which a row is compared for one band: a bucket as full as this holds texts of one template."""
 FILE_ROWS = 2**16
 """Rows of which a file holds the band keys."""
+SHARES = 16
+"""Keys are sorted in as many shares, one after the other, which takes less memory."""
+RELEASE_ROWS = 2**10
+"""Candidates after which the pages of files that were looked at are given back."""
 PRIORITY = np.array([2, 1, 0], dtype=np.int8)
 """By split: what stands in test is kept first, then validation, then train."""
 KEPT = ""
@@ -83,99 +92,122 @@ def drop_near(
         split_N: [N] index into SPLITS.
         reason_N: [N] why a row was dropped already; KEPT where it was not.
         rows: Gives all rows in order.
-        folder: Takes the band keys, 170 bytes a row; those of the same rows that are in it are not computed again.
+        folder: Takes what `find_near` keeps on disk; what is in it of the same rows is not computed again.
     """
-    kept = np.flatnonzero(reason_N == KEPT)
-    priority = PRIORITY[split_N[kept]]
-    high, low = index.content[kept].T
-    order = kept[np.lexsort((low, high, priority))]
-    for row, near in find_near(order, rows, folder).items():
+    for row, near in find_near(_rank(index, split_N, reason_N), rows, folder):
         splits = split_N[near]
         same = splits[np.argmin(PRIORITY[splits])]
         reason_N[row] = "near duplicate" if same == split_N[row] else f"near a {SPLITS[same]} row"
 
 
-class _KeptRows:
-    """Rows that are kept, by bucket, and the search for those that are near another row."""
-
-    def __init__(self, signature_NP: U32, bucket_NL: npt.NDArray[np.int32]) -> None:
-        self._signature_NP = signature_NP
-        self._bucket_NL = bucket_NL
-        self._size_G = np.minimum(np.bincount(bucket_NL[bucket_NL >= 0]), BUCKET_ROWS)
-        self._begin_G = np.cumsum(self._size_G) - self._size_G
-        self._count_G = np.zeros(len(self._size_G), dtype=np.int32)
-        self._rows = np.zeros(int(self._size_G.sum()), dtype=np.int32)
-        """Those of each bucket from its begin on, as many as its count says."""
-
-    def add(self, rank: int) -> None:
-        """Keep a row; a bucket as full as BUCKET_ROWS takes no more."""
-        buckets = self._buckets(rank)
-        buckets = buckets[self._count_G[buckets] < self._size_G[buckets]]
-        self._rows[self._begin_G[buckets] + self._count_G[buckets]] = rank
-        self._count_G[buckets] += 1
-
-    def near(self, rank: int) -> I64:
-        """Return the kept rows that are near a row."""
-        buckets = self._buckets(rank)
-        begins, ends = self._begin_G[buckets], self._begin_G[buckets] + self._count_G[buckets]
-        parts = [self._rows[begin:end].tolist() for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        rows = np.array(sorted(set().union(*parts)), dtype=np.int64)
-        if not len(rows):
-            return rows
-        near: I64 = rows[(self._signature_NP[rows] == self._signature_NP[rank]).mean(axis=1) >= NEAR]
-        return near
-
-    def _buckets(self, rank: int) -> npt.NDArray[np.int32]:
-        bucket_L: npt.NDArray[np.int32] = self._bucket_NL[rank]
-        return bucket_L[bucket_L >= 0]
+def _rank(index: Index, split_N: npt.NDArray[np.int8], reason_N: npt.NDArray[np.object_]) -> I64:
+    """Return the numbers of the rows that are left, those first that are to be kept first."""
+    high_N, low_N = index.content.T
+    order = np.lexsort((low_N, high_N, PRIORITY[split_N]))
+    kept: I64 = order[reason_N[order] == KEPT]
+    return kept
 
 
-def find_near(order: I64, rows: JsonRows, folder: Path) -> dict[int, I64]:
-    """Find the rows that are near a row that comes before them in `order` and is kept.
+def find_near(order: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I64]]:
+    """Yield each row that is near a row that comes before it in `order` and is kept, with all such rows.
 
     Args:
         order: [N] numbers of the rows that take part, those first that are to be kept first.
         rows: Gives all rows.
-        folder: Takes the band keys; empty, or those of the same rows and order.
-
-    Returns:
-        Dropped row -> the kept rows that it is near to.
+        folder: Takes band keys, 170 bytes a row, and 800 bytes for each candidate; empty, or with those of the same
+            rows and order.
     """
-    common = _common_triples(order, rows)
-    _write_keys(order, rows, common, folder)
-    order = _alike(order, folder)
-    signature_NP = _signatures(order, rows, common)
-    kept = _KeptRows(signature_NP, _buckets(signature_NP))
-    dropped: dict[int, I64] = {}
-    for rank in range(len(order)):
+    kept = _KeptRows(order, rows, folder)
+    for rank in range(len(kept.order)):
         near = kept.near(rank)
         if len(near):
-            dropped[int(order[rank])] = order[near]
+            yield int(kept.order[rank]), kept.order[near]
         else:
             kept.add(rank)
-    return dropped
 
 
-def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> dict[int, I64]:
-    """Find the rows of `queries` that are near rows of `known`, and name those; other pairs are not looked at.
+def match_near(known: I64, queries: I64, rows: JsonRows, folder: Path) -> Iterator[tuple[int, I64]]:
+    """Yield each row of `queries` that is near rows of `known`, with those; other pairs are not looked at.
 
     Args:
         known: Numbers of rows, of which each band of minima holds the first 256.
         queries: Numbers of other rows.
         rows: Gives all rows.
-        folder: Takes the band keys; empty.
+        folder: Takes what `find_near` keeps on disk; empty.
     """
-    order = np.concatenate([known, queries])
-    common = _common_triples(order, rows)
-    _write_keys(order, rows, common, folder)
-    order = _alike(order, folder, queries)
-    signature_NP = _signatures(order, rows, common)
-    is_query_N = np.isin(order, queries)
-    kept = _KeptRows(signature_NP, _buckets(signature_NP))
-    for rank in np.flatnonzero(~is_query_N).tolist():
+    kept = _KeptRows(np.concatenate([known, queries]), rows, folder, queries)
+    is_query_C = np.isin(kept.order, queries)
+    for rank in np.flatnonzero(~is_query_C).tolist():
         kept.add(rank)
-    matches = ((int(order[rank]), order[kept.near(rank)]) for rank in np.flatnonzero(is_query_N).tolist())
-    return {row: near for row, near in matches if len(near)}
+    for rank in np.flatnonzero(is_query_C).tolist():
+        near = kept.near(rank)
+        if len(near):
+            yield int(kept.order[rank]), kept.order[near]
+
+
+class _KeptRows:
+    """Candidates that are kept, by bucket, and the search for those that are near another one; all of it in files."""
+
+    def __init__(self, order: I64, rows: JsonRows, folder: Path, queries: I64 | None = None) -> None:
+        common = _common_triples(order, rows)
+        _write_keys(order, rows, common, folder)
+        alike_N = _find_alike(folder, queries)
+        number_C = _read_keys(folder, 0)[alike_N].astype(np.int64)
+        taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
+        taken[number_C] = True
+        self.order: I64 = order[taken[order]]
+        """[C] numbers of the candidates by rank."""
+        if not len(self.order):
+            return
+        self._place_C = np.searchsorted(number_C, self.order)
+        self._minimum_CP = _File(_write_minima(number_C, rows, common, folder), np.uint32, (-1, MINIMA))
+        begins, slots = _write_buckets(folder, alike_N, self._place_C)
+        self._begin_LC = _File(begins, np.int64, (BANDS, -1))
+        self._slots = _File(slots, np.int32, (-1,))
+        self._looked_at = 0
+
+    def add(self, rank: int) -> None:
+        """Keep a row; a bucket as full as BUCKET_ROWS takes no more."""
+        slots, begins = self._slots.array, self._begins(rank)
+        begins = begins[slots[begins] < BUCKET_ROWS]
+        slots[begins] += 1
+        slots[begins + slots[begins]] = rank
+
+    def near(self, rank: int) -> I64:
+        """Return the kept rows that are near a row."""
+        self._looked_at += 1
+        if self._looked_at % RELEASE_ROWS == 0:
+            for file in (self._minimum_CP, self._begin_LC, self._slots):
+                file.release()
+        slots, minimum_CP, begins = self._slots.array, self._minimum_CP.array, self._begins(rank)
+        counts = slots[begins]
+        shifts = begins + 1 - (np.cumsum(counts) - counts)
+        there = slots[np.repeat(shifts, counts) + np.arange(counts.sum())]
+        ranks = np.array(sorted(set(there.tolist())), dtype=np.int64)
+        if not len(ranks):
+            return ranks
+        equal_RP = minimum_CP[self._place_C[ranks]] == minimum_CP[self._place_C[rank]]
+        near: I64 = ranks[np.count_nonzero(equal_RP, axis=1) >= ENOUGH]
+        return near
+
+    def _begins(self, rank: int) -> I64:
+        """Return where in the slots the buckets of a row begin: with the count of the ranks that follow."""
+        begin_L: I64 = self._begin_LC.array[:, rank]
+        return begin_L[begin_L >= 0]
+
+
+class _File:
+    """An array in a file, whose pages are in memory while they are looked at."""
+
+    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        self.array: npt.NDArray[Any] = np.frombuffer(self._map, dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Give back its pages; what was written stays in the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _common_triples(order: I64, rows: JsonRows) -> U32:
@@ -197,7 +229,7 @@ def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
     for first, batch in rows():
         places = np.flatnonzero(taken[first : first + len(batch)])
         if len(places):
-            yield first + places, [batch[place] for place in places.tolist()]
+            yield first + places, batch.take(pa.array(places)).to_pylist()
 
 
 def _spread(count: int) -> I64:
@@ -249,47 +281,52 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
         write()
 
 
-def _alike(order: I64, folder: Path, queries: I64 | None = None) -> I64:
-    """Return, in order, the rows that share a band with another row; with `queries`, with one of these (or are one)."""
+def _read_keys(folder: Path, line: int) -> U64:
+    """Return the numbers of all rows that have words (line 0), in order, or their keys of a band (from line 1 on)."""
     files = sorted(folder.glob("*.npy"))
+    return np.concatenate([np.zeros(0, np.uint64), *(np.load(file, mmap_mode="r")[line] for file in files)])
 
-    def read(line: int) -> U64:
-        return np.concatenate([np.zeros(0, np.uint64), *(np.load(file, mmap_mode="r")[line] for file in files)])
 
-    number_N = read(0).astype(np.int64)
-    query_N = None if queries is None else np.isin(number_N, queries)
-    alike_N = np.zeros(len(number_N), dtype=bool)
+def _find_alike(folder: Path, queries: I64 | None) -> npt.NDArray[np.bool_]:
+    """Return, by line of the keys, which rows share a band with another one; with `queries`, with one of these."""
+    query_N = None if queries is None else np.isin(_read_keys(folder, 0).astype(np.int64), queries)
+    alike_N = np.zeros(len(_read_keys(folder, 0)), dtype=bool)
     for band in range(BANDS):
-        key_N = read(1 + band)
-        places = np.argsort(key_N)
-        equal = np.diff(key_N[places]) == 0
-        places = places[np.append(equal, False) | np.append(False, equal)] if len(places) else places
-        if query_N is not None:
-            places = places[np.isin(key_N[places], key_N[places[query_N[places]]])]
-        alike_N[places] = True
-    taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
-    taken[number_N[alike_N]] = True
-    return order[taken[order]]
+        key_N = _read_keys(folder, 1 + band)
+        share_N = (key_N % np.uint64(SHARES)).astype(np.uint8)
+        for share in range(SHARES):
+            places = np.flatnonzero(share_N == share)
+            places = places[np.argsort(key_N[places])]
+            equal = np.diff(key_N[places]) == 0
+            places = places[np.append(equal, False) | np.append(False, equal)] if len(places) else places
+            if query_N is not None:
+                places = places[np.isin(key_N[places], key_N[places[query_N[places]]])]
+            alike_N[places] = True
+    return alike_N
 
 
-def _signatures(order: I64, rows: JsonRows, common: U32) -> U32:
-    """Return the minima of rows by their place in `order`; each has words."""
-    rank = np.zeros(int(order.max(initial=-1)) + 1, dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    signature_NP = np.zeros((len(order), MINIMA), dtype=np.uint32)
-    for numbers, minimum_RP in _Signer(common, keys=False).map(order, rows):
-        signature_NP[rank[numbers]] = minimum_RP
-    return signature_NP
+def _write_minima(number_C: I64, rows: JsonRows, common: U32, folder: Path) -> Path:
+    """Write the minima of the candidates [C, P] by their numbers, unless they are there; each has words."""
+    path = folder / "minima"
+    if not path.exists():
+        with path.with_suffix(".partial").open("wb") as file:
+            for _, minimum_RP in _Signer(common, keys=False).map(number_C, rows):
+                file.write(minimum_RP.tobytes())
+        path.with_suffix(".partial").replace(path)
+    return path
 
 
-def _buckets(signature_NP: U32) -> npt.NDArray[np.int32]:
-    """Return [N, L] which bucket a row is in for each band, numbered over all bands; -1 where it is alone."""
-    bucket_NL = np.full((len(signature_NP), BANDS), -1, dtype=np.int32)
+def _write_buckets(folder: Path, alike_N: npt.NDArray[np.bool_], place_C: I64) -> tuple[Path, Path]:
+    """Write where the bucket of each candidate begins [L, C] by rank, -1 where it is alone, and their room."""
     upto = 0
-    for band in range(BANDS):
-        key_N = band_keys(signature_NP[:, band * BAND_SIZE : (band + 1) * BAND_SIZE])[:, 0]
-        _, inverse, counts = np.unique(key_N, return_inverse=True, return_counts=True)
-        number = np.where(counts > 1, np.cumsum(counts > 1) - 1 + upto, -1)
-        bucket_NL[:, band] = number[inverse]
-        upto += int((counts > 1).sum())
-    return bucket_NL
+    paths = folder / "begins", folder / "slots"
+    with paths[0].open("wb") as begins, paths[1].open("wb") as slots:
+        for band in range(BANDS):
+            key_C = _read_keys(folder, 1 + band)[alike_N][place_C]
+            _, bucket_C, count_G = np.unique(key_C, return_inverse=True, return_counts=True)
+            size_G = np.where(count_G > 1, np.minimum(count_G, BUCKET_ROWS) + 1, 0)  # one for the count
+            begin_G = np.where(count_G > 1, np.cumsum(size_G) - size_G + upto, -1)
+            begins.write(begin_G[bucket_C].astype(np.int64).tobytes())
+            slots.write(np.zeros(int(size_G.sum()), np.int32).tobytes())
+            upto += int(size_G.sum())
+    return paths

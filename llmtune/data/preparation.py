@@ -37,10 +37,10 @@ SPOOL = ".spool"
 def prepare_rows(recipe: Recipe, folder: Path, console: Console, inputs: str | None = None) -> Rows:
     """Read, check, deduplicate and split the recipe's data into `folder`.
 
-    What is kept depends on the rows, not on the order of files. Memory grows by some 100 bytes a row, and with
-    `deduplicate: near` by 800 for each row that may be near another one, whatever the rows' length. Splits keep the
-    order of the sources. What was read and compared stands in `.spool` beside the folder until all is done, so that the
-    same preparation goes on there if it is killed; all cores are used where that pays.
+    What is kept depends on the rows, not on the order of files. Memory grows by less than 100 bytes a row, whatever the
+    rows' length and however many are near one another. Splits keep the order of the sources. What was read and compared
+    stands in `.spool` beside the folder until all is done, so that the same preparation goes on there if it is killed;
+    all cores are used where that pays.
 
     Args:
         recipe: Its `data`, `task` and the columns that `evaluate` names are used; paths are absolute.
@@ -100,10 +100,10 @@ def _decide(
         with show_progress(console) as progress:
             bar = progress.add_task("look for near duplicates", total=3 * spool.size)
 
-            def rows() -> Iterator[tuple[int, list[str]]]:
+            def rows() -> Iterator[tuple[int, pa.Array]]:
                 for first, batch in spool.batches():
                     progress.advance(bar, batch.nbytes)
-                    yield first, batch.column("row").to_pylist()
+                    yield first, batch.column("row")
 
             (keys := spool.folder / "keys").mkdir(exist_ok=True)
             drop_near(index, split_N, reason_N, rows, keys)

@@ -19,9 +19,12 @@ def mix(values: U64, salt: int) -> U64:
     The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """
     mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def fraction(values: U64, salt: int) -> npt.NDArray[np.float64]:
@@ -48,12 +51,13 @@ def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDA
     """
     split_N = index.split.copy()
     open_N = split_N < 0
-    positions, of_row = np.unique(fraction(index.group[open_N], salt=1), return_inverse=True)
+    position_N = fraction(index.group[open_N], salt=1)
+    positions = np.unique(position_N)
     requested = [(split, share) for split, share in ((TEST, test), (VALIDATION, validation)) if share > 0]
     if requested and len(positions) < len(requested) + 1:
         raise _too_few(len(positions), requested)
-    group_split = np.full(len(positions), TRAIN, dtype=np.int8)
     notes: list[str] = []
+    ends: list[int] = []
     first, upto = 0, 0.0
     for split, share in requested:
         upto += share
@@ -61,11 +65,14 @@ def assign_splits(index: Index, validation: float, test: float) -> tuple[npt.NDA
         if last == first:
             last = first + 1
             notes.append(f"a share of {share:g} of {len(positions)} rows gave {SPLITS[split]} none; it got one")
-        group_split[first:last] = split
+        ends.append(last)
         first = last
     if requested and first >= len(positions):
         raise _too_few(len(positions), requested)
-    split_N[open_N] = group_split[of_row]
+    open_split_N = np.full(len(position_N), TRAIN, dtype=np.int8)
+    for (split, _), end in reversed([*zip(requested, ends, strict=True)]):
+        open_split_N[position_N < positions[end]] = split
+    split_N[open_N] = open_split_N
     return split_N, notes
 
 

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,14 +26,14 @@ def sentence(rng: random.Random, count: int) -> list[str]:
 def near_of(texts: list[str], order: list[int] | None = None, queries: list[int] | None = None) -> dict[int, list[int]]:
     rows = np.array(order or range(len(texts)), dtype=np.int64)
     half = len(texts) // 2
-    lines = [json.dumps({"tokens": [text]}) for text in texts]
+    lines = pa.array([json.dumps({"tokens": [text]}) for text in texts], pa.string())
     batches = [(0, lines[:half]), (half, lines[half:])]
     with tempfile.TemporaryDirectory() as folder:
         if queries is None:
             found = find_near(rows, lambda: iter(batches), Path(folder))
         else:
             found = match_near(rows, np.array(queries), lambda: iter(batches), Path(folder))
-    return {row: near.tolist() for row, near in found.items()}
+        return {row: near.tolist() for row, near in found}
 
 
 def overlap(one: str, other: str) -> float:

@@ -3,10 +3,20 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute  # its import is not part of what is measured
 import pytest
 from support.rows import make_recipe
+
+from llmtune.data import deduplication
+from llmtune.data.deduplication import find_near
+from llmtune.data.worker_pool import WorkerPool
 
 SCRIPT = """
 import resource, sys
@@ -48,7 +58,7 @@ def million(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "gigabytes", "minutes"), [("exact", 0.5, 5), ("near", 1, 15)])
+@pytest.mark.parametrize(("method", "gigabytes", "minutes"), [("exact", 0.5, 5), ("near", 0.6, 15)])
 def test_a_million_rows_stay_below_the_promised_memory(tmp_path, million, method, gigabytes, minutes):
     make_recipe(tmp_path, str(million), deduplicate=method, validation=0.05, test=0.1)
     start = time.perf_counter()
@@ -61,3 +71,30 @@ def test_a_million_rows_stay_below_the_promised_memory(tmp_path, million, method
     assert peak < gigabytes * 1e9
     assert seconds < minutes * 60
     assert (dropped > 30_000) == (method == "near")
+
+
+def near_search_peak(rows: int, folder: Path) -> int:
+    """The most bytes that are allocated while each second row is found to be near another one."""
+
+    def texts() -> Iterator[tuple[int, pa.Array]]:
+        for first in range(0, rows, 500):
+            numbers = [number // 2 for number in range(first, first + 500)]
+            yield first, pa.array([json.dumps({"tokens": [f"{number} {number}a"]}) for number in numbers])
+
+    order = np.random.default_rng(0).permutation(rows)
+    folder.mkdir()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in find_near(order, texts, folder)) == rows // 2
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_search_for_near_rows_takes_less_than_a_hundred_bytes_a_row_though_all_are_near_another(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(deduplication, "FILE_ROWS", 2**10)
+    monkeypatch.setattr(deduplication, "WorkerPool", partial(WorkerPool, cores=1))
+    few, many = (near_search_peak(rows, tmp_path / str(rows)) for rows in (1000, 3000))
+    assert (many - few) / 2000 < 100
