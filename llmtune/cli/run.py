@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,8 @@ from llmtune.records import Json
 LAUNCH = "launch"
 PLACES = ("processes", "strategy", "machines", "rank", "address", "max_restarts")
 """Options of `launch` alone."""
+OWN = {**dict.fromkeys(PLACES, (LAUNCH,)), "device": ("run", "select"), "ray": ("prepare",)}
+"""Options that not every command has, and which have them."""
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
 ]
@@ -50,6 +53,10 @@ Address = Annotated[
 MaxRestarts = Annotated[
     int,
     typer.Option("--max-restarts", min=0, help="How often all processes start again when one died, from a checkpoint."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", help="Work on a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local.", metavar="ADDRESS"),
 ]
 SUMMARIES = {
     "run": "Run all five steps: prepare, select, adapt, train, evaluate (and deploy).",
@@ -71,6 +78,7 @@ def _command(name: str) -> Callable[..., None]:
         rank: Rank = 0,
         address: Address = None,
         max_restarts: MaxRestarts = 0,
+        ray: Ray = None,
         out: Out = None,
         sets: Sets = None,
         model: ModelName = None,
@@ -92,23 +100,24 @@ def _command(name: str) -> Callable[..., None]:
                 raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
             result = evaluate_folder(Path(recipe), sets, threads=threads, offline=offline, console=console)
         else:
-            result = run_recipe(
-                recipe,
-                sets,
-                out=out,
-                until="run" if name == LAUNCH else name,
-                topology=Topology(processes, strategy, machines, rank, address, max_restarts)
-                if name == LAUNCH
-                else None,
-                resume=resume,
-                fresh=fresh,
-                lock=lock,
-                threads=threads,
-                dry_run=dry_run,
-                device=device,
-                offline=offline,
-                console=console,
-            )
+            with _spread(ray, offline) if ray else nullcontext():
+                result = run_recipe(
+                    recipe,
+                    sets,
+                    out=out,
+                    until="run" if name == LAUNCH else name,
+                    topology=Topology(processes, strategy, machines, rank, address, max_restarts)
+                    if name == LAUNCH
+                    else None,
+                    resume=resume,
+                    fresh=fresh,
+                    lock=lock,
+                    threads=threads,
+                    dry_run=dry_run,
+                    device=device,
+                    offline=offline,
+                    console=console,
+                )
         if as_json and not rank:  # machine 0 has the result
             print_json(result)
         elif dry_run and not rank:
@@ -117,10 +126,16 @@ def _command(name: str) -> Callable[..., None]:
     command.__doc__ = SUMMARIES[name]
     shown = handled(command)
     signature = inspect.signature(command, eval_str=True)
-    left_out = {*(PLACES if name != LAUNCH else ()), *(() if name in ("run", "select") else ("device",))}
-    kept = [one for one in signature.parameters.values() if one.name not in left_out]
+    others = {option for option, commands in OWN.items() if name not in commands}
+    kept = [one for one in signature.parameters.values() if one.name not in others]
     shown.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     return shown
+
+
+def _spread(address: str, offline: bool) -> AbstractContextManager[None]:
+    from llmtune.data.ray_cluster import spread_on_ray  # not for --help
+
+    return spread_on_ray(address, offline=offline)
 
 
 def print_dry_run(result: Json) -> None:

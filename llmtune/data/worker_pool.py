@@ -11,8 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from typing import Generic, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from llmtune.errors import EnvironmentProblem
 
@@ -26,6 +29,9 @@ WORTH_SECONDS = 8.0
 AHEAD = 2
 """Batches a worker that wait for it."""
 
+HELD = 64
+"""Results that wait for one before them, at most: they are in memory."""
+
 
 def count_cores() -> int:
     """Return the cores that this process may use: by affinity and control group, and no more than `--threads`."""
@@ -34,66 +40,78 @@ def count_cores() -> int:
     return min(int(cpu_count()), int(os.environ.get("RAYON_NUM_THREADS") or 2**16))
 
 
+class Workers(NamedTuple):
+    """What takes batches beside this process."""
+
+    cores: int
+    submit: Callable[[Any], Future[Any]]
+    """Gives a batch to one of them."""
+
+
+elsewhere: ContextVar[Callable[[bytes], AbstractContextManager[Workers]] | None] = ContextVar("elsewhere", default=None)
+"""Starts workers that are not processes of this machine, with a pickled function."""
+
+
 class WorkerPool(Generic[In, Out]):
     """Maps a function over batches: in this process first, on the other cores as well once that is worth it.
 
-    Workers are fresh processes that are given a pickled copy of the function. This process works with them.
+    Workers are fresh processes, here or `elsewhere`, that are given a pickled copy of the function. This process works
+    with them.
     """
 
     def __init__(self, function: Callable[[In], Out], *, cores: int | None = None, eager: bool = False) -> None:
         """Take a function that can be pickled; `eager` starts the workers at once."""
         self._function = function
         self._workers = (count_cores() if cores is None else cores) - 1
+        self._start = elsewhere.get() or (partial(_start_processes, self._workers) if self._workers else None)
         self._eager = eager
 
     def map(self, batches: Iterable[In], size: Callable[[In], int], total: int) -> Iterator[Out]:
         """Yield the result of each batch in order; sizes add up to `total`, by which the work left is estimated."""
         began, done = time.monotonic(), 0
         batches = iter(batches)
-        if not self._eager or self._workers < 1:
+        if not self._eager or self._start is None:
             for batch in batches:
                 yield self._function(batch)
                 done += size(batch)
                 elapsed = time.monotonic() - began
                 worth = elapsed > FIRST_SECONDS and elapsed * (total / max(done, 1) - 1) > WORTH_SECONDS
-                if worth and self._workers > 0:
+                if worth and self._start is not None:
                     break
-        yield from self._spread(batches)
-
-    def _spread(self, batches: Iterator[In]) -> Iterator[Out]:
         first = next(batches, None)
-        if first is None:
-            return
-        from joblib.externals.loky import (  # they do not run the user's script again
-            BrokenProcessPool,
-            ProcessPoolExecutor,
-        )
+        if first is not None and self._start is not None:
+            with self._start(pickle.dumps(self._function)) as workers:
+                yield from self._spread(chain([first], batches), workers)
 
-        with ExitStack() as stack:
-            settings = {"initializer": _start_worker, "initargs": (os.getpid(), pickle.dumps(self._function))}
-            pool = ProcessPoolExecutor(self._workers, **settings)
-            stack.callback(pool.shutdown, wait=True, kill_workers=True)
-            stack.enter_context(_explained(BrokenProcessPool))
-            waiting: deque[Future[Out]] = deque([pool.submit(_work, first)])
-            for batch in batches:
-                if sum(not future.done() for future in waiting) < AHEAD * self._workers:
-                    waiting.append(pool.submit(_work, batch))
-                else:
-                    waiting.append(Future())
-                    waiting[-1].set_result(self._function(batch))
-                while waiting and waiting[0].done():
-                    yield waiting.popleft().result()
-            while waiting:
+    def _spread(self, batches: Iterator[In], workers: Workers) -> Iterator[Out]:
+        waiting: deque[Future[Out]] = deque()
+        for batch in batches:
+            if sum(not future.done() for future in waiting) < AHEAD * workers.cores:
+                waiting.append(workers.submit(batch))
+            else:
+                waiting.append(Future())
+                waiting[-1].set_result(self._function(batch))
+            while waiting and (waiting[0].done() or len(waiting) > HELD + AHEAD * workers.cores):
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextmanager
-def _explained(broken: type[Exception]) -> Iterator[None]:
+def _start_processes(count: int, function: bytes) -> Iterator[Workers]:
+    from joblib.externals.loky import (  # they do not run the user's script again
+        BrokenProcessPool,
+        ProcessPoolExecutor,
+    )
+
+    pool = ProcessPoolExecutor(count, initializer=_start_worker, initargs=(os.getpid(), function))
     try:
-        yield
-    except broken as error:
+        yield Workers(count, partial(pool.submit, _work))
+    except BrokenProcessPool as error:
         what = "a process that helped with the rows was killed, most likely for lack of memory"
         raise EnvironmentProblem.of(what, fix="Use one core: --threads 1.") from error
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
 
 
 _function: Callable[[object], object]
