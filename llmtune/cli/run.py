@@ -100,15 +100,14 @@ def _command(name: str) -> Callable[..., None]:
                 raise RecipeError.of("of these options a run folder takes only --set, --threads, --offline and --json")
             result = evaluate_folder(Path(recipe), sets, threads=threads, offline=offline, console=console)
         else:
+            topology = Topology(processes, strategy, machines, rank, address, max_restarts) if name == LAUNCH else None
             with _spread(ray, offline) if ray else nullcontext():
                 result = run_recipe(
                     recipe,
                     sets,
                     out=out,
                     until="run" if name == LAUNCH else name,
-                    topology=Topology(processes, strategy, machines, rank, address, max_restarts)
-                    if name == LAUNCH
-                    else None,
+                    topology=topology,
                     resume=resume,
                     fresh=fresh,
                     lock=lock,
