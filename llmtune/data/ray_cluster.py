@@ -53,6 +53,7 @@ def spread_on_ray(address: str, *, offline: bool) -> Iterator[None]:
 
 def _connect(address: str) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here: this process waits for it
     import ray
 
     if ray.is_initialized():
@@ -60,8 +61,9 @@ def _connect(address: str) -> None:
     _reach(address)
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment = {"env_vars": {**kept, "TOKENIZERS_PARALLELISM": "false"}}  # a worker is a core
+    more = {"include_dashboard": False} if address == LOCAL else {}
     try:
-        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", include_dashboard=None)
+        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", **more)
     except (ConnectionError, ValueError, RuntimeError) as error:
         what = f"no Ray cluster can be reached at {address!r} ({str(error).strip().partition(chr(10))[0]})"
         raise EnvironmentProblem.of(what, "--ray", CHECK) from error
