@@ -55,7 +55,7 @@ def _step(folder: Path) -> int:
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_bytes(file, MAX_TEXT_BYTES))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fix = "Take the folder of another checkpoint."
         raise EnvironmentProblem.of(f"cannot be read: {error}", str(file), fix) from None
     if not isinstance(values, dict):
@@ -65,16 +65,22 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _numbers(history: list[Any], name: str) -> list[tuple[int, float]]:
     """Return the steps and values of one entry of the log."""
-    found = [(one.get("step", 0), one[name]) for one in history if isinstance(one, dict) and name in one]
-    return [(step, float(value)) for step, value in found if isinstance(value, int | float)]
+    entries = [one for one in history if isinstance(one, dict) and isinstance(one.get(name), int | float)]
+    return [(int(_number(one, "step")), float(one[name])) for one in entries]
+
+
+def _number(values: dict[str, Any], name: str) -> float:
+    """Return a finite number; 0 where there is none."""
+    value = values.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def _tell(state: dict[str, Any], adapter: dict[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
     history = state.get("log_history")
     history = history if isinstance(history, list) else []
-    done, planned = state.get("global_step", 0), state.get("max_steps", 0)
+    done, planned = int(_number(state, "global_step")), int(_number(state, "max_steps"))
     ended = "" if not planned or done >= planned else f", and {planned - done:,} were still to come: it was stopped"
-    yield "steps", f"{done:,} of {planned:,}, {state.get('epoch') or 0:.2f} epochs{ended}"
+    yield "steps", f"{done:,} of {planned:,}, {_number(state, 'epoch'):.2f} epochs{ended}"
     if batch := state.get("train_batch_size"):
         yield "rows in a micro-batch", f"{batch}; how many make a step is in its settings"
     losses, evaluations = _numbers(history, "loss"), _numbers(history, "eval_loss")
@@ -97,8 +103,8 @@ def _tell(state: dict[str, Any], adapter: dict[str, Any], folder: Path) -> Itera
     rates = [rate for _, rate in _numbers(history, "learning_rate")]
     if rates:
         yield "learning rate", f"up to {max(rates):.3g}, {rates[-1]:.3g} at the end"
-    if tokens := state.get("num_input_tokens_seen"):
-        yield "tokens read", f"{tokens:,}, padding among them"
+    if tokens := _number(state, "num_input_tokens_seen"):
+        yield "tokens read", f"{tokens:,.0f}, padding among them"
     if adapter:
         parts = [
             f"{name} {adapter[name]}" for name in ("peft_type", "r", "lora_alpha", "lora_dropout") if name in adapter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -21,7 +23,8 @@ from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_sca
 
 Facts = Mapping[str, object]
 """Our keys with values."""
-ROW_BYTES = 1 << 20
+READ_LETTERS = 16 << 20
+"""How much of a file is read to find its first row."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +131,27 @@ def _score(table: Table, nested: Mapping[str, object]) -> tuple[int, float]:
 
 
 def _find_command(text: str) -> tuple[Table, list[str]] | None:
-    """Find the first line that calls a tool; return its table and the words behind the program."""
-    for line in text.replace("\\\n", " ").splitlines():
+    """Find the first line that calls a tool; return its table and the words behind the program.
+
+    Variables that lines above set stand for their values.
+    """
+    assigned: dict[str, str] = {}
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            words = [Template(word).safe_substitute(assigned) for word in shlex.split(line, comments=True)]
         except ValueError:
             continue
+        pairs = [word.partition("=") for word in words if word != "export"]
+        if all(name.isidentifier() and equals for name, equals, _ in pairs):
+            assigned |= {name: value for name, _, value in pairs}
+            continue
         for position, word in enumerate(words):
-            program = os.path.basename(word)
             for table in tables().values():
-                if program in table.programs:
+                if os.path.basename(word) in table.programs:
                     return table, words[position + 1 :]
-                if program in table.scripts:
-                    return table, [table.scripts[program], *words[position + 1 :]]
+                for script in table.scripts:
+                    if f"/{word}".endswith(f"/{script}"):
+                        return table, [table.scripts[script], *words[position + 1 :]]
     return None
 
 
@@ -157,7 +168,7 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
             name = name.removeprefix("--").replace("-", "_") if word.startswith("--") else name
             options.setdefault(name, []).extend([resolve_scalar(value)] if equals else [])
             key = "" if equals else name
-        elif key and not word.startswith("-"):
+        elif key and (not word.startswith("-") or isinstance(resolve_scalar(word), int | float)):
             options[key].append(resolve_scalar(word))
         elif word in table.refused_words:
             raise RecipeError.of(
@@ -175,14 +186,15 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
         named = base / str(stated.get("config", ""))
         if "config" in stated and named.is_file():
             del stated["config"]
-            below = dict(table.flatten(_mapping(named)))
+            below = dict(table.flatten(mapping(named)))
             break
     for name in [one for one in stated if one.startswith("no_") and stated[one] is True and table.find(one) is None]:
         stated[name.removeprefix("no_")] = not stated.pop(name)
     return below | stated, facts
 
 
-def _mapping(file: Path) -> dict[str, object]:
+def mapping(file: Path) -> dict[str, object]:
+    """Return the keys of a YAML or JSON file; none where it holds no mapping. Raises RecipeError if it is damaged."""
     value = parse_yaml(read_text(file), label(file), file.parent).plain()
     return value if isinstance(value, dict) else {}
 
@@ -193,13 +205,11 @@ def first_row(file: Path) -> Mapping[str, object]:
         file = next((one for one in sorted(file.iterdir()) if one.suffix.lower() in (".jsonl", ".json", ".csv")), file)
     if not file.is_file() or file.suffix.lower() not in (".jsonl", ".json", ".csv"):
         return {}
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        if file.suffix.lower() == ".csv":
-            return dict.fromkeys(next(csv.reader(lines), []), "")
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         try:
-            text = lines.readline(ROW_BYTES) if file.suffix.lower() == ".jsonl" else lines.read(16 * ROW_BYTES)
-            row = json.loads(text)
-        except ValueError:
+            if file.suffix.lower() == ".csv":
+                return dict.fromkeys(next(csv.reader(lines), []), "")
+            row, _ = json.JSONDecoder().raw_decode(lines.read(READ_LETTERS).lstrip().removeprefix("[").lstrip())
+        except (ValueError, RecursionError, csv.Error):
             return {}
-    row = row[0] if isinstance(row, list) and row else row
     return row if isinstance(row, dict) else {}

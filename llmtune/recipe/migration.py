@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import RecipeError
 from llmtune.recipe.foreign_config import ForeignConfig, first_row
 from llmtune.recipe.loader import LoadedRecipe, resolve
-from llmtune.recipe.migration_rules import Migration, Setting, State, apply_rule, move
+from llmtune.recipe.migration_rules import Migration, Setting, apply_rule, move
 from llmtune.recipe.yaml_reader import Node
 
 HELD_OUT: dict[str, tuple[object, str]] = {
@@ -69,7 +68,8 @@ def _look_at_rows(migration: Migration) -> None:
 def _fill(migration: Migration) -> None:
     """State what the other tool does where its configuration is silent, and that it holds no rows out."""
     table, config = migration.config.table, migration.config
-    task = migration.settings.setdefault("task", Setting("chat", [])).value
+    guess, mark = REQUIRED["task"]
+    task = migration.settings.setdefault("task", Setting(guess, [mark])).value
     stated, noted = set(migration.settings), dict(migration.moved)
     method = migration.settings.get("adapter.method")
     defaults = {**table.defaults, **table.task_defaults.get(str(task), {})}
@@ -107,23 +107,11 @@ def _check(migration: Migration, out: Path) -> LoadedRecipe:
             return resolve(_node(nested(migration.settings), "", migration.folder), out)
         except RecipeError as error:
             refused = [
-                _take_out(migration, str(problem.where), f"{problem.what}. {problem.fix or ''}".strip())
+                migration.take_out(str(problem.where), f"{problem.what}. {problem.fix or ''}".strip())
                 for problem in error.problems
             ]
             if not any(refused):
                 raise
-
-
-def _take_out(migration: Migration, where: str, why: str) -> bool:
-    """Take out the keys at and below one; what they come from is refused. Returns whether there were any."""
-    found = [ours for ours in migration.settings if ours == where or ours.startswith(f"{where}.")]
-    for ours in found:
-        for key in migration.settings.pop(ours).keys:
-            if key in migration.moved:
-                kept = tuple(name for name in migration.moved[key].to if name != ours)
-                state: State = "renamed" if kept else "refused"
-                migration.moved[key] = replace(migration.moved[key], state=state, to=kept, why=why)
-    return bool(found)
 
 
 def nested(settings: Mapping[str, Setting]) -> dict[str, Any]:

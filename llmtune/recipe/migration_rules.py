@@ -13,21 +13,21 @@ A rule is one of our keys, or a mapping:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from llmtune.errors import nearest
 from llmtune.recipe.data_section import Source
-from llmtune.recipe.foreign_config import ForeignConfig, Table
+from llmtune.recipe.foreign_config import ForeignConfig, Table, mapping
 from llmtune.recipe.yaml_writer import scalar
 
 State = Literal["carried", "renamed", "refused"]
+VARIABLE = re.compile(r"\S*\$[A-Za-z_{(]")
 SECRET = re.compile(r"(?<!(eos|bos|pad|unk)_)token$|secret|password|api_key|webhook", re.IGNORECASE)
 UNKNOWN = "it is no key of this tool that llmtune knows"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -47,7 +47,8 @@ class Moved:
     @property
     def shown(self) -> str:
         """The key with its value, on one line; no secrets."""
-        text = "***" if SECRET.search(self.key) else scalar(self.value)
+        names = [self.key, *(self.value if isinstance(self.value, dict) else ())]
+        text = "***" if any(SECRET.search(str(name)) for name in names) else scalar(self.value)
         return f"{self.key}: {text if len(text) <= WIDEST else text[: WIDEST - 3] + '...'}"
 
 
@@ -91,7 +92,11 @@ class Migration:
         )
 
     def put(self, ours: str, value: object, key: str, rule: Mapping[str, Any]) -> str | None:
-        """Set one of our keys; return why that cannot be."""
+        """Set one of our keys; return why that cannot be. Rows that are named win over a share of them."""
+        if below := [key for one, old in self.settings.items() if one.startswith(f"{ours}.") for key in old.keys]:
+            return f"{ours} names its rows already, by {', '.join(dict.fromkeys(below))}"
+        for parent in [one for one in self.settings if ours.startswith(f"{one}.")]:
+            self.take_out(parent, f"{parent} names its rows, by {key}")
         old, replaces = self.settings.get(ours), rule.get("replaces", ())
         wins = old is not None and (old.replaced or replaces == "any" or old.value in replaces)
         if old is not None and not wins and old.value != value:
@@ -102,10 +107,24 @@ class Migration:
         self.settings[ours] = Setting(value, keys, bool(rule.get("replaced")))
         return None
 
+    def take_out(self, where: str, why: str) -> bool:
+        """Take out the keys at and below one; what they come from is refused. Returns whether there were any."""
+        found = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
+        for ours in found:
+            for key in self.settings.pop(ours).keys:
+                if key in self.moved:
+                    kept = tuple(name for name in self.moved[key].to if name != ours)
+                    self.moved[key] = replace(self.moved[key], state="renamed" if kept else "refused", to=kept, why=why)
+        return bool(found)
+
 
 def move(migration: Migration, key: str, value: object) -> None:
     """Apply the rule for a key; one that the table does not know is refused too."""
     rule = migration.config.table.find(key)
+    first = value[0] if isinstance(value, list) and value else value
+    if isinstance(first, str) and VARIABLE.match(first):
+        migration.settle(key, value, "a variable, whose value is not known here: write it out", ok=False)
+        return
     if rule is None:
         hint = nearest(key, list(migration.config.table.rules)).strip()
         migration.settle(key, value, f"{UNKNOWN}. {hint}".strip(), ok=False)
@@ -220,51 +239,58 @@ def _put_all(
 
 def _sources(migration: Migration, parent: str, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Move each source of a list by the rule's own table; what became of its keys is noted one by one."""
-    inner = Table.from_mapping(rule)
-    for number, entry in enumerate(value if isinstance(value, list) else [value]):
-        for key, item in (entry if isinstance(entry, dict) else {"path": entry}).items():
-            for name, one in inner.flatten({key: item}):
-                path = f"{rule['sources']}.{number}"
-                known = inner.find(name)
-                if known is None:
-                    migration.settle(f"{parent}[{number}].{name}", one, UNKNOWN, ok=False)
-                else:
-                    apply_rule(migration, f"{parent}[{number}].{name}", one, known, path)
+    inner, number = Table.from_mapping(rule), -1
+    for index, entry in enumerate(value if isinstance(value, list) else [value]):
+        keys = entry if isinstance(entry, dict) else {"path": entry}
+        files = next((name for name, one in keys.items() if isinstance(one, list) and _is_path(inner, name)), None)
+        for file in keys[files] if files else [None]:  # each file of a source is one of ours
+            number += 1
+            for key, item in (keys | ({files: file} if files else {})).items():
+                for name, one in inner.flatten({key: item}):
+                    known = inner.find(name)
+                    if known is None:
+                        migration.settle(f"{parent}[{index}].{name}", one, UNKNOWN, ok=False)
+                    else:
+                        apply_rule(migration, f"{parent}[{index}].{name}", one, known, f"{rule['sources']}.{number}")
     return {}
+
+
+def _is_path(table: Table, name: str) -> bool:
+    return (table.find(name) or {}).get("source") == "path"
 
 
 def _source_key(migration: Migration, value: Any, name: str, source: str) -> dict[str, object] | str:
     """Return the key of a source; a path is local where it is there, else a data set of the hub."""
     if name != "path":
         return {f"{source}.{name}": value}
-    paths = [str(one) for one in (value if isinstance(value, list) else [value])]
+    if not isinstance(value, str):
+        return "name each file as `path` of a source"
+    if value in ("json", "csv", "parquet", "text"):  # the files are named beside it
+        return {}
     found: dict[str, object] = {}
-    stem, _, number = source.rpartition(".")
-    for count, path in enumerate(paths):
-        here = f"{stem}.{int(number) + count}"
-        if path in ("json", "csv", "parquet", "text"):  # the files are named beside it
-            continue
-        bare, _, limit = path.rpartition("#")
+    path, local = value, _local(migration, value)
+    bare, _, limit = path.rpartition("#")
+    if local is None and limit.isdigit() and bare:
+        found[f"{source}.limit"], path = int(limit), bare
         local = _local(migration, path)
-        if local is None and limit.isdigit() and bare:
-            found[f"{here}.limit"], path = int(limit), bare
-            local = _local(migration, path)
-        looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
-        old = migration.settings.get(f"{here}.path")
-        if old is not None and looks_local and str(old.value).startswith("hub:") and local is None:
-            return f"{path} is a file of {old.value}: download it, or name the data set alone"
-        if old is not None and local is not None:
-            migration.settings.pop(f"{here}.path")
-        seen_from = os.path.relpath(path, migration.folder) if not os.path.isabs(path) else path
-        found[f"{here}.path"] = local or (seen_from if looks_local else f"hub:{path.removeprefix('hf::')}")
-    return found
+    looks_local = path.startswith((".", "/", "~")) or path.lower().endswith(FILES)
+    old = migration.settings.get(f"{source}.path")
+    if old is not None and looks_local and str(old.value).startswith("hub:") and local is None:
+        return f"{path} is a file of {old.value}: download it, or name the data set alone"
+    if old is not None and local is not None:
+        migration.settings.pop(f"{source}.path")
+    if local is None and "://" in path:
+        local = path
+    elif local is None and looks_local:
+        local = os.path.relpath(os.path.expanduser(path), migration.folder)
+    return found | {f"{source}.path": local or f"hub:{path.removeprefix('hf::')}"}
 
 
 def _local(migration: Migration, path: str) -> str | None:
     """Return a path as seen from the recipe, if it is there: seen from here or from the configuration."""
     for folder in (Path.cwd(), migration.config.folder):
         there = folder / os.path.expanduser(path)
-        if path and there.exists():
+        if path and os.path.exists(there):
             relative = os.path.relpath(there, migration.folder)
             return relative if relative.startswith("..") else f"./{relative}"
     return None
@@ -273,30 +299,29 @@ def _local(migration: Migration, path: str) -> str | None:
 def _listed(migration: Migration, value: Any, rule: Mapping[str, Any]) -> dict[str, object] | str:
     """Look names up in the dataset_info.json of LLaMA-Factory."""
     folder = str(migration.config.values.get(rule["folder"], "data"))
-    listing = next(
-        (p for base in (Path.cwd(), migration.config.folder) if (p := base / folder / "dataset_info.json").is_file()),
-        None,
-    )
-    known: Mapping[str, Any] = json.loads(listing.read_text("utf-8")) if listing else {}
+    places = [base / folder / "dataset_info.json" for base in (Path.cwd(), migration.config.folder)]
+    listing = next((file for file in places if file.is_file()), None)
+    known = mapping(listing) if listing else {}
     found: dict[str, object] = {}
-    for number, name in enumerate(
-        value if isinstance(value, list) else [part.strip() for part in str(value).split(",")]
-    ):
+    parts = value if isinstance(value, list) else str(value).split(",")
+    if not all(isinstance(one, str) for one in parts):
+        return "name data sets, with commas between them"
+    for number, name in enumerate(part for one in parts if (part := one.strip())):
         entry, path = known.get(name), f"{rule['listing']}.{number}"
         if not isinstance(entry, dict):
             found |= {f"{path}.path": f"hub:{name}"}
             continue
         file = listing.parent / str(entry["file_name"]) if listing and "file_name" in entry else None
         found[f"{path}.path"] = (
-            os.path.relpath(file, migration.folder) if file else f"hub:{entry.get('hf_hub_url', name)}"
+            os.path.relpath(file, migration.folder) if file else f"hub:{entry.get('hf_hub_url') or name}"
         )
         for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
             if theirs in entry and not (file and ours == "split"):
                 found[f"{path}.{ours}"] = entry[theirs]
         names = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-        if entry.get("tags", {}).get("role_tag") == "role":
+        if (entry.get("tags") or {}).get("role_tag") == "role":
             names["messages"] = "messages"
-        for theirs, column in entry.get("columns", {}).items():
+        for theirs, column in (entry.get("columns") or {}).items():
             ours = names.get(theirs, theirs)
             if column != ours:
                 found[f"{path}.columns.{ours}"] = column

@@ -49,3 +49,16 @@ def test_a_folder_that_is_no_trainers_or_is_damaged_is_refused(tmp_path: Path, t
         (tmp_path / "trainer_state.json").write_text(text)
     done = invoke("doctor", tmp_path)
     assert (done.exit_code, words in done.stderr) == (code, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"global_step": null, "epoch": "x", "num_input_tokens_seen": "7", "log_history": [7, {"loss": "low"}]}',
+        "[" * 100_000,
+    ],
+    ids=["edited", "deep"],
+)
+def test_a_state_that_was_edited_by_hand_ends_in_no_traceback(tmp_path: Path, text: str):
+    (tmp_path / "trainer_state.json").write_text(text)
+    assert invoke("doctor", tmp_path).exit_code == (0 if text.startswith("{") else 4)

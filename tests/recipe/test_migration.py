@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from support.foreign_configs import write_configs
 
 from llmtune.errors import RecipeError
-from llmtune.recipe.foreign_config import tables
+from llmtune.recipe.foreign_config import first_row, tables
 from llmtune.recipe.loader import load_recipe
 from llmtune.recipe.migrated_yaml import write_migrated
 from llmtune.recipe.migration import migrate
@@ -118,3 +119,113 @@ def test_the_columns_of_a_local_file_decide_what_trl_learns(tmp_path: Path, monk
         _, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml")
         assert loaded.recipe.task == task
         assert loaded.recipe.data.train[0].path == str(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("start", "mark"), [("", b""), ("", b"\xef\xbb\xbf"), ("\n", b""), ("[", b"\xef\xbb\xbf")], ids=str
+)
+def test_the_first_row_is_found_behind_a_byte_order_mark_and_in_a_long_array(tmp_path: Path, start: str, mark: bytes):
+    row = json.dumps({"messages": []})
+    (tmp_path / "rows.json").write_bytes(mark + f"{start}{row},{'x' * (17 << 20 if start == '[' else 1)}".encode())
+    assert first_row(tmp_path / "rows.json") == {"messages": []}
+
+
+def test_a_first_row_that_cannot_be_read_decides_nothing(tmp_path: Path):
+    for name, text in (("a.csv", f'"{"x" * 200_000}"'), ("a.json", "[" * 100_000), ("a.json", '{"a": '), ("a.csv", "")):
+        assert first_row(config(tmp_path, text, name)) == {}
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["share first", "rows first"])
+@pytest.mark.parametrize(
+    ("tool", "share", "rows"),
+    [
+        ("axolotl", "val_set_size: 0.0", "test_datasets: [{path: v.jsonl}]"),
+        ("swift", "split_dataset_ratio: 0.01", "val_dataset: v.jsonl"),
+        ("llamafactory", "val_size: 0.1", "eval_dataset: c/v"),
+    ],
+)
+def test_validation_rows_that_are_named_win_over_a_share(tmp_path: Path, tool: str, share: str, rows: str, order: int):
+    file = config(tmp_path, "\n".join(["learning_rate: 1.0e-4", *[share, rows][::order]]))
+    migration, loaded = migrate(file, tmp_path / "out.yaml", tool)
+    assert len(loaded.recipe.data.validation) == 1
+    moved = migration.moved[share.split(":")[0]]
+    assert moved.state == "refused"
+    assert "names its rows" in str(moved.why)
+
+
+@pytest.mark.parametrize(
+    ("tool", "stated", "steps"),
+    [
+        ("swift", "warmup_ratio: 0.0", 0),
+        ("swift", "", 0),
+        ("trl", "warmup_steps: 0\nwarmup_ratio: 0.1", 0.1),
+        ("trl", "warmup_ratio: 0.1\nwarmup_steps: 0", 0.1),
+        ("llamafactory", "warmup_ratio: 0.1\nwarmup_steps: 20", 20),
+        ("llamafactory", "warmup_steps: 20\nwarmup_ratio: 0.1", 20),
+        ("axolotl", "warmup_ratio: 0", 0),
+        ("axolotl", "warmup_steps: 0", 0),
+        ("axolotl", "", 0.03),
+    ],
+)
+def test_a_warm_up_is_as_long_as_it_is_there(tmp_path: Path, tool: str, stated: str, steps: float):
+    _, loaded = migrate(config(tmp_path, f"learning_rate: 1.0e-4\n{stated}"), tmp_path / "out.yaml", tool)
+    assert loaded.recipe.train.warmup_steps == steps
+
+
+def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_that_the_script_sets(tmp_path: Path):
+    script = "export NAME=a\r\nMODEL=${NAME}/b\r\nN=$(nproc)\r\ntrl sft --model_name_or_path $MODEL \\\r\n"
+    script += " --max_steps -1 --dataset_name $ROWS --gradient_accumulation_steps $(expr 16 / 4) --lora_r $N --use_peft"
+    migration, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
+    assert loaded.recipe.model.name == "a/b"
+    assert migration.moved["max_steps"].why == "epochs decide"
+    for key in ("dataset_name", "gradient_accumulation_steps", "lora_r"):
+        assert "a variable" in str(migration.moved[key].why), key
+    assert migration.unset == ["data.train.0.path"]
+
+
+def test_a_script_of_swift_by_its_path_is_no_script_of_trl(tmp_path: Path):
+    script = "torchrun swift/cli/sft.py --model a/b --dataset c/d --task_type seq_cls --num_labels 2"
+    migration, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
+    assert (migration.config.table.tool, loaded.recipe.task) == ("ms-swift", "classify")
+
+
+def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: Path):
+    with pytest.raises(RecipeError, match="no tool has such keys: compute_environment"):
+        migrate(config(tmp_path, "compute_environment: LOCAL_MACHINE\nmixed_precision: bf16"), tmp_path / "out.yaml")
+
+
+@pytest.mark.parametrize(
+    "info", ["{", "[1]", '{"one": {"file_name": "a.json", "tags": null, "columns": null}}', '{"one": 7}'], ids=str
+)
+@pytest.mark.parametrize("names", ["one, two,", ["one", {"a": 1}], None, 7], ids=str)
+def test_any_list_of_data_sets_gives_a_recipe_or_an_error_of_the_user(tmp_path: Path, info: str, names: object):
+    config(tmp_path, info, "dataset_info.json")
+    stated = {"stage": "sft", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": names}
+    with pytest.raises(RecipeError, match=r"dataset_info\.json") if info == "{" and names else nullcontext():
+        migration, _ = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
+        assert "dataset" in migration.moved
+
+
+def test_each_file_of_a_source_is_a_source_with_its_format_and_an_address_stays_one(tmp_path: Path):
+    text = """
+base_model: a/b
+datasets:
+  - {path: json, data_files: [a.jsonl, s3://rows/b.jsonl], type: alpaca}
+  - {path: ~/c.jsonl, type: sharegpt}
+  - {path: d/e, data_files: {train: f.jsonl}}
+"""
+    migration, loaded = migrate(config(tmp_path, text), tmp_path / "out.yaml")
+    assert [(one.path, one.format) for one in loaded.recipe.data.train] == [
+        (str(Path("a.jsonl").absolute()), "alpaca"),
+        ("s3://rows/b.jsonl", "alpaca"),
+        (str(Path("~/c.jsonl").expanduser()), "sharegpt"),
+        ("hub:d/e", None),
+    ]
+    assert migration.moved["datasets[2].data_files"].state == "refused"
+
+
+def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_path: Path):
+    text = "model_name_or_path: a/b\ndataset_name: c/d\nenv: {HF_TOKEN: hf_secret}"
+    migration, _ = migrate(config(tmp_path, text), tmp_path / "out.yaml", "trl")
+    assert "hf_secret" not in write_migrated(migration)
+    assert migration.unset == ["task"]
