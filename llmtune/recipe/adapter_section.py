@@ -33,7 +33,7 @@ InitWeights = Annotated[
     Annotated[bool, Tag("switch")]
     | Annotated[
         str,
-        Field(pattern=r"^(gaussian|orthogonal|olora|pissa|pissa_niter_[1-9][0-9]{0,3}|eva|corda|lora_ga)$"),
+        Field(pattern=_STARTS),
         Tag("text"),
     ],
     by_type({bool: "switch"}, "text"),

@@ -32,6 +32,11 @@ SECRET = re.compile(r"(?<!(eos|bos|pad|unk)_)token$|secret|password|api_key|webh
 UNKNOWN = "it is no key of this tool that llmtune knows"
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 WIDEST = 60
+TAGS = {
+    *("role", "content", "user", "assistant", "system", "tool", "function"),
+    *("from", "value", "human", "gpt", "observation", "function_call"),
+}
+"""What LLaMA-Factory's tags may be, that llmtune reads by itself."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,15 @@ class Migration:
         """Take out the keys at and below one; what they come from is refused. Returns whether there were any."""
         found = [ours for ours in self.settings if ours == where or ours.startswith(f"{where}.")]
         for ours in found:
-            for key in self.settings.pop(ours).keys:
+            setting = self.settings.pop(ours)
+            for key in setting.keys:
                 if key in self.moved:
                     kept = tuple(name for name in self.moved[key].to if name != ours)
-                    self.moved[key] = replace(self.moved[key], state="renamed" if kept else "refused", to=kept, why=why)
+                    if kept:  # a part of what the key says
+                        self.moved[key] = replace(self.moved[key], to=kept)
+                        self.settle(f"{key} ({ours})", setting.value, why, ok=False)
+                    else:
+                        self.moved[key] = replace(self.moved[key], state="refused", to=(), why=why)
         return bool(found)
 
 
@@ -318,9 +328,16 @@ def _listed(migration: Migration, value: Any, rule: Mapping[str, Any]) -> dict[s
         for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "limit")):
             if theirs in entry and not (file and ours == "split"):
                 found[f"{path}.{ours}"] = entry[theirs]
-        names = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-        if (entry.get("tags") or {}).get("role_tag") == "role":
+        task = migration.settings.get("task")
+        names = {"prompt": "text" if task and task.value == "completion" else "instruction", "kto_tag": "label"}
+        names |= {"query": "input", "response": "output", "messages": "conversations"}
+        tags = entry.get("tags") or {}
+        if tags.get("role_tag") == "role":
             names["messages"] = "messages"
+        for tag, word in tags.items():
+            if word not in TAGS:
+                why = "messages are role and content, or from and value, of the usual roles"
+                migration.settle(f"{path}.{tag}", word, why, ok=False)
         for theirs, column in (entry.get("columns") or {}).items():
             ours = names.get(theirs, theirs)
             if column != ours:

@@ -183,10 +183,20 @@ def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_t
     assert migration.unset == ["data.train.0.path"]
 
 
-def test_a_script_of_swift_by_its_path_is_no_script_of_trl(tmp_path: Path):
-    script = "torchrun swift/cli/sft.py --model a/b --dataset c/d --task_type seq_cls --num_labels 2"
-    migration, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
-    assert (migration.config.table.tool, loaded.recipe.task) == ("ms-swift", "classify")
+@pytest.mark.parametrize(
+    ("line", "tool", "task"),
+    [
+        ("torchrun swift/cli/sft.py --model a/b --dataset c/d --task_type seq_cls", "ms-swift", "classify"),
+        ("accelerate launch trl/scripts/dpo.py --model_name_or_path a/b --dataset_name c/d", "TRL", "preference"),
+        ("accelerate launch -m axolotl.cli.train axolotl.yml", "axolotl", "completion"),
+        ("X=1 deepspeed --num_gpus 8 src/train.py --stage pt --dataset one", "LLaMA-Factory", "completion"),
+    ],
+)
+def test_a_tool_is_known_by_the_module_or_script_that_is_run(tmp_path: Path, line: str, tool: str, task: str):
+    config(tmp_path, "base_model: a/b\ndatasets: [{path: c/d, type: completion}]", "axolotl.yml")
+    migration, loaded = migrate(config(tmp_path, line, "train.sh"), tmp_path / "out.yaml")
+    assert (migration.config.table.tool, loaded.recipe.task) == (tool, task)
+    assert loaded.recipe.model.name == "a/b" or tool == "LLaMA-Factory"
 
 
 def test_a_configuration_of_accelerate_is_no_configuration_of_a_tool(tmp_path: Path):
@@ -204,6 +214,23 @@ def test_any_list_of_data_sets_gives_a_recipe_or_an_error_of_the_user(tmp_path: 
     with pytest.raises(RecipeError, match=r"dataset_info\.json") if info == "{" and names else nullcontext():
         migration, _ = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
         assert "dataset" in migration.moved
+
+
+def test_columns_of_a_listed_data_set_are_mapped_or_refused(tmp_path: Path):
+    file = {"file_name": "a.json"}
+    listed = {
+        "text": file | {"columns": {"prompt": "body"}},
+        "thumbs": file | {"columns": {"kto_tag": "good", "images": "pictures"}, "tags": {"role_tag": "speaker"}},
+    }
+    config(tmp_path, json.dumps(listed), "dataset_info.json")
+    stated = {"stage": "pt", "model_name_or_path": "a/b", "dataset_dir": ".", "dataset": "text"}
+    _, loaded = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
+    assert loaded.recipe.data.train[0].columns == {"text": "body"}
+    stated |= {"stage": "kto", "dataset": "thumbs"}
+    migration, loaded = migrate(config(tmp_path, json.dumps(stated)), tmp_path / "out.yaml")
+    assert loaded.recipe.data.train[0].columns == {"label": "good"}
+    refused = [one.key for one in migration.outcomes if one.state == "refused"]
+    assert refused == ["dataset_dir", "data.train.0.role_tag", "dataset (data.train.0.columns.images)"]
 
 
 def test_each_file_of_a_source_is_a_source_with_its_format_and_an_address_stays_one(tmp_path: Path):
