@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +116,7 @@ def _job(given: Mapping[str, Any]) -> Job:
     sets = [*(given["sets"] or []), *([f"model.name={json.dumps(given['model'])}"] if given["model"] else [])]
     loaded = load_recipe(given["recipe"], sets)
     options = [word for one in sets for word in ("--set", one)]
-    options += ["--lock", str(given["lock"].absolute())] if given["lock"] else []
+    options += ["--lock", os.path.relpath(given["lock"])] if given["lock"] else []
     options += ["--threads", str(given["threads"])] if given["threads"] else []
     options += ["--offline"] if given["offline"] else []
     folder: Path = given["out"] or default_path(loaded.recipe.name, loaded.fingerprint)

@@ -134,7 +134,7 @@ def _read_lines(stream: ByteStream, name: str) -> Iterator[LazyRow]:
             raise DataError.of(what, f"{name}:{number}", "One row a line is expected; is it JSON? Set `format: json`.")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.isspace():
+        if line and not line.isspace():
             yield f"{name}:{number}", JsonLine(line, offset)
         offset += len(line)
 
@@ -176,7 +176,7 @@ def _read_json(stream: ByteStream, name: str) -> Iterator[LazyRow]:
 
 def _looks_like_lines(start: bytes) -> bool:
     """Whether a file whose name says JSON holds JSON lines, as many do: then a mistake costs a line, not the rest."""
-    line, _, rest = start.partition(b"\n")
+    line, _, rest = start.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
     return not rest.isspace() and rest != b"" and isinstance(_parse_line(line, 0), dict)
 
 
@@ -214,13 +214,17 @@ def _check_header(header: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in header]
     if any(_escaped_byte(cell) is not None for cell in header):
         raise DataError.of("the header is not UTF-8", f"{name}:1", OTHER_ENCODING)
-    if len(header) > MAX_COLUMNS:
-        what = f"{len(header):,} columns: rows have up to {MAX_COLUMNS:,}"
-        raise DataError.of(what, f"{name}:1", "Keep the columns that the task reads.")
-    twice = sorted(cell for cell, count in Counter(header).items() if count > 1)
-    if twice:
-        raise DataError.of(f"two columns with the name {twice[0]!r}", f"{name}:1", "Rename one of them.")
+    _check_columns(header, f"{name}:1")
     return header
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if len(names) > MAX_COLUMNS:
+        what = f"{len(names):,} columns: rows have up to {MAX_COLUMNS:,}"
+        raise DataError.of(what, where, "Keep the columns that the task reads.")
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError.of(f"two columns with the name {twice[0]!r}", where, "Rename one of them.")
 
 
 def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowError:
@@ -235,6 +239,7 @@ def _name_cells(cells: list[str], header: list[str]) -> dict[str, object] | RowE
 def _read_parquet(path: Path | RemoteFile, name: str, advance: Advance) -> Iterator[RawRow]:
     size = path.size if isinstance(path, RemoteFile) else check_regular(path).st_size
     with pq.ParquetFile(path.open() if isinstance(path, RemoteFile) else path) as file:
+        _check_columns(file.schema_arrow.names, name)
         classes = _class_names(file.schema_arrow.metadata or {})
         total, number, grown = file.metadata.num_rows, 0, 0
         for batch in file.iter_batches(batch_size=_batch_rows(file.metadata)):
@@ -258,8 +263,10 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     """Return the names of the classes that a column has as numbers, as the datasets library notes them in a file."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"].items()
-        inner = {column: feature.get("feature", feature) for column, feature in features}
-        return {column: list(one["names"]) for column, one in inner.items() if one.get("_type") == "ClassLabel"}
+        whole = {column: feature for column, feature in features if isinstance(feature, dict)}
+        inner = {column: feature.get("feature", feature) for column, feature in whole.items()}
+        labels = {column: one for column, one in inner.items() if isinstance(one, dict) and one.get("names")}
+        return {column: list(one["names"]) for column, one in labels.items() if one.get("_type") == "ClassLabel"}
     except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or none
         return {}
 

@@ -15,7 +15,7 @@ from llmtune.data.column_mapping import ALIASES, rename
 from llmtune.data.file_readers import NOT_UTF8
 from llmtune.data.rejected_rows import RowError
 from llmtune.data.row_formats import detect_format, map_columns, parse_row
-from llmtune.data.row_hash import hash_content
+from llmtune.data.row_hash import hash_content, to_json
 from llmtune.data.schema_inference import infer_columns, reads, words
 from llmtune.data.sources import LOOKED_AT, local_input
 from llmtune.errors import DataError
@@ -135,7 +135,9 @@ def _reading(survey: Survey, task: str, columns: Mapping[str, str]) -> Reading:
     rows, bad = [], Counter(survey.bad)
     for row in survey.rows:
         try:
-            rows.append(parse_row(rename(row, mapping), row_format, task, survey.path.parent))
+            parsed = parse_row(rename(row, mapping), row_format, task, survey.path.parent)
+            to_json(parsed)  # what cannot be kept is bad
+            rows.append(parsed)
         except RowError as error:
             bad[error.reason] += 1
     return Reading(task, columns, rows, dict(bad.most_common()))

@@ -114,6 +114,6 @@ def compare_with_champion(
     own = ScoredRun(OWN, recipe, evaluation, keep_asked(measures, recipe))
     check_alike([champion, own])
     difference, left_out = pair_metrics(champion, own)
-    scores = {metric: champion.evaluation.tuned[metric] for metric in difference}
+    scores = {metric: champion.measures.tuned[metric].value for metric in difference}
     folder = find_release(Path(recipe.evaluate.champion or ""), recipe.name)
     return Champion(str(folder), scores, difference, left_out)

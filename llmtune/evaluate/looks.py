@@ -8,6 +8,10 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.evaluate.opened_runs import ScoredRun
@@ -22,6 +26,16 @@ KEY = "evaluate.looks"
 ROUNDING = 1e-12
 
 
+class Look(TypedDict):
+    """A line of the ledger."""
+
+    tests: str
+    trained: str
+    champion: str
+    alpha: Annotated[float, Field(gt=0, le=ERROR)]
+    run: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Ledger:
     """What `releases.jsonl` beside the champion says of one set of test rows."""
@@ -31,7 +45,7 @@ class Ledger:
     """Hash of the test rows, whatever their order."""
     champion: str
     """Hash of what the champion's run trained."""
-    lines: tuple[Json, ...]
+    lines: tuple[Look, ...]
 
     def spent(self, trained: str = "") -> float:
         """Return the error that models have spent; without that of `trained` against this champion."""
@@ -71,10 +85,12 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
         fix = "Give the job a copy of the folder that it may write, and keep the file that it leaves there."
         raise EnvironmentProblem.of("cannot be written, so this look would not be counted", str(path), fix)
     tests = hash_value(sorted(champion.measures.rows))
-    lines = read_json_lines(path)
-    damaged = next((line for line in lines if not {"tests", "trained", "champion", "alpha"} <= line.keys()), None)
-    if damaged is not None or len(lines) < count_lines(path):
-        fix = "Put it back as the repository has it."
+    try:
+        lines = TypeAdapter(list[Look]).validate_python(read_json_lines(path))
+    except ValidationError:
+        lines = []
+    if len(lines) < count_lines(path):
+        fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
         raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix)
     own = tuple(line for line in lines if line["tests"] == tests)
     return Ledger(path, tests, read_release(release)["trained"], own)
@@ -82,7 +98,7 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
 
 def count_lines(path: Path) -> int:
     """Return how many lines a text file has that are not blank; none where it is not there."""
-    return sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines()) if path.exists() else 0
+    return sum(bool(line.strip()) for line in path.read_text("utf-8", "replace").splitlines()) if path.exists() else 0
 
 
 def hash_weights(run: Path) -> str:
@@ -114,7 +130,9 @@ def count_look(recipe: Recipe, champion: ScoredRun, fingerprint: str, trained: s
         ledger.require_left(alpha, trained)
         line: Json = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "name": recipe.name, "run": fingerprint}
         line |= {"tests": ledger.tests, "trained": trained, "champion": ledger.champion, "alpha": alpha}
-        with explained(ledger.path), ledger.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with explained(ledger.path), ledger.path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            begin = "" if file.read() in (b"", b"\n") else "\n"  # an editor may have taken the last line's end
+            file.write(f"{begin}{json.dumps(line)}\n".encode())
     looked = dict.fromkeys([*((line["trained"], line["champion"]) for line in ledger.lines), own])
     return f"look {[*looked].index(own) + 1} of {recipe.evaluate.looks} on these test rows, counted in {LEDGER}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ from llmtune.store.atomic_files import explained
 
 MEASURES = "measures.npz"
 VERSION = 1
+UNREADABLE = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What numpy, zipfile and json raise on a file with damaged bytes."""
 FORMULAS: dict[str, Formula] = {
     "ratio": ratio,
     "exponential_ratio": exponential_ratio,
@@ -147,7 +153,7 @@ def unpack_measures(packed: bytes, path: Path, fix: str) -> PerRowScores:
                 for name in ("base", "tuned")
             )
             return PerRowScores(base, tuned, tuple(arrays["rows"].tolist()))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise EnvironmentProblem.of(f"damaged: {error}", str(path), fix) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from pathlib import Path
 from typing import Any
@@ -62,20 +61,27 @@ def read_release(path: Path) -> Release:
     try:
         found = TypeAdapter(Release).validate_python(restore_nan(content))
     except ValidationError as error:
-        first: Any = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
-        raise RecipeError.of(f"not a release file ({key}: {first['msg']})", str(path), FIX) from None
+        raise RecipeError.of(f"not a release file ({_first_problem(error)})", str(path), FIX) from None
     if found["release_version"] > VERSION:
         what = f"a release of version {found['release_version']}, and this llmtune reads up to {VERSION}"
         raise RecipeError.of(what, str(path), "Update llmtune.")
     return found
 
 
+def _first_problem(error: ValidationError) -> str:
+    first: Any = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+
+
 def list_releases(folder: Path) -> list[tuple[Path, Release]]:
-    """Return the releases in a folder, the oldest first; other files are left out."""
+    """Return the releases in a folder, the oldest first; other files are left out.
+
+    Raises RecipeError for one that is damaged, which may be the newest.
+    """
     found = []
     for path in folder.glob("*.json"):
-        content = read_json(path)
+        if (content := read_json(path)) is None:
+            raise RecipeError.of("damaged: it holds no JSON", str(path), "Put it back as the repository has it.")
         if isinstance(content, dict) and "release_version" in content:
             found.append((path, read_release(path)))
     return sorted(found, key=lambda one: one[1]["date"])
@@ -106,8 +112,12 @@ def open_release(path: Path, name: str) -> ScoredRun:
     try:
         recipe = Recipe.model_validate_json(json.dumps(found["recipe"]))
         packed = base64.b64decode(found["measures"], validate=True)
-    except (ValidationError, binascii.Error) as error:
-        raise RecipeError.of(f"damaged: {str(error).splitlines()[0]}", str(path), FIX) from None
+    except ValidationError as error:
+        raise RecipeError.of(
+            f"its recipe does not fit this llmtune ({_first_problem(error)})", str(path), FIX
+        ) from None
+    except ValueError as error:
+        raise RecipeError.of(f"damaged: {error}", str(path), FIX) from None
     scores = found["base"], found["tuned"], found["difference"]
     evaluation = Evaluation(*scores, (), (), found["rows"], found["signatures"])
     return ScoredRun(name, recipe, evaluation, unpack_measures(packed, path, FIX))

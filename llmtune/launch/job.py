@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -123,7 +122,7 @@ while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
 if [ "{rank}" = 0 ]; then
   echo "llmtune ended with exit code $code"
   echo "{BEGIN}"
-  tar -cz -C {folder} {" ".join(REPORTS)} 2>/dev/null | base64
+  tar -cz -C {shlex.quote(folder)} {" ".join(REPORTS)} 2>/dev/null | base64
   echo "{END}"
 fi
 exit $code
@@ -148,7 +147,7 @@ def read_log(lines: Iterable[str], folder: Path, console: Console) -> int | None
             console.print(line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
     try:
         unpack_report(base64.b64decode("".join(packed)), folder, console)
-    except binascii.Error:
+    except ValueError:  # binascii.Error among them
         console.print("The report in the log is damaged.", style="yellow")
     return code
 

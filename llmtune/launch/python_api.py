@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -65,7 +66,10 @@ def run(
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
-    sets = [f"{key}={value}" for key, value in (set or {}).items()]
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in (set or {}).items()
+    }
+    sets = [f"{key}={value}" for key, value in texts.items()]
     loaded = load_recipe(recipe, sets)
     folder = default_path(loaded.recipe.name, loaded.fingerprint) if out is None else Path(out)
     run_recipe(

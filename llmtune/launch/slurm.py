@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, RecipeError
 from llmtune.launch.job import Job, call, fail_as, unpack_report
 from llmtune.records import Json
 from llmtune.store.run_folder import REPORTS
@@ -56,14 +56,24 @@ export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) PORT=$(
 
 
 def slurm_script(job: Job, options: Mapping[str, str], more: Sequence[str] = (), *, requeue: bool = True) -> str:
-    """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them."""
+    """Return the job script; `options` are sbatch's own by name, `more` whole ones as sbatch reads them.
+
+    Raises RecipeError for an array of jobs.
+    """
+    if any(option.startswith(("--array", "-a")) for option in more):
+        what, fix = (
+            "the tasks of an array would all write one run folder",
+            "Submit each recipe by itself, or see `llmtune sweep`.",
+        )
+        raise RecipeError.of(what, "--sbatch", fix)
+    log = str(job.folder.absolute()).replace("%", "%%")
     cpus = options.get("cpus-per-task", str(job.topology.processes))
     stated = {
         "job-name": job.name,
         "nodes": str(job.topology.machines),
         "ntasks-per-node": "1",
         "cpus-per-task": cpus,
-        "output": f"{job.folder.absolute()}.slurm-%j.log",
+        "output": f"{log}.slurm-%j.log",
         "open-mode": "append",
         "signal": f"B:USR1@{SAVE_SECONDS}",
         **options,

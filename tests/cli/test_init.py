@@ -95,6 +95,16 @@ def test_rows_that_cannot_be_read_are_named_and_the_recipe_runs_without_them() -
     assert "max_dropped: 0.11  # DECIDE: 6 of 60 rows cannot be read" in Path("rows.yaml").read_text()
 
 
+def test_half_a_character_makes_a_row_bad_and_the_others_count(here: Path) -> None:
+    good, half = '{"prompt": "Ask.", "completion": "Say."}\n', '{"prompt": "\\ud800", "completion": "Say."}\n'
+    Path("rows.jsonl").write_text(good + half)
+    done = init("rows.jsonl")
+    assert done.exit_code == 0, done.stderr
+    assert "(not a character)" in done.stderr
+    Path("rows.jsonl").write_text(half)
+    assert init("rows.jsonl", "--out", "other.yaml").exit_code == 3
+
+
 def test_a_book_is_split_into_rows(here: Path) -> None:
     (here / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
     assert init("book.txt").exit_code == 0

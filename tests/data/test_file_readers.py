@@ -76,6 +76,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
     assert read_bytes(tmp_path, b'\xef\xbb\xbf{"a": 1}\n', "jsonl") == [("file:1", {"a": 1})]
     assert read_bytes(tmp_path, b"\xef\xbb\xbfa,b\n1,2\n", "csv") == [("file:2", {"a": "1", "b": "2"})]
     assert read_bytes(tmp_path, b'\xef\xbb\xbf[{"a": 1}]', "json") == [("file:row 1", {"a": 1})]
+    first, (_, bad) = read_bytes(tmp_path, b'\xef\xbb\xbf{"a": 1}\n{"a":', "json")
+    assert (first, bad.reason) == (("file:1", {"a": 1}), "not valid JSON")
+    assert read_bytes(tmp_path, b"\xef\xbb\xbf", "jsonl") == []
     assert read_bytes(tmp_path, b"\xef\xbb\xbfhello", "text") == [("file:1", {"text": "hello"})]
 
 
@@ -238,6 +241,23 @@ def test_what_another_program_notes_in_a_parquet_file_is_left_alone(noted, tmp_p
     table = pa.table({"n": [1]}).replace_schema_metadata({"huggingface": noted})
     pq.write_table(table, tmp_path / "rows.parquet")
     assert list(read_file(tmp_path / "rows.parquet", "p", "parquet")) == [("p:row 1", {"n": 1})]
+
+
+def test_class_names_are_read_beside_features_of_another_form(tmp_path):
+    features = {
+        "n": {"_type": "ClassLabel", "names": ["no", "yes"]},
+        "turns": [{"role": {"_type": "Value"}}],
+        "x": None,
+    }
+    noted = json.dumps({"info": {"features": features}})
+    pq.write_table(pa.table({"n": [1, -1]}).replace_schema_metadata({"huggingface": noted}), tmp_path / "rows.parquet")
+    assert [row for _, row in read_file(tmp_path / "rows.parquet", "p", "parquet")] == [{"n": "yes"}, {"n": None}]
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="two columns with the name 'a'"):
+        list(read_file(tmp_path / "rows.parquet", "p", "parquet"))
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):

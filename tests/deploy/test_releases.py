@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,11 @@ from support.runs import invoke
 
 from llmtune.deploy.releases import diff_releases, make_release
 from llmtune.errors import EnvironmentProblem, RecipeError
-from llmtune.evaluate.per_row_scores import load_measures
-from llmtune.evaluate.release_file import list_releases, open_release
+from llmtune.evaluate.champion import compare_with_champion, open_champion
+from llmtune.evaluate.opened_runs import open_run_scores
+from llmtune.evaluate.per_row_scores import load_measures, unpack_measures
+from llmtune.evaluate.release_file import find_release, list_releases, open_release
+from llmtune.recipe.loader import load_recipe
 from llmtune.store.atomic_files import hash_file
 
 
@@ -61,12 +66,39 @@ def test_a_file_that_is_no_release_is_refused(file: Path, tmp_path: Path) -> Non
         ("[1]", RecipeError),
         (file.read_text().replace('"release_version": 1', '"release_version": 9'), RecipeError),
         (json.dumps({**json.loads(file.read_text()), "measures": "UEsD"}), EnvironmentProblem),
+        (json.dumps({**json.loads(file.read_text()), "measures": "é"}), RecipeError),
+        (f"<<<<<<< ours\n{file.read_text()}", RecipeError),
     ):
         (tmp_path / "odd.json").write_text(content)
         with pytest.raises(error):
             open_release(tmp_path / "odd.json", "odd")
     with pytest.raises(RecipeError, match="there is no such file"):
         open_release(tmp_path / "gone.json", "gone")
+
+
+def test_a_damaged_release_in_a_folder_does_not_make_an_older_one_the_champion(file: Path, tmp_path: Path) -> None:
+    shutil.copy(file, tmp_path / "old.json")
+    (tmp_path / "new.json").write_text(f"<<<<<<< ours\n{file.read_text()}")
+    with pytest.raises(RecipeError, match="damaged: it holds no JSON"):
+        find_release(tmp_path, "tiny")
+
+
+def test_scores_by_row_with_any_damaged_byte_are_an_error_or_the_same(run: Path) -> None:
+    path = run / "evaluation" / "measures.npz"
+    packed, whole = path.read_bytes(), load_measures(path.parent)
+    for at in range(0, len(packed), 37):
+        damaged = packed[:at] + bytes([packed[at] ^ 0x5A]) + packed[at + 1 :]
+        with suppress(EnvironmentProblem):
+            assert unpack_measures(damaged, path, "").rows == whole.rows
+
+
+def test_a_champion_whose_scores_were_edited_counts_by_its_rows(run: Path, file: Path, tmp_path: Path) -> None:
+    content = json.loads(file.read_text())
+    (tmp_path / "edited.json").write_text(json.dumps({**content, "tuned": {}}))
+    recipe = load_recipe(run.parent.parent / "tiny.yaml", [f"evaluate.champion={tmp_path / 'edited.json'}"]).recipe
+    own = open_run_scores(run, "own")
+    found = compare_with_champion(open_champion(recipe), recipe, own.evaluation, own.measures)
+    assert found.scores["loss"] == content["tuned"]["loss"]
 
 
 def test_a_release_is_a_champion_on_the_command_line(run: Path, file: Path, tmp_path: Path) -> None:

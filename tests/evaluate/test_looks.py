@@ -120,6 +120,14 @@ def test_a_model_is_counted_once_and_one_too_many_is_refused(run: Path, releases
     assert (count_look(*recipe, "f2", "b") or "").startswith("look 2 of 2")
 
 
+def test_a_look_gets_a_line_of_its_own_where_an_editor_took_the_last_line_s_end(run: Path, releases: Path) -> None:
+    recipe, ledger = recipe_with(run, releases, 3), releases / "releases.jsonl"
+    count_look(*recipe, "f1", "a")
+    ledger.write_text(ledger.read_text().rstrip("\n"))
+    count_look(*recipe, "f2", "b")
+    assert [json.loads(line)["run"] for line in ledger.read_text().splitlines()] == ["f1", "f2"]
+
+
 def test_the_error_that_is_left_counts_where_the_number_of_looks_changed(run: Path, releases: Path) -> None:
     for name in "ab":
         count_look(*recipe_with(run, releases, 4), name, name)
@@ -159,9 +167,20 @@ def test_other_rows_are_counted_anew_and_the_champion_itself_is_not_counted(run:
 def test_where_looks_cannot_be_counted_nothing_is_trained(run: Path, releases: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the champion is a run folder"):
         check_looks(*recipe_with(run, run, 2), "f")
-    (releases / "releases.jsonl").write_text('{"tests": "half a li')
-    with pytest.raises(EnvironmentProblem, match="damaged"):
-        check_looks(*recipe_with(run, releases, 2), "f")
+    look = {"tests": "t", "trained": "a", "champion": "c", "alpha": 0.01}
+    for line in (
+        b'{"tests": "half a li',
+        b"<<<<<<< HEAD",
+        b"7",
+        b"\xff",
+        *(
+            json.dumps(look | one).encode()
+            for one in ({"trained": []}, {"alpha": "much"}, {"alpha": -1}, {"tests": None})
+        ),
+    ):
+        (releases / "releases.jsonl").write_bytes(json.dumps(look).encode() + b"\n" + line)
+        with pytest.raises(EnvironmentProblem, match="damaged"):
+            check_looks(*recipe_with(run, releases, 2), "f")
     (tmp_path / "empty").mkdir()
     sets = ["--set", f"evaluate.champion={tmp_path / 'empty'}", "--set", f"evaluate.gates=['{GATE}']"]
     done = invoke("recipes", "check", run.parent.parent / "tiny.yaml", *sets)

@@ -43,8 +43,9 @@ def test_a_run_from_python_is_that_of_the_command_line(recipe: Path, monkeypatch
 
 def test_what_a_gate_refuses_is_an_error_and_the_run_stays(recipe: Path) -> None:
     out = recipe.parent / "run"
+    sets = {"train.num_train_epochs": 1, "train.eval_steps": None, "evaluate.gates": ["loss <= 0"]}
     with pytest.raises(GateFailed):
-        llmtune.run(recipe, out=out, set={"train.num_train_epochs": 1, "evaluate.gates": "['loss <= 0']"}, quiet=True)
+        llmtune.run(recipe, out=out, set=sets, quiet=True)
     assert not llmtune.load_run(out).gates[0].passed
 
 

@@ -42,6 +42,8 @@ def test_a_sky_task_takes_the_folder_along_and_keeps_the_run_on_the_storage(reci
     monkeypatch.setenv("HF_TOKEN", "secret-value")
     words = ["--secret", "HF_TOKEN", "--storage", "s3://runs", "--use-spot", "--processes", 8]
     task = dry_run("sky", "tiny.yaml", "--gpus", "H100:8", *words)
+    spaced = dry_run("sky", "tiny.yaml", "--out", "my run")
+    assert "-C 'runs/my run' report" in spaced["run"]
     assert task["workdir"] == "."
     assert task["resources"] == {"accelerators": "H100:8", "use_spot": True}
     assert task["secrets"] == {"HF_TOKEN": None}

@@ -23,7 +23,7 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_lla
     options = ["--partition", "gpu", "--time", "2:00:00", "--gpus-per-node", "8", "--sbatch=--exclude=n3"]
     result = invoke(
         *("launch", "slurm", "tiny.yaml", "--dry-run", "--processes", 8, "--machines", 4, "--strategy", "fsdp"),
-        *("--out", "run 1", "--set", "train.learning_rate=2e-3", *options),
+        *("--out", "run 1%", "--lock", here / "llmtune.lock", "--set", "train.learning_rate=2e-3", *options),
     )
     assert result.exit_code == 0, result.stderr
     script = result.stdout
@@ -34,11 +34,19 @@ def test_a_dry_run_prints_a_script_that_bash_and_slurm_understand(here, tiny_lla
     (started,) = [line for line in script.splitlines() if line.startswith("srun")]
     words = shlex.split(shlex.split(started.removesuffix(" &"))[-1])
     given = dict(itertools.pairwise(words))
-    assert given["--out"] == str(here / "run 1")
+    assert (given["--out"], given["--lock"]) == (str(here / "run 1%"), "llmtune.lock")
+    assert f"#SBATCH --output='{here}/run 1%%.slurm-%j.log'" in script
     assert given["--set"] == "train.learning_rate=2e-3"
     assert (given["--processes"], given["--machines"], given["--strategy"]) == ("8", "4", "fsdp")
     assert (given["--rank"], given["--address"]) == ("$SLURM_PROCID", "$HEAD:$PORT")
     assert not list(here.glob("run*"))
+
+
+def test_an_array_of_jobs_that_would_write_one_run_folder_is_refused(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    for option in ("--array=1-3", "-a1-3"):
+        result = invoke("launch", "slurm", "tiny.yaml", "--dry-run", f"--sbatch={option}")
+        assert (result.exit_code, "tasks of an array" in result.stderr) == (2, True)
 
 
 def test_a_mistake_in_the_recipe_is_found_before_slurm_is_asked(here, tiny_llama):
