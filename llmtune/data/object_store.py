@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import DataError, EnvironmentProblem
@@ -16,11 +20,14 @@ from llmtune.report.redaction import redact
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-PACKAGES = {"s3": "'llmtune-cli[s3]'", "gs": "gcsfs"}
+PACKAGES = {"s3": "'llmtune-cli[s3]'", "gs": "'llmtune-cli[gs]'"}
 CREDENTIALS = {
-    "s3": "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; AWS_ENDPOINT_URL for a store of your own.",
+    "s3": "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+    "AWS_ENDPOINT_URL (https://HOST:PORT) for a store of your own.",
     "gs": "Log in: `gcloud auth application-default login`.",
 }
+AUTHORITIES = {"s3": "AWS_CA_BUNDLE"}
+"""Variables that name a file of trusted authorities; elsewhere it is OpenSSL's own, SSL_CERT_FILE."""
 TAGS = ("ETag", "etag")
 
 
@@ -58,7 +65,7 @@ def find_objects(url: str) -> list[RemoteFile]:
         EnvironmentProblem: The store cannot be reached, or the package that reads it is not installed.
     """
     protocol = url.partition("://")[0]
-    with reached(url):
+    with reached(url, ValueError):  # of botocore, for an endpoint that is no address
         store = _filesystem(url)
         if protocol.startswith("http"):
             found = {url: store.info(url)}
@@ -83,34 +90,64 @@ def _filesystem(url: str) -> AbstractFileSystem:
     from fsspec import filesystem  # not for --help
 
     protocol = url.partition("://")[0]
+    for name in ("gcsfs", "google.auth"):  # they print the traceback of what they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     options = {"client_kwargs": {"trust_env": True}} if protocol.startswith("http") else {}  # proxies, ~/.netrc
     return filesystem(protocol, use_listings_cache=False, **options)
 
 
 @contextmanager
-def reached(url: str) -> Iterator[None]:
-    """Turn what the libraries raise into an error that says whose fault it is, without secrets."""
+def reached(url: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn what the libraries raise, and `more`, into an error that says whose fault it is, without secrets."""
     protocol = url.partition("://")[0]
     try:
         yield
     except ImportError as error:
         package = PACKAGES.get(protocol, "'fsspec[http]'")
         raise EnvironmentProblem.of(f"{protocol}:// needs a package", url, f"pip install {package}") from error
-    except _errors() as error:
+    except (*_errors(), *more) as error:
         # fsspec says "not found" of all that a web server answers, or does not.
         answer = error.__cause__ if protocol.startswith("http") and error.__cause__ else error
-        status = getattr(answer, "status", None)
-        if isinstance(answer, PermissionError) or status in (401, 403):
+        status = answer.status if hasattr(answer, "status") else getattr(answer, "code", None)
+        denied = isinstance(answer, PermissionError) or str(answer).startswith("Forbidden")  # as gcsfs says it
+        if denied or status in (401, 403):
             fix = CREDENTIALS.get(protocol, "Put the password into ~/.netrc.")
             raise DataError.of("the file may not be read (permission denied)", url, fix) from error
         if isinstance(answer, FileNotFoundError) or status in (404, 410):
             raise DataError.of("there is no such file", url, "Check the address.") from error
+        if problem := _insecure(answer, AUTHORITIES.get(protocol, "SSL_CERT_FILE")):
+            raise EnvironmentProblem.of(problem[0], url, problem[1]) from error
         what = redact(str(answer).partition("\n")[0]) or type(answer).__name__
         fix = f"Check the network and its proxy. {CREDENTIALS.get(protocol, '')}".strip()
         raise EnvironmentProblem.of(f"the store cannot be read ({what})", url, fix) from error
 
 
+def _insecure(error: BaseException | None, variable: str) -> tuple[str, str] | None:
+    """Return what is wrong with a certificate, and what to do about it, where that is behind an error."""
+    fault = None
+    while error is not None:
+        fault = error if isinstance(error, ssl.SSLError | FileNotFoundError) else fault  # the last one has the reason
+        error = error.__cause__ or error.__context__
+    if fault is None:
+        return None
+    file = os.environ.get(variable)
+    if file and not Path(file).exists():
+        return f"{variable} is {file!r}, and there is no such file", "Name a PEM file with trusted certificates."
+    reason = getattr(fault, "verify_message", None) or (getattr(fault, "reason", None) or str(fault)).replace("_", " ")
+    now = f"now {file!r}" if file else "not set"
+    return (
+        f"no secure connection to the store ({reason})",
+        "Check the address: https or http, and the name that the certificate is for. "
+        f"{variable} ({now}) names the PEM file with the authorities that are trusted.",
+    )
+
+
 def _errors() -> tuple[type[Exception], ...]:
     """Return what is raised by the libraries that are in use."""
-    known = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("gcsfs.retry", "HttpError"))
+    known = (
+        ("aiohttp", "ClientError"),
+        ("botocore.exceptions", "BotoCoreError"),
+        ("gcsfs.retry", "HttpError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+    )
     return (OSError, *(getattr(sys.modules[module], name) for module, name in known if module in sys.modules))

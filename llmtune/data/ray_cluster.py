@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import sys
 import uuid
@@ -62,11 +63,14 @@ def _connect(address: str) -> None:
     kept = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment = {"env_vars": {**kept, "TOKENIZERS_PARALLELISM": "false"}}  # a worker is a core
     more = {"include_dashboard": False} if address == LOCAL else {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR", **more)
     except (ConnectionError, ValueError, RuntimeError) as error:
         what = f"no Ray cluster can be reached at {address!r} ({str(error).strip().partition(chr(10))[0]})"
         raise EnvironmentProblem.of(what, "--ray", CHECK) from error
+    for number, handler in handlers.items():  # Ray puts its own there
+        signal.signal(number, handler)
 
 
 def _reach(address: str) -> None:

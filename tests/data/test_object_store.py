@@ -1,13 +1,18 @@
-"""Rows of object stores and web servers: a real S3 server (moto's) and a real web server, on loopback."""
+"""Rows of object stores and web servers: S3 and Google's store by servers that speak them, and the web, on loopback."""
 
 import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import certifi
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import _registry
 from support.http_server import answering
 from support.rows import chat, make_recipe, prepare, rows_of, write_jsonl
 
@@ -19,39 +24,77 @@ from llmtune.store.process_environment import refuse_network
 
 ROWS = [chat(f"question {i}", f"answer {i}") for i in range(1500)]
 SECRET = "a-secret-of-the-store"
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
+S3_SERVER = """
+import sys, threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+application = DomainDispatcherApplication(create_backend_app)
+server = make_server("127.0.0.1", 0, application, threaded=True, ssl_context=tuple(sys.argv[1:]) or None)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print(server.server_port, flush=True)
 sys.stdin.read()
 """
+GS_SERVER = """
+import sys
+from gcp_storage_emulator.server import create_server
+server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+server.start()
+print(server._api._httpd.server_port, flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@contextmanager
+def serving(script: str, *arguments: object) -> Iterator[int]:
+    """A server in a process of its own; gives its port."""
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        yield int(process.stdout.readline())
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
 def server():
     pytest.importorskip("moto", reason="the S3 server is not installed")
-    command = [sys.executable, "-W", "ignore", "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.stdin.close()
+    with serving(S3_SERVER) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+def open_s3(endpoint: str, monkeypatch):
+    """The store, with its address and keys in the environment as a user has them."""
+    import s3fs
+
+    keys = {
+        "ENDPOINT_URL": endpoint,
+        "ACCESS_KEY_ID": "key",
+        "SECRET_ACCESS_KEY": SECRET,
+        "DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in {**keys, "MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return s3fs.S3FileSystem(use_listings_cache=False)
 
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    """The store, with its address and keys in the environment as a user has them."""
-    import s3fs
-
-    keys = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": SECRET, "DEFAULT_REGION": "us-east-1"}
-    for name, value in {**keys, "MAX_ATTEMPTS": "1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    store = s3fs.S3FileSystem(use_listings_cache=False)
+    store = open_s3(server, monkeypatch)
     if not store.exists("bucket"):
         store.mkdir("bucket")
     yield store
-    s3fs.S3FileSystem.clear_instance_cache()
+    store.clear_instance_cache()
+
+
+@pytest.fixture
+def gs(monkeypatch):
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    pytest.importorskip("gcp_storage_emulator", reason="the server is not installed")
+    with serving(GS_SERVER) as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield gcsfs.GCSFileSystem(use_listings_cache=False)
+        gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def test_rows_of_a_bucket_are_those_of_the_same_files_on_disk(s3, tmp_path):
@@ -65,6 +108,91 @@ def test_rows_of_a_bucket_are_those_of_the_same_files_on_disk(s3, tmp_path):
         rows = prepare(tmp_path, address, out="far", test=0.1)
         assert (rows.content_hash, rows.counts, rows.dropped) == (local.content_hash, local.counts, local.dropped)
     assert prepare(tmp_path, "s3://bucket/same/*.parquet", out="far").counts["train"] == 500
+
+
+@pytest.mark.slow
+def test_rows_of_googles_store_are_those_of_the_same_files_on_disk_and_told_apart_by_their_tag(gs, tmp_path):
+    write_jsonl(tmp_path / "rows/a.jsonl", ROWS[:800])
+    (tmp_path / "rows/b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows/a.jsonl").read_bytes()))
+    pq.write_table(pa.Table.from_pylist(ROWS[1000:]), tmp_path / "rows/c.parquet")
+    gs.put(str(tmp_path / "rows"), "bucket/same", recursive=True)
+    local = prepare(tmp_path, str(tmp_path / "rows"), test=0.1)
+    for address in ("gs://bucket/same", "gs://bucket/sam?/**"):
+        rows = prepare(tmp_path, address, out="far", test=0.1)
+        assert (rows.content_hash, rows.counts, rows.dropped) == (local.content_hash, local.counts, local.dropped)
+    recipe = make_recipe(tmp_path, "gs://bucket/same/a.jsonl")
+    first = rows_inputs(recipe)
+    assert [file.kind for file in list_sources(recipe.data, "chat")[1]] == ["etag"]
+    gs.pipe("bucket/same/a.jsonl", json.dumps(ROWS[1]).encode())
+    assert rows_inputs(recipe) != first
+    for address in ("gs://bucket/none.jsonl", "gs://nobucket/none.jsonl", "gs://bucket/none-*.jsonl"):
+        with pytest.raises(DataError, match="there is no such file"):
+            prepare(tmp_path, address)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_googles_store_that_denies_rows_is_told_apart_from_one_without_them(tmp_path, monkeypatch, capfd, status):
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    denial = {"error": {"code": status, "message": "Anonymous caller does not have storage.objects.list access"}}
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    with answering(lambda *request: (status, denial, {})) as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        with pytest.raises(DataError, match=r"permission denied\)\n.*gcloud auth"):
+            prepare(tmp_path, "gs://bucket/a.jsonl")
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    files = folder / "certificate.pem", folder / "key.pem"
+    names = ("-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = (
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-out",
+        files[0],
+        "-keyout",
+        files[1],
+        *names,
+    )
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
+@pytest.mark.slow
+def test_a_store_whose_certificate_is_its_own_is_read_where_it_is_trusted_and_told_where_not(tmp_path, monkeypatch):
+    pytest.importorskip("moto", reason="the S3 server is not installed")
+    certificate, key = make_certificate(tmp_path)
+    with serving(S3_SERVER, certificate, key) as port:
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        store = open_s3(f"https://127.0.0.1:{port}", monkeypatch)
+        store.mkdir("bucket")
+        store.pipe("bucket/a.jsonl", json.dumps(ROWS[0]).encode())
+        assert rows_of(prepare(tmp_path, "s3://bucket/a.jsonl")) == ROWS[:1]
+        for variable, value, reason in (
+            ("CA_BUNDLE", certifi.where(), r"no secure connection .*self-signed certificate"),
+            (
+                "CA_BUNDLE",
+                str(key),
+                r"NO CERTIFICATE OR CRL FOUND.*\n.*AWS_CA_BUNDLE \(now '.*key.pem'\) names the PEM file",
+            ),
+            ("CA_BUNDLE", "/none.pem", "AWS_CA_BUNDLE is '/none.pem', and there is no such file"),
+            ("ENDPOINT_URL", f"https://localhost:{port}", "certificate is not valid for 'localhost'"),
+            ("ENDPOINT_URL", f"127.0.0.1:{port}", r"Invalid endpoint.*\n.*AWS_ENDPOINT_URL \(https://HOST:PORT\)"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setenv(f"AWS_{variable}", value)
+                store.clear_instance_cache()
+                with pytest.raises(EnvironmentProblem, match=reason):
+                    prepare(tmp_path, "s3://bucket/a.jsonl")
+        store.clear_instance_cache()
+        with pytest.raises(EnvironmentProblem, match=r"no secure connection .*self-signed"):
+            prepare(tmp_path, f"https://127.0.0.1:{port}/bucket/a.jsonl")
 
 
 def test_the_tag_of_an_object_decides_whether_rows_are_prepared_again(s3, tmp_path):
@@ -122,6 +250,8 @@ def test_an_address_is_the_network_and_refused_offline(tmp_path, address):
         refuse_network(recipe, offline=True)
 
 
-def test_a_package_that_is_missing_is_named(tmp_path):
-    with pytest.raises(EnvironmentProblem, match="pip install gcsfs"):
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)  # what it remembers of an earlier test
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'llmtune-cli\[gs\]'"):
         prepare(tmp_path, "gs://bucket/a.jsonl")
