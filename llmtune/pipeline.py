@@ -39,6 +39,7 @@ from llmtune.model.device import pick_device
 from llmtune.model.kernels import check_kernels
 from llmtune.model.memory_plan import check_context, check_memory, plan_training
 from llmtune.model.model_selection import (
+    Candidate,
     rank_candidates,
     resolve_candidates,
     show_ranking,
@@ -84,7 +85,9 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, execu
     if options.dry_run:
         seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
         context = RunContext(recipe, seen, console, options.offline, held, held=held is not None)
-        context.device = options.device or context.device
+        if options.device is not None:
+            context.device = options.device
+            seen.findings.pop("gradient_checkpointing", None)  # which is of what computes here
         return dry_run(context, loaded)
     with open_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh) as folder:
         console.print(f"[bold]llmtune {__version__}[/] {escape(recipe.name)} -> {escape(str(path))}")
@@ -230,9 +233,11 @@ def select_model(context: RunContext, rows: Rows, loaded: LoadedRecipe, executor
     return locate_pinned(context, known["chosen"])
 
 
-def tune_candidate(context: RunContext, loaded: LoadedRecipe, executor: Executor, name: str, steps: int) -> float:
+def tune_candidate(
+    context: RunContext, loaded: LoadedRecipe, executor: Executor, candidate: Candidate, steps: int
+) -> float:
     """Train a candidate for some steps in a run folder of its own; return bits per byte of the validation rows."""
-    trial, out = with_candidate(loaded, name, steps), trial_folder(context.folder.path, name, steps)
+    trial, out = with_candidate(loaded, candidate, steps), trial_folder(context.folder.path, candidate.name, steps)
     share_rows(context.folder, out, trial.fingerprint)
     run_pipeline(trial, Options(out=out, offline=context.offline, until="train"), context.console, executor)
     return validation_bits(out)

@@ -17,6 +17,7 @@ from llmtune.data.examples import ExampleReader, load_examples
 from llmtune.errors import LlmtuneError, Stopped
 from llmtune.model.model_selection import Candidate, Ranking, none_left
 from llmtune.recipe.loader import LoadedRecipe
+from llmtune.recipe.training_rule import with_length
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.run_folder import read_run
 from llmtune.store.seed_runs import without_gates, without_seeds
@@ -24,7 +25,9 @@ from llmtune.store.seed_runs import without_gates, without_seeds
 FOLDER = "trials"
 
 
-def successive_halving(ranking: Ranking, steps: int, tune: Callable[[str, int], float], console: Console) -> Ranking:
+def successive_halving(
+    ranking: Ranking, steps: int, tune: Callable[[Candidate, int], float], console: Console
+) -> Ranking:
     """Return the ranking by trials: `tune` gives the bits per byte of a candidate after so many steps.
 
     A trial that fails leaves its candidate out, with the reason. Raises EnvironmentProblem where none is left; Stopped.
@@ -37,7 +40,7 @@ def successive_halving(ranking: Ranking, steps: int, tune: Callable[[str, int], 
         for candidate in running:
             console.rule(f"trial of {candidate.name}: {steps} steps", align="left")
             try:
-                tuned.append(replace(candidate, tuned=tune(candidate.name, steps), steps=steps))
+                tuned.append(replace(candidate, tuned=tune(candidate, steps), steps=steps))
             except Stopped:
                 raise
             except LlmtuneError as error:
@@ -56,9 +59,11 @@ def trial_folder(run: Path, name: str, steps: int) -> Path:
     return run / "model" / FOLDER / f"{hash_value(name)[:8]}-{steps}"
 
 
-def with_candidate(loaded: LoadedRecipe, name: str, steps: int) -> LoadedRecipe:
+def with_candidate(loaded: LoadedRecipe, candidate: Candidate, steps: int) -> LoadedRecipe:
     """Return the recipe of a trial: one model, so many steps, no gates, further seeds, trackers or deployment."""
-    alone = without_gates(without_seeds(loaded))
+    alone, name = without_gates(without_seeds(loaded)), candidate.name
+    if candidate.context is not None and candidate.context < loaded.recipe.data.max_length:
+        alone = with_length(alone, candidate.context, name)
     model = {"name": name, "candidates": None, "licences": (), "trials": 0}
     train = {"max_steps": steps, "report_to": ()}
     sections = {

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.adapting import quiet
-from support.models import build_llama
+from support.adapting import build_family, quiet
 from support.runs import invoke, write_colours, write_recipe
 
 from llmtune.errors import EnvironmentProblem, TrainingError
@@ -23,9 +22,9 @@ def ranking(*names: str) -> Ranking:
 def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
     calls: list[tuple[str, int]] = []
 
-    def tune(name: str, steps: int) -> float:
-        calls.append((name, steps))
-        return {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0, "e": 5.0}[name] / steps
+    def tune(candidate: Candidate, steps: int) -> float:
+        calls.append((candidate.name, steps))
+        return {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0, "e": 5.0}[candidate.name] / steps
 
     found = successive_halving(ranking("a", "b", "c", "d", "e"), 10, tune, quiet())
     assert calls == [*((name, 10) for name in "abcde"), *((name, 20) for name in "dcb"), ("d", 40), ("c", 40)]
@@ -37,8 +36,8 @@ def test_the_better_half_goes_on_with_twice_the_steps_until_one_is_left():
 
 
 def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_do():
-    def tune(name: str, steps: int) -> float:
-        if name != "b":
+    def tune(candidate: Candidate, steps: int) -> float:
+        if candidate.name != "b":
             raise TrainingError.of("the loss is nan")
         return 1.0
 
@@ -51,9 +50,10 @@ def test_a_trial_that_fails_leaves_its_candidate_out_and_the_run_ends_where_all_
 
 @pytest.mark.usefixtures("here")
 def test_a_run_takes_the_candidate_that_trials_find_and_tells_both_orders(tiny_llama: Path):
-    other = build_llama(Path("other"), seed=3)
+    other = build_family(Path("other"), "llama", max_position_embeddings=100)  # data.max_length is 128
     model = {"name": None, "candidates": [str(tiny_llama), str(other)], "trials": 2}
-    recipe = write_recipe(Path("r.yaml"), "none", write_colours(Path("rows.jsonl")), model=model)
+    data = {"on_overlong": "drop"}
+    recipe = write_recipe(Path("r.yaml"), "none", write_colours(Path("rows.jsonl")), model=model, data=data)
     done = invoke("select", recipe, "--out", "out", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)["model"]
