@@ -251,10 +251,11 @@ def plan_candidates(
     table = Table("model", "planned", "at least", "", title="Candidates", title_justify="left")
     names = candidate_names(recipe)
     for name in names:
-        reason, plan = _refuse(name, recipe, choose, device, True), None
+        reason, plan, model_ref = _refuse(name, recipe, choose, device, offline), None, None
         try:
             with tempfile.TemporaryDirectory() as folder:
-                model_ref = describe_model(name, recipe, console, Path(folder), offline) if reason is None else None
+                if reason is None:
+                    model_ref = describe_model(name, recipe, console, Path(folder), offline)
                 if model_ref is not None:
                     plan = plans[name] = plan_candidate(model_ref, recipe, choose(model_ref), longest, device)
                     reason = _too_large(plan, recipe)
@@ -319,7 +320,7 @@ def _admit(
     if not examples:
         reason = f"none of the rows can be encoded: {next((row for row in encoded if isinstance(row, str)), 'no rows')}"
         return dataclasses.replace(out, reason=reason)
-    lengths += map(_reach, examples.values())
+    lengths = [length for length in (*lengths, *map(_reach, examples.values())) if length]
     if context is not None and (reason := _too_short(context, lengths, recipe)) is not None:
         return dataclasses.replace(out, reason=reason)
     fitting = {index: row for index, row in examples.items() if context is None or _reach(row) <= context}

@@ -215,6 +215,9 @@ def test_a_query_finds_candidates_in_the_catalogue_and_a_dry_run_shows_them_with
 def test_a_missing_candidate_is_not_the_end_of_a_run(taught, rows_file, tmp_path):
     model = {"name": None, "candidates": [str(tmp_path / "no"), str(taught)]}
     recipe = write_recipe(tmp_path / "r.yaml", "none", rows_file, model=model)
+    planned = invoke("run", recipe, "--out", tmp_path / "out", "--dry-run", "--json")
+    assert [*json.loads(planned.stdout)["plans"]] == [str(taught)]
+    assert "left out:" in planned.stderr
     done = invoke("select", recipe, "--out", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["model"]["name"] == str(taught)
