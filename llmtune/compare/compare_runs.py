@@ -72,6 +72,8 @@ METHOD = (
     "they lie apart.",
     "Seconds and memory are of one training on one machine.",
 )
+FEW = 6
+"""Pairs, those of four runs, that are all shown and told."""
 LONGEST = 60
 COLOURS = ("#2563c9", "#0f9d8a", "#8e5bd0", "#d9822b", "#c2417c", "#64748b")
 PANEL_IN, ROW_IN, DPI = 1.9, 0.32, 130
@@ -145,7 +147,7 @@ def make_page(made: Comparison) -> Page:
     metrics = rank_metrics(dict.fromkeys(name for run in runs for name in run.tuned))
     models = ", ".join(dict.fromkeys(run.model for run in runs if run.model))
     chips = [("task", made.task), ("model", models), ("test rows", count(made.rows))]
-    sentences = [*map(describe_pair, made.pairs), *describe_costs(runs)]
+    sentences = [*describe_pairs(made.pairs), *describe_costs(runs)]
     names = [run.name for run in runs]
     gates: Rows = [
         [run.name, Cell(gate.name, code=True), gate.got, passed_cell(gate)] for run in runs for gate in run.gates or ()
@@ -155,7 +157,7 @@ def make_page(made: Comparison) -> Page:
     sections = [
         Section("Costs", [cost_table(runs)]),
         Section("Scores", [score_table(metric, made) for metric in metrics]),
-        *(pair_section(pair, metrics, made.task) for pair in made.pairs),
+        *(pair_section(pair, metrics, made.task) for pair in shown_pairs(made.pairs)),
         Section("Gates", [Table(["run", "gate", "got", "result"], gates)] if gates else []),
         Section("What it says", [Bullets([*sentences, *made.notes])]),
         Section("What differs", [Table(["key", *names], settings, scroll=True)] if settings else [], brief=False),
@@ -163,6 +165,11 @@ def make_page(made: Comparison) -> Page:
     ]
     footer = f"Made by llmtune {made.llmtune}. `compare.html` is complete in itself and needs no network."
     return Page(f"{made.name}, compared", sections, [chip for chip in chips if chip[1]], footer=footer)
+
+
+def shown_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs that have a table: of many those with the first run, and those with a clear difference."""
+    return [pair for pair in pairs if pair.first == pairs[0].first or pair.verdict.word in WORDS or len(pairs) <= FEW]
 
 
 def cost_table(runs: Sequence[RunSummary]) -> Table:
@@ -199,6 +206,16 @@ def pair_section(pair: Pair, metrics: Sequence[str], task: str) -> Section:
     blocks += [difference_table(rows, base=None)] if rows else []
     blocks += [Text(f"{metric} is left out: {why}.") for metric, why in sorted(pair.left_out.items())]
     return Section(f"{pair.second} minus {pair.first}: {pair.verdict.word}", blocks)
+
+
+def describe_pairs(pairs: Sequence[Pair]) -> list[str]:
+    """Say which run of each pair is better; of many pairs, those without a clear difference are counted in one line."""
+    clear = [pair for pair in pairs if pair.verdict.word in WORDS or len(pairs) <= FEW]
+    others = len(pairs) - len(clear)
+    text = (
+        f"In {'the other ' if clear else ''}{others} pairs there is no clear difference: more held-out rows would tell."
+    )
+    return [*map(describe_pair, clear), *([text] if others else [])]
 
 
 def describe_pair(pair: Pair) -> str:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmtune.compare.run_comparison import UNKNOWN, Pair, RunSummary
+from llmtune.compare.run_comparison import Pair, RunSummary
 from llmtune.report.metric_info import better_side
 from llmtune.report.number_format import score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 AXES = {
-    "train_seconds": ("training, seconds", 1.0),
-    "peak_bytes": ("peak memory in training, GB", 1e-9),
-    "trainable": ("trained parameters", 1.0),
-    "disk_bytes": ("weights on disk, MB", 1e-6),
+    "train_seconds": ("training", "s"),
+    "peak_bytes": ("peak memory in training", "B"),
+    "trainable": ("trained parameters", ""),
+    "disk_bytes": ("weights on disk", "B"),
 }
-CLEAR, UNCLEAR, FRONT = "#64748b", "#2563c9", "#d9822b"
+"""Title and unit of each cost."""
+BEHIND, ALIKE, FRONT = "#64748b", "#2563c9", "#d9822b"
+PLACES = ((5, 3, "left"), (-5, 3, "right"), (5, -10, "left"), (-5, -10, "right"), (5, 14, "left"), (5, -21, "left"))
+"""Where a name may stand beside its point: points to the right, points up, and which of its ends is there."""
 
 
 def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[Pair], metric: str, settings: Any) -> None:
@@ -29,27 +36,34 @@ def draw_pareto(path: Path, runs: Sequence[RunSummary], pairs: Sequence[Pair], m
 
     side = better_side(metric)
     best = max(runs, key=lambda run: side * run.tuned[metric])
-    like_best = {best.name, *find_alike(best.name, pairs)}
+    intervals = dict(find_intervals(best.name, pairs, metric))
     with mpl.rc_context(settings):
         figure = Figure(figsize=(9.6, 7.6), layout="constrained")
-        for axes, cost in zip(figure.subplots(2, 2, sharey=True).flat, AXES, strict=True):
-            _draw(axes, runs, cost, metric, like_best)
+        names = [
+            name
+            for axes, cost in zip(figure.subplots(2, 2, sharey=True).flat, AXES, strict=True)
+            for name in _draw(axes, runs, cost, metric, best, intervals)
+        ]
         if side < 0:
-            axes.invert_yaxis()
+            figure.axes[0].invert_yaxis()
         figure.suptitle(
-            f"{metric.replace('_', ' ')} of the tuned model, with the 95 % interval of its gain\n"
-            f"blue: no clear difference from {best.name} ({score(best.tuned[metric])}), the highest; "
-            "grey: clearly behind it; orange line: none is better and cheaper",
+            f"{metric.replace('_', ' ')} of the tuned model; thin lines: 95 % interval of its difference "
+            f"from {best.name} ({score(best.tuned[metric])}, dashed)\n"
+            f"blue: no clear difference from {best.name}; grey: clearly behind; orange: none is better and cheaper",
             fontsize=8.5,
         )
+        _place(figure, names)
         figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
 
 
-def find_alike(name: str, pairs: Sequence[Pair]) -> set[str]:
-    """Return the runs that have no clear difference from the run `name`."""
-    near = [pair for pair in pairs if name in (pair.first, pair.second) and pair.verdict.word == UNKNOWN]
-    return {pair.second if pair.first == name else pair.first for pair in near}
+def find_intervals(best: str, pairs: Sequence[Pair], metric: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield each run with the interval of its `metric` minus that of the run `best`, where there is one."""
+    for pair in pairs:
+        change = pair.difference.get(metric)
+        if best in (pair.first, pair.second) and change is not None and not math.isnan(change.low):
+            ends = (change.low, change.high) if pair.first == best else (-change.high, -change.low)
+            yield (pair.second if pair.first == best else pair.first), ends
 
 
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -61,25 +75,48 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _draw(axes: Axes, runs: Sequence[RunSummary], cost: str, metric: str, like_best: set[str]) -> None:
+def _draw(
+    axes: Axes,
+    runs: Sequence[RunSummary],
+    cost: str,
+    metric: str,
+    best: RunSummary,
+    intervals: Mapping[str, tuple[float, float]],
+) -> Iterator[Annotation]:
+    """Draw the runs over one of their costs; yields their names, which stand anywhere as yet."""
+    from matplotlib.ticker import EngFormatter
+
     title, unit = AXES[cost]
-    side = better_side(metric)
     known = [run for run in runs if getattr(run, cost)]
-    costs = [unit * getattr(run, cost) for run in known]
+    costs = [getattr(run, cost) for run in known]
+    level = best.tuned[metric]
+    axes.axhline(level, color=ALIKE, linewidth=0.8, linestyle="--", alpha=0.5)
     for run, x in zip(known, costs, strict=True):
-        change, y = run.difference[metric], run.tuned[metric]
-        colour = UNCLEAR if run.name in like_best else CLEAR
-        assert change.low is not None
-        assert change.high is not None
-        axes.plot([x, x], [y + change.low - change.value, y + change.high - change.value], color=colour, alpha=0.35)
-        axes.plot([x], [y], marker="o", markersize=5, color=colour)
-        axes.annotate(run.name, (x, y), (4, 3), textcoords="offset points", fontsize=7, color=colour)
-    front = find_front([(x, side * run.tuned[metric]) for run, x in zip(known, costs, strict=True)])
+        low, high = intervals.get(run.name, (0.0, 0.0))
+        colour = ALIKE if low <= 0 <= high else BEHIND
+        axes.plot([x, x], [level + low, level + high], color=colour, alpha=0.35)
+        axes.plot([x], [run.tuned[metric]], marker="o", markersize=5, color=colour)
+        where = (x, run.tuned[metric])
+        yield axes.annotate(run.name, where, (0, 0), textcoords="offset points", fontsize=7, color=colour)
+    front = find_front([(x, better_side(metric) * run.tuned[metric]) for run, x in zip(known, costs, strict=True)])
     axes.step([costs[i] for i in front], [known[i].tuned[metric] for i in front], where="post", color=FRONT, alpha=0.6)
     if max(costs) > 20 * min(costs):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:,g}")
         axes.xaxis.set_minor_formatter("")
+    axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.margins(x=0.15)
     axes.set(xlabel=title)
     axes.spines["bottom"].set_visible(True)
+
+
+def _place(figure: Figure, names: Sequence[Annotation]) -> None:
+    """Move each name to the first of its places where it covers no other name."""
+    figure.draw_without_rendering()
+    taken: list[Bbox] = []
+    for name in names:
+        for right, up, end in PLACES:
+            name.set(position=(right, up), horizontalalignment=end)
+            box = name.get_window_extent().padded(3)
+            if box.count_overlaps(taken) == 0:
+                break
+        taken.append(box)

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 from support.runs import invoke
 
-from llmtune.compare.compare_runs import compare_runs, describe_costs, describe_pair, finish, shown_metrics
+from llmtune.compare.compare_runs import (
+    compare_runs,
+    describe_costs,
+    describe_pair,
+    describe_pairs,
+    finish,
+    shown_metrics,
+)
 from llmtune.compare.run_comparison import make_comparison
 from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.evaluate.metric import Measure
 from llmtune.evaluate.opened_runs import name_runs, open_runs
 from llmtune.evaluate.per_row_scores import PerRowScores, load_measures, save_measures
+from llmtune.report.report_record import Verdict
 from llmtune.store.atomic_files import hash_folder, read_json, write_json
 
 
@@ -286,6 +294,12 @@ SECRET = "hf_" + "s3cret" * 6
 
 def test_what_a_method_costs_is_told_beside_the_first(made):
     assert describe_pair(made.pairs[0]).startswith("shorter is worse than good. Worse in loss")
+    same = replace(made.pairs[0], verdict=Verdict("can't tell", ""))
+    told = describe_pairs([made.pairs[0], *[same] * 9])
+    assert told == [
+        describe_pair(made.pairs[0]),
+        "In the other 9 pairs there is no clear difference: more held-out rows would tell.",
+    ]
     (told,) = describe_costs(made.runs)
     assert told.startswith("Beside good, shorter takes 40 % of the training time, 100 % of the peak memory")
 
