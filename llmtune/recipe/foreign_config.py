@@ -23,6 +23,8 @@ from llmtune.recipe.yaml_reader import label, parse_yaml, read_text, resolve_sca
 
 Facts = Mapping[str, object]
 """Our keys with values."""
+ENDS = ("|", "||", "&&", ";", ">", "2>&1")
+"""Words that end a command."""
 READ_LETTERS = 16 << 20
 """How much of a file is read to find its first row."""
 
@@ -138,7 +140,7 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
     assigned: dict[str, str] = {}
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         try:
-            words = [Template(word).safe_substitute(assigned) for word in shlex.split(line, comments=True)]
+            words = [Template(word).safe_substitute(assigned) for word in shlex.split(_without_comment(line))]
         except ValueError:
             continue
         pairs = [word.partition("=") for word in words if word != "export"]
@@ -146,6 +148,8 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
             assigned |= {name: value for name, _, value in pairs}
             continue
         for position, word in enumerate(words):
+            if words[position + 1 : position + 2] in ([], *([end] for end in ENDS)) or "install" in words:
+                continue  # a folder or package of that name
             for table in tables().values():
                 if os.path.basename(word) in table.programs:
                     return table, words[position + 1 :]
@@ -155,6 +159,11 @@ def _find_command(text: str) -> tuple[Table, list[str]] | None:
     return None
 
 
+def _without_comment(line: str) -> str:
+    """Return a line of a script without its comment; unlike for shlex, a `#` within a word begins none."""
+    return re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""", lambda found: found[1] or "", line)
+
+
 def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str, object], Facts]:
     """Read `--key value...`, `--key=value`, `--key` and `key=value`; a configuration that is named lies below them."""
     options: dict[str, list[object]] = {}
@@ -162,14 +171,14 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
     key = ""
     for word in words:
         name, equals, value = word.partition("=")
-        if word in ("|", "||", "&&", ";", ">", "2>&1"):
+        if word in ENDS:
             break
         if word.startswith("--") or (equals and table.find(name) is not None):
             name = name.removeprefix("--").replace("-", "_") if word.startswith("--") else name
-            options.setdefault(name, []).extend([resolve_scalar(value)] if equals else [])
+            options.setdefault(name, []).extend([_value(value)] if equals else [])
             key = "" if equals else name
-        elif key and (not word.startswith("-") or isinstance(resolve_scalar(word), int | float)):
-            options[key].append(resolve_scalar(word))
+        elif key and (not word.startswith("-") or isinstance(_value(word), int | float)):
+            options[key].append(_value(word))
         elif word in table.refused_words:
             raise RecipeError.of(
                 f"`{table.tool} {word}` is no training that a recipe can say",
@@ -191,6 +200,13 @@ def _read_options(table: Table, words: list[str], file: Path) -> tuple[dict[str,
     for name in [one for one in stated if one.startswith("no_") and stated[one] is True and table.find(one) is None]:
         stated[name.removeprefix("no_")] = not stated.pop(name)
     return below | stated, facts
+
+
+def _value(word: str) -> object:
+    try:
+        return resolve_scalar(word)
+    except ValueError:  # a number of thousands of digits
+        return word
 
 
 def mapping(file: Path) -> dict[str, object]:

@@ -187,6 +187,8 @@ def _targets(
         return {ours: value}
     if "list" in rule:
         items = value if isinstance(value, list) else [item for item in re.split(r"[,\s]+", str(value)) if item]
+        if not all(isinstance(item, str) for item in items):
+            return f"it is {scalar(value)}, and names are wanted"
         items = [renamed for item in items if (renamed := rule.get("rename", {}).get(item, item)) is not None]
         return {rule["list"]: "all-linear" if items in (["all-linear"], ["all"]) else items} if items else {}
     if "extend" in rule:
@@ -293,7 +295,9 @@ def _source_key(migration: Migration, value: Any, name: str, source: str) -> dic
         local = path
     elif local is None and looks_local:
         local = os.path.relpath(os.path.expanduser(path), migration.folder)
-    return found | {f"{source}.path": local or f"hub:{path.removeprefix('hf::')}"}
+    name, _, subset = path.removeprefix("hf::").partition(":")
+    found |= {f"{source}.config": subset} if subset and local is None else {}
+    return found | {f"{source}.path": local or f"hub:{name}"}
 
 
 def _local(migration: Migration, path: str) -> str | None:

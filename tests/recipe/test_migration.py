@@ -50,7 +50,7 @@ def test_every_key_of_transformers_and_trl_has_a_place_in_the_tables():
 
 
 @pytest.mark.parametrize("tool", tables())
-@pytest.mark.parametrize("value", [True, None, 7, "words", ["a", "b"], {"a": 1}], ids=str)
+@pytest.mark.parametrize("value", [True, None, 7, "words", ["a", "b"], [["a"], {}], {"a": 1}], ids=str)
 def test_any_value_of_any_known_key_is_carried_renamed_or_refused(tmp_path: Path, tool: str, value: object):
     keys = [key for key in tables()[tool].rules if "*" not in key and not key.startswith("_")]
     for start in range(0, len(keys), 40):
@@ -175,6 +175,7 @@ def test_a_warm_up_is_as_long_as_it_is_there(tmp_path: Path, tool: str, stated: 
 def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_that_the_script_sets(tmp_path: Path):
     script = "export NAME=a\r\nMODEL=${NAME}/b\r\nN=$(nproc)\r\ntrl sft --model_name_or_path $MODEL \\\r\n"
     script += " --max_steps -1 --dataset_name $ROWS --gradient_accumulation_steps $(expr 16 / 4) --lora_r $N --use_peft"
+    script += f" --lora_alpha {'9' * 5000}"
     migration, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
     assert loaded.recipe.model.name == "a/b"
     assert migration.moved["max_steps"].why == "epochs decide"
@@ -188,6 +189,7 @@ def test_a_command_may_have_numbers_below_zero_windows_line_ends_and_variables_t
     [
         ("torchrun swift/cli/sft.py --model a/b --dataset c/d --task_type seq_cls", "ms-swift", "classify"),
         ("accelerate launch trl/scripts/dpo.py --model_name_or_path a/b --dataset_name c/d", "TRL", "preference"),
+        ("pip install trl\ncd trl && trl dpo --model_name_or_path a/b --dataset_name c/d", "TRL", "preference"),
         ("accelerate launch -m axolotl.cli.train axolotl.yml", "axolotl", "completion"),
         ("X=1 deepspeed --num_gpus 8 src/train.py --stage pt --dataset one", "LLaMA-Factory", "completion"),
     ],
@@ -249,6 +251,15 @@ datasets:
         ("hub:d/e", None),
     ]
     assert migration.moved["datasets[2].data_files"].state == "refused"
+
+
+def test_a_data_set_of_swift_has_its_subset_and_its_number_of_rows(tmp_path: Path):
+    script = "# it's one\nswift sft --model a/b --dataset c/d:two#20 'hf::e/f' --tuner_type lora # don't --lora_rank 3"
+    _, loaded = migrate(config(tmp_path, script, "train.sh"), tmp_path / "out.yaml")
+    found = [(one.path, one.config, one.limit) for one in loaded.recipe.data.train]
+    assert found == [("hub:c/d", "two", 20), ("hub:e/f", None, None)]
+    assert loaded.recipe.adapter.method == "lora"
+    assert loaded.recipe.adapter.r == 8
 
 
 def test_secrets_in_a_mapping_are_not_written_and_a_guessed_task_is_said(tmp_path: Path):
