@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,9 @@ def _common_triples(order: I64, rows: JsonRows) -> U32:
 
 def _select(order: I64, rows: JsonRows) -> Iterator[tuple[I64, list[str]]]:
     """Yield the rows that are in `order`, as they stand, in batches, with their numbers."""
-    taken = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
+    if not len(order):
+        return
+    taken = np.zeros(int(order.max()) + 1, dtype=bool)
     taken[order] = True
     for first, batch in rows():
         places = np.flatnonzero(taken[first : first + len(batch)])
@@ -261,11 +264,11 @@ class _Signer:
 def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
     """Write the band keys of rows into files of [1 + L, R], with the rows' numbers; go on behind those that exist."""
     files = sorted(folder.glob("*.npy"))
-    done = int(np.load(files[-1], mmap_mode="r")[0, -1]) + 1 if files else 0
+    done = int(_read_line(files[-1], 0)[-1]) + 1 if files else 0
     waiting: list[U64] = []
 
     def write() -> None:
-        keys_LR = np.concatenate(waiting, axis=1)
+        keys_LR = np.ascontiguousarray(np.concatenate(waiting, axis=1))  # a line is read without the others
         path = folder / f"{int(keys_LR[0, 0]):012}.npy"
         with path.with_suffix(".partial").open("wb") as file:
             np.save(file, keys_LR)
@@ -283,8 +286,16 @@ def _write_keys(order: I64, rows: JsonRows, common: U32, folder: Path) -> None:
 
 def _read_keys(folder: Path, line: int) -> U64:
     """Return the numbers of all rows that have words (line 0), in order, or their keys of a band (from line 1 on)."""
-    files = sorted(folder.glob("*.npy"))
-    return np.concatenate([np.zeros(0, np.uint64), *(np.load(file, mmap_mode="r")[line] for file in files)])
+    return np.concatenate([np.zeros(0, np.uint64), *(_read_line(file, line) for file in sorted(folder.glob("*.npy")))])
+
+
+def _read_line(path: Path, line: int) -> U64:
+    """Return a line of an array in a file; a map of the file would count as memory."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        (_, columns), _, dtype = np.lib.format.read_array_header_1_0(file)
+        file.seek(line * columns * dtype.itemsize, os.SEEK_CUR)
+        return np.fromfile(file, dtype, columns)
 
 
 def _find_alike(folder: Path, queries: I64 | None) -> npt.NDArray[np.bool_]:
