@@ -18,14 +18,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        """Take groups whose parameters have two dimensions, or none of which has.
+        """Take groups; what has two dimensions goes to Muon, whatever else is in its group.
 
         Raises EnvironmentProblem for a torch before 2.9.
         """
         if not hasattr(torch.optim, "Muon"):
             what = f"torch {torch.__version__} has no Muon"
             raise EnvironmentProblem.of(what, "train.optim", "pip install 'torch>=2.9', or set it to adamw_torch.")
-        super().__init__(groups, {"lr": lr})
+        parts = (
+            {**group, "params": [one for one in group["params"] if (one.ndim == 2) is matrix]}
+            for group in groups
+            for matrix in (True, False)
+        )
+        super().__init__([part for part in parts if part["params"]], {"lr": lr})
         matrices, others = self._split()
         self.muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw") if matrices else None
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps) if others else None

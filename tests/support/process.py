@@ -22,7 +22,13 @@ from pathlib import Path
 from rich.console import Console
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llmtune.tasks", "llmtune.train", "llmtune.recipe"])
+SERVER.set_forkserver_preload(
+    [
+        *("llmtune.adapter.injection", "llmtune.model.loading", "llmtune.model.processor", "llmtune.recipe.loader"),
+        *("llmtune.tasks.registry", "llmtune.train.loop", "transformers.models.llama.modeling_llama"),
+        "torch._dynamo",
+    ]
+)
 
 
 class Watched(io.TextIOBase):

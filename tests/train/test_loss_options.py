@@ -55,6 +55,12 @@ def test_averaged_weights_are_put_back_to_the_last_bit(tmp_path, tiny_llama):
     assert torch.equal(layer.weight, before)
 
 
+def test_muon_updates_each_matrix_though_a_convolution_is_among_the_weights(tmp_path, tiny_llama):
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3), torch.nn.Linear(8, 8))
+    optimizer = build_optimizer(model, make_recipe(tmp_path, tiny_llama, train={"optim": "muon"}), torch.device("cpu"))
+    assert [one for group in optimizer.muon.param_groups for one in group["params"]] == [model[1].weight]
+
+
 SCHEDULE_FREE = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant_with_warmup"}
 RUNS = {
     "muon": {"train": {"optim": "muon"}},

@@ -37,23 +37,21 @@ def test_compiled_training_has_the_losses_of_plain_training_and_says_what_it_too
     assert "Compiled: " in console.file.getvalue()
 
 
-def test_compiled_training_that_is_gone_on_from_ends_with_the_same_bytes(tmp_path, tiny_llama, examples):
+def test_rows_of_many_lengths_are_compiled_once_and_training_that_is_gone_on_from_ends_with_the_same_bytes(
+    tmp_path, tiny_llama, examples
+):
     recipe = compiled(tmp_path, tiny_llama)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     run_training(tmp_path / "whole", recipe, examples)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8  # norm and MLP, to be trained and not, and the first layer's
+    assert not counters["graph_break"]
     shutil.copytree(tmp_path / "whole", tmp_path / "halved")
     shutil.rmtree(tmp_path / "halved" / "checkpoints" / "step-6")
     torch._dynamo.reset()  # as in another process
     assert run_training(tmp_path / "halved", recipe, examples).resumed_from == 3
     assert trained_bytes(tmp_path / "halved") == trained_bytes(tmp_path / "whole")
-
-
-def test_rows_of_many_lengths_do_not_have_the_parts_compiled_again_and_again(tmp_path, tiny_llama, examples):
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    run_training(tmp_path / "run", compiled(tmp_path, tiny_llama), examples)
-    assert 0 < counters["stats"]["unique_graphs"] <= 8  # norm and MLP, to be trained and not, and the first layer's
-    assert not counters["graph_break"]
 
 
 def test_a_torch_that_compiles_nothing_is_found_out():
