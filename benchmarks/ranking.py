@@ -2,9 +2,9 @@
 
     python benchmarks/ranking.py OUT NAME=FOLDER NAME=FOLDER NAME=FOLDER
 
-For each data set: `llmtune select` ranks the models by bits per byte and by short trials; then each is tuned alone, and
-base and tuned model are measured on the same test rows. Writes ranking.json beside this file. Half an hour on two cores
-for models of 135 to 630 million parameters. What the measured models are and where they come from stands in the docs.
+Each model is tuned alone; base and tuned model are measured on the same test rows in bits per byte, as `llmtune select`
+measures candidates. Writes ranking.json beside this file. A quarter of an hour of one core for models of 135 to 630
+million parameters. What the measured models are stands in docs/model.md.
 """
 
 from __future__ import annotations
@@ -23,13 +23,7 @@ GERMAN = {"prompt": "English: {source}\nGerman:", "completion": " {target}"}
 DATA: dict[str, dict[str, Any]] = {
     "German": {
         "data": {"train": {"path": "builtin:debian-german", "columns": GERMAN, "limit": 320}, "max_length": 256},
-        "train": {"max_steps": 40, "batch_size": 4},
-        "trials": 8,
-    },
-    "Psalms": {
-        "data": {"train": {"path": "builtin:kjv-psalms", "limit": 120}, "max_length": 1024},
-        "train": {"max_steps": 30, "batch_size": 2},
-        "trials": 6,
+        "train": {"max_steps": 16, "batch_size": 4},
     },
 }
 DRAWS = 10_000
@@ -42,34 +36,34 @@ def main() -> int:
     for name, about in DATA.items():
         data = {"validation": 0.15, "test": 0.35, "deduplicate": "near", **about["data"]}
         recipe = {"recipe_version": 1, "name": name.lower(), "task": "completion", "data": data}
-        recipe |= {"train": about["train"], "evaluate": {"metrics": ["loss", "bits_per_byte"]}}
+        recipe |= {"train": about["train"], "evaluate": {"metrics": ["loss", "bits_per_byte"], "samples": 0}}
         folder = out / name.lower()
-        folder.mkdir(parents=True, exist_ok=True)
-        among = {"candidates": [*models.values()], "trials": about["trials"]}
-        ranked = run("select", recipe | {"model": among}, folder)
-        ranking = {one["name"]: one for one in ranked["model"]["ranking"]["candidates"]}
-        reports = {one: run("run", recipe | {"model": {"name": path}}, folder / one) for one, path in models.items()}
-        bits = {when: {one: row_bits(folder / one / "run", when) for one in models} for when in ("base", "tuned")}
-        rows = {}
         for one, path in models.items():
-            seconds = reports[one]["steps"]["train"]["seconds"]
-            rows[one] = {"ranked": ranking[path]["bits_per_byte"], "trial": ranking[path]["tuned"]}
-            rows[one] |= {"steps": ranking[path]["steps"], "train_seconds": seconds}
-            rows[one] |= {when: float(ratio(bits[when][one])) for when in bits}
-        found[name] = {"models": rows, "rows": ranked["model"]["ranking"]["rows"], **about["train"]}
+            run(recipe | {"model": {"name": path}}, folder / one)
+        bits = {when: {one: row_bits(folder / one / "run", when) for one in models} for when in ("base", "tuned")}
+        rows = {one: {when: float(ratio(bits[when][one])) for when in bits} for one in models}
+        found[name] = {"models": rows, **about["train"]}
         found[name]["test_rows"] = len(next(iter(bits["base"].values())))
         found[name]["behind"] = {when: differences(bits[when]) for when in bits}
         FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def run(command: str, recipe: dict[str, Any], folder: Path) -> Any:
-    """Run llmtune in a process of its own; return its report."""
+def run(recipe: dict[str, Any], folder: Path) -> None:
+    """Run llmtune in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{command}.yaml"
-    file.write_text(json.dumps(recipe), encoding="utf-8")
-    words = [sys.executable, "-m", "llmtune", command, str(file), "--out", str(folder / command), "--offline", "--json"]
-    return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+    (folder / "run.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    words = [
+        sys.executable,
+        "-m",
+        "llmtune",
+        "run",
+        str(folder / "run.yaml"),
+        "--out",
+        str(folder / "run"),
+        "--offline",
+    ]
+    subprocess.run(words, check=True)
 
 
 def row_bits(run: Path, when: str) -> dict[str, tuple[float, int]]:

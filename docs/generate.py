@@ -23,6 +23,7 @@ from llmtune.recipe.schema import json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("<!-- packages: made by `make docs` -->", "<!-- end of packages -->")
+RANKING = ("<!-- ranking: made by `make docs` from benchmarks/ranking.json -->", "<!-- end of ranking -->")
 MEMORY = ("<!-- memory: made by `make docs` from benchmarks/memory_plan.json -->", "<!-- end of memory -->")
 GUARANTEES = ("<!-- guarantees: made by `make docs` from tests/impossible -->", "<!-- end of guarantees -->")
 CODE_HEAD = """\
@@ -51,6 +52,7 @@ def main() -> int:
         ROOT / "docs/code.md": code_map(),
         ROOT / "docs/guarantees.md": between(ROOT / "docs/guarantees.md", GUARANTEES, f"\n{guarantee_blocks()}"),
         ROOT / "docs/memory.md": between(ROOT / "docs/memory.md", MEMORY, f"\n{memory_table()}\n"),
+        ROOT / "docs/model.md": between(ROOT / "docs/model.md", RANKING, f"\n{ranking_table()}\n"),
         ROOT / "CONTRIBUTING.md": between(ROOT / "CONTRIBUTING.md", PACKAGES, package_lines()),
         ROOT / "llmtune/recipe/peft_methods.json": peft_methods(),
         ROOT / "recipes/recipe.schema.json": json.dumps(json_schema(), indent=2) + "\n",
@@ -71,6 +73,21 @@ def between(page: Path, marks: tuple[str, str], text: str) -> str:
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def ranking_table() -> str:
+    """Return the table of models before and after tuning, with how far each is behind the best."""
+    columns = ("rows", "model", "before tuning", "behind the best", "after tuning")
+    lines = [f"| {' | '.join([*columns, 'behind the best'])} |", "|---|---|---:|---:|---:|---:|"]
+    for name, about in json.loads((ROOT / "benchmarks/ranking.json").read_text(encoding="utf-8")).items():
+        for model, bits in sorted(about["models"].items(), key=lambda item: item[1]["tuned"]):
+            behind = [
+                "" if model not in values else "{:.3f} ({:.3f} to {:.3f})".format(*values[model])
+                for values in (about["behind"]["base"], about["behind"]["tuned"])
+            ]
+            before, after = (f"{bits[when]:.3f}" for when in ("base", "tuned"))
+            lines.append(f"| {' | '.join([name, model, before, behind[0], after, behind[1]])} |")
+    return "\n".join(lines)
 
 
 def memory_table() -> str:

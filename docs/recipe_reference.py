@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 from llmtune.recipe.data_section import Source
 from llmtune.recipe.eval_suites_section import BenchmarkSection, FairnessSection, ForgettingSection
 from llmtune.recipe.gate_grammar import FORMS
+from llmtune.recipe.model_section import CatalogueQuery
 from llmtune.recipe.schema import EXTENDS, Recipe, json_schema
 from llmtune.recipe.section import Section, find_section
 from llmtune.recipe.task_facts import TASK_FACTS
@@ -50,6 +51,10 @@ def recipe_reference() -> str:
             parts += section_lines(f"`{name}`", section, definitions[section.__name__], definitions)
         if name == "data":
             parts += section_lines("Source, in `data`", Source, definitions["Source"], definitions)
+        if name == "model":
+            parts += section_lines(
+                "Query, in `model.candidates`", CatalogueQuery, definitions["CatalogueQuery"], definitions
+            )
         if name == "evaluate":
             for title, inner in STUDIES.items():
                 parts += section_lines(title, inner, definitions[inner.__name__], definitions)
