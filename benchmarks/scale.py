@@ -2,6 +2,8 @@
 
 python benchmarks/scale.py          write the tables
 python benchmarks/scale.py --link   measure the link between two processes of this machine; the page has LOOPBACK
+python benchmarks/scale.py --weak   two processes of a core each against one, the same work a process, in turns
+python benchmarks/scale.py --memory the highest memory of each process under fsdp, against the plan
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,13 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
+from memory_plan import write_recipe, write_rows
 from transformers import LlamaConfig, Qwen2Config
 
-from llmtune.model import memory_plan
 from llmtune.model.config import build_skeleton, find_class, linear_shapes
+from llmtune.model.memory_plan import divide_plan, plan_skeleton
 from llmtune.recipe.loader import load_recipe
-from llmtune.records import MemoryPlan, ModelRef
+from llmtune.records import Layout, MemoryPlan, ModelRef
 from llmtune.tasks.registry import get_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,15 +110,8 @@ class Shape:
     plan: MemoryPlan
     forward: float
     """Operations of a forward pass, a token."""
-    layer_bytes: float
-    """Bytes of the weights of one layer."""
-
-    @property
-    def sharded(self) -> float:
-        """Bytes on one of PROCESSES cards under fsdp: a share of what can be cut, two layers whole, activations."""
-        parts = self.plan.parts
-        kept = sum(parts[name] for name in ("activations", "logits"))
-        return (self.plan.total - kept) / PROCESSES + 2 * self.layer_bytes + kept
+    sharded: MemoryPlan
+    """The plan of one of PROCESSES cards under fsdp."""
 
     def operations(self, method: str) -> float:
         """Operations of training, a token: a backward pass counts two forward ones, one where weights are held still.
@@ -130,13 +129,12 @@ def shape(name: str, method: str) -> Shape:
         (Path(folder) / "recipe.yaml").write_text(RECIPE.format(folder=folder, method=method))
         recipe, task = load_recipe(Path(folder) / "recipe.yaml").recipe, get_task("chat")
         ref = ModelRef(name, Path(folder), None, "")
-        memory_plan.memory_limit = lambda device: None  # there is no card here
-        plan = memory_plan.plan_memory(ref, recipe, task, TOKENS, "cuda")
         skeleton = build_skeleton(*find_class(ref, recipe, task), recipe)
-    linear = {key: rows * columns for key, (rows, columns) in linear_shapes(skeleton).items()}
-    layer = sum(size for key, size in linear.items() if ".layers.0." in key)
+    plan = plan_skeleton(skeleton, recipe, task, TOKENS, "cuda", None)
+    sharded = divide_plan(plan, skeleton, recipe, Layout(PROCESSES, 1, "fsdp"))
+    linear = sum(rows * columns for rows, columns in linear_shapes(skeleton).values())
     attention = 2 * config.num_hidden_layers * config.hidden_size * TOKENS  # half of the square: causal
-    return Shape(plan, 2 * sum(linear.values()) + attention, layer * (4 if method == "full" else 2))
+    return Shape(plan, 2 * linear + attention, sharded)
 
 
 def card(bytes_needed: float) -> str:
@@ -153,8 +151,7 @@ def memory_table() -> Rows:
         for method in ("qlora", "lora", "full"):
             found = shape(name, method)
             cells += [f"{found.plan.total / GIB:.1f}", card(found.plan.total)]
-        # Each process loads all weights before it keeps its part.
-        needed = max(found.sharded, found.plan.parts["weights"])
+        needed = found.sharded.total
         rows.append([*cells, f"{needed / GIB:.1f}", card(needed)])
     return rows
 
@@ -240,6 +237,61 @@ def _sum(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def train(
+    folder: Path, method: str, processes: int, strategy: str, steps: int, rows: int, length: int
+) -> tuple[Path, list[int]]:
+    """Train SmolLM2 in so many processes, with a core and `rows` each; return the run and each one's highest memory."""
+    case = {"model": "smollm2", "method": method, "length": length, "rows": rows * processes, "dtype": "float32"}
+    recipe = write_recipe(case, folder)
+    recipe["train"] |= {"max_steps": steps, "save_steps": steps}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), "utf-8")
+    run = folder / "run"
+    options = {"out": str(run), "until": "train", "processes": processes, "strategy": strategy, "threads": processes}
+    call = f"import llmtune; llmtune.run({str(folder / 'recipe.yaml')!r}, fresh=True, quiet=True, **{options})"
+    cores = {*[*os.sched_getaffinity(0)][:processes]}
+    started = subprocess.Popen([sys.executable, "-c", call], preexec_fn=lambda: os.sched_setaffinity(0, cores))
+    peaks: dict[int, int] = {}
+    while started.poll() is None:
+        for one in [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]:
+            try:
+                works = processes == 1 or "llmtune.launch.worker" in one.cmdline()
+                status = Path(f"/proc/{one.pid}/status").read_text("utf-8") if works else ""
+            except (psutil.Error, OSError):
+                continue
+            for line in status.splitlines():
+                if line.startswith("VmHWM"):
+                    peaks[one.pid] = int(line.split()[1]) * 1024
+        time.sleep(0.2)
+    assert started.returncode == 0, "the training failed"
+    return run, [peaks[pid] for pid in sorted(peaks)]
+
+
+def weak() -> None:
+    """Print tokens a second of one process on a core, of two on a core each, in turns, and the efficiency."""
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name) / "rows.txt")
+        for processes in (1, 2, 1, 2):
+            run, _ = train(Path(name), "lora", processes, "ddp", 6, rows=4, length=512)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+            speeds[processes].append(statistics.median(line["tokens_per_second"] for line in lines[2:]))
+            print(f"{processes} process(es): {speeds[processes][-1]:.1f} tokens/s", flush=True)
+    one, two = (statistics.fmean(speeds[processes]) for processes in (1, 2))
+    print(f"efficiency: {two / (2 * one):.3f}")
+
+
+def memory() -> None:
+    """Print the highest memory of each process against the plan, in GB, by method and number of processes."""
+    with tempfile.TemporaryDirectory() as name:
+        write_rows(Path(name) / "rows.txt")
+        for method in ("full", "lora"):
+            for processes in (1, 2, 4):
+                run, peaks = train(Path(name), method, processes, "fsdp", 1, rows=1, length=128)
+                plan = json.loads((run / "run.json").read_text("utf-8"))["steps"]["select"]["facts"]["plan"]
+                shown = " ".join(f"{peak / 1e9:.2f}" for peak in peaks)
+                print(f"{method}, {processes} process(es): planned {plan['total'] / 1e9:.2f}, {shown}", flush=True)
+
+
 def lines_of(rows: Rows) -> Iterator[str]:
     """Yield a table as Markdown, numbers to the right."""
     for index, row in enumerate(rows):
@@ -251,9 +303,12 @@ def lines_of(rows: Rows) -> Iterator[str]:
 def main() -> None:
     """Write the tables between their marks."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--link", action="store_true")
-    if parser.parse_args().link:
-        return link()
+    works = {"link": link, "weak": weak, "memory": memory}
+    for name in works:
+        parser.add_argument(f"--{name}", action="store_true")
+    for name, given in vars(parser.parse_args()).items():
+        if given:
+            return works[name]()
     tables = {"memory": memory_table(), "time": time_table(), "efficiency": efficiency_table()}
     text = PAGE.read_text(encoding="utf-8")
     for name, rows in tables.items():

@@ -66,7 +66,8 @@ def _plan_named(context: RunContext, name: str, valid: dict[str, bool], loaded: 
         context.resolve_checkpointing(model_ref, longest)
         known = folder.path / "data" / "examples"
         lengths = row_lengths(load_examples(known)) if folder.facts("encode") and known.is_dir() else None
-        plan = plan_training(model_ref, context.resolved_recipe, context.task, longest, context.device, lengths)
+        resolved, layout = context.resolved_recipe, context.layout
+        plan = plan_training(model_ref, resolved, context.task, longest, context.device, lengths, layout)
     check_memory(plan, context.resolved_recipe, console)
     if not model_ref.content_hash:
         return plan

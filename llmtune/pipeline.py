@@ -82,9 +82,12 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, execu
     held = options.pins or (read_pins(options.lock) if options.lock else None)
     if recipe.adapter.start_from is not None:
         find_adapter(Path(recipe.adapter.start_from))
+    open_context = partial(
+        RunContext, recipe, console=console, offline=options.offline, held=held is not None, layout=options.layout
+    )
     if options.dry_run:
         seen = peek_run(path, loaded.fingerprint, resume=options.resume, fresh=options.fresh)
-        context = RunContext(recipe, seen, console, options.offline, held, held=held is not None)
+        context = open_context(folder=seen, pins=held)
         if options.device is not None:
             context.device = options.device
             seen.findings.pop("gradient_checkpointing", None)  # which is of what computes here
@@ -94,9 +97,7 @@ def run_pipeline(loaded: LoadedRecipe, options: Options, console: Console, execu
         write_text(path / "recipe.yaml", loaded.to_yaml())
         folder.findings.update(options.findings)
         pins = held or own_pins(path)
-        context = RunContext(
-            recipe, folder, console, options.offline, pins, held is not None, options.findings, options.base
-        )
+        context = open_context(folder=folder, pins=pins, findings=options.findings, base=options.base)
         run_steps(context, loaded, options, executor or HERE)
         if recipe.train.seeds and options.until in UNTIL:
             write_report(
@@ -269,7 +270,8 @@ def select(context: RunContext, model_ref: ModelRef, examples: Examples) -> Memo
     check_context(model_ref, context.recipe, context.task, max(examples.reach.values()))
     context.resolve_checkpointing(model_ref, longest)
     recipe = context.resolved_recipe
-    plan = plan_training(model_ref, recipe, context.task, longest, context.device, row_lengths(examples))
+    lengths = row_lengths(examples)
+    plan = plan_training(model_ref, recipe, context.task, longest, context.device, lengths, context.layout)
     settings = [recipe.model.model_dump(mode="json"), adapter_settings(recipe), recipe.train.optim, asdict(plan)]
     inputs = hash_value([__version__, model_ref.content_hash, settings])
     with context.step("select", inputs) as step:

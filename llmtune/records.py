@@ -130,11 +130,32 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """The processes of a training, as far as their memory goes."""
+
+    processes: int = 1
+    """Of all machines."""
+    machines: int = 1
+    strategy: str = "ddp"
+    """What each has of the model: all of it (ddp), a part (fsdp), a part of each layer (tp)."""
+
+    @property
+    def of_machine(self) -> int:
+        """Processes that share the memory of a machine."""
+        return self.processes // self.machines
+
+
+ALONE = Layout()
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes that training will need, part by part, and what the device has."""
 
     parts: dict[str, int]
-    """weights, adapter, gradients, optimizer, activations, logits; reference, where weights from before are kept."""
+    """weights, adapter, gradients, optimizer, activations, logits; reference, where weights from before are kept.
+
+    Of a sharded model also gathered, what is whole for a while, and evaluation, what that needs beyond training."""
     lower_bound: int
     """All parts but activations and logits, and logits of one token row: cannot be less."""
     limit: int | None
@@ -142,6 +163,8 @@ class MemoryPlan:
     device: str
     tokens: int = 0
     """The token budget of the first micro-batch that the plan allows."""
+    processes: int = 1
+    """The plan is that of one of so many."""
 
     @property
     def total(self) -> int:

@@ -22,8 +22,8 @@ from llmtune.data.row_store import load_rows
 from llmtune.data.sources import SourceFile, hash_sources, list_sources
 from llmtune.errors import EnvironmentProblem
 from llmtune.evaluate.suite_registry import check_variant
-from llmtune.model.config import read_model_config
-from llmtune.model.device import describe_device, pick_device
+from llmtune.model.config import find_class, read_model_config
+from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
 from llmtune.model.processor import load_processor
@@ -32,7 +32,7 @@ from llmtune.recipe.adapter_section import DATA_STARTS
 from llmtune.recipe.loader import LoadedRecipe
 from llmtune.recipe.schema import Recipe
 from llmtune.recipe.training_rule import choose_training, few_steps, with_choices, with_length
-from llmtune.records import AdaptedModel, Examples, ModelRef, Rows, SelectedModel
+from llmtune.records import ALONE, AdaptedModel, Examples, Layout, ModelRef, Rows, SelectedModel
 from llmtune.report.render_terminal import spinner
 from llmtune.store.atomic_files import hash_folder, hash_value
 from llmtune.store.run_folder import RunFolder, Step, read_run, recipe_of_run
@@ -46,8 +46,10 @@ from llmtune.store.run_lock import (
 )
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant, get_task
+from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
 from llmtune.train.row_losses import list_hardest
+from llmtune.train.sharding import share_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +75,8 @@ class Options:
     """What another run of the same recipe found out and this one is to keep, such as its micro-batch budget."""
     base: Path | None = None
     """The evaluation of another run: what the base model said there counts here where it was asked the same."""
+    layout: Layout = ALONE
+    """The processes that train."""
 
 
 @dataclass
@@ -91,6 +95,8 @@ class RunContext:
     """What another run found out, and this one keeps."""
     base: Path | None = None
     """The evaluation of another run, where what the base model said may be known from."""
+    layout: Layout = ALONE
+    """The processes that train."""
     skipped: dict[str, bool] = field(default_factory=dict)
     variant: AnyTask | None = None
     processors: dict[Path, PreTrainedTokenizerBase] = field(default_factory=dict)
@@ -181,7 +187,7 @@ class RunContext:
         inputs = hash_value([model_ref.content_hash, longest, adapter_settings(recipe), recipe.train.optim])
         known = self.folder.findings.get("gradient_checkpointing")
         if known is None or known["inputs"] != inputs:
-            on = resolve_checkpointing(model_ref, recipe, self.task, longest, self.device)
+            on = resolve_checkpointing(model_ref, recipe, self.task, longest, self.device, self.layout)
             self.folder.findings["gradient_checkpointing"] = known = {"inputs": inputs, "on": on}
         if known["on"]:
             self.console.print(
@@ -199,18 +205,30 @@ class RunContext:
         decided = self.recipe.train.model_copy(update={"gradient_checkpointing": known["on"]})
         return self.recipe.model_copy(update={"train": decided})
 
-    def make_adapted(self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples) -> AdaptedModel:
+    def make_adapted(
+        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, strategy: str = "ddp"
+    ) -> AdaptedModel:
         """Load the model and put the adapter in, seeded; from here on the recipe is the resolved one.
 
-        `examples` are what a start is found from, where the recipe wants one that is.
+        `examples` are what a start is found from, where the recipe wants one that is. Where each process is to have a
+        part of the model, the first one alone makes it, in main memory.
         """
         self.recipe = self.resolved_recipe
+        if strategy == "ddp" or join_processes(self.device) == 1:
+            return self._make_adapted(model_ref, processor, examples, self.recipe, self.device)
+        find_class(model_ref, self.recipe, self.task)  # code of its own has to be there before a model of it comes
+        device, recipe = loading_device(self.recipe, self.device)
+        return share_model(partial(self._make_adapted, model_ref, processor, examples, recipe, device))
+
+    def _make_adapted(
+        self, model_ref: ModelRef, processor: PreTrainedTokenizerBase, examples: Examples, recipe: Recipe, device: str
+    ) -> AdaptedModel:
         with spinner(self.console, "loading the model"):
-            selected = load_model(model_ref, self.recipe, self.task, processor, device=self.device, training=True)
+            selected = load_model(model_ref, recipe, self.task, processor, device=device, training=True)
         sample = None
-        if self.recipe.adapter.init_lora_weights in DATA_STARTS:
-            sample = sample_rows(examples, self.task, selected, self.recipe)
-        return inject(selected, self.recipe, self.console, sample)
+        if recipe.adapter.init_lora_weights in DATA_STARTS:
+            sample = sample_rows(examples, self.task, selected, recipe)
+        return inject(selected, recipe, self.console, sample)
 
     def train_here(self, model_ref: ModelRef, examples: Examples, adapt_inputs: str, inputs: str) -> None:
         """Adapt and train in this process, as two steps."""

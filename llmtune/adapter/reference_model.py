@@ -27,8 +27,9 @@ def switches_off(model: torch.nn.Module) -> bool:
 
 
 def keep_reference(model: torch.nn.Module) -> None:
-    """Keep a copy of the trainable weights on the model: as much memory as they take."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Keep a copy of the trainable weights on the model, or of this process's part: as much memory as they take."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    kept = {name: (p.to_local() if isinstance(p, DTensor) else p).clone() for name, p in trained.items()}
     setattr(model, KEPT, kept)
 
 

@@ -41,7 +41,12 @@ Processes = Annotated[
     int, typer.Option("--processes", min=1, help="How many on each machine; a GPU each, or CPU with gloo.")
 ]
 Strategy = Annotated[
-    str, typer.Option("--strategy", help="ddp: each process has all of the model; fsdp: a part of it.", metavar="NAME")
+    str,
+    typer.Option(
+        "--strategy",
+        help="What each process has: ddp all of the model, fsdp a part, tp a part of each layer.",
+        metavar="NAME",
+    ),
 ]
 Machines = Annotated[
     int, typer.Option("--machines", min=1, help="How many; give the same command on each, with its own --rank.")

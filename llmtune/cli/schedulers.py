@@ -109,7 +109,7 @@ def _command(name: str, summary: str, own: Mapping[str, Option], start: Callable
 
 def _job(given: Mapping[str, Any]) -> Job:
     from llmtune.launch.job import Job
-    from llmtune.launch.topology import Topology, why_not_sharded
+    from llmtune.launch.topology import Topology, why_not
     from llmtune.recipe.loader import load_recipe
     from llmtune.store.run_folder import default_path
 
@@ -123,8 +123,7 @@ def _job(given: Mapping[str, Any]) -> Job:
     processes, machines = given["processes"], given["machines"]
     address = "HOST:1" if machines > 1 else None  # what it will be is known there
     topology = Topology(processes, given["strategy"], machines, 0, address, given["max_restarts"])
-    if topology.strategy == "fsdp":
-        RecipeError.collect(why_not_sharded(loaded.recipe))
+    RecipeError.collect(why_not(topology.strategy, loaded.recipe))
     return Job(loaded, folder, topology, tuple(options))
 
 

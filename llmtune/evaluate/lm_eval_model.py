@@ -13,6 +13,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from rich.progress import Progress
 
+from llmtune.evaluate.row_shares import count_processes, over_processes
 from llmtune.evaluate.token_batches import GENERATION_BUDGET, TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.device import compute_context
 
@@ -109,23 +110,39 @@ class BatchedLM(HFLM):  # type: ignore[misc]  # the library has no annotations
         new = [int(tokens or self.max_gen_toks) for tokens in asked]
         lengths = [len(self.tok_encode(one.args[0])) + tokens for one, tokens in zip(requests, new, strict=True)]
         self.truncated += sum(length > self.max_length for length in lengths)
+        drawn = any(one.args[1].get("do_sample") for one in requests)
         try:
-            return self._answer(len(requests), lengths, budget_for(self.where, GENERATION_BUDGET), answer)
+            return self._answer(len(requests), lengths, budget_for(self.where, GENERATION_BUDGET), answer, drawn)
         finally:
             self.batch_size_per_gpu = MOST_WINDOWS
 
     def _answer(
-        self, count: int, lengths: Sequence[int], budget: int, answer: Callable[[list[int]], dict[int, Answer]]
+        self,
+        count: int,
+        lengths: Sequence[int],
+        budget: int,
+        answer: Callable[[list[int]], dict[int, Answer]],
+        drawn: bool = False,
     ) -> list[Answer]:
-        """Answer requests in batches of a token budget; `answer` gives those of one batch by their numbers."""
-        self.asked += count
+        """Answer requests in batches of a token budget; `answer` gives those of one batch by their numbers.
+
+        Several processes share them, but where answers are `drawn`: a draw depends on the answers beside it.
+        """
+        self.asked += count if drawn else -(-count // count_processes())
         self.bars.update(self.bar, total=self.asked)
-        answers: dict[int, Answer] = {}
 
-        def work(batch: list[int]) -> None:
-            done = answer(batch)
-            answers.update(done)
-            self.bars.advance(self.bar, len(done))
+        def share(own: Sequence[int]) -> list[dict[int, Answer]]:
+            found: dict[int, dict[int, Answer]] = {}
 
-        run_in_batches(lengths, budget, work)
+            def work(batch: list[int]) -> None:
+                found[batch[0]] = answer([own[i] for i in batch])
+                self.bars.advance(self.bar, len(found[batch[0]]))
+
+            run_in_batches([lengths[i] for i in own], budget, work)
+            return [found.get(i, {}) for i in range(len(own))]
+
+        every = range(len(lengths))
+        answers = {
+            key: one for part in (share(every) if drawn else over_processes(every, share)) for key, one in part.items()
+        }
         return [answers[i] for i in range(count)]

@@ -19,6 +19,7 @@ from llmtune.data.collators import collate_padded
 from llmtune.data.tokenization import encode_texts
 from llmtune.evaluate.eval_suite import OWN_FILES, read_sources, read_utf8
 from llmtune.evaluate.paired_statistics import Floats
+from llmtune.evaluate.row_shares import over_processes
 from llmtune.evaluate.token_batches import TOKEN_BUDGET, budget_for, run_in_batches
 from llmtune.model.causal_lm_loss import causal_loss
 from llmtune.model.model_inputs import move_to
@@ -150,17 +151,22 @@ def to_tokens(text: Text, processor: PreTrainedTokenizerBase) -> tuple[list[int]
 
 
 def score_passages(model: torch.nn.Module, passages: Passages, device: str, advance: Advance) -> Floats:
-    """Return the nats of each paragraph [U]."""
-    windows = passages.windows
-    nats = np.zeros(len(passages.tokens))
+    """Return the nats of each paragraph [U]; several processes share the windows."""
+    windows, nothing = passages.windows, np.zeros(len(passages.tokens))
 
-    def work(batch: list[int]) -> None:
-        rows_S = torch.tensor([paragraph for i in batch for paragraph in passages.paragraphs[i]])
-        collated = collate_padded([windows[i] for i in batch], None) | {"rows_S": rows_S, "n_rows": len(nats)}
-        loss = causal_loss(model, move_to(device, collated), True)
-        assert loss.row_sums is not None
-        nats[:] += loss.row_sums.double().cpu().numpy()
-        advance(len(batch))
+    def share(own: Sequence[int]) -> list[Floats]:
+        found: dict[int, Floats] = {}
 
-    run_in_batches([len(window.input_ids) for window in windows], budget_for(device, TOKEN_BUDGET), work)
-    return nats
+        def work(batch: list[int]) -> None:
+            chosen = [own[i] for i in batch]
+            rows_S = torch.tensor([paragraph for i in chosen for paragraph in passages.paragraphs[i]])
+            collated = collate_padded([windows[i] for i in chosen], None) | {"rows_S": rows_S, "n_rows": len(nothing)}
+            loss = causal_loss(model, move_to(device, collated), True)
+            assert loss.row_sums is not None
+            found[batch[0]] = loss.row_sums.double().cpu().numpy()
+            advance(len(batch))
+
+        run_in_batches([len(windows[i].input_ids) for i in own], budget_for(device, TOKEN_BUDGET), work)
+        return [found.get(i, nothing) for i in range(len(own))]
+
+    return np.asarray(np.sum([nothing, *over_processes(range(len(windows)), share)], axis=0))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.errors import RecipeError
-from llmtune.launch.topology import Topology, why_not_sharded
-from llmtune.records import SPLITS, Json
+from llmtune.launch.topology import Topology, why_not
+from llmtune.records import ALONE, SPLITS, Json
 from llmtune.store.process_environment import LOCAL_TRACKERS, gc_paused, is_remote_model, prepare_environment
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def run(
         set: values that replace those of the recipe, such as `{"train.learning_rate": 1e-4}`.
         until: the last step to run: train, evaluate, or run for all steps and deployment.
         processes: in how many processes to train and evaluate.
-        strategy: whether each of them has all of the model (ddp) or a part of it (fsdp).
+        strategy: whether each of them has all of the model (ddp), a part of it (fsdp), or a part of each layer (tp).
         resume: go on in the run folder, and raise an error if there is nothing to go on from.
         fresh: start over in the run folder.
         lock: an `llmtune.lock` that model and data must agree with.
@@ -121,8 +121,8 @@ def run_recipe(
     from llmtune.recipe.loader import load_recipe
 
     loaded = load_recipe(recipe, sets)
-    if topology is not None and topology.strategy == "fsdp":
-        RecipeError.collect(why_not_sharded(loaded.recipe))
+    if topology is not None:
+        RecipeError.collect(why_not(topology.strategy, loaded.recipe))
     prepare_environment(network=names_remote(loaded.recipe) and not offline, threads=threads)
     run = partial(
         _run_loaded,
@@ -196,7 +196,8 @@ def _run_loaded(
 
         if device is not None:
             check_card(device)
-        options = Options(out, resume, fresh, lock, offline, dry_run, device, until)
+        layout = ALONE if topology is None else topology.layout
+        options = Options(out, resume, fresh, lock, offline, dry_run, device, until, layout=layout)
         with nullcontext() if dry_run else finish_noted(loaded, path, until):
             if topology is None or dry_run:
                 return run_pipeline(loaded, options, console)

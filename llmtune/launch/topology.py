@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import Problem, RecipeError, nearest
+from llmtune.records import Layout
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
 
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp", "tp")
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd")
 """Optimisers whose update of a number depends on no other number, so that each process updates its own."""
+UNDIVIDED = ("modules_to_save", "use_dora", "lora_bias", "bias", "target_parameters", "alora_invocation_tokens")
+"""Options of an adapter that tensor parallelism does not know."""
+_OFF = (None, False, "none", ())
 INSTEAD = {
     "deepspeed": "fsdp cuts weights, gradients and optimiser state over the processes as ZeRO-3 does.",
     "fsdp2": "fsdp is FSDP2 here.",
+    **dict.fromkeys(
+        ("cp", "sp", "context-parallel"),
+        "torch's ring attention has kernels for CUDA alone and takes no packed rows. Use --strategy fsdp.",
+    ),
+    "tensor-parallel": "Its name is tp.",
 }
 
 
@@ -27,7 +36,7 @@ class Topology:
     processes: int = 1
     """Of each machine."""
     strategy: str = "ddp"
-    """Whether each process has all of the model (ddp) or a part of it (fsdp)."""
+    """Whether each process has all of the model (ddp), a part of it (fsdp), or a part of each layer (tp)."""
     machines: int = 1
     rank: int = 0
     """Of this machine."""
@@ -39,6 +48,12 @@ class Topology:
     def __post_init__(self) -> None:
         """Raise RecipeError for options that cannot be, or do not go together."""
         RecipeError.collect(self._problems())
+
+    @property
+    def layout(self) -> Layout:
+        """What the memory plan has to know of it."""
+        total = self.processes * self.machines
+        return Layout(total, self.machines, self.strategy if total > 1 else "ddp")
 
     @property
     def host(self) -> str:
@@ -69,16 +84,27 @@ class Topology:
             yield Problem("has no effect with one machine", "--address", "Omit it, or set --machines.")
 
 
-def why_not_sharded(recipe: Recipe) -> list[Problem]:
-    """Return what of a recipe `--strategy fsdp` cannot do."""
-    problems = []
-    if recipe.adapter.method == "qlora":
-        what = "weights in 4 bits are kept as packed bytes, which FSDP2 does not cut over processes"
-        problems.append(Problem(what, "adapter.method", "Use --strategy ddp with qlora, or adapter.method: lora."))
-    if recipe.train.optim not in SHARDED_OPTIMIZERS:
-        what = f"{recipe.train.optim} cannot update weights that are cut over processes"
-        problems.append(Problem(what, "train.optim", f"Use --strategy ddp, or one of {', '.join(SHARDED_OPTIMIZERS)}."))
+def why_not(strategy: str, recipe: Recipe) -> list[Problem]:
+    """Return what of a recipe a strategy cannot do, as far as the recipe alone tells."""
+    if strategy == "ddp":
+        return []
+    problems, adapter, optim = [], recipe.adapter, recipe.train.optim
+    instead = "Use --strategy ddp"
+    if adapter.method == "qlora":
+        what = "weights in 4 bits are kept as packed bytes, which are not cut over processes"
+        problems.append(Problem(what, "adapter.method", f"{instead} with qlora, or adapter.method: lora."))
+    optimizers = [name for name in SHARDED_OPTIMIZERS if strategy == "fsdp" or not name.endswith("fused")]
+    if optim not in optimizers:
+        what = f"{optim} cannot update weights that are cut over processes"
+        problems.append(Problem(what, "train.optim", f"{instead}, or one of {', '.join(optimizers)}."))
     if recipe.train.torch_compile:
         what = "compiled layers cannot be cut over processes"
-        problems.append(Problem(what, "train.torch_compile", "Use --strategy ddp, or remove it."))
+        problems.append(Problem(what, "train.torch_compile", f"{instead}, or remove it."))
+    if strategy == "tp":
+        if adapter.method not in ("lora", "full", "qlora"):
+            what = f"the weights of {adapter.method} cannot be divided with the layers that they are on"
+            problems.append(Problem(what, "adapter.method", f"{instead}, or adapter.method: lora or full."))
+        for key in [key for key in UNDIVIDED if getattr(adapter, key, None) not in _OFF]:
+            what = "it cannot be divided with the layer that it is on"
+            problems.append(Problem(what, f"adapter.{key}", f"{instead}, or remove it."))
     return problems

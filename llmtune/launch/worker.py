@@ -87,7 +87,7 @@ def train_run(run: str, strategy: str) -> Json:
         context.console.print(f"[yellow]All processes are started again ({again} of {most} times).[/]")
     folder = context.folder
     examples, inputs = load_examples(folder.path / "data" / "examples"), folder.manifest["steps"]["train"]["inputs"]
-    adapted = context.make_adapted(model_ref, context.read_processor(model_ref), examples)
+    adapted = context.make_adapted(model_ref, context.read_processor(model_ref), examples, strategy)
     adapt = describe(adapted)
     told = lambda tokens: note(micro_batch_tokens=tokens)  # noqa: E731
     trained = context.train_adapted(adapted, examples, inputs, told, strategy)
@@ -97,13 +97,12 @@ def train_run(run: str, strategy: str) -> Json:
 def evaluate_run(run: str, folder: str, base: str) -> None:
     """Evaluate in one of several processes, each with a share of the rows; the first writes `folder`."""
     context, model_ref = _open(run)
-    from accelerate import PartialState
-
     from llmtune.data.examples import load_examples
     from llmtune.data.row_store import load_rows
     from llmtune.executor import score
+    from llmtune.train.distributed import join_processes
 
-    PartialState(cpu=context.device == "cpu")
+    join_processes(context.device)
     context.base = Path(base) if base else None
     rows, examples = load_rows(Path(run) / "data" / "rows"), load_examples(Path(run) / "data" / "examples")
     processor = context.read_processor(model_ref)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ CARDS: Mapping[str, tuple[float, float]] = {
 DRIVER_BYTES = 600_000_000
 """What CUDA and its libraries keep on a card."""
 _WITHOUT_BFLOAT16 = ("t4",)
+
+if TYPE_CHECKING:
+    from llmtune.recipe.schema import Recipe
 
 
 def pick_device() -> str:
@@ -66,6 +70,17 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
             "float16 does not train on a CPU", "model.dtype", "Set model.dtype to auto, bfloat16 or float32."
         )
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def loading_device(recipe: Recipe, device: str) -> tuple[str, Recipe]:
+    """Return where a model that is cut over devices is loaded, and the recipe with the number format of `device`.
+
+    That is main memory, but for kernels and a format that a CPU has not.
+    """
+    dtype = str(resolve_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    named = recipe.model.model_copy(update={"dtype": dtype})
+    cards_alone = recipe.train.use_liger_kernel or dtype == "float16" or recipe.model.attn_implementation != "auto"
+    return (device if cards_alone else "cpu"), recipe.model_copy(update={"model": named})
 
 
 def compute_context(dtype: torch.dtype, device: str) -> AbstractContextManager[object]:

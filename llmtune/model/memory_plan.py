@@ -16,12 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.tensor_parallel import STYLES, check_tensor_parallel, planned_layers
 from llmtune.recipe.adapter_section import MUTATING
 from llmtune.recipe.peft_options import options_of
-from llmtune.records import MemoryPlan, ModelRef
+from llmtune.records import ALONE, Layout, MemoryPlan, ModelRef
 from llmtune.report.number_format import size as format_bytes
 
 if TYPE_CHECKING:
@@ -51,14 +53,17 @@ _CPU_TOKENS = 2048
 _CUDA_TOKENS = 32768
 
 
-def plan_memory(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str) -> MemoryPlan:
-    """Estimate the bytes of training with `tokens` in a micro-batch.
+def plan_memory(
+    model_ref: ModelRef, recipe: Recipe, task: TaskInterface, tokens: int, device: str, layout: Layout = ALONE
+) -> MemoryPlan:
+    """Estimate the bytes of training with `tokens` in a micro-batch, in one process of those that there are.
 
     Raises RecipeError or EnvironmentProblem where the model cannot do the task or its configuration cannot be read.
     """
     model_class, config = find_class(model_ref, recipe, task)
     skeleton = build_skeleton(model_class, config, recipe)
-    return plan_skeleton(skeleton, recipe, task, tokens, device, memory_limit(device))
+    plan = plan_skeleton(skeleton, recipe, task, tokens, device, memory_limit(device))
+    return plan if layout == ALONE else divide_plan(plan, skeleton, recipe, layout)
 
 
 def plan_skeleton(
@@ -100,6 +105,50 @@ def plan_skeleton(
     return MemoryPlan(parts, lower_bound, limit, device)
 
 
+def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout) -> MemoryPlan:
+    """Return the plan of one of several processes; those of a machine without cards share its memory.
+
+    Raises RecipeError for a model whose layers cannot be divided.
+
+    Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer whole for a
+    pass. The gradients of one layer, and of what is in none, are whole until they are summed.
+    """
+    limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
+    plan = replace(plan, limit=limit, processes=layout.processes)
+    if layout.strategy == "ddp":
+        return plan
+    if layout.strategy == "tp":
+        check_tensor_parallel(skeleton, recipe, layout.processes)
+    full = recipe.adapter.method == "full"
+    compute_bytes = torch.finfo(resolve_dtype(recipe.model.dtype, plan.device)).bits // 8
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in kept_together(skeleton)]
+    total, layer = sum(parameter.numel() for parameter in skeleton.parameters()), max(sizes, default=0)
+    rest = total - sum(sizes)
+    cut = 1.0
+    if layout.strategy == "tp":
+        divided = [module for _, module, style in planned_layers(skeleton) if style in STYLES]
+        cut = sum(weight.numel() for module in divided for weight in module.parameters()) / total
+    share = 1 - cut + cut / layout.processes
+    parts = {name: size if name in _WHOLE else int(size * share) for name, size in plan.parts.items()}
+    if layout.strategy == "fsdp":
+        parts["gathered"] = (4 if full else compute_bytes) * (rest + 2 * layer) + 4 * full * (rest + layer)
+    evaluated = compute_bytes * total + parts.get("libraries", 0)
+    lower_bound = max(_fixed(parts) + plan.lower_bound - _fixed(plan.parts), evaluated)
+    parts["evaluation"] = max(0, evaluated - sum(parts.values()))
+    return replace(plan, parts=parts, lower_bound=lower_bound)
+
+
+_WHOLE = ("libraries", "activations", "logits")
+"""Parts of a plan that sharding does not cut."""
+
+
+def kept_together(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers of a model that it must not be split within (`_no_split_modules`): what FSDP cuts as one."""
+    names = set(getattr(unwrap(model), "_no_split_modules", None) or ())
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [child for one in lists for child in one if type(child).__name__ in names]
+
+
 def plan_training(
     model_ref: ModelRef,
     recipe: Recipe,
@@ -107,20 +156,24 @@ def plan_training(
     longest: int,
     device: str,
     lengths: npt.NDArray[np.int32] | None = None,
+    layout: Layout = ALONE,
 ) -> MemoryPlan:
     """Plan the first micro-batches of rows of at most `longest` tokens; `tokens` is their budget.
 
     With the `lengths` of the encoded rows a step is planned with the longest of them that packing can join, else with
     rows that are all as long as the longest. Raises what `plan_memory` raises.
     """
-    budget = micro_batch_tokens(plan_memory(model_ref, recipe, task, longest, device), longest, longest)
+    budget = micro_batch_tokens(plan_memory(model_ref, recipe, task, longest, device, layout), longest, longest)
     step_tokens = recipe.train.batch_tokens or longest * recipe.train.batch_size
     if lengths is not None and len(lengths) and recipe.data.packing and recipe.train.batch_tokens is None:
         step_tokens = int(np.sort(lengths)[-recipe.train.batch_size :].sum())
-    return replace(plan_memory(model_ref, recipe, task, min(budget, step_tokens), device), tokens=budget)
+    step_tokens = max(longest, -(-step_tokens // layout.processes))
+    return replace(plan_memory(model_ref, recipe, task, min(budget, step_tokens), device, layout), tokens=budget)
 
 
-def resolve_checkpointing(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str) -> bool:
+def resolve_checkpointing(
+    model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int, device: str, layout: Layout = ALONE
+) -> bool:
     """Decide `gradient_checkpointing: auto`: only if a micro-batch of one row of `longest` tokens does not fit without.
 
     Never for a model that cannot do it. Raises what `plan_memory` raises.
@@ -128,13 +181,13 @@ def resolve_checkpointing(model_ref: ModelRef, recipe: Recipe, task: TaskInterfa
     model_class, _ = find_class(model_ref, recipe, task)
     if not getattr(model_class, "supports_gradient_checkpointing", True):
         return False
-    plan = plan_memory(model_ref, recipe, task, longest, device)
+    plan = plan_memory(model_ref, recipe, task, longest, device, layout)
     return plan.limit is not None and plan.total > USABLE * plan.limit
 
 
 def _fixed(parts: Mapping[str, int]) -> int:
     """Add up what does not grow with a micro-batch."""
-    return sum(size for part, size in parts.items() if part not in ("activations", "logits"))
+    return sum(size for part, size in parts.items() if part not in ("activations", "logits", "evaluation"))
 
 
 def check_context(model_ref: ModelRef, recipe: Recipe, task: TaskInterface, longest: int) -> None:
@@ -207,14 +260,19 @@ def check_memory(plan: MemoryPlan, recipe: Recipe, console: Console | None = Non
             f"micro-batches will be made smaller where rows allow it.{saving}"
         )
         return
+    each = "" if plan.processes == 1 else " in each process" if plan.device == "cpu" else " on each card"
     what = (
-        f"{recipe.model.name or 'the model'} needs at least {format_bytes(plan.lower_bound)} to train with "
-        f"adapter.method {recipe.adapter.method}, and {plan.device} has {format_bytes(plan.limit)}"
+        f"{recipe.model.name or 'the model'} needs at least {format_bytes(plan.lower_bound)}{each} to train with "
+        f"adapter.method {recipe.adapter.method}, and {plan.device} has {format_bytes(plan.limit)}{each}"
     )
     if recipe.model.check_memory:
-        fix = f"{suggest_recipe(plan, recipe)} model.check_memory: false tries it all the same."
+        fix = suggest_recipe(plan, recipe) if plan.processes == 1 else _MORE
+        fix = f"{fix} model.check_memory: false tries it all the same."
         raise EnvironmentProblem.of(what, "model.name", fix)
     console.print(f"[yellow]{what}[/yellow]; going on, because model.check_memory is false.")
+
+
+_MORE = "Use --strategy fsdp, or more machines with it; or choose a smaller model."
 
 
 def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
@@ -308,7 +366,8 @@ def _kept_activations(text: PreTrainedConfig, inner: dict[str, tuple[int, int]],
 
 
 def _draw(plan: MemoryPlan) -> Table:
-    table = Table(title=f"Memory plan ({plan.device})", title_justify="left", show_footer=True)
+    each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
+    table = Table(title=f"Memory plan ({plan.device}{each})", title_justify="left", show_footer=True)
     table.add_column("part", footer="total")
     table.add_column("memory", justify="right", footer=format_bytes(plan.total))
     for part, size in plan.parts.items():

@@ -20,7 +20,7 @@ from llmtune.records import Batch, Loss
 from llmtune.train.batch_plan import Indexes, divide, micro_batches
 from llmtune.train.distributed import any_process, sum_over_processes
 from llmtune.train.setup import TrainContext
-from llmtune.train.sharding import own_part
+from llmtune.train.sharding import clip_divided, own_part
 
 
 class MicroBatchTooLarge(Exception):
@@ -64,7 +64,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     accelerator, lengths = training.accelerator, training.examples.lengths
     rows = training.plan.rows(step)
     expected = max(1, int(training.examples.supervised[rows].sum()))
-    scale = loss_scale * accelerator.num_processes / expected
+    scale = loss_scale * training.replicas / expected
     groups, real = _own_groups(training, rows, budget)
     losses: list[Loss] = []
     totals = _sum_step_statistics(training, training.examples, groups, real, step)
@@ -92,7 +92,7 @@ def step_gradients(training: TrainContext, step: int, budget: int, loss_scale: f
     sums = [float(loss.sum) for loss in losses[:real]]
     own = _own_row_sums(rows, groups[:real], losses[:real])
     counted = float(sum(loss.count for loss in losses[:real]))
-    total, count, *row_sums = sum_over_processes(accelerator, [sum(sums), counted, *own])
+    total, count, *row_sums = training.sum_over_replicas([sum(sums), counted, *own])
     count = max(1, int(count))
     norm = _finish_gradients(training, expected / (count * loss_scale))
     bad = [group for group, value in zip(groups, sums, strict=False) if not math.isfinite(value)]
@@ -127,9 +127,9 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
     """
     accelerator, reader = training.accelerator, training.validation
     assert reader is not None, "there are validation examples"
-    shares = divide(np.arange(len(reader)), reader.lengths, accelerator.num_processes)
+    shares = divide(np.arange(len(reader)), reader.lengths, training.replicas)
     cut = [micro_batches(share, reader.lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own, turns = cut[accelerator.process_index], max(len(groups) for groups in cut)
+    own, turns = cut[training.replica], max(len(groups) for groups in cut)
     sums: list[tuple[float, int]] = []
     idle = np.asarray([int(reader.lengths.argmin())])
     groups = own + [idle] * (turns - len(own) if training.sharded else 0)
@@ -148,7 +148,7 @@ def validation_loss(training: TrainContext, budget: int, stop: Callable[[], bool
                 return None
     finally:
         training.model.train()
-    total, count = sum_over_processes(accelerator, [sum(value for value, _ in sums), sum(count for _, count in sums)])
+    total, count = training.sum_over_replicas([sum(value for value, _ in sums), sum(count for _, count in sums)])
     return total / max(1, count)
 
 
@@ -168,7 +168,7 @@ def try_memory(training: TrainContext, work: Callable[[], object]) -> bool:
 
 def seed_micro_batch(training: TrainContext, step: int, index: int) -> None:
     """Seed dropout for a micro-batch of this process: it too is a function of seed and step, and survives a resume."""
-    words = (training.recipe.seed % 2**64, step, index, training.accelerator.process_index)
+    words = (training.recipe.seed % 2**64, step, index, training.replica)
     seed = np.random.SeedSequence(words)
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     np.random.seed(int(seed.generate_state(2, np.uint32)[1]))  # SpecAugment draws from it
@@ -211,10 +211,10 @@ def _own_groups(training: TrainContext, rows: Indexes, budget: int) -> tuple[lis
 
     The others have weight zero: every process synchronises once, and under sharding all run the same number.
     """
-    accelerator, lengths = training.accelerator, training.examples.lengths
-    shares = divide(rows, lengths, accelerator.num_processes)
+    lengths = training.examples.lengths
+    shares = divide(rows, lengths, training.replicas)
     cut = [micro_batches(share, lengths, budget, training.packed, training.pass_tokens) for share in shares]
-    own = cut[accelerator.process_index]
+    own = cut[training.replica]
     count = max(len(groups) for groups in cut) if training.sharded else max(1, len(own))
     idle = rows[[int(lengths[rows].argmin())]]
     return own + [idle] * (count - len(own)), len(own)
@@ -246,10 +246,10 @@ def _sum_step_statistics(
     if any_process(training.accelerator, not fits):
         raise MicroBatchTooLarge
     del found[real:]
-    width, having = sum_over_processes(training.accelerator, [float(len(found[0])), 1.0] if found else [0.0, 0.0])
+    width, having = training.sum_over_replicas([float(len(found[0])), 1.0] if found else [0.0, 0.0])
     nothing = [0.0] * round(width / max(1.0, having))  # of a process without micro-batches
     sums = [sum(values) for values in zip(*found, strict=True)] if found else nothing
-    return sum_over_processes(training.accelerator, sums)
+    return training.sum_over_replicas(sums)
 
 
 def _backward(training: TrainContext, rows: Indexes, weight: float, step: int, totals: list[float] | None) -> Loss:
@@ -279,5 +279,7 @@ def _finish_gradients(training: TrainContext, factor: float) -> float:
             if parameter.grad is not None:
                 own_part(parameter.grad).mul_(factor)
     limit = training.recipe.train.max_grad_norm or math.inf
+    if training.strategy == "tp":
+        return clip_divided(training.parameters, limit)
     norm = training.accelerator.clip_grad_norm_(training.parameters, limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from llmtune.errors import LlmtuneError
 
 T = TypeVar("T")
+SILENCE_SECONDS = 1800
+"""How long a process waits for the others before it gives up: longer than the first one needs for a checkpoint."""
+
+
+def join_processes(device: str) -> int:
+    """Let this process find the others that it was started with; return how many there are."""
+    return int(PartialState(cpu=device == "cpu", timeout=timedelta(seconds=SILENCE_SECONDS)).num_processes)
 
 
 def sum_over_processes(accelerator: Accelerator, values: Sequence[float]) -> list[float]:

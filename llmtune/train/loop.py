@@ -384,7 +384,7 @@ def _summary(run: Run, adapter: Path, resumed: int | None) -> TrainedRun:
             state.step,
             state.budget,  # that training ended with
             training.packed,
-            training.accelerator.num_processes,
+            training.replicas,
             training.pass_tokens,
         ),
     )

@@ -69,7 +69,7 @@ def run_preflight(
 def _expected_time(training: TrainContext, state: TrainState, pace: float) -> str:
     """Say how long training will take, at so many seconds a token; the rehearsal's first step is slower than others."""
     epochs = (training.plan.total_steps - state.step) / training.plan.steps_per_epoch
-    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.accelerator.num_processes
+    seconds = pace * float(training.examples.lengths.sum()) * epochs / training.replicas
     return f"about {seconds / 60:.0f} minutes at most" if seconds >= 90 else "about a minute at most"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.neftune import activate_neftune
 
@@ -27,20 +26,18 @@ from llmtune.data.examples import ExampleReader
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError
 from llmtune.model.causal_lm_loss import DFT
-from llmtune.model.device import compute_context, resolve_dtype
+from llmtune.model.device import compute_context, pick_device, resolve_dtype
 from llmtune.records import AdaptedModel, Collate, Examples
 from llmtune.store.atomic_files import hash_value
 from llmtune.store.profile import resident_peak_bytes
 from llmtune.train.batch_plan import PASS_TOKENS, StepPlan
+from llmtune.train.distributed import SILENCE_SECONDS, sum_over_processes
 from llmtune.train.optimizer import build_optimizer, build_schedule
-from llmtune.train.sharding import shard_model
+from llmtune.train.sharding import divide_layers, shard_model
 from llmtune.train.trackers import start_trackers, tracker_folder
 
 if TYPE_CHECKING:
     from llmtune.recipe.schema import Recipe
-
-SILENCE_SECONDS = 1800
-"""How long a process waits for the others before it gives up: longer than the first one needs for a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ class TrainContext:
     """Hash of all that training depends on: a checkpoint of other inputs is not resumed from."""
     row_losses: npt.NDArray[np.float32]
     """What each training example's loss was so far (`llmtune.train.row_losses.Table`)."""
+    strategy: str
+    """What each process has of the model: all of it (ddp), a part (fsdp), a part of each layer (tp)."""
 
     @property
     def checkpoints(self) -> Path:
@@ -97,7 +96,22 @@ class TrainContext:
     @property
     def sharded(self) -> bool:
         """Whether the model is cut over processes, so that each forward pass needs all of them."""
-        return isinstance(self.model, FSDPModule)
+        return self.strategy != "ddp"
+
+    @property
+    def replicas(self) -> int:
+        """How many processes have rows of their own: those that divide each layer have the same."""
+        return 1 if self.strategy == "tp" else self.accelerator.num_processes
+
+    @property
+    def replica(self) -> int:
+        """Whose rows this process has."""
+        return 0 if self.strategy == "tp" else self.accelerator.process_index
+
+    def sum_over_replicas(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of `values` over the processes that have rows of their own."""
+        alike = self.accelerator.num_processes // self.replicas
+        return [value / alike for value in sum_over_processes(self.accelerator, values)]
 
     def compute(self) -> AbstractContextManager[object]:
         """Return the context of the model's number format."""
@@ -167,7 +181,9 @@ def set_up(
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
     )
-    device = next(adapted.model.parameters()).device
+    strategy = strategy if torch.distributed.is_initialized() else "ddp"
+    # Weights that are to be cut are in main memory, or nowhere yet.
+    device = next(adapted.model.parameters()).device if strategy == "ddp" else torch.device(pick_device())
     accelerator = build_accelerator(recipe, folder, device)
     if train.torch_compile:
         from llmtune.train.torch_compile import compile_parts  # imports the compiler, which takes a second
@@ -198,6 +214,7 @@ def set_up(
         folder=folder,
         inputs=inputs,
         row_losses=np.zeros((len(reader), 3), dtype=np.float32),
+        strategy=strategy if accelerator.num_processes > 1 else "ddp",
     )
 
 
@@ -221,8 +238,9 @@ def _distribute(
 ) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
     """Make a model and its optimiser those of all processes."""
     device = torch.device(accelerator.device)
-    if strategy == "fsdp" and accelerator.num_processes > 1:  # by torch: Accelerate shards on GPUs alone
-        shard_model(model, device)
+    if strategy != "ddp" and accelerator.num_processes > 1:
+        cut = shard_model if strategy == "fsdp" else divide_layers  # by torch: Accelerate does both on GPUs alone
+        cut(model, device)
         return model, accelerator.prepare_optimizer(build_optimizer(model, recipe, device))
     with warnings.catch_warnings():
         # torch 2.13 wants another name for it, which Accelerate does not have yet.

@@ -1,38 +1,145 @@
-"""FSDP2: weights, gradients and optimiser state cut over all processes; a layer is whole only while it computes."""
+"""A model cut over all processes: layers are gathered to compute (FSDP2), or divided (tensor parallel)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
+import dill
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from accelerate.utils import broadcast_object_list
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils.parametrize import is_parametrized
 
-from llmtune.adapter.reference_model import KEPT
+from llmtune.adapter.reference_model import KEPT, keep_reference
 from llmtune.model.causal_lm_loss import unwrap
+from llmtune.model.memory_plan import kept_together
+from llmtune.model.tensor_parallel import STYLES, planned_layers
+from llmtune.records import AdaptedModel
+
+
+def share_model(make: Callable[[], AdaptedModel]) -> AdaptedModel:
+    """Let the first process make a model; the others get it with its weights on `meta`, until `shard_model` fills them.
+
+    Modules, hooks, configuration and buffers are handed over as they are: all processes have one model, and one alone
+    reads files, starts adapters and proves that they work. An error there ends the others. A model with weights that
+    are computed from others (wav2vec2's) cannot be handed over, so each process makes it.
+    """
+    adapted = make() if torch.distributed.get_rank() == 0 else None
+    if adapted is not None and hasattr(adapted.model, KEPT):
+        setattr(adapted.model, KEPT, {})  # each process keeps its part, once it has one
+    (packed,) = broadcast_object_list([None if adapted is None else _pack(adapted)])
+    if adapted is None:
+        adapted = make() if packed is None else cast(AdaptedModel, _Unpacking(io.BytesIO(packed)).load())
+    return adapted
+
+
+def _pack(adapted: AdaptedModel) -> bytes | None:
+    if any(is_parametrized(module) for module in adapted.model.modules()):
+        return None
+    file = io.BytesIO()
+    _Packing(file).dump(adapted)
+    return file.getvalue()
+
+
+class _Packing(dill.Pickler):  # type: ignore[misc]
+    """Writes a model without its weights."""
+
+    def persistent_id(self, value: object) -> tuple[object, ...] | None:
+        """Describe a weight; all else is written as it is."""
+        if not isinstance(value, torch.nn.Parameter):
+            return None
+        return id(value), value.shape, value.dtype, value.requires_grad
+
+
+class _Unpacking(dill.Unpickler):  # type: ignore[misc]
+    """Reads a model whose weights are then on `meta`; one that has two names stays one."""
+
+    def __init__(self, *files: Any) -> None:
+        super().__init__(*files)
+        self._known: dict[int, torch.nn.Parameter] = {}
+
+    def persistent_load(self, described: tuple[Any, ...]) -> torch.nn.Parameter:
+        """Make a weight from its description."""
+        key, shape, dtype, trained = described
+        if key not in self._known:
+            self._known[key] = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), trained)
+        return self._known[key]
 
 
 def shard_model(model: torch.nn.Module, device: torch.device) -> None:
-    """Cut the parameters of `model` over all processes, in place; all processes hold the same ones before.
+    """Cut the parameters of `model` over all processes, in place; their numbers are those that the first one has.
 
-    Layers are those that the model must not be split within (`_no_split_modules`); what is left is one more piece.
-    Every piece is given up after its forward pass, the outermost too: so weights that change between two forward
-    passes, as those of a reference model do, are never taken from an earlier one.
+    Each layer is a piece, and what is left is one more. Every piece is given up after its forward pass, the outermost
+    too: so weights that change between two forward passes, as those of a reference model do, are never taken from an
+    earlier one.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    names = set(getattr(unwrap(model), "_no_split_modules", None) or ())
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    for layer in [child for one in lists for child in one if type(child).__name__ in names]:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for piece in [*kept_together(model), model]:
+        whole = {name: one.detach() for name, one in piece.named_parameters() if not isinstance(one, DTensor)}
+        fully_shard(piece, mesh=mesh, reshard_after_forward=True)
+        fill_meta: Any = piece._apply  # `to_empty` would empty buffers too
+        fill_meta(lambda own: torch.empty_like(own, device=device) if own.is_meta else own)
+        _fill(piece, whole, mesh)
     switch = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer torch
     if switch is not None:  # weights that the rows of one process need and those of another do not, as an expert's
         switch(True)
-    kept = getattr(model, KEPT, None)
-    if kept is not None:
-        parameters = dict(model.named_parameters())
-        setattr(model, KEPT, {name: own_part(cut_like(whole, parameters[name])) for name, whole in kept.items()})
+    if hasattr(model, KEPT):
+        keep_reference(model)
+
+
+@torch.no_grad()
+def _fill(piece: torch.nn.Module, whole: dict[str, torch.Tensor], mesh: DeviceMesh) -> None:
+    """Give each process its part of the `whole` weights of the first; they are given up as they go."""
+    for name in list(whole):
+        parameter, here = piece.get_parameter(name), whole.pop(name)
+        sent = torch.empty_like(here, device=mesh.device_type) if here.is_meta else here.to(mesh.device_type)
+        own = distribute_tensor(sent, mesh, parameter.placements if isinstance(parameter, DTensor) else [Replicate()])
+        own_part(parameter).copy_(own_part(own))
+
+
+def divide_layers(model: torch.nn.Module, device: torch.device) -> None:
+    """Divide the layers of `model` that its plan names over all processes, in place; the rest each has whole.
+
+    The numbers are those that the first one has. Of an adapter, the matrix that touches the divided side of its layer
+    is divided with it.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for _, module, style in planned_layers(unwrap(model)):
+        if style in STYLES:
+            matrices = getattr(module, "lora_B" if style == "colwise" else "lora_A", torch.nn.ModuleDict())
+            for part in [getattr(module, "base_layer", module), *matrices.values()]:
+                parallelize_module(part, mesh, STYLES[style](), src_data_rank=None)
+    here: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type != device.type:
+                empty = torch.empty_like(parameter, device=device)
+                known = here.setdefault(id(parameter), torch.nn.Parameter(empty, parameter.requires_grad))
+                module.register_parameter(name, known)
+    model.to(device)  # buffers
+    _fill(model, whole, mesh)
+    if hasattr(model, KEPT):
+        keep_reference(model)
+
+
+def clip_divided(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+    """Clip gradients of which some are divided and some are whole in each process; return their length before."""
+    divided = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    groups, norm = (divided, [parameter for parameter in parameters if not isinstance(parameter, DTensor)]), 0.0
+    for group in groups:
+        length = get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
+        norm = math.hypot(norm, float(length.full_tensor() if isinstance(length, DTensor) else length))
+    for group in groups:
+        clip_grads_with_norm_(group, limit, torch.tensor(norm))
+    return norm
 
 
 def cut_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

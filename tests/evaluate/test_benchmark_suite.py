@@ -13,7 +13,7 @@ from rich.console import Console
 from support.benchmark_tasks import CHOOSE, GROUP, LIKELY, rows_to_learn, write_tasks
 from support.models import build_llama
 from support.rows import write_jsonl
-from support.runs import write_recipe
+from support.runs import llmtune, write_recipe
 
 from llmtune.errors import DataError
 from llmtune.evaluate.lm_eval import quietly
@@ -175,3 +175,20 @@ def test_a_group_has_a_score_and_an_interval_beside_those_of_its_tasks(done: Pat
     assert change["n"] == 40
     assert change["interval"][0] > 0
     assert {"every_colour_inner.acc", "likely_colours.perplexity"} <= found["difference"].keys()
+
+
+@pytest.mark.slow
+def test_two_processes_ask_as_one(done, tmp_path):
+    studies = []
+    for processes in (1, 2):
+        run = Path(shutil.copytree(done / "run", tmp_path / f"run-{processes}"))
+        shutil.rmtree(run / "evaluation")
+        words = ["launch", "local", done / "recipe.yaml", "--processes", processes, "--threads", 2, "--out", run]
+        finished = llmtune(*words, "--set", "evaluate.forgetting={}", cwd=done)
+        assert finished.returncode == 0, finished.stderr
+        studies.append(json.loads((run / "report.json").read_text())["evaluation"]["studies"])
+    alone, together = studies
+    assert together.keys() == alone.keys() == {"benchmarks", "forgetting"}
+    for name, study in alone.items():
+        for model in ("base", "tuned"):
+            assert together[name][model] == pytest.approx(study[model], rel=1e-5, abs=1e-6)

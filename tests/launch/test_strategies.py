@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
-from support.runs import invoke, write_recipe
+from safetensors.torch import load_file, save_file
+from support.models import build_llama
+from support.runs import invoke, llmtune, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.launch.local_processes import launch_local
@@ -60,6 +61,8 @@ SLOW = pytest.mark.slow
         pytest.param("added", 2, "fsdp", marks=SLOW),
         pytest.param("lora", 4, "fsdp", marks=SLOW),
         pytest.param("full", 4, "fsdp", marks=SLOW),
+        pytest.param("lora", 2, "tp", marks=SLOW),
+        pytest.param("full", 2, "tp", marks=SLOW),
         pytest.param("lora", 4, "ddp", marks=SLOW),
         pytest.param("full", 4, "ddp", marks=SLOW),
     ],
@@ -90,6 +93,8 @@ def test_a_model_in_parts_learns_what_a_whole_one_learns(method, processes, stra
         pytest.param("full", (4, "fsdp"), (2, "ddp"), marks=SLOW),
         pytest.param("full", (1, "ddp"), (4, "fsdp"), marks=SLOW),
         pytest.param("lora", (2, "ddp"), (2, "fsdp"), marks=SLOW),
+        pytest.param("lora", (2, "tp"), (1, "ddp"), marks=SLOW),
+        pytest.param("full", (2, "fsdp"), (2, "tp"), marks=SLOW),
     ],
 )
 def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then, tmp_path, tiny_llama, console):
@@ -101,9 +106,66 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
     for step in (8, 12):
         shutil.rmtree(run / "checkpoints" / f"step-{step}")
     content = json.loads((run / "checkpoints" / "step-4" / "state.json").read_text())
-    assert any("shards/" in name for name in content["files"]) == (first[1] == "fsdp")
+    assert any("shards/" in name for name in content["files"]) == (first[1] != "ddp")
     train(tmp_path, "run", *then, console)
     assert_same(tmp_path / "alone", run)
+
+
+@SLOW
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("processes", "strategy", "tied"), [(3, "fsdp", True), (2, "fsdp", False), (2, "tp", True)])
+def test_one_process_reads_the_model_and_the_others_get_their_parts(
+    method, processes, strategy, tied, tmp_path, console
+):
+    make_recipe(tmp_path, build_llama(tmp_path / "model", tie_word_embeddings=tied), adapter=METHODS[method])
+    arguments, topology = [str(tmp_path), strategy], Topology(processes, strategy)
+    found = launch_local(arguments, topology, console, entry="support.workers:share_tiny", threads=processes)
+    assert found == dict.fromkeys(("numbers", "without", "tied", "buffers", "cut"), True)
+
+
+@SLOW
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console):
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
+    make_recipe(tmp_path, build_llama(tmp_path / "model", **size), train={"max_steps": 2}, adapter=METHODS[method])
+    write_examples(tmp_path / "examples", train=16)
+    peaks = {}
+    for processes in (1, 4):
+        arguments = [str(tmp_path), str(tmp_path / f"run-{processes}"), "fsdp"]
+        entry = "support.workers:measure_training"
+        peaks[processes] = launch_local(arguments, Topology(processes, "fsdp"), console, entry=entry, threads=4)
+    alone, (first, *others) = peaks[1][0], peaks[4]
+    assert max(others) < 0.5 * alone, peaks
+    assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the whole model
+
+
+@SLOW
+def test_what_the_first_process_finds_wrong_ends_the_others(here, tiny_llama, chat_rows):
+    model = Path(shutil.copytree(tiny_llama, here / "model"))
+    weights = load_file(model / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    write_recipe(here / "tiny.yaml", model, chat_rows)
+    found = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--strategy", "fsdp", cwd=here)
+    assert found.returncode == 4, found.stderr
+    assert "hold NaN" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_plan_of_a_dry_run_is_that_of_one_of_the_processes(here, tiny_llama, chat_rows):
+    write_recipe(here / "tiny.yaml", tiny_llama, chat_rows)
+    plans = []
+    for options in ([], ["--processes", 2, "--machines", 2, "--address", "a:1", "--strategy", "fsdp"]):
+        found = invoke("launch", "local", "tiny.yaml", "--dry-run", "--json", *options)
+        assert found.exit_code == 0, found.stderr
+        plans.extend(json.loads(found.stdout)["plans"].values())
+    alone, part = plans
+    assert "cpu, each of 4 processes" in found.stderr
+    assert part["processes"] == 4
+    assert part["limit"] == alone["limit"] // 2
+    for name in ("weights", "adapter", "gradients", "optimizer"):
+        assert part["parts"][name] == alone["parts"][name] // 4
+    assert part["parts"]["gathered"] > 0
 
 
 @pytest.mark.parametrize(
@@ -111,6 +173,9 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(method, first, then
     [
         (["--strategy", "deepspeed"], {}, ["'deepspeed'", "fsdp"]),
         (["--strategy", "fdsp"], {}, ["Did you mean 'fsdp'?"]),
+        (["--strategy", "cp"], {}, ["'cp'", "ring attention", "fsdp"]),
+        (["--strategy", "tp"], {"adapter": {"use_dora": True}}, ["adapter.use_dora", "divided"]),
+        (["--strategy", "tp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits"]),
         (["--strategy", "fsdp"], {"adapter": {"method": "qlora"}}, ["adapter.method", "4 bits", "--strategy ddp"]),
         (["--strategy", "fsdp"], {"train": {"optim": "adafactor"}}, ["train.optim", "adafactor", "adamw_torch"]),
         (["--strategy", "fsdp"], {"train": {"torch_compile": True}}, ["train.torch_compile"]),

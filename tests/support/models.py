@@ -56,21 +56,20 @@ def build_llama(
     """A Llama of two layers, width 64, four heads (two for keys and values), saved with its tokenizer."""
     tokenizer = train_tokenizer(chat_template)
     torch.manual_seed(seed)
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        **config,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**shape, **config})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

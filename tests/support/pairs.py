@@ -22,9 +22,9 @@ from llmtune.session import Options
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import choose_variant
 from llmtune.train.accumulation import step_gradients, validation_loss
-from llmtune.train.distributed import sum_over_processes
+from llmtune.train.distributed import join_processes, sum_over_processes
 from llmtune.train.setup import TrainContext, set_up
-from llmtune.train.sharding import own_part
+from llmtune.train.sharding import own_part, share_model
 from support.adapting import quiet
 from support.rows import write_jsonl
 from support.runs import write_recipe
@@ -73,7 +73,7 @@ def run_recipe(folder: Path, *about: Any, **sections: Any) -> dict[str, Any]:
     return run_pipeline(load_recipe(str(recipe)), Options(out=folder / "run"), quiet())
 
 
-def prepare_training(path: Path, folder: Path) -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
+def prepare_training(path: Path, folder: Path, strategy: str = "ddp") -> tuple[AdaptedModel, Examples, AnyTask, Recipe]:
     """Encode the rows of a recipe, and load its model with an adapter on the CPU, as the pipeline would."""
     loaded = load_recipe(str(path))
     run_pipeline(loaded, Options(out=folder, until="prepare"), quiet())
@@ -82,8 +82,13 @@ def prepare_training(path: Path, folder: Path) -> tuple[AdaptedModel, Examples, 
     config = read_model_config(place, recipe.model)
     task = choose_variant(recipe, config, place.name)
     recipe = task.infer_labels(recipe, load_rows(folder / "data" / "rows"), config)
-    selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
-    return inject(selected, recipe, quiet()), load_examples(folder / "data" / "examples"), task, recipe
+
+    def make() -> AdaptedModel:
+        selected = load_model(place, recipe, task, load_processor(place, recipe.model), device="cpu", training=True)
+        return inject(selected, recipe, quiet())
+
+    apart = strategy != "ddp" and join_processes("cpu") > 1
+    return share_model(make) if apart else make(), load_examples(folder / "data" / "examples"), task, recipe
 
 
 def start_training(path: Path, folder: Path) -> TrainContext:
@@ -94,7 +99,7 @@ def start_training(path: Path, folder: Path) -> TrainContext:
 def learn_a_little(path: Path, strategy: str = "ddp") -> list[list[float]]:
     """Take three steps without dropout and validate: losses and gradient norms, and how far the weights moved."""
     folder = path.parent / f"prepared-{os.getpid()}"
-    training = set_up(*prepare_training(path, folder), folder, quiet(), "inputs", strategy)
+    training = set_up(*prepare_training(path, folder, strategy), folder, quiet(), "inputs", strategy)
     before = [own_part(weight.detach()).clone() for weight in training.parameters]
     numbers = []
     for step in (1, 2, 3):

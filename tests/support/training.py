@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from llmtune.records import AdaptedModel, Example, Examples, SelectedModel, Trai
 from llmtune.store.atomic_files import hash_value
 from llmtune.tasks.base import AnyTask
 from llmtune.tasks.registry import get_task
+from llmtune.train.distributed import join_processes
 from llmtune.train.loop import train
+from llmtune.train.sharding import share_model
 from support.runs import write_recipe
 
 
@@ -83,8 +86,11 @@ def run_training(
     strategy: str = "ddp",
 ) -> TrainedRun:
     """Train as the pipeline does; `folder` is the run folder."""
+    if adapted is None:
+        apart = strategy != "ddp" and join_processes("cpu") > 1
+        adapted = share_model(partial(adapt, recipe)) if apart else adapt(recipe)
     return train(
-        adapted or adapt(recipe),
+        adapted,
         examples,
         task or get_task(recipe.task),
         recipe,

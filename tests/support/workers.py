@@ -24,6 +24,59 @@ def train_tiny(folder: str, run: str, strategy: str = "ddp") -> dict[str, float]
     return {"steps": trained.steps, "train_loss": trained.train_loss}
 
 
+def share_tiny(folder: str, strategy: str) -> dict[str, bool]:
+    """Make the model of the recipe in `folder` in the first process alone, cut it, and put it together again."""
+    import torch
+    from accelerate.utils import gather_object
+    from torch.distributed.tensor import DTensor
+
+    from llmtune.recipe.loader import load_recipe
+    from llmtune.train.distributed import join_processes
+    from llmtune.train.sharding import divide_layers, shard_model, share_model, whole_state
+    from support.training import adapt
+
+    join_processes("cpu")
+    first = os.environ["RANK"] == "0"
+    recipe = load_recipe(str(Path(folder) / "recipe.yaml")).recipe
+
+    def make() -> object:
+        assert first, "the others read nothing"
+        return adapt(recipe)
+
+    model = share_model(make).model
+    without = all(parameter.is_meta for parameter in model.parameters())
+    (shard_model if strategy == "fsdp" else divide_layers)(model, torch.device("cpu"))
+    cut = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+    of_layers = sum("_proj" in name for name, _ in model.named_parameters())
+    divided = of_layers if recipe.adapter.method == "full" else of_layers * 2 // 3  # one of an adapter's two matrices
+    right = cut == (len(list(model.parameters())) if strategy == "fsdp" else divided)
+    alone = adapt(recipe).model
+    buffers = dict(model.named_buffers())
+    tied = (alone.get_input_embeddings().weight is alone.get_output_embeddings().weight) == (
+        model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    )
+    same = all(torch.equal(buffers[name], buffer) for name, buffer in alone.named_buffers())
+    found = gather_object([{"without": without != first, "tied": tied, "buffers": same, "cut": right}])
+    whole = whole_state(model, trained_only=False)
+    numbers = not first or all(torch.equal(whole[name], value) for name, value in alone.state_dict().items())
+    return {"numbers": numbers, **{name: all(one[name] for one in found) for name in found[0]}}
+
+
+def measure_training(folder: str, run: str, strategy: str) -> list[int]:
+    """Train as `train_tiny` does; return the highest resident memory of each process, without that of libraries."""
+    import psutil
+    from accelerate.utils import gather_object
+
+    import support.training  # noqa: F401
+    from llmtune.store.profile import Meter
+    from llmtune.train.distributed import join_processes
+
+    join_processes("cpu")
+    libraries, meter = psutil.Process().memory_info().rss, Meter()
+    train_tiny(folder, run, strategy)
+    return list(gather_object([meter.peak_bytes - libraries]))
+
+
 def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     """Take the first steps of every recipe that the test left in `folder`; return their losses and gradient norms."""
     from support.pairs import learn_a_little
