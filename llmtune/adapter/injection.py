@@ -257,7 +257,10 @@ def _find_conflicts(selected: SelectedModel, adapter: AdapterSection, targets: l
         what = "olora cannot start from this model's transposed projections (Conv1D)"
         return [Problem(what, where, "Use pissa or true.")]
     shapes = linear_shapes(selected.model)
-    smallest = min(min(shapes[name]) for name in targets if name in shapes)
+    if other := next((name for name in targets if name not in shapes), None):
+        what = f"{start} starts from the matrices of linear modules, and {other} is none"
+        return [Problem(what, where, "Take it out of adapter.target_modules, or use true.")]
+    smallest = min((min(shapes[name]) for name in targets), default=adapter.r)
     if max([adapter.r, *adapter.rank_pattern.values()]) > smallest:
         what = f"{start} takes r directions of each matrix, and the smallest has {smallest}, fewer than r"
         return [Problem(what, "adapter.r", f"Set adapter.r to {smallest} or less.")]

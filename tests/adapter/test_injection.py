@@ -120,11 +120,15 @@ def test_checkpointing_changes_memory_and_not_gradients(tiny_llama):
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_starts_that_change_the_base_are_refused_on_four_bits_and_above_the_rank_of_a_matrix(tiny_llama, start):
+def test_starts_that_change_the_base_are_refused_on_four_bits_above_the_rank_of_a_matrix_and_on_embeddings(
+    tiny_llama, start
+):
     with pytest.raises(RecipeError, match="4 bits cannot undo"):
         adapt(tiny_llama, method="qlora", init_lora_weights=start)
     with pytest.raises(RecipeError, match=r"Set adapter\.r to 32 or less"):
         adapt(tiny_llama, init_lora_weights=start, r=33)
+    with pytest.raises(RecipeError, match="embed_tokens is none"):
+        adapt(tiny_llama, init_lora_weights=start, target_modules=["embed_tokens"])
 
 
 def test_added_tokens_are_trained_and_nothing_else_of_the_embedding(tiny_llama, tmp_path):

@@ -129,10 +129,11 @@ def test_how_a_trial_ended_is_told_with_its_method(
     assert getattr(error, "exit_code", None) == exit_code
 
 
-def test_full_and_lora_side_by_side(place: Path) -> None:
+def test_full_and_lora_side_by_side(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
     command = ["compare", "tiny.yaml", "--methods", "full,lora", *BRIEF, "--out", "two", "--json"]
-    done = llmtune(*command, "--set", "evaluate.gates=['loss < 0']", cwd=place)
-    assert done.returncode == 0, done.stderr
+    done = invoke(*command, "--set", "evaluate.gates=['loss < 0']")
+    assert done.exit_code == 0, done.stderr
     made = json.loads(done.stdout)
     full, lora = made["runs"]
     assert [run["name"] for run in made["runs"]] == ["full", "lora"]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from rich.console import Console
 from support.process import Watched
-from support.runs import invoke, llmtune, write_recipe
+from support.runs import invoke, write_recipe
 from support.training import make_recipe, read_metrics, run_training, write_examples
 
 from llmtune.errors import DataError, EnvironmentProblem, Stopped
@@ -54,8 +54,8 @@ def test_the_command_trains_and_evaluates_in_two_processes_as_in_one_and_leaves_
     here, tiny_llama, chat_rows
 ):
     write_recipe(here / "tiny.yaml", tiny_llama, chat_rows, train={"eval_metrics": ["accuracy", "chrf"]})
-    two = llmtune("launch", "local", "tiny.yaml", "--processes", 2, "--threads", 2, "--out", "two", cwd=here)
-    assert two.returncode == 0, two.stderr
+    two = invoke("launch", "local", "tiny.yaml", "--processes", 2, "--out", "two")
+    assert two.exit_code == 0, two.stderr
     one = invoke("run", "tiny.yaml", "--out", "one")
     assert one.exit_code == 0, one.stderr
     pairs = list(zip(read_metrics(here / "one"), read_metrics(here / "two"), strict=True))
@@ -87,16 +87,9 @@ def test_threads_are_divided_results_and_notes_come_back_and_the_environment_is_
     result = launch_local(
         ["a", "b c"], Topology(2), console, entry="support.workers:succeed", threads=5, on_notes=notes.update
     )
-    assert result == {"world": 2, "threads": "2"}
+    assert result == {"world": 2, "threads": "2", "quiet": False}
     assert notes == {"heard": ["a", "b c"]}
     assert (dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_workers_of_a_quiet_command_are_quiet(console):
-    heard = [
-        launch_local([], Topology(1), one, entry="support.workers:is_quiet") for one in (Console(quiet=True), console)
-    ]
-    assert heard == [True, False]
 
 
 def test_a_mistake_in_one_process_is_raised_here_with_its_rank(console):
@@ -131,12 +124,7 @@ def test_a_signal_saves_in_all_workers_and_training_goes_on(number, code, to, tm
     examples = write_examples(tmp_path / "examples", train=60)
     train = {"num_train_epochs": 200, "save_steps": 10_000, "logging_steps": 1}
     recipe = make_recipe(tmp_path, tiny_llama, train=train)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path / "run")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    parent = start_parent(tmp_path, "train_tiny", stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     _wait_for(tmp_path / "run" / "metrics.jsonl")
     workers = psutil.Process(parent.pid).children(recursive=True)
     assert len(workers) == 2
@@ -188,15 +176,14 @@ def test_the_last_words_of_a_process_are_shown(console):
 
 def test_an_error_that_comes_again_is_not_tried_again_for_long(console):
     with pytest.raises(DataError, match="row 7 has no answer"):
-        launch_local([], Topology(2, max_restarts=3), console, entry="support.workers:fail_in_rank_one")
+        launch_local([], Topology(2, max_restarts=1), console, entry="support.workers:fail_in_rank_one")
 
 
-def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
+@pytest.mark.parametrize("entry", ["write_and_wait", pytest.param("train_tiny", marks=pytest.mark.slow)])
+def test_workers_die_with_a_parent_that_is_killed(entry, tmp_path, tiny_llama):
     write_examples(tmp_path / "examples", train=60)
     make_recipe(tmp_path, tiny_llama, train={"num_train_epochs": 2000})
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), str(tmp_path / "run")], stderr=subprocess.DEVNULL
-    )
+    parent = start_parent(tmp_path, entry, stderr=subprocess.DEVNULL)
     _wait_for(tmp_path / "run" / "metrics.jsonl")
     workers = psutil.Process(parent.pid).children(recursive=True)
     assert len(workers) == 2
@@ -205,11 +192,9 @@ def test_workers_die_with_a_parent_that_is_killed(tmp_path, tiny_llama):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-def test_one_process_can_be_launched_too(console):
-    assert launch_local([], Topology(1), console, entry="support.workers:succeed", threads=3) == {
-        "world": 1,
-        "threads": "3",
-    }
+def test_one_process_can_be_launched_too_and_is_quiet_where_the_command_is():
+    result = launch_local([], Topology(1), Console(quiet=True), entry="support.workers:succeed", threads=3)
+    assert result == {"world": 1, "threads": "3", "quiet": True}
 
 
 PARENT = """
@@ -219,11 +204,15 @@ from llmtune.errors import LlmtuneError
 from llmtune.launch.local_processes import launch_local
 from llmtune.launch.topology import Topology
 try:
-    launch_local(sys.argv[1:], Topology(2), Console(stderr=True), entry="support.workers:train_tiny")
+    launch_local(sys.argv[2:], Topology(2), Console(stderr=True), entry=f"support.workers:{sys.argv[1]}")
 except LlmtuneError as error:
     print(error)
     sys.exit(error.exit_code)
 """
+
+
+def start_parent(folder: Path, entry: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", PARENT, entry, str(folder), str(folder / "run")], **options)
 
 
 def _wait_for(path: Path) -> None:

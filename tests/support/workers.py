@@ -85,15 +85,21 @@ def learn_all(folder: str, strategy: str) -> dict[str, list[list[float]]]:
     return {path.parent.name: learn_a_little(path, strategy) for path in recipes}
 
 
-def is_quiet() -> bool:
-    """Say whether this worker is to print nothing."""
-    return QUIET in os.environ
+def write_and_wait(folder: str, run: str) -> None:
+    """Be seen to work, once both are there, and go on for longer than any test."""
+    (Path(folder) / os.environ["RANK"]).touch()
+    while not all((Path(folder) / rank).exists() for rank in "01"):
+        time.sleep(0.01)
+    Path(run).mkdir(exist_ok=True)
+    (Path(run) / "metrics.jsonl").write_text("{}\n" * 500)
+    time.sleep(600)
 
 
 def succeed(*words: str) -> dict[str, object]:
     """Say how the world looks from rank 0."""
     note(heard=list(words))
-    return {"world": int(os.environ["WORLD_SIZE"]), "threads": os.environ["OMP_NUM_THREADS"]}
+    world, threads = int(os.environ["WORLD_SIZE"]), os.environ["OMP_NUM_THREADS"]
+    return {"world": world, "threads": threads, "quiet": QUIET in os.environ}
 
 
 def fail_in_rank_one() -> None:
