@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def describe(cells: list[str], reasons: list[str]) -> str:
     """One cell of the page: how many of the seven hold, and what does not; or the number of the reason."""
 
     def refused(cell: str) -> str:
-        reason = cell.removeprefix("refused: ")
+        reason = re.sub(r"/\S+/model", "the model", cell.removeprefix("refused: "))
         if reason not in reasons:
             reasons.append(reason)
         return f"refused [{reasons.index(reason) + 1}]"
