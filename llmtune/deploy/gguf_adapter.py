@@ -42,6 +42,7 @@ def check_adapter(model: PreTrainedModel | PeftModel) -> None:
         "modules that are trained whole (modules_to_save)": bool(config.modules_to_save),
         "tokens that are trained (trainable_token_indices)": bool(config.trainable_token_indices),
         "an adapter on fused experts (target_parameters)": bool(config.target_parameters),
+        "activated LoRA (alora_invocation_tokens)": bool(config.alora_invocation_tokens),
         "an adapter on the embedding": any(isinstance(layer, LoraLayer) for layer in embeddings),
     }
     problems = [what for what, present in unsupported.items() if present]

@@ -12,6 +12,7 @@ from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.peft_options import (
     PROMPT_METHODS,
     REFUSED_METHODS,
+    UNMERGEABLE,
     find_misfits,
     options_of,
     peft_methods,
@@ -151,6 +152,11 @@ class AdapterSection(Section):
     def is_prompt(self) -> bool:
         """Whether the method puts trained vectors before a text."""
         return self.method in PROMPT_METHODS
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why this adapter cannot become a part of the base's weights; None where it can."""
+        return next((UNMERGEABLE[name] for name in (self.method, *self.options) if name in UNMERGEABLE), None)
 
     @property
     def needs_rows_apart(self) -> str | None:

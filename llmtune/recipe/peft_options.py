@@ -29,8 +29,9 @@ UNMERGEABLE = {
     **dict.fromkeys(PROMPT_METHODS, "its vectors stand before the text, and no weight of the base changes"),
     "adaption_prompt": "its vectors are read beside the text, and no weight of the base changes",
     "lily": "which of its matrices is taken depends on the input",
+    "alora_invocation_tokens": "it begins in the middle of each row",
 }
-"""Methods whose adapters are no change of the base's weights, each with the reason."""
+"""Methods (and an option of LoRA) whose adapters are no change of the base's weights, each with the reason."""
 REFUSED_OPTIONS = {
     "arrow_config": "it routes between adapters that are trained already",
     "loftq_config": "LoftQ replaces the base's weights by rounded ones that are in no file",

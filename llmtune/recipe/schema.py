@@ -11,7 +11,6 @@ from llmtune.recipe.data_section import DataSection
 from llmtune.recipe.diagnostics import Diagnostics
 from llmtune.recipe.evaluate_section import EvaluateSection
 from llmtune.recipe.model_section import ModelSection
-from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.recipe.section import Count, Section, Seed, descriptions, find_section, one_or_more
 from llmtune.recipe.task_facts import TASK_FACTS
 from llmtune.recipe.task_sections import (
@@ -172,7 +171,7 @@ class Recipe(Section):
         if "merged" in self.deploy and self.adapter.method == "full":
             fix = "Remove it: `weights/` in the run folder is the whole model."
             diagnostics.add("deploy", "'merged' has no effect with adapter.method: full", fix, "adapter.method")
-        reason = UNMERGEABLE.get(self.adapter.method)
+        reason = self.adapter.unmergeable
         for product in self.deploy if reason else ():
             what = f"'deploy: {product}' cannot be made with adapter.method: {self.adapter.method}: {reason}"
             diagnostics.add("deploy", what, "Remove it; the adapter is the result.", "adapter.method")

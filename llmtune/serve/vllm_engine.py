@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,6 +15,9 @@ from llmtune.adapter.load import find_adapter, read_config
 from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.serve.serve_runs import KEY_VARIABLE, OpenedRun, ServeOptions, open_runs, public_name, read_key
 from llmtune.session import trained_name
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512, 1 << 30)
@@ -97,12 +101,7 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
         served = [*base, "--served-model-name", public_name(first.model_ref)]
         configs = [read_config(folder) for folder in folders.values()]
         for folder, config in zip(folders.values(), configs, strict=True):
-            kind = "experts (target_parameters)" if vars(config).get("target_parameters") else config.peft_type
-            if kind != "LORA":
-                fix = "Merge it and serve that with --merged, or serve it without --engine vllm."
-                raise RecipeError.of(
-                    f"vLLM reads adapters of LoRA on modules, and this one is of {kind}", str(folder), fix
-                )
+            check_adapter(config, str(folder))
         rank = max(max(config.r, *(config.rank_pattern or {}).values(), 1) for config in configs)
         adapters = ["--enable-lora", "--max-lora-rank", str(next(known for known in RANKS if known >= rank))]
         adapters += ["--max-loras", str(len(folders)), "--lora-modules"]
@@ -120,6 +119,19 @@ def vllm_command(opened: Sequence[OpenedRun], options: ServeOptions) -> list[str
     if recipe.model.trust_remote_code:
         command.append("--trust-remote-code")
     return [*command, *adapters]
+
+
+def check_adapter(config: PeftConfig, where: str) -> None:
+    """Raise RecipeError for an adapter that vLLM would not apply, or not where it was trained."""
+    kinds = {
+        f"an adapter of {config.peft_type.lower()}": config.peft_type != "LORA",
+        "an adapter of experts (target_parameters)": getattr(config, "target_parameters", None),
+        "activated LoRA (alora_invocation_tokens)": getattr(config, "alora_invocation_tokens", None),
+    }
+    if kind := next((kind for kind, found in kinds.items() if found), None):
+        merge = "" if "activated" in kind else " Or merge it and serve that with --merged."
+        what = f"vLLM reads adapters of LoRA on modules, and this is {kind}"
+        raise RecipeError.of(what, where, f"Serve it without --engine vllm.{merge}")
 
 
 def parser_options(template: str) -> list[str]:

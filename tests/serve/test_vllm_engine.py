@@ -1,8 +1,10 @@
 import pytest
+from peft import LoraConfig, MissConfig
 from support.models import CHATML
 from support.templates import ALWAYS_THINKS, HERMES
 
-from llmtune.serve.vllm_engine import parser_options
+from llmtune.errors import RecipeError
+from llmtune.serve.vllm_engine import check_adapter, parser_options
 
 CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
 
@@ -25,3 +27,17 @@ CALLS = ["--enable-auto-tool-choice", "--tool-call-parser"]
 )
 def test_vllm_gets_the_parsers_of_the_template_s_own_marks(template, options):
     assert parser_options(template) == options
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj"]), "experts.*merge it"),
+        (LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "activated LoRA"),
+        (MissConfig(target_modules=["q_proj"]), "an adapter of miss"),
+    ],
+)
+def test_adapters_that_vllm_would_not_apply_as_they_were_trained_are_refused(config, words):
+    with pytest.raises(RecipeError, match=f"(?s){words}"):
+        check_adapter(config, "adapter")
+    check_adapter(LoraConfig(target_modules=["q_proj"]), "adapter")
