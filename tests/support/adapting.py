@@ -111,8 +111,8 @@ def padded(examples: Sequence[Example]) -> dict[str, Any]:
 
 def train_a_little(folder: Path, **adapter: object) -> AdaptedModel:
     """An adapter away from its start in every parameter."""
-    model = adapter.pop("model", {})
-    recipe = recipe_with(folder, adapter={"r": 8, **adapter}, model=model)
+    sections = {name: adapter.pop(name) for name in ("model", "data") if name in adapter}
+    recipe = recipe_with(folder, adapter={"r": 8, **adapter}, **sections)
     adapted = inject(open_model(recipe), recipe, quiet())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
