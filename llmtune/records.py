@@ -165,6 +165,8 @@ class MemoryPlan:
     """The token budget of the first micro-batch that the plan allows."""
     processes: int = 1
     """The plan is that of one of so many."""
+    base_quantization: str | None = None
+    """As that of the model."""
 
     @property
     def total(self) -> int:
@@ -185,6 +187,8 @@ class SelectedModel:
     """Whether a head that the model's files need not hold is trained whole."""
     peft_task_type: str | None = None
     """PEFT's name for the task; None: `AutoPeftModel` loads the adapter."""
+    base_quantization: str | None = None
+    """transformers' name of how the files' weights are quantised, where they stay so in memory."""
     needs_reference_model: bool = False
     """Whether training compares with the model as it was."""
     new_weights: tuple[str, ...] = ()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -25,9 +28,18 @@ from llmtune.adapter.target_modules import (
 )
 from llmtune.adapter.wiring_check import probe_scores, prove_wiring
 from llmtune.errors import Problem, RecipeError
-from llmtune.model.config import UNREADABLE, expert_parameters, first_line, head_names, in_heads, linear_shapes
+from llmtune.model.config import (
+    UNREADABLE,
+    expert_parameters,
+    first_line,
+    head_names,
+    in_heads,
+    linear_shape,
+    linear_shapes,
+)
 from llmtune.model.experts import count_quantized
 from llmtune.model.oom import explain_oom, is_out_of_memory
+from llmtune.model.quantized_base import is_quantized, kept_quantization
 from llmtune.recipe.adapter_section import MUTATING
 from llmtune.records import AdaptedModel, Examples, ModelRef, SelectedModel
 from llmtune.report.number_format import size as format_bytes
@@ -109,23 +121,28 @@ def show_adapter(adapted: AdaptedModel, console: Console) -> None:
         f"{format_bytes(adapted.adapter_bytes)} to save",
         highlight=False,
     )
-    words = {"share_under_adapter": "under an adapter", "share_in_4_bits": "in 4 bits"}
-    if shares := ", ".join(f"{share:.1%} {words[name]}" for name, share in _weigh(adapted).items()):
-        console.print(f"Of the base's weights: {shares}", highlight=False)
+    if shares := _weigh(adapted):
+        packed = f", {shares['share_quantized']:.1%} in {shares['quantized_bits']} bits" if len(shares) > 1 else ""
+        console.print(
+            f"Of the base's weights: {shares['share_under_adapter']:.1%} under an adapter{packed}", highlight=False
+        )
 
 
 def _weigh(adapted: AdaptedModel) -> dict[str, float]:
-    """Return the shares of the base's weights that have an adapter, and that are kept in 4 bits."""
+    """Return the shares of the base's weights that have an adapter, and that are kept in 4 bits (or 2, 3, 8)."""
     if adapted.method == "full":
         return {}
     base = adapted.total - adapted.trainable
-    quantized = {"share_in_4_bits": count_quantized(adapted.model) / base} if adapted.selected.quantized else {}
+    kept = kept_quantization(adapted.selected.model.config)
+    quantized = {"share_quantized": count_quantized(adapted.model) / base, "quantized_bits": kept.bits} if kept else {}
     return {"share_under_adapter": count_adapted(adapted.model) / base, **quantized}
 
 
 def wrap(selected: SelectedModel, model: PeftModel, method: str) -> AdaptedModel:
     """Count and describe a model with its adapter in place."""
     trainable, total = model.get_nb_trainable_parameters()
+    packed = [module for module in model.modules() if is_quantized(module) and not [*module.parameters(recurse=False)]]
+    total += sum(math.prod(linear_shape(module) or ()) for module in packed)  # GPTQ and AWQ keep them as buffers
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     matched = tuple(getattr(model.base_model, "targeted_module_names", ()))
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
@@ -189,7 +206,21 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
     if not trainable_parameters(model):
         raise RecipeError.of(f"{adapter.method} finds no module here that it can adapt", "adapter", _OTHER)
     _tell_experts(model, targets, adapter, console)
+    _tell_untied(model, console)
     return model
+
+
+def _tell_untied(model: PeftModel, console: Console) -> None:
+    """Say that embedding and head, which shared a weight, are two from now on, since one of them is adapted."""
+    inner, config = model.get_base_model(), model.peft_config["default"]
+    tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
+    if not tied or inner.main_input_name == "input_values" or getattr(config, "ensure_weight_tying", False):
+        return
+    layers = {"embedding": inner.get_input_embeddings(), "head": inner.get_output_embeddings()}
+    adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLayer | ModulesToSaveWrapper)]
+    if adapted:
+        what = f"Embedding and head shared one weight; the {' and the '.join(adapted)} learns apart from now on"
+        console.print(f"{what}: a merged model is larger by that. adapter.ensure_weight_tying: true keeps them one.")
 
 
 def _tell_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:

@@ -19,6 +19,7 @@ from llmtune.errors import EnvironmentProblem, RecipeError
 from llmtune.model.config import first_line
 from llmtune.model.experts import unpacked_experts
 from llmtune.model.library_logging import unreported
+from llmtune.model.quantized_base import unpack
 from llmtune.recipe.peft_options import UNMERGEABLE
 from llmtune.records import AdaptedModel, SelectedModel
 
@@ -29,16 +30,20 @@ def merge(adapted: AdaptedModel, onto: Literal["original", "dequantized"] = "ori
     """Return one plain model; `adapted` is used up.
 
     A model in 4 bits cannot take an adapter in: it is merged onto the `original` weights, loaded again from where they
-    came, or onto the `dequantized` ones, which are what the adapter was trained on.
+    came, or onto the `dequantized` ones, which are what the adapter was trained on. A model whose files are quantised
+    has no others.
 
     Raises EnvironmentProblem where a merged weight is not finite, RecipeError for a method that cannot be merged.
     """
     if adapted.method == "full":
         return cast(PreTrainedModel, adapted.model)
     model = cast(PeftModel, adapted.model)
-    if reason := UNMERGEABLE.get(adapted.method):
+    activated = getattr(model.peft_config["default"], "alora_invocation_tokens", None)
+    if reason := UNMERGEABLE.get("alora_invocation_tokens" if activated else adapted.method):
         raise RecipeError.of(f"an adapter of {adapted.method} cannot be merged: {reason}", "adapter.method", _SERVE)
-    if adapted.selected.quantized:
+    if adapted.selected.base_quantization:
+        model = _unpacked(model)
+    elif adapted.selected.quantized:
         model = _without_quantization(model, adapted.selected, onto)
     _untie_adapted_embedding(model)
     try:
@@ -68,6 +73,17 @@ def _untie_adapted_embedding(model: PeftModel) -> None:
     if head.weight is original.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         inner.config.get_text_config().tie_word_embeddings = inner.config.tie_word_embeddings = False
+
+
+def _unpacked(model: PeftModel) -> PeftModel:
+    """Take the adapter off, give the base plain weights, and put it on again; `model` is used up."""
+    config = replace(model.peft_config["default"])
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    base = cast(PreTrainedModel, model.unload())
+    unpack(base)
+    model = put_adapter(base, config, trainable=False)
+    set_peft_model_state_dict(model, state)
+    return model
 
 
 def _without_quantization(quantized: PeftModel, selected: SelectedModel, onto: str) -> PeftModel:

@@ -55,7 +55,7 @@ def load_adapter(selected: SelectedModel, folder: Path) -> AdaptedModel:
         model = attach(selected, read_config(source), source, trainable=False)
     model.eval()
     kind = model.peft_config["default"].peft_type.value.lower()
-    return wrap(selected, model, "qlora" if selected.quantized else kind)
+    return wrap(selected, model, "qlora" if selected.quantized and not selected.base_quantization else kind)
 
 
 @contextmanager

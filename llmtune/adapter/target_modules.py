@@ -35,8 +35,9 @@ def resolve_targets(model: torch.nn.Module, adapter: AdapterSection) -> list[str
 
     Raises RecipeError that lists every entry which matches nothing, with the linear modules that there are.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
     linears = list(linear_shapes(model))
+    known = set(linears)
+    names = [name for name, module in model.named_modules() if isinstance(module, _ADAPTABLE) or name in known]
     heads = set(head_names(model))
     patterns = adapter.target_modules
     problems: list[Problem] = []

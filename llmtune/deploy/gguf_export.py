@@ -98,11 +98,12 @@ def make_gguf(
         raise RecipeError.of(what, "--type", f"Choose one of: {', '.join(known)}.")
     if number_format in K_QUANTS:
         find_quantizer()  # before anything is loaded
-    if onto is not None and (adapter_only or context.recipe.adapter.method != "qlora"):
+    trained_on = training_base(context.recipe, model_ref)
+    if onto is not None and (adapter_only or trained_on == "original"):
         what = "an adapter alone has no base to go onto" if adapter_only else "the base was not quantised in training"
         raise RecipeError.of(what, "--onto", "Omit --onto.")
-    onto = onto or training_base(context.recipe)
-    RecipeError.collect(check_onto(onto, quantized=True))
+    onto = onto or trained_on
+    RecipeError.collect(check_onto(onto, True, trained_on == "original" or context.recipe.adapter.method == "qlora"))
     tuned = load_tuned(context, model_ref, check_gguf(context, model_ref))
     folder = out or context.folder.path / "gguf" / (f"adapter-{number_format}" if adapter_only else number_format)
     options = {"number_format": number_format, "onto": onto}

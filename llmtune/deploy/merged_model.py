@@ -50,7 +50,9 @@ def merge(
     processor = context.read_processor(model_ref)
     tuned = load_tuned(context, model_ref, processor, splits=("test", "validation", "train"))
     folder = out or context.folder.path / "merged"
-    return merge_model(tuned, folder, context.console, onto=onto or training_base(context.recipe), dtype=dtype)
+    return merge_model(
+        tuned, folder, context.console, onto=onto or training_base(context.recipe, model_ref), dtype=dtype
+    )
 
 
 def merge_model(
@@ -68,13 +70,14 @@ def merge_model(
     target_dtype = _check_arguments(tuned, out, onto, dtype)
     base = cast(Onto, onto)
     model_ref, quantized = tuned.adapted.selected.model_ref, tuned.adapted.selected.quantized
+    original = tuned.adapted.selected.base_quantization is None
     exact = target_dtype == _trained_dtype(tuned) == torch.float32
     limits = LIMITS["other base" if quantized and onto == "original" else "exact" if exact else "rounded"]
     with spinner(console, "asking the tuned model"):
         reference = make_reference(tuned)
     device = str(tuned.adapted.selected.model.device)
     with explained(out), explain_oom(f"merging {model_ref.name}", device), staged(out) as folder:
-        other = _compare_other_base(tuned, base, reference, console) if quantized else None
+        other = _compare_other_base(tuned, base, reference, console) if quantized and original else None
         with spinner(console, "merging and saving"):
             _save(_merge(tuned, base, target_dtype), tuned, folder, target_dtype)
         with spinner(console, "asking the merged model, read back from disk"):
@@ -104,7 +107,8 @@ def merge_model(
 
 
 def _check_arguments(tuned: TunedModel, out: Path, onto: str, dtype: str) -> torch.dtype:
-    problems = [*check_output(out), *check_onto(onto, tuned.adapted.selected.quantized)]
+    selected = tuned.adapted.selected
+    problems = [*check_output(out), *check_onto(onto, selected.quantized, selected.base_quantization is None)]
     if dtype != "auto" and dtype not in DTYPES:
         problems.append(Problem(f"{dtype!r} is not a number format", "--dtype", f"Choose auto, {', '.join(DTYPES)}."))
     RecipeError.collect(problems)
@@ -113,7 +117,7 @@ def _check_arguments(tuned: TunedModel, out: Path, onto: str, dtype: str) -> tor
 
 def _trained_dtype(tuned: TunedModel) -> torch.dtype:
     model = tuned.adapted.selected.model
-    if tuned.adapted.selected.quantized:
+    if tuned.adapted.selected.quantized and not tuned.adapted.selected.base_quantization:
         return cast(torch.dtype, model.config.quantization_config.bnb_4bit_compute_dtype)
     return cast(torch.dtype, model.dtype)
 

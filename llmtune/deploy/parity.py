@@ -160,12 +160,14 @@ def check_output(out: Path) -> Iterator[Problem]:
         yield Problem("a file stands where a folder is needed", str(existing), "Choose another --out.")
 
 
-def check_onto(onto: str, quantized: bool) -> Iterator[Problem]:
-    """Yield what is wrong with the weights that a product is to go onto."""
+def check_onto(onto: str, quantized: bool, original: bool = True) -> Iterator[Problem]:
+    """Yield what is wrong with the weights that a product is to go onto; not all models have `original` ones."""
     if onto not in ("original", "dequantized"):
         yield Problem(f"{onto!r} is neither original nor dequantized", "--onto")
     elif onto == "dequantized" and not quantized:
         yield Problem("the base was not quantised in training", "--onto", "Omit --onto.")
+    elif onto == "original" and not original:
+        yield Problem("the base's files are quantised: there are no other weights of it", "--onto", "Omit --onto.")
 
 
 def load_product(load: Callable[[], tuple[PreTrainedModel, dict[str, set[str]]]], product: str) -> PreTrainedModel:

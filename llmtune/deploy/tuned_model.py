@@ -24,8 +24,10 @@ from llmtune.errors import DataError
 from llmtune.evaluate.evaluated_task import LoadedModel
 from llmtune.evaluate.generation import answer_ends, generate_batch, only_these_settings
 from llmtune.model.causal_lm_loss import accepted_arguments, unwrap
+from llmtune.model.config import read_model_config
 from llmtune.model.device import compute_context, resolve_dtype
 from llmtune.model.model_inputs import decoder_inputs, move_to, read_inputs
+from llmtune.model.quantized_base import kept_quantization
 from llmtune.recipe.schema import Recipe
 from llmtune.records import AdaptedModel, Batch, ModelRef, Row
 from llmtune.report.render_terminal import follow
@@ -114,9 +116,10 @@ def load_tuned(
     )
 
 
-def training_base(recipe: Recipe) -> Onto:
+def training_base(recipe: Recipe, model_ref: ModelRef) -> Onto:
     """Return the weights that the adapter was trained on, as `--onto` calls them: there both models agree best."""
-    return "dequantized" if recipe.adapter.method == "qlora" else "original"
+    quantized = recipe.adapter.method == "qlora" or kept_quantization(read_model_config(model_ref, recipe.model))
+    return "dequantized" if quantized else "original"
 
 
 class Reference(ABC):

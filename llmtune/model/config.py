@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.data.task_interface import TaskInterface
 from llmtune.errors import EnvironmentProblem, Problem, RecipeError, system_errno
 from llmtune.model.oom import is_out_of_memory
+from llmtune.model.quantized_base import check_training, is_quantized, prepare_reading
 from llmtune.records import ModelRef
 from llmtune.store.resource_limits import LimitExceeded
 
@@ -68,6 +69,7 @@ def find_class(
     if recipe.adapter.is_prompt and task.auto_class != "AutoModelForCausalLM":
         what = f"{recipe.adapter.method} puts its vectors before a text that a decoder goes on from"
         raise RecipeError.of(f"{what}, and {model_ref.name} is none", "adapter.method", "Use lora.")
+    check_training(config, recipe.adapter, task.trains_head, model_ref.name)
     task.configure_head(config, recipe)
     return auto_class if own_code else auto_class._model_mapping[type(config)], config
 
@@ -140,6 +142,7 @@ def read_model_config(model_ref: ModelRef, model: ModelSection) -> PreTrainedCon
         config = AutoConfig.from_pretrained(
             str(model_ref.path), trust_remote_code=model.trust_remote_code, local_files_only=True
         )
+    prepare_reading(config)
     text = config.get_text_config()
     layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     wrong = (
@@ -205,7 +208,7 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig,
 
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Return (inputs, outputs) of every linear module by its name, 4-bit ones too."""
+    """Return (inputs, outputs) of every linear module by its name, quantised ones too."""
     return {name: shape for name, module in model.named_modules() if (shape := linear_shape(module))}
 
 
@@ -213,7 +216,8 @@ def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
     """Return inputs and outputs of a linear module; None for others."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
-    return (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
+    linear = isinstance(module, torch.nn.Linear) or is_quantized(module)
+    return (cast(int, module.in_features), cast(int, module.out_features)) if linear else None
 
 
 def expert_parameters(model: torch.nn.Module) -> dict[str, torch.Size]:

@@ -6,14 +6,15 @@ dimensions instead, [experts, ...], which stay in 16 bits without a word.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit
 
-from llmtune.model.config import expert_parameters
+from llmtune.model.config import expert_parameters, linear_shape
+from llmtune.model.quantized_base import is_quantized
 
 if TYPE_CHECKING:
     from llmtune.recipe.adapter_section import AdapterSection
@@ -51,10 +52,8 @@ def unpacked_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def count_quantized(model: torch.nn.Module) -> int:
-    """Return how many weights of `model` are kept in 4 bits."""
-    linear = sum(
-        module.in_features * module.out_features for module in model.modules() if isinstance(module, Linear4bit)
-    )
+    """Return how many weights of `model` are kept in fewer bits than they are computed with."""
+    linear = sum(math.prod(linear_shape(module) or ()) for module in model.modules() if is_quantized(module))
     packed = [state.shape for module in model.modules() for _, _, state in vars(module).get(_PACKED, {}).values()]
     return int(linear + sum(shape.numel() for shape in packed))
 

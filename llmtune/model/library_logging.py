@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 # It looks for an optional hub kernel when it is imported, and warns where there is none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -15,12 +16,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def unreported() -> Iterator[None]:
     """Hide transformers' table of weights that were missing or left over: we check them, and say what matters.
 
-    By a filter: at a level of its own this logger has transformers tell which layers no plan of parallelism names.
+    By a filter: at a level of its own this logger has transformers tell which layers no plan of parallelism names. What
+    goes to standard output, which is for results, is hidden too: gptqmodel's banner.
     """
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_no_report)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.removeFilter(_is_no_report)
 

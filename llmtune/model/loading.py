@@ -33,6 +33,7 @@ from llmtune.model.library_logging import unreported
 from llmtune.model.memory_plan import plan_memory
 from llmtune.model.oom import explain_oom
 from llmtune.model.packed_attention import PACKED, choose_attention, install_packed, pool_documents
+from llmtune.model.quantized_base import is_quantized, keep_quantized_format, kept_quantization
 from llmtune.model.self_checks import (
     explain_unreadable,
     isolates_documents,
@@ -62,7 +63,7 @@ def load_model(
     plan: MemoryPlan | None = None,
     console: Console | None = None,
 ) -> SelectedModel:
-    """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora.
+    """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, or as they are.
 
     With `training` and `method: full` weights are float32 (masters, computed with under autocast); otherwise they are
     in the resolved format. The embedding grows to the tokens of `processor`.
@@ -98,12 +99,14 @@ def load_model(
         _check_positions(model, model_ref, recipe)
         packs = _check_packing(model, model_ref, recipe, task, attention, reason, console)
         plan = plan or plan_memory(model_ref, recipe, task, recipe.data.max_length, device)
+    kept = None if recipe.adapter.method == "qlora" else kept_quantization(model.config)
     return SelectedModel(
         model_ref,
         model,
         processor,
         plan,
-        quantized=recipe.adapter.method == "qlora",
+        quantized=recipe.adapter.method == "qlora" or kept is not None,
+        base_quantization=kept.method if kept else None,
         trains_head=task.trains_head,
         peft_task_type=task.peft_task_type,
         needs_reference_model=task.needs_reference_model(recipe),
@@ -221,6 +224,10 @@ def _load_weights(
     if recipe.adapter.method == "qlora":
         options["quantization_config"] = _quantization(recipe, task, model_class, config, dtype)
         options["device_map"] = {"": device}
+    elif kept := kept_quantization(config):
+        options["device_map"] = {"": device}
+        if kept.method == "bitsandbytes":
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     if device.startswith("cuda"):
         options["device_map"] = {"": torch.cuda.current_device()}
     if hasattr(model_class, "from_config"):
@@ -242,8 +249,7 @@ def _load_weights(
             ignore_mismatched_sizes=task.trains_head,  # a head for other classes
             **options,
         )
-    if "quantization_config" in options:
-        _keep_quantized_format(model)
+    keep_quantized_format(model)
     absent = {*info["missing_keys"], *(str(entry[0]) for entry in info.get("mismatched_keys", ()))}
     new = _initialize_head(model, absent, config, task)
     if missing := sorted(absent - new):
@@ -261,7 +267,9 @@ def _load_weights(
 @torch.no_grad()
 def _refuse_no_numbers(model: PreTrainedModel, model_ref: ModelRef) -> None:
     """Raise EnvironmentProblem where weights are NaN or infinite: whatever is computed with them is, too."""
-    floats = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    packed = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
+    whole = [(name, weight) for name, weight in model.named_parameters() if not name.startswith(packed)]
+    floats = [(name, weight) for name, weight in whole if weight.is_floating_point()]
     wrong = [name for name, weight in floats if not weight.sum(dtype=torch.float32).isfinite()]
     wrong = [name for name, weight in floats if name in wrong and not weight.isfinite().all()]  # a sum may overflow
     if wrong:
@@ -288,17 +296,6 @@ def _quantization(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=[*heads, *new],
     )
-
-
-def _keep_quantized_format(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking weights for inference at the first forward pass in eval mode on AVX512-BF16.
-
-    It cannot be undone, its kernel has no gradient (training after a validation would go wrong in silence), and it
-    rounds otherwise than the one trained with.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _initialize_head(

@@ -15,11 +15,12 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.data.task_interface import TaskInterface
-from llmtune.errors import DataError, EnvironmentProblem
+from llmtune.errors import DataError, EnvironmentProblem, RecipeError
 from llmtune.model.causal_lm_loss import unwrap
 from llmtune.model.chunked_cross_entropy import CHUNK_ELEMENTS
 from llmtune.model.config import build_skeleton, expert_parameters, find_class, head_names, in_heads, linear_shapes
 from llmtune.model.device import memory_limit, resolve_dtype
+from llmtune.model.quantized_base import BaseQuantization, kept_quantization
 from llmtune.model.tensor_parallel import STYLES, check_tensor_parallel, planned_layers
 from llmtune.recipe.adapter_section import MUTATING
 from llmtune.recipe.peft_options import options_of
@@ -80,17 +81,17 @@ def plan_skeleton(
     # Of a decoder those of one chunk of its loss stand in memory together.
     logits_at_once = min(tokens, max(1, CHUNK_ELEMENTS // vocabulary)) if causal and vocabulary else tokens
     logit_bytes = 3 * vocabulary * weight_bytes  # the logits, the gradient kept for them and the one handed on
-    full = recipe.adapter.method == "full"
+    full, kept = recipe.adapter.method == "full", kept_quantization(config)
     small = 0 if full else sum(size for size in trained if size < _SMALL)
     optimizer = (trained_total - small) * optimizer_bytes(recipe.train.optim)
     optimizer += small * optimizer_bytes(recipe.train.optim, small=True)
     parts = {
         **({"libraries": _LIBRARIES_BYTES} if device == "cpu" else {}),
-        "weights": _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes),
+        "weights": _weight_bytes(skeleton, inner, recipe.adapter, weight_bytes, kept),
         "adapter": 0 if full else 4 * trained_total,
         "gradients": 4 * trained_total,
         "optimizer": int(optimizer),
-        "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe, device),
+        "activations": tokens * weight_bytes * _kept_activations(text, inner, recipe, device, kept is not None),
         "logits": logits_at_once * logit_bytes,
     }
     if (
@@ -102,13 +103,13 @@ def plan_skeleton(
     lower_bound = _fixed(parts) + logit_bytes - parts.get("loading", 0)  # loading is over when training begins
     if recipe.train.optim.startswith("paged_"):
         lower_bound -= parts["optimizer"]  # moves to the host where it must
-    return MemoryPlan(parts, lower_bound, limit, device)
+    return MemoryPlan(parts, lower_bound, limit, device, base_quantization=kept.method if kept else None)
 
 
 def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, layout: Layout) -> MemoryPlan:
     """Return the plan of one of several processes; those of a machine without cards share its memory.
 
-    Raises RecipeError for a model whose layers cannot be divided.
+    Raises RecipeError for a model whose layers cannot be divided, or that stays quantised.
 
     Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer whole for a
     pass. The gradients of one layer, and of what is in none, are whole until they are summed.
@@ -117,6 +118,9 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
     plan = replace(plan, limit=limit, processes=layout.processes)
     if layout.strategy == "ddp":
         return plan
+    if plan.base_quantization:
+        what = "the base's files are quantised, and weights as packed bytes are not cut over processes"
+        raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the model that it was made from.")
     if layout.strategy == "tp":
         check_tensor_parallel(skeleton, recipe, layout.processes)
     full = recipe.adapter.method == "full"
@@ -288,7 +292,8 @@ def suggest_recipe(plan: MemoryPlan, recipe: Recipe) -> str:
     if full and compute_bytes * parameters + rest <= plan.limit:
         return "Set adapter.method: lora, which should fit."
     # In 4 bits, with a tenth of the weights, the embedding, left whole.
-    if recipe.adapter.method != "qlora" and (0.55 + 0.1 * compute_bytes) * parameters + rest <= plan.limit:
+    quantized = recipe.adapter.method == "qlora" or plan.base_quantization is not None
+    if not quantized and (0.55 + 0.1 * compute_bytes) * parameters + rest <= plan.limit:
         return "Set adapter.method: qlora, which should fit."
     return f"Choose a smaller model: {plan.device} has {format_bytes(plan.limit)}."
 
@@ -307,11 +312,19 @@ def micro_batch_tokens(plan: MemoryPlan, tokens: int, longest: int) -> int:
 
 
 def _weight_bytes(
-    skeleton: PreTrainedModel, inner: dict[str, tuple[int, int]], adapter: AdapterSection, weight_bytes: int
+    skeleton: PreTrainedModel,
+    inner: dict[str, tuple[int, int]],
+    adapter: AdapterSection,
+    weight_bytes: int,
+    kept: BaseQuantization | None,
 ) -> int:
     parameters: int = sum(parameter.numel() for parameter in skeleton.parameters())
     if adapter.method == "full":
         return 4 * parameters
+    if kept is not None:
+        whole = {name: shape for name, shape in inner.items() if not any(part in name for part in kept.skipped)}
+        quantized = sum(inputs * outputs for inputs, outputs in whole.values())
+        return int(quantized * kept.bytes_per_weight) + weight_bytes * (parameters - quantized)
     if adapter.method != "qlora":
         return weight_bytes * parameters
     quantized = _quantized(skeleton, inner)
@@ -351,16 +364,18 @@ def _adapter_sizes(inner: dict[str, tuple[int, int]], adapter: AdapterSection) -
     return [rank * size for shape in targets for size in shape]
 
 
-def _kept_activations(text: PreTrainedConfig, inner: dict[str, tuple[int, int]], recipe: Recipe, device: str) -> int:
+def _kept_activations(
+    text: PreTrainedConfig, inner: dict[str, tuple[int, int]], recipe: Recipe, device: str, kept: bool
+) -> int:
     """Estimate the numbers that the backward pass needs a token: about 10 hidden and 4 intermediate vectors a layer.
 
-    Beside a base in 4 bits it is 6 intermediate ones. What checkpointing gives back on a CPU stays with the process:
+    Beside a quantised base it is 6 intermediate ones. What checkpointing gives back on a CPU stays with the process:
     docs/memory.md has the measurements.
     """
     layers = int(getattr(text, "num_hidden_layers", 1) + getattr(text, "decoder_layers", 0))
     hidden = int(getattr(text, "hidden_size", 0))
     intermediate = max((max(shape) for shape in inner.values()), default=4 * hidden)
-    layer = 10 * hidden + (6 if recipe.adapter.method == "qlora" else 4) * intermediate
+    layer = 10 * hidden + (6 if kept or recipe.adapter.method == "qlora" else 4) * intermediate
     saves = recipe.train.gradient_checkpointing is True and device != "cpu"
     return layers * hidden + layer if saves else layers * layer
 

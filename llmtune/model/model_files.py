@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from llmtune.errors import EnvironmentProblem, LlmtuneError, Problem, RecipeError
+from llmtune.model.quantized_base import check_readable
 from llmtune.recipe.user_files import check_regular, open_regular, read_text
 from llmtune.store.atomic_files import MODEL_ENDINGS
 
@@ -74,11 +75,7 @@ def read_config_file(folder: Path) -> dict[str, object]:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise EnvironmentProblem.of(f"architectures is {named!r}, and must be a list of names", str(path), fix)
-    quantized = config.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") != "mxfp4":  # that is read as bfloat16
-        what = f"the weights are quantised already ({quantized.get('quant_method', 'quantization_config')})"
-        fix = "Name the model that it was made from, and set adapter.method: qlora: it is quantised on the way."
-        raise EnvironmentProblem.of(what, str(path), fix)
+    check_readable(config, str(path))
     return config
 
 

@@ -145,7 +145,8 @@ class AdapterFacts(TypedDict, total=False):
     r: int
     lora_alpha: float
     share_under_adapter: float
-    share_in_4_bits: float
+    share_quantized: float
+    quantized_bits: int
 
 
 class HardRow(TypedDict):

@@ -236,7 +236,7 @@ def adapter_section(adapter: AdapterFacts | None, deploy: Mapping[str, object] |
         ("trained", f"{count(trainable)} of {count(whole)} parameters"),
         ("share", share(trainable, whole, 2)),
         ("of the base under it", share(adapter.get("share_under_adapter"), 1)),
-        ("of the base in 4 bits", share(adapter.get("share_in_4_bits"), 1)),
+        (f"of the base in {adapter.get('quantized_bits')} bits", share(adapter.get("share_quantized"), 1)),
         ("on disk", size(adapter.get("bytes"))),
         ("modules", count(adapter.get("matched_modules"))),
     ]

@@ -177,7 +177,7 @@ def load_models(opened: Sequence[OpenedRun], options: ServeOptions) -> dict[str,
     processor = load_processor(first.model_ref, recipe.model, recipe.data.system_prompt)
     adapted = Models(first.context, first.model_ref, processor).adapted
     if options.merged:
-        merged = merge(adapted, "dequantized" if first.method == "qlora" else "original")
+        merged = merge(adapted, "dequantized" if adapted.selected.quantized else "original")
         return {first.name: ServedModel(first.name, merged.eval(), processor, recipe, task)}
     if first.method == "full":
         weights = cast("PreTrainedModel", adapted.model)

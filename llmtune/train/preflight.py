@@ -270,7 +270,7 @@ def _does_not_fit(training: TrainContext) -> LlmtuneError:
     ways = ["Lower data.max_length"]
     if training.recipe.train.gradient_checkpointing is not True:
         ways.append("set train.gradient_checkpointing: true")
-    if training.recipe.adapter.method != "qlora":
+    if not training.adapted.selected.quantized:
         ways.append("set adapter.method: " + ("lora" if training.recipe.adapter.method == "full" else "qlora"))
     return TrainingError.of(
         f"out of memory: the longest row ({training.longest:,} tokens) does not fit alone; {device.type} memory{has}",

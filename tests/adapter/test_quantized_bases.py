@@ -1,0 +1,191 @@
+"""Bases whose files are quantised: an adapter trains beside them, reloads in plain PEFT and merges; or is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from support.adapting import build_family, logits, open_model, quiet, recipe_with
+from support.quantized import BUILDERS, build_quantized
+from support.runs import invoke, write_recipe
+from transformers import AutoModelForCausalLM
+
+from llmtune.adapter.injection import describe, inject, trainable_parameters
+from llmtune.adapter.merging import merge
+from llmtune.adapter.saving import save_adapter
+from llmtune.errors import EnvironmentProblem, RecipeError
+from llmtune.model.quantized_base import unpack
+
+KEPT = {"bitsandbytes-4": 4, "bitsandbytes-8": 8, "torchao": 8, "gptq": 4, "awq": 4}
+"""Bits of those that stay quantised in memory."""
+QUICK = ("bitsandbytes-4", "fp8")
+KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in BUILDERS]
+SLOPPY = {"bitsandbytes-8": 0.05, "awq": 0.02}
+"""How far logits may be from those beside unpacked weights: LLM.int8 rounds what a layer reads too, AWQ sums in 16."""
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning", "ignore::DeprecationWarning:gptqmodel")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_llama):
+    made = {}
+
+    def build(kind):
+        if kind not in made:
+            made[kind] = build_quantized(tmp_path_factory.mktemp("bases") / kind, tiny_llama, kind)
+        return made[kind]
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tmp_path):
+    recipe = recipe_with(base(kind), adapter={"r": 4})
+    selected = open_model(recipe)
+    adapted = inject(selected, recipe, quiet())
+    facts = describe(adapted)
+    assert selected.quantized == (kind in KEPT)
+    assert facts.get("quantized_bits") == KEPT.get(kind)
+    assert facts["share_under_adapter"] == pytest.approx(0.728, abs=0.001)
+    assert facts.get("share_quantized", 0.728) == pytest.approx(0.728, abs=0.001)
+    optimizer = torch.optim.SGD(trainable_parameters(adapted.model), lr=0.5)
+    adapted.model.train()
+    losses = []
+    for _ in range(6):
+        ids = torch.arange(5, 45)[None]
+        loss = adapted.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.01
+    adapted.model.eval()
+    tuned = logits(adapted.model)
+    save_adapter(adapted, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base(kind), dtype=torch.float32), tmp_path / "adapter"
+    )
+    torch.testing.assert_close(logits(plain.eval()), tuned, atol=0.05, rtol=0)  # kernels for inference round more
+    close = {"atol": SLOPPY.get(kind, 1e-3), "rtol": 0}
+    merged = merge(adapted, "dequantized")
+    assert not getattr(merged, "is_quantized", False)
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(again), tuned, **close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KEPT)
+def test_gradients_are_those_beside_the_unpacked_weights(base, kind):
+    found = []
+    for unpacked in (False, True):
+        recipe = recipe_with(base(kind), adapter={"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]})
+        selected = open_model(recipe)
+        if unpacked:
+            unpack(selected.model)
+        adapted = inject(selected, recipe, quiet())
+        ids = torch.arange(5, 45)[None]
+        with torch.no_grad():
+            for parameter in trainable_parameters(adapted.model):
+                parameter.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+        adapted.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([p.grad for _, p in sorted(adapted.model.named_parameters()) if p.requires_grad])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KEPT)
+def test_the_plan_counts_weights_in_their_bits(base, kind):
+    selected = open_model(recipe_with(base(kind)))
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in selected.model.get_input_embeddings().parameters())
+    assert selected.plan.base_quantization == selected.base_quantization == kind.partition("-")[0]
+    inner = selected.plan.parts["weights"] - whole
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert inner * 8 / weights == pytest.approx(KEPT[kind], abs=1.2)  # scales; norms in 32 bits
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        ({"method": "full"}, "have no gradient"),
+        ({"method": "qlora"}, "quantised already"),
+        ({"init_lora_weights": "pissa"}, "and these are quantised"),
+    ],
+)
+def test_what_quantised_weights_cannot_do_is_refused_before_they_are_read(base, tmp_path, adapter, words):
+    folder = shutil.copytree(base("bitsandbytes-4"), tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1000] + b"\xff" * 1000)
+    with pytest.raises(RecipeError, match=words):
+        open_model(recipe_with(folder, adapter=adapter))
+
+
+def test_a_new_head_is_not_put_on_weights_that_stay_quantised(base, tmp_path):
+    recipe = recipe_with(base("bitsandbytes-4")).model_copy(update={"task": "classify"})
+    with pytest.raises(RecipeError, match="puts a new head on a model"):
+        open_model(recipe)
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"quant_method": "hqq"}, "transformers 5 does not read it yet"),
+        ({"quant_method": "quark"}, "llmtune trains beside awq"),
+        ({"quant_method": "bitsandbytes"}, "does not say in how many bits"),
+        ({"bits": 4}, "must name a quant_method"),
+        (4, "must name a quant_method"),
+        ({"quant_method": "gptq", "bits": "many"}, "pip install|does not say in how many bits"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4Weight"}}}, "pip install|less than 8"),
+    ],
+)
+def test_files_that_cannot_be_trained_beside_are_refused_by_name_with_the_cure(tiny_llama, tmp_path, stated, words):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+    with pytest.raises(EnvironmentProblem, match=words) as caught:
+        open_model(recipe_with(folder))
+    assert "name the model that it was made from" in str(caught.value).lower()
+
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def test_experts_in_mxfp4_are_unpacked_and_adapted(tmp_path):
+    shape = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
+    folder = build_family(tmp_path / "model", "gpt_oss", **shape)
+    state, expected = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        codes = torch.randint(0, 16, (experts, outputs, inputs // 32, 32), generator=generator)
+        values = MXFP4[codes % 8] * (1 - 2 * (codes // 8)) / 16
+        expected[name] = values.reshape(experts, outputs, inputs).transpose(1, 2)
+        state[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        state[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 127 - 4, dtype=torch.uint8)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    recipe = recipe_with(folder, adapter={"r": 4, "target_parameters": ["gate_up_proj", "down_proj"]})
+    selected = open_model(recipe)
+    assert not selected.quantized
+    for name, weights in expected.items():
+        torch.testing.assert_close(selected.model.get_parameter(name).detach(), weights)
+    assert describe(inject(selected, recipe, quiet()))["share_under_adapter"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_run_on_a_quantised_base_ends_with_a_certified_merge(base, here, chat_rows):
+    recipe = write_recipe(here / "recipe.yaml", base("bitsandbytes-4"), chat_rows, deploy=["merged"])
+    result = invoke("run", recipe, "--out", here / "run")
+    assert result.exit_code == 0, result.output
+    report = json.loads((here / "run" / "report.json").read_text())
+    assert report["train"]["train_loss"] < report["train"]["first_loss"]
+    assert report["adapter"]["quantized_bits"] == 4
+    assert f"{report['adapter']['share_quantized']:.1%} in 4 bits" in result.output
+    assert json.loads((here / "run" / "merged" / "certificate.json").read_text())["passed"]
+    again = invoke("deploy", "merge", here / "run", "--onto", "original", "--out", here / "other")
+    assert again.exit_code == 2
+    assert "there are no other weights of it" in again.output
