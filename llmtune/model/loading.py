@@ -65,8 +65,7 @@ def load_model(
 ) -> SelectedModel:
     """Load the weights onto `device`, in eval mode, quantised to 4 bits if `adapter.method` is qlora, or as they are.
 
-    With `training` and `method: full` weights are float32 (masters, computed with under autocast); otherwise they are
-    in the resolved format. The embedding grows to the tokens of `processor`.
+    With `training` and `method: full` weights are float32 masters. The embedding grows to the tokens of `processor`.
 
     Raises:
         EnvironmentProblem: the weights cannot be loaded, some are missing, or memory runs out.
