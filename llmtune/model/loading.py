@@ -191,6 +191,7 @@ def load_plain(
         EnvironmentProblem: the weights cannot be loaded, or memory runs out.
     """
     transformers.utils.logging.disable_progress_bar()
+    kept = kept_quantization(config)
     readable_weights = readable(NOT_LOADED, str(model_ref.path), AGAIN)
     with explain_oom(f"loading {model_ref.name}", device), unreported(), readable_weights:
         model = architecture_class(config, section.trust_remote_code).from_pretrained(
@@ -201,8 +202,9 @@ def load_plain(
             use_safetensors=section.use_safetensors,
             local_files_only=True,
             **({"trust_remote_code": True} if section.trust_remote_code else {}),
+            **({"device_map": {"": device}} if kept else {}),
         )
-    return cast(PreTrainedModel, model.to(device).eval())
+    return cast(PreTrainedModel, (model if kept else model.to(device)).eval())
 
 
 def _load_weights(

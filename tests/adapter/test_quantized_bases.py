@@ -49,7 +49,7 @@ def test_an_adapter_trains_beside_a_quantised_base_and_comes_back(base, kind, tm
     assert facts.get("quantized_bits") == KEPT.get(kind)
     assert facts["share_under_adapter"] == pytest.approx(0.728, abs=0.001)
     assert facts.get("share_quantized", 0.728) == pytest.approx(0.728, abs=0.001)
-    optimizer = torch.optim.SGD(trainable_parameters(adapted.model), lr=0.5)
+    optimizer = torch.optim.Adam(trainable_parameters(adapted.model), lr=5e-3)
     adapted.model.train()
     losses = []
     for _ in range(6):
