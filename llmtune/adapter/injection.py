@@ -188,7 +188,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
     problems = [*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)]
     problems += find_unmatched_parameters(selected.model, adapter.options.get("target_parameters", ()))
     tokens = _find_added_tokens(selected, recipe)
-    RecipeError.collect([*problems, *_find_token_conflicts(tokens or {}, [*targets, *whole])])
+    RecipeError.collect([*problems, *_find_token_conflicts(selected.model, tokens or {}, [*targets, *whole])])
     config = make_config(selected, adapter, targets, whole, tokens)
     torch.manual_seed(recipe.seed)
     try:
@@ -212,15 +212,15 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
 
 def _tell_untied(model: PeftModel, console: Console) -> None:
     """Say that embedding and head, which shared a weight, are two from now on, since one of them is adapted."""
-    inner, config = model.get_base_model(), model.peft_config["default"]
+    inner = model.get_base_model()
     tied = getattr(inner.config.get_text_config(), "tie_word_embeddings", False)
-    if not tied or inner.main_input_name == "input_values" or getattr(config, "ensure_weight_tying", False):
+    if not tied or inner.main_input_name == "input_values":
         return
     layers = {"embedding": inner.get_input_embeddings(), "head": inner.get_output_embeddings()}
     adapted = [name for name, layer in layers.items() if isinstance(layer, LoraLayer | ModulesToSaveWrapper)]
     if adapted:
-        what = f"Embedding and head shared one weight; the {' and the '.join(adapted)} learns apart from now on"
-        console.print(f"{what}: a merged model is larger by that. adapter.ensure_weight_tying: true keeps them one.")
+        what = "Embedding and head share one weight in the base; with this adapter they are two"
+        console.print(f"{what} (trained: {', '.join(adapted)}), and a merged model is larger by one of them.")
 
 
 def _tell_experts(model: PeftModel, targets: Sequence[str], adapter: AdapterSection, console: Console) -> None:
@@ -325,15 +325,21 @@ def _check_reload(model: PeftModel) -> None:
         )
 
 
-def _find_token_conflicts(layers: Iterable[str], adapted: Sequence[str]) -> list[Problem]:
-    """Find among what gets an adapter the `layers` of which only the rows of added tokens are trained."""
+def _find_token_conflicts(model: PreTrainedModel, tokens: Iterable[str], adapted: Sequence[str]) -> list[Problem]:
+    """Find among what gets an adapter the layers of which only the rows of added `tokens` are trained.
+
+    That is the head too, where it shares the embedding's weight.
+    """
+    layers = set(tokens)
+    output = model.get_output_embeddings() if layers and model.config.tie_word_embeddings else None
+    layers |= {name for name, module in model.named_modules() if output is not None and module is output}
     return [
         Problem(
             f"{name} is trained in the rows of model.add_tokens alone, and here as a whole",
             "adapter.target_modules" if name in adapted else "adapter.modules_to_save",
             "Omit it here, or omit model.add_tokens.",
         )
-        for name in layers
+        for name in sorted(layers)
         if any(ends_with([name], entry) for entry in adapted)
     ]
 

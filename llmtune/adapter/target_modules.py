@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from transformers.pytorch_utils import Conv1D
 
@@ -95,6 +96,9 @@ def count_adapted(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             total += module.get_param().numel()
+        elif isinstance(module, TrainableTokensLayer):  # some rows of an embedding, counted once where a head has them
+            rows = () if module.tied_adapter else module.trainable_tokens_delta.values()
+            total += sum(row.numel() for row in rows)
         elif isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
             weight = getattr(base, "weight", None)  # in 4 bits it has another shape than its module

@@ -39,6 +39,7 @@ REFUSED_OPTIONS = {
     "megatron_config": "models of Megatron are not read",
     "megatron_core": "models of Megatron are not read",
     "runtime_config": "it says where a model runs, which no recipe does",
+    "ensure_weight_tying": "PEFT 0.21 can neither save nor merge such an adapter of embedding and head",
     "kasa_config": "its penalty is no part of llmtune's loss",
     "monteclora_config": "its penalty is no part of llmtune's loss",
     "use_bdlora": "it cuts the adapter for several serving processes",

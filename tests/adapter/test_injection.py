@@ -165,16 +165,39 @@ def test_a_plain_peft_model_with_the_same_seed_is_the_same(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "where"),
+    ("adapter", "where", "name"),
     [
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-        ({"target_modules": ["embed_tokens"]}, "target_modules"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save", r"model\.embed_tokens"),
+        ({"target_modules": ["embed_tokens"]}, "target_modules", r"model\.embed_tokens"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save", "lm_head"),
     ],
 )
-def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where):
-    with pytest.raises(RecipeError, match=r"model\.embed_tokens is trained in the rows of model\.add_tokens") as caught:
+def test_an_embedding_cannot_be_trained_as_a_whole_and_in_the_rows_of_added_tokens(tiny_llama, adapter, where, name):
+    with pytest.raises(RecipeError, match=rf"{name} is trained in the rows of model\.add_tokens") as caught:
         adapt(tiny_llama, model={"add_tokens": ["<tool>"]}, **adapter)
     assert caught.value.problems[0].where == f"adapter.{where}"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
+@pytest.mark.parametrize(
+    ("adapter", "trained"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embedding"),
+        ({"modules_to_save": ["lm_head"]}, "head"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "embedding, head"),
+    ],
+)
+def test_an_embedding_and_a_head_that_come_apart_are_told(tiny_llama, console, adapter, trained):
+    recipe = recipe_with(tiny_llama, adapter=adapter)
+    inject(open_model(recipe), recipe, console)
+    said = " ".join(console.file.getvalue().split())
+    assert f"share one weight in the base; with this adapter they are two (trained: {trained})" in said
+
+
+def test_of_added_tokens_their_rows_alone_count_as_adapted(tiny_llama):
+    share = describe(adapt(tiny_llama))["share_under_adapter"]
+    more = describe(adapt(tiny_llama, model={"add_tokens": ["<tool>"]}))["share_under_adapter"]
+    assert share < more < share + 0.002
 
 
 def test_questions_and_contexts_are_told_apart_whatever_the_method(tmp_path):

@@ -92,6 +92,7 @@ def other_value(option):
         (["method=oft", "bias=lora_only"], "Allowed: none, all, oft_only"),
         (["method=full", "mini_r=2"], "it is an option of miss"),
         (["layer_replication=[[0, 1]]"], "the model would have other layers than its files"),
+        (["ensure_weight_tying=true"], "PEFT 0.21 can neither save nor merge such an adapter"),
         (["eva_config={taw: 1}"], "'eva_config.taw' is unknown"),
         (["method=trainable_tokens"], "no token is named"),
         (["method=prompt_tuning", "target_modules=[q_proj]"], "'adapter.target_modules' has no effect"),
