@@ -174,3 +174,4 @@ def unpack(model: PreTrainedModel) -> None:
         plain.weight.copy_(given.T)
         model.set_submodule(name, plain.requires_grad_(False))
     model.hf_quantizer.remove_quantization_config(model)
+    vars(model).pop("hf_device_map", None)  # gptqmodel sets it, and saving takes a CPU in it for a place to offload to
