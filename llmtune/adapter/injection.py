@@ -188,7 +188,7 @@ def _new_adapter(selected: SelectedModel, recipe: Recipe, console: Console, samp
     problems = [*_find_heads(adapter, whole, selected), *_find_conflicts(selected, adapter, targets)]
     problems += find_unmatched_parameters(selected.model, adapter.options.get("target_parameters", ()))
     tokens = _find_added_tokens(selected, recipe)
-    RecipeError.collect([*problems, *_find_token_conflicts(selected.model, tokens or {}, [*targets, *whole])])
+    RecipeError.collect([*problems, *_find_token_conflicts(selected.model, tokens or {}, targets, whole)])
     config = make_config(selected, adapter, targets, whole, tokens)
     torch.manual_seed(recipe.seed)
     try:
@@ -325,7 +325,9 @@ def _check_reload(model: PeftModel) -> None:
         )
 
 
-def _find_token_conflicts(model: PreTrainedModel, tokens: Iterable[str], adapted: Sequence[str]) -> list[Problem]:
+def _find_token_conflicts(
+    model: PreTrainedModel, tokens: Iterable[str], targets: Sequence[str], whole: Sequence[str]
+) -> list[Problem]:
     """Find among what gets an adapter the layers of which only the rows of added `tokens` are trained.
 
     That is the head too, where it shares the embedding's weight.
@@ -336,11 +338,11 @@ def _find_token_conflicts(model: PreTrainedModel, tokens: Iterable[str], adapted
     return [
         Problem(
             f"{name} is trained in the rows of model.add_tokens alone, and here as a whole",
-            "adapter.target_modules" if name in adapted else "adapter.modules_to_save",
+            "adapter.modules_to_save" if any(ends_with([name], entry) for entry in whole) else "adapter.target_modules",
             "Omit it here, or omit model.add_tokens.",
         )
         for name in sorted(layers)
-        if any(ends_with([name], entry) for entry in adapted)
+        if any(ends_with([name], entry) for entry in (*targets, *whole))
     ]
 
 
