@@ -19,7 +19,7 @@ from llmtune.evaluate.release_file import find_release, read_release
 from llmtune.recipe.evaluate_section import ERROR
 from llmtune.recipe.schema import Recipe
 from llmtune.records import Json
-from llmtune.store.atomic_files import explained, hash_file, hash_value, read_json_lines
+from llmtune.store.atomic_files import explained, hash_file, hash_value
 
 LEDGER = "releases.jsonl"
 KEY = "evaluate.looks"
@@ -81,24 +81,19 @@ def open_ledger(recipe: Recipe, champion: ScoredRun) -> Ledger | None:
         what = "looks are counted beside a release file, and the champion is a run folder"
         raise RecipeError.of(what, KEY, f"Write one, and name it as evaluate.champion: llmtune release {release}")
     path = release.parent / LEDGER
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         fix = "Give the job a copy of the folder that it may write, and keep the file that it leaves there."
         raise EnvironmentProblem.of("cannot be written, so this look would not be counted", str(path), fix)
     tests = hash_value(sorted(champion.measures.rows))
+    with explained(path):
+        texts = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     try:
-        lines = TypeAdapter(list[Look]).validate_python(read_json_lines(path))
+        lines = [TypeAdapter(Look).validate_json(text) for text in texts if text.strip()]
     except ValidationError:
-        lines = []
-    if len(lines) < count_lines(path):
         fix = "Put it back as the repository has it; of a merge, keep the lines of both sides."
-        raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix)
+        raise EnvironmentProblem.of("damaged: a line is not what llmtune wrote", str(path), fix) from None
     own = tuple(line for line in lines if line["tests"] == tests)
     return Ledger(path, tests, read_release(release)["trained"], own)
-
-
-def count_lines(path: Path) -> int:
-    """Return how many lines a text file has that are not blank; none where it is not there."""
-    return sum(bool(line.strip()) for line in path.read_text("utf-8", "replace").splitlines()) if path.exists() else 0
 
 
 def hash_weights(run: Path) -> str:

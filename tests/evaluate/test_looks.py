@@ -181,6 +181,10 @@ def test_where_looks_cannot_be_counted_nothing_is_trained(run: Path, releases: P
         (releases / "releases.jsonl").write_bytes(json.dumps(look).encode() + b"\n" + line)
         with pytest.raises(EnvironmentProblem, match="damaged"):
             check_looks(*recipe_with(run, releases, 2), "f")
+    (releases / "releases.jsonl").unlink()
+    (releases / "releases.jsonl").mkdir()
+    with pytest.raises(EnvironmentProblem, match="cannot be written"):
+        check_looks(*recipe_with(run, releases, 2), "f")
     (tmp_path / "empty").mkdir()
     sets = ["--set", f"evaluate.champion={tmp_path / 'empty'}", "--set", f"evaluate.gates=['{GATE}']"]
     done = invoke("recipes", "check", run.parent.parent / "tiny.yaml", *sets)
