@@ -49,11 +49,15 @@ REFUSED_OPTIONS = {
 """Options of PEFT that are not taken, each with the reason."""
 _RATES = {
     "full": 0.1,
+    "miss": 0.3,
     **dict.fromkeys(("ia3", "hira", "lokr", "adaption_prompt", "prefix_tuning"), 10.0),
     **dict.fromkeys(("ln_tuning", "beft", "road", "trainable_tokens", "prompt_tuning", "p_tuning"), 5.0),
     **dict.fromkeys(("vera", "pvera", "tinylora", "unilora", "vblora"), 5.0),
 }
-"""Of a rate that suits LoRA: methods that train few numbers learn from larger steps, as in PEFT's own comparison."""
+"""Of a rate that suits LoRA: methods that train few numbers learn from larger steps, as in PEFT's own comparison.
+
+MiSS does not learn at LoRA's own rate on MiniLM, and forgets most on SmolLM2 (docs/adapter.md).
+"""
 _KINDS = {
     "bool": bool,
     "int": int,
