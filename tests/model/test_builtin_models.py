@@ -64,7 +64,8 @@ def install(tmp_path, tiny_llama, monkeypatch):
 
     def put(**facts: object) -> list[Path]:
         known = {"distribution": "fake-model", "version": "1.0", "file": "fake_model/weights.gguf", "convert": convert}
-        entry = PackagedModel(**{"sha256": hashlib.sha256(WEIGHTS).hexdigest(), **known, **facts})
+        about = dict.fromkeys(("origin", "license", "difference"), "")
+        entry = PackagedModel(**about, **{"sha256": hashlib.sha256(WEIGHTS).hexdigest(), **known, **facts})
         monkeypatch.setitem(PACKAGED, "fake", entry)
         return converted
 
