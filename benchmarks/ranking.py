@@ -20,9 +20,14 @@ import numpy as np
 
 FILE = Path(__file__).with_name("ranking.json")
 GERMAN = {"prompt": "English: {source}\nGerman:", "completion": " {target}"}
+REVIEWS = {"prompt": "A {label} film review:", "completion": " {text}"}
 DATA: dict[str, dict[str, Any]] = {
     "German": {
         "data": {"train": {"path": "builtin:debian-german", "columns": GERMAN, "limit": 320}, "max_length": 256},
+        "train": {"max_steps": 16, "batch_size": 4},
+    },
+    "Reviews": {
+        "data": {"train": {"path": "builtin:movie-sentences", "columns": REVIEWS, "limit": 300}, "max_length": 256},
         "train": {"max_steps": 16, "batch_size": 4},
     },
 }

@@ -1,14 +1,19 @@
 """A sweep: what it searches, what it refuses, that it goes on as if it had not been stopped, and what it claims."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from support.families import build_bert
 from support.rows import chat, write_jsonl
-from support.runs import invoke, write_recipe
+from support.runs import invoke, llmtune, write_recipe
 
 from llmtune.recipe.loader import load_recipe
 
@@ -70,6 +75,36 @@ def test_a_sweep_that_was_killed_in_a_trial_ends_as_one_that_was_not(tiny_llama:
     values = whole["values"]
     assert best.train.learning_rate == values.get("train.learning_rate", 0.01)
     assert best.adapter.r == values.get("adapter.r", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_a_sweep_that_the_system_kills_with_all_its_processes_ends_as_one_that_it_does_not(tiny_llama: Path):
+    """By SIGKILL to the process group, twice, each time in the middle of two trials that train side by side."""
+    write_sweep(tiny_llama)
+    words = ("sweep", "recipe.yaml", "--space", "space.yaml", "--trials", "5", "--processes", "2", "--json")
+    whole = llmtune(*words, "--out", "whole", cwd=Path.cwd())
+    assert whole.returncode == 0, whole.stderr
+    killed = 0
+    for number in (2, 4):
+        metrics = Path(f"killed/trials/{number:03d}/metrics.jsonl")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmtune", *words, "--out", "killed"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    assert killed == 2, "no trial was under way when it was killed"
+    again = llmtune(*words, "--out", "killed", cwd=Path.cwd())
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads(whole.stdout)
+    best = [Path(f"{name}/best.yaml").read_text() for name in ("whole", "killed")]
+    assert best[0] == best[1].replace("killed/", "whole/")
 
 
 @pytest.mark.slow
