@@ -154,9 +154,11 @@ def _fit_recipe(recipe: str, sets: Sequence[str], price: Sequence[str], as_json:
     Console(width=max(console.width, WIDTH)).print(table)
     unit = "the training" if about["trained_tokens"] else "a million tokens (rows are not prepared yet)"
     notes = [
-        f"* with train.gradient_checkpointing. Memory is what one row needs. Time is of {unit}, a guess: "
+        f"* with train.gradient_checkpointing. Memory is what one row needs. "
+        f"Time{' and cost are' if prices else ' is'} of {unit}, a guess: "
         f"the maker's 16-bit operations at {about['efficiency']:.0%}, without loading and evaluation.",
-        f"Cheapest by {'these prices' if prices else 'memory'}: {best.card} with {best.method}, {size(best.needed)}."
+        f"Cheapest by {'memory' if best.cost is None else 'these prices'}: {best.card} with {best.method}, "
+        f"{size(best.needed)}."
         if best
         else "It fits on none of these cards.",
     ]
@@ -171,7 +173,7 @@ def _recipe_cell(one: Fit) -> str:
         return GAP
     seconds = one.seconds if one.hours is None else 3600 * one.hours
     time = "" if seconds is None else f", {duration(seconds)}"
-    cost = "" if one.cost is None else f", {one.cost:.2f}"
+    cost = "" if one.cost is None else f", {one.cost:,.2f}" if one.cost >= 1 else f", {one.cost:.2g}"
     return f"{size(one.needed)}{'*' if one.checkpointing else ''}{time}{cost}"
 
 

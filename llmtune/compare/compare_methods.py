@@ -223,11 +223,13 @@ def conclude(loaded: LoadedRecipe, trials: Sequence[Trial], out: Path, console: 
     from llmtune.compare.compare_runs import finish
     from llmtune.compare.run_comparison import make_comparison
     from llmtune.evaluate.opened_runs import check_alike, open_runs
+    from llmtune.report.render_terminal import spinner
 
     folders = [out / trial.method for trial in trials]
     runs = open_runs(folders)
     check_alike(runs)
-    made = make_comparison(runs, "methods", loaded.recipe.name)
+    with spinner(console, "comparing the runs"):
+        made = make_comparison(runs, "methods", loaded.recipe.name)
     reports = [json.loads((folder / "report.json").read_text("utf-8")) for folder in folders]
     summaries = [
         replace(run, rate=trial.rate, gates=[GateResult(**gate) for gate in report["gates"]])

@@ -34,7 +34,7 @@ from llmtune.report.number_format import DASH, count, duration, missing, score, 
 from llmtune.report.redaction import redact_all
 from llmtune.report.render_html import write_page
 from llmtune.report.render_markdown import to_markdown
-from llmtune.report.render_terminal import print_page
+from llmtune.report.render_terminal import print_page, spinner
 from llmtune.report.score_sections import full_note, passed_cell, words
 from llmtune.store.atomic_files import explained, hash_value, plain, write_json, write_text
 
@@ -110,7 +110,8 @@ def compare_runs(paths: Sequence[Path], out: Path | None, console: Console) -> J
         raise RecipeError.of("one run alone cannot be compared", str(paths[0]) if paths else None, fix)
     runs = open_runs(paths)
     check_alike(runs)
-    comparison = make_comparison(runs, "runs", " and ".join(run.name for run in runs))
+    with spinner(console, "comparing the runs"):
+        comparison = make_comparison(runs, "runs", " and ".join(run.name for run in runs))
     target = out or Path("runs") / f"compare-{hash_value([str(path.absolute()) for path in paths])[:8]}"
     return finish(comparison, target, console)
 

@@ -29,6 +29,7 @@ from llmtune.store.run_folder import RunFolder, default_path, read_manifest
 from llmtune.tasks.registry import choose_variant
 
 METHODS = ("full", "lora", "qlora")
+MILLION = 10**6
 EFFICIENCY = 0.35
 """Share of those operations that training reaches; 0.3 to 0.45 is usual on one card."""
 FLOPS = {"full": 6, "lora": 4, "qlora": 4}
@@ -57,7 +58,7 @@ class Fit:
     hours: float | None = None
     """Of the training, where its tokens are known."""
     cost: float | None = None
-    """Of those hours, where the card has a price."""
+    """Of those hours, or of a million tokens, where the card has a price."""
 
 
 def list_fits(
@@ -110,8 +111,9 @@ def list_recipe_fits(
                 continue  # the task or another key does not go with this method
             for card in (*CARDS, "cpu"):
                 fit = _fit(skeleton, changed, variant, memory_limit(card) or 0, length, card, card)
-                hours = None if tokens is None or fit.seconds is None else fit.seconds * tokens / 3.6e9
-                cost = hours * prices[card] if hours is not None and card in prices else None
+                timed = None if fit.seconds is None else fit.seconds * (tokens or MILLION) / 3600 / MILLION
+                cost = timed * prices[card] if timed is not None and card in prices else None
+                hours = timed if tokens else None
                 fits.append(replace(fit, model=name, card=card, hours=hours, cost=cost))
     about = {"model": name, "length": length, "trained_tokens": tokens, "efficiency": EFFICIENCY, "prices": prices}
     return fits, about
@@ -140,7 +142,7 @@ def cheapest(fits: Sequence[Fit]) -> Fit | None:
     fitting = [fit for fit in fits if fit.rows and fit.card in CARDS]
     priced = [fit for fit in fitting if fit.cost is not None]
     if priced:
-        return min(priced, key=lambda fit: fit.cost or 0)
+        return min(priced, key=lambda fit: (fit.cost or 0, fit.needed))
     return min(fitting, key=lambda fit: (CARDS[fit.card or ""][0], fit.seconds or 0, fit.needed), default=None)
 
 
@@ -172,7 +174,7 @@ def _fit(
         longest=max(tokens),
         rows=tokens[saving] // length,
         checkpointing=saving if stated == "auto" else stated,
-        seconds=None if speed is None else FLOPS[method] * parameters * 1e6 / (speed * EFFICIENCY),
+        seconds=None if speed is None else FLOPS[method] * parameters * MILLION / (speed * EFFICIENCY),
     )
 
 

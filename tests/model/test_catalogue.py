@@ -114,9 +114,13 @@ def test_a_recipe_is_planned_by_method_and_card_with_time_and_cost(here):
     assert fits["l4", "qlora"]["rows"] > 0
     assert fits["h100", "qlora"]["needed"] < fits["h100", "lora"]["needed"] < fits["h100", "full"]["needed"]
     assert fits["h100", "lora"]["seconds"] == pytest.approx(4 * 7_615_616_512 * 1e6 / (989e12 * 0.35))
-    assert found["trained_tokens"] is found["cheapest"]["cost"] is None
-    assert found["cheapest"]["method"] == "qlora"
-    shown = invoke("models", *words)
+    assert found["trained_tokens"] is found["cheapest"]["hours"] is None
+    best = fits["h100", "qlora"]
+    assert found["cheapest"] == best
+    assert best["cost"] == pytest.approx(best["seconds"] / 3600 * 3)
+    for prices, basis in (((), "memory"), (("h100=3",), "these prices")):
+        shown = invoke("models", *words, *(f"--price={one}" for one in prices))
+        assert f"Cheapest by {basis}: " in " ".join(shown.stderr.split())
     assert "a guess" in " ".join(shown.stderr.split())
     assert "a100-40" in shown.stdout
 
