@@ -129,6 +129,15 @@ def test_what_quantised_weights_cannot_do_is_refused_before_they_are_read(base, 
         open_model(recipe_with(folder, adapter=adapter))
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "tp"])
+def test_weights_that_stay_quantised_are_not_cut_over_processes(base, here, chat_rows, strategy):
+    write_recipe(here / "recipe.yaml", base("bitsandbytes-4"), chat_rows)
+    result = invoke("launch", "local", "recipe.yaml", "--processes", 2, "--strategy", strategy, "--dry-run")
+    assert result.exit_code == 2, result.output
+    assert "not cut over processes" in result.output
+    assert "--strategy ddp" in result.output
+
+
 def test_a_new_head_is_not_put_on_weights_that_stay_quantised(base, tmp_path):
     recipe = recipe_with(base("bitsandbytes-4")).model_copy(update={"task": "classify"})
     with pytest.raises(RecipeError, match="puts a new head on a model"):
