@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,8 @@ from llmtune.train.sharding import cut_like
 
 _BY_ALL = next(name for name in signature(HuggingFaceStorageWriter).parameters if name.startswith("save_"))
 """What torch calls it that every process writes its own file: `save_distributed`, in 2.8 `save_sharded`."""
+FILE_BYTES = 2**28
+"""About how much of the tensors, counted whole, goes into one file: the writer holds a copy of a file in memory."""
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."
 """What the names of tensors begin with: `weights.PARAMETER`, `optimizer.KEY.PARAMETER`."""
 
@@ -38,9 +41,11 @@ def write_shards(training: TrainContext, checkpoint: Path) -> Path:
     state = training.optimizer.optimizer.state
     for name, parameter in parameters.items():
         tensors |= {f"{OPTIMIZER}{key}.{name}": value for key, value in state.get(parameter, {}).items()}
+    ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    files = {name: 1 + end // FILE_BYTES for name, end in zip(tensors, ends, strict=True)}
     with disk_problems(checkpoint):
         try:
-            save(tensors, storage_writer=cast(Any, HuggingFaceStorageWriter)(str(folder), **{_BY_ALL: True}))
+            save(tensors, storage_writer=cast(Any, HuggingFaceStorageWriter)(str(folder), files, **{_BY_ALL: True}))
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from error
     return folder

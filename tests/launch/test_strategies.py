@@ -126,15 +126,21 @@ def test_one_process_reads_the_model_and_the_others_get_their_parts(
 @SLOW
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_more_processes_the_less_memory_each_takes(method, tmp_path, console):
-    size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
-    make_recipe(tmp_path, build_llama(tmp_path / "model", **size), train={"max_steps": 2}, adapter=METHODS[method])
-    write_examples(tmp_path / "examples", train=16)
+    large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8}
     peaks = {}
-    for processes in (1, 4):
-        arguments = [str(tmp_path), str(tmp_path / f"run-{processes}"), "fsdp"]
-        entry = "support.workers:measure_training"
-        peaks[processes] = launch_local(arguments, Topology(processes, "fsdp"), console, entry=entry, threads=4)
-    alone, (first, *others) = peaks[1][0], peaks[4]
+    for size in ({}, large):
+        folder = tmp_path / f"of-{len(size)}"
+        folder.mkdir()
+        make_recipe(folder, build_llama(folder / "model", **size), train={"max_steps": 2}, adapter=METHODS[method])
+        write_examples(folder / "examples", train=16)
+        for processes in (1, 4):
+            arguments = [str(folder), str(folder / f"run-{processes}"), "fsdp"]
+            entry = "support.workers:measure_training"
+            found = launch_local(arguments, Topology(processes, "fsdp"), console, entry=entry, threads=4)
+            peaks[processes] = [
+                peak - before for peak, before in zip(found, peaks.get(processes, [0] * 4), strict=False)
+            ]
+    (alone,), (first, *others) = peaks[1], peaks[4]  # what the larger model takes beyond the tiny one
     assert max(others) < 0.5 * alone, peaks
     assert first < alone * (1.1 if method == "lora" else 0.6), peaks  # it has held the whole model
 
