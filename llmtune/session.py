@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from llmtune.model.config import find_class, read_model_config
 from llmtune.model.device import describe_device, loading_device, pick_device
 from llmtune.model.loading import load_model
 from llmtune.model.memory_plan import context_length, resolve_checkpointing
+from llmtune.model.oom import release_memory
 from llmtune.model.processor import load_processor
 from llmtune.model.resolve import resolve_model
 from llmtune.recipe.adapter_section import DATA_STARTS
@@ -240,7 +240,7 @@ class RunContext:
             trained = self.train_adapted(adapted, examples, inputs, lambda tokens: note(micro_batch_tokens=tokens))
             step.facts.update(trained, processes=1, strategy="ddp")
         del adapted
-        gc.collect()  # the model is in reference cycles; evaluation loads its own
+        release_memory()  # evaluation loads its own model
 
     def train_adapted(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from llmtune.deploy.tuned_model import Reference, TunedModel, load_tuned, make_r
 from llmtune.errors import Problem, RecipeError
 from llmtune.evaluate.generation import generation_settings
 from llmtune.model.config import OTHER_CLASSES, OTHER_ORDER
-from llmtune.model.oom import explain_oom, is_out_of_memory
+from llmtune.model.oom import explain_oom, is_out_of_memory, release_memory
 from llmtune.model.processor import load_processor, save_tokenizer
 from llmtune.records import ModelRef
 from llmtune.report.render_terminal import spinner
@@ -150,7 +149,7 @@ def _compare_other_base(tuned: TunedModel, onto: Onto, reference: Reference, con
             if not is_out_of_memory(error):
                 raise
             numbers = {"not_measured": "memory ran out"}
-    gc.collect()
+    release_memory()
     return {"onto": other, **numbers, "seconds": time.perf_counter() - started}
 
 

@@ -111,13 +111,15 @@ def divide_plan(plan: MemoryPlan, skeleton: PreTrainedModel, recipe: Recipe, lay
 
     Raises RecipeError for a model whose layers cannot be divided, or that stays quantised.
 
+    Under DDP gradients are summed in buckets, which together are a copy of them.
     Under FSDP it has a part, a layer and the next one whole while they compute, and what is in no layer whole for a
     pass. The gradients of one layer, and of what is in none, are whole until they are summed.
     """
     limit = plan.limit // layout.of_machine if plan.limit and plan.device == "cpu" else plan.limit
     plan = replace(plan, limit=limit, processes=layout.processes)
     if layout.strategy == "ddp":
-        return plan
+        buckets = plan.parts["gradients"]
+        return replace(plan, parts=plan.parts | {"buckets": buckets}, lower_bound=plan.lower_bound + buckets)
     if plan.base_quantization:
         what = "the base's files are quantised, and weights as packed bytes are not cut over processes"
         raise RecipeError.of(what, "model.name", "Use --strategy ddp, or name the model that it was made from.")

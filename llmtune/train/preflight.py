@@ -18,6 +18,7 @@ from rich.markup import escape
 from llmtune.errors import EnvironmentProblem, LlmtuneError, TrainingError
 from llmtune.model.chunked_cross_entropy import takes_head_loss
 from llmtune.model.device import memory_limit
+from llmtune.model.oom import release_memory
 from llmtune.model.prefix_packing import whole_documents
 from llmtune.report.render_terminal import spinner
 from llmtune.train.accumulation import MicroBatchTooLarge, make_whole_batch, seed_micro_batch, try_memory
@@ -199,6 +200,8 @@ def _put_back(training: TrainContext, folder: Path) -> bool:
     """Return False if memory ran out in one of the processes."""
 
     def work() -> None:
+        training.optimizer.optimizer.state.clear()  # before another is read: it can be twice as large as the model
+        release_memory()
         found = read_checkpoint(folder)
         if isinstance(found, Damage):
             raise EnvironmentProblem.of(
@@ -213,7 +216,7 @@ def _put_back(training: TrainContext, folder: Path) -> bool:
 
 def restore_checkpoint(training: TrainContext, found: Checkpoint) -> None:
     """Make weights, optimiser and schedule what they were when `found` was written, in place."""
-    training.optimizer.optimizer.state.clear()  # before the new one is taken in: it can be as large as the model
+    training.optimizer.optimizer.state.clear()
     if found.shards:
         state = read_shards(training, found.shards)
     else:

@@ -167,7 +167,9 @@ def test_a_run_with_nothing_left_to_do_ends_on_all_machines(here, recipe, start)
 
 
 def test_a_machine_waits_for_machine_0(here, recipe, start):
-    machine = start(1)
-    time.sleep(5)
+    machine, end = start(1), time.monotonic() + WAIT
+    while "waiting for machine 0 at 10.77.0.1:29511" not in machine.log.read_text():
+        assert time.monotonic() < end, "it never said so"
+        time.sleep(0.1)
+    time.sleep(3)
     assert machine.poll() is None
-    assert "waiting for machine 0 at 10.77.0.1:29511" in machine.log.read_text()
